@@ -83,8 +83,8 @@ def find_input(
     if shape := origin.input_shape:
         return image_example(net, *shape)
     pixels = find_image_side(sources)
-    if (found := guessed_example(net, pixels)) is None:
+    if (guess := guessed_example(net, pixels)) is None:
         raise ModelError(f"{origin.name}: the model does not say what input it takes; give --input 1x3x32x32")
     if not pixels:
-        say_guess(found)
-    return found
+        say_guess(guess)
+    return guess

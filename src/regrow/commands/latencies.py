@@ -34,10 +34,10 @@ def read_or_measure(out: Path, model: nn.Module, batch: Batch, begun: bool) -> L
     if not place.is_file() and not begun:
         return latency(model, batch)
     try:
-        told = convert(read_json(place), schemas.LatencyJson, place, "restore it, or take a new folder")
+        record = convert(read_json(place), schemas.LatencyJson, place, "restore it, or take a new folder")
     except InputError as error:
         raise StoreError(f"{error}, or take a new folder") from None
-    return Latency(told.total, told.ops, told.sums, told.layers)
+    return Latency(record.total, record.ops, record.sums, record.layers)
 
 
 def write(out: Path, table: Latency) -> None:

@@ -38,29 +38,29 @@ def measure(
         progress: Called with (steps done, steps in all, what is being done).
         recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
     """
-    told: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
+    columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
     folder.log(
         "size",
-        **told,
+        **columns,
         params_all=size.parameters,
         params_counted=size.counted,
         macs=evaluation.macs(axes),
         bytes=size.bytes,
         dtype=size.dtype,
     )
-    found: dict[str, evaluation.Perplexity] = {}
+    perplexities: dict[str, evaluation.Perplexity] = {}
     for i, source in enumerate(tests):
         progress(i, len(tests), f"evaluating the {name} model on {source.name}")
         if loaded.tokenizer is None:
             result = evaluation.accuracy(loaded.model, source)
-            folder.log("choice", task=source.name, **told, **_accuracy(result))
+            folder.log("choice", task=source.name, **columns, **_accuracy(result))
             continue
         one = evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer)
-        found[source.name] = one
-        folder.log("perplexity", **told, source=source.name, seen=source.name in seen, **_perplexity(one))
+        perplexities[source.name] = one
+        folder.log("perplexity", **columns, source=source.name, seen=source.name in seen, **_perplexity(one))
     progress(len(tests), len(tests), f"evaluating the {name} model")
-    return found
+    return perplexities
 
 
 def _perplexity(one: evaluation.Perplexity) -> dict[str, Any]:

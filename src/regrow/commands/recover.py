@@ -65,8 +65,8 @@ def run(
             "bias comes first, on the pruned run"
         )
     taken = find_method(MethodKind.RECOVERY, by).defaults({*wanted.recovery_settings, "seed"})
-    told: dict[str, Any] = {"verb": "recover", "settings": record_settings(wanted), "defaults": taken}
-    RunFolder.check(out, **told)
+    identity: dict[str, Any] = {"verb": "recover", "settings": record_settings(wanted), "defaults": taken}
+    RunFolder.check(out, **identity)
     clock = Clock(None)
     with clock.stage("load"):
         dense, loaded = _load_models(source, origin, progress)
@@ -74,7 +74,7 @@ def run(
         axes, plan = _read_cut(source, dense)
     code_words = ("--code", code) if code else ()
     command = command_line(settings, *code_words, "--out", str(out))
-    with RunFolder.create(out, **told, command=command) as folder:
+    with RunFolder.create(out, **identity, command=command) as folder:
         clock.folder = folder
         folder.update(notes=list(dense.notes), sources=describe_sources(pruning_run.source_specs(origin), kinds))
         if not len(folder.ledger):
@@ -91,10 +91,10 @@ def run(
         with clock.stage("evaluate"):
             after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
             folder.write_axes(*([row.record() for row in inventory(one)] for one in (axes, after)))
-            found = measure(
+            perplexities = measure(
                 folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress, recoveries=number
             )
-            log_differences(folder, found, number)
+            log_differences(folder, perplexities, number)
         return folder.finish(write_page, seconds=clock.seconds)
 
 

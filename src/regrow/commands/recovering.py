@@ -65,9 +65,9 @@ def recover(
     spent = float(open_checkpoint(path, key, training.FORMAT, recovery.FORMAT).get("seconds", 0))
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
-    found = work(RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress))
+    outcome = work(RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress))
     tokens = sum(source.tokens for source in sources)
-    row = {"by": by, "tokens": tokens, "seconds": round(seconds(), 1), **found}
+    row = {"by": by, "tokens": tokens, "seconds": round(seconds(), 1), **outcome}
     row |= {"round": number} if number > 1 else {}
     folder.log("recovery", **row)
     return row
@@ -89,17 +89,17 @@ def check_recovery(by: str, sources: Sequence[str]) -> None:
             raise ValueError(f"--recover {by} learns from text or images; give at least one source, like --source news")
 
 
-def log_differences(folder: RunFolder, found: Mapping[str, Perplexity], number: int = 1) -> None:
+def log_differences(folder: RunFolder, perplexities: Mapping[str, Perplexity], number: int = 1) -> None:
     """Log the paired difference in log-perplexity of the recovered model to the pruned one, and to the dense one.
 
     Args:
         folder: The run folder, with the perplexities of those two models.
-        found: Source name → the perplexity of the recovered model.
+        perplexities: Source name → the perplexity of the recovered model.
         number: The number of this recovery of the network, from 1.
     """
     more = {"round": number} if number > 1 else {}
     rows = {(row["model"], row["source"]): row for row in folder.metrics() if row["what"] == "perplexity"}
-    for name, after in found.items():
+    for name, after in perplexities.items():
         for model in ("pruned", "dense"):  # a page takes the last: what is left of the damage
             row = rows.get((model, name), {})
             nll = row.get("nll_per_window", [])

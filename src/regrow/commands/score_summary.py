@@ -38,8 +38,8 @@ def write_scores(
             "massive": [],
         }
     if evidence.statistics and evidence.pooled().moments:
-        found = massive(axes, energy(weights_of(loaded.model), axes, evidence.pooled()))
-        for one in found:
+        units = massive(axes, energy(weights_of(loaded.model), axes, evidence.pooled()))
+        for one in units:
             if one.axis in entries:
                 entries[one.axis]["massive"].append({"unit": one.unit, "ratio": one.ratio, "share": one.share})
     folder.write_scores(scores.metric, entries)

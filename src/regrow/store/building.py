@@ -1,6 +1,6 @@
 """Build the architecture of a saved model again, without its weights."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def build_network(
     if origin.kind == "torchvision" and (odd := [k for k, v in origin.config.items() if isinstance(v, str | dict)]):
         raise StoreError(f"the setting {odd[0]!r} would fetch files; take it out of {SHAPES}")
     if isinstance(model, nn.Module):
-        return open_attention(model, {*shapes.tensors, *shapes.ties})
+        return replace_attention(model, {*shapes.tensors, *shapes.ties})
     if model is None and origin.kind == "callable":
         raise StoreError(
             f"this model is built by your own code ({origin.reference or 'a module'}), which is not run unasked; "
@@ -54,17 +54,7 @@ def build_network(
     made = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(made, nn.Module):
         raise StoreError(f"model= gave a {type(made).__name__}, not a torch.nn.Module")
-    return open_attention(made, {*shapes.tensors, *shapes.ties})
-
-
-def open_attention(made: nn.Module, names: Container[str]) -> nn.Module:
-    """Replace ``nn.MultiheadAttention`` where the saved network had replaced it, so that weight names match.
-
-    Args:
-        made: The network.
-        names: The names of the weights that were saved.
-    """
-    return replace_attention(made, names)
+    return replace_attention(made, {*shapes.tensors, *shapes.ties})
 
 
 def build_fresh(origin: Origin) -> nn.Module | None:

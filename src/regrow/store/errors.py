@@ -59,8 +59,8 @@ def _number(error: Exception) -> int | None:
     if isinstance(error, OSError):
         # numpy tells a short write as "16 requested and 0 written", without a number.
         return error.errno or (errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else None)
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found and not isinstance(error, StoreError) else None
+    fit = re.search(r"\(os error (\d+)\)", str(error))
+    return int(fit[1]) if fit and not isinstance(error, StoreError) else None
 
 
 def _explain(error: Exception) -> str:

@@ -98,11 +98,11 @@ def _open(path: Path) -> int:
             if error.errno != errno.ENXIO:
                 raise
             raise _irregular(path) from None
-        found = os.fstat(handle)
-        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+        status = os.fstat(handle)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
             return handle
         os.close(handle)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise _irregular(path)
         write_bytes(path, path.read_bytes())
 

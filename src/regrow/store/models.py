@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Example
-from regrow.nets import Loaded, ModelError, Origin, example_for
+from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attention
 from regrow.nets.language import origin_of
 from regrow.nets.load import check_finite
 from regrow.store import portable, probe
 from regrow.store.atomic import write_text
 from regrow.store.attributes import attribute_tensors
-from regrow.store.building import Builder, build_fresh, build_network, open_attention
+from regrow.store.building import Builder, build_fresh, build_network
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.pretrained import (
     is_pretrained,
@@ -140,7 +140,7 @@ def write_model(
     except ModelError as error:
         raise StoreError(str(error)) from None
     fresh = build_fresh(origin)
-    fresh = fresh and open_attention(fresh, dict(net.named_parameters(remove_duplicate=False)))
+    fresh = fresh and replace_attention(fresh, dict(net.named_parameters(remove_duplicate=False)))
     shapes = describe(net, fresh, origin, dtype)
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -43,16 +43,16 @@ def check_output(
     target = Path(os.path.realpath(path))
     with explain_os_errors(path):
         try:
-            found = path.stat()
+            status = path.stat()
         except FileNotFoundError:
             return target
-    if _is_stream(found):
+    if _is_stream(status):
         if streams:
             return path
         raise StoreError(f"{path} is a device, a FIFO or the standard output; name a regular file")
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         check_readable(path)
-    if any(_is_same(found, one) for one in inputs):
+    if any(_is_same(status, one) for one in inputs):
         raise StoreError(f"{path} is an input of this command; name another output file")
     if target.suffix.lower() not in suffixes:
         raise StoreError(f"{path} exists and is not a {suffixes[0]} file; name a new file")
@@ -81,24 +81,24 @@ def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
         write_text(target, text)
 
 
-def _is_stream(found: os.stat_result) -> bool:
-    return stat.S_ISCHR(found.st_mode) or stat.S_ISFIFO(found.st_mode) or _descriptor(found) is not None
+def _is_stream(status: os.stat_result) -> bool:
+    return stat.S_ISCHR(status.st_mode) or stat.S_ISFIFO(status.st_mode) or _descriptor(status) is not None
 
 
-def _descriptor(found: os.stat_result) -> int | None:
+def _descriptor(status: os.stat_result) -> int | None:
     """Return the descriptor of standard output or error if a file is the same one, else ``None``."""
     for number in _STANDARD:
         try:
-            if os.path.samestat(found, os.fstat(number)):
+            if os.path.samestat(status, os.fstat(number)):
                 return number
         except OSError:  # closed
             continue
     return None
 
 
-def _is_same(found: os.stat_result, name: str | Path) -> bool:
+def _is_same(status: os.stat_result, name: str | Path) -> bool:
     try:
-        return os.path.samestat(found, os.stat(name))  # noqa: PTH116 (any text, such as the name of a model)
+        return os.path.samestat(status, os.stat(name))  # noqa: PTH116 (any text, such as the name of a model)
     except (OSError, ValueError):
         return False
 

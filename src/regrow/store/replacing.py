@@ -157,10 +157,10 @@ def read_whole(folder: Path, read: Callable[[], T]) -> T:
 
 def _identity(folder: Path) -> tuple[int, int] | None:
     try:
-        found = folder.stat()
+        status = folder.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _was(stage: Path, place: Path) -> Path:

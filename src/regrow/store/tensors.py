@@ -112,34 +112,34 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     Args:
         tensors: Name → tensor.
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name in sorted(tensors):
-        add_to_digest(found, (name, tensors[name]))
-    return found.hexdigest()
+        add_to_digest(hasher, (name, tensors[name]))
+    return hasher.hexdigest()
 
 
-def add_to_digest(found: Any, value: Any) -> None:
+def add_to_digest(hasher: Any, value: Any) -> None:
     """Feed a value into a digest unambiguously: with its type, shape or length.
 
     Args:
-        found: The hash object, of hashlib.
+        hasher: The hash object, of hashlib.
         value: A tensor, text, bytes, a mapping, a sequence of values, or anything with a plain ``repr``.
     """
     match value:
         case Tensor():
-            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            found.update(as_bytes(value).numpy().data)
+            hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            hasher.update(as_bytes(value).numpy().data)
         case Mapping():
-            add_to_digest(found, sorted(value.items()))
+            add_to_digest(hasher, sorted(value.items()))
         case str() | bytes():
-            found.update(repr(value).encode())
+            hasher.update(repr(value).encode())
         case Iterable():
             parts = list(value)
-            found.update(f"{len(parts)}(".encode())
+            hasher.update(f"{len(parts)}(".encode())
             for part in parts:
-                add_to_digest(found, part)
+                add_to_digest(hasher, part)
         case _:
-            found.update(f"{value!r};".encode())
+            hasher.update(f"{value!r};".encode())
 
 
 def _header(content: Any, kinds: tuple[str | None, ...]) -> dict[str, Any]:
