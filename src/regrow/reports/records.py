@@ -161,7 +161,7 @@ class MissingFile(TypedDict):
     means: str
 
 
-class BudgetRow(TypedDict):
+class BudgetFigures(TypedDict):
     """The quantity that a target counts: requested, before, after, and predicted (time only)."""
 
     asked: float
@@ -203,7 +203,7 @@ class Run(TypedDict):
     keep: float | None
     target: str
     regular: bool
-    budget: BudgetRow | None
+    budget: BudgetFigures | None
     settings: list[Pair]
     method_settings: list[Pair]
     defaults: list[Pair]

@@ -18,7 +18,7 @@ from regrow.reports.reading import (
     size,
     text,
 )
-from regrow.reports.records import BudgetRow, MaskingCheck, Pair, Run, SourceRow, Summary
+from regrow.reports.records import BudgetFigures, MaskingCheck, Pair, Run, SourceRow, Summary
 from regrow.reports.search import search
 from regrow.reports.widths import scores, widths
 
@@ -191,7 +191,7 @@ def _sides(lines: list[JsonObject], names: tuple[str, ...]) -> dict[str, dict[st
     return sides
 
 
-def _budget(lines: list[JsonObject]) -> BudgetRow | None:
+def _budget(lines: list[JsonObject]) -> BudgetFigures | None:
     """Return the quantity that a target counts: requested, before, after, and predicted (time only)."""
     line = lines[-1] if lines else {}
     asked, after = number(line.get("asked"), 0), number(line.get("after"), 0)
