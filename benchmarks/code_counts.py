@@ -31,7 +31,7 @@ SIMILAR_LINES = 6
 
 USER_INPUTS = {
     "trace.args", "trace.kwargs", "trace.axes", "load.example", "example_of.args", "example_of.kwargs",
-    "record.args", "record.kwargs", "declare.args", "declare.kwargs", "of_datasets.pairs", "logits_in.answer",
+    "record.args", "record.kwargs", "declare.args", "declare.kwargs", "to_tasks.tasks", "logits_in.answer",
     "cross_entropy.output", "reply.model", "reply.tokenizer", "prompt.tokenizer", "perplexity.tokenizer",
     "choices.tokenizer", "harness.tokenizer", "windows.tokenizer", "windows.kwargs", "save.tokenizer",
     "write_model.tokenizer", "write_tokenizer.tokenizer", "vocabulary.tokenizer", "compare_predictions.tokenizer",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regrow.api.evaluate import evaluate
     from regrow.api.grow import grow
+    from regrow.api.learn import Learned, learn
     from regrow.api.prune import prune
     from regrow.api.recover import recover
     from regrow.axes import Example
@@ -24,6 +25,7 @@ __all__ = [
     "Candidates",
     "Example",
     "Fill",
+    "Learned",
     "Plan",
     "Source",
     "UndoStore",
@@ -34,6 +36,7 @@ __all__ = [
     "export_model",
     "fit_new_units",
     "grow",
+    "learn",
     "load",
     "prune",
     "recover",
@@ -44,10 +47,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    **{name: f"regrow.api.{name}" for name in ("evaluate", "grow", "prune", "recover")},
+    **{name: f"regrow.api.{name}" for name in ("evaluate", "grow", "learn", "prune", "recover")},
     "AxisTensor": "regrow.axis_tensor",
     "Candidates": "regrow.candidates",
     "Example": "regrow.axes",
+    "Learned": "regrow.api.learn",
     "export_model": "regrow.export.formats",
     **dict.fromkeys(("Batch", "Source"), "regrow.sources"),
     **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from regrow.sources import moved
 
 
+@runtime_checkable
 class ExampleSet(Protocol):
     """Labelled examples in memory or elsewhere, read in batches."""
 

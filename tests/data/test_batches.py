@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from regrow.data.batches import Reading, to_batch, to_source, to_sources
+from regrow.data.batches import ReadOptions, to_batch, to_source, to_sources
 from regrow.data.errors import SourceError
 from regrow.sources import Batch, Source
 
@@ -36,7 +36,7 @@ def joined(source: Source) -> tuple[torch.Tensor, torch.Tensor | None]:
     ids=["tensors", "data set", "loader", "list of batches", "generator", "Batch"],
 )
 def test_every_kind_of_labelled_data_gives_the_same_examples(data):
-    source = to_source(data, reading=Reading(batch_size=4))
+    source = to_source(data, reading=ReadOptions(batch_size=4))
     for _ in range(2):  # each time the same
         inputs, labels = joined(source)
         assert torch.equal(inputs, INPUTS)
@@ -97,7 +97,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_of_classes_and_a_table_give_the_same_images(folder):
-    reading = Reading(batch_size=4, size=16)
+    reading = ReadOptions(batch_size=4, size=16)
     from_table = to_source(folder / "table.csv", reading=reading).batches[0]
     from_folder = to_source(str(folder), reading=reading).batches[0]
     assert from_table.labels.tolist() == [0, 0, 1, 1]
@@ -120,12 +120,12 @@ class Columns:
 
 def test_columns_of_tokens_and_of_images():
     data = Columns(input_ids=[[1, 2], [3, 4], [5, 6]], label=[0, 1, 0], title=["a", "b", "c"])
-    first = to_source(data, reading=Reading(batch_size=2)).batches[0]
+    first = to_source(data, reading=ReadOptions(batch_size=2)).batches[0]
     assert first.kwargs["input_ids"].tolist() == [[1, 2], [3, 4]]
     assert first.labels.tolist() == [0, 1]
     assert "title" not in first.kwargs
     pictures = [Image.new("L", (8, 8), color=i) for i in (0, 200)]
-    images = to_source(Columns(image=pictures, label=[1, 0]), reading=Reading(size=8)).batches[0]
+    images = to_source(Columns(image=pictures, label=[1, 0]), reading=ReadOptions(size=8)).batches[0]
     assert images.args[0].shape == (2, 3, 8, 8)
     assert images.labels.tolist() == [1, 0]
 
@@ -140,7 +140,7 @@ class Words:
 
 
 def test_strings_and_chats_are_text(tmp_path):
-    reading = Reading(tokenizer=Words(), seq_len=4)
+    reading = ReadOptions(tokenizer=Words(), seq_len=4)
     assert to_source(["abcdefgh"], reading=reading).batches[0].args[0].tolist() == [
         [97, 98, 99, 100],
         [101, 102, 103, 104],

@@ -3,7 +3,6 @@
 import gzip
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ from regrow.data.streams import (
     digits_task,
     fewer,
     idx,
-    of_datasets,
     permuted_tasks,
     pictures,
     rotated_tasks,
@@ -108,34 +106,6 @@ def test_pictures_in_folders_are_a_task(tmp_path: Path) -> None:
         pictures(tmp_path)
     with pytest.raises(SourceError, match="train has no pictures; give a folder with train/CLASS/… and test/CLASS/…"):
         pictures(tmp_path / "train")
-
-
-def test_any_pairs_are_tasks() -> None:
-    """Entries of (image, class), and of (image, class, task) as Avalanche has them."""
-    rows = [(torch.rand(1, 4, 4), i % 3) for i in range(6)]
-    named, plain = of_datasets([(rows, rows[:3]), ([(x.numpy(), y, 0) for x, y in rows], rows[3:])], ["a"])
-    assert named.name == "a" and plain.name == "task-2" and named.classes == (0, 1, 2)
-    assert torch.equal(named.train.inputs, plain.train.inputs) and plain.train.labels.dtype == torch.int64
-
-
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
-def test_pictures_as_torchvision_gives_them_are_tasks(mode: str, channels: int) -> None:
-    """Also behind an experience, which has its data set in an attribute: a stand-in for Avalanche's."""
-    image = pytest.importorskip("PIL.Image", reason="needs pillow")
-    drawn = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
-    rows = [(image.fromarray(one).convert(mode), i % 3) for i, one in enumerate(drawn)]
-
-    class Experience:
-        dataset = rows
-
-    (task,) = of_datasets([(Experience(), rows)])
-    assert task.train.inputs.shape == (6, channels, 5, 4) and 0.5 < float(task.train.inputs.max()) <= 1
-    raw = torch.tensor(np.array(rows[2][0])).reshape(5, 4, -1)
-    assert torch.equal((task.train.inputs[2, -1] * 255).round(), raw[..., -1].float())
-    assert permuted_tasks(task, 2)[1].train.inputs.shape == (6, channels, 5, 4)
-    rows[1] = (image.new(mode, (9, 9)), 0)
-    with pytest.raises(SourceError, match="differ in size"):
-        of_datasets([(rows, rows)])
 
 
 def written(folder: Path, zipped: bool = False) -> None:

@@ -19,7 +19,7 @@ from regrow.run_folder import RunFolder
 from regrow.surgery import apply
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
-from regrow.training.learner import PLAIN, Context, Learner, Loss, Step, cross_entropy_loss
+from regrow.training.learner import PLAIN, Context, Learner, Loss, Step, task_loss
 from regrow.training.state import TrainState
 
 
@@ -48,7 +48,7 @@ def growing(watched: Watched, rule: str = "zero_out") -> Learner[Any]:
         return found, state
 
     def loss(state: Any, context: Context, step: Step) -> Loss:
-        found = cross_entropy_loss(state, context, step)
+        found = task_loss(state, context, step)
         watched.losses.append(found.value.item())
         return found
 
@@ -114,7 +114,7 @@ def test_what_is_told_changes_no_step() -> None:
             apply(nets[1], axes, plan, optimizers=[optimizer])
         for batch in task.train.batches(64, seed=context.generator(epoch).initial_seed()):
             optimizer.zero_grad()
-            cross_entropy_loss(None, context, Step(0, batch)).value.backward()
+            task_loss(None, context, Step(0, batch)).value.backward()
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regrow.axes import Example
 from regrow.commands.models import ModelSpec, load_model_or_run
-from regrow.data.batches import Reading, to_sources
+from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import InputError
 from regrow.nets.examples import guessed_example
 from regrow.objectives import LossFunction, Objective, choose_objective
@@ -80,7 +80,7 @@ def read_inputs(
     guess = given or guessed_example(model)
     size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
     shift = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    reading = Reading(batch_size, tokenizer, size=size, shift=shift)
+    reading = ReadOptions(batch_size, tokenizer, size=size, shift=shift)
     sources = tuple(to_sources(data, reading))
     first = sources[0].batches[0] if sources else None
     if given is None and first is None:

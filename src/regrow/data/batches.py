@@ -29,7 +29,7 @@ EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How data are read.
 
     Args:
@@ -48,7 +48,7 @@ class Reading:
     shift: bool = False
 
 
-def to_sources(data: Any, reading: Reading = Reading()) -> list[Source]:
+def to_sources(data: Any, reading: ReadOptions = ReadOptions()) -> list[Source]:
     """Return users' data as named sources.
 
     Args:
@@ -71,7 +71,7 @@ def to_sources(data: Any, reading: Reading = Reading()) -> list[Source]:
     return [to_source(data, "data", reading)]
 
 
-def to_source(data: Any, name: str = "data", reading: Reading = Reading()) -> Source:
+def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions()) -> Source:
     """Return users' data as a source of batches.
 
     Args:
@@ -86,7 +86,7 @@ def to_source(data: Any, name: str = "data", reading: Reading = Reading()) -> So
     Raises:
         SourceError: If the data are of no kind that can be read, or empty.
 
-    >>> source = to_source((torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 0])), reading=Reading(batch_size=2))
+    >>> source = to_source((torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 0])), reading=ReadOptions(batch_size=2))
     >>> len(source), source.batches[2].labels
     (3, tensor([0]))
     """
@@ -126,7 +126,7 @@ def to_batch(item: Any, name: str = "data", shift: bool = False) -> Batch:
         item: A :class:`regrow.Batch`; a tensor of inputs; (inputs, labels), where inputs may be a tensor, several, or
             a dict; a dict with inputs by name, and ``labels``; or, for detection, (list of images, list of targets).
         name: The name of the source, for the message.
-        shift: As :attr:`Reading.shift`.
+        shift: As :attr:`ReadOptions.shift`.
 
     Raises:
         SourceError: If it is none of these.
@@ -164,7 +164,7 @@ class BatchStream(Sequence[Batch]):
     Args:
         loader: The iterable of batches, which starts again each time it is read.
         name: The name of the source.
-        shift: As :attr:`Reading.shift`.
+        shift: As :attr:`ReadOptions.shift`.
     """
 
     loader: Iterable[Any]
@@ -222,7 +222,7 @@ def _split(parts: Sequence[Tensor], name: str, size: int) -> list[Batch]:
     return [to_batch(row, name) for row in rows]
 
 
-def _read_path(data: str | Path, name: str, reading: Reading) -> Source:
+def _read_path(data: str | Path, name: str, reading: ReadOptions) -> Source:
     """Read a file, a folder, or a named text domain."""
     path = Path(data).expanduser()
     if path.suffix == ".csv" and path.is_file():
@@ -239,7 +239,7 @@ def _read_path(data: str | Path, name: str, reading: Reading) -> Source:
     return _tokenize(text(str(data)), reading)
 
 
-def _tokenize(text: Text, reading: Reading) -> Source:
+def _tokenize(text: Text, reading: ReadOptions) -> Source:
     if reading.tokenizer is None:
         raise SourceError(f"source {text.name!r} is text, and the model has no tokenizer; give tokenizer=")
     return windows(
@@ -252,7 +252,7 @@ def _tokenize(text: Text, reading: Reading) -> Source:
     )
 
 
-def _read_columns(data: Any, name: str, reading: Reading) -> Source:
+def _read_columns(data: Any, name: str, reading: ReadOptions) -> Source:
     """Read a Hugging Face data set by its columns: text, ``input_ids``, or inputs and a label."""
     names = list(data.column_names)
     for column in ("text", "messages"):
@@ -266,7 +266,7 @@ def _read_columns(data: Any, name: str, reading: Reading) -> Source:
     if set(names) & set(INPUTS) or label:
         first = data[:1]
         numeric = tuple(key for key in names if key == label or _is_numeric(first[key][0]))
-        return Source(name, BatchStream(_Rows(data, numeric, reading.batch_size), name, reading.shift))
+        return Source(name, BatchStream(_ColumnBatches(data, numeric, reading.batch_size), name, reading.shift))
     raise SourceError(
         f"source {name!r}: columns {', '.join(map(repr, names))} hold no inputs that are known; name them "
         f"{', '.join(INPUTS[:2])}, 'text', or 'image' with 'label', or give an iterable of batches"
@@ -281,7 +281,7 @@ def _is_numeric(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _ColumnBatches:
     """Batches of rows of a columned data set, as dicts of tensors."""
 
     data: Any

@@ -1,7 +1,7 @@
 """Task sequences for continual learning: one image data set, transformed or split by classes."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from math import ceil, prod
@@ -120,28 +120,6 @@ def alike(tasks: Sequence[Task]) -> list[Task]:
         return x if x.shape[1] == channels else x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
 
     return [_changed(task, task.name, change) for task in tasks]
-
-
-def of_datasets(pairs: Iterable[tuple[Any, Any]], names: Sequence[str] = ()) -> list[Task]:
-    """Make tasks from data sets of (image, class) pairs: of torchvision, Avalanche or Continuum.
-
-    Images of integers, as torchvision returns them without a transform, are converted to ``[C, H, W]`` from 0 to 1;
-    floating-point tensors stay as they are.
-
-    Args:
-        pairs: A training and a test set per task: ``zip(benchmark.train_stream, benchmark.test_stream)`` of Avalanche,
-            ``zip(train_scenario, test_scenario)`` of Continuum. Entries may have more than two parts (the task).
-        names: The name of each task in results; ``task-1`` and so on where they are missing.
-
-    Raises:
-        SourceError: If an entry is not an image, tensor or array with a class, or images differ in size.
-    """
-    tasks = []
-    for i, pair in enumerate(pairs):
-        train, test = map(_collected, pair)
-        classes = tuple(sorted({int(c) for part in (train, test) for c in part.labels.unique()}))
-        tasks.append(Task(names[i] if i < len(names) else f"task-{i + 1}", train, test, classes))
-    return tasks
 
 
 def idx(folder: str | Path, name: str = "images") -> Task:
@@ -281,23 +259,6 @@ def _of(part: ExampleSet, group: Sequence[int], relabel: bool) -> Examples:
     labels = part.take(torch.arange(len(part))).labels if known is None else known
     mine = part.take(torch.isin(labels, torch.tensor(group)).nonzero()[:, 0])
     return Examples(mine.inputs, torch.searchsorted(torch.tensor(group), mine.labels)) if relabel else mine
-
-
-def _collected(data: Any) -> Examples:
-    if not hasattr(data, "__getitem__"):  # an experience of Avalanche
-        data = data.dataset
-    inputs, labels = [], []
-    for i in range(len(data)):
-        x, y = data[i][0], data[i][1]
-        if not isinstance(x, Tensor):
-            x = torch.as_tensor(np.array(x))
-            if x.dtype == torch.uint8 and x.dim() in (2, 3):
-                x = x.unsqueeze(0) if x.dim() == 2 else x.movedim(-1, 0)
-        inputs.append(x.float() / 255 if x.dtype == torch.uint8 else x.float())
-        labels.append(int(y))
-    if len({x.shape for x in inputs}) > 1:
-        raise SourceError(f"pictures differ in size: {', '.join({str(tuple(x.shape)) for x in inputs})}; resize them")
-    return Examples(torch.stack(inputs), torch.tensor(labels))
 
 
 def _idx(folder: Path, name: str, dims: int) -> Tensor:

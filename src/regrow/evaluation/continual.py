@@ -14,7 +14,8 @@ from typing import TypedDict
 from torch import Tensor, nn
 
 from regrow.evaluation.forward import evaluating
-from regrow.sources import logits_in, moved
+from regrow.objectives import CLASSIFICATION, Objective, Score
+from regrow.sources import Batch, logits_in, moved
 from regrow.tasks import ExampleSet, among, run_network
 
 
@@ -125,3 +126,25 @@ def share_right(
             logits = among(ask(moved(batch.inputs, device)), classes)
             right += int((logits.argmax(-1).cpu() == batch.labels).sum())
     return right / len(examples)
+
+
+def mean_score(
+    model: nn.Module, examples: ExampleSet, objective: Objective, classes: Tensor | None = None, size: int = 500
+) -> float:
+    """Return the mean score of a network on examples; of classes, the accuracy.
+
+    Args:
+        model: The network; evaluated in eval mode.
+        examples: Inputs and labels.
+        objective: What is scored.
+        classes: The classes that predictions are chosen among, ``[classes]`` bool; all if ``None``.
+        size: The batch size.
+    """
+    if objective is CLASSIFICATION:
+        return share_right(model, examples, classes, size)
+    total = Score()
+    with evaluating(model) as device:
+        for batch in examples.batches(size):
+            batch = batch.to(device)
+            total += objective.compute_score(run_network(model, batch.inputs), Batch(labels=batch.labels))
+    return total.mean

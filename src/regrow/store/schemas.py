@@ -257,6 +257,7 @@ class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     before: list[Any]
     step: Count = 0
     loss: float | None = None
+    validation: list[float] = []
     rows: list[list[Any]] = []
     events: list[dict[str, Any]] = []
     sizes: list[dict[str, Any]] = []

@@ -99,6 +99,8 @@ def write_checkpoint(
     }
     if state.step:
         whole["course"]["step"] = state.step
+    if state.validation:
+        whole["course"]["validation"] = state.validation
     write_tensors(path, parts, whole, FORMAT)
 
 
@@ -210,7 +212,7 @@ def _measured(record: schemas.CourseHeader, history: History) -> tuple[list[Plan
         plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
         rows, sizes, events = [tuple(row) for row in course.rows], course.sizes, course.events
     known: dict[str, Any] = {"number": course.number, "epoch": course.epoch, "step": course.step, "loss": course.loss}
-    known["before"] = tuple(course.before)
+    known |= {"before": tuple(course.before), "validation": tuple(course.validation)}
     return plans, known | {"rows": tuple(rows), "sizes": tuple(sizes), "events": tuple(events)}
 
 

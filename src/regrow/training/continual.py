@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.axes import AxisGraph
-from regrow.evaluation.continual import Matrix, share_right
+from regrow.evaluation.continual import Matrix, mean_score
+from regrow.objectives import CLASSIFICATION, Objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore
@@ -47,6 +48,10 @@ class TaskSchedule:
         seed: Seed of the order of examples, and of everything random in a learner.
         decay: ``constant``, or ``cosine``: the learning rate falls to 0 over the epochs of each task.
         precision: ``float32`` or ``bfloat16``, as in :class:`regrow.training.schedule.Schedule`.
+        held_out: The fraction of each task's training examples that is withheld to decide when the task ends.
+        patience: After how many epochs without a better score on those the task ends early; 0: never.
+        objective: What the network is trained for.
+        build_optimizer: (parameter groups) → an optimizer of the user's own, in the place of ``optimizer``.
 
     Raises:
         ValueError: If a value is out of range.
@@ -61,6 +66,10 @@ class TaskSchedule:
     seed: int = 0
     decay: str = "constant"
     precision: str = "float32"
+    held_out: float = 0.0
+    patience: int = 0
+    objective: Objective = CLASSIFICATION
+    build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
 
     def __post_init__(self) -> None:
         if self.scenario not in SCENARIOS:
@@ -68,11 +77,17 @@ class TaskSchedule:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.held_out < 1 or self.patience < 0:
+            raise ValueError(
+                f"held_out must be from 0 to below 1 and patience at least 0, got {self.held_out:g} and {self.patience}"
+            )
+        if self.patience and not self.held_out:
+            raise ValueError(f"patience {self.patience} needs examples to judge by; give held_out, for example 0.1")
         self.training()
 
     def training(self) -> Schedule:
         """Return the schedule for the training loop: optimizer, decay, precision and seed."""
-        optimizer = OptimizerSettings(self.optimizer, self.lr, self.weight_decay)
+        optimizer = OptimizerSettings(self.optimizer, self.lr, self.weight_decay, self.build_optimizer)
         return Schedule(optimizer, self.decay, precision=self.precision, seed=self.seed)
 
 
@@ -106,12 +121,17 @@ def learn(
         progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
-        ValueError: If the loss is not finite.
+        ValueError: If the loss is not finite, or the learner needs class probabilities and the objective has none.
     """
+    if learner.classes_only and schedule.objective is not CLASSIFICATION:
+        raise ValueError(
+            f"this method needs class probabilities, and the objective is {schedule.objective.name}; "
+            "take naive, si, packnet or wsn"
+        )
     state = state or TrainState(learner.state)
     if not state.before:
         state = replace(state, before=untrained_accuracies(model, tasks, schedule))
-    phases = [_phase(tasks, number, learner.second_share, schedule) for number in range(len(tasks))]
+    phases = [_phase(tasks, number, learner, schedule) for number in range(len(tasks))]
     return fit(
         model,
         axes,
@@ -165,7 +185,7 @@ def accuracies(
         there = replace(context, answered=number, classes=None)
         with parametrize(context.model, learner.parametrize(state, there).values):
             choice = _choice(schedule, tasks, context.number, number)
-            row.append(nan if task.gone else share_right(context.model, task.test, choice))
+            row.append(nan if task.gone else mean_score(context.model, task.test, schedule.objective, choice))
     return tuple(row)
 
 
@@ -183,13 +203,19 @@ def probed_tasks(number: int) -> list[int]:
     return sorted({round(i * number / (PROBED - 1)) for i in range(PROBED)})
 
 
-def _phase(tasks: Sequence[Task], number: int, share: float, schedule: TaskSchedule) -> Phase:
-    task = tasks[number]
+def _phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedule: TaskSchedule) -> Phase:
+    task, share = tasks[number], learner.second_share
     classes = _choice(schedule, tasks, number, number)
     train: ExampleSet = task.train
     second: ExampleSet | None = None
+    held_out: ExampleSet | None = None
+    context = Context(nn.Identity(), NO_AXES, task, number, seed=schedule.seed)
+    if schedule.held_out:
+        n, many = len(train), max(1, round(schedule.held_out * len(train)))
+        order = torch.randperm(n, generator=context.generator(14)).split([n - many, many])
+        train, held_out = (task.train.subset(part) for part in order)
+        task = replace(task, train=train)
     if share:
-        context = Context(nn.Identity(), NO_AXES, task, number, seed=schedule.seed)
         n, many = len(train), int(share * len(train))
         order = torch.randperm(n, generator=context.generator(12)).split([n - many, many])
         train, second = (task.train.subset(part) for part in order)
@@ -201,7 +227,21 @@ def _phase(tasks: Sequence[Task], number: int, share: float, schedule: TaskSched
         for i, batch in enumerate(train.batches(schedule.batch_size, seed=order)):
             yield (batch,), second.take(seconds[i % len(seconds)]) if second else None
 
-    return Phase(task, (steps,) * schedule.epochs, batches, classes)
+    def validate(state: S, context: Context) -> float:
+        there = replace(context, answered=number)
+        with torch.no_grad(), parametrize(context.model, learner.parametrize(state, there).values):
+            return mean_score(context.model, held_out or task.test, schedule.objective, classes)
+
+    objective, patience = schedule.objective, schedule.patience
+    return Phase(
+        task,
+        (steps,) * schedule.epochs,
+        batches,
+        classes,
+        objective=objective,
+        validate=validate if held_out else None,
+        patience=patience,
+    )
 
 
 def _second_indices(context: Context, examples: ExampleSet, steps: int) -> list[Tensor]:
@@ -267,7 +307,9 @@ def _probe(
     model, was = context.model, context.model.training
     with torch.no_grad(), parametrize(model, learner.parametrize(state, context).values):
         accuracies = [
-            nan if tasks[i].gone else share_right(model, tasks[i].test, _choice(schedule, tasks, context.number, i))
+            nan
+            if tasks[i].gone
+            else mean_score(model, tasks[i].test, schedule.objective, _choice(schedule, tasks, context.number, i))
             for i in probed_tasks(context.number)
         ]
     model.eval()

@@ -18,14 +18,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore, apply
 from regrow.training.gradients import compute_gradients
-from regrow.training.growth_metrics import (
-    gradient_shares,
-    mark_entries,
-    new_entries,
-    smooth,
-    start_watch,
-    watch,
-)
+from regrow.training.growth_metrics import gradient_shares, mark_entries, new_entries, smooth, start_watch, watch
 from regrow.training.interrupts import defer_interrupts
 from regrow.training.learner import Boundary, Context, Event, Learner, Step, write_replacements
 from regrow.training.optimizers import Optimizers
@@ -154,6 +147,7 @@ class _Run(Generic[S]):
             past,
             undo=undo,
             log=self.log,
+            objective=phase.objective,
         )
 
 
@@ -186,6 +180,8 @@ def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Con
     optimizers.restore(context.parameters(), axis_tensors(own), state.moments)
     state = replace(state, learner=own)
     for epoch in range(state.epoch, len(phase.epochs)):
+        if phase.is_over(state.validation):
+            break
         context = replace(context, epoch=epoch, steps=phase.epochs[epoch])
         new: dict[str, Tensor] = {}
         if not state.step:
@@ -200,6 +196,8 @@ def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Con
             raise
         moments = optimizers.moments(context.parameters(), axis_tensors(own))
         state = replace(latest.state, learner=own, epoch=epoch + 1, step=0, moments=moments)
+        if phase.validate:
+            state = replace(state, validation=(*state.validation, phase.validate(own, context)))
         if run.checkpoint and state.epoch < len(phase.epochs):
             run.checkpoint(state, context)
     own = learner.boundary(state.learner, context, Boundary(Event.TASK_END))
@@ -213,6 +211,7 @@ def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Con
         sizes=(*state.sizes, sizes | run.notes.get("task", {})),
         moments={},
         loss=None,
+        validation=(),
     )
     if run.checkpoint:
         run.checkpoint(state, context)

@@ -9,11 +9,11 @@ from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, axes_in
 from regrow.axis_tensor import AxisTensor
+from regrow.objectives import CLASSIFICATION, Objective
 from regrow.plan import Plan
 from regrow.sources import logits_in
 from regrow.surgery import UndoStore
@@ -71,6 +71,7 @@ class Context:
         applied: The number of plans that were applied since the last epoch.
         undo: The store of what earlier plans removed from the network, for learners that restore units.
         log: Records rows of measurements.
+        objective: What the network is trained for.
     """
 
     model: nn.Module
@@ -87,6 +88,7 @@ class Context:
     applied: int = 0
     undo: UndoStore | None = None
     log: Log = discard
+    objective: Objective = CLASSIFICATION
 
     @property
     def training(self) -> bool:
@@ -219,10 +221,16 @@ def parametrize_nothing(state: object, context: Context) -> Replacements:
     return Replacements()
 
 
-def cross_entropy_loss(state: object, context: Context, step: Step) -> Loss:
-    """Default ``loss`` hook: return the cross-entropy of the network's logits, with the logits as ``aux``."""
-    logits = context.logits(step.batch.inputs)
-    return Loss(F.cross_entropy(logits, step.batch.labels), logits)
+def task_loss(state: object, context: Context, step: Step) -> Loss:
+    """Default ``loss`` hook: return the loss of the context's objective, with the network's output as ``aux``.
+
+    Of classes, the output is the logits, −∞ for classes outside ``context.classes``.
+    """
+    if context.objective is CLASSIFICATION:
+        output: Any = context.logits(step.batch.inputs)
+    else:
+        output = run_network(context.model, step.batch.inputs)
+    return Loss(context.objective.loss(output, step.batch.labels), output)
 
 
 def keep_gradients(state: S, context: Context, step: Step) -> S:
@@ -273,11 +281,13 @@ class Learner(Generic[S]):
             them comes with every step.
         trains_on_past: Whether it trains on all examples of earlier tasks, as upper bounds do.
         restores: Whether its plans restore what earlier plans removed.
+        classes_only: Whether it needs class probabilities, so that it learns no other objective.
+        uses_axes: Whether it needs the network's axes, so that the network must be traced.
     """
 
     state: S
     parametrize: Callable[[S, Context], Replacements] = parametrize_nothing
-    loss: Callable[[S, Context, Step], Loss] = cross_entropy_loss
+    loss: Callable[[S, Context, Step], Loss] = task_loss
     project: Callable[[S, Context, Step], S] = keep_gradients
     after_step: Callable[[S, Context, Step], S] = keep_state
     plan: Callable[[S, Context], tuple[Plan | None, S]] = plan_nothing
@@ -287,6 +297,8 @@ class Learner(Generic[S]):
     second_share: float = 0.0
     trains_on_past: bool = False
     restores: bool = False
+    classes_only: bool = False
+    uses_axes: bool = True
 
 
 @dataclass(frozen=True)

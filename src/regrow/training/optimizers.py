@@ -1,6 +1,6 @@
 """Optimizers of a network and of its learner's tensors; their moments follow every plan and are stored."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class OptimizerSettings:
         kind: ``sgd`` (momentum 0.9, Nesterov) or ``adamw``.
         lr: Learning rate of the network's parameters.
         weight_decay: Weight decay of the network's parameters.
+        build: (parameter groups) → an optimizer of the user's own, such as ``functools.partial(torch.optim.Adam,
+            lr=1e-3)``, which replaces all of the above.
 
     Raises:
         ValueError: If a value is out of range.
@@ -32,6 +34,7 @@ class OptimizerSettings:
     kind: str = "sgd"
     lr: float = 0.01
     weight_decay: float = 0.0
+    build: Callable[[Any], torch.optim.Optimizer] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("sgd", "adamw"):
@@ -51,14 +54,17 @@ class Optimizers:
     """
 
     def __init__(self, settings: OptimizerSettings, learner: str = "", *, scheduled: bool = False) -> None:
-        self.lr, self.scheduled = settings.lr, scheduled
+        self.scheduled = scheduled
         groups: list[dict[str, Any]] = [{"params": []}]
         decay = settings.weight_decay
         self.network: torch.optim.Optimizer
-        if settings.kind == "adamw":
+        if settings.build is not None:
+            self.network = settings.build(groups)
+        elif settings.kind == "adamw":
             self.network = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=decay)
         else:
             self.network = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=decay)
+        self.lr = float(self.network.param_groups[0]["lr"])
         self.all: list[torch.optim.Optimizer] = [self.network]
         if learner == "adam":
             self.all.append(torch.optim.Adam([{"params": []}], betas=(0.5, 0.999)))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regrow.axis_tensor import AxisTensor
-from regrow.training.learner import Context, Loss, Step, cross_entropy_loss, tensor_along
+from regrow.training.learner import Context, Loss, Step, task_loss, tensor_along
 
 
 def copy_parameters(context: Context) -> dict[str, AxisTensor]:
@@ -25,7 +25,7 @@ def quadratic_loss(
     importance: Mapping[str, AxisTensor],
     anchor: Mapping[str, AxisTensor],
 ) -> Loss:
-    """Return the cross-entropy + ``strength`` · Σ importance (θ − anchor)²; the cross-entropy alone in the first task.
+    """Return the loss + ``strength`` · Σ importance (θ − anchor)²; the loss alone in the first task.
 
     Args:
         context: The network.
@@ -34,7 +34,7 @@ def quadratic_loss(
         importance: The importance of each parameter to earlier tasks, by name.
         anchor: The values that parameters are held at, by name.
     """
-    loss = cross_entropy_loss(None, context, step).value
+    loss = task_loss(None, context, step).value
     if context.number:
         for name, parameter in context.parameters().items():
             away = parameter - anchor[name].values

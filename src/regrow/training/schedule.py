@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from regrow.axes import AxisGraph
+from regrow.objectives import CLASSIFICATION, Objective
 from regrow.tasks import Examples, Task
 from regrow.training.learner import Context
 from regrow.training.optimizers import OptimizerSettings
@@ -74,6 +75,10 @@ class Phase:
         batches: Returns the batches of an epoch; called once per epoch. Batches have a method ``to(device)``.
         classes: The classes among which predictions are made, ``[classes]`` bool; ``None`` for all.
         seeded: Whether each epoch first sets the global seed, for Dropout and augmentation.
+        objective: What the network is trained for.
+        validate: (the learner's state, context) → a score on held-out examples, higher is better; called after each
+            epoch. ``None``: not evaluated.
+        patience: After how many epochs without a better score the task ends early; 0: never.
     """
 
     task: Task
@@ -81,6 +86,17 @@ class Phase:
     batches: Callable[[Context], Batches]
     classes: Tensor | None = None
     seeded: bool = True
+    objective: Objective = CLASSIFICATION
+    validate: Callable[[Any, Context], float] | None = None
+    patience: int = 0
+
+    def is_over(self, scores: Sequence[float]) -> bool:
+        """Whether the task ends early: none of the last ``patience`` scores is the best one.
+
+        Args:
+            scores: The scores of all epochs so far.
+        """
+        return 0 < self.patience < len(scores) and max(scores[-self.patience :]) <= max(scores[: -self.patience])
 
 
 def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequence[Any]]) -> Phase:

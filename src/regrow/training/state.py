@@ -178,6 +178,7 @@ class TrainState(Generic[S]):
         sizes: One row per finished task: parameters, MACs and bytes of state.
         moments: The state of the optimizers.
         loss: The smoothed training loss of the current task.
+        validation: The score on held-out examples after each epoch of the current task.
     """
 
     learner: S
@@ -191,3 +192,4 @@ class TrainState(Generic[S]):
     sizes: tuple[dict[str, Any], ...] = ()
     moments: Moments = field(default_factory=dict)
     loss: float | None = None
+    validation: tuple[float, ...] = ()

@@ -18,7 +18,7 @@ from regrow.store.run_record import convert_settings
 from regrow.surgery.parametrize import parametrize
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
-from regrow.training.learner import Boundary, Context, Event, Step, cross_entropy_loss
+from regrow.training.learner import Boundary, Context, Event, Step, task_loss
 from regrow.training.state import axis_tensors
 
 
@@ -86,7 +86,7 @@ def test_lwf_asks_the_network_as_it_was() -> None:
     net.train()
     batch = next(TWO[1].train.batches(32))
     steps = [m.num_batches_tracked.clone() for m in net.modules() if isinstance(m, _BatchNorm)]
-    plain = cross_entropy_loss(state, context, Step(0, batch)).value
+    plain = task_loss(state, context, Step(0, batch)).value
     now = [m.num_batches_tracked for m in net.modules() if isinstance(m, _BatchNorm)]
     assert [int(a) - int(b) for a, b in zip(now, steps, strict=True)] == [1] * len(steps)
     before = [v.clone() for v in net.state_dict().values()]

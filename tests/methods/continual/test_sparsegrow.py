@@ -16,7 +16,7 @@ from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
-from regrow.training.learner import PLAIN, Boundary, Context, Event, Learner, Step, cross_entropy_loss
+from regrow.training.learner import PLAIN, Boundary, Context, Event, Learner, Step, task_loss
 from regrow.training.state import TrainState
 
 SCHEDULE = TaskSchedule(epochs=4, batch_size=64, lr=0.05)
@@ -182,7 +182,7 @@ def test_the_loss_moves_thresholds_where_it_should(tasks: list[Task], mode: str)
     with torch.no_grad():
         weights[last][:, 0] = 0.0
     with parametrize(model, learner.parametrize(state, context).values):
-        cross_entropy_loss(state, context, Step(0, next(tasks[0].train.batches(64)))).value.backward()
+        task_loss(state, context, Step(0, next(tasks[0].train.batches(64)))).value.backward()
     moved = [t.grad is not None and bool(t.grad.any()) for t in thresholds]
     assert all(moved) if mode == "dst" else not any(moved)
     gradient = weights[last].grad

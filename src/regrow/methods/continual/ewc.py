@@ -70,7 +70,7 @@ def build(settings: Settings) -> Learner[EwcState]:
         fisher = {name: tensor_along(context, name, settings.decay * before[name] + measured[name]) for name in before}
         return EwcState(fisher, copy_parameters(context))
 
-    return Learner(EwcState(), loss=compute_loss, boundary=consolidate)
+    return Learner(EwcState(), loss=compute_loss, boundary=consolidate, classes_only=True)
 
 
 def _measure_fisher(context: Context, samples: int) -> dict[str, Tensor]:

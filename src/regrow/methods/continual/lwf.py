@@ -79,7 +79,7 @@ def build(settings: Settings) -> Learner[LwfState]:
             old[name] = AxisTensor(value.clone(), tuple(value.shape))
         return LwfState(old, state.seen, sorted({*state.seen, *context.task.classes}))
 
-    return Learner(LwfState(), loss=compute_loss, boundary=keep_teacher)
+    return Learner(LwfState(), loss=compute_loss, boundary=keep_teacher, classes_only=True)
 
 
 def _old_logits(state: LwfState, context: Context, inputs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from regrow.settings.constraints import OneOf, check_constraints
 from regrow.tasks import Examples
-from regrow.training.learner import Context, Learner, Loss, Step, cross_entropy_loss, set_train_mode
+from regrow.training.learner import Context, Learner, Loss, Step, set_train_mode, task_loss
 from regrow.training.norms import train_with_frozen_norms
 
 CITATION = "controls"
@@ -49,7 +49,7 @@ def build(settings: Settings) -> Learner[NaiveState]:
 
     def compute_loss(state: NaiveState, context: Context, step: Step) -> Loss:
         if settings.keep != "data" or not context.past:
-            return cross_entropy_loss(state, context, step)
+            return task_loss(state, context, step)
         return _joint_loss(state, context, step.batch)
 
     def count_step(state: NaiveState, context: Context, step: Step) -> NaiveState:
@@ -68,6 +68,8 @@ def build(settings: Settings) -> Learner[NaiveState]:
         after_step=count_step,
         boundary=train_with_frozen_norms if settings.keep == "network" else set_train_mode,
         trains_on_past=settings.keep == "data",
+        classes_only=settings.keep == "data",
+        uses_axes=False,
     )
 
 

@@ -92,7 +92,7 @@ def build(settings: Settings) -> Learner[ReplayState]:
             memory = reservoir.offer(memory, context, settings.memory, rows)
         return ReplayState(**memory.rows, seen=memory.seen, recalled=memory.recalled)
 
-    return Learner(ReplayState(), loss=compute_loss, after_step=remember)
+    return Learner(ReplayState(), loss=compute_loss, after_step=remember, classes_only=True)
 
 
 def _memory(state: ReplayState) -> reservoir.Reservoir:

@@ -30,9 +30,9 @@ from regrow.training.learner import (
     Loss,
     Replacements,
     Step,
-    cross_entropy_loss,
     flags_along,
     set_train_mode,
+    task_loss,
     tensor_along,
 )
 from regrow.training.norms import freeze_norms
@@ -88,6 +88,7 @@ def build(settings: Settings) -> Learner[SparseGrowState]:
         after_step=restrict_step,
         plan=plan,
         boundary=react,
+        classes_only=True,
     )
 
 
@@ -262,7 +263,7 @@ def _measure_importance(state: SparseGrowState, context: Context) -> dict[str, A
     model.eval()
     for i, batch in enumerate(context.task.train.batches(256)):
         model.zero_grad(set_to_none=True)
-        cross_entropy_loss(state, context, Step(i, batch)).value.backward()
+        task_loss(state, context, Step(i, batch)).value.backward()
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 sums[name] += parameter.grad

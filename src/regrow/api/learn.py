@@ -1,0 +1,201 @@
+"""``regrow.learn``: train a network on one task after the other, with any data, loss and method."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.api.inputs import LossLike, ModelLike, read_inputs
+from regrow.axes import AxisGraph, Example
+from regrow.data.batches import ReadOptions
+from regrow.data.datasets import to_tasks
+from regrow.errors import InputError
+from regrow.evaluation.continual import Matrix
+from regrow.methods import MethodKind, find_method
+from regrow.objectives import choose_objective
+from regrow.plan import Plan
+from regrow.progress import Progress, silent
+from regrow.sources import Batch
+from regrow.tasks import Task, first_examples
+from regrow.tracing import trace
+from regrow.training import continual
+from regrow.training.checkpoint import read_checkpoint, write_checkpoint
+from regrow.training.learner import Context, Learner, write_replacements
+from regrow.training.schedule import NO_AXES
+from regrow.training.state import TrainState
+
+OptimizerLike = str | Callable[[Any], torch.optim.Optimizer]
+"""``"sgd"``, ``"adamw"``, or a function (parameter groups) → optimizer."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The result of learning a sequence of tasks.
+
+    Args:
+        model: The trained network, without any part of the method: the one that was given, changed in place.
+        axes: Its axes; empty if the method changes no shapes.
+        tasks: The names of the tasks.
+        scores: ``scores.rows[i][j]``: the score on task j after learning task i (of classes: accuracy), with averages.
+        plans: Every change of shape, in order.
+        rows: One row per task: parameters, multiply–accumulates of one example, bytes of state, seconds.
+    """
+
+    model: nn.Module
+    axes: AxisGraph
+    tasks: tuple[str, ...]
+    scores: Matrix
+    plans: tuple[Plan, ...]
+    rows: tuple[Mapping[str, Any], ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name}: " + " ".join("–" if score != score else f"{score:.3f}" for score in row)
+            for name, row in zip(self.tasks, self.scores.rows, strict=False)
+        ]
+        return "\n".join([*lines, f"average {self.scores.average:.3f}, forgetting {self.scores.forgetting or 0:.3f}"])
+
+
+def learn(
+    model: ModelLike,
+    tasks: Any,
+    *,
+    method: str = "sparsegrow",
+    settings: Mapping[str, Any] | None = None,
+    loss: LossLike = None,
+    epochs: int = 5,
+    batch_size: int = 64,
+    optimizer: OptimizerLike = "sgd",
+    lr: float = 0.01,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    example: Any = None,
+    axes: AxisGraph | None = None,
+    tokenizer: Any = None,
+    checkpoint: str | Path | None = None,
+    progress: Progress = silent,
+    **training: Any,
+) -> Learned:
+    """Train a network on one task after the other, and measure the score on all tasks after each one.
+
+    Args:
+        model: The network, changed in place (it may also change its shape); or a model's name or a run folder.
+        tasks: An iterable of (training data, test data), each as for :func:`regrow.prune`; an Avalanche-shaped
+            benchmark; or training data alone, of which a tenth is held out for testing. Data sets and loaders are read
+            batch by batch, so that memory does not grow with the number of tasks.
+        method: One of ``regrow.methods.LEARNERS``; ``"naive"`` is plain training.
+        settings: Settings of the method that differ from its defaults.
+        loss: The loss, as for :func:`regrow.prune`. Methods that need class probabilities refuse other losses.
+        epochs: Passes over each task.
+        batch_size: Examples per step.
+        optimizer: ``"sgd"`` (momentum 0.9, Nesterov), ``"adamw"``, or a function (parameter groups) → optimizer, such
+            as ``functools.partial(torch.optim.SGD, lr=0.1, momentum=0.8)``.
+        lr: Learning rate.
+        device: The device to train on; ``None``: where the network is.
+        seed: Seed of the order of examples and of everything random.
+        example: The input with which the network is traced; ``None``: two examples of the first task.
+        axes: The network's axes, if they are known; it is then not traced.
+        tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
+        checkpoint: A file that is written after each epoch, and from which the same call resumes if it exists.
+        progress: Called with (steps done, steps in all, what is being done).
+        **training: More fields of :class:`regrow.training.continual.TaskSchedule`: ``scenario``, ``weight_decay``,
+            ``decay``, ``precision``, ``held_out``, ``patience``.
+
+    Raises:
+        ValueError: If the method or a setting is unknown, a task has no labels, or the loss is not finite.
+
+    >>> inputs = torch.randn(60, 4)
+    >>> tasks = [(inputs, (inputs[:, i] > 0).long()) for i in (0, 1)]
+    >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> learned = learn(net, tasks, method="ewc", epochs=2)
+    >>> len(learned.scores.rows), learned.tasks
+    (2, ('task-1', 'task-2'))
+    """
+    known = Example() if example is None else example
+    net = read_inputs(model, example=known, tokenizer=tokenizer, progress=progress)
+    shift = type(net.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    every = to_tasks(tasks, ReadOptions(batch_size, net.tokenizer, shift=shift))
+    learner = _build(method, settings or {}, seed)
+    batch = _first_batch(every[0])
+    schedule = continual.TaskSchedule(
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer if isinstance(optimizer, str) else "sgd",
+        lr=lr,
+        seed=seed,
+        objective=choose_objective(loss, batch),
+        build_optimizer=None if isinstance(optimizer, str) else optimizer,
+        **training,
+    )
+    network = net.model.to(device) if device is not None else net.model
+    if axes is None:
+        place = next((p.device for p in network.parameters()), torch.device("cpu"))
+        traced = net.example if example is not None else Example(*_moved(batch, place))
+        axes = _trace(network, traced, method) if learner.uses_axes else NO_AXES
+    return _run(network, axes, every, learner, schedule, checkpoint, progress)
+
+
+def _build(method: str, settings: Mapping[str, Any], seed: int) -> Learner[Any]:
+    """Return the learner of a method; one with a seed gets the given one, unless the settings have their own."""
+    entry = find_method(MethodKind.CONTINUAL, method)
+    own = {"seed": seed} if any(one.name == "seed" for one in fields(entry.settings)) else {}
+    learner: Learner[Any] = entry.made(method, {**own, **settings})
+    return learner
+
+
+def _first_batch(task: Task) -> Batch:
+    """Return the first two training examples of a task as the network's inputs, with labels."""
+    first = first_examples(task.train, 2)
+    if isinstance(first.inputs, Mapping):
+        return Batch((), first.inputs, first.labels)
+    inputs = (first.inputs,) if isinstance(first.inputs, torch.Tensor) else tuple(first.inputs)
+    return Batch(inputs, {}, first.labels)
+
+
+def _run(
+    model: nn.Module,
+    axes: AxisGraph,
+    tasks: list[Task],
+    learner: Learner[Any],
+    schedule: continual.TaskSchedule,
+    checkpoint: str | Path | None,
+    progress: Progress,
+) -> Learned:
+    """Learn the tasks, resuming from the checkpoint if there is one."""
+    state, file = TrainState(learner.state), Path(checkpoint) if checkpoint is not None else None
+    if file is not None and file.is_file():
+        model, axes, state = read_checkpoint(file, model, axes, learner.state)
+
+    def write(now: TrainState[Any], context: Context) -> None:
+        if file is not None:
+            write_checkpoint(file, context.model, now)
+
+    fitted = continual.learn(model, axes, tasks, learner, schedule, state=state, checkpoint=write, progress=progress)
+    last = len(tasks) - 1
+    write_replacements(learner, fitted.state.learner, Context(fitted.model, fitted.axes, tasks[last], last))
+    names = tuple(task.name for task in tasks)
+    fitted.model.eval()
+    return Learned(
+        fitted.model,
+        fitted.axes,
+        names,
+        continual.accuracy_matrix(fitted.state),
+        fitted.state.plans,
+        fitted.state.sizes,
+    )
+
+
+def _trace(model: nn.Module, example: Example, method: str) -> AxisGraph:
+    """Trace a network, and say which method needs its axes if that fails."""
+    try:
+        return trace(model, *example.args, **example.kwargs)
+    except ValueError as error:
+        raise InputError(f"{method} needs the network's axes, and it cannot be traced: {error}") from error
+
+
+def _moved(batch: Batch, device: torch.device) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    batch = batch.to(device)
+    return batch.args, batch.kwargs

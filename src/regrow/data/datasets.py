@@ -1,0 +1,307 @@
+"""Examples that stay on disk or in a user's data set, and are read in batches while training."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from regrow.data.batches import BatchStream, ReadOptions, to_batch, to_source
+from regrow.data.errors import SourceError
+from regrow.objectives import IGNORED
+from regrow.sources import Batch
+from regrow.tasks import Examples, ExampleSet, Task, batch_indices
+
+Collate = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class StreamedExamples:
+    """The examples of a data set with ``len`` and indices, read when they are needed.
+
+    Args:
+        dataset: Entries are (input, label), with further parts ignored, or dicts that hold a label.
+        indices: The positions that belong to this set, ``[N]`` int64; ``None``: all.
+        workers: The number of processes that read ahead; 0: this one reads.
+        collate: (list of entries) → a batch, as :func:`regrow.data.batches.to_batch` takes it; ``None``: torch's way.
+    """
+
+    dataset: Any
+    indices: Tensor | None = None
+    workers: int = 0
+    collate: Collate | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.indices is None else len(self.indices)
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
+        """Yield all examples in batches, in the order of :meth:`regrow.tasks.Examples.batches`.
+
+        Args:
+            size: Examples per batch.
+            seed: Seed of the shuffling, and of what workers draw; ``None``: in order.
+        """
+        order = [self._positions(part) for part in batch_indices(len(self), size, seed)]
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=order,
+            num_workers=self.workers,
+            collate_fn=self._join,
+            generator=torch.Generator().manual_seed(seed or 0),
+        )
+        return iter(loader)
+
+    def take(self, indices: Tensor) -> Examples:
+        """Return some of the examples, in memory.
+
+        Args:
+            indices: Their positions.
+        """
+        return self._join([self.dataset[i] for i in self._positions(indices)])
+
+    def subset(self, indices: Tensor) -> "StreamedExamples":
+        """Return some of the examples as a set that is read in the same way.
+
+        Args:
+            indices: Their positions.
+        """
+        chosen = indices if self.indices is None else self.indices[indices]
+        return StreamedExamples(self.dataset, chosen, self.workers, self.collate)
+
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples from the data set's ``targets``, if it has them."""
+        targets = getattr(self.dataset, "targets", None)
+        if targets is None or len(targets) != len(self.dataset):
+            return None
+        labels = targets if isinstance(targets, Tensor) else torch.tensor([int(label) for label in targets])
+        return labels if self.indices is None else labels[self.indices]
+
+    def _positions(self, indices: Tensor) -> list[int]:
+        chosen = indices if self.indices is None else self.indices[indices]
+        return chosen.tolist()
+
+    def _join(self, entries: list[Any]) -> Examples:
+        if self.collate is not None:
+            return to_examples_of_batch(to_batch(self.collate(entries)))
+        if isinstance(entries[0], dict):
+            return to_examples_of_batch(to_batch(torch.utils.data.default_collate(entries)))
+        inputs = [to_input(entry[0]) for entry in entries]
+        if not isinstance(inputs[0], Tensor):
+            return Examples(torch.utils.data.default_collate(inputs), _stack_labels([entry[1] for entry in entries]))
+        if len({x.shape for x in inputs}) > 1:
+            sizes = ", ".join(sorted({str(tuple(x.shape)) for x in inputs}))
+            raise SourceError(f"pictures differ in size: {sizes}; resize them in the data set's transform")
+        return Examples(torch.stack(inputs), _stack_labels([entry[1] for entry in entries]))
+
+
+@dataclass(frozen=True)
+class LoadedExamples:
+    """The examples of an iterable of batches that cannot be indexed: they come as they come.
+
+    Args:
+        stream: The batches.
+    """
+
+    stream: Sequence[Batch]
+
+    def __len__(self) -> int:
+        """Return the number of examples, which takes a pass over them."""
+        return sum(len(to_examples_of_batch(batch)) for batch in self.stream)
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
+        """Yield all examples in the batches and the order in which they come.
+
+        Args:
+            size: Not used: the batches have their own sizes.
+            seed: Not used: a loader shuffles by itself.
+        """
+        return (to_examples_of_batch(batch) for batch in self.stream)
+
+    def take(self, indices: Tensor) -> Examples:
+        """Return some of the examples, in memory; reads as far as the last of them.
+
+        Args:
+            indices: Their positions.
+        """
+        parts, many = [], 0
+        for part in self.batches(0):
+            parts.append(part)
+            many += len(part)
+            if many > int(indices.max()):
+                break
+        return join_examples(parts).take(indices)
+
+    def subset(self, indices: Tensor) -> ExampleSet:
+        """Return some of the examples, in memory.
+
+        Args:
+            indices: Their positions.
+        """
+        return self.take(indices)
+
+    def labels_of(self) -> Tensor | None:
+        """Return ``None``: labels are known when the examples are read."""
+        return None
+
+
+def to_examples(data: Any, reading: ReadOptions = ReadOptions()) -> ExampleSet:  # noqa: B008
+    """Return a user's data as labelled examples; what can be read from disk stays there.
+
+    Args:
+        data: As for :func:`regrow.data.batches.to_source`, with labels; or an :class:`regrow.tasks.ExampleSet`.
+        reading: How they are read.
+
+    Raises:
+        SourceError: If they are of no kind that can be read, or have no labels.
+    """
+    if isinstance(data, ExampleSet):
+        return data
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        return Examples(*data)
+    if isinstance(data, DataLoader) and isinstance(data.sampler, SequentialSampler | RandomSampler):
+        default = data.collate_fn is torch.utils.data.default_collate
+        return StreamedExamples(data.dataset, None, data.num_workers, None if default else data.collate_fn)
+    if _is_indexed(data):
+        return StreamedExamples(data)
+    source = to_source(data, reading=reading)
+    if isinstance(source.batches, BatchStream):
+        return LoadedExamples(source.batches)
+    return join_examples([to_examples_of_batch(batch) for batch in source])
+
+
+def to_examples_of_batch(batch: Batch) -> Examples:
+    """Return a batch of inputs and labels as examples.
+
+    Args:
+        batch: The batch.
+
+    Raises:
+        SourceError: If it has no labels.
+    """
+    if batch.labels is None:
+        raise SourceError("learning needs labels, and a batch has none; give batches as (inputs, labels)")
+    named = {name: value for name, value in batch.kwargs.items() if isinstance(value, Tensor)}
+    if named:
+        return Examples(named, batch.labels)
+    return Examples(batch.args[0] if len(batch.args) == 1 else tuple(batch.args), batch.labels)
+
+
+def join_examples(parts: Iterable[Examples]) -> Examples:
+    """Return several sets of examples as one.
+
+    Args:
+        parts: The sets, whose inputs have the same structure.
+    """
+    parts = list(parts)
+    first = parts[0].inputs
+    labels = torch.cat([part.labels for part in parts])
+    if isinstance(first, Tensor):
+        return Examples(torch.cat([part.inputs for part in parts]), labels)
+    if isinstance(first, dict):
+        return Examples({name: torch.cat([part.inputs[name] for part in parts]) for name in first}, labels)
+    return Examples(tuple(torch.cat(column) for column in zip(*(part.inputs for part in parts), strict=True)), labels)
+
+
+def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.1) -> list[Task]:  # noqa: B008
+    """Return a user's sequence of tasks.
+
+    Args:
+        tasks: An Avalanche-shaped benchmark, with ``train_stream`` and ``test_stream`` of experiences that have a
+            ``dataset``; or an iterable of tasks: pairs (training data, test data), dicts with ``train``, ``test`` and
+            perhaps ``name``, :class:`regrow.tasks.Task`, or training data alone.
+        reading: How data are read.
+        share: The fraction of training data alone that is held out for testing.
+
+    Raises:
+        SourceError: If there is no task, or one cannot be read.
+
+    >>> data = torch.eye(20), torch.arange(20) % 2
+    >>> [(task.name, len(task.train), len(task.test)) for task in to_tasks([(data, data), data])]
+    [('task-1', 20, 20), ('task-2', 18, 2)]
+    """
+    if hasattr(tasks, "train_stream") and hasattr(tasks, "test_stream"):
+        tasks = zip(tasks.train_stream, tasks.test_stream, strict=True)
+    result = []
+    for i, task in enumerate(tasks):
+        name = f"task-{i + 1}"
+        match task:
+            case Task():
+                result.append(task)
+                continue
+            case {"train": train, "test": test}:
+                result.append(to_task(str(task.get("name", name)), train, test, reading))
+            case (train, test) if not isinstance(test, Tensor):
+                result.append(to_task(name, train, test, reading))
+            case _:
+                whole = to_examples(_dataset_of(task), reading)
+                order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(i))
+                test, train = order.split([n := max(1, round(share * len(whole))), len(whole) - n])
+                result.append(to_task(name, whole.subset(train.sort()[0]), whole.subset(test.sort()[0]), reading))
+    if not result:
+        raise SourceError("there is no task to learn; give an iterable of (training data, test data)")
+    return result
+
+
+def to_task(name: str, train: Any, test: Any, reading: ReadOptions = ReadOptions()) -> Task:  # noqa: B008
+    """Return a task from training and test data.
+
+    Args:
+        name: What results call it.
+        train: The training data, or an experience with a ``dataset``.
+        test: The test data, never trained on.
+        reading: How they are read.
+    """
+    learned, tested = (to_examples(_dataset_of(part), reading) for part in (train, test))
+    classes = getattr(train, "classes_in_this_experience", None)
+    if classes is None:
+        classes = {label for part in (learned, tested) for label in _classes(part)}
+    return Task(name, learned, tested, tuple(sorted(map(int, classes))))
+
+
+def _dataset_of(data: Any) -> Any:
+    """Return the data set of an Avalanche-shaped experience; other data as they are."""
+    own = getattr(data, "dataset", None)
+    return data if own is None or isinstance(data, DataLoader) or hasattr(data, "__getitem__") else own
+
+
+def _classes(examples: ExampleSet) -> set[int]:
+    """Return the class labels of examples, which are read if need be; none if labels are values or one per token."""
+    known = examples.labels_of()
+    found: set[int] = set()
+    for labels in [known] if known is not None else (batch.labels for batch in examples.batches(256)):
+        if labels.is_floating_point() or labels.dim() != 1:
+            return set()
+        found |= set(labels.unique().tolist())
+    return found - {IGNORED}
+
+
+def to_input(value: Any) -> Any:
+    """Return one input as the network takes it: images of integers, as PIL gives them, become ``[C, H, W]`` in 0 to 1.
+
+    Args:
+        value: A tensor, an array, an image, or a structure of tensors, which stays as it is.
+    """
+    if isinstance(value, dict | tuple):
+        return value
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(np.array(value))
+        if value.dtype == torch.uint8 and value.dim() in (2, 3):
+            value = value.unsqueeze(0) if value.dim() == 2 else value.movedim(-1, 0)
+    return value.float() / 255 if value.dtype == torch.uint8 else value
+
+
+def _stack_labels(labels: Sequence[Any]) -> Tensor:
+    stacked = torch.stack([torch.as_tensor(label) for label in labels])
+    return stacked.float() if stacked.is_floating_point() else stacked.long()
+
+
+def _is_indexed(data: Any) -> bool:
+    """Whether data are a data set with ``len`` and indices, or a list of entries (input, label)."""
+    if isinstance(data, list) and data and isinstance(data[0], tuple | list) and len(data[0]) > 1:
+        label = data[0][1]
+        return isinstance(label, int | np.generic) or (isinstance(label, Tensor) and label.dim() == 0)
+    known = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "column_names")
+    return known and not isinstance(data, Sequence | Tensor | dict | DataLoader)

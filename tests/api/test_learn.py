@@ -1,0 +1,128 @@
+"""``regrow.learn``: any network, data, loss and optimizer; equal to the command on the same tasks."""
+
+from functools import partial
+
+import pytest
+import torch
+from tests.data.test_datasets import benchmark
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import regrow
+from regrow.data.streams import digits_task, permuted_tasks
+from regrow.nets.small import small
+from regrow.tasks import first_examples
+
+INPUTS = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
+
+
+def net(outputs=2):
+    """A small network."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, outputs))
+
+
+def tasks(labels):
+    """Two tasks, each a loader and a data set for testing."""
+    data = [TensorDataset(INPUTS, labels(i)) for i in (0, 1)]
+    return [(DataLoader(one, batch_size=16), one) for one in data]
+
+
+TARGETS = {
+    "classification": (2, lambda i: (INPUTS[:, i] > 0).long()),
+    "multi-label": (2, lambda i: (INPUTS[:, i : i + 2] > 0).float()),
+    "regression": (1, lambda i: INPUTS[:, i : i + 1] * 2),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_any_labels_are_learned(kind):
+    outputs, labels = TARGETS[kind]
+    learned = regrow.learn(net(outputs), tasks(labels), method="naive", epochs=20, lr=0.05, batch_size=16)
+    rows = learned.scores.rows
+    assert rows[0][0] > learned.scores.before[0]
+    assert rows[1][1] > rows[0][1]
+    assert rows[1][1] > (0.9 if kind != "regression" else -0.3)
+
+
+@pytest.mark.parametrize("method", ["sparsegrow", "ewc", "replay"])
+def test_an_avalanche_shaped_benchmark_equals_tasks_in_memory(method):
+    """Bit for bit, as does a finished network whose data were read from data sets."""
+    base = permuted_tasks(digits_task(), 2)
+    streams = [
+        [[(x, int(y)) for x, y in zip(*vars(first_examples(part, 200)).values(), strict=True)] for part in parts]
+        for parts in zip(*((task.train, task.test) for task in base), strict=True)
+    ]
+    shaped = benchmark([])
+    for name, parts in zip(("train_stream", "test_stream"), streams, strict=True):
+        setattr(shaped, name, [type(shaped)(dataset=part) for part in parts])
+    memory = [
+        regrow.data.streams.Task(one.name, first_examples(one.train, 200), first_examples(one.test, 200), one.classes)
+        for one in base
+    ]
+    found = []
+    for given in (shaped, memory):
+        model, _ = small("mlp:20", (1, 8, 8), 10, 0)
+        learned = regrow.learn(model, given, method=method, epochs=2)
+        found.append((learned.scores.rows, model.state_dict()))
+    (rows, weights), (again, same) = found
+    assert rows == again
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_an_optimizer_of_ones_own():
+    given = tasks(TARGETS["classification"][1])
+    by_name = regrow.learn(net(), given, method="naive", epochs=2, lr=0.1).model
+    own = regrow.learn(
+        net(), given, method="naive", epochs=2, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+    ).model
+    other = regrow.learn(net(), given, method="naive", epochs=2, optimizer=partial(torch.optim.Adam, lr=0.1)).model
+    assert torch.equal(by_name[0].weight, own[0].weight)
+    assert not torch.equal(own[0].weight, other[0].weight)
+
+
+def test_a_task_ends_when_held_out_examples_say_so():
+    steps = []
+    labels = torch.randint(2, (80,), generator=torch.Generator().manual_seed(1))  # nothing to learn
+    regrow.learn(
+        net(), [((INPUTS, labels), (INPUTS, labels))], method="naive", epochs=50, held_out=0.25, patience=2,
+        progress=lambda done, total, what: steps.append(done),
+    )  # fmt: skip
+    assert len(steps) < 50
+
+
+def test_interrupted_learning_resumes_from_its_file(tmp_path):
+    given = tasks(TARGETS["classification"][1])
+    whole = regrow.learn(net(), given, method="ewc", epochs=3)
+
+    def stop(done, total, what):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        regrow.learn(net(), given, method="ewc", epochs=3, checkpoint=file, progress=stop)
+    resumed = regrow.learn(net(), given, method="ewc", epochs=3, checkpoint=file)
+    assert resumed.scores.rows == whole.scores.rows
+    assert torch.equal(resumed.model[0].weight, whole.model[0].weight)
+
+
+def test_a_network_that_grows_is_the_result():
+    model, _ = small("mlp:12", (1, 8, 8), 10, 0)
+    learned = regrow.learn(model, permuted_tasks(digits_task(), 2), settings={"grow": "always", "cap": 4.0})
+    assert learned.model is model
+    assert learned.plans
+    assert "average" in str(learned)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"method": "ewc", "loss": nn.MSELoss()}, "needs class probabilities"),
+        ({"method": "nothing"}, "there is no method 'nothing'"),
+        ({"patience": 2}, "needs examples to judge by"),
+    ],
+)
+def test_mistakes_name_the_remedy(more, words):
+    with pytest.raises(ValueError, match=words):
+        regrow.learn(net(), tasks(TARGETS["classification"][1]), **more)

@@ -1,0 +1,147 @@
+"""Users' data sets as tasks: read when they are needed, in the order of examples in memory."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from regrow.data.datasets import LoadedExamples, StreamedExamples, to_examples, to_tasks
+from regrow.data.errors import SourceError
+from regrow.data.streams import permuted_tasks
+from regrow.tasks import Examples
+
+INPUTS, LABELS = torch.arange(33.0).reshape(11, 3), torch.arange(11) % 2
+
+
+class Reads(Dataset):
+    """Counts the entries that are read."""
+
+    def __init__(self):
+        self.read = []
+
+    def __len__(self):
+        return len(INPUTS)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return INPUTS[index], int(LABELS[index])
+
+
+@pytest.mark.parametrize("seed", [None, 0, 5])
+@pytest.mark.parametrize("size", [1, 5, 20])
+@pytest.mark.parametrize(
+    "data", [Reads(), TensorDataset(INPUTS, LABELS), DataLoader(TensorDataset(INPUTS, LABELS), batch_size=2)]
+)
+def test_streamed_batches_are_those_in_memory(data, size, seed):
+    there = to_examples(data)
+    assert isinstance(there, StreamedExamples)
+    memory = Examples(INPUTS, LABELS)
+    for one, other in zip(there.batches(size, seed), memory.batches(size, seed), strict=True):
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.labels, other.labels)
+    some, more = torch.tensor([7, 2, 4]), torch.tensor([2, 0])
+    assert torch.equal(there.take(some).inputs, INPUTS[some])
+    assert torch.equal(there.subset(some).take(more).labels, LABELS[some][more])
+
+
+def test_only_what_is_needed_is_read():
+    data = Reads()
+    there = to_examples(data)
+    next(there.batches(4, seed=0))
+    assert len(data.read) == 4
+    assert len(there) == 11
+    assert there.labels_of() is None
+
+
+def test_batches_do_not_change_the_global_generator():
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    list(to_examples(Reads()).batches(4, seed=0))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_workers_read_the_same():
+    loader = DataLoader(TensorDataset(INPUTS, LABELS), num_workers=1)
+    assert torch.equal(next(to_examples(loader).batches(11)).inputs, INPUTS)
+
+
+def test_an_iterable_comes_as_it_comes():
+    class Rows(IterableDataset):
+        def __iter__(self):
+            return iter([(INPUTS[i], LABELS[i]) for i in range(11)])
+
+    there = to_examples(DataLoader(Rows(), batch_size=4))
+    assert isinstance(there, LoadedExamples)
+    assert [len(batch) for batch in there.batches(100, seed=1)] == [4, 4, 3]
+    assert len(there) == 11
+    assert torch.equal(there.take(torch.tensor([9, 1])).inputs, INPUTS[[9, 1]])
+
+
+def test_inputs_by_name():
+    rows = [{"a": INPUTS[i], "b": -INPUTS[i], "labels": LABELS[i]} for i in range(11)]
+
+    class Named(Dataset):
+        def __len__(self):
+            return 11
+
+        def __getitem__(self, index):
+            return rows[index]
+
+    batch = next(to_examples(Named()).batches(3))
+    assert torch.equal(batch.inputs["b"], -INPUTS[:3])
+    assert torch.equal(batch.labels, LABELS[:3])
+
+
+def benchmark(entries, streams=2):
+    """A stand-in for a benchmark of Avalanche: streams of experiences with a data set."""
+    make = lambda part: [SimpleNamespace(dataset=part, classes_in_this_experience=[0, 1])] * streams  # noqa: E731
+    return SimpleNamespace(train_stream=make(entries[2:]), test_stream=make(entries[:2]))
+
+
+def test_every_shape_of_a_sequence_of_tasks():
+    rows = [(INPUTS[i], int(LABELS[i]), 0) for i in range(11)]
+    data = (INPUTS, LABELS)
+    for tasks in (
+        benchmark(rows),
+        [(rows[2:], rows[:2])] * 2,
+        [{"train": rows[2:], "test": rows[:2]}] * 2,
+        [((INPUTS[2:], LABELS[2:]), (INPUTS[:2], LABELS[:2]))] * 2,
+        (({"train": (INPUTS[2:], LABELS[2:]), "test": (INPUTS[:2], LABELS[:2])}) for _ in range(2)),
+        [data, data],
+    ):
+        found = to_tasks(tasks, share=2 / 11)
+        assert [(task.name, len(task.train), len(task.test), task.classes) for task in found] == [
+            ("task-1", 9, 2, (0, 1)),
+            ("task-2", 9, 2, (0, 1)),
+        ]
+
+
+def test_held_out_examples_are_not_learned():
+    (task,) = to_tasks([(INPUTS, LABELS)], share=0.3)
+    learned, tested = (set(part.inputs[:, 0].tolist()) for part in (task.train, task.test))
+    assert not learned & tested
+    assert len(learned | tested) == 11
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_pictures_as_torchvision_gives_them(mode, channels):
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    drawn = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
+    rows = [(image.fromarray(one).convert(mode), i % 3) for i, one in enumerate(drawn)]
+    (task,) = to_tasks([(rows, rows)])
+    first = task.train.take(torch.tensor([2])).inputs[0]
+    assert first.shape == (channels, 5, 4)
+    raw = torch.tensor(np.array(rows[2][0])).reshape(5, 4, -1)
+    assert torch.equal((first[-1] * 255).round(), raw[..., -1].float())
+    assert permuted_tasks(task, 2)[1].train.take(torch.tensor([0])).inputs.shape == (1, channels, 5, 4)
+    rows[1] = (image.new(mode, (9, 9)), 0)
+    with pytest.raises(SourceError, match="differ in size"):
+        to_tasks([(rows, rows)])
+
+
+@pytest.mark.parametrize(("tasks", "words"), [([], "no task to learn"), ([3], "cannot read a int")])
+def test_what_is_no_task_is_named(tasks, words):
+    with pytest.raises(SourceError, match=words):
+        to_tasks(tasks)
