@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from regrow.commands.models import ModelSpec, load_model_or_run
+from regrow.commands.models import ModelSpec, load_model
 from regrow.data import Half, text, windows
 from regrow.export.onnx import OPSET, write
 from regrow.export.onnx.calls import describe_call
@@ -48,7 +48,7 @@ def main() -> None:
 
 def compared(run: str, dtype: str) -> dict[str, Any]:
     """One row: a model as one kind of file."""
-    loaded = load_model_or_run(ModelSpec(run, dtype="float32"))
+    loaded = load_model(ModelSpec(run, dtype="float32"))
     model, tokenizer = loaded.model, loaded.tokenizer
     assert tokenizer is not None, "only language models foresee tokens"
     model.tokenizer = tokenizer

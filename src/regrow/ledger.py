@@ -39,9 +39,11 @@ class Ledger:
 
     Args:
         path: The ``ledger.json`` of a run; it need not exist yet.
+        skip: How many plans at the head of the file belong to earlier runs; they are neither read nor removed.
     """
 
     path: Path
+    skip: int = 0
 
     def plans(self) -> tuple[Plan, ...]:
         """Return every plan, in the order in which they were applied; empty if there is no file.
@@ -50,7 +52,7 @@ class Ledger:
             StoreError: If the file is damaged, or holds an invalid plan; the message names the file and the plan.
         """
         plans = []
-        for i, entry in enumerate(self._entries()):
+        for i, entry in enumerate(self._entries()[self.skip :], self.skip):
             try:
                 plans.append(read_plan(entry))
             except (PlanError, StoreError) as error:
@@ -78,12 +80,12 @@ class Ledger:
         """Remove all but the first ``many`` plans: those whose result a killed process did not store.
 
         Args:
-            many: How many plans stay; 0 deletes the file.
+            many: How many plans stay, besides the skipped ones; the file is deleted if none is left.
 
         Raises:
             StoreError: As :meth:`append`.
         """
-        entries = self._entries()
+        entries, many = self._entries(), many + self.skip
         if len(entries) > many == 0:
             self.path.unlink()
         elif len(entries) > many:
@@ -93,7 +95,7 @@ class Ledger:
         write_text(self.path, _HEAD + ",\n".join(lines) + _TAIL)
 
     def __len__(self) -> int:
-        return len(self._entries())
+        return max(0, len(self._entries()) - self.skip)
 
     def _entries(self) -> list[Any]:
         if not self.path.exists():

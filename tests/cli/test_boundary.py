@@ -89,7 +89,7 @@ def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: 
         __import__("mynets").net()
 
     monkeypatch.syspath_prepend(".")
-    monkeypatch.setattr("regrow.commands.models.load_model_or_run", call)
+    monkeypatch.setattr("regrow.commands.models.load_model", call)
     code, _, err = regrow("show", "mynets:net")
     assert code == 2 and "mynets.py:2 in net failed: KeyError: 'mine'" in err and "bug in regrow" not in err, err
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.axes import Example
-from regrow.commands.models import ModelSpec, load_model_or_run
+from regrow.commands.models import ModelSpec, load_model
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import InputError
 from regrow.nets.examples import guessed_example
@@ -68,7 +68,7 @@ def read_inputs(
     """
     known: Example | None = None
     if isinstance(model, str | Path):
-        loaded = load_model_or_run(ModelSpec(str(model)), progress)
+        loaded = load_model(ModelSpec(str(model)), progress)
         model, known = loaded.model, None if loaded.guessed else loaded.example
         tokenizer = tokenizer or loaded.tokenizer
     if not isinstance(model, nn.Module):

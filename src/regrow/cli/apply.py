@@ -22,9 +22,10 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
 
     A plan may cut, grow or restore units. To restore, pass the ledger.json that also holds the cut.
     """
-    from regrow.commands.models import ModelSpec, load_model_or_run
+    from regrow.commands.models import ModelSpec, load_model
+    from regrow.commands.parents import read_parent
     from regrow.ledger import Ledger, replay
-    from regrow.store import write_model
+    from regrow.store import SHAPES, write_model
     from regrow.store.replacing import clear_leftovers, replace_folder
     from regrow.tracing import trace
 
@@ -36,12 +37,13 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
         raise click.UsageError(f"{out} exists and is not empty; choose another folder, or delete it")
     options.say_code(model, code)
     with working() as progress:
-        loaded = load_model_or_run(ModelSpec(model, dtype=dtype, input=input), progress, code)
+        loaded = load_model(ModelSpec(model, dtype=dtype, input=input), progress, code)
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         replay(loaded.model, axes, plans)
         with replace_folder(out) as made:
             write_model(loaded, made)
-            for one in plans:
+            earlier = read_parent(Path(model)).plans if Path(model, SHAPES).is_file() else ()
+            for one in (*earlier, *plans):
                 Ledger(made / "ledger.json").append(one)
     say(f"{len({key for one in plans for key in one.changes})} axes changed; the model is in {out}")
 

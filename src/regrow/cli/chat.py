@@ -52,7 +52,7 @@ def chat(
     Each is a run folder, or any model that `regrow prune` takes.
     """
     from regrow import store
-    from regrow.commands.models import ModelSpec, load_model_or_run
+    from regrow.commands.models import ModelSpec, load_model
     from regrow.evaluation.replies import reply
 
     names = [model, *([other] if other else [])]
@@ -61,7 +61,7 @@ def chat(
         for name in names:
             if Path(name, store.SHAPES).is_file() and store.read_shapes(name).origin.kind == "callable":
                 raise click.UsageError(f"{name} {_NO_TOKENIZER}")
-        loaded = [load_model_or_run(ModelSpec(name, dtype=dtype, device=device), progress) for name in names]
+        loaded = [load_model(ModelSpec(name, dtype=dtype, device=device), progress) for name in names]
     for name, one in zip(names, loaded, strict=True):
         if one.tokenizer is None:
             raise click.UsageError(f"{name} {_NO_TOKENIZER}")

@@ -11,6 +11,7 @@ from regrow.cli.flags import Given
 from regrow.cli.recover import tell
 from regrow.cli.runs import run_with_page
 from regrow.cli.screen import number, say, table, working
+from regrow.references import names_code
 from regrow.settings.prune import Settings
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ Examples
   regrow prune ./my-llama --target bytes=200M --regular --round 64 --source mail=letters/ --out RUN
   regrow prune ./my-llama --method wanda_sp --keep 0.8 --only mlp --source mail=letters/ --out RUN
   regrow prune resnet18 --method magnitude --keep 0.7 --source photos=images/ --finetune 2 --out RUN
-  regrow prune --again RUN --out RUN2
+  regrow prune RUN --keep 0.9 --source news --out RUN2       prune the result of another run further
+  regrow prune --again RUN --out RUN3
 """
 
 
@@ -33,15 +35,20 @@ Examples
 @click.option("--again", type=options.PATH, help="Repeat the run in this folder, with its settings.")
 def prune(given: Given[Settings], out: Path | None, dry_run: Path | None, again: Path | None, code: str) -> None:
     """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
-    if code and not again:
-        raise click.UsageError(f"--code is for --again; name the function in the place of MODEL: regrow prune {code}")
     if again and given.options:
         raise click.UsageError(f"--again repeats a run with its settings; leave out {', '.join(given.options)}")
     settings = _again(again, code) if again else given.build()
+    if names_code(settings.model) and code:
+        if not again:
+            line = (
+                f"--code is for a run folder or --again; name the function in the place of MODEL: regrow prune {code}"
+            )
+            raise click.UsageError(line)
+        code = ""  # it is the model
     options.check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
-    options.say_code(settings.model, settings.method, settings.recover)
+    options.say_code(settings.model, code, settings.method, settings.recover)
     if dry_run:
-        _write_plan(settings, dry_run)
+        _write_plan(settings, dry_run, code)
         return
     if out is None:
         raise click.UsageError("--out names the folder of the run, for example --out run")
@@ -52,15 +59,15 @@ def prune(given: Given[Settings], out: Path | None, dry_run: Path | None, again:
         if settings.recover:
             tell(folder)
 
-    run_with_page("model", tell_both, run, settings, out)
+    run_with_page("model", tell_both, run, settings, out, code=code)
 
 
-def _write_plan(settings: Settings, path: Path) -> None:
+def _write_plan(settings: Settings, path: Path, code: str) -> None:
     from regrow.commands.prune import plan_only
     from regrow.store.outputs import JSON, write_output
 
     with working() as progress:
-        plan = plan_only(settings, progress)
+        plan = plan_only(settings, progress, code=code)
     write_output(path, plan.to_json() + "\n", JSON)
     for note in plan.notes:
         say(f"note: {note}")

@@ -23,14 +23,14 @@ def show(
 ) -> None:
     """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen."""
     from regrow.allocation.inventory import inventory
-    from regrow.commands.models import ModelSpec, load_model_or_run
+    from regrow.commands.models import ModelSpec, load_model
     from regrow.nets.examples import written_shape
     from regrow.tracing import trace, with_branches
 
     options.check_json(json_file, model)
     options.say_code(model, code)
     with working() as progress:
-        loaded = load_model_or_run(ModelSpec(model, dtype=dtype, input=input), progress, code)
+        loaded = load_model(ModelSpec(model, dtype=dtype, input=input), progress, code)
         progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         if branches:

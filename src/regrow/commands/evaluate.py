@@ -5,7 +5,7 @@ from typing import Any
 
 from regrow import evaluation
 from regrow.commands.inputs import SourceSpecs, read_sources
-from regrow.commands.models import ModelSpec, load_model_or_run
+from regrow.commands.models import ModelSpec, load_model
 from regrow.progress import Progress, silent
 from regrow.settings.declaration import check_settings
 from regrow.settings.evaluate import Settings
@@ -29,7 +29,7 @@ def evaluate(settings: Settings, progress: Progress = silent, *, code: str = "")
     check_settings(settings)
     model, items = settings.model, settings.items
     spec = ModelSpec(model, settings.dtype, settings.device, settings.input, settings.sources)
-    loaded = load_model_or_run(spec, progress, code)
+    loaded = load_model(spec, progress, code)
     specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
     tests = read_sources(specs, loaded).evaluation
     first = next(loaded.model.parameters()).dtype

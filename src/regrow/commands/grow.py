@@ -12,7 +12,8 @@ from regrow.commands.example_inputs import record_input
 from regrow.commands.growing import GrowthSpec, output_change, outputs_of, plan_growth
 from regrow.commands.inputs import SourceHalves, SourceSpecs, describe_sources, read_sources
 from regrow.commands.measuring import measure
-from regrow.commands.models import ModelSpec, load_model_or_run
+from regrow.commands.models import ModelSpec, load_model
+from regrow.commands.parents import start_from
 from regrow.errors import RefusedError
 from regrow.nets import Loaded
 from regrow.plan import Plan
@@ -58,7 +59,7 @@ def plan_only(settings: Settings, progress: Progress = silent, *, code: str = ""
     """
     check_settings(settings)
     spec = spec_of(settings)
-    loaded = load_model_or_run(_model(settings), progress, code)
+    loaded = load_model(_model(settings), progress, code)
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     plan, _ = plan_growth(axes, spec)
     return plan, axes
@@ -96,7 +97,7 @@ def run(
     RunFolder.check(out, **identity)
     clock = Clock(None)
     with clock.stage("load"):
-        loaded = load_model_or_run(_model(settings), progress, code)
+        loaded = load_model(_model(settings), progress, code)
         specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
         kinds = read_sources(specs, loaded)
     with clock.stage("trace"):
@@ -107,6 +108,7 @@ def run(
     words = (*(("--code", code) if code else ()), "--out", str(out))
     with RunFolder.create(out, **identity, command=command_line(settings, *words)) as folder:
         clock.folder = folder
+        start_from(folder, settings.model, loaded, undo=settings.undo)
         folder.update(notes=[*loaded.notes, *notes], sources=describe_sources(specs, kinds), **record_input(loaded))
         _grown(_Job(settings, folder, loaded, kinds, clock, progress), axes, plan)
         return folder.finish(write_page, seconds=clock.seconds)
@@ -149,8 +151,8 @@ def _grown(job: _Job, axes: AxisGraph, plan: Plan) -> None:
     with clock.stage("apply"):
         job.progress(0, 1, "growing")
         _, axes = apply(loaded.model, axes, plan)
-        if not len(folder.ledger):
-            folder.ledger.append(plan)
+        if not len(folder.own_ledger):
+            folder.own_ledger.append(plan)
         folder.write_axes(rows, [row.record() for row in inventory(axes)])
     change, largest = output_change(before, outputs_of(loaded.model, loaded.example))
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")

@@ -27,4 +27,4 @@ def read_history(folder: RunFolder, events: str = "growth") -> History:
     rows = [tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks]
     sizes = [{name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks]
     changes = [{k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events]
-    return History(folder.ledger.plans(), rows, sizes, changes)
+    return History(folder.own_ledger.plans(), rows, sizes, changes)

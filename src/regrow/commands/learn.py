@@ -231,13 +231,13 @@ def _learn(
     state, place = TrainState(learner.state), folder.path / CHECKPOINT
     if folder.resumed and place.is_file():
         model, axes, state = read_checkpoint(place, model, axes, learner.state, read_history(folder))
-    folder.ledger.truncate(len(state.plans))
-    plans, events, over = len(folder.ledger), 0, 0
+    folder.own_ledger.truncate(len(state.plans))
+    plans, events, over = len(folder.own_ledger), 0, 0
 
     def record(now: TrainState[Any]) -> None:
         nonlocal plans, events, over
         for plan in now.plans[plans:]:
-            folder.ledger.append(plan)
+            folder.own_ledger.append(plan)
         for i in range(events, settled := _count_settled(now)):
             folder.log("growth", number=i, **now.events[i])
         for i in range(over, now.number):

@@ -39,22 +39,7 @@ class ModelSpec:
     sources: tuple[str, ...] = ()
 
 
-def load_model(spec: ModelSpec, progress: Progress = silent) -> Loaded:
-    """Load a model by name.
-
-    Args:
-        spec: Which model, and how.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: If it cannot be loaded.
-    """
-    usable_device(spec.device)
-    given = input_arguments(spec.name, spec.input, spec.sources)
-    return nets.load(spec.name, dtype=DTYPES.get(spec.dtype), device=spec.device, **given, progress=progress)
-
-
-def load_model_or_run(spec: ModelSpec, progress: Progress = silent, code: str = "") -> Loaded:
+def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> Loaded:
     """Load the model of a run folder, or a model by name.
 
     Args:
@@ -69,7 +54,9 @@ def load_model_or_run(spec: ModelSpec, progress: Progress = silent, code: str = 
     folder = Path(spec.name)
     if not (folder / store.SHAPES).is_file():
         check_code(spec.name, False, code)
-        return load_model(spec, progress)
+        usable_device(spec.device)
+        given = input_arguments(spec.name, spec.input, spec.sources)
+        return nets.load(spec.name, dtype=DTYPES.get(spec.dtype), device=spec.device, **given, progress=progress)
     usable_device(spec.device)
     check_files(folder)
     recorded = store.read_shapes(folder).origin

@@ -17,6 +17,7 @@ from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import record_input
 from regrow.commands.inputs import SourceHalves, SourceSpecs, describe_sources, read_sources
 from regrow.commands.models import ModelSpec, load_model
+from regrow.commands.parents import start_from
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.score_summary import write_scores
 from regrow.errors import InputError, RefusedError
@@ -49,6 +50,7 @@ class _Job:
     kinds: SourceHalves
     clock: Clock
     progress: Progress
+    code: str = ""
 
     def measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
         """Measure and log the model in its present state, under a name."""
@@ -57,12 +59,13 @@ class _Job:
             return measuring.measure(self.folder, self.loaded, axes, kinds.evaluation, kinds.seen, name, self.progress)
 
 
-def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
+def plan_only(settings: Settings, progress: Progress = silent, *, code: str = "") -> Plan:
     """Return the plan that a pruning run would make, without a run folder.
 
     Args:
         settings: The settings of the run.
         progress: Called with (steps done, steps in all, what is being done).
+        code: As for :func:`run`.
 
     Raises:
         ValueError: As :func:`run`.
@@ -70,7 +73,7 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
     check_settings(settings)
     method = prune.build_pruner(settings.method, _seeded(settings))
     budget = budget_of(settings)
-    loaded = load_model(model_spec(settings), progress)
+    loaded = load_model(model_spec(settings), progress, code)
     kinds = read_sources(source_specs(settings), loaded)
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     budget = prune.with_timing(loaded.model, axes, budget, progress=progress)
@@ -80,7 +83,12 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
 
 
 def run(
-    settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
+    settings: Settings,
+    out: str | Path,
+    progress: Progress = silent,
+    *,
+    code: str = "",
+    write_page: WritePage | None = None,
 ) -> RunFolder:
     """Prune a model and write a run folder with model, plan and measurements.
 
@@ -91,6 +99,8 @@ def run(
         settings: The settings of the run.
         out: The run folder: new, empty, or of this very run.
         progress: Called with (steps done, steps in all, what is being done).
+        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
+            recorded name is never imported.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -104,7 +114,7 @@ def run(
     RunFolder.check(out, **told)
     clock = Clock(None)
     with clock.stage("load"):
-        loaded = load_model(model_spec(settings), progress)
+        loaded = load_model(model_spec(settings), progress, code)
         kinds = read_sources(source_specs(settings), loaded)
     with clock.stage("trace"):
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
@@ -113,14 +123,16 @@ def run(
         known = begun.run().get("timing") if begun else None
         budget = prune.with_timing(loaded.model, axes, budget, known=known, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
-    with RunFolder.create(out, **told, command=command_line(settings, "--out", str(out))) as folder:
+    words = (*(("--code", code) if code else ()), "--out", str(out))
+    with RunFolder.create(out, **told, command=command_line(settings, *words)) as folder:
         clock.folder = folder
+        start_from(folder, settings.model, loaded, undo=settings.undo)
         folder.update(
             notes=list(loaded.notes), sources=describe_sources(source_specs(settings), kinds), **record_input(loaded)
         )
         if budget.timing:  # another measurement would be another plan
             folder.update(timing=budget.timing.record())
-        job = _Job(settings, folder, loaded, kinds, clock, progress)
+        job = _Job(settings, folder, loaded, kinds, clock, progress, code)
         plan = _make_plan(job, axes, method, budget)
         _cut(job, axes, plan, budget)
         return folder.finish(write_page, seconds=clock.seconds)
@@ -155,8 +167,8 @@ def _cut(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
     rows = [row.record() for row in inventory(axes)]
     with clock.stage("apply"):
         traced, (_, axes) = axes, apply(loaded.model, axes, plan)
-        if not len(folder.ledger):
-            folder.ledger.append(plan)
+        if not len(folder.own_ledger):
+            folder.own_ledger.append(plan)
         folder.write_axes(rows, [row.record() for row in inventory(axes)])
     if loaded.tokenizer is None and kinds.calibration:
         with clock.stage("tune"):
@@ -170,7 +182,7 @@ def _cut(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
         folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
     if settings.recover:
         with clock.stage("recover"):
-            _recover(settings, folder, loaded, traced, plan, job.progress)
+            _recover(job, traced, plan)
         log_differences(folder, job.measure(axes, "recovered"))
 
 
@@ -183,10 +195,11 @@ def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Setti
             never imported.
 
     Raises:
-        ModelError: If the run needs the user's code and got none, or got some and needs none.
+        ModelError: If the run needs the user's code and got none.
     """
-    check_code(str(values.get("model")), names_code(str(values.get("model"))), code)
-    values = {**values, "model": code} if code else values
+    if names_code(str(values.get("model"))):
+        check_code(str(values.get("model")), True, code)
+        values = {**values, "model": code}
     if not isinstance(values.get("model"), str):
         raise InputError("the settings of the run name no model; restore run.json")
     return convert_settings(values, Settings)
@@ -257,11 +270,10 @@ def _tune(settings: Settings, loaded: Loaded, kinds: SourceHalves, progress: Pro
     tune.recalibrate(loaded.model, kinds.calibration)
 
 
-def _recover(
-    settings: Settings, folder: RunFolder, loaded: Loaded, traced: AxisGraph, plan: Plan, progress: Progress
-) -> None:
+def _recover(job: _Job, traced: AxisGraph, plan: Plan) -> None:
     """Recover the cut model with the help of the dense one, which is loaded again, and save it."""
+    settings, folder, loaded, progress = job.settings, job.folder, job.loaded, job.progress
     texts = read_sources(source_specs(settings, settings.recover_tokens), loaded).calibration
-    dense, by, seed = load_model(model_spec(settings), progress), settings.recover, settings.seed
+    dense, by, seed = load_model(model_spec(settings), progress, job.code), settings.recover, settings.seed
     recover(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, progress=progress)
     store.write_model(loaded, folder.path)

@@ -1,6 +1,5 @@
 """``regrow recover``: recover a pruned model in a run folder of its own, measured on the pruning run's windows."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,23 +7,22 @@ from typing import Any
 
 from regrow import store
 from regrow.allocation.inventory import inventory
-from regrow.axes import AxisGraph
 from regrow.commands import prune as pruning_run
 from regrow.commands.clock import Clock
 from regrow.commands.inputs import describe_sources, read_sources
+from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import measure
-from regrow.commands.models import DTYPES, load_model
+from regrow.commands.models import load_model
+from regrow.commands.parents import start_from
 from regrow.commands.recovering import log_differences, recover
 from regrow.methods import MethodKind, find_method
-from regrow.nets import Loaded, ModelError
-from regrow.plan import Plan
+from regrow.nets import Loaded
 from regrow.progress import Progress, silent
+from regrow.references import names_code
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
-from regrow.settings.prune import Settings as PruneSettings
 from regrow.settings.recover import Settings
 from regrow.settings.words import command_line
-from regrow.store.errors import StoreError
 from regrow.tracing import trace
 
 
@@ -36,10 +34,10 @@ def run(
     code: str = "",
     write_page: WritePage | None = None,
 ) -> RunFolder:
-    """Recover the model of a finished pruning run (or of a run that has recovered one) into a new folder.
+    """Recover the model of a finished run, whose last change of shape was a cut, into a new folder.
 
-    The dense model is loaded as in the pruning run, with the same sources and evaluation windows, and the measurements
-    of the dense and the pruned model are copied. An interrupted call is resumed.
+    The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
+    are the same, and the measurements of the dense and the pruned model are copied. An interrupted call is resumed.
 
     Args:
         settings: The settings of the recovery; those about the pruning run are read from its folder.
@@ -50,18 +48,19 @@ def run(
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
-        ValueError: If the folder holds no finished pruning run, or the recovery or a setting is unknown, or ``code`` is
-            missing or not needed.
+        ValueError: If the network was not cut, or changed its shape since; if the recovery or a setting is unknown, or
+            ``code`` is missing or not needed.
     """
     check_settings(settings)
-    pruned, by, tokens, seed = settings.run, settings.by, settings.tokens, settings.seed
+    by, tokens, seed = settings.by, settings.tokens, settings.seed
     find_method(MethodKind.RECOVERY, by).made(by, settings.recovery_settings)
-    source = RunFolder.open(pruned)
-    measured = source.metrics()
-    origin, wanted = _read_origin(source, code), _complete(settings, source)
-    if by == "bias" and wanted.before:
+    source = RunFolder.open(settings.run)
+    cut = find_cut(source, code)
+    measured, origin, wanted = cut.folder.metrics(), cut.settings, _complete(settings, source, cut)
+    if by == "bias" and (wanted.before or cut.folder.path != source.path):
+        moved = ", ".join(wanted.before) or source.run()["verb"]
         raise ValueError(
-            f"{pruned} was recovered by {', '.join(wanted.before)} already, which may have moved its biases; "
+            f"{settings.run} was trained by {moved} since its cut, which may have moved its biases; "
             "bias comes first, on the pruned run"
         )
     taken = find_method(MethodKind.RECOVERY, by).defaults({*wanted.recovery_settings, "seed"})
@@ -69,21 +68,21 @@ def run(
     RunFolder.check(out, **identity)
     clock = Clock(None)
     with clock.stage("load"):
-        dense, loaded = _load_models(source, origin, progress)
+        dense, loaded = _load_models(source, cut, progress, code)
         kinds = read_sources(pruning_run.source_specs(origin, tokens), loaded)
-        axes, plan = _read_cut(source, dense)
+        axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
+        cut.plan.check(axes)
     code_words = ("--code", code) if code else ()
     command = command_line(settings, *code_words, "--out", str(out))
     with RunFolder.create(out, **identity, command=command) as folder:
         clock.folder = folder
+        start_from(folder, settings.run, loaded, undo=settings.undo)
         folder.update(notes=list(dense.notes), sources=describe_sources(pruning_run.source_specs(origin), kinds))
-        if not len(folder.ledger):
-            folder.ledger.append(plan)
         _copy_measurements(measured, folder)
         number = len(wanted.before) + 1
         with clock.stage("recover"):
             recover(
-                folder, loaded.model, dense, axes, plan, kinds.calibration, by,
+                folder, loaded.model, dense, axes, cut.plan, kinds.calibration, by,
                 settings=settings.recovery_settings, seed=seed, number=number, progress=progress,
             )  # fmt: skip
         with clock.stage("save"):
@@ -107,9 +106,9 @@ def _copy_measurements(rows: Sequence[dict[str, Any]], folder: RunFolder) -> Non
             folder.log(**{**({"round": recoveries} if recoveries > 1 else {}), **row})
 
 
-def _complete(settings: Settings, source: RunFolder) -> Settings:
-    """Return the settings, completed from the folder of the run to recover."""
-    data = source.run()
+def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
+    """Return the settings, completed from the folder of the run to recover and the cut behind it."""
+    data = cut.folder.run()
     known = data["settings"]
     inner = known if data["verb"] == "prune" else known["pruning"]
     before = [*known.get("before", ()), known["by"]] if data["verb"] == "recover" else [inner.get("recover", "")]
@@ -119,40 +118,14 @@ def _complete(settings: Settings, source: RunFolder) -> Settings:
     return replace(settings, run=name, pruning=inner, before=done, model=inner["model"], method=method, keep=keep)
 
 
-def _read_origin(source: RunFolder, code: str) -> PruneSettings:
-    """Return the settings of the pruning run behind a run.
-
-    Raises:
-        StoreError: If there is no finished pruning run behind it.
-        ModelError: If ``code`` is missing or not needed.
-    """
-    data = source.run()
-    if data["verb"] not in ("prune", "recover"):
-        raise StoreError(f"{source.path} holds a run of {data['verb']!r}; give the folder of a pruning run")
-    settings = data["settings"] if data["verb"] == "prune" else data["settings"]["pruning"]
-    try:
-        return pruning_run.read_pruning_settings(settings, code)
-    except ModelError as error:
-        raise ModelError(f"{source.path}: {error}") from None
-
-
-def _load_models(source: RunFolder, origin: PruneSettings, progress: Progress) -> tuple[Loaded, Loaded]:
-    """Load the model before the cut, and after it."""
-    dense = load_model(pruning_run.model_spec(origin), progress)
-    built = copy.deepcopy(dense.model) if dense.origin.kind == "callable" else None
-    net = store.load(source.path, model=built, device=origin.device, dtype=DTYPES.get(origin.dtype))
-    return dense, replace(dense, model=net)
-
-
-def _read_cut(source: RunFolder, dense: Loaded) -> tuple[AxisGraph, Plan]:
-    """Return the axes of the model before the cut, and the plan that cut it.
-
-    Raises:
-        StoreError: If there is not one plan, or it does more than cut.
-    """
-    plans = source.ledger.plans()
-    if len(plans) != 1 or plans[0].back or any(change.new_units for change in plans[0].changes.values()):
-        raise StoreError(f"{source.path}: recovery needs a run of one plan that only cuts; this has {len(plans)} plans")
-    axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
-    plans[0].check(axes)
-    return axes, plans[0]
+def _load_models(source: RunFolder, cut: LastCut, progress: Progress, code: str) -> tuple[Loaded, Loaded]:
+    """Load the model before the cut, and the one to recover."""
+    spec = pruning_run.model_spec(cut.settings)
+    own = replace(spec, name=str(source.path))
+    if cut.before:
+        recorded = str(cut.folder.run().get("input", ""))
+        dense = load_model(replace(spec, name=str(cut.before), input=spec.input or recorded), progress, code)
+        dense = replace(dense, origin=replace(dense.origin, name=Path(spec.name).name))
+    else:
+        dense = load_model(spec, progress, "" if names_code(spec.name) else code)
+    return dense, replace(dense, model=load_model(own, progress, code).model)

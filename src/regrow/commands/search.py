@@ -120,12 +120,12 @@ def _search(
     if folder.resumed and place.is_file():
         history = read_history(folder, "commit")
         model, axes, state = read_checkpoint(place, model, axes, search.learner.state, history, undo)
-    folder.ledger.truncate(len(state.plans))
+    folder.own_ledger.truncate(len(state.plans))
     if state.learner.recomputed:
         cast(Staged, model).recomputed = True
     watch = stage_memory.MemoryWatch(search, inputs.memory, inputs.batch_size)
     watch.rows.update(state.learner.memory)
-    plans, events = len(folder.ledger), 0
+    plans, events = len(folder.own_ledger), 0
     rows: list[tuple[str, dict[str, Any]]] = [("epoch", dict(row)) for row in state.learner.history]
 
     def log(kind: str, /, **row: Any) -> None:
@@ -135,7 +135,7 @@ def _search(
     def write_rows(now: TrainState[SearchState], unfinished: int = 0) -> None:
         nonlocal plans, events
         for plan in now.plans[plans:]:
-            folder.ledger.append(plan)
+            folder.own_ledger.append(plan)
         for i in range(events, len(now.events)):
             folder.log("commit", number=i, **now.events[i])
         plans, events = len(now.plans), len(now.events)
@@ -168,8 +168,8 @@ def _search(
     done = len(fitted.state.plans)
     context = replace(context, model=fitted.model, axes=fitted.axes, log=log)
     fitted, last = finish(search.learner, fitted, context)
-    for plan in last[max(0, len(folder.ledger) - done) :]:
-        folder.ledger.append(plan)
+    for plan in last[max(0, len(folder.own_ledger) - done) :]:
+        folder.own_ledger.append(plan)
     write_rows(replace(fitted.state, plans=(), events=()))
     return spaces.extract_network(fitted.model, origin)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrow.commands.models import ModelSpec, load_model_or_run
+from regrow.commands.models import ModelSpec, load_model
 from regrow.export.written import ExportError, Written
 from regrow.progress import Progress, silent
 from regrow.store.outputs import check_output
@@ -83,7 +83,7 @@ def export_model(
     if form.suffix:
         check_output(out, (form.suffix,), [model])
     progress(0, 1, "loading the model")
-    loaded = load_model_or_run(ModelSpec(str(model), input=input), progress, code)
+    loaded = load_model(ModelSpec(str(model), input=input), progress, code)
     net: Any = loaded.model
     for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
         if value is not None and not hasattr(net, name):

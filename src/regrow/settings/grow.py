@@ -7,7 +7,7 @@ from regrow.amounts import Increase
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import SEED, Setting
-from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen
+from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen, Undo
 
 AMOUNT, NEW, DATA, AFTER = "What grows", "New units", "Data", "After the growth"
 
@@ -18,8 +18,8 @@ class Settings:
 
     # fmt: off
     model: Annotated[str, Setting(
-        "A run folder, a transformers folder or hub id, a .gguf file, smollm2-135m or gemma3-270m (from their PyPI "
-        "packages), a torchvision name (resnet18), or a Python callable pkg.mod:fn.",
+        "A run folder of any command, a transformers folder or hub id, a .gguf file, smollm2-135m or gemma3-270m (from "
+        "their PyPI packages), a torchvision name (resnet18), or a Python callable pkg.mod:fn.",
         argument=True, code=True, example="smollm2-135m --mlp +25% --out RUN",
     )]
     mlp: Annotated[str, Setting(
@@ -66,6 +66,7 @@ class Settings:
         "Skip the comparison of the outputs in float64 (it needs 16 bytes per parameter).",
         option="--no-verify", group=AFTER,
     )] = True
+    undo: Undo = True
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -29,3 +29,7 @@ Input = Annotated[str, Setting(
     "given by the function that builds the model, or of the images in --source; otherwise a guess, which is printed.",
     metavar="SHAPE", group=LOADING, absent="",
 )]
+Undo = Annotated[bool, Setting(
+    "Keep no copy of the model as it was before this run; `regrow undo` cannot return to it then.",
+    option="--no-undo", absent=True,
+)]

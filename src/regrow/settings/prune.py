@@ -8,7 +8,7 @@ from regrow.amounts import Target
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
-from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen, Sources
+from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen, Sources, Undo
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
 
@@ -19,8 +19,8 @@ class Settings:
 
     # fmt: off
     model: Annotated[str, Setting(
-        "A transformers folder or hub id, a .gguf file, smollm2-135m or gemma3-270m (from their PyPI packages), a "
-        "torchvision name (resnet18), or a Python callable pkg.mod:fn.",
+        "A run folder of any command, a transformers folder or hub id, a .gguf file, smollm2-135m or gemma3-270m (from "
+        "their PyPI packages), a torchvision name (resnet18), or a Python callable pkg.mod:fn.",
         argument=True, code=True, example="smollm2-135m --keep 0.9 --out RUN",
     )]
     method: Annotated[str, Setting("The pruning method; `regrow methods` lists all.", code=True, shown=True)] = "flap"
@@ -100,6 +100,7 @@ class Settings:
         "Skip the check that the cut model computes what the masked one computes (it needs 16 bytes per parameter).",
         option="--no-verify", group=AFTER,
     )] = True
+    undo: Undo = True
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
+from regrow.settings.loading import Undo
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Settings:
 
     # fmt: off
     run: Annotated[str, Setting(
-        "The folder of a finished pruning run, or of an earlier recovery of one; it is not changed.",
+        "The folder of a finished run whose last change of shape was a cut by `regrow prune`; it is not changed.",
         argument=True, path=True, example="RUN --by refit --out RUN2",
     )]
     by: Annotated[str, Setting(
@@ -38,3 +39,4 @@ class Settings:
     method: Annotated[str, Setting("The method that pruned the model, and those that recovered it.", hidden=True)] = ""
     keep: Annotated[float | None, Setting("The requested fraction of weights, if any.", hidden=True)] = None
     seed: Annotated[int, Setting("Random seed of the text windows and their order.", range=SEED, shown=True)] = 0
+    undo: Undo = True

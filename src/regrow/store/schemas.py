@@ -17,6 +17,25 @@ Index = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,18}$")]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
+class ParentJson(msgspec.Struct, frozen=True):
+    """The ``parent`` of ``run.json``: the model that a run started from."""
+
+    name: str
+    weights: str = ""
+    parameters: Count = 0
+    plans: Count = 0
+
+
+class StageJson(msgspec.Struct, frozen=True):
+    """An entry of ``stages`` in ``run.json``: an earlier run on the same network."""
+
+    name: str
+    verb: str = ""
+    command: str = ""
+    parameters: Count = 0
+    plans: Count = 0
+
+
 class RunJson(msgspec.Struct, frozen=True):
     """``run.json``: the settings, versions, times and notes of a run; it may have further fields."""
 
@@ -34,6 +53,8 @@ class RunJson(msgspec.Struct, frozen=True):
     timing: dict[str, Any] | None = None
     sequence: list[Any] = []
     extension: list[str] = []
+    parent: ParentJson | None = None
+    stages: list[StageJson] = []
 
 
 class MetricsRow(msgspec.Struct, frozen=True):

@@ -1,0 +1,171 @@
+"""The model that a run starts from: a record in its ``run.json``, its plans in the ledger, and a copy to return to."""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from regrow import store
+from regrow.ledger import Ledger
+from regrow.nets import Loaded
+from regrow.plan import Plan
+from regrow.run_folder import RunFolder
+from regrow.store.errors import StoreError
+from regrow.store.replacing import WORK, link_tree
+from regrow.store.run_record import RUN, read_run
+from regrow.store.shapes import Kind, Shapes
+
+BEFORE = "before"
+"""Name of the folder, inside a run folder, with the model that the run started from."""
+_REBUILT = ("cells", "mobile", "bench201")
+"""Kinds of networks that a search builds again from what is left of its space, so that its plans do not fit them."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The saved model that a run starts from.
+
+    Args:
+        name: The name of its folder.
+        weights: The digest of its weights (:func:`digest_weights`).
+        plans: Every plan that led to it from the architecture in its ``shapes.json``.
+        stages: One record per run that led to it, in order, as ``run.json`` stores them.
+    """
+
+    name: str
+    weights: str
+    plans: tuple[Plan, ...]
+    stages: tuple[dict[str, Any], ...]
+
+
+def start_from(folder: RunFolder, model: str, loaded: Loaded, *, undo: bool = True) -> None:
+    """Record the model that a run starts from, copy it, and begin the ledger with the plans that led to it.
+
+    Args:
+        folder: The new run.
+        model: The run folder, saved model or name that was loaded.
+        loaded: The model, not yet changed.
+        undo: Whether to keep a copy, so that the run can be undone.
+
+    Raises:
+        StoreError: If an interrupted run is resumed from another model than it was started from.
+    """
+    place = Path(model)
+    parent = read_parent(place) if (place / store.SHAPES).is_file() else None
+    recorded = folder.run().get("parent")
+    if recorded is not None:
+        if parent and recorded.get("weights") != parent.weights:
+            raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
+        return
+    if undo:
+        _copy(place if parent else None, loaded, folder.path / BEFORE)
+    own = folder.path / "ledger.json"
+    if parent and parent.plans:
+        own.unlink(missing_ok=True)
+        for plan in parent.plans:
+            Ledger(own).append(plan)
+    folder.update(
+        parent={
+            "name": parent.name if parent else Path(model).name,
+            "weights": parent.weights if parent else "",
+            "parameters": sum(one.numel() for one in loaded.model.parameters()),
+            "plans": len(parent.plans) if parent else 0,
+        },
+        stages=list(parent.stages) or None if parent else None,
+    )
+
+
+def read_parent(folder: Path) -> Parent:
+    """Return what a run records of the saved model that it starts from.
+
+    Args:
+        folder: A finished run folder, or another saved model.
+
+    Raises:
+        StoreError: If a file is damaged.
+    """
+    shapes = store.read_shapes(folder)
+    ledger = Ledger(folder / "ledger.json")
+    run = read_run(folder) if (folder / RUN).is_file() else None
+    rebuilt = run is not None and run.get("verb") == "search" and shapes.origin.kind in _REBUILT
+    stages = () if run is None else (*run.get("stages", ()), describe_stage(RunFolder(folder), shapes))
+    return Parent(folder.resolve().name, digest_weights(shapes), () if rebuilt else ledger.plans(), stages)
+
+
+def describe_stage(folder: RunFolder, shapes: Shapes) -> dict[str, Any]:
+    """Return the record of a finished run among the stages of a network, as JSON data.
+
+    Args:
+        folder: The run.
+        shapes: Its ``shapes.json``.
+    """
+    run = folder.run()
+    plans = folder.own_ledger.plans()
+    sizes = [row for row in folder.metrics() if row["what"] == "size"]
+    before = run.get("parent", {}).get("parameters") or (sizes[0].get("params_all", 0) if sizes else 0)
+    return {
+        "name": folder.path.resolve().name,
+        "verb": run.get("verb", ""),
+        "command": run.get("command", ""),
+        "changed": describe_plans(plans) or "weights",
+        "before": before,
+        "parameters": count_parameters(shapes),
+        "plans": len(plans),
+        "weights": digest_weights(shapes),
+    }
+
+
+def describe_plans(plans: Sequence[Plan]) -> str:
+    """Return what plans changed, in words; empty if nothing.
+
+    Args:
+        plans: The plans.
+
+    >>> from regrow.plan import Change
+    >>> describe_plans([Plan({"fc.weight:0": Change(8, (0, 1, 2))})])
+    '5 units cut'
+    """
+    changes = [change for plan in plans for change in plan.changes.values()]
+    counts = {
+        "units cut": sum(change.size - len(change.keep) for change in changes),
+        "units added": sum(change.grow for change in changes),
+        "units restored": sum(len(change.restore) for change in changes),
+        "modules removed": sum(len(plan.drop) for plan in plans),
+        "modules restored": sum(len(plan.back) for plan in plans),
+    }
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+
+
+def digest_weights(shapes: Shapes) -> str:
+    """Return the SHA-256 of the digests of all tensors of a saved model, by name; of its files in old folders.
+
+    Args:
+        shapes: Its ``shapes.json``.
+    """
+    known = all(one.sha256 for one in shapes.tensors.values())
+    digests = {name: one.sha256 for name, one in (shapes.tensors if known else shapes.files).items()}
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+
+
+def count_parameters(shapes: Shapes) -> int:
+    """Return the number of parameters of a saved model.
+
+    Args:
+        shapes: Its ``shapes.json``.
+    """
+    return sum(prod(one.shape) for one in shapes.tensors.values() if one.kind is Kind.PARAMETER)
+
+
+def _copy(source: Path | None, loaded: Loaded, target: Path) -> None:
+    """Link the files of a saved model into a new folder (copies where links are not possible), or write the model."""
+    if target.exists():
+        shutil.rmtree(target)
+    if source is None:
+        store.write_model(loaded, target)
+        return
+    target.mkdir()
+    links = {one.name for one in source.iterdir() if one.is_symlink()}
+    link_tree(source, target, skip={WORK, *links}, copy={"metrics.jsonl"})

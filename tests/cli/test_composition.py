@@ -1,0 +1,63 @@
+"""A finished run is a model for the next command, with one ledger and the model before each run at hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli.conftest import Run
+from regrow.ledger import Ledger, replay
+from regrow.store import load
+from regrow.tracing import trace
+
+CODE = ("--code", "toys:classifier")
+PRUNE = ("--method", "magnitude", "--source", "digits", "--eval-tokens", "64", "--no-verify")
+
+
+@pytest.fixture
+def chain(regrow: Run) -> Run:
+    """The command line, after a prune, a growth and another prune of one network."""
+    for words in (
+        ("prune", "toys:classifier", "--keep", "0.7", *PRUNE, "--out", "one"),
+        ("grow", "one", "--channels", "+25%", *CODE, "--out", "two"),
+        ("prune", "two", "--keep", "0.9", *PRUNE, *CODE, "--out", "three"),
+    ):
+        code, _, err = regrow(*words)
+        assert code == 0, err
+    return regrow
+
+
+def test_runs_chain_and_their_ledger_is_replayed_from_the_start(chain: Run) -> None:
+    import toys
+
+    run = json.loads(Path("three/run.json").read_text())
+    assert run["parent"]["name"] == "two" and run["parent"]["plans"] == 2
+    assert [stage["verb"] for stage in run["stages"]] == ["prune", "grow"]
+    assert [stage["parameters"] for stage in run["stages"]][1:] == [run["parent"]["parameters"]]
+    fresh, x = toys.classifier()
+    again, _ = replay(fresh, trace(fresh.eval(), x), Ledger(Path("three/ledger.json")).plans())
+    ours = load("three", model=toys.classifier).state_dict()
+    assert {name: value.shape for name, value in again.state_dict().items()} == {n: v.shape for n, v in ours.items()}
+    before = load("three/before/before/before", model=toys.classifier).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in toys.classifier()[0].state_dict().items())
+
+
+def test_a_recovery_makes_up_for_the_last_cut_or_is_refused(chain: Run) -> None:
+    code, _, err = chain("recover", "three", "--by", "refit", "--tokens", "128", *CODE, "--out", "four")
+    assert code == 0, err
+    code, _, err = chain("recover", "two", "--by", "refit", *CODE, "--out", "five")
+    assert code == 2 and "`regrow grow` changed the shape last" in err and err.count("regrow: ") == 1
+    code, _, err = chain("show", "four")
+    assert code == 2 and "add --code toys:classifier" in err
+
+
+def test_a_run_is_not_resumed_from_another_model(chain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("grow", "one", "--channels", "+1", *CODE, "--out", "six")
+    with monkeypatch.context() as patch:
+        patch.setattr("regrow.commands.grow.outputs_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert chain(*words)[0] != 0
+    Path("one").rename("old")
+    Path("three").rename("one")
+    code, _, err = chain(*words)
+    assert code == 2 and "one was changed since this run was started" in err
