@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="one JSON line per arm")
     parser.add_argument("--work", default="work", help="where the runs are kept")
     parser.add_argument("--arms", nargs="+", default=["bias", "refit", "lora", "distil"], help="recoveries")
-    parser.add_argument("--keep", type=float, default=0.5, help="the fraction of the counted weights that stays")
+    parser.add_argument("--keep", type=float, default=0.5, help="the fraction of the weights that stays")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of each recovery, of all sources together")
     parser.add_argument("--prune-tokens", type=int, default=16384, help="calibration tokens of the cut, per source")
     parser.add_argument("--eval-tokens", type=int, default=2048, help="evaluation tokens per kind")

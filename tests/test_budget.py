@@ -10,8 +10,11 @@ from regrow.budget import Budget, Timing
 
 @given(st.sampled_from(list(Measure)), st.integers(1, 10**13), st.integers(1, 10**6))
 def test_a_target_reads_as_it_is_written(measure: Measure, much: int, tokens: int) -> None:
-    target = Target(measure, float(much), tokens if measure in IN_CONTEXT else 0)
+    context = tokens if measure in IN_CONTEXT else 0
+    target, share = Target(measure, float(much), context), (much % 9999 + 1) / 1e4
     assert Target.parse(str(target)) == target
+    part = Target.parse(str(Target(measure, context=context, share=share)))
+    assert part.share == pytest.approx(share, rel=1e-15) and part.limit(10**9) == (much % 9999 + 1) * 10**5
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,9 @@ def test_a_target_reads_as_it_is_written(measure: Measure, much: int, tokens: in
         (" kv_cache=50M@4096 ", Target(Measure.CACHE, 5e7, 4096)),
         ("ms=7.5", Target(Measure.TIME, 7.5)),
         ("ms=120@512", Target(Measure.TIME, 120, 512)),
+        ("params=70%", Target(Measure.PARAMETERS, share=0.7)),
+        ("kv_cache=50 %@4096", Target(Measure.CACHE, context=4096, share=0.5)),
+        ("weights=100%", Target(Measure.WEIGHTS, share=1)),
     ],
 )
 def test_amounts_have_the_units_people_have(text: str, target: Target) -> None:
@@ -47,6 +53,10 @@ def test_amounts_have_the_units_people_have(text: str, target: Target) -> None:
         ("kv_cache=5M@0", "like @4096"),
         ("kv_cache=5M@x", "like @4096"),
         ("macs=5M@16", "only kv_cache and ms"),
+        ("macs=101%", "at most 100%, like macs=70%"),
+        ("macs=0%", "above 0%"),
+        ("macs=nan%", "above 0%"),
+        ("macs=x%", "written like 0.2 or 20%"),
     ],
 )
 def test_what_is_no_target_is_refused_with_what_one_looks_like(text: str, says: str) -> None:

@@ -3,17 +3,21 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from math import ceil
+from math import ceil, floor
+
+from regrow.errors import InputError
 
 
 class Measure(StrEnum):
     """The quantity that a budget or target limits: parameters, MACs, bytes, key-value cache or milliseconds.
 
-    ``params``, ``macs`` and ``bytes`` are those of dense kernels and of the stored file: an entry that is 0 counts like
-    any other. ``nonzero`` counts the parameters that masks leave.
+    ``params`` are all parameters, tied ones once; ``weights`` are those of ``AxisGraph.counted`` alone (linear and
+    convolution layers). ``params``, ``weights``, ``macs`` and ``bytes`` are those of dense kernels and of the stored
+    file: an entry that is 0 counts like any other. ``nonzero`` counts the parameters that masks leave.
     """
 
     PARAMETERS = "params"
+    WEIGHTS = "weights"
     NONZERO = "nonzero"
     MACS = "macs"
     BYTES = "bytes"
@@ -133,34 +137,40 @@ class Target:
     """Upper limit on one measure of a network: the size it may have at most after pruning or search.
 
     Args:
-        measure: What is counted: all parameters, those that are not masked, multiply–accumulates of one example, bytes
-            of the file in the dtype as loaded, bytes of the cache of keys and values of one sequence, or milliseconds
-            of a forward pass on this device.
-        amount: The limit, in units of the measure.
+        measure: What is counted: all parameters, the weights of linear and convolution layers, parameters that are not
+            masked, multiply–accumulates of one example, bytes of the file in the dtype as loaded, bytes of the cache of
+            keys and values of one sequence, or milliseconds of a forward pass on this device.
+        amount: The limit, in units of the measure; 0 where a share is given.
         context: The number of tokens for which it holds; 0: that of the traced example.
+        share: The limit as a fraction of what the unpruned network has, in (0, 1]; 0 where an amount is given.
     """
 
     measure: Measure
-    amount: float
+    amount: float = 0.0
     context: int = 0
+    share: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.amount > 0 or self.context < 0:
-            raise ValueError(f"a target is an amount above 0, for at least 1 token; got {self}")
+        if not (self.amount > 0) != (0 < self.share <= 1) or self.context < 0:
+            raise ValueError(
+                f"a target is an amount above 0 or a share of at most 100 %, for at least 1 token; got {self}"
+            )
         if self.context and self.measure not in IN_CONTEXT:
             raise ValueError(f"only kv_cache and ms are for a number of tokens (@); got {self}")
-        if self.measure == Measure.CACHE and not self.context:
+        if self.measure == Measure.CACHE and self.amount and not self.context:
             raise ValueError(f"a cache grows with the text: say for how many tokens, like {self}@4096")
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Parse a target as users write it: ``MEASURE=AMOUNT`` or ``MEASURE=AMOUNT@TOKENS``.
+        """Parse a target as users write it: ``MEASURE=AMOUNT`` or ``MEASURE=SHARE%``, and ``@TOKENS`` if need be.
 
         >>> Target.parse("kv_cache=50M@4096")
-        Target(measure=<Measure.CACHE: 'kv_cache'>, amount=50000000.0, context=4096)
+        Target(measure=<Measure.CACHE: 'kv_cache'>, amount=50000000.0, context=4096, share=0.0)
+        >>> str(Target.parse("params=70 %"))
+        'params=70%'
 
         Args:
-            text: The target, such as ``params=100M`` or ``kv_cache=50M@4096``.
+            text: The target, such as ``params=100M``, ``macs=50%`` or ``kv_cache=50M@4096``.
 
         Raises:
             ValueError: If the text is no target; the message shows the form of one.
@@ -169,14 +179,49 @@ class Target:
         much, at, context = rest.partition("@")
         if not equals or unit not in tuple(Measure):
             raise ValueError(
-                f"a target is like params=100M, macs=2G, bytes=200M, kv_cache=50M@4096 or ms=120; got {text!r:.60}"
+                f"a target is like params=100M, macs=50%, bytes=200M, kv_cache=50M@4096 or ms=120; got {text!r:.60}"
             )
         if at and not (context.isdecimal() and int(context)):
             raise ValueError(f"what follows @ is a number of tokens, like @4096; got {text!r:.60}")
-        return cls(Measure(unit), parse_amount(much, Measure(unit)), int(context or 0))
+        if not much.strip().endswith("%"):
+            return cls(Measure(unit), parse_amount(much, Measure(unit)), int(context or 0))
+        share = parse_share(much)
+        if not 0 < share <= 1:
+            raise ValueError(f"a share of a size is above 0% and at most 100%, like {unit}=70%; got {text!r:.60}")
+        return cls(Measure(unit), context=int(context or 0), share=share)
+
+    @classmethod
+    def smaller(cls, by: float) -> "Target":
+        """Return the target of a network that loses a share of all its parameters.
+
+        >>> str(Target.smaller(0.3))
+        'params=70%'
+
+        Args:
+            by: The share that is removed, between 0 and 1.
+
+        Raises:
+            InputError: If it is not between 0 and 1.
+        """
+        if not 0 < by < 1:
+            raise InputError(f"smaller must be between 0 and 1, got {by:g}; to remove 30 %, use 0.3 or 30%")
+        return cls(Measure.PARAMETERS, share=1 - by)
+
+    def limit(self, total: int) -> int:
+        """Return the limit in whole steps of the measure (milliseconds in nanoseconds).
+
+        >>> Target.parse("macs=50%").limit(301), Target.parse("ms=2").limit(0)
+        (150, 2000000)
+
+        Args:
+            total: What the unpruned network has, in the same steps.
+        """
+        steps = self.share * total if self.share else self.amount * STEPS.get(self.measure, 1)
+        return floor(steps + 1e-6)
 
     def __str__(self) -> str:
         number = f"{self.amount:.0f}" if self.amount == int(self.amount) else f"{self.amount!r}"
+        number = f"{100 * self.share:.12g}%" if self.share else number
         return f"{self.measure}={number}" + (f"@{self.context}" if self.context else "")
 
 

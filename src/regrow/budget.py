@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil, floor
 from typing import Any
 
-from regrow.amounts import STEPS, Measure, Target
+from regrow.amounts import Measure, Target
 from regrow.axes import Axis, AxisGraph, Mark
 
 
@@ -50,22 +50,21 @@ class Budget:
     """How much of a network stays when it is pruned, by which measure, and which axes may be cut for it.
 
     Args:
-        keep: The fraction of the measure that stays, in (0, 1]. Parameters are then the weights in
-            ``AxisGraph.counted``.
+        keep: The fraction of the measure that stays, in (0, 1].
         measure: What is counted; replaced by the target's measure if there is a target.
         only: Patterns; cut only axes all of whose tensors match one; empty: all axes.
         exclude: Patterns; leave out axes with a tensor that matches one.
         marks: Which marks of axes may be cut.
         round_to: Units left per axis are a multiple of this, as far as an axis has that many.
         regular: Whether axes with the same role in several blocks keep equally many units, each axis its own best.
-        target: An absolute upper limit instead of a fraction. Parameters are then all parameters.
+        target: An upper limit on a measure, in its units or as a share, instead of a fraction.
         compensated: Weights of layers without a bias, which get one once an input is dropped (bias compensation); it
             counts.
         timing: The measured time of the network, where milliseconds are limited (:func:`regrow.evaluation.timing`).
     """
 
     keep: float = 1.0
-    measure: Measure = Measure.PARAMETERS
+    measure: Measure = Measure.WEIGHTS
     only: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     marks: frozenset[Mark] = frozenset({Mark.NEUTRAL})
@@ -104,18 +103,16 @@ class Budget:
         Args:
             total: The measure of the unpruned network, in the same steps.
         """
-        if self.target is None:
-            return floor(self.keep * total + 1e-6)
-        return floor(self.target.amount * STEPS.get(self.measure, 1) + 1e-6)
+        return self.target.limit(total) if self.target else floor(self.keep * total + 1e-6)
 
     def least(self, steps: int, total: int) -> float:
-        """Return the smallest ``keep`` or target that allows a network of a given size, for error messages.
+        """Return the smallest ``keep``, share or amount that allows a network of a given size, for error messages.
 
         Args:
             steps: The smallest size that can be reached, in whole steps of the measure.
             total: The measure of the unpruned network, in the same steps.
         """
-        if self.target is None:
+        if self.target is None or self.target.share:
             return min(1.0, ceil(steps / total * 1e4) / 1e4)
         return ceil(steps / 1000) / 1000 if self.measure == Measure.TIME else steps
 

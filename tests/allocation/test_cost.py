@@ -23,7 +23,7 @@ def long_way(axes: AxisGraph, names: tuple[str, ...], sizes: dict[str, int]) -> 
 
 def test_parameters_are_those_of_the_network() -> None:
     model, axes = lm()
-    every = Cost(axes, counted=False).total
+    every = Cost(axes, Measure.PARAMETERS).total
     assert every == sum(p.numel() for p in model.parameters()), "the tied head counts once"
     assert Cost(axes, Measure.BYTES).total == 4 * every
     cost = Cost(axes)

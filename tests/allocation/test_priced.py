@@ -74,6 +74,8 @@ def test_what_a_target_counts() -> None:
     every = Budget(target=Target(Measure.PARAMETERS, 10))
     assert cost_of(axes, every).total == sum(p.numel() for p in model.parameters())
     assert cost_of(axes, Budget(1.0)).total == sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert cost_of(axes, Budget(0.5, Measure.PARAMETERS)).total == cost_of(axes, every).total
+    assert cost_of(axes, Budget(target=Target(Measure.WEIGHTS, share=0.5))).total == cost_of(axes, Budget(1.0)).total
     _, axes = lm()
     cache = cost_of(axes, Budget(target=Target(Measure.CACHE, 10, 100)))
     assert cache.total == 2 * 2 * 3 * 4 * 4 * 100, "blocks · (keys, values) · groups · head size · bytes · tokens"

@@ -65,33 +65,37 @@ NETS = {"mlp": lambda: mlp(13, 9), "lm": lm, "conv": lambda: conv(8), "tied": la
     st.sampled_from([measure for measure in Measure if measure != Measure.NONZERO]),
     st.sampled_from([rank, uniform]),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from(["keep", "amount", "share"]),
 )
 @settings(max_examples=300, deadline=None)
 def test_budget_is_never_exceeded_and_no_further_step_fits(
-    net: str, seed: int, keep: float, round_to: int, measure: Measure, allocate: Any, regular: bool, absolute: bool
+    net: str, seed: int, keep: float, round_to: int, measure: Measure, allocate: Any, regular: bool, limit_by: str
 ) -> None:
     assume(measure != Measure.CACHE or net == "lm")
     axes = NETS[net]()[1]
     if net == "tied":
         axes = axes.with_axes({key: replace(axis, count="n") for key, axis in axes.axes.items()})
     asked = Budget(keep, measure, round_to=round_to, regular=regular, timing=timed(axes, seed))
-    if absolute:
+    if limit_by == "amount":
         context = 7 if measure in IN_CONTEXT else 0
         whole = cost_of(axes, replace(asked, keep=1.0, target=Target(measure, 1, context))).total / STEPS.get(
             measure, 1
         )
         assume(whole)
         asked = replace(asked, keep=1.0, target=Target(measure, keep * whole, context))
+    elif limit_by == "share":
+        asked = replace(asked, keep=1.0, target=Target(measure, share=keep))
     cost = cost_of(axes, asked)
     try:
         kept = allocate(axes, drawn(axes, seed), asked)
     except BudgetError as error:
-        told = {"target": replace(asked.target, amount=error.least)} if asked.target else {"keep": error.least}
+        told: dict[str, Any] = {"keep": error.least}
+        if asked.target:
+            told = {"target": replace(asked.target, **{limit_by: error.least})}
         kept = allocate(axes, drawn(axes, seed), replace(asked, **told))
         assert cost({key: len(units) for key, units in kept.items()}) <= replace(asked, **told).limit(cost.total)
         assert asked.limit(cost.total) < replace(asked, **told).limit(cost.total)
-        assert not asked.target or str(replace(asked.target, amount=error.least)) in str(error)
+        assert not asked.target or str(told["target"]) in str(error)
         return
     sizes = {key: len(units) for key, units in kept.items()}
     limit = asked.limit(cost.total)
@@ -202,7 +206,7 @@ def test_minimum_and_share_hold() -> None:
 
 def test_an_infeasible_budget_names_the_least_keep() -> None:
     _, axes = mlp(20, 10)
-    with pytest.raises(BudgetError, match=r"keep 0.01 of params .*least reachable keep is 0.0259") as info:
+    with pytest.raises(BudgetError, match=r"keep 0.01 of weights .*least reachable keep is 0.0259") as info:
         rank(axes, drawn(axes, 0), Budget(0.01))
     assert info.value.least == 0.0259  # (4 + 1 + 3) of 310, rounded up
     rank(axes, drawn(axes, 0), Budget(info.value.least))

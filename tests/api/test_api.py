@@ -43,6 +43,16 @@ def test_any_labels_prune_and_evaluate(kind, method):
     assert found.loss == pytest.approx(float(losses[kind](outputs, labels)), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "budget", [{"smaller": "50%"}, {"smaller": 0.5}, {"target": "params=50%"}, {"keep": 0.5, "measure": "params"}]
+)
+def test_a_share_of_all_parameters(budget):
+    whole = sum(p.numel() for p in net(3).parameters())
+    model, _ = regrow.prune(net(3), INPUTS, method="magnitude", settings={"compensate": False}, **budget)
+    left = sum(p.numel() for p in model.parameters())
+    assert whole / 2 - 10 < left <= whole / 2, "within one unit of 6 + 1 + 3 parameters"
+
+
 def test_a_loss_of_ones_own_ranks_the_units():
     data = (INPUTS, TARGETS["regression"])
     kept = [
@@ -89,7 +99,11 @@ def test_a_saved_network_is_a_model(tmp_path):
         (lambda: regrow.prune(net(3)), "no input to run the network with; give example="),
         (lambda: regrow.prune(3, INPUTS), "model must be a torch.nn.Module"),
         (lambda: regrow.prune(net(3), example=7), "example must be a tensor"),
-        (lambda: regrow.prune(net(3), INPUTS, keep=0.5, target="params=100"), "keep or target, not both"),
+        (
+            lambda: regrow.prune(net(3), INPUTS, keep=0.5, target="params=100"),
+            "exclude each other, got keep=0.5",
+        ),
+        (lambda: regrow.prune(net(3), INPUTS, smaller="130%"), "smaller must be between 0 and 1, got 1.3"),
         (lambda: regrow.evaluate(net(3), None), "no input to run the network with"),
         (lambda: regrow.evaluate(net(3), INPUTS), "no labels"),
     ],

@@ -12,6 +12,8 @@ import torch
 
 from fixtures.make_runs import RUNS
 from regrow import load as load_folder
+from regrow.amounts import Measure
+from regrow.commands.prune import budget_of, read_pruning_settings
 from regrow.reports import summarise
 from regrow.run_folder import RunFolder
 from regrow.store.atomic import LEFTOVER
@@ -67,6 +69,17 @@ def test_a_finished_run_of_an_earlier_version_is_read(version, name, folders):
     assert load(folder) is not None
     assert summarise([folder])
     assert rows(folder)
+
+
+def test_what_keep_counted_in_0_1_is_called_weights(folders):
+    here = folders("0.1")
+    for name in ("prune", "gprune"):
+        settings = read_pruning_settings(RunFolder.open(here / name).run()["settings"], "toys:classifier")
+        assert (settings.keep, settings.measure, settings.target) == (0.6, "weights", "")
+        assert budget_of(settings).measure == Measure.WEIGHTS
+    assert RunFolder.open(here / "recover").run()["settings"]["pruning"]["measure"] == "weights"
+    (page,) = summarise([here / "prune"])["runs"]
+    assert page["measure"] == "weights" and {"name": "measure", "value": "weights"} in page["settings"]
 
 
 @pytest.mark.slow

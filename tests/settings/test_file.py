@@ -9,7 +9,7 @@ from regrow.errors import InputError
 from regrow.settings import evaluate, learn, prune, recover, search
 from regrow.settings.declaration import options_of
 from regrow.settings.file import MAX_BYTES, format_settings, left_out, read_settings
-from regrow.settings.words import build_settings
+from regrow.settings.words import build_settings, command_line
 
 RUNS = [
     prune.Settings("smollm2-135m", keep=0.9, sources=("news", "mail=a b/"), proof=False, round_to=8, seed=2**62),
@@ -112,11 +112,32 @@ def test_names_are_those_of_options(tmp_path: Path) -> None:
     }
 
 
+def test_a_size_is_recorded_in_one_way(tmp_path: Path) -> None:
+    target = prune.Settings("m", target="params=70%")
+    assert prune.Settings("m", smaller=0.3) == prune.Settings("m", keep=0.7, measure="params") == target
+    assert (target.keep, target.measure, target.smaller) == (None, "params", None)
+    assert command_line(target) == "regrow prune m --method flap --target params=70%"
+    assert search.Settings("cells:4-2-1", "digits", smaller=0.8).target == "params=20%"
+    path = tmp_path / "a.toml"
+    for text, means in (
+        ('smaller = "30%"', target),
+        (format_settings(target, ".toml"), target),
+        ('keep = 0.7\nmeasure = "params"', prune.Settings("m", keep=0.7)),  # as version 0.1 wrote and meant it
+        ('keep = 0.7\nmeasure = "macs"', prune.Settings("m", keep=0.7, measure="macs")),
+    ):
+        path.write_text(text)
+        assert build_settings(prune.Settings, {"model": "m"}, read_settings(path, prune.Settings)) == means
+    with pytest.raises(InputError, match="--smaller must be between 0 and 1, got 30; for example --smaller 30%"):
+        prune.Settings("m", smaller=30)
+    with pytest.raises(InputError, match="--target: a target is written like"):
+        search.Settings("cells:4-2-1", "digits", "half")
+
+
 def test_the_command_line_counts() -> None:
     file = {"model": "m", "keep": 0.5, "method_settings": {"a": 1, "b": 2}, "seed": 3}
     built = build_settings(prune.Settings, {"target": "bytes=2M", "method_settings": {"b": 4}}, file)
     assert built == prune.Settings("m", target="bytes=2M", method_settings={"a": 1, "b": 4}, seed=3)
-    with pytest.raises(InputError, match=r"say how much stays, by one of --keep 0\.8 and --target bytes=200M"):
+    with pytest.raises(InputError, match=r"say how much stays, by one of --keep 0\.8, --target .* or --smaller 30%"):
         build_settings(prune.Settings, {"model": "m"}, {"keep": 0.5, "target": "bytes=2M"})
     with pytest.raises(InputError, match="MODEL is missing; for example `regrow prune smollm2-135m"):
         build_settings(prune.Settings, {"keep": 0.5}, {})

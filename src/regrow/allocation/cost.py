@@ -70,10 +70,8 @@ class Cost:
 
     Args:
         axes: The network's axes.
-        measure: What is counted: parameters, multiply–accumulates of one example, bytes (parameters and buffers), or
-            bytes of the key-value cache.
-        counted: For parameters: count only the weights in ``AxisGraph.counted``, as a ``keep`` fraction does; otherwise
-            every parameter, tied ones once.
+        measure: What is counted: the weights in ``AxisGraph.counted``, all parameters (tied ones once),
+            multiply–accumulates of one example, bytes (parameters and buffers), or bytes of the key-value cache.
         tokens: For the key-value cache: how many tokens of one sequence it holds in every attention.
         terms: Function from the size index to the terms to sum; if ``None``, the polynomial of the measure.
     """
@@ -81,15 +79,14 @@ class Cost:
     def __init__(
         self,
         axes: AxisGraph,
-        measure: Measure = Measure.PARAMETERS,
+        measure: Measure = Measure.WEIGHTS,
         *,
-        counted: bool = True,
         tokens: int = 1,
         terms: Callable[[SizeIndex], Sequence[CostTerm]] | None = None,
     ) -> None:
         self.measure, self.sizes = measure, SizeIndex.of(axes)
         self.keys, self.index, self.present = self.sizes.keys, self.sizes.index, self.sizes.present
-        self._terms = terms(self.sizes) if terms else (SizePolynomial(self.sizes, measure, counted, tokens),)
+        self._terms = terms(self.sizes) if terms else (SizePolynomial(self.sizes, measure, tokens),)
 
     def __call__(self, sizes: Mapping[str, int]) -> int:
         """Return the cost at the given sizes; axes not named keep their current size.
@@ -144,13 +141,12 @@ class SizePolynomial:
     Args:
         sizes: The index of the network's axes.
         measure: What is counted, as for :class:`Cost`.
-        counted: As for :class:`Cost`.
         tokens: As for :class:`Cost`.
     """
 
-    def __init__(self, sizes: SizeIndex, measure: Measure, counted: bool, tokens: int = 1) -> None:
+    def __init__(self, sizes: SizeIndex, measure: Measure, tokens: int = 1) -> None:
         monomials: Monomials = {}
-        for dims, factor in _tensors(sizes.axes, measure, counted, tokens):
+        for dims, factor in _tensors(sizes.axes, measure, tokens):
             for keys, coefficient in expand(dims).items():
                 monomials[keys] = monomials.get(keys, 0) + coefficient * factor
         degree = max((len(keys) for keys in monomials), default=0)
@@ -189,7 +185,7 @@ class SizePolynomial:
         return int((self._coefficients[rows] * vector[self._axes[rows]].prod(axis=1)).sum())
 
 
-def _tensors(axes: AxisGraph, measure: Measure, counted: bool, tokens: int) -> Iterable[tuple[tuple[Dim, ...], int]]:
+def _tensors(axes: AxisGraph, measure: Measure, tokens: int) -> Iterable[tuple[tuple[Dim, ...], int]]:
     """Yield the products of dimensions that a measure sums, each with an integer coefficient."""
     match measure:
         case Measure.MACS:
@@ -198,8 +194,8 @@ def _tensors(axes: AxisGraph, measure: Measure, counted: bool, tokens: int) -> I
             for name, dims in axes.shapes.items():
                 if name not in axes.ties:
                     yield dims, axes.itemsize.get(name, 4)
-        case Measure.PARAMETERS:
-            names = axes.counted if counted else [name for name in axes.shapes if name in axes.parameters]
+        case Measure.PARAMETERS | Measure.WEIGHTS:
+            names = axes.counted if measure == Measure.WEIGHTS else [n for n in axes.shapes if n in axes.parameters]
             yield from ((axes.shapes[name], 1) for name in names if name not in axes.ties)
         case Measure.CACHE:
             for one in axes.caches:

@@ -49,7 +49,7 @@ def inventory(axes: AxisGraph, chosen: Iterable[Axis] | None = None) -> list[Row
         axes: The network's axes.
         chosen: The axes to list; all if ``None``.
     """
-    parameters, macs = Cost(axes, Measure.PARAMETERS, counted=False), Cost(axes, Measure.MACS)
+    parameters, macs = Cost(axes, Measure.PARAMETERS), Cost(axes, Measure.MACS)
     return [_row(axis, parameters, macs) for axis in (axes if chosen is None else chosen)]
 
 

@@ -258,6 +258,6 @@ def _prices(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collec
             if timed is None:
                 raise ValueError("how long operations take was not measured: evaluation.latency(…) does it")
             return timed
-        case Measure.CACHE:
-            raise ValueError(f"what single weights have of {measure} is not known; count params, macs, bytes or ms")
+        case Measure.CACHE | Measure.WEIGHTS:
+            raise ValueError(f"a search does not count {measure}; count params, nonzero, macs, bytes or ms")
     return count_macs(axes, ops)

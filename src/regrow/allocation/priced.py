@@ -128,17 +128,14 @@ def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
         return Cost(axes, Measure.TIME, terms=lambda sizes: [TimeTable(sizes, timing)])
     if budget.measure == Measure.CACHE and not axes.caches:
         raise ValueError("no attention of this network reads keys and values of earlier tokens: there is no kv_cache")
-    if budget.compensated and (
-        budget.measure == Measure.BYTES or (budget.target and budget.measure == Measure.PARAMETERS)
-    ):
+    if budget.compensated and budget.measure in (Measure.BYTES, Measure.PARAMETERS):
         measure, weights = budget.measure, budget.compensated
 
         def terms(sizes: SizeIndex) -> list[CostTerm]:
-            return [SizePolynomial(sizes, measure, False), CompensationBiases(sizes, measure, weights)]
+            return [SizePolynomial(sizes, measure), CompensationBiases(sizes, measure, weights)]
 
         return Cost(axes, measure, terms=terms)
-    tokens = budget.target.context if budget.target else 1
-    return Cost(axes, budget.measure, counted=budget.target is None, tokens=tokens)
+    return Cost(axes, budget.measure, tokens=(budget.target.context if budget.target else 0) or 1)
 
 
 def payers(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:

@@ -22,7 +22,7 @@ class BudgetError(ValueError):
 
     Args:
         message: What is wrong, and what would work.
-        least: The least keep fraction, in (0, 1], or the least amount in the target's unit, that can be reached.
+        least: The least fraction, in (0, 1], or the least amount in the target's unit, that can be reached.
     """
 
     def __init__(self, message: str, least: float) -> None:
@@ -222,8 +222,9 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
             reachable,
         )
     now = total / STEPS.get(budget.measure, 1)
+    shared = bool(budget.target.share)
+    target = replace(budget.target, share=reachable) if shared else replace(budget.target, amount=reachable)
     return BudgetError(
-        f"the target {budget.target} cannot be reached ({why}); the least possible is "
-        f"{replace(budget.target, amount=reachable)}, of {now:,.10g} now",
+        f"the target {budget.target} cannot be reached ({why}); the least possible is {target}, of {now:,.10g} now",
         reachable,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.amounts import Target
+from regrow.amounts import Target, parse_share
 from regrow.api.inputs import LossLike, ModelLike, read_inputs
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
@@ -26,6 +26,7 @@ def prune(
     method: str = "flap",
     keep: float | None = None,
     target: str | Target = "",
+    smaller: str | float | None = None,
     example: Any = None,
     loss: LossLike = None,
     tokenizer: Any = None,
@@ -44,9 +45,11 @@ def prune(
             by weights alone need none.
         method: One of ``regrow.methods.METHODS``.
         keep: The fraction of the weights of linear layers and convolutions that stays (of a language model: of its
-            decoder's linear layers); ``None``: 0.8, unless there is a target.
-        target: An absolute budget instead of a fraction: ``"params=100M"``, ``"macs=2G"``, ``"bytes=200M"``,
-            ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device.
+            decoder's linear layers), or of another ``measure``; ``None``: 0.8, unless there is a target.
+        target: A size instead of a fraction: ``"params=100M"`` (all parameters), ``"macs=2G"``, ``"bytes=200M"``,
+            ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share of what the
+            network has, ``"params=70%"``.
+        smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
         example: The input with which the network is traced: a tensor, a tuple of inputs, or a dict of inputs by name;
             ``None``: the first batch of the data.
         loss: The loss of methods that measure gradients: a function (what the network returned, labels) → scalar, or
@@ -73,10 +76,7 @@ def prune(
     4
     """
     pruner = build_pruner(method, settings or {})
-    if target and keep is not None:
-        raise InputError(f"give keep or target, not both; got keep {keep:g} and target {target}")
-    share = 0.8 if keep is None else keep
-    limits = Budget(target=Target.parse(str(target)), **budget) if target else Budget(share, **budget)
+    limits = _budget(keep, target, smaller, budget)
     if axes is not None:
         example = axes.example
     inputs = read_inputs(
@@ -93,3 +93,16 @@ def prune(
     plan = plan_cut(pruner, net, axes, limits, evidence, progress=progress).plan
     apply(net, axes, plan)
     return net, plan
+
+
+def _budget(keep: float | None, target: str | Target, smaller: str | float | None, more: Mapping[str, Any]) -> Budget:
+    """Return the budget that is given in one of three ways."""
+    given = {"keep": keep, "target": target or None, "smaller": smaller}
+    names = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InputError(f"keep, target and smaller exclude each other, got {' and '.join(names)}; give one of them")
+    if smaller is not None:
+        return Budget(target=Target.smaller(parse_share(str(smaller))), **more)
+    if target:
+        return Budget(target=Target.parse(str(target)), **more)
+    return Budget(0.8 if keep is None else keep, **more)

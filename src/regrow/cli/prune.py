@@ -98,7 +98,7 @@ def _tell(folder: "RunFolder") -> None:
     sizes = {row["model"]: row for row in rows if row["what"] == "size"}
     dense, pruned = sizes["dense"], sizes["pruned"]
     say(
-        f"kept {pruned['params_counted'] / max(dense['params_counted'], 1):.4f} of the counted weights "
+        f"kept {pruned['params_counted'] / max(dense['params_counted'], 1):.4f} of the weights "
         f"({number(pruned['params_counted'])} of {number(dense['params_counted'])}), "
         f"{pruned['params_all'] / max(dense['params_all'], 1):.4f} of all parameters, "
         f"{pruned['macs'] / max(dense['macs'], 1):.4f} of the multiply–accumulates"

@@ -55,7 +55,8 @@ def show(
         say(f"not reached by the example: {len(axes.unreached)} parameters, {', '.join(axes.unreached[:3])} …")
     counted = sum(_numel(axes, name) for name in axes.counted)
     every = sum(_numel(axes, name) for name in axes.parameters if name not in axes.ties)
-    say(f"{len(free)} of {len(rows)} axes can be cut; --keep counts {number(counted)} of {number(every)} parameters")
+    keep = f"--keep counts {number(counted)} weights, of {number(every)} parameters"
+    say(f"{len(free)} of {len(rows)} axes can be cut; {keep}")
 
 
 def _free_table(rows: list[Any]) -> None:

@@ -1,19 +1,11 @@
 """The target of a search: parsed from text into a measure and a number."""
 
 from regrow.allocation.cost import Cost
-from regrow.amounts import Measure, Target, parse_share
+from regrow.amounts import Measure
 from regrow.axes import AxisGraph
 from regrow.evaluation import Latency
 from regrow.methods.search.space import GRANULARITIES
-from regrow.settings.search import DENSE, FORMER
-
-SIZES = ("params", "nonzero", "macs", "bytes", "ms")
-"""The measures that a search can use for single weights and operations."""
-
-_LIKE = (
-    "a target is written like params=0.5M, nonzero=50k, macs=3M, bytes=200k, ms=20, a share of the whole space such as "
-    "macs=20%, or a share of its parameters such as 0.2; got {!r}"
-)
+from regrow.settings.search import DENSE, FORMER, parse_search_target
 
 
 def target_measure(text: str, accounting: str = DENSE) -> Measure:
@@ -29,10 +21,7 @@ def target_measure(text: str, accounting: str = DENSE) -> Measure:
     Raises:
         ValueError: If it names no measure that a search can use, or one that version 0.1 counted differently.
     """
-    unit, equals, _ = text.partition("=")
-    if equals and (unit.strip() not in SIZES or "@" in text):
-        raise ValueError(_LIKE.format(text))
-    found = Measure(unit.strip()) if equals else Measure.PARAMETERS
+    found = parse_search_target(text).measure
     if accounting == FORMER and found in (Measure.MACS, Measure.BYTES):
         raise ValueError(
             f"version 0.1 began this run, for which weights that are 0 cost no {found}; got {text}: finish it with "
@@ -65,25 +54,13 @@ def parse_target(
     Raises:
         ValueError: If it is none of these, or more than the whole space has.
     """
-    measure, (_, equals, rest) = target_measure(text, accounting), text.partition("=")
+    target, measure = parse_search_target(text), target_measure(text, accounting)
     if measure == Measure.TIME and table is None:
         raise ValueError("how long the space takes was not measured: evaluation.latency(…) does it")
     dense = Measure.PARAMETERS if measure == Measure.NONZERO else measure
-    whole_cost: float = table.total if table else Cost(axes, dense, counted=False).total
-    named = equals and not rest.strip().endswith("%")
-    number = Target.parse(text).amount if named else _share(text) * whole_cost
+    whole_cost: float = table.total if table else Cost(axes, dense).total
+    number = target.amount or target.share * whole_cost
     if not 0 < number < whole_cost:
         has = f"{whole_cost:.4g}" if table else f"{whole_cost:,.0f}"
         raise ValueError(f"the target {text} is not below what the whole space has, {has} {measure}")
     return measure, number
-
-
-def _share(text: str) -> float:
-    """Return the fraction of the whole space that a target names: ``0.2`` or ``macs=20%``."""
-    try:
-        share = parse_share(text.rpartition("=")[2])
-    except ValueError:
-        raise ValueError(_LIKE.format(text)) from None
-    if share >= 1:
-        raise ValueError(f"a target without an amount is a share, below 1; got {text}; or write params=50k")
-    return share

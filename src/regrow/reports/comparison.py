@@ -110,7 +110,7 @@ def front(summary: Summary) -> Drawing | None:
 
 
 def kept_share(run: Run) -> float | None:
-    """Return the fraction of counted weights that a run kept: the measured one, or else the requested one.
+    """Return the fraction of the weights that a run kept: the measured one, or else the requested one.
 
     Args:
         run: A run of the summary.
@@ -118,7 +118,7 @@ def kept_share(run: Run) -> float | None:
     before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
     if before.get("params_counted") and after.get("params_counted"):
         return float(after["params_counted"] / before["params_counted"])
-    return run["keep"]
+    return run["keep"] if run["measure"] in ("", "weights") else None
 
 
 def leaders(runs: list[Run], values: Sequence[float | None]) -> list[bool]:

@@ -164,7 +164,7 @@ def cost(run: Run) -> Drawing | None:
     """
     before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
     measures = (
-        ("Counted parameters (what keep refers to)", "params_counted", q.count),
+        ("Weights (of linear and convolution layers)", "params_counted", q.count),
         ("All parameters", "params_all", q.count),
         ("Multiply–accumulates (MACs)", "macs", q.count),
         ("Bytes on disk", "bytes", q.octets),

@@ -201,6 +201,7 @@ class Run(TypedDict):
     model: str
     method: str
     keep: float | None
+    measure: str
     target: str
     regular: bool
     budget: BudgetFigures | None

@@ -21,6 +21,7 @@ from regrow.reports.reading import (
 from regrow.reports.records import BudgetFigures, MaskingCheck, Pair, Run, SourceRow, Summary
 from regrow.reports.search import search
 from regrow.reports.widths import scores, widths
+from regrow.store.run_record import restate_settings
 
 FORMAT = "regrow-summary/1"
 MAX_RUNS = 64
@@ -56,7 +57,7 @@ def summarise(folders: list[Path]) -> Summary:
 
 
 def _run(folder: RunRecord) -> Run:
-    run, settings = folder.run, mapping(folder.run.get("settings"))
+    run, settings = folder.run, restate_settings(mapping(folder.run.get("settings")))
     kinds, frozen = widths(folder)
     metrics: dict[str, list[JsonObject]] = {}
     for row in folder.metrics:
@@ -73,6 +74,7 @@ def _run(folder: RunRecord) -> Run:
         "model": _short(text(settings.get("model", settings.get("space")), 300)) or "the model",
         "method": text(settings.get("method")),
         "keep": number(settings.get("keep"), 0, 1),
+        "measure": text(settings.get("measure"), 20),
         "target": text(settings.get("target"), 60) if run.get("verb") == "prune" else "",
         "regular": settings.get("regular") is True,
         "budget": _budget(metrics.get("budget", [])),

@@ -74,9 +74,9 @@ def key_numbers(run: Run) -> list[KeyNumber]:
     if _both(before, after, "params_counted"):
         share = after["params_counted"] / before["params_counted"]
         figures = f"{q.count(after['params_counted'])} of {q.count(before['params_counted'])}"
-        add("Counted weights" if run["verb"] == "grow" else "Counted weights kept", q.percent(share), figures)
+        add("Weights" if run["verb"] == "grow" else "Weights kept", q.percent(share), figures)
     elif run["keep"] is not None:
-        add("Requested fraction", q.percent(run["keep"]), "of the counted weights")
+        add("Requested fraction", q.percent(run["keep"]), f"of {run['measure'] or 'weights'}")
     if budget := run["budget"]:
         unit = _UNITS.get(budget["measure"], q.count)
         label = f"{budget['measure']} at {budget['context']:,} tokens" if budget["context"] else budget["measure"]
@@ -273,7 +273,7 @@ def _deed(run: Run) -> str:
         weights = "linear weights" if run["perplexity"] else "convolution and linear weights"
         return f"{who} {deed} {share} {preposition} the {weights} of {run['model']}."
     if run["keep"] is not None:
-        return f"{who} was to keep {q.percent(run['keep'])} of the weights of {run['model']}."
+        return f"{who} was to keep {q.percent(run['keep'])} of the {run['measure'] or 'weights'} of {run['model']}."
     return f"{who} on {run['model']}."
 
 

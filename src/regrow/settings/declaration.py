@@ -52,6 +52,7 @@ class Setting:
         absent: The value that its absence from a ``run.json`` means, if that is not the default; a setting with this
             value is not written. For settings that were added after version 0.1.
         parts: For a mapping: options that set one entry each, with the entry's name.
+        former: For a text whose meaning changed after version 0.1: the text in a settings file, and what it means now.
     """
 
     help: str
@@ -70,6 +71,7 @@ class Setting:
     one_of: str = ""
     absent: Any = ...
     parts: tuple[tuple[str, "Setting"], ...] = ()
+    former: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)

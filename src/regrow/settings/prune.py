@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from regrow.amounts import Target
+from regrow.amounts import Measure, Target
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
-from regrow.settings.declaration import MANY, SEED, Setting
+from regrow.settings.declaration import MANY, SEED, Setting, declared
 from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen, Sources, Undo
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
@@ -37,15 +37,22 @@ class Settings:
         metavar="FRACTION", group=AMOUNT, range=Range(0, 1, above=True), one_of="how much stays",
     )] = 0.8
     measure: Annotated[str, Setting(
-        "The quantity of which --keep is a fraction.",
-        group=AMOUNT, choices=("params", "macs", "bytes", "kv_cache", "ms"),
-    )] = "params"
+        "The quantity of which --keep is a fraction: weights (of linear and convolution layers; of a language model, "
+        "of its decoder's linear layers), params (all parameters), macs, bytes, kv_cache or ms.",
+        group=AMOUNT, choices=("weights", "params", "macs", "bytes", "kv_cache", "ms"), former=("params", "weights"),
+    )] = "weights"
     target: Annotated[str, Setting(
         "The largest allowed size, instead of --keep: params=100M (all parameters), macs=2G (of one example), "
         "bytes=200M (of the weight file, in the dtype given by --dtype), kv_cache=50M@4096 (bytes of the key-value "
-        "cache at 4096 tokens), ms=120 or ms=120@512 (a forward pass, of 512 tokens, measured on this device).",
+        "cache at 4096 tokens), ms=120 or ms=120@512 (a forward pass, of 512 tokens, measured on this device); or a "
+        "share of what the model has: params=70%, macs=50%.",
         metavar="UNIT=AMOUNT", group=AMOUNT, example="bytes=200M", one_of="how much stays", absent="",
     )] = ""
+    smaller: Annotated[float | None, Setting(
+        "How much smaller the model gets, as a share of all its parameters: 30% is --target params=70%.",
+        metavar="SHARE", group=AMOUNT, range=Range(0, 1, above=True, below=True), example="30%",
+        one_of="how much stays", absent=None,
+    )] = None
     regular: Annotated[bool, Setting(
         "Give every block the same widths, as in an ordinary model; which units each block keeps is still its own.",
         group=AMOUNT, absent=False,
@@ -104,6 +111,14 @@ class Settings:
     # fmt: on
 
     def __post_init__(self) -> None:
+        """Restate ``smaller``, and a ``keep`` of all parameters, as the target that is recorded, and check it."""
+        if self.smaller is not None:
+            declared(Settings)["smaller"].check(self.smaller)
+            object.__setattr__(self, "target", str(Target.smaller(self.smaller)))
+            object.__setattr__(self, "smaller", None)
+        elif self.measure == "params" and self.keep and not self.target:
+            declared(Settings)["keep"].check(self.keep)
+            object.__setattr__(self, "target", str(Target(Measure.PARAMETERS, share=self.keep)))
         if not self.target or not isinstance(self.target, str):
             return
         try:
@@ -112,9 +127,9 @@ class Settings:
             raise InputError(f"--target: {error}") from None
         if unit == "nonzero":
             raise InputError("--target nonzero counts weights that a search masks; pruning removes units: use params")
-        if self.measure not in ("params", unit):
+        if self.measure not in ("weights", unit):
             raise InputError(
-                f"--measure {self.measure} says what --keep counts, and --target counts {unit}; leave out --measure"
+                f"--measure {self.measure} says what --keep counts, and the target counts {unit}; leave out --measure"
             )
         object.__setattr__(self, "keep", None)
         object.__setattr__(self, "measure", unit)

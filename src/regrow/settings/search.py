@@ -3,14 +3,54 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from regrow.amounts import Measure, Target, parse_share
+from regrow.errors import InputError
 from regrow.settings.constraints import Range
-from regrow.settings.declaration import Setting
+from regrow.settings.declaration import Setting, declared
 from regrow.settings.training import TRAINING, BatchSize, LearningRate, MethodSettings, Seed, Test, Train, WeightDecay
 
 DENSE, FORMER = "dense", "0.1"
 """How weights that are 0 count in a size: as stored and computed, or (version 0.1) not at all."""
 
 SEARCH, RETRAIN = "Search", "Training of the final network"
+
+SIZES = (Measure.PARAMETERS, Measure.NONZERO, Measure.MACS, Measure.BYTES, Measure.TIME)
+"""The measures that a search can use for single weights and operations."""
+
+_LIKE = (
+    "a target is written like params=0.5M, nonzero=50k, macs=3M, bytes=200k, ms=20, a share of the whole space such as "
+    "macs=20%, or a share of its parameters such as 0.2; got {!r:.60}"
+)
+
+
+def parse_search_target(text: str) -> Target:
+    """Parse the target of a search; a number without a measure is a share of all parameters.
+
+    >>> str(parse_search_target("0.2")), str(parse_search_target("macs=3M"))
+    ('params=20%', 'macs=3000000')
+
+    Args:
+        text: ``params=0.5M``, ``nonzero=50k``, ``macs=20%`` or ``0.2``.
+
+    Raises:
+        ValueError: If it is none of these; names the forms that are.
+    """
+    unit, equals, _ = text.partition("=")
+    if equals and (unit.strip() not in SIZES or "@" in text):
+        raise ValueError(_LIKE.format(text))
+    if equals:
+        target = Target.parse(text)
+    else:
+        try:
+            share = parse_share(text)
+        except ValueError:
+            raise ValueError(_LIKE.format(text)) from None
+        if not 0 < share < 1:
+            raise ValueError(f"a target without a measure is a share, between 0 and 1, got {text}; or write params=50k")
+        target = Target(Measure.PARAMETERS, share=share)
+    if target.share == 1:
+        raise ValueError(f"a target of 100% removes nothing; got {text}: take a smaller one, such as {unit}=20%")
+    return target
 
 
 @dataclass(frozen=True)
@@ -32,11 +72,16 @@ class Settings:
         group="Data", example="digits",
     )]
     target: Annotated[str, Setting(
-        "The largest allowed size: params=50k (stored parameters), nonzero=50k (parameters that are not 0), macs=3M "
-        "(of one image), bytes=200k (of the weight file), ms=20 (one batch, measured on this device), a fraction of "
-        "the whole space (macs=20%), or of its parameters (0.2).",
-        example="params=50k",
-    )]
+        "The largest allowed size: params=50k (all parameters), nonzero=50k (parameters that are not 0), macs=3M "
+        "(of one image), bytes=200k (of the weight file), ms=20 (one batch, measured on this device), a share of what "
+        "the whole space has (macs=20%), or of its parameters (0.2).",
+        example="params=50k", one_of="how large the result may be",
+    )] = ""
+    smaller: Annotated[float | None, Setting(
+        "How much smaller than the whole space the result is, in parameters: 80% is --target params=20%.",
+        metavar="SHARE", range=Range(0, 1, above=True, below=True), example="80%",
+        one_of="how large the result may be", absent=None,
+    )] = None
     method: Annotated[str, Setting("The search method; `regrow methods` lists all.", code=True)] = "mgas"
     method_settings: MethodSettings = field(default_factory=dict)
     stages: Annotated[int, Setting(
@@ -80,3 +125,15 @@ class Settings:
         "dense; 0.1 for a run of that version, whose target in parameters counted what is not 0.",
         hidden=True, absent=FORMER,
     )] = DENSE
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Restate ``smaller`` as the target that is recorded, and check the target."""
+        if self.smaller is not None:
+            declared(Settings)["smaller"].check(self.smaller)
+            object.__setattr__(self, "target", str(Target.smaller(self.smaller)))
+            object.__setattr__(self, "smaller", None)
+        try:
+            parse_search_target(str(self.target))
+        except ValueError as error:
+            raise InputError(f"--target: {error}") from None

@@ -113,5 +113,6 @@ def build_settings(kind: type[Settings], given: Mapping[str, Any], file: Mapping
             example = one.example if one.setting.argument else f"… {one.example}"
             raise InputError(f"{one.option} is missing; for example `regrow {command_of(kind)} {example}`")
     if rivals and sum(one.name in values for one in rivals) != 1:
-        raise InputError(f"say {rivals[0].setting.one_of}, by one of {' and '.join(one.example for one in rivals)}")
+        *others, last = (one.example for one in rivals)
+        raise InputError(f"say {rivals[0].setting.one_of}, by one of {', '.join(others)} or {last}")
     return kind(**values)

@@ -37,7 +37,22 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise StoreError(f"{folder / RUN} is not of the format {FORMAT!r}; restore it")
     convert(data, schemas.RunJson, folder / RUN)
-    return data
+    return data | {"settings": restate_settings(data["settings"])}
+
+
+def restate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings in present terms: the weights that ``keep`` counts were ``params`` in version 0.1.
+
+    >>> restate_settings({"keep": 0.6, "measure": "params"})
+    {'keep': 0.6, 'measure': 'weights'}
+
+    Args:
+        settings: The settings in a ``run.json``; today none has both ``keep`` and ``params``.
+    """
+    if isinstance(settings.get("pruning"), dict):  # of a recovery
+        settings = {**settings, "pruning": restate_settings(settings["pruning"])}
+    former = settings.get("measure") == "params" and settings.get("keep") is not None
+    return {**settings, "measure": "weights"} if former else dict(settings)
 
 
 def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Settings:
