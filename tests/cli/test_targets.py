@@ -36,12 +36,19 @@ def test_parameters_are_all_parameters(regrow: Run) -> None:
     left = sum(p.numel() for p in model.parameters())
     assert told("run")["after"] == left <= 1500 and model.body[0].out_channels % 4 == 0
     assert f"params: {left:,}, of" in out
-    assert "at most 1,500 asked for" in Path("run/report.html").read_text()
+    assert "allowed at most 1,500" in Path("run/report.html").read_text()
     run = json.loads(Path("run/run.json").read_text())
     assert "--target params=1.5k" in run["command"] and "--measure" not in run["command"]
     code, _, err = regrow("prune", "--again", "run", "--code", "toys:classifier", "--out", "again")
     assert code == 0, err
     assert told("again")["after"] == left
+    words = ("prune", "toys:classifier", "--method", "magnitude", "--smaller", "30%")
+    assert regrow(*words, "--out", "smaller")[0] == 0
+    row, recorded = told("smaller"), json.loads(Path("smaller/run.json").read_text())
+    assert row["measure"] == "params" and 0.65 < row["after"] / row["before"] <= 0.7
+    assert recorded["settings"]["target"] == "params=70%" and "--target params=70%" in recorded["command"]
+    assert regrow("settings", "smaller")[1].count('target = "params=70%"') == 1
+    assert "params=70%" in Path("smaller/report.html").read_text()
 
 
 @pytest.mark.slow
