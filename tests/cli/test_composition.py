@@ -43,6 +43,31 @@ def test_runs_chain_and_their_ledger_is_replayed_from_the_start(chain: Run) -> N
     assert all(torch.equal(value, before[name]) for name, value in toys.classifier()[0].state_dict().items())
 
 
+def test_every_run_can_be_undone_down_to_the_first_weights(chain: Run) -> None:
+    import toys
+
+    code, out, err = chain("history", "three")
+    assert code == 0, err
+    assert "three/before/before/before" in out and "units added" in out
+    assert "History of the network" in Path("three/report.html").read_text()
+    before = {path.name: path.read_bytes() for path in Path("two").iterdir() if path.is_file()}
+    for _ in range(2):
+        assert chain("undo", "three")[0] == 0
+        if _ == 0:
+            assert {path.name: path.read_bytes() for path in Path("three").iterdir() if path.is_file()} == before
+    code, out, err = chain("undo", "three", "--out", "start")
+    assert code == 0 and "start holds the model before it" in out, err
+    first, start = toys.classifier()[0].state_dict(), load("start", model=toys.classifier).state_dict()
+    assert first.keys() == start.keys() and all(torch.equal(value, start[name]) for name, value in first.items())
+    assert Path("three/run.json").is_file()
+    code, _, err = chain("undo", "start")
+    assert code == 2 and "not a run folder" in err
+    code, _, err = chain("grow", "one", "--channels", "+1", *CODE, "--no-undo", "--out", "four")
+    assert code == 0 and not Path("four/before").exists(), err
+    code, _, err = chain("undo", "four")
+    assert code == 2 and "--no-undo" in err
+
+
 def test_a_recovery_makes_up_for_the_last_cut_or_is_refused(chain: Run) -> None:
     code, _, err = chain("recover", "three", "--by", "refit", "--tokens", "128", *CODE, "--out", "four")
     assert code == 0, err

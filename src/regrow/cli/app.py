@@ -9,6 +9,7 @@ from regrow.cli.compare import compare
 from regrow.cli.evaluate import evaluate
 from regrow.cli.export import export
 from regrow.cli.grow import grow
+from regrow.cli.history import history
 from regrow.cli.learn import learn
 from regrow.cli.methods import methods
 from regrow.cli.prune import prune
@@ -18,6 +19,7 @@ from regrow.cli.screen import failure, prepare
 from regrow.cli.search import search
 from regrow.cli.settings import settings
 from regrow.cli.show import show
+from regrow.cli.undo import undo
 
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
 EPILOG = f"""\b
@@ -41,7 +43,7 @@ def regrow() -> None:
 
 
 VERBS = (
-    *(show, prune, grow, recover, learn, search, apply),
+    *(show, prune, grow, recover, learn, search, apply, history, undo),
     *(evaluate, chat, export, compare, report, settings, methods),
 )
 for verb in VERBS:

@@ -13,7 +13,7 @@ from regrow.commands.growing import GrowthSpec, output_change, outputs_of, plan_
 from regrow.commands.inputs import SourceHalves, SourceSpecs, describe_sources, read_sources
 from regrow.commands.measuring import measure
 from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.parents import start_from
+from regrow.commands.parents import describe_stage, start_from
 from regrow.errors import RefusedError
 from regrow.nets import Loaded
 from regrow.plan import Plan
@@ -111,7 +111,7 @@ def run(
         start_from(folder, settings.model, loaded, undo=settings.undo)
         folder.update(notes=[*loaded.notes, *notes], sources=describe_sources(specs, kinds), **record_input(loaded))
         _grown(_Job(settings, folder, loaded, kinds, clock, progress), axes, plan)
-        return folder.finish(write_page, seconds=clock.seconds)
+        return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
 
 
 def spec_of(settings: Settings) -> GrowthSpec:

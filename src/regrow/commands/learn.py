@@ -11,6 +11,7 @@ from torch import nn
 
 from regrow import store
 from regrow.commands.history import read_history
+from regrow.commands.parents import describe_stage
 from regrow.commands.task_sequences import TaskSpecs, read_sequence, read_tasks, record_tasks
 from regrow.data import MissingError, SourceError, streams
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
@@ -260,7 +261,8 @@ def _learn(
     if missing := [task.name for task in tasks if task.gone]:
         folder.log("gone", tasks=missing)
     folder.log("matrix", tasks=[task.name for task in tasks], **accuracy_matrix(fitted.state).record())
-    return folder.finish(write_page, seconds={"learn": round(time.perf_counter() - start, 3)})
+    seconds = {"learn": round(time.perf_counter() - start, 3)}
+    return folder.finish(write_page, seconds=seconds, stage=describe_stage(folder))
 
 
 def _count_settled(state: TrainState[Any]) -> int:

@@ -91,23 +91,23 @@ def read_parent(folder: Path) -> Parent:
     ledger = Ledger(folder / "ledger.json")
     run = read_run(folder) if (folder / RUN).is_file() else None
     rebuilt = run is not None and run.get("verb") == "search" and shapes.origin.kind in _REBUILT
-    stages = () if run is None else (*run.get("stages", ()), describe_stage(RunFolder(folder), shapes))
+    stages = () if run is None else (*run.get("stages", ()), describe_stage(RunFolder(folder)))
     return Parent(folder.resolve().name, digest_weights(shapes), () if rebuilt else ledger.plans(), stages)
 
 
-def describe_stage(folder: RunFolder, shapes: Shapes) -> dict[str, Any]:
-    """Return the record of a finished run among the stages of a network, as JSON data.
+def describe_stage(folder: RunFolder) -> dict[str, Any]:
+    """Return the record of a run among the stages of its network, as JSON data; its model is saved.
 
     Args:
         folder: The run.
-        shapes: Its ``shapes.json``.
     """
+    shapes = store.read_shapes(folder.path)
     run = folder.run()
     plans = folder.own_ledger.plans()
     sizes = [row for row in folder.metrics() if row["what"] == "size"]
     before = run.get("parent", {}).get("parameters") or (sizes[0].get("params_all", 0) if sizes else 0)
     return {
-        "name": folder.path.resolve().name,
+        "name": (folder.out or folder.path).resolve().name,
         "verb": run.get("verb", ""),
         "command": run.get("command", ""),
         "changed": describe_plans(plans) or "weights",

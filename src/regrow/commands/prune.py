@@ -17,7 +17,7 @@ from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import record_input
 from regrow.commands.inputs import SourceHalves, SourceSpecs, describe_sources, read_sources
 from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.parents import start_from
+from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.score_summary import write_scores
 from regrow.errors import InputError, RefusedError
@@ -135,7 +135,7 @@ def run(
         job = _Job(settings, folder, loaded, kinds, clock, progress, code)
         plan = _make_plan(job, axes, method, budget)
         _cut(job, axes, plan, budget)
-        return folder.finish(write_page, seconds=clock.seconds)
+        return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
 
 
 def _make_plan(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan:

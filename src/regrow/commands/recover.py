@@ -13,7 +13,7 @@ from regrow.commands.inputs import describe_sources, read_sources
 from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import measure
 from regrow.commands.models import load_model
-from regrow.commands.parents import start_from
+from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.recovering import log_differences, recover
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
@@ -94,7 +94,7 @@ def run(
                 folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress, recoveries=number
             )
             log_differences(folder, perplexities, number)
-        return folder.finish(write_page, seconds=clock.seconds)
+        return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
 
 
 def _copy_measurements(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:

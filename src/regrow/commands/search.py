@@ -17,6 +17,7 @@ from regrow.axes import AxisGraph
 from regrow.candidates import Staged, candidates_in, fold_scales
 from regrow.commands import latencies, pareto, spaces, stage_memory
 from regrow.commands.history import read_history
+from regrow.commands.parents import describe_stage
 from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_inputs, read_parts
 from regrow.commands.targets import find_granularities, parse_target, target_measure
 from regrow.evaluation import Latency, fastest_pass
@@ -102,7 +103,8 @@ def run(
             folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
         size = evaluation.dense(trained, first_examples(parts.test, 1).inputs)
         folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **size)
-        return folder.finish(write_page, seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
+        seconds["retrain"] = round(time.perf_counter() - start, 3)
+        return folder.finish(write_page, seconds=seconds, stage=describe_stage(folder))
 
 
 def _search(

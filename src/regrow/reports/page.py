@@ -24,6 +24,7 @@ SECTIONS = {
     "scores": "Scores",
     "cost": "Cost",
     "proof": "Proof",
+    "stages": "History of the network",
     "ran": "Command and settings",
     "notes": "Notes and limits",
 }
@@ -42,6 +43,7 @@ LEARNED_SECTIONS = {
     "growth": "Growth",
     "shape": "Widths and size",
     "owned": "Owned and free weights",
+    "stages": "History of the network",
     "ran": "Command and settings",
     "notes": "Notes and limits",
 }
@@ -58,6 +60,7 @@ SEARCHED_SECTIONS = {
     "passed": "Intermediate networks",
     "levels": "Levels",
     "memory": "Memory",
+    "stages": "History of the network",
     "ran": "Command and settings",
     "notes": "Notes and limits",
 }
@@ -140,6 +143,7 @@ def to_html(summary: Summary) -> str:
         "behaviour": run["findings"],
         "owned": drawings.get("owned"),
         "memory": (run["search"] or {}).get("stages"),
+        "stages": run["stages"],
     }
     absent = [name for name, there in shown_if.items() if not there]
     shown = [(name, title) for name, title in sections.items() if name not in absent]

@@ -63,7 +63,7 @@ class RunRecord:
     Args:
         path: The folder.
         run: The content of ``run.json``.
-        plans: The plans of ``ledger.json``, in order.
+        plans: The plans of this run in ``ledger.json``, in order; of a recovery, the plan of the cut.
         axes: ``axes.json``: ``"before"`` and ``"after"`` → one object per axis.
         scores: The content of ``scores.json``.
         metrics: The lines of ``metrics.jsonl``.
@@ -127,7 +127,8 @@ def read_run(path: Path) -> RunRecord:
     for name, meaning in needed.items():
         if not (path / name).is_file():
             folder.missing.append({"file": name, "means": meaning})
-    folder.plans = _plans(path / "ledger.json", problems)
+    plans, earlier = _plans(path / "ledger.json", problems), size(mapping(run.get("parent")).get("plans")) or 0
+    folder.plans = plans[-1:] if run.get("verb") == "recover" else plans[earlier:]
     axes = _object(path / "axes.json", problems, AxisRows)
     folder.axes = {when: objects(axes.get(when)) for when in ("before", "after")}
     folder.scores = _object(path / "scores.json", problems, ScoreSummary)

@@ -191,6 +191,17 @@ class SourceRow(TypedDict):
     evaluation_tokens: int | None
 
 
+class StageRow(TypedDict):
+    """A run among those that made a network; what is not known is ``None`` or empty."""
+
+    name: str
+    verb: str
+    command: str
+    changed: str
+    before: int | None
+    parameters: int | None
+
+
 class Run(TypedDict):
     """What a report shows of one run; what is not known is ``None`` or empty."""
 
@@ -226,6 +237,7 @@ class Run(TypedDict):
     findings: dict[str, Any] | None
     course: Course | None
     search: dict[str, Any] | None
+    stages: list[StageRow]
     missing: list[MissingFile]
     problems: list[str]
 

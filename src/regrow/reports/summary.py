@@ -18,7 +18,7 @@ from regrow.reports.reading import (
     size,
     text,
 )
-from regrow.reports.records import BudgetFigures, MaskingCheck, Pair, Run, SourceRow, Summary
+from regrow.reports.records import BudgetFigures, MaskingCheck, Pair, Run, SourceRow, StageRow, Summary
 from regrow.reports.search import search
 from regrow.reports.widths import scores, widths
 from regrow.store.run_record import restate_settings
@@ -107,6 +107,7 @@ def _run(folder: RunRecord) -> Run:
         "findings": findings(folder),
         "course": course(folder),
         "search": search(folder),
+        "stages": _stages(run),
         "missing": folder.missing,
         "problems": folder.problems[:20],
     }
@@ -230,6 +231,22 @@ def _sources(run: JsonObject, settings: JsonObject) -> list[SourceRow]:
         }
         for source in (objects(run.get("sources")) or objects(settings.get("sources")))[:MAX_KINDS]
         if (name := text(source.get("name"), 60))
+    ]
+
+
+def _stages(run: JsonObject) -> list[StageRow]:
+    """Return the runs that made the network, in order, if it has had more than this one."""
+    stages = objects(run.get("stages"))
+    return [
+        {
+            "name": text(stage.get("name"), 60),
+            "verb": text(stage.get("verb"), 20),
+            "command": text(stage.get("command"), 8000),
+            "changed": text(stage.get("changed"), 200),
+            "before": size(stage.get("before")) or None,
+            "parameters": size(stage.get("parameters")),
+        }
+        for stage in ([*stages[-MAX_KINDS:], mapping(run.get("stage"))] if stages else [])
     ]
 
 
