@@ -1,5 +1,7 @@
 """Change to one axis as plain data: which units stay, which come back, how many are added, and with which values."""
 
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,3 +163,25 @@ def _check(key: str, change: Change) -> None:
     for slot in change.slots:
         if min(slot.dim, slot.offset) < 0 or min(slot.outer, slot.stride, slot.inner) < 1:
             raise PlanError(f"axis {key!r}: slot {slot} has a negative or empty extent")
+
+
+def unit_positions(key: str, units: Iterable[Any]) -> tuple[int, ...]:
+    """Return positions of units in ascending order.
+
+    Args:
+        key: The key of the axis, for the message.
+        units: The positions, in any order.
+
+    Raises:
+        PlanError: For a mask, a fraction or a text.
+    """
+    result = []
+    for one in units:
+        try:
+            if isinstance(one, bool) or "bool" in str(getattr(one, "dtype", "")):
+                raise TypeError
+            result.append(operator.index(one))
+        except TypeError:
+            remedy = "give positions, of a mask those of mask.nonzero().flatten()"
+            raise PlanError(f"axis {key!r}: a unit is a whole number, got {str(one)[:40]!r}; {remedy}") from None
+    return tuple(sorted(result))

@@ -1,16 +1,16 @@
 """Plans: every change that is to be made to a network, as plain data that can be checked, stored and applied."""
 
 import json
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from regrow.axes import Axis, AxisGraph, Mark, Role, Slot
 from regrow.branches import Branch, Placeholder, lies_in
-from regrow.change import MOST, Change, PlanError, whole
+from regrow.change import MOST, Change, PlanError, unit_positions, whole
 from regrow.errors import InputError
 from regrow.fills import FILLS, Fill
+from regrow.insertion import Insertion, check_insertions
 from regrow.limits import parse_json
 
 __all__ = ["MOST", "Change", "Fill", "Plan", "PlanError"]
@@ -30,6 +30,9 @@ class Plan:
         origin: What made the plan (method, settings, budget, seed); informative.
         drop: Path of a module that is dropped → its branch.
         back: Paths of modules dropped earlier that are restored, with the weights they had.
+        insert: Path of a stack of blocks → the copies inserted into it. Other changes of the plan only add units; a
+            copy gets those of the block that it copies.
+        remove: Path of a stack of blocks → the insertion that is undone.
 
     Raises:
         PlanError: If a change keeps no unit, a unit twice, or one that does not exist, or a branch lies in another.
@@ -40,11 +43,14 @@ class Plan:
     origin: Mapping[str, object] = field(default_factory=dict)
     drop: Mapping[str, Branch] = field(default_factory=dict)
     back: tuple[str, ...] = ()
+    insert: Mapping[str, Insertion] = field(default_factory=dict)
+    remove: Mapping[str, Insertion] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key, change in self.changes.items():
             change.check(key)
         _check_branches(self.drop, self.back)
+        check_insertions(self.insert, self.remove, self._besides())
 
     @classmethod
     def keeping(cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], **more: object) -> "Plan":
@@ -58,7 +64,7 @@ class Plan:
         Raises:
             PlanError: If an axis does not exist, is frozen (with its reason), or the units are no positions in it.
         """
-        kept = {key: {"keep": _numbers(key, units)} for key, units in keep.items()}
+        kept = {key: {"keep": unit_positions(key, units)} for key, units in keep.items()}
         return cls._made(axes, kept, more)
 
     @classmethod
@@ -93,7 +99,7 @@ class Plan:
         Raises:
             PlanError: If an axis does not exist or is frozen, or a unit is alive or never existed.
         """
-        back = {key: _numbers(key, ids) for key, ids in restore.items()}
+        back = {key: unit_positions(key, ids) for key, ids in restore.items()}
         fresh = {"fresh": fill is not None, "fill": fill or Fill()}
         return cls._made(axes, {key: {"restore": ids, **fresh} for key, ids in back.items()}, more)
 
@@ -127,6 +133,21 @@ class Plan:
         plan = cls(made, **more)
         plan.check(axes)
         return plan
+
+    @property
+    def changes_modules(self) -> bool:
+        """Whether modules are dropped, restored, inserted or removed."""
+        return bool(self.drop or self.back or self.insert or self.remove)
+
+    def _besides(self) -> list[str]:
+        """Return what the plan does that cannot be combined with an insertion, in words."""
+        parts = {
+            "cuts or restores units": any(change.dropped or change.restore for change in self.changes.values()),
+            "drops branches or restores them": self.drop or self.back,
+            "compensates for what is dropped": self.means,
+            "adds units": self.remove and any(change.grow for change in self.changes.values()),
+        }
+        return [what for what, does in parts.items() if does]
 
     def check(self, axes: AxisGraph) -> None:
         """Raise ``PlanError`` unless the plan fits the network.
@@ -218,6 +239,11 @@ class Plan:
                 },
                 "back": list(self.back),
             }
+            | {
+                name: {path: one.to_data() for path, one in stacks.items()}
+                for name, stacks in (("insert", self.insert), ("remove", self.remove))
+                if stacks
+            }
         )
 
     @classmethod
@@ -246,7 +272,11 @@ class Plan:
                 for path, placeholders in data.get("drop", {}).items()
             }
             back = tuple(str(path) for path in data.get("back", ()))
-            return cls(changes, means, dict(data.get("origin", {})), drop, back)
+            insert, remove = (
+                {str(path): Insertion.from_data(one) for path, one in data.get(name, {}).items()}
+                for name in ("insert", "remove")
+            )
+            return cls(changes, means, dict(data.get("origin", {})), drop, back, insert, remove)
         except PlanError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -320,17 +350,3 @@ def _check_restore(axis: Axis, change: Change) -> None:
             f"axis {axis.key!r}: no unit {change.restore[-1]} ever existed; its units are numbered from 0 to "
             f"{axis.next_id - 1}"
         )
-
-
-def _numbers(key: str, units: Iterable[Any]) -> tuple[int, ...]:
-    """Return positions in ascending order; raise ``PlanError`` for a mask, a fraction or a text."""
-    result = []
-    for one in units:
-        try:
-            if isinstance(one, bool) or "bool" in str(getattr(one, "dtype", "")):
-                raise TypeError
-            result.append(operator.index(one))
-        except TypeError:
-            remedy = "give positions, of a mask those of mask.nonzero().flatten()"
-            raise PlanError(f"axis {key!r}: a unit is a whole number, got {str(one)[:40]!r}; {remedy}") from None
-    return tuple(sorted(result))

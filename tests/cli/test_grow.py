@@ -67,3 +67,20 @@ def test_a_killed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     again = growth.run(settings, tmp_path / "run")
     for name in ("model.safetensors", "ledger.json", "metrics.jsonl"):
         assert (again.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_blocks_are_inserted_and_the_model_is_an_ordinary_one(
+    regrow: Run, tiny_language_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    words = ("grow", str(tiny_language_model), "--blocks", "+1", "--mlp", "+25%", "--heads", "+2", "--out", "run")
+    code, out, err = regrow(*words)
+    assert code == 0, err
+    assert "outputs before and after differ by at most 0" in out
+    assert regrow("export", "run", "--to", "transformers", "--out", "plain")[0] == 0
+    assert not (tmp_path / "plain" / "modeling_regrow.py").exists()
+    plain, dense = (AutoModelForCausalLM.from_pretrained(one) for one in (tmp_path / "plain", tiny_language_model))
+    x = torch.arange(5)[None]
+    assert plain.config.num_hidden_layers == 3
+    torch.testing.assert_close(plain(x).logits, dense(x).logits, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""``regrow.grow``: from a network to a wider one that computes the same, and the plan that made it."""
+"""``regrow.grow``: from a network to a wider or deeper one that computes the same, and the plan that made it."""
 
 import warnings
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ def grow(
     mlp: Amount = "",
     heads: Amount = "",
     channels: Amount = "",
+    blocks: Amount | Mapping[str, Amount] = "",
     axis: Mapping[str, Amount] | None = None,
     fill: str = "zero_out",
     seed: int = 0,
@@ -39,6 +40,8 @@ def grow(
         heads: How many attention heads every attention gains: where key-value heads are shared, whole groups with
             their query heads.
         channels: How many channels the convolutions inside of blocks gain.
+        blocks: How many copies of residual blocks every stack of blocks gains, evenly among its blocks, or path of a
+            stack (``"layer3"``) → how many. The last projections of a copy are 0, so that it gives its input unchanged.
         axis: Axis key, or a pattern of keys → how many units such axes gain.
         fill: How new units are initialised: ``"zero_out"``, ``"split"`` or ``"pair"`` (:class:`regrow.Fill`).
         seed: The random seed of the fill.
@@ -63,12 +66,13 @@ def grow(
     (10, True)
     """
     parts: dict[Part, Amount] = {"mlp": mlp, "heads": heads, "channels": channels}
-    spec = GrowthSpec.parse(parts, axis or {}, fill=fill, seed=seed, round_to=round_to, regular=regular)
+    stacks = blocks if isinstance(blocks, Mapping) else {"*": blocks} if blocks else {}
+    spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
     inputs = read_inputs(model, example=axes.example if axes is not None else example)
     net = inputs.model
     if axes is None:
         axes = trace(net, *inputs.example.args, **inputs.example.kwargs)
-    plan, notes = plan_growth(axes, spec)
+    plan, notes = plan_growth(net, axes, spec)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     apply(net, axes, plan)

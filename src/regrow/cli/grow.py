@@ -1,4 +1,4 @@
-"""``regrow grow``: widen a model such that its outputs do not change."""
+"""``regrow grow``: widen or deepen a model such that its outputs do not change."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ Examples
   regrow grow smollm2-135m --mlp +25% --out RUN
   regrow grow ./my-llama --heads +1 --mlp +25% --round 64 --source mail=letters/ --out RUN
   regrow grow resnet50 --channels +32 --fill split --out RUN
+  regrow grow ./my-llama --blocks +4 --out RUN
+  regrow grow resnet50 --blocks layer3=+2 --out RUN
   regrow grow PRUNED_RUN --mlp +10% --regular --out RUN
   regrow grow vit_b_16 --axis 'encoder.layers.encoder_layer_0.mlp.*=+64' --dry-run
 """
@@ -31,7 +33,7 @@ Examples
 @click.option("--plan", type=options.PATH, help="With --dry-run: also write the plan here; `regrow apply` runs it.")
 @options.code
 def grow(given: Given[Settings], out: Path | None, dry_run: bool, plan: Path | None, code: str) -> None:
-    """Widen MODEL such that its outputs do not change, and leave a folder that loads, with a page.
+    """Widen or deepen MODEL such that its outputs do not change; writes a folder with the model and a report.
 
     Outputs before and after are compared, in float64 and in the model's precision, and the largest change is printed.
     Axes for which no exact way is known (under LayerNorm or GroupNorm) are refused with the reason.
@@ -59,8 +61,12 @@ def _show_plan(settings: Settings, path: Path | None, code: str) -> None:
     with working() as progress:
         plan, axes = plan_only(settings, progress, code=code)
     rows = [(key, change.size, change.after, f"+{change.grow}") for key, change in plan.changes.items()]
-    table("What would grow", ("axis", "units", "after", ""), rows, numbers=(1, 2, 3))
+    if rows:
+        table("What would grow", ("axis", "units", "after", ""), rows, numbers=(1, 2, 3))
     say(f"{len(rows)} of {len(axes)} axes grow")
+    for stack, insertion in plan.insert.items():
+        copies = ", ".join(f"{copy.of} → {copy.position}" for copy in insertion.copies)
+        say(f"{stack}: {insertion.size} → {insertion.after} blocks; copies (block → its new place): {copies}")
     if path:
         write_output(path, plan.to_json() + "\n", JSON)
         say(f"plan written to {path}; run it with `regrow apply {path} {settings.model} --out FOLDER`")

@@ -1,4 +1,4 @@
-"""``regrow grow``: widen a model such that its outputs do not change, compare them, and save, in a run folder."""
+"""``regrow grow``: widen or deepen a model such that its outputs do not change, compare them, and save."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ def plan_only(settings: Settings, progress: Progress = silent, *, code: str = ""
     spec = spec_of(settings)
     loaded = load_model(_model(settings), progress, code)
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    plan, _ = plan_growth(axes, spec)
+    plan, _ = plan_growth(loaded.model, axes, spec)
     return plan, axes
 
 
@@ -104,7 +104,7 @@ def run(
         progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     with clock.stage("plan"):
-        plan, notes = plan_growth(axes, spec)
+        plan, notes = plan_growth(loaded.model, axes, spec)
     words = (*(("--code", code) if code else ()), "--out", str(out))
     with RunFolder.create(out, **identity, command=command_line(settings, *words)) as folder:
         clock.folder = folder
@@ -123,6 +123,7 @@ def spec_of(settings: Settings) -> GrowthSpec:
     return GrowthSpec.parse(
         {"mlp": settings.mlp, "heads": settings.heads, "channels": settings.channels},
         settings.named(),
+        settings.stacks(),
         fill=settings.fill,
         seed=settings.seed,
         round_to=settings.round_to,
@@ -146,7 +147,7 @@ def _grown(job: _Job, axes: AxisGraph, plan: Plan) -> None:
             proof = asdict(result)
             if not result.ok:
                 _refuse(result.max_abs_diff, result.bound, "float64")
-    before = outputs_of(loaded.model, loaded.example)
+    before, example = outputs_of(loaded.model, axes.example), axes.example
     rows = [row.record() for row in inventory(axes)]
     with clock.stage("apply"):
         job.progress(0, 1, "growing")
@@ -154,7 +155,7 @@ def _grown(job: _Job, axes: AxisGraph, plan: Plan) -> None:
         if not len(folder.own_ledger):
             folder.own_ledger.append(plan)
         folder.write_axes(rows, [row.record() for row in inventory(axes)])
-    change, largest = output_change(before, outputs_of(loaded.model, loaded.example))
+    change, largest = output_change(before, outputs_of(loaded.model, example))
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     relative = change / (largest or 1.0)
     if not relative <= CHANGE * (1 if dtype in ("float32", "float64") else 100):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from regrow.allocation.deepening import deepening
 from regrow.allocation.widening import PARTS, Part, Widening, widening
 from regrow.amounts import Increase
 from regrow.axes import AxisGraph, Example
@@ -17,6 +18,7 @@ from regrow.surgery.paired_forward import common_outputs, max_difference, max_ma
 from regrow.surgery.runner import Answers, floats
 from regrow.tracing.capture import evaluating
 from regrow.tracing.model_state import preserve_state
+from regrow.tracing.stacks import find_stacks
 
 Amount = int | str
 """An increase as users write it: ``"+25%"``, ``"+32"`` or ``32``."""
@@ -29,6 +31,7 @@ class GrowthSpec:
     Args:
         parts: ``"mlp"``, ``"heads"`` or ``"channels"`` → the increase of every axis of that kind.
         axis: Axis key or pattern → its increase.
+        blocks: Path or pattern of a stack of blocks → how many copies of blocks are inserted; ``"*"``: every stack.
         fill: How new units are initialised.
         round_to: Widths become multiples of this.
         regular: Whether axes with the same role in several blocks get one width.
@@ -36,6 +39,7 @@ class GrowthSpec:
 
     parts: Mapping[Part, Increase] = field(default_factory=dict)
     axis: Mapping[str, Increase] = field(default_factory=dict)
+    blocks: Mapping[str, Increase] = field(default_factory=dict)
     fill: Fill = field(default_factory=Fill)
     round_to: int = 1
     regular: bool = False
@@ -45,6 +49,7 @@ class GrowthSpec:
         cls,
         parts: Mapping[Part, Amount],
         axis: Mapping[str, Amount],
+        blocks: Mapping[str, Amount],
         *,
         fill: str = "zero_out",
         seed: int = 0,
@@ -56,6 +61,7 @@ class GrowthSpec:
         Args:
             parts: ``"mlp"``, ``"heads"`` or ``"channels"`` → the amount.
             axis: Axis key or pattern → the amount.
+            blocks: Path or pattern of a stack → the amount.
             fill: One of ``regrow.fills.FILLS``.
             seed: The random seed of the fill.
             round_to: As the field.
@@ -70,22 +76,27 @@ class GrowthSpec:
             raise InputError(f"round_to must be at least 1, got {round_to}; for example round_to=64")
         grown = {part: _increase(part, parts[part]) for part in PARTS if parts.get(part)}
         named = {name: _increase(f"axis {name!r}", amount) for name, amount in axis.items()}
-        if not grown and not named:
-            raise InputError("nothing grows: give mlp, heads, channels or axis, for example mlp='+25%'")
-        return cls(grown, named, Fill(fill, seed), round_to, regular)
+        deeper = {name: _increase("blocks", amount) for name, amount in blocks.items()}
+        if not grown and not named and not deeper:
+            raise InputError("nothing grows: give mlp, heads, channels, blocks or axis, for example mlp='+25%'")
+        return cls(grown, named, deeper, Fill(fill, seed), round_to, regular)
 
     def record(self) -> dict[str, Any]:
         """Return the amounts as JSON data, as plans store them."""
         amounts: dict[str, str] = {part: str(one) for part, one in self.parts.items()}
-        axis = {name: str(one) for name, one in self.axis.items()}
-        return {"method": "grow", **amounts, **({"axis": axis} if axis else {}), "fill": self.fill.rule}
+        named = {"axis": self.axis, "blocks": self.blocks}
+        amounts_by_name = {
+            what: {name: str(one) for name, one in given.items()} for what, given in named.items() if given
+        }
+        return {"method": "grow", **amounts, **amounts_by_name, "fill": self.fill.rule}
 
 
-def plan_growth(axes: AxisGraph, spec: GrowthSpec) -> tuple[Plan, tuple[str, ...]]:
+def plan_growth(model: nn.Module, axes: AxisGraph, spec: GrowthSpec) -> tuple[Plan, tuple[str, ...]]:
     """Return the plan of a growth, and notes on axes of the wanted kinds that cannot be widened.
 
     Args:
-        axes: The network's axes.
+        model: The network; it is left unchanged.
+        axes: Its axes.
         spec: How much it grows.
 
     Raises:
@@ -93,7 +104,8 @@ def plan_growth(axes: AxisGraph, spec: GrowthSpec) -> tuple[Plan, tuple[str, ...
     """
     pairs = spec.fill.rule == "pair"
     wide = widening(axes, spec.parts, spec.axis, round_to=spec.round_to, regular=spec.regular, even=pairs)
-    plan = Plan(changes_of(axes, wide.grow, spec.fill), origin=spec.record())
+    insert = deepening(find_stacks(model, axes), spec.blocks) if spec.blocks else {}
+    plan = Plan(changes_of(axes, wide.grow, spec.fill), origin=spec.record(), insert=insert)
     plan.check(axes)
     return plan, _notes(wide)
 

@@ -34,6 +34,11 @@ class Settings:
         "Channels that the convolutions inside of blocks gain.",
         metavar="AMOUNT", group=AMOUNT, example="+32",
     )] = ""
+    blocks: Annotated[tuple[str, ...], Setting(
+        "Copies of residual blocks that every stack of blocks gains, evenly among its blocks; STACK=AMOUNT for one "
+        "stack (layer3=+1). The last projections of a copy are 0, so that it gives its input unchanged.",
+        metavar="[STACK=]AMOUNT", group=AMOUNT, example="+2",
+    )] = ()
     axis: Annotated[tuple[str, ...], Setting(
         "Units that one axis gains, by its key or a pattern of keys (`regrow show` lists them). Repeat it for several.",
         metavar="KEY=AMOUNT", group=AMOUNT, example="'*.mlp.*=+64'",
@@ -78,15 +83,23 @@ class Settings:
             if not equals or not key.strip():
                 raise InputError(f"--axis takes KEY=AMOUNT, got {one!r:.60}; for example --axis '*.mlp.*=+64'")
             _check(f"--axis {key}", amount)
+        for one in self.blocks if isinstance(self.blocks, tuple) else ():
+            _check("--blocks", str(one).rpartition("=")[2])
 
     def check_growth(self) -> None:
         """Raise InputError if no amount is given."""
-        if not any((self.mlp, self.heads, self.channels, self.axis)):
-            raise InputError("nothing grows: give --mlp, --heads, --channels or --axis, for example --mlp +25%")
+        if not any((self.mlp, self.heads, self.channels, self.blocks, self.axis)):
+            raise InputError(
+                "nothing grows: give --mlp, --heads, --channels, --blocks or --axis, for example --mlp +25%"
+            )
 
     def named(self) -> dict[str, str]:
         """Return axis key or pattern → its amount."""
         return {key: amount for key, _, amount in (one.rpartition("=") for one in self.axis)}
+
+    def stacks(self) -> dict[str, str]:
+        """Return path or pattern of a stack of blocks → its amount; ``"*"`` is every stack."""
+        return {stack or "*": amount for stack, _, amount in (one.rpartition("=") for one in self.blocks)}
 
 
 def _check(option: str, amount: object) -> None:

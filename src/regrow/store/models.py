@@ -23,6 +23,7 @@ from regrow.store.atomic import write_text
 from regrow.store.attributes import attribute_tensors
 from regrow.store.building import Builder, build_fresh, build_network
 from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.modules import drop, insert
 from regrow.store.pretrained import (
     is_pretrained,
     read_tokenizer,
@@ -34,7 +35,7 @@ from regrow.store.rebuilding import unsaved_change
 from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, settle
 from regrow.store.shapes import DTYPES, SHAPES, Probe, Shapes
 from regrow.store.state import check as check_architecture
-from regrow.store.state import describe, drop, named_tensors, restore
+from regrow.store.state import describe, named_tensors, restore
 from regrow.store.versions import versions
 from regrow.store.weights import check_file, inside, measure, read_weights, write_weights
 
@@ -216,6 +217,7 @@ def _load(
     shapes = read_shapes(folder, check=check)
     try:
         net = build_network(folder, shapes, model, dtype)
+        insert(net, shapes.inserted)
         drop(net, shapes.placeholders)
         check_architecture(net, shapes)
     except (ModelError, StoreError) as error:

@@ -17,13 +17,14 @@ from regrow.nets.library import ATTENTION, check_settings, check_tokenizer, lead
 from regrow.store.atomic import staging_folder, sync, write_text
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.weights import inside
+from regrow.tracing.attributes import DEPTHS, PER_BLOCK
 
 INFORMATIVE = frozenset({"architectures", "transformers_version", "_name_or_path", "_attn_implementation"})
 _LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")
 
 
 def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
-    """Return the origin of a transformers model with its present dtype and attention implementation.
+    """Return the origin of a transformers model with its present depth, dtype and attention implementation.
 
     Args:
         origin: How to build the architecture.
@@ -34,7 +35,18 @@ def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention in ATTENTION:
         config["attn_implementation"] = attention
-    return replace(origin, config=config)
+    now: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    return replace(origin, config=_with_depth(config, now))
+
+
+def _with_depth(config: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the present number of layers, and lists with one entry for each."""
+    changed = {
+        name: _with_depth(value, now[name]) if isinstance(value, dict) else now[name]
+        for name, value in config.items()
+        if isinstance(now.get(name), type(value)) and (name in DEPTHS | PER_BLOCK or isinstance(value, dict))
+    }
+    return {**config, **changed}
 
 
 def write_configuration(

@@ -111,6 +111,21 @@ class PlaceholderJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     at: Annotated[int, msgspec.Meta(ge=0, lt=256)] = 0
 
 
+class BlockCopyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A copy of a block in a stack: its place, what it copies, and which of its parameters are 0."""
+
+    position: Size
+    of: Size
+    zeros: list[str] = []
+
+
+class InsertionJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Copies of blocks that are inserted into a stack."""
+
+    size: Size
+    copies: Annotated[list[BlockCopyJson], msgspec.Meta(max_length=4096)]
+
+
 class PlanJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A plan as JSON; ``origin`` is only informative."""
 
@@ -120,6 +135,8 @@ class PlanJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     means: dict[str, dict[str, float]] = {}
     drop: dict[str, dict[str, PlaceholderJson]] = {}
     back: list[str] = []
+    insert: dict[str, InsertionJson] = {}
+    remove: dict[str, InsertionJson] = {}
 
 
 class OriginJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -170,6 +187,7 @@ class ShapesJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions: dict[str, str] = {}
     compared: bool = True
     stands: dict[str, PlaceholderJson] = {}
+    inserted: dict[str, list[InsertionJson]] = {}
     probe: dict[str, Any] | None = None
     sha256: Digest | None = None
 

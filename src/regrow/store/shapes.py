@@ -13,6 +13,7 @@ import torch
 
 from regrow.branches import Placeholder
 from regrow.errors import InputError
+from regrow.insertion import BlockCopy, Insertion
 from regrow.limits import parse_json
 from regrow.nets import Origin
 from regrow.store import schemas
@@ -122,6 +123,7 @@ class Shapes:
         ties: Further name of a tied tensor → its first name.
         dropped: Tensors that a newly built network has and this one lacks.
         placeholders: Path of a module that was dropped whole → its placeholder. Tensors of such modules are not listed.
+        inserted: Path of a stack of blocks → the insertions into it, in order, which come before anything is dropped.
         probe: The stored input and output.
         compared: Whether a newly built network was there to compare with. If not, everything is listed, and no tensor
             has a ``was``.
@@ -139,6 +141,7 @@ class Shapes:
     versions: Mapping[str, str] = field(default_factory=dict)
     placeholders: Mapping[str, Placeholder] = field(default_factory=dict)
     probe: Probe = Probe()
+    inserted: Mapping[str, tuple[Insertion, ...]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as JSON text, one line per entry, with the digest of its content."""
@@ -155,6 +158,8 @@ class Shapes:
             "stands": {path: placeholder.to_data() for path, placeholder in self.placeholders.items()},
             "tensors": {name: _tensor_to_json(stored) for name, stored in self.tensors.items()},
         }
+        if self.inserted:
+            data["inserted"] = {path: [one.to_data() for one in several] for path, several in self.inserted.items()}
         data["sha256"] = content_digest(data)
         return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()) + "\n}\n"
 
@@ -192,6 +197,7 @@ class Shapes:
             Probe(reason=convert(probe, schemas.NoProbe, "probe").reason)
             if "reason" in probe
             else Probe(_file(PROBE, convert(probe, schemas.StoredFile, "probe"))),
+            {path: tuple(_insertion(path, one) for one in several) for path, several in record.inserted.items()},
         )
 
 
@@ -247,6 +253,15 @@ def _placeholder(path: str, one: schemas.PlaceholderJson) -> Placeholder:
         return Placeholder.from_data({"gives": one.gives, "takes": one.takes, "of": one.of, "at": one.at})
     except ValueError as error:
         raise StoreError(f"stands: {path}: {error}; restore it") from None
+
+
+def _insertion(path: str, one: schemas.InsertionJson) -> Insertion:
+    insertion = Insertion(one.size, tuple(BlockCopy(copy.position, copy.of, tuple(copy.zeros)) for copy in one.copies))
+    try:
+        insertion.check(path)
+    except ValueError as error:
+        raise StoreError(f"inserted: {error}; restore it") from None
+    return insertion
 
 
 def _file(name: str, one: schemas.StoredFile) -> File:

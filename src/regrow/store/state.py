@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.branches import Placeholder, lies_in
 from regrow.nets import Origin
 from regrow.store.atomic import StoreError
 from regrow.store.attributes import attribute_tensors, check_attribute, packed_tensors, replace_tensors
+from regrow.store.modules import drop, insert
 from regrow.store.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
 from regrow.store.tensor_file import as_bytes
 from regrow.tracing import attributes as named
-from regrow.tracing.placeholder import find_placeholders, insert_placeholders
+from regrow.tracing.block_copies import find_insertions
+from regrow.tracing.placeholder import find_placeholders
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
     Raises:
         StoreError: If the network could not be rebuilt from the record, or a tensor cannot be stored.
     """
-    placeholders = find_placeholders(model)
+    placeholders, inserted = find_placeholders(model), find_insertions(model)
     if fresh is not None:
+        insert(fresh, inserted)
         drop(fresh, placeholders)
     now, before = named_tensors(model), named_tensors(fresh) if fresh is not None else {}
     tied = find_ties(now)
@@ -154,28 +156,12 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
             if place in empty or (place in fixed and not _equal(number, fixed[place]))
         }
     dropped = tuple(name for name in before if name not in now)
-    shapes = Shapes(origin, tensors, attributes, tied, dropped, fresh is not None, placeholders=placeholders)
+    shapes = Shapes(
+        origin, tensors, attributes, tied, dropped, fresh is not None, placeholders=placeholders, inserted=inserted
+    )
     if fresh is not None:
         check(fresh, shapes)
     return shapes
-
-
-def drop(fresh: nn.Module, placeholders: Mapping[str, Placeholder]) -> None:
-    """Replace modules of a newly built network by placeholders, in place.
-
-    Args:
-        fresh: The newly built network.
-        placeholders: Path of each module to drop → its placeholder.
-
-    Raises:
-        StoreError: If the network has no such module.
-    """
-    known = dict(fresh.named_modules())
-    for path in placeholders:
-        nested = any(lies_in(path, other) for other in placeholders if other != path)
-        if not path or path not in known or nested:
-            raise StoreError(f"the architecture has no module {path!r} to drop; it was built by other code or settings")
-    insert_placeholders(fresh, placeholders)
 
 
 def check(fresh: nn.Module, shapes: Shapes) -> None:

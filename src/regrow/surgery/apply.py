@@ -14,6 +14,7 @@ from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out, commit, prepare
 from regrow.surgery.drop import bring_back, without_branches
 from regrow.surgery.eager import trial_error
+from regrow.surgery.insert import with_stacks
 from regrow.surgery.paired_forward import max_difference, max_magnitude
 from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.proposed_change import RELATIVE_BOUND, ProposedChange
@@ -39,11 +40,11 @@ def apply(
 
     Parameters, buffers and the integers that modules hold are cut and widened; where an axis size is a divisor, its
     change is folded into the gain next to it; tied tensors stay tied; where the plan gives means of dropped inputs,
-    they are added to a bias. Branches that are dropped are replaced by placeholder modules. Everything is computed and
-    tried on a copy first: on fake tensors, the cut network must run the same operations on the same operands with the
-    same constants; in float64 it must compute what the masked one does, on blocks of each class
-    (:mod:`regrow.surgery.proof`), or as a whole where there are none; for declared axes it is run on the example. Only
-    then is the model changed, in place.
+    they are added to a bias. Branches that are dropped are replaced by placeholder modules; blocks that are inserted
+    must give their input unchanged, and the network is traced anew. Everything is computed and tried on a copy first:
+    on fake tensors, the cut network must run the same operations on the same operands with the same constants; in
+    float64 it must compute what the masked one does, on blocks of each class (:mod:`regrow.surgery.proof`), or as a
+    whole where there are none; for declared axes it is run on the example. Only then is the model changed, in place.
 
     Args:
         model: The traced model; changed in place.
@@ -72,6 +73,9 @@ def apply(
     if torch.is_inference_mode_enabled():
         raise PlanError("apply would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     check(model, axes, plan)
+    if plan.insert or plan.remove:
+        with with_stacks(model, axes, plan, optimizers, undo) as (left, rest, kept):
+            return apply(model, left, rest, undo=kept)
     if plan.back:
         return bring_back(model, axes, plan, optimizers, undo)
     if plan.drop:

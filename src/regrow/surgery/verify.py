@@ -127,7 +127,7 @@ def distances(
 
 def _refuse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     """Raise :class:`PlanError` if :func:`regrow.apply` would not try the plan."""
-    if plan.drop or plan.back:
+    if plan.changes_modules:
         apply(shallow_copy(model), axes, plan)
     else:
         try_out(model, axes, plan, resizing(model, axes, plan))
@@ -151,9 +151,9 @@ class _Runs:
         """Run the masked and the cut network of a plan, in float64 or in the network's own precision."""
         check(self.model, self.axes, plan)
         moved = any(change.restore for change in plan.changes.values())
-        if self.axes.declared or self.axes.decisions is not None or plan.drop or plan.back or moved:
+        if self.axes.declared or self.axes.decisions is not None or plan.changes_modules or moved:
             taken = None if self.axes.decisions is None else decisions
-            carried = apply if plan.drop or plan.back else carry_out
+            carried = apply if plan.changes_modules else carry_out
             return plan, *run_whole_pair(self.model, self.axes, plan, self.example, double, taken, carried)
         if self.recorded is None:
             self.recorded = readings(self.model, self.axes, self.example)

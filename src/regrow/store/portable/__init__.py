@@ -31,7 +31,7 @@ def is_changed(shapes: Shapes) -> bool:
         shapes: The record of the saved network.
     """
     differing = any(one.was is not None or one.added or not one.kind.carried for one in shapes.tensors.values())
-    return bool(differing or shapes.dropped or shapes.attributes or shapes.placeholders)
+    return bool(differing or shapes.dropped or shapes.attributes or shapes.placeholders or shapes.inserted)
 
 
 def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
@@ -46,6 +46,7 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         ``None`` if that does not suffice: for modules that only regrow has, or large derived buffers.
     """
     found = named_tensors(model)
+    inserted = {path: [one.to_data() for one in several] for path, several in shapes.inserted.items()}
     own = {name: one for name, one in shapes.tensors.items() if one.kind is Kind.DERIVED}
     nothing = any(placeholder.gives == "nothing" for placeholder in shapes.placeholders.values())
     foreign = any(isinstance(module, Attention) for module in model.modules())
@@ -61,6 +62,7 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         "attributes": dict(shapes.attributes),
         "dropped": list(shapes.dropped),
         "stands": {path: placeholder.to_data() for path, placeholder in shapes.placeholders.items()},
+        **({"inserted": inserted} if inserted else {}),
         "derived": {
             name: {"dtype": one.dtype, "shape": list(one.shape), "numbers": found[name].tensor.flatten().tolist()}
             for name, one in own.items()
@@ -80,7 +82,7 @@ def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         write them. ``None`` if transformers could not build the network from them.
     """
     automatic = _automatic(shapes.origin.reference)
-    changes = record(model, shapes) if automatic else None
+    changes = record(model, shapes) if automatic and not shapes.inserted else None
     if changes is None:
         return None
     name = f"modeling_regrow.{class_name(shapes.origin.reference)}"

@@ -1,0 +1,264 @@
+"""Insert copies of residual blocks that give their input unchanged, and take them out again."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from regrow.axes import Axis, AxisGraph
+from regrow.branches import lies_in
+from regrow.change import Change
+from regrow.insertion import Insertion
+from regrow.plan import Plan, PlanError
+from regrow.surgery.paired_forward import max_difference
+from regrow.surgery.undo_store import UndoStore
+from regrow.tracing import TraceError, trace, with_branches
+from regrow.tracing.block_copies import StackError, insert_copies, put_back, remove_copies, stack_at
+from regrow.tracing.branch_sites import tensor_forms
+from regrow.tracing.branches import record_calls
+from regrow.tracing.capture import evaluating, first_line
+from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
+from regrow.tracing.model_state import preserve_state
+
+Rename = Callable[[str], str]
+"""Name of a module or tensor before a change of stacks → its name after it; empty if it is gone."""
+
+
+@contextmanager
+def with_stacks(
+    model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
+) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
+    """Context manager in which the plan's blocks are inserted or removed; undone if the body raises.
+
+    Args:
+        model: The network.
+        axes: Its axes.
+        plan: A plan that fits the axes.
+        optimizers: Must be empty, since no optimiser can follow.
+        undo: The undo store; its names follow when the body has succeeded.
+
+    Yields:
+        The axes with the other blocks, the rest of the plan for them, and the undo store for them.
+
+    Raises:
+        PlanError: If there is no such stack, the network does not run with the other blocks, or an inserted block does
+            not give its input unchanged.
+    """
+    if optimizers:
+        raise PlanError(
+            "no optimiser can follow blocks that are inserted or removed, for no group of theirs is known; apply the "
+            "plan without, then give the optimiser their parameters (add_param_group)"
+        )
+    if axes.declared:
+        raise PlanError("the axes of this network are declared, so that those of new blocks are not known; trace it")
+    if undo is not None:
+        undo.check_network(axes)
+        if undo.branches:
+            raise PlanError(f"{next(iter(undo.branches))} is dropped; bring it back before blocks are inserted")
+    _rehearse(model, axes, plan)
+    restore = _change(model, plan)
+    try:
+        _check_identity(model, axes, plan.insert)
+        rename = _renaming(model, plan)
+        left = _retraced(model, axes, rename)
+        kept = None if undo is None else _renamed_store(undo, axes, left, rename)
+        changes = _changes(axes, left, plan, rename, model)
+        yield left, Plan(changes, origin=plan.origin), kept
+    except TraceError as error:
+        restore()
+        raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from None
+    except BaseException:
+        restore()
+        raise
+    if undo is not None:
+        vars(undo).update(vars(kept))
+
+
+def _change(model: nn.Module, plan: Plan) -> Callable[[], None]:
+    """Insert and remove the blocks of a plan; return a function that undoes it."""
+    undoing: list[Callable[[], object]] = []
+
+    def restore() -> None:
+        for undo in reversed(undoing):
+            undo()
+
+    try:
+        for path, one in plan.insert.items():
+            insert_copies(model, path, one)
+            undoing.append(partial(remove_copies, model, path, one))
+        for path, one in plan.remove.items():
+            undoing.append(partial(put_back, model, path, one, remove_copies(model, path, one)))
+    except BaseException as error:
+        restore()
+        if isinstance(error, StackError):
+            raise PlanError(f"{error}; make the plan for this network") from None
+        raise
+    return restore
+
+
+def _rehearse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Run the network with the other blocks on a copy without numbers.
+
+    Raises:
+        PlanError: If it does not run, or gives tensors of other forms.
+    """
+    for path, insertion in (*plan.insert.items(), *plan.remove.items()):
+        try:
+            stack_at(model, path, insertion.after if path in plan.remove else insertion.size)
+        except StackError as error:
+            raise PlanError(f"{error}; make the plan for this network") from None
+    if axes.decisions is not None:  # which fake data cannot take
+        return
+    bare, mode = meta_copy(model, {})
+    given = fake_example(cast_example(axes.example, model), mode)
+    try:
+        _, before = record_calls(bare, given)
+        _change(bare, plan)
+        _, after = record_calls(bare, given)
+    except PlanError:
+        raise
+    except Exception as error:
+        raise PlanError(f"the plan cannot be carried out: the network does not run: {first_line(error)}") from None
+    if tensor_forms(before) != tensor_forms(after):
+        raise PlanError("the plan cannot be carried out: the network would answer in another shape")
+
+
+def _check_identity(model: nn.Module, axes: AxisGraph, insert: Mapping[str, Insertion]) -> None:
+    """Run the network on the example; raise ``PlanError`` unless every inserted block gives its input unchanged."""
+    example = cast_example(axes.example, model)
+    given = [x for x in tree_leaves((example.args, dict(example.kwargs))) if isinstance(x, Tensor)]
+    if not insert or any(x.is_meta for x in (*model.parameters(), *given)):
+        return
+    inputs: dict[nn.Module, Tensor] = {}
+    changes: dict[nn.Module, float] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[module] = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).clone()
+
+    def compare(module: nn.Module, args: tuple[Any, ...], answer: object) -> None:
+        made = next((x for x in tree_leaves(answer) if isinstance(x, Tensor)), None)
+        before = inputs.pop(module)
+        same = made is not None and torch.equal(made, before)
+        changes[module] = 0.0 if same else max_difference([before], [made])
+
+    copies = {
+        list(model.get_submodule(path).children())[copy.position]: (path, copy)
+        for path, insertion in insert.items()
+        for copy in insertion.copies
+    }
+    with preserve_state(model, entries=True), evaluating(model), torch.no_grad():  # which takes the hooks off, too
+        for block in copies:
+            block.register_forward_pre_hook(note, with_kwargs=True)
+            block.register_forward_hook(compare)
+        model(*example.args, **example.kwargs)
+    for block, (path, copy) in copies.items():
+        if changes.get(block) != 0:
+            does = f"changes its input by {changes[block]:.3g}" if block in changes else "does not run"
+            raise PlanError(
+                f"the copy of block {copy.of} of stack {path!r} {does}; copy blocks that add to their input, and set "
+                "their last projections to 0 (regrow grow --blocks finds them)"
+            )
+
+
+def _renaming(model: nn.Module, plan: Plan) -> Rename:
+    """Return the function from names before a change of stacks, which is done, to names after it."""
+    tables: dict[str, dict[str, str]] = {}
+    for path, insertion in (*plan.insert.items(), *plan.remove.items()):
+        names = list(model.get_submodule(path)._modules)
+        first, prefix = names[0], names[0].rstrip("0123456789")
+        start = int(first.removeprefix(prefix))
+        old, new = (range(insertion.size), insertion.kept) if path in plan.insert else (insertion.kept, range(10**9))
+        pairs = zip(old, new, strict=False)
+        tables[path] = {f"{prefix}{start + i}": f"{prefix}{start + j}" for i, j in pairs}
+
+    def rename(name: str) -> str:
+        for path, table in tables.items():
+            if lies_in(name, path) and name != path:
+                block, dot, rest = name[len(path) + 1 :].partition(".")
+                return f"{path}.{table[block]}{dot}{rest}" if block in table else ""
+        return name
+
+    return rename
+
+
+def _retraced(model: nn.Module, axes: AxisGraph, rename: Rename) -> AxisGraph:
+    """Return the axes of the changed network, in which the units of old axes keep their ids."""
+    example = cast_example(axes.example, model)
+    left = trace(model, *example.args, **example.kwargs)
+    if any(one.gives != "nothing" for one in axes.branches.values()):
+        left = with_branches(model, left)
+    known = {}
+    for key, new in _keys(axes, left, rename).items():
+        if left[new].size == axes[key].size:
+            known[new] = replace(left[new], ids=axes[key].ids, next_id=axes[key].next_id)
+    return replace(left, axes={**left.axes, **known}, network=axes.network, example=axes.example)
+
+
+def _keys(axes: AxisGraph, left: AxisGraph, rename: Rename) -> dict[str, str]:
+    """Return key of an axis before the change → its key after it, for axes of which a tensor is left."""
+    home = {(slot.name, slot.dim, slot.offset, slot.inner): axis.key for axis in left for slot in axis.slots}
+    result = {}
+    for axis in axes:
+        places = [(rename(slot.name), slot.dim, slot.offset, slot.inner) for slot in axis.slots]
+        if found := next((home[place] for place in places if place in home), ""):
+            result[axis.key] = found
+    return result
+
+
+def _changes(axes: AxisGraph, left: AxisGraph, plan: Plan, rename: Rename, model: nn.Module) -> dict[str, Change]:
+    """Return the plan's changes for the changed network; copies get those of the blocks that they copy."""
+    keys = _keys(axes, left, rename)
+    result: dict[str, Change] = {}
+    for key, change in plan.changes.items():
+        if change.idle or key not in keys:
+            continue
+        result[keys[key]] = _moved(change, left[keys[key]])
+        for path, insertion in plan.insert.items():
+            names = list(model.get_submodule(path)._modules)
+            for copy in insertion.copies:
+                source = f"{path}.{names[insertion.kept[copy.of]]}"
+                if all(lies_in(slot.name, source) for slot in left[keys[key]].slots):
+                    twin = _twin(left, left[keys[key]], source, f"{path}.{names[copy.position]}")
+                    result[twin.key] = _moved(change, twin)
+    return result
+
+
+def _twin(left: AxisGraph, axis: Axis, source: str, place: str) -> Axis:
+    """Return the axis of a copied block that corresponds to an axis of the block that it copies."""
+    slot = axis.slots[0]
+    wanted = (place + slot.name[len(source) :], slot.dim, slot.offset, slot.inner)
+    return next(
+        one for one in left for s in one.slots if (s.name, s.dim, s.offset, s.inner) == wanted and one.size == axis.size
+    )
+
+
+def _moved(change: Change, axis: Axis) -> Change:
+    return replace(change, slots=axis.slots, ids=axis.ids)
+
+
+def _renamed_store(undo: UndoStore, axes: AxisGraph, left: AxisGraph, rename: Rename) -> UndoStore:
+    """Return an undo store with the names of the changed network, without what was in removed blocks."""
+    keys = _keys(axes, left, rename)
+
+    def tensors(stored: Mapping[str, Any]) -> dict[str, Any]:
+        pairs = ((rename(name.partition(":")[0]), name, value) for name, value in stored.items())
+        return {new + name[len(name.partition(":")[0]) :]: value for new, name, value in pairs if new}
+
+    def units(stored: Mapping[str, Any]) -> dict[str, Any]:
+        return {keys[key]: value for key, value in stored.items() if key in keys}
+
+    return replace(
+        undo,
+        weights=tensors(undo.weights),
+        means=tensors(undo.means),
+        constants=tensors(undo.constants),
+        next_ids=units(undo.next_ids),
+        restorable=units(undo.restorable),
+        added=tuple(filter(None, map(rename, undo.added))),
+    )
