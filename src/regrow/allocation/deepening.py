@@ -11,7 +11,7 @@ def deepening(stacks: Mapping[str, Stack], increases: Mapping[str, Increase]) ->
     """Return path of a stack → the copies inserted into it.
 
     The blocks that can be copied are divided into as many groups as there are new blocks, and each group is followed by
-    a copy of its last block (LLaMA Pro, arXiv 2401.02415).
+    a copy of its last block (block expansion, Wu et al., arXiv 2401.02415).
 
     Args:
         stacks: The network's stacks.
