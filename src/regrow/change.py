@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from regrow.axes import Role, Slot
+from regrow.axes import Axis, Mark, Role, Slot
 from regrow.fills import FILLS, Fill
 
 MOST = 2**24
@@ -185,3 +185,28 @@ def unit_positions(key: str, units: Iterable[Any]) -> tuple[int, ...]:
             remedy = "give positions, of a mask those of mask.nonzero().flatten()"
             raise PlanError(f"axis {key!r}: a unit is a whole number, got {str(one)[:40]!r}; {remedy}") from None
     return tuple(sorted(result))
+
+
+def growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
+    """Return why an axis cannot get the units that a change adds; empty if it can.
+
+    Args:
+        axis: The axis.
+        change: The change.
+        parameters: The names of the network's parameters.
+    """
+    if axis.narrow:
+        return axis.narrow
+    unread, folded = FILLS[change.fill.rule].unread, axis.mark is Mark.FOLDED
+    if folded and not unread:
+        return f"{axis.reason}, which only new units of value 0 leave as it was; take the fill 'zero_out'"
+    made, read = ({(s.name, s.dim) for s in axis.slots if s.role is role} for role in (Role.PRODUCES, Role.CONSUMES))
+    others = {(s.name, s.dim) for s in axis.slots if s.role is not Role.CONSUMES}
+    both = ", ".join(sorted(name for name, _ in others & read))
+    if both and not unread:
+        return f"{both} reads its units and does something else with them, too; take the fill 'zero_out'"
+    if both and (read <= made if folded else made <= read):
+        return f"{both} both makes and reads its units: 0 on both sides, new ones could never learn"
+    if unread and not {name for name, _ in (made if folded else read)} & parameters:
+        return "no parameter is there that could learn to use new units"
+    return ""

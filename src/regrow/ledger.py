@@ -17,7 +17,7 @@ from regrow.errors import InputError
 from regrow.limits import parse_json, problem
 from regrow.plan import FORMAT as PLAN_FORMAT
 from regrow.plan import Plan, PlanError
-from regrow.store import schemas
+from regrow.store import plan_schemas, schemas
 from regrow.store.atomic import write_text
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, check_readable
@@ -136,7 +136,7 @@ def read_plan(data: object) -> Plan:
         StoreError: If a field is missing, unknown or of another type.
     """
     if isinstance(data, dict) and data.get("format") == PLAN_FORMAT:
-        convert(data, schemas.PlanJson)
+        convert(data, plan_schemas.PlanJson)
     return Plan.from_json(json.dumps(data))
 
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from regrow.axes import Axis, AxisGraph, Mark, Role, Slot
+from regrow.axes import Axis, AxisGraph, Role, Slot
 from regrow.branches import Branch, Placeholder, lies_in
-from regrow.change import MOST, Change, PlanError, unit_positions, whole
+from regrow.change import MOST, Change, PlanError, growth_problem, unit_positions, whole
 from regrow.errors import InputError
-from regrow.fills import FILLS, Fill
+from regrow.fills import Fill
 from regrow.insertion import Insertion, check_insertions
 from regrow.limits import parse_json
 
@@ -180,7 +180,7 @@ class Plan:
                 raise PlanError(
                     f"axis {key!r} must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
                 )
-            if change.new_units and axis.free and (problem := _cannot_grow(axis, change, axes.parameters)):
+            if change.new_units and axis.free and (problem := growth_problem(axis, change, axes.parameters)):
                 raise PlanError(f"axis {key!r} cannot be widened: {problem}")
             if not axis.free:
                 raise PlanError(f"axis {key!r} is frozen: {axis.reason}")
@@ -319,25 +319,6 @@ def _places(slots: Iterable[Slot]) -> list[Slot]:
     """Return slots with SHIFTS read as SCALES, so that plans from before the two were distinguished still fit."""
     scaled = (replace(slot, role=Role.SCALES) if slot.role is Role.SHIFTS else slot for slot in slots)
     return list(dict.fromkeys(scaled))
-
-
-def _cannot_grow(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
-    """Return why an axis cannot get the units that the change adds; empty if it can."""
-    if axis.narrow:
-        return axis.narrow
-    unread, folded = FILLS[change.fill.rule].unread, axis.mark is Mark.FOLDED
-    if folded and not unread:
-        return f"{axis.reason}, which only new units of value 0 leave as it was; take the fill 'zero_out'"
-    made, read = ({(s.name, s.dim) for s in axis.slots if s.role is role} for role in (Role.PRODUCES, Role.CONSUMES))
-    others = {(s.name, s.dim) for s in axis.slots if s.role is not Role.CONSUMES}
-    both = ", ".join(sorted(name for name, _ in others & read))
-    if both and not unread:
-        return f"{both} reads its units and does something else with them, too; take the fill 'zero_out'"
-    if both and (read <= made if folded else made <= read):
-        return f"{both} both makes and reads its units: 0 on both sides, new ones could never learn"
-    if unread and not {name for name, _ in (made if folded else read)} & parameters:
-        return "no parameter is there that could learn to use new units"
-    return ""
 
 
 def _check_restore(axis: Axis, change: Change) -> None:

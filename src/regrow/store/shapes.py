@@ -19,6 +19,7 @@ from regrow.nets import Origin
 from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
+from regrow.store.plan_schemas import InsertionJson, PlaceholderJson
 
 FORMAT = "regrow-shapes/1"
 DTYPES: Mapping[str, torch.dtype] = {
@@ -248,14 +249,14 @@ def _place(place: str) -> str:
     return place
 
 
-def _placeholder(path: str, one: schemas.PlaceholderJson) -> Placeholder:
+def _placeholder(path: str, one: PlaceholderJson) -> Placeholder:
     try:
         return Placeholder.from_data({"gives": one.gives, "takes": one.takes, "of": one.of, "at": one.at})
     except ValueError as error:
         raise StoreError(f"stands: {path}: {error}; restore it") from None
 
 
-def _insertion(path: str, one: schemas.InsertionJson) -> Insertion:
+def _insertion(path: str, one: InsertionJson) -> Insertion:
     insertion = Insertion(one.size, tuple(BlockCopy(copy.position, copy.of, tuple(copy.zeros)) for copy in one.copies))
     try:
         insertion.check(path)

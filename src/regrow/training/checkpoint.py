@@ -16,7 +16,7 @@ from regrow.axes import AxisGraph, Dim, Product, Sum
 from regrow.axis_tensor import AxisTensor
 from regrow.ledger import replay
 from regrow.plan import Plan
-from regrow.store import schemas
+from regrow.store import plan_schemas, schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, read_tensors, write_tensors
@@ -208,7 +208,7 @@ def _measured(record: schemas.CourseHeader, history: History) -> tuple[list[Plan
                 raise ValueError(f"{name} holds {len(logs)} of the {expected} changes of shape that it relies on")
     else:
         for plan in record.plans:
-            convert(plan, schemas.PlanJson)
+            convert(plan, plan_schemas.PlanJson)
         plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
         rows, sizes, events = [tuple(row) for row in course.rows], course.sizes, course.events
     known: dict[str, Any] = {"number": course.number, "epoch": course.epoch, "step": course.step, "loss": course.loss}
