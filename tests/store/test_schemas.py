@@ -83,7 +83,7 @@ def test_ledger(run, change, words):
 def test_the_entry_of_a_mapping_is_named():
     data = {"a": {"sizes": [1, 2]}, "b.c": {"sizes": [1, -2]}}
     with pytest.raises(StoreError, match=r"f: b\.c\.sizes\.1 is -2: Expected `int` >= 0"):
-        convert(data, dict[str, dict[str, list[schemas.Size]]], "f")
+        convert(data, dict[str, dict[str, list[plan_schemas.Size]]], "f")
 
 
 def test_depth_and_rows(run):
