@@ -11,7 +11,7 @@ import pytest
 from regrow.commands.prune import read_pruning_settings
 from regrow.ledger import Ledger, read_undo_store
 from regrow.run_folder import RunFolder
-from regrow.store import StoreError, schemas
+from regrow.store import StoreError, plan_schemas, schemas
 from regrow.store import convert as convert_module
 from regrow.store.convert import convert
 from regrow.store.tensors import write_tensors
@@ -96,7 +96,7 @@ def test_depth_and_rows(run):
         RunFolder.open(run).metrics()
 
 
-@pytest.mark.parametrize("module", [schemas, convert_module])
+@pytest.mark.parametrize("module", [schemas, plan_schemas, convert_module])
 def test_records_know_nothing_of_torch(module):
     tree = ast.parse(Path(module.__file__).read_text())
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
