@@ -12,6 +12,7 @@ from regrow.errors import InputError
 from regrow.fills import Fill
 from regrow.insertion import Insertion, check_insertions
 from regrow.limits import parse_json
+from regrow.tables import Table, format_html
 
 __all__ = ["MOST", "Change", "Fill", "Plan", "PlanError"]
 
@@ -51,6 +52,14 @@ class Plan:
             change.check(key)
         _check_branches(self.drop, self.back)
         check_insertions(self.insert, self.remove, self._besides())
+
+    def _repr_html_(self) -> str:
+        """Return the changes as an HTML table, for notebooks."""
+        changes = self.changes.items()
+        rows = [(key, one.size, one.after, len(one.dropped), one.after - len(one.keep)) for key, one in changes]
+        modules = [*((path, "dropped") for path in self.drop), *((path, "restored") for path in self.back)]
+        axes = Table("", ("axis", "units", "after", "removed", "added"), rows, (1, 2, 3, 4))
+        return format_html([axes, Table("", ("module", "change"), modules)], str(self.origin.get("method", "")))
 
     @classmethod
     def keeping(cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], **more: object) -> "Plan":

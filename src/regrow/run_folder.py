@@ -25,6 +25,7 @@ from regrow.store.run_record import FORMAT, RUN, read_json, read_run, run_identi
 from regrow.store.versions import versions
 from regrow.store.working_area import copy_into_area, is_resumable, make_area, move_into_area, unfinished_folder
 from regrow.surgery import UndoStore
+from regrow.tables import Table, format_html
 
 WritePage = Callable[[Path], object]
 """Writes the report page of a run into the folder that it is given."""
@@ -157,6 +158,15 @@ class RunFolder:
         """Open the unfinished run in a folder for reading; ``None`` if there is none."""
         place = unfinished_folder(Path(path))
         return cls(place) if place else None
+
+    def _repr_html_(self) -> str:
+        """Return what the run is and the sizes that it measured as HTML tables, for notebooks."""
+        run, sizes = self.run(), [row for row in self.metrics() if row["what"] == "size"]
+        facts = [(name, run[name]) for name in ("verb", "command", "started", "finished") if run.get(name)]
+        columns = ("model", "params_all", "params_counted", "macs", "bytes")
+        rows = [tuple(row.get(name, "–") for name in columns) for row in sizes]
+        heads = ("model", "parameters", "weights", "MACs", "bytes")
+        return format_html([Table(str(self.path), ("", ""), facts), Table("", heads, rows, (1, 2, 3, 4))])
 
     def __enter__(self) -> "RunFolder":
         return self

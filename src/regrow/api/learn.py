@@ -19,6 +19,7 @@ from regrow.objectives import choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.sources import Batch
+from regrow.tables import Table, format_html
 from regrow.tasks import Task, first_examples
 from regrow.tracing import trace
 from regrow.training import continual
@@ -56,7 +57,18 @@ class Learned:
             f"{name}: " + " ".join("–" if score != score else f"{score:.3f}" for score in row)
             for name, row in zip(self.tasks, self.scores.rows, strict=False)
         ]
-        return "\n".join([*lines, f"average {self.scores.average:.3f}, forgetting {self.scores.forgetting or 0:.3f}"])
+        return "\n".join([*lines, self._summary()])
+
+    def _repr_html_(self) -> str:
+        """Return the scores as an HTML table, for notebooks: a row after each task, a column per task."""
+        rows = [
+            (name, *("–" if score != score else f"{score:.3f}" for score in row))
+            for name, row in zip(self.tasks, self.scores.rows, strict=False)
+        ]
+        return format_html([Table("", ("after learning", *self.tasks), rows, range(1, len(rows) + 1))], self._summary())
+
+    def _summary(self) -> str:
+        return f"average {self.scores.average:.3f}, forgetting {self.scores.forgetting or 0:.3f}"
 
 
 def learn(

@@ -22,7 +22,7 @@ def show(
     model: str, json_file: Path | None, everything: bool, branches: bool, code: str, dtype: str, input: str
 ) -> None:
     """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen."""
-    from regrow.allocation.inventory import inventory
+    from regrow.axes.inventory import inventory, summary, tables
     from regrow.commands.models import ModelSpec, load_model
     from regrow.nets.examples import written_shape
     from regrow.tracing import trace, with_branches
@@ -35,12 +35,10 @@ def show(
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         if branches:
             axes = with_branches(loaded.model, axes)
-        rows = inventory(axes)
     if json_file:
-        _write(json_file, axes, rows, model)
-    free = [row for row in rows if row.mark != "frozen"]
-    _free_table(free)
-    _frozen_table([row for row in rows if row.mark == "frozen"], everything)
+        _write(json_file, axes, inventory(axes), model)
+    for one in tables(axes, everything=everything):
+        table(one.title, one.columns, one.rows, one.numbers)
     if branches:
         _branches_table(axes, everything)
     say(
@@ -53,41 +51,7 @@ def show(
         say(f"note: {note}")
     if axes.unreached:
         say(f"not reached by the example: {len(axes.unreached)} parameters, {', '.join(axes.unreached[:3])} …")
-    counted = sum(_numel(axes, name) for name in axes.counted)
-    every = sum(_numel(axes, name) for name in axes.parameters if name not in axes.ties)
-    keep = f"--keep counts {number(counted)} weights, of {number(every)} parameters"
-    say(f"{len(free)} of {len(rows)} axes can be cut; {keep}")
-
-
-def _free_table(rows: list[Any]) -> None:
-    groups: dict[tuple, list[Any]] = {}
-    for row in rows:
-        groups.setdefault((row.label, row.mark, bool(row.inside)), []).append(row)
-    lines = []
-    for (label, mark, inside), members in groups.items():
-        sizes = sorted({row.size for row in members})
-        blocks = [row.block for row in members if row.block]
-        where = f"{blocks[0]} … {blocks[-1]}" if len(blocks) > 1 else (blocks[0] if blocks else members[0].key)
-        size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
-        costs = sorted({row.unit_params for row in members}), sorted({row.unit_macs for row in members})
-        params, macs = (number(c[0]) if len(c) == 1 else f"{number(c[0])}–{number(c[-1])}" for c in costs)
-        lines.append((label, where, len(members), size, mark + (", inside another" if inside else ""), params, macs))
-    columns = ("made by → read by", "where", "axes", "units", "mark", "parameters a unit", "MACs a unit")
-    table("What can be cut", columns, lines, numbers=(2, 3, 5, 6))
-
-
-def _frozen_table(rows: list[Any], everything: bool) -> None:
-    if everything:
-        table("Frozen", ("axis", "units", "why"), [(row.key, row.size, row.reason) for row in rows], numbers=(1,))
-        return
-    import re
-
-    reasons: dict[str, list[Any]] = {}
-    for row in rows:
-        reasons.setdefault(re.sub(r"\d+", "#", row.reason), []).append(row)
-    groups = sorted(reasons.values(), key=len, reverse=True)
-    lines = [(len(members), members[0].reason, members[0].key) for members in groups]
-    table("Frozen", ("axes", "why (of the first)", "the first"), lines, numbers=(0,))
+    say(summary(axes))
 
 
 def _branches_table(axes: Any, everything: bool) -> None:

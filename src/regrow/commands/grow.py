@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from regrow import store
-from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph
+from regrow.axes.inventory import inventory
 from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import record_input
 from regrow.commands.growing import GrowthSpec, output_change, outputs_of, plan_growth

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from regrow import evaluation, store
-from regrow.allocation.inventory import inventory
 from regrow.amounts import Measure, Target
 from regrow.axes import AxisGraph, Mark
+from regrow.axes.inventory import inventory
 from regrow.budget import Budget
 from regrow.commands import measuring
 from regrow.commands import pruning as prune

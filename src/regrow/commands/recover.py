@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow import store
-from regrow.allocation.inventory import inventory
+from regrow.axes.inventory import inventory
 from regrow.commands import prune as pruning_run
 from regrow.commands.clock import Clock
 from regrow.commands.inputs import describe_sources, read_sources

@@ -11,6 +11,7 @@ from regrow.evaluation.forward import evaluating
 from regrow.objectives import NEXT_TOKEN, OWN, Objective, Score
 from regrow.progress import Progress, silent
 from regrow.sources import Source
+from regrow.tables import Table, format_html
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Evaluation:
         perplexity = "" if self.perplexity is None else f", perplexity {self.perplexity:.4g}"
         score = f", {self.metric} {self.score:.4g} ± {self.score_error:.2g}" if self.objective != "own" else ""
         return f"{self.source}: {loss}{perplexity}{score} ({self.count:,} examples)"
+
+    def _repr_html_(self) -> str:
+        """Return the measurements as an HTML table, for notebooks."""
+        rows = [("loss", f"{self.loss:.4g}", f"{self.loss_error:.2g}")]
+        rows += [] if self.perplexity is None else [("perplexity", f"{self.perplexity:.4g}", "")]
+        rows += [] if self.objective == OWN.name else [(self.metric, f"{self.score:.4g}", f"{self.score_error:.2g}")]
+        return format_html([Table(self.source, ("", "mean", "± se"), rows, (1, 2))], f"{self.count:,} examples")
 
 
 def evaluate_objective(

@@ -1,0 +1,169 @@
+"""One axis of a network: the dimensions of tensors that are cut or widened together, and how exactly."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Role(StrEnum):
+    """How a tensor's dimension takes part in an axis: it produces its units, consumes, scales or shifts them."""
+
+    PRODUCES = "produces"
+    CONSUMES = "consumes"
+    SCALES = "scales"
+    SHIFTS = "shifts"
+
+
+class Mark(StrEnum):
+    """How exactly an axis can be cut: what removing its units does to the function that the network computes.
+
+    * ``NEUTRAL``: only sums read the axis: the cut equals masking, where dropped units count as 0.
+    * ``COMPETED``: a softmax or a maximum reads it: the cut equals masking with −∞.
+    * ``FOLDED``: its size is a divisor (in a norm or attention scale); the cut rescales the gain or weight next to it.
+    * ``RESTATED``: a layer or group norm runs over it, and after the cut over the kept units: masking with 0 differs.
+    * ``FROZEN``: it cannot be cut; ``Axis.reason`` has the reason.
+    """
+
+    NEUTRAL = "neutral"
+    COMPETED = "competed"
+    FOLDED = "folded"
+    RESTATED = "restated"
+    FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the units of an axis lie in one dimension of one tensor, and the role of that dimension.
+
+    Unit ``i`` owns the entries ``offset + o * stride + i * inner + r`` for ``o < outer`` and ``r < inner``. With
+    ``outer = inner = 1`` and ``offset = 0`` that is simply entry ``i``.
+
+    Args:
+        name: The parameter or buffer, by its dotted name.
+        dim: Its dimension, from 0.
+        outer: How many times the whole axis is repeated along the dimension.
+        stride: Entries from one repetition to the next.
+        inner: Contiguous entries per unit in one repetition.
+        offset: Entries before the first unit.
+        role: What the dimension does with the axis.
+    """
+
+    name: str
+    dim: int
+    outer: int
+    stride: int
+    inner: int
+    offset: int
+    role: Role
+
+    def positions(self, size: int) -> Tensor:
+        """Return the indices along the dimension that each unit owns, ``[size, outer * inner]`` (int64).
+
+        Args:
+            size: How many units the axis has.
+
+        >>> Slot("w", 0, outer=2, stride=6, inner=1, offset=0, role=Role.PRODUCES).positions(3).tolist()
+        [[0, 6], [1, 7], [2, 8]]
+        """
+        units = self.offset + torch.arange(size)[:, None, None] * self.inner
+        blocks = torch.arange(self.outer)[None, :, None] * self.stride
+        return (units + blocks + torch.arange(self.inner)[None, None, :]).reshape(size, -1)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A set of units (neurons, filters, head groups) that several tensor dimensions share and that change together.
+
+    Args:
+        key: The name of its first slot, ``"layers.0.up_proj.weight:0"``, with ``+offset`` or ``/inner`` to be unique.
+        size: How many units it has.
+        slots: Where the units lie in each tensor, in the order of the network's state dict.
+        mark: How exactly it can be cut.
+        reason: Why it is frozen, or why it has its mark; empty for a neutral axis.
+        count: Group name: axes of a group must keep equal numbers of units, though not the same units; empty if free.
+        times: Multiplier in that comparison: ``units kept × times`` must be equal (a rotary pair counts twice).
+        least: How many units it must keep: 2 for a repetition, which networks skip if there is only one.
+        multiple: Its size must stay a multiple of this, since an operation needs it; 1: any size.
+        inside: The key of the axis whose units contain these units (a head's dimensions lie inside the heads).
+        ids: The permanent ids of its units, which survive cuts, so that a ledger can name a unit.
+        next_id: The id that the next new unit gets: how many units the axis ever had.
+        narrow: Why it cannot be widened; empty if it can. A frozen axis can never be widened.
+    """
+
+    key: str
+    size: int
+    slots: tuple[Slot, ...]
+    mark: Mark = Mark.NEUTRAL
+    reason: str = ""
+    count: str = ""
+    times: int = 1
+    least: int = 1
+    multiple: int = 1
+    inside: str = ""
+    ids: tuple[int, ...] = ()
+    next_id: int = 0
+    narrow: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            object.__setattr__(self, "ids", tuple(range(self.size)))
+        object.__setattr__(self, "next_id", max(self.next_id, max(self.ids, default=-1) + 1))
+
+    @property
+    def free(self) -> bool:
+        """Whether units of the axis can be cut: it is not frozen."""
+        return self.mark is not Mark.FROZEN
+
+    @property
+    def kind(self) -> tuple[int, tuple[tuple[str, int, int, int, int, int, Role], ...]]:
+        """Return a key that is equal for axes of the same size and role in different blocks, ignoring block numbers."""
+        slots = {
+            (re.sub(r"(^|\.)\d+(?=\.)", r"\1#", s.name), s.dim, s.outer, s.stride, s.inner, s.offset, s.role)
+            for s in self.slots
+        }
+        return (self.size, tuple(sorted(slots)))
+
+    def consumers(self) -> tuple[Slot, ...]:
+        """Return the slots of dimensions that consume the units as input."""
+        return tuple(slot for slot in self.slots if slot.role is Role.CONSUMES)
+
+    @property
+    def label(self) -> str:
+        """Name of the axis in reports, equal in every block: producers → consumers (``up_proj → down_proj``)."""
+        made = _modules(slot.name for slot in self.slots if slot.role is Role.PRODUCES)
+        read = _modules(slot.name for slot in self.consumers())
+        widths = {slot.inner for slot in self.consumers() if slot.inner > 1}
+        every = made or _modules(slot.name for slot in self.slots)
+        text = f"{_listed(made)} → {_listed(read)}" if read else _listed(every)
+        return f"{text} (blocks of {min(widths)})" if widths else text
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """Return the last named module in each tensor name, without numbers and repetitions."""
+    result = []
+    for name in names:
+        parts = [part for part in name.split(".")[:-1] if not part.isdigit()]
+        result.append(re.sub(r"\d+$", "", parts[-1]) or parts[-1] if parts else name)
+    return list(dict.fromkeys(result))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@dataclass(frozen=True)
+class Example:
+    """The input that a network was traced with: positional arguments and keyword arguments of its forward.
+
+    Args:
+        args: Positional inputs.
+        kwargs: Inputs by name.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)

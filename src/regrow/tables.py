@@ -1,0 +1,96 @@
+"""Tables of results as plain text and as HTML, for ``print`` and for notebooks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+MOST_ROWS = 40
+"""The largest number of rows that are shown; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: a title, the headings of its columns, and its rows.
+
+    Args:
+        title: The title above it; may be empty.
+        columns: The headings.
+        rows: The cells of each row; their text is what ``str`` returns.
+        numbers: The indices of the columns that are aligned right.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    numbers: Sequence[int] = ()
+
+
+def format_text(tables: Sequence[Table], note: str = "", most: int = MOST_ROWS) -> str:
+    """Format tables as text; those without rows are left out.
+
+    >>> print(format_text([Table("Axes", ("key", "units"), [("a", 8), ("long", 16), ("b", 1)], (1,))], most=2))
+    Axes
+    key   units
+    a         8
+    long     16
+    … and 1 more
+
+    Args:
+        tables: The tables, one below the other.
+        note: A line below them.
+        most: The largest number of rows in all tables together.
+    """
+    lines: list[str] = []
+    for table, rows, more in _shortened(tables, most):
+        cells = [[str(cell) for cell in row] for row in (table.columns, *rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines += [table.title] if table.title else []
+        for row in cells:
+            shown = [
+                cell.rjust(width) if i in table.numbers else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(shown).rstrip())
+        lines += [f"… and {more:,} more"] if more else []
+    return "\n".join([*lines, note] if note else lines)
+
+
+def format_html(tables: Sequence[Table], note: str = "", most: int = MOST_ROWS) -> str:
+    """Format tables as HTML; every text is escaped, and tables without rows are left out.
+
+    >>> format_html([Table("", ("key",), [("<a>",)])])
+    '<table><thead><tr><th>key</th></tr></thead><tbody><tr><td>&lt;a&gt;</td></tr></tbody></table>'
+
+    Args:
+        tables: The tables, one below the other.
+        note: A paragraph below them.
+        most: The largest number of rows in all tables together.
+    """
+    parts: list[str] = []
+    for table, rows, more in _shortened(tables, most):
+        caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
+        head = _html_row(table.columns, "th", table.numbers)
+        body = "".join(_html_row(row, "td", table.numbers) for row in rows)
+        parts.append(f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>")
+        parts += [f"<p>… and {more:,} more</p>"] if more else []
+    return "".join([*parts, f"<p>{escape(note)}</p>"] if note else parts)
+
+
+def _html_row(cells: Sequence[object], tag: str, numbers: Sequence[int]) -> str:
+    style = ' style="text-align: right"'
+    return (
+        "<tr>"
+        + "".join(f"<{tag}{style * (i in numbers)}>{escape(str(cell))}</{tag}>" for i, cell in enumerate(cells))
+        + "</tr>"
+    )
+
+
+def _shortened(tables: Sequence[Table], most: int) -> list[tuple[Table, Sequence[Sequence[object]], int]]:
+    """Return the tables that have rows, with the rows that are shown and how many are not; each shows at least one."""
+    result, left = [], most
+    for table in tables:
+        if table.rows:
+            rows = table.rows[: max(1, left)]
+            left -= len(rows)
+            result.append((table, rows, len(table.rows) - len(rows)))
+    return result
