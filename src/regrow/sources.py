@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,16 @@ class Source:
     def tokens(self) -> int:
         """The number of positions that carry a label (tokens of text, or images)."""
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a network's parameters; the CPU if it has none.
+
+    Args:
+        model: The network.
+    """
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def moved(value: object, device: torch.device) -> Any:

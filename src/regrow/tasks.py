@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from regrow.sources import moved
+from regrow.sources import device_of, moved
 
 
 @runtime_checkable
@@ -233,9 +233,8 @@ def run_network(model: nn.Module, inputs: Any) -> Any:
         model: The network.
         inputs: The inputs, which are moved to the network's device.
     """
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.device.type != "cpu":
-        inputs = moved(inputs, parameter.device)
+    if (device := device_of(model)).type != "cpu":
+        inputs = moved(inputs, device)
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)

@@ -12,7 +12,7 @@ from cli.conftest import Run
 from regrow import load
 from regrow.errors import InputError, ResourceError
 from regrow.nets import ModelError
-from regrow.nets.devices import usable_device
+from regrow.nets.devices import choose_device
 from regrow.nets.files import check_config, check_files, check_gguf, check_safetensors
 from regrow.nets.small import small
 from regrow.settings import evaluate, learn, prune, recover, search
@@ -110,14 +110,14 @@ def test_a_source_may_be_named_like_markup(regrow: Run) -> None:
 
 
 def test_devices_are_checked_by_name() -> None:
-    assert usable_device("cpu") == torch.device("cpu")
+    assert choose_device("cpu") == torch.device("cpu")
     for name in ("nonsense", "cuda:x", ""):
         with pytest.raises(InputError, match="there is no device"):
-            usable_device(name)
+            choose_device(name)
     with pytest.raises(ResourceError, match=r"is not available; this machine has cpu"):
-        usable_device("cuda:99")
+        choose_device("cuda:99")
     with pytest.raises(ResourceError):
-        usable_device("meta")
+        choose_device("meta")
 
 
 def test_widths_are_compared_with_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from regrow.api.inputs import LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
 from regrow.errors import InputError
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.progress import Progress, silent
@@ -15,6 +15,7 @@ def evaluate(
     loss: LossLike = None,
     tokenizer: Any = None,
     batch_size: int = 32,
+    device: DeviceLike = None,
     progress: Progress = silent,
 ) -> dict[str, Evaluation]:
     """Measure the loss and the score of a network on each source, with standard errors.
@@ -25,6 +26,7 @@ def evaluate(
         loss: The loss, as for :func:`regrow.prune`.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
+        device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         progress: Called with (batches done, batches in all, what is being done).
 
     Returns:
@@ -39,7 +41,9 @@ def evaluate(
     >>> print(evaluate(torch.nn.Identity(), (inputs, labels))["data"])
     data: loss 0.8848, accuracy 0.6667 ± 0.27 (3 examples)
     """
-    inputs = read_inputs(model, data, loss=loss, tokenizer=tokenizer, batch_size=batch_size, progress=progress)
+    inputs = read_inputs(
+        model, data, loss=loss, tokenizer=tokenizer, batch_size=batch_size, device=device, progress=progress
+    )
     if inputs.objective is None:
         raise InputError("there are no data to evaluate on; give data, for example a DataLoader or (inputs, labels)")
     objective = inputs.objective

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from regrow.allocation.widening import Part
-from regrow.api.inputs import ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, ModelLike, read_inputs
 from regrow.axes import AxisGraph
 from regrow.commands.growing import Amount, GrowthSpec, plan_growth
 from regrow.plan import Plan
@@ -28,6 +28,7 @@ def grow(
     round_to: int = 1,
     regular: bool = False,
     example: Any = None,
+    device: DeviceLike = None,
     axes: AxisGraph | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Grow a network in one call; its outputs do not change.
@@ -49,6 +50,7 @@ def grow(
         regular: Whether axes with the same role in several blocks get one width, the largest among them.
         example: The input with which the network is traced: a tensor, a tuple of inputs, or a dict of inputs by name;
             not needed for a model that is loaded, or if ``axes`` are given.
+        device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
 
     Returns:
@@ -68,7 +70,7 @@ def grow(
     parts: dict[Part, Amount] = {"mlp": mlp, "heads": heads, "channels": channels}
     stacks = blocks if isinstance(blocks, Mapping) else {"*": blocks} if blocks else {}
     spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
-    inputs = read_inputs(model, example=axes.example if axes is not None else example)
+    inputs = read_inputs(model, example=axes.example if axes is not None else example, device=device)
     net = inputs.model
     if axes is None:
         axes = trace(net, *inputs.example.args, **inputs.example.kwargs)

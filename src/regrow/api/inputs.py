@@ -5,19 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from regrow.axes import Example
 from regrow.commands.models import ModelSpec, load_model
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import InputError
+from regrow.nets.devices import choose_device
 from regrow.nets.examples import guessed_example
 from regrow.objectives import LossFunction, Objective, choose_objective
 from regrow.progress import Progress, silent
-from regrow.sources import Batch, Source
+from regrow.sources import Batch, Source, device_of, moved
 
 ModelLike = nn.Module | str | Path
 """A network, a name that :func:`regrow.nets.load` takes, or the path of a saved model or run folder."""
+DeviceLike = str | torch.device | None
+"""A device, ``"auto"`` for the best one of this machine, or ``None``: where the network is."""
 LossLike = str | LossFunction | Objective | None
 """A loss by name, as a function (what the network returned, labels) → scalar, or ``None``: what fits the labels."""
 
@@ -49,6 +53,7 @@ def read_inputs(
     loss: LossLike = None,
     tokenizer: Any = None,
     batch_size: int = 32,
+    device: DeviceLike = None,
     progress: Progress = silent,
 ) -> Inputs:
     """Load a network if it is named, read the data, and choose an example input and an objective.
@@ -61,20 +66,24 @@ def read_inputs(
         loss: The loss.
         tokenizer: The tokenizer of a language model; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
+        device: The device to which the network is moved.
         progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         InputError: If there is neither an example nor data, or no network.
+        ResourceError: If this machine does not have the device.
     """
+    place = None if device is None else choose_device(device)
     known: Example | None = None
     if isinstance(model, str | Path):
-        loaded = load_model(ModelSpec(str(model)), progress)
+        loaded = load_model(ModelSpec(str(model), device=str(place or "cpu")), progress)
         model, known = loaded.model, None if loaded.guessed else loaded.example
         tokenizer = tokenizer or loaded.tokenizer
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model must be a torch.nn.Module, a model's name or a run folder, got a {type(model).__name__}"
         )
+    model = model if place is None else model.to(place)
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     given = to_example(example) if example is not None else known
     guess = given or guessed_example(model)
@@ -89,7 +98,10 @@ def read_inputs(
             "or data"
         )
     objective = choose_objective(loss, first) if first is not None else None
-    return Inputs(model, given or _first_example(first), sources, objective, tokenizer)
+    example = given or _first_example(first)
+    if (place := device_of(model)).type not in ("cpu", "meta"):
+        example = Example(moved(example.args, place), moved(dict(example.kwargs), place))
+    return Inputs(model, example, sources, objective, tokenizer)
 
 
 def to_example(example: Any) -> Example:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.api.inputs import LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
 from regrow.axes import AxisGraph, Example
 from regrow.data.batches import ReadOptions
 from regrow.data.datasets import to_tasks
@@ -18,7 +18,7 @@ from regrow.methods import MethodKind, find_method
 from regrow.objectives import choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.sources import Batch
+from regrow.sources import Batch, device_of
 from regrow.tables import Table, format_html
 from regrow.tasks import Task, first_examples
 from regrow.tracing import trace
@@ -82,7 +82,7 @@ def learn(
     batch_size: int = 64,
     optimizer: OptimizerLike = "sgd",
     lr: float = 0.01,
-    device: str | torch.device | None = None,
+    device: DeviceLike = None,
     seed: int = 0,
     example: Any = None,
     axes: AxisGraph | None = None,
@@ -106,7 +106,7 @@ def learn(
         optimizer: ``"sgd"`` (momentum 0.9, Nesterov), ``"adamw"``, or a function (parameter groups) → optimizer, such
             as ``functools.partial(torch.optim.SGD, lr=0.1, momentum=0.8)``.
         lr: Learning rate.
-        device: The device to train on; ``None``: where the network is.
+        device: The device to train on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         seed: Seed of the order of examples and of everything random.
         example: The input with which the network is traced; ``None``: two examples of the first task.
         axes: The network's axes, if they are known; it is then not traced.
@@ -127,7 +127,7 @@ def learn(
     (2, ('task-1', 'task-2'))
     """
     known = Example() if example is None else example
-    net = read_inputs(model, example=known, tokenizer=tokenizer, progress=progress)
+    net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     shift = type(net.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     every = to_tasks(tasks, ReadOptions(batch_size, net.tokenizer, shift=shift))
     learner = _build(method, settings or {}, seed)
@@ -142,10 +142,9 @@ def learn(
         build_optimizer=None if isinstance(optimizer, str) else optimizer,
         **training,
     )
-    network = net.model.to(device) if device is not None else net.model
+    network = net.model
     if axes is None:
-        place = next((p.device for p in network.parameters()), torch.device("cpu"))
-        traced = net.example if example is not None else Example(*_moved(batch, place))
+        traced = net.example if example is not None else Example(*_moved(batch, device_of(network)))
         axes = _trace(network, traced, method) if learner.uses_axes else NO_AXES
     return _run(network, axes, every, learner, schedule, checkpoint, progress)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from regrow.amounts import Target, parse_share
-from regrow.api.inputs import LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence, with_timing
@@ -31,6 +31,7 @@ def prune(
     loss: LossLike = None,
     tokenizer: Any = None,
     batch_size: int = 32,
+    device: DeviceLike = None,
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Progress = silent,
@@ -57,6 +58,7 @@ def prune(
             the labels.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
+        device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
         progress: Called with (batches done, batches in all, what is being done).
@@ -79,9 +81,8 @@ def prune(
     limits = _budget(keep, target, smaller, budget)
     if axes is not None:
         example = axes.example
-    inputs = read_inputs(
-        model, data, example=example, loss=loss, tokenizer=tokenizer, batch_size=batch_size, progress=progress
-    )
+    reading: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
+    inputs = read_inputs(model, data, example=example, **reading, progress=progress)
     net = inputs.model
     if axes is None:
         axes = trace(net, *inputs.example.args, **inputs.example.kwargs)

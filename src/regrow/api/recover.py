@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from regrow.api.inputs import LossLike, read_inputs
+from regrow.api.inputs import DeviceLike, LossLike, read_inputs
 from regrow.axes import AxisGraph
 from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.sources import device_of
 from regrow.tracing import trace
 
 
@@ -26,6 +27,7 @@ def recover(
     loss: LossLike = None,
     tokenizer: Any = None,
     batch_size: int = 4,
+    device: DeviceLike = None,
     seed: int = 0,
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -43,6 +45,7 @@ def recover(
         loss: The loss of methods that train, as for :func:`regrow.prune`.
         tokenizer: The tokenizer, for text; ``None``: ``dense.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
+        device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         seed: Seed of all random choices.
         axes: The axes of the dense network, if they are known; it is then not traced.
         settings: Settings of the method that differ from its defaults.
@@ -62,12 +65,20 @@ def recover(
     >>> before, after = (torch.dist(one(inputs), dense(inputs)) for one in (small, dense))
     """
     inputs = read_inputs(
-        dense, data, example=example, loss=loss, tokenizer=tokenizer, batch_size=batch_size, progress=progress
+        dense,
+        data,
+        example=example,
+        loss=loss,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
     )
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     if axes is None:
         axes = trace(dense, *inputs.example.args, **inputs.example.kwargs)
+    model.to(device_of(dense))
     work = find_method(MethodKind.RECOVERY, by).made(by, settings or {})
     task = RecoveryTask(model, dense, axes, plan, inputs.sources, seed, progress=progress, objective=inputs.objective)
     summary: dict[str, Any] = work(task)

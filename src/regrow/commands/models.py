@@ -11,7 +11,7 @@ from regrow.axes import Example
 from regrow.commands.example_inputs import find_input, input_arguments
 from regrow.nets import Loaded, ModelError
 from regrow.nets.code import call_builder, check_code, import_builder
-from regrow.nets.devices import usable_device
+from regrow.nets.devices import choose_device
 from regrow.nets.examples import read_shape, shaped_example
 from regrow.nets.files import check_files
 from regrow.progress import Progress, silent
@@ -27,7 +27,7 @@ class ModelSpec:
     Args:
         name: A name that :func:`regrow.nets.load` takes, or a run folder.
         dtype: One of ``DTYPES``; empty: the stored precision.
-        device: The device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: The device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         input: The shape of its input, like ``1x3x32x32``; empty: from the run, the model or the sources.
         sources: The run's sources, as ``--source`` takes them; image sources give the input size.
     """
@@ -51,13 +51,12 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
     Raises:
         ValueError: If it cannot be loaded, or ``code`` is missing or not needed.
     """
+    device = choose_device(spec.device)
     folder = Path(spec.name)
     if not (folder / store.SHAPES).is_file():
         check_code(spec.name, False, code)
-        usable_device(spec.device)
         given = input_arguments(spec.name, spec.input, spec.sources)
-        return nets.load(spec.name, dtype=DTYPES.get(spec.dtype), device=spec.device, **given, progress=progress)
-    usable_device(spec.device)
+        return nets.load(spec.name, dtype=DTYPES.get(spec.dtype), device=device, **given, progress=progress)
     check_files(folder)
     recorded = store.read_shapes(folder).origin
     try:
@@ -66,7 +65,7 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
         raise ModelError(f"{folder}: {error}") from None
     builder = import_builder(code) if code else None
     own, example = call_builder(builder, code) if builder else (None, None)
-    net = store.load(folder, model=own, device=spec.device, dtype=DTYPES.get(spec.dtype))
+    net = store.load(folder, model=own, device=device, dtype=DTYPES.get(spec.dtype))
     tokenizer: Any = getattr(net, "tokenizer", None)
     origin = replace(recorded, name=folder.name, builder=builder)
     if spec.input:
@@ -74,10 +73,10 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
     if example is None:
         run = read_run(folder) if (folder / RUN).is_file() else {}
         example = find_input(net, origin, run, spec.sources, tokenizer)
-    return Loaded(net, tokenizer, _move_example(example, spec.device), origin)
+    return Loaded(net, tokenizer, _move_example(example, device), origin)
 
 
-def _move_example(example: Example, device: str) -> Example:
+def _move_example(example: Example, device: torch.device) -> Example:
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, torch.Tensor) else value
 

@@ -16,7 +16,7 @@ from regrow.evaluation import Live, predict_memory, prefix_peaks, training
 from regrow.evaluation.memory import peak_meter
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.state import SearchState, StageMemory
-from regrow.sources import Batch
+from regrow.sources import Batch, device_of
 from regrow.tasks import first_examples
 from regrow.training.learner import Context
 
@@ -129,7 +129,7 @@ class MemoryWatch:
     def _measure(self, context: Context, stage: int, trains: bool) -> Iterator[None]:
         removed = context.undo.contents().values() if context.undo else ()
         live = Live([*context.model.parameters(), *context.model.buffers(), *removed])
-        resident = peak_meter(next(context.model.parameters()).device)
+        resident = peak_meter(device_of(context.model))
         with live:
             yield
         extra = resident()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from regrow.sources import Batch, logits_in, moved
+from regrow.sources import Batch, device_of, logits_in, moved
 
 
 @contextmanager
@@ -23,8 +23,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     model.eval()
     try:
         with torch.no_grad():
-            parameter = next(model.parameters(), None)
-            yield torch.device("cpu") if parameter is None else parameter.device
+            yield device_of(model)
     finally:
         for module, mode in modes:
             module.training = mode

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from regrow.sources import Batch, logits_in
+from regrow.sources import Batch, device_of, logits_in
 from regrow.tracing.capture import quiet
 from regrow.tracing.meta_copy import meta_copy
 
@@ -168,7 +168,7 @@ def measure_memory(model: nn.Module, batch: Batch, step: Step, rounds: int = 2) 
         step: The training step; called with the network and the batch.
         rounds: The number of steps. Gradients and optimizer state of the first are there during the second.
     """
-    device = _device(model)
+    device = device_of(model)
     batch = batch.to(device)
     live = Live(_given(model, batch))
     resident = peak_meter(device)
@@ -202,7 +202,7 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             copy = model()
-    device = _device(copy)
+    device = device_of(copy)
 
     def empty(value: _T) -> Tensor | _T:
         if not isinstance(value, Tensor):
@@ -230,11 +230,6 @@ def _given(model: nn.Module, batch: Batch) -> list[Tensor]:
     gradients = [p.grad for p in parameters]
     given = tree_leaves((parameters, list(model.buffers()), gradients, batch.args, dict(batch.kwargs), batch.labels))
     return [leaf for leaf in given if isinstance(leaf, Tensor)]
-
-
-def _device(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def peak_meter(device: torch.device) -> Callable[[], int | None]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import nn
 
+from regrow.sources import device_of
+
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
@@ -47,7 +49,7 @@ def reply(
     Raises:
         ValueError: If the conversation has no tokens, too many, or is rejected by the tokenizer's template.
     """
-    tokens = prompt(tokenizer, messages).to(next(model.parameters()).device)
+    tokens = prompt(tokenizer, messages).to(device_of(model))
     most = _most(model)
     if not tokens.numel():
         raise ValueError("there is nothing to answer: the message is empty")

@@ -1,28 +1,32 @@
-"""Check that a device exists before anything is loaded."""
+"""Choose the device on which a network runs, before anything is loaded."""
 
 import torch
 
 from regrow.errors import InputError, ResourceError
 
 
-def usable_device(name: str) -> torch.device:
+def choose_device(name: str | torch.device) -> torch.device:
     """Return the torch device of a name, or raise an error if this machine does not have it.
 
-    >>> usable_device("cpu")
+    >>> choose_device("cpu")
     device(type='cpu')
 
     Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on.
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on; ``auto``: ``cuda`` if there is one, else ``mps`` if
+            there is one, else ``cpu``.
 
     Raises:
         InputError: If the name is not that of a device.
         ResourceError: If this machine, or this torch, does not have it; says which there are.
     """
+    there = devices_here()
+    if name == "auto":
+        kinds = [one.partition(":")[0] for one in there]
+        return torch.device(next((kind for kind in ("cuda", "mps") if kind in kinds), "cpu"))
     try:
         device = torch.device(name)
     except (RuntimeError, ValueError):
-        raise InputError(f"there is no device {name!r}; write cpu, cuda, cuda:1 or mps") from None
-    there = devices_here()
+        raise InputError(f"there is no device {str(name)!r}; write auto, cpu, cuda, cuda:1 or mps") from None
     kind = device.type
     if kind not in {one.partition(":")[0] for one in there} or (device.index or 0) >= sum(
         one.partition(":")[0] == kind for one in there

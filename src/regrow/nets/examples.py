@@ -12,6 +12,7 @@ from torch import nn
 
 from regrow.axes import Example
 from regrow.nets.errors import ModelError
+from regrow.sources import device_of
 
 TOKENS = 16
 PIXELS = 224
@@ -152,13 +153,3 @@ def takes(model: nn.Module, example: Example) -> bool:
     except Exception:  # whatever it raises, it does not run
         return False
     return True
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter; the CPU if it has none.
-
-    Args:
-        model: The network.
-    """
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device

@@ -16,7 +16,7 @@ from regrow.nets.attention import replace_attention
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.code import call_builder, import_builder
-from regrow.nets.devices import usable_device
+from regrow.nets.devices import choose_device
 from regrow.nets.errors import ModelError, first_line
 from regrow.nets.examples import guessed_example, image_example, say_guess, shaped_example, takes, written_shape
 from regrow.nets.language import build_transformers, example_of_transformers, load_folder, load_gguf, load_hub
@@ -65,7 +65,7 @@ def load(
     Raises:
         ModelError: If the name leads to no model, or its weights are damaged, not finite, or a pickle.
     """
-    device = usable_device(str(device))
+    device = choose_device(str(device))
     loaded = _found(name, dtype, progress, None if example is None else lambda model: _input(model, example), pixels)
     if example is not None:
         loaded = replace(loaded, example=_input(loaded.model, example), guessed=False)

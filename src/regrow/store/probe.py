@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.axes import Example
 from regrow.nets.errors import first_line
+from regrow.sources import device_of
 from regrow.store.atomic import StoreError
 from regrow.store.convert import convert
 from regrow.store.schemas import ProbeHeader
@@ -138,7 +139,7 @@ def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) ->
         shape: The structure of its arguments as JSON data, with tensors numbered.
         inputs: The tensors in the arguments, by number.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     args, kwargs = _from_json(shape, [one.to(device) for one in inputs])
     with preserve_modules(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -13,7 +13,7 @@ from regrow.axes import AxisGraph, Mark, Role
 from regrow.fills import FILLS
 from regrow.plan import Plan, PlanError
 from regrow.scoring.watch import CONTRACTIONS, watched_name
-from regrow.sources import Batch, moved
+from regrow.sources import Batch, device_of, moved
 from regrow.tracing.capture import evaluating
 
 
@@ -291,7 +291,7 @@ def _sums(model: nn.Module, spots: Sequence[_Spot], batches: Sequence[Batch]) ->
         )
         for name in {spot.name for spot in spots if isinstance(spot, _Channels)}
     ]
-    device = next(model.parameters()).device
+    device = device_of(model)
     try:
         with evaluating(model), torch.no_grad(), watch:
             for batch in batches:

@@ -16,6 +16,7 @@ from regrow.axes import AxisGraph, Dim, Product, Sum
 from regrow.axis_tensor import AxisTensor
 from regrow.ledger import replay
 from regrow.plan import Plan
+from regrow.sources import device_of
 from regrow.store import plan_schemas, schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
@@ -144,8 +145,9 @@ def read_checkpoint(
         removed = undo.contents() if undo is not None else {}
         for name, value in parts["attic"].items():
             removed[name].copy_(value)
+        device = device_of(model)
         own = {
-            name: AxisTensor(parts["learner"][name], tuple(map(_from_json, dims)), lr)
+            name: AxisTensor(parts["learner"][name].to(device), tuple(map(_from_json, dims)), lr)
             for name, (dims, lr) in record.along.items()
         }
         restored = restore_state(learner, own, record.values)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from regrow.sources import device_of
 from regrow.surgery.parametrize import parametrize
 from regrow.training.learner import Context, Learner, Step
 
@@ -32,8 +33,7 @@ def compute_gradients(
     Raises:
         ValueError: If the loss is not finite.
     """
-    parameter, total = next(context.model.parameters(), None), 0.0
-    device = torch.device("cpu") if parameter is None else parameter.device
+    device, total = device_of(context.model), 0.0
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     second = step.second.to(device) if step.second else None
     for batch in batches:

@@ -138,10 +138,11 @@ class Context:
         logits = logits_in(run_network(self.model, inputs))
         if self.classes is None:
             return logits
-        choice = self.classes.repeat(len(labels), 1)
+        classes = self.classes.to(labels.device)
+        choice = classes.repeat(len(labels), 1)
         for task in self.past:
-            other = torch.isin(labels, torch.tensor(task.classes)) & ~self.classes[labels]
-            choice[other] = torch.isin(torch.arange(len(self.classes)), torch.tensor(task.classes))
+            own = torch.zeros_like(classes).index_fill(0, torch.tensor(task.classes, device=labels.device), True)
+            choice = torch.where((own & ~classes)[labels][:, None], own, choice)
         return among(logits, choice)
 
     def generator(self, *purpose: int) -> torch.Generator:
@@ -334,7 +335,8 @@ def tensor_along(context: Context, name: str, values: Tensor | None = None, lr: 
         lr: The learning rate at which the tensor is trained; ``None``: it is not.
     """
     own = context.parameters()[name]
-    return AxisTensor(torch.zeros_like(own) if values is None else values, context.axes.shapes[name], lr)
+    values = torch.zeros_like(own) if values is None else values.to(own.device)
+    return AxisTensor(values, context.axes.shapes[name], lr)
 
 
 def flags_along(context: Context, name: str) -> AxisTensor:
@@ -344,5 +346,5 @@ def flags_along(context: Context, name: str) -> AxisTensor:
         context: The network.
         name: The parameter's name.
     """
-    shape = context.parameters()[name].shape
-    return AxisTensor(torch.zeros(shape, dtype=torch.bool), context.axes.shapes[name])
+    like = context.parameters()[name]
+    return AxisTensor(torch.zeros_like(like, dtype=torch.bool), context.axes.shapes[name])

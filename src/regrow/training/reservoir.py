@@ -40,14 +40,18 @@ def offer(memory: Reservoir, context: Context, size: int, rows: Mapping[str, Ten
     for name, like in rows.items():
         shape = (size, *like.shape[1:])
         if name not in held:
-            held[name] = AxisTensor(torch.zeros(shape, dtype=like.dtype), shape)
+            held[name] = AxisTensor(torch.zeros(shape, dtype=like.dtype, device=like.device), shape)
     generator = context.generator(7, seen)
+    chosen: dict[int, int] = {}
     for i in range(len(next(iter(rows.values())))):
         place = seen if seen < size else int(torch.randint(seen + 1, (), generator=generator))
         if place < size:
-            for name, values in rows.items():
-                held[name].values[place] = values[i]
+            chosen[place] = i
         seen += 1
+    if chosen:
+        places, taken = (torch.tensor([*each]) for each in (chosen.keys(), chosen.values()))
+        for name, values in rows.items():
+            held[name].values[places.to(values.device)] = values[taken.to(values.device)]
     return replace(memory, rows=held, seen=seen)
 
 
@@ -67,4 +71,4 @@ def draw(memory: Reservoir, context: Context, size: int, n: int) -> dict[str, Te
     if not filled or not context.number:
         return {}
     picked = torch.randint(filled, (min(n, filled),), generator=context.generator(6, memory.recalled + 1))
-    return {name: one.values[picked] for name, one in memory.rows.items()}
+    return {name: one.values[picked.to(one.values.device)] for name, one in memory.rows.items()}

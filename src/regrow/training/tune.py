@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from regrow.objectives import Objective, choose_objective
 from regrow.progress import Progress, silent
-from regrow.sources import Source
+from regrow.sources import Source, device_of
 from regrow.training.fit import fit
 from regrow.training.learner import PLAIN, Context, Loss, Step
 from regrow.training.optimizers import OptimizerSettings
@@ -42,7 +42,7 @@ def recalibrate(model: nn.Module, sources: Sequence[Source]) -> int:
     try:
         with torch.no_grad():
             for batch in (batch for source in sources for batch in source):
-                batch = batch.to(next(model.parameters()).device)
+                batch = batch.to(device_of(model))
                 model(*batch.args, **batch.kwargs)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):

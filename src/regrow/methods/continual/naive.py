@@ -82,7 +82,7 @@ def _joint_loss(state: NaiveState, context: Context, batch: Examples) -> Loss:
     for i, task in enumerate(past):
         if many := int((whose == i).sum()):
             picked = torch.randint(len(task.train), (many,), generator=generator)
-            parts.append(task.train.take(picked))
+            parts.append(task.train.take(picked).to(batch.labels.device))
     inputs, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels"))
     logits = context.replay_logits(inputs, labels)
     weight = [1.0 / len(past), 1.0]

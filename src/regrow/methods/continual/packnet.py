@@ -113,8 +113,8 @@ def build(settings: Settings) -> Learner[PackNetState]:
 
 
 def _free(context: Context, name: str) -> AxisTensor:
-    shape = context.parameters()[name].shape
-    return AxisTensor(torch.zeros(shape, dtype=torch.int32), context.axes.shapes[name])
+    like = context.parameters()[name]
+    return AxisTensor(torch.zeros(like.shape, dtype=torch.int32, device=like.device), context.axes.shapes[name])
 
 
 def _trainable(state: PackNetState, context: Context, name: str) -> Tensor:

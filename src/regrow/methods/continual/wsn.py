@@ -115,7 +115,7 @@ def _draw_scores(context: Context, settings: Settings) -> WsnState:
     generator, scores = torch.Generator().manual_seed(settings.seed), {}
     for name in context.weights:
         weight = context.parameters()[name].detach()
-        values = torch.randn(weight.shape, generator=generator) * weight.std()
+        values = torch.randn(weight.shape, generator=generator).to(weight.device) * weight.std()
         scores[name] = tensor_along(context, name, values, settings.lr)
     return WsnState(scores, {name: flags_along(context, name) for name in context.weights})
 

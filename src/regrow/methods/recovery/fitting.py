@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from regrow.methods.recovery.task import RecoveryTask, device_of
-from regrow.sources import Batch, drawn
+from regrow.methods.recovery.task import RecoveryTask
+from regrow.sources import Batch, device_of, drawn
 from regrow.store.errors import StoreError
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.early_stopping import EarlyStopping, Tensors, restore_best, with_early_stopping

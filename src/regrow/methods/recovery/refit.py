@@ -36,8 +36,8 @@ from torch.utils._pytree import tree_leaves
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, StopRunError, run_in_thread
 from regrow.methods.recovery.streams import Layer, RefitInDense, RefitPaired, Refitting, RefitWork
-from regrow.methods.recovery.task import Recovery, RecoveryTask, device_of
-from regrow.sources import Batch
+from regrow.methods.recovery.task import Recovery, RecoveryTask
+from regrow.sources import Batch, device_of
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import plan_layouts
 from regrow.training.freeze import freeze

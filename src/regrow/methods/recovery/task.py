@@ -110,16 +110,6 @@ Recovery = Callable[[RecoveryTask], dict[str, object]]
 """Changes a task's network in place, and returns a summary as JSON data."""
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a network's parameters; the CPU if it has none.
-
-    Args:
-        model: The network.
-    """
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
 @contextmanager
 def precise(model: nn.Module) -> Iterator[None]:
     """Convert a half-precision network to float32 inside the ``with`` block; its own precision returns after it.

@@ -17,7 +17,7 @@ from regrow.methods.continual.sparsegrow.settings import Settings
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.plan import Fill, Plan
 from regrow.scoring.factors import join_bias, part
-from regrow.sources import Batch
+from regrow.sources import Batch, device_of
 from regrow.surgery import fit_new_units
 from regrow.surgery.new_units import new_units, sparsify_new_units, split_entries
 from regrow.tasks import among
@@ -107,7 +107,9 @@ def _start_task(state: SparseGrowState, context: Context, settings: Settings) ->
         owned={name: flags_along(context, name) for name in context.parameters()},
         threshold={
             name: AxisTensor(
-                torch.zeros(context.parameters()[name].shape[:units]), context.axes.shapes[name][:units], settings.lr
+                torch.zeros(context.parameters()[name].shape[:units], device=device_of(context.model)),
+                context.axes.shapes[name][:units],
+                settings.lr,
             )
             for name in _thresholded_weights(context, settings)
         },
@@ -205,7 +207,8 @@ def _plan_growth(state: SparseGrowState, context: Context, settings: Settings) -
         return None, state
     old = {
         name: AxisTensor(
-            torch.ones(context.parameters()[name].shape[0], dtype=torch.bool), context.axes.shapes[name][:1]
+            torch.ones(len(parameter := context.parameters()[name]), dtype=torch.bool, device=parameter.device),
+            context.axes.shapes[name][:1],
         )
         for name in context.weights
     }
@@ -245,7 +248,7 @@ def _end_task(state: SparseGrowState, context: Context, settings: Settings) -> S
             new = parameter != 0 if name in context.weights else torch.ones_like(owned)
             if context.classes is not None and name in context.head:
                 new[len(context.classes) :] = False  # rows of classes to come stay free
-                new[: len(context.classes)] &= context.classes.view(-1, *[1] * (new.dim() - 1))
+                new[: len(context.classes)] &= context.classes.to(new.device).view(-1, *[1] * (new.dim() - 1))
             owned |= new
     if settings.gate == "soft":
         state = replace(state, importance=_measure_importance(state, context))
@@ -263,7 +266,7 @@ def _measure_importance(state: SparseGrowState, context: Context) -> dict[str, A
     model.eval()
     for i, batch in enumerate(context.task.train.batches(256)):
         model.zero_grad(set_to_none=True)
-        task_loss(state, context, Step(i, batch)).value.backward()
+        task_loss(state, context, Step(i, batch.to(device_of(model)))).value.backward()
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 sums[name] += parameter.grad

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regrow.allocation import soft_step
 from regrow.axes import AxisGraph
 from regrow.objectives import class_loss
-from regrow.sources import Batch, labelled_logits, logits_in
+from regrow.sources import Batch, device_of, labelled_logits, logits_in
 from regrow.surgery.gate import gate_inputs
 
 
@@ -117,7 +117,7 @@ class Comparison:
             ValueError: If the loss needs labels and there are none.
         """
         dense = self._dense(model, batch) if self.loss == "kl" else None
-        here = batch.to(next(model.parameters()).device)
+        here = batch.to(device_of(model))
         with gate_inputs(model, axes, gates, fills):
             logits = logits_in(model(*here.args, **here.kwargs))
         if dense is not None:
@@ -132,7 +132,7 @@ class Comparison:
         """Return the dense network's probabilities, ``[positions, classes]``, and their mean entropy in nats."""
         if id(batch) in self.kept:
             return self.kept[id(batch)][1:]
-        here = batch.to(next(model.parameters()).device)
+        here = batch.to(device_of(model))
         with torch.no_grad():
             logits = logits_in(model(*here.args, **here.kwargs))
             chances = labelled_logits(logits, here.labels).float().softmax(-1)

@@ -1,0 +1,126 @@
+"""Every function on the pretend accelerator: no tensor on another device, and the results of the CPU."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import regrow
+from pretend import counting, pretending
+from regrow.errors import ResourceError
+from regrow.methods import LEARNERS, METHODS, RECOVERIES
+
+DRAW = torch.Generator().manual_seed(0)
+IMAGES, LABELS = torch.randn(64, 1, 8, 8, generator=DRAW), torch.arange(64) % 10
+DATA = (IMAGES, LABELS)
+TASKS = [((IMAGES, LABELS % 2), (IMAGES[:16], LABELS[:16] % 2))] * 2
+SETTINGS = {
+    "gprune": {"steps": 4, "every": 2, "shards": 2},
+    "replay": {"memory": 40, "answers": 0.5, "own": True},
+    "sparsegrow": {"multiple": 1, "late": 0.5, "memory": 40},
+    "lora": {"passes": 1, "checks": 1, "windows": 1},
+    "distil": {"passes": 1, "checks": 1, "windows": 1},
+}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.hidden, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 16), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.norm(self.first(x)))))
+        return self.head(torch.relu(self.hidden(x.mean((2, 3)))))
+
+
+@pytest.fixture
+def device():
+    with pretending() as device, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield device
+
+
+def same(one, other):
+    """Whether two networks have the same parameters, bit for bit."""
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x.cpu(), y.cpu()) for (a, x), (b, y) in pairs)
+
+
+def cut(model):
+    """The network, a copy that is cut, and the plan of the cut."""
+    dense = copy.deepcopy(model)
+    small, plan = regrow.prune(model, DATA, method="flap", keep=0.6, batch_size=16)
+    return dense, small, plan
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_prune(device, method):
+    nets = [
+        regrow.prune(Net().to(place), DATA, method=method, keep=0.6, settings=SETTINGS.get(method), batch_size=8)[0]
+        for place in ("cpu", device)
+    ]
+    assert next(nets[1].parameters()).device == device
+    assert same(*nets)
+
+
+@pytest.mark.parametrize("by", RECOVERIES)
+def test_recover(device, by):
+    nets = []
+    for place in ("cpu", device):
+        dense, small, plan = cut(Net().eval().to(place))
+        regrow.recover(small, dense, plan, DATA, by=by, settings=SETTINGS.get(by), batch_size=8)
+        nets.append(small)
+    assert same(*nets)
+
+
+@pytest.mark.parametrize("method", LEARNERS)
+def test_learn(device, method):
+    nets = [
+        regrow.learn(
+            Net().to(place),
+            TASKS,
+            method=method,
+            settings=SETTINGS.get(method),
+            epochs=2,
+            batch_size=16,
+            scenario="task",
+        ).model
+        for place in ("cpu", device)
+    ]
+    assert same(*nets)
+
+
+@pytest.mark.parametrize("fill", ["zero_out", "split", "pair"])
+def test_grow(device, fill):
+    nets = [
+        regrow.grow(Net().to(place), channels="+25%", fill=fill, example=IMAGES[:1])[0] for place in ("cpu", device)
+    ]
+    assert same(*nets)
+
+
+def test_verify_and_evaluate(device):
+    dense, small, plan = cut(Net().eval().to(device))
+    found = regrow.verify(dense, regrow.trace(dense, IMAGES[:1].to(device)), plan)
+    assert found.ok
+    cpu = regrow.evaluate(copy.deepcopy(small).cpu(), DATA)
+    assert regrow.evaluate(small, DATA) == cpu
+
+
+def test_a_device_by_name(device):
+    small, _ = regrow.prune(Net(), DATA, method="magnitude", keep=0.6, device="acc")
+    assert next(small.parameters()).device == device
+    with pytest.raises(ResourceError, match="cuda:7 is not available"):
+        regrow.prune(Net(), DATA, device="cuda:7")
+
+
+def test_the_pretend_accelerator_refuses_mixed_devices(device):
+    net = nn.Linear(2, 2).to(device)
+    with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+        net(torch.ones(1, 2))
+    with counting() as waits:
+        assert float(net(torch.zeros(1, 2, device=device)).detach().sum()) == pytest.approx(float(net.bias.sum()))
+    assert sum(waits.values()) == 2
