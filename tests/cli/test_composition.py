@@ -86,3 +86,35 @@ def test_a_run_is_not_resumed_from_another_model(chain: Run, monkeypatch: pytest
     Path("three").rename("one")
     code, _, err = chain(*words)
     assert code == 2 and "one was changed since this run was started" in err
+
+
+def test_learning_starts_from_a_run_and_is_added_to(chain: Run) -> None:
+    words = ("learn", "digits", "--method", "naive", "--epochs", "1", "--train", "64", "--test", "16")
+    code, _, err = chain(*words, "--model", "one", *CODE, "--out", "learned")
+    assert code == 0, err
+    code, _, err = chain("learn", "--resume", "learned", "--task", "rotated:digits:2", *CODE)
+    assert code == 0, err
+    run = json.loads(Path("learned/run.json").read_text())
+    assert run["parent"]["name"] == "one" and len(run["sequence"]) == 2
+    import toys
+
+    one, two = (load(name, model=toys.classifier).state_dict() for name in ("one", "learned/before"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert not torch.equal(load("learned", model=toys.classifier).head.weight, one["head.weight"])
+    code, _, err = chain("recover", "learned", "--by", "refit", "--tokens", "128", *CODE, "--out", "recovered")
+    assert code == 0, err
+    code, _, err = chain(*words, "--model", "one", *CODE, "--classes", "12", "--out", "more")
+    assert code == 2 and "one has 10 outputs, and the tasks have 12 classes" in err
+    code, _, err = chain(*words, "--model", "learned", "--out", "more")
+    assert code == 2 and "add --code toys:classifier" in err
+
+
+def test_a_language_model_learns_text(regrow: Run, tiny_language_model: Path) -> None:
+    words = ("--method", "naive", "--epochs", "1", "--train", "4", "--test", "2", "--seq-len", "16")
+    code, out, err = regrow("learn", "news", "manual", "--model", str(tiny_language_model), *words, "--out", "run")
+    assert code == 0, err
+    assert "news" in out and "manual" in out
+    code, _, err = regrow("prune", "run", "--keep", "0.9", "--method", "magnitude", "--no-verify", "--out", "pruned")
+    assert code == 0, err
+    code, _, err = regrow("undo", "pruned")
+    assert code == 0 and Path("pruned/course.safetensors").read_bytes() == Path("run/course.safetensors").read_bytes()

@@ -19,6 +19,8 @@ EPILOG = """\b
 Examples
   regrow learn permuted:digits:5 --method sparsegrow --out RUN
   regrow learn split:fashion/:5 --scenario class --method replay --set memory=500 --out RUN
+  regrow learn digits --model PRUNED_RUN --method naive --out RUN
+  regrow learn news code --model smollm2-135m --method naive --batch-size 4 --train 200 --test 50 --out RUN
   regrow learn --resume RUN --task rotated:digits:3          add tasks to a finished run
 """
 RESUME = "Resuming a run"
@@ -52,6 +54,7 @@ RESUME = "Resuming a run"
     cls=Flag,
     heading=RESUME,
 )
+@options.code
 def learn(
     given: Given[Settings],
     out: Path | None,
@@ -59,6 +62,7 @@ def learn(
     more: tuple[str, ...],
     without_old: bool,
     total: int | None,
+    code: str,
 ) -> None:
     """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
     if resume:
@@ -68,21 +72,22 @@ def learn(
             )
         if given.options:
             raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(given.options)}")
+        options.say_code(code)
         from regrow.commands.learn import extend
 
-        folder = run_with_page("network", _tell, extend, resume, more, without_old=without_old, total=total)
+        folder = run_with_page("network", _tell, extend, resume, more, without_old=without_old, total=total, code=code)
     else:
         if more or without_old or total is not None:
             raise click.UsageError(
                 "--task, --total and --without-old need --resume RUN; for a new run, give the tasks as TASKS"
             )
         settings = given.build()
-        options.say_code(settings.method)
+        options.say_code(settings.model, code, settings.method)
         if out is None:
             raise click.UsageError("--out names the folder of the run, for example --out run")
         from regrow.commands.learn import run
 
-        folder = run_with_page("network", _tell, run, settings, out)
+        folder = run_with_page("network", _tell, run, settings, out, code=code)
     say(f"to add tasks: regrow learn --resume {folder.path} --task TASKS")
 
 

@@ -10,14 +10,18 @@ from typing import Any
 from torch import nn
 
 from regrow import store
+from regrow.axes import AxisGraph
+from regrow.commands.example_inputs import record_input
 from regrow.commands.history import read_history
-from regrow.commands.parents import describe_stage
-from regrow.commands.task_sequences import TaskSpecs, read_sequence, read_tasks, record_tasks
-from regrow.data import MissingError, SourceError, streams
+from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.starting import check_outputs, image_shape, load_start
+from regrow.commands.task_sequences import TaskSpecs, fit_tasks, read_sequence, read_tasks, record_tasks
+from regrow.data import MissingError, SourceError
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.files import check_files
-from regrow.nets.loaded import Origin
+from regrow.nets.loaded import Loaded, Origin
 from regrow.nets.small import origin_of_small, small
+from regrow.objectives import NEXT_TOKEN
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
@@ -33,6 +37,7 @@ from regrow.training.checkpoint import CHECKPOINT, check_checkpoint, count_tasks
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn, untrained_accuracies
 from regrow.training.growth_metrics import is_settled
 from regrow.training.learner import Context, Learner, write_replacements
+from regrow.training.schedule import NO_AXES
 from regrow.training.state import TrainState
 
 
@@ -46,6 +51,7 @@ class LearnInputs:
         classes: The least number of outputs.
         learner: The method.
         schedule: How each task is trained, with the seed.
+        start: The network with its weights; ``None``: a new one is built.
     """
 
     tasks: TaskSpecs
@@ -53,25 +59,30 @@ class LearnInputs:
     classes: int
     learner: Learner[Any]
     schedule: TaskSchedule
+    start: Loaded | None = None
 
 
-def read_inputs(settings: Settings) -> LearnInputs:
+def read_inputs(settings: Settings, start: Loaded | None = None) -> LearnInputs:
     """Return the typed inputs that the settings of a run describe.
 
     Args:
         settings: The settings.
+        start: The network with its weights; ``None``: a new one is built.
 
     Raises:
         ValueError: If there is no such method, or a setting of it is wrong.
     """
-    shared = (one.name for one in fields(TaskSchedule) if hasattr(settings, one.name))
-    return LearnInputs(
-        TaskSpecs(settings.tasks, settings.train, settings.test, settings.scenario, settings.seed),
-        settings.model,
-        settings.classes,
-        build_learner(settings.method, settings.method_settings, settings.seed),
-        TaskSchedule(**{name: getattr(settings, name) for name in shared}),
-    )
+    shared: dict[str, Any] = {
+        one.name: getattr(settings, one.name) for one in fields(TaskSchedule) if hasattr(settings, one.name)
+    }
+    specs = TaskSpecs(settings.tasks, settings.train, settings.test, settings.scenario, settings.seed)
+    learner = build_learner(settings.method, settings.method_settings, settings.seed)
+    if start and start.tokenizer is not None:
+        specs = replace(specs, tokenizer=start.tokenizer, seq_len=settings.seq_len)
+        shared["objective"] = NEXT_TOKEN
+    elif start:
+        specs = replace(specs, shape=image_shape(start))
+    return LearnInputs(specs, settings.model, settings.classes, learner, TaskSchedule(**shared), start)
 
 
 def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
@@ -92,7 +103,12 @@ def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Lea
 
 
 def run(
-    settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
+    settings: Settings,
+    out: str | Path,
+    progress: Progress = silent,
+    *,
+    code: str = "",
+    write_page: WritePage | None = None,
 ) -> RunFolder:
     """Learn a sequence of tasks and write a run folder; an interrupted run is resumed.
 
@@ -100,13 +116,15 @@ def run(
         settings: The settings of the run.
         out: The run folder: new, empty, or of this very run.
         progress: Called with (steps done, steps in all, what is being done).
+        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
+            recorded name is never imported.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
         ValueError: If a setting or a sequence is not usable; says which, and the remedy.
     """
     check_settings(settings)
-    inputs = read_inputs(settings)
+    build_learner(settings.method, settings.method_settings, settings.seed)
     identity: dict[str, Any] = {
         "verb": "learn",
         "settings": record_settings(settings),
@@ -114,9 +132,18 @@ def run(
     }
     if RunFolder.check(out, **identity) and (begun := RunFolder.open_unfinished(out)):
         check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
+    start = load_start(settings.model, settings.tasks, settings.input, code=code, progress=progress)
+    inputs = read_inputs(settings, start)
     tasks = read_tasks(inputs.tasks)
-    origin_of_small(inputs.model, input_shape(tasks[0].train), _count_outputs(inputs, tasks))
-    with RunFolder.create(out, **identity, command=command_line(settings, "--out", str(out))) as folder:
+    if start is None:
+        origin_of_small(inputs.model, input_shape(tasks[0].train), _count_outputs(inputs, tasks))
+    elif start.tokenizer is None:
+        check_outputs(start, tasks[0], _count_outputs(inputs, tasks))
+    words = (*(("--code", code) if code else ()), "--out", str(out))
+    with RunFolder.create(out, **identity, command=command_line(settings, *words)) as folder:
+        if start:
+            start_from(folder, settings.model, start, undo=settings.undo)
+            folder.update(notes=list(start.notes) or None, **record_input(start))
         return _learn(folder, inputs, tasks, progress, write_page)
 
 
@@ -127,6 +154,7 @@ def extend(
     *,
     without_old: bool = False,
     total: int | None = None,
+    code: str = "",
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Train the network of a run on further tasks, possibly much later and in another process.
@@ -139,6 +167,7 @@ def extend(
         more: Further sequences, as ``Settings.tasks``; empty to finish an interrupted call.
         progress: Called with (steps done, steps in all, what is being done).
         total: The number of sequences that the run has in the end; ``None``: its own and ``more``.
+        code: As for :func:`run`; also for a network that was named as ``pkg.mod:fn``.
         without_old: Whether data of finished tasks may be missing; the network is then not evaluated on these.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
@@ -166,7 +195,8 @@ def extend(
     settings = replace(was, tasks=(*was.tasks, *added))
     # Defaults of this version may differ from those with which the run was begun.
     recorded = run_record.get("defaults", {})
-    inputs = read_inputs(replace(settings, method_settings={**recorded, **was.method_settings}))
+    start = load_start(was.model, was.tasks, was.input, run=folder.path, code=code, progress=progress)
+    inputs = read_inputs(replace(settings, method_settings={**recorded, **was.method_settings}), start)
     try:
         old = read_tasks(
             replace(inputs.tasks, sequences=was.tasks), run_record.get("sequence") if without_old else None
@@ -181,9 +211,11 @@ def extend(
             raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
         if inputs.learner.trains_on_past:
             raise SourceError(f"{was.method} learns from all examples, and those of {', '.join(gone)} are not there")
-    tasks = streams.alike([*old, *(task for spec in added for task in read_sequence(spec, inputs.tasks))])
+    tasks = fit_tasks([*old, *(task for spec in added for task in read_sequence(spec, inputs.tasks))], inputs.tasks)
     outputs, wanted = _count_outputs(inputs, old), _count_outputs(inputs, tasks)
-    if wanted > outputs:
+    if start and start.tokenizer is None:
+        check_outputs(start, tasks[0], wanted)
+    elif wanted > outputs:
         raise ValueError(
             f"{', '.join(more)} has classes up to {wanted - 1}, and the network of {out} has outputs for {outputs}: "
             f"begin a run with --classes {wanted}"
@@ -194,7 +226,7 @@ def extend(
         reopened.update(
             settings=record_settings(settings),
             defaults=_defaults(settings.method, settings.method_settings) | recorded,
-            command=command_line(settings, "--out", str(out)),
+            command=command_line(settings, *(("--code", code) if code else ()), "--out", str(out)),
             finished=None,
             extension=list(more) or None,
         )
@@ -227,7 +259,7 @@ def _learn(
 ) -> RunFolder:
     start, learner = time.perf_counter(), inputs.learner
     model, origin = _build_network(inputs, tasks)
-    axes = trace(model, first_examples(tasks[0].train, 2).inputs)
+    axes = _trace(inputs, model, tasks)
     folder.update(sequence=record_tasks(inputs.tasks.sequences, tasks))
     state, place = TrainState(learner.state), folder.path / CHECKPOINT
     if folder.resumed and place.is_file():
@@ -257,7 +289,10 @@ def _learn(
     fitted = learn(model, axes, tasks, learner, inputs.schedule, state=state, checkpoint=keep, progress=progress)
     plain = clone_model(fitted.model)
     write_replacements(learner, fitted.state.learner, Context(plain, fitted.axes, tasks[-1], len(tasks) - 1))
-    store.write_model(plain, folder.path, origin=origin)
+    if inputs.start:
+        store.write_model(replace(inputs.start, model=plain.eval()), folder.path)
+    else:
+        store.write_model(plain, folder.path, origin=origin)
     if missing := [task.name for task in tasks if task.gone]:
         folder.log("gone", tasks=missing)
     folder.log("matrix", tasks=[task.name for task in tasks], **accuracy_matrix(fitted.state).record())
@@ -271,13 +306,23 @@ def _count_settled(state: TrainState[Any]) -> int:
 
 
 def _build_network(inputs: LearnInputs, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:
-    """Return the network of a run with random weights, and the record of how it was built."""
+    """Return the network before the run, new or with its weights, and the record of how it was built."""
+    if inputs.start:
+        return clone_model(inputs.start.model), inputs.start.origin
     return small(inputs.model, input_shape(tasks[0].train), _count_outputs(inputs, tasks), inputs.tasks.seed)
+
+
+def _trace(inputs: LearnInputs, model: nn.Module, tasks: Sequence[Task]) -> AxisGraph:
+    """Return the axes of the network; none for a loaded network whose method needs none."""
+    if inputs.start is None:
+        return trace(model, first_examples(tasks[0].train, 2).inputs)
+    example = inputs.start.example
+    return trace(model, *example.args, **example.kwargs) if inputs.learner.uses_axes else NO_AXES
 
 
 def _count_outputs(inputs: LearnInputs, tasks: Sequence[Task]) -> int:
     """Return the number of outputs of the network: the classes of all tasks, or as many as are asked for."""
-    return max(inputs.classes, 1 + max(c for task in tasks for c in task.classes))
+    return max(inputs.classes, 1 + max((c for task in tasks for c in task.classes), default=0))
 
 
 def _defaults(method: str, settings: Mapping[str, object]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
+from typing import Any
 
-from regrow.data import MissingError, SourceError, streams
+from regrow.data import Half, MissingError, SourceError, streams, text, windows
+from regrow.data.datasets import LoadedExamples, join_examples, to_examples_of_batch
 from regrow.store.errors import StoreError
 from regrow.tasks import Task, input_shape
 
@@ -24,6 +26,9 @@ class TaskSpecs:
         test: The number of test examples; 0: all.
         scenario: ``domain``, ``class`` or ``task``; split tasks are relabelled in the first.
         seed: Seed of permutations and of the choice of examples.
+        shape: The shape ``[C, H, W]`` that images are converted to; empty: that of the first task's images.
+        tokenizer: The tokenizer of a language model, whose tasks are text domains; ``None``: tasks are of images.
+        seq_len: Tokens per window of text.
     """
 
     sequences: tuple[str, ...]
@@ -31,6 +36,9 @@ class TaskSpecs:
     test: int = 0
     scenario: str = "domain"
     seed: int = 0
+    shape: tuple[int, ...] = ()
+    tokenizer: Any = None
+    seq_len: int = 256
 
 
 def read_tasks(specs: TaskSpecs, recorded: object = None) -> list[Task]:
@@ -53,7 +61,17 @@ def read_tasks(specs: TaskSpecs, recorded: object = None) -> list[Task]:
             if not isinstance(recorded, list) or i >= len(recorded):
                 raise
             tasks += _read_recorded(recorded[i], parse_sequence(spec)[2])
-    return streams.alike(tasks)
+    return fit_tasks(tasks, specs)
+
+
+def fit_tasks(tasks: Sequence[Task], specs: TaskSpecs) -> list[Task]:
+    """Return the tasks with all images in the shape that the network takes; tasks of text as they are.
+
+    Args:
+        tasks: The tasks.
+        specs: The shape, and whether they are text.
+    """
+    return list(tasks) if specs.tokenizer is not None else streams.alike(tasks, specs.shape)
 
 
 def read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
@@ -66,6 +84,8 @@ def read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
     Raises:
         SourceError: If it is misspelled, or its data are missing.
     """
+    if specs.tokenizer is not None:
+        return [_read_text(spec, specs)]
     kind, data, n = parse_sequence(spec)
     base = streams.of(data, specs.train, specs.test, specs.seed)
     if n < 1:
@@ -108,6 +128,16 @@ def record_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list[d
         ]
         for spec in sequences
     ]
+
+
+def _read_text(spec: str, specs: TaskSpecs) -> Task:
+    """Return a text domain as a task: windows of its calibration half to train on, of its other half to test on."""
+    domain = text(spec)
+    train, test = (
+        windows(domain, specs.tokenizer, n=n or None, seq_len=specs.seq_len, seed=specs.seed, half=half)
+        for n, half in ((specs.train, Half.CALIBRATION), (specs.test, Half.EVALUATION))
+    )
+    return Task(domain.name, join_examples(map(to_examples_of_batch, train)), LoadedExamples(test.batches), ())
 
 
 def _read_recorded(record: object, many: int) -> list[Task]:

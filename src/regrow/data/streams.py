@@ -92,13 +92,14 @@ def split(base: Task, n: int, *, relabel: bool = False) -> list[Task]:
     ]
 
 
-def alike(tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks with all images converted to the size and channels of the first task's.
+def alike(tasks: Sequence[Task], shape: Sequence[int] = ()) -> list[Task]:
+    """Return the tasks with all images converted to one size and number of channels.
 
     Images are resized bilinearly, with antialiasing; grey becomes three equal channels, colours become their mean.
 
     Args:
         tasks: Tasks of images ``[N, C, H, W]``.
+        shape: ``[C, H, W]``; empty: that of the first task's images.
 
     Raises:
         SourceError: If there are no tasks.
@@ -109,7 +110,7 @@ def alike(tasks: Sequence[Task]) -> list[Task]:
     """
     if not tasks:
         raise SourceError("there is no task to learn; name one, like permuted:digits:5")
-    channels, *size = input_shape(tasks[0].train)
+    channels, *size = shape or input_shape(tasks[0].train)
     examples = sum(len(task.train) + len(task.test) for task in tasks)
     needed = 4 * examples * channels * prod(size)
     check_memory(needed, f"{examples} images of {size[0]} × {size[-1]} pixels", "take fewer with --train and --test")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting
+from regrow.settings.loading import Input, Undo
 from regrow.settings.training import TRAINING, BatchSize, LearningRate, MethodSettings, Seed, Test, Train, WeightDecay
 
 
@@ -20,7 +21,9 @@ class Settings:
         argument=True, example="permuted:digits:5 --out RUN",
     )]
     model: Annotated[str, Setting(
-        "The network: mlp:100-100 (hidden widths), resnet:16-3 (width, stages), resnet-gn:16-3 (with GroupNorm).",
+        "The network: a new one, mlp:100-100 (hidden widths), resnet:16-3 (width, stages) or resnet-gn:16-3 (with "
+        "GroupNorm); or, with its weights, a run folder of any command or another MODEL that `regrow prune` takes. "
+        "Images get the size that it takes; a language model learns text: news, code, manual, talk or NAME=PATH.",
         code=True, shown=True,
     )] = "mlp:100-100"
     method: Annotated[str, Setting(
@@ -49,3 +52,9 @@ class Settings:
         group=TRAINING, choices=("float32", "bfloat16"),
     )] = "float32"
     seed: Seed = 0
+    input: Input = ""
+    seq_len: Annotated[int, Setting(
+        "Length of a text window in tokens; --train and --test count windows then.",
+        range=Range(2, 2**20), absent=256,
+    )] = 256
+    undo: Undo = True
