@@ -205,21 +205,12 @@ def extend(
         if without_old:
             raise SourceError(f"{error}; this run did not note what its tasks were like") from None
         raise MissingError(f"{error}; with --without-old, tasks that are over need no data any more") from None
-    if gone := [task.name for task in old if task.gone]:
-        over = count_tasks(folder.path / CHECKPOINT)
-        if late := [task.name for task in old[over:] if task.gone]:
-            raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
-        if inputs.learner.trains_on_past:
-            raise SourceError(f"{was.method} learns from all examples, and those of {', '.join(gone)} are not there")
+    if late := [task.name for task in old[count_tasks(folder.path / CHECKPOINT) :] if task.gone]:
+        raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
+    if inputs.learner.trains_on_past and (gone := [task.name for task in old if task.gone]):
+        raise SourceError(f"{was.method} learns from all examples, and those of {', '.join(gone)} are not there")
     tasks = fit_tasks([*old, *(task for spec in added for task in read_sequence(spec, inputs.tasks))], inputs.tasks)
-    outputs, wanted = _count_outputs(inputs, old), _count_outputs(inputs, tasks)
-    if start and start.tokenizer is None:
-        check_outputs(start, tasks[0], wanted)
-    elif wanted > outputs:
-        raise ValueError(
-            f"{', '.join(more)} has classes up to {wanted - 1}, and the network of {out} has outputs for {outputs}: "
-            f"begin a run with --classes {wanted}"
-        )
+    _check_outputs(inputs, old, tasks, str(out))
     with RunFolder.reopen(out) as reopened:
         if reopened.run() != run_record:
             raise StoreError(f"{out} was changed by another process meanwhile; run this again")
@@ -231,6 +222,19 @@ def extend(
             extension=list(more) or None,
         )
         return _learn(reopened, inputs, tasks, progress, write_page)
+
+
+def _check_outputs(inputs: LearnInputs, old: Sequence[Task], tasks: Sequence[Task], run: str) -> None:
+    """Raise ValueError unless the network of a run has an output for each class of its old and new tasks."""
+    outputs, wanted = _count_outputs(inputs, old), _count_outputs(inputs, tasks)
+    if inputs.start and inputs.start.tokenizer is None:
+        check_outputs(inputs.start, tasks[0], wanted)
+    elif wanted > outputs:
+        names = ", ".join(task.name for task in tasks[len(old) :])
+        raise ValueError(
+            f"{names} has classes up to {wanted - 1}, and the network of {run} has outputs for {outputs}: "
+            f"begin a run with --classes {wanted}"
+        )
 
 
 def _added(last: object, tasks: tuple[str, ...], more: tuple[str, ...], total: int | None) -> tuple[str, ...]:
