@@ -23,6 +23,7 @@ from regrow.commands.targets import target_measure
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.run_folder import RunFolder
+from regrow.settings.renamed import rename_recorded
 from regrow.store.run_record import convert_settings
 from regrow.tasks import Examples
 
@@ -71,7 +72,8 @@ def shown(path: Path) -> Iterator[str]:
     """The table in Markdown."""
     yield head(["", "seed", "unseen training pictures, %", "those learned from, %"])
     for row in rows(path):
-        told = " ".join(f"{name}={said(value)}" for name, value in row["settings"].items())
+        settings = rename_recorded({"method": row["method"], "method_settings": row["settings"]})["method_settings"]
+        told = " ".join(f"{name}={said(value)}" for name, value in settings.items())
         right = (f"{100 * row[name]:.1f}" for name in ("unseen", "learned"))
         yield line([f"{row['method']} {told}".strip(), str(row["seed"]), *right])
 

@@ -12,10 +12,11 @@ where its two edges per node leave fewer), is trained anew for equally many epoc
 is tested once. What the search learns from is the training part alone; the validation part is only watched. *Best of 4
 random networks* trains four random draws on the training part, as long as any network is trained anew, and takes the
 one that is best on the validation part. *All pools and identities*: operations that hold nothing but their scale stay
-all, whatever else is drawn. *Without floor, press and pace*: operations count for what they cost, so pools for nearly
-nothing, nothing presses on many per node, and thresholds of filters learn as fast as others. *MGAS's shares of levels,
-blind*: operations, filters and weights go in the shares of MGAS's own row, without anything learned: the difference is
-what its choice of units is worth. Likewise with those of the search without floor, press and pace.
+all, whatever else is drawn. *Without the three additions* (``min_cost``, ``sparsity_penalty``, ``filter_lr_ratio``):
+operations count at their cost, so pools hardly count, no regulariser favours few operations per node, and thresholds of
+filters learn as fast as others. *Random units, MGAS's shares*: operations, filters and weights go in the shares of
+MGAS's own row, at random: the difference is what its choice of units is worth. Likewise with the shares of the search
+without the three additions.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1 --cutout 16``.
 """
@@ -65,8 +66,9 @@ class Arm:
 
 
 MGAS = Arm("MGAS (reconstructed)")
-PLAIN = Arm("without floor, press and pace", {"floor": 0.0, "press": 0.0, "pace": 1.0})
+PLAIN = Arm("without the three additions", {"min_cost": 0.0, "sparsity_penalty": 0.0, "filter_lr_ratio": 1.0})
 BLIND = {"method": "blind", "epochs": 0}
+ALL = {"what": "operations,filters,weights"}
 ARMS = (
     MGAS,
     PLAIN,
@@ -74,8 +76,8 @@ ARMS = (
     Arm("random operations, all pools and identities", {"what": "operations", "keep_bare": True}, BLIND),
     Arm("best of 4 random networks", {"what": "operations"}, BLIND, draws=4),
     Arm("uniform width", {"what": "filters"}, BLIND),
-    Arm("MGAS's shares of levels, blind", {"what": "operations,filters,weights"}, BLIND, split=MGAS.name),
-    Arm("shares without floor, press and pace, blind", {"what": "operations,filters,weights"}, BLIND, split=PLAIN.name),
+    Arm("random units, MGAS's shares", ALL, BLIND, split=MGAS.name),
+    Arm("random units, shares without the three additions", ALL, BLIND, split=PLAIN.name),
     Arm("DARTS, first order", {}, {"method": "darts"}),
     Arm("PC-DARTS", {"edges": True, "warm": 0.3, "lr": 2.9, "partial": 4}, {"method": "darts"}),
     Arm("PC-DARTS without partial channels", {"edges": True, "warm": 0.3, "lr": 2.9}, {"method": "darts"}),
@@ -85,7 +87,7 @@ ARMS = (
     Arm("weights alone", {"levels": ("weights",)}),
     Arm("hand-set ratios per level", {"controller": "ratios", "ratios": (0.6, 0.7, 0.85)}),
     Arm("one stage", {}, {"stages": 1}),
-    Arm("filters at the full pace", {"pace": 1.0}),
+    Arm("filters at the full learning rate", {"filter_lr_ratio": 1.0}),
     Arm("nothing regrown", {"regrow": 0.0}),
     Arm("nothing regrown, nor pruned again", {"regrow": 0.0, "reprune": False}),
     Arm("the authors' controller", {"controller": "feedback"}),

@@ -39,7 +39,7 @@ from regrow.store.run_record import convert_settings
 OUT = Path(__file__).parent / "results" / "mgas_transfer.jsonl"
 ARMS = {
     "MGAS (reconstructed)": "MGAS-(reconstructed)",
-    "without floor, press and pace": "without-floor,-press-and-pace",
+    "without the three additions": "without-the-three-additions",
     "random operations": "random-operations",
     "uniform width": "uniform-width",
     "DARTS, first order": "DARTS,-first-order",

@@ -16,11 +16,17 @@ from regrow.amounts import Measure
 from regrow.commands.prune import budget_of, read_pruning_settings
 from regrow.reports import summarise
 from regrow.run_folder import RunFolder
+from regrow.settings.renamed import SETTINGS
 from regrow.store.atomic import LEFTOVER
 from regrow.store.metrics import KEYS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FOLDERS = [(version.name, name) for version in sorted(FIXTURES.glob("[0-9]*")) for name in RUNS]
+RENAMED = [
+    (name, old, new)
+    for name in ("search", "learn")
+    for old, new in SETTINGS.get({"search": "mgas", "learn": "sparsegrow"}[name], {}).items()
+]
 CLOCK = {"seconds", "started", "finished"}
 """Fields that tell the time."""
 
@@ -80,6 +86,24 @@ def test_what_keep_counted_in_0_1_is_called_weights(folders):
     assert RunFolder.open(here / "recover").run()["settings"]["pruning"]["measure"] == "weights"
     (page,) = summarise([here / "prune"])["runs"]
     assert page["measure"] == "weights" and {"name": "measure", "value": "weights"} in page["settings"]
+
+
+@pytest.mark.parametrize(("name", "old", "new"), RENAMED)
+def test_renamed_settings_of_an_earlier_version_have_their_present_names(name, old, new, folders, regrow):
+    here = folders("0.1")
+    written = json.loads((here / name / "run.json").read_text())["defaults"]
+    read = RunFolder.open(here / name).run()["defaults"]
+    assert read[new] == written[old] and old not in read and new not in written
+    (run,) = summarise([here / name])["runs"]
+    assert {new, old} & {pair["name"] for pair in run["defaults"]} == {new}
+    # A command that names the old setting is that of the same run, and a note names the new one.
+    command, _ = RUNS[name]
+    settings = {"--set", f"{old}={json.dumps(written[old])}"}
+    code, _, errors = regrow(*command.split(), *sorted(settings), "--out", name)
+    assert code == 2 and f"note: the setting {old} is now called {new}" in errors
+    assert "method_settings was" in errors, "another run, since this one took the default"
+    code, _, errors = regrow(*command.split(), *sorted(settings), "--set", f"{new}=1", "--out", name)
+    assert code == 2 and f"{old} is the old name of {new}, and both are given; drop {old}" in errors
 
 
 @pytest.mark.slow

@@ -188,14 +188,14 @@ def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, t
 
 def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: Any, tmp_path: Path) -> None:
     taken = done.run()["defaults"]
-    assert taken["pace"] == 0.25 and taken["lr"] == 8.0 and taken["levels"] == [*GRANULARITIES]
+    assert taken["filter_lr_ratio"] == 0.25 and taken["lr"] == 8.0 and taken["levels"] == [*GRANULARITIES]
     assert not {*QUICK, "target", "stages", "seed"} & {*taken}
     assert "inherit" not in done.run()["settings"], "a run that was begun before there was this setting goes on"
     place = tmp_path / "run"
     place.mkdir()
     told = {name: value for name, value in done.run().items() if name != "finished"}
-    (place / "run.json").write_text(json.dumps(told | {"defaults": taken | {"pace": 1.0}}))
-    with pytest.raises(StoreError, match=r"pace was 1\.0 unless told, here 0\.25"):
+    (place / "run.json").write_text(json.dumps(told | {"defaults": taken | {"filter_lr_ratio": 1.0}}))
+    with pytest.raises(StoreError, match=r"filter_lr_ratio was 1\.0 unless told, here 0\.25"):
         run(SETTINGS, place)
     assert [one.name for one in place.iterdir()] == ["run.json"]
     (place / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"inherit": True}}))
@@ -429,7 +429,7 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
     assert same_parameters(*nets)
     assert all(row["peak"] <= 17 * 2**20 for row in rows(small, "memory"))
     pages = [write_page([one.path], tmp_path / "page.html").read_text(encoding="utf-8") for one in (plain, small)]
-    assert ["computed a second time" in page for page in pages] == [False, True]
+    assert ["recomputed in the backward pass" in page for page in pages] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -466,7 +466,12 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
 
 def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(
-        "mobile:4-1", "digits", "nonzero=70k", stages=2, method_settings=QUICK | {"pace": 1.0}, **SMALL | {"retrain": 1}
+        "mobile:4-1",
+        "digits",
+        "nonzero=70k",
+        stages=2,
+        method_settings=QUICK | {"filter_lr_ratio": 1.0},
+        **SMALL | {"retrain": 1},
     )
     done = run(settings, tmp_path / "run")
     net, told = regrow.load(done.path), rows(done, "test")[0]

@@ -94,7 +94,7 @@ def test_where_a_stage_left_more_than_was_planned_parts_are_computed_anew(tight:
     plain = run(replace(TIGHT, memory="", stages=2), tmp_path / "plain")
     assert same_parameters(plain.path / "found", tight.path / "found") and same_parameters(plain.path, tight.path)
     pages = [write_page([one.path], tmp_path / "page.html").read_text(encoding="utf-8") for one in (plain, tight)]
-    assert ["computed a second time" in page for page in pages] == [False, True]
+    assert ["recomputed in the backward pass" in page for page in pages] == [False, True]
 
 
 def test_a_run_that_goes_on_measures_each_stage_once(

@@ -353,7 +353,7 @@ def test_what_one_search_is_told_another_may_have_by_default(folder, tmp_path):
         run["settings"]["method_settings"], run["defaults"] = told, taken
         (runs[-1] / "run.json").write_text(json.dumps(run))
     found = to_html(summarise(runs))
-    assert '<th scope="col">pace</th><th scope="col">floor</th>' in found
+    assert '<th scope="col">filter_lr_ratio</th><th scope="col">min_cost</th>' in found
     assert "<td>1</td><td>1</td>" in found and "<td>0.25</td><td>0</td>" in found
 
 

@@ -7,6 +7,7 @@ import torch
 
 from regrow.amounts import parse_bytes
 from regrow.data import streams
+from regrow.settings.renamed import rename_recorded
 from regrow.settings.search import Settings
 from regrow.tasks import ExampleSet, Task
 from regrow.training.continual import TaskSchedule
@@ -113,7 +114,7 @@ def read_inputs(settings: Settings) -> SearchInputs:
             raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
     own = ("space", "stages", "stride", "target", "accounting", "method", "method_settings", "batch_size", "epochs")
     return SearchInputs(
-        **{name: getattr(settings, name) for name in own},
+        **rename_recorded({name: getattr(settings, name) for name in own}),
         memory=parse_bytes(settings.memory) if settings.memory else 0,
         data=DataSpec(settings.data, settings.train, settings.test, settings.validation, settings.seed),
         schedule=_schedule(settings, settings.epochs, "constant") if settings.epochs else None,

@@ -6,7 +6,7 @@ that builds it from them, and the paper to cite. Packages add methods by entry p
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import StrEnum
 from importlib.metadata import entry_points
@@ -18,6 +18,7 @@ from regrow.methods.recovery import bias, distil, lora, refit
 from regrow.methods.search import baselines, darts, gold_nas, mgas
 from regrow.nets.code import import_object
 from regrow.references import names_code
+from regrow.settings.renamed import SETTINGS, rename_settings
 
 GROUP = "regrow.methods"
 """The group of entry points by which packages add methods."""
@@ -42,6 +43,7 @@ class MethodEntry:
         build: Returns the method; called with the settings, and with the keyword arguments of :meth:`made`.
         citation: The paper to cite.
         about: The docstring of the method's module: what the paper does, and where this implementation differs.
+        renamed: Old name of a setting → present name; :meth:`made` takes both.
     """
 
     kind: MethodKind
@@ -49,6 +51,7 @@ class MethodEntry:
     build: Callable[..., Any]
     citation: str
     about: str
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def defaults(self, given: Collection[str]) -> dict[str, Any]:
         """Return the default of every setting not in ``given``; a run records them, since another version may differ.
@@ -59,7 +62,8 @@ class MethodEntry:
         >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(given={"compensate"})
         {'allocation': 'uniform', 'minimum': 1}
         """
-        return {one.name: one.default for one in fields(self.settings) if one.name not in given}
+        stated = {self.renamed.get(name, name) for name in given}
+        return {one.name: one.default for one in fields(self.settings) if one.name not in stated}
 
     def made(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
         """Build the method with the given settings, after checking their names and types.
@@ -73,8 +77,8 @@ class MethodEntry:
             ValueError: If a setting is unknown, or is of another type than its default.
         """
         defaults = {field.name: field.default for field in fields(self.settings)}
-        given: dict[str, Any] = dict(settings)
-        for key, value in settings.items():
+        given = rename_settings(self.renamed, settings, note=True)
+        for key, value in list(given.items()):
             if key not in defaults:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults) or 'none'}")
             if type(value) is int and type(defaults[key]) is float:
@@ -98,7 +102,9 @@ class MethodEntry:
 
 def _entries(kind: MethodKind, modules: Mapping[str, Any]) -> dict[str, MethodEntry]:
     return {
-        name: MethodEntry(kind, module.Settings, module.build, module.CITATION, module.__doc__ or "")
+        name: MethodEntry(
+            kind, module.Settings, module.build, module.CITATION, module.__doc__ or "", SETTINGS.get(name, {})
+        )
         for name, module in modules.items()
     }
 

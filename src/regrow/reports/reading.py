@@ -9,6 +9,7 @@ from pathlib import Path
 from regrow.errors import InputError, ResourceError
 from regrow.limits import check_regular
 from regrow.reports.records import MissingFile
+from regrow.settings.renamed import rename_recorded
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.intervals import expand_plans
@@ -119,6 +120,10 @@ def read_run(path: Path) -> RunRecord:
         if problems:
             why = problems[0].removeprefix("run.json: ").removesuffix("; left out")
         raise ReportError(f"{path / 'run.json'} cannot be read ({why}); restore it")
+    try:
+        run = rename_recorded(run)
+    except InputError as error:
+        raise ReportError(f"{path / 'run.json'} cannot be read ({error}); restore it") from error
     folder = RunRecord(path, run, problems=problems)
     searched = run.get("verb") == "search"
     needed = {"search": ABSENT_SEARCHING, "learn": ABSENT_LEARNING, "grow": ABSENT_GROWING}.get(

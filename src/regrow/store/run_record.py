@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from regrow.errors import InputError
 from regrow.limits import parse_json, problem
 from regrow.settings.declaration import check_settings, complete_settings
+from regrow.settings.renamed import rename_recorded
 from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, check_readable
@@ -23,7 +24,7 @@ _LONGEST = 2**28
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read and check the ``run.json`` of a run folder.
+    """Read and check the ``run.json`` of a run folder; settings that were renamed since have their present names.
 
     Args:
         folder: The folder.
@@ -37,7 +38,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise StoreError(f"{folder / RUN} is not of the format {FORMAT!r}; restore it")
     convert(data, schemas.RunJson, folder / RUN)
-    return data | {"settings": restate_settings(data["settings"])}
+    try:
+        return rename_recorded(data | {"settings": restate_settings(data["settings"])})
+    except InputError as error:
+        raise StoreError(f"{folder / RUN} cannot be read ({error}); restore it") from None
 
 
 def restate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +108,7 @@ def run_identity(verb: str, settings: Mapping[str, object], defaults: Mapping[st
         defaults: The method's defaults of all other settings.
     """
     told = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
-    found: dict[str, Any] = json.loads(json.dumps(told))
-    return found
+    return rename_recorded(json.loads(json.dumps(told)))
 
 
 def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -318,7 +318,7 @@ def test_pressure_is_towards_few_operations_per_node_and_high_thresholds_where_n
 
 @pytest.mark.parametrize(("levels", "slow"), [(GRANULARITIES, True), (("filters", "weights"), False)])
 def test_thresholds_of_filters_learn_slower_where_operations_are_searched(task, axes, levels, slow):
-    search = search_with(levels=levels, pace=0.5)
+    search = search_with(levels=levels, filter_lr_ratio=0.5)
     ops, filters, weights = (
         one.lr for one in start(search, Context(network(), axes, task, epochs=4, steps=3)).thresholds
     )
@@ -345,7 +345,7 @@ def of_ones_own():
 
 @pytest.mark.parametrize("begun", [ending_with_one, of_ones_own])
 def test_thresholds_of_filters_learn_at_the_full_rate_where_no_node_may_keep_several_operations(task, begun):
-    search = build(Settings(target=500.0, pace=0.5))
+    search = build(Settings(target=500.0, filter_lr_ratio=0.5))
     ops, filters, _ = start(search, Context(*begun(), task, epochs=4, steps=3)).thresholds
     assert filters.lr == ops.lr
 
@@ -362,16 +362,17 @@ def test_nodes_are_thinned_unless_they_end_with_one_operation(task, begun):
             found = compute_loss(search, state, context, batch).value
         return float(found), state.layout, search.rules.allowed(replace(state, examples=20), context, 2500.0)
 
-    (with_both, layout, allowed), (floor, *_), (press, *_), (neither, *_) = (
-        loss(**more) for more in ({}, {"press": 0.0}, {"floor": 0.0}, {"press": 0.0, "floor": 0.0})
+    without_penalty, without_cost = {"sparsity_penalty": 0.0}, {"min_cost": 0.0}
+    (with_both, layout, allowed), (cost, *_), (penalty, *_), (neither, *_) = (
+        loss(**more) for more in ({}, without_penalty, without_cost, without_penalty | without_cost)
     )
     if bool(layout.single.all()):
-        assert with_both == floor == press == neither
+        assert with_both == cost == penalty == neither
     else:  # all weigh the same
-        assert press - neither == pytest.approx(0.05 * math.log(2) * len(layout.ops), rel=1e-3)
+        assert penalty - neither == pytest.approx(0.05 * math.log(2) * len(layout.ops), rel=1e-3)
         lifted = float((layout.typical() - layout.prices()).clamp_min(0).sum())
-        assert floor - neither == pytest.approx(lifted / allowed, rel=1e-3)
-        assert with_both - neither == pytest.approx(floor + press - 2 * neither, rel=1e-3)
+        assert cost - neither == pytest.approx(lifted / allowed, rel=1e-3)
+        assert with_both - neither == pytest.approx(cost + penalty - 2 * neither, rel=1e-3)
 
 
 def test_filters_and_weights_of_ones_own_network(task):
@@ -394,17 +395,17 @@ def test_settings_that_say_nothing_are_refused():
         {"controller": "ratios"},
         {"lr": -3.0},
         {"clip": 0.0},
-        {"floor": -1.0},
-        {"floor": 0.5, "controller": "feedback"},
-        {"press": 0.1, "controller": "ratios", "ratios": (0.5, 0.5, 0.5)},
-        {"pace": -0.5},
+        {"min_cost": -1.0},
+        {"min_cost": 0.5, "controller": "feedback"},
+        {"sparsity_penalty": 0.1, "controller": "ratios", "ratios": (0.5, 0.5, 0.5)},
+        {"filter_lr_ratio": -0.5},
     ):
         with pytest.raises(ValueError):
             Settings(**wrong)
 
 
 def test_what_costs_nothing_is_pressed_on_and_goes_though_it_makes_nothing_smaller(task, axes):
-    context, search = Context(network(), axes, task, epochs=4), search_with(floor=0.5)
+    context, search = Context(network(), axes, task, epochs=4), search_with(min_cost=0.5)
     state = start(search, context)
     thresholds, layout = state.operation_thresholds.values.requires_grad_(), state.layout
 

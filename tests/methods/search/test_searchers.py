@@ -25,7 +25,7 @@ SEARCHES = {
     "mgas": (CONFIG, STAGED),
     "mgas, not pressed, what was dropped back": (
         CONFIG,
-        STAGED | {"revive": "old", "press": 0.0, "floor": 0.0, "pace": 1.0},
+        STAGED | {"revive": "old", "sparsity_penalty": 0.0, "min_cost": 0.0, "filter_lr_ratio": 1.0},
     ),
     "mgas by its authors' controller": (CONFIG, STAGED | {"controller": "feedback"}),
     "darts": (WIRED, {"target": 1e4, "stages": (1,)}),

@@ -28,8 +28,8 @@ class Controller:
         stages: When masks are trained and the network is cut.
         shares: Under ``ratios``: granularity → the fraction that it keeps.
         gain: How fast μ follows the excess.
-        floor: The least cost at which an operation counts in the size, as a fraction of the mean cost in its node; 0:
-            operations count at their cost.
+        min_cost: The least cost at which an operation counts in the size, as a fraction of the mean cost in its node;
+            0: operations count at their cost.
         thins: Whether the regulariser favours few operations per node, and not high thresholds.
     """
 
@@ -37,7 +37,7 @@ class Controller:
     stages: Stages
     shares: Mapping[str, float]
     gain: float
-    floor: float
+    min_cost: float
     thins: bool
 
     def allow(self, state: SearchState, context: Context) -> float:
@@ -85,7 +85,7 @@ def add_pressure(controller: Controller, state: SearchState, context: Context, s
         allowed = controller.allow(state, context)
         over = measure_masked(state, masks) / allowed - 1
         excess = float(over.detach())
-        loss = loss + state.multiplier * (over + lift_cheap_operations(state, masks, controller.floor) / allowed)
+        loss = loss + state.multiplier * (over + lift_cheap_operations(state, masks, controller.min_cost) / allowed)
     if not state.penalty:
         return Loss(loss, Pressure(excess=excess))
     among = ~layout.single if controller.thins else torch.ones_like(layout.single)
@@ -122,19 +122,19 @@ def follow_step(controller: Controller, state: SearchState, context: Context, st
     return add_losses(state, step.aux.losses)
 
 
-def lift_cheap_operations(state: SearchState, masks: GateMasks, floor: float) -> Tensor:
-    """Return by how much kept operations cost less than ``floor``, in total; a scalar with their masks' gradients.
+def lift_cheap_operations(state: SearchState, masks: GateMasks, min_cost: float) -> Tensor:
+    """Return by how much kept operations cost less than ``min_cost``, in total; a scalar with their masks' gradients.
 
     Args:
         state: The state of the search.
         masks: The masks, with gradients.
-        floor: The least cost, as a fraction of the mean cost of operations with weights in the same node.
+        min_cost: The least cost, as a fraction of the mean cost of operations with weights in the same node.
     """
     layout = state.layout
-    if layout.levels.timed or not floor:
+    if layout.levels.timed or not min_cost:
         return torch.zeros(())
     here = layout.alive & layout.runs & ~layout.single
-    return (masks.ops * here * (floor * layout.typical() - layout.prices()).clamp_min(0)).sum()
+    return (masks.ops * here * (min_cost * layout.typical() - layout.prices()).clamp_min(0)).sum()
 
 
 def raise_penalty(state: SearchState, dropped: int, *, few: int = 24, many: int = 48, factor: int = 4) -> SearchState:
@@ -196,17 +196,17 @@ def set_thresholds(controller: Controller, masks: MaskRule, state: SearchState, 
     fill(state.weight_thresholds, "weights", relative.masked_fill(state.zero_mask, 0.0), len(relative))
 
 
-def slow_filters(controller: Controller, state: SearchState, pace: float) -> SearchState:
+def slow_filters(controller: Controller, state: SearchState, ratio: float) -> SearchState:
     """Return the state in which filter thresholds have a lower learning rate, if the regulariser acts on some node.
 
     Args:
         controller: The controller.
         state: The state of the search.
-        pace: The factor on the learning rate.
+        ratio: The factor on the learning rate.
     """
     if not controller.thins or bool(state.layout.single.all()) or state.filter_thresholds.lr is None:
         return state
-    slow = pace * state.filter_thresholds.lr
+    slow = ratio * state.filter_thresholds.lr
     return replace(state, filter_thresholds=replace(state.filter_thresholds, lr=slow))
 
 

@@ -15,7 +15,7 @@ replace the network's own parameters, while everything, thresholds included, lea
     cross-entropy + μ ((size + lifted) / allowed − 1) + λ (Σ log(1 + N a / Σ a) + Σ exp(−t));
 
 size is the size under the masks, and allowed falls until the target is reached. Under ``dual`` μ follows the excess of
-size over allowed (ours), lifted is by how much kept operations cost less than ``floor`` (ours), and λ is constant,
+size over allowed (ours), lifted is by how much kept operations cost less than ``min_cost`` (ours), and λ is constant,
 without its second sum, since μ raises thresholds; nodes of which only one operation may remain are in neither term.
 Under ``feedback`` μ is 0 and λ follows the authors' controller; under ``ratios`` each granularity keeps a given
 fraction (a control). Filters are the units of an axis, so what is masked can always be cut.
@@ -65,9 +65,10 @@ class Settings:
             number of dropped operations, as in the authors' code; ``ratios``: each granularity keeps a given fraction.
         ratios: Under ``ratios``: the fraction of each granularity that stays, in the order of ``levels``.
         gain: How fast μ follows the excess: the value that it would reach in a stage at a constant excess of 1.
-        press: Under ``dual``, λ, the weight of the regulariser that favours few operations per node.
-        floor: Under ``dual``, the least cost at which an operation counts in the size term of the loss, as a fraction
-            of the mean cost of its node's operations with weights (ours). Without effect if ``measure`` is ``ms``.
+        sparsity_penalty: Under ``dual``, λ, the weight of the regulariser that favours few operations per node.
+        min_cost: Under ``dual``, the least cost at which an operation counts in the size term of the loss, as a
+            fraction of the mean cost of its node's operations with weights (ours). Without effect if ``measure`` is
+            ``ms``.
         reprune: Whether a stage prunes further what earlier stages kept; if not, only weights outside their operations,
             and at the very end what exceeds the target.
         regrow: The fraction of a stage's dropped operations that is restored at its end.
@@ -78,8 +79,8 @@ class Settings:
             authors' code.
         lr: The learning rate of α and κ times the number of steps in which a stage trains them: how far they can move.
         lr_threshold: The learning rate of thresholds, times the same number of steps.
-        pace: Under ``dual``, the factor on ``lr_threshold`` for filters, where a node may keep several operations
-            (ours): below 1, more operations are dropped, and the remaining ones are wider.
+        filter_lr_ratio: Under ``dual``, the factor on ``lr_threshold`` for filters, where a node may keep several
+            operations (ours): below 1, more operations are dropped, and the remaining ones are wider.
         clip: The largest norm of the gradient of the network's own parameters; larger ones are scaled down to it.
         augment: Whether images are shifted and mirrored at random.
         seed: Seed of everything random.
@@ -95,8 +96,8 @@ class Settings:
     controller: Annotated[str, OneOf("dual", "feedback", "ratios")] = "dual"
     ratios: tuple[float, ...] = ()
     gain: Annotated[float, Range(0)] = 40.0
-    press: Annotated[float, Range(0)] = 0.05
-    floor: Annotated[float, Range(0)] = 1.0
+    sparsity_penalty: Annotated[float, Range(0)] = 0.05
+    min_cost: Annotated[float, Range(0)] = 1.0
     reprune: bool = True
     regrow: Annotated[float, Range(0, 1)] = 0.2
     regrow_filters: Annotated[float, Range(0, 1)] = 0.0
@@ -104,7 +105,7 @@ class Settings:
     revive: Annotated[str, OneOf("old", "fresh")] = "fresh"
     lr: Annotated[float, Range(0)] = 8.0
     lr_threshold: Annotated[float, Range(0)] = 2.0
-    pace: Annotated[float, Range(0)] = 0.25
+    filter_lr_ratio: Annotated[float, Range(0)] = 0.25
     clip: Annotated[float, Range(0, above=True)] = 5.0
     augment: bool = True
     seed: int = 0
@@ -119,9 +120,9 @@ class Settings:
             raise ValueError(
                 "under controller=ratios every level is cut to its own share, so reprune=false is unused; drop it"
             )
-        for name, off in (("press", 0), ("floor", 0), ("pace", 1)):
+        for name, off in (("sparsity_penalty", 0), ("min_cost", 0), ("filter_lr_ratio", 1)):
             if self.controller != "dual" and getattr(self, name) not in (off, getattr(Settings, name)):
-                raise ValueError(f"{name} is of controller=dual; under {self.controller} it means nothing")
+                raise ValueError(f"{name} applies to controller=dual, got controller={self.controller}; drop {name}")
         if list(self.stages) != sorted({*self.stages}):
             raise ValueError(f"stages end at parts in ascending order; got {self.stages}")
         check_levels(self.levels, Measure(self.measure))
@@ -137,16 +138,17 @@ def build(settings: Settings, prices: Prices | None = None) -> Search:
     s = settings
     thins = s.controller == "dual" and "operations" in s.levels
     space = SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices)
-    stages = Stages(max(1, len(s.stages)), s.warm, s.every, s.share, s.press if thins else 0.0, s.reprune)
+    penalty = s.sparsity_penalty if thins else 0.0
+    stages = Stages(max(1, len(s.stages)), s.warm, s.every, s.share, penalty, s.reprune)
     shares = dict(zip(s.levels, s.ratios, strict=False))
-    controller = Controller(s.controller, stages, shares, s.gain, s.floor if thins else 0.0, thins)
+    controller = Controller(s.controller, stages, shares, s.gain, s.min_cost if thins else 0.0, thins)
     rules = Rules(
         space,
         masks=partial(mask_by_thresholds, space, s.controller != "ratios"),
         rates=lambda context: (s.lr / stages.steps(context), s.lr_threshold / stages.steps(context)),
         trains=stages.trains,
         allowed=lambda state, context, target: controller.allow(state, context),
-        fills_with_bare=not controller.floor,
+        fills_with_bare=not controller.min_cost,
     )
     own = _Mgas(s, rules, controller)
     learner = Learner(
@@ -190,7 +192,7 @@ def _follow(own: _Mgas, state: SearchState, context: Context, boundary: Boundary
     state = follow_training(own.rules, state, context, boundary)
     match boundary.event:
         case Event.TASK_START:
-            state = slow_filters(own.controller, start_drift(state), own.settings.pace)
+            state = slow_filters(own.controller, start_drift(state), own.settings.filter_lr_ratio)
             return start_stage(own.controller.stages, own.rules, state, context, 0)
         case Event.RESUME:
             return protect_earlier(own.controller.stages, own.rules, state, context)
