@@ -23,6 +23,7 @@ from regrow.nets.examples import guessed_example, text_example
 from regrow.nets.language import origin_of, quiet, require_transformers
 from regrow.progress import Progress, silent
 from regrow.store import portable
+from regrow.store.pretrained import update_origin
 from regrow.store.shapes import Number
 from regrow.store.state import find_numbers, named_tensors
 
@@ -56,6 +57,7 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
     if dtype and dtype not in DTYPES:
         raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     stored = DTYPES[dtype] if dtype else None
+    origin = update_origin(origin, model, next(model.parameters()).dtype)
     with staging_folder(out) as made:
         progress(0, 2, "writing the folder")
         same = plain(model, origin)
@@ -72,9 +74,9 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
         checked = check(model, made, stored, carried=carried)
         progress(2, 2, "loading it with transformers")
     note = (
-        "widths differ from layer to layer: load it with trust_remote_code=True"
+        "no settings of its family give these widths: load it with trust_remote_code=True"
         if carried
-        else "all layers alike: any tool that loads this family loads it, no code needed"
+        else "an ordinary model of its family: any tool that loads the family loads it, no code needed"
     )
     return Written(out, sum(path.stat().st_size for path in out.iterdir() if path.is_file()), checked, (note,))
 
@@ -89,10 +91,9 @@ def plain(model: nn.Module, origin: Origin) -> nn.Module | None:
         origin: How its architecture is built.
     """
     try:
-        found = blocks(model)
+        settings = _settings(model, blocks(model), origin)
     except ModelError:
-        return None
-    settings = _settings(model, found, origin)
+        settings = _hidden_settings(model, origin)
     if settings is None:
         return None
     try:
@@ -135,11 +136,19 @@ def _settings(model: Any, found: Iterable[DecoderLayer], origin: Origin) -> dict
     if "rms_norm_eps" in settings:  # a narrower residual stream has another one
         settings["rms_norm_eps"] = getattr(model.model.norm, "variance_epsilon", settings["rms_norm_eps"])
     for setting, parts in BIASES.items():
-        if any(part in parts and layer.bias is not None for block in found for part, layer in block.linear.items()):
-            if setting not in settings:
-                return None
+        if setting in settings and any(  # families without the setting have the biases that they have
+            part in parts and layer.bias is not None for block in found for part, layer in block.linear.items()
+        ):
             settings[setting] = True
     return settings
+
+
+def _hidden_settings(model: nn.Module, origin: Origin) -> dict[str, Any] | None:
+    """Return the settings of a GPT-2-like network with its width of the hidden layers; ``None`` if they differ."""
+    widths = {len(here.tensor) for name, here in named_tensors(model).items() if name.endswith("mlp.c_fc.bias")}
+    if len(widths) != 1 or "n_inner" not in origin.config:
+        return None
+    return {**origin.config, "n_inner": widths.pop()}
 
 
 def check(model: nn.Module, folder: Path, dtype: torch.dtype | None, *, carried: bool) -> dict[str, float | int | str]:

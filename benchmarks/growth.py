@@ -1,0 +1,184 @@
+"""Growth of networks of full size: how much their outputs change, how long it takes, and which tools load the result.
+
+    python benchmarks/growth.py --out benchmarks/results/growth.json [--net NAME …]
+
+SmolLM2-135M has its trained weights; networks of the shapes of Qwen2-0.5B and GPT-2 are built from their configurations
+with fewer layers and random weights, as are torchvision's ResNet-50 (BatchNorm statistics drawn so that they matter) and
+ViT-B/16. The change is the largest difference of an output before and after, relative to the largest output: of the
+network itself in its own precision, and of float64 copies. "Stock" means: transformers' Auto class, or torchvision's
+builder with other arguments, loads the exported folder without code of regrow.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow import Plan, apply, trace
+from regrow.axes import AxisGraph, Example
+from regrow.commands.growing import GrowthSpec, output_change, outputs_of, plan_growth
+from regrow.export import torchvision as torchvision_export
+from regrow.export import transformers as transformers_export
+from regrow.export.written import ExportError
+from regrow.nets import load
+from regrow.store.versions import versions
+
+
+def smollm2() -> tuple[nn.Module, Example]:
+    """SmolLM2-135M, with its trained weights."""
+    loaded = load("smollm2-135m")
+    return loaded.model, loaded.example
+
+
+def qwen2() -> tuple[nn.Module, Example]:
+    """A network of Qwen2-0.5B's shape with six layers and a smaller vocabulary."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    net = Qwen2ForCausalLM(Qwen2Config(vocab_size=4096, num_hidden_layers=6, tie_word_embeddings=True, **sizes))
+    return net.eval(), Example((torch.randint(4096, (2, 16)),))
+
+
+def gpt2() -> tuple[nn.Module, Example]:
+    """A network of GPT-2's shape with six layers and a smaller vocabulary."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_layer=6, **tokens)).eval(), Example(
+        (torch.randint(4096, (2, 16)),)
+    )
+
+
+def image_net(name: str) -> tuple[nn.Module, Example]:
+    """A torchvision network with random weights, and BatchNorm statistics that matter."""
+    torch.manual_seed(0)
+    loaded = load(name)
+    setattr(loaded.model, "origin", loaded.origin)  # noqa: B010
+    with torch.no_grad():
+        for module in loaded.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.1)
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        heads = [module for module in loaded.model.modules() if isinstance(module, nn.Linear)]
+        heads[-1].weight.normal_(0, 0.02)  # a ViT's begins at 0
+    return loaded.model.eval(), Example((torch.randn(1, 3, 224, 224),))
+
+
+NETS: dict[str, Callable[[], tuple[nn.Module, Example]]] = {
+    "smollm2-135m": smollm2,
+    "qwen2-like": qwen2,
+    "gpt2-like": gpt2,
+    "resnet50": lambda: image_net("resnet50"),
+    "vit_b_16": lambda: image_net("vit_b_16"),
+}
+TEXT = (
+    {"mlp": "+25%"},
+    {"mlp": "+25%", "fill": "split"},
+    {"heads": "+1"},
+    {"blocks": "+2"},
+    {"mlp": "+25%", "heads": "+1", "blocks": "+2"},
+)
+GROWTHS: dict[str, tuple[dict[str, str], ...]] = {
+    "smollm2-135m": TEXT,
+    "qwen2-like": TEXT,
+    "gpt2-like": TEXT,
+    "resnet50": ({"channels": "+25%"}, {"channels": "+32", "fill": "split"}, {"blocks": "+1"}),
+    "vit_b_16": ({"mlp": "+25%"}, {"heads": "+1"}, {"blocks": "+2"}),
+}
+
+
+def spec_of(amounts: dict[str, str]) -> GrowthSpec:
+    """Read the amounts of one row."""
+    parts: Any = {part: amounts[part] for part in ("mlp", "heads", "channels") if part in amounts}
+    blocks = {"*": amounts["blocks"]} if "blocks" in amounts else {}
+    return GrowthSpec.parse(parts, {}, blocks, fill=amounts.get("fill", "zero_out"))
+
+
+def exact_change(model: nn.Module, axes: AxisGraph, plan: Plan) -> tuple[float, float]:
+    """The change of the outputs of a float64 copy."""
+    wide = copy.deepcopy(model).double()
+    args = tuple(x.double() if x.is_floating_point() else x for x in axes.example.args)
+    example = Example(args, axes.example.kwargs)
+    before = outputs_of(wide, example)
+    wide, _ = apply(wide, trace(wide, *example.args, **example.kwargs), plan)
+    return output_change(before, outputs_of(wide, example))
+
+
+def stock(model: nn.Module, name: str) -> str:
+    """Whether the grown network is an ordinary model of its family, or why not."""
+    if name not in ("resnet50", "vit_b_16"):
+        with tempfile.TemporaryDirectory() as folder:
+            written = transformers_export.write(model, Path(folder) / "export")
+        ordinary = not str(written.checked["loaded_as"]).startswith("Regrown")
+        return f"{'yes' if ordinary else 'no'}: {written.notes[0]}"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            written = torchvision_export.write(model, Path(folder) / "export")
+        return f"no: torchvision's builder fixes widths and depth; {written.notes[0]}"
+    except ExportError as error:
+        return f"no: {error}"
+
+
+def row(name: str, amounts: dict[str, str]) -> dict[str, Any]:
+    """Grow one network in one way."""
+    model, example = NETS[name]()
+    parameters = sum(one.numel() for one in model.parameters())
+    start = time.perf_counter()
+    axes = trace(model, *example.args, **example.kwargs)
+    traced = time.perf_counter() - start
+    before = outputs_of(model, axes.example)
+    start = time.perf_counter()
+    plan, notes = plan_growth(model, axes, spec_of(amounts))
+    planned = time.perf_counter() - start
+    exact, exact_size = exact_change(model, axes, plan)
+    gc.collect()
+    start = time.perf_counter()
+    apply(model, axes, plan)
+    seconds = time.perf_counter() - start
+    change, size = output_change(before, outputs_of(model, axes.example))
+    return {
+        "net": name,
+        **amounts,
+        "parameters": [parameters, sum(one.numel() for one in model.parameters())],
+        "axes": len(plan.changes),
+        "blocks_inserted": sum(len(one.copies) for one in plan.insert.values()),
+        "change_float64": exact / exact_size,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "change": change / size,
+        "seconds": {"trace": round(traced, 1), "plan": round(planned, 1), "apply": round(seconds, 1)},
+        "stock": stock(model, name),
+        "notes": list(notes),
+    }
+
+
+def main() -> None:
+    """Run all rows, or those of some networks, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--net", action="append", choices=NETS)
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in given.net or NETS:
+        for amounts in GROWTHS[name]:
+            rows.append(row(name, amounts))
+            print(json.dumps(rows[-1]), flush=True)
+            gc.collect()
+    data = {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "versions": versions(), "rows": rows}
+    given.out.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
