@@ -3,7 +3,7 @@
     python benchmarks/growth.py --out benchmarks/results/growth.json [--net NAME …]
 
 SmolLM2-135M has its trained weights; networks of the shapes of Qwen2-0.5B and GPT-2 are built from their configurations
-with fewer layers and random weights, as are torchvision's ResNet-50 (BatchNorm statistics drawn so that they matter) and
+with fewer layers and random weights, as are ResNet-50 (BatchNorm statistics drawn so that they matter) and torchvision's
 ViT-B/16. The change is the largest difference of an output before and after, relative to the largest output: of the
 network itself in its own precision, and of float64 copies. "Stock" means: transformers' Auto class, or torchvision's
 builder with other arguments, loads the exported folder without code of regrow.
