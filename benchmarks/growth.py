@@ -3,10 +3,10 @@
     python benchmarks/growth.py --out benchmarks/results/growth.json [--net NAME …]
 
 SmolLM2-135M has its trained weights; networks of the shapes of Qwen2-0.5B and GPT-2 are built from their configurations
-with fewer layers and random weights, as are ResNet-50 (BatchNorm statistics drawn so that they matter) and torchvision's
-ViT-B/16. The change is the largest difference of an output before and after, relative to the largest output: of the
-network itself in its own precision, and of float64 copies. "Stock" means: transformers' Auto class, or torchvision's
-builder with other arguments, loads the exported folder without code of regrow.
+with fewer layers and random weights, as are ResNet-50 (BatchNorm statistics drawn so that they matter) and ViT-B/16
+of torchvision. The change is the largest difference of an output before and after, relative to the largest output: of
+the network itself in its own precision, and of float64 copies. "Stock" means: transformers' Auto class loads the
+exported folder, or torchvision's builder with other arguments the weights, without code of regrow.
 """
 
 import argparse
@@ -124,6 +124,16 @@ def stock(model: nn.Module, name: str) -> str:
             written = transformers_export.write(model, Path(folder) / "export")
         ordinary = not str(written.checked["loaded_as"]).startswith("Regrown")
         return f"{'yes' if ordinary else 'no'}: {written.notes[0]}"
+    if name == "resnet50":
+        import torchvision
+
+        width = model.get_submodule("layer1.0.conv1").out_channels
+        other = torchvision.models.resnet50(width_per_group=width)
+        try:
+            other.load_state_dict(model.state_dict())
+            return f"yes: resnet50(width_per_group={width})"
+        except RuntimeError:
+            pass
     try:
         with tempfile.TemporaryDirectory() as folder:
             written = torchvision_export.write(model, Path(folder) / "export")

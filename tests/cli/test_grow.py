@@ -8,6 +8,7 @@ import torch
 
 from cli.conftest import Run
 from regrow.commands import grow as growth
+from regrow.run_folder import RunFolder
 from regrow.settings.grow import Settings
 from regrow.store import load
 
@@ -84,3 +85,16 @@ def test_blocks_are_inserted_and_the_model_is_an_ordinary_one(
     x = torch.arange(5)[None]
     assert plain.config.num_hidden_layers == 3
     torch.testing.assert_close(plain(x).logits, dense(x).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_grown_model_is_trained_on_a_source(regrow: Run, tmp_path: Path) -> None:
+    words = ("grow", "toys:classifier", "--channels", "+4", "--on", "digits", "--tokens", "128", "--eval-tokens", "64")
+    code, out, err = regrow(*words, "--steps", "6", "--lr", "0.01", "--train", "all", "--out", "run")
+    assert code == 0, err
+    assert "trained all parameters for 6 steps; loss on the training data" in out
+    assert [row["model"] for row in RunFolder.open(tmp_path / "run").metrics() if row["what"] == "choice"] == [
+        "before",
+        "after",
+    ]
+    code, out, err = regrow("grow", "toys:classifier", "--channels", "+4", "--on", "digits", "--out", "two")
+    assert (code, "add --steps 200" in err) == (2, True)

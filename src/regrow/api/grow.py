@@ -2,17 +2,19 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from regrow.allocation.widening import Part
-from regrow.api.inputs import DeviceLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
 from regrow.axes import AxisGraph
 from regrow.commands.growing import Amount, GrowthSpec, plan_growth
+from regrow.errors import InputError
 from regrow.plan import Plan
 from regrow.surgery import apply
 from regrow.tracing import trace
+from regrow.training.grown import GrowthTraining, added_entries, train_grown
 
 
 def grow(
@@ -27,11 +29,17 @@ def grow(
     seed: int = 0,
     round_to: int = 1,
     regular: bool = False,
+    data: Any = None,
+    steps: int = 0,
+    train: Literal["new", "all"] = "new",
+    lr: float = 1e-3,
+    loss: LossLike = None,
+    batch_size: int = 32,
     example: Any = None,
     device: DeviceLike = None,
     axes: AxisGraph | None = None,
 ) -> tuple[nn.Module, Plan]:
-    """Grow a network in one call; its outputs do not change.
+    """Grow a network in one call such that its outputs do not change, and train it afterwards if there are steps.
 
     Amounts are numbers of units (``32``, ``"+32"``) or percentages of the present width (``"+25%"``), rounded up.
 
@@ -48,6 +56,12 @@ def grow(
         seed: The random seed of the fill.
         round_to: Widths become multiples of this, rounded up.
         regular: Whether axes with the same role in several blocks get one width, the largest among them.
+        data: What the grown network is trained on, as for :func:`regrow.prune`.
+        steps: The number of training steps, of one batch each; 0: it is not trained.
+        train: Whether only what the growth has added is trained (``"new"``; the rest stays bit for bit), or ``"all"``.
+        lr: The learning rate of AdamW, which falls to 0.
+        loss: What it is trained for, as for :func:`regrow.prune`.
+        batch_size: Examples per batch, where the data do not come in batches.
         example: The input with which the network is traced: a tensor, a tuple of inputs, or a dict of inputs by name;
             not needed for a model that is loaded, or if ``axes`` are given.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
@@ -70,7 +84,11 @@ def grow(
     parts: dict[Part, Amount] = {"mlp": mlp, "heads": heads, "channels": channels}
     stacks = blocks if isinstance(blocks, Mapping) else {"*": blocks} if blocks else {}
     spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
-    inputs = read_inputs(model, example=axes.example if axes is not None else example, device=device)
+    if bool(steps) != (data is not None) or train not in ("new", "all"):
+        got = f"steps={steps}, train={train!r:.20}"
+        raise InputError(f"training takes data=, steps= and train='new' or 'all'; got {got}")
+    given = axes.example if axes is not None else example
+    inputs = read_inputs(model, data, example=given, loss=loss, batch_size=batch_size, device=device)
     net = inputs.model
     if axes is None:
         axes = trace(net, *inputs.example.args, **inputs.example.kwargs)
@@ -78,4 +96,7 @@ def grow(
     for note in notes:
         warnings.warn(note, stacklevel=2)
     apply(net, axes, plan)
+    if steps:
+        training = GrowthTraining(steps, lr, train == "new", seed)
+        train_grown(net, inputs.sources, added_entries(net, axes, plan), training, objective=inputs.objective)
     return net, plan

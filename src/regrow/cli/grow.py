@@ -22,6 +22,7 @@ Examples
   regrow grow resnet50 --channels +32 --fill split --out RUN
   regrow grow ./my-llama --blocks +4 --out RUN
   regrow grow resnet50 --blocks layer3=+2 --out RUN
+  regrow grow smollm2-135m --blocks +2 --on mail=letters/ --steps 500 --train new --out RUN
   regrow grow PRUNED_RUN --mlp +10% --regular --out RUN
   regrow grow vit_b_16 --axis 'encoder.layers.encoder_layer_0.mlp.*=+64' --dry-run
 """
@@ -40,9 +41,10 @@ def grow(given: Given[Settings], out: Path | None, dry_run: bool, plan: Path | N
     """
     settings = given.build()
     settings.check_growth()
+    settings.check_training()
     if plan and not dry_run:
         raise click.UsageError("--plan is for --dry-run, a run keeps its plan in ledger.json; add --dry-run")
-    options.check_json(plan, settings.model, *settings.sources)
+    options.check_json(plan, settings.model, *settings.sources, *settings.on)
     options.say_code(settings.model, code)
     if dry_run:
         _show_plan(settings, plan, code)
@@ -85,5 +87,8 @@ def _tell(folder: "RunFolder") -> None:
             if row["dtype"] == "float64":
                 difference, bound = (number(row[name], 2) for name in ("max_abs_diff", "bound"))
                 say(f"in float64 by {difference} (bound {bound})")
+        if row["what"] == "training":
+            loss = f"{number(row['loss_before'])} → {number(row['loss_after'])}"
+            say(f"trained {row['train']} parameters for {row['steps']} steps; loss on the training data {loss}")
     for note in folder.run().get("notes", ()):
         say(f"note: {note}")

@@ -24,6 +24,7 @@ from regrow.settings.grow import Settings
 from regrow.settings.words import command_line
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
+from regrow.training.grown import GrowthTraining, added_entries, mean_loss, train_grown
 
 CHANGE = 1e-3
 """The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
@@ -43,7 +44,7 @@ class _Job:
     def measure(self, axes: AxisGraph, name: str) -> None:
         """Measure and log the model in its present state, under a name."""
         with self.clock.stage("evaluate"):
-            measure(self.folder, self.loaded, axes, self.kinds.evaluation, frozenset(), name, self.progress)
+            measure(self.folder, self.loaded, axes, self.kinds.evaluation, self.kinds.seen, name, self.progress)
 
 
 def plan_only(settings: Settings, progress: Progress = silent, *, code: str = "") -> tuple[Plan, AxisGraph]:
@@ -92,13 +93,14 @@ def run(
         RefusedError: If the outputs change by more than rounding; no model is saved then.
     """
     check_settings(settings)
+    settings.check_training()
     spec = spec_of(settings)
     identity: dict[str, Any] = {"verb": "grow", "settings": record_settings(settings)}
     RunFolder.check(out, **identity)
     clock = Clock(None)
     with clock.stage("load"):
         loaded = load_model(_model(settings), progress, code)
-        specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
+        specs = _sources(settings)
         kinds = read_sources(specs, loaded)
     with clock.stage("trace"):
         progress(0, 1, "tracing")
@@ -132,7 +134,13 @@ def spec_of(settings: Settings) -> GrowthSpec:
 
 
 def _model(settings: Settings) -> ModelSpec:
-    return ModelSpec(settings.model, settings.dtype, settings.device, settings.input, settings.sources)
+    sources = (*settings.on, *settings.sources)
+    return ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
+
+
+def _sources(settings: Settings) -> SourceSpecs:
+    amounts = settings.eval_tokens, settings.seq_len
+    return SourceSpecs(*amounts, settings.on, settings.sources, settings.tokens, settings.seed)
 
 
 def _grown(job: _Job, axes: AxisGraph, plan: Plan) -> None:
@@ -151,7 +159,7 @@ def _grown(job: _Job, axes: AxisGraph, plan: Plan) -> None:
     rows = [row.record() for row in inventory(axes)]
     with clock.stage("apply"):
         job.progress(0, 1, "growing")
-        _, axes = apply(loaded.model, axes, plan)
+        traced, (_, axes) = axes, apply(loaded.model, axes, plan)
         if not len(folder.own_ledger):
             folder.own_ledger.append(plan)
         folder.write_axes(rows, [row.record() for row in inventory(axes)])
@@ -165,9 +173,24 @@ def _grown(job: _Job, axes: AxisGraph, plan: Plan) -> None:
         folder.log("verify", **proof, dtype="float64", **own)
     else:
         folder.log("verify", max_abs_diff=change, bound=CHANGE * largest, ok=True, dtype=dtype, **own)
+    if settings.steps:
+        with clock.stage("train"):
+            _train(job, traced, plan)
     with clock.stage("save"):
         store.write_model(loaded, folder.path)
     job.measure(axes, "after")
+
+
+def _train(job: _Job, axes: AxisGraph, plan: Plan) -> None:
+    """Train the grown model on the calibration halves of the sources, and log the loss before and after."""
+    settings, model, sources = job.settings, job.loaded.model, job.kinds.calibration
+    training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
+    new = added_entries(model, axes, plan)
+    before = mean_loss(model, sources)
+    train_grown(model, sources, new, training, progress=job.progress)
+    row: dict[str, Any] = {"steps": settings.steps, "train": settings.train, "lr": settings.lr}
+    row |= {"loss_before": before, "loss_after": mean_loss(model, sources)}
+    job.folder.log("training", **row, parameters=sum(int(entries.sum()) for entries in new.values()))
 
 
 def _refuse(change: float, bound: float, dtype: str) -> None:

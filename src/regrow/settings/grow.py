@@ -6,10 +6,10 @@ from typing import Annotated
 from regrow.amounts import Increase
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
-from regrow.settings.declaration import SEED, Setting
+from regrow.settings.declaration import MANY, SEED, Setting
 from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen, Undo
 
-AMOUNT, NEW, DATA, AFTER = "What grows", "New units", "Data", "After the growth"
+AMOUNT, NEW, DATA, TRAINING, AFTER = "What grows", "New units", "Data", "Training", "After the growth"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,23 @@ class Settings:
     dtype: Dtype = ""
     device: Device = "cpu"
     input: Input = ""
+    on: Annotated[tuple[str, ...], Setting(
+        "Train on this after the growth: a source, as for --source, which is also measured. Repeat it for several.",
+        metavar="NAME[=PATH]", group=TRAINING, source=True,
+    )] = ()
+    steps: Annotated[int, Setting("Training steps, of one window of text or one batch of images each.",
+        group=TRAINING, range=Range(0, MANY), example="200",
+    )] = 0
+    train: Annotated[str, Setting(
+        "What is trained: the new parameters alone (the others stay bit for bit), or all.",
+        group=TRAINING, choices=("new", "all"),
+    )] = "new"
+    lr: Annotated[float, Setting(
+        "Learning rate of AdamW, which falls to 0.", group=TRAINING, range=Range(0, 1000, above=True, below=True),
+    )] = 1e-3
+    tokens: Annotated[int, Setting(
+        "Training tokens per source; or images.", group=TRAINING, range=Range(1, MANY),
+    )] = 65536
     proof: Annotated[bool, Setting(
         "Skip the comparison of the outputs in float64 (it needs 16 bytes per parameter).",
         option="--no-verify", group=AFTER,
@@ -96,6 +113,12 @@ class Settings:
     def named(self) -> dict[str, str]:
         """Return axis key or pattern → its amount."""
         return {key: amount for key, _, amount in (one.rpartition("=") for one in self.axis)}
+
+    def check_training(self) -> None:
+        """Raise InputError if there are steps without data, or data without steps."""
+        if bool(self.on) != bool(self.steps):
+            has, lacks = ("--on", "--steps 200") if self.on else ("--steps", "--on news")
+            raise InputError(f"{has} trains the grown model and needs the other, too; add {lacks}")
 
     def stacks(self) -> dict[str, str]:
         """Return path or pattern of a stack of blocks → its amount; ``"*"`` is every stack."""

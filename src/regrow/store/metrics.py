@@ -26,6 +26,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "recovery": ("round",),
     "size": ("model", "round"),
     "stages": (),
+    "training": (),
     "task": ("task",),
     "test": (),
     "verify": (),

@@ -65,7 +65,7 @@ def with_stacks(
     restore = _change(model, plan)
     try:
         _check_identity(model, axes, plan.insert)
-        rename = _renaming(model, plan)
+        rename = renaming(model, plan)
         left = _retraced(model, axes, rename)
         kept = None if undo is None else _renamed_store(undo, axes, left, rename)
         changes = _changes(axes, left, plan, rename, model)
@@ -166,8 +166,13 @@ def _check_identity(model: nn.Module, axes: AxisGraph, insert: Mapping[str, Inse
             )
 
 
-def _renaming(model: nn.Module, plan: Plan) -> Rename:
-    """Return the function from names before a change of stacks, which is done, to names after it."""
+def renaming(model: nn.Module, plan: Plan) -> Rename:
+    """Return the function from names before a change of stacks to names after it.
+
+    Args:
+        model: The network after the change.
+        plan: The plan that changed it.
+    """
     tables: dict[str, dict[str, str]] = {}
     for path, insertion in (*plan.insert.items(), *plan.remove.items()):
         names = list(model.get_submodule(path)._modules)
