@@ -71,24 +71,21 @@ def grow(
         The same model, wider, and the plan that was applied. A warning is issued for axes that cannot be widened.
 
     Raises:
-        ValueError: If nothing is to grow, an amount is not allowed, or the network has nothing of the kind that can be
-            widened; the message says why. The model is not changed then.
+        ValueError: If nothing is to grow or can grow, or an amount is not allowed; the model is not changed then.
 
     >>> import torch
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
     >>> before = net(x)
     >>> net, plan = grow(net, mlp="+25%", example=x)
-    >>> net[0].out_features, bool(torch.allclose(net(x), before))
+    >>> net[0].out_features, torch.allclose(net(x), before)
     (10, True)
     """
     parts: dict[Part, Amount] = {"mlp": mlp, "heads": heads, "channels": channels}
     stacks = blocks if isinstance(blocks, Mapping) else {"*": blocks} if blocks else {}
     spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
-    if bool(steps) != (data is not None) or train not in ("new", "all"):
-        got = f"steps={steps}, train={train!r:.20}"
-        raise InputError(f"training takes data=, steps= and train='new' or 'all'; got {got}")
-    given = axes.example if axes is not None else example
-    inputs = read_inputs(model, data, example=given, loss=loss, batch_size=batch_size, device=device)
+    _check_training(data, steps, train)
+    given: Any = {"example": axes.example if axes is not None else example, "loss": loss, "batch_size": batch_size}
+    inputs = read_inputs(model, data, **given, device=device)
     net = inputs.model
     if axes is None:
         axes = trace(net, *inputs.example.args, **inputs.example.kwargs)
@@ -100,3 +97,9 @@ def grow(
         training = GrowthTraining(steps, lr, train == "new", seed)
         train_grown(net, inputs.sources, added_entries(net, axes, plan), training, objective=inputs.objective)
     return net, plan
+
+
+def _check_training(data: object, steps: int, train: str) -> None:
+    if bool(steps) != (data is not None) or train not in ("new", "all"):
+        got = f"steps={steps}, train={train!r:.20}"
+        raise InputError(f"training takes data=, steps= and train='new' or 'all'; got {got}")
