@@ -2,21 +2,35 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import regrow
 from pretend import counting, pretending
+from regrow.commands import learn, search
+from regrow.commands.search_inputs import read_inputs, read_parts
 from regrow.errors import ResourceError
-from regrow.methods import LEARNERS, METHODS, RECOVERIES
+from regrow.methods import LEARNERS, METHODS, RECOVERIES, SEARCHERS
+from regrow.nets import devices
+from regrow.nets.devices import choose_device
+from regrow.settings.learn import Settings as LearnSettings
+from regrow.settings.search import Settings as SearchSettings
+from regrow.surgery import UndoStore
+from regrow.training.continual import learn as learn_tasks
+from regrow.training.state import TrainState, axis_tensors
 
 DRAW = torch.Generator().manual_seed(0)
 IMAGES, LABELS = torch.randn(64, 1, 8, 8, generator=DRAW), torch.arange(64) % 10
 DATA = (IMAGES, LABELS)
 TASKS = [((IMAGES, LABELS % 2), (IMAGES[:16], LABELS[:16] % 2))] * 2
 SETTINGS = {
+    "mgas": {"warm": 1, "every": 1, "levels": ("operations", "filters")},
+    "darts": {"edges": True, "partial": 2},
+    "gold_nas": {"warm": 1},
     "gprune": {"steps": 4, "every": 2, "shards": 2},
     "replay": {"memory": 40, "answers": 0.5, "own": True},
     "sparsegrow": {"multiple": 1, "late": 0.5, "memory": 40},
@@ -48,6 +62,14 @@ def same(one, other):
     """Whether two networks have the same parameters, bit for bit."""
     pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
     return all(a == b and torch.equal(x.cpu(), y.cpu()) for (a, x), (b, y) in pairs)
+
+
+def same_files(folder):
+    """Whether two runs, ``cpu`` and ``acc``, wrote the same tensors, bit for bit."""
+    files = [path.relative_to(folder / "cpu") for path in (folder / "cpu").rglob("*.safetensors")]
+    assert files
+    pairs = [(load_file(folder / "cpu" / file), load_file(folder / "acc" / file)) for file in files]
+    return all(one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one) for one, other in pairs)
 
 
 def cut(model):
@@ -108,6 +130,48 @@ def test_verify_and_evaluate(device):
     assert found.ok
     cpu = regrow.evaluate(copy.deepcopy(small).cpu(), DATA)
     assert regrow.evaluate(small, DATA) == cpu
+
+
+def test_learn_command(device, tmp_path):
+    settings = LearnSettings(("permuted:digits:2",), "mlp:16", epochs=1, train=80, test=40)
+    for place in ("cpu", "acc"):
+        learn.run(replace(settings, device=place), tmp_path / place)
+    assert same_files(tmp_path)
+
+
+@pytest.mark.parametrize("method", SEARCHERS)
+def test_search(device, method):
+    quick = {"train": 16, "test": 20, "batch_size": 8, "epochs": 3 if method == "gold_nas" else 2, "stages": 1}
+    quick |= {"method_settings": SETTINGS.get(method, {}), "cutout": 0, "retrain": 0}
+    states = []
+    for place in ("cpu", "acc"):
+        settings = SearchSettings("cells:2-1-1", "digits", target="params=60%", method=method, device=place, **quick)
+        inputs = read_inputs(settings)
+        parts = read_parts(inputs.data)
+        model = search.build_space(inputs, parts.search)[0].to(inputs.device)
+        axes = regrow.trace(model, parts.search.train.take(torch.arange(2)).inputs.to(inputs.device))
+        found = search.build_search(inputs, model, axes)
+        state = TrainState(found.learner.state)
+        fitted = learn_tasks(model, axes, [parts.search], found.learner, inputs.schedule, state=state, undo=UndoStore())
+        states.append({f"{name} alpha": one.values for name, one in axis_tensors(fitted.state.learner).items()})
+        states[-1] |= fitted.model.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name].cpu(), states[1][name].cpu()) for name in states[0])
+
+
+def test_a_missing_device_is_refused_before_anything_is_read(tmp_path):
+    for run in (
+        lambda: learn.run(LearnSettings(("nowhere",), device="cuda:7"), tmp_path / "out"),
+        lambda: search.run(SearchSettings("cells:2-1-1", "nowhere", target="0.5", device="cuda:7"), tmp_path / "out"),
+    ):
+        with pytest.raises(ResourceError, match=r"cuda:7 is not available; this machine has .*; use --device cpu"):
+            run()
+
+
+def test_auto_takes_the_best_device(monkeypatch):
+    for there, best in ((["cpu"], "cpu"), (["cpu", "mps"], "mps"), (["cpu", "cuda:0", "mps"], "cuda")):
+        monkeypatch.setattr(devices, "devices_here", lambda there=there: there)
+        assert choose_device("auto").type == best
 
 
 def test_a_device_by_name(device):

@@ -1,11 +1,13 @@
 """Calibration and training data: named sequences of batches, and the logits and labels of a batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,25 @@ def moved(value: object, device: torch.device) -> Any:
         case list() | tuple():
             return type(value)(moved(part, device) for part in value)
     return value
+
+
+def move_tensors(record: R, device: torch.device) -> R:
+    """Return a frozen record with the tensors of its fields, also those in tuples and records, on a device.
+
+    Args:
+        record: An instance of a dataclass.
+        device: The device.
+    """
+
+    def part(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if is_dataclass(value) and not isinstance(value, type):
+            return move_tensors(value, device)
+        return tuple(map(part, value)) if type(value) is tuple else value
+
+    values = {one.name: part(getattr(record, one.name)) for one in fields(record)}  # type: ignore[arg-type]
+    return replace(record, **values)  # type: ignore[type-var]
 
 
 def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:

@@ -114,13 +114,14 @@ def least(gates: Gates, searched: Collection[str]) -> float:
         searched: The levels that are searched: ``"operations"``, ``"filters"``, ``"weights"``.
     """
     levels = gates.levels
-    ops, filters, weights = gates.alive.float(), torch.ones(levels.filters), None
+    ops, weights = gates.alive.float(), None
+    filters = ops.new_ones(levels.filters)
     if "operations" in searched and len(ops):
         ops = _cheapest(gates)
     for base, size, fewest in gates.spans if "filters" in searched else ():
         filters[base + min(fewest, size) : base + size] = 0.0
     if "weights" in searched:
-        weights = torch.zeros(len(levels.reads))
+        weights = ops.new_zeros(len(levels.reads))
     return float(levels.size(ops, filters, weights))
 
 
@@ -136,7 +137,8 @@ def _cheapest(gates: Gates) -> Tensor:
 
     What does not run stays as it is.
     """
-    ops, prices = torch.zeros(len(gates.ops)), _prices(gates)
+    prices = _prices(gates)
+    ops = prices.new_zeros(len(gates.ops), dtype=torch.float32)
     for own in gates.needed:
         if not ops[own].any():
             ops[gates.together(int(own[prices[own].argmin()]))] = 1.0
@@ -180,7 +182,7 @@ def fit_to_budget(gates: Gates, masks: GateMasks, relative: Tensor, target: floa
         ValueError: If the target cannot be reached; the message names the least cost that can.
     """
     ops, filters, weights = masks.ops.clone(), masks.filters.clone(), masks.weights
-    none = torch.zeros(len(relative), dtype=torch.bool)
+    none = torch.zeros_like(relative, dtype=torch.bool)
 
     def size() -> float:
         return float(gates.levels.size(ops, filters, weights))

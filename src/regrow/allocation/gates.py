@@ -93,7 +93,7 @@ class Gates:
             weights: All weights ``[N]``, which of them are 0 for good ``[N]`` bool, and one threshold per operation,
                 with a last one for weights outside operations; ``None`` if weights are not searched.
         """
-        one = torch.ones(len(self.ops))
+        one = self.levels.price.new_ones(len(self.ops), dtype=torch.float32)
         if ops is None:
             margin_o, mask_o, scale_o = one, self.alive.float(), self.alive.float()
         else:
@@ -103,7 +103,7 @@ class Gates:
             mask_o = torch.where(self.runs, mask_o, self.alive.float())
             scale_o = 2 * share * mask_o
         if filters is None:
-            margin_f = mask_f = scale_f = torch.ones(self.levels.filters)
+            margin_f = mask_f = scale_f = one.new_ones(self.levels.filters)
         else:
             share = filters[0].sigmoid()
             margin_f = share - filters[1].index_select(0, self.axis) - _JUST
@@ -142,7 +142,8 @@ class Gates:
         if not self.spans:
             return result
         _, sizes, least = torch.tensor(self.spans).unbind(1)
-        axis = torch.arange(len(sizes)).repeat_interleave(sizes)
+        axis = torch.arange(len(sizes)).repeat_interleave(sizes).to(mask.device)
+        sizes, least = sizes.to(mask.device), least.to(mask.device)
         many = torch.zeros_like(sizes).index_add(0, axis, result.long())
         return result & (many > least)[axis]
 

@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from regrow import store
@@ -18,6 +19,7 @@ from regrow.commands.starting import check_outputs, image_shape, load_start
 from regrow.commands.task_sequences import TaskSpecs, fit_tasks, read_sequence, read_tasks, record_tasks
 from regrow.data import MissingError, SourceError
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
+from regrow.nets.devices import choose_device
 from regrow.nets.files import check_files
 from regrow.nets.loaded import Loaded, Origin
 from regrow.nets.small import origin_of_small, small
@@ -27,6 +29,7 @@ from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.learn import Settings
 from regrow.settings.words import command_line
+from regrow.sources import moved
 from regrow.store.errors import StoreError
 from regrow.store.replacing import clear_leftovers
 from regrow.store.run_record import convert_settings
@@ -51,6 +54,7 @@ class LearnInputs:
         classes: The least number of outputs.
         learner: The method.
         schedule: How each task is trained, with the seed.
+        device: The device that it is trained on.
         start: The network with its weights; ``None``: a new one is built.
     """
 
@@ -59,6 +63,7 @@ class LearnInputs:
     classes: int
     learner: Learner[Any]
     schedule: TaskSchedule
+    device: torch.device
     start: Loaded | None = None
 
 
@@ -71,6 +76,7 @@ def read_inputs(settings: Settings, start: Loaded | None = None) -> LearnInputs:
 
     Raises:
         ValueError: If there is no such method, or a setting of it is wrong.
+        ResourceError: If this machine does not have the device.
     """
     shared: dict[str, Any] = {
         one.name: getattr(settings, one.name) for one in fields(TaskSchedule) if hasattr(settings, one.name)
@@ -82,7 +88,8 @@ def read_inputs(settings: Settings, start: Loaded | None = None) -> LearnInputs:
         shared["objective"] = NEXT_TOKEN
     elif start:
         specs = replace(specs, shape=image_shape(start))
-    return LearnInputs(specs, settings.model, settings.classes, learner, TaskSchedule(**shared), start)
+    schedule, device = TaskSchedule(**shared), choose_device(settings.device)
+    return LearnInputs(specs, settings.model, settings.classes, learner, schedule, device, start)
 
 
 def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
@@ -124,6 +131,7 @@ def run(
         ValueError: If a setting or a sequence is not usable; says which, and the remedy.
     """
     check_settings(settings)
+    choose_device(settings.device)
     build_learner(settings.method, settings.method_settings, settings.seed)
     identity: dict[str, Any] = {
         "verb": "learn",
@@ -312,16 +320,17 @@ def _count_settled(state: TrainState[Any]) -> int:
 def _build_network(inputs: LearnInputs, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:
     """Return the network before the run, new or with its weights, and the record of how it was built."""
     if inputs.start:
-        return clone_model(inputs.start.model), inputs.start.origin
-    return small(inputs.model, input_shape(tasks[0].train), _count_outputs(inputs, tasks), inputs.tasks.seed)
+        return clone_model(inputs.start.model).to(inputs.device), inputs.start.origin
+    model, origin = small(inputs.model, input_shape(tasks[0].train), _count_outputs(inputs, tasks), inputs.tasks.seed)
+    return model.to(inputs.device), origin
 
 
 def _trace(inputs: LearnInputs, model: nn.Module, tasks: Sequence[Task]) -> AxisGraph:
     """Return the axes of the network; none for a loaded network whose method needs none."""
     if inputs.start is None:
-        return trace(model, first_examples(tasks[0].train, 2).inputs)
-    example = inputs.start.example
-    return trace(model, *example.args, **example.kwargs) if inputs.learner.uses_axes else NO_AXES
+        return trace(model, moved(first_examples(tasks[0].train, 2).inputs, inputs.device))
+    args, kwargs = moved((inputs.start.example.args, dict(inputs.start.example.kwargs)), inputs.device)
+    return trace(model, *args, **kwargs) if inputs.learner.uses_axes else NO_AXES
 
 
 def _count_outputs(inputs: LearnInputs, tasks: Sequence[Task]) -> int:

@@ -36,7 +36,7 @@ from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.search import FORMER, Settings
 from regrow.settings.words import command_line
-from regrow.sources import Batch
+from regrow.sources import Batch, device_of, moved
 from regrow.store.run_record import RUN
 from regrow.surgery import UndoStore
 from regrow.tasks import Task, first_examples, input_shape
@@ -74,8 +74,10 @@ def run(
     parts = read_parts(inputs.data)
     _check_cutout(inputs.retraining, parts)
     model, origin, plan = build_space(inputs, parts.search)
-    axes = trace(model, first_examples(parts.search.train, 2).inputs)
-    batch = Batch((first_examples(parts.search.train, inputs.batch_size).inputs,))
+    model.to(inputs.device)
+    axes = trace(model, moved(first_examples(parts.search.train, 2).inputs, inputs.device))
+    batch = Batch((first_examples(parts.search.train, inputs.batch_size).inputs,)).to(inputs.device)
+    example = moved(first_examples(parts.test, 1).inputs, inputs.device)
     started = RunFolder.open_unfinished(out)
     place = started.path if started else Path(out)
     begun = (place / CHECKPOINT).is_file()
@@ -95,13 +97,13 @@ def run(
         seconds = {"search": round(time.perf_counter() - start, 3)}
         store.write_model(result, folder.path / "found", origin=result_origin)
         accuracy = share_right(result, parts.search.test)
-        folder.log("found", accuracy=accuracy, **evaluation.dense(result, first_examples(parts.test, 1).inputs))
+        folder.log("found", accuracy=accuracy, **evaluation.dense(result, example))
         start = time.perf_counter()
         trained = retrain(folder, inputs.retraining, parts, result, progress) if inputs.retraining else result
         store.write_model(trained, folder.path, origin=result_origin)
         if table:
             folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
-        size = evaluation.dense(trained, first_examples(parts.test, 1).inputs)
+        size = evaluation.dense(trained, example)
         folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **size)
         seconds["retrain"] = round(time.perf_counter() - start, 3)
         return folder.finish(write_page, seconds=seconds, stage=describe_stage(folder))
@@ -200,7 +202,7 @@ def retrain(
         for module in model.modules():
             if not retraining.inherit and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-    axes = trace(model, first_examples(parts.whole.train, 2).inputs)
+    axes = trace(model, moved(first_examples(parts.whole.train, 2).inputs, device_of(model)))
     context = Context(model, axes, parts.whole)
     learner = build(RetrainSettings(cutout=retraining.cutout), context, dict(searched.named_parameters()))
     place, state = folder.path / RETRAINING, TrainState(learner.state)

@@ -7,6 +7,7 @@ import torch
 
 from regrow.amounts import parse_bytes
 from regrow.data import streams
+from regrow.nets.devices import choose_device
 from regrow.settings.renamed import rename_recorded
 from regrow.settings.search import Settings
 from regrow.tasks import ExampleSet, Task
@@ -65,6 +66,7 @@ class SearchInputs:
         epochs: Epochs of the search.
         schedule: How the search is trained; ``None`` for no epochs.
         retraining: The training after the search; ``None``: none.
+        device: The device that everything runs on.
         seed: Seed of everything random.
     """
 
@@ -81,6 +83,7 @@ class SearchInputs:
     epochs: int
     schedule: TaskSchedule | None
     retraining: Retraining | None
+    device: torch.device
     seed: int
 
 
@@ -108,6 +111,7 @@ def read_inputs(settings: Settings) -> SearchInputs:
 
     Raises:
         ValueError: If a setting is for the training after the search, and there is none.
+        ResourceError: If this machine does not have the device.
     """
     for name in ("cutout", "inherit"):
         if getattr(settings, name) and not settings.retrain:
@@ -121,12 +125,13 @@ def read_inputs(settings: Settings) -> SearchInputs:
         retraining=Retraining(_schedule(settings, settings.retrain, "cosine"), settings.inherit, settings.cutout)
         if settings.retrain
         else None,
+        device=choose_device(settings.device),
         seed=settings.seed,
     )
 
 
 def _schedule(settings: Settings, epochs: int, decay: str) -> TaskSchedule:
-    shared = {name: getattr(settings, name) for name in ("batch_size", "lr", "weight_decay", "seed")}
+    shared = {name: getattr(settings, name) for name in ("batch_size", "lr", "weight_decay", "precision", "seed")}
     return TaskSchedule(epochs=epochs, decay=decay, **shared)
 
 

@@ -24,7 +24,7 @@ def shift_and_flip(pictures: Tensor, most: int = 4, mirror: bool = True) -> Tens
     if mirror:
         columns = torch.where(torch.rand(n)[:, None, None, None] < 0.5, columns.flip(-1), columns)
     which, channels = torch.arange(n)[:, None, None, None], torch.arange(pictures.shape[1])[None, :, None, None]
-    return padded[which, channels, rows, columns]
+    return padded[tuple(index.to(pictures.device) for index in (which, channels, rows, columns))]
 
 
 def cut_out(pictures: Tensor, side: int) -> Tensor:
@@ -46,4 +46,5 @@ def cut_out(pictures: Tensor, side: int) -> Tensor:
     for size in (height, width):
         first = torch.randint(size, (n, 1)) - side // 2
         inside.append((torch.arange(size) >= first) & (torch.arange(size) < first + side))
-    return pictures.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
+    blank = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
+    return pictures.masked_fill(blank.to(pictures.device), 0.0)

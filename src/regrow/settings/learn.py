@@ -5,8 +5,18 @@ from typing import Annotated
 
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting
-from regrow.settings.loading import Input, Undo
-from regrow.settings.training import TRAINING, BatchSize, LearningRate, MethodSettings, Seed, Test, Train, WeightDecay
+from regrow.settings.loading import Input, TrainingDevice, Undo
+from regrow.settings.training import (
+    TRAINING,
+    BatchSize,
+    LearningRate,
+    MethodSettings,
+    Precision,
+    Seed,
+    Test,
+    Train,
+    WeightDecay,
+)
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,8 @@ class Settings:
         "Least number of outputs; reserve some for the classes of tasks that are added with --resume.",
         range=Range(0, 2**16),
     )] = 0
-    precision: Annotated[str, Setting(
-        "Number format of the forward pass; weights stay in float32.",
-        group=TRAINING, choices=("float32", "bfloat16"),
-    )] = "float32"
+    precision: Precision = "float32"
+    device: TrainingDevice = "cpu"
     seed: Seed = 0
     input: Input = ""
     seq_len: Annotated[int, Setting(

@@ -1,9 +1,11 @@
 """Settings that several commands share: how a model is loaded, and which data it is given."""
 
+from dataclasses import replace
 from typing import Annotated
 
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, Setting
+from regrow.settings.training import TRAINING
 
 LOADING, DATA = "Loading the model", "Data"
 
@@ -23,7 +25,12 @@ Dtype = Annotated[str, Setting(
     "Number format of the loaded weights; default: the format in which they are stored.",
     group=LOADING, choices=("float32", "bfloat16", "float16", "float64"),
 )]
-Device = Annotated[str, Setting("Device on which the model runs: cpu, cuda, cuda:1, mps.", group=LOADING)]
+_DEVICE = Setting(
+    "Device on which the network runs: cpu, cuda, cuda:1, mps, or auto: cuda if there is one, else mps, else cpu.",
+    group=LOADING, metavar="DEVICE",
+)
+Device = Annotated[str, _DEVICE]
+TrainingDevice = Annotated[str, replace(_DEVICE, group=TRAINING, absent="cpu")]
 Input = Annotated[str, Setting(
     "Input shape of an image model, batch first, such as 1x3x32x32. Default: the shape recorded in the run folder, "
     "given by the function that builds the model, or of the images in --source; otherwise a guess, which is printed.",

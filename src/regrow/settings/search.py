@@ -1,13 +1,24 @@
 """The settings of ``regrow search``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from regrow.amounts import Measure, Target, parse_share
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting, declared
-from regrow.settings.training import TRAINING, BatchSize, LearningRate, MethodSettings, Seed, Test, Train, WeightDecay
+from regrow.settings.loading import TrainingDevice
+from regrow.settings.training import (
+    PRECISION,
+    TRAINING,
+    BatchSize,
+    LearningRate,
+    MethodSettings,
+    Seed,
+    Test,
+    Train,
+    WeightDecay,
+)
 
 DENSE, FORMER = "dense", "0.1"
 """How weights that are 0 count in a size: as stored and computed, or (version 0.1) not at all."""
@@ -120,6 +131,8 @@ class Settings:
         group="Data", range=Range(0, 1, above=True, below=True),
     )] = 0.2
     stride: Annotated[int, Setting("Stride of the first convolution.", group=TRAINING, range=Range(1, 4))] = 2
+    precision: Annotated[str, replace(PRECISION, absent="float32")] = "float32"
+    device: TrainingDevice = "cpu"
     seed: Seed = 0
     accounting: Annotated[str, Setting(
         "dense; 0.1 for a run of that version, whose target in parameters counted what is not 0.",

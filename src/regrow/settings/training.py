@@ -19,6 +19,11 @@ LearningRate = Annotated[float, Setting(
     group=TRAINING, range=Range(0, 1000, above=True, below=True), example="0.01",
 )]
 WeightDecay = Annotated[float, Setting("Weight decay of the optimizer.", group=TRAINING, range=Range(0, 1000))]
+PRECISION = Setting(
+    "Number format of matrix products and convolutions in the forward pass; weights keep theirs.",
+    group=TRAINING, choices=("float32", "bfloat16"),
+)
+Precision = Annotated[str, PRECISION]
 Train = Annotated[int, Setting("Use at most this many training examples; 0: all.", group="Data", range=Range(0, MANY))]
 Test = Annotated[int, Setting("Use at most this many test examples; 0: all.", group="Data", range=Range(0, MANY))]
 Seed = Annotated[int, Setting("Random seed of initial weights, data order and everything sampled.", range=SEED)]

@@ -132,7 +132,7 @@ class _Copy:
 
     def tensor(self, tensor: Tensor) -> Tensor:
         made = self.made(tensor)
-        if isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter) and type(made) is Tensor:
+        if isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter | FakeTensor):
             made = nn.Parameter(made, tensor.requires_grad)
         self.memo[id(tensor)] = made
         return made

@@ -108,7 +108,7 @@ def _follow(s: Settings, rules: Rules, state: SearchState, context: Context, bou
     if boundary.event != Event.TASK_START:
         return state
     generator = replace(context, seed=s.seed).generator(11)
-    alpha = torch.randn(len(state.alpha.values), generator=generator)
+    alpha = torch.randn(len(state.alpha.values), generator=generator).to(state.alpha.values.device)
     if s.keep_bare:
         alpha[state.layout.bare()] = 50.0
     state = rank_evenly(replace(state, alpha=replace(state.alpha, values=alpha)))

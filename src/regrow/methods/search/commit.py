@@ -223,7 +223,8 @@ def release_weights(rules: Rules, share: float, state: SearchState, context: Con
     if not (many := int(share * int(zero.sum()))):
         return state
     slopes = differentiate_weights(rules, state, context, take_examples(context))
-    scale = torch.cat([rules.masks(state, context, None, False).filter_scale, torch.ones(1)])
+    own = rules.masks(state, context, None, False).filter_scale
+    scale = torch.cat([own, own.new_ones(1)])
     gradient = torch.where(zero, (slopes * scale[state.layout.levels.reads]).abs(), -1.0)
     released = zero.clone()
     released[gradient.topk(many).indices] = False

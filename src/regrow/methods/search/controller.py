@@ -132,7 +132,7 @@ def lift_cheap_operations(state: SearchState, masks: GateMasks, min_cost: float)
     """
     layout = state.layout
     if layout.levels.timed or not min_cost:
-        return torch.zeros(())
+        return masks.ops.new_zeros(())
     here = layout.alive & layout.runs & ~layout.single
     return (masks.ops * here * (min_cost * layout.typical() - layout.prices()).clamp_min(0)).sum()
 

@@ -25,6 +25,7 @@ from regrow.methods.search.space import (
 from regrow.methods.search.state import SearchState
 from regrow.nets.cells import Cells
 from regrow.plan import Plan
+from regrow.sources import device_of, move_tensors
 from regrow.surgery import apply
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples
@@ -128,10 +129,11 @@ def rank_evenly(state: SearchState) -> SearchState:
         state: The state of the search.
     """
 
-    def rank(n: int) -> Tensor:
-        return torch.logit((torch.arange(n, 0, -1) - 0.5) / n)
+    def rank(like: Tensor) -> Tensor:
+        n = len(like)
+        return torch.logit((torch.arange(n, 0, -1, device=like.device) - 0.5) / n)
 
-    return replace(state, kappa={key: replace(one, values=rank(len(one.values))) for key, one in state.kappa.items()})
+    return replace(state, kappa={key: replace(one, values=rank(one.values)) for key, one in state.kappa.items()})
 
 
 def differentiate_weights(rules: Rules, state: SearchState, context: Context, batch: Examples) -> Tensor:
@@ -148,7 +150,7 @@ def differentiate_weights(rules: Rules, state: SearchState, context: Context, ba
     values = mask_parameters(rules, state, replace(context, answered=context.number)).values
     levels = state.layout.levels
     learned = {name: values[name].detach().requires_grad_() for name in levels.weights}
-    total = torch.zeros(len(levels.reads))
+    total = torch.zeros(len(levels.reads), device=levels.reads.device)
     context.model.eval()
     for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
         with parametrize(context.model, {**values, **learned}):
@@ -220,7 +222,8 @@ def find_edges(context: Context, shared: bool, cells: bool) -> Edges:
     """
     if cells and not isinstance(context.model, Cells):
         raise ValueError("shared and partial need a network of cells, and this is none; use a space cells:…")
-    return Edges.of(context.model, context.model.alike() if shared and isinstance(context.model, Cells) else {})
+    edges = Edges.of(context.model, context.model.alike() if shared and isinstance(context.model, Cells) else {})
+    return move_tensors(edges, device_of(context.model))
 
 
 def draw_importance(context: Context, n: int, lr: float, purpose: int) -> AxisTensor:
@@ -232,7 +235,9 @@ def draw_importance(context: Context, n: int, lr: float, purpose: int) -> AxisTe
         lr: Their learning rate.
         purpose: A number that tells random streams apart.
     """
-    return AxisTensor(1e-3 * torch.randn(n, generator=context.generator(purpose)), (n,), lr)
+    return AxisTensor(
+        (1e-3 * torch.randn(n, generator=context.generator(purpose))).to(device_of(context.model)), (n,), lr
+    )
 
 
 def scale_by_softmax(state: SearchState, context: Context) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from regrow.amounts import Measure
 from regrow.axis_tensor import AxisTensor
 from regrow.candidates import Staged, candidates_in, single_in, tied_in
 from regrow.methods.search.state import SearchState
+from regrow.sources import device_of, move_tensors
 from regrow.training.learner import Context, Replacements, flags_along
 
 GRANULARITIES = ("operations", "filters", "weights")
@@ -130,7 +131,7 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
     def runs(name: str) -> bool:
         return not staged or cast(Staged, context.model).within(name, part)
 
-    return gates(
+    layout = gates(
         context.axes,
         {name: one for name, one in counted_tensors(context.model, space.measure).items() if runs(name)},
         sums,
@@ -142,6 +143,7 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
         single_in(context.model),
         space.prices,
     )
+    return move_tensors(layout, device_of(context.model))
 
 
 def start_search(rules: Rules, context: Context) -> SearchState:
@@ -156,7 +158,7 @@ def start_search(rules: Rules, context: Context) -> SearchState:
     importance, threshold = rules.rates(context)
 
     def zeros(size: int, lr: float) -> AxisTensor:
-        return AxisTensor(torch.zeros(size), (size,), lr)
+        return AxisTensor(torch.zeros(size, device=device_of(context.model)), (size,), lr)
 
     state = SearchState(
         alpha=zeros(n, importance),
@@ -186,7 +188,9 @@ def update_layout(rules: Rules, state: SearchState, context: Context) -> SearchS
     kappa = {key: one for key, one in state.kappa.items() if key in context.axes.axes}
     for key, (_, size, _) in iterate_spans(layout):
         if key not in kappa:
-            kappa[key] = AxisTensor(torch.zeros(size), (key,), rules.rates(context)[0])
+            kappa[key] = AxisTensor(
+                layout.levels.price.new_zeros(size, dtype=torch.float32), (key,), rules.rates(context)[0]
+            )
     zeros = {name: one for name, one in state.zeros.items() if name in context.axes.shapes}
     for name in layout.levels.weights:
         if name not in zeros:
@@ -235,7 +239,8 @@ def measure_whole(space: SearchSpace, axes: tuple[str, ...], context: Context) -
         context: The network.
     """
     layout = build_layout(space, axes, context, space.part(-1))
-    return float(layout.levels.size(layout.alive.float(), torch.ones(layout.levels.filters)))
+    ops = layout.alive.float()
+    return float(layout.levels.size(ops, ops.new_ones(layout.levels.filters)))
 
 
 def measure_masked(state: SearchState, masks: GateMasks) -> Tensor:
