@@ -181,7 +181,7 @@ def _grown(job: _GrowJob, axes: AxisGraph, plan: Plan) -> None:
     job.measure(axes, "after")
 
 
-def _train(job: _Job, axes: AxisGraph, plan: Plan) -> None:
+def _train(job: _GrowJob, axes: AxisGraph, plan: Plan) -> None:
     """Train the grown model on the calibration halves of the sources, and log the loss before and after."""
     settings, model, sources = job.settings, job.loaded.model, job.kinds.calibration
     training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
