@@ -118,3 +118,20 @@ def test_a_language_model_learns_text(regrow: Run, tiny_language_model: Path) ->
     assert code == 0, err
     code, _, err = regrow("undo", "pruned")
     assert code == 0 and Path("pruned/course.safetensors").read_bytes() == Path("run/course.safetensors").read_bytes()
+
+
+def test_a_run_is_searched_from_its_weights(chain: Run) -> None:
+    import toys
+
+    options = ("--data", "digits", "--epochs", "3", "--retrain", "0", "--train", "64", "--test", "16")
+    code, _, err = chain("search", "one", "--target", "0.8", *options, *CODE, "--out", "searched")
+    assert code == 0, err
+    ledger = Ledger(Path("searched/ledger.json")).plans()
+    fresh, x = toys.classifier()
+    again, _ = replay(fresh, trace(fresh.eval(), x), ledger)
+    ours = load("searched", model=toys.classifier).state_dict()
+    assert {name: value.shape for name, value in again.state_dict().items()} == {n: v.shape for n, v in ours.items()}
+    code, _, err = chain("grow", "searched", "--channels", "+1", *CODE, "--out", "wider")
+    assert code == 0, err
+    code, _, err = chain("search", "smollm2-135m", "--target", "0.8", *options, "--out", "no")
+    assert code == 2 and "is a language model" in err

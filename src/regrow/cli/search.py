@@ -18,21 +18,23 @@ Examples
   regrow search cells:8-6-3 --data cifar/ --target params=50k --stages 3 --epochs 30 --retrain 60 --out RUN
   regrow search mobile:8-2 --data cifar/ --target macs=2M --stride 1 --memory 1GiB --out RUN
   regrow search resnet:16-3 --data fashion/ --target macs=2M --out RUN
+  regrow search RUN --data cifar/ --target macs=50% --epochs 10 --retrain 10 --out RUN2
   regrow search mynets:tiny --data fashion/ --target 0.2 --out RUN
 """
 
 
 @run_command(Settings, EPILOG)
-def search(given: Given[Settings], out: Path) -> None:
+@options.code
+def search(given: Given[Settings], code: str, out: Path) -> None:
     """Search SPACE for a network within the target size and train it; writes a folder with the network and a report.
 
     A part of the training examples is held out for validation; the test set is used once, at the end.
     """
     settings = given.build()
-    options.say_code(settings.space, settings.method)
+    options.say_code(settings.space, code, settings.method)
     from regrow.commands.search import run
 
-    folder = run_with_page("network", _tell, run, settings, out)
+    folder = run_with_page("network", _tell, run, settings, out, code=code)
     say(f"load it with regrow.load({str(folder.path)!r})")
 
 

@@ -16,9 +16,11 @@ from regrow.amounts import Measure, format_bytes
 from regrow.axes import AxisGraph
 from regrow.candidates import Staged, candidates_in, fold_scales
 from regrow.commands import latencies, pareto, spaces, stage_memory
+from regrow.commands.example_inputs import record_input
 from regrow.commands.history import read_history
-from regrow.commands.parents import describe_stage
+from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_inputs, read_parts
+from regrow.commands.starting import check_outputs, find_start
 from regrow.commands.targets import find_granularities, parse_target, target_measure
 from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import share_right
@@ -54,7 +56,12 @@ RETRAINING = "retraining.safetensors"
 
 
 def run(
-    settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
+    settings: Settings,
+    out: str | Path,
+    progress: Progress = silent,
+    *,
+    code: str = "",
+    write_page: WritePage | None = None,
 ) -> RunFolder:
     """Search, retrain the found network, test it, and write a run folder; an interrupted run is resumed.
 
@@ -62,6 +69,8 @@ def run(
         settings: The settings of the run.
         out: The run folder: new, empty, or of this very run.
         progress: Called with (steps done, steps in all, what is being done).
+        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
+            recorded name is never imported.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -70,7 +79,8 @@ def run(
     check_settings(settings)
     settings = _restore_accounting(settings, Path(out))
     RunFolder.check(out, verb="search", settings=record_settings(settings))
-    inputs = read_inputs(settings)
+    start = find_start(settings.space, settings.data, settings.input, code, progress)
+    inputs = read_inputs(settings, start)
     parts = read_parts(inputs.data)
     _check_cutout(inputs.retraining, parts)
     model, origin, plan = build_space(inputs, parts.search)
@@ -87,25 +97,29 @@ def run(
     search.check(Context(model, axes, parts.search, epochs=inputs.epochs, seed=inputs.seed))
     defaults = {n: v for n, v in search.settings.items() if n not in {*inputs.method_settings, *GIVEN}}
     identity: dict[str, Any] = {"verb": "search", "settings": record_settings(settings), "defaults": defaults}
-    with RunFolder.create(out, **identity, command=command_line(settings, "--out", str(out))) as folder:
+    words = (*(("--code", code) if code else ()), "--out", str(out))
+    with RunFolder.create(out, **identity, command=command_line(settings, *words)) as folder:
+        if start:
+            start_from(folder, settings.space, start, undo=settings.undo)
+            folder.update(notes=list(start.notes) or None, **record_input(start))
         if plan is not None:
             folder.log("stages", **asdict(plan))
         if table:
             latencies.write(folder.path, table)
-        start = time.perf_counter()
+        begun_at = time.perf_counter()
         result, result_origin = _search(folder, inputs, parts, model, axes, origin, search, progress)
-        seconds = {"search": round(time.perf_counter() - start, 3)}
+        seconds = {"search": round(time.perf_counter() - begun_at, 3)}
         store.write_model(result, folder.path / "found", origin=result_origin)
         accuracy = share_right(result, parts.search.test)
         folder.log("found", accuracy=accuracy, **evaluation.dense(result, example))
-        start = time.perf_counter()
+        begun_at = time.perf_counter()
         trained = retrain(folder, inputs.retraining, parts, result, progress) if inputs.retraining else result
         store.write_model(trained, folder.path, origin=result_origin)
         if table:
             folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
         size = evaluation.dense(trained, example)
         folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **size)
-        seconds["retrain"] = round(time.perf_counter() - start, 3)
+        seconds["retrain"] = round(time.perf_counter() - begun_at, 3)
         return folder.finish(write_page, seconds=seconds, stage=describe_stage(folder))
 
 
@@ -237,6 +251,10 @@ def build_space(inputs: SearchInputs, task: Task) -> tuple[nn.Module, Origin, Me
         inputs: The inputs of the search.
         task: The data of the search.
     """
+    if inputs.start:
+        spaces.refuse_stages(inputs.space, inputs.stages, inputs.memory)
+        check_outputs(inputs.start, task, 1 + max(task.classes))
+        return inputs.start.model, inputs.start.origin, None
     entry = find_method(MethodKind.SEARCH, inputs.method)
     measure = target_measure(inputs.target, inputs.accounting)
     given = {"measure": str(measure), "levels": find_granularities(measure)}

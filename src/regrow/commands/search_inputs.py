@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from regrow.amounts import parse_bytes
+from regrow.commands.starting import image_shape
 from regrow.data import streams
+from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
 from regrow.settings.renamed import rename_recorded
 from regrow.settings.search import Settings
@@ -24,6 +26,7 @@ class DataSpec:
         test: The number of test examples; 0: all.
         validation: The fraction of the training examples that the search holds out.
         seed: Seed of the choice of examples.
+        shape: The shape ``[C, H, W]`` that images are converted to; empty: as they are.
     """
 
     name: str
@@ -31,6 +34,7 @@ class DataSpec:
     test: int
     validation: float
     seed: int
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class SearchInputs:
         retraining: The training after the search; ``None``: none.
         device: The device that everything runs on.
         seed: Seed of everything random.
+        start: The network with its weights that is searched; ``None``: a new one is built.
     """
 
     space: str
@@ -85,6 +90,7 @@ class SearchInputs:
     retraining: Retraining | None
     device: torch.device
     seed: int
+    start: Loaded | None = None
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,12 @@ class Parts:
     test: ExampleSet
 
 
-def read_inputs(settings: Settings) -> SearchInputs:
+def read_inputs(settings: Settings, start: Loaded | None = None) -> SearchInputs:
     """Return the typed inputs that the settings of a search describe.
 
     Args:
         settings: The settings of the run.
+        start: The network with its weights that is searched, if it is not a new one; training goes on from its weights.
 
     Raises:
         ValueError: If a setting is for the training after the search, and there is none.
@@ -117,16 +124,19 @@ def read_inputs(settings: Settings) -> SearchInputs:
         if getattr(settings, name) and not settings.retrain:
             raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
     own = ("space", "stages", "stride", "target", "accounting", "method", "method_settings", "batch_size", "epochs")
+    shape = image_shape(start) if start else ()
+    inherit = settings.inherit or start is not None
+    retrained = _schedule(settings, settings.retrain, "cosine") if settings.retrain else None
+    retraining = Retraining(retrained, inherit, settings.cutout) if retrained else None
     return SearchInputs(
         **rename_recorded({name: getattr(settings, name) for name in own}),
         memory=parse_bytes(settings.memory) if settings.memory else 0,
-        data=DataSpec(settings.data, settings.train, settings.test, settings.validation, settings.seed),
+        data=DataSpec(settings.data, settings.train, settings.test, settings.validation, settings.seed, shape),
         schedule=_schedule(settings, settings.epochs, "constant") if settings.epochs else None,
-        retraining=Retraining(_schedule(settings, settings.retrain, "cosine"), settings.inherit, settings.cutout)
-        if settings.retrain
-        else None,
+        retraining=retraining,
         device=choose_device(settings.device),
         seed=settings.seed,
+        start=start,
     )
 
 
@@ -145,6 +155,8 @@ def read_parts(data: DataSpec) -> Parts:
         SourceError: If the data are missing.
     """
     base = streams.of(data.name, data.train, data.test, data.seed)
+    if data.shape:
+        (base,) = streams.alike([base], data.shape)
     n = len(base.train)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(data.seed))
     many = max(1, round(data.validation * n))

@@ -61,13 +61,13 @@ def build_network(
     """
     shape, classes = list(input_shape(task.train)), len(task.classes)
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
-        _refuse_stages(f"{space} has one topology for all cells, so it", stages, memory)
+        refuse_stages(f"{space} has one topology for all cells, so it", stages, memory)
         edges = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
         check_space_fits(edges, f"a search of {space}")
         return _initialise(Bench201, edges, seed), Origin("bench201", "bench201", edges, space), None
     found = _find_staged(space, shape, classes, stride)
     if found is None:
-        _refuse_stages(space, stages, memory)
+        refuse_stages(space, stages, memory)
         if names_code(space):
             builder = import_builder(space)
             return _build_own(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
@@ -84,7 +84,17 @@ def build_network(
     return net, Origin(found.kind, found.kind, config, space), plan
 
 
-def _refuse_stages(what: str, stages: int, memory: int) -> None:
+def refuse_stages(what: str, stages: int, memory: int) -> None:
+    """Raise ValueError if stages or a memory budget are asked for of a network that is searched in one stage.
+
+    Args:
+        what: The network, for the message.
+        stages: The number of stages that is asked for; 0: none.
+        memory: The memory budget in bytes; 0: none.
+
+    Raises:
+        ValueError: Names the option.
+    """
     if memory or stages > 1:
         raise ValueError(f"{what} is searched in one stage: no --{'memory' if memory else f'stages {stages}'}")
 

@@ -72,6 +72,28 @@ def load_start(
     return load_model(spec, progress, code)
 
 
+def find_start(space: str, data: str, shape: str = "", code: str = "", progress: Progress = silent) -> Loaded | None:
+    """Return the network with its weights that is searched, in float32; ``None`` if the name is that of a search space.
+
+    Args:
+        space: The search space, ``pkg.mod:fn``, a run folder, or a torchvision name.
+        data: The name of the data, which may give the size of its images.
+        shape: As for :func:`load_start`.
+        code: As for :func:`load_start`.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Raises:
+        ValueError: As :func:`load_start`; or the network is a language model.
+    """
+    if not Path(space).exists() and ":" in space and not space.startswith("torchvision:"):
+        check_code(space, False, code)
+        return None
+    loaded = load_start(space, (data,), shape, code=code, progress=progress)
+    if loaded is not None and loaded.tokenizer is not None:
+        raise InputError(f"{space} is a language model, and search takes classifiers of images; prune it with --target")
+    return loaded
+
+
 def image_shape(loaded: Loaded) -> tuple[int, ...]:
     """Return the shape ``[C, H, W]`` of the images that a network takes.
 
@@ -84,8 +106,8 @@ def image_shape(loaded: Loaded) -> tuple[int, ...]:
     shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
     if len(shape) != 4:
         raise InputError(
-            f"{loaded.origin.name or 'the network'} takes inputs of shape {list(shape)}, and the tasks are images; "
-            "use regrow.learn in Python with data of your own"
+            f"{loaded.origin.name or 'the network'} takes inputs of shape {list(shape)}, and the data are images; "
+            "give a network of images, or use Python with data of your own"
         )
     return tuple(shape[1:])
 

@@ -7,7 +7,7 @@ from regrow.amounts import Measure, Target, parse_share
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting, declared
-from regrow.settings.loading import TrainingDevice
+from regrow.settings.loading import Input, TrainingDevice, Undo
 from regrow.settings.training import (
     PRECISION,
     TRAINING,
@@ -75,7 +75,8 @@ class Settings:
         "each), bench201:WIDTH-N (NAS-Bench-201's, N cells per stage: one operation on each edge, the same in all "
         "cells), a small network such as resnet:16-3, of which filters and weights are searched, or pkg.mod:fn, a "
         "function of your own code that returns a network: its filters and weights, and the operations that it marks "
-        "with regrow.Candidates.",
+        "with regrow.Candidates; or, with its weights, a run folder or a torchvision name (resnet18): its filters and "
+        "weights.",
         argument=True, code=True, example="cells:4-3-2 --data digits --target 0.2 --out RUN",
     )]
     data: Annotated[str, Setting(
@@ -138,6 +139,8 @@ class Settings:
         "dense; 0.1 for a run of that version, whose target in parameters counted what is not 0.",
         hidden=True, absent=FORMER,
     )] = DENSE
+    input: Input = ""
+    undo: Undo = True
     # fmt: on
 
     def __post_init__(self) -> None:
