@@ -10,11 +10,11 @@ refused.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -24,21 +24,24 @@ from typing import Any
 import torch
 from torch import nn
 
-RESULTS = Path(__file__).parent / "results" / "compositions.jsonl"
+from regrow.cli import boundary
+from regrow.cli.app import code_of
+
+RESULTS = Path(__file__).resolve().parent / "results" / "compositions.jsonl"
 COMMANDS = ("prune", "grow", "recover", "learn", "search")
 _IMAGES = {
     "prune": "--method magnitude --keep 0.9 --source digits --tokens 128 --eval-tokens 64",
     "grow": "--channels +1",
     "recover": "--by refit --tokens 128",
     "learn": "--method naive --epochs 1 --train 64 --test 32",
-    "search": "--data digits --target 0.9 --epochs 3 --retrain 1 --train 128 --test 64",
+    "search": "--data digits --target 0.9 --epochs 3 --retrain 0 --train 48 --test 16",
 }
 _TEXT = {
     "prune": "--method magnitude --keep 0.95 --source news --tokens 256 --eval-tokens 128 --seq-len 64 --no-verify",
     "grow": "--mlp +1% --no-verify",
     "recover": "--by refit --tokens 256",
     "learn": "--method naive --epochs 1 --train 4 --test 2 --seq-len 32 --batch-size 2",
-    "search": "--data digits --target 0.9 --epochs 3 --retrain 1 --train 128 --test 64",
+    "search": "--data digits --target 0.9 --epochs 3 --retrain 0 --train 48 --test 16",
 }
 NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "own": {"model": "compositions:network", "code": True, "options": _IMAGES, "task": "digits"},
@@ -71,30 +74,25 @@ def command_words(case: Mapping[str, Any], command: str, model: str, out: str) -
     return [command, *first, *case["options"][command].split(), *more, *code, "--out", out]
 
 
-def run_command(words: list[str], work: Path) -> tuple[str, str, float]:
-    """Run a command; return ``ran``, ``refused`` or ``failed``, the last line of its errors, and seconds.
+def run_command(words: list[str]) -> tuple[str, str, float]:
+    """Run a command in this process; return ``ran``, ``refused`` or ``failed``, its last line of errors, and seconds.
 
     Args:
         words: The words after ``regrow``.
-        work: The folder to run in.
     """
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "regrow", *words],
-        cwd=work,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    errors, start = io.StringIO(), time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        try:
+            code = code_of(words)
+        except Exception as error:  # a traceback, where there should be a line
+            code, trace = 1, f"{type(error).__name__}: {error}"
+            errors.write(trace)
     seconds = round(time.perf_counter() - start, 1)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode == 0:
+    lines = [line for line in errors.getvalue().splitlines() if line.strip()]
+    if code == 0:
         return "ran", "", seconds
     last = lines[-1].removeprefix("regrow: ") if lines else ""
-    refused = done.returncode in (2, 3) and "Traceback" not in done.stderr and "bug in regrow" not in last
-    return "refused" if refused else "failed", last, seconds
+    return "refused" if code in (boundary.USAGE, boundary.REFUSED) else "failed", last, seconds
 
 
 def run_pairs(name: str, work: Path) -> Iterator[dict[str, Any]]:
@@ -106,9 +104,10 @@ def run_pairs(name: str, work: Path) -> Iterator[dict[str, Any]]:
     """
     case, firsts = NETWORKS[name], {}
     work.mkdir(parents=True)
+    os.chdir(work)
     for command in COMMANDS:
         model = "prune" if command == "recover" else case["model"]
-        firsts[command] = run_command(command_words(case, command, model, command), work)
+        firsts[command] = run_command(command_words(case, command, model, command))
         print(name, command, *firsts[command], flush=True)
     for first in COMMANDS:
         outcome, reason, seconds = firsts[first]
@@ -117,7 +116,7 @@ def run_pairs(name: str, work: Path) -> Iterator[dict[str, Any]]:
             row |= {"reason": reason, "seconds": seconds}
             if outcome == "ran":
                 words = command_words(case, second, first, f"{first}-{second}")
-                done, line, spent = run_command(words, work)
+                done, line, spent = run_command(words)
                 row |= {"outcome": done, "reason": line, "seconds": spent, "refused": second}
             if row["outcome"] == "ran":
                 del row["refused"], row["reason"]
@@ -163,7 +162,7 @@ def main() -> None:
     if not given.show:
         for name in given.networks:
             rows = []
-            for row in run_pairs(name, given.work / name):
+            for row in run_pairs(name, given.work.resolve() / name):
                 print(json.dumps(row), flush=True)
                 rows.append(row)
             known = [row for row in known if row["network"] != name] + rows
