@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 from regrow.cli import INTERRUPTED, stop_at_once
+from regrow.cli.checks import check_words
 from regrow.cli.flags import parameters_of, take_given, write_options
 from regrow.errors import RefusedError, ResourceError
 
@@ -243,7 +244,7 @@ class Verb(click.Command):
     def __init__(
         self,
         *,
-        needs: str = "regrow.methods",
+        needs: str = "regrow.commands.prune",
         resumed: tuple[str, ...] = (),
         settings: type["DataclassInstance"] | None = None,
         instead: str = "",
@@ -288,8 +289,9 @@ class Verb(click.Command):
             Path.cwd()
         except FileNotFoundError:  # compiled code may end the process over it
             raise click.UsageError("the working directory was deleted; change to one that is there", ctx) from None
-        if self.settings and not ctx.params.get(self.instead):
-            ctx.params["given"].build()  # what can be wrong with them is found before anything large is imported
+        known = self.settings and not ctx.params.get(self.instead)
+        # What can be wrong with the words is found before anything large is imported.
+        check_words(self.name or "", ctx.params["given"].build() if known else None, ctx.params)
         importlib.import_module(self.needs)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)

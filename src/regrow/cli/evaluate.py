@@ -18,7 +18,6 @@ from regrow.settings.evaluate import Settings
 def evaluate(given: Given[Settings], json_file: Path | None, code: str) -> None:
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
     settings = given.build()
-    options.check_json(json_file, settings.model, *settings.choices, *settings.harness, *settings.sources)
     options.say_code(settings.model, code)
     from regrow.commands import evaluate as evaluation
     from regrow.run_folder import RunFolder

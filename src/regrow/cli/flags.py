@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, Unpack
 import click
 from click.core import ParameterSource
 
-from regrow.cli.options import PATH, Decorator, check_sources
+from regrow.cli.options import PATH, Decorator
 from regrow.errors import InputError
 from regrow.settings import prune
 from regrow.settings.declaration import Declared, declared, options_of
@@ -109,14 +109,10 @@ class Given(Generic[Settings]):
         """Build the settings of the command from the command line and the settings file, and check them.
 
         Raises:
-            InputError: If a setting is missing or not allowed, or a source does not exist.
+            InputError: If a setting is missing or not allowed.
         """
         file = read_settings(self.file, self.kind, self.elsewhere) if self.file else {}
-        settings = build_settings(self.kind, self.values, file)
-        check_sources(
-            one for field in options_of(self.kind) if field.setting.source for one in getattr(settings, field.name)
-        )
-        return settings
+        return build_settings(self.kind, self.values, file)
 
 
 def option_of(kind: type["DataclassInstance"], name: str) -> Decorator:

@@ -40,11 +40,8 @@ def grow(given: Given[Settings], out: Path | None, dry_run: bool, plan: Path | N
     Axes for which no exact way is known (under LayerNorm or GroupNorm) are refused with the reason.
     """
     settings = given.build()
-    settings.check_growth()
-    settings.check_training()
     if plan and not dry_run:
         raise click.UsageError("--plan is for --dry-run, a run keeps its plan in ledger.json; add --dry-run")
-    options.check_json(plan, settings.model, *settings.sources, *settings.on)
     options.say_code(settings.model, code)
     if dry_run:
         _show_plan(settings, plan, code)

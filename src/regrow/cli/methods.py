@@ -12,7 +12,7 @@ _COMMANDS = {"pruning": "prune", "recovery": "recover", "continual": "learn", "s
 """Kind of method → the command that uses it."""
 
 
-@click.command(cls=Verb, needs="regrow.methods")
+@click.command(cls=Verb, needs="torch")
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List all methods, or explain method NAME: what it does, its settings, its citation."""

@@ -1,7 +1,7 @@
 """Options and checks that several commands share."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,35 +67,3 @@ def say_code(*names: str) -> None:
     for name in names:
         if names_code(name) and not Path(name).exists():
             err.print(f"running code: {name} (named on the command line)", markup=False)
-
-
-def check_json(path: Path | None, *inputs: str | Path) -> None:
-    """Raise StoreError unless a JSON file can be written, before the work begins.
-
-    Args:
-        path: The file; ``None``: nothing is checked.
-        inputs: What the command reads, which must not be overwritten: files, ``NAME=PATH``, or other names.
-
-    Raises:
-        StoreError: If it cannot be written.
-    """
-    from regrow.store.outputs import JSON, check_output
-
-    if path:
-        files = [part for one in inputs for part in (str(one), str(one).partition("=")[2]) if part]
-        check_output(path, JSON, files, streams=True)
-
-
-def check_sources(sources: Iterable[str]) -> None:
-    """Raise InputError unless the files and folders of all sources exist, before anything large is imported.
-
-    Args:
-        sources: Sources, ``NAME`` or ``NAME=PATH``.
-
-    Raises:
-        InputError: Names the first that does not exist.
-    """
-    for source in sources:
-        name, equals, path = source.partition("=")
-        if equals and path.strip() and not os.path.lexists(expanded(Path(path))):
-            raise InputError(f"source {name!r}: {path} does not exist; check the path")

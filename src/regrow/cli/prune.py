@@ -7,6 +7,7 @@ import click
 
 from regrow.cli import options
 from regrow.cli.boundary import Verb
+from regrow.cli.checks import check_json
 from regrow.cli.flags import Given
 from regrow.cli.recover import tell
 from regrow.cli.runs import run_with_page
@@ -45,7 +46,8 @@ def prune(given: Given[Settings], out: Path | None, dry_run: Path | None, again:
             )
             raise click.UsageError(line)
         code = ""  # it is the model
-    options.check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
+    if again and dry_run:
+        check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
     options.say_code(settings.model, code, settings.method, settings.recover)
     if dry_run:
         _write_plan(settings, dry_run, code)

@@ -27,7 +27,6 @@ def show(
     from regrow.nets.examples import written_shape
     from regrow.tracing import trace, with_branches
 
-    options.check_json(json_file, model)
     options.say_code(model, code)
     with working() as progress:
         loaded = load_model(ModelSpec(model, dtype=dtype, input=input), progress, code)

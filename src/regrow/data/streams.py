@@ -17,6 +17,7 @@ from regrow.data.errors import MissingError, SourceError
 from regrow.data.vision import image_files, read_images
 from regrow.errors import InputError
 from regrow.limits import check_memory, expanded, read_content
+from regrow.source_names import find_data_problem
 from regrow.tasks import ChangedExamples, Examples, ExampleSet, Task, input_shape
 
 _MOST = 2**28
@@ -195,15 +196,9 @@ def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
     """
     if min(train, test) < 0:
         raise SourceError(f"numbers of examples are 0, for all, or more; got train={train}, test={test}")
-    try:
-        folder = expanded(Path(name))
-    except InputError as error:
-        raise SourceError(str(error)) from error
-    if name != "digits" and not folder.is_dir():
-        raise MissingError(
-            f"no data {name!r}: write digits, or a folder with MNIST's four files, or with pictures in train/CLASS/… "
-            "and test/CLASS/…"
-        )
+    if problem := find_data_problem(name):
+        raise MissingError(problem)
+    folder = expanded(Path(name))
     if (folder / "train").is_dir():
         return pictures(folder, folder.name, train, test, seed)
     base = digits_task() if name == "digits" else idx(folder, folder.name)

@@ -1,6 +1,5 @@
 """Text domains: those in Python and small packages, and the user's own files."""
 
-import difflib
 import importlib.util
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 from regrow.data.errors import SourceError
 from regrow.errors import InputError
 from regrow.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
+from regrow.source_names import find_source_problem
 
 _PROSE = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".log", ".jsonl")
 _CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
@@ -52,18 +52,8 @@ def text(spec: str) -> Text:
         return read(name.strip(), Path(path.strip()))
     if name in KINDS:
         return KINDS[name]()
-    if name and _exists(name):
-        raise SourceError(f"source {name!r}: give the text a name, NAME=PATH: {Path(name).stem}={name}")
-    near = difflib.get_close_matches(name, KINDS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(KINDS)}; your own: NAME=PATH"
-    raise SourceError(f"no source {name!r}; {hint}")
-
-
-def _exists(name: str) -> bool:
-    try:
-        return expanded(Path(name)).exists()
-    except InputError as error:
-        raise SourceError(f"source {name!r}: {error}") from error
+    problem = find_source_problem(name)
+    raise SourceError(problem or f"source {name!r} holds no text; known: {', '.join(KINDS)}; your own: NAME=PATH")
 
 
 def news() -> Text:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrow.commands.models import ModelSpec, load_model
 from regrow.export.written import ExportError, Written
 from regrow.progress import Progress, silent
 from regrow.store.outputs import check_output
@@ -35,6 +34,40 @@ FORMATS: Mapping[str, Format] = {
     "torchvision": Format(("",)),
 }
 """Format name → its properties; each is written by the module of its name."""
+
+
+def check_export(model: str | Path, to: str, out: Path, *, dtype: str = "", cache: bool = False) -> str:
+    """Raise an error unless there is such a format and its file may be written; loads nothing.
+
+    Args:
+        model: The model, as :func:`export_model` takes it.
+        to: The format.
+        out: The file or folder to write.
+        dtype: The dtype in which weights are stored; empty: the format's first.
+        cache: Whether a key-value cache is wanted.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        ExportError: If there is no such format or dtype, or ``out`` is the model or a folder instead of a file.
+        StoreError: If the file may not be replaced.
+    """
+    if to not in FORMATS:
+        raise ExportError(f"there is no format {to!r}; known: {', '.join(FORMATS)}")
+    form = FORMATS[to]
+    dtype = dtype or form.dtypes[0]
+    if dtype not in form.dtypes:
+        raise ExportError(f"{to} does not store {dtype!r}; it stores {', '.join(filter(None, form.dtypes))}")
+    if cache and "cache" not in form.takes:
+        raise ExportError(f"{to} has no graph with a cache to choose; cache is for onnx")
+    if form.suffix and out.is_dir():
+        raise ExportError(f"{out} is a folder; name a file, for example {out / f'model{form.suffix}'}")
+    if out.exists() and out.resolve() == Path(model).resolve():
+        raise ExportError(f"{out} is the model itself; name another place")
+    if form.suffix:
+        check_output(out, (form.suffix,), [model])
+    return dtype
 
 
 def export_model(
@@ -68,20 +101,11 @@ def export_model(
             differs from the network.
         ValueError: If the model cannot be loaded or the disk is full.
     """
-    if to not in FORMATS:
-        raise ExportError(f"there is no format {to!r}; known: {', '.join(FORMATS)}")
-    form, out = FORMATS[to], Path(out)
-    dtype = dtype or form.dtypes[0]
-    if dtype not in form.dtypes:
-        raise ExportError(f"{to} does not store {dtype!r}; it stores {', '.join(filter(None, form.dtypes))}")
-    if cache and "cache" not in form.takes:
-        raise ExportError(f"{to} has no graph with a cache to choose; cache is for onnx")
-    if form.suffix and out.is_dir():
-        raise ExportError(f"{out} is a folder; name a file, for example {out / f'model{form.suffix}'}")
-    if out.exists() and out.resolve() == Path(model).resolve():
-        raise ExportError(f"{out} is the model itself; name another place")
-    if form.suffix:
-        check_output(out, (form.suffix,), [model])
+    from regrow.commands.models import ModelSpec, load_model
+
+    out = Path(out)
+    dtype = check_export(model, to, out, dtype=dtype, cache=cache)
+    form = FORMATS[to]
     progress(0, 1, "loading the model")
     loaded = load_model(ModelSpec(str(model), input=input), progress, code)
     net: Any = loaded.model

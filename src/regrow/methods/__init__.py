@@ -5,18 +5,14 @@ that builds it from them, and the paper to cite. Packages add methods by entry p
 ``docs/add-a-method.md`` shows how.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import importlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import StrEnum
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_args, get_type_hints
 
-from regrow.methods.continual import ewc, lwf, naive, packnet, replay, si, sparsegrow, wsn
-from regrow.methods.pruning import flap, gprune, llm_pruner, magnitude, random, wanda_sp
-from regrow.methods.recovery import bias, distil, lora, refit
-from regrow.methods.search import baselines, darts, gold_nas, mgas
-from regrow.nets.code import import_object
 from regrow.references import names_code
 from regrow.settings.renamed import SETTINGS, rename_settings
 
@@ -100,50 +96,69 @@ class MethodEntry:
             raise ValueError(f"{name}: {key} is several of type {kind.__name__}; got {value!r}") from None
 
 
-def _entries(kind: MethodKind, modules: Mapping[str, Any]) -> dict[str, MethodEntry]:
-    return {
-        name: MethodEntry(
-            kind, module.Settings, module.build, module.CITATION, module.__doc__ or "", SETTINGS.get(name, {})
-        )
-        for name, module in modules.items()
-    }
+class MethodTable(Mapping[str, MethodEntry]):
+    """The methods of one kind by name; the module of a method is imported when its entry is read.
+
+    Args:
+        kind: The kind.
+        modules: Name → the module in ``regrow.methods``, which has ``Settings``, ``build`` and ``CITATION``.
+    """
+
+    def __init__(self, kind: MethodKind, modules: Mapping[str, str]) -> None:
+        self._kind, self._modules = kind, modules
+
+    def __getitem__(self, name: str) -> MethodEntry:
+        module = importlib.import_module(f"regrow.methods.{self._modules[name]}")
+        about, former = module.__doc__ or "", SETTINGS.get(name, {})
+        return MethodEntry(self._kind, module.Settings, module.build, module.CITATION, about, former)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
 
-METHODS: Mapping[str, MethodEntry] = _entries(
+METHODS: Mapping[str, MethodEntry] = MethodTable(
     MethodKind.PRUNING,
     {
-        "random": random,
-        "magnitude": magnitude,
-        "wanda_sp": wanda_sp,
-        "flap": flap,
-        "gprune": gprune,
-        "llm_pruner": llm_pruner,
+        "random": "pruning.random",
+        "magnitude": "pruning.magnitude",
+        "wanda_sp": "pruning.wanda_sp",
+        "flap": "pruning.flap",
+        "gprune": "pruning.gprune",
+        "llm_pruner": "pruning.llm_pruner",
     },
 )
 """The pruning methods, by name."""
 
-LEARNERS: Mapping[str, MethodEntry] = _entries(
+LEARNERS: Mapping[str, MethodEntry] = MethodTable(
     MethodKind.CONTINUAL,
     {
-        "naive": naive,
-        "ewc": ewc,
-        "si": si,
-        "lwf": lwf,
-        "replay": replay,
-        "packnet": packnet,
-        "wsn": wsn,
-        "sparsegrow": sparsegrow,
+        "naive": "continual.naive",
+        "ewc": "continual.ewc",
+        "si": "continual.si",
+        "lwf": "continual.lwf",
+        "replay": "continual.replay",
+        "packnet": "continual.packnet",
+        "wsn": "continual.wsn",
+        "sparsegrow": "continual.sparsegrow",
     },
 )
 """The continual-learning methods, by name."""
 
-SEARCHERS: Mapping[str, MethodEntry] = _entries(
-    MethodKind.SEARCH, {"mgas": mgas, "blind": baselines, "darts": darts, "gold_nas": gold_nas}
+SEARCHERS: Mapping[str, MethodEntry] = MethodTable(
+    MethodKind.SEARCH,
+    {"mgas": "search.mgas", "blind": "search.baselines", "darts": "search.darts", "gold_nas": "search.gold_nas"},
 )
 """The architecture-search methods, by name."""
 
-RECOVERIES: Mapping[str, MethodEntry] = _entries(
-    MethodKind.RECOVERY, {"bias": bias, "refit": refit, "lora": lora, "distil": distil}
+RECOVERIES: Mapping[str, MethodEntry] = MethodTable(
+    MethodKind.RECOVERY,
+    {"bias": "recovery.bias", "refit": "recovery.refit", "lora": "recovery.lora", "distil": "recovery.distil"},
 )
 """The methods that recover accuracy which pruning lost, by name."""
 
@@ -167,21 +182,44 @@ def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
     Raises:
         ValueError: If there is no such method (suggests the nearest name), or it has another kind.
     """
-    tables = [TABLES[kind]] if kind else [*TABLES.values()]
-    for table in tables:
+    check_name(kind, name)
+    for table in _tables(kind):
         if name in table:
             return table[name]
+    from regrow.nets.code import import_object
+
     if names_code(name):
         return _checked(kind, name, import_object(name))
-    added = {point.name: point for point in entry_points(group=GROUP)}
-    if name in added:
-        return _checked(kind, name, import_object(added[name].value))
+    return _checked(kind, name, import_object(_added()[name].value))
+
+
+def check_name(kind: MethodKind | None, name: str) -> None:
+    """Raise ValueError unless a name is that of a method, or may be that of user code; imports no method.
+
+    Args:
+        kind: The kind that the method must have; ``None``: any.
+        name: The name, as for :func:`find_method`.
+
+    Raises:
+        ValueError: If there is no such method; suggests the nearest name.
+    """
+    tables = _tables(kind)
+    if any(name in table for table in tables) or names_code(name) or name in (added := _added()):
+        return
     elsewhere = {other for table in TABLES.values() for other in table}
     known = [*(key for table in tables for key in table), *(added.keys() - elsewhere)]
     near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? the" if near else "the"
     what, all_of = ("recovery", "recoveries") if kind == MethodKind.RECOVERY else ("method", "methods")
     raise ValueError(f"there is no {what} {name!r}; {hint} {all_of} are {', '.join(known)}")
+
+
+def _tables(kind: MethodKind | None) -> list[Mapping[str, MethodEntry]]:
+    return [TABLES[kind]] if kind else [*TABLES.values()]
+
+
+def _added() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def refuse_recorded_code(name: str, command: str) -> None:
@@ -203,8 +241,10 @@ def refuse_recorded_code(name: str, command: str) -> None:
 
 def added_methods() -> dict[str, MethodEntry]:
     """Return the methods that installed packages add, by name; those that cannot be imported are left out."""
+    from regrow.nets.code import import_object
+
     methods = {}
-    for point in entry_points(group=GROUP):
+    for point in _added().values():
         try:
             value = import_object(point.value)
         except ValueError:

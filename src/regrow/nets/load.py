@@ -1,6 +1,5 @@
 """Load a model by name: the network, its tokenizer, an example input, and how to build it again."""
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from torch import nn
 
 from regrow.axes import Example
 from regrow.limits import expanded
+from regrow.model_names import HUB, find_problem
 from regrow.nets.attention import replace_attention
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
@@ -24,14 +24,12 @@ from regrow.nets.loaded import Loaded, Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.small import build_small
-from regrow.nets.vision import build_torchvision, example_of, known_names, load_torchvision
+from regrow.nets.vision import build_torchvision, example_of, load_torchvision
 from regrow.references import names_code
 
 Progress = Callable[[int, int, str], None]
 Wanted = Callable[[nn.Module], Example]
 """Function: network → the example input that the caller asked for."""
-
-_PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt")
 
 
 def load(
@@ -169,49 +167,24 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
 
 
 def _found(name: str, dtype: torch.dtype | None, progress: Progress, wanted: Wanted | None, pixels: int) -> Loaded:
-    if not name.strip():
-        raise ModelError(f"the name of the model is empty; for a first try: {next(iter(PACKAGED))!r}")
+    if problem := find_problem(name):
+        raise ModelError(problem)
     path = expanded(Path(name))
     if name in PACKAGED:
         loaded = load_folder(packaged_folder(name, progress), name=name, dtype=dtype)
         return replace(loaded, notes=(PACKAGED[name].note, *loaded.notes))
     if path.is_dir():
         return load_folder(path, name=name, dtype=dtype)
-    if path.suffix in _PICKLES:
-        raise ModelError(_pickle_advice(path))
     if path.is_file():
-        return _file(path, name, dtype)
+        return load_gguf(path, name=name, dtype=dtype)
     if name.startswith("torchvision:"):
         network, _, weights = name.removeprefix("torchvision:").partition(":")
         return load_torchvision(network, expanded(Path(weights)) if weights else None, pixels)
     if names_code(name):
         return _from_callable(name, wanted, pixels)
-    if name in known_names():
-        return load_torchvision(name, pixels=pixels)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if re.fullmatch(HUB, name):
         return load_hub(name, dtype=dtype)
-    near = difflib.get_close_matches(name.lower(), [*PACKAGED, *known_names()], n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"for a first try: {next(iter(PACKAGED))!r}"
-    raise ModelError(f"no model {name!r}: no such folder, file, packaged or torchvision model; {hint}")
-
-
-def _file(path: Path, name: str, dtype: torch.dtype | None) -> Loaded:
-    if path.suffix == ".gguf":
-        return load_gguf(path, name=name, dtype=dtype)
-    if path.suffix == ".safetensors":
-        raise ModelError(
-            f"{name}: weights alone have no architecture; give the folder with config.json, or torchvision:NAME:{name}"
-        )
-    raise ModelError(f"{name}: not a model; give a transformers folder, a .gguf file, or pkg.mod:fn")
-
-
-def _pickle_advice(path: Path) -> str:
-    safe = path.with_suffix(".safetensors")
-    return (
-        f"{path}: a pickle can run code when it is read; convert it once: python -c "
-        f'"import torch, safetensors.torch as s; d = torch.load({str(path)!r}, weights_only=True); '
-        f's.save_file({{k: v.clone().contiguous() for k, v in d.items()}}, {str(safe)!r})"'
-    )
+    return load_torchvision(name, pixels=pixels)
 
 
 def _from_callable(name: str, wanted: Wanted | None, pixels: int) -> Loaded:

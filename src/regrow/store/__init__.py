@@ -1,7 +1,29 @@
-"""Files on disk: atomic writes, validated records, and model folders for networks of any shape."""
+"""Files on disk: atomic writes, validated records, and model folders for networks of any shape.
+
+What needs torch is imported when it is first used, so that folders can be checked without it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from regrow.store.errors import StoreError
-from regrow.store.models import CARRIED, load, read_shapes, save, write_model
-from regrow.store.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from regrow.store.models import CARRIED, load, read_shapes, save, write_model
+    from regrow.store.shapes import SHAPES
 
 __all__ = ["CARRIED", "SHAPES", "StoreError", "load", "read_shapes", "save", "write_model"]
+
+_MODULES = {
+    **dict.fromkeys(("CARRIED", "load", "read_shapes", "save", "write_model"), "regrow.store.models"),
+    "SHAPES": "regrow.store.shapes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name; its module is imported on first use."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'regrow.store' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value

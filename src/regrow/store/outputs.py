@@ -45,6 +45,8 @@ def check_output(
         try:
             status = path.stat()
         except FileNotFoundError:
+            if not target.parent.is_dir():
+                raise StoreError(f"{path}: there is no folder {target.parent}; make it, or choose another") from None
             return target
     if _is_stream(status):
         if streams:

@@ -1,0 +1,231 @@
+"""Checks of a command line before torch is imported: names of models, methods and data, devices, files and folders."""
+
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from regrow.errors import InputError
+from regrow.limits import expanded
+from regrow.model_names import find_problem
+from regrow.settings import grow
+from regrow.settings.declaration import options_of
+from regrow.source_names import DOMAINS, find_data_problem, find_source_problem
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+MODELS = frozenset({"show", "prune", "grow", "evaluate", "apply", "chat", "export"})
+"""Commands whose MODEL, OTHER or RUN is any model."""
+RUNS = frozenset({"recover", "settings", "report", "compare", "history", "undo"})
+"""Commands that take run folders alone."""
+FOLDERS = frozenset({"prune", "grow", "recover", "learn", "search", "apply"})
+"""Commands that write a folder of their own, ``--out``."""
+RESUMABLE = frozenset({"prune", "grow", "learn"})
+"""Commands that need ``--out`` or another option in its place."""
+METHODS = {
+    ("prune", "method"): "pruning",
+    ("prune", "recover"): "recovery",
+    ("recover", "by"): "recovery",
+    ("learn", "method"): "continual",
+    ("search", "method"): "search",
+}
+"""Command and setting → the kind of method that it names."""
+FILES = {"show": ("json_file",), "evaluate": ("json_file",), "prune": ("dry_run",), "grow": ("plan",)}
+"""Command → the options that name a JSON file to write."""
+_DEVICE = re.compile(r"auto|(?:cpu|cuda|mps|xpu)(?::\d{1,3})?")
+
+
+def check_words(command: str, settings: "DataclassInstance | None", options: Mapping[str, object]) -> None:
+    """Raise ValueError if a command line names something that cannot be used, as far as names and files show it.
+
+    Args:
+        command: The name of the command.
+        settings: Its settings, if it has any.
+        options: The values of its other options and arguments, by name.
+
+    Raises:
+        ValueError: The error that the command itself would raise once it had loaded what it needs.
+    """
+    own = {one.name: getattr(settings, one.name) for one in fields(settings)} if settings else {}
+    values = {**options, **own}
+    for name, value in values.items():
+        if (command, name) in METHODS and value:
+            check_method(METHODS[command, name], str(value))
+    if isinstance(settings, grow.Settings):
+        settings.check_growth()
+        settings.check_training()
+    if command in RESUMABLE and not any(values.get(name) for name in ("out", "dry_run", "resume")):
+        raise click.UsageError("--out names the folder of the run, for example --out run")
+    if command in MODELS:
+        check_models(str(values[name]) for name in ("model", "other", "run") if values.get(name))
+    elif command in RUNS:
+        several = values.get("runs")
+        check_runs([*(several if isinstance(several, tuple) else ()), *filter(None, [values.get("run")])])
+    if device := values.get("device"):
+        check_device(str(device))
+    for field in options_of(type(settings)) if settings else ():
+        if field.setting.source:
+            check_sources(own[field.name])
+    check_data(values)
+    for name in FILES.get(command, ()):
+        if file := values.get(name):
+            others = (value for other, value in values.items() if other != name)
+            inputs = (one for value in others for one in (value if isinstance(value, tuple) else (value,)))
+            check_json(Path(str(file)), *map(str, inputs))
+    if command == "export":
+        check_target(values)
+    if command == "methods" and values.get("name"):
+        check_method("", str(values["name"]))
+    if command in FOLDERS and (out := values.get("out")):
+        check_folder(Path(str(out)))
+
+
+def check_method(kind: str, name: str) -> None:
+    """Raise ValueError unless there is a method of this name.
+
+    Args:
+        kind: The kind of method: ``pruning``, ``continual``, ``search`` or ``recovery``; empty: any.
+        name: Its name.
+    """
+    from regrow.methods import MethodKind, check_name
+
+    check_name(MethodKind(kind) if kind else None, name)
+
+
+def check_models(names: Iterable[str]) -> None:
+    """Raise InputError if a name certainly leads to no model.
+
+    Args:
+        names: Names of models, or model folders.
+    """
+    for name in names:
+        if problem := find_problem(name):
+            raise InputError(problem)
+
+
+def check_runs(folders: Iterable[object]) -> None:
+    """Raise StoreError unless folders hold runs, finished or not.
+
+    Args:
+        folders: The folders.
+    """
+    from regrow.store.replacing import settle
+    from regrow.store.run_record import read_run
+    from regrow.store.working_area import unfinished_folder
+
+    for folder in map(Path, map(str, folders)):
+        settle(folder)
+        if unfinished_folder(folder) is None:
+            read_run(folder)
+
+
+def check_device(name: str) -> None:
+    """Raise InputError unless a name is that of a device; whether this machine has it is checked later.
+
+    Args:
+        name: ``cpu``, ``cuda:1``, ``mps``.
+    """
+    if not _DEVICE.fullmatch(name):
+        raise InputError(f"there is no device {name!r}; write cpu, cuda, cuda:1 or mps")
+
+
+def check_sources(sources: object) -> None:
+    """Raise InputError unless all sources are known by name, or their files and folders exist.
+
+    Args:
+        sources: Sources, ``NAME`` or ``NAME=PATH``.
+
+    Raises:
+        InputError: Names the first that is not there.
+    """
+    for source in sources if isinstance(sources, tuple) else ():
+        if problem := find_source_problem(str(source)):
+            raise InputError(problem)
+
+
+def check_data(values: Mapping[str, object]) -> None:
+    """Raise InputError unless the labelled data of a search or of tasks are there.
+
+    Args:
+        values: The values of the settings; ``data`` and ``tasks`` are read.
+    """
+    if (data := values.get("data")) and (problem := find_data_problem(str(data))):
+        raise InputError(problem)
+    tasks = values.get("tasks")
+    for spec in map(str, tasks if isinstance(tasks, tuple) else ()):
+        fit = re.fullmatch(r"(?:permuted|rotated|split):(.+?):\d{1,3}", spec)
+        name = fit[1] if fit else spec
+        text = name in DOMAINS or "=" in name
+        if problem := find_source_problem(name) if text else find_data_problem(name):
+            raise InputError(problem)
+
+
+def check_json(path: Path, *inputs: str) -> None:
+    """Raise StoreError unless a JSON file can be written, before the work begins.
+
+    Args:
+        path: The file.
+        inputs: What the command reads, which must not be overwritten: files, ``NAME=PATH``, or other names.
+
+    Raises:
+        StoreError: If it cannot be written.
+    """
+    from regrow.store.outputs import JSON, check_output
+
+    files = [part for one in inputs for part in (one, one.partition("=")[2]) if part]
+    check_output(path, JSON, files, streams=True)
+
+
+def check_target(values: Mapping[str, object]) -> None:
+    """Raise an error unless an export has a known format, and its file may be written.
+
+    Args:
+        values: The values of the command's options: ``run``, ``to``, ``out``, ``dtype``, ``cache``.
+    """
+    from regrow.export.formats import check_export
+
+    run, to, out, dtype = (str(values[name]) for name in ("run", "to", "out", "dtype"))
+    check_export(run, to, Path(out), dtype=dtype, cache=bool(values["cache"]))
+    if not Path(out).exists():
+        _check_writable(Path(out))
+
+
+def check_folder(out: Path) -> None:
+    """Raise an error unless a folder can be written: it is new, empty, or holds an unfinished run.
+
+    Args:
+        out: The folder; nothing in it is changed.
+
+    Raises:
+        StoreError: If it holds something else, or it is no folder.
+        OSError: If it cannot be made.
+    """
+    from regrow.store.atomic import LEFTOVER
+    from regrow.store.errors import StoreError
+    from regrow.store.replacing import WORK, check_replaceable, settle
+    from regrow.store.run_record import RUN
+
+    check_replaceable(out)
+    settle(out)
+    if out.is_dir():
+        names = {one.name for one in out.iterdir() if not LEFTOVER.fullmatch(one.name)}
+        if names - {WORK} and RUN not in names:
+            raise StoreError(f"{out} exists and is not empty; choose another folder, or delete it")
+        return
+    _check_writable(out)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise an error unless the nearest folder above a path takes new files: one is made and deleted."""
+    from regrow.store.errors import StoreError, explain_os_errors
+
+    parent = next(one for one in expanded(path).resolve().parents if one.exists())
+    if not parent.is_dir():
+        raise StoreError(f"{path} cannot be made, since {parent} is a file; choose another place")
+    with explain_os_errors(path):
+        Path(tempfile.mkdtemp(prefix=".", dir=parent)).rmdir()

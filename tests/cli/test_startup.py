@@ -1,0 +1,93 @@
+"""What can be refused is refused before torch is imported, with the words of the library."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regrow.model_names import PACKAGED, torchvision_names
+from regrow.nets import packaged
+from regrow.nets.vision import known_names
+from regrow.source_names import DOMAINS
+
+RUN = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
+PRUNE = "prune resnet18 --keep 0.5"
+REFUSED = {
+    "--help": "",
+    "prune --help": "",
+    "prun": "No such command",
+    f"{PRUNE} --oot new": "No such option '--oot'",
+    f"{PRUNE}": "--out names the folder",
+    f"{PRUNE} --method flop --out new": "did you mean 'flap'?",
+    f"{PRUNE} --recover refitt --out new": "did you mean 'refit'?",
+    f"{PRUNE} --source mine=nowhere --out new": "nowhere does not exist",
+    f"{PRUNE} --source nws --out new": "did you mean 'news'?",
+    f"{PRUNE} --device cudda --out new": "there is no device 'cudda'",
+    f"{PRUNE} --out full": "full exists and is not empty",
+    f"{PRUNE} --out full/file": "is a file",
+    f"{PRUNE} --out full/file/new": "full/file",
+    f"{PRUNE} --dry-run none/plan.json": "there is no folder",
+    "prune resnet18 --target params=130% --out new": "at most 100%",
+    "prune resnet81 --keep 0.5 --out new": "did you mean 'resnet18'?",
+    "prune w.pth --keep 0.5 --out new": "a pickle can run code",
+    "show none": "no model 'none'",
+    "evaluate resnet18 --json full/file": "is not a .json file",
+    "chat smollm2-135m none": "no model 'none'",
+    "grow resnet18 --out new": "nothing grows",
+    "recover none --by bias --out new": "none is not a run folder",
+    "recover run --by bis --out new": "did you mean 'bias'?",
+    "learn split:none/:5 --out new": "no data 'none/'",
+    "learn digits --method sparse --out new": "did you mean 'sparsegrow'?",
+    "search cells:4-2-1 --data digits --target half --out new": "a target is written like",
+    "search cells:4-2-1 --data none --target 0.2 --out new": "no data 'none'",
+    "apply plan.json none --out new": "no model 'none'",
+    "export run --to onx --out new": "there is no format 'onx'",
+    "compare none run": "none is not a run folder",
+    "report none": "none is not a run folder",
+    "settings none": "none is not a run folder",
+    "methods flop": "did you mean 'flap'?",
+}
+ALL = """
+import json, sys
+from regrow.cli import code_of
+lines = json.load(sys.stdin)
+told = []
+for line in lines:
+    sys.stderr.write("\\0")
+    code = code_of(line.split())
+    told.append([code, "torch" in sys.modules])
+sys.stderr.write("\\0" + json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Line → exit code, whether torch was imported by then, and what was printed: all in one process without torch."""
+    here = tmp_path_factory.mktemp("here")
+    (here / "full").mkdir()
+    (here / "full" / "file").write_text("something else")
+    (here / "run").symlink_to(RUN)
+    words = [sys.executable, "-c", ALL]
+    done = subprocess.run(
+        words, cwd=here, input=json.dumps(list(REFUSED)), capture_output=True, text=True, timeout=60, check=True
+    )
+    _, *texts, told = done.stderr.split("\0")
+    assert sorted(path.name for path in here.iterdir()) == ["full", "run"], "nothing is left behind"
+    return {line: (*row, text) for line, row, text in zip(REFUSED, json.loads(told), texts, strict=True)}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_is_wrong_with_the_words_is_refused_without_torch(answers, line):
+    code, torch, text = answers[line]
+    assert code == (0 if line.endswith("--help") else 2) and not torch, text
+    assert REFUSED[line] in " ".join(text.split()) and text.count("\n") <= 1
+
+
+def test_names_known_without_torch_are_those_of_the_library():
+    assert set(torchvision_names()) == set(known_names())
+    assert tuple(packaged.PACKAGED) == PACKAGED
+    from regrow.data import KINDS
+
+    assert tuple(KINDS) == DOMAINS
