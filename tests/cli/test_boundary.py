@@ -67,6 +67,7 @@ def test_a_bug_leaves_a_report_without_secrets_and_without_values(
     monkeypatch.setattr("regrow.commands.evaluate.evaluate", failing(KeyError("x")))
     monkeypatch.setattr(boundary, "_foreign", lambda tb: None)
     Path(tmp_path, "private").mkdir()
+    Path(tmp_path, "my", "model").mkdir(parents=True)
     Path(tmp_path, "private", "letters.txt").write_text("Dear Ada")
     words = ("evaluate", str(tmp_path / "my" / "model"), "--source", f"mail={tmp_path}/private/letters.txt")
     words += ("--harness", "https://me:pass@example.org", "--json", "hf_abcdefghijklmnop")
@@ -125,7 +126,7 @@ def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeyp
     prune = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8")
     nothing, goes_on = "stopped; nothing was written", "run keeps what was finished, and the same command goes on"
     for words, says in (
-        (("export", "x", "--to", "onnx", "--out", "y"), nothing),
+        (("export", "resnet18", "--to", "onnx", "--out", "y"), nothing),
         ((*prune, "--out", "run"), nothing),
         ((*prune, "--dry-run", "plan.json", "--out", "made"), nothing),
         ((*prune, "--out", "made"), goes_on.replace("run", "made")),
