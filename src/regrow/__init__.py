@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regrow.api.evaluate import evaluate
+    from regrow.api.finetune import finetune
     from regrow.api.grow import grow
     from regrow.api.learn import Learned, learn
     from regrow.api.prune import prune
@@ -34,6 +35,7 @@ __all__ = [
     "declare",
     "evaluate",
     "export_model",
+    "finetune",
     "fit_new_units",
     "grow",
     "learn",
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    **{name: f"regrow.api.{name}" for name in ("evaluate", "grow", "learn", "prune", "recover")},
+    **{name: f"regrow.api.{name}" for name in ("evaluate", "finetune", "grow", "learn", "prune", "recover")},
     "AxisTensor": "regrow.axis_tensor",
     "Candidates": "regrow.candidates",
     "Example": "regrow.axes",

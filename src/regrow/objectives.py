@@ -104,7 +104,7 @@ def class_loss(output: object, labels: object) -> Tensor:
     1.3863
     """
     logits, wanted = logits_in(output), _tensor(labels)
-    if logits.shape[:-1] == wanted.shape:
+    if logits.dim() > 2 and logits.shape[:-1] == wanted.shape:
         logits, wanted = logits.flatten(0, -2), wanted.flatten()
     return F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED)
 

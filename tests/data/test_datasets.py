@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from regrow.data.datasets import LoadedExamples, StreamedExamples, to_examples, to_tasks
 from regrow.data.errors import SourceError
@@ -53,6 +53,13 @@ def test_only_what_is_needed_is_read():
     assert len(data.read) == 4
     assert len(there) == 11
     assert there.labels_of() is None
+
+
+def test_labels_of_a_subset_are_known_without_reading():
+    data = Reads()
+    data.targets = LABELS.tolist()
+    assert torch.equal(to_examples(Subset(data, [3, 5, 8])).labels_of(), LABELS[[3, 5, 8]])
+    assert not data.read
 
 
 def test_batches_do_not_change_the_global_generator():

@@ -78,6 +78,9 @@ def read_inputs(
     if isinstance(model, str | Path):
         loaded = load_model(ModelSpec(str(model), device=str(place or "cpu")), progress)
         model, known = loaded.model, None if loaded.guessed else loaded.example
+        for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
+            if value is not None and not hasattr(model, name):
+                setattr(model, name, value)  # as regrow.load does, so that save knows how to build it
         tokenizer = tokenizer or loaded.tokenizer
     if not isinstance(model, nn.Module):
         raise InputError(

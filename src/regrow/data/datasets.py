@@ -73,11 +73,8 @@ class StreamedExamples:
 
     def labels_of(self) -> Tensor | None:
         """Return the labels of all examples from the data set's ``targets``, if it has them."""
-        targets = getattr(self.dataset, "targets", None)
-        if targets is None or len(targets) != len(self.dataset):
-            return None
-        labels = targets if isinstance(targets, Tensor) else torch.tensor([int(label) for label in targets])
-        return labels if self.indices is None else labels[self.indices]
+        labels = _targets(self.dataset)
+        return labels if labels is None or self.indices is None else labels[self.indices]
 
     def _positions(self, indices: Tensor) -> list[int]:
         chosen = indices if self.indices is None else self.indices[indices]
@@ -296,6 +293,18 @@ def to_input(value: Any) -> Any:
 def _stack_labels(labels: Sequence[Any]) -> Tensor:
     stacked = torch.stack([torch.as_tensor(label) for label in labels])
     return stacked.float() if stacked.is_floating_point() else stacked.long()
+
+
+def _targets(dataset: Any) -> Tensor | None:
+    """Return the labels that a data set keeps in ``targets``, or that of which it is a subset does."""
+    inner, indices = getattr(dataset, "dataset", None), getattr(dataset, "indices", None)
+    if inner is not None and indices is not None:
+        labels = _targets(inner)
+        return None if labels is None else labels[torch.as_tensor(indices)]
+    targets = getattr(dataset, "targets", None)
+    if targets is None or len(targets) != len(dataset):
+        return None
+    return targets if isinstance(targets, Tensor) else torch.tensor([int(label) for label in targets])
 
 
 def _is_indexed(data: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ def compute_gradients(
         ValueError: If the loss is not finite.
     """
     device, total = device_of(context.model), 0.0
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
     second = step.second.to(device) if step.second else None
     for batch in batches:
         step = Step(step.index, batch.to(device), second, learner.parametrize(state, context))

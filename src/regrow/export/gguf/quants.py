@@ -30,9 +30,7 @@ _CHUNK = 1 << 20
 
 
 def kind_for(asked: str, row: int) -> str:
-    """Return the number type for rows of a length: the requested one, or the next one with more bits that fits.
-
-    Quantized types store numbers in blocks, and a row must consist of whole blocks.
+    """Return the type for rows of a length: the requested one, or the next wider one that fits.
 
     Args:
         asked: GGUF's name of the requested type.

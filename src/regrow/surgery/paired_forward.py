@@ -1,4 +1,4 @@
-"""Compare outputs of the masked network and its cut copy, which run side by side, block by block."""
+"""Paired forward: run the masked network and its cut copy side by side, block by block, and compare their outputs."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,0 +1,193 @@
+"""Memory over a stream of tasks, and the speed of a step, beside a plain PyTorch loop over the same data.
+
+    python benchmarks/streaming.py                        # permuted images: 20 tasks of 60,000 images
+    python benchmarks/streaming.py --folder 200000        # 20 tasks in a generated ImageFolder of 200,000 files
+    python benchmarks/streaming.py --speed                # a naive step and a plain one: CPU seconds, in turns, median
+
+Images are generated. Memory is the resident set after the test of each task; what counts is the rise from the second
+task to the last. Rows go to benchmarks/results/streaming.json.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+import regrow
+from regrow.nets.small import small
+from regrow.store.versions import versions
+
+OUT = Path(__file__).parent / "results" / "streaming.json"
+
+
+class Permuted(Dataset[tuple[Tensor, int]]):
+    """Images of one byte per pixel, in a fixed order of pixels per task; nothing is copied."""
+
+    def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
+        self.images, self.targets = images, labels
+        order = torch.randperm(images[0].numel(), generator=torch.Generator().manual_seed(seed))
+        self.order = order if seed else order.sort()[0]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index]
+        return (image.flatten()[self.order].view(1, *image.shape).float() / 255), int(self.targets[index])
+
+
+def permuted(tasks: int, n: int) -> list[tuple[Any, Any]]:
+    """Tasks of generated images of 28 × 28 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (n, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (n,), generator=generator)
+    return [(Permuted(images, labels, i), Permuted(images[:500], labels[:500], i)) for i in range(tasks)]
+
+
+def image_folder(place: Path, tasks: int, n: int) -> list[tuple[Any, Any]]:
+    """Tasks of the classes of a generated folder of images of 16 × 16 pixels, two classes each."""
+    import numpy as np
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import ToTensor
+
+    rng, each = np.random.default_rng(0), n // (2 * tasks)
+    for label in range(2 * tasks):
+        folder = place / f"{label:03}"
+        folder.mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.jpg", quality=60)
+    data = ImageFolder(str(place), transform=ToTensor())
+    found = []
+    for task in range(tasks):
+        mine = list(range(2 * task * each, 2 * (task + 1) * each))
+        found.append((Subset(data, mine[200:]), Subset(data, mine[:200])))
+    return found
+
+
+def resident() -> float:
+    """The resident set of this process, in MB."""
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmRSS"))
+    return int(line.split()[1]) / 1000
+
+
+def memory(tasks: list[tuple[Any, Any]], shape: tuple[int, ...], outputs: int, method: str) -> dict[str, Any]:
+    """The resident set after each task."""
+    model, _ = small("mlp:100-100", shape, outputs)
+    rows: list[float] = []
+    last = -1
+
+    def look(done: int, total: int, what: str) -> None:
+        nonlocal last
+        now = (done - 1) * len(tasks) // total
+        if now != last:
+            rows.append(resident())
+            last = now
+
+    start = time.perf_counter()
+    regrow.learn(model, tasks, method=method, epochs=1, batch_size=128, progress=look)
+    rows.append(resident())
+    after = [round(one) for one in rows[1:]]
+    return {
+        "tasks": len(tasks),
+        "images": sum(len(train) for train, _ in tasks),
+        "method": method,
+        "seconds": round(time.perf_counter() - start),
+        "MB": after,
+        "rise from task 2": round(after[-1] / after[1] - 1, 4),
+    }
+
+
+def plain(model: nn.Module, loader: Iterable[Any]) -> None:
+    """One epoch of plain PyTorch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    model.train()
+    for inputs, labels in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+
+def speed(repeats: int) -> list[dict[str, Any]]:
+    """CPU seconds of a step of the naive learner and of a plain loop, from memory and through a loader."""
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    for net, shape, batch, n in (("mlp:100-100", (1, 28, 28), 128, 25_600), ("resnet:16-3", (3, 32, 32), 64, 1_280)):
+        inputs, labels = torch.rand(n, *shape, generator=generator), torch.randint(10, (n,), generator=generator)
+        data = TensorDataset(inputs, labels)
+        test = TensorDataset(inputs[:2], labels[:2])
+        for how, given in (("loader", DataLoader(data, batch_size=batch, shuffle=True)), ("memory", (inputs, labels))):
+            taken: dict[str, list[float]] = {"naive": [], "plain": []}
+            for _ in range(repeats):
+                moments: list[float] = []
+                model, _ = small(net, shape, 10)
+                regrow.learn(
+                    model,
+                    [(given, test)],
+                    method="naive",
+                    epochs=1,
+                    batch_size=batch,
+                    progress=lambda *_, moments=moments: moments.append(time.process_time()),
+                )
+                taken["naive"].append((moments[-1] - moments[0]) / (len(moments) - 1))
+                model, _ = small(net, shape, 10)
+                start = time.process_time()
+                plain(model, given if isinstance(given, DataLoader) else _batches(inputs, labels, batch))
+                taken["plain"].append((time.process_time() - start) / len(moments))
+            middle = {arm: median(each) for arm, each in taken.items()}
+            rows.append(
+                {
+                    "net": net,
+                    "data": how,
+                    **{f"{arm} ms": round(1e3 * seconds, 3) for arm, seconds in middle.items()},
+                    "speed, plain = 1": round(middle["plain"] / middle["naive"], 3),
+                }
+            )
+    return rows
+
+
+def _batches(inputs: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for part in torch.randperm(len(inputs)).split(size):
+        yield inputs[part], labels[part]
+
+
+def main() -> None:
+    """Measure, and add the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=20)
+    parser.add_argument("--images", type=int, default=60_000)
+    parser.add_argument("--folder", type=int, default=0, help="files of a generated ImageFolder; 0: images in memory")
+    parser.add_argument("--method", default="naive")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.speed:
+        what, found = "speed", speed(args.repeats)
+    elif args.folder:
+        with tempfile.TemporaryDirectory() as place:
+            tasks = image_folder(Path(place), args.tasks, args.folder)
+            what, found = "image folder", [memory(tasks, (3, 16, 16), 2 * args.tasks, args.method)]
+    else:
+        tasks = permuted(args.tasks, args.images)
+        what, found = "permuted images", [memory(tasks, (1, 28, 28), 10, args.method)]
+    rows = json.loads(args.out.read_text("utf-8")) if args.out.is_file() else []
+    rows += [{"what": what, "date": f"{date.today()}", "threads": args.threads, **versions(), **row} for row in found]
+    args.out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    for row in found:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

