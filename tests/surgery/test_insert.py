@@ -189,3 +189,24 @@ def test_a_plan_inserts_or_cuts() -> None:
         Plan(Plan.keeping(axes, {key: range(2)}).changes, insert=plan.insert)
     with pytest.raises(PlanError, match="one plan inserts blocks, or removes"):
         Plan(insert=plan.insert, remove=plan.insert)
+
+
+def test_hostile_records_of_insertions_are_refused(tmp_path: Path) -> None:
+    net, x = convolutional()
+    axes = trace(net, x)
+    net, axes = apply(net, axes, planned(net, axes, 1))
+    save(net, tmp_path / "saved", example=x)
+    path = tmp_path / "saved" / "shapes.json"
+    record = json.loads(path.read_text())
+    del record["sha256"]  # as in folders of 0.1
+    ((place, (insertion,)),) = record["inserted"].items()
+    for change, line in (
+        ({place: [insertion | {"copies": [{"position": 0, "of": 1}]}]}, "within 1"),
+        ({place: [insertion | {"size": 9}]}, "has 3 modules here, not 9"),
+        ({"nothing": [insertion]}, "no nn.Sequential or nn.ModuleList 'nothing'"),
+        ({place: [insertion] * 4000}, "inserted: 4000 blocks, but only"),
+        ({}, "no place for the tensor"),
+    ):
+        path.write_text(json.dumps(record | {"inserted": change}))
+        with pytest.raises(StoreError, match=line):
+            load(tmp_path / "saved", model=lambda: convolutional()[0])

@@ -184,6 +184,11 @@ class Shapes:
         record = convert(data, schemas.ShapesJson)
         if check and record.sha256 is not None and record.sha256 != content_digest(data):
             raise StoreError("it does not have the SHA-256 that it names: it is damaged or was changed; copy it again")
+        copies = sum(len(one.copies) for several in record.inserted.values() for one in several)
+        if copies > len(record.tensors):
+            raise StoreError(
+                f"inserted: {copies} blocks, but only {len(record.tensors)} tensors are stored; restore it"
+            )
         origin, probe = record.origin, record.probe or {"reason": ""}
         return cls(
             Origin(origin.kind, origin.reference, origin.config, origin.name),
