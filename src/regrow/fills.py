@@ -31,7 +31,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class Growth:
-    """The units of an axis after it grew, as a fill rule sees them: the kept ones, and the new ones behind them.
+    """What a fill rule knows of an axis that grew: its old units, which come first, and the new ones after them.
 
     Args:
         kept: How many units are kept.

@@ -9,7 +9,7 @@ import laws
 from regrow.plan import Change, Plan, PlanError
 from regrow.surgery import verify
 from regrow.surgery.carry import prepare
-from regrow.surgery.paired_forward import CutTensors
+from regrow.surgery.output_comparison import CutTensors
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from zoo import trace_zoo
 

@@ -16,7 +16,7 @@ from regrow.cli.screen import say
 @click.option("--out", type=options.PATH, help="The HTML file to write; default: RUN/report.html.")
 @click.option("--markdown", is_flag=True, help="Print the report as Markdown instead.")
 def report(run: Path, out: Path | None, markdown: bool) -> None:
-    """Write the report page of RUN: one HTML file that needs no network."""
+    """Write the report page of RUN: one HTML file that needs no internet connection."""
     from regrow.reports import summarise, to_markdown, write_page
     from regrow.store.outputs import PAGES, check_output, write_output
 

@@ -31,7 +31,7 @@ CHANGE = 1e-3
 
 
 @dataclass(frozen=True)
-class _Job:
+class _GrowJob:
     """The data that the parts of a growth run share."""
 
     settings: Settings
@@ -112,7 +112,7 @@ def run(
         clock.folder = folder
         start_from(folder, settings.model, loaded, undo=settings.undo)
         folder.update(notes=[*loaded.notes, *notes], sources=describe_sources(specs, kinds), **record_input(loaded))
-        _grown(_Job(settings, folder, loaded, kinds, clock, progress), axes, plan)
+        _grown(_GrowJob(settings, folder, loaded, kinds, clock, progress), axes, plan)
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
 
 
@@ -143,7 +143,7 @@ def _sources(settings: Settings) -> SourceSpecs:
     return SourceSpecs(*amounts, settings.on, settings.sources, settings.tokens, settings.seed)
 
 
-def _grown(job: _Job, axes: AxisGraph, plan: Plan) -> None:
+def _grown(job: _GrowJob, axes: AxisGraph, plan: Plan) -> None:
     """Compare the outputs before and after the growth, grow the model, save it, and measure it."""
     settings, folder, loaded, clock = job.settings, job.folder, job.loaded, job.clock
     job.measure(axes, "before")
@@ -181,7 +181,7 @@ def _grown(job: _Job, axes: AxisGraph, plan: Plan) -> None:
     job.measure(axes, "after")
 
 
-def _train(job: _Job, axes: AxisGraph, plan: Plan) -> None:
+def _train(job: _GrowJob, axes: AxisGraph, plan: Plan) -> None:
     """Train the grown model on the calibration halves of the sources, and log the loss before and after."""
     settings, model, sources = job.settings, job.loaded.model, job.kinds.calibration
     training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)

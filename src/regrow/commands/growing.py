@@ -14,7 +14,7 @@ from regrow.axes import AxisGraph, Example
 from regrow.errors import InputError
 from regrow.fills import FILLS
 from regrow.plan import Change, Fill, Plan
-from regrow.surgery.paired_forward import common_outputs, max_difference, max_magnitude
+from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude
 from regrow.surgery.runner import Answers, floats
 from regrow.tracing.capture import evaluating
 from regrow.tracing.model_state import preserve_state

@@ -41,7 +41,7 @@ from regrow.training.checkpoint import FORMAT
 
 
 @dataclass(frozen=True)
-class _Job:
+class _PruneJob:
     """The data that the parts of a pruning run share."""
 
     settings: Settings
@@ -132,13 +132,13 @@ def run(
         )
         if budget.timing:  # another measurement would be another plan
             folder.update(timing=budget.timing.record())
-        job = _Job(settings, folder, loaded, kinds, clock, progress, code)
+        job = _PruneJob(settings, folder, loaded, kinds, clock, progress, code)
         plan = _make_plan(job, axes, method, budget)
         _cut(job, axes, plan, budget)
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
 
 
-def _make_plan(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan:
+def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan:
     """Calibrate, choose the units that stay, and return the plan."""
     folder, loaded, progress = job.folder, job.loaded, job.progress
     with job.clock.stage("calibrate"):
@@ -156,7 +156,7 @@ def _make_plan(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Pl
     return cut.plan
 
 
-def _cut(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
+def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
     """Cut the model, measure it before and after, save it, and recover it if that is asked for."""
     settings, folder, loaded, kinds, clock = job.settings, job.folder, job.loaded, job.kinds, job.clock
     before = job.measure(axes, "dense")
@@ -270,7 +270,7 @@ def _tune(settings: Settings, loaded: Loaded, kinds: SourceHalves, progress: Pro
     tune.recalibrate(loaded.model, kinds.calibration)
 
 
-def _recover(job: _Job, traced: AxisGraph, plan: Plan) -> None:
+def _recover(job: _PruneJob, traced: AxisGraph, plan: Plan) -> None:
     """Recover the cut model with the help of the dense one, which is loaded again, and save it."""
     settings, folder, loaded, progress = job.settings, job.folder, job.loaded, job.progress
     texts = read_sources(source_specs(settings, settings.recover_tokens), loaded).calibration

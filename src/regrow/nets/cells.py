@@ -38,7 +38,16 @@ class CellPlan(TypedDict):
 
 
 class CellsConfig(TypedDict):
-    """The configuration of :class:`Cells`, as JSON data."""
+    """The configuration of :class:`Cells`, as JSON data.
+
+    Args:
+        shape: The shape of an input, ``[C, H, W]``.
+        classes: The number of classes.
+        stem: The channels of the first convolution.
+        stride: Its stride.
+        cells: The cells, in order.
+        heads: Indices of the cells that a linear classifier (a head) follows: the last one, and those that end a stage.
+    """
 
     shape: list[int]
     classes: int

@@ -217,7 +217,10 @@ def check_settings(settings: "DataclassInstance") -> None:
 
 
 def record_settings(settings: "DataclassInstance") -> dict[str, Any]:
-    """Return the settings as ``run.json`` stores them; settings added after 0.1 only where they are used.
+    """Return the settings as ``run.json`` stores them; newer settings only where they change the run.
+
+    A setting that was added after version 0.1 is left out if its value is what older versions always did
+    (:attr:`Setting.absent`), so that their runs are still equal.
 
     Args:
         settings: A command's settings.

@@ -92,7 +92,8 @@ class File:
     Args:
         bytes: Its size in bytes.
         sha256: The SHA-256 of its contents.
-        header: The SHA-256 of its header; empty in folders of version 0.1.
+        header: The SHA-256 of the header of a safetensors file (names, dtypes, shapes and offsets of its tensors), by
+            which it is checked without reading all of it; empty for other files, and in folders of version 0.1.
     """
 
     bytes: int

@@ -31,14 +31,14 @@ def unfinished_folder(out: Path) -> Path | None:
 
 
 def is_resumable(out: Path, wanted: Mapping[str, object]) -> bool:
-    """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing.
+    """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing, else it is refused.
 
     Args:
         out: The folder.
         wanted: The result of :func:`regrow.store.run_record.run_identity` for the wanted run.
 
     Raises:
-        StoreError: If the folder holds anything else.
+        StoreError: If the folder holds anything else: another run, this one finished, or files of something else.
     """
     if not out.is_dir():
         return False

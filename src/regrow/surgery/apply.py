@@ -15,7 +15,7 @@ from regrow.surgery.carry import carry_out, commit, prepare
 from regrow.surgery.drop import bring_back, without_branches
 from regrow.surgery.eager import trial_error
 from regrow.surgery.insert import with_stacks
-from regrow.surgery.paired_forward import max_difference, max_magnitude
+from regrow.surgery.output_comparison import max_difference, max_magnitude
 from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.proposed_change import RELATIVE_BOUND, ProposedChange
 from regrow.surgery.undo_store import UndoStore

@@ -16,7 +16,7 @@ from regrow.branches import lies_in
 from regrow.change import Change
 from regrow.insertion import Insertion
 from regrow.plan import Plan, PlanError
-from regrow.surgery.paired_forward import max_difference
+from regrow.surgery.output_comparison import max_difference
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing import TraceError, trace, with_branches
 from regrow.tracing.block_copies import StackError, insert_copies, put_back, remove_copies, stack_at

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import Role, axes_in
 from regrow.plan import PlanError
 from regrow.surgery.compensate import bias_of
-from regrow.surgery.paired_forward import CutTensors, max_difference, max_magnitude, run_both
+from regrow.surgery.output_comparison import CutTensors, max_difference, max_magnitude, run_both
 from regrow.surgery.proposed_change import ROUNDING, ProposedChange, computed_tensors, restored_means
 from regrow.surgery.runner import Answers, Load, Masking, Runner, loader, masking, preserve_generators, reseed
 from regrow.surgery.widen import resize

@@ -9,7 +9,7 @@ from regrow.axes import AxisGraph, Example
 from regrow.plan import Plan
 from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, resizing
-from regrow.surgery.paired_forward import common_outputs, max_difference, max_magnitude, record_planned, run_pair
+from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude, record_planned, run_pair
 from regrow.surgery.proposed_change import RELATIVE_BOUND
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import Decisions, run_whole_pair, shallow_copy

@@ -30,7 +30,9 @@ _CHUNK = 1 << 20
 
 
 def kind_for(asked: str, row: int) -> str:
-    """Return the type for rows of a length: the requested one, or the next wider one that fits.
+    """Return the number type for rows of a length: the requested one, or the next one with more bits that fits.
+
+    Quantized types store numbers in blocks, and a row must consist of whole blocks.
 
     Args:
         asked: GGUF's name of the requested type.

@@ -296,7 +296,7 @@ def measure_skips(state: SearchState, masks: GateMasks) -> dict[str, float]:
 
 
 def start_drift(state: SearchState) -> SearchState:
-    """Return the state with a smoothed gradient of α, 0 at first.
+    """Return the state with a moving average of the gradient of α, 0 at first.
 
     Args:
         state: The state of the search.
@@ -305,7 +305,7 @@ def start_drift(state: SearchState) -> SearchState:
 
 
 def smooth_gradient(state: SearchState) -> None:
-    """Add the gradient of α to the smoothed gradient (factor 0.9 on earlier steps), in place.
+    """Update the moving average of the gradient of α, s ← 0.9 s + gradient, after a training step, in place.
 
     Args:
         state: The state of the search.

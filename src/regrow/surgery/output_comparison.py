@@ -1,4 +1,4 @@
-"""Paired forward: run the masked network and its cut copy side by side, block by block, and compare their outputs."""
+"""Compare outputs of the masked network and its cut copy, which run side by side, block by block."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
