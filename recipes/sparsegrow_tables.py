@@ -81,8 +81,8 @@ BASELINES = (
     Arm("LwF", "lwf"),
     Arm("PackNet, task not named", "packnet", {"prune": 0.8}),
     Arm("WSN, task not named", "wsn", {"share": 0.8}),
-    Arm("PackNet, task named", "packnet", {"prune": 0.8, "named": True}),
-    Arm("WSN, task named", "wsn", {"share": 0.8, "named": True}),
+    Arm("PackNet, task named", "packnet", {"prune": 0.8, "use_task_id": True}),
+    Arm("WSN, task named", "wsn", {"share": 0.8, "use_task_id": True}),
     Arm("AdaptCL", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl", "alpha": 1e-3}),
     Arm("AdaptCL, penalty 1e-4", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl"}),
 )
@@ -94,14 +94,14 @@ CONTROLS = (
 )
 BOUNDS = (
     Arm("ER, 500 examples kept", "replay", {"memory": 500}),
-    Arm("DER++, 500 examples kept", "replay", {"memory": 500, "answers": 0.5}),
+    Arm("DER++, 500 examples kept", "replay", {"memory": 500, "logit_weight": 0.5}),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
 )
 ABLATIONS = (
-    Arm("births not silent", "sparsegrow", {"silent": False}),
+    Arm("births not silent", "sparsegrow", {"project_new_units": False}),
     Arm("births not fitted to data", "sparsegrow", {"fit": False}),
     Arm("births dense", "sparsegrow", {"density": 1.0}),
-    Arm("grown at the start of a task", "sparsegrow", {"late": 1.0}),
+    Arm("grown at the start of a task", "sparsegrow", {"late_phase": 1.0}),
     Arm("no thresholds", "sparsegrow", {"threshold": "none"}),
     Arm("thresholds as in AdaptCL", "sparsegrow", {"threshold": "adaptcl"}),
     Arm("alpha 5e-4", "sparsegrow", {"alpha": 5e-4}),
@@ -115,7 +115,7 @@ ABLATIONS = (
     *(Arm(f"strength {s:g}", "sparsegrow", {"strength": s}) for s in (20.0, 30.0, 80.0)),
     Arm("gate at every step", "sparsegrow", {"every": 1}),
     Arm("gate every 16 steps", "sparsegrow", {"every": 16}),
-    Arm("grown where short (0.7)", "sparsegrow", {"grow": "short", "short": 0.7}),
+    Arm("grown where short (0.7)", "sparsegrow", {"grow": "short", "min_free": 0.7}),
     Arm("half the rate", "sparsegrow", lr=0.005),
     Arm("twice the rate", "sparsegrow", lr=0.02),
 )
@@ -140,26 +140,35 @@ BUFFERS = (
     Arm("naive", "naive"),
     Arm("SparseGrow", "sparsegrow"),
     *(Arm(f"ER {n}", "replay", {"memory": n}) for n in (200, 500)),
-    *(Arm(f"DER++ {n}", "replay", {"memory": n, "answers": 0.5}) for n in (200, 500)),
-    *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "own": True}) for n in (200, 500)),
-    *(Arm(f"SparseGrow + ER {n}", "sparsegrow", {"memory": n, "relief": 1.0, "own": False}) for n in (200, 500)),
-    *(Arm(f"SparseGrow + ER {n}, relieved", "sparsegrow", {"memory": n, "own": False}) for n in (200, 500)),
+    *(Arm(f"DER++ {n}", "replay", {"memory": n, "logit_weight": 0.5}) for n in (200, 500)),
+    *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "asymmetric_loss": True}) for n in (200, 500)),
+    *(
+        Arm(f"SparseGrow + ER {n}", "sparsegrow", {"memory": n, "strength_factor": 1.0, "asymmetric_loss": False})
+        for n in (200, 500)
+    ),
+    *(Arm(f"SparseGrow + ER {n}, relieved", "sparsegrow", {"memory": n, "asymmetric_loss": False}) for n in (200, 500)),
     *(Arm(f"SparseGrow + ER-ACE {n}, relieved", "sparsegrow", {"memory": n}) for n in (200, 500)),
     *(Arm(f"ER {n}, final size", "replay", {"memory": n}, like="SparseGrow") for n in (200, 500)),
-    *(Arm(f"ER-ACE {n}, final size", "replay", {"memory": n, "own": True}, like="SparseGrow") for n in (200, 500)),
+    *(
+        Arm(f"ER-ACE {n}, final size", "replay", {"memory": n, "asymmetric_loss": True}, like="SparseGrow")
+        for n in (200, 500)
+    ),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
     *(Arm(f"{_BOTH}, {what}", "sparsegrow", {"memory": 500} | given) for what, given in _WITHOUT.items()),
     Arm(f"{_BOTH}, never grown, final size", "sparsegrow", {"memory": 500, "grow": "never"}, like="SparseGrow"),
 )
 RELIEVED = (
     *(Arm(f"ER {n}", "replay", {"memory": n}) for n in (200, 500)),
-    *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "own": True}) for n in (200, 500)),
+    *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "asymmetric_loss": True}) for n in (200, 500)),
     *(
-        Arm(f"SparseGrow + ER-ACE {n}, relief {r:g}", "sparsegrow", {"memory": n, "relief": r})
+        Arm(f"SparseGrow + ER-ACE {n}, relief {r:g}", "sparsegrow", {"memory": n, "strength_factor": r})
         for n in (200, 500)
         for r in (1.0, 0.25, 0.05, 0.01, 0.0025)
     ),
-    *(Arm(f"SparseGrow + ER {n}, relief 0.01", "sparsegrow", {"memory": n, "own": False}) for n in (200, 500)),
+    *(
+        Arm(f"SparseGrow + ER {n}, relief 0.01", "sparsegrow", {"memory": n, "asymmetric_loss": False})
+        for n in (200, 500)
+    ),
 )
 CONV: dict[str, Any] = {"multiple": 1, "strength": 60.0}
 CONVS = (
@@ -187,7 +196,11 @@ CHOSEN = (
         for s, d in ((15.0, 0.1), (60.0, 0.1), (20.0, 0.0), (80.0, 0.0), (320.0, 0.0))
     ),
     *(
-        Arm(f"SparseGrow 80, damping 0, loud {x:g}", "sparsegrow", CONV | {"strength": 80.0, "damping": 0.0, "loud": x})
+        Arm(
+            f"SparseGrow 80, damping 0, loud {x:g}",
+            "sparsegrow",
+            CONV | {"strength": 80.0, "damping": 0.0, "group_norm_damping": x},
+        )
         for x in (0.0, 1.0)
     ),
     *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (1.0, 3.0, 10.0, 30.0, 100.0)),

@@ -163,10 +163,10 @@ def deeper(identity: bool) -> Callable[[nn.Sequential], tuple[nn.Sequential, Cal
 WIDE: dict[str, tuple[Settings, Variant]] = {
     "not grown": (Settings(grow="never"), unchanged),
     "layer expansion, SparseGrow": (Settings(cap=ONCE), initialised_by_gate),
-    "layer expansion, not silent": (Settings(silent=False, cap=ONCE), unchanged),
+    "layer expansion, not silent": (Settings(project_new_units=False, cap=ONCE), unchanged),
     "layer expansion, Net2Wider": (Settings(cap=ONCE), net2wider),
     "layer expansion, GradMax": (Settings(cap=ONCE), gradmax),
-    "layer expansion, drawn and read at once": (Settings(silent=False, density=1.0, cap=ONCE), read_at_once),
+    "layer expansion, drawn and read at once": (Settings(project_new_units=False, density=1.0, cap=ONCE), read_at_once),
 }
 OTHER: dict[str, Callable[[nn.Sequential], tuple[nn.Sequential, Callable[[str], str]]]] = {
     "lateral branches": lateral,

@@ -32,8 +32,8 @@ SETTINGS = {
     "darts": {"edges": True, "partial": 2},
     "gold_nas": {"warm": 1},
     "gprune": {"steps": 4, "every": 2, "shards": 2},
-    "replay": {"memory": 40, "answers": 0.5, "own": True},
-    "sparsegrow": {"multiple": 1, "late": 0.5, "memory": 40},
+    "replay": {"memory": 40, "logit_weight": 0.5, "asymmetric_loss": True},
+    "sparsegrow": {"multiple": 1, "late_phase": 0.5, "memory": 40},
     "lora": {"passes": 1, "checks": 1, "windows": 1},
     "distil": {"passes": 1, "checks": 1, "windows": 1},
 }

@@ -437,7 +437,7 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
     [
         ("blind", "cells:4-2-1", 6, {}),
         ("darts", "cells:4-3-1", 8, {}),
-        ("gold_nas", "cells:4-2-1", 6, {"epochs": 3, "method_settings": {"warm": 0, "high": 1.0}}),
+        ("gold_nas", "cells:4-2-1", 6, {"epochs": 3, "method_settings": {"warm": 0, "keep_above": 1.0}}),
     ],
 )
 def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(

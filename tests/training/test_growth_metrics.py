@@ -122,7 +122,7 @@ def test_what_is_told_changes_no_step() -> None:
 @pytest.mark.parametrize("young", [10.0, 1e7])
 def test_watching_goes_on_after_a_stop(young: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after growth; under a penalty that only new units have, the loss never comes back."""
-    given: dict[str, Any] = {"late": 0.75, "young": young}
+    given: dict[str, Any] = {"late_phase": 0.75, "new_unit_penalty": young}
     settings = Settings(("permuted:digits:2",), model="mlp:16-16", epochs=4, train=200, test=80, method_settings=given)
     run(settings, tmp_path / "whole")
     write, seen = learning_run.write_checkpoint, []

@@ -49,7 +49,7 @@ def test_every_method_learns_and_tells(name: str) -> None:
         assert again == state.rows[-1]
 
 
-GROWING = {"grow": "always", "late": 0.6}
+GROWING = {"grow": "always", "late_phase": 0.6}
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_killed_and_resumed_is_never_stopped(
     ("method", "given"),
     [
         ("replay", {"memory": 60}),
-        ("replay", {"memory": 60, "answers": 0.5, "own": True}),
+        ("replay", {"memory": 60, "logit_weight": 0.5, "asymmetric_loss": True}),
         ("sparsegrow", {"memory": 60}),
         ("naive", {"keep": "data"}),
     ],

@@ -13,6 +13,24 @@ _log = logging.getLogger(__name__)
 
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "mgas": {"press": "sparsity_penalty", "floor": "min_cost", "pace": "filter_lr_ratio"},
+    "gold_nas": {
+        "low": "drop_below",
+        "high": "keep_above",
+        "each": "drops_per_epoch",
+        "price": "cost_weight",
+    },
+    "sparsegrow": {
+        "late": "late_phase",
+        "short": "min_free",
+        "young": "new_unit_penalty",
+        "loud": "group_norm_damping",
+        "silent": "project_new_units",
+        "relief": "strength_factor",
+        "own": "asymmetric_loss",
+    },
+    "replay": {"answers": "logit_weight", "labels": "label_weight", "own": "asymmetric_loss"},
+    "packnet": {"named": "use_task_id"},
+    "wsn": {"named": "use_task_id"},
 }
 """Method → old name of a setting → present name, a field of the method's settings."""
 

@@ -61,8 +61,8 @@ def set_words(settings: Mapping[str, object]) -> list[str]:
     Args:
         settings: Setting name → value.
 
-    >>> set_words({"named": True, "levels": ("operations", "weights"), "gate": "hard"})
-    ['--set', 'named=true', '--set', 'levels=["operations", "weights"]', '--set', 'gate=hard']
+    >>> set_words({"use_task_id": True, "levels": ("operations", "weights"), "gate": "hard"})
+    ['--set', 'use_task_id=true', '--set', 'levels=["operations", "weights"]', '--set', 'gate=hard']
     """
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
     return [word for name, value in texts.items() for word in ("--set", f"{name}={value}")]

@@ -63,13 +63,13 @@ def test_norms_stay_after_the_first_task(method: str, given: dict[str, Any]) -> 
 @pytest.mark.parametrize("method", ["packnet", "wsn"])
 def test_a_named_task_is_answered_as_when_it_was_over(method: str) -> None:
     """Under momentum and weight decay too: what a task uses does not move."""
-    _, _, course = learned(method, {"named": True}, TWO, epochs=8, lr=0.1, weight_decay=0.01)
+    _, _, course = learned(method, {"use_task_id": True}, TWO, epochs=8, lr=0.1, weight_decay=0.01)
     assert course.rows[1][0] == course.rows[0][0] > 0.2
 
 
 def test_answers_of_a_network_that_has_learned_are_held() -> None:
     """DER++ holds what the network answers in late epochs too; plain replay holds each example once."""
-    for given, times in (({"answers": 0.5}, 5), ({}, 1)):
+    for given, times in (({"logit_weight": 0.5}, 5), ({}, 1)):
         _, learner, _ = learned("replay", {"memory": 50} | given, TWO[:1], epochs=5)
         assert learner.seen == times * 32 * (200 // 32) + times * (200 % 32)
 

@@ -124,7 +124,7 @@ def test_what_is_owned_never_moves(tasks: list[Task], optimizer: str, precision:
 def test_newborn_units_learn(tasks: list[Task], spec: str, gate: str) -> None:
     """3: ten steps after growth fewer than 5 % of newborn units are without a gradient, over all examples."""
     dead: list[float] = []
-    settings = Settings(gate=gate, late=0.5, cap=4.0, width=0.25, multiple=1)
+    settings = Settings(gate=gate, late_phase=0.5, cap=4.0, width=0.25, multiple=1)
     learner, grown, since = build(settings), dict[str, int](), 0
 
     def grew(state: Any, context: Context, plan: Any) -> None:
@@ -163,7 +163,7 @@ def test_newborn_units_are_partly_zero(tasks: list[Task], silent: bool) -> None:
             seen.append((float((part != 0).double().mean()), bool(read[:, -change.grow :].any())))
 
     model, axes = begun(tasks)
-    learner = observe(build(Settings(silent=silent, grow="always")), Event.PLAN_APPLIED, look)
+    learner = observe(build(Settings(project_new_units=silent, grow="always")), Event.PLAN_APPLIED, look)
     learn(model, axes, tasks[:2], learner, SCHEDULE)
     assert len(seen) >= 2
     for share, read in seen:
@@ -360,7 +360,7 @@ def test_what_reads_newborn_units_is_held_where_a_norm_makes_them_loud(
             open_.append(float(state.gates[into.name].through(flat).norm() / flat.norm()))
 
     model, axes = begun(tasks, spec)
-    learner = observe(build(Settings(multiple=1, strength=80.0, loud=1.0)), Event.PLAN_APPLIED, look)
+    learner = observe(build(Settings(multiple=1, strength=80.0, group_norm_damping=1.0)), Event.PLAN_APPLIED, look)
     learn(model, axes, tasks[:2], learner, replace(SCHEDULE, epochs=2))
     assert open_ and (max(open_) < 0.7 if loud else min(open_) > 0.95)
 
@@ -369,7 +369,7 @@ def test_what_reads_newborn_units_is_held_where_a_norm_makes_them_loud(
 def test_newborn_units_are_silent_on_old_tasks(tasks: list[Task], silent: bool) -> None:
     """At birth they answer what is new, and hardly what is old."""
     model, axes = begun(tasks)
-    settings = Settings(silent=silent, late=1.0, width=1.0, cap=9.0, density=1.0, strength=100.0)
+    settings = Settings(project_new_units=silent, late_phase=1.0, width=1.0, cap=9.0, density=1.0, strength=100.0)
     seen: dict[str, Any] = {}
 
     def look(state: Any, context: Context, plan: Any) -> None:
@@ -410,7 +410,7 @@ def test_a_memory_relieves_the_gate_where_classes_come(scenario: str, memory: in
     for strength in (20.0, 20.0 * relief):
         seen.clear()
         model, axes = begun(parts)
-        given = Settings(grow="never", memory=memory, relief=1.0 if strength == 20.0 * relief else relief)
+        given = Settings(grow="never", memory=memory, strength_factor=1.0 if strength == 20.0 * relief else relief)
         learner = observe(build(replace(given, strength=strength)), Event.TASK_START, look)
         learn(model, axes, parts, learner, replace(SCHEDULE, epochs=1, scenario=scenario))
         if strength == 20.0:
@@ -427,7 +427,7 @@ def test_examples_at_hand_push_old_classes_down_only_where_asked(method: str, ow
     """Without a memory's examples in the batch, ER-ACE gives the rows of old classes no gradient."""
     parts = split(digits_task(), 5)
     model, axes = begun(parts)
-    learner = LEARNERS[method].made(method, {"own": own, "memory": 50})
+    learner = LEARNERS[method].made(method, {"asymmetric_loss": own, "memory": 50})
     classes = torch.tensor([c < 4 for c in range(10)])
     context = Context(model, axes, parts[1], number=0, classes=classes)
     state = learner.boundary(learner.state, context, Boundary(Event.TASK_START))
@@ -440,5 +440,5 @@ def test_examples_at_hand_push_old_classes_down_only_where_asked(method: str, ow
 def test_a_wrong_setting_is_told() -> None:
     with pytest.raises(ValueError, match="gate must be one of kronecker, hard, block, soft, none, got 'tight'"):
         Settings(gate="tight")
-    with pytest.raises(ValueError, match="late must be 0 to 1, got 2"):
-        Settings(late=2)
+    with pytest.raises(ValueError, match="late_phase must be 0 to 1, got 2"):
+        Settings(late_phase=2)

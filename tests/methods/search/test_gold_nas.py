@@ -49,21 +49,21 @@ def plan(search, state, context):
 
 @pytest.mark.slow
 def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):
-    search, state, context = begun(axes, task, target=100.0, each=2, low=0.01, high=0.05)
+    search, state, context = begun(axes, task, target=100.0, drops_per_epoch=2, drop_below=0.01, keep_above=0.05)
     alpha, first, second = state.alpha.values, state.layout.node == 0, state.layout.node == 1
     one, two = first.nonzero()[:, 0], second.nonzero()[:, 0]
     alpha[one[:3]] = torch.tensor([-9.0, -8.0, -7.0])  # shares far below 0.01
     alpha[two[:3]] = torch.tensor([-0.8, -0.7, -0.6])  # 0.035 and a little more: of these the two lowest
     first_plan, _ = plan(search, state, context)
     assert {*first_plan.drop} == {state.layout.ops[i] for i in (*one[:3].tolist(), *two[:2].tolist())}
-    search, state, context = begun(axes, task, target=100.0, each=1000)
+    search, state, context = begun(axes, task, target=100.0, drops_per_epoch=1000)
     second_plan, _ = plan(search, state, context)  # 1 / 14 of the first node's operations each, 1 / 21 of the second's
     assert second_plan.drop and not {*second_plan.drop} & {state.layout.ops[i] for i in one.tolist()}
 
 
 @pytest.mark.slow
 def test_what_a_tight_target_needs_stays_however_little_it_counts(task, axes):
-    search, state, context = begun(axes, task, target=700.0, each=2, low=0.01, high=0.05)
+    search, state, context = begun(axes, task, target=700.0, drops_per_epoch=2, drop_below=0.01, keep_above=0.05)
     cheap = state.layout.prices() <= 1
     state.alpha.values[cheap] = -9.0
     drop, state = plan(search, state, context)
@@ -78,7 +78,7 @@ def test_what_a_tight_target_needs_stays_however_little_it_counts(task, axes):
 
 @pytest.mark.slow
 def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
-    search, state, context = begun(axes, task, target=100.0, each=2, low=0.0, high=1.0)
+    search, state, context = begun(axes, task, target=100.0, drops_per_epoch=2, drop_below=0.0, keep_above=1.0)
     ops = state.layout.ops
     second = [i for i, path in enumerate(ops) if path.startswith("cells.0.") and path.endswith("_1")]
     left = search.rules.masks(state, context, None, False).ops.clone()
@@ -94,7 +94,7 @@ def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
 
 def test_operations_that_are_decided_together_count_as_one(task):
     net = Bench201(bench201.supernet((1, 8, 8), 10, width=4, cells=1, stride=1))
-    search = build(Settings(target=100.0, warm=1, each=2, high=1.0))
+    search = build(Settings(target=100.0, warm=1, drops_per_epoch=2, keep_above=1.0))
     context = Context(net, trace(net, torch.zeros(2, 1, 8, 8)), task, epoch=3, epochs=6)
     state = start(search, context)
     ops, tied = state.layout.ops, state.layout.tied
@@ -107,13 +107,13 @@ def test_operations_that_are_decided_together_count_as_one(task):
 
 @pytest.mark.slow
 def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task, axes):
-    search, state, context = begun(axes, task, target=10.0, each=1000, high=1.0)
+    search, state, context = begun(axes, task, target=10.0, drops_per_epoch=1000, keep_above=1.0)
     drop, state = plan(search, state, context)
     context, state = change(search, state, context, drop)
     assert all(set(paths) & set(context.axes.branches) for paths in context.model.needed())
     ops = search.rules.masks(state, context, None, False).ops
     assert not bool(state.layout.open(0, ops).any())  # each that is left is the last of its node or of its input
-    search, state, context = begun(axes, task, target=6000.0, each=1000, high=1.0)
+    search, state, context = begun(axes, task, target=6000.0, drops_per_epoch=1000, keep_above=1.0)
     whole_size, prices = size(search, state, context), state.layout.prices().tolist()
     prices = dict(zip(state.layout.ops, prices, strict=True))
     drop, state = plan(search, state, context)
@@ -126,7 +126,7 @@ def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task,
 
 
 def test_pressure_grows_while_few_go_and_is_halved_when_many_do(task, axes):
-    search, state, context = begun(axes, task, target=100.0, each=3, low=0.0, high=0.0)
+    search, state, context = begun(axes, task, target=100.0, drops_per_epoch=3, drop_below=0.0, keep_above=0.0)
     for step in (2e-5, 4e-5, 8e-5):
         before = state.penalty
         none, state = plan(search, state, context)
@@ -134,14 +134,14 @@ def test_pressure_grows_while_few_go_and_is_halved_when_many_do(task, axes):
         assert state.penalty == pytest.approx(before + step)
     state.alpha.values[:6] = -12.0
     before = state.penalty
-    drop, state = plan(search_with(target=100.0, each=3, low=0.01, high=0.01), state, context)
+    drop, state = plan(search_with(target=100.0, drops_per_epoch=3, drop_below=0.01, keep_above=0.01), state, context)
     assert len(drop.drop) == 6
     assert state.penalty == before / 2 and state.penalty_step == 1e-5
 
 
 @pytest.mark.parametrize("price", [0.0, 1.0])
 def test_the_gradient_of_alpha_is_that_of_the_loss_with_its_pressure(price, task, axes):
-    search, state, context = begun(axes, task, augment=False, price=price)
+    search, state, context = begun(axes, task, augment=False, cost_weight=price)
     context.model.double()
     one = state.alpha
     one.values = draw(len(one.values)).double().requires_grad_()
@@ -185,10 +185,10 @@ def test_a_search_ends_at_its_target_and_answers_as_its_masks_did(task, axes):
 
 
 def test_what_says_nothing_is_refused(task, axes):
-    with pytest.raises(ValueError, match="low not above high"):
-        Settings(low=0.2)
-    with pytest.raises(ValueError, match="each must be at least 0"):
-        Settings(each=-1)
+    with pytest.raises(ValueError, match="drop_below must be at most keep_above"):
+        Settings(drop_below=0.2)
+    with pytest.raises(ValueError, match="drops_per_epoch must be at least 0"):
+        Settings(drops_per_epoch=-1)
     with pytest.raises(ValueError, match="clip must be above 0"):
         Settings(clip=0.0)
     with pytest.raises(ValueError, match="use --epochs 5 or more"):

@@ -31,7 +31,7 @@ SEARCHES = {
     "darts": (WIRED, {"target": 1e4, "stages": (1,)}),
     "darts with edges": (WIRED, {"target": 1e4, "stages": (1,), "edges": True, "warm": 0.5}),
     "darts of partial channels": (WIRED, {"target": 1e4, "stages": (1,), "edges": True, "partial": 2}),
-    "gold_nas": (WIRED, {"target": 1500.0, "stages": (1,), "warm": 1, "high": 1.0}),
+    "gold_nas": (WIRED, {"target": 1500.0, "stages": (1,), "warm": 1, "keep_above": 1.0}),
 }
 """What is searched, and with which settings, by the method's name and what is special."""
 SCHEDULE = TaskSchedule(epochs=6, batch_size=25, lr=0.02)

@@ -2,7 +2,8 @@
 
 Mallya and Lazebnik, CVPR 2018 (arXiv 1711.05769; read in the authors' code): half-way through a task the fraction
 ``prune`` of its weights with the smallest |w| is freed, and the others are trained further; biases and norms are frozen
-after the first task. With ``named``, task k is evaluated with the weights of tasks up to k; otherwise with all weights.
+after the first task. With ``use_task_id``, task k is evaluated with the weights of tasks up to k; otherwise with all
+weights.
 """
 
 from collections.abc import Mapping
@@ -29,11 +30,11 @@ class Settings:
 
     Args:
         prune: The fraction of the weights available to a task that it frees for later tasks, from 0 to below 1.
-        named: Whether the task's identity is given at evaluation, so that the task's own mask can be used.
+        use_task_id: Whether the task's identity is given at evaluation, so that the task's own mask can be used.
     """
 
     prune: Annotated[float, Range(0, 1, below=True)] = 0.5
-    named: bool = False
+    use_task_id: bool = False
 
     def __post_init__(self) -> None:
         check_constraints(self)
@@ -64,7 +65,7 @@ def build(settings: Settings) -> Learner[PackNetState]:
 
     def select_weights(state: PackNetState, context: Context) -> Replacements:
         number = context.answered
-        if number is None or not settings.named or number > context.number:
+        if number is None or not settings.use_task_id or number > context.number:
             return Replacements()
         parameters = context.parameters()
         owners = {name: one.values for name, one in state.owner.items()}

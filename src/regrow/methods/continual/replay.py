@@ -1,10 +1,11 @@
 """Experience replay (ER, DER++, ER-ACE): every batch comes with examples from a small memory of earlier ones.
 
-Chaudhry et al., On tiny episodic memories (arXiv 1902.10486); with ``answers`` above 0 DER++, Buzzega et al., NeurIPS
-2020 (arXiv 2004.07211), which also stores the logits at that time:  loss + α |z − z_then|² + β CE; with
-``own`` ER-ACE, Caccia et al., ICLR 2022 (arXiv 2104.05025), where the logits of old classes are lowered by the memory's
-loss alone. The memory is filled by reservoir sampling, so each example is in it with equal probability: in the first
-epoch of a task; for DER++ in every epoch, as its authors do, so that it holds logits of a network that has learned.
+Chaudhry et al., On tiny episodic memories (arXiv 1902.10486); with ``logit_weight`` above 0 DER++, Buzzega et al.,
+NeurIPS 2020 (arXiv 2004.07211), which also stores the logits at that time:  loss + α |z − z_then|² + β CE; with
+``asymmetric_loss`` ER-ACE, Caccia et al., ICLR 2022 (arXiv 2104.05025), where the logits of old classes are lowered by
+the memory's loss alone. The memory is filled by reservoir sampling, so each example is in it with equal probability: in
+the first epoch of a task; for DER++ in every epoch, as its authors do, so that it holds logits of a network that has
+learned.
 """
 
 from dataclasses import dataclass, replace
@@ -28,15 +29,15 @@ class Settings:
 
     Args:
         memory: The number of examples that the memory holds.
-        answers: DER++'s α, the weight of the squared difference from the stored logits; 0: plain replay.
-        labels: β, the weight of the cross-entropy on replayed labels.
-        own: Whether the loss on the current batch is computed over the classes of its task only (ER-ACE).
+        logit_weight: DER++'s α, the weight of the squared difference from the stored logits; 0: plain replay.
+        label_weight: β, the weight of the cross-entropy on replayed labels.
+        asymmetric_loss: Whether the loss on the current batch is computed over the classes of its task only (ER-ACE).
     """
 
     memory: Annotated[int, Range(1)] = 500
-    answers: Annotated[float, Range(0)] = 0.0
-    labels: Annotated[float, Range(0)] = 1.0
-    own: bool = False
+    logit_weight: Annotated[float, Range(0)] = 0.0
+    label_weight: Annotated[float, Range(0)] = 1.0
+    asymmetric_loss: bool = False
 
     def __post_init__(self) -> None:
         check_constraints(self)
@@ -71,15 +72,16 @@ def build(settings: Settings) -> Learner[ReplayState]:
     def compute_loss(state: ReplayState, context: Context, step: Step) -> Loss:
         batch = step.batch
         logits = context.logits(batch.inputs)
-        loss = F.cross_entropy(among(logits, context.task_classes) if settings.own else logits, batch.labels)
+        present = among(logits, context.task_classes) if settings.asymmetric_loss else logits
+        loss = F.cross_entropy(present, batch.labels)
         rows = reservoir.draw(_memory(state), context, settings.memory, len(batch))
         if rows:
             again = context.replay_logits(rows["inputs"], rows["labels"])
-            loss = loss + settings.labels * F.cross_entropy(again, rows["labels"])
-            if settings.answers:
+            loss = loss + settings.label_weight * F.cross_entropy(again, rows["labels"])
+            if settings.logit_weight:
                 known = torch.isfinite(rows["logits"]) & torch.isfinite(again)
                 away = torch.where(known, again - rows["logits"], 0.0)
-                loss = loss + settings.answers * away.square().sum() / known.sum()
+                loss = loss + settings.logit_weight * away.square().sum() / known.sum()
         return Loss(loss, (logits.detach().float(), bool(rows)))
 
     def remember(state: ReplayState, context: Context, step: Step) -> ReplayState:
@@ -87,7 +89,7 @@ def build(settings: Settings) -> Learner[ReplayState]:
         memory = _memory(state)
         if read:
             memory = replace(memory, recalled=memory.recalled + 1)
-        if settings.answers or not context.epoch:
+        if settings.logit_weight or not context.epoch:
             rows = {"inputs": step.batch.inputs, "labels": step.batch.labels, "logits": logits}
             memory = reservoir.offer(memory, context, settings.memory, rows)
         return ReplayState(**memory.rows, seen=memory.seen, recalled=memory.recalled)

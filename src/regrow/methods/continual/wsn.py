@@ -2,7 +2,7 @@
 
 Kang et al., ICML 2022 (read in the authors' code): every weight has a score, a task uses the fraction ``share`` of a
 layer with the largest |score|, the gradient passes straight through to the scores, and used weights never change again.
-With ``named``, a task is evaluated with its own mask; otherwise with the weights that any task uses.
+With ``use_task_id``, a task is evaluated with its own mask; otherwise with the weights that any task uses.
 """
 
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ class Settings:
 
     Args:
         share: The fraction of each layer's weights that a task uses, above 0 and at most 1.
-        named: Whether the task's identity is given at evaluation, so that the task's own mask can be used.
+        use_task_id: Whether the task's identity is given at evaluation, so that the task's own mask can be used.
         lr: Learning rate of the scores.
         seed: Seed of the initial scores.
     """
 
     share: Annotated[float, Range(0, 1, above=True)] = 0.5
-    named: bool = False
+    use_task_id: bool = False
     lr: float = 0.01
     seed: int = 0
 
@@ -75,7 +75,7 @@ def build(settings: Settings) -> Learner[WsnState]:
                 {name: parameters[name] * _SelectLargest.apply(one, settings.share) for name, one in scores.items()}
             )
         masks = {name: one.values for name, one in state.used.items()}
-        if settings.named and number <= context.number:
+        if settings.use_task_id and number <= context.number:
             word = f"{number} "
             masks = {key.removeprefix(word): one.values for key, one in state.mask.items() if key.startswith(word)}
         return Replacements({name: parameters[name].detach() * mask for name, mask in masks.items()})

@@ -6,13 +6,14 @@ the N operations that flow into its node, α and weights are trained on the same
 
     cross-entropy + λ Σ (1 + μ cost / mean cost) log(1 + N a / Σ a).
 
-After each epoch all operations are dropped whose fraction a / Σ a is at most ``low``, and of those where it is at most
-``high`` the ``each`` lowest. If fewer were dropped, λ grows, by steps that double; if twice as many were, it is halved.
+After each epoch all operations are dropped whose fraction a / Σ a is at most ``drop_below``, and of those where it is
+at most ``keep_above`` the ``drops_per_epoch`` lowest. If fewer were dropped, λ grows, by steps that double; if twice as
+many were, it is halved.
 The last operation of a node, and the last one that reads an input of its cell, stay; tied operations count as one.
 
-Ours: operations are dropped until the target is met and no further, and λ is 0 then; ``each`` follows from the number
-of epochs; what exceeds the target at the end is dropped by the size of α; learning rates scale with 1 / steps; and
-the seven operations of our space are searched, not the authors' two.
+Ours: operations are dropped until the target is met and no further, and λ is 0 then; ``drops_per_epoch`` follows from
+the number of epochs; what exceeds the target at the end is dropped by the size of α; learning rates scale with
+1 / steps; and the seven operations of our space are searched, not the authors' two.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -47,11 +48,11 @@ class Settings:
         measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
         stages: The last part of the network that is used; set by the run.
         warm: The number of epochs at the start in which only weights are trained.
-        low: Every operation is dropped whose fraction of its node's importance is at most this.
-        high: No operation is dropped whose fraction of its node's importance is above this.
-        each: How many of the operations between are dropped after an epoch (the authors: 4); 0: as many as would drop
-            all of them by the last epoch.
-        price: μ, how much stronger the regulariser is for operations that cost more.
+        drop_below: Every operation is dropped whose fraction of its node's importance is at most this.
+        keep_above: No operation is dropped whose fraction of its node's importance is above this.
+        drops_per_epoch: How many of the operations between are dropped after an epoch (the authors: 4); 0: as many as
+            would drop all of them by the last epoch.
+        cost_weight: μ, how much stronger the regulariser is for operations that cost more.
         lr: The learning rate of α times the number of steps in which it is trained: how far α can move.
         clip: The largest norm of the gradient of the network's parameters; larger ones are scaled down to it.
         augment: Whether images are shifted and mirrored at random.
@@ -61,18 +62,19 @@ class Settings:
     measure: str = "params"
     stages: tuple[int, ...] = ()
     warm: Annotated[int, Range(0)] = 2
-    low: float = 0.01
-    high: float = 0.05
-    each: Annotated[int, Range(0)] = 0
-    price: Annotated[float, Range(0)] = 1.0
+    drop_below: float = 0.01
+    keep_above: float = 0.05
+    drops_per_epoch: Annotated[int, Range(0)] = 0
+    cost_weight: Annotated[float, Range(0)] = 1.0
     lr: Annotated[float, Range(0)] = 8.0
     clip: Annotated[float, Range(0, above=True)] = 5.0
     augment: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high <= 1:
+        if not 0 <= self.drop_below <= self.keep_above <= 1:
             raise ValueError(
-                f"low and high must be shares of a node, low not above high, got {self.low:g} and {self.high:g}"
+                f"drop_below must be at most keep_above, both from 0 to 1; got drop_below={self.drop_below:g} and "
+                f"keep_above={self.keep_above:g}; lower drop_below"
             )
         check_constraints(self)
         Measure(self.measure)
@@ -131,7 +133,7 @@ def _compute_loss(s: Settings, rules: Rules, state: SearchState, context: Contex
         return Loss(plain, (0.0, 0.0))
     kept, share, many = state.layout.shares(step.replaced.aux, state.alpha.values)
     cost = state.layout.prices()[kept]
-    weight = 1 + s.price * cost / cost.mean().clamp_min(1e-12)
+    weight = 1 + s.cost_weight * cost / cost.mean().clamp_min(1e-12)
     regularizer = state.penalty * (weight * torch.log1p(many * share)).sum()
     return Loss(plain + regularizer, (float(plain.detach()), float(regularizer.detach())))
 
@@ -158,6 +160,6 @@ def _plan(s: Settings, rules: Rules, state: SearchState, context: Context) -> Co
         return None, state
     if measure_size(rules, state, context) <= s.target:
         return None, replace(state, penalty=0.0)
-    each = s.each or -(-len(state.layout.tied.unique()) // (context.epochs - s.warm - 1))
-    left, many = select_lowest(rules, state, context, s.low, s.high, each)
+    each = s.drops_per_epoch or -(-len(state.layout.tied.unique()) // (context.epochs - s.warm - 1))
+    left, many = select_lowest(rules, state, context, s.drop_below, s.keep_above, each)
     return drop_operations(rules, raise_penalty(state, many, few=each, many=2 * each, factor=2), context, left)

@@ -9,10 +9,10 @@ strongest baseline is Kronecker-factored Laplace (Ritter et al., NeurIPS 2018): 
 A task, for weights W with thresholds t and the entries M that earlier tasks own:
 
 1. train on  loss + α Σ exp(−t), with W ∘ [|W| ≥ t or M] in the place of W; the gate preconditions every step;
-2. when the last ``late`` of its epochs begin, widen every hidden axis that is short of free capacity by ``width`` of
-   its initial size: new units read a fraction ``density`` of their inputs, are projected (among these) away from the
-   inputs that earlier tasks fed their layer, and are scaled to the spread of the old outputs on the present data;
-   their outgoing weights are 0 at first; their penalty is ``young`` times as strong;
+2. when the last ``late_phase`` of its epochs begin, widen every hidden axis that is short of free capacity by
+   ``width`` of its initial size: new units read a fraction ``density`` of their inputs, are projected (among these)
+   away from the inputs that earlier tasks fed their layer, and are scaled to the spread of the old outputs on the
+   present data; their outgoing weights are 0 at first; their penalty is ``new_unit_penalty`` times as strong;
 3. at its end set entries below their threshold to 0, own the remaining ones, and reset t to 0.
 
 The default gate ``kronecker`` multiplies a layer's step Δ by  (1 + s A ⊗ (B + d))⁻¹,  with A the second moments of its

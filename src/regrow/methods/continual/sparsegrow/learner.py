@@ -137,7 +137,7 @@ def _has_memory_of_classes(context: Context, settings: Settings) -> bool:
 def _compute_loss(state: SparseGrowState, context: Context, step: Step, settings: Settings) -> Loss:
     """Return the cross-entropy + α Σ exp(−t), with a larger α for new units, plus the loss on replayed examples."""
     batch = step.batch
-    own = context.task_classes if settings.own and _has_memory_of_classes(context, settings) else None
+    own = context.task_classes if settings.asymmetric_loss and _has_memory_of_classes(context, settings) else None
     loss, rows = F.cross_entropy(among(context.logits(batch.inputs), own), batch.labels), {}
     if settings.memory:
         rows = reservoir.draw(state.memory, context, settings.memory, len(batch))
@@ -146,7 +146,7 @@ def _compute_loss(state: SparseGrowState, context: Context, step: Step, settings
     for name in _thresholded_weights(context, settings):
         each = torch.exp(-state.threshold[name].values)
         if each.dim() and (old := state.old.get(name)) is not None:
-            each = each * torch.where(old.values, 1.0, settings.young)
+            each = each * torch.where(old.values, 1.0, settings.new_unit_penalty)
         loss = loss + settings.alpha * each.sum()
     return Loss(loss, bool(rows))
 
@@ -196,11 +196,11 @@ def _describe_thresholds(state: SparseGrowState, context: Context, settings: Set
 def _plan_growth(state: SparseGrowState, context: Context, settings: Settings) -> tuple[Plan | None, SparseGrowState]:
     """Plan to widen the axes that are short of free weights, at the start of the late phase."""
     _reset_high_thresholds(state, context, settings)
-    first = context.epochs - max(1, round(settings.late * context.epochs))
+    first = context.epochs - max(1, round(settings.late_phase * context.epochs))
     if settings.grow == "never" or context.epoch != first:
         return None, state
     free = {axis: _free_share(state, axis, context, settings) for axis in growable_axes(context.axes)}
-    limit = 1.0 if settings.grow == "always" else settings.short
+    limit = 1.0 if settings.grow == "always" else settings.min_free
     short = sorted((axis for axis in free if free[axis] < limit), key=lambda axis: free[axis])
     wanted = growth(context.axes, short, state.base, share=settings.width, multiple=settings.multiple, cap=settings.cap)
     if not wanted:
@@ -220,9 +220,9 @@ def _initialise_new_units(state: SparseGrowState, context: Context, plan: Plan, 
     """Make new units sparse, turn them away from earlier tasks, and give them the spread of the old ones."""
     unread = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))[1]
     sparsify_new_units(context.model, context.axes, plan, settings.density, context.generator(2))
-    gate.weigh_new_units(state, context, settings.loud)
+    gate.weigh_new_units(state, context, settings.group_norm_damping)
     state = _freeze(state, context, settings)
-    if settings.silent:
+    if settings.project_new_units:
         gate.silence_new_units(context, state.gates, {name: one.values for name, one in state.old.items()})
         for entries in unread:
             zeros = torch.zeros_like(entries.of(context.parameters()[entries.name].detach()))
@@ -284,7 +284,7 @@ def _freeze(state: SparseGrowState, context: Context, settings: Settings) -> Spa
     """Decide what is not trained in this task, and through which gates the rest is."""
     if not context.number or settings.gate in ("none", "soft"):
         return replace(state, frozen={}, gates={})
-    relief = settings.relief if _has_memory_of_classes(context, settings) else 1.0
+    relief = settings.strength_factor if _has_memory_of_classes(context, settings) else 1.0
     alone = context.head if relief < 1 else ()
     gates, last, free = {}, dict(state.last), state.free
     if settings.gate == "kronecker":

@@ -13,8 +13,8 @@ class Settings:
     Args:
         grow: When axes are widened: ``always``: once in every task, wherever some capacity is used; ``short``: where
             free capacity runs short; ``never``.
-        late: The fraction of a task's epochs, at its end, that forms the late phase; growth comes at the start of it.
-        short: Under ``grow=short``, an axis grows if less than this fraction of the weights that compute it
+        late_phase: The fraction of a task's epochs, at its end, that forms the late phase; growth comes at its start.
+        min_free: Under ``grow=short``, an axis grows if less than this fraction of the weights that compute it
             (``kronecker``: and read it) is free.
         width: The number of new units of an axis, as a fraction of its initial size.
         multiple: Numbers of new units are multiples of this.
@@ -24,32 +24,33 @@ class Settings:
         threshold: ``dst``: one per unit, trained by the loss; ``adaptcl``: one per layer, trained by the penalty alone;
             ``none``: no weight is masked.
         alpha: α, the strength of the penalty Σ exp(−t), which raises thresholds.
-        young: The factor on the penalty for new units, where they have thresholds of their own (``dst``).
+        new_unit_penalty: The factor on the penalty for new units, where they have thresholds of their own (``dst``).
         gate: How earlier tasks are protected: ``kronecker``: layers move little in directions that earlier tasks used;
             ``hard``: owned entries are frozen; ``block``: so are the free entries of hidden units with owned ones;
             ``soft``: gradients are reduced by importance; ``none``.
         strength: The strength of the gate ``kronecker``.
         damping: Under that gate, the importance of a hidden unit that earlier tasks did not use, as a fraction of the
             mean: trained freely, it could become active on their inputs.
-        loud: Behind a norm that rescales each group of units (GroupNorm), new units are active on earlier inputs; the
-            gate assumes this fraction of the mean second moment for them.
+        group_norm_damping: Behind a norm that rescales each group of units (GroupNorm), new units are active on earlier
+            inputs; the gate assumes this fraction of the mean second moment for them.
         samples: The number of examples of each task on which the gate is estimated.
         every: The gate is applied to the joint change of this many steps, which costs a fraction of its time.
-        silent: Whether, under that gate, new units are projected away from the inputs that earlier tasks fed their
-            layer.
+        project_new_units: Whether, under that gate, new units are projected away from the inputs that earlier tasks fed
+            their layer.
         norms: Running statistics of BatchNorm in later tasks: ``update`` or ``freeze``.
         memory: The number of examples of earlier tasks that are stored and replayed; the paper's abstracts name none.
-        relief: With a memory, in class-incremental learning, the factor on the gate's strength, which then leaves the
-            output layer alone: old classes must give way to new ones, and the memory limits how far. 1: no relief.
-        own: With a memory, in class-incremental learning, whether the loss on the current batch is computed over the
-            classes of its task only (ER-ACE, arXiv 2104.05025).
+        strength_factor: With a memory, in class-incremental learning, the factor on the gate's strength, which then
+            leaves the output layer alone: old classes must give way to new ones, and the memory limits how far. 1: the
+            gate is as strong as without a memory.
+        asymmetric_loss: With a memory, in class-incremental learning, whether the loss on the current batch is computed
+            over the classes of its task only (ER-ACE, arXiv 2104.05025).
         lr: Learning rate of the thresholds.
         seed: Seed of the new units' weights.
     """
 
     grow: Annotated[str, OneOf("short", "always", "never")] = "always"
-    late: Annotated[float, Range(0, 1)] = 0.3
-    short: Annotated[float, Range(0, 1)] = 0.3
+    late_phase: Annotated[float, Range(0, 1)] = 0.3
+    min_free: Annotated[float, Range(0, 1)] = 0.3
     width: Annotated[float, Range(0, 1)] = 0.125
     multiple: Annotated[int, Range(1)] = 8
     cap: Annotated[float, Range(1)] = 1.5
@@ -57,18 +58,18 @@ class Settings:
     fit: bool = True
     threshold: Annotated[str, OneOf("dst", "adaptcl", "none")] = "dst"
     alpha: float = 1e-4
-    young: float = 10.0
+    new_unit_penalty: float = 10.0
     gate: Annotated[str, OneOf("kronecker", "hard", "block", "soft", "none")] = "kronecker"
     strength: Annotated[float, Range(0)] = 15.0
     damping: Annotated[float, Range(0)] = 0.1
-    loud: Annotated[float, Range(0)] = 0.1
+    group_norm_damping: Annotated[float, Range(0)] = 0.1
     samples: Annotated[int, Range(1)] = 2000
     every: Annotated[int, Range(1)] = 4
-    silent: bool = True
+    project_new_units: bool = True
     norms: Annotated[str, OneOf("update", "freeze")] = "update"
     memory: Annotated[int, Range(0)] = 0
-    relief: Annotated[float, Range(0, 1)] = 0.01
-    own: bool = True
+    strength_factor: Annotated[float, Range(0, 1)] = 0.01
+    asymmetric_loss: bool = True
     lr: float = 0.01
     seed: int = 0
 
