@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,14 +14,19 @@ import regrow
 from pretend import counting, pretending
 from regrow.commands import learn, search
 from regrow.commands.search_inputs import read_inputs, read_parts
+from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import ResourceError
+from regrow.evidence import Need
 from regrow.methods import LEARNERS, METHODS, RECOVERIES, SEARCHERS
 from regrow.nets import devices
 from regrow.nets.devices import choose_device
+from regrow.scoring import collect
 from regrow.settings.learn import Settings as LearnSettings
 from regrow.settings.search import Settings as SearchSettings
 from regrow.surgery import UndoStore
+from regrow.training import continual
 from regrow.training.continual import learn as learn_tasks
+from regrow.training.fit import fit
 from regrow.training.state import TrainState, axis_tensors
 
 DRAW = torch.Generator().manual_seed(0)
@@ -99,8 +105,18 @@ def test_recover(device, by):
     assert same(*nets)
 
 
+@contextmanager
+def counted(steps):
+    """Append how often the host waits inside."""
+    with counting() as waits:
+        yield
+    steps.append(sum(waits.values()))
+
+
 @pytest.mark.parametrize("method", LEARNERS)
-def test_learn(device, method):
+def test_learn(device, method, monkeypatch):
+    steps, around = [], {"around": lambda state, context, step: counted(steps)}
+    monkeypatch.setattr(continual, "fit", lambda *args, **more: fit(*args, **more | around))
     nets = [
         regrow.learn(
             Net().to(place),
@@ -114,6 +130,7 @@ def test_learn(device, method):
         for place in ("cpu", device)
     ]
     assert same(*nets)
+    assert max(steps) <= 4
 
 
 @pytest.mark.parametrize("fill", ["zero_out", "split", "pair"])
@@ -124,10 +141,24 @@ def test_grow(device, fill):
     assert same(*nets)
 
 
-def test_verify_and_evaluate(device):
+@pytest.mark.parametrize("need", [Need.ACTIVATIONS, Need.GRADIENTS])
+def test_measuring_waits_once_per_shard(device, need):
+    dense = Net().eval().to(device)
+    axes, sources = regrow.trace(dense, IMAGES[:1].to(device)), to_sources(DATA, ReadOptions(8))
+    with counting() as waits:
+        collect(dense, axes, sources, [need], shards=4)
+    assert sum(waits.values()) == 4, waits
+
+
+def test_verify_apply_and_evaluate(device):
     dense, small, plan = cut(Net().eval().to(device))
-    found = regrow.verify(dense, regrow.trace(dense, IMAGES[:1].to(device)), plan)
-    assert found.ok
+    axes = regrow.trace(dense, IMAGES[:1].to(device))
+    with counting() as waits:
+        assert regrow.verify(dense, axes, plan).ok
+        assert sum(waits.values()) <= 10, waits
+        waits.clear()
+        regrow.apply(copy.deepcopy(dense), axes, plan)
+        assert sum(waits.values()) <= 10, waits
     cpu = regrow.evaluate(copy.deepcopy(small).cpu(), DATA)
     assert regrow.evaluate(small, DATA) == cpu
 

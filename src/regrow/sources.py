@@ -108,6 +108,38 @@ def moved(value: object, device: torch.device) -> Any:
     return value
 
 
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors on the CPU; those of one device are copied together, so that the host waits for it once.
+
+    Args:
+        tensors: The tensors, on any devices; those on the CPU are returned as they are.
+
+    >>> [one.tolist() for one in to_host([torch.ones(2), torch.tensor(3)])]
+    [[1.0, 1.0], 3]
+    """
+    result = list(tensors)
+    there = [i for i, one in enumerate(result) if one.device.type != "cpu" and one.numel()]
+    there.sort(key=lambda i: -result[i].itemsize)  # so that each begins at a multiple of its own size
+    chunks: list[list[int]] = []
+    size = _CHUNK
+    for i in there:
+        if size + result[i].nbytes > _CHUNK or result[i].device != result[chunks[-1][0]].device:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(i)
+        size += result[i].nbytes
+    for chunk in chunks:
+        parts = [result[i].contiguous().reshape(-1).view(torch.uint8) for i in chunk]
+        joined = torch.cat(parts).cpu()
+        for i, part in zip(chunk, joined.split([len(one) for one in parts]), strict=True):
+            result[i] = part.view(result[i].dtype).view(result[i].shape).clone()
+    return [one.cpu() for one in result]
+
+
+_CHUNK = 2**28
+"""The most bytes that are copied to the CPU together, since they are in the device's memory twice."""
+
+
 def move_tensors(record: R, device: torch.device) -> R:
     """Return a frozen record with the tensors of its fields, also those in tuples and records, on a device.
 

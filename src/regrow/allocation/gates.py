@@ -215,9 +215,9 @@ class Gates:
         """Return the operations that stay because all others of a needed set are below their thresholds."""
         result = torch.zeros_like(margin, dtype=torch.bool)
         for one in self.needed:
-            best = margin[one].argmax()
-            if margin[one[best]] < 0:
-                result[one[best]] = True
+            best = one.index_select(0, margin.index_select(0, one).argmax().view(1))
+            below = margin.index_select(0, best) < 0  # the host waits for none of these
+            result.index_put_((best,), result.index_select(0, best) | below)
         return result
 
     def _fewest(self, margin: Tensor) -> Tensor:
@@ -225,8 +225,7 @@ class Gates:
         result = torch.zeros_like(margin, dtype=torch.bool)
         for base, size, least in self.spans:
             own = margin[base : base + size]
-            if int((own >= 0).sum()) < least:
-                result[base + own.topk(min(least, size)).indices] = True
+            result.index_put_((base + own.topk(min(least, size)).indices,), (own >= 0).sum() < least)
         return result
 
 

@@ -19,7 +19,7 @@ from regrow.scores import Moments, Statistics
 from regrow.scoring.gradients import add_gradients
 from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import readers, scorable, tensors
-from regrow.sources import Batch, Source
+from regrow.sources import Batch, Source, to_host
 
 Key = tuple[str, int]
 
@@ -78,7 +78,7 @@ def collect(
                         finished += 1
                         if progress:
                             progress(source.name, finished, total)
-                    _settle(statistics)
+                    walk.settle(statistics)
                     if on_done:
                         on_done(source.name, shard, statistics)
                 else:
@@ -104,10 +104,10 @@ class _Walk:
             self.differentiated = list(dict.fromkeys(name for a in units for name, _, _ in tensors(axes, a, own)))
         self.device = next((p.device for p in parameters.values() if p.device.type != "meta"), torch.device("cpu"))
         self.first = not self.differentiated
+        self.losses: list[Tensor] = []
 
     def step(self, batch: Batch, statistics: Statistics) -> None:
         """Run one batch and add its sums to ``statistics``."""
-        batch = batch.to(self.device)
         if self.first:
             self.first, self.run = False, self._trunk(batch)
         watch = self._watch(batch, self.run, statistics)
@@ -117,23 +117,42 @@ class _Walk:
             if len(whole.sums) > len(watch.sums):
                 self.run, watch = self.model, whole
         for name, moments in watch.sums.items():
+            known = statistics.moments.get(name)
+            statistics.moments[name] = moments if known is None else known + moments
+        statistics.tokens += _positions(batch)
+
+    def settle(self, statistics: Statistics) -> None:
+        """Move the sums of a finished shard to the CPU, in one transfer, and check that they are finite."""
+        losses, fields = self.losses, ("total", "square", "mean_total", "mean_square")
+        sums = [getattr(moments, name) for moments in statistics.moments.values() for name in fields]
+        moved = iter(to_host([*sums, *statistics.gradients.values(), *losses]))
+        for name, moments in statistics.moments.items():
+            total, square, mean_total, mean_square = (next(moved) for _ in fields)
+            statistics.moments[name] = Moments(moments.count, total, square, moments.sequences, mean_total, mean_square)
+        for name in statistics.gradients:
+            statistics.gradients[name] = next(moved)
+        self.losses = []
+        if damaged := [loss for loss in moved if not torch.isfinite(loss)]:
+            raise ValueError(
+                f"the loss is {damaged[0].item()}: the weights or inputs hold NaN or infinity, or nothing is labelled"
+            )
+        for name, moments in statistics.moments.items():
             if not bool(torch.isfinite(moments.square).all()):
                 raise ValueError(
                     f"the input of {name!r} holds NaN or infinity on source {statistics.source!r}; the weights before "
                     "it are damaged, or overflow in this dtype (try float32 or bfloat16)"
                 )
-            known = statistics.moments.get(name)
-            statistics.moments[name] = moments if known is None else known + moments
-        statistics.tokens += _positions(batch)
 
     def _watch(self, batch: Batch, run: nn.Module, statistics: Statistics) -> InputSums:
-        mask = batch.kwargs.get("attention_mask")
+        mask, here = batch.kwargs.get("attention_mask"), batch.to(self.device)
         with InputSums(self.watched, _leading(batch), mask if isinstance(mask, Tensor) else None) as watch:
             if self.differentiated:
-                add_gradients(self.model, batch, self.differentiated, statistics.gradients, self.objective)
+                sums, count = statistics.gradients, batch.size
+                loss = add_gradients(self.model, here, self.differentiated, sums, self.objective, count=count)
+                self.losses.append(loss)
             else:
                 with torch.no_grad():
-                    run(*batch.args, **batch.kwargs)
+                    run(*here.args, **here.kwargs)
         return watch
 
     def _trunk(self, batch: Batch) -> nn.Module:
@@ -183,15 +202,6 @@ def _check_sources(sources: Sequence[Source], shards: int) -> None:
                 f"source {source.name!r} has {len(source)} batches and cannot be split into {shards}; give it more "
                 "text or smaller batches"
             )
-
-
-def _settle(statistics: Statistics) -> None:
-    """Move the sums of a finished shard to the CPU (not after each batch: that would stall a GPU)."""
-    for name, m in statistics.moments.items():
-        sums = (m.total.cpu(), m.square.cpu(), m.sequences, m.mean_total.cpu(), m.mean_square.cpu())
-        statistics.moments[name] = Moments(m.count, *sums)
-    for name, gradient in statistics.gradients.items():
-        statistics.gradients[name] = gradient.cpu()
 
 
 def _inputs(batch: Batch) -> Iterator[Tensor]:

@@ -59,8 +59,14 @@ def taylor(
 
 
 def add_gradients(
-    model: nn.Module, batch: Batch, names: Sequence[str], sums: dict[str, Tensor], objective: Objective = CLASSIFICATION
-) -> None:
+    model: nn.Module,
+    batch: Batch,
+    names: Sequence[str],
+    sums: dict[str, Tensor],
+    objective: Objective = CLASSIFICATION,
+    *,
+    count: int | None = None,
+) -> Tensor:
     """Run the network on a batch and add the gradient of its *summed* loss to ``sums`` (float32).
 
     Summed, so that batches of different sizes can be merged. The backward pass itself runs on the mean, which half
@@ -72,20 +78,21 @@ def add_gradients(
         names: The parameters whose gradients are wanted.
         sums: Parameter name → sum so far; changed in place.
         objective: What the network is trained for.
+        count: The number of labelled positions; ``None``: it is counted, for which the host waits for the device.
+
+    Returns:
+        The mean loss, ``[]``, which may not be finite.
 
     Raises:
-        ValueError: If the batch has no labels and the network returns no loss, or the loss is not finite.
+        ValueError: If the batch has no labels and the network returns no loss.
     """
     parameters = dict(model.named_parameters())
     loss = objective.compute_loss(model(*batch.args, **batch.kwargs), batch)
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"the loss is {loss.item()}: the weights or inputs hold NaN or infinity, or nothing is labelled"
-        )
-    count = batch.size
+    count = batch.size if count is None else count
     gradients = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is None:
             gradient = torch.zeros_like(parameters[name])
         scaled = gradient.float() * count
         sums[name] = sums[name].add_(scaled) if name in sums else scaled
+    return loss.detach()

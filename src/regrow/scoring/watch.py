@@ -175,7 +175,7 @@ class InputSums(TorchFunctionMode):
         share = n if value.shape[:-1].numel() % n == 0 else 1
         rows = value.reshape(share, -1, value.shape[-1])
         masked = self.mask is not None and rows.shape[:2] == self.mask.shape
-        return rows, 2, self.mask.to(rows.device) if masked and self.mask is not None else None
+        return rows, 2, self.mask if masked else None
 
 
 def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
@@ -183,17 +183,19 @@ def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
     positions = 3 - channels
     home = torch.device("cpu") if rows.device.type == "mps" else rows.device
     step = max(1, CHUNK // max(1, rows[0].numel())) if rows.device.type == "cpu" and len(rows) else max(1, len(rows))
+    hidden = None if mask is None else ~mask.to(rows.device)
     totals, square = [], torch.zeros(rows.shape[channels], dtype=torch.float64, device=home)
     for index, part in enumerate(rows.split(step)):
         part = part if part.dtype == torch.float64 else part.float()
-        if mask is not None:
-            part = part.masked_fill(~mask[index * step : index * step + len(part), :, None], 0)
+        if hidden is not None:
+            part = part.masked_fill(hidden[index * step : index * step + len(part), :, None], 0)
         totals.append(part.sum(positions).to(home, torch.float64))
         square += (part * part).sum((0, positions)).to(home, torch.float64)
     total = torch.cat(totals)
     if mask is None:
         means, count, sequences = total / max(1, rows.shape[positions]), len(rows) * rows.shape[positions], len(rows)
     else:
-        lengths = mask.sum(1).to(home, torch.float64)
-        means, count, sequences = total / lengths.clamp_min(1)[:, None], int(lengths.sum()), int((lengths > 0).sum())
+        lengths = mask.sum(1)  # where the mask is on the CPU, the host waits for no device
+        means = total / lengths.to(home, torch.float64).clamp_min(1)[:, None]
+        count, sequences = int(lengths.sum()), int((lengths > 0).sum())
     return Moments(count, total.sum(0), square, sequences, means.sum(0), means.square().sum(0))

@@ -48,15 +48,12 @@ def offsets(
                 "leave them out"
             )
         weight = model.get_parameter(name).detach()
-        positions = torch.tensor(sorted(means), device=weight.device)
+        dropped = sorted(means)
         lay = lays.get(name, {}).get(dim)
-        if (
-            lay is None
-            or bool(torch.isin(positions.cpu(), lay.kept).any())
-            or int(positions.max()) >= weight.shape[dim]
-        ):
+        if lay is None or bool(torch.isin(torch.tensor(dropped), lay.kept).any()) or dropped[-1] >= weight.shape[dim]:
             raise PlanError(f"the plan gives means for inputs of {name} that it does not drop")
-        constants = torch.tensor([means[int(i)] for i in positions], dtype=torch.float64, device=weight.device)
+        positions = torch.tensor(dropped, device=weight.device)
+        constants = torch.tensor([means[i] for i in dropped], dtype=torch.float64, device=weight.device)
         columns = weight.index_select(dim, positions).double().movedim(dim, 0)
         lost = torch.einsum("i...,i->...", columns, constants)
         lost = lost.reshape(lost.shape[0], -1).sum(1)  # a convolution without padding: every tap sees the mean

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -106,16 +107,31 @@ def max_difference(ours: Answers, theirs: Answers) -> float:
         ours: The outputs of one network.
         theirs: The outputs of the other.
     """
+    return float(measure_difference(ours, theirs))
+
+
+def measure_difference(ours: Answers, theirs: Answers) -> Tensor:
+    """Return what :func:`max_difference` does as a tensor, so that the host does not wait for it, ``[]`` float64.
+
+    Args:
+        ours: The outputs of one network.
+        theirs: The outputs of the other.
+    """
     if len(ours) != len(theirs):
-        return inf
-    return max((_gap(x.double(), y.double()) for x, y in common_outputs(ours, theirs)), default=0.0)
+        return torch.tensor(inf, dtype=torch.float64)
+    return _largest([_gap(x.double(), y.double()) for x, y in common_outputs(ours, theirs)])
 
 
-def _gap(x: Tensor, y: Tensor) -> float:
+def _gap(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape:
-        return inf
+        return torch.tensor(inf, dtype=torch.float64)
     difference = (x - y).abs().masked_fill(x == y, 0.0)  # infinities are equal too
-    return float(difference.masked_fill(difference.isnan(), inf).max())
+    return difference.masked_fill(difference.isnan(), inf).max()
+
+
+def _largest(numbers: list[Tensor]) -> Tensor:
+    place = next((one.device for one in numbers if one.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([one.to(place) for one in numbers]).max() if numbers else torch.zeros((), dtype=torch.float64)
 
 
 def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
@@ -135,8 +151,26 @@ def max_magnitude(answers: Answers) -> float:
     Args:
         answers: The outputs.
     """
-    finite = [x[x.isfinite()].abs() for x in answers if x is not None]
-    return max((float(x.max()) for x in finite if x.numel()), default=0.0)
+    return float(measure_magnitude(answers))
+
+
+def measure_magnitude(answers: Answers) -> Tensor:
+    """Return what :func:`max_magnitude` does as a tensor, so that the host does not wait for it, ``[]`` float64.
+
+    Args:
+        answers: The outputs.
+    """
+    sizes = (x.abs() for x in answers if x is not None and x.numel())
+    return _largest([x.masked_fill(~x.isfinite(), 0).max().double() for x in sizes])
+
+
+def all_true(verdicts: list[Tensor]) -> bool:
+    """Whether all of several verdicts are true; the host waits for the device once.
+
+    Args:
+        verdicts: The verdicts, ``[]`` bool, on any devices.
+    """
+    return not verdicts or bool(_largest([(~one).double() for one in verdicts]) == 0)
 
 
 class CutTensors:

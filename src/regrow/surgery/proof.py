@@ -17,7 +17,15 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import Role, axes_in
 from regrow.plan import PlanError
 from regrow.surgery.compensate import bias_of
-from regrow.surgery.output_comparison import CutTensors, max_difference, max_magnitude, run_both
+from regrow.surgery.output_comparison import (
+    CutTensors,
+    all_true,
+    max_difference,
+    max_magnitude,
+    measure_difference,
+    measure_magnitude,
+    run_both,
+)
 from regrow.surgery.proposed_change import ROUNDING, ProposedChange, computed_tensors, restored_means
 from regrow.surgery.runner import Answers, Load, Masking, Runner, loader, masking, preserve_generators, reseed
 from regrow.surgery.widen import resize
@@ -184,7 +192,7 @@ class _Pair:
         with self.cut.of(block.states):
             self._check_rounding(self.cut.values)
             ours, theirs = (self._run(i, block, {step: pair[i] for step, pair in seams.items()}) for i in (0, 1))
-        return all(self._alike(step, ours[step], theirs[step]) for step in ours)
+        return all_true([self._alike(step, ours[step], theirs[step]) for step in ours])
 
     def _seam(self, step: int, generator: torch.Generator, crop: int | None) -> tuple[Tensor, Tensor]:
         """Return random numbers for a value between two blocks, and the same after the plan."""
@@ -218,7 +226,8 @@ class _Pair:
             return dict(enumerate(runner.answers, len(nodes)))
         return dict(zip(block.outputs, results, strict=True))
 
-    def _alike(self, step: int, ours: Any, theirs: Any) -> bool:
+    def _alike(self, step: int, ours: Any, theirs: Any) -> Tensor:
+        """Return whether a result is the same in both networks, ``[]`` bool."""
         steps = self.change.axes.steps
         dims = steps[step].shapes[0] if step < len(steps) else ()
         if not isinstance(ours, Tensor) or dims is None:
@@ -228,25 +237,29 @@ class _Pair:
             ours = ours.index_select(dim, lay.source[stays].to(ours.device))
             theirs = theirs.index_select(dim, stays.to(theirs.device))
         if not ours.is_floating_point():
-            return torch.equal(ours, theirs)
-        return bool(ours.isfinite().all()) and max_difference([ours], [theirs]) <= self.change.bound * max_magnitude(
-            [ours]
-        )
+            same = ours.shape == theirs.shape
+            return (ours == theirs).all() if same else torch.tensor(False)
+        largest = self.change.bound * measure_magnitude([ours])
+        return ours.isfinite().all() & (measure_difference([ours], [theirs]).to(largest.device) <= largest)
 
     def _check_rounding(self, values: Mapping[str, Tensor]) -> None:
         """Raise ``PlanError`` if tensors to be written differ from the checked float64 ones by more than rounding."""
         change = self.change
         # The undo store computes these from values stored before earlier cuts, which were rounded only once.
         anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means if change.undo else ())}
+        verdicts = {}
         for name, exact in values.items() if not change.recalls else ():
             done = change.ready.done.values[name]
             if name not in self.rounded or (change.undo is not None and name in anew):
                 continue
-            if not max_difference([exact], [done]) <= ROUNDING * torch.finfo(done.dtype).eps * max_magnitude([exact]):
-                raise PlanError(
-                    f"the plan cannot be carried out: {name} would be cut otherwise than in float64; "
-                    "a fault of regrow, please report it"
-                )
+            bound = ROUNDING * torch.finfo(done.dtype).eps * measure_magnitude([exact])
+            verdicts[name] = measure_difference([exact], [done]).to(bound.device) <= bound
+        if not all_true([*verdicts.values()]):
+            name = next(name for name, same in verdicts.items() if not same)
+            raise PlanError(
+                f"the plan cannot be carried out: {name} would be cut otherwise than in float64; "
+                "a fault of regrow, please report it"
+            )
 
 
 def _past_parameters(

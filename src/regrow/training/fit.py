@@ -224,7 +224,7 @@ def _apply_plans(
     """Apply the learner's plans between two epochs.
 
     Returns:
-        Besides: name of a parameter → which of its entries the last plan has added; nothing if it did not grow.
+        Besides: name of a parameter → the positions of what the last plan has added; nothing if it did not grow.
     """
     new: dict[str, Tensor] = {}
     while True:
@@ -307,7 +307,7 @@ def _fit_epoch(latest: _Latest[S], new: dict[str, Tensor]) -> None:
 
     Args:
         latest: The state, which changes with every step.
-        new: Name of a parameter → which of its entries are new, for the first step.
+        new: Name of a parameter → the positions of its new entries, for the first step.
     """
     run, context, optimizers, state = latest.run, latest.context, latest.optimizers, latest.state
     learner, schedule, phase = run.learner, run.schedule, run.phases[state.number]

@@ -9,6 +9,7 @@ from torch import Tensor
 from regrow.axes import AxisGraph
 from regrow.axis_tensor import AxisTensor
 from regrow.plan import Plan
+from regrow.sources import to_host
 from regrow.surgery.parametrize import resize_axis_tensor
 from regrow.training.learner import Context, tensor_along
 from regrow.training.state import GrowthEvent
@@ -28,14 +29,15 @@ def mark_entries(context: Context) -> dict[str, AxisTensor]:
 
 
 def new_entries(marked: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Return which entries of every parameter a plan has added, by name, in the new shapes.
+    """Return the positions in every flattened parameter that a plan has added, by name, ``[entries]`` int64.
 
     Args:
         marked: The result of :func:`mark_entries` before the plan.
         axes: The axes before the plan.
         plan: The plan.
     """
-    return {name: ~resize_axis_tensor(one, axes, plan).values for name, one in marked.items()}
+    kept = {name: resize_axis_tensor(one, axes, plan).values for name, one in marked.items()}
+    return {name: (~one).flatten().nonzero().flatten() for name, one in kept.items()}
 
 
 def gradient_shares(context: Context, new: Mapping[str, Tensor]) -> dict[str, float]:
@@ -43,16 +45,18 @@ def gradient_shares(context: Context, new: Mapping[str, Tensor]) -> dict[str, fl
 
     Args:
         context: The network, with gradients.
-        new: Parameter name → which of its entries are new.
+        new: Parameter name → the positions of its new entries, in the flattened parameter.
     """
     parameters = context.parameters()
     squares = {name: p.grad.double().square() for name, p in parameters.items() if p.grad is not None}
-    whole = sum(float(square.sum()) for square in squares.values())
-    added = sum(float(square[new[name]].sum()) for name, square in squares.items())
-    many = sum(int(one.count_nonzero()) for one in new.values())
+    sums = [square.sum() for square in squares.values()]
+    sums += [square.flatten().index_select(0, new[name]).sum() for name, square in squares.items()]
+    numbers = [float(one) for one in to_host(sums)]
+    whole, added = sum(numbers[: len(squares)]), sum(numbers[len(squares) :])
+    many = sum(map(len, new.values()))
     return {
         "newborn_gradient": added / whole if whole else 0.0,
-        "newborn_entries": many / sum(one.numel() for one in new.values()),
+        "newborn_entries": many / sum(parameters[name].numel() for name in new),
     }
 
 
