@@ -36,10 +36,15 @@ GOOD = {
     "compare": "run run",
     "report": "run",
     "settings": "run",
+    "history": "run",
+    "undo": "run",
     "methods": "",
 }
 """Command → words that it accepts, but for ``--out``."""
-MODELS = ("show", "prune", "grow", "apply", "evaluate", "chat", "export", "recover", "compare", "report", "settings")
+MODELS = (
+    *("show", "prune", "grow", "apply", "evaluate", "chat", "export", "recover"),
+    *("compare", "report", "settings", "history", "undo"),
+)
 METHODS = {"prune": "--method", "learn": "--method", "search": "--method", "recover": "--by", "methods": ""}
 FOLDERS = ("prune", "grow", "recover", "learn", "search", "apply", "export")
 FILES = {"show": "--json", "evaluate": "--json", "settings": "--out", "report": "--out", "compare": "--out"}

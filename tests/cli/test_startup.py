@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from regrow.methods import TABLES
 from regrow.model_names import PACKAGED, torchvision_names
 from regrow.nets import packaged
 from regrow.nets.vision import known_names
@@ -21,6 +23,7 @@ REFUSED = {
     f"{PRUNE} --oot new": "No such option '--oot'",
     f"{PRUNE}": "--out names the folder",
     f"{PRUNE} --method flop --out new": "did you mean 'flap'?",
+    f"{PRUNE} --set no_such=1 --out new": "flap has no setting 'no_such'; it has",
     f"{PRUNE} --recover refitt --out new": "did you mean 'refit'?",
     f"{PRUNE} --source mine=nowhere --out new": "nowhere does not exist",
     f"{PRUNE} --source nws --out new": "did you mean 'news'?",
@@ -41,6 +44,7 @@ REFUSED = {
     "learn split:none/:5 --out new": "no data 'none/'",
     "learn digits --method sparse --out new": "did you mean 'sparsegrow'?",
     "search cells:4-2-1 --data digits --target half --out new": "a target is written like",
+    "search cells:4-2-1 --data digits --target 0.2 --set no_such=1 --out new": "mgas has no setting 'no_such'; it has",
     "search cells:4-2-1 --data none --target 0.2 --out new": "no data 'none'",
     "apply plan.json none --out new": "no model 'none'",
     "export run --to onx --out new": "there is no format 'onx'",
@@ -86,6 +90,9 @@ def test_what_is_wrong_with_the_words_is_refused_without_torch(answers, line):
 
 
 def test_names_known_without_torch_are_those_of_the_library():
+    for table in TABLES.values():
+        for name, entry in table.items():
+            assert table.settings_of(name) in (None, tuple(field.name for field in fields(entry.settings)))
     assert set(torchvision_names()) == set(known_names())
     assert tuple(packaged.PACKAGED) == PACKAGED
     from regrow.data import KINDS

@@ -35,6 +35,8 @@ METHODS = {
     ("search", "method"): "search",
 }
 """Command and setting → the kind of method that it names."""
+GIVEN = {"method": "method", "by": "recovery"}
+"""Setting that names a method → the first word of the setting that holds the settings of the method."""
 FILES = {"show": ("json_file",), "evaluate": ("json_file",), "prune": ("dry_run",), "grow": ("plan",)}
 """Command → the options that name a JSON file to write."""
 _DEVICE = re.compile(r"auto|(?:cpu|cuda|mps|xpu)(?::\d{1,3})?")
@@ -55,7 +57,7 @@ def check_words(command: str, settings: "DataclassInstance | None", options: Map
     values = {**options, **own}
     for name, value in values.items():
         if (command, name) in METHODS and value:
-            check_method(METHODS[command, name], str(value))
+            check_method(METHODS[command, name], str(value), own.get(f"{GIVEN.get(name, '')}_settings"))
     if isinstance(settings, grow.Settings):
         settings.check_growth()
         settings.check_training()
@@ -85,16 +87,19 @@ def check_words(command: str, settings: "DataclassInstance | None", options: Map
         check_folder(Path(str(out)))
 
 
-def check_method(kind: str, name: str) -> None:
-    """Raise ValueError unless there is a method of this name.
+def check_method(kind: str, name: str, settings: object = None) -> None:
+    """Raise ValueError unless there is a method of this name, with settings of these names.
 
     Args:
         kind: The kind of method: ``pruning``, ``continual``, ``search`` or ``recovery``; empty: any.
         name: Its name.
+        settings: A mapping with the names of its settings that are given, or ``None``.
     """
-    from regrow.methods import MethodKind, check_name
+    from regrow.methods import MethodKind, check_name, check_setting_names
 
     check_name(MethodKind(kind) if kind else None, name)
+    if kind and isinstance(settings, Mapping):
+        check_setting_names(MethodKind(kind), name, list(map(str, settings)))
 
 
 def check_models(names: Iterable[str]) -> None:

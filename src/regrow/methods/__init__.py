@@ -5,12 +5,14 @@ that builds it from them, and the paper to cite. Packages add methods by entry p
 ``docs/add-a-method.md`` shows how.
 """
 
+import ast
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import StrEnum
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from regrow.references import names_code
@@ -112,6 +114,20 @@ class MethodTable(Mapping[str, MethodEntry]):
         about, former = module.__doc__ or "", SETTINGS.get(name, {})
         return MethodEntry(self._kind, module.Settings, module.build, module.CITATION, about, former)
 
+    def settings_of(self, name: str) -> tuple[str, ...] | None:
+        """Return the names of a method's settings, read from its source without importing it; ``None`` if not found.
+
+        Args:
+            name: The method's name.
+        """
+        place = Path(__file__).parent.joinpath(*self._modules[name].split("."))
+        for file in (place.with_suffix(".py"), place / "settings.py"):
+            for node in ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else ():
+                if isinstance(node, ast.ClassDef) and node.name == "Settings" and not node.bases:
+                    fields = (one.target for one in node.body if isinstance(one, ast.AnnAssign))
+                    return tuple(one.id for one in fields if isinstance(one, ast.Name))
+        return None
+
     def __contains__(self, name: object) -> bool:
         return name in self._modules
 
@@ -122,7 +138,7 @@ class MethodTable(Mapping[str, MethodEntry]):
         return len(self._modules)
 
 
-METHODS: Mapping[str, MethodEntry] = MethodTable(
+METHODS = MethodTable(
     MethodKind.PRUNING,
     {
         "random": "pruning.random",
@@ -135,7 +151,7 @@ METHODS: Mapping[str, MethodEntry] = MethodTable(
 )
 """The pruning methods, by name."""
 
-LEARNERS: Mapping[str, MethodEntry] = MethodTable(
+LEARNERS = MethodTable(
     MethodKind.CONTINUAL,
     {
         "naive": "continual.naive",
@@ -150,19 +166,19 @@ LEARNERS: Mapping[str, MethodEntry] = MethodTable(
 )
 """The continual-learning methods, by name."""
 
-SEARCHERS: Mapping[str, MethodEntry] = MethodTable(
+SEARCHERS = MethodTable(
     MethodKind.SEARCH,
     {"mgas": "search.mgas", "blind": "search.baselines", "darts": "search.darts", "gold_nas": "search.gold_nas"},
 )
 """The architecture-search methods, by name."""
 
-RECOVERIES: Mapping[str, MethodEntry] = MethodTable(
+RECOVERIES = MethodTable(
     MethodKind.RECOVERY,
     {"bias": "recovery.bias", "refit": "recovery.refit", "lora": "recovery.lora", "distil": "recovery.distil"},
 )
 """The methods that recover accuracy which pruning lost, by name."""
 
-TABLES: Mapping[MethodKind, Mapping[str, MethodEntry]] = {
+TABLES: Mapping[MethodKind, MethodTable] = {
     MethodKind.PRUNING: METHODS,
     MethodKind.CONTINUAL: LEARNERS,
     MethodKind.SEARCH: SEARCHERS,
@@ -212,6 +228,24 @@ def check_name(kind: MethodKind | None, name: str) -> None:
     hint = f"did you mean {near[0]!r}? the" if near else "the"
     what, all_of = ("recovery", "recoveries") if kind == MethodKind.RECOVERY else ("method", "methods")
     raise ValueError(f"there is no {what} {name!r}; {hint} {all_of} are {', '.join(known)}")
+
+
+def check_setting_names(kind: MethodKind, name: str, settings: Collection[str]) -> None:
+    """Raise ValueError if a method of this package certainly has no such setting; imports no method.
+
+    Args:
+        kind: The kind of the method.
+        name: Its name.
+        settings: The names of the settings that are given.
+
+    Raises:
+        ValueError: If there is no such setting; lists those that there are.
+    """
+    table = TABLES[kind]
+    known = table.settings_of(name) if name in table else None
+    for key in settings:
+        if known is not None and key not in known and key not in SETTINGS.get(name, {}):
+            raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
 
 
 def _tables(kind: MethodKind | None) -> list[Mapping[str, MethodEntry]]:
