@@ -51,6 +51,8 @@ COMMANDS: dict[str, str] = {
     "export onnx": "export {model} --to onnx --out out.onnx",
     "export gguf": "export {model} --to gguf --out out.gguf",
     "export torchvision": "export {model} --to torchvision --out out",
+    "history": "history {folder}",
+    "undo": "undo {folder} --out out",
     "report": "report {folder}",
     "compare": "compare {folder} {folder}",
     "regrow.load": "",

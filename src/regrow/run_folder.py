@@ -223,7 +223,7 @@ class RunFolder:
     @property
     def own_ledger(self) -> Ledger:
         """The plans of this run alone, behind those of the runs that it started from."""
-        return Ledger(self.path / "ledger.json", int(self.run().get("parent", {}).get("plans", 0)))
+        return Ledger(self.path / "ledger.json", int((self.run().get("parent") or {}).get("plans", 0)))
 
     def write_undo_store(self, undo: UndoStore) -> None:
         """Write ``attic.safetensors``: the units that cuts removed, so that a later run can restore them.

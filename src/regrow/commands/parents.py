@@ -105,7 +105,7 @@ def describe_stage(folder: RunFolder) -> dict[str, Any]:
     run = folder.run()
     plans = folder.own_ledger.plans()
     sizes = [row for row in folder.metrics() if row["what"] == "size"]
-    before = run.get("parent", {}).get("parameters") or (sizes[0].get("params_all", 0) if sizes else 0)
+    before = (run.get("parent") or {}).get("parameters") or (sizes[0].get("params_all", 0) if sizes else 0)
     return {
         "name": (folder.out or folder.path).resolve().name,
         "verb": run.get("verb", ""),

@@ -57,7 +57,7 @@ def undo(run: Path, out: Path | None = None) -> Path:
     """
     folder = RunFolder.open(run)
     before = run / BEFORE
-    if not (before / store.SHAPES).is_file():
+    if before.is_symlink() or not (before / store.SHAPES).is_file():
         why = (
             "it was started with --no-undo, or by an earlier version"
             if "parent" in folder.run()

@@ -32,6 +32,8 @@ class StageJson(msgspec.Struct, frozen=True):
     name: str
     verb: str = ""
     command: str = ""
+    changed: str = ""
+    before: Count = 0
     parameters: Count = 0
     plans: Count = 0
 
