@@ -1,7 +1,8 @@
 """Every command on the result of every other: all ordered pairs of prune, grow, recover, learn and search.
 
     python benchmarks/compositions.py --work FOLDER                      # all networks, at the smallest sizes that run
-    python benchmarks/compositions.py --work FOLDER --networks own       # some; their rows are replaced
+    python benchmarks/compositions.py --work FOLDER --networks own       # some
+    python benchmarks/compositions.py --work FOLDER --missing            # only pairs that have no row yet
     python benchmarks/compositions.py --show
 
 A pair runs the first command on the network and the second on its run folder, from the command line; a recovery that
@@ -32,20 +33,24 @@ COMMANDS = ("prune", "grow", "recover", "learn", "search")
 _IMAGES = {
     "prune": "--method magnitude --keep 0.9 --source digits --tokens 128 --eval-tokens 64",
     "grow": "--channels +1",
-    "recover": "--by refit --tokens 128",
+    "recover": "--by distil --tokens 128",
     "learn": "--method naive --epochs 1 --train 64 --test 32",
     "search": "--data digits --target 0.9 --epochs 3 --retrain 0 --train 48 --test 16",
 }
+_FILTERS = (
+    """--data digits --target 0.9 --method blind --set what=["filters"] --epochs 0 --retrain 0 --train 48 --test 16"""
+)
+_LARGE = _IMAGES | {"search": _FILTERS}
 _TEXT = {
     "prune": "--method magnitude --keep 0.95 --source news --tokens 256 --eval-tokens 128 --seq-len 64 --no-verify",
     "grow": "--mlp +1% --no-verify",
-    "recover": "--by refit --tokens 256",
+    "recover": "--by lora --tokens 256",
     "learn": "--method naive --epochs 1 --train 4 --test 2 --seq-len 32 --batch-size 2",
     "search": "--data digits --target 0.9 --epochs 3 --retrain 0 --train 48 --test 16",
 }
 NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "own": {"model": "compositions:network", "code": True, "options": _IMAGES, "task": "digits"},
-    "resnet18": {"model": "resnet18", "input": "1x3x32x32", "options": _IMAGES, "task": "digits"},
+    "resnet18": {"model": "resnet18", "input": "1x3x32x32", "options": _LARGE, "task": "digits"},
     "smollm2-135m": {"model": "smollm2-135m", "options": _TEXT, "task": "news"},
 }
 
@@ -95,14 +100,17 @@ def run_command(words: list[str]) -> tuple[str, str, float]:
     return "refused" if code in (boundary.USAGE, boundary.REFUSED) else "failed", last, seconds
 
 
-def run_pairs(name: str, work: Path) -> Iterator[dict[str, Any]]:
+def run_pairs(name: str, work: Path, done: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """Run all pairs on a network, and yield a row for each.
 
     Args:
         name: The key in ``NETWORKS``.
         work: A new folder.
+        done: Pairs that are left out.
     """
     case, firsts = NETWORKS[name], {}
+    if len(done) == len(COMMANDS) ** 2:
+        return
     work.mkdir(parents=True)
     os.chdir(work)
     for command in COMMANDS:
@@ -112,12 +120,14 @@ def run_pairs(name: str, work: Path) -> Iterator[dict[str, Any]]:
     for first in COMMANDS:
         outcome, reason, seconds = firsts[first]
         for second in COMMANDS:
+            if (first, second) in done:
+                continue
             row = {"network": name, "first": first, "second": second, "outcome": outcome, "refused": first}
             row |= {"reason": reason, "seconds": seconds}
             if outcome == "ran":
                 words = command_words(case, second, first, f"{first}-{second}")
-                done, line, spent = run_command(words)
-                row |= {"outcome": done, "reason": line, "seconds": spent, "refused": second}
+                result, line, spent = run_command(words)
+                row |= {"outcome": result, "reason": line, "seconds": spent, "refused": second}
             if row["outcome"] == "ran":
                 del row["refused"], row["reason"]
             yield row | {"date": datetime.now(UTC).date().isoformat()}
@@ -131,11 +141,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     """
     lines = [f"| network | first | {' | '.join(COMMANDS)} |", "|---" * (2 + len(COMMANDS)) + "|"]
     reasons: dict[str, int] = {}
+    known = {(row["network"], row["first"], row["second"]): row for row in rows}
     for name in dict.fromkeys(row["network"] for row in rows):
         for first in COMMANDS:
             cells = []
             for second in COMMANDS:
-                row = next(r for r in rows if (r["network"], r["first"], r["second"]) == (name, first, second))
+                row = known.get((name, first, second))
+                if row is None:
+                    cells.append("not run")
+                    continue
                 if row["outcome"] == "ran":
                     cells.append(f"{row['seconds']:.0f} s")
                     continue
@@ -156,17 +170,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--networks", nargs="*", default=[*NETWORKS], choices=[*NETWORKS])
+    parser.add_argument("--missing", action="store_true", help="only pairs that have no row yet")
     parser.add_argument("--show", action="store_true")
     given = parser.parse_args()
     known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     if not given.show:
         for name in given.networks:
-            rows = []
-            for row in run_pairs(name, given.work.resolve() / name):
+            known = [row for row in known if row["network"] != name or given.missing]
+            done = {(row["first"], row["second"]) for row in known if row["network"] == name}
+            for row in run_pairs(name, given.work.resolve() / name, done):
                 print(json.dumps(row), flush=True)
-                rows.append(row)
-            known = [row for row in known if row["network"] != name] + rows
-            RESULTS.write_text("".join(json.dumps(row) + "\n" for row in known))
+                known.append(row)
+                RESULTS.write_text("".join(json.dumps(one) + "\n" for one in known))
     print(table(known))
 
 
