@@ -50,9 +50,10 @@ RUNS = {
 
 
 def digest(folder: Path) -> str:
-    """Of all tensors in the results of a run, wherever in its folder they lie."""
+    """Of all tensors in the results of a run, wherever they lie, but for those of the model that it started from."""
     found = hashlib.sha256()
-    for path in sorted(folder.rglob("model.safetensors")):
+    results = (path for path in folder.rglob("model.safetensors") if "before" not in path.relative_to(folder).parts)
+    for path in sorted(results):
         with safe_open(path, "pt") as file:
             for name in sorted(file.keys()):
                 tensor = file.get_tensor(name)

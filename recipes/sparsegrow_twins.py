@@ -205,7 +205,7 @@ def twins(tasks: list[Task], at: int, seed: int, gate: str) -> list[dict[str, An
     model, _ = small(f"mlp:{WIDTH}-{WIDTH}", tasks[0].train.inputs.shape[1:], 10, seed)
     axes, settings = trace(model, tasks[0].train.inputs[:2]), Settings(grow="never", seed=seed)
     schedule, held = TaskSchedule(seed=seed), []
-    late = schedule.epochs - max(1, round(settings.late * schedule.epochs))
+    late = schedule.epochs - max(1, round(settings.late_phase * schedule.epochs))
 
     class EnoughError(Exception):
         """Training is where it would grow."""

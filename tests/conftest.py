@@ -25,6 +25,9 @@ settings.register_profile("regrow", deadline=None, derandomize="CI" in os.enviro
 settings.load_profile("regrow")
 
 
+collect_ignore = ["pretend.py"]
+"""Registers a device when it is imported, which torch allows once: doctests of it would be a second time."""
+
 FAST_NETWORKS = (
     *("mlp", "conv_residual", "concat", "grouped", "attention", "tied", "rmsnorm_block", "glu", "chunk_gate"),
     *("softmax_gate", "group_norm", "topk", "lstm", "llama", "resnet18"),

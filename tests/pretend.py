@@ -168,6 +168,7 @@ def _count(what):
 
 _COUNTERS: list[Counter[str]] = []
 _LIBRARIES: list[torch.library.Library] = []
+_PRETENDING: list[bool] = []
 
 
 @contextmanager
@@ -193,6 +194,7 @@ def _register() -> None:
     module.get_rng_state = lambda *_: torch.get_rng_state()
     module.set_rng_state = lambda *_: None
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    module.is_available = lambda: bool(_PRETENDING)  # to torch's DataParallel, outside of `pretending`, it is not there
 
 
 _register()
@@ -204,7 +206,9 @@ def pretending() -> Iterator[torch.device]:
     before = devices.devices_here, kinds._of_tensors
     devices.devices_here = lambda: ["cpu", "acc:0"]
     kinds._of_tensors = lambda model: iter(())
+    _PRETENDING.append(True)
     try:
         yield torch.device("acc", 0)
     finally:
         devices.devices_here, kinds._of_tensors = before
+        _PRETENDING.pop()

@@ -497,7 +497,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
         ("params=9M", "not below"),
         ("params=0", "above 0"),
         ("ms=5@9", "target is written like"),
-        ("macs=150%", "is a share"),
+        ("macs=150%", "at most 100%"),
         ("kv_cache=3k", "target is written like"),
     ],
 )
@@ -537,7 +537,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     assert levels["measure"] == "ms" and levels["size"] <= levels["asked"] == pytest.approx(0.5 * table.total, abs=1e-3)
     assert levels["saved"]["weights"] == 0 and all(bool(p.all()) for p in regrow.load(done.path / "found").parameters())
     page = write_page([done.path], tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "ms of a pass by the clock" in page and f"of {levels['asked']:.3g}" in page
+    assert "ms per pass" in page and f"of {levels['asked']:.3g}" in page
     stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")

@@ -208,7 +208,7 @@ REFUSED = {
     "phi3": (lambda: ZOO["phi3"].build(), "no self_attn.q_proj"),
     "vision": (lambda: nn.Sequential(nn.Linear(2, 2)), "no Llama-like decoder"),
     "gelu": (lambda: llama(2, hidden_act="gelu"), "function is 'gelu'"),
-    "dynamic": (lambda: llama(2, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "kind 'dynamic'"),
+    "dynamic": (lambda: llama(2, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type 'dynamic'"),
     "epsilon": (lambda: changed("model.layers.1.input_layernorm", "variance_epsilon", 0.1), "norms have different ε"),
     "values": (lambda: changed("model.layers.0.self_attn.v_proj", "out_features", 48), "heads of other sizes"),
     "groups": (lambda: changed("model.layers.0.self_attn", "num_key_value_groups", 3), "6 query heads"),
@@ -281,7 +281,7 @@ def test_places_and_types_that_make_no_sense(tmp_path: Path) -> None:
     model = llama(1)
     with pytest.raises(ExportError, match="is a folder"):
         write(model, tmp_path)
-    with pytest.raises(ExportError, match="its folder does not exist"):
+    with pytest.raises(ExportError, match="there is no folder"):
         write(model, tmp_path / "no" / "model.gguf")
     with pytest.raises(ExportError, match="known are f32, bf16, f16, q8_0, q6_k"):
         write(model, tmp_path / "model.gguf", dtype="int4")

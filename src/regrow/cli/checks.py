@@ -54,36 +54,36 @@ def check_words(command: str, settings: "DataclassInstance | None", options: Map
         ValueError: The error that the command itself would raise once it had loaded what it needs.
     """
     own = {one.name: getattr(settings, one.name) for one in fields(settings)} if settings else {}
-    values = {**options, **own}
-    for name, value in values.items():
+    given = {**options, **own}
+    for name, value in given.items():
         if (command, name) in METHODS and value:
             check_method(METHODS[command, name], str(value), own.get(f"{GIVEN.get(name, '')}_settings"))
     if isinstance(settings, grow.Settings):
         settings.check_growth()
         settings.check_training()
-    if command in RESUMABLE and not any(values.get(name) for name in ("out", "dry_run", "resume")):
+    if command in RESUMABLE and not any(given.get(name) for name in ("out", "dry_run", "resume")):
         raise click.UsageError("--out names the folder of the run, for example --out run")
     if command in MODELS:
-        check_models(str(values[name]) for name in ("model", "other", "run") if values.get(name))
+        check_models(str(given[name]) for name in ("model", "other", "run") if given.get(name))
     elif command in RUNS:
-        several = values.get("runs")
-        check_runs([*(several if isinstance(several, tuple) else ()), *filter(None, [values.get("run")])])
-    if device := values.get("device"):
+        several = given.get("runs")
+        check_runs([*(several if isinstance(several, tuple) else ()), *filter(None, [given.get("run")])])
+    if device := given.get("device"):
         check_device(str(device))
     for field in options_of(type(settings)) if settings else ():
         if field.setting.source:
             check_sources(own[field.name])
-    check_data(values)
+    check_data(given)
     for name in FILES.get(command, ()):
-        if file := values.get(name):
-            others = (value for other, value in values.items() if other != name)
+        if file := given.get(name):
+            others = (value for other, value in given.items() if other != name)
             inputs = (one for value in others for one in (value if isinstance(value, tuple) else (value,)))
             check_json(Path(str(file)), *map(str, inputs))
     if command == "export":
-        check_target(values)
-    if command == "methods" and values.get("name"):
-        check_method("", str(values["name"]))
-    if command in FOLDERS and (out := values.get("out")):
+        check_target(given)
+    if command == "methods" and given.get("name"):
+        check_method("", str(given["name"]))
+    if command in FOLDERS and (out := given.get("out")):
         check_folder(Path(str(out)))
 
 
@@ -186,16 +186,16 @@ def check_json(path: Path, *inputs: str) -> None:
     check_output(path, JSON, files, streams=True)
 
 
-def check_target(values: Mapping[str, object]) -> None:
+def check_target(options: Mapping[str, object]) -> None:
     """Raise an error unless an export has a known format, and its file may be written.
 
     Args:
-        values: The values of the command's options: ``run``, ``to``, ``out``, ``dtype``, ``cache``.
+        options: The values of the command's options: ``run``, ``to``, ``out``, ``dtype``, ``cache``.
     """
     from regrow.export.formats import check_export
 
-    run, to, out, dtype = (str(values[name]) for name in ("run", "to", "out", "dtype"))
-    check_export(run, to, Path(out), dtype=dtype, cache=bool(values["cache"]))
+    run, to, out, dtype = (str(options[name]) for name in ("run", "to", "out", "dtype"))
+    check_export(run, to, Path(out), dtype=dtype, cache=bool(options["cache"]))
     if not Path(out).exists():
         _check_writable(Path(out))
 

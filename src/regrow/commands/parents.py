@@ -125,7 +125,7 @@ def describe_plans(plans: Sequence[Plan]) -> str:
         plans: The plans.
 
     >>> from regrow.plan import Change
-    >>> describe_plans([Plan({"fc.weight:0": Change(8, (0, 1, 2))})])
+    >>> describe_plans([Plan({"fc.weight:0": Change(8, (0, 1, 2), ())})])
     '5 units cut'
     """
     changes = [change for plan in plans for change in plan.changes.values()]

@@ -179,7 +179,7 @@ def test_alpha_and_beta_wait_until_weights_are_warm(task, axes):
     learn(network(), axes, [task], replace(search.learner, boundary=watch), schedule)
     for first, second, third in zip(*seen[:3], strict=True):
         assert torch.equal(first, second) and not torch.equal(second, third)
-    with pytest.raises(ValueError, match="share of the epochs"):
+    with pytest.raises(ValueError, match=r"warm must be at least 0 and below 1, got 1\.0"):
         Settings(warm=1.0)
 
 
