@@ -25,8 +25,8 @@ settings.register_profile("regrow", deadline=None, derandomize="CI" in os.enviro
 settings.load_profile("regrow")
 
 
-collect_ignore = ["pretend.py"]
-"""Registers a device when it is imported, which torch allows once: doctests of it would be a second time."""
+collect_ignore = ["on_device.py", "pretend.py"]
+"""They register a device when imported, which torch allows once per process: test_devices.py starts one for them."""
 
 FAST_NETWORKS = (
     *("mlp", "conv_residual", "concat", "grouped", "attention", "tied", "rmsnorm_block", "glu", "chunk_gate"),
