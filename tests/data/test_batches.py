@@ -11,7 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from regrow.data.batches import ReadOptions, to_batch, to_source, to_sources
 from regrow.data.errors import SourceError
+from regrow.evidence import Need
+from regrow.scoring import collect
 from regrow.sources import Batch, Source
+from regrow.tracing import trace
+from regrow.training.tune import finetune
 
 INPUTS, LABELS = torch.arange(30.0).reshape(10, 3), torch.arange(10) % 2
 
@@ -57,6 +61,27 @@ def test_a_loader_is_read_batch_by_batch():
     next(iter(source))
     assert len(read) == 2
     assert [len(batch.labels) for batch in source.batches[1::2]] == [2, 2]
+
+
+def test_training_and_measuring_read_a_loader_once_per_pass():
+    reads = []
+
+    class Rows(TensorDataset):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    loader = DataLoader(Rows(INPUTS, LABELS), batch_size=2)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    opening = 2 * 2  # one batch to see that there is one, one to choose the loss
+    source = to_source(loader)
+    reads.clear()
+    finetune(model, source, epochs=3)
+    assert len(reads) <= 3 * 10 + opening
+    axes = trace(model, INPUTS[:1])
+    reads.clear()
+    collect(model, axes, [source], {Need.ACTIVATIONS})
+    assert len(reads) <= 10 + opening
 
 
 def test_names_and_nothing():

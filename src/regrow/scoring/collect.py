@@ -69,11 +69,11 @@ def collect(
     with _evaluating(model, walk.differentiated):
         for source in sources:
             for shard in range(shards):
-                batches = list(source.batches[shard::shards])
                 statistics = (done or {}).get((source.name, shard))
                 if statistics is None:
                     statistics = Statistics(source.name)
-                    for batch in batches:
+                    # A whole source is read batch by batch: a user's loader may not fit in memory.
+                    for batch in source if shards == 1 else source.batches[shard::shards]:
                         walk.step(batch, statistics)
                         finished += 1
                         if progress:
@@ -82,7 +82,7 @@ def collect(
                     if on_done:
                         on_done(source.name, shard, statistics)
                 else:
-                    finished += len(batches)
+                    finished += len(range(shard, len(source), shards))
                 result.setdefault(source.name, []).append(statistics)
     return result
 

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regrow.data.batches import BatchStream
 from regrow.objectives import Objective, choose_objective
 from regrow.progress import Progress, silent
 from regrow.sources import Source, device_of
+from regrow.tasks import Task
 from regrow.training.fit import fit
 from regrow.training.learner import PLAIN, Context, Loss, Step
 from regrow.training.optimizers import OptimizerSettings
-from regrow.training.schedule import NO_AXES, Schedule, source_phase
+from regrow.training.schedule import NO_AXES, Phase, Schedule, source_phase
 
 
 def recalibrate(model: nn.Module, sources: Sequence[Source]) -> int:
@@ -69,7 +71,7 @@ def finetune(
     Args:
         model: A network, changed in place; left in the mode it was in.
         source: Batches with labels.
-        epochs: Passes over the source, each in its own order.
+        epochs: Passes over the source, each in its own order; that of the loader, if the source is one.
         lr: The first learning rate, of SGD with Nesterov momentum 0.9.
         weight_decay: Weight decay of the optimizer.
         clip: The largest norm of the gradient; larger ones are scaled down to it.
@@ -86,7 +88,11 @@ def finetune(
     objective = objective or choose_objective(None, source.batches[0])
     generator = torch.Generator().manual_seed(seed)
     order = [i for _ in range(epochs) for i in torch.randperm(len(source), generator=generator).tolist()]
-    phase = source_phase("fine-tuning", [len(source)] * epochs, lambda step: [source.batches[order[step]]])
+    phase = (
+        _stream_phase(source, epochs)
+        if isinstance(source.batches, BatchStream)
+        else source_phase("fine-tuning", [len(source)] * epochs, lambda step: [source.batches[order[step]]])
+    )
     schedule = Schedule(OptimizerSettings("sgd", lr, weight_decay), "cosine", clip=clip, seed=seed)
     torch.manual_seed(seed)
     modes = {module: module.training for module in model.modules()}
@@ -109,3 +115,10 @@ def objective_loss(objective: Objective) -> Callable[[Any, Context, Step], Loss]
         return Loss(objective.compute_loss(context.model(*batch.args, **batch.kwargs), batch))
 
     return loss
+
+
+def _stream_phase(source: Source, epochs: int) -> Phase:
+    """Return a phase that reads a user's loader from its start in every epoch, in the loader's own order."""
+    task = Task.of_gone("fine-tuning", (), (0,))
+    steps = (len(source),) * epochs
+    return Phase(task, steps, lambda context: (([batch], None) for batch in source), seeded=False)
