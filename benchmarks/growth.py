@@ -24,9 +24,9 @@ from torch import nn
 from regrow import apply, trace, verify
 from regrow.axes import Example
 from regrow.commands.growing import GrowthSpec, output_change, outputs_of, plan_growth
-from regrow.export import torchvision as torchvision_export
-from regrow.export import transformers as transformers_export
-from regrow.export.written import ExportError
+from regrow.exporters import torchvision as torchvision_export
+from regrow.exporters import transformers as transformers_export
+from regrow.exporters.written import ExportError
 from regrow.nets import load
 from regrow.store.versions import versions
 

@@ -25,9 +25,8 @@ from typing import Any
 import torch
 
 import regrow
-from regrow import evaluation, store
+from regrow import evaluation, export, store
 from regrow.evaluation.replies import empty_cache
-from regrow.export.formats import export_model
 from regrow.nets import load
 from regrow.store.versions import versions
 from regrow.tracing import trace
@@ -100,14 +99,14 @@ def transformers_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]
 def _onnx(folder: Path) -> Path:
     path = folder / "model.onnx"
     if not path.is_file():
-        export_model(folder, "onnx", path, cache=True)
+        export(folder, path, format="onnx", cache=True)
     return path
 
 
 def _gguf(folder: Path, dtype: str) -> Path:
     path = folder / f"model-{dtype}.gguf"
     if not path.is_file():
-        export_model(folder, "gguf", path, dtype=dtype)
+        export(folder, path, format="gguf", dtype=dtype)
     return path
 
 

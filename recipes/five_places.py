@@ -103,7 +103,7 @@ def ran(python: str, code: str, folder: Path) -> None:
 
 def llama_cpp(run: Path, folder: Path, job: dict[str, Any], python: str) -> None:
     """Stock llama.cpp with a file in float32."""
-    regrow.export_model(run, "gguf", folder / "model.gguf", dtype="f32")
+    regrow.export(run, folder / "model.gguf", format="gguf", dtype="f32")
     one = {"file": str(folder / "model.gguf"), "name": "llama", "exact": True, "prompts": job["prompts"], "whole": 1}
     scratch = folder / "llama"
     scratch.mkdir()
@@ -158,7 +158,7 @@ def main() -> None:
         ran(sys.executable, PLACES["regrow"], folder)
         result["largest_logit"] = float(np.abs(np.load(folder / "regrow.npy")).max())
         result["texts"] = [tokenizer.decode(one) for one in json.loads((folder / "regrow.json").read_text())[:2]]
-        regrow.export_model(run, "onnx", folder / "model.onnx")
+        regrow.export(run, folder / "model.onnx", format="onnx")
         for name in ("transformers", "onnxruntime", "lm-eval"):
             python = args.plain if name == "transformers" else sys.executable
             if python:

@@ -31,8 +31,8 @@ from regrow import Plan, apply, load, trace, with_branches
 from regrow.branches import Placeholder
 from regrow.data import Half, text, windows
 from regrow.data.halves import half_of
-from regrow.export.gguf import write
-from regrow.export.gguf.tokens import RULES, WHOLE_WORDS
+from regrow.exporters.gguf import write
+from regrow.exporters.gguf.tokens import RULES, WHOLE_WORDS
 from regrow.nets import load as load_dense
 from regrow.tracing.placeholder import insert_placeholders
 

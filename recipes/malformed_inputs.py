@@ -263,7 +263,7 @@ LOADED = (
     "accelerate", "filecmp", "gguf", "jinja2", "matplotlib.pyplot", "onnx", "sklearn.datasets",
     "tokenizers.implementations", "torch", "torchvision.models", "toys", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "regrow.cli.app",
-    "regrow.export.formats", "regrow.export.gguf", "regrow.export.onnx", "regrow.export.transformers",
+    "regrow.exporters.formats", "regrow.exporters.gguf", "regrow.exporters.onnx", "regrow.exporters.transformers",
     "regrow.reports", "regrow.commands.evaluate", "regrow.commands.learn", "regrow.commands.prune",
     "regrow.commands.recover", "regrow.commands.search",
 )  # fmt: skip

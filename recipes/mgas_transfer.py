@@ -30,7 +30,7 @@ from regrow.commands.search import Settings, retrain
 from regrow.commands.search_inputs import Parts, read_inputs, read_parts
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
-from regrow.export.onnx import write
+from regrow.exporters.onnx import write
 from regrow.nets.cells import Cells
 from regrow.run_folder import RunFolder
 from regrow.store.models import read_shapes

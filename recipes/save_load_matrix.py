@@ -156,7 +156,7 @@ def gguf(tool: str, out: Path, tokens: str, args: argparse.Namespace) -> str:
     """The same for a GGUF file, made by regrow or by llama.cpp's converter, in stock llama.cpp."""
     path = out / "model.gguf"
     if tool == "regrow":
-        code = "import sys, regrow\nregrow.export_model(sys.argv[1], 'gguf', sys.argv[2], dtype='f16')\n"
+        code = "import sys, regrow\nregrow.export(sys.argv[1], sys.argv[2], format='gguf', dtype='f16')\n"
         failed = run(sys.executable, code, str(out / "folder"), str(path))
     else:
         script = str(args.llama_cpp_source / "convert_hf_to_gguf.py")

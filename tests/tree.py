@@ -41,7 +41,7 @@ ORDER = [
     "training",
     "methods",
     "commands",
-    "export",
+    "exporters",
     "reports",
     "cli",
 ]

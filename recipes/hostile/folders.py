@@ -198,7 +198,7 @@ def make_honest(out: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from regrow import Plan, apply, load, trace
-    from regrow.export import gguf, torchvision
+    from regrow.exporters import gguf, torchvision
     from regrow.nets import load as load_by_name
     from regrow.store import save
 

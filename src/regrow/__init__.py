@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regrow.api.evaluate import evaluate
+    from regrow.api.export import export
     from regrow.api.finetune import finetune
     from regrow.api.grow import grow
     from regrow.api.learn import Learned, learn
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from regrow.axes import Example
     from regrow.axis_tensor import AxisTensor
     from regrow.candidates import Candidates
-    from regrow.export.formats import export_model
     from regrow.plan import Fill, Plan
     from regrow.sources import Batch, Source
     from regrow.store import load, save
@@ -34,7 +34,7 @@ __all__ = [
     "apply",
     "declare",
     "evaluate",
-    "export_model",
+    "export",
     "finetune",
     "fit_new_units",
     "grow",
@@ -49,12 +49,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    **{name: f"regrow.api.{name}" for name in ("evaluate", "finetune", "grow", "learn", "prune", "recover")},
+    **{name: f"regrow.api.{name}" for name in ("evaluate", "export", "finetune", "grow", "learn", "prune", "recover")},
     "AxisTensor": "regrow.axis_tensor",
     "Candidates": "regrow.candidates",
     "Example": "regrow.axes",
     "Learned": "regrow.api.learn",
-    "export_model": "regrow.export.formats",
     **dict.fromkeys(("Batch", "Source"), "regrow.sources"),
     **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),
     **dict.fromkeys(("load", "save"), "regrow.store"),

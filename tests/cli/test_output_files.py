@@ -140,8 +140,8 @@ def test_gguf_does_not_overwrite_what_it_exports(regrow, tmp_path, capfd):
     pytest.importorskip("gguf", reason="needs regrow[llm]")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from regrow.export.gguf import write
-    from regrow.export.written import ExportError
+    from regrow.exporters.gguf import write
+    from regrow.exporters.written import ExportError
 
     few = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **few))

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from regrow import load
+from regrow import export, load
 from regrow.cli import code_of
 from regrow.commands.prune import Settings, run
-from regrow.export.formats import export_model
 from regrow.run_folder import RunFolder
 from regrow.store import save
 from regrow.store.errors import explain_os_errors
@@ -210,12 +209,12 @@ def test_an_export_that_was_killed_can_be_made_again(here):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     save(LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).eval(), "model")
     number, done = 0, False
-    export_model("model", "transformers", "net")
+    export("model", "net", format="transformers")
     whole = {path.name: path.read_bytes() for path in Path("net").iterdir()}
     while not done:
-        done = ends_at(number, lambda: export_model("model", "transformers", "net"))
+        done = ends_at(number, lambda: export("model", "net", format="transformers"))
         assert load("net") is not None
-        export_model("model", "transformers", "net")
+        export("model", "net", format="transformers")
         assert {path.name: path.read_bytes() for path in Path("net").iterdir()} == whole
         assert {path.name for path in here.iterdir()} == {"model", "net"}
         number += 3

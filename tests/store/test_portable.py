@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from regrow.export import torchvision as to_torchvision
-from regrow.export import transformers as to_transformers
-from regrow.export.written import ExportError
+from regrow.exporters import torchvision as to_torchvision
+from regrow.exporters import transformers as to_transformers
+from regrow.exporters.written import ExportError
 from regrow.nets import Origin
 from regrow.nets.language import origin_of
 from regrow.plan import Plan

@@ -101,7 +101,7 @@ def test_a_saved_folder_with_more_weights_than_it_describes_is_refused(llama, tm
 def test_a_gguf_file_with_more_weights_than_it_describes_is_refused(llama, tmp_path):
     import gguf
 
-    from regrow.export.gguf import write
+    from regrow.exporters.gguf import write
 
     path = write(load_by_name(str(llama)).model, tmp_path / "m.gguf", dtype="f32").path
     load_by_name(str(path))

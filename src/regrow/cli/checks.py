@@ -192,7 +192,7 @@ def check_target(options: Mapping[str, object]) -> None:
     Args:
         options: The values of the command's options: ``run``, ``to``, ``out``, ``dtype``, ``cache``.
     """
-    from regrow.export.formats import check_export
+    from regrow.exporters.formats import check_export
 
     run, to, out, dtype = (str(options[name]) for name in ("run", "to", "out", "dtype"))
     check_export(run, to, Path(out), dtype=dtype, cache=bool(options["cache"]))

@@ -33,7 +33,7 @@ Examples
 @click.option("--cache", is_flag=True, help="For onnx: a graph with a key-value cache, for generating text.")
 def export(run: str, to: str, out: Path, dtype: str, cache: bool, code: str, input: str) -> None:
     """Export RUN (a run folder, or any model that `regrow prune` takes), and check the written file by loading it."""
-    from regrow.export.formats import export_model
+    from regrow.exporters.formats import export_model
 
     options.say_code(run, code)
     with working() as progress:

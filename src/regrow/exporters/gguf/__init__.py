@@ -1,5 +1,5 @@
 """Export to GGUF: a file for llama.cpp and the tools built on it."""
 
-from regrow.export.gguf.writer import write
+from regrow.exporters.gguf.writer import write
 
 __all__ = ["write"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from regrow.export.onnx.calls import ExportedCall
-from regrow.export.written import ExportError
+from regrow.exporters.onnx.calls import ExportedCall
+from regrow.exporters.written import ExportError
 
 OUTLIER = 100.0
 """A layer is quantised if the largest magnitude in its input is at most this many times the mean magnitude."""

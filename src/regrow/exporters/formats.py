@@ -1,12 +1,14 @@
-"""The export formats by name, and the function that exports a model to one of them."""
+"""The export formats by name, and the functions that export a model to one of them."""
 
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from regrow.export.written import ExportError, Written
+from torch import nn
+
+from regrow.axes import Example
+from regrow.exporters.written import ExportError, Written
 from regrow.progress import Progress, silent
 from regrow.store.outputs import check_output
 
@@ -36,11 +38,11 @@ FORMATS: Mapping[str, Format] = {
 """Format name → its properties; each is written by the module of its name."""
 
 
-def check_export(model: str | Path, to: str, out: Path, *, dtype: str = "", cache: bool = False) -> str:
+def check_export(model: str | Path | None, to: str, out: Path, *, dtype: str = "", cache: bool = False) -> str:
     """Raise an error unless there is such a format and its file may be written; loads nothing.
 
     Args:
-        model: The model, as :func:`export_model` takes it.
+        model: The name of the model, as :func:`export_model` takes it; ``None``: a network without one.
         to: The format.
         out: The file or folder to write.
         dtype: The dtype in which weights are stored; empty: the format's first.
@@ -63,11 +65,46 @@ def check_export(model: str | Path, to: str, out: Path, *, dtype: str = "", cach
         raise ExportError(f"{to} has no graph with a cache to choose; cache is for onnx")
     if form.suffix and out.is_dir():
         raise ExportError(f"{out} is a folder; name a file, for example {out / f'model{form.suffix}'}")
-    if out.exists() and out.resolve() == Path(model).resolve():
+    if model is not None and out.exists() and out.resolve() == Path(model).resolve():
         raise ExportError(f"{out} is the model itself; name another place")
     if form.suffix:
-        check_output(out, (form.suffix,), [model])
+        check_output(out, (form.suffix,), [] if model is None else [model])
     return dtype
+
+
+def write_export(
+    net: nn.Module,
+    to: str,
+    out: str | Path,
+    *,
+    dtype: str = "",
+    cache: bool = False,
+    example: Example | None = None,
+    progress: Progress = silent,
+) -> Written:
+    """Export a network to a format of other tools, read it back, and compare it with the network.
+
+    Args:
+        net: The network, with its ``tokenizer`` and ``origin`` as :func:`regrow.load` sets them, where it has such.
+        to: The format.
+        out: The file or folder to write.
+        dtype: The dtype in which weights are stored: one of ``FORMATS[to].dtypes``; the first if empty.
+        cache: For ``"onnx"``: whether the graph takes and returns a key-value cache, for generating text.
+        example: An input for the comparison; ``None``: a guess.
+        progress: Called with (steps done, steps in all, description).
+
+    Raises:
+        ExportError: If there is no such format or dtype, the format cannot hold the network, or what is read back
+            differs from the network.
+    """
+    out = Path(out)
+    dtype = check_export(None, to, out, dtype=dtype, cache=cache)
+    form = FORMATS[to]
+    writer = importlib.import_module(f"regrow.exporters.{to}")
+    more = {"example": example, "cache": cache}
+    taken = {name: value for name, value in more.items() if name in form.takes}
+    written: Written = writer.write(net, out, dtype=dtype, progress=progress, **taken)
+    return written
 
 
 def export_model(
@@ -77,43 +114,35 @@ def export_model(
     *,
     dtype: str = "",
     cache: bool = False,
+    example: Example | None = None,
     code: str = "",
     input: str = "",
     progress: Progress = silent,
 ) -> Written:
-    """Export a network to a format of other tools, read it back, and compare it with the network.
+    """Export a model by name, as :func:`write_export` does a network; a bad format or file is refused before it loads.
 
     Args:
         model: A run folder, or any model name that ``regrow prune`` accepts.
-        to: ``"transformers"``, ``"gguf"``, ``"onnx"`` or ``"torchvision"``.
+        to: The format.
         out: The file or folder to write.
-        dtype: The dtype in which weights are stored: one of ``FORMATS[to].dtypes``; the first if empty.
-        cache: For ``"onnx"``: whether the graph takes and returns a key-value cache, for generating text.
+        dtype: The dtype in which weights are stored.
+        cache: For ``"onnx"``: whether the graph takes and returns a key-value cache.
+        example: An input for the comparison; ``None``: that of the model.
         code: The function ``pkg.mod:fn`` that builds the network of the folder, if that is the user's own code.
         input: The shape of the input for the comparison, like ``1x3x32x32``.
         progress: Called with (steps done, steps in all, description).
 
-    Returns:
-        What was written, and the result of the comparison.
-
     Raises:
-        ExportError: If there is no such format or dtype, the format cannot hold the network, or what is read back
-            differs from the network.
+        ExportError: As :func:`write_export`.
         ValueError: If the model cannot be loaded or the disk is full.
     """
     from regrow.commands.models import ModelSpec, load_model
 
-    out = Path(out)
-    dtype = check_export(model, to, out, dtype=dtype, cache=cache)
-    form = FORMATS[to]
+    check_export(model, to, Path(out), dtype=dtype, cache=cache)
     progress(0, 1, "loading the model")
     loaded = load_model(ModelSpec(str(model), input=input), progress, code)
-    net: Any = loaded.model
     for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
-        if value is not None and not hasattr(net, name):
-            setattr(net, name, value)
-    writer = importlib.import_module(f"regrow.export.{to}")
-    more = {"example": loaded.example, "cache": cache}
-    taken = {name: value for name, value in more.items() if name in form.takes}
-    written: Written = writer.write(net, out, dtype=dtype, progress=progress, **taken)
-    return written
+        if value is not None and not hasattr(loaded.model, name):
+            setattr(loaded.model, name, value)
+    given = loaded.example if example is None else example
+    return write_export(loaded.model, to, out, dtype=dtype, cache=cache, example=given, progress=progress)

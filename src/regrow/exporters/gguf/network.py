@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from regrow.export.written import ExportError
+from regrow.exporters.written import ExportError
 from regrow.nets.blocks import ATTENTION, DecoderLayer, blocks
 from regrow.nets.errors import ModelError
 from regrow.tracing.placeholder import PlaceholderModule

@@ -1,5 +1,5 @@
 """Export to ONNX: a graph for onnxruntime and many other tools."""
 
-from regrow.export.onnx.writer import OPSET, write
+from regrow.exporters.onnx.writer import OPSET, write
 
 __all__ = ["OPSET", "write"]

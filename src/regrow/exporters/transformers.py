@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from regrow import store
-from regrow.export.staging import staging_folder
-from regrow.export.written import CheckError, ExportError, Written
+from regrow.exporters.staging import staging_folder
+from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.blocks import ATTENTION, MLP, DecoderLayer, blocks
 from regrow.nets.examples import guessed_example, text_example

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import laws
 from regrow import Plan, apply, load, trace, with_branches
 from regrow.axes import Example
-from regrow.export.onnx import write
-from regrow.export.onnx import writer as format
-from regrow.export.onnx.placing import clear_abandoned, place_file
-from regrow.export.written import ExportError
+from regrow.exporters.onnx import write
+from regrow.exporters.onnx import writer as format
+from regrow.exporters.onnx.placing import clear_abandoned, place_file
+from regrow.exporters.written import ExportError
 from regrow.nets import Origin
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small

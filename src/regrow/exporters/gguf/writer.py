@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regrow.export.gguf.network import NORMS, PARTS, Decoder, GgufLayer, describe_decoder, parts_present
-from regrow.export.gguf.quants import BLOCK, KINDS, Floats, allowed_error, encode, kind_for
-from regrow.export.gguf.tokens import Vocabulary, vocabulary, write_vocabulary
-from regrow.export.written import CheckError, ExportError, Written
+from regrow.exporters.gguf.network import NORMS, PARTS, Decoder, GgufLayer, describe_decoder, parts_present
+from regrow.exporters.gguf.quants import BLOCK, KINDS, Floats, allowed_error, encode, kind_for
+from regrow.exporters.gguf.tokens import Vocabulary, vocabulary, write_vocabulary
+from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets.blocks import ATTENTION, MLP
 from regrow.nets.errors import needs
 from regrow.progress import Progress, silent

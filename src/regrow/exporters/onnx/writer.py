@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regrow.axes import Example
 from regrow.evaluation.forward import evaluating
-from regrow.export.onnx.calls import (
+from regrow.exporters.onnx.calls import (
     BATCH,
     PAST,
     SEQUENCE,
@@ -31,10 +31,10 @@ from regrow.export.onnx.calls import (
     resize_inputs,
     sizes_of,
 )
-from regrow.export.onnx.int8 import quantise
-from regrow.export.onnx.placing import clear_abandoned, place_file
-from regrow.export.onnx.reading import OnnxSession, compare_predictions, difference
-from regrow.export.written import ExportError, Written
+from regrow.exporters.onnx.int8 import quantise
+from regrow.exporters.onnx.placing import clear_abandoned, place_file
+from regrow.exporters.onnx.reading import OnnxSession, compare_predictions, difference
+from regrow.exporters.written import ExportError, Written
 from regrow.nets.errors import first_line, needs
 from regrow.nets.examples import guessed_example, image_example
 from regrow.progress import Progress, silent

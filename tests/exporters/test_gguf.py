@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from export.deci import File, logits
 from torch import Tensor, nn
 
-from export.deci import File, logits
 from regrow import Plan, apply, load, trace, with_branches
 from regrow.branches import Placeholder
-from regrow.export.gguf import write
-from regrow.export.gguf import writer as export
-from regrow.export.gguf.network import describe_decoder
-from regrow.export.gguf.quants import allowed_error, encode, q6_k
-from regrow.export.written import ExportError
+from regrow.exporters.gguf import write
+from regrow.exporters.gguf import writer as export
+from regrow.exporters.gguf.network import describe_decoder
+from regrow.exporters.gguf.quants import allowed_error, encode, q6_k
+from regrow.exporters.written import ExportError
 from regrow.store import save
 from regrow.tracing.placeholder import insert_placeholders
 from store.saved import Case, cut

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
 from export.deci import File
 from export.test_gguf import llama
-from regrow.export.gguf import write
-from regrow.export.gguf.tokens import BYTE, CONTROL, NORMAL, RULES, SPACE, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
-from regrow.export.written import ExportError
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from regrow.exporters.gguf import write
+from regrow.exporters.gguf.tokens import BYTE, CONTROL, NORMAL, RULES, SPACE, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
+from regrow.exporters.written import ExportError
 
 TEXT = ["The cat sat on the mat, and the rat sat on the cat.", "12 + 345 = 357 of them, that is that."] * 3
 

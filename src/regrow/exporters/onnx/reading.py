@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from regrow.data import Half, text, windows
-from regrow.export.onnx.calls import ExportedCall
-from regrow.export.written import ExportError
+from regrow.exporters.onnx.calls import ExportedCall
+from regrow.exporters.written import ExportError
 
 WINDOWS, TOKENS = 16, 64
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from regrow.export.written import ExportError
+from regrow.exporters.written import ExportError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

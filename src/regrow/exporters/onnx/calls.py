@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from regrow.axes import Example
-from regrow.export.written import ExportError
+from regrow.exporters.written import ExportError
 from regrow.nets.errors import first_line
 from regrow.sources import logits_in
 

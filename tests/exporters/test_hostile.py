@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from regrow import export_model, load
+from regrow import export, load
 from regrow.nets.language import origin_of
 from regrow.store import save
 from store import saved
@@ -53,7 +53,7 @@ def test_a_hostile_folder_is_refused(honest, tmp_path, name, to):
     TAMPERED[name](folder)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError) as caught:
-        export_model(folder, to, tmp_path / f"out.{to}")
+        export(folder, tmp_path / f"out.{to}", format=to)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -64,7 +64,7 @@ def test_code_in_a_folder_does_not_run(honest, tmp_path):
     for name in ("modeling_regrow.py", "reshape_regrow.py"):
         (folder / name).write_text(f"open({str(marker)!r}, 'w').close()\n")
     load(folder)
-    export_model(folder, "transformers", tmp_path / "out")
+    export(folder, tmp_path / "out", format="transformers")
     assert not marker.exists()
     assert "class RegrownLlamaForCausalLM" in (tmp_path / "out" / "modeling_regrow.py").read_text()
 
@@ -76,7 +76,7 @@ def test_code_that_a_plain_folder_names_does_not_run(tmp_path):
     config = json.loads((stranger / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": f"{stranger}--evil.Evil", "AutoConfig": "evil.Evil"}
     (stranger / "config.json").write_text(json.dumps(config))
-    export_model(stranger, "transformers", tmp_path / "out")
+    export(stranger, tmp_path / "out", format="transformers")
     assert not marker.exists() and "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     net = ZOO["llama_tied"].build()
     net.config.auto_map = config["auto_map"]
@@ -86,22 +86,22 @@ def test_code_that_a_plain_folder_names_does_not_run(tmp_path):
 
 def test_what_is_there_stays_unless_it_was_an_export(honest, tmp_path):
     with pytest.raises(ValueError, match="the model itself"):
-        export_model(honest, "transformers", honest)
+        export(honest, honest, format="transformers")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds something else"):
-        export_model(honest, "transformers", mine)
+        export(honest, mine, format="transformers")
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="folder of a run"):
-        export_model(honest, "transformers", run)
+        export(honest, run, format="transformers")
     out = tmp_path / "out"
-    export_model(honest, "transformers", out)
+    export(honest, out, format="transformers")
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="no torchvision network"):
-        export_model(honest, "torchvision", out)
+        export(honest, out, format="torchvision")
     assert (out / "model.safetensors").read_bytes() == before and not list(tmp_path.glob(".*partial"))
 
 

@@ -1,0 +1,62 @@
+"""``regrow.export``: write a network in a format that other programs load."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from regrow.api.inputs import ModelLike, to_example
+from regrow.errors import InputError
+from regrow.exporters.formats import export_model, write_export
+from regrow.exporters.written import Written
+from regrow.progress import Progress, silent
+
+
+def export(
+    model: ModelLike,
+    out: str | Path,
+    *,
+    format: str,
+    dtype: str = "",
+    cache: bool = False,
+    example: Any = None,
+    progress: Progress = silent,
+) -> Written:
+    """Write a network in a format of other tools, read it back, and compare it with the network.
+
+    Args:
+        model: The network, which is not changed; or a model's name or a run folder, which is loaded.
+        out: The file or folder to write.
+        format: ``"transformers"`` (a folder for ``from_pretrained``), ``"gguf"`` (a file for llama.cpp), ``"onnx"`` or
+            ``"torchvision"`` (a ``state_dict`` and code that builds the network).
+        dtype: The dtype in which weights are stored; empty: the first of the format. ``"gguf"``: ``"f16"``, ``"f32"``,
+            ``"bf16"``, ``"q8_0"``, ``"q6_k"``; ``"onnx"``: ``"float32"``, ``"int8"``; ``"transformers"``: that of the
+            network, or ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        cache: For ``"onnx"``: whether the graph takes and returns a key-value cache, for generating text.
+        example: For ``"onnx"``: the input with which the network is recorded, a tensor, a tuple of inputs, or a dict of
+            inputs by name; ``None``: that of the model that is loaded, or a guess.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Returns:
+        What was written: its ``path``, its size in ``bytes``, what was ``checked`` (``max_abs_diff``: the largest
+        difference of an output), and ``notes``.
+
+    Raises:
+        ValueError: If there is no such format or dtype, the format cannot hold the network, the file cannot be written,
+            or what is read back differs from the network.
+
+    >>> import tempfile
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     written = export(net, f"{folder}/net.onnx", format="onnx")
+    ...     written.path.name, written.checked["max_abs_diff"] < 1e-5
+    ('net.onnx', True)
+    """
+    given: Any = {"dtype": dtype, "cache": cache, "progress": progress}
+    given["example"] = None if example is None else to_example(example)
+    if isinstance(model, nn.Module):
+        return write_export(model, format, out, **given)
+    if not isinstance(model, str | Path):
+        got = type(model).__name__
+        raise InputError(f"model must be a torch.nn.Module, a model's name or a run folder, got a {got}")
+    return export_model(model, format, out, **given)
