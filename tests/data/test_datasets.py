@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from regrow.data.datasets import LoadedExamples, StreamedExamples, to_examples, to_tasks
 from regrow.data.errors import SourceError
 from regrow.data.streams import permuted_tasks
-from regrow.tasks import Examples
+from regrow.tasks import Examples, first_examples
 
 INPUTS, LABELS = torch.arange(33.0).reshape(11, 3), torch.arange(11) % 2
 
@@ -126,10 +126,48 @@ def test_every_shape_of_a_sequence_of_tasks():
 
 
 def test_held_out_examples_are_not_learned():
-    (task,) = to_tasks([(INPUTS, LABELS)], share=0.3)
-    learned, tested = (set(part.inputs[:, 0].tolist()) for part in (task.train, task.test))
-    assert not learned & tested
-    assert len(learned | tested) == 11
+    rows = [(INPUTS[i], int(LABELS[i])) for i in range(11)]
+    for data in ((INPUTS, LABELS), rows, SimpleNamespace(dataset=rows), TensorDataset(INPUTS, LABELS)):
+        (task,) = to_tasks([data], share=0.3)
+        learned, tested = (set(first_examples(part, 11).inputs[:, 0].tolist()) for part in (task.train, task.test))
+        assert not learned & tested
+        assert len(learned | tested) == 11
+
+
+class Augmented(TensorDataset):
+    """Like a data set of Avalanche: its transforms are those of training until it is switched."""
+
+    shift = 0.5
+
+    def __getitem__(self, index):
+        inputs, labels = super().__getitem__(index)
+        return [inputs + self.shift, labels, 0]
+
+    def train(self):
+        return self
+
+    def eval(self):
+        (same := Augmented(*self.tensors)).shift = 0.0
+        return same
+
+
+def test_test_data_are_not_augmented():
+    data = SimpleNamespace(dataset=Augmented(INPUTS, LABELS))
+    for tasks in ([(data, data)], [data]):
+        (task,) = to_tasks(tasks)
+        assert not torch.isin(first_examples(task.train, 11).inputs, INPUTS).any()
+        assert torch.isin(first_examples(task.test, 11).inputs, INPUTS).all()
+
+
+def test_streams_of_different_lengths():
+    shaped = benchmark([(INPUTS[i], int(LABELS[i])) for i in range(11)], streams=3)
+    del shaped.test_stream[2]
+    with pytest.raises(SourceError, match="3 training and 2 test experiences; give a list of pairs"):
+        to_tasks(shaped)
+    del shaped.test_stream[1]
+    assert [len(task.test) for task in to_tasks(shaped)] == [2, 2, 2]
+    del shaped.test_stream
+    assert [len(task.train) for task in to_tasks(shaped)] == [8, 8, 8]
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])

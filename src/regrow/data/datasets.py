@@ -219,10 +219,8 @@ def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.
     >>> [(task.name, len(task.train), len(task.test)) for task in to_tasks([(data, data), data])]
     [('task-1', 20, 20), ('task-2', 18, 2)]
     """
-    if hasattr(tasks, "train_stream") and hasattr(tasks, "test_stream"):
-        tasks = zip(tasks.train_stream, tasks.test_stream, strict=True)
     result = []
-    for i, task in enumerate(tasks):
+    for i, task in enumerate(_pair_streams(tasks) if hasattr(tasks, "train_stream") else tasks):
         name = f"task-{i + 1}"
         match task:
             case Task():
@@ -233,10 +231,12 @@ def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.
             case (train, test) if not isinstance(test, Tensor):
                 result.append(to_task(name, train, test, reading))
             case _:
-                whole = to_examples(_dataset_of(task), reading)
+                data, untransformed = _dataset_of(task, "train"), _dataset_of(task, "eval")
+                whole = to_examples(data, reading)
+                tested = whole if untransformed is data else to_examples(untransformed, reading)
                 order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(i))
                 test, train = order.split([n := max(1, round(share * len(whole))), len(whole) - n])
-                result.append(to_task(name, whole.subset(train.sort()[0]), whole.subset(test.sort()[0]), reading))
+                result.append(to_task(name, whole.subset(train.sort()[0]), tested.subset(test.sort()[0]), reading))
     if not result:
         raise SourceError("there is no task to learn; give an iterable of (training data, test data)")
     return result
@@ -251,17 +251,38 @@ def to_task(name: str, train: Any, test: Any, reading: ReadOptions = ReadOptions
         test: The test data, never trained on.
         reading: How they are read.
     """
-    learned, tested = (to_examples(_dataset_of(part), reading) for part in (train, test))
+    learned, tested = to_examples(_dataset_of(train, "train"), reading), to_examples(_dataset_of(test, "eval"), reading)
     classes = getattr(train, "classes_in_this_experience", None)
     if classes is None:
         classes = {label for part in (learned, tested) for label in _classes(part)}
     return Task(name, learned, tested, tuple(sorted(map(int, classes))))
 
 
-def _dataset_of(data: Any) -> Any:
-    """Return the data set of an Avalanche-shaped experience; other data as they are."""
+def _pair_streams(benchmark: Any) -> list[Any]:
+    """Return the (training, test) experiences of a benchmark; a single test experience is that of every task."""
+    train, test = list(benchmark.train_stream), list(getattr(benchmark, "test_stream", ()))
+    if not test:
+        return train
+    if len(test) not in (1, len(train)):
+        raise SourceError(
+            f"the benchmark has {len(train)} training and {len(test)} test experiences; "
+            "give a list of pairs (training experience, test experience)"
+        )
+    return [*zip(train, test * len(train) if len(test) == 1 else test, strict=True)]
+
+
+def _dataset_of(data: Any, group: str) -> Any:
+    """Return the data set of an Avalanche-shaped experience, with its transforms of a group; other data as they are.
+
+    Args:
+        data: Data, or an experience.
+        group: ``train`` or ``eval``, the name of the data set's method that switches transforms, if it has both.
+    """
     own = getattr(data, "dataset", None)
-    return data if own is None or isinstance(data, DataLoader) or hasattr(data, "__getitem__") else own
+    if own is not None and not isinstance(data, DataLoader | ExampleSet) and not hasattr(data, "__getitem__"):
+        data = own
+    switches = all(callable(getattr(data, name, None)) for name in ("train", "eval"))
+    return getattr(data, group)() if switches else data
 
 
 def _classes(examples: ExampleSet) -> set[int]:
