@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from regrow.api.inputs import LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
 from regrow.errors import InputError
+from regrow.nets.precision import autocasting
 from regrow.progress import Progress, silent
 from regrow.training import tune
 
@@ -20,6 +21,8 @@ def finetune(
     loss: LossLike = None,
     tokenizer: Any = None,
     batch_size: int = 32,
+    device: DeviceLike = None,
+    precision: str = "float32",
     seed: int = 0,
     recalibrate: bool = False,
     progress: Progress = silent,
@@ -36,6 +39,9 @@ def finetune(
         loss: The loss, as for :func:`regrow.prune`.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
+        device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
+        precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16; weights,
+            sums and surgery keep their formats.
         seed: Seed of the order of batches, and of Dropout.
         recalibrate: Whether the running statistics of BatchNorms are measured anew afterwards.
         progress: Called with (steps done, steps in all, what is being done).
@@ -52,20 +58,14 @@ def finetune(
     >>> finetune(net, (inputs, inputs.sum(1, keepdim=True)), epochs=20, lr=0.05).weight.round()
     tensor([[1., 1., 1.]], grad_fn=<RoundBackward0>)
     """
-    inputs = read_inputs(model, data, loss=loss, tokenizer=tokenizer, batch_size=batch_size, progress=progress)
+    reading: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
+    inputs = read_inputs(model, data, **reading, precision=precision, progress=progress)
     if not inputs.sources:
         raise InputError("there are no data to train on; give data, for example a DataLoader or (inputs, labels)")
-    for source in inputs.sources:
-        tune.finetune(
-            inputs.model,
-            source,
-            epochs=epochs,
-            lr=lr,
-            weight_decay=weight_decay,
-            seed=seed,
-            objective=inputs.objective,
-            progress=progress,
-        )
-    if recalibrate:
-        tune.recalibrate(inputs.model, inputs.sources)
+    schedule: Any = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "seed": seed}
+    with autocasting(inputs.model, precision):
+        for source in inputs.sources:
+            tune.finetune(inputs.model, source, **schedule, objective=inputs.objective, progress=progress)
+        if recalibrate:
+            tune.recalibrate(inputs.model, inputs.sources)
     return inputs.model

@@ -7,10 +7,11 @@ from typing import Any, Literal
 from torch import nn
 
 from regrow.allocation.widening import Part
-from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
 from regrow.axes import AxisGraph
 from regrow.commands.growing import Amount, GrowthSpec, plan_growth
 from regrow.errors import InputError
+from regrow.nets.precision import autocasting
 from regrow.plan import Plan
 from regrow.surgery import apply
 from regrow.tracing import trace
@@ -37,6 +38,7 @@ def grow(
     batch_size: int = 32,
     example: Any = None,
     device: DeviceLike = None,
+    precision: str = "float32",
     axes: AxisGraph | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Grow a network in one call such that its outputs do not change, and train it afterwards if there are steps.
@@ -65,6 +67,8 @@ def grow(
         example: The input with which the network is traced: a tensor, a tuple of inputs, or a dict of inputs by name;
             not needed for a model that is loaded, or if ``axes`` are given.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
+        precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16; weights,
+            sums and surgery keep their formats.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
 
     Returns:
@@ -85,18 +89,24 @@ def grow(
     spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
     _check_training(data, steps, train)
     given: Any = {"example": axes.example if axes is not None else example, "loss": loss, "batch_size": batch_size}
-    inputs = read_inputs(model, data, **given, device=device)
+    inputs = read_inputs(model, data, **given, device=device, precision=precision)
     net = inputs.model
     if axes is None:
         axes = trace(net, *inputs.example.args, **inputs.example.kwargs)
+    return net, _grow(inputs, axes, spec, GrowthTraining(steps, lr, train == "new", seed), precision)
+
+
+def _grow(inputs: Inputs, axes: AxisGraph, spec: GrowthSpec, training: GrowthTraining, precision: str) -> Plan:
+    """Grow the network, train it if there are steps, and return the plan."""
+    net = inputs.model
     plan, notes = plan_growth(net, axes, spec)
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)
     apply(net, axes, plan)
-    if steps:
-        training = GrowthTraining(steps, lr, train == "new", seed)
-        train_grown(net, inputs.sources, added_entries(net, axes, plan), training, objective=inputs.objective)
-    return net, plan
+    if training.steps:
+        with autocasting(net, precision):
+            train_grown(net, inputs.sources, added_entries(net, axes, plan), training, objective=inputs.objective)
+    return plan
 
 
 def _check_training(data: object, steps: int, train: str) -> None:

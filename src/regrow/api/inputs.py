@@ -14,6 +14,7 @@ from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import InputError
 from regrow.nets.devices import choose_device
 from regrow.nets.examples import guessed_example
+from regrow.nets.precision import check_precision
 from regrow.objectives import LossFunction, Objective, choose_objective
 from regrow.progress import Progress, silent
 from regrow.sources import Batch, Source, device_of, moved
@@ -54,6 +55,7 @@ def read_inputs(
     tokenizer: Any = None,
     batch_size: int = 32,
     device: DeviceLike = None,
+    precision: str = "float32",
     progress: Progress = silent,
 ) -> Inputs:
     """Load a network if it is named, read the data, and choose an example input and an objective.
@@ -67,6 +69,7 @@ def read_inputs(
         tokenizer: The tokenizer of a language model; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to which the network is moved.
+        precision: The precision of forward passes, which is only checked.
         progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
@@ -86,6 +89,7 @@ def read_inputs(
         raise InputError(
             f"model must be a torch.nn.Module, a model's name or a run folder, got a {type(model).__name__}"
         )
+    check_precision(model, precision)
     model = model if place is None else model.to(place)
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     given = to_example(example) if example is not None else known

@@ -7,14 +7,16 @@ from typing import Any
 from torch import nn
 
 from regrow.amounts import Target, parse_share
-from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence, with_timing
 from regrow.errors import InputError
-from regrow.methods.pruning.pruner import plan_cut
+from regrow.methods.pruning.pruner import Pruner, plan_cut
+from regrow.nets.precision import autocasting
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.settings.training import check_combination
 from regrow.surgery import apply
 from regrow.tracing import trace
 
@@ -32,6 +34,7 @@ def prune(
     tokenizer: Any = None,
     batch_size: int = 32,
     device: DeviceLike = None,
+    precision: str = "float32",
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Progress = silent,
@@ -59,6 +62,8 @@ def prune(
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
+        precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16; weights,
+            sums and surgery keep their formats.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
         progress: Called with (batches done, batches in all, what is being done).
@@ -79,19 +84,34 @@ def prune(
     """
     pruner = build_pruner(method, settings or {})
     limits = _budget(keep, target, smaller, budget)
+    check_combination(precision, measure=limits.measure)
     if axes is not None:
         example = axes.example
-    reading: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
+    reading: Any = {
+        "loss": loss,
+        "tokenizer": tokenizer,
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+    }
     inputs = read_inputs(model, data, example=example, **reading, progress=progress)
-    net = inputs.model
     if axes is None:
-        axes = trace(net, *inputs.example.args, **inputs.example.kwargs)
+        axes = trace(inputs.model, *inputs.example.args, **inputs.example.kwargs)
+    return _cut(inputs, axes, pruner, limits, precision, progress)
+
+
+def _cut(
+    inputs: Inputs, axes: AxisGraph, pruner: Pruner, limits: Budget, precision: str, progress: Progress
+) -> tuple[nn.Module, Plan]:
+    """Measure importance, choose the units that stay, and cut the network."""
+    net = inputs.model
     limits = with_timing(net, axes, limits, progress=progress)
     check_pruning(pruner, axes, limits, inputs.sources)
-    evidence = collect_evidence(net, axes, pruner, inputs.sources, progress, objective=inputs.objective)
-    for note in evidence.notes:
-        warnings.warn(note, stacklevel=2)
-    plan = plan_cut(pruner, net, axes, limits, evidence, progress=progress).plan
+    with autocasting(net, precision):
+        evidence = collect_evidence(net, axes, pruner, inputs.sources, progress, objective=inputs.objective)
+        for note in evidence.notes:
+            warnings.warn(note, stacklevel=3)
+        plan = plan_cut(pruner, net, axes, limits, evidence, progress=progress).plan
     apply(net, axes, plan)
     return net, plan
 

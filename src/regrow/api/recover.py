@@ -7,11 +7,13 @@ from torch import nn
 
 from regrow.api.inputs import DeviceLike, LossLike, read_inputs
 from regrow.axes import AxisGraph
+from regrow.commands.recovering import work_in
 from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.settings.recover import CLOSED_FORM
 from regrow.sources import device_of
 from regrow.tracing import trace
 
@@ -28,6 +30,7 @@ def recover(
     tokenizer: Any = None,
     batch_size: int = 4,
     device: DeviceLike = None,
+    precision: str = "float32",
     seed: int = 0,
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -46,6 +49,8 @@ def recover(
         tokenizer: The tokenizer, for text; ``None``: ``dense.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
+        precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16; weights,
+            sums and surgery keep their formats.
         seed: Seed of all random choices.
         axes: The axes of the dense network, if they are known; it is then not traced.
         settings: Settings of the method that differ from its defaults.
@@ -64,6 +69,8 @@ def recover(
     >>> summary = recover(small, dense, plan, inputs, by="refit", batch_size=64)
     >>> before, after = (torch.dist(one(inputs), dense(inputs)) for one in (small, dense))
     """
+    if precision != "float32" and by in CLOSED_FORM:
+        raise InputError(f"{by} solves for weights in their own format; leave out precision={precision!r}, or use lora")
     inputs = read_inputs(
         dense,
         data,
@@ -72,6 +79,7 @@ def recover(
         tokenizer=tokenizer,
         batch_size=batch_size,
         device=device,
+        precision=precision,
         progress=progress,
     )
     if not inputs.sources:
@@ -81,5 +89,4 @@ def recover(
     model.to(device_of(dense))
     work = find_method(MethodKind.RECOVERY, by).made(by, settings or {})
     task = RecoveryTask(model, dense, axes, plan, inputs.sources, seed, progress=progress, objective=inputs.objective)
-    summary: dict[str, Any] = work(task)
-    return summary
+    return work_in(precision, by, work, task)

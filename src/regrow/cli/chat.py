@@ -1,13 +1,20 @@
 """``regrow chat``: talk to a language model, or to two side by side."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from regrow.cli import flags, options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import beside, say, working
+from regrow.settings.training import check_combination
+
+if TYPE_CHECKING:
+    from regrow.nets import Loaded
 
 EPILOG = """\b
 Examples
@@ -37,6 +44,7 @@ _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for 
 @click.option("--seed", default=0, show_default=True, type=int, help="Random seed of sampling.")
 @flags.dtype
 @flags.device
+@flags.precision
 def chat(
     model: str,
     other: str | None,
@@ -46,6 +54,7 @@ def chat(
     seed: int,
     dtype: str,
     device: str,
+    precision: str,
 ) -> None:
     """Chat with MODEL, or with MODEL and OTHER side by side.
 
@@ -54,7 +63,9 @@ def chat(
     from regrow import store
     from regrow.commands.models import ModelSpec, load_model
     from regrow.evaluation.replies import reply
+    from regrow.nets.precision import autocasting
 
+    check_combination(precision, dtype=dtype)
     names = [model, *([other] if other else [])]
     options.say_code(*names)
     with working() as progress:
@@ -65,14 +76,20 @@ def chat(
     for name, one in zip(names, loaded, strict=True):
         if one.tokenizer is None:
             raise click.UsageError(f"{name} {_NO_TOKENIZER}")
+    with ExitStack() as passes:
+        for one in loaded:
+            passes.enter_context(autocasting(one.model, precision))
+        _converse(names, loaded, prompt, partial(reply, longest=longest, temperature=temperature, seed=seed))
+
+
+def _converse(
+    names: list[str], loaded: "list[Loaded]", prompt: str | None, reply: Callable[..., Iterator[str]]
+) -> None:
     history: list[list[dict[str, str]]] = [[] for _ in loaded]
     for question in [prompt] if prompt is not None else _questions(history):
         for said in history:
             said.append({"role": "user", "content": question})
-        replies = [
-            reply(one.model, one.tokenizer, said, longest=longest, temperature=temperature, seed=seed)
-            for one, said in zip(loaded, history, strict=True)
-        ]
+        replies = [reply(one.model, one.tokenizer, said) for one, said in zip(loaded, history, strict=True)]
         answers = beside(names, replies)
         for said, answer in zip(history, answers, strict=True):
             said.append({"role": "assistant", "content": answer})

@@ -230,4 +230,6 @@ def write_options(command: click.Command, context: click.Context, formatter: cli
 
 
 MODEL_HELP = f"MODEL: {declared(prune.Settings)['model'].setting.help}"
-dtype, device, input_shape = (option_of(prune.Settings, name) for name in ("dtype", "device", "input"))
+dtype, device, precision, input_shape = (
+    option_of(prune.Settings, name) for name in ("dtype", "device", "precision", "input")
+)

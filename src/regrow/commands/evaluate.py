@@ -6,6 +6,8 @@ from typing import Any
 from regrow import evaluation
 from regrow.commands.inputs import SourceSpecs, read_sources
 from regrow.commands.models import ModelSpec, load_model
+from regrow.nets import Loaded
+from regrow.nets.precision import autocasting
 from regrow.progress import Progress, silent
 from regrow.settings.declaration import check_settings
 from regrow.settings.evaluate import Settings
@@ -27,9 +29,15 @@ def evaluate(settings: Settings, progress: Progress = silent, *, code: str = "")
         ValueError: If the model or a source cannot be used.
     """
     check_settings(settings)
-    model, items = settings.model, settings.items
+    model = settings.model
     spec = ModelSpec(model, settings.dtype, settings.device, settings.input, settings.sources)
     loaded = load_model(spec, progress, code)
+    with autocasting(loaded.model, settings.precision):
+        return _evaluate(settings, loaded, progress)
+
+
+def _evaluate(settings: Settings, loaded: Loaded, progress: Progress) -> dict[str, Any]:
+    model, items = settings.model, settings.items
     specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
     tests = read_sources(specs, loaded).evaluation
     first = next(loaded.model.parameters()).dtype

@@ -16,6 +16,7 @@ from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.parents import describe_stage, start_from
 from regrow.errors import RefusedError
 from regrow.nets import Loaded
+from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
@@ -43,7 +44,7 @@ class _GrowJob:
 
     def measure(self, axes: AxisGraph, name: str) -> None:
         """Measure and log the model in its present state, under a name."""
-        with self.clock.stage("evaluate"):
+        with self.clock.stage("evaluate"), autocasting(self.loaded.model, self.settings.precision):
             measure(self.folder, self.loaded, axes, self.kinds.evaluation, self.kinds.seen, name, self.progress)
 
 
@@ -100,6 +101,7 @@ def run(
     clock = Clock(None)
     with clock.stage("load"):
         loaded = load_model(_model(settings), progress, code)
+        check_precision(loaded.model, settings.precision)
         specs = _sources(settings)
         kinds = read_sources(specs, loaded)
     with clock.stage("trace"):
@@ -186,10 +188,12 @@ def _train(job: _GrowJob, axes: AxisGraph, plan: Plan) -> None:
     settings, model, sources = job.settings, job.loaded.model, job.kinds.calibration
     training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
     new = added_entries(model, axes, plan)
-    before = mean_loss(model, sources)
-    train_grown(model, sources, new, training, progress=job.progress)
+    with autocasting(model, settings.precision):
+        before = mean_loss(model, sources)
+        train_grown(model, sources, new, training, progress=job.progress)
+        after = mean_loss(model, sources)
     row: dict[str, Any] = {"steps": settings.steps, "train": settings.train, "lr": settings.lr}
-    row |= {"loss_before": before, "loss_after": mean_loss(model, sources)}
+    row |= {"loss_before": before, "loss_after": after}
     job.folder.log("training", **row, parameters=sum(int(entries.sum()) for entries in new.values()))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets import Loaded
 from regrow.nets.code import check_code
+from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.references import names_code
@@ -55,7 +57,7 @@ class _PruneJob:
     def measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
         """Measure and log the model in its present state, under a name."""
         kinds = self.kinds
-        with self.clock.stage("evaluate"):
+        with self.clock.stage("evaluate"), autocasting(self.loaded.model, self.settings.precision):
             return measuring.measure(self.folder, self.loaded, axes, kinds.evaluation, kinds.seen, name, self.progress)
 
 
@@ -78,8 +80,9 @@ def plan_only(settings: Settings, progress: Progress = silent, *, code: str = ""
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     budget = prune.with_timing(loaded.model, axes, budget, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
-    evidence = prune.collect_evidence(loaded.model, axes, method, kinds.calibration, progress)
-    return plan_cut(method, loaded.model, axes, budget, evidence, progress=progress).plan
+    with autocasting(loaded.model, settings.precision):
+        evidence = prune.collect_evidence(loaded.model, axes, method, kinds.calibration, progress)
+        return plan_cut(method, loaded.model, axes, budget, evidence, progress=progress).plan
 
 
 def run(
@@ -115,6 +118,7 @@ def run(
     clock = Clock(None)
     with clock.stage("load"):
         loaded = load_model(model_spec(settings), progress, code)
+        check_precision(loaded.model, settings.precision)
         kinds = read_sources(source_specs(settings), loaded)
     with clock.stage("trace"):
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
@@ -141,13 +145,16 @@ def run(
 def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan:
     """Calibrate, choose the units that stay, and return the plan."""
     folder, loaded, progress = job.folder, job.loaded, job.progress
-    with job.clock.stage("calibrate"):
+    passes = partial(autocasting, loaded.model, job.settings.precision)
+    with job.clock.stage("calibrate"), passes():
         evidence, key = calibrate(folder, loaded, axes, method, job.kinds.calibration, progress)
     with job.clock.stage("plan"):
         path = folder.path / "statistics" / "learned.safetensors"
         open_checkpoint(path, key, FORMAT)
         header = lambda: {"key": key}  # noqa: E731
-        cut = plan_cut(method, loaded.model, axes, budget, evidence, checkpoint=path, header=header, progress=progress)
+        saved: Any = {"checkpoint": path, "header": header}
+        with passes():
+            cut = plan_cut(method, loaded.model, axes, budget, evidence, **saved, progress=progress)
         if cut.plan.notes:
             folder.update(notes=[*loaded.notes, *cut.plan.notes])
         write_scores(folder, loaded, axes, cut.plan, cut.scores, evidence)
@@ -171,7 +178,7 @@ def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
             folder.own_ledger.append(plan)
         folder.write_axes(rows, [row.record() for row in inventory(axes)])
     if loaded.tokenizer is None and kinds.calibration:
-        with clock.stage("tune"):
+        with clock.stage("tune"), autocasting(loaded.model, settings.precision):
             _tune(settings, loaded, kinds, job.progress)
     with clock.stage("save"):
         store.write_model(loaded, folder.path)
@@ -275,5 +282,6 @@ def _recover(job: _PruneJob, traced: AxisGraph, plan: Plan) -> None:
     settings, folder, loaded, progress = job.settings, job.folder, job.loaded, job.progress
     texts = read_sources(source_specs(settings, settings.recover_tokens), loaded).calibration
     dense, by, seed = load_model(model_spec(settings), progress, job.code), settings.recover, settings.seed
-    recover(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, progress=progress)
+    more: Any = {"precision": settings.precision, "progress": progress}
+    recover(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, **more)
     store.write_model(loaded, folder.path)

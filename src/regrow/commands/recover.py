@@ -17,6 +17,7 @@ from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.recovering import log_differences, recover
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
+from regrow.nets.precision import autocasting, check_precision
 from regrow.progress import Progress, silent
 from regrow.references import names_code
 from regrow.run_folder import RunFolder, WritePage
@@ -66,9 +67,10 @@ def run(
     taken = find_method(MethodKind.RECOVERY, by).defaults({*wanted.recovery_settings, "seed"})
     identity: dict[str, Any] = {"verb": "recover", "settings": record_settings(wanted), "defaults": taken}
     RunFolder.check(out, **identity)
-    clock = Clock(None)
+    clock, precision = Clock(None), settings.precision or origin.precision
     with clock.stage("load"):
         dense, loaded = _load_models(source, cut, progress, code)
+        check_precision(loaded.model, precision)
         kinds = read_sources(pruning_run.source_specs(origin, tokens), loaded)
         axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
         cut.plan.check(axes)
@@ -83,16 +85,17 @@ def run(
         with clock.stage("recover"):
             recover(
                 folder, loaded.model, dense, axes, cut.plan, kinds.calibration, by,
-                settings=settings.recovery_settings, seed=seed, number=number, progress=progress,
+                settings=settings.recovery_settings, seed=seed, number=number, precision=precision, progress=progress,
             )  # fmt: skip
         with clock.stage("save"):
             store.write_model(loaded, folder.path)
         with clock.stage("evaluate"):
             after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
             folder.write_axes(*([row.record() for row in inventory(one)] for one in (axes, after)))
-            perplexities = measure(
-                folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress, recoveries=number
-            )
+            with autocasting(loaded.model, origin.precision):  # as the models before it were evaluated
+                perplexities = measure(
+                    folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress, recoveries=number
+                )
             log_differences(folder, perplexities, number)
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
 

@@ -10,12 +10,14 @@ from regrow.axes import AxisGraph
 from regrow.commands.calibration import parameter_sums
 from regrow.evaluation import Perplexity, paired_difference
 from regrow.methods import MethodKind, find_method
-from regrow.methods.recovery import RecoveryTask
+from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
 from regrow.nets import Loaded
+from regrow.nets.precision import autocasting
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder
+from regrow.settings.recover import CLOSED_FORM
 from regrow.sources import Source
 from regrow.store.statistics import fingerprint
 from regrow.store.tensors import open_checkpoint
@@ -34,6 +36,7 @@ def recover(
     settings: Mapping[str, object] | None = None,
     seed: int = 0,
     number: int = 1,
+    precision: str = "float32",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Recover a cut network by a method, or resume an interrupted recovery, and log a ``recovery`` row.
@@ -49,6 +52,7 @@ def recover(
         settings: Settings of the recovery that differ from the defaults.
         seed: Seed of all random choices.
         number: The number of this recovery of the network, from 1.
+        precision: The precision of forward passes of a recovery that trains.
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
@@ -65,12 +69,28 @@ def recover(
     spent = float(open_checkpoint(path, key, training.FORMAT, recovery.FORMAT).get("seconds", 0))
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
-    outcome = work(RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress))
+    outcome = work_in(
+        precision, by, work, RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress)
+    )
     tokens = sum(source.tokens for source in sources)
     row = {"by": by, "tokens": tokens, "seconds": round(seconds(), 1), **outcome}
     row |= {"round": number} if number > 1 else {}
     folder.log("recovery", **row)
     return row
+
+
+def work_in(precision: str, by: str, work: Recovery, task: RecoveryTask) -> dict[str, Any]:
+    """Recover a network with forward passes in a precision, if the recovery trains, and return its summary.
+
+    Args:
+        precision: The precision.
+        by: The name of the recovery.
+        work: The recovery.
+        task: The networks and the data.
+    """
+    precision = "float32" if by in CLOSED_FORM else precision
+    with autocasting(task.model, precision), autocasting(task.dense, precision):
+        return work(task)
 
 
 def check_recovery(by: str, sources: Sequence[str]) -> None:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, Setting
-from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen, Sources
+from regrow.settings.loading import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Sources
+from regrow.settings.training import check_combination
 
 TASKS = "Tasks"
 
@@ -35,4 +36,9 @@ class Settings:
     seq_len: SeqLen = 256
     dtype: Dtype = ""
     device: Device = "cpu"
+    precision: ForwardPrecision = "float32"
     input: Input = ""
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check_combination(self.precision, dtype=self.dtype)

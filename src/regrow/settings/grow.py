@@ -7,7 +7,8 @@ from regrow.amounts import Increase
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
-from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen, Undo
+from regrow.settings.loading import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo
+from regrow.settings.training import check_combination
 
 AMOUNT, NEW, DATA, TRAINING, AFTER = "What grows", "New units", "Data", "Training", "After the growth"
 
@@ -66,6 +67,7 @@ class Settings:
     seed: Annotated[int, Setting("Seed of the random weights of new units.", group=NEW, range=SEED)] = 0
     dtype: Dtype = ""
     device: Device = "cpu"
+    precision: ForwardPrecision = "float32"
     input: Input = ""
     on: Annotated[tuple[str, ...], Setting(
         "Train on this after the growth: a source, as for --source, which is also measured. Repeat it for several.",
@@ -92,6 +94,11 @@ class Settings:
     # fmt: on
 
     def __post_init__(self) -> None:
+        check_combination(self.precision, dtype=self.dtype)
+        if self.precision != "float32" and not (self.on or self.sources):
+            raise InputError(
+                f"--precision {self.precision} is for passes over data, and there are none; leave it out, or add --on"
+            )
         amounts = {"--mlp": self.mlp, "--heads": self.heads, "--channels": self.channels}
         for option, amount in amounts.items():
             _check(option, amount) if amount else None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, Setting
-from regrow.settings.training import TRAINING
+from regrow.settings.training import PRECISION, TRAINING
 
 LOADING, DATA = "Loading the model", "Data"
 
@@ -30,6 +30,7 @@ _DEVICE = Setting(
     group=LOADING, metavar="DEVICE",
 )
 Device = Annotated[str, _DEVICE]
+ForwardPrecision = Annotated[str, replace(PRECISION, group=LOADING, absent="float32")]
 TrainingDevice = Annotated[str, replace(_DEVICE, group=TRAINING, absent="cpu")]
 Input = Annotated[str, Setting(
     "Input shape of an image model, batch first, such as 1x3x32x32. Default: the shape recorded in the run folder, "

@@ -8,7 +8,8 @@ from regrow.amounts import Measure, Target
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting, declared
-from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen, Sources, Undo
+from regrow.settings.loading import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Sources, Undo
+from regrow.settings.training import check_combination
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
 
@@ -84,6 +85,7 @@ class Settings:
     )] = 0
     dtype: Dtype = ""
     device: Device = "cpu"
+    precision: ForwardPrecision = "float32"
     input: Input = ""
     tokens: Annotated[int, Setting(
         "Tokens (image models: images) per source to calibrate on.",
@@ -120,6 +122,7 @@ class Settings:
             declared(Settings)["keep"].check(self.keep)
             object.__setattr__(self, "target", str(Target(Measure.PARAMETERS, share=self.keep)))
         if not self.target or not isinstance(self.target, str):
+            check_combination(self.precision, dtype=self.dtype, measure=self.measure)
             return
         try:
             unit = str(Target.parse(self.target).measure)
@@ -133,3 +136,4 @@ class Settings:
             )
         object.__setattr__(self, "keep", None)
         object.__setattr__(self, "measure", unit)
+        check_combination(self.precision, dtype=self.dtype, measure=unit)

@@ -1,12 +1,17 @@
 """The settings of ``regrow recover``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
+from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
 from regrow.settings.loading import Undo
+from regrow.settings.training import PRECISION
+
+CLOSED_FORM = ("bias", "refit")
+"""Recoveries that solve for weights instead of training them; their passes run in the format of the weights."""
 
 
 @dataclass(frozen=True)
@@ -39,4 +44,16 @@ class Settings:
     method: Annotated[str, Setting("The method that pruned the model, and those that recovered it.", hidden=True)] = ""
     keep: Annotated[float | None, Setting("The requested fraction of weights, if any.", hidden=True)] = None
     seed: Annotated[int, Setting("Random seed of the text windows and their order.", range=SEED, shown=True)] = 0
+    precision: Annotated[str, replace(
+        PRECISION, help="As for `regrow prune`, of a recovery that trains (lora, distil); default: that of the run.",
+        group="", absent="",
+    )] = ""
     undo: Undo = True
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("", "float32") and self.by in CLOSED_FORM:
+            raise InputError(
+                f"{self.by} solves for weights in their own format, not in {self.precision}; leave out --precision, or "
+                "recover by lora or distil"
+            )

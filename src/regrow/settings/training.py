@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
 
@@ -27,3 +28,28 @@ Precision = Annotated[str, PRECISION]
 Train = Annotated[int, Setting("Use at most this many training examples; 0: all.", group="Data", range=Range(0, MANY))]
 Test = Annotated[int, Setting("Use at most this many test examples; 0: all.", group="Data", range=Range(0, MANY))]
 Seed = Annotated[int, Setting("Random seed of initial weights, data order and everything sampled.", range=SEED)]
+# fmt: on
+
+
+def check_combination(precision: str, *, dtype: str = "", measure: str = "") -> None:
+    """Raise InputError if a precision would be ignored, or would not be that of what is measured.
+
+    Args:
+        precision: The precision of forward passes.
+        dtype: The format in which weights are loaded; empty: that in which they are stored.
+        measure: What a budget counts.
+
+    >>> check_combination("bfloat16", dtype="float64")
+    Traceback (most recent call last):
+    regrow.errors.InputError: precision bfloat16 is for weights of float32, and dtype is float64; leave out one of them
+    """
+    if precision == "float32":
+        return
+    if dtype not in ("", "float32"):
+        raise InputError(
+            f"precision {precision} is for weights of float32, and dtype is {dtype}; leave out one of them"
+        )
+    if measure == "ms":
+        raise InputError(
+            f"a target in ms is measured in the format of the weights, not in precision {precision}; load them in it"
+        )
