@@ -39,7 +39,7 @@ def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None) -> Loaded
         ModelError: If the folder holds no model, only pickled weights, files that are damaged, or settings that would
             load code.
     """
-    _check_folder(folder, name, dtype)
+    check_folder(folder, name, dtype)
     return _load(str(folder), name=name, dtype=dtype)
 
 
@@ -184,7 +184,7 @@ def _load(where: str, *, name: str, dtype: torch.dtype | None, **files: Any) -> 
     require_transformers()
     try:
         with quiet():
-            auto = _class_for(where, name, files)
+            auto = class_for(where, name, files)
             model, info = auto.from_pretrained(
                 where,
                 dtype=dtype or "auto",
@@ -210,11 +210,21 @@ def _load(where: str, *, name: str, dtype: torch.dtype | None, **files: Any) -> 
             f"{first!r} first; the configuration belongs to another model: download both again"
         )
     model.eval()
-    tokenizer = None if not _is_text(model) else _tokenizer(where, files)
+    tokenizer = None if not is_text(model) else read_tokenizer(where, files)
     return Loaded(model, tokenizer, example_of_transformers(model), origin_of(model, name))
 
 
-def _class_for(where: str, name: str, files: dict[str, Any]) -> Any:
+def class_for(where: str, name: str, files: dict[str, Any]) -> Any:
+    """Return the transformers class that the configuration of a model names.
+
+    Args:
+        where: The folder or hub id.
+        name: The name of the model, for messages.
+        files: Further arguments of ``from_pretrained``.
+
+    Raises:
+        ModelError: If a setting would load code.
+    """
     transformers = require_transformers()
     settings, _ = transformers.PretrainedConfig.get_config_dict(where, **files)
     try:
@@ -227,7 +237,13 @@ def _class_for(where: str, name: str, files: dict[str, Any]) -> Any:
     return known or transformers.AutoModelForCausalLM
 
 
-def _tokenizer(where: str, files: dict[str, Any]) -> Any | None:
+def read_tokenizer(where: str, files: dict[str, Any]) -> Any | None:
+    """Return the tokenizer of a transformers model, or ``None`` if it has none that can be read.
+
+    Args:
+        where: The folder or hub id.
+        files: Further arguments of ``from_pretrained``.
+    """
     transformers = require_transformers()
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -241,7 +257,12 @@ def _tokenizer(where: str, files: dict[str, Any]) -> Any | None:
         return None
 
 
-def _is_text(model: "PreTrainedModel") -> bool:
+def is_text(model: "PreTrainedModel") -> bool:
+    """Whether a transformers model takes text.
+
+    Args:
+        model: The model.
+    """
     return model.main_input_name == "input_ids"
 
 
@@ -251,14 +272,26 @@ def example_of_transformers(model: "PreTrainedModel") -> Example:
     Args:
         model: The model.
     """
-    if _is_text(model):
+    if is_text(model):
         return text_example(model, model.config.get_text_config().vocab_size)
     size = getattr(model.config, "image_size", PIXELS)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return image_example(model, getattr(model.config, "num_channels", 3), height, width)
 
 
-def _check_folder(folder: Path, name: str, dtype: torch.dtype | None) -> None:
+def check_folder(folder: Path, name: str, dtype: torch.dtype | None, *, whole: bool = True) -> None:
+    """Raise an error unless a folder holds the complete files of a transformers model.
+
+    Args:
+        folder: The folder.
+        name: The name of the model, for messages.
+        dtype: The dtype that the weights will have; as stored if ``None``.
+        whole: Whether all weights must fit into memory at once.
+
+    Raises:
+        ModelError: If it holds no model, only pickled weights, or files that are damaged.
+        ResourceError: If the weights do not fit into memory.
+    """
     if not (folder / "config.json").exists():
         raise ModelError(f"{name}: not a model folder (it has no config.json); give a transformers folder")
     check_files(folder)
@@ -274,7 +307,8 @@ def _check_folder(folder: Path, name: str, dtype: torch.dtype | None) -> None:
         )
     if not files:
         raise ModelError(f"{name}: the folder has no .safetensors weights; download the model again")
-    check_weights(files, name, None if dtype is None else dtype.itemsize)
+    if whole:
+        check_weights(files, name, None if dtype is None else dtype.itemsize)
 
 
 def _check_surplus(path: Path, model: nn.Module, name: str) -> None:

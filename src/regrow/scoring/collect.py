@@ -7,7 +7,8 @@ Nothing but sums is kept. One (source, shard) is the unit that can be merged, sa
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,31 @@ from regrow.sources import Batch, Source, to_host
 Key = tuple[str, int]
 
 
+class BlockVisits(Protocol):
+    """A network that runs block by block: all batches through one block, then all through the next."""
+
+    def visit(
+        self,
+        batches: Sequence[Batch],
+        names: Collection[str],
+        around: Callable[[int, Mapping[int, str]], AbstractContextManager[object]],
+    ) -> None:
+        """Run batches block by block, each in the context ``around(number, {id of a loaded weight: its name})``.
+
+        Args:
+            batches: The batches.
+            names: The weights up to whose last reader they run.
+            around: The context in which a batch runs through a block.
+        """
+
+    def passes(self, names: Collection[str]) -> int:
+        """Return how often each batch runs through a part of the network.
+
+        Args:
+            names: As for :meth:`visit`.
+        """
+
+
 def collect(
     model: nn.Module,
     axes: AxisGraph,
@@ -33,6 +59,7 @@ def collect(
     shards: int = 1,
     units: Sequence[Axis] | None = None,
     objective: Objective | None = None,
+    visits: BlockVisits | None = None,
     done: Mapping[Key, Statistics] | None = None,
     on_done: Callable[[str, int, Statistics], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -47,6 +74,8 @@ def collect(
         shards: Into how many disjoint parts each source is split, batch ``i`` into part ``i % shards``.
         units: The axes whose weights are measured; ``axes.units()`` if none are named.
         objective: The loss whose gradients are summed; ``None``: what fits the labels.
+        visits: Runs the network block by block, where it does not fit into memory; the sums are the same bit for bit.
+            ``None``: the whole network runs on each batch.
         done: What an earlier, interrupted call finished: (source, shard) → its statistics. These are returned as they
             are, not measured again.
         on_done: Called with (source, shard, statistics) as soon as one is finished.
@@ -64,6 +93,16 @@ def collect(
         return {}
     objective = objective or choose_objective(None, sources[0].batches[0])
     walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective)
+    if visits is not None:
+        if walk.differentiated:
+            raise ValueError("gradients need the whole network in memory; leave out --memory")
+        fresh = _walk_blocks(walk, visits, sources, shards, done or {}, progress)
+        for (name, shard), sums in fresh.items():
+            walk.settle(sums)
+            if on_done:
+                on_done(name, shard, sums)
+        every = {**(done or {}), **fresh}
+        return {source.name: [every[source.name, shard] for shard in range(shards)] for source in sources}
     total, finished = sum(len(source) for source in sources), 0
     result: dict[str, list[Statistics]] = {}
     with _evaluating(model, walk.differentiated):
@@ -116,9 +155,7 @@ class _Walk:
             whole = self._watch(batch, self.model, statistics)
             if len(whole.sums) > len(watch.sums):
                 self.run, watch = self.model, whole
-        for name, moments in watch.sums.items():
-            known = statistics.moments.get(name)
-            statistics.moments[name] = moments if known is None else known + moments
+        _add_moments(statistics, watch)
         statistics.tokens += _positions(batch)
 
     def settle(self, statistics: Statistics) -> None:
@@ -144,8 +181,8 @@ class _Walk:
                 )
 
     def _watch(self, batch: Batch, run: nn.Module, statistics: Statistics) -> InputSums:
-        mask, here = batch.kwargs.get("attention_mask"), batch.to(self.device)
-        with InputSums(self.watched, _leading(batch), mask if isinstance(mask, Tensor) else None) as watch:
+        here = batch.to(self.device)
+        with _input_sums(self.watched, batch) as watch:
             if self.differentiated:
                 sums, count = statistics.gradients, batch.size
                 loss = add_gradients(self.model, here, self.differentiated, sums, self.objective, count=count)
@@ -169,6 +206,53 @@ class _Walk:
         except TypeError:
             return self.model
         return base if all(name.startswith(f"{prefix}.") for name in self.names) else self.model
+
+
+def _walk_blocks(
+    walk: _Walk,
+    visits: BlockVisits,
+    sources: Sequence[Source],
+    shards: int,
+    done: Mapping[Key, Statistics],
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[Key, Statistics]:
+    """Run all batches of all unfinished shards through one block after another; return their sums by shard."""
+    result = {(s.name, i): Statistics(s.name) for s in sources for i in range(shards) if (s.name, i) not in done}
+    rows = [
+        (key, batch) for s in sources for key in result if key[0] == s.name for batch in s.batches[key[1] :: shards]
+    ]
+    names, counted = {*walk.watched.values()}, set[tuple[int, str]]()
+    total, finished = visits.passes(names) * len(rows), 0
+    for key, batch in rows:
+        result[key].tokens += _positions(batch)
+
+    @contextmanager
+    def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
+        nonlocal finished
+        key, batch = rows[number]
+        with _input_sums(watched, batch) as watch:
+            yield
+        if twice := next((name for name in watch.sums if (number, name) in counted), None):
+            raise ValueError(f"{twice!r} is read in several parts of the network; load it whole, without --memory")
+        counted.update((number, name) for name in watch.sums)
+        _add_moments(result[key], watch)
+        finished += 1
+        if progress:
+            progress(key[0], finished, total)
+
+    visits.visit([batch for _, batch in rows], names, around)
+    return result
+
+
+def _input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:
+    mask = batch.kwargs.get("attention_mask")
+    return InputSums(watched, _leading(batch), mask if isinstance(mask, Tensor) else None)
+
+
+def _add_moments(statistics: Statistics, watch: InputSums) -> None:
+    for name, moments in watch.sums.items():
+        known = statistics.moments.get(name)
+        statistics.moments[name] = moments if known is None else known + moments
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_NAMES: Mapping[torch.dtype, str] = {
+DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
@@ -46,16 +46,16 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         OSError: If the disk is full or write permission is missing.
         ValueError: If the format has no name for a dtype.
     """
-    if unknown := [name for name, tensor in tensors.items() if tensor.dtype not in _NAMES]:
+    if unknown := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]:
         dtype = str(tensors[unknown[0]].dtype).removeprefix("torch.")
         raise ValueError(f"safetensors files do not hold {dtype}, the dtype of {unknown[0]}; convert it first")
-    places = {dtype: i for i, dtype in enumerate(_NAMES)}
+    places = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
     names, end = sorted(tensors, key=lambda name: (places[tensors[name].dtype], name)), 0
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     for name in names:
         tensor, begin = tensors[name], end
         end += tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

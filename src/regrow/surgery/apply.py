@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -149,7 +150,7 @@ def _recorded(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Rec
 
 def _is_numberless(model: nn.Module, axes: AxisGraph) -> bool:
     given = (x for x in tree_leaves((axes.example.args, dict(axes.example.kwargs))) if isinstance(x, Tensor))
-    return any(x.is_meta for x in (*model.parameters(), *given))
+    return any(x.is_meta or isinstance(x, FakeTensor) for x in (*model.parameters(), *given))
 
 
 def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:

@@ -1,0 +1,199 @@
+"""Read single tensors of safetensors files by name and byte range, into memory of their own.
+
+Files are read, not memory-mapped: mapped pages count as resident memory, and nothing says when they are given back.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from regrow.errors import InputError
+from regrow.limits import check_regular, parse_json, read_json
+from regrow.store.errors import StoreError
+from regrow.store.tensor_file import DTYPE_NAMES
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_LONGEST = 10**8
+"""The longest header in bytes that is read, as in the format's own reader."""
+_LINE = 64
+"""The bytes of a cache line."""
+_DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies in a file.
+
+    Args:
+        file: The file.
+        dtype: The dtype of its entries.
+        shape: Its shape.
+        start: The position in the file of its first byte.
+        bytes: Its length in bytes.
+    """
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of safetensors files by name; each access reads one tensor from its file anew.
+
+    Args:
+        places: Name → where the tensor lies.
+    """
+
+    def __init__(self, places: Mapping[str, TensorPlace]) -> None:
+        self.places = dict(places)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Return the checkpoint in a model folder: one file, or shards with an index.
+
+        Args:
+            folder: The folder.
+
+        Raises:
+            StoreError: If a file is missing or damaged, or the index names other tensors than its files hold.
+        """
+        if (folder / INDEX).exists():
+            return cls(_read_shards(folder))
+        return cls(read_places(folder / SINGLE))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor on the CPU."""
+        return read_tensor(self.places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def first_entries(self, name: str, many: int) -> Tensor:
+        """Return the first entries of a tensor in row-major order, without reading the rest.
+
+        Args:
+            name: The name of the tensor.
+            many: How many entries at most.
+        """
+        return read_tensor(self.places[name], many)
+
+
+def read_tensor(place: TensorPlace, most: int | None = None) -> Tensor:
+    """Read a tensor into memory of its own.
+
+    It lies at the same place within a cache line as in the file, as a memory-mapped tensor does: at another one,
+    kernels may sum in another order.
+
+    Args:
+        place: Where it lies.
+        most: How many entries are read, ``[entries]``; ``None``: all, in its shape.
+
+    Raises:
+        StoreError: If the file cannot be read any more.
+    """
+    length = place.bytes if most is None else min(place.bytes, most * place.dtype.itemsize)
+    room = torch.empty(length + _LINE, dtype=torch.uint8)
+    offset = (place.start - room.data_ptr()) % _LINE
+    offset -= offset % place.dtype.itemsize  # an unpadded header puts tensors where torch reads none
+    made = room[offset : offset + length]
+    view, done = memoryview(made.numpy().data), 0
+    try:
+        with place.file.open("rb", buffering=0) as file:
+            file.seek(place.start)
+            while done < length:
+                many = file.readinto(view[done:])
+                if not many:
+                    raise StoreError(f"{place.file} has become shorter while it was read; copy it again")
+                done += many
+    except OSError as error:
+        raise StoreError(f"{place.file} cannot be read ({error.strerror}); copy it again") from None
+    flat = made.view(place.dtype) if length else torch.empty(0, dtype=place.dtype)
+    return flat if most is not None else flat.view(place.shape)
+
+
+def read_places(path: Path) -> dict[str, TensorPlace]:
+    """Read the header of a safetensors file and return where its tensors lie.
+
+    Args:
+        path: The file.
+
+    Raises:
+        StoreError: If the header is not valid: unknown dtypes, lengths that do not fit the shapes, bytes that belong to
+            no tensor or to two, or an end behind that of the file.
+    """
+    try:
+        check_regular(path)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(_LONGEST, size - 8):
+                raise InputError(f"its header has {length} bytes")
+            header = parse_json(file.read(length), "its header")
+        return _places(path, header, 8 + length, size)
+    except (InputError, OSError, UnicodeDecodeError) as error:
+        why = " ".join(str(error).split("; ")[0].split())[:120]
+        raise StoreError(f"{path} is no complete safetensors file ({why}); copy or download it again") from None
+
+
+def _places(path: Path, header: object, begin: int, size: int) -> dict[str, TensorPlace]:
+    if not isinstance(header, dict):
+        raise InputError("its header is no object")
+    result = {name: _place(path, name, entry, begin) for name, entry in header.items() if name != "__metadata__"}
+    at = begin
+    for name, place in sorted(result.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if place.start != at:
+            raise InputError(f"{name!r:.60} begins at byte {place.start}, the one before ends at {at}")
+        at += place.bytes
+    if at != size:
+        raise InputError(f"its tensors end at byte {at}, the file at {size}")
+    return result
+
+
+def _place(path: Path, name: str, entry: object, begin: int) -> TensorPlace:
+    if not isinstance(entry, dict):
+        raise InputError(f"the entry of {name!r:.60} is no object")
+    dtype, shape, ends = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape"), entry.get("data_offsets")
+    if dtype is None:
+        raise InputError(f"the dtype of {name!r:.60} is {entry.get('dtype')!r:.20}")
+    if not _are_counts(shape) or not _are_counts(ends) or len(ends) != 2:
+        raise InputError(f"the shape or the place of {name!r:.60} is no list of numbers")
+    length = ends[1] - ends[0]
+    if length != prod(shape) * dtype.itemsize:
+        raise InputError(f"{name!r:.60} has {length} bytes, and its shape is {shape!s:.60}")
+    return TensorPlace(path, dtype, tuple(shape), begin + ends[0], length)
+
+
+def _are_counts(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) < 2**6 and all(type(one) is int and 0 <= one < 2**60 for one in value)
+
+
+def _read_shards(folder: Path) -> dict[str, TensorPlace]:
+    path = folder / INDEX
+    try:
+        index = read_json(path)
+    except InputError as error:
+        raise StoreError(str(error)) from None
+    named = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(named, dict) or not named or not all(isinstance(one, str) for one in named.values()):
+        raise StoreError(f"{path} has no weight_map from tensors to files; copy or download it again")
+    files = sorted(set(named.values()))
+    if odd := next((one for one in files if Path(one).name != one or not one.endswith(".safetensors")), None):
+        raise StoreError(f"{path} names the file {odd!r:.60}, which is no .safetensors file beside it; restore it")
+    result: dict[str, TensorPlace] = {}
+    for file in files:
+        places = read_places(folder / file)
+        expected = {name for name, one in named.items() if one == file}
+        if other := min(expected ^ places.keys(), default=None):
+            raise StoreError(f"{path} and {file} disagree about the tensor {other!r:.60}; download both again")
+        result |= places
+    return result

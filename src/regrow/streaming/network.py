@@ -1,0 +1,252 @@
+"""Run a network that is larger than memory: each block is loaded, runs on all batches, and is released.
+
+For every block the network's own forward runs up to that block, with the modules of earlier blocks answering with the
+results that they gave before. So each block gets what its parent passes it (masks, positions, caches), whatever the
+architecture; only embeddings and what else lies outside the blocks are computed once per block.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from regrow.axes import AxisGraph
+from regrow.errors import InputError
+from regrow.sources import Batch
+from regrow.streaming.results import BlockResults
+from regrow.streaming.weights import StoredWeights
+from regrow.tracing.blocks import GraphBlock
+
+Around = Callable[[int, Mapping[int, str]], AbstractContextManager[object]]
+"""Function of a batch's number and ``id`` of a loaded weight → its name: the context in which the batch runs."""
+
+
+@dataclass(frozen=True)
+class StreamedBlock:
+    """A block of a network, as the modules know it.
+
+    Args:
+        path: The module.
+        names: The stored tensors in it.
+        last: The number of the last pass that reads its results; pass ``n`` runs block ``n``, the last pass what lies
+            behind all blocks.
+        passed: How many results later operations read.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    last: int
+    passed: int
+
+
+class _ReachedError(BaseException):
+    """Raised in a network once the block that runs is finished; no ``except Exception`` of its code catches it."""
+
+
+class StreamedNetwork:
+    """A network whose weights lie in files; those of its blocks are in memory one block at a time.
+
+    What lies outside the blocks (embeddings, the head) stays in memory once it is loaded.
+
+    Args:
+        model: The network; parameters without numbers are replaced by loaded ones where needed.
+        weights: Its stored weights.
+        axes: Its axes, with the recording that shows the blocks.
+        folder: Where results of blocks are kept that memory has no room for; ``None``: in memory.
+
+    Raises:
+        InputError: If the network has no blocks, or blocks share weights.
+    """
+
+    def __init__(self, model: nn.Module, weights: StoredWeights, axes: AxisGraph, folder: Path | None = None) -> None:
+        self.model, self.weights, self.folder = model.eval(), weights, folder
+        graph = axes.recording.blocks if axes.recording is not None else ()
+        self.blocks = _streamed_blocks(graph, weights)
+        self.segments = _segments(graph)
+        inside = {name for block in self.blocks for name in block.names}
+        self.outer = tuple(name for name in weights.stored if name not in inside)
+        self.places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        for path, module in model.named_modules():
+            dot = f"{path}." if path else ""
+            for held in (module._parameters, module._buffers):
+                for leaf in held:
+                    if (first := weights.first.get(dot + leaf)) is not None:
+                        self.places.setdefault(first, []).append((held, leaf))
+
+    @contextmanager
+    def resident(self, names: Collection[str]) -> Iterator[None]:
+        """Context manager in which stored tensors are loaded; they are released when it ends.
+
+        Args:
+            names: Their names.
+        """
+        before: dict[str, Any] = {}
+        try:
+            for name in names:
+                held, leaf = self.places[name][0]
+                before[name], value = held[leaf], self.weights[name]
+                self._put(name, nn.Parameter(value, before[name].requires_grad) if _is_parameter(held[leaf]) else value)
+            yield
+        finally:
+            for name, value in before.items():
+                self._put(name, value)
+
+    def _put(self, name: str, value: Tensor) -> None:
+        for held, leaf in self.places[name]:
+            held[leaf] = value
+
+    def visit(self, batches: Sequence[Batch], names: Collection[str], around: Around) -> None:
+        """Run batches block by block, as far as some weights are read.
+
+        Args:
+            batches: The batches.
+            names: The weights; each batch runs in ``around`` with those that are loaded then.
+            around: The context in which a batch runs through a block.
+        """
+        with BlockResults(self.folder) as results, self.resident(self.outer):
+            for number in range(self.passes(names)):
+                for _ in self._pass(number, batches, results, names, around):
+                    pass
+
+    def passes(self, names: Collection[str]) -> int:
+        """Return in how many passes all of some weights are read.
+
+        Args:
+            names: The weights.
+        """
+        inside = {name: i for i, block in enumerate(self.blocks) for name in block.names}
+        last = len(self.blocks)
+        return 1 + max((inside.get(name, self.segments.get(name, last)) for name in names), default=-1)
+
+    def outputs(self, batches: Sequence[Batch]) -> Iterator[Any]:
+        """Yield the network's output for each batch.
+
+        Args:
+            batches: The batches.
+        """
+        with BlockResults(self.folder) as results, self.resident(self.outer):
+            for number in range(len(self.blocks) + 1):
+                yield from self._pass(number, batches, results, (), lambda index, watched: nullcontext())
+
+    @contextmanager
+    def on_demand(self) -> Iterator[nn.Module]:
+        """Context manager in which the network runs as any other: each block is loaded when it is called."""
+
+        def loading(block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self.resident(block.names):
+                    return forward(*args, **kwargs)
+
+            return run
+
+        with self.resident(self.outer), self._replaced(loading):
+            yield self.model
+
+    def _pass(
+        self, number: int, batches: Sequence[Batch], results: BlockResults, names: Collection[str], around: Around
+    ) -> Iterator[Any]:
+        """Run one block on all batches and keep its results; the last pass yields the network's outputs."""
+        is_last = number == len(self.blocks)
+        with self.resident(self.blocks[number].names if not is_last else ()), torch.no_grad():
+            wanted = {*names} if not is_last else {*names} & {*self.outer}
+            own = self.model.named_parameters(remove_duplicate=False)
+            watched = {id(one): name for name, one in own if name in wanted}
+            for index, batch in enumerate(batches):
+                with around(index, watched), self._replaced(self._answering(number, index, results)):
+                    output = self._run(batch, is_last)
+                for j, block in enumerate(self.blocks[:number]):
+                    if block.last == number:
+                        results.drop(j, index)
+                if is_last:
+                    yield output
+
+    def _run(self, batch: Batch, is_last: bool) -> Any:
+        try:
+            output = self.model(*batch.args, **batch.kwargs)
+        except _ReachedError:
+            return None
+        if not is_last:
+            raise InputError(f"{self.weights.name} ran without one of its blocks on some data; load it in memory")
+        return output
+
+    def _answering(
+        self, number: int, index: int, results: BlockResults
+    ) -> Callable[[StreamedBlock, Callable[..., Any]], Callable[..., Any]]:
+        """Return the function that replaces the forward of each block in a pass for one batch."""
+
+        def replaced(block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
+            at = self.blocks.index(block)
+
+            def answer(*args: Any, **kwargs: Any) -> Any:
+                return results.get(at, index)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if at > number:
+                    raise InputError(f"{self.weights.name} runs its blocks in another order on some data")
+                result = forward(*args, **kwargs)
+                if block.passed > sum(isinstance(one, Tensor) for one in tree_leaves(result)):
+                    raise InputError(f"{block.path} passes on values beside its result; load the model in memory")
+                results.put(at, index, result)
+                raise _ReachedError
+
+            return answer if at < number else run
+
+        return replaced
+
+    @contextmanager
+    def _replaced(self, made: Callable[[StreamedBlock, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+        """Context manager in which the forward of each block is replaced."""
+        modules = [self.model.get_submodule(block.path) for block in self.blocks]
+        before = [vars(module).get("forward") for module in modules]
+        try:
+            for module, block in zip(modules, self.blocks, strict=True):
+                module.forward = made(block, module.forward)
+            yield
+        finally:
+            for module, own in zip(modules, before, strict=True):
+                if own is None:
+                    vars(module).pop("forward", None)
+                else:
+                    module.forward = own
+
+
+def _is_parameter(value: object) -> bool:
+    return isinstance(value, nn.Parameter)
+
+
+def _streamed_blocks(graph: Sequence[GraphBlock], weights: StoredWeights) -> tuple[StreamedBlock, ...]:
+    """Return the blocks that are modules, after checking that each has weights of its own."""
+    modules = [one for one in graph if one.path]
+    if len(modules) < 2:
+        raise InputError(f"{weights.name} does not consist of blocks that follow one another; load it in memory")
+    order = {one.start: i for i, one in enumerate(modules)}
+    result = []
+    for one in modules:
+        own = {name for name in weights if name.startswith(f"{one.path}.")}
+        firsts = {weights.first[name] for name in own}
+        shared = [n for n, first in weights.first.items() if first in firsts and n not in own]
+        shared += [n for other in graph if other is not one for n in other.states if n in own]
+        if shared:
+            raise InputError(f"{weights.name}: {shared[0]!r} is shared by several blocks; load it in memory")
+        made = set(one.outputs)
+        last = [order[other.start] if other.path else len(modules) for other in graph if made & {*other.inputs}]
+        passed = sum(any(step in other.inputs for other in graph) for step in one.outputs)
+        result.append(StreamedBlock(one.path, tuple(sorted(firsts)), max(last, default=0), passed))
+    return tuple(result)
+
+
+def _segments(graph: Sequence[GraphBlock]) -> dict[str, int]:
+    """Return the pass in which each weight outside the blocks is read last."""
+    result: dict[str, int] = {}
+    number = 0
+    for one in graph:
+        if one.path:
+            number += 1
+        else:
+            result |= dict.fromkeys(one.states, number)
+    return result

@@ -1,0 +1,98 @@
+"""The stored weights of a network by name, each read when it is asked for and released by whoever asked."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from regrow.errors import InputError
+from regrow.nets.load import count_nonfinite
+from regrow.streaming.checkpoint import Checkpoint
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The parameters and saved buffers of a network, read from a checkpoint in the network's dtype.
+
+    A tied tensor has several names; it is stored under one of them.
+
+    Args:
+        checkpoint: The stored tensors.
+        model: The network; its tensors need no numbers.
+        name: The name of the network, for messages.
+
+    Raises:
+        InputError: If the checkpoint has other names or shapes than the network.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, name: str) -> None:
+        self.checkpoint, self.name = checkpoint, name
+        self.like = _saved_tensors(model)
+        groups: dict[int, list[str]] = {}
+        for key, tensor in self.like.items():
+            groups.setdefault(id(tensor), []).append(key)
+        self.first = {key: names[0] for names in groups.values() for key in names}
+        self.stored: dict[str, str] = {}
+        for names in groups.values():
+            there = next((key for key in names if key in checkpoint), None)
+            if there is None:
+                raise _other_names(name, f"lacks {names[0]!r}")
+            self.stored[names[0]] = there
+            place, wanted = checkpoint.places[there], self.like[there]
+            if place.shape != tuple(wanted.shape) or place.dtype.is_floating_point != wanted.is_floating_point():
+                raise _other_names(name, f"holds {there!r} as {place.dtype} {list(place.shape)}")
+        if other := next((key for key in checkpoint if key not in self.like), None):
+            raise _other_names(name, f"holds {other!r}")
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return a tensor in memory of its own.
+
+        Raises:
+            InputError: If it holds NaN or infinity.
+        """
+        stored = self.stored[self.first[key]]
+        tensor = self.checkpoint[stored].to(self.like[key].dtype)
+        if isinstance(self.like[key], nn.Parameter) and (bad := count_nonfinite(tensor)):
+            raise InputError(
+                f"{self.name}: {bad} entries of {stored!r} are NaN or infinite; use an undamaged checkpoint"
+            )
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+    def bytes_of(self, key: str) -> int:
+        """Return how many bytes a tensor takes in memory.
+
+        Args:
+            key: The name of the tensor.
+        """
+        return self.like[key].numel() * self.like[key].element_size()
+
+    def sums(self, many: int = 4096) -> list[float]:
+        """Return the sum of the first entries of every parameter, which tells different weights apart cheaply.
+
+        Args:
+            many: How many entries of each are summed.
+        """
+        own = (key for key, first in self.first.items() if key == first and isinstance(self.like[key], nn.Parameter))
+        parts = (self.checkpoint.first_entries(self.stored[key], many).to(self.like[key].dtype) for key in own)
+        return [float(part.float().double().sum()) for part in parts]
+
+
+def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and saved buffer under each of its names."""
+    result: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        dot = f"{path}." if path else ""
+        saved = {k: one for k, one in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        result |= {dot + k: one for k, one in {**module._parameters, **saved}.items() if one is not None}
+    return result
+
+
+def _other_names(name: str, what: str) -> InputError:
+    return InputError(
+        f"{name}: its checkpoint {what}, unlike the model; a checkpoint whose names are converted is not read block by "
+        "block: load it in memory (leave out --memory)"
+    )
