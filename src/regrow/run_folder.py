@@ -40,12 +40,14 @@ class RunFolder:
         resumed: Whether an earlier process had started this run.
         out: The folder that the finished run will have; ``None`` for a folder that is only read.
         owner: The lock on that folder. :meth:`finish` releases it, and so does the end of a ``with`` block.
+        send: Called with every row that :meth:`log` adds, such as for a tracker.
     """
 
     path: Path
     resumed: bool = False
     out: Path | None = None
     owner: Lock | None = None
+    send: Callable[[Mapping[str, object]], None] | None = None
 
     @classmethod
     def create(
@@ -254,7 +256,8 @@ class RunFolder:
         Raises:
             StoreError: If the disk is full; the file then holds what it held.
         """
-        self._metrics.add({"what": what, **values}, number)
+        if self._metrics.add({"what": what, **values}, number) and self.send:
+            self.send({"what": what, **values})
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return every measurement of ``metrics.jsonl``, in order; a last line that a crash truncated is left out.

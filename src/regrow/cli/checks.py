@@ -81,6 +81,10 @@ def check_words(command: str, settings: "DataclassInstance | None", options: Map
             check_json(Path(str(file)), *map(str, inputs))
     if command == "export":
         check_target(given)
+    if track := given.get("track"):
+        from regrow.commands.trackers import check_tracker
+
+        check_tracker(str(track), str(given.get("out") or given.get("resume") or ""))
     if command == "methods" and given.get("name"):
         check_method("", str(given["name"]))
     if command in FOLDERS and (out := given.get("out")):

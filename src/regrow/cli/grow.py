@@ -33,7 +33,8 @@ Examples
 @click.option("--dry-run", is_flag=True, help="Only print what would grow.")
 @click.option("--plan", type=options.PATH, help="With --dry-run: also write the plan here; `regrow apply` runs it.")
 @options.code
-def grow(given: Given[Settings], out: Path | None, dry_run: bool, plan: Path | None, code: str) -> None:
+@options.track
+def grow(given: Given[Settings], out: Path | None, dry_run: bool, plan: Path | None, code: str, track: str) -> None:
     """Widen or deepen MODEL such that its outputs do not change; writes a folder with the model and a report.
 
     Outputs before and after are compared, in float64 and in the model's precision, and the largest change is printed.
@@ -50,7 +51,7 @@ def grow(given: Given[Settings], out: Path | None, dry_run: bool, plan: Path | N
         raise click.UsageError("--out names the folder of the run, for example --out run")
     from regrow.commands.grow import run
 
-    run_with_page("model", _tell, run, settings, out, code=code)
+    run_with_page("model", _tell, run, settings, out, code=code, track=track)
 
 
 def _show_plan(settings: Settings, path: Path | None, code: str) -> None:

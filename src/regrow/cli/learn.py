@@ -55,6 +55,7 @@ RESUME = "Resuming a run"
     heading=RESUME,
 )
 @options.code
+@options.track
 def learn(
     given: Given[Settings],
     out: Path | None,
@@ -63,6 +64,7 @@ def learn(
     without_old: bool,
     total: int | None,
     code: str,
+    track: str,
 ) -> None:
     """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
     if resume:
@@ -75,7 +77,8 @@ def learn(
         options.say_code(code)
         from regrow.commands.learn import extend
 
-        folder = run_with_page("network", _tell, extend, resume, more, without_old=without_old, total=total, code=code)
+        given_more = {"without_old": without_old, "total": total, "code": code, "track": track}
+        folder = run_with_page("network", _tell, extend, resume, more, **given_more)
     else:
         if more or without_old or total is not None:
             raise click.UsageError(
@@ -87,7 +90,7 @@ def learn(
             raise click.UsageError("--out names the folder of the run, for example --out run")
         from regrow.commands.learn import run
 
-        folder = run_with_page("network", _tell, run, settings, out, code=code)
+        folder = run_with_page("network", _tell, run, settings, out, code=code, track=track)
     say(f"to add tasks: regrow learn --resume {folder.path} --task TASKS")
 
 

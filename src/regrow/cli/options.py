@@ -44,6 +44,15 @@ code = click.option(
 )
 
 
+track = click.option(
+    "--track",
+    default="",
+    metavar="TRACKER",
+    help="Also give every measurement to a tracker: tensorboard (files beside the run folder), mlflow or wandb, which "
+    "sends them to its server.",
+)
+
+
 def run_folder(*, required: bool = False) -> Decorator:
     """Return the decorator that adds the option ``--out`` for the folder of a run.
 

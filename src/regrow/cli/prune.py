@@ -33,8 +33,11 @@ Examples
 @options.run_folder()
 @click.option("--dry-run", type=options.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
 @options.code
+@options.track
 @click.option("--again", type=options.PATH, help="Repeat the run in this folder, with its settings.")
-def prune(given: Given[Settings], out: Path | None, dry_run: Path | None, again: Path | None, code: str) -> None:
+def prune(
+    given: Given[Settings], out: Path | None, dry_run: Path | None, again: Path | None, code: str, track: str
+) -> None:
     """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
     if again and given.options:
         raise click.UsageError(f"--again repeats a run with its settings; leave out {', '.join(given.options)}")
@@ -61,7 +64,7 @@ def prune(given: Given[Settings], out: Path | None, dry_run: Path | None, again:
         if settings.recover:
             tell(folder)
 
-    run_with_page("model", tell_both, run, settings, out, code=code)
+    run_with_page("model", tell_both, run, settings, out, code=code, track=track)
 
 
 def _write_plan(settings: Settings, path: Path, code: str) -> None:

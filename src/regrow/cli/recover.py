@@ -24,13 +24,14 @@ BEFORE = ("dense", "pruned")
 
 @run_command(Settings, EPILOG)
 @options.code
-def recover(given: Given[Settings], code: str, out: Path) -> None:
+@options.track
+def recover(given: Given[Settings], code: str, track: str, out: Path) -> None:
     """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
     from regrow.commands.recover import run
 
     settings = given.build()
     options.say_code(code, settings.by)
-    run_with_page("model", tell, run, settings, out, code=code)
+    run_with_page("model", tell, run, settings, out, code=code, track=track)
 
 
 def tell(folder: "RunFolder") -> None:

@@ -25,7 +25,8 @@ Examples
 
 @run_command(Settings, EPILOG)
 @options.code
-def search(given: Given[Settings], code: str, out: Path) -> None:
+@options.track
+def search(given: Given[Settings], code: str, track: str, out: Path) -> None:
     """Search SPACE for a network within the target size and train it; writes a folder with the network and a report.
 
     A part of the training examples is held out for validation; the test set is used once, at the end.
@@ -34,7 +35,7 @@ def search(given: Given[Settings], code: str, out: Path) -> None:
     options.say_code(settings.space, code, settings.method)
     from regrow.commands.search import run
 
-    folder = run_with_page("network", _tell, run, settings, out, code=code)
+    folder = run_with_page("network", _tell, run, settings, out, code=code, track=track)
     say(f"load it with regrow.load({str(folder.path)!r})")
 
 

@@ -14,6 +14,7 @@ from regrow.commands.inputs import SourceHalves, SourceSpecs, describe_sources, 
 from regrow.commands.measuring import measure
 from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.trackers import tracking
 from regrow.errors import RefusedError
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
@@ -73,6 +74,7 @@ def run(
     progress: Progress = silent,
     *,
     code: str = "",
+    track: str = "",
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Grow a model and write a run folder with model, plan and measurements.
@@ -86,6 +88,7 @@ def run(
         progress: Called with (steps done, steps in all, what is being done).
         code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
             recorded name is never imported.
+        track: The name of a tracker that gets every measurement, too; empty: none.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -110,7 +113,7 @@ def run(
     with clock.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, spec)
     words = (*(("--code", code) if code else ()), "--out", str(out))
-    with RunFolder.create(out, **identity, command=command_line(settings, *words)) as folder:
+    with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
         start_from(folder, settings.model, loaded, undo=settings.undo)
         folder.update(notes=[*loaded.notes, *notes], sources=describe_sources(specs, kinds), **record_input(loaded))

@@ -17,6 +17,7 @@ from regrow.commands.history import read_history
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.starting import check_outputs, image_shape, load_start
 from regrow.commands.task_sequences import TaskSpecs, fit_tasks, read_sequence, read_tasks, record_tasks
+from regrow.commands.trackers import tracking
 from regrow.data import MissingError, SourceError
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.devices import choose_device
@@ -115,6 +116,7 @@ def run(
     progress: Progress = silent,
     *,
     code: str = "",
+    track: str = "",
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Learn a sequence of tasks and write a run folder; an interrupted run is resumed.
@@ -125,6 +127,7 @@ def run(
         progress: Called with (steps done, steps in all, what is being done).
         code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
             recorded name is never imported.
+        track: The name of a tracker that gets every measurement, too; empty: none.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -148,7 +151,7 @@ def run(
     elif start.tokenizer is None:
         check_outputs(start, tasks[0], _count_outputs(inputs, tasks))
     words = (*(("--code", code) if code else ()), "--out", str(out))
-    with RunFolder.create(out, **identity, command=command_line(settings, *words)) as folder:
+    with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         if start:
             start_from(folder, settings.model, start, undo=settings.undo)
             folder.update(notes=list(start.notes) or None, **record_input(start))
@@ -163,6 +166,7 @@ def extend(
     without_old: bool = False,
     total: int | None = None,
     code: str = "",
+    track: str = "",
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Train the network of a run on further tasks, possibly much later and in another process.
@@ -177,6 +181,7 @@ def extend(
         total: The number of sequences that the run has in the end; ``None``: its own and ``more``.
         code: As for :func:`run`; also for a network that was named as ``pkg.mod:fn``.
         without_old: Whether data of finished tasks may be missing; the network is then not evaluated on these.
+        track: The name of a tracker that gets every measurement, too; empty: none.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -219,7 +224,7 @@ def extend(
         raise SourceError(f"{was.method} learns from all examples, and those of {', '.join(gone)} are not there")
     tasks = fit_tasks([*old, *(task for spec in added for task in read_sequence(spec, inputs.tasks))], inputs.tasks)
     _check_outputs(inputs, old, tasks, str(out))
-    with RunFolder.reopen(out) as reopened:
+    with tracking(RunFolder.reopen(out), track) as reopened:
         if reopened.run() != run_record:
             raise StoreError(f"{out} was changed by another process meanwhile; run this again")
         reopened.update(

@@ -21,6 +21,7 @@ from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.score_summary import write_scores
+from regrow.commands.trackers import tracking
 from regrow.errors import InputError, RefusedError
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
@@ -91,6 +92,7 @@ def run(
     progress: Progress = silent,
     *,
     code: str = "",
+    track: str = "",
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Prune a model and write a run folder with model, plan and measurements.
@@ -104,6 +106,7 @@ def run(
         progress: Called with (steps done, steps in all, what is being done).
         code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
             recorded name is never imported.
+        track: The name of a tracker that gets every measurement, too; empty: none.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -128,7 +131,7 @@ def run(
         budget = prune.with_timing(loaded.model, axes, budget, known=known, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
     words = (*(("--code", code) if code else ()), "--out", str(out))
-    with RunFolder.create(out, **told, command=command_line(settings, *words)) as folder:
+    with tracking(RunFolder.create(out, **told, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
         start_from(folder, settings.model, loaded, undo=settings.undo)
         folder.update(

@@ -15,6 +15,7 @@ from regrow.commands.measuring import measure
 from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.recovering import log_differences, recover
+from regrow.commands.trackers import tracking
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
@@ -33,6 +34,7 @@ def run(
     progress: Progress = silent,
     *,
     code: str = "",
+    track: str = "",
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Recover the model of a finished run, whose last change of shape was a cut, into a new folder.
@@ -46,6 +48,7 @@ def run(
         progress: Called with (steps done, steps in all, what is being done).
         code: The function ``pkg.mod:fn`` that builds the dense model, if that is the user's own code: the recorded name
             is never imported.
+        track: The name of a tracker that gets every measurement, too; empty: none.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -76,7 +79,7 @@ def run(
         cut.plan.check(axes)
     code_words = ("--code", code) if code else ()
     command = command_line(settings, *code_words, "--out", str(out))
-    with RunFolder.create(out, **identity, command=command) as folder:
+    with tracking(RunFolder.create(out, **identity, command=command), track) as folder:
         clock.folder = folder
         start_from(folder, settings.run, loaded, undo=settings.undo)
         folder.update(notes=list(dense.notes), sources=describe_sources(pruning_run.source_specs(origin), kinds))

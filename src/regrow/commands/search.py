@@ -22,6 +22,7 @@ from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_inputs, read_parts
 from regrow.commands.starting import check_outputs, find_start
 from regrow.commands.targets import find_granularities, parse_target, target_measure
+from regrow.commands.trackers import tracking
 from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import share_right
 from regrow.methods import MethodEntry, MethodKind, find_method
@@ -61,6 +62,7 @@ def run(
     progress: Progress = silent,
     *,
     code: str = "",
+    track: str = "",
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Search, retrain the found network, test it, and write a run folder; an interrupted run is resumed.
@@ -71,6 +73,7 @@ def run(
         progress: Called with (steps done, steps in all, what is being done).
         code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
             recorded name is never imported.
+        track: The name of a tracker that gets every measurement, too; empty: none.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -98,7 +101,7 @@ def run(
     defaults = {n: v for n, v in search.settings.items() if n not in {*inputs.method_settings, *GIVEN}}
     identity: dict[str, Any] = {"verb": "search", "settings": record_settings(settings), "defaults": defaults}
     words = (*(("--code", code) if code else ()), "--out", str(out))
-    with RunFolder.create(out, **identity, command=command_line(settings, *words)) as folder:
+    with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         if start:
             start_from(folder, settings.space, start, undo=settings.undo)
             folder.update(notes=list(start.notes) or None, **record_input(start))

@@ -54,8 +54,8 @@ class Metrics:
         """
         return read(self.path, KINDS)
 
-    def add(self, row: Mapping[str, object], number: int | None = None) -> None:
-        """Append a row, unless one with its key is there; it is on the disk when this returns.
+    def add(self, row: Mapping[str, object], number: int | None = None) -> bool:
+        """Append a row, unless one with its key is there, and say whether; it is on the disk when this returns.
 
         Args:
             row: The measurement; ``what`` is its kind. Numbers that are not finite become null.
@@ -66,10 +66,11 @@ class Metrics:
         """
         plain = replace_nonfinite(row)
         key = _key(plain, number)
-        if key is None or key not in self._keys:
+        if new := key is None or key not in self._keys:
             append(self.path, plain)
             if key is not None:
                 self._keys.add(key)
+        return new
 
     @cached_property
     def _keys(self) -> set[str]:

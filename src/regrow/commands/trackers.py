@@ -1,0 +1,124 @@
+"""Experiment trackers (TensorBoard, MLflow, Weights & Biases): they get the rows of a run's measurements, too."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow.errors import InputError, ResourceError
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+    from regrow.run_folder import RunFolder
+
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+"""The trackers by name, which is also that of their package and of the extra that installs it."""
+PROJECT = "regrow"
+"""The experiment of MLflow, and the project of Weights & Biases, that runs belong to."""
+_LABELS = ("model", "source", "task")
+"""Fields whose texts tell series of one kind of row apart."""
+
+
+def check_tracker(name: str, out: str | Path = "") -> None:
+    """Raise an error unless a tracker is known and installed; imports nothing.
+
+    Args:
+        name: The name of a tracker; empty: none.
+        out: The run folder.
+
+    Raises:
+        InputError: If there is no such tracker, or its files would lie in the run folder.
+        ResourceError: If its package is missing.
+
+    >>> check_tracker("paper")
+    Traceback (most recent call last):
+    regrow.errors.InputError: track must be one of tensorboard, mlflow, wandb, got 'paper'
+    """
+    if name and name not in TRACKERS:
+        raise InputError(f"track must be one of {', '.join(TRACKERS)}, got {name!r:.40}")
+    if name == "tensorboard" and Path(out).name == name:
+        raise InputError(f"{out} is where the files of TensorBoard go; give the run folder another name")
+    if missing := [one for one in ("accelerate", name) if name and find_spec(one) is None]:
+        raise ResourceError(f"tracking by {name} needs {' and '.join(missing)}: pip install 'regrow[{name}]'")
+
+
+def scalars_of(row: Mapping[str, object]) -> dict[str, float]:
+    """Return the numbers of a row of measurements by the name of their series.
+
+    Args:
+        row: The row; ``what`` is its kind.
+
+    >>> scalars_of({"what": "size", "model": "dense", "bytes": 8, "dtype": "float32"})
+    {'size/dense/bytes': 8}
+    >>> scalars_of({"what": "task", "accuracy": [0.9, 0.8]})
+    {'task/accuracy/0': 0.9, 'task/accuracy/1': 0.8}
+    """
+    labels = [row["what"], *(row[name] for name in _LABELS if isinstance(row.get(name), str))]
+    prefix = "/".join(re.sub(r"[^\w.-]", "_", str(label)) for label in labels)
+    accuracy = row.get("accuracy")
+    several = {f"accuracy/{i}": one for i, one in enumerate(accuracy)} if isinstance(accuracy, list) else {}
+    return {
+        f"{prefix}/{name}": value
+        for name, value in {**row, **several}.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+@contextmanager
+def tracking(folder: "RunFolder", name: str) -> "Iterator[RunFolder]":
+    """Write a run inside the ``with`` block, and give every new row of its measurements to a tracker as well.
+
+    TensorBoard's files are in ``tensorboard/`` beside the run folder; MLflow and Weights & Biases follow their own
+    settings. The run has the name of its folder, and the number of a row among its kind is its step.
+
+    Args:
+        folder: The run, begun; locked until the end of the block.
+        name: The name of the tracker; empty: none.
+
+    Raises:
+        InputError: As :func:`check_tracker`.
+        ResourceError: As :func:`check_tracker`.
+    """
+    check_tracker(name, folder.out or folder.path)
+    with folder:
+        if not name:
+            yield folder
+            return
+        tracker, steps = _start(folder, name), Counter(row["what"] for row in folder.metrics())
+
+        def send(row: Mapping[str, object]) -> None:
+            # Weights & Biases refuses steps that do not rise from row to row, of whatever kind; it counts them itself.
+            step = None if name == "wandb" else steps[row["what"]]
+            steps[row["what"]] += 1
+            if scalars := scalars_of(row):
+                tracker.log(scalars, step=step)
+
+        try:
+            yield replace(folder, send=send)
+        finally:
+            tracker.finish()
+
+
+def _start(folder: "RunFolder", name: str) -> "GeneralTracker":
+    from accelerate import PartialState
+    from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
+
+    PartialState()  # without it accelerate's trackers cannot log
+    place = Path(folder.out or folder.path).resolve()
+    builders: Mapping[str, Any] = {
+        "tensorboard": lambda: TensorBoardTracker(place.name, place.parent / "tensorboard"),
+        "mlflow": lambda: MLflowTracker(PROJECT, run_name=place.name),
+        "wandb": lambda: WandBTracker(PROJECT, name=place.name),
+    }
+    tracker: GeneralTracker = builders[name]()
+    tracker.start()
+    if not folder.resumed:
+        settings = folder.run()["settings"]
+        plain = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
+        tracker.store_init_configuration(plain)
+    return tracker
