@@ -2,7 +2,7 @@
 
     python benchmarks/streaming.py                        # permuted images: 20 tasks of 60,000 images
     python benchmarks/streaming.py --folder 200000        # 20 tasks in a generated ImageFolder of 200,000 files
-    python benchmarks/streaming.py --speed                # a naive step and a plain one: CPU seconds, in turns, median
+    python benchmarks/streaming.py --speed                # a naive step and a plain one: CPU seconds, in pairs
 
 Images are generated. Memory is the resident set after the test of each task; what counts is the rise from the second
 task to the last. Rows go to benchmarks/results/streaming.json.
@@ -12,10 +12,10 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -107,52 +107,72 @@ def memory(tasks: list[tuple[Any, Any]], shape: tuple[int, ...], outputs: int, m
     }
 
 
-def plain(model: nn.Module, loader: Iterable[Any]) -> None:
-    """One epoch of plain PyTorch."""
+def plain(model: nn.Module, loader: Iterable[Any], stepped: Callable[[], object] = lambda: None) -> None:
+    """One epoch of plain PyTorch; ``stepped`` is called after each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
     model.train()
     for inputs, labels in loader:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
+        stepped()
 
 
 def speed(repeats: int) -> list[dict[str, Any]]:
-    """CPU seconds of a step of the naive learner and of a plain loop, from memory and through a loader."""
+    """CPU seconds of a step of the naive learner and of a plain loop, from memory and through a loader.
+
+    Repetitions come in pairs, one of each kind, and each pair in the other order than the last.
+    """
     rows = []
     generator = torch.Generator().manual_seed(0)
     for net, shape, batch, n in (("mlp:100-100", (1, 28, 28), 128, 25_600), ("resnet:16-3", (3, 32, 32), 64, 1_280)):
         inputs, labels = torch.rand(n, *shape, generator=generator), torch.randint(10, (n,), generator=generator)
-        data = TensorDataset(inputs, labels)
-        test = TensorDataset(inputs[:2], labels[:2])
-        for how, given in (("loader", DataLoader(data, batch_size=batch, shuffle=True)), ("memory", (inputs, labels))):
-            taken: dict[str, list[float]] = {"naive": [], "plain": []}
-            for _ in range(repeats):
-                moments: list[float] = []
-                model, _ = small(net, shape, 10)
-                regrow.learn(
-                    model,
-                    [(given, test)],
-                    method="naive",
-                    epochs=1,
-                    batch_size=batch,
-                    progress=lambda *_, moments=moments: moments.append(time.process_time()),
-                )
-                taken["naive"].append((moments[-1] - moments[0]) / (len(moments) - 1))
-                model, _ = small(net, shape, 10)
-                start = time.process_time()
-                plain(model, given if isinstance(given, DataLoader) else _batches(inputs, labels, batch))
-                taken["plain"].append((time.process_time() - start) / len(moments))
-            middle = {arm: median(each) for arm, each in taken.items()}
+        for how in ("loader", "memory"):
+            steps = {"naive": _naive_step, "plain": _plain_step}
+            taken: dict[str, list[float]] = {name: [] for name in steps}
+            for i in range(repeats + 1):
+                for name in sorted(steps, reverse=bool(i % 2)):
+                    taken[name].append(steps[name](net, inputs, labels, batch, loader=how == "loader"))
+            pairs = [plain / naive for naive, plain in zip(taken["naive"], taken["plain"], strict=True)][1:]
+            low, middle, high = quantiles(pairs, n=4)
             rows.append(
                 {
                     "net": net,
                     "data": how,
-                    **{f"{arm} ms": round(1e3 * seconds, 3) for arm, seconds in middle.items()},
-                    "speed, plain = 1": round(middle["plain"] / middle["naive"], 3),
+                    **{f"{name} ms": round(1e3 * median(each[1:]), 3) for name, each in taken.items()},
+                    "speed, plain = 1": round(middle, 3),
+                    "quartiles": [round(low, 3), round(high, 3)],
+                    "pairs": len(pairs),
                 }
             )
     return rows
+
+
+def _naive_step(net: str, inputs: Tensor, labels: Tensor, batch: int, *, loader: bool) -> float:
+    """CPU seconds per step of an epoch of the naive learner, without its first step."""
+    moments: list[float] = []
+    data = TensorDataset(inputs, labels)
+    given = DataLoader(data, batch_size=batch, shuffle=True) if loader else (inputs, labels)
+    model, _ = small(net, tuple(inputs.shape[1:]), 10)
+    regrow.learn(
+        model,
+        [(given, TensorDataset(inputs[:2], labels[:2]))],
+        method="naive",
+        epochs=1,
+        batch_size=batch,
+        progress=lambda *_: moments.append(time.process_time()),
+    )
+    return (moments[-1] - moments[0]) / (len(moments) - 1)
+
+
+def _plain_step(net: str, inputs: Tensor, labels: Tensor, batch: int, *, loader: bool) -> float:
+    """CPU seconds per step of an epoch of plain PyTorch, without its first step."""
+    moments: list[float] = []
+    data = TensorDataset(inputs, labels)
+    given = DataLoader(data, batch_size=batch, shuffle=True) if loader else _batches(inputs, labels, batch)
+    model, _ = small(net, tuple(inputs.shape[1:]), 10)
+    plain(model, given, lambda: moments.append(time.process_time()))
+    return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
 def _batches(inputs: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -168,7 +188,7 @@ def main() -> None:
     parser.add_argument("--folder", type=int, default=0, help="files of a generated ImageFolder; 0: images in memory")
     parser.add_argument("--method", default="naive")
     parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()

@@ -64,9 +64,9 @@ class Examples:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        n = len(first_tensor(self.inputs))
-        if n != len(self.labels) or not len(self.labels):
-            raise ValueError(f"{n} inputs and {len(self.labels)} labels: one label each, at least one")
+        n, labels = len(first_tensor(self.inputs)), len(self.labels)
+        if n != labels or not labels:
+            raise ValueError(f"{n} inputs and {labels} labels: one label each, at least one")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -226,14 +226,16 @@ def select_inputs(inputs: Any, indices: Tensor) -> Any:
     return tuple(select_inputs(part, indices) for part in inputs)
 
 
-def run_network(model: nn.Module, inputs: Any) -> Any:
+def run_network(model: nn.Module, inputs: Any, device: torch.device | None = None) -> Any:
     """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name.
 
     Args:
         model: The network.
         inputs: The inputs, which are moved to the network's device.
+        device: That device, if it is known.
     """
-    if (device := device_of(model)).type != "cpu":
+    device = device or device_of(model)
+    if device.type != "cpu":
         inputs = moved(inputs, device)
     if isinstance(inputs, Tensor):
         return model(inputs)

@@ -85,13 +85,7 @@ class StreamedExamples:
             return to_examples_of_batch(to_batch(self.collate(entries)))
         if isinstance(entries[0], dict):
             return to_examples_of_batch(to_batch(torch.utils.data.default_collate(entries)))
-        inputs = [to_input(entry[0]) for entry in entries]
-        if not isinstance(inputs[0], Tensor):
-            return Examples(torch.utils.data.default_collate(inputs), _stack_labels([entry[1] for entry in entries]))
-        if len({x.shape for x in inputs}) > 1:
-            sizes = ", ".join(sorted({str(tuple(x.shape)) for x in inputs}))
-            raise SourceError(f"pictures differ in size: {sizes}; resize them in the data set's transform")
-        return Examples(torch.stack(inputs), _stack_labels([entry[1] for entry in entries]))
+        return Examples(_stack_inputs([entry[0] for entry in entries]), _stack_labels([entry[1] for entry in entries]))
 
 
 @dataclass(frozen=True)
@@ -311,8 +305,27 @@ def to_input(value: Any) -> Any:
     return value.float() / 255 if value.dtype == torch.uint8 else value
 
 
-def _stack_labels(labels: Sequence[Any]) -> Tensor:
-    stacked = torch.stack([torch.as_tensor(label) for label in labels])
+def _stack_inputs(inputs: list[Any]) -> Any:
+    """Return inputs as a batch, ``[N, ...]``; tensors of one type are stacked before they are converted, in one go."""
+    if not all(isinstance(x, Tensor) for x in inputs) or len({x.dtype for x in inputs}) > 1:
+        inputs = [to_input(x) for x in inputs]
+    if not isinstance(inputs[0], Tensor):
+        return torch.utils.data.default_collate(inputs)
+    try:
+        return to_input(torch.stack(inputs))
+    except RuntimeError:
+        sizes = sorted({str(tuple(x.shape)) for x in inputs})
+        if len(sizes) == 1:
+            raise
+        problem = f"pictures differ in size: {', '.join(sizes)}; resize them in the data set's transform"
+        raise SourceError(problem) from None
+
+
+def _stack_labels(labels: list[Any]) -> Tensor:
+    if all(isinstance(label, int | float) for label in labels):
+        stacked = torch.tensor(labels)
+    else:
+        stacked = torch.stack([x if isinstance(x, Tensor) else torch.as_tensor(x) for x in labels])
     return stacked.float() if stacked.is_floating_point() else stacked.long()
 
 

@@ -19,8 +19,8 @@ from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore, apply
 from regrow.training.gradients import compute_gradients
 from regrow.training.growth_metrics import gradient_shares, mark_entries, new_entries, smooth, start_watch, watch
-from regrow.training.interrupts import defer_interrupts
-from regrow.training.learner import Boundary, Context, Event, Learner, Step, write_replacements
+from regrow.training.interrupts import Deferral, defer_interrupts
+from regrow.training.learner import Boundary, Context, Event, Learner, write_replacements
 from regrow.training.optimizers import Optimizers
 from regrow.training.schedule import Phase, Schedule
 from regrow.training.state import TrainState, axis_tensors, follow_plan
@@ -153,18 +153,26 @@ class _Run(Generic[S]):
 
 @dataclass
 class _Latest(Generic[S]):
-    """The state after the last step."""
+    """The state after the last step: that at the start of the epoch, and what has changed since."""
 
     run: _Run[S]
     context: Context
     optimizers: Optimizers
-    state: TrainState[S]
+    start: TrainState[S]
     written: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        start = self.start
+        self.own, self.step, self.loss, self.events = start.learner, start.step, start.loss, start.events
+
+    @property
+    def state(self) -> TrainState[S]:
+        return replace(self.start, learner=self.own, step=self.step, loss=self.loss, events=self.events)
 
     def write(self) -> None:
         """Call ``checkpoint`` with the state after the last step."""
-        own, self.written = self.state.learner, time.monotonic()
-        moments = self.optimizers.moments(self.context.parameters(), axis_tensors(own))
+        self.written = time.monotonic()
+        moments = self.optimizers.moments(self.context.parameters(), axis_tensors(self.own))
         if self.run.checkpoint:
             self.run.checkpoint(replace(self.state, moments=moments), self.context)
 
@@ -188,8 +196,9 @@ def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Con
             context, state, new = _apply_plans(run, context, state, optimizers)
         latest = _Latest(run, context, optimizers, state)
         try:
-            _fit_epoch(latest, new)
-            own = learner.boundary(latest.state.learner, context, Boundary(Event.EPOCH_END))
+            with defer_interrupts() as deferral:
+                _fit_epoch(latest, new, deferral)
+            own = learner.boundary(latest.own, context, Boundary(Event.EPOCH_END))
         except KeyboardInterrupt:
             if run.seconds is not None:
                 latest.write()
@@ -302,43 +311,40 @@ def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fi
     return Fitted(context.model, context.axes, replace(fitted.state, learner=own)), plans
 
 
-def _fit_epoch(latest: _Latest[S], new: dict[str, Tensor]) -> None:
+def _fit_epoch(latest: _Latest[S], new: dict[str, Tensor], deferral: Deferral) -> None:
     """Take the remaining steps of an epoch.
 
     Args:
         latest: The state, which changes with every step.
         new: Name of a parameter → the positions of its new entries, for the first step.
+        deferral: Holds back Ctrl-C while the parameters and the state change.
     """
-    run, context, optimizers, state = latest.run, latest.context, latest.optimizers, latest.state
-    learner, schedule, phase = run.learner, run.schedule, run.phases[state.number]
+    run, context, optimizers, number = latest.run, latest.context, latest.optimizers, latest.start.number
+    learner, schedule, phase = run.learner, run.schedule, run.phases[number]
     if phase.seeded:
         torch.manual_seed(context.generator(context.epoch, 1).initial_seed() % 2**63)  # Dropout, augmentation
-    state = replace(state, learner=learner.boundary(state.learner, context, Boundary(Event.EPOCH_START)))
-    done, total, first = sum(phase.epochs[: context.epoch]), sum(phase.epochs), state.step
+    own, events = learner.boundary(latest.own, context, Boundary(Event.EPOCH_START)), latest.events
+    done, total, first = sum(phase.epochs[: context.epoch]), sum(phase.epochs), latest.step
     for i, (batches, second) in enumerate(phase.batches(context)):
         if i < first:
             continue
         if schedule.decay != "constant" or schedule.warm_up:
             optimizers.set_rates(schedule.share(done + i, total))
-        with run.around(state.learner, context, i):
+        with run.around(own, context, i):
             optimizers.clear_gradients()
-            step, loss = compute_gradients(
-                learner, state.learner, context, Step(i, None, second), batches, schedule.precision
-            )
-            events = state.events
+            step, loss = compute_gradients(learner, own, context, i, batches, second, schedule.precision)
             if new:
                 events, new = (*events[:-1], {**events[-1], **gradient_shares(context, new)}), {}
-            own = learner.project(state.learner, context, step)
+            own = learner.project(own, context, step)
             if schedule.clip:
                 nn.utils.clip_grad_norm_([p for p in context.parameters().values() if p.requires_grad], schedule.clip)
-            with defer_interrupts():
+            with deferral:
                 optimizers.step()
-                own, smoothed = learner.after_step(own, context, step), smooth(state.loss, loss)
-                events = watch(events, context.number, smoothed)
-                state = replace(state, learner=own, step=i + 1, loss=smoothed, events=events)
-                latest.state = state
+                own, smoothed = learner.after_step(own, context, step), smooth(latest.loss, loss)
+                events = watch(events, number, smoothed)
+                latest.own, latest.step, latest.loss, latest.events = own, i + 1, smoothed, events
         text = run.notes.get("status", {}).get("text", context.task.name)
-        run.progress(state.number * total + done + i + 1, len(run.phases) * total, f"{text}, loss {loss:.3f}")
+        run.progress(number * total + done + i + 1, len(run.phases) * total, f"{text}, loss {loss:.3f}")
         if run.seconds is not None and time.monotonic() - latest.written > run.seconds:
             latest.write()
-    latest.state = state
+    latest.own = own

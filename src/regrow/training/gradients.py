@@ -3,20 +3,27 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from regrow.sources import device_of
 from regrow.surgery.parametrize import parametrize
+from regrow.tasks import Examples
 from regrow.training.learner import Context, Learner, Step
 
 S = TypeVar("S")
 
+_AS_IT_IS = nullcontext()
+
 
 def compute_gradients(
-    learner: Learner[S], state: S, context: Context, step: Step, batches: Sequence[Any], precision: str = "float32"
+    learner: Learner[S],
+    state: S,
+    context: Context,
+    index: int,
+    batches: Sequence[Any],
+    second: Examples | None = None,
+    precision: str = "float32",
 ) -> tuple[Step, float]:
     """Run the learner's loss on some batches, and add the gradient of their mean to the present gradients.
 
@@ -24,8 +31,9 @@ def compute_gradients(
         learner: The learner, which computes the loss.
         state: The learner's state.
         context: The network.
-        step: The step, without a batch.
-        batches: The batches; each has a method ``to(device)``.
+        index: The number of the step in its epoch.
+        batches: The batches, at least one; each has a method ``to(device)``.
+        second: A batch of the second part of the training examples.
         precision: The precision in which losses are computed: ``float32`` or ``bfloat16``.
 
     Returns:
@@ -34,17 +42,17 @@ def compute_gradients(
     Raises:
         ValueError: If the loss is not finite.
     """
-    device, total = device_of(context.model), 0.0
-    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
-    second = step.second.to(device) if step.second else None
+    device, total = context.device, 0.0
+    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else _AS_IT_IS
+    second = None if second is None else second.to(device)
     for batch in batches:
-        step = Step(step.index, batch.to(device), second, learner.parametrize(state, context))
-        with parametrize(context.model, step.replaced.values):
+        here, replaced = batch.to(device), learner.parametrize(state, context)
+        with parametrize(context.model, replaced.values) if replaced.values else _AS_IT_IS:
             with autocast:
-                loss = learner.loss(state, context, step)
+                loss = learner.loss(state, context, Step(index, here, second, replaced))
             mean = loss.value if len(batches) == 1 else loss.value / len(batches)
             mean.backward()
-        step, total = replace(step, aux=loss.aux), total + float(mean.detach())
+        step, total = Step(index, here, second, replaced, loss.aux), total + mean.item()
     if not math.isfinite(total):
         raise ValueError(
             f"the loss is {total} in {context.task.name}, epoch {context.epoch + 1}: use a smaller learning rate (lr), "

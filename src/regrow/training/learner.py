@@ -6,7 +6,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Generic, Protocol, TypeVar
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +16,12 @@ from regrow.axes import AxisGraph, axes_in
 from regrow.axis_tensor import AxisTensor
 from regrow.objectives import CLASSIFICATION, Objective
 from regrow.plan import Plan
-from regrow.sources import logits_in
+from regrow.progress import Log, discard
+from regrow.sources import device_of, logits_in
 from regrow.surgery import UndoStore
 from regrow.tasks import Examples, Task, among, run_network
 
 S = TypeVar("S")
-
-
-class Log(Protocol):
-    """The type of a function that records a row of measurements."""
-
-    def __call__(self, kind: str, /, **row: object) -> None:
-        """Record a row of measurements.
-
-        Args:
-            kind: ``task``: the values are added to the row of the current task; ``status``: ``text`` is shown beside
-                the progress; any other: a row of the run's ``metrics.jsonl``.
-            **row: The values, as JSON data.
-        """
-        ...
-
-
-def discard(kind: str, /, **row: object) -> None:
-    """Ignore a row of measurements."""
 
 
 class Event(StrEnum):
@@ -95,6 +79,11 @@ class Context:
         """Whether the network is being trained, rather than evaluated."""
         return self.answered is None
 
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return device_of(self.model)
+
     @property
     def weights(self) -> tuple[str, ...]:
         """The names of the weights of convolutions and linear layers; tied ones once."""
@@ -124,7 +113,7 @@ class Context:
 
     def logits(self, inputs: Any) -> Tensor:
         """Return the network's logits ``[N, classes]`` for inputs ``[N, ...]``; −∞ for classes outside ``classes``."""
-        return among(logits_in(run_network(self.model, inputs)), self.classes)
+        return among(logits_in(run_network(self.model, inputs, self.device)), self.classes)
 
     def replay_logits(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return logits of examples of any task so far; where tasks are told apart, over the classes of their own task.
@@ -135,7 +124,7 @@ class Context:
             inputs: The inputs, ``[N, ...]``.
             labels: The labels, ``[N]``.
         """
-        logits = logits_in(run_network(self.model, inputs))
+        logits = logits_in(run_network(self.model, inputs, self.device))
         if self.classes is None:
             return logits
         classes = self.classes.to(labels.device)
@@ -170,6 +159,9 @@ class Replacements:
     aux: Any = None
 
 
+NO_REPLACEMENTS = Replacements()
+
+
 @dataclass(frozen=True)
 class Loss:
     """The result of the ``loss`` hook: a scalar, and intermediate results for later hooks.
@@ -198,7 +190,7 @@ class Step:
     index: int
     batch: Any
     second: Examples | None = None
-    replaced: Replacements = Replacements()
+    replaced: Replacements = NO_REPLACEMENTS
     aux: Any = None
 
 
@@ -219,7 +211,7 @@ class Boundary:
 
 def parametrize_nothing(state: object, context: Context) -> Replacements:
     """Default ``parametrize`` hook: replace no parameter."""
-    return Replacements()
+    return NO_REPLACEMENTS
 
 
 def task_loss(state: object, context: Context, step: Step) -> Loss:
@@ -230,7 +222,7 @@ def task_loss(state: object, context: Context, step: Step) -> Loss:
     if context.objective is CLASSIFICATION:
         output: Any = context.logits(step.batch.inputs)
     else:
-        output = run_network(context.model, step.batch.inputs)
+        output = run_network(context.model, step.batch.inputs, context.device)
     return Loss(context.objective.loss(output, step.batch.labels), output)
 
 
@@ -346,5 +338,4 @@ def flags_along(context: Context, name: str) -> AxisTensor:
         context: The network.
         name: The parameter's name.
     """
-    like = context.parameters()[name]
-    return AxisTensor(torch.zeros_like(like, dtype=torch.bool), context.axes.shapes[name])
+    return tensor_along(context, name, torch.zeros_like(context.parameters()[name], dtype=torch.bool))

@@ -336,15 +336,20 @@ def interrupts():
 def test_a_key_that_is_pressed_waits_for_the_end_of_a_step(interrupts):
     interrupts(signal.default_int_handler)
     done = []
-    with pytest.raises(KeyboardInterrupt), defer_interrupts():
-        signal.raise_signal(signal.SIGINT)
-        done.append(1)
-    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with defer_interrupts() as deferral:
+        for step in range(2):
+            with pytest.raises(KeyboardInterrupt), deferral:
+                signal.raise_signal(signal.SIGINT)
+                done.append(step)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+            done.append("outside a step")
+    assert done == [0, 1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_job_that_ignores_keys_goes_on_ignoring_them(interrupts):
     interrupts(signal.SIG_IGN)
-    with defer_interrupts():
+    with defer_interrupts() as deferral, deferral:
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
