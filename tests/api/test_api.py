@@ -78,6 +78,33 @@ def test_a_network_that_returns_its_own_loss():
     assert found.loss == pytest.approx(float(((net(3)(INPUTS) - TARGETS["regression"]) ** 2).mean()), rel=1e-5)
 
 
+class Detector(nn.Module):
+    """Keeps its anchors in the place of a tensor of its class, for inputs of the last size, as detectors do."""
+
+    anchors, shape = torch.empty(0), (0, 0)
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        h = self.body(x).relu()
+        size = len(h), h.shape[-1]
+        if self.shape != size:
+            self.anchors, self.shape = torch.arange(h.shape[-1]).to(h), size
+        return self.head(h) * self.anchors.view(1, 1, 1, -1)
+
+
+def test_a_detector_that_keeps_anchors_is_pruned_and_loaded(tmp_path):
+    images = torch.rand(6, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    model, _ = regrow.prune(Detector(), images, method="flap", keep=0.5, batch_size=4, example=images[:1])
+    assert model.body.out_channels == 4
+    with torch.no_grad():
+        before = model(images)
+        again = regrow.load(regrow.save(model, tmp_path / "small", example=images[:1]), model=Detector)
+        assert torch.equal(again(images), before)
+
+
 def test_recovery_lowers_what_was_lost():
     dense = net(3)
     small, plan = regrow.prune(copy.deepcopy(dense), INPUTS, keep=0.4)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from regrow.allocation.widening import Part
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, run_once
 from regrow.axes import AxisGraph
 from regrow.commands.growing import Amount, GrowthSpec, plan_growth
 from regrow.errors import InputError
@@ -102,6 +102,7 @@ def _grow(inputs: Inputs, axes: AxisGraph, spec: GrowthSpec, training: GrowthTra
     plan, notes = plan_growth(net, axes, spec)
     for note in notes:
         warnings.warn(note, stacklevel=3)
+    run_once(net, inputs.example)
     apply(net, axes, plan)
     if training.steps:
         with autocasting(net, precision):

@@ -12,12 +12,14 @@ from regrow.axes import Example
 from regrow.commands.models import ModelSpec, load_model
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import InputError
+from regrow.evaluation.forward import evaluating
 from regrow.nets.devices import choose_device
 from regrow.nets.examples import guessed_example
 from regrow.nets.precision import check_precision
 from regrow.objectives import LossFunction, Objective, choose_objective
 from regrow.progress import Progress, silent
 from regrow.sources import Batch, Source, device_of, moved
+from regrow.tracing.meta_copy import cast_example
 
 ModelLike = nn.Module | str | Path
 """A network, a name that :func:`regrow.nets.load` takes, or the path of a saved model or run folder."""
@@ -109,6 +111,19 @@ def read_inputs(
     if (place := device_of(model)).type not in ("cpu", "meta"):
         example = Example(moved(example.args, place), moved(dict(example.kwargs), place))
     return Inputs(model, example, sources, objective, tokenizer)
+
+
+def run_once(model: nn.Module, example: Example) -> None:
+    """Run a network on its example, so that what it caches when it meets inputs of that shape is known before a cut.
+
+    Args:
+        model: The network; it is run in eval mode, and each module gets its own mode back.
+        example: The input.
+    """
+    example = cast_example(example, model)
+    with evaluating(model) as device:
+        if device.type != "meta":
+            model(*example.args, **example.kwargs)
 
 
 def to_example(example: Any) -> Example:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from regrow.amounts import Target, parse_share
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, run_once
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence, with_timing
@@ -112,6 +112,7 @@ def _cut(
         for note in evidence.notes:
             warnings.warn(note, stacklevel=3)
         plan = plan_cut(pruner, net, axes, limits, evidence, progress=progress).plan
+    run_once(net, inputs.example)
     apply(net, axes, plan)
     return net, plan
 

@@ -61,7 +61,8 @@ def check_attribute(model: nn.Module, name: str) -> None:
     module = dict(model.named_modules()).get(path)
     parts = () if module is None else (*module._parameters, *module._buffers, *module._modules, *_OWN)
     free = module is not None and leaf.isidentifier() and not leaf.startswith("__") and leaf not in parts
-    if not free or hasattr(type(module), leaf) or not isinstance(vars(module).get(leaf), Tensor | None):
+    held = (getattr(type(module), leaf, None), vars(module).get(leaf) if free else None)
+    if not free or not all(isinstance(value, Tensor | None) for value in held):
         raise StoreError(f"the architecture has no place for a tensor {name!r} as an attribute; restore shapes.json")
 
 

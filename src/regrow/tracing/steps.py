@@ -19,6 +19,8 @@ from regrow.tracing.nodes import ALIASES, module_of, op_name, shapes_of, uncast
 from regrow.tracing.rules.shapes import bounds
 from regrow.tracing.walk import Value, Walk
 
+FIRST_RUN = "it reads what it keeps at its first run, which is not known yet; run the network once"
+"""The problem of a network that caches something at its first run, with these inputs, and has not run."""
 Operands = tuple[int | str, ...]
 """Where an operation's operands come from: the index of an operation, or the name of a state or input."""
 
@@ -100,7 +102,7 @@ def first_difference(
         known: The operations of the traced network; ``None``: the starts of slices are not compared.
     """
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
-        return Difference("it reads what it keeps at its first run, which is not known yet; run the network once", 0)
+        return Difference(FIRST_RUN, 0)
     if (one := len(operations(present))) != (other := len(operations(planned))):
         return Difference(f"the network runs {other} operations at that size, and {one} as it is", min(one, other))
     pairs = (calls(recorded, _started(known, recorded)) for recorded in (present, planned))

@@ -16,7 +16,7 @@ from regrow.tracing.capture import Capture, TraceError, as_exporting, capture, e
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy, without_numbers
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.source_lines import Line, format_line, line_of, line_raised, parting_line
-from regrow.tracing.steps import Difference, difference, first_difference, operations, refold_steps
+from regrow.tracing.steps import FIRST_RUN, Difference, difference, first_difference, operations, refold_steps
 
 
 def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
@@ -219,6 +219,8 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
         bare = planned if to == to.plain else _recorded(model, axes, to.plain)
         present = _recorded(model, axes, Resizing(axes.sizes()))
         deviation = first_difference(present, bare, axes.steps)
+    if deviation is not None and deviation.problem == FIRST_RUN:
+        raise PlanError(f"the plan cannot be carried out: {FIRST_RUN} on the example input")
     if deviation is not None:
         raise PlanError(_cannot(deviation.problem, _line(model, axes, to, deviation)))
     if problem := _untrained(model, axes, to.sizes):
