@@ -324,10 +324,12 @@ def _check_branches(drop: Mapping[str, Branch], back: tuple[str, ...]) -> None:
         raise PlanError("one plan drops branches or brings them back; make two")
 
 
-def _places(slots: Iterable[Slot]) -> list[Slot]:
-    """Return slots with SHIFTS read as SCALES, so that plans from before the two were distinguished still fit."""
-    scaled = (replace(slot, role=Role.SCALES) if slot.role is Role.SHIFTS else slot for slot in slots)
-    return list(dict.fromkeys(scaled))
+def _places(slots: Iterable[Slot]) -> frozenset[Slot]:
+    """Return slots with SHIFTS read as SCALES, so that plans from before the two were distinguished still fit.
+
+    In no order: a bias that a cut adds comes last in the axes after it, and beside its weight in those traced anew.
+    """
+    return frozenset(replace(slot, role=Role.SCALES) if slot.role is Role.SHIFTS else slot for slot in slots)
 
 
 def _check_restore(axis: Axis, change: Change) -> None:

@@ -35,10 +35,13 @@ def test_runs_chain_and_their_ledger_is_replayed_from_the_start(chain: Run) -> N
     assert run["parent"]["name"] == "two" and run["parent"]["plans"] == 2
     assert [stage["verb"] for stage in run["stages"]] == ["prune", "grow"]
     assert [stage["parameters"] for stage in run["stages"]][1:] == [run["parent"]["parameters"]]
-    fresh, x = toys.classifier()
-    again, _ = replay(fresh, trace(fresh.eval(), x), Ledger(Path("three/ledger.json")).plans())
     ours = load("three", model=toys.classifier).state_dict()
-    assert {name: value.shape for name, value in again.state_dict().items()} == {n: v.shape for n, v in ours.items()}
+    for device in ("cpu", "meta"):  # with random weights, and without weights
+        with torch.device(device):
+            fresh, x = toys.classifier()
+        again, _ = replay(fresh, trace(fresh.eval(), x), Ledger(Path("three/ledger.json")).plans())
+        assert {name: t.shape for name, t in again.state_dict().items()} == {name: t.shape for name, t in ours.items()}
+        assert {t.device.type for t in again.state_dict().values()} == {device}
     before = load("three/before/before/before", model=toys.classifier).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in toys.classifier()[0].state_dict().items())
 

@@ -90,3 +90,15 @@ def test_a_bias_that_compensates_trains_as_the_weight_beside_it(trains: bool) ->
     plan = Plan.keeping(axes, {"0.weight:0": range(5)}, means={"2.weight": {5: 0.1, 6: 0.2, 7: 0.3}})
     commit(model, axes, plan, prepare(model, axes, plan))
     assert model[2].bias.requires_grad is trains and model[0].weight.requires_grad is not trains
+
+
+def test_a_plan_of_a_saved_network_follows_one_that_added_a_bias() -> None:
+    """A ledger is replayed on the axes that its plans leave; each plan was made for axes traced anew."""
+    layers = (nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6, bias=False), nn.LayerNorm(6), nn.Linear(6, 3))
+    model, x = nn.Sequential(*layers, nn.Linear(3, 2)), torch.randn(2, 4)
+    axes = regrow.trace(model, x)
+    plan = Plan.keeping(axes, {"0.weight:0": range(5)}, means={"2.weight": {5: 0.1, 6: 0.2, 7: 0.3}})
+    model, axes = regrow.apply(model, axes, plan)
+    later = Plan.keeping(regrow.trace(model, x), {"2.weight:0": range(4)})
+    model, axes = regrow.apply(model, axes, later)
+    assert model[2].bias.shape == (4,)

@@ -46,7 +46,7 @@ def _filled(
     if bool(lay.drawn.any()) and roles & {Role.PRODUCES, Role.CONSUMES}:
         new = lay.drawn.nonzero().flatten().to(tensor.device)
         part = tensor.index_select(dim, new)
-        if bool(old.any()):
+        if old.is_meta or bool(old.any()):
             drawn = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)]
         else:  # a layer that starts at 0
             drawn = torch.randn(part.shape, generator=generator).to(part) * (part.shape[dim] / part.numel()) ** 0.5
