@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from regrow.data import Half, SourceError, digits, images
+from regrow.data import Half, SourceError, digits, images, streams
 from regrow.data.vision import MEAN, STD
 
 Image = pytest.importorskip("PIL.Image", reason="needs pillow")
@@ -44,6 +45,20 @@ def test_a_folder_of_classes_in_two_halves(folder: Path) -> None:
     assert parts[0].batches[-1].labels.tolist() == parts[0].batches[2].labels.tolist()
     with pytest.raises(IndexError):
         parts[0].batches[3]
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_learning_sees_the_images_that_pruning_and_evaluation_see(normalised: bool, tmp_path: Path) -> None:
+    """Images of the network's own size are taken as they are, normalised or not in both."""
+    for half in ("train", "test"):
+        (tmp_path / half / "apple").mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / half / "apple" / "0.png")
+    learned = streams.of(str(tmp_path), normalised=normalised).test.inputs
+    (batch,) = images("fruit", tmp_path / "test", size=8, half=Half.WHOLE, normalised=normalised)
+    assert torch.equal(learned, batch.args[0])
+    raw = torch.from_numpy(pixels).movedim(-1, 0).float() / 255
+    assert torch.equal(learned[0], raw) is not normalised
 
 
 def test_bad_folders_are_errors(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -86,7 +86,16 @@ def _source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amount: i
         raise InputError(
             f"source {spec!r} names no images, which this model takes; write digits, or NAME=FOLDER of class folders"
         )
-    return images(name, Path(path), n=amount, size=shape[-1], channels=shape[1], seed=seed, half=half)
+    return images(
+        name,
+        Path(path),
+        n=amount,
+        size=shape[-1],
+        channels=shape[1],
+        seed=seed,
+        half=half,
+        normalised=loaded.origin.normalised_images,
+    )
 
 
 def _image_shape(loaded: Loaded, spec: str) -> torch.Size:

@@ -88,7 +88,7 @@ def read_inputs(settings: Settings, start: Loaded | None = None) -> LearnInputs:
         specs = replace(specs, tokenizer=start.tokenizer, seq_len=settings.seq_len)
         shared["objective"] = NEXT_TOKEN
     elif start:
-        specs = replace(specs, shape=image_shape(start))
+        specs = replace(specs, shape=image_shape(start), normalised=start.origin.normalised_images)
     schedule, device = TaskSchedule(**shared), choose_device(settings.device)
     return LearnInputs(specs, settings.model, settings.classes, learner, schedule, device, start)
 

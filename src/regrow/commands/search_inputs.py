@@ -10,6 +10,7 @@ from regrow.commands.starting import image_shape
 from regrow.data import streams
 from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
+from regrow.references import names_code
 from regrow.settings.renamed import rename_recorded
 from regrow.settings.search import Settings
 from regrow.tasks import ExampleSet, Task
@@ -27,6 +28,7 @@ class DataSpec:
         validation: The fraction of the training examples that the search holds out.
         seed: Seed of the choice of examples.
         shape: The shape ``[C, H, W]`` that images are converted to; empty: as they are.
+        normalised: Whether the network takes normalised images (``Origin.normalised_images``).
     """
 
     name: str
@@ -35,6 +37,7 @@ class DataSpec:
     validation: float
     seed: int
     shape: tuple[int, ...] = ()
+    normalised: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,16 @@ def read_inputs(settings: Settings, start: Loaded | None = None) -> SearchInputs
             raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
     own = ("space", "stages", "stride", "target", "accounting", "method", "method_settings", "batch_size", "epochs")
     shape = image_shape(start) if start else ()
+    normalised = start.origin.normalised_images if start else names_code(settings.space)
     inherit = settings.inherit or start is not None
     retrained = _schedule(settings, settings.retrain, "cosine") if settings.retrain else None
     retraining = Retraining(retrained, inherit, settings.cutout) if retrained else None
     return SearchInputs(
         **rename_recorded({name: getattr(settings, name) for name in own}),
         memory=parse_bytes(settings.memory) if settings.memory else 0,
-        data=DataSpec(settings.data, settings.train, settings.test, settings.validation, settings.seed, shape),
+        data=DataSpec(
+            settings.data, settings.train, settings.test, settings.validation, settings.seed, shape, normalised
+        ),
         schedule=_schedule(settings, settings.epochs, "constant") if settings.epochs else None,
         retraining=retraining,
         device=choose_device(settings.device),
@@ -154,7 +160,7 @@ def read_parts(data: DataSpec) -> Parts:
     Raises:
         SourceError: If the data are missing.
     """
-    base = streams.of(data.name, data.train, data.test, data.seed)
+    base = streams.of(data.name, data.train, data.test, data.seed, normalised=data.normalised)
     if data.shape:
         (base,) = streams.alike([base], data.shape)
     n = len(base.train)

@@ -27,6 +27,7 @@ class TaskSpecs:
         scenario: ``domain``, ``class`` or ``task``; split tasks are relabelled in the first.
         seed: Seed of permutations and of the choice of examples.
         shape: The shape ``[C, H, W]`` that images are converted to; empty: that of the first task's images.
+        normalised: Whether the network takes normalised images (``Origin.normalised_images``).
         tokenizer: The tokenizer of a language model, whose tasks are text domains; ``None``: tasks are of images.
         seq_len: Tokens per window of text.
     """
@@ -37,6 +38,7 @@ class TaskSpecs:
     scenario: str = "domain"
     seed: int = 0
     shape: tuple[int, ...] = ()
+    normalised: bool = False
     tokenizer: Any = None
     seq_len: int = 256
 
@@ -87,7 +89,7 @@ def read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
     if specs.tokenizer is not None:
         return [_read_text(spec, specs)]
     kind, data, n = parse_sequence(spec)
-    base = streams.of(data, specs.train, specs.test, specs.seed)
+    base = streams.of(data, specs.train, specs.test, specs.seed, normalised=specs.normalised)
     if n < 1:
         raise SourceError(f"{spec}: a sequence has at least one task")
     match kind:

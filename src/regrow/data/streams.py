@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.data.errors import MissingError, SourceError
-from regrow.data.vision import image_files, read_images
+from regrow.data.vision import image_files, normalise_, read_images
 from regrow.errors import InputError
 from regrow.limits import check_memory, expanded, read_content
 from regrow.source_names import find_data_problem
@@ -155,8 +155,16 @@ def _idx_half(folder: Path, half: str) -> Examples:
     return Examples(pixels.float().unsqueeze(1) / 255, labels.long())
 
 
-def pictures(folder: str | Path, name: str = "pictures", train: int = 0, test: int = 0, seed: int = 0) -> Task:
-    """Read an image data set from ``train/CLASS/…`` and ``test/CLASS/…``; values 0 to 1.
+def pictures(
+    folder: str | Path,
+    name: str = "pictures",
+    train: int = 0,
+    test: int = 0,
+    seed: int = 0,
+    *,
+    normalised: bool = False,
+) -> Task:
+    """Read an image data set from ``train/CLASS/…`` and ``test/CLASS/…``.
 
     Classes are numbered in the order of their names.
 
@@ -166,6 +174,7 @@ def pictures(folder: str | Path, name: str = "pictures", train: int = 0, test: i
         train: The most training images, chosen at random before any is read; 0: all.
         test: The most test images; 0: all.
         seed: The random seed of the choice.
+        normalised: Normalise images as torchvision's pretrained networks expect; otherwise values are 0 to 1.
 
     Raises:
         SourceError: If there are no images, or they are not all of one size.
@@ -178,11 +187,14 @@ def pictures(folder: str | Path, name: str = "pictures", train: int = 0, test: i
         if not files:
             raise SourceError(f"{half} has no pictures; give a folder with train/CLASS/… and test/CLASS/…")
         chosen = random.Random(seed).sample(files, min(n or len(files), len(files)))
-        result.append(Examples(read_images([file for file, _ in chosen]), torch.tensor([label for _, label in chosen])))
+        inputs = read_images([file for file, _ in chosen])
+        if normalised:
+            normalise_(inputs)
+        result.append(Examples(inputs, torch.tensor([label for _, label in chosen])))
     return Task(name, result[0], result[1], tuple(range(len(classes))))
 
 
-def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
+def of(name: str, train: int = 0, test: int = 0, seed: int = 0, *, normalised: bool = False) -> Task:
     """Load a data set by name: ``digits``, a folder of MNIST's four files, or of ``train/CLASS/…`` images.
 
     Args:
@@ -190,6 +202,7 @@ def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
         train: The most training examples, chosen at random; 0: all.
         test: The most test examples; 0: all.
         seed: The random seed of the choice.
+        normalised: As for :func:`pictures`; digits and MNIST's files always have values 0 to 1.
 
     Raises:
         SourceError: If there is no such data set.
@@ -200,7 +213,7 @@ def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
         raise MissingError(problem)
     folder = expanded(Path(name))
     if (folder / "train").is_dir():
-        return pictures(folder, folder.name, train, test, seed)
+        return pictures(folder, folder.name, train, test, seed, normalised=normalised)
     base = digits_task() if name == "digits" else idx(folder, folder.name)
     return fewer(base, train or len(base.train), test or len(base.test), seed)
 

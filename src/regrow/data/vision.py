@@ -35,12 +35,14 @@ class ImageFiles(Sequence[Batch]):
         size: Height and width in pixels.
         batch_size: Images per batch.
         channels: 3, or 1 for the mean of the colours.
+        normalised: As for :func:`image_tensor`.
     """
 
     files: tuple[tuple[Path, int], ...]
     size: int
     batch_size: int
     channels: int = 3
+    normalised: bool = True
 
     def __len__(self) -> int:
         return -(-len(self.files) // self.batch_size)
@@ -55,7 +57,7 @@ class ImageFiles(Sequence[Batch]):
             return [self[i] for i in range(*index.indices(len(self)))]
         start = range(len(self))[index] * self.batch_size
         rows = self.files[start : start + self.batch_size]
-        pictures = torch.stack([image_tensor(file, self.size) for file, _ in rows])
+        pictures = torch.stack([image_tensor(file, self.size, normalised=self.normalised) for file, _ in rows])
         return Batch(
             (pictures if self.channels == 3 else pictures.mean(1, keepdim=True),),
             labels=torch.tensor([label for _, label in rows]),
@@ -72,6 +74,7 @@ def images(
     batch_size: int = 32,
     seed: int = 0,
     half: Half = Half.CALIBRATION,
+    normalised: bool = True,
 ) -> Source:
     """Return a source of images from a folder in ``ImageFolder`` layout: ``path/CLASS/image.jpg``.
 
@@ -81,11 +84,13 @@ def images(
         name: The name of the source in results.
         path: The folder.
         n: The number of images, chosen at random; all of the half if ``None`` or if it holds no more.
-        size: Height and width in pixels: the shorter side is scaled to 8/7 of it, and the centre cropped.
+        size: Height and width in pixels: the shorter side is scaled to 8/7 of it, and the centre cropped; images that
+            are of this size already are taken as they are.
         channels: 3, or 1 for the mean of the colours.
         batch_size: Images per batch.
         seed: The random seed of the choice and order of images.
         half: The calibration half, the evaluation half, or both.
+        normalised: As for :func:`image_tensor`.
 
     Raises:
         SourceError: If there is no such folder, or it holds no class with images in it.
@@ -107,7 +112,7 @@ def images(
     for file, _ in chosen:  # a damaged one is found before the work begins
         _opened(file)
     origin = f"{path.name}/, {len(classes)} classes; {_words(half)}; {len(chosen)} images of {size} pixels, seed {seed}"
-    return Source(name, ImageFiles(tuple(chosen), size, batch_size, channels), origin)
+    return Source(name, ImageFiles(tuple(chosen), size, batch_size, channels, normalised), origin)
 
 
 def digits(
@@ -154,38 +159,52 @@ def digits(
     return Source("digits", batches, origin)
 
 
-def image_tensor(file: Path, size: int) -> Tensor:
-    """Read an image as ``[3, size, size]`` float32, normalised as torchvision's pretrained networks expect.
+def image_tensor(file: Path, size: int, *, normalised: bool = True) -> Tensor:
+    """Read an image as ``[3, size, size]`` float32.
 
     Args:
         file: The image file.
         size: Height and width in pixels.
+        normalised: Normalise it as torchvision's pretrained networks expect; otherwise its values are 0 to 1.
 
     Raises:
         SourceError: If the file is not an image.
     """
-    return picture_tensor(_opened(file), size, str(file))
+    return picture_tensor(_opened(file), size, str(file), normalised=normalised)
 
 
-def picture_tensor(picture: Any, size: int, name: str = "an image") -> Tensor:
-    """Return a PIL image as ``[3, size, size]`` float32, normalised as torchvision's pretrained networks expect.
+def picture_tensor(picture: Any, size: int, name: str = "an image", *, normalised: bool = True) -> Tensor:
+    """Return a PIL image as ``[3, size, size]`` float32.
 
     Args:
         picture: The image.
-        size: Height and width in pixels: the shorter side is scaled to 8/7 of it, and the centre cropped.
+        size: Height and width in pixels: the shorter side is scaled to 8/7 of it, and the centre cropped; an image
+            that is of this size already is taken as it is.
         name: The name of the image in messages.
+        normalised: As for :func:`image_tensor`.
     """
     from PIL.Image import Resampling
 
     picture = picture.convert("RGB")
-    scale = size * 8 / 7 / min(picture.size)
-    width, height = (max(size, round(side * scale)) for side in picture.size)
-    _check_pixels(name, width, height)  # one of 1 × 100,000 pixels would become 256 × 25,600,000
-    picture = picture.resize((width, height), Resampling.BILINEAR)
+    if picture.size != (size, size):
+        scale = size * 8 / 7 / min(picture.size)
+        width, height = (max(size, round(side * scale)) for side in picture.size)
+        _check_pixels(name, width, height)  # one of 1 × 100,000 pixels would become 256 × 25,600,000
+        picture = picture.resize((width, height), Resampling.BILINEAR)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
     colours = torch.from_numpy(cut / np.float32(255))
-    return ((colours - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
+    colours = colours.permute(2, 0, 1).contiguous()
+    return normalise_(colours) if normalised else colours
+
+
+def normalise_(images: Tensor) -> Tensor:
+    """Normalise images of values 0 to 1 in place, as torchvision's pretrained networks expect; return them.
+
+    Args:
+        images: ``[…, 3, H, W]``.
+    """
+    return images.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KINDS = ("transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable")
+_OWN = ("small", "cells", "mobile", "bench201")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Origin:
         """The shape of one input, without the batch dimension, if the network is built for one; else empty."""
         shape = self.config.get("shape")
         return tuple(shape) if isinstance(shape, list | tuple) else ()
+
+    @property
+    def normalised_images(self) -> bool:
+        """Whether it takes images normalised as torchvision's pretrained networks do, and not of values 0 to 1."""
+        return self.kind not in _OWN
 
     def record(self) -> dict[str, object]:
         """Return the origin as JSON data, without the function."""
