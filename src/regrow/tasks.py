@@ -165,6 +165,51 @@ class ChangedExamples:
         return self.base.labels_of()
 
 
+@dataclass(frozen=True)
+class CappedExamples:
+    """Examples that come in batches of at most ``most``, for networks whose outputs are large.
+
+    Args:
+        base: The examples.
+        most: The largest batch.
+    """
+
+    base: ExampleSet
+    most: int
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
+        """Yield all examples in batches, as :meth:`Examples.batches`.
+
+        Args:
+            size: Examples per batch; no more than ``most`` come.
+            seed: Seed of the shuffling; ``None``: in order.
+        """
+        return self.base.batches(min(size, self.most), seed)
+
+    def take(self, indices: Tensor) -> Examples:
+        """Return some of the examples, in memory.
+
+        Args:
+            indices: Their positions.
+        """
+        return self.base.take(indices)
+
+    def subset(self, indices: Tensor) -> "CappedExamples":
+        """Return some of the examples as a set that is read in the same way.
+
+        Args:
+            indices: Their positions.
+        """
+        return CappedExamples(self.base.subset(indices), self.most)
+
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples, if they are known without reading the examples."""
+        return self.base.labels_of()
+
+
 def first_examples(examples: ExampleSet, n: int) -> Examples:
     """Return the first examples, in memory.
 

@@ -163,15 +163,19 @@ def check_data(values: Mapping[str, object]) -> None:
     Args:
         values: The values of the settings; ``data`` and ``tasks`` are read.
     """
-    if (data := values.get("data")) and (problem := find_data_problem(str(data))):
+    if (data := values.get("data")) and (problem := _find_problem(str(data))):
         raise InputError(problem)
     tasks = values.get("tasks")
     for spec in map(str, tasks if isinstance(tasks, tuple) else ()):
         fit = re.fullmatch(r"(?:permuted|rotated|split):(.+?):\d{1,3}", spec)
-        name = fit[1] if fit else spec
-        text = name in DOMAINS or "=" in name
-        if problem := find_source_problem(name) if text else find_data_problem(name):
+        if problem := _find_problem(fit[1] if fit else spec):
             raise InputError(problem)
+
+
+def _find_problem(name: str) -> str:
+    """Return why a labelled data set or a text domain cannot be read; empty if it may be there."""
+    text = name in DOMAINS or "=" in name
+    return find_source_problem(name) if text else find_data_problem(name)
 
 
 def check_json(path: Path, *inputs: str) -> None:

@@ -20,6 +20,7 @@ Examples
   regrow search resnet:16-3 --data fashion/ --target macs=2M --out RUN
   regrow search RUN --data cifar/ --target macs=50% --epochs 10 --retrain 10 --out RUN2
   regrow search mynets:tiny --data fashion/ --target 0.2 --out RUN
+  regrow search smollm2-135m --data news --target 0.9 --epochs 3 --retrain 0 --batch-size 2 --out RUN
 """
 
 
@@ -53,9 +54,9 @@ def _tell(folder: "RunFolder") -> None:
     after = " after training" if folder.run()["settings"]["retrain"] else ""
     say(
         f"{number(found['parameters'])} parameters ({number(found['nonzero'])} nonzero), "
-        f"{number(found.get('macs'))} MACs per image, {number(found.get('bytes'))} bytes; "
+        f"{number(found.get('macs'))} MACs per example, {number(found.get('bytes'))} bytes; "
         f"validation accuracy {found['accuracy']:.3f} after the search; "
-        f"test accuracy{after} {tested['accuracy']:.3f} on {tested['images']} images"
+        f"test accuracy{after} {tested['accuracy']:.3f} on {tested['images']} examples"
     )
     (run,) = summarise([folder.path])["runs"]
     for note in [*alarms(run), *filter(None, [explain_unsearched(run)])]:

@@ -9,22 +9,23 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regrow import evaluation, store
+from regrow import evaluation
 from regrow.allocation.stages import MemoryStages
 from regrow.allocation.timed import Prices, spread_times
 from regrow.amounts import Measure, format_bytes
 from regrow.axes import AxisGraph
 from regrow.candidates import Staged, candidates_in, fold_scales
-from regrow.commands import latencies, pareto, spaces, stage_memory
+from regrow.commands import latencies, spaces, stage_memory
 from regrow.commands.example_inputs import record_input
 from regrow.commands.history import read_history
 from regrow.commands.parents import describe_stage, start_from
-from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_inputs, read_parts
+from regrow.commands.pareto import write_network, write_passed
+from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_inputs, read_parts, trace_examples
 from regrow.commands.starting import check_outputs, find_start
 from regrow.commands.targets import find_granularities, parse_target, target_measure
 from regrow.commands.trackers import tracking
 from regrow.evaluation import Latency, fastest_pass
-from regrow.evaluation.continual import share_right
+from regrow.evaluation.continual import mean_score
 from regrow.methods import MethodEntry, MethodKind, find_method
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.retrain import RetrainState, build
@@ -39,11 +40,10 @@ from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.search import FORMER, Settings
 from regrow.settings.words import command_line
-from regrow.sources import Batch, device_of, moved
+from regrow.sources import Batch, moved
 from regrow.store.run_record import RUN
 from regrow.surgery import UndoStore
 from regrow.tasks import Task, first_examples, input_shape
-from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from regrow.training.continual import learn
@@ -88,7 +88,7 @@ def run(
     _check_cutout(inputs.retraining, parts)
     model, origin, plan = build_space(inputs, parts.search)
     model.to(inputs.device)
-    axes = trace(model, moved(first_examples(parts.search.train, 2).inputs, inputs.device))
+    axes = trace_examples(model, parts.search, parts.kwargs)
     batch = Batch((first_examples(parts.search.train, inputs.batch_size).inputs,)).to(inputs.device)
     example = moved(first_examples(parts.test, 1).inputs, inputs.device)
     started = RunFolder.open_unfinished(out)
@@ -97,7 +97,7 @@ def run(
     timed_target = target_measure(inputs.target, inputs.accounting) == Measure.TIME
     table = latencies.read_or_measure(place, model, batch, begun) if timed_target else None
     search = build_search(inputs, model, axes, plan, table)
-    search.check(Context(model, axes, parts.search, epochs=inputs.epochs, seed=inputs.seed))
+    search.check(Context(model, axes, parts.search, epochs=inputs.epochs, seed=inputs.seed, objective=inputs.objective))
     defaults = {n: v for n, v in search.settings.items() if n not in {*inputs.method_settings, *GIVEN}}
     identity: dict[str, Any] = {"verb": "search", "settings": record_settings(settings), "defaults": defaults}
     words = (*(("--code", code) if code else ()), "--out", str(out))
@@ -112,16 +112,17 @@ def run(
         begun_at = time.perf_counter()
         result, result_origin = _search(folder, inputs, parts, model, axes, origin, search, progress)
         seconds = {"search": round(time.perf_counter() - begun_at, 3)}
-        store.write_model(result, folder.path / "found", origin=result_origin)
-        accuracy = share_right(result, parts.search.test)
+        write_network(result, folder.path / "found", result_origin, inputs.start)
+        accuracy = mean_score(result, parts.search.test, inputs.objective)
         folder.log("found", accuracy=accuracy, **evaluation.dense(result, example))
         begun_at = time.perf_counter()
         trained = retrain(folder, inputs.retraining, parts, result, progress) if inputs.retraining else result
-        store.write_model(trained, folder.path, origin=result_origin)
+        write_network(trained, folder.path, result_origin, inputs.start)
         if table:
             folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
         size = evaluation.dense(trained, example)
-        folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **size)
+        accuracy = mean_score(trained, parts.test, inputs.objective)
+        folder.log("test", accuracy=accuracy, images=len(parts.test), **size)
         seconds["retrain"] = round(time.perf_counter() - begun_at, 3)
         return folder.finish(write_page, seconds=seconds, stage=describe_stage(folder))
 
@@ -169,14 +170,15 @@ def _search(
 
     def write(now: TrainState[SearchState], context: Context) -> None:
         if now.epoch:
-            pareto.write_network(folder, search, now, context, origin)
+            write_passed(folder, search, now, context, origin, inputs.start)
         write_rows(now, unfinished=1)  # the last stage may turn out to need more memory
         recomputed = bool(search.rules.space.ends) and cast(Staged, model).recomputed
         own = replace(now.learner, memory=dict(watch.rows), recomputed=recomputed)
         write_checkpoint(place, model, replace(now, learner=own), undo, logged=events)
 
     write_rows(state, unfinished=1)  # version 0.1 wrote checkpoints before rows
-    context = Context(model, axes, parts.search, 0, inputs.epochs, inputs.epochs, seed=inputs.seed, undo=undo)
+    at: dict[str, Any] = {"seed": inputs.seed, "undo": undo, "objective": inputs.objective}
+    context = Context(model, axes, parts.search, 0, inputs.epochs, inputs.epochs, **at)
     if inputs.schedule:
         more: dict[str, Any] = {"state": state, "undo": undo, "checkpoint": write, "log": log, "progress": progress}
         if inputs.memory:
@@ -196,8 +198,8 @@ def _search(
 
 
 def _check_cutout(retraining: Retraining | None, parts: Parts) -> None:
-    side, most = retraining.cutout if retraining else 0, min(input_shape(parts.test)[1:])
-    if side >= most:
+    side = retraining.cutout if retraining else 0
+    if side and side >= (most := min(input_shape(parts.test)[1:])):
         raise ValueError(f"--cutout {side} of pictures of {most} pixels: take 0, for none, to {most - 1}")
 
 
@@ -219,8 +221,8 @@ def retrain(
         for module in model.modules():
             if not retraining.inherit and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-    axes = trace(model, moved(first_examples(parts.whole.train, 2).inputs, device_of(model)))
-    context = Context(model, axes, parts.whole)
+    axes = trace_examples(model, parts.whole, parts.kwargs)
+    context = Context(model, axes, parts.whole, objective=retraining.schedule.objective)
     learner = build(RetrainSettings(cutout=retraining.cutout), context, dict(searched.named_parameters()))
     place, state = folder.path / RETRAINING, TrainState(learner.state)
     if folder.resumed and place.is_file():
@@ -256,7 +258,8 @@ def build_space(inputs: SearchInputs, task: Task) -> tuple[nn.Module, Origin, Me
     """
     if inputs.start:
         spaces.refuse_stages(inputs.space, inputs.stages, inputs.memory)
-        check_outputs(inputs.start, task, 1 + max(task.classes))
+        if inputs.start.tokenizer is None:
+            check_outputs(inputs.start, task, 1 + max(task.classes))
         return inputs.start.model, inputs.start.origin, None
     entry = find_method(MethodKind.SEARCH, inputs.method)
     measure = target_measure(inputs.target, inputs.accounting)

@@ -76,22 +76,19 @@ def find_start(space: str, data: str, shape: str = "", code: str = "", progress:
     """Return the network with its weights that is searched, in float32; ``None`` if the name is that of a search space.
 
     Args:
-        space: The search space, ``pkg.mod:fn``, a run folder, or a torchvision name.
+        space: The search space, ``pkg.mod:fn``, a run folder, or the name of a model.
         data: The name of the data, which may give the size of its images.
         shape: As for :func:`load_start`.
         code: As for :func:`load_start`.
         progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
-        ValueError: As :func:`load_start`; or the network is a language model.
+        ValueError: As :func:`load_start`.
     """
     if not Path(space).exists() and ":" in space and not space.startswith("torchvision:"):
         check_code(space, False, code)
         return None
-    loaded = load_start(space, (data,), shape, code=code, progress=progress)
-    if loaded is not None and loaded.tokenizer is not None:
-        raise InputError(f"{space} is a language model, and search takes classifiers of images; prune it with --target")
-    return loaded
+    return load_start(space, (data,), shape, code=code, progress=progress)
 
 
 def image_shape(loaded: Loaded) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ def read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
         SourceError: If it is misspelled, or its data are missing.
     """
     if specs.tokenizer is not None:
-        return [_read_text(spec, specs)]
+        return [read_text(spec, specs)]
     kind, data, n = parse_sequence(spec)
     base = streams.of(data, specs.train, specs.test, specs.seed, normalised=specs.normalised)
     if n < 1:
@@ -132,8 +132,16 @@ def record_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list[d
     ]
 
 
-def _read_text(spec: str, specs: TaskSpecs) -> Task:
-    """Return a text domain as a task: windows of its calibration half to train on, of its other half to test on."""
+def read_text(spec: str, specs: TaskSpecs) -> Task:
+    """Return a text domain as a task: windows of its calibration half to train on, of its other half to test on.
+
+    Args:
+        spec: The domain, ``NAME`` or ``NAME=PATH``.
+        specs: The tokenizer, and how much of it is used.
+
+    Raises:
+        SourceError: If there is no such text, or too little of it.
+    """
     domain = text(spec)
     train, test = (
         windows(domain, specs.tokenizer, n=n or None, seq_len=specs.seq_len, seed=specs.seed, half=half)

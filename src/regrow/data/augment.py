@@ -1,8 +1,19 @@
 """Data augmentation of whole image batches (shifts, flips, cutout), drawn from torch's global generator."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def is_images(inputs: Any) -> bool:
+    """Whether inputs have the form of images, ``[N, C, H, W]`` of floats.
+
+    Args:
+        inputs: The inputs of a batch.
+    """
+    return isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()
 
 
 def shift_and_flip(pictures: Tensor, most: int = 4, mirror: bool = True) -> Tensor:

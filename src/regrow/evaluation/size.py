@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.evaluation.forward import evaluating
+from regrow.sources import moved
+from regrow.tasks import first_tensor, run_network
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = tor
     )
 
 
-def dense(model: nn.Module, inputs: Tensor) -> dict[str, int]:
+def dense(model: nn.Module, inputs: Any) -> dict[str, int]:
     """Count parameters, non-zero parameters, multiply–accumulates per example, and bytes of a network as it is.
 
     >>> dense(nn.Linear(3, 2), torch.ones(5, 3))
@@ -67,7 +70,8 @@ def dense(model: nn.Module, inputs: Tensor) -> dict[str, int]:
 
     Args:
         model: The network.
-        inputs: Examples, ``[N, …]``; multiply–accumulates are counted for one.
+        inputs: Examples, ``[N, …]``, or several such tensors in a tuple or by name; multiply–accumulates are counted
+            for one.
 
     Returns:
         ``parameters``: stored entries, tied ones once; ``nonzero``: those that are not 0; ``macs`` of dense kernels;
@@ -76,11 +80,11 @@ def dense(model: nn.Module, inputs: Tensor) -> dict[str, int]:
     weights = _distinct(model.parameters())
     counter = FlopCounterMode(display=False)
     with evaluating(model) as device, counter:
-        model(inputs.to(device))
+        run_network(model, moved(inputs, device))
     return {
         "parameters": sum(p.numel() for p in weights),
         "nonzero": sum(int(p.count_nonzero()) for p in weights),
-        "macs": counter.get_total_flops() // 2 // len(inputs),
+        "macs": counter.get_total_flops() // 2 // len(first_tensor(inputs)),
         "bytes": sum(t.numel() * t.element_size() for t in _distinct(model.state_dict(keep_vars=True).values())),
     }
 

@@ -163,10 +163,10 @@ def key_numbers(run: Run) -> list[KeyNumber]:
 
     test, left = found["test"], found["found"]
     state = found["trained"] if found["retrained"] else "after the search"
-    add("Test accuracy", test["accuracy"], q.percent, f"{state}, on {q.count(test['images'])} images")
+    add("Test accuracy", test["accuracy"], q.percent, f"{state}, on {q.count(test['images'])} examples")
     add("Validation accuracy", left["accuracy"], q.percent, "after the search")
     add("Parameters", left["parameters"], q.count, f"stored; {q.count(left['nonzero'])} nonzero")
-    add("MACs", left["macs"], q.count, "of dense kernels, for one image")
+    add("MACs", left["macs"], q.count, "of dense kernels, for one example")
     if found["asked"]:
         add("Size", found["reached"], q.count, f"of at most {q.count(found['asked'])} {found['unit']}")
     if found["clock"]["whole"]:

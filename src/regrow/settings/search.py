@@ -75,18 +75,19 @@ class Settings:
         "each), bench201:WIDTH-N (NAS-Bench-201's, N cells per stage: one operation on each edge, the same in all "
         "cells), a small network such as resnet:16-3, of which filters and weights are searched, or pkg.mod:fn, a "
         "function of your own code that returns a network: its filters and weights, and the operations that it marks "
-        "with regrow.Candidates; or, with its weights, a run folder or a torchvision name (resnet18): its filters and "
-        "weights.",
+        "with regrow.Candidates; or, with its weights, a run folder or another MODEL that `regrow prune` takes "
+        "(resnet18, smollm2-135m): its filters and weights.",
         argument=True, code=True, example="cells:4-3-2 --data digits --target 0.2 --out RUN",
     )]
     data: Annotated[str, Setting(
-        "digits, or a folder: MNIST's four files, or train/CLASS/… and test/CLASS/…",
+        "digits, or a folder: MNIST's four files, or train/CLASS/… and test/CLASS/…; for a language model text: news, "
+        "code, manual, talk or NAME=PATH.",
         group="Data", example="digits",
     )]
     target: Annotated[str, Setting(
         "The largest allowed size: params=50k (all parameters), nonzero=50k (parameters that are not 0), macs=3M "
-        "(of one image), bytes=200k (of the weight file), ms=20 (one batch, measured on this device), a share of what "
-        "the whole space has (macs=20%), or of its parameters (0.2).",
+        "(of one example), bytes=200k (of the weight file), ms=20 (one batch, measured on this device), a share of "
+        "what the whole space has (macs=20%), or of its parameters (0.2).",
         example="params=50k", one_of="how large the result may be",
     )] = ""
     smaller: Annotated[float | None, Setting(
@@ -140,6 +141,10 @@ class Settings:
         hidden=True, absent=FORMER,
     )] = DENSE
     input: Input = ""
+    seq_len: Annotated[int, Setting(
+        "Length of a text window in tokens; --train and --test count windows then.",
+        range=Range(2, 2**20), absent=256,
+    )] = 256
     undo: Undo = True
     # fmt: on
 

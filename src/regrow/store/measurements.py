@@ -254,7 +254,7 @@ class SearchResultRow(msgspec.Struct, frozen=True):
 
 
 class TestRow(msgspec.Struct, frozen=True):
-    """The test accuracy at the end of a search, and the number of images."""
+    """The test accuracy at the end of a search, and the number of examples."""
 
     accuracy: Share
     images: Count

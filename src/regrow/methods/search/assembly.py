@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.amounts import short
-from regrow.data.augment import shift_and_flip
-from regrow.evaluation.continual import share_right
+from regrow.data.augment import is_images, shift_and_flip
+from regrow.evaluation.continual import mean_score
 from regrow.methods.search.commit import Commit, account_plan
 from regrow.methods.search.space import (
     GRANULARITIES,
@@ -22,7 +21,7 @@ from regrow.methods.search.space import (
 from regrow.methods.search.state import SearchState
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples
-from regrow.training.learner import Boundary, Context, Event, Learner
+from regrow.training.learner import Boundary, Context, Event, Learner, Step, task_loss
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def follow_training(rules: Rules, state: SearchState, context: Context, boundary
 
 
 def log_epoch(rules: Rules, state: SearchState, context: Context) -> SearchState:
-    """Log validation accuracy, current and allowed size, and the kept fraction of each granularity; return the state.
+    """Log the validation score, current and allowed size, and the kept fraction of each granularity; return the state.
 
     Args:
         rules: The choices of the method.
@@ -87,7 +86,7 @@ def log_epoch(rules: Rules, state: SearchState, context: Context) -> SearchState
     """
     masks = rules.masks(state, context, None, False)
     with parametrize(context.model, rules.parametrize(state, replace(context, answered=context.number)).values):
-        accuracy = share_right(context.model, context.task.test)
+        accuracy = mean_score(context.model, context.task.test, context.objective)
     row: dict[str, int | float] = {"epoch": context.epoch + 1, "stage": state.stage, "accuracy": accuracy}
     with torch.no_grad():
         row["size"] = float(measure_masked(state, masks))
@@ -117,14 +116,16 @@ def log_status(rules: Rules, state: SearchState, context: Context) -> None:
 
 
 def compute_loss(context: Context, batch: Examples, augment: bool) -> Tensor:
-    """Return the cross-entropy on a batch, of randomly shifted and mirrored images if ``augment``.
+    """Return the loss of the context's objective on a batch, of randomly shifted and mirrored images if ``augment``.
 
     Args:
-        context: The network.
-        batch: Images and labels.
-        augment: Whether images are shifted and mirrored at random.
+        context: The network, and its objective.
+        batch: Inputs and labels.
+        augment: Whether images are shifted and mirrored at random; other inputs never are.
     """
-    return F.cross_entropy(context.logits(shift_and_flip(batch.inputs) if augment else batch.inputs), batch.labels)
+    if augment and is_images(batch.inputs):
+        batch = Examples(shift_and_flip(batch.inputs), batch.labels)
+    return task_loss(None, context, Step(0, batch)).value
 
 
 def log_result(rules: Rules, state: SearchState, context: Context) -> None:

@@ -24,13 +24,14 @@ from regrow.methods.search.space import (
 )
 from regrow.methods.search.state import SearchState
 from regrow.nets.cells import Cells
+from regrow.objectives import CLASSIFICATION
 from regrow.plan import Plan
 from regrow.sources import device_of, move_tensors
 from regrow.surgery import apply
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.learner import Context, Replacements
+from regrow.training.learner import Context, Replacements, Step, task_loss
 from regrow.training.state import axis_tensors, follow_plan, with_axis_tensors
 
 
@@ -154,11 +155,17 @@ def differentiate_weights(rules: Rules, state: SearchState, context: Context, ba
     context.model.eval()
     for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
         with parametrize(context.model, {**values, **learned}):
-            logits = context.logits(batch.inputs[piece])
-            loss = F.cross_entropy(logits, batch.labels[piece], reduction="sum") / len(batch)
+            loss = _share_of_loss(context, batch.take(piece), len(batch))
             gradients = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
         total = total + levels.flat(dict(zip(learned, gradients, strict=True)))
     return total
+
+
+def _share_of_loss(context: Context, piece: Examples, n: int) -> Tensor:
+    """Return what some of ``n`` examples contribute to the mean loss, a scalar."""
+    if context.objective is CLASSIFICATION:
+        return F.cross_entropy(context.logits(piece.inputs), piece.labels, reduction="sum") / n
+    return task_loss(None, context, Step(0, piece)).value * (len(piece) / n)
 
 
 def score_cut_filters(

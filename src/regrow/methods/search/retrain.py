@@ -5,15 +5,15 @@ and mirrored.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.axis_tensor import AxisTensor
-from regrow.data.augment import cut_out, shift_and_flip
-from regrow.training.learner import Context, Learner, Loss, Replacements, Step
+from regrow.data.augment import cut_out, is_images, shift_and_flip
+from regrow.tasks import Examples
+from regrow.training.learner import Context, Learner, Loss, Replacements, Step, task_loss
 from regrow.training.state import stored_as
 
 CITATION = "Liu et al., MG-DARTS (arXiv 2310.15074), code"
@@ -72,8 +72,11 @@ def _mask(state: RetrainState, context: Context) -> Replacements:
 
 
 def _compute_loss(settings: Settings, state: RetrainState, context: Context, step: Step) -> Loss:
-    inputs = shift_and_flip(step.batch.inputs) if settings.augment else step.batch.inputs
-    return Loss(F.cross_entropy(context.logits(cut_out(inputs, settings.cutout)), step.batch.labels))
+    batch = step.batch
+    if is_images(batch.inputs):
+        inputs = shift_and_flip(batch.inputs) if settings.augment else batch.inputs
+        batch = Examples(cut_out(inputs, settings.cutout), batch.labels)
+    return task_loss(state, context, replace(step, batch=batch))
 
 
 def _clip(settings: Settings, state: RetrainState, context: Context, step: Step) -> RetrainState:
