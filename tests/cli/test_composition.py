@@ -8,6 +8,7 @@ import torch
 
 from cli.conftest import Run
 from regrow.ledger import Ledger, replay
+from regrow.nets import load as load_by_name
 from regrow.store import load
 from regrow.tracing import trace
 
@@ -136,5 +137,18 @@ def test_a_run_is_searched_from_its_weights(chain: Run) -> None:
     assert {name: value.shape for name, value in again.state_dict().items()} == {n: v.shape for n, v in ours.items()}
     code, _, err = chain("grow", "searched", "--channels", "+1", *CODE, "--out", "wider")
     assert code == 0, err
-    code, _, err = chain("search", "smollm2-135m", "--target", "0.8", *options, "--out", "no")
-    assert code == 2 and "is a language model" in err
+
+
+def test_a_language_model_is_searched_on_text(regrow: Run, tiny_language_model: Path) -> None:
+    data = ("--data", "news", "--train", "10", "--test", "2", "--seq-len", "16", "--batch-size", "4")
+    words = (str(tiny_language_model), *data, "--target", "params=99.85%", "--epochs", "3")
+    code, out, err = regrow("search", *words, "--retrain", "1", "--out", "run")
+    assert code == 0, err
+    assert "on 2 examples" in out
+    first, found = load_by_name(str(tiny_language_model)).model, load("run")
+    assert sum(p.numel() for p in found.parameters()) <= 0.9985 * sum(p.numel() for p in first.parameters())
+    assert found.tokenizer is not None
+    code, _, err = regrow("prune", "run", "--keep", "0.9", "--method", "magnitude", "--no-verify", "--out", "pruned")
+    assert code == 0, err
+    code, _, err = regrow("search", *words, "--retrain", "1", "--cutout", "2", "--out", "no")
+    assert code == 2 and "--cutout 2 is of images" in err and not Path("no").exists()
