@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -178,7 +179,11 @@ class CappedExamples:
     most: int
 
     def __len__(self) -> int:
-        return len(self.base)
+        return self._number
+
+    @cached_property
+    def _number(self) -> int:
+        return len(self.base)  # which may take a pass over them
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
         """Yield all examples in batches, as :meth:`Examples.batches`.

@@ -171,6 +171,24 @@ def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     assert 2.0 < float(found.levels.size(every, filters)) < whole
 
 
+@pytest.mark.parametrize("measure", [Measure.PARAMETERS, Measure.MACS])
+def test_a_large_network_is_priced_and_masked_by_tensors_as_a_small_one_is_by_entries(traced, measure, monkeypatch):
+    net, axes, _ = traced
+    found, parameters = found_in(net, axes, measure)
+    results = []
+    for most in (2**24, 0):
+        monkeypatch.setattr("regrow.allocation.levels.ENTRYWISE", most)
+        generator = torch.Generator().manual_seed(0)
+        ops, filters = (torch.rand(n, generator=generator).double() for n in (len(found.ops), found.levels.filters))
+        masks = [one.requires_grad_() for one in (ops, filters)]
+        size = found.levels.size(*masks)
+        flat = found.levels.flat(parameters) if found.levels.entrywise else None
+        masked = {**parameters, **found.levels.replace_weights(parameters, flat, filters, None)}
+        total = size + sum((value**2).sum() for name, value in masked.items() if name in found.levels.weights)
+        results.append((size, *torch.autograd.grad(total, masks)))
+    assert all(torch.allclose(one, other, rtol=1e-10) for one, other in zip(*results, strict=True))
+
+
 def test_a_needed_operation_and_a_last_filter_stay(traced):
     net, axes, _ = traced
     found, _ = found_in(net, axes)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.data import SourceError
+from regrow.data import SourceError, streams
+from regrow.data.datasets import StreamedExamples
 from regrow.data.streams import (
     alike,
     digits_task,
@@ -101,11 +102,34 @@ def test_pictures_in_folders_are_a_task(tmp_path: Path) -> None:
     assert sorted((base.train.inputs[:, 0, 2, 3] * 255).round().tolist()) == sorted(2 * [40.0 * i for i in range(6)])
     drawn = [pictures(tmp_path, train=5, test=2, seed=seed).train.inputs for seed in (1, 1, 2)]
     assert len(drawn[0]) == 5 and torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    image.new("RGB", (7, 4)).save(tmp_path / "test" / "pear" / "x.png")
-    with pytest.raises(SourceError, match="bring all to one size"):
-        pictures(tmp_path)
     with pytest.raises(SourceError, match="train has no pictures; give a folder with train/CLASS/… and test/CLASS/…"):
         pictures(tmp_path / "train")
+
+
+def test_pictures_that_differ_in_size_or_are_for_a_network_with_weights_are_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    for half in ("train", "test"):
+        for label, name in enumerate(("apple", "pear")):
+            (tmp_path / half / name).mkdir(parents=True)
+            for i in range(2):
+                image.new("RGB", (6, 4), (40 * i, 100 * label, 7)).save(tmp_path / half / name / f"{i}.png")
+    whole = pictures(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(streams, "_IN_MEMORY", 0)
+        streamed = pictures(tmp_path)
+    assert isinstance(streamed.train, StreamedExamples)
+    for seed in (None, 1):
+        one, other = (next(part.train.batches(3, seed)) for part in (whole, streamed))
+        assert torch.equal(one.inputs, other.inputs) and torch.equal(one.labels, other.labels)
+    for name in ("train", "test"):
+        image.new("RGB", (7, 9), (200, 200, 7)).save(tmp_path / name / "pear" / "x.png")
+    batch = next(pictures(tmp_path, seed=3).train.batches(5))
+    assert batch.inputs.shape[0] == 5 and float(batch.inputs.max()) <= 1
+    fitted = pictures(tmp_path, size=(8, 8), normalised=True)
+    batch, known = next(fitted.train.batches(5)), fitted.train.labels_of()
+    assert batch.inputs.shape == (5, 3, 8, 8) and float(batch.inputs.min()) < -1 and torch.equal(batch.labels, known)
 
 
 def written(folder: Path, zipped: bool = False) -> None:

@@ -121,7 +121,7 @@ def least(gates: Gates, searched: Collection[str]) -> float:
     for base, size, fewest in gates.spans if "filters" in searched else ():
         filters[base + min(fewest, size) : base + size] = 0.0
     if "weights" in searched:
-        weights = ops.new_zeros(len(levels.reads))
+        weights = ops.new_zeros(levels.entries)
     return float(levels.size(ops, filters, weights))
 
 
@@ -162,7 +162,9 @@ def threshold_for(share: float, importance: Tensor, whole: int) -> float:
     return float(importance.sort().values[many]) if many > 0 else 0.0
 
 
-def fit_to_budget(gates: Gates, masks: GateMasks, relative: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
+def fit_to_budget(
+    gates: Gates, masks: GateMasks, relative: Tensor | None, target: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Remove the least important of what is still active until the cost meets the target, and no more.
 
     Weights are removed if they are searched and the measure counts only non-zero ones. Otherwise filters are removed,
@@ -172,7 +174,8 @@ def fit_to_budget(gates: Gates, masks: GateMasks, relative: Tensor, target: floa
     Args:
         gates: The gates of the network.
         masks: The present masks.
-        relative: The magnitude of each weight relative to the mean of its tensor, ``[N]``.
+        relative: The magnitude of each weight relative to the mean of its tensor, ``[N]``, if weights
+            are masked.
         target: The cost that may be left.
 
     Returns:
@@ -182,12 +185,12 @@ def fit_to_budget(gates: Gates, masks: GateMasks, relative: Tensor, target: floa
         ValueError: If the target cannot be reached; the message names the least cost that can.
     """
     ops, filters, weights = masks.ops.clone(), masks.filters.clone(), masks.weights
-    none = torch.zeros_like(relative, dtype=torch.bool)
+    none = gates.alive.new_zeros(gates.levels.entries)
 
     def size() -> float:
         return float(gates.levels.size(ops, filters, weights))
 
-    if weights is not None and gates.levels.sparse:
+    if weights is not None and relative is not None and gates.levels.sparse:
         stands = gates.levels.standing(ops, filters) & (weights > 0)
         price = torch.where(stands, gates.levels.price[: len(relative)], 0.0)
         order = torch.where(stands, relative, torch.inf).argsort()
@@ -215,10 +218,11 @@ def fit_to_budget(gates: Gates, masks: GateMasks, relative: Tensor, target: floa
 
 def _going(gates: Gates, level: int, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> list[int]:
     """Return the fewest operations (level 0) or filters (1), least important first, whose removal meets the target."""
-    last, order = masks[level].clone(), []
-    for at in margin.argsort(stable=True).tolist():
+    order = _openings(gates, masks[level], margin) if level == 1 else []
+    last = masks[level].clone()
+    for at in margin.argsort(stable=True).tolist() if level == 0 else ():
         if bool(gates.open(level, last)[at]):
-            last[gates.together(at) if level == 0 else at] = 0.0
+            last[gates.together(at)] = 0.0
             order.append(at)
 
     def enough(many: int) -> bool:
@@ -228,6 +232,19 @@ def _going(gates: Gates, level: int, masks: tuple[Tensor, Tensor], margin: Tenso
         return float(gates.levels.size(left[0], left[1])) <= target
 
     return order[: bisect_left(range(len(order) + 1), True, key=enough)]  # pricing everything takes long
+
+
+def _openings(gates: Gates, filters: Tensor, margin: Tensor) -> list[int]:
+    """Return the filters that can be removed one after the other, least important first, until no axis has more."""
+    axis = [i for i, (_, size, _) in enumerate(gates.spans) for _ in range(size)]
+    active = (filters > 0).tolist()
+    spare = [sum(active[base : base + size]) - least for base, size, least in gates.spans]
+    order = []
+    for at in margin.argsort(stable=True).tolist():
+        if active[at] and spare[axis[at]] > 0:
+            spare[axis[at]] -= 1
+            order.append(at)
+    return order
 
 
 def _exchanged(gates: Gates, before: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> Tensor:

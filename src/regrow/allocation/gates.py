@@ -93,7 +93,7 @@ class Gates:
             weights: All weights ``[N]``, which of them are 0 for good ``[N]`` bool, and one threshold per operation,
                 with a last one for weights outside operations; ``None`` if weights are not searched.
         """
-        one = self.levels.price.new_ones(len(self.ops), dtype=torch.float32)
+        one = self.alive.new_ones(len(self.ops), dtype=torch.float32)
         if ops is None:
             margin_o, mask_o, scale_o = one, self.alive.float(), self.alive.float()
         else:
@@ -149,6 +149,8 @@ class Gates:
 
     def prices(self) -> Tensor:
         """Return the cost of each operation with all parameters in it, ``[operations]``."""
+        if not self.ops:
+            return self.alive.new_zeros(0, dtype=torch.float64)
         return self.levels.price.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, self.levels.price)[:-1]
 
     def typical(self) -> Tensor:
@@ -161,6 +163,8 @@ class Gates:
 
     def bare(self) -> Tensor:
         """Return which operations have no parameters but their scale, such as pools; none if time is the cost."""
+        if not self.ops:
+            return torch.zeros_like(self.alive)
         many = torch.bincount(self.levels.ops, minlength=len(self.ops) + 1)[:-1]
         return (many <= 1) & (not self.levels.timed)
 

@@ -4,54 +4,91 @@ For every entry of every parameter there is the index of the filter it makes, of
 operation it lies in. So masks and costs of all levels take a few operations on long vectors.
 
 Where gradients flow, entries are picked by ``index_select``: on several threads, the gradient of ``x[i]`` adds up in
-a varying order, so that runs could not be reproduced.
+a varying order, so that runs could not be reproduced. Networks of more than ``ENTRYWISE`` entries are priced and masked
+tensor by tensor instead, unless single weights are searched: the same numbers but for rounding, without the vectors.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from regrow.allocation.tensor_layout import TensorLayout
 from regrow.allocation.thresholds import keep_above
 from regrow.allocation.timed import Prices, above, count_macs
 from regrow.amounts import Measure
 from regrow.axes import AxisGraph, Role
 
+ENTRYWISE = 2**24
+"""The most entries of a network that is priced and masked entry by entry where only operations and filters are."""
+
 
 @dataclass(frozen=True)
 class Levels:
-    """Index vectors that say which filter, operation and weight every parameter entry belongs to, and its cost.
+    """Which filter, operation and weight every parameter entry belongs to, and its cost.
 
     Args:
         weights: Names of the parameters that can be masked: those that read filters, and those in
             ``AxisGraph.counted``; N entries in all.
-        shapes: The shapes of ``weights``.
+        tensors: The layouts of ``weights``, and of all other parameters, of M entries.
         axes: Axis key → the index of its first filter among all filters.
         filters: How many filters there are.
-        reads: The filter that each entry of a weight reads, ``[N]``; ``filters`` if none.
-        makes: The filter that each entry makes, ``[N + M]``, the M entries of other parameters included; ``filters`` if
-            none.
-        ops: The operation that each entry lies in, ``[N + M]``; the number of operations if none.
-        weight: The index in ``weights`` of the tensor that each entry lies in, ``[N]``.
-        price: The cost of each entry, ``[N + M]`` float64.
         rest: The cost of the network that no entry accounts for.
         sparse: Whether a weight of 0 costs nothing (measure ``nonzero``); dense kernels and files do not save it.
         timed: Whether the cost is time, of which operations without weights take some too.
     """
 
     weights: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
+    tensors: tuple[TensorLayout, ...]
     axes: Mapping[str, int]
     filters: int
-    reads: Tensor
-    makes: Tensor
-    ops: Tensor
-    weight: Tensor
-    price: Tensor
     rest: float = 0.0
     sparse: bool = False
     timed: bool = False
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """The shapes of ``weights``."""
+        return tuple(one.shape for one in self.tensors[: len(self.weights)])
+
+    @property
+    def entries(self) -> int:
+        """N, the number of entries of ``weights``."""
+        return sum(map(prod, self.shapes))
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether the network is small enough to be priced and masked entry by entry."""
+        return sum(prod(one.shape) for one in self.tensors) <= ENTRYWISE
+
+    @cached_property
+    def reads(self) -> Tensor:
+        """The filter that each entry of a weight reads, ``[N]``; ``filters`` if none."""
+        return _join([one.spread(one.reads, self.filters) for one in self.tensors[: len(self.weights)]])
+
+    @cached_property
+    def makes(self) -> Tensor:
+        """The filter that each entry makes, ``[N + M]``; ``filters`` if none."""
+        return _join([one.spread(one.makes, self.filters) for one in self.tensors])
+
+    @cached_property
+    def ops(self) -> Tensor:
+        """The operation that each entry lies in, ``[N + M]``; the number of operations if none."""
+        return _join([one.ops.expand(prod(one.shape)) for one in self.tensors])
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The index in ``weights`` of the tensor that each entry lies in, ``[N]``."""
+        own = enumerate(self.tensors[: len(self.weights)])
+        return _join([one.ops.new_full((prod(one.shape),), i) for i, one in own])
+
+    @cached_property
+    def price(self) -> Tensor:
+        """The cost of each entry, ``[N + M]`` float64."""
+        return _join([one.price.expand(prod(one.shape)) for one in self.tensors], torch.float64)
 
     def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Concatenate all maskable weights into one vector, ``[N]``.
@@ -94,6 +131,27 @@ class Levels:
         scaled = flat * torch.cat([filters, filters.new_ones(1)]).index_select(0, self.reads)
         return scaled if over_by is None else keep_above(scaled, over_by)
 
+    def replace_weights(
+        self, parameters: Mapping[str, Tensor], flat: Tensor | None, filters: Tensor, over_by: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return the weights under their masks (:meth:`masked`), by name.
+
+        Args:
+            parameters: Name → tensor.
+            flat: All weights in one vector, ``[N]``; ``None``: the network is masked tensor by tensor.
+            filters: The scale of each filter, ``[filters]``.
+            over_by: How far each weight is above its threshold, ``[N]``; ``None`` if weights are not masked.
+        """
+        if flat is not None:
+            return self.apart(self.masked(flat, filters, over_by))
+        scale = torch.cat([filters, filters.new_ones(1)])
+        pairs = zip(self.weights, self.tensors, strict=False)
+        lines = {name: (one, *one.reads) for name, one in pairs if one.reads}
+        return {
+            name: parameters[name] * one.along(dim, scale.index_select(0, line))
+            for name, (one, dim, line) in lines.items()
+        }
+
     def standing(self, ops: Tensor, filters: Tensor) -> Tensor:
         """Return which weights lie in active operations and between active filters, ``[N]`` bool.
 
@@ -118,6 +176,9 @@ class Levels:
             A scalar that is differentiable with respect to the masks.
         """
         here = torch.cat([filters, filters.new_ones(1)])
+        if not self.entrywise and (weights is None or not self.sparse):
+            every, wide = torch.cat([ops, ops.new_ones(1)]), here.double()
+            return torch.stack([one.size(every, wide) for one in self.tensors]).sum() + self.rest
         alive = torch.cat([ops, ops.new_ones(1)]).index_select(0, self.ops) * here.index_select(0, self.makes)
         n = len(self.reads)
         inner = alive[:n] * here.index_select(0, self.reads)
@@ -202,50 +263,46 @@ def levels(
             line[at] = filters + torch.arange(axis.size)[:, None].expand_as(at)
         filters += axis.size
 
-    def laid(name: str, reads: bool) -> Tensor:
-        shape = parameters[name].shape
+    def line_of(name: str, reads: bool) -> tuple[int, Tensor] | None:
         if (name, reads) not in lines:
-            return torch.full(shape, filters).reshape(-1)
+            return None
         dim, line = lines[name, reads]
-        return (
-            torch.where(line < 0, filters, line)
-            .view([-1 if d == dim else 1 for d in range(len(shape))])
-            .expand(shape)
-            .reshape(-1)
-        )
+        return dim, torch.where(line < 0, filters, line)
 
     of = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
     lies = [next((of[path] for path in above(name) if path in of), len(of)) for name in order]
     paths = {f"{path}.scale".lstrip("."): own for path, own in candidates.items()}
     scales = {name: [of[one] for one in own] for name, own in paths.items()}
-    numbers = [parameters[name].numel() for name in order]
     prices = _prices(axes, measure, timed, of)
-
+    readers = {*weights}
     return Levels(
         weights=tuple(weights),
-        shapes=tuple(parameters[name].shape for name in weights),
+        tensors=tuple(
+            TensorLayout(
+                parameters[name].shape,
+                line_of(name, False),
+                line_of(name, True) if name in readers else None,
+                torch.tensor(scales.get(name, [at])),
+                _price(prices, name, paths.get(name, ())),
+            )
+            for name, at in zip(order, lies, strict=True)
+        ),
         axes=places,
         filters=filters,
-        reads=torch.cat([laid(name, True) for name in weights]),
-        makes=torch.cat([laid(name, False) for name in order]),
-        ops=torch.cat(
-            [torch.tensor(scales.get(name, [at] * n)) for name, at, n in zip(order, lies, numbers, strict=True)]
-        ),
-        weight=torch.arange(len(weights)).repeat_interleave(torch.tensor(numbers[: len(weights)])),
-        price=_price(prices, dict(zip(order, numbers, strict=True)), paths),
         rest=prices.rest,
         sparse=measure == Measure.NONZERO,
         timed=measure == Measure.TIME,
     )
 
 
-def _price(prices: Prices, numbers: Mapping[str, int], sums: Mapping[str, Sequence[str]]) -> Tensor:
-    """Return the cost of each entry; entries of ``scale`` also carry what their operation costs by itself."""
-    parts = []
-    for name, n in numbers.items():
-        own = torch.full((n,), prices.entries.get(name, 0.0), dtype=torch.float64)
-        parts.append(own + torch.tensor([prices.ops.get(path, 0.0) for path in sums[name]]) if name in sums else own)
-    return torch.cat(parts)
+def _join(parts: Sequence[Tensor], dtype: torch.dtype = torch.long) -> Tensor:
+    return torch.cat([*parts]) if parts else torch.zeros(0, dtype=dtype)
+
+
+def _price(prices: Prices, name: str, ops: Sequence[str]) -> Tensor:
+    """Return the cost of a parameter's entries; those of a ``scale`` also carry what their operation costs alone."""
+    own = torch.full((len(ops) or 1,), prices.entries.get(name, 0.0), dtype=torch.float64)
+    return own + torch.tensor([prices.ops.get(path, 0.0) for path in ops]) if ops else own
 
 
 def _prices(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:

@@ -209,7 +209,7 @@ def read_parts(data: DataSpec) -> Parts:
 def _read_task(data: DataSpec) -> Task:
     """Return all training and test examples."""
     if data.tokenizer is None:
-        return streams.of(data.name, data.train, data.test, data.seed, normalised=data.normalised)
+        return streams.of(data.name, data.train, data.test, data.seed, size=data.shape[1:], normalised=data.normalised)
     some: dict[str, Any] = {"train": data.train, "test": data.test, "seed": data.seed, "seq_len": data.seq_len}
     return read_text(data.name, TaskSpecs((data.name,), tokenizer=data.tokenizer, **some))
 

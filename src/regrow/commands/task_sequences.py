@@ -89,7 +89,7 @@ def read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
     if specs.tokenizer is not None:
         return [read_text(spec, specs)]
     kind, data, n = parse_sequence(spec)
-    base = streams.of(data, specs.train, specs.test, specs.seed, normalised=specs.normalised)
+    base = streams.of(data, specs.train, specs.test, specs.seed, size=specs.shape[1:], normalised=specs.normalised)
     if n < 1:
         raise SourceError(f"{spec}: a sequence has at least one task")
     match kind:

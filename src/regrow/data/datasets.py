@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -100,11 +99,7 @@ class LoadedExamples:
     stream: Sequence[Batch]
 
     def __len__(self) -> int:
-        """Return the number of examples, which takes a pass over them the first time."""
-        return self._number
-
-    @cached_property
-    def _number(self) -> int:
+        """Return the number of examples, which takes a pass over them."""
         return sum(len(to_examples_of_batch(batch)) for batch in self.stream)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regrow.data.datasets import StreamedExamples
 from regrow.data.errors import MissingError, SourceError
+from regrow.data.picture_files import PictureFiles, image_sizes
 from regrow.data.vision import image_files, normalise_, read_images
 from regrow.errors import InputError
 from regrow.limits import check_memory, expanded, read_content
@@ -22,6 +24,8 @@ from regrow.tasks import ChangedExamples, Examples, ExampleSet, Task, input_shap
 
 _MOST = 2**28
 """The largest file that is read, in bytes."""
+_IN_MEMORY = 2**30
+"""The most bytes of images that are read into memory."""
 
 
 def permuted_tasks(base: Task, n: int, seed: int = 0) -> list[Task]:
@@ -112,7 +116,8 @@ def alike(tasks: Sequence[Task], shape: Sequence[int] = ()) -> list[Task]:
     if not tasks:
         raise SourceError("there is no task to learn; name one, like permuted:digits:5")
     channels, *size = shape or input_shape(tasks[0].train)
-    examples = sum(len(task.train) + len(task.test) for task in tasks)
+    parts = [part for task in tasks for part in (task.train, task.test)]
+    examples = sum(len(part) for part in parts if not isinstance(part, StreamedExamples))
     needed = 4 * examples * channels * prod(size)
     check_memory(needed, f"{examples} images of {size[0]} × {size[-1]} pixels", "take fewer with --train and --test")
 
@@ -162,11 +167,13 @@ def pictures(
     test: int = 0,
     seed: int = 0,
     *,
+    size: Sequence[int] = (),
     normalised: bool = False,
 ) -> Task:
     """Read an image data set from ``train/CLASS/…`` and ``test/CLASS/…``.
 
-    Classes are numbered in the order of their names.
+    Classes are numbered in the order of their names. Images of other sizes are scaled and cropped as ``regrow
+    evaluate`` does it. If any is, or all need more than 1 GiB, they are read while they are used.
 
     Args:
         folder: The folder that contains ``train`` and ``test``.
@@ -174,10 +181,11 @@ def pictures(
         train: The most training images, chosen at random before any is read; 0: all.
         test: The most test images; 0: all.
         seed: The random seed of the choice.
+        size: Height and width in pixels that a network takes, ``[H, W]``; empty: those of the first image.
         normalised: Normalise images as torchvision's pretrained networks expect; otherwise values are 0 to 1.
 
     Raises:
-        SourceError: If there are no images, or they are not all of one size.
+        SourceError: If there are no images.
     """
     halves = [Path(folder) / half for half in ("train", "test")]
     classes = sorted({one.name for half in halves if half.is_dir() for one in half.iterdir() if one.is_dir()})
@@ -187,14 +195,30 @@ def pictures(
         if not files:
             raise SourceError(f"{half} has no pictures; give a folder with train/CLASS/… and test/CLASS/…")
         chosen = random.Random(seed).sample(files, min(n or len(files), len(files)))
-        inputs = read_images([file for file, _ in chosen])
-        if normalised:
-            normalise_(inputs)
-        result.append(Examples(inputs, torch.tensor([label for _, label in chosen])))
+        result.append(_read_pictures(tuple(chosen), tuple(size), normalised))
     return Task(name, result[0], result[1], tuple(range(len(classes))))
 
 
-def of(name: str, train: int = 0, test: int = 0, seed: int = 0, *, normalised: bool = False) -> Task:
+def _read_pictures(files: tuple[tuple[Path, int], ...], size: tuple[int, ...], normalised: bool) -> ExampleSet:
+    """Return images in memory if they are small and have the size already; otherwise they are read as they are used."""
+    paths = [file for file, _ in files]
+    (width, height), *_ = [size[::-1]] if size else image_sizes(paths[:1])
+    sizes = image_sizes(paths)
+    if (0, 0) in sizes or (sizes == {(width, height)} and 12 * len(files) * width * height <= _IN_MEMORY):
+        inputs = read_images(paths)
+        return Examples(normalise_(inputs) if normalised else inputs, torch.tensor([label for _, label in files]))
+    return StreamedExamples(PictureFiles(files, (height, width), normalised))
+
+
+def of(
+    name: str,
+    train: int = 0,
+    test: int = 0,
+    seed: int = 0,
+    *,
+    size: Sequence[int] = (),
+    normalised: bool = False,
+) -> Task:
     """Load a data set by name: ``digits``, a folder of MNIST's four files, or of ``train/CLASS/…`` images.
 
     Args:
@@ -202,6 +226,7 @@ def of(name: str, train: int = 0, test: int = 0, seed: int = 0, *, normalised: b
         train: The most training examples, chosen at random; 0: all.
         test: The most test examples; 0: all.
         seed: The random seed of the choice.
+        size: As for :func:`pictures`; other data sets keep theirs.
         normalised: As for :func:`pictures`; digits and MNIST's files always have values 0 to 1.
 
     Raises:
@@ -213,7 +238,7 @@ def of(name: str, train: int = 0, test: int = 0, seed: int = 0, *, normalised: b
         raise MissingError(problem)
     folder = expanded(Path(name))
     if (folder / "train").is_dir():
-        return pictures(folder, folder.name, train, test, seed, normalised=normalised)
+        return pictures(folder, folder.name, train, test, seed, size=size, normalised=normalised)
     base = digits_task() if name == "digits" else idx(folder, folder.name)
     return fewer(base, train or len(base.train), test or len(base.test), seed)
 

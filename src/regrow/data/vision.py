@@ -110,7 +110,7 @@ def images(
         raise SourceError(f"source {name!r}: no {half} images in sub-folders of {path}; give path/CLASS/image.jpg")
     chosen = random.Random(seed).sample(found, min(len(found), n or len(found)))
     for file, _ in chosen:  # a damaged one is found before the work begins
-        _opened(file)
+        open_image(file)
     origin = f"{path.name}/, {len(classes)} classes; {_words(half)}; {len(chosen)} images of {size} pixels, seed {seed}"
     return Source(name, ImageFiles(tuple(chosen), size, batch_size, channels, normalised), origin)
 
@@ -170,7 +170,7 @@ def image_tensor(file: Path, size: int, *, normalised: bool = True) -> Tensor:
     Raises:
         SourceError: If the file is not an image.
     """
-    return picture_tensor(_opened(file), size, str(file), normalised=normalised)
+    return picture_tensor(open_image(file), size, str(file), normalised=normalised)
 
 
 def picture_tensor(picture: Any, size: int, name: str = "an image", *, normalised: bool = True) -> Tensor:
@@ -230,7 +230,7 @@ def side_of(folder: Path, most: int = 32) -> int:
     sizes = set()
     for file in files[:: max(1, len(files) // most)]:
         try:
-            sizes.add(_opened(file).size)
+            sizes.add(open_image(file).size)
         except SourceError:  # reading the source says what is wrong with it
             return 0
     (width, height) = next(iter(sizes), (0, 0))
@@ -246,12 +246,12 @@ def read_images(files: Sequence[Path]) -> Tensor:
     Raises:
         SourceError: If a file is not an image, or they are not all of one size.
     """
-    first = np.asarray(_opened(files[0]))
+    first = np.asarray(open_image(files[0]))
     side = f"{first.shape[1]} × {first.shape[0]}"
     check_memory(9 * len(files) * first.size, f"{len(files)} images of {side} pixels", "take fewer, or scale them down")
     found = np.empty((len(files), *first.shape), np.uint8)
     for i, file in enumerate(files):
-        pixels = np.asarray(_opened(file))
+        pixels = np.asarray(open_image(file))
         if pixels.shape != first.shape:
             raise SourceError(
                 f"{file} has {pixels.shape[1]} × {pixels.shape[0]} pixels, {files[0]} has {first.shape[1]} × "
@@ -261,8 +261,11 @@ def read_images(files: Sequence[Path]) -> Tensor:
     return torch.from_numpy(found).permute(0, 3, 1, 2).float() / 255
 
 
-def _opened(file: Path) -> Any:
-    """Open an image file and convert it to RGB.
+def open_image(file: Path) -> Any:
+    """Open an image file with pillow, converted to RGB.
+
+    Args:
+        file: The image file.
 
     Raises:
         SourceError: If pillow is not installed, or the file is not an image.

@@ -102,9 +102,8 @@ def fit_to_budget(rules: Rules, state: SearchState, context: Context, target: fl
     """
     with torch.no_grad():
         masks = rules.masks(state, context, None, False)
-        ops, filters, weights = commits.fit_to_budget(
-            state.layout, masks, measure_relative(state, context, masks), target
-        )
+        relative = None if masks.over is None else measure_relative(state, context, masks)
+        ops, filters, weights = commits.fit_to_budget(state.layout, masks, relative, target)
         state = replace(state, zero_mask=state.zero_mask | weights)
         masks = replace(rules.masks(state, context, None, False), ops=ops, filters=filters)
     plan, state = cut_masked(rules, state, context, masks, target)

@@ -54,7 +54,8 @@ def mask_by_thresholds(
         learning: Whether masks have gradients at all.
     """
     layout, searched = state.layout, space.granularities
-    flat = layout.levels.flat(context.parameters()) if flat is None else flat
+    if flat is None and "weights" in searched:
+        flat = layout.levels.flat(context.parameters())
 
     def values(one: AxisTensor, trained: bool = True) -> Tensor:
         return one.values if learning and trained else one.values.detach()
@@ -64,7 +65,7 @@ def mask_by_thresholds(
     return layout.masks(
         (values(state.alpha), ops) if "operations" in searched else None,
         (torch.cat(kappa), filters) if "filters" in searched and kappa else None,
-        (flat, state.zero_mask, weights) if "weights" in searched else None,
+        None if flat is None or "weights" not in searched else (flat, state.zero_mask, weights),
     )
 
 

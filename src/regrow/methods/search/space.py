@@ -188,9 +188,7 @@ def update_layout(rules: Rules, state: SearchState, context: Context) -> SearchS
     kappa = {key: one for key, one in state.kappa.items() if key in context.axes.axes}
     for key, (_, size, _) in iterate_spans(layout):
         if key not in kappa:
-            kappa[key] = AxisTensor(
-                layout.levels.price.new_zeros(size, dtype=torch.float32), (key,), rules.rates(context)[0]
-            )
+            kappa[key] = AxisTensor(layout.alive.new_zeros(size, dtype=torch.float32), (key,), rules.rates(context)[0])
     zeros = {name: one for name, one in state.zeros.items() if name in context.axes.shapes}
     for name in layout.levels.weights:
         if name not in zeros:
@@ -296,9 +294,10 @@ def mask_parameters(rules: Rules, state: SearchState, context: Context) -> Repla
 
 def _mask(rules: Rules, state: SearchState, context: Context, learning: bool) -> Replacements:
     parameters, levels = context.parameters(), state.layout.levels
-    flat = levels.flat(parameters)
+    entrywise = levels.entrywise or "weights" in rules.space.granularities
+    flat = levels.flat(parameters) if entrywise else None
     masks = rules.masks(state, context, flat, learning)
-    values = levels.apart(levels.masked(flat, masks.filter_scale, masks.over))
+    values = levels.replace_weights(parameters, flat, masks.filter_scale, masks.over)
     return Replacements({**values, **scale_candidates(context, masks.op_scale, keep=True)}, masks)
 
 

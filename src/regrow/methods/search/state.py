@@ -56,7 +56,7 @@ class StageMemory:
 
 def _no_layout() -> Gates:
     places, flags = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
-    levels = Levels((), (), {}, 0, places, places, places, places, torch.zeros(0, dtype=torch.float64))
+    levels = Levels((), (), {}, 0)
     return Gates(levels, (), flags, flags, (), places, places, flags, places, (), ())
 
 
