@@ -1,21 +1,28 @@
 """``regrow.grow``: from a network to a wider or deeper one that computes the same, and the plan that made it."""
 
+import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from regrow.allocation.widening import Part
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, run_once
+from regrow.api.runs import Destination, describe_data, finish, loaded_of, log_size, name_of, run_of
 from regrow.axes import AxisGraph
 from regrow.commands.growing import Amount, GrowthSpec, plan_growth
 from regrow.errors import InputError
 from regrow.nets.precision import autocasting
 from regrow.plan import Plan
+from regrow.progress import Progress, silent
+from regrow.run_folder import RunFolder
+from regrow.settings.grow import Settings
+from regrow.store.origins import describe_origin
 from regrow.surgery import apply
-from regrow.tracing import trace
-from regrow.training.grown import GrowthTraining, added_entries, train_grown
+from regrow.training.grown import GrowthTraining, added_entries, mean_loss, train_grown
 
 
 def grow(
@@ -40,19 +47,21 @@ def grow(
     device: DeviceLike = None,
     precision: str = "float32",
     axes: AxisGraph | None = None,
+    out: str | Path | None = None,
+    track: str = "",
+    progress: Progress = silent,
 ) -> tuple[nn.Module, Plan]:
-    """Grow a network in one call such that its outputs do not change, and train it afterwards if there are steps.
+    """Grow a network such that its outputs do not change, and train it afterwards if there are steps.
 
     Amounts are numbers of units (``32``, ``"+32"``) or percentages of the present width (``"+25%"``), rounded up.
 
     Args:
         model: The network, changed in place; or a model's name or a run folder, which is loaded.
         mlp: How many hidden neurons every MLP gains.
-        heads: How many attention heads every attention gains: where key-value heads are shared, whole groups with
-            their query heads.
+        heads: How many attention heads every attention gains; whole groups where key-value heads are shared.
         channels: How many channels the convolutions inside of blocks gain.
-        blocks: How many copies of residual blocks every stack of blocks gains, evenly among its blocks, or path of a
-            stack (``"layer3"``) → how many. The last projections of a copy are 0, so that it gives its input unchanged.
+        blocks: How many copies of residual blocks every stack gains, or path of a stack (``"layer3"``) → how many. The
+            last projections of a copy are 0, so that it gives its input unchanged.
         axis: Axis key, or a pattern of keys → how many units such axes gain.
         fill: How new units are initialised: ``"zero_out"``, ``"split"`` or ``"pair"`` (:class:`regrow.Fill`).
         seed: The random seed of the fill.
@@ -60,16 +69,17 @@ def grow(
         regular: Whether axes with the same role in several blocks get one width, the largest among them.
         data: What the grown network is trained on, as for :func:`regrow.prune`.
         steps: The number of training steps, of one batch each; 0: it is not trained.
-        train: Whether only what the growth has added is trained (``"new"``; the rest stays bit for bit), or ``"all"``.
+        train: Whether only what was added is trained (``"new"``; the rest stays bit for bit), or ``"all"``.
         lr: The learning rate of AdamW, which falls to 0.
         loss: What it is trained for, as for :func:`regrow.prune`.
         batch_size: Examples per batch, where the data do not come in batches.
-        example: The input with which the network is traced: a tensor, a tuple of inputs, or a dict of inputs by name;
-            not needed for a model that is loaded, or if ``axes`` are given.
+        example: The input with which the network is traced; not needed if it is loaded, or ``axes`` are given.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
-        precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16; weights,
-            sums and surgery keep their formats.
+        precision: ``"bfloat16"``: forward passes compute in it, as for :func:`regrow.prune`.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
+        out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
+        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
         The same model, wider, and the plan that was applied. A warning is issued for axes that cannot be widened.
@@ -79,38 +89,112 @@ def grow(
 
     >>> import torch
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
-    >>> before = net(x)
-    >>> net, plan = grow(net, mlp="+25%", example=x)
+    >>> before, (net, plan) = net(x), grow(net, mlp="+25%", example=x)
     >>> net[0].out_features, torch.allclose(net(x), before)
     (10, True)
     """
+    place = Destination(out, track).checked(data=data)
     parts: dict[Part, Amount] = {"mlp": mlp, "heads": heads, "channels": channels}
     stacks = blocks if isinstance(blocks, Mapping) else {"*": blocks} if blocks else {}
     spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
-    _check_training(data, steps, train)
-    given: Any = {"example": axes.example if axes is not None else example, "loss": loss, "batch_size": batch_size}
-    inputs = read_inputs(model, data, **given, device=device, precision=precision)
-    net = inputs.model
-    if axes is None:
-        axes = trace(net, *inputs.example.args, **inputs.example.kwargs)
-    return net, _grow(inputs, axes, spec, GrowthTraining(steps, lr, train == "new", seed), precision)
+    training = _training(data, steps, lr, train, seed)
+    example = example if axes is None else axes.example
+    given: Any = {"example": example, "loss": loss, "batch_size": batch_size, "device": device, "progress": progress}
+    inputs = read_inputs(model, data, **given, precision=precision)
+    work = _Growth(inputs, inputs.trace() if axes is None else axes, spec, training, precision, progress)
+    if out is None:
+        return inputs.model, _grow(work, work.plan())
+    return inputs.model, _grow_in_folder(work, place, _describe(parts, axis or {}, stacks, work), model, name_of(loss))
 
 
-def _grow(inputs: Inputs, axes: AxisGraph, spec: GrowthSpec, training: GrowthTraining, precision: str) -> Plan:
-    """Grow the network, train it if there are steps, and return the plan."""
-    net = inputs.model
-    plan, notes = plan_growth(net, axes, spec)
-    for note in notes:
-        warnings.warn(note, stacklevel=3)
+@dataclass(frozen=True)
+class _Growth:
+    """What is grown, how much, and how it is trained."""
+
+    inputs: Inputs
+    axes: AxisGraph
+    spec: GrowthSpec
+    training: GrowthTraining
+    precision: str
+    progress: Progress
+
+    def plan(self) -> Plan:
+        """Return the plan, and warn of axes that cannot be widened."""
+        plan, notes = plan_growth(self.inputs.model, self.axes, self.spec)
+        for note in notes:
+            warnings.warn(note, stacklevel=4)
+        return plan
+
+
+def _grow(work: _Growth, plan: Plan, folder: RunFolder | None = None) -> Plan:
+    """Grow the network, and train it if there are steps; in a folder, log its size and the loss of the training."""
+    net, training, inputs = work.inputs.model, work.training, work.inputs
+    rows = log_size(folder, loaded_of(inputs), work.axes, "before") if folder else []
     run_once(net, inputs.example)
-    apply(net, axes, plan)
-    if training.steps:
-        with autocasting(net, precision):
-            train_grown(net, inputs.sources, added_entries(net, axes, plan), training, objective=inputs.objective)
+    _, after = apply(net, work.axes, plan)
+    if folder:
+        if not len(folder.own_ledger):
+            folder.own_ledger.append(plan)
+        folder.write_axes(rows, log_size(folder, loaded_of(inputs), after, "after"))
+    if not training.steps:
+        return plan
+    new, objective = added_entries(net, work.axes, plan), inputs.objective
+    with autocasting(net, work.precision):
+        before = mean_loss(net, inputs.sources, objective) if folder else 0.0
+        train_grown(net, inputs.sources, new, training, objective=objective, progress=work.progress)
+        if folder:
+            row: dict[str, Any] = {"loss_before": before, "loss_after": mean_loss(net, inputs.sources, objective)}
+            row |= {"steps": training.steps, "train": "new" if training.new_only else "all", "lr": training.lr}
+            folder.log("training", **row, parameters=sum(int(entries.sum()) for entries in new.values()))
     return plan
 
 
-def _check_training(data: object, steps: int, train: str) -> None:
+def _grow_in_folder(work: _Growth, place: Destination, settings: Settings, model: ModelLike, loss: str) -> Plan:
+    """Grow and write the run; what was interrupted starts again."""
+    inputs, start, plan = work.inputs, time.perf_counter(), work.plan()
+    data = describe_data(inputs.sources)
+    with run_of(place, "grow", settings, model, loaded_of(inputs), data=data, loss=loss) as folder:
+        _grow(work, plan, folder)
+        finish(folder, loaded_of(inputs), grow=time.perf_counter() - start)
+    return plan
+
+
+def _describe(
+    parts: Mapping[Part, Amount], axis: Mapping[str, Amount], stacks: Mapping[str, Amount], work: _Growth
+) -> Settings:
+    """Return the settings of the command that say what a call does."""
+    spec, training = work.spec, work.training
+    return Settings(
+        describe_origin(work.inputs.model).name,
+        _written(parts["mlp"]),
+        _written(parts["heads"]),
+        _written(parts["channels"]),
+        blocks=tuple(f"{stack}={_written(amount)}" for stack, amount in stacks.items()),
+        axis=tuple(f"{key}={_written(amount)}" for key, amount in axis.items()),
+        fill=spec.fill.rule,
+        round_to=spec.round_to,
+        regular=spec.regular,
+        seed=training.seed,
+        on=tuple(source.name for source in work.inputs.sources),
+        steps=training.steps,
+        train="new" if training.new_only else "all",
+        lr=training.lr,
+        precision=work.precision if work.inputs.sources else "float32",
+    )
+
+
+def _written(amount: Amount) -> str:
+    """Return an amount as the command line takes it.
+
+    >>> _written(8), _written("+25%"), _written("")
+    ('+8', '+25%', '')
+    """
+    return f"+{amount}" if isinstance(amount, int) else str(amount)
+
+
+def _training(data: object, steps: int, lr: float, train: str, seed: int) -> GrowthTraining:
+    """Return how the grown network is trained, after checking that there are data if and only if there are steps."""
     if bool(steps) != (data is not None) or train not in ("new", "all"):
         got = f"steps={steps}, train={train!r:.20}"
         raise InputError(f"training takes data=, steps= and train='new' or 'all'; got {got}")
+    return GrowthTraining(steps, lr, train == "new", seed)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Example
+from regrow.axes import AxisGraph, Example
 from regrow.commands.models import ModelSpec, load_model
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import InputError
@@ -19,6 +19,7 @@ from regrow.nets.precision import check_precision
 from regrow.objectives import LossFunction, Objective, choose_objective
 from regrow.progress import Progress, silent
 from regrow.sources import Batch, Source, device_of, moved
+from regrow.tracing import trace
 from regrow.tracing.meta_copy import cast_example
 
 ModelLike = nn.Module | str | Path
@@ -46,6 +47,10 @@ class Inputs:
     sources: tuple[Source, ...]
     objective: Objective | None
     tokenizer: Any
+
+    def trace(self) -> AxisGraph:
+        """Return the axes of the network, traced with the example."""
+        return trace(self.model, *self.example.args, **self.example.kwargs)
 
 
 def read_inputs(

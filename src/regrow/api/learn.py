@@ -1,15 +1,18 @@
 """``regrow.learn``: train a network on one task after the other, with any data, loss and method."""
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
+from regrow.api.runs import Destination, describe_data, finish, loaded_of, name_of, run_of
 from regrow.axes import AxisGraph, Example
+from regrow.commands.learning_record import LearningRecord, record_matrix
 from regrow.data.batches import ReadOptions
 from regrow.data.datasets import to_tasks
 from regrow.errors import InputError
@@ -18,12 +21,15 @@ from regrow.methods import MethodKind, find_method
 from regrow.objectives import choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.sources import Batch, device_of
+from regrow.settings.learn import Settings
+from regrow.sources import Batch, Source, device_of
+from regrow.store.origins import describe_origin
+from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.tables import Table, format_html
 from regrow.tasks import Task, first_examples
 from regrow.tracing import trace
 from regrow.training import continual
-from regrow.training.checkpoint import read_checkpoint, write_checkpoint
+from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from regrow.training.learner import Context, Learner, write_replacements
 from regrow.training.schedule import NO_AXES
 from regrow.training.state import TrainState
@@ -88,6 +94,8 @@ def learn(
     axes: AxisGraph | None = None,
     tokenizer: Any = None,
     checkpoint: str | Path | None = None,
+    out: str | Path | None = None,
+    track: str = "",
     progress: Progress = silent,
     **training: Any,
 ) -> Learned:
@@ -111,7 +119,9 @@ def learn(
         example: The input with which the network is traced; ``None``: two examples of the first task.
         axes: The network's axes, if they are known; it is then not traced.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
-        checkpoint: A file that is written after each epoch, and from which the same call resumes if it exists.
+        checkpoint: A file that is written after each epoch, and from which the same call resumes; ``out`` has its own.
+        out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
+        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
         **training: More fields of :class:`regrow.training.continual.TaskSchedule`: ``scenario``, ``weight_decay``,
             ``decay``, ``precision``, ``held_out``, ``patience``.
@@ -126,27 +136,44 @@ def learn(
     >>> len(learned.scores.rows), learned.tasks
     (2, ('task-1', 'task-2'))
     """
+    place = Destination(out, track).checked(tasks=tasks)
+    if out is not None and checkpoint is not None:
+        raise InputError(f"{out} has a checkpoint of its own; leave out checkpoint={str(checkpoint)!r}")
     known = Example() if example is None else example
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     shift = type(net.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     every = to_tasks(tasks, ReadOptions(batch_size, net.tokenizer, shift=shift))
     learner = _build(method, settings or {}, seed)
     batch = _first_batch(every[0])
-    schedule = continual.TaskSchedule(
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer if isinstance(optimizer, str) else "sgd",
-        lr=lr,
-        seed=seed,
-        objective=choose_objective(loss, batch),
-        build_optimizer=None if isinstance(optimizer, str) else optimizer,
-        **training,
-    )
-    network = net.model
+    given: Any = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, **training}
+    schedule = _schedule(optimizer, objective=choose_objective(loss, batch), **given)
+    traced = net.example if example is not None else Example(*_moved(batch, device_of(net.model)))
     if axes is None:
-        traced = net.example if example is not None else Example(*_moved(batch, device_of(network)))
-        axes = _trace(network, traced, method) if learner.uses_axes else NO_AXES
-    return _run(network, axes, every, learner, schedule, checkpoint, progress)
+        axes = _trace(net.model, traced, method) if learner.uses_axes else NO_AXES
+    work = _Learning(axes, every, learner, schedule, progress)
+    if place.out is None:
+        return _fit(net.model, work, Path(checkpoint) if checkpoint is not None else None)
+    inputs = {"loss": name_of(loss), "optimizer": name_of(optimizer), "training": training}
+    described = _describe(describe_origin(net.model).name, method, settings or {}, work)
+    return _learn_in_folder(replace(net, example=traced), work, place, described, model, inputs)
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """What is learned, and how."""
+
+    axes: AxisGraph
+    tasks: list[Task]
+    learner: Learner[Any]
+    schedule: continual.TaskSchedule
+    progress: Progress
+
+
+def _schedule(optimizer: OptimizerLike, **given: Any) -> continual.TaskSchedule:
+    """Return how each task is trained."""
+    if isinstance(optimizer, str):
+        return continual.TaskSchedule(optimizer=optimizer, **given)
+    return continual.TaskSchedule(build_optimizer=optimizer, **given)
 
 
 def _build(method: str, settings: Mapping[str, Any], seed: int) -> Learner[Any]:
@@ -166,37 +193,61 @@ def _first_batch(task: Task) -> Batch:
     return Batch(inputs, {}, first.labels)
 
 
-def _run(
+def _fit(
     model: nn.Module,
-    axes: AxisGraph,
-    tasks: list[Task],
-    learner: Learner[Any],
-    schedule: continual.TaskSchedule,
-    checkpoint: str | Path | None,
-    progress: Progress,
+    work: _Learning,
+    file: Path | None,
+    record: Callable[[TrainState[Any]], None] = lambda state: None,
 ) -> Learned:
     """Learn the tasks, resuming from the checkpoint if there is one."""
-    state, file = TrainState(learner.state), Path(checkpoint) if checkpoint is not None else None
+    learner, tasks, axes = work.learner, work.tasks, work.axes
+    state = TrainState(learner.state)
     if file is not None and file.is_file():
         model, axes, state = read_checkpoint(file, model, axes, learner.state)
+    record(state)
 
     def write(now: TrainState[Any], context: Context) -> None:
+        record(now)
         if file is not None:
             write_checkpoint(file, context.model, now)
 
-    fitted = continual.learn(model, axes, tasks, learner, schedule, state=state, checkpoint=write, progress=progress)
+    resume: Any = {"state": state, "checkpoint": write}
+    fitted = continual.learn(model, axes, tasks, learner, work.schedule, **resume, progress=work.progress)
     last = len(tasks) - 1
     write_replacements(learner, fitted.state.learner, Context(fitted.model, fitted.axes, tasks[last], last))
+    record(fitted.state)
     names = tuple(task.name for task in tasks)
     fitted.model.eval()
-    return Learned(
-        fitted.model,
-        fitted.axes,
-        names,
-        continual.accuracy_matrix(fitted.state),
-        fitted.state.plans,
-        fitted.state.sizes,
-    )
+    matrix = continual.accuracy_matrix(fitted.state)
+    return Learned(fitted.model, fitted.axes, names, matrix, fitted.state.plans, fitted.state.sizes)
+
+
+def _learn_in_folder(
+    net: Inputs,
+    work: _Learning,
+    place: Destination,
+    settings: Settings,
+    model: ModelLike,
+    inputs: Mapping[str, object],
+) -> Learned:
+    """Learn and write the run, or resume it."""
+    start, loaded = time.perf_counter(), loaded_of(net)
+    data = describe_data([Source(task.name, [_first_batch(task)]) for task in work.tasks])
+    with run_of(place, "learn", settings, model, loaded, data=data, **inputs) as folder:
+        (folder.path / STATISTICS).mkdir(exist_ok=True)
+        file = folder.path / STATISTICS / CHECKPOINT  # not part of the finished run
+        record = LearningRecord(folder, work.tasks, len(folder.own_ledger))
+        learned = _fit(net.model, work, file, record.write)
+        folder.log("matrix", tasks=list(learned.tasks), **record_matrix(learned.scores))
+        finish(folder, replace(loaded, model=learned.model), learn=time.perf_counter() - start)
+    return learned
+
+
+def _describe(name: str, method: str, given: Mapping[str, Any], work: _Learning) -> Settings:
+    """Return the settings of the command that say what a call does."""
+    schedule = work.schedule
+    shared: Any = {one.name: getattr(schedule, one.name) for one in fields(Settings) if hasattr(schedule, one.name)}
+    return Settings(tuple(task.name for task in work.tasks), name, method, dict(given), **shared)
 
 
 def _trace(model: nn.Module, example: Example, method: str) -> AxisGraph:

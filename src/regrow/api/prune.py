@@ -1,24 +1,33 @@
 """``regrow.prune``: from a network and data to a smaller network and the plan that made it."""
 
+import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from regrow.amounts import Target, parse_share
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, run_once
+from regrow.api.runs import Destination, describe_data, finish, loaded_of, log_size, name_of, run_of
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
+from regrow.commands.calibration import calibrate
+from regrow.commands.measuring import log_budget
 from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence, with_timing
+from regrow.commands.score_summary import write_scores
 from regrow.errors import InputError
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets.precision import autocasting
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.run_folder import RunFolder
+from regrow.settings.prune import Settings
 from regrow.settings.training import check_combination
+from regrow.store.origins import describe_origin
 from regrow.surgery import apply
-from regrow.tracing import trace
 
 
 def prune(
@@ -37,6 +46,8 @@ def prune(
     precision: str = "float32",
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    track: str = "",
     progress: Progress = silent,
     **budget: Any,
 ) -> tuple[nn.Module, Plan]:
@@ -66,6 +77,8 @@ def prune(
             sums and surgery keep their formats.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
+        out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
+        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (batches done, batches in all, what is being done).
         **budget: More fields of :class:`regrow.budget.Budget`: ``measure``, ``only``, ``exclude``, ``round_to``,
             ``regular``.
@@ -82,39 +95,92 @@ def prune(
     >>> net[0].out_features
     4
     """
-    pruner = build_pruner(method, settings or {})
-    limits = _budget(keep, target, smaller, budget)
+    place = Destination(out, track).checked(data=data)
+    pruner, limits = build_pruner(method, settings or {}), _budget(keep, target, smaller, budget)
     check_combination(precision, measure=limits.measure)
-    if axes is not None:
-        example = axes.example
-    reading: Any = {
-        "loss": loss,
-        "tokenizer": tokenizer,
-        "batch_size": batch_size,
-        "device": device,
-        "precision": precision,
-    }
-    inputs = read_inputs(model, data, example=example, **reading, progress=progress)
-    if axes is None:
-        axes = trace(inputs.model, *inputs.example.args, **inputs.example.kwargs)
-    return _cut(inputs, axes, pruner, limits, precision, progress)
+    given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
+    given |= {"example": axes.example if axes is not None else example, "precision": precision}
+    inputs = read_inputs(model, data, **given, progress=progress)
+    axes = inputs.trace() if axes is None else axes
+    work = _Pruning(inputs, axes, pruner, precision, progress)
+    if place.out is None:
+        return inputs.model, _prune(work, with_timing(inputs.model, axes, limits, progress=progress))[0]
+    described = _describe(method, settings or {}, limits, inputs, precision)
+    return inputs.model, _prune_in_folder(work, limits, place, described, model, name_of(loss))
 
 
-def _cut(
-    inputs: Inputs, axes: AxisGraph, pruner: Pruner, limits: Budget, precision: str, progress: Progress
-) -> tuple[nn.Module, Plan]:
-    """Measure importance, choose the units that stay, and cut the network."""
-    net = inputs.model
-    limits = with_timing(net, axes, limits, progress=progress)
+@dataclass(frozen=True)
+class _Pruning:
+    """What is pruned, and how."""
+
+    inputs: Inputs
+    axes: AxisGraph
+    pruner: Pruner
+    precision: str
+    progress: Progress
+
+
+def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> tuple[Plan, AxisGraph]:
+    """Measure importance, choose the units that stay, and cut the network; return the plan and the new axes."""
+    inputs, axes, pruner, progress = work.inputs, work.axes, work.pruner, work.progress
     check_pruning(pruner, axes, limits, inputs.sources)
-    with autocasting(net, precision):
-        evidence = collect_evidence(net, axes, pruner, inputs.sources, progress, objective=inputs.objective)
+    with autocasting(inputs.model, work.precision):
+        if folder is None:
+            evidence = collect_evidence(
+                inputs.model, axes, pruner, inputs.sources, progress, objective=inputs.objective
+            )
+        else:
+            loaded = loaded_of(inputs)
+            evidence, _ = calibrate(folder, loaded, axes, pruner, inputs.sources, progress, inputs.objective)
         for note in evidence.notes:
             warnings.warn(note, stacklevel=3)
-        plan = plan_cut(pruner, net, axes, limits, evidence, progress=progress).plan
-    run_once(net, inputs.example)
-    apply(net, axes, plan)
-    return net, plan
+        cut = plan_cut(pruner, inputs.model, axes, limits, evidence, progress=progress)
+    if folder is not None:
+        write_scores(folder, loaded_of(inputs), axes, cut.plan, cut.scores, evidence)
+        if cut.findings:
+            folder.write_findings(folder.run()["settings"]["method"], cut.findings)
+    run_once(inputs.model, inputs.example)
+    return cut.plan, apply(inputs.model, axes, cut.plan)[1]
+
+
+def _prune_in_folder(
+    work: _Pruning, limits: Budget, place: Destination, settings: Settings, model: ModelLike, loss: str
+) -> Plan:
+    """Prune and write the run, or resume it."""
+    inputs, start = work.inputs, time.perf_counter()
+    known = place.unfinished().get("timing")
+    limits = with_timing(inputs.model, work.axes, limits, known=known, progress=work.progress)
+    check_pruning(work.pruner, work.axes, limits, inputs.sources)
+    data = describe_data(inputs.sources)
+    with run_of(place, "prune", settings, model, loaded_of(inputs), data=data, loss=loss) as folder:
+        if limits.timing:  # another measurement would be another plan
+            folder.update(timing=limits.timing.record())
+        before = log_size(folder, loaded_of(inputs), work.axes, "dense")
+        plan, after = _prune(work, limits, folder)
+        if not len(folder.own_ledger):
+            folder.own_ledger.append(plan)
+        folder.write_axes(before, log_size(folder, loaded_of(inputs), after, "pruned"))
+        log_budget(folder, inputs.model, work.axes, after, limits)
+        finish(folder, loaded_of(inputs), prune=time.perf_counter() - start)
+    return plan
+
+
+def _describe(method: str, given: Mapping[str, Any], limits: Budget, inputs: Inputs, precision: str) -> Settings:
+    """Return the settings of the command that say what a call does."""
+    return Settings(
+        describe_origin(inputs.model).name,
+        method,
+        dict(given),
+        keep=None if limits.target else limits.keep,
+        measure=str(limits.measure),
+        target=str(limits.target or ""),
+        regular=limits.regular,
+        only=tuple(limits.only),
+        exclude=tuple(limits.exclude),
+        marks=tuple(sorted(limits.marks)),
+        round_to=limits.round_to,
+        precision=precision,
+    )
 
 
 def _budget(keep: float | None, target: str | Target, smaller: str | float | None, more: Mapping[str, Any]) -> Budget:

@@ -1,20 +1,30 @@
 """``regrow.recover``: win back what a cut lost, from the dense network and data."""
 
+import time
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from regrow.api.inputs import DeviceLike, LossLike, read_inputs
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, read_inputs
+from regrow.api.runs import Destination, describe_data, digest, finish, loaded_of, log_size, run_of
 from regrow.axes import AxisGraph
+from regrow.axes.inventory import inventory
+from regrow.commands.calibration import parameter_sums
+from regrow.commands.recovering import recover as recover_in
 from regrow.commands.recovering import work_in
 from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.settings.recover import CLOSED_FORM
+from regrow.settings import prune
+from regrow.settings.declaration import record_settings
+from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.sources import device_of
+from regrow.store.origins import describe_origin
 from regrow.tracing import trace
 
 
@@ -34,6 +44,8 @@ def recover(
     seed: int = 0,
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    track: str = "",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Recover a pruned network in place: by least squares (``refit``), new biases, LoRA, or distillation.
@@ -54,6 +66,8 @@ def recover(
         seed: Seed of all random choices.
         axes: The axes of the dense network, if they are known; it is then not traced.
         settings: Settings of the method that differ from its defaults.
+        out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
+        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
@@ -69,24 +83,51 @@ def recover(
     >>> summary = recover(small, dense, plan, inputs, by="refit", batch_size=64)
     >>> before, after = (torch.dist(one(inputs), dense(inputs)) for one in (small, dense))
     """
+    place = Destination(out, track).checked(data=data)
     if precision != "float32" and by in CLOSED_FORM:
         raise InputError(f"{by} solves for weights in their own format; leave out precision={precision!r}, or use lora")
-    inputs = read_inputs(
-        dense,
-        data,
-        example=example,
-        loss=loss,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        progress=progress,
-    )
+    given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
+    inputs = read_inputs(dense, data, example=example, **given, precision=precision, progress=progress)
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     if axes is None:
         axes = trace(dense, *inputs.example.args, **inputs.example.kwargs)
     model.to(device_of(dense))
     work = find_method(MethodKind.RECOVERY, by).made(by, settings or {})
-    task = RecoveryTask(model, dense, axes, plan, inputs.sources, seed, progress=progress, objective=inputs.objective)
-    return work_in(precision, by, work, task)
+    if place.out is None:
+        task = RecoveryTask(model, dense, axes, plan, inputs.sources, seed, objective=inputs.objective)
+        return work_in(precision, by, work, replace(task, progress=progress))
+    name = describe_origin(dense).name
+    pruning = record_settings(prune.Settings(name))
+    described = Settings(f"{name}()", by, 1, settings or {}, pruning, (), name, f"prune+{by}", None, seed)
+    described = replace(described, precision="" if precision == "float32" else precision)
+    return _recover_in_folder(replace(inputs, model=model), dense, axes, plan, place, described, progress)
+
+
+def _recover_in_folder(
+    inputs: Inputs,
+    dense: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    place: Destination,
+    settings: Settings,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Recover the network of the inputs and write the run, or resume it."""
+    loaded, start, by = loaded_of(inputs), time.perf_counter(), settings.by
+    data, teacher = describe_data(inputs.sources), digest(parameter_sums(dense))
+    with run_of(place, "recover", settings, inputs.model, loaded, data=data, dense=teacher) as folder:
+        if not len(folder.ledger):  # which begins with the cut that this makes up for
+            folder.ledger.append(plan)
+            folder.update(parent={**folder.run()["parent"], "plans": 1})
+        cut = trace(inputs.model, *inputs.example.args, **inputs.example.kwargs)
+        log_size(folder, replace(loaded, model=dense), axes, "dense")
+        rows = log_size(folder, loaded, cut, "pruned")
+        options: Any = {"settings": settings.recovery_settings, "seed": settings.seed, "objective": inputs.objective}
+        options |= {"precision": settings.precision or "float32", "progress": progress}
+        teaching = replace(loaded, model=dense)
+        row = recover_in(folder, inputs.model, teaching, axes, plan, inputs.sources, by, **options)
+        folder.write_axes([one.record() for one in inventory(axes)], rows)
+        log_size(folder, loaded, cut, "recovered")
+        finish(folder, loaded, recover=time.perf_counter() - start)
+    return {name: value for name, value in row.items() if name not in ("by", "tokens", "seconds")}

@@ -85,10 +85,12 @@ def _again(folder: Path, code: str) -> Settings:
     from regrow.methods import refuse_recorded_code
     from regrow.nets import ModelError
     from regrow.run_folder import RunFolder
+    from regrow.store.run_record import check_repeatable
 
     data = (RunFolder.open_unfinished(folder) or RunFolder.open(folder)).run()
     if data.get("verb") != "prune":
         raise click.UsageError(f"{folder} holds a run of {data.get('verb')!r}; --again repeats a pruning run")
+    check_repeatable(folder, data)
     try:
         settings = read_pruning_settings(data["settings"], code)
     except ModelError as error:

@@ -9,6 +9,7 @@ from regrow.commands import pruning as prune
 from regrow.evidence import Evidence
 from regrow.methods.pruning.pruner import Pruner
 from regrow.nets import Loaded
+from regrow.objectives import Objective
 from regrow.progress import Progress
 from regrow.run_folder import RunFolder
 from regrow.scores import Statistics
@@ -17,7 +18,13 @@ from regrow.store import statistics
 
 
 def calibrate(
-    folder: RunFolder, loaded: Loaded, axes: AxisGraph, pruner: Pruner, sources: Sequence[Source], progress: Progress
+    folder: RunFolder,
+    loaded: Loaded,
+    axes: AxisGraph,
+    pruner: Pruner,
+    sources: Sequence[Source],
+    progress: Progress,
+    objective: Objective | None = None,
 ) -> tuple[Evidence, str]:
     """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
 
@@ -28,6 +35,7 @@ def calibrate(
         pruner: The method, which says what is measured.
         sources: The calibration data.
         progress: Called with (steps done, steps in all, what is being done).
+        objective: What the model is trained for; ``None``: what fits the labels.
 
     Returns:
         The measurements, and a digest of everything that they depend on.
@@ -44,7 +52,8 @@ def calibrate(
     def keep(source: str, shard: int, sums: Statistics) -> None:
         statistics.save_statistics(folder.path, source, shard, sums, key=keys[source])
 
-    evidence = prune.collect_evidence(loaded.model, axes, pruner, sources, progress, done=done, on_done=keep)
+    resume = {"done": done, "on_done": keep}
+    evidence = prune.collect_evidence(loaded.model, axes, pruner, sources, progress, objective=objective, **resume)
     return evidence, statistics.fingerprint(Source("", ()), keys)
 
 

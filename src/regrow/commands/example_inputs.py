@@ -58,7 +58,7 @@ def record_input(loaded: Loaded) -> dict[str, str]:
         loaded: The model.
     """
     shape = written_shape(loaded.example)
-    return {"input": shape} if loaded.tokenizer is None and "," not in shape else {}
+    return {"input": shape} if loaded.tokenizer is None and shape and "," not in shape else {}
 
 
 def find_input(

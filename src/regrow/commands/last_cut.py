@@ -11,7 +11,7 @@ from regrow.plan import Plan
 from regrow.run_folder import RunFolder
 from regrow.settings.prune import Settings
 from regrow.store.errors import StoreError
-from regrow.store.run_record import RUN
+from regrow.store.run_record import RUN, check_repeatable
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def find_cut(source: RunFolder, code: str = "") -> LastCut:
             )
         folder = RunFolder(folder.path / BEFORE)
     data = folder.run()
+    check_repeatable(folder.path, data)
     values = data["settings"] if verb == "prune" else data["settings"]["pruning"]
     try:
         settings = read_pruning_settings(values, code)

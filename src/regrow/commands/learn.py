@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from regrow import store
 from regrow.axes import AxisGraph
 from regrow.commands.example_inputs import record_input
 from regrow.commands.history import read_history
+from regrow.commands.learning_record import LearningRecord
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.starting import check_outputs, image_shape, load_start
 from regrow.commands.task_sequences import TaskSpecs, fit_tasks, read_sequence, read_tasks, record_tasks
@@ -33,13 +33,12 @@ from regrow.settings.words import command_line
 from regrow.sources import moved
 from regrow.store.errors import StoreError
 from regrow.store.replacing import clear_leftovers
-from regrow.store.run_record import convert_settings
+from regrow.store.run_record import check_repeatable, convert_settings
 from regrow.tasks import Task, first_examples, input_shape
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, check_checkpoint, count_tasks, read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn, untrained_accuracies
-from regrow.training.growth_metrics import is_settled
 from regrow.training.learner import Context, Learner, write_replacements
 from regrow.training.schedule import NO_AXES
 from regrow.training.state import TrainState
@@ -194,6 +193,7 @@ def extend(
     run_record = folder.run()
     if run_record.get("verb") != "learn":
         raise StoreError(f"{out} holds a run of {run_record.get('verb')!r}; give the folder of `regrow learn`")
+    check_repeatable(Path(out), run_record)
     was = convert_settings(run_record["settings"], Settings)
     refuse_recorded_code(was.method, str(run_record.get("command")))
     check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
@@ -282,23 +282,13 @@ def _learn(
     if folder.resumed and place.is_file():
         model, axes, state = read_checkpoint(place, model, axes, learner.state, read_history(folder))
     folder.own_ledger.truncate(len(state.plans))
-    plans, events, over = len(folder.own_ledger), 0, 0
-
-    def record(now: TrainState[Any]) -> None:
-        nonlocal plans, events, over
-        for plan in now.plans[plans:]:
-            folder.own_ledger.append(plan)
-        for i in range(events, settled := _count_settled(now)):
-            folder.log("growth", number=i, **now.events[i])
-        for i in range(over, now.number):
-            folder.log("task", name=tasks[i].name, accuracy=list(now.rows[i]), **now.sizes[i])
-        plans, events, over = len(now.plans), settled, now.number
+    record = LearningRecord(folder, tasks, len(folder.own_ledger))
 
     def keep(now: TrainState[Any], context: Context) -> None:
-        record(now)
-        write_checkpoint(place, context.model, now, logged=events)
+        record.write(now)
+        write_checkpoint(place, context.model, now, logged=record.events)
 
-    record(state)  # version 0.1 stores before it logs
+    record.write(state)  # version 0.1 stores before it logs
     if len(state.before) < len(tasks):
         # Tasks have been added since: what an untrained network knows of them is measured again.
         row = untrained_accuracies(_build_network(inputs, tasks)[0], tasks, inputs.schedule)
@@ -315,11 +305,6 @@ def _learn(
     folder.log("matrix", tasks=[task.name for task in tasks], **accuracy_matrix(fitted.state).record())
     seconds = {"learn": round(time.perf_counter() - start, 3)}
     return folder.finish(write_page, seconds=seconds, stage=describe_stage(folder))
-
-
-def _count_settled(state: TrainState[Any]) -> int:
-    """Return the number of growth events that need no more watching; the others are logged at the end of their task."""
-    return len(list(takewhile(lambda event: is_settled(event) or event["task"] < state.number, state.events)))
 
 
 def _build_network(inputs: LearnInputs, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:

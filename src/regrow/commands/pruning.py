@@ -49,7 +49,8 @@ def collect_evidence(
         pruner: The method.
         sources: The calibration data.
         progress: Called with (steps done, steps in all, what is being done).
-        **resume: ``done`` and ``on_done`` of :func:`regrow.scoring.collect`, to store and reuse finished shards.
+        **resume: Of :func:`regrow.scoring.collect`: ``done`` and ``on_done``, to store and reuse finished shards, and
+            ``objective``.
     """
     if not {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
         return Evidence()

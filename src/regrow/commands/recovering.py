@@ -14,6 +14,7 @@ from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
+from regrow.objectives import Objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder
@@ -37,6 +38,7 @@ def recover(
     seed: int = 0,
     number: int = 1,
     precision: str = "float32",
+    objective: Objective | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Recover a cut network by a method, or resume an interrupted recovery, and log a ``recovery`` row.
@@ -53,6 +55,7 @@ def recover(
         seed: Seed of all random choices.
         number: The number of this recovery of the network, from 1.
         precision: The precision of forward passes of a recovery that trains.
+        objective: What the network is trained for; ``None``: what fits the labels.
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
@@ -69,9 +72,8 @@ def recover(
     spent = float(open_checkpoint(path, key, training.FORMAT, recovery.FORMAT).get("seconds", 0))
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
-    outcome = work_in(
-        precision, by, work, RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress)
-    )
+    task = RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress, objective)
+    outcome = work_in(precision, by, work, task)
     tokens = sum(source.tokens for source in sources)
     row = {"by": by, "tokens": tokens, "seconds": round(seconds(), 1), **outcome}
     row |= {"round": number} if number > 1 else {}

@@ -66,9 +66,9 @@ def check_code(recorded: str, needed: bool, code: str) -> None:
         ModelError: If code is needed and not named, or named and not needed; names the remedy.
     """
     if needed and not code:
-        name = recorded if names_code(recorded) else "pkg.mod:fn"
+        name, known = recorded if names_code(recorded) else "pkg.mod:fn", f" ({recorded!r:.80})" if recorded else ""
         raise ModelError(
-            f"its network is built by your own code ({recorded!r:.80}), and a name in a file is never imported; "
+            f"its network is built by your own code{known}, and a name in a file is never imported; "
             f"add --code {name} if you trust it (in Python: code= or model=)"
         )
     if code and not needed:

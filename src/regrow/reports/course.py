@@ -154,7 +154,7 @@ def matrix(run: Run) -> Drawing | None:
         run: A run of the summary.
     """
     found = run["course"]
-    if not found or not found["rows"]:
+    if not found or not any(one is not None for row in (*found["rows"], found["before"]) for one in row):
         return None
     table = [*([("none", found["before"])] if found["before"] else []), *_named(found)]
     table = [(name, row[:MAX_CELLS]) for name, row in table[: MAX_CELLS + 1]]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from regrow.axes import Example
 from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attention
-from regrow.nets.language import origin_of
 from regrow.nets.load import check_finite
 from regrow.store import portable, probe
 from regrow.store.atomic import write_text
@@ -24,8 +23,8 @@ from regrow.store.attributes import attribute_tensors
 from regrow.store.building import Builder, build_fresh, build_network
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.modules import drop, insert
+from regrow.store.origins import describe_origin
 from regrow.store.pretrained import (
-    is_pretrained,
     read_tokenizer,
     update_origin,
     write_configuration,
@@ -130,8 +129,7 @@ def write_model(
     if isinstance(given, Loaded):
         origin, tokenizer = origin or given.origin, tokenizer if tokenizer is not None else given.tokenizer
         example = given.example if example is None else example
-    known = getattr(net, "origin", None)
-    origin = origin or (known if isinstance(known, Origin) else _guessed(net))
+    origin = origin or describe_origin(net)
     tokenizer = tokenizer if tokenizer is not None else getattr(net, "tokenizer", None)
     origin = replace(origin, name=Path(origin.name).name)  # no paths of this machine
     if origin.kind == "transformers":
@@ -314,12 +312,6 @@ def _write_probe(net: nn.Module, shapes: Shapes, example: Example | Tensor | Non
         remedy = "; give one: save(…, example=input)"
         return Probe(reason=str(error) + (remedy if guessed and remedy not in str(error) else ""))
     return Probe(measure(folder / probe.FILE))
-
-
-def _guessed(model: nn.Module) -> Origin:
-    if is_pretrained(model):
-        return origin_of(model, type(model).__name__)
-    return Origin("callable", "", {}, type(model).__name__)
 
 
 def _main_dtype(model: nn.Module) -> torch.dtype:

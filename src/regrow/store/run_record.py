@@ -79,6 +79,23 @@ def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Sett
     return settings
 
 
+def check_repeatable(path: Path, run: Mapping[str, Any]) -> None:
+    """Raise StoreError if a run got its data from Python, so that no command line can read them again.
+
+    Args:
+        path: The folder.
+        run: The content of its ``run.json``.
+
+    Raises:
+        StoreError: Names the function to call.
+    """
+    if run.get("python") is not None:
+        raise StoreError(
+            f"{path} was written by regrow.{run.get('verb')} in Python with data that no file names; call that again, "
+            "or give the folder as a MODEL"
+        )
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that may be hostile; ``None`` if it does not exist.
 

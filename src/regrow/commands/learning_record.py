@@ -1,0 +1,71 @@
+"""The record of a learning run in its folder: plans, growth events and finished tasks, each written once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from regrow.evaluation.continual import Matrix
+from regrow.run_folder import RunFolder
+from regrow.tasks import Task
+from regrow.training.growth_metrics import is_settled
+from regrow.training.state import TrainState
+
+
+@dataclass
+class LearningRecord:
+    """Writes what a training has reached into the folder of its run.
+
+    Args:
+        folder: The run.
+        tasks: The tasks.
+        plans: How many plans are in the ledger.
+        events: How many growth events were written.
+        over: How many finished tasks were written.
+    """
+
+    folder: RunFolder
+    tasks: Sequence[Task]
+    plans: int = 0
+    events: int = 0
+    over: int = 0
+
+    def write(self, now: TrainState[Any]) -> None:
+        """Write what is new since the last call.
+
+        Args:
+            now: The state of the training.
+        """
+        for plan in now.plans[self.plans :]:
+            self.folder.own_ledger.append(plan)
+        for i in range(self.events, settled := _count_settled(now)):
+            self.folder.log("growth", number=i, **now.events[i])
+        for i in range(self.over, now.number):
+            scores = list(now.rows[i])
+            # Scores that are no shares, of values or of a loss of one's own, are beside the accuracy.
+            own: dict[str, Any] = {} if all(0 <= one <= 1 or one != one for one in scores) else {"scores": scores}
+            accuracy = [None if own else one for one in scores]
+            self.folder.log("task", name=self.tasks[i].name, accuracy=accuracy, **now.sizes[i], **own)
+        self.plans, self.events, self.over = len(now.plans), settled, now.number
+
+
+def record_matrix(matrix: Matrix) -> dict[str, Any]:
+    """Return the scores of all tasks as JSON data; if they are no shares, they are in ``scores``, and accuracy is none.
+
+    Args:
+        matrix: The scores.
+
+    >>> record_matrix(Matrix(((-0.5,),), (-2.0,)))["matrix"]
+    [[None]]
+    """
+    record: dict[str, Any] = dict(matrix.record())
+    if all(0 <= one <= 1 or one != one for row in (*matrix.rows, matrix.before) for one in row):
+        return record
+    nothing: dict[str, Any] = dict.fromkeys(record)
+    nothing |= {"matrix": [[None] * len(row) for row in matrix.rows], "before": [None] * len(matrix.before)}
+    return nothing | {"scores": record}
+
+
+def _count_settled(state: TrainState[Any]) -> int:
+    """Return the number of growth events that need no more watching; the others are logged at the end of their task."""
+    return len(list(takewhile(lambda event: is_settled(event) or event["task"] < state.number, state.events)))

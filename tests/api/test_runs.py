@@ -1,0 +1,112 @@
+"""``out=``: calls from Python write run folders that resume, and that every command takes."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import regrow
+from regrow.errors import InputError
+from regrow.run_folder import RunFolder
+from regrow.store.errors import StoreError
+
+INPUTS = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+DATA = (INPUTS, torch.arange(64) % 3)
+CODE = "import torch\nfrom torch import nn\n\n\ndef tiny():\n    return nn.Sequential({layers}), torch.ones(1, 6)\n"
+LAYERS = "nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)"
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ownnets.py").write_text(CODE.format(layers=LAYERS))
+    return tmp_path
+
+
+def test_each_call_writes_a_run_that_commands_take(capsys: pytest.CaptureFixture[str]) -> None:
+    model, dense = net(), net()
+    plain, wanted = regrow.prune(net(), DATA, method="llm_pruner", keep=0.5)
+    _, plan = regrow.prune(model, DATA, method="llm_pruner", keep=0.5, out="pruned")
+    assert plan == wanted and all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
+    regrow.recover(model, dense, plan, INPUTS, by="refit", batch_size=16, out="recovered")
+    regrow.grow(model, mlp="+4", data=DATA, steps=2, out="grown")
+    regrow.learn(model, [(DATA, DATA)], method="naive", epochs=1, out="learned")
+    widths = {"pruned": 8, "recovered": 8, "grown": 12, "learned": 12}
+    for name, width in widths.items():
+        folder = RunFolder.open(name)
+        assert folder.run()["verb"] in f"{name}|prune|grow|learn|recover" and (folder.path / "report.html").is_file()
+        loaded = regrow.load(name, model=net)
+        assert loaded[0].out_features == width
+    assert torch.equal(regrow.load("learned", model=net)(INPUTS), model(INPUTS))
+    assert torch.equal(regrow.load("pruned/before", model=net)(INPUTS), dense(INPUTS))
+    from regrow.cli import main
+
+    for words, code in (
+        (("show", "pruned", "--code", "ownnets:tiny"), 0),
+        (("history", "grown"), 0),
+        (("evaluate", "learned", "--code", "ownnets:tiny"), 0),
+        (("prune", "grown", "--code", "ownnets:tiny", "--method", "magnitude", "--keep", "0.5", "--out", "again"), 0),
+        (("recover", "pruned", "--by", "refit", "--code", "ownnets:tiny", "--out", "other"), 2),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr("sys.argv", ["regrow", *words])
+            main()
+        output = capsys.readouterr()
+        assert (stop.value.code or 0) == code, output.err
+    assert "call that again" in output.err
+
+
+def test_a_killed_call_resumes_to_the_same_bits() -> None:
+    tasks = [(DATA, DATA), ((INPUTS.flip(1), DATA[1]), DATA)]
+    call = {"method": "ewc", "epochs": 2, "batch_size": 16}
+    whole = regrow.learn(net(), tasks, **call)
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done >= total * 0.8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        regrow.learn(net(), tasks, **call, out="run", progress=stop)
+    with pytest.raises(StoreError, match="is not finished"):
+        RunFolder.open("run")
+    with pytest.raises(StoreError, match="weights differ"):
+        regrow.learn(net(1), tasks, **call, out="run")
+    steps: list[int] = []
+    model = net()
+    resumed = regrow.learn(model, tasks, **call, out="run", progress=lambda done, total, text: steps.append(done))
+    assert min(steps) > 2, "it began where it was killed"
+    assert resumed.scores == whole.scores
+    for one in (model, regrow.load("run", model=net)):
+        assert all(map(torch.equal, one.state_dict().values(), whole.model.state_dict().values()))
+    assert [row["task"] for row in RunFolder.open("run").metrics() if row["what"] == "task"] == [0, 1]
+    with pytest.raises(StoreError, match="finished"):
+        regrow.learn(net(), tasks, **call, out="run")
+
+
+def test_what_cannot_be_resumed_is_refused_and_writes_nothing(here: Path) -> None:
+    once = iter([DATA])
+    for call in (
+        lambda: regrow.prune(net(), once, out="run"),
+        lambda: regrow.learn(net(), iter([(DATA, DATA)]), method="naive", out="run"),
+        lambda: regrow.learn(net(), [(once, DATA)], method="naive", out="run"),
+    ):
+        with pytest.raises(InputError, match="can be read only once"):
+            call()
+    with pytest.raises(InputError, match="give out="):
+        regrow.prune(net(), DATA, track="tensorboard")
+    regrow.prune(copy.deepcopy(net()), DATA, keep=0.5)
+    assert [path.name for path in here.iterdir()] == ["ownnets.py"]
+
+
+def test_scores_that_are_no_shares_are_kept_beside_the_accuracy() -> None:
+    data = (INPUTS, INPUTS[:, :3])
+    learned = regrow.learn(net(), [(data, data)], method="naive", epochs=1, out="run")
+    row = RunFolder.open("run").last("task")
+    assert row["accuracy"] == [None] and row["scores"] == list(learned.scores.rows[0])
