@@ -148,12 +148,44 @@ def test_a_tensor_that_is_a_plain_attribute_comes_back(tmp_path, known):
     assert record["scale"]["kind"] == "attribute" and "probe.st" in {p.name for p in tmp_path.iterdir()}
 
 
-def test_a_tensor_in_a_list_that_no_file_keeps_is_refused(tmp_path):
+class Packing(Holding):
+    """A net with constants in a tuple, a list and a dict."""
+
+    def __init__(self, size=8):
+        super().__init__()
+        self.first.masks = {"a": [torch.ones(size)], "b.c": (0, torch.zeros(size))}
+
+    def forward(self, x):
+        masks = self.first.masks
+        return (self.first(x) * masks["a"][0] + masks["b.c"][1]) @ self.second.weight.t()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_tensor_in_a_list_or_mapping_comes_back(tmp_path, known):
+    def packing():
+        torch.manual_seed(1)
+        return Packing().eval()
+
+    net, x = packing(), torch.linspace(-1, 1, 12).reshape(2, 6)
+    net.first.masks["a"][0] = torch.linspace(0.5, 2, 8)
+    net.first.masks["b.c"] = (0, torch.arange(8.0))
+    save(net, tmp_path, origin=Origin("callable", "", builder=packing) if known else None, example=x)
+    again = load(tmp_path, model=packing)
+    assert torch.equal(again.first.masks["b.c"][1], torch.arange(8.0)) and again.first.masks["b.c"][0] == 0
+    assert torch.equal(again(x), net(x))
+    with pytest.raises(ValueError, match=r"a tensor of shape \(7,\) in the place"):
+        load(tmp_path, model=lambda: Packing(7))
+
+
+def test_a_tensor_in_a_list_that_the_architecture_has_not_is_refused(tmp_path):
     net = holding()
     net.first.masks = {"a": [torch.ones(2)]}
     with pytest.raises(ValueError, match=r"first\.masks\['a'\]\[0\] is a tensor in a list.*register_buffer"):
-        save(net, tmp_path / "m")
+        save(net, tmp_path / "m", origin=Origin("callable", "", builder=holding))
     assert not (tmp_path / "m").exists()
+    save(net, tmp_path / "m", example=torch.ones(1, 6))
+    with pytest.raises(ValueError, match=r"no tensor in the place \"first\.masks\['a'\]\[0\]\""):
+        load(tmp_path / "m", model=holding)
 
 
 @pytest.mark.parametrize("name", ["first.forward", "first.__class__", "first.weight", "first._buffers", "no.where", ""])

@@ -37,6 +37,12 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Args:
         model: The network.
+
+    >>> import torch
+    >>> net = nn.Linear(2, 2)
+    >>> net.anchors = [torch.ones(2)]
+    >>> list(packed_tensors(net))
+    ['anchors[0]']
     """
     return {
         f"{path}.{name}{place}" if path else f"{name}{place}": tensor
@@ -45,6 +51,47 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(value, list | tuple | dict) and name not in _OWN
         for place, tensor in _inside(value, _DEEPEST)
     }
+
+
+def unregistered_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return name or place → tensor, for every tensor that is neither a parameter nor a buffer.
+
+    Args:
+        model: The network.
+    """
+    return attribute_tensors(model) | packed_tensors(model)
+
+
+def check_place(model: nn.Module, place: str, shape: tuple[int, ...]) -> None:
+    """Raise StoreError unless a tensor of a shape may be put into a list or mapping that a module holds.
+
+    Args:
+        model: The network, newly built.
+        place: The place, as :func:`packed_tensors` names it.
+        shape: The shape.
+
+    Raises:
+        StoreError: If a newly built network holds no tensor of this shape there.
+    """
+    there = packed_tensors(model).get(place)
+    if there is None or there.shape != shape:
+        has = "no tensor" if there is None else f"a tensor of shape {tuple(there.shape)}"
+        raise StoreError(
+            f"the architecture has {has} in the place {place!r}, the record one of shape {shape}; make it in the "
+            "function that builds the network"
+        )
+
+
+def is_place(name: str) -> bool:
+    """Whether the name of a stored tensor is a place inside a list or mapping, instead of a dotted name.
+
+    >>> is_place("anchors[0]"), is_place("layer.scale")
+    (True, False)
+
+    Args:
+        name: The name.
+    """
+    return name.endswith("]")
 
 
 def check_attribute(model: nn.Module, name: str) -> None:

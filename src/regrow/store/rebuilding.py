@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.store import probe
-from regrow.store.attributes import attribute_tensors
+from regrow.store.attributes import unregistered_tensors
 from regrow.store.errors import StoreError
 from regrow.store.shapes import DTYPES, Kind, Shapes
 from regrow.store.state import named_tensors, restore
@@ -31,7 +31,7 @@ def unsaved_change(model: nn.Module, fresh: nn.Module, shapes: Shapes, folder: P
     changed = next((place for place in differences(model, fresh) if place not in kept), "")
     if not changed:
         return ""
-    places = {name: here.tensor for name, here in named_tensors(model).items()} | attribute_tensors(model)
+    places = {name: here.tensor for name, here in named_tensors(model).items()} | unregistered_tensors(model)
     own: dict[str, Tensor] = {}
     for name, stored in shapes.tensors.items():
         tensor = places[name].detach().to("cpu", DTYPES[stored.dtype])

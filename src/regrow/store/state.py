@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from regrow.nets import Origin
 from regrow.store.atomic import StoreError
-from regrow.store.attributes import attribute_tensors, check_attribute, packed_tensors, replace_tensors
+from regrow.store.attributes import (
+    attribute_tensors,
+    check_attribute,
+    check_place,
+    is_place,
+    packed_tensors,
+    replace_tensors,
+)
 from regrow.store.modules import drop, insert
 from regrow.store.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
 from regrow.store.tensor_file import as_bytes
@@ -176,7 +183,9 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
     """
     there = named_tensors(fresh)
     for name, stored in shapes.tensors.items():
-        if stored.kind is Kind.ATTRIBUTE:
+        if stored.kind is Kind.ATTRIBUTE and is_place(name):
+            check_place(fresh, name, stored.shape)
+        elif stored.kind is Kind.ATTRIBUTE:
             check_attribute(fresh, name)
         else:
             _check_tensor(fresh, there.get(name), name, stored, shapes.compared)
@@ -209,16 +218,20 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
         tensors: Name → tensor, each in its own storage.
     """
     made: dict[str, Tensor] = {}
-    before = {name: here.tensor for name, here in named_tensors(model).items()}
+    before = {name: here.tensor for name, here in named_tensors(model).items()} | packed_tensors(model)
     for name, stored in shapes.tensors.items():
         value = tensors[name]
         made[name] = nn.Parameter(value, stored.trains) if stored.kind is Kind.PARAMETER else value
     made |= {name: made[first] for name, first in shapes.ties.items()}
     # Assigned as a user would, not through the dictionaries: some modules keep a second list of their weights.
-    for name in [*made, *shapes.dropped]:
+    places = {name for name, one in shapes.tensors.items() if one.kind is Kind.ATTRIBUTE and is_place(name)}
+    for name in (one for one in (*made, *shapes.dropped) if one not in places):
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, made.get(name))
     replace_tensors(model, {id(old): made[name] for name, old in before.items() if name in made})
+    packed = packed_tensors(model)
+    if lost := next((name for name in places if not _same(packed[name], made[name])), ""):
+        raise StoreError(f"{lost!r} is in a mapping or tuple whose entries cannot be replaced; make it a buffer")
     fixed, empty = find_numbers(model), settable_places(model)
     for place, number in shapes.attributes.items():
         path, name = place.split(":")
@@ -264,22 +277,23 @@ def _check_number(place: str, value: Number, old: Number | None) -> None:
 
 
 def _unregistered_tensors(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
-    """Return the plain attributes that must be stored: tensors that a newly built network does not create.
+    """Return the tensors in attributes, lists and mappings that a newly built network does not have so.
 
     Raises:
-        StoreError: If a list or mapping holds a tensor that no file stores.
+        StoreError: If a list or mapping has a tensor where a newly built network has none of its shape.
     """
     own = {id(here.tensor): name for name, here in named_tensors(model).items()}
     before = {} if fresh is None else {id(here.tensor): name for name, here in named_tensors(fresh).items()}
     built = attribute_tensors(fresh) if fresh is not None else {}
     packed = packed_tensors(fresh) if fresh is not None else {}
-    for place, tensor in packed_tensors(model).items():
-        if id(tensor) not in own and (place not in packed or not _same(tensor, packed[place])):
+    loose = {place: tensor for place, tensor in packed_tensors(model).items() if id(tensor) not in own}
+    for place, tensor in loose.items():
+        if fresh is not None and (place not in packed or packed[place].shape != tensor.shape):
             raise StoreError(
-                f"{place} is a tensor in a list or mapping of a module, which no file keeps; make it a buffer "
-                "(register_buffer), or delete it"
+                f"{place} is a tensor in a list or mapping of a module, where a newly built network has none of its "
+                "shape; make it a buffer (register_buffer), or delete it"
             )
-    return {
+    return {place: one for place, one in loose.items() if fresh is None or not _same(one, packed[place])} | {
         name: tensor
         for name, tensor in attribute_tensors(model).items()
         if name not in built

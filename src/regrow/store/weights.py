@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regrow.nets.load import count_nonfinite
 from regrow.store.atomic import StoreError, atomic_write, explain_os_errors, write_text
-from regrow.store.attributes import attribute_tensors
+from regrow.store.attributes import unregistered_tensors
 from regrow.store.errors import check_readable
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
 from regrow.store.state import named_tensors
@@ -38,7 +38,7 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
     Raises:
         StoreError: If the disk is full or write permission is missing.
     """
-    places = {name: here.tensor for name, here in named_tensors(model).items()} | attribute_tensors(model)
+    places = {name: here.tensor for name, here in named_tensors(model).items()} | unregistered_tensors(model)
     digests: dict[str, str] = {}
     own = {name: stored for name, stored in shapes.tensors.items() if stored.kind.carried}
     rest = {name: stored for name, stored in shapes.tensors.items() if not stored.kind.carried}
