@@ -4,13 +4,16 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from regrow.axes import Example
 from regrow.exporters.written import ExportError, Written
 from regrow.progress import Progress, silent
 from regrow.store.outputs import check_output
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from regrow.axes import Example
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,13 @@ def check_export(model: str | Path | None, to: str, out: Path, *, dtype: str = "
 
 
 def write_export(
-    net: nn.Module,
+    net: "nn.Module",
     to: str,
     out: str | Path,
     *,
     dtype: str = "",
     cache: bool = False,
-    example: Example | None = None,
+    example: "Example | None" = None,
     progress: Progress = silent,
 ) -> Written:
     """Export a network to a format of other tools, read it back, and compare it with the network.
@@ -114,7 +117,7 @@ def export_model(
     *,
     dtype: str = "",
     cache: bool = False,
-    example: Example | None = None,
+    example: "Example | None" = None,
     code: str = "",
     input: str = "",
     progress: Progress = silent,
