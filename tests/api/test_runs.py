@@ -110,3 +110,15 @@ def test_scores_that_are_no_shares_are_kept_beside_the_accuracy() -> None:
     learned = regrow.learn(net(), [(data, data)], method="naive", epochs=1, out="run")
     row = RunFolder.open("run").last("task")
     assert row["accuracy"] == [None] and row["scores"] == list(learned.scores.rows[0])
+
+
+def test_progress_is_shown_where_someone_sees_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    regrow.learn(net(), [(DATA, DATA)], method="naive", epochs=1, out="unseen")
+    assert not capsys.readouterr().err
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    regrow.learn(net(), [(DATA, DATA)], method="naive", epochs=1)
+    assert not capsys.readouterr().err
+    regrow.learn(net(), [(DATA, DATA)], method="naive", epochs=1, out="seen")
+    assert "task-1" in capsys.readouterr().err

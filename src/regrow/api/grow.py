@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from regrow.errors import InputError
 from regrow.nets.precision import autocasting
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.progress_bar import visible
 from regrow.run_folder import RunFolder
 from regrow.settings.grow import Settings
 from regrow.store.origins import describe_origin
@@ -153,8 +154,11 @@ def _grow_in_folder(work: _Growth, place: Destination, settings: Settings, model
     """Grow and write the run; what was interrupted starts again."""
     inputs, start, plan = work.inputs, time.perf_counter(), work.plan()
     data = describe_data(inputs.sources)
-    with run_of(place, "grow", settings, model, loaded_of(inputs), data=data, loss=loss) as folder:
-        _grow(work, plan, folder)
+    with (
+        run_of(place, "grow", settings, model, loaded_of(inputs), data=data, loss=loss) as folder,
+        visible(work.progress) as shown,
+    ):
+        _grow(replace(work, progress=shown), plan, folder)
         finish(folder, loaded_of(inputs), grow=time.perf_counter() - start)
     return plan
 

@@ -21,6 +21,7 @@ from regrow.methods import MethodKind, find_method
 from regrow.objectives import choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.progress_bar import visible
 from regrow.settings.learn import Settings
 from regrow.sources import Batch, Source, device_of
 from regrow.store.origins import describe_origin
@@ -233,11 +234,14 @@ def _learn_in_folder(
     """Learn and write the run, or resume it."""
     start, loaded = time.perf_counter(), loaded_of(net)
     data = describe_data([Source(task.name, [_first_batch(task)]) for task in work.tasks])
-    with run_of(place, "learn", settings, model, loaded, data=data, **inputs) as folder:
+    with (
+        run_of(place, "learn", settings, model, loaded, data=data, **inputs) as folder,
+        visible(work.progress) as shown,
+    ):
         (folder.path / STATISTICS).mkdir(exist_ok=True)
         file = folder.path / STATISTICS / CHECKPOINT  # not part of the finished run
         record = LearningRecord(folder, work.tasks, len(folder.own_ledger))
-        learned = _fit(net.model, work, file, record.write)
+        learned = _fit(net.model, replace(work, progress=shown), file, record.write)
         folder.log("matrix", tasks=list(learned.tasks), **record_matrix(learned.scores))
         finish(folder, replace(loaded, model=learned.model), learn=time.perf_counter() - start)
     return learned

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets.precision import autocasting
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.progress_bar import visible
 from regrow.run_folder import RunFolder
 from regrow.settings.prune import Settings
 from regrow.settings.training import check_combination
@@ -152,11 +153,14 @@ def _prune_in_folder(
     limits = with_timing(inputs.model, work.axes, limits, known=known, progress=work.progress)
     check_pruning(work.pruner, work.axes, limits, inputs.sources)
     data = describe_data(inputs.sources)
-    with run_of(place, "prune", settings, model, loaded_of(inputs), data=data, loss=loss) as folder:
+    with (
+        run_of(place, "prune", settings, model, loaded_of(inputs), data=data, loss=loss) as folder,
+        visible(work.progress) as shown,
+    ):
         if limits.timing:  # another measurement would be another plan
             folder.update(timing=limits.timing.record())
         before = log_size(folder, loaded_of(inputs), work.axes, "dense")
-        plan, after = _prune(work, limits, folder)
+        plan, after = _prune(replace(work, progress=shown), limits, folder)
         if not len(folder.own_ledger):
             folder.own_ledger.append(plan)
         folder.write_axes(before, log_size(folder, loaded_of(inputs), after, "pruned"))

@@ -20,6 +20,7 @@ from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.progress_bar import visible
 from regrow.settings import prune
 from regrow.settings.declaration import record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
@@ -116,7 +117,10 @@ def _recover_in_folder(
     """Recover the network of the inputs and write the run, or resume it."""
     loaded, start, by = loaded_of(inputs), time.perf_counter(), settings.by
     data, teacher = describe_data(inputs.sources), digest(parameter_sums(dense))
-    with run_of(place, "recover", settings, inputs.model, loaded, data=data, dense=teacher) as folder:
+    with (
+        run_of(place, "recover", settings, inputs.model, loaded, data=data, dense=teacher) as folder,
+        visible(progress) as shown,
+    ):
         if not len(folder.ledger):  # which begins with the cut that this makes up for
             folder.ledger.append(plan)
             folder.update(parent={**folder.run()["parent"], "plans": 1})
@@ -124,7 +128,7 @@ def _recover_in_folder(
         log_size(folder, replace(loaded, model=dense), axes, "dense")
         rows = log_size(folder, loaded, cut, "pruned")
         options: Any = {"settings": settings.recovery_settings, "seed": settings.seed, "objective": inputs.objective}
-        options |= {"precision": settings.precision or "float32", "progress": progress}
+        options |= {"precision": settings.precision or "float32", "progress": shown}
         teaching = replace(loaded, model=dense)
         row = recover_in(folder, inputs.model, teaching, axes, plan, inputs.sources, by, **options)
         folder.write_axes([one.record() for one in inventory(axes)], rows)

@@ -111,21 +111,10 @@ def working() -> Iterator[Progress]:
     if not err.is_terminal:
         yield _plain()
         return
-    from regrow.cli.bar import Bar, columns
+    from regrow.progress_bar import progress_bar
 
-    with Bar(*columns(), console=err, transient=True) as progress:
-        task = progress.add_task("starting", total=1)
-        shown = ""
-
-        def tell(done: int, total: int, what: str) -> None:
-            nonlocal shown
-            what, _, how = printable(what).partition(", ")
-            if what != shown:
-                progress.reset(task)
-            shown = what
-            progress.update(task, description=what, completed=done, total=max(total, 1), how=how)
-
-        yield tell
+    with progress_bar(err) as tell:
+        yield lambda done, total, what: tell(done, total, printable(what))
 
 
 def _plain() -> Progress:
