@@ -172,6 +172,7 @@ def test_learn_command(device, tmp_path):
 
 @pytest.mark.parametrize("method", SEARCHERS)
 def test_search(device, method):
+    steps, around = [], lambda state, context, step: counted(steps)
     quick = {"train": 16, "test": 20, "batch_size": 8, "epochs": 3 if method == "gold_nas" else 2, "stages": 1}
     quick |= {"method_settings": SETTINGS.get(method, {}), "cutout": 0, "retrain": 0}
     states = []
@@ -183,11 +184,14 @@ def test_search(device, method):
         axes = regrow.trace(model, parts.search.train.take(torch.arange(2)).inputs.to(inputs.device))
         found = search.build_search(inputs, model, axes)
         state = TrainState(found.learner.state)
-        fitted = learn_tasks(model, axes, [parts.search], found.learner, inputs.schedule, state=state, undo=UndoStore())
+        fitted = learn_tasks(
+            model, axes, [parts.search], found.learner, inputs.schedule, state=state, undo=UndoStore(), around=around
+        )
         states.append({f"{name} alpha": one.values for name, one in axis_tensors(fitted.state.learner).items()})
         states[-1] |= fitted.model.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name].cpu(), states[1][name].cpu()) for name in states[0])
+    assert max(steps) <= 2
 
 
 def test_a_missing_device_is_refused_before_anything_is_read(tmp_path):

@@ -1,5 +1,6 @@
 """The edges of a DARTS cell: operations that read the same source, and softmax weights among them."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,8 +22,9 @@ class Edges:
         edge: The edge of each operation, ``[operations]``.
         column: The column of ``table`` that holds each operation, ``[operations]``.
         entries: How many entries α has.
-        node: The index of the node that each edge leads into, ``[edges]``.
+        node: The index of the node that each edge leads into, ascending, ``[edges]``.
         beta: The entry of β that belongs to each edge, ``[edges]``.
+        into: The number of edges into each node.
     """
 
     table: Tensor
@@ -31,6 +33,7 @@ class Edges:
     entries: int
     node: Tensor
     beta: Tensor
+    into: tuple[int, ...]
 
     @property
     def betas(self) -> int:
@@ -72,7 +75,7 @@ class Edges:
         most = max(map(len, rows))
         table = [row + [len(entries)] * (most - len(row)) for row in rows]
         own = [torch.tensor(one) for one in (table, edge, column, nodes, betas)]
-        return cls(own[0], own[1], own[2], len(entries), own[3], own[4])
+        return cls(own[0], own[1], own[2], len(entries), own[3], own[4], tuple(Counter(nodes).values()))
 
     def share(self, alpha: Tensor, beta: Tensor | None = None) -> Tensor:
         """Return the softmax weight of each operation among those of its edge and "none", ``[operations]``.

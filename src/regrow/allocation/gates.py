@@ -156,16 +156,17 @@ class Gates:
     def typical(self) -> Tensor:
         """Return the mean cost of the operations with parameters in each operation's node, ``[operations]``; or 0."""
         counted = self.alive & ~self.bare()
-        node, n = self.node[counted], len(self.ops)
-        prices = self.prices()[counted]
-        total = prices.new_zeros(n).index_add(0, node, prices)
-        return (total / torch.bincount(node, minlength=n).clamp_min(1)).index_select(0, self.node)
+        prices = torch.where(counted, self.prices(), 0.0)
+        total = torch.zeros_like(prices).index_add(0, self.node, prices)
+        many = torch.zeros_like(self.node).index_add(0, self.node, counted.long())
+        return (total / many.clamp_min(1)).index_select(0, self.node)
 
     def bare(self) -> Tensor:
         """Return which operations have no parameters but their scale, such as pools; none if time is the cost."""
         if not self.ops:
             return torch.zeros_like(self.alive)
-        many = torch.bincount(self.levels.ops, minlength=len(self.ops) + 1)[:-1]
+        ops = self.levels.ops
+        many = ops.new_zeros(len(self.ops) + 1).index_add(0, ops, torch.ones_like(ops))[:-1]
         return (many <= 1) & (not self.levels.timed)
 
     def shares(self, masks: GateMasks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,14 +177,16 @@ class Gates:
             alpha: The importance logit of every operation, ``[operations]``.
 
         Returns:
-            Which operations are active, ``[operations]`` bool; for each of those its importance divided by the sum over
-            its node (differentiable); and the number N of active operations in its node.
+            Which operations are active, ``[operations]`` bool; the importance of each divided by the sum over its node
+            (differentiable), 0 for the others; and the number N of active operations in its node. No operation is
+            picked by a mask, for which the host would wait.
         """
         stands = (masks.ops.detach() > 0) & self.alive & self.runs
-        node, share = self.node[stands], alpha.sigmoid().index_select(0, self.tied[stands])
-        total = share.new_zeros(len(self.ops)).index_add(0, node, share)
-        many = share.new_zeros(len(self.ops)).index_add(0, node, torch.ones_like(share))
-        return stands, share / total.index_select(0, node), many[node]
+        share = torch.where(stands, alpha.sigmoid().index_select(0, self.tied), 0.0)
+        none = share.new_zeros(len(self.ops))
+        many = none.index_add(0, self.node, stands.to(share.dtype))
+        total = torch.where(many > 0, none.index_add(0, self.node, share), 1.0)
+        return stands, share / total.index_select(0, self.node), many.index_select(0, self.node)
 
     def operation_regularizer(self, masks: GateMasks, alpha: Tensor, among: Tensor) -> Tensor:
         """Return the GOLD-NAS regulariser Σ log(1 + N a / Σ a) over active operations.
@@ -199,7 +202,7 @@ class Gates:
         Source: the authors' code (model_search.py, after GOLD-NAS), with N of each node its own.
         """
         stands, share, many = self.shares(masks, alpha)
-        return torch.log1p(many * share)[among[stands]].sum()
+        return torch.where(stands & among, torch.log1p(many * share), 0.0).sum()
 
     def threshold_regularizer(self, masks: GateMasks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return the regulariser Σ exp(−t) over the thresholds t of what is active; it raises thresholds.
@@ -212,8 +215,9 @@ class Gates:
         """
         stands = (masks.ops.detach() > 0) & self.alive & self.runs
         ops, filters, weights = thresholds
-        own = [ops.index_select(0, self.tied[stands]), filters[self.axis.unique()], weights[:-1][stands]]
-        return torch.exp(-torch.cat(own)).sum()
+        present = torch.zeros_like(filters, dtype=torch.bool).index_fill(0, self.axis, True)
+        own = torch.exp(-torch.cat([ops.index_select(0, self.tied), filters, weights[:-1]]))
+        return torch.where(torch.cat([stands, present, stands]), own, 0.0).sum()
 
     def _last(self, margin: Tensor) -> Tensor:
         """Return the operations that stay because all others of a needed set are below their thresholds."""

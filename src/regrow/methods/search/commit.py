@@ -154,7 +154,7 @@ def select_lowest(
     left, size = masks.ops.clone(), measure_size(rules, state, context)
     kept, shares, _ = layout.shares(masks, state.alpha.values)
     prices, many, reachable = layout.prices(), 0, least(layout, space.cuts) <= target
-    for share, i in sorted(zip(shares.tolist(), kept.nonzero()[:, 0].tolist(), strict=True)):
+    for share, i in sorted(zip(shares[kept].tolist(), kept.nonzero()[:, 0].tolist(), strict=True)):
         below = share <= low
         if size <= target or share > high or not (below or each):
             break

@@ -1,6 +1,6 @@
 """The controller of MGAS: the allowed size at each step, and the strength of the penalties that enforce it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from regrow.methods.search.importance import measure_relative
 from regrow.methods.search.space import MaskRule, Rules, measure_masked
 from regrow.methods.search.stages import Stages
 from regrow.methods.search.state import SearchState
+from regrow.sources import to_host
 from regrow.training.learner import Context, Loss, Step
 
 
@@ -56,15 +57,20 @@ class Controller:
 
 @dataclass(frozen=True)
 class Pressure:
-    """The measurements of a controller in one step.
+    """The measurements of a controller in one step; the host reads them once, after the step.
 
     Args:
-        losses: Cross-entropy and regulariser.
-        excess: Size over allowed size, minus 1.
+        excess: Size over allowed size, minus 1; ``None`` if it has no weight in the loss.
+        losses: Cross-entropy and regulariser; empty if the loss has no regulariser.
     """
 
-    losses: tuple[float, float] = (0.0, 0.0)
-    excess: float = 0.0
+    excess: Tensor | None = None
+    losses: tuple[Tensor, ...] = ()
+
+    def read(self) -> tuple[float, list[float]]:
+        """Return excess, 0 if there is none, and losses as numbers."""
+        numbers = [float(one) for one in to_host([*([] if self.excess is None else [self.excess]), *self.losses])]
+        return (0.0, numbers) if self.excess is None else (numbers[0], numbers[1:])
 
 
 def add_pressure(controller: Controller, state: SearchState, context: Context, step: Step, plain: Tensor) -> Loss:
@@ -77,25 +83,24 @@ def add_pressure(controller: Controller, state: SearchState, context: Context, s
         step: The step, with masks as :attr:`Replacements.aux`.
         plain: The cross-entropy.
     """
-    loss, masks, excess, layout = plain, step.replaced.aux, 0.0, state.layout
+    loss, masks, excess, layout = plain, step.replaced.aux, None, state.layout
     if not controller.stages.trains(state, context) or controller.kind == "ratios":
         return Loss(loss, Pressure())
     if controller.kind == "dual":
         state = replace(state, examples=state.examples + len(step.batch))
         allowed = controller.allow(state, context)
         over = measure_masked(state, masks) / allowed - 1
-        excess = float(over.detach())
+        excess = over.detach()
         loss = loss + state.multiplier * (over + lift_cheap_operations(state, masks, controller.min_cost) / allowed)
     if not state.penalty:
-        return Loss(loss, Pressure(excess=excess))
+        return Loss(loss, Pressure(excess))
     among = ~layout.single if controller.thins else torch.ones_like(layout.single)
     regularizer = layout.operation_regularizer(masks, state.alpha.values, among)
     if not controller.thins:  # otherwise μ raises thresholds
         ops, filters, weights = (one.values for one in state.thresholds)
         regularizer = regularizer + layout.threshold_regularizer(masks, (ops, filters, weights))
     regularizer = state.penalty * regularizer
-    losses = (float(plain.detach()), float(regularizer.detach()))
-    return Loss(loss + regularizer, Pressure(losses, excess))
+    return Loss(loss + regularizer, Pressure(excess, (plain.detach(), regularizer.detach())))
 
 
 @torch.no_grad()
@@ -112,14 +117,15 @@ def follow_step(controller: Controller, state: SearchState, context: Context, st
         one.values.clamp_(0, most)
     if state.earlier:
         ops, axes = state.earlier
-        state.operation_thresholds.values[ops] = 0.0
-        state.weight_thresholds.values[:-1][ops] = 0.0
-        state.filter_thresholds.values[axes] = 0.0
+        state.operation_thresholds.values.masked_fill_(ops, 0.0)
+        state.weight_thresholds.values[:-1].masked_fill_(ops, 0.0)
+        state.filter_thresholds.values.index_fill_(0, axes, 0.0)
     multiplier, stages = state.multiplier, controller.stages
+    excess, losses = step.aux.read()
     if controller.kind == "dual" and stages.trains(state, context):
-        multiplier = max(0.0, multiplier + controller.gain / stages.steps(context) * step.aux.excess)
+        multiplier = max(0.0, multiplier + controller.gain / stages.steps(context) * excess)
     state = replace(state, multiplier=multiplier, examples=state.examples + len(step.batch))
-    return add_losses(state, step.aux.losses)
+    return add_losses(state, losses)
 
 
 def lift_cheap_operations(state: SearchState, masks: GateMasks, min_cost: float) -> Tensor:
@@ -160,13 +166,15 @@ def raise_penalty(state: SearchState, dropped: int, *, few: int = 24, many: int 
     return state
 
 
-def add_losses(state: SearchState, losses: tuple[float, float]) -> SearchState:
+def add_losses(state: SearchState, losses: Sequence[float]) -> SearchState:
     """Return the state with the cross-entropy and the regulariser of one more step added to its sums.
 
     Args:
         state: The state of the search.
-        losses: Cross-entropy and regulariser of the step.
+        losses: Cross-entropy and regulariser of the step; empty if it has no regulariser.
     """
+    if not losses:
+        return state
     return replace(state, losses=(state.losses[0] + losses[0], state.losses[1] + losses[1]))
 
 

@@ -34,6 +34,7 @@ from regrow.methods.search.importance import mask_by_thresholds, scale_by_import
 from regrow.methods.search.space import Rules, SearchSpace, check_space, measure_size
 from regrow.methods.search.state import SearchState
 from regrow.settings.constraints import Range, check_constraints
+from regrow.sources import to_host
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step
 
 CITATION = "Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331); reconstructed"
@@ -130,12 +131,12 @@ def _compute_loss(s: Settings, rules: Rules, state: SearchState, context: Contex
     """Cross-entropy, and λ times the regulariser of operations."""
     plain = compute_loss(context, step.batch, s.augment)
     if not rules.trains(state, context) or not state.penalty:
-        return Loss(plain, (0.0, 0.0))
+        return Loss(plain, ())
     kept, share, many = state.layout.shares(step.replaced.aux, state.alpha.values)
-    cost = state.layout.prices()[kept]
-    weight = 1 + s.cost_weight * cost / cost.mean().clamp_min(1e-12)
-    regularizer = state.penalty * (weight * torch.log1p(many * share)).sum()
-    return Loss(plain + regularizer, (float(plain.detach()), float(regularizer.detach())))
+    cost = torch.where(kept, state.layout.prices(), 0.0)
+    weight = 1 + s.cost_weight * cost / (cost.sum() / kept.sum()).clamp_min(1e-12)
+    regularizer = state.penalty * torch.where(kept, weight * torch.log1p(many * share), 0.0).sum()
+    return Loss(plain + regularizer, (plain.detach(), regularizer.detach()))
 
 
 def _clip(s: Settings, state: SearchState, context: Context, step: Step) -> SearchState:
@@ -144,7 +145,7 @@ def _clip(s: Settings, state: SearchState, context: Context, step: Step) -> Sear
 
 
 def _add_losses(state: SearchState, context: Context, step: Step) -> SearchState:
-    return add_losses(state, step.aux)
+    return add_losses(state, [float(one) for one in to_host(step.aux)])
 
 
 def _follow(rules: Rules, state: SearchState, context: Context, boundary: Boundary) -> SearchState:

@@ -112,7 +112,7 @@ def weigh_edges(state: SearchState, like: Tensor) -> list[Tensor]:
     """
     edges = state.edges
     weight = like.new_ones(len(edges.node)) if state.beta is None else edges.between(state.beta.values)
-    return [weight[edges.node == node] for node in range(int(edges.node.max()) + 1)]
+    return [*weight.split(edges.into)]
 
 
 def choose_operations(state: SearchState) -> Tensor:

@@ -62,7 +62,7 @@ def _no_layout() -> Gates:
 
 def _no_edges() -> Edges:
     places = torch.zeros(0, dtype=torch.long)
-    return Edges(places, places, places, 0, places, places)
+    return Edges(places, places, places, 0, places, places, ())
 
 
 def _empty() -> AxisTensor:
