@@ -1,7 +1,7 @@
 """Memory over a stream of tasks, and the speed of a step, beside a plain PyTorch loop over the same data.
 
     python benchmarks/streaming.py                        # permuted images: 20 tasks of 60,000 images
-    python benchmarks/streaming.py --folder 200000        # 20 tasks in a generated ImageFolder of 200,000 files
+    python benchmarks/streaming.py --folder 200000        # 20 tasks in a generated ImageFolder of 200,000 files; speed
     python benchmarks/streaming.py --speed                # a naive step and a plain one: CPU seconds, in pairs
 
 Images are generated. Memory is the resident set after the test of each task; what counts is the rise from the second
@@ -9,7 +9,9 @@ task to the last. Rows go to benchmarks/results/streaming.json.
 """
 
 import argparse
+import copy
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -60,10 +62,12 @@ def image_folder(place: Path, tasks: int, n: int) -> list[tuple[Any, Any]]:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import ToTensor
 
-    rng, each = np.random.default_rng(0), n // (2 * tasks)
+    each = n // (2 * tasks)
     for label in range(2 * tasks):
-        folder = place / f"{label:03}"
-        folder.mkdir(parents=True)
+        folder, rng = place / f"{label:03}", np.random.default_rng(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / f"{each - 1}.jpg").is_file():
+            continue  # made by an earlier call
         for i in range(each):
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.jpg", quality=60)
     data = ImageFolder(str(place), transform=ToTensor())
@@ -119,44 +123,49 @@ def plain(model: nn.Module, loader: Iterable[Any], stepped: Callable[[], object]
 
 
 def speed(repeats: int) -> list[dict[str, Any]]:
-    """CPU seconds of a step of the naive learner and of a plain loop, from memory and through a loader.
-
-    Repetitions come in pairs, one of each kind, and each pair in the other order than the last.
-    """
+    """CPU seconds of a step of the naive learner and of a plain loop, from memory and through a loader."""
     rows = []
     generator = torch.Generator().manual_seed(0)
     for net, shape, batch, n in (("mlp:100-100", (1, 28, 28), 128, 25_600), ("resnet:16-3", (3, 32, 32), 64, 1_280)):
         inputs, labels = torch.rand(n, *shape, generator=generator), torch.randint(10, (n,), generator=generator)
         for how in ("loader", "memory"):
-            steps = {"naive": _naive_step, "plain": _plain_step}
-            taken: dict[str, list[float]] = {name: [] for name in steps}
-            for i in range(repeats + 1):
-                for name in sorted(steps, reverse=bool(i % 2)):
-                    taken[name].append(steps[name](net, inputs, labels, batch, loader=how == "loader"))
-            pairs = [plain / naive for naive, plain in zip(taken["naive"], taken["plain"], strict=True)][1:]
-            low, middle, high = quantiles(pairs, n=4)
-            rows.append(
-                {
-                    "net": net,
-                    "data": how,
-                    **{f"{name} ms": round(1e3 * median(each[1:]), 3) for name, each in taken.items()},
-                    "speed, plain = 1": round(middle, 3),
-                    "quartiles": [round(low, 3), round(high, 3)],
-                    "pairs": len(pairs),
-                }
-            )
+            model, data = small(net, shape, 10)[0], TensorDataset(inputs, labels)
+            given = DataLoader(data, batch_size=batch, shuffle=True) if how == "loader" else (inputs, labels)
+            rows.append({"net": net, "data": how, **compare(model, given, batch, repeats)})
     return rows
 
 
-def _naive_step(net: str, inputs: Tensor, labels: Tensor, batch: int, *, loader: bool) -> float:
+def folder_speed(tasks: list[tuple[Any, Any]], repeats: int) -> dict[str, Any]:
+    """CPU seconds of a step over the images of one task, read from their files."""
+    model, _ = small("mlp:100-100", (3, 16, 16), 2 * len(tasks))
+    loader = DataLoader(Subset(tasks[0][0], range(min(2_560, len(tasks[0][0])))), batch_size=128, shuffle=True)
+    return {"net": "mlp:100-100", "data": "image folder", **compare(model, loader, 128, repeats)}
+
+
+def compare(model: nn.Module, data: Any, batch: int, repeats: int) -> dict[str, Any]:
+    """CPU seconds per step of one epoch of each kind, in pairs, each pair in the other order than the last."""
+    steps = {"naive": _naive_step, "plain": _plain_step}
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(repeats + 1):
+        for name in sorted(steps, reverse=bool(i % 2)):
+            taken[name].append(steps[name](copy.deepcopy(model), data, batch))
+    pairs = [plain / naive for naive, plain in zip(taken["naive"], taken["plain"], strict=True)][1:]
+    low, middle, high = quantiles(pairs, n=4)
+    return {
+        **{f"{name} ms": round(1e3 * median(each[1:]), 3) for name, each in taken.items()},
+        "speed, plain = 1": round(middle, 3),
+        "quartiles": [round(low, 3), round(high, 3)],
+        "pairs": len(pairs),
+    }
+
+
+def _naive_step(model: nn.Module, data: Any, batch: int) -> float:
     """CPU seconds per step of an epoch of the naive learner, without its first step."""
     moments: list[float] = []
-    data = TensorDataset(inputs, labels)
-    given = DataLoader(data, batch_size=batch, shuffle=True) if loader else (inputs, labels)
-    model, _ = small(net, tuple(inputs.shape[1:]), 10)
+    inputs, labels = next(iter(data)) if isinstance(data, DataLoader) else data
     regrow.learn(
         model,
-        [(given, TensorDataset(inputs[:2], labels[:2]))],
+        [(data, TensorDataset(inputs[:2], labels[:2]))],
         method="naive",
         epochs=1,
         batch_size=batch,
@@ -165,13 +174,11 @@ def _naive_step(net: str, inputs: Tensor, labels: Tensor, batch: int, *, loader:
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
-def _plain_step(net: str, inputs: Tensor, labels: Tensor, batch: int, *, loader: bool) -> float:
+def _plain_step(model: nn.Module, data: Any, batch: int) -> float:
     """CPU seconds per step of an epoch of plain PyTorch, without its first step."""
     moments: list[float] = []
-    data = TensorDataset(inputs, labels)
-    given = DataLoader(data, batch_size=batch, shuffle=True) if loader else _batches(inputs, labels, batch)
-    model, _ = small(net, tuple(inputs.shape[1:]), 10)
-    plain(model, given, lambda: moments.append(time.process_time()))
+    loader = data if isinstance(data, DataLoader) else _batches(*data, batch)
+    plain(model, loader, lambda: moments.append(time.process_time()))
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
@@ -186,6 +193,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=20)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--folder", type=int, default=0, help="files of a generated ImageFolder; 0: images in memory")
+    parser.add_argument("--place", type=Path, help="a folder in which the files of an earlier call are, and stay")
     parser.add_argument("--method", default="naive")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--repeats", type=int, default=15)
@@ -196,9 +204,13 @@ def main() -> None:
     if args.speed:
         what, found = "speed", speed(args.repeats)
     elif args.folder:
-        with tempfile.TemporaryDirectory() as place:
-            tasks = image_folder(Path(place), args.tasks, args.folder)
-            what, found = "image folder", [memory(tasks, (3, 16, 16), 2 * args.tasks, args.method)]
+        what, place = "image folder", args.place or Path(tempfile.mkdtemp())
+        try:
+            tasks = image_folder(place, args.tasks, args.folder)
+            found = [memory(tasks, (3, 16, 16), 2 * args.tasks, args.method), folder_speed(tasks, args.repeats)]
+        finally:
+            if args.place is None:
+                shutil.rmtree(place)
     else:
         tasks = permuted(args.tasks, args.images)
         what, found = "permuted images", [memory(tasks, (1, 28, 28), 10, args.method)]
