@@ -94,7 +94,7 @@ class Objective:
 
 
 def class_loss(output: object, labels: object) -> Tensor:
-    """Return the mean cross-entropy of class labels, in float32; positions with the label −100 are not counted.
+    """Return the mean cross-entropy of class labels, in float32 or float64; the label −100 is not counted.
 
     Args:
         output: Logits ``[..., classes]`` or ``[batch, classes, ...]``, or an object, dict or tuple that holds them.
@@ -106,7 +106,7 @@ def class_loss(output: object, labels: object) -> Tensor:
     logits, wanted = logits_in(output), _tensor(labels)
     if logits.dim() > 2 and logits.shape[:-1] == wanted.shape:
         logits, wanted = logits.flatten(0, -2), wanted.flatten()
-    return F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED)
+    return F.cross_entropy(_precise(logits), wanted, ignore_index=IGNORED)
 
 
 def class_score(output: object, labels: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ def binary_loss(output: object, labels: object) -> Tensor:
         output: Logits, or an object, dict or tuple that holds them.
         labels: Labels in the shape of the logits, float; a missing last dimension of 1 is added.
     """
-    logits = logits_in(output)
-    return F.binary_cross_entropy_with_logits(logits.float(), _tensor(labels).float().reshape(logits.shape))
+    logits = _precise(logits_in(output))
+    return F.binary_cross_entropy_with_logits(logits, _tensor(labels).to(logits.dtype).reshape(logits.shape))
 
 
 def binary_score(output: object, labels: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ def squared_loss(output: object, labels: object) -> Tensor:
         output: Predictions, or an object, dict or tuple that holds them.
         labels: Values in the shape of the predictions; a missing last dimension of 1 is added.
     """
-    values = logits_in(output)
-    return F.mse_loss(values.float(), _tensor(labels).float().reshape(values.shape))
+    values = _precise(logits_in(output))
+    return F.mse_loss(values, _tensor(labels).to(values.dtype).reshape(values.shape))
 
 
 def squared_score(output: object, labels: Tensor) -> Tensor:
@@ -249,6 +249,11 @@ def _is_sequence(batch: Batch) -> bool:
         for one in inputs
         if batch.labels is not None
     )
+
+
+def _precise(values: Tensor) -> Tensor:
+    """Return values in float32; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _tensor(labels: object) -> Tensor:
