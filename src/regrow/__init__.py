@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from regrow.api.learn import Learned, learn
     from regrow.api.prune import prune
     from regrow.api.recover import recover
+    from regrow.api.search import SearchResult, search
     from regrow.axes import Example
     from regrow.axis_tensor import AxisTensor
     from regrow.candidates import Candidates
@@ -28,6 +29,7 @@ __all__ = [
     "Fill",
     "Learned",
     "Plan",
+    "SearchResult",
     "Source",
     "UndoStore",
     "align_new_units",
@@ -43,6 +45,7 @@ __all__ = [
     "prune",
     "recover",
     "save",
+    "search",
     "trace",
     "verify",
     "with_branches",
@@ -50,6 +53,7 @@ __all__ = [
 
 _MODULES = {
     **{name: f"regrow.api.{name}" for name in ("evaluate", "export", "finetune", "grow", "learn", "prune", "recover")},
+    **dict.fromkeys(("SearchResult", "search"), "regrow.api.search"),
     "AxisTensor": "regrow.axis_tensor",
     "Candidates": "regrow.candidates",
     "Example": "regrow.axes",

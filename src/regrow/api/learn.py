@@ -145,10 +145,10 @@ def learn(
     shift = type(net.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     every = to_tasks(tasks, ReadOptions(batch_size, net.tokenizer, shift=shift))
     learner = _build(method, settings or {}, seed)
-    batch = _first_batch(every[0])
+    batch = first_batch(every[0])
     given: Any = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, **training}
-    schedule = _schedule(optimizer, objective=choose_objective(loss, batch), **given)
-    traced = net.example if example is not None else Example(*_moved(batch, device_of(net.model)))
+    schedule = build_schedule(optimizer, objective=choose_objective(loss, batch), **given)
+    traced = net.example if example is not None else Example(*move_inputs(batch, device_of(net.model)))
     if axes is None:
         axes = _trace(net.model, traced, method) if learner.uses_axes else NO_AXES
     work = _Learning(axes, every, learner, schedule, progress)
@@ -170,8 +170,13 @@ class _Learning:
     progress: Progress
 
 
-def _schedule(optimizer: OptimizerLike, **given: Any) -> continual.TaskSchedule:
-    """Return how each task is trained."""
+def build_schedule(optimizer: OptimizerLike, **given: Any) -> continual.TaskSchedule:
+    """Return how each task is trained.
+
+    Args:
+        optimizer: The name of an optimizer, or a function that builds one.
+        **given: The other fields of the schedule.
+    """
     if isinstance(optimizer, str):
         return continual.TaskSchedule(optimizer=optimizer, **given)
     return continual.TaskSchedule(build_optimizer=optimizer, **given)
@@ -185,9 +190,14 @@ def _build(method: str, settings: Mapping[str, Any], seed: int) -> Learner[Any]:
     return learner
 
 
-def _first_batch(task: Task) -> Batch:
-    """Return the first two training examples of a task as the network's inputs, with labels."""
-    first = first_examples(task.train, 2)
+def first_batch(task: Task, n: int = 2) -> Batch:
+    """Return the first training examples of a task as the network's inputs, with labels.
+
+    Args:
+        task: The task.
+        n: How many.
+    """
+    first = first_examples(task.train, n)
     if isinstance(first.inputs, Mapping):
         return Batch((), first.inputs, first.labels)
     inputs = (first.inputs,) if isinstance(first.inputs, torch.Tensor) else tuple(first.inputs)
@@ -233,7 +243,7 @@ def _learn_in_folder(
 ) -> Learned:
     """Learn and write the run, or resume it."""
     start, loaded = time.perf_counter(), loaded_of(net)
-    data = describe_data([Source(task.name, [_first_batch(task)]) for task in work.tasks])
+    data = describe_data([Source(task.name, [first_batch(task)]) for task in work.tasks])
     with (
         run_of(place, "learn", settings, model, loaded, data=data, **inputs) as folder,
         visible(work.progress) as shown,
@@ -262,6 +272,12 @@ def _trace(model: nn.Module, example: Example, method: str) -> AxisGraph:
         raise InputError(f"{method} needs the network's axes, and it cannot be traced: {error}") from error
 
 
-def _moved(batch: Batch, device: torch.device) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def move_inputs(batch: Batch, device: torch.device) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Return the positional and named inputs of a batch on a device.
+
+    Args:
+        batch: The batch.
+        device: The device.
+    """
     batch = batch.to(device)
     return batch.args, batch.kwargs

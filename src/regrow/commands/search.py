@@ -1,8 +1,7 @@
 """``regrow search``: search a space for a network of a given size, retrain it, and test it, in a run folder."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,30 +10,27 @@ from torch import nn
 
 from regrow import evaluation
 from regrow.allocation.stages import MemoryStages
-from regrow.allocation.timed import Prices, spread_times
 from regrow.amounts import Measure, format_bytes
 from regrow.axes import AxisGraph
-from regrow.candidates import Staged, candidates_in, fold_scales
+from regrow.candidates import Staged, fold_scales
 from regrow.commands import latencies, spaces, stage_memory
 from regrow.commands.example_inputs import record_input
 from regrow.commands.history import read_history
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.pareto import write_network, write_passed
 from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_inputs, read_parts, trace_examples
+from regrow.commands.searching import build_method, select_known, train_space
 from regrow.commands.starting import check_outputs, find_start
-from regrow.commands.targets import find_granularities, parse_target, target_measure
+from regrow.commands.targets import find_granularities, target_measure
 from regrow.commands.trackers import tracking
 from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import mean_score
-from regrow.methods import MethodEntry, MethodKind, find_method
+from regrow.methods import MethodKind, find_method
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.retrain import RetrainState, build
 from regrow.methods.search.retrain import Settings as RetrainSettings
 from regrow.methods.search.state import SearchState
-from regrow.nets.bench201 import Bench201
-from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
-from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
@@ -47,8 +43,8 @@ from regrow.tasks import Task, first_examples, input_shape
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from regrow.training.continual import learn
-from regrow.training.fit import Fitted, finish
-from regrow.training.learner import Boundary, Context, Event, write_replacements
+from regrow.training.fit import finish
+from regrow.training.learner import Context, write_replacements
 from regrow.training.state import TrainState
 
 GIVEN = ("target", "measure", "stages", "seed")
@@ -179,14 +175,10 @@ def _search(
     write_rows(state, unfinished=1)  # version 0.1 wrote checkpoints before rows
     at: dict[str, Any] = {"seed": inputs.seed, "undo": undo, "objective": inputs.objective}
     context = Context(model, axes, parts.search, 0, inputs.epochs, inputs.epochs, **at)
-    if inputs.schedule:
-        more: dict[str, Any] = {"state": state, "undo": undo, "checkpoint": write, "log": log, "progress": progress}
-        if inputs.memory:
-            more["around"] = watch
-        fitted = learn(model, axes, [parts.search], search.learner, inputs.schedule, **more)
-    else:
-        own = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
-        fitted = Fitted(model, axes, replace(state, learner=own))
+    more: dict[str, Any] = {"state": state, "checkpoint": write, "log": log, "progress": progress}
+    if inputs.memory:
+        more["around"] = watch
+    fitted = train_space(search, context, inputs.schedule, **more)
     write_rows(fitted.state)
     done = len(fitted.state.plans)
     context = replace(context, model=fitted.model, axes=fitted.axes, log=log)
@@ -244,11 +236,6 @@ def _restore_accounting(settings: Settings, out: Path) -> Settings:
     return replace(settings, accounting=there.run()["settings"].get("accounting", FORMER)) if there else settings
 
 
-def _select_known(entry: MethodEntry, given: Mapping[str, object]) -> dict[str, object]:
-    """Return those of the given settings that a method has."""
-    return {name: given[name] for name in (one.name for one in fields(entry.settings)) if name in given}
-
-
 def build_space(inputs: SearchInputs, task: Task) -> tuple[nn.Module, Origin, MemoryStages | None]:
     """Return the search space as a network with random weights, its origin, and its stages under a memory budget.
 
@@ -264,7 +251,7 @@ def build_space(inputs: SearchInputs, task: Task) -> tuple[nn.Module, Origin, Me
     entry = find_method(MethodKind.SEARCH, inputs.method)
     measure = target_measure(inputs.target, inputs.accounting)
     given = {"measure": str(measure), "levels": find_granularities(measure)}
-    search: Search = entry.made(inputs.method, _select_known(entry, given) | dict(inputs.method_settings))
+    search: Search = entry.made(inputs.method, select_known(entry, given) | dict(inputs.method_settings))
     return spaces.build_network(
         inputs.space,
         task,
@@ -297,33 +284,9 @@ def build_search(
     Raises:
         ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.
     """
-    entry = find_method(MethodKind.SEARCH, inputs.method)
-    measure, most = parse_target(inputs.target, axes, table, inputs.accounting)
-    given: dict[str, object] = {
-        "target": most,
-        "measure": str(measure),
-        "levels": find_granularities(measure),
-        "seed": inputs.seed,
-        "stages": tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else (),
-    }
-    if isinstance(model, Bench201):
-        given["levels"] = ("operations",)
-    elif measure == Measure.TIME:
-        # A narrow layer may take longer than a wide one.
-        given["levels"] = ("operations",) if candidates_in(model) else ("filters",)
-    prices: Prices | None = None
-    if table:
-        tables = {"ops": table.ops, "beside": table.sums, "layers": table.layers}
-        prices = spread_times(axes, candidates_in(model), **tables, rest=table.rest)
-    own = _select_known(entry, given) | dict(inputs.method_settings)
-    search: Search = entry.made(inputs.method, own, **({"prices": prices} if prices else {}))
-    if inputs.epochs < 1 and search.needs_epochs:
-        raise ValueError(f"{inputs.method} learns in epochs: take --epochs 1 or more")
-    if prices and most <= prices.rest:
-        raise ValueError(f"{prices.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
+    given: dict[str, Any] = {"accounting": inputs.accounting, "seed": inputs.seed, "epochs": inputs.epochs}
+    search = build_method(inputs.method, inputs.method_settings, model, axes, inputs.target, table=table, **given)
     space = search.rules.space
-    if isinstance(model, Bench201) and "filters" in space.granularities:
-        raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
     if plan is not None and space.ends != plan.ends:
         ends = ", ".join(str(end + 1) for end in plan.ends)
         raise ValueError(
