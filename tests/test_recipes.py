@@ -45,6 +45,22 @@ def test_pages_hold_the_tables_of_the_committed_rows(
     assert not [line for line in printed.splitlines() if line.startswith("|") and line not in there]
 
 
+def test_the_page_of_run_folders_has_the_life_cycles_and_they_went_back_to_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module("life_cycles")
+    page = (RECIPES.parent / "docs" / "run-folders.md").read_text("utf-8").splitlines()
+    assert not [line for line in "\n".join(recipe.show(recipe.OUT)).splitlines() if line not in page]
+    for row in (row for row in recipe.rows(recipe.OUT) if row["stage"] == "checks"):
+        stages = [*recipe.CYCLES[row["cycle"]].stages]
+        assert [one["name"] for one in row["history"]] == stages and row["snapshots"] == len(stages)
+        assert row["replay"]["tensors"] and not row["replay"]["differ"]
+        back = row["undo"]
+        assert back["tensors"] == back["same_type"] == back["equal_bits"] and not back["largest"] and not back["others"]
+        assert all(one["ok"] for one in row["verify"].values())
+
+
 def test_under_the_gate_no_growth_is_shown_that_trained_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Branches and layers that are added have no factors: their rows under the gate do not measure growth."""
     monkeypatch.syspath_prepend(str(RECIPES))

@@ -1,0 +1,349 @@
+"""Two life cycles, each with one ledger: prune, grow, learn and search one network, and go back to its first weights.
+
+    python recipes/life_cycles.py smollm2 --work FOLDER
+    python recipes/life_cycles.py resnet18 --work FOLDER --cifar PICTURES
+    python recipes/life_cycles.py smollm2 --work FOLDER --size train=8 --size recovery=512 --out FILE       # smaller
+    python recipes/life_cycles.py --show
+
+Each stage is one command line of ``regrow``, which is printed and recorded, run in FOLDER; a stage that is finished is
+not run again, and a stopped one goes on. After each: parameters, multiply–accumulates, and scores on test data by
+``regrow evaluate``. After the last: the chain of ``regrow history``; a replay of the ledger on a network without
+weights, whose tensors must have the shapes and types of the last network's; ``regrow undo`` until the start, whose
+tensors must be those of the first network, bit for bit; and ``regrow export``, which reads its file back.
+
+PICTURES has CIFAR-10 as ``train/CLASS/…`` and ``test/CLASS/…``; FOLDER gets two folders of links, ``first`` (airplane
+to deer) and ``second`` (dog to truck), with all ten classes as folders, so that class numbers agree.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import head, line, rows
+
+from regrow import nets, trace
+from regrow.commands.models import ModelSpec, load_model
+from regrow.commands.undo import read_stages
+from regrow.evaluation.size import dense
+from regrow.ledger import Ledger, replay
+from regrow.run_folder import RunFolder
+
+OUT = Path(__file__).parent / "results" / "life_cycles.jsonl"
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A network and the commands that it goes through.
+
+    Args:
+        model: The name of the network.
+        loading: Options of the commands that load it by name.
+        unit: What multiply–accumulates are counted of.
+        score: The key of a score in the output of ``regrow evaluate``.
+        sources: The sources that are scored.
+        sizes: Name of a number in the commands → its value in the committed run.
+        stages: The commands; ``{last}`` is the folder of the one before, ``{parameters[1-prune]}`` a size reached.
+        export: The options of the export.
+    """
+
+    model: str
+    loading: str
+    unit: str
+    score: str
+    sources: tuple[str, ...]
+    sizes: Mapping[str, float]
+    stages: Mapping[str, str]
+    export: str
+
+
+CYCLES = {
+    "smollm2": Cycle(
+        "smollm2-135m",
+        "--dtype float32",
+        "256 tokens",
+        "bits_per_byte",
+        ("news", "code", "manual", "talk"),
+        {"calibration": 1024, "recovery": 2048, "train": 32, "test": 4, "epochs": 1, "lr": 1e-4, "scored": 1024},
+        {
+            "1-prune": "prune {model} --dtype float32 --method flap --keep 0.7 --source news --source code "
+            "--tokens {calibration} --eval-tokens 1024",
+            "2-recover": "recover {last} --by distil --tokens {recovery}",
+            "3-grow": "grow {last} --mlp +25%",
+            "4-learn": "learn manual talk --model {last} --method naive --optimizer adamw --lr {lr} --batch-size 4 "
+            "--epochs {epochs} --train {train} --test {test} --seq-len 256",
+            "5-prune": "prune {last} --method flap --target params={parameters[1-prune]} --source news --source code "
+            "--source manual --source talk --tokens {calibration} --eval-tokens 1024",
+        },
+        "--to transformers --out exported",
+    ),
+    "resnet18": Cycle(
+        "resnet18",
+        "--input 1x3x32x32",
+        "an image",
+        "accuracy",
+        ("first=first/test", "second=second/test"),
+        {
+            "train": 8000,
+            "test": 1000,
+            "epochs": 5,
+            "calibration": 4000,
+            "finetune": 2,
+            "scored": 2500,
+            "search": 4,
+            "retrain": 3,
+            "new": 2,
+            "memory": 2000,
+        },
+        {
+            "1-learn": "learn first --model {model} --input 1x3x32x32 --method naive --lr 0.02 --epochs {epochs} "
+            "--train {train} --test {test}",
+            "2-prune": "prune {last} --method llm_pruner --target macs=50% --source first=first/train "
+            "--tokens {calibration} --eval-tokens 1000 --finetune {finetune}",
+            "3-search": "search {last} --data first --target macs=80% --epochs {search} --retrain {retrain} "
+            "--train {train} --test {test}",
+            "4-grow": "grow {last} --channels +25%",
+            "5-learn": "learn first second --model {last} --method replay --set memory={memory} --scenario class "
+            "--lr 0.02 --epochs {new} --train {train} --test {test}",
+        },
+        "--to onnx --out exported.onnx",
+    ),
+}
+
+
+def run(words: list[str], work: Path, log: str) -> dict[str, float]:
+    """Run a command of ``regrow``, with its output in a file; return its seconds, all attempts together."""
+    print("regrow", *words, flush=True)
+    spent, start = _children(), time.perf_counter()
+    with (work / f"{log}.log").open("a") as file:
+        done = subprocess.run([sys.executable, "-m", "regrow", *words], cwd=work, stdout=file, stderr=file, check=False)
+    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": _children() - spent}
+    times = work / f"{log}.seconds.json"
+    before = json.loads(times.read_text()) if times.is_file() else {}
+    seconds = {name: round(before.get(name, 0) + value, 1) for name, value in seconds.items()}
+    times.write_text(json.dumps(seconds))
+    if done.returncode:
+        last = (work / f"{log}.log").read_text().strip().splitlines()[-1:]
+        raise SystemExit(f"exit code {done.returncode}: {' '.join(last)}")
+    return seconds
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def link_halves(cifar: Path, work: Path) -> None:
+    """Make the folders ``first`` and ``second`` of links to the class folders of CIFAR-10."""
+    classes = sorted(one.name for one in (cifar / "train").iterdir() if one.is_dir())
+    for name, own in (("first", classes[: len(classes) // 2]), ("second", classes[len(classes) // 2 :])):
+        for half in ("train", "test"):
+            (work / name / half).mkdir(parents=True, exist_ok=True)
+            for one in classes:
+                place = work / name / half / one
+                if one not in own:
+                    place.mkdir(exist_ok=True)
+                elif not place.is_symlink():
+                    place.symlink_to(cifar.resolve() / half / one, target_is_directory=True)
+
+
+def measure(cycle: Cycle, model: str, work: Path, sizes: Mapping[str, float]) -> dict[str, Any]:
+    """Return the size and the scores of a network: a run folder in the work folder, or a name."""
+    file = work / f"{model}.json"
+    if not file.is_file():
+        sources = [word for one in cycle.sources for word in ("--source", one)]
+        more = cycle.loading.split() if model == cycle.model else []
+        scored = ["--eval-tokens", f"{sizes['scored']:g}"]
+        run(["evaluate", model, *more, *sources, *scored, "--json", file.name], work, f"evaluate-{model}")
+    found = json.loads(file.read_text())
+    if "dense" not in found:
+        loaded = load_model(spec_of(cycle, model, work))
+        inputs = torch.zeros(1, 256, dtype=torch.long) if loaded.tokenizer is not None else loaded.example.args[0][:1]
+        found["dense"] = dense(loaded.model, inputs)
+        file.write_text(json.dumps(found))
+    size = found["dense"]
+    scores = {one["source"]: one[cycle.score] for one in (*found["perplexity"], *found["accuracy"])}
+    errors = {one["source"]: one["error"] for one in (*found["perplexity"], *found["accuracy"])}
+    return {"parameters": size["parameters"], "macs": size["macs"], "scores": scores, "errors": errors}
+
+
+def spec_of(cycle: Cycle, model: str, work: Path) -> ModelSpec:
+    """Return how a network is loaded: a run folder in the work folder, or the first one by its name."""
+    if model != cycle.model:
+        return ModelSpec(str(work / model))
+    shape = cycle.loading.removeprefix("--input ") if "--input" in cycle.loading else ""
+    return ModelSpec(model, "float32", input=shape)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return (folder / "run.json").is_file() and bool(RunFolder.open(folder).run().get("finished"))
+
+
+def stages(cycle: Cycle, name: str, work: Path, sizes: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """Run the stages that are not finished, and yield a row for each, after one for the first network."""
+    shared = {"cycle": name, "unit": cycle.unit, "score": cycle.score, "sizes": dict(sizes)}
+    first = measure(cycle, cycle.model, work, sizes)
+    yield {**shared, "stage": "0-start", "command": "", **first}
+    last, reached = cycle.model, {}
+    for stage, template in cycle.stages.items():
+        shown = {key: f"{value:g}" for key, value in sizes.items()}
+        command = template.format(model=cycle.model, last=last, parameters=reached, **shown)
+        words = [*command.split(), "--out", stage]
+        if not is_finished(work / stage):
+            run(words, work, stage)
+        times = json.loads((work / f"{stage}.seconds.json").read_text())
+        row = measure(cycle, stage, work, sizes)
+        reached[stage], last = row["parameters"], stage
+        yield {**shared, "stage": stage, "command": f"regrow {' '.join(words)}", **row, **times}
+
+
+def check(cycle: Cycle, name: str, work: Path) -> dict[str, Any]:
+    """Return what history, replay, undo and export of the last run give."""
+    last = [*cycle.stages][-1]
+    for left in ("undone", "exported", "export.log", "history.log"):
+        shutil.rmtree(work / left) if (work / left).is_dir() else (work / left).unlink(missing_ok=True)
+    run(["history", last], work, "history")
+    known = read_stages(work / last)
+    result: dict[str, Any] = {
+        "cycle": name,
+        "stage": "checks",
+        "history": [{key: one.record.get(key) for key in ("name", "verb", "changed")} for one in known],
+        "snapshots": sum(one.snapshot is not None for one in known),
+    }
+    plans = Ledger(work / last / "ledger.json").plans()
+    result["replay"] = {"plans": len(plans), **compare_replay(cycle, work, last, plans)}
+    result["undo"] = compare_undone(cycle, work, last, len(known))
+    run(["export", last, *cycle.export.split()], work, "export")
+    exported = (work / "export.log").read_text().splitlines()
+    result["exported"] = [one.removeprefix("checked: ") for one in exported if one.startswith("checked: ")]
+    result["verify"] = {
+        stage: {key: row[key] for key in ("ok", "max_abs_diff", "bound", "dtype")}
+        for stage in cycle.stages
+        for row in RunFolder.open(work / stage).metrics()
+        if row["what"] == "verify"
+    }
+    return result
+
+
+def compare_replay(cycle: Cycle, work: Path, last: str, plans: Any) -> dict[str, Any]:
+    """Replay a ledger on the first architecture without weights, and compare each tensor with the last network's."""
+    ours = load_model(spec_of(cycle, last, work)).model.state_dict()
+    start = load_model(spec_of(cycle, cycle.model, work))
+    with torch.device("meta"):
+        empty = nets.build(start.origin)
+    args = [one.to("meta") for one in start.example.args]
+    options = {key: one.to("meta") if torch.is_tensor(one) else one for key, one in start.example.kwargs.items()}
+    again, _ = replay(empty, trace(empty, *args, **options), plans)
+    theirs = again.state_dict()
+    pairs = {key: (value, theirs.get(key)) for key, value in ours.items()}
+    differ = [key for key, (a, b) in pairs.items() if b is None or a.shape != b.shape or a.dtype != b.dtype]
+    return {"tensors": len(ours), "differ": differ + sorted(theirs.keys() - ours.keys())}
+
+
+def compare_undone(cycle: Cycle, work: Path, last: str, many: int) -> dict[str, Any]:
+    """Undo the last run until the start, in a folder of its own, and compare each tensor with the first network's."""
+    run(["undo", last, "--out", "undone"], work, "undo")
+    for _ in range(many - 1):
+        run(["undo", "undone"], work, "undo")
+    first, back = (load_model(spec_of(cycle, one, work)).model.state_dict() for one in (cycle.model, "undone"))
+    same = [key for key, value in first.items() if key in back and value.dtype == back[key].dtype]
+    equal = sum(torch.equal(*(one[key].reshape(-1).view(torch.uint8) for one in (first, back))) for key in same)
+    largest = max((first[key].double() - back[key].double()).abs().max().item() for key in same)
+    counts = {"tensors": len(first), "same_type": len(same), "equal_bits": equal}
+    return {**counts, "others": len(back.keys() - first.keys()), "largest": largest}
+
+
+def show(path: Path) -> Iterator[str]:
+    """Yield the tables in Markdown."""
+    known = rows(path)
+    for name, cycle in CYCLES.items():
+        own = [row for row in known if row["cycle"] == name]
+        if not own:
+            continue
+        sources = [*own[0]["scores"]]
+        columns = [f"{one}, bits per byte" if cycle.score == "bits_per_byte" else f"{one}, %" for one in sources]
+        yield head(["stage", "parameters", f"MACs of {cycle.unit}", *columns, "CPU seconds"])
+        for row in own:
+            if row["stage"] == "checks":
+                continue
+            percent = 1 if cycle.score == "bits_per_byte" else 100
+            scores = [f"{percent * row['scores'][one]:.{3 if percent == 1 else 1}f}" for one in sources]
+            macs = f"{row['macs'] / 1e9:.2f} G" if row["macs"] > 1e9 else f"{row['macs'] / 1e6:.2f} M"
+            size = [f"{row['parameters'] / 1e6:.2f} M", macs]
+            yield line([row["stage"], *size, *scores, f"{row.get('cpu_seconds', 0):.0f}"])
+        yield ""
+        yield "```"
+        yield from (row["command"] for row in own if row.get("command"))
+        yield "```"
+        yield ""
+        yield from (one for row in own if row["stage"] == "checks" for one in show_checks(row))
+        yield ""
+
+
+def show_checks(row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was checked after the last stage, as a list in Markdown."""
+    runs = row["history"]
+    names = ", ".join(f"{one['name']} ({one['changed']})" for one in runs)
+    yield f"* `regrow history`: {names}; {row['snapshots']} of {len(runs)} have the model before them"
+    again, back = row["replay"], row["undo"]
+    yield (
+        f"* replay of {again['plans']} plans on a network on the device meta: {again['tensors']} tensors, "
+        f"{len(again['differ'])} of another shape or type than the last network's"
+    )
+    yield (
+        f"* `regrow undo` to the start: {back['tensors']} tensors as in the first network and {back['others']} others, "
+        f"{back['same_type']} of the same type, {back['equal_bits']} equal bit for bit, largest difference "
+        f"{back['largest']:g}"
+    )
+    for stage, one in row["verify"].items():
+        least, most = (f"{one[key]:.1e}" for key in ("max_abs_diff", "bound"))
+        yield f"* verified in {stage}, before and after: largest difference {least} in {one['dtype']} (bound {most})"
+    yield f"* `regrow export`, read back: {', '.join(row['exported'])}"
+
+
+def main() -> None:
+    """Run a cycle, or show the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cycle", nargs="?", choices=[*CYCLES])
+    parser.add_argument("--work", type=Path, help="folder of the runs")
+    parser.add_argument("--cifar", type=Path, help="CIFAR-10 as train/CLASS/… and test/CLASS/…")
+    parser.add_argument("--size", action="append", default=[], metavar="NAME=NUMBER", help="another size; repeatable")
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the rows")
+    parser.add_argument("--show", action="store_true", help="print the tables")
+    args = parser.parse_args()
+    if args.show:
+        print("\n".join(show(args.out)))
+        return
+    if not (args.cycle and args.work) or (args.cycle == "resnet18" and not args.cifar):
+        parser.error("give a cycle, --work FOLDER, and for resnet18 --cifar PICTURES; or --show")
+    cycle = CYCLES[args.cycle]
+    sizes = dict(cycle.sizes)
+    for name, _, number in (one.partition("=") for one in args.size):
+        if name not in sizes:
+            parser.error(f"{args.cycle} has no size {name!r}; it has {', '.join(sizes)}")
+        sizes[name] = float(number)
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if args.cifar:
+        link_halves(args.cifar, work)
+    others, own = [row for row in rows(args.out) if row["cycle"] != args.cycle], []
+    for row in chain(stages(cycle, args.cycle, work, sizes), map(partial(check, cycle), [args.cycle], [work])):
+        own.append(row | {"date": str(date.today())})
+        print(json.dumps(own[-1]), flush=True)
+        args.out.write_text("".join(json.dumps(one) + "\n" for one in (*others, *own)))
+
+
+if __name__ == "__main__":
+    main()
