@@ -189,6 +189,19 @@ def test_a_large_network_is_priced_and_masked_by_tensors_as_a_small_one_is_by_en
     assert all(torch.allclose(one, other, rtol=1e-10) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("measure", [Measure.PARAMETERS, Measure.MACS, Measure.BYTES])
+def test_large_tensors_are_priced_to_the_unit_as_their_entries_are(traced, measure, monkeypatch):
+    net, axes, _ = traced
+    found, _ = found_in(net, axes, measure)
+    generator, sizes = torch.Generator().manual_seed(0), []
+    masks = [(torch.rand(n, generator=generator) > 0.4).float() for n in (len(found.ops), found.levels.filters)]
+    for most in (0, 2**24):
+        monkeypatch.setattr("regrow.allocation.levels._LARGE", most)
+        sizes.append(float(found.levels.size(*masks)))
+        assert ("makes" in vars(found.levels)) == (most > 0), "vectors of all entries are made where they are needed"
+    assert sizes[0] == sizes[1] > 0
+
+
 def test_a_needed_operation_and_a_last_filter_stay(traced):
     net, axes, _ = traced
     found, _ = found_in(net, axes)

@@ -6,6 +6,7 @@ operation it lies in. So masks and costs of all levels take a few operations on 
 Where gradients flow, entries are picked by ``index_select``: on several threads, the gradient of ``x[i]`` adds up in
 a varying order, so that runs could not be reproduced. Networks of more than ``ENTRYWISE`` entries are priced and masked
 tensor by tensor instead, unless single weights are searched: the same numbers but for rounding, without the vectors.
+Where there are no gradients, smaller networks with large tensors are priced so too, if prices are whole numbers.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +25,8 @@ from regrow.axes import AxisGraph, Role
 
 ENTRYWISE = 2**24
 """The most entries of a network that is priced and masked entry by entry where only operations and filters are."""
+_LARGE = 2**12
+"""The mean number of entries of a tensor above which pricing tensors is faster than pricing entries."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,15 @@ class Levels:
         """N, the number of entries of ``weights``."""
         return sum(map(prod, self.shapes))
 
+    @cached_property
+    def every(self) -> int:
+        """N + M, the number of all entries."""
+        return sum(prod(one.shape) for one in self.tensors)
+
     @property
     def entrywise(self) -> bool:
         """Whether the network is small enough to be priced and masked entry by entry."""
-        return sum(prod(one.shape) for one in self.tensors) <= ENTRYWISE
+        return self.every <= ENTRYWISE
 
     @cached_property
     def reads(self) -> Tensor:
@@ -176,7 +184,9 @@ class Levels:
             A scalar that is differentiable with respect to the masks.
         """
         here = torch.cat([filters, filters.new_ones(1)])
-        if not self.entrywise and (weights is None or not self.sparse):
+        whole = not (self.timed or ops.requires_grad or filters.requires_grad)  # added up without rounding
+        fast = not self.entrywise or (whole and self.every > _LARGE * len(self.tensors))
+        if fast and (weights is None or not self.sparse):
             every, wide = torch.cat([ops, ops.new_ones(1)]), here.double()
             return torch.stack([one.size(every, wide) for one in self.tensors]).sum() + self.rest
         alive = torch.cat([ops, ops.new_ones(1)]).index_select(0, self.ops) * here.index_select(0, self.makes)
