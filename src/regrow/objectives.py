@@ -71,9 +71,14 @@ class Objective:
             batch: The batch, with its labels.
 
         Raises:
-            InputError: If the loss is no scalar tensor.
+            InputError: If the labels do not fit the outputs, or the loss is no scalar tensor.
         """
-        loss = self.loss(output, batch.labels)
+        try:
+            loss = self.loss(output, batch.labels)
+        except (IndexError, RuntimeError) as error:
+            if self.name in OBJECTIVES and (problem := describe_misfit(output, batch.labels, self.name)):
+                raise InputError(problem) from error
+            raise
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss must be a scalar tensor, got {shape}; reduce it, for example with .mean()")
@@ -91,6 +96,37 @@ class Objective:
             return Score(value * (n := batch.size), value**2 * n, n)
         scores = self.score(output, batch.labels).double()
         return Score(float(scores.sum()), float(scores.square().sum()), scores.numel())
+
+
+def describe_misfit(output: object, labels: object, name: str = "classification") -> str:
+    """Return why labels do not fit what a network returned, and what would; empty if nothing is known against them.
+
+    Args:
+        output: What the network returned.
+        labels: The labels.
+        name: The name of the objective.
+
+    >>> describe_misfit(torch.zeros(2, 3), torch.tensor([0, 3]))
+    'label 3 is no class of a network with 3 outputs; give labels from 0 to 2, or a network with more outputs'
+    """
+    logits = logits_in(output)
+    if not isinstance(labels, Tensor) or not logits.dim():
+        return ""
+    shapes = f"labels of shape {list(labels.shape)} do not fit outputs of shape {list(logits.shape)}"
+    if labels.is_floating_point():
+        misfit = labels.numel() != logits.numel()
+        return f"{shapes}; give a value per output, or whole numbers (labels.long()) for classes" if misfit else ""
+    if labels.dim() > 1 and labels.shape == logits.shape:
+        return f"{shapes}; give class numbers (labels.argmax(-1)), or floats for labels of which several may hold"
+    if name != "multi-label" and labels.dim() == 2 and labels.shape[1] == 1:
+        return f"{shapes}; give one class number per example (labels.squeeze(1))"
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))]
+    if not len(wrong) or logits.dim() > 2:
+        return ""
+    return (
+        f"label {int(wrong[0])} is no class of a network with {logits.shape[-1]} outputs; "
+        f"give labels from 0 to {logits.shape[-1] - 1}, or a network with more outputs"
+    )
 
 
 def class_loss(output: object, labels: object) -> Tensor:

@@ -185,11 +185,23 @@ def test_strings_and_chats_are_text(tmp_path):
         ([{1, 2}], "a batch must be a tensor"),
         ((INPUTS, LABELS[:3]), "the same length, got 10, 3"),
         (["some text"], "no tokenizer"),
-        ("nowhere", "no folder of class folders"),
+        ("nowhere", "there is no file or folder 'nowhere'"),
         (Columns(title=["a"]), "hold no inputs that are known"),
+        ([INPUTS, LABELS], "come as a tuple"),
     ],
-    ids=["number", "nothing", "set", "lengths", "text", "path", "columns"],
+    ids=["number", "nothing", "set", "lengths", "text", "path", "columns", "list"],
 )
 def test_what_cannot_be_read_is_named(data, words):
     with pytest.raises(SourceError, match=words):
         list(to_source(data))
+
+
+def test_arrays_lists_of_labels_entries_and_one_dict_are_inputs_with_labels():
+    for data in (
+        (INPUTS.numpy(), LABELS.numpy()),
+        (INPUTS, LABELS.tolist()),
+        [(INPUTS[i], int(LABELS[i])) for i in range(len(INPUTS))],
+        {"x": INPUTS, "label": LABELS},
+    ):
+        (source,) = to_sources(data)
+        assert torch.equal(torch.cat([batch.labels for batch in source]), LABELS)

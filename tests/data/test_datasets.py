@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from regrow.data.datasets import LoadedExamples, StreamedExamples, to_examples, to_tasks
+from regrow.data.datasets import LoadedExamples, StreamedExamples, to_examples
 from regrow.data.errors import SourceError
 from regrow.data.streams import permuted_tasks
+from regrow.data.task_data import to_tasks
 from regrow.tasks import Examples, first_examples
 
 INPUTS, LABELS = torch.arange(33.0).reshape(11, 3), torch.arange(11) % 2
@@ -186,7 +187,24 @@ def test_pictures_as_torchvision_gives_them(mode, channels):
         to_tasks([(rows, rows)])
 
 
-@pytest.mark.parametrize(("tasks", "words"), [([], "no task to learn"), ([3], "cannot read a int")])
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ([], "no task to learn"),
+        ([3], "cannot read a int"),
+        ((INPUTS, LABELS), "got one tuple; give"),
+        (TensorDataset(INPUTS, LABELS), "got one TensorDataset; give"),
+        (DataLoader(TensorDataset(INPUTS, LABELS)), "got one DataLoader; give"),
+        ("pictures/", "got one str; give"),
+        ((TensorDataset(INPUTS, LABELS),) * 2, "a tuple of two sets of data; for one task give"),
+        ({"train": INPUTS, "test": INPUTS}, "give a list of tasks"),
+    ],
+)
 def test_what_is_no_task_is_named(tasks, words):
     with pytest.raises(SourceError, match=words):
         to_tasks(tasks)
+
+
+def test_a_dict_names_the_tasks():
+    data = (INPUTS, LABELS)
+    assert [task.name for task in to_tasks({"one": (data, data), "two": (data, data)})] == ["one", "two"]

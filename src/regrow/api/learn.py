@@ -14,7 +14,7 @@ from regrow.api.runs import Destination, describe_data, finish, loaded_of, name_
 from regrow.axes import AxisGraph, Example
 from regrow.commands.learning_record import LearningRecord, record_matrix
 from regrow.data.batches import ReadOptions
-from regrow.data.datasets import to_tasks
+from regrow.data.task_data import to_tasks
 from regrow.errors import InputError
 from regrow.evaluation.continual import Matrix
 from regrow.methods import MethodKind, find_method

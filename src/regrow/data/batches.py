@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -47,6 +48,10 @@ class ReadOptions:
     size: int = 224
     shift: bool = False
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SourceError(f"batch_size must be at least 1, got {self.batch_size}")
+
 
 def to_sources(data: Any, reading: ReadOptions = ReadOptions()) -> list[Source]:
     """Return users' data as named sources.
@@ -66,8 +71,10 @@ def to_sources(data: Any, reading: ReadOptions = ReadOptions()) -> list[Source]:
         return []
     if isinstance(data, Mapping) and not _is_batch(data):
         return [to_source(part, str(name), reading) for name, part in data.items()]
-    if isinstance(data, Sequence) and not isinstance(data, str) and all(isinstance(part, Source) for part in data):
+    if isinstance(data, Sequence) and data and all(isinstance(part, Source) for part in data):
         return list(data)
+    if isinstance(data, list) and any(isinstance(part, DataLoader) for part in data):
+        raise SourceError("several sets of data need names; give a dict, for example {'first': loader}")
     return [to_source(data, "data", reading)]
 
 
@@ -99,8 +106,13 @@ def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions(
             return _read_path(data, name, reading)
         case Tensor():
             return Source(name, [Batch((part,)) for part in data.split(reading.batch_size)])
-        case tuple() if data and all(isinstance(part, Tensor) for part in data):
-            return Source(name, _split(data, name, reading.batch_size))
+        case tuple() if data and all(isinstance(part, Tensor | np.ndarray) for part in data):
+            return Source(name, _split([torch.as_tensor(part) for part in data], name, reading.batch_size))
+        case (Tensor() | np.ndarray(), [int() | float(), *_]):
+            return to_source((data[0], torch.tensor(data[1])), name, reading)
+        case list() if len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+            if data[0].dim() != data[1].dim() or data[0].dtype != data[1].dtype:
+                raise SourceError(f"source {name!r}: inputs and labels come as a tuple (inputs, labels), got a list")
     if isinstance(data, Mapping) and _is_batch(data):
         return Source(name, [to_batch(data, name, reading.shift)])
     if hasattr(data, "column_names"):
@@ -108,6 +120,8 @@ def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions(
     if isinstance(data, Sequence) and data and all(isinstance(part, str) for part in data):
         return _tokenize(Text(name, tuple(data), "strings"), reading)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Sequence):
+        data = DataLoader(data, batch_size=reading.batch_size)
+    if is_entries(data):
         data = DataLoader(data, batch_size=reading.batch_size)
     if not isinstance(data, Iterable):
         raise SourceError(f"source {name!r}: cannot read a {type(data).__name__}; give {EXPECTED}")
@@ -210,14 +224,32 @@ def _mapping_batch(item: dict[str, Any], shift: bool) -> Batch:
     return Batch((), item, labels)
 
 
+def is_entries(data: Any) -> bool:
+    """Whether data are a list of entries (input, label).
+
+    Args:
+        data: Any data.
+    """
+    if not isinstance(data, list) or not data or not isinstance(data[0], tuple | list) or len(data[0]) < 2:
+        return False
+    label = data[0][1]
+    return isinstance(label, int | np.generic) or (isinstance(label, Tensor) and label.dim() == 0)
+
+
 def _is_batch(data: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is a batch: of inputs that are known by name, or tensors with labels; else it names sources."""
+    tensors = all(isinstance(part, Tensor) for part in data.values())
+    if tensors and len(data) > 1 and any(key in data for key in LABELS):
+        return True
     return any(key in data for key in INPUTS) and all(not isinstance(part, str | Path) for part in data.values())
 
 
 def _split(parts: Sequence[Tensor], name: str, size: int) -> list[Batch]:
     if len({len(part) for part in parts}) > 1:
         counts = ", ".join(str(len(part)) for part in parts)
-        raise SourceError(f"source {name!r}: inputs and labels must have the same length, got {counts}")
+        raise SourceError(
+            f"source {name!r}: inputs and labels must have the same length, got {counts}; give one label per input"
+        )
     rows = zip(*(part.split(size) for part in parts), strict=True)
     return [to_batch(row, name) for row in rows]
 
@@ -230,6 +262,11 @@ def _read_path(data: str | Path, name: str, reading: ReadOptions) -> Source:
     if reading.tokenizer is None:
         if path.is_dir():
             return images(name, path, size=reading.size, batch_size=reading.batch_size, half=Half.WHOLE)
+        if not path.exists():
+            raise SourceError(
+                f"source {name!r}: there is no file or folder {str(data)!r}; give the path of class folders or of a "
+                ".csv; for the name of a text domain, the model needs a tokenizer (tokenizer=, or model.tokenizer)"
+            )
         raise SourceError(
             f"source {name!r}: {str(data)!r} is no folder of class folders and no .csv file; if it is text, the model "
             "needs a tokenizer (tokenizer=, or model.tokenizer)"

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from regrow.data.batches import BatchStream, ReadOptions, to_batch, to_source
+from regrow.data.batches import BatchStream, ReadOptions, is_entries, to_batch, to_source
 from regrow.data.errors import SourceError
-from regrow.objectives import IGNORED
 from regrow.sources import Batch
-from regrow.tasks import Examples, ExampleSet, Task, batch_indices
+from regrow.tasks import Examples, ExampleSet, batch_indices
 
 Collate = Callable[[list[Any]], Any]
 
@@ -196,100 +195,6 @@ def join_examples(parts: Iterable[Examples]) -> Examples:
     return Examples(tuple(torch.cat(column) for column in zip(*(part.inputs for part in parts), strict=True)), labels)
 
 
-def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.1) -> list[Task]:  # noqa: B008
-    """Return a user's sequence of tasks.
-
-    Args:
-        tasks: An Avalanche-shaped benchmark, with ``train_stream`` and ``test_stream`` of experiences that have a
-            ``dataset``; or an iterable of tasks: pairs (training data, test data), dicts with ``train``, ``test`` and
-            perhaps ``name``, :class:`regrow.tasks.Task`, or training data alone.
-        reading: How data are read.
-        share: The fraction of training data alone that is held out for testing.
-
-    Raises:
-        SourceError: If there is no task, or one cannot be read.
-
-    >>> data = torch.eye(20), torch.arange(20) % 2
-    >>> [(task.name, len(task.train), len(task.test)) for task in to_tasks([(data, data), data])]
-    [('task-1', 20, 20), ('task-2', 18, 2)]
-    """
-    result = []
-    for i, task in enumerate(_pair_streams(tasks) if hasattr(tasks, "train_stream") else tasks):
-        name = f"task-{i + 1}"
-        match task:
-            case Task():
-                result.append(task)
-                continue
-            case {"train": train, "test": test}:
-                result.append(to_task(str(task.get("name", name)), train, test, reading))
-            case (train, test) if not isinstance(test, Tensor):
-                result.append(to_task(name, train, test, reading))
-            case _:
-                data, untransformed = _dataset_of(task, "train"), _dataset_of(task, "eval")
-                whole = to_examples(data, reading)
-                tested = whole if untransformed is data else to_examples(untransformed, reading)
-                order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(i))
-                test, train = order.split([n := max(1, round(share * len(whole))), len(whole) - n])
-                result.append(to_task(name, whole.subset(train.sort()[0]), tested.subset(test.sort()[0]), reading))
-    if not result:
-        raise SourceError("there is no task to learn; give an iterable of (training data, test data)")
-    return result
-
-
-def to_task(name: str, train: Any, test: Any, reading: ReadOptions = ReadOptions()) -> Task:  # noqa: B008
-    """Return a task from training and test data.
-
-    Args:
-        name: What results call it.
-        train: The training data, or an experience with a ``dataset``.
-        test: The test data, never trained on.
-        reading: How they are read.
-    """
-    learned, tested = to_examples(_dataset_of(train, "train"), reading), to_examples(_dataset_of(test, "eval"), reading)
-    classes = getattr(train, "classes_in_this_experience", None)
-    if classes is None:
-        classes = {label for part in (learned, tested) for label in _classes(part)}
-    return Task(name, learned, tested, tuple(sorted(map(int, classes))))
-
-
-def _pair_streams(benchmark: Any) -> list[Any]:
-    """Return the (training, test) experiences of a benchmark; a single test experience is that of every task."""
-    train, test = list(benchmark.train_stream), list(getattr(benchmark, "test_stream", ()))
-    if not test:
-        return train
-    if len(test) not in (1, len(train)):
-        raise SourceError(
-            f"the benchmark has {len(train)} training and {len(test)} test experiences; "
-            "give a list of pairs (training experience, test experience)"
-        )
-    return [*zip(train, test * len(train) if len(test) == 1 else test, strict=True)]
-
-
-def _dataset_of(data: Any, group: str) -> Any:
-    """Return the data set of an Avalanche-shaped experience, with its transforms of a group; other data as they are.
-
-    Args:
-        data: Data, or an experience.
-        group: ``train`` or ``eval``, the name of the data set's method that switches transforms, if it has both.
-    """
-    own = getattr(data, "dataset", None)
-    if own is not None and not isinstance(data, DataLoader | ExampleSet) and not hasattr(data, "__getitem__"):
-        data = own
-    switches = all(callable(getattr(data, name, None)) for name in ("train", "eval"))
-    return getattr(data, group)() if switches else data
-
-
-def _classes(examples: ExampleSet) -> set[int]:
-    """Return the class labels of examples, which are read if need be; none if labels are values or one per token."""
-    known = examples.labels_of()
-    found: set[int] = set()
-    for labels in [known] if known is not None else (batch.labels for batch in examples.batches(256)):
-        if labels.is_floating_point() or labels.dim() != 1:
-            return set()
-        found |= set(labels.unique().tolist())
-    return found - {IGNORED}
-
-
 def to_input(value: Any) -> Any:
     """Return one input as the network takes it: images of integers, as PIL gives them, become ``[C, H, W]`` in 0 to 1.
 
@@ -343,8 +248,7 @@ def _targets(dataset: Any) -> Tensor | None:
 
 def _is_indexed(data: Any) -> bool:
     """Whether data are a data set with ``len`` and indices, or a list of entries (input, label)."""
-    if isinstance(data, list) and data and isinstance(data[0], tuple | list) and len(data[0]) > 1:
-        label = data[0][1]
-        return isinstance(label, int | np.generic) or (isinstance(label, Tensor) and label.dim() == 0)
+    if is_entries(data):
+        return True
     known = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "column_names")
     return known and not isinstance(data, Sequence | Tensor | dict | DataLoader)

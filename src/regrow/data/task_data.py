@@ -1,0 +1,146 @@
+"""A user's sequence of tasks: pairs of training and test data, or a benchmark shaped like those of Avalanche."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from regrow.data.batches import ReadOptions
+from regrow.data.datasets import to_examples
+from regrow.data.errors import SourceError
+from regrow.objectives import IGNORED
+from regrow.tasks import ExampleSet, Task
+
+
+def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.1) -> list[Task]:  # noqa: B008
+    """Return a user's sequence of tasks.
+
+    Args:
+        tasks: An Avalanche-shaped benchmark, with ``train_stream`` and ``test_stream`` of experiences that have a
+            ``dataset``; or an iterable of tasks: pairs (training data, test data), dicts with ``train``, ``test`` and
+            perhaps ``name``, :class:`regrow.tasks.Task`, or training data alone; or a dict from names to such.
+        reading: How data are read.
+        share: The fraction of training data alone that is held out for testing.
+
+    Raises:
+        SourceError: If there is no task, or one cannot be read.
+
+    >>> data = torch.eye(20), torch.arange(20) % 2
+    >>> [(task.name, len(task.train), len(task.test)) for task in to_tasks([(data, data), data])]
+    [('task-1', 20, 20), ('task-2', 18, 2)]
+    """
+    result = []
+    for i, (name, task) in enumerate(_named(tasks)):
+        match task:
+            case Task():
+                result.append(task)
+                continue
+            case {"train": train, "test": test}:
+                result.append(to_task(str(task.get("name", name)), train, test, reading))
+            case (train, test) if not isinstance(test, Tensor):
+                result.append(to_task(name, train, test, reading))
+            case _:
+                data, untransformed = _dataset_of(task, "train"), _dataset_of(task, "eval")
+                whole = to_examples(data, reading)
+                tested = whole if untransformed is data else to_examples(untransformed, reading)
+                order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(i))
+                test, train = order.split([n := max(1, round(share * len(whole))), len(whole) - n])
+                result.append(to_task(name, whole.subset(train.sort()[0]), tested.subset(test.sort()[0]), reading))
+    if not result:
+        raise SourceError("there is no task to learn; give an iterable of (training data, test data)")
+    return result
+
+
+def to_task(name: str, train: Any, test: Any, reading: ReadOptions = ReadOptions()) -> Task:  # noqa: B008
+    """Return a task from training and test data.
+
+    Args:
+        name: What results call it.
+        train: The training data, or an experience with a ``dataset``.
+        test: The test data, never trained on.
+        reading: How they are read.
+    """
+    learned, tested = to_examples(_dataset_of(train, "train"), reading), to_examples(_dataset_of(test, "eval"), reading)
+    classes = getattr(train, "classes_in_this_experience", None)
+    if classes is None:
+        classes = {label for part in (learned, tested) for label in _classes(part)}
+    return Task(name, learned, tested, tuple(sorted(map(int, classes))))
+
+
+def _named(tasks: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the data of each task.
+
+    Raises:
+        SourceError: If they are one set of data, or a pair of which it is open whether it is two tasks.
+    """
+    match tasks:
+        case {"train": _, "test": _}:
+            raise SourceError("the tasks are a dict of one task; give a list of tasks: [task]")
+        case Mapping():
+            yield from ((str(name), task) for name, task in tasks.items())
+            return
+        case str() | Path() | DataLoader():
+            single = True
+        case tuple() if len(tasks) == 2 and all(isinstance(one, Tensor) for one in tasks):
+            single = True
+        case tuple() if len(tasks) == 2 and not any(isinstance(one, tuple | list | Mapping | Task) for one in tasks):
+            raise SourceError(
+                "the tasks are a tuple of two sets of data; for one task give [(training data, test data)], for two "
+                "tasks a list: [first, second]"
+            )
+        case _:
+            single = not isinstance(tasks, Sequence | Iterator) and hasattr(tasks, "__getitem__")
+            single = single and not _holds_experiences(tasks)
+    if single or not (isinstance(tasks, Iterable) or hasattr(tasks, "train_stream")):
+        raise SourceError(
+            f"the tasks must be a list of tasks, got one {type(tasks).__name__}; give [(training data, test data)], or "
+            "[data], of which a tenth is held out for testing"
+        )
+    every = _pair_streams(tasks) if hasattr(tasks, "train_stream") else tasks
+    yield from ((f"task-{i + 1}", task) for i, task in enumerate(every))
+
+
+def _holds_experiences(stream: Any) -> bool:
+    """Whether indices give experiences, as those of a benchmark's stream do, rather than examples."""
+    return hasattr(next(iter(stream), None), "dataset")
+
+
+def _pair_streams(benchmark: Any) -> list[Any]:
+    """Return the (training, test) experiences of a benchmark; a single test experience is that of every task."""
+    train, test = list(benchmark.train_stream), list(getattr(benchmark, "test_stream", ()))
+    if not test:
+        return train
+    if len(test) not in (1, len(train)):
+        raise SourceError(
+            f"the benchmark has {len(train)} training and {len(test)} test experiences; "
+            "give a list of pairs (training experience, test experience)"
+        )
+    return [*zip(train, test * len(train) if len(test) == 1 else test, strict=True)]
+
+
+def _dataset_of(data: Any, group: str) -> Any:
+    """Return the data set of an Avalanche-shaped experience, with its transforms of a group; other data as they are.
+
+    Args:
+        data: Data, or an experience.
+        group: ``train`` or ``eval``, the name of the data set's method that switches transforms, if it has both.
+    """
+    own = getattr(data, "dataset", None)
+    if own is not None and not isinstance(data, DataLoader | ExampleSet) and not hasattr(data, "__getitem__"):
+        data = own
+    switches = all(callable(getattr(data, name, None)) for name in ("train", "eval"))
+    return getattr(data, group)() if switches else data
+
+
+def _classes(examples: ExampleSet) -> set[int]:
+    """Return the class labels of examples, which are read if need be; none if labels are values or one per token."""
+    known = examples.labels_of()
+    found: set[int] = set()
+    for labels in [known] if known is not None else (batch.labels for batch in examples.batches(256)):
+        if labels.is_floating_point() or labels.dim() != 1:
+            return set()
+        found |= set(labels.unique().tolist())
+    return found - {IGNORED}
