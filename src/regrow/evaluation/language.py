@@ -1,6 +1,7 @@
 """Perplexity of a language model on a source, and paired differences of two models, with standard errors."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow.evaluation.forward import evaluating, logits_of
 from regrow.progress import Progress, silent
-from regrow.sources import Source
+from regrow.sources import Source, logits_in
 
 # Rows of logits turned into float32 at a time: 256 rows of a 262,144-token vocabulary are 256 MB.
 _ROWS = 256
@@ -115,7 +116,12 @@ class Paired:
 
 
 def perplexity(
-    model: nn.Module, source: Source, *, tokenizer: Any | None = None, progress: Progress = silent
+    model: nn.Module,
+    source: Source,
+    *,
+    tokenizer: Any | None = None,
+    outputs: Iterable[object] | None = None,
+    progress: Progress = silent,
 ) -> Perplexity:
     """Measure the perplexity of a language model on a source.
 
@@ -123,6 +129,7 @@ def perplexity(
         model: Called with the inputs of each batch; returns logits ``[batch, tokens, vocabulary]``.
         source: Windows of text with shifted labels.
         tokenizer: If given, the bytes of the labelled tokens are counted, for bits per byte.
+        outputs: The model's output for each batch, where it does not run as a whole; ``None``: it is called.
         progress: Called with (batches done, batches in all, description).
 
     Raises:
@@ -132,10 +139,11 @@ def perplexity(
     tokens: list[int] = []
     lengths: list[int] = []
     with evaluating(model) as device:
-        for done, batch in enumerate(source, start=1):
+        answers = (logits_of(model, batch, device) for batch in source) if outputs is None else map(logits_in, outputs)
+        for done, (batch, logits) in enumerate(zip(source, answers, strict=False), start=1):
             if batch.labels is None:
                 raise ValueError(f"source {source.name!r} has no labels; make it with regrow.data.windows")
-            losses = token_losses(logits_of(model, batch, device), batch.labels.to(device))
+            losses = token_losses(logits, batch.labels.to(device))
             nll += losses.sum(-1).tolist()
             tokens += (batch.labels != -100).sum(-1).tolist()
             if tokenizer is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from regrow.axes import Example
 from regrow.limits import expanded
@@ -151,7 +152,7 @@ def check_finite(model: nn.Module, name: str, dtype: torch.dtype | None = None) 
 
 
 def count_nonfinite(tensor: torch.Tensor) -> int:
-    """Return how many entries of a tensor are NaN or infinite; 0 for integers and on the meta device.
+    """Return how many entries of a tensor are NaN or infinite; 0 for integers and for tensors without numbers.
 
     Args:
         tensor: Any tensor.
@@ -159,7 +160,7 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     >>> count_nonfinite(torch.tensor([0.0, float("nan"), float("-inf")]))
     2
     """
-    if not tensor.is_floating_point() or tensor.is_meta:
+    if not tensor.is_floating_point() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return 0
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite knows no eight-bit numbers
     finite = torch.isfinite(wide)

@@ -6,7 +6,6 @@ it is a pickle, and no code that it names is run.
 """
 
 import logging
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.modules import drop, insert
 from regrow.store.origins import describe_origin
 from regrow.store.pretrained import (
+    main_dtype,
     read_tokenizer,
     update_origin,
     write_configuration,
@@ -36,7 +36,15 @@ from regrow.store.shapes import DTYPES, SHAPES, Probe, Shapes
 from regrow.store.state import check as check_architecture
 from regrow.store.state import describe, named_tensors, restore
 from regrow.store.versions import versions
-from regrow.store.weights import check_file, inside, measure, read_weights, write_weights
+from regrow.store.weights import (
+    OutsideTensors,
+    check_file,
+    inside,
+    measure,
+    read_weights,
+    write_each,
+    write_weights,
+)
 
 CARRIED = (
     "modeling_regrow.py",
@@ -108,6 +116,7 @@ def write_model(
     tokenizer: Any | None = None,
     dtype: torch.dtype | None = None,
     example: Example | Tensor | None = None,
+    outside: OutsideTensors | None = None,
 ) -> None:
     """Write the files of a model into an unfinished folder, replacing those of another model.
 
@@ -120,6 +129,7 @@ def write_model(
         tokenizer: As for :func:`save`.
         dtype: As for :func:`save`.
         example: As for :func:`save`.
+        outside: The tensors, where the network has no numbers; ``None``: they are in the network.
 
     Raises:
         StoreError: As :func:`save`.
@@ -133,7 +143,7 @@ def write_model(
     tokenizer = tokenizer if tokenizer is not None else getattr(net, "tokenizer", None)
     origin = replace(origin, name=Path(origin.name).name)  # no paths of this machine
     if origin.kind == "transformers":
-        origin = update_origin(origin, net, dtype or _main_dtype(net))
+        origin = update_origin(origin, net, dtype or main_dtype(net))
     try:
         check_finite(net, origin.name or "the model", dtype)
     except ModelError as error:
@@ -145,11 +155,16 @@ def write_model(
         folder.mkdir(parents=True, exist_ok=True)
         for path in _files_of_a_model(folder):
             path.unlink()
-    shapes = write_weights(net, shapes, folder)
-    kept = _write_probe(net, shapes, example, folder)
+    if outside is None:
+        shapes = write_weights(net, shapes, folder)
+        kept = _write_probe(net, shapes, example, folder)
+    else:
+        shapes = write_each(outside.each(shapes), shapes, folder)
+        with outside.running(folder) as running:
+            kept = _write_probe(running, shapes, example, folder, outside.aligned)
     if kept.file is None:
         _log.warning("the output of the saved model is not recorded, so that load cannot check it: %s", kept.reason)
-    elif fresh is not None and (changed := unsaved_change(net, fresh, shapes, folder)):
+    elif outside is None and fresh is not None and (changed := unsaved_change(net, fresh, shapes, folder)):
         _log.warning(
             "the saved model will be refused by load: no file keeps %s, in which it differs from a newly built model; "
             "make the change in the function that builds it, and give load that: load(folder, model=function)",
@@ -294,7 +309,9 @@ def _write_pretrained(net: nn.Module, shapes: Shapes, folder: Path) -> None:
     portable.write_code(reference, folder)
 
 
-def _write_probe(net: nn.Module, shapes: Shapes, example: Example | Tensor | None, folder: Path) -> Probe:
+def _write_probe(
+    net: nn.Module, shapes: Shapes, example: Example | Tensor | None, folder: Path, aligned: bool | None = None
+) -> Probe:
     """Write an input and the network's output for it; return its record, or why there is none."""
     if isinstance(example, Tensor):
         example = Example((example,))
@@ -307,20 +324,11 @@ def _write_probe(net: nn.Module, shapes: Shapes, example: Example | Tensor | Non
         cast = any(
             str(there[n].tensor.dtype) != f"torch.{one.dtype}" for n, one in shapes.tensors.items() if n in there
         )
-        probe.write_probe(net, example, folder / probe.FILE, cast=cast)
+        probe.write_probe(net, example, folder / probe.FILE, cast=cast, aligned=aligned)
     except (probe.UnprobedError, ModelError) as error:
         remedy = "; give one: save(…, example=input)"
         return Probe(reason=str(error) + (remedy if guessed and remedy not in str(error) else ""))
     return Probe(measure(folder / probe.FILE))
-
-
-def _main_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of most floating-point parameters."""
-    counts: Counter[torch.dtype] = Counter()
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] += parameter.numel()
-    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def _files_of_a_model(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -191,3 +192,16 @@ def is_pretrained(model: nn.Module) -> bool:
         model: The network.
     """
     return type(model).__module__.startswith("transformers.models.") and hasattr(model, "config")
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of most floating-point parameters.
+
+    Args:
+        model: The network.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32

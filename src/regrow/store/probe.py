@@ -49,7 +49,9 @@ class Answer:
     samples: tuple[Tensor, ...]
 
 
-def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool = False) -> None:
+def write_probe(
+    model: nn.Module, example: Example, path: Path, *, cast: bool = False, aligned: bool | None = None
+) -> None:
     """Run a network on an input, and write the input and the output to a file.
 
     Args:
@@ -57,6 +59,7 @@ def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool = 
         example: The input to run. Large floating-point tensors are replaced by a pattern of the same shape.
         path: The file to make.
         cast: Whether its weights are stored in another dtype than they have now.
+        aligned: Whether all weights begin at a cache line; ``None``: as those of the network do.
 
     Raises:
         UnprobedError: If the network fails on the input, or the input cannot be stored.
@@ -69,18 +72,21 @@ def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool = 
         said = compute_answer(model, shape, inputs)
     except Exception as error:
         raise UnprobedError(f"the network does not take the example input ({first_line(error)[:120]})") from None
-    parameters = list(model.parameters())
+    aligned = all(map(_is_aligned, model.parameters())) if aligned is None else aligned
     header = {
         "inputs": shape,
         "patterns": [_describe_tensor(one) if _is_large(one) else None for one in inputs],
         "outputs": list(said.digests),
         # Kernels choose by the alignment and the layout of weights, and a loaded network has both in order.
-        "exact": not cast
-        and all(p.is_contiguous() and p.data_ptr() % 64 == 0 and p.device.type == "cpu" for p in parameters),
+        "exact": not cast and aligned,
         "conditions": conditions(),
     }
     tensors = {f"i{i}": one for i, one in enumerate(inputs) if not _is_large(one)}
     write_tensors(path, tensors | {f"o{i}": one for i, one in enumerate(said.samples)}, header, FORMAT)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 and tensor.device.type == "cpu"
 
 
 def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] = (), cast: bool = False) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from regrow.nets import Origin
 from regrow.store.atomic import StoreError
@@ -75,7 +76,8 @@ def find_ties(tensors: Mapping[str, Held]) -> dict[str, str]:
         t = here.tensor
         if here.kind is Kind.DERIVED:
             continue
-        place = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) if t.numel() and not t.is_meta else id(t)
+        numbers = t.numel() and not t.is_meta and not isinstance(t, FakeTensor)
+        place = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) if numbers else id(t)
         owner = first.setdefault((here.kind, place), name)
         if owner != name:
             result[name] = owner

@@ -8,6 +8,7 @@ no bfloat16, and the arguments of its ``serialize_file`` change from version to 
 import json
 import struct
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -46,23 +47,68 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         OSError: If the disk is full or write permission is missing.
         ValueError: If the format has no name for a dtype.
     """
-    if unknown := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]:
-        dtype = str(tensors[unknown[0]].dtype).removeprefix("torch.")
-        raise ValueError(f"safetensors files do not hold {dtype}, the dtype of {unknown[0]}; convert it first")
-    places = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
-    names, end = sorted(tensors, key=lambda name: (places[tensors[name].dtype], name)), 0
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    for name in names:
-        tensor, begin = tensors[name], end
-        end += tensor.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            if tensors[name].numel():
-                file.write(as_bytes(tensors[name]).numpy().data)
+    with TensorFile(path, {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}, metadata) as file:
+        for name in file.places:
+            file.write(name, tensors[name])
+
+
+class TensorFile:
+    """A safetensors file that is being written, its tensors one by one in any order.
+
+    Args:
+        path: The file.
+        entries: Name → dtype and shape of every tensor that it will hold.
+        metadata: Text entries of the file's metadata; sorted in the file.
+
+    Raises:
+        OSError: If the disk is full or write permission is missing.
+        ValueError: If the format has no name for a dtype.
+    """
+
+    def __init__(
+        self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
+        if unknown := [name for name, (dtype, _) in entries.items() if dtype not in DTYPE_NAMES]:
+            kind = str(entries[unknown[0]][0]).removeprefix("torch.")
+            raise ValueError(f"safetensors files do not hold {kind}, the dtype of {unknown[0]}; convert it first")
+        order = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
+        header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+        self.places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name in sorted(entries, key=lambda name: (order[entries[name][0]], name)):
+            dtype, shape = entries[name]
+            begin, end = end, end + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            self.places[name] = begin, end
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.start = 8 + len(text)
+        self.file = path.open("wb")
+        self.file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor in its place.
+
+        Args:
+            name: Its name.
+            tensor: The tensor, of the announced dtype and shape.
+
+        Raises:
+            OSError: If the disk is full.
+            ValueError: If it has another length than was announced.
+        """
+        begin, end = self.places[name]
+        if tensor.nbytes != end - begin:
+            raise ValueError(f"{name} has {tensor.nbytes} bytes, not the {end - begin} in the header")
+        if end > begin:
+            self.file.seek(self.start + begin)
+            self.file.write(as_bytes(tensor).numpy().data)
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

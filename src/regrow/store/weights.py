@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +17,26 @@ from regrow.store.attributes import unregistered_tensors
 from regrow.store.errors import check_readable
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
 from regrow.store.state import named_tensors
-from regrow.store.tensor_file import as_bytes, save_tensors
+from regrow.store.tensor_file import TensorFile, as_bytes, save_tensors
 
 SHARD = 5 * 10**9
 """The most bytes of tensors in one file; more are split into several files."""
 _LONGEST = 2**28
+
+
+@dataclass(frozen=True)
+class OutsideTensors:
+    """The tensors of a network that is larger than memory: it has their shapes, but not their numbers.
+
+    Args:
+        each: Returns (name, tensor) of every tensor in a record, one by one.
+        running: Context manager in which the network runs, once its weights are written to a folder.
+        aligned: Whether they would all begin at a cache line if the network were in memory.
+    """
+
+    each: Callable[[Shapes], Iterable[tuple[str, Tensor]]]
+    running: Callable[[Path], AbstractContextManager[nn.Module]]
+    aligned: bool = False
 
 
 def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = SHARD) -> Shapes:
@@ -40,25 +56,72 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
     """
     places = {name: here.tensor for name, here in named_tensors(model).items()} | unregistered_tensors(model)
     digests: dict[str, str] = {}
+    files = _files(shapes, shard)
+    for name, part in files.items():
+        tensors = _separate({key: places[key].to(DTYPES[stored.dtype]) for key, stored in part.items()})
+        digests |= {key: digest(tensor) for key, tensor in tensors.items()}
+        with atomic_write(folder / name) as temporary:
+            save_tensors(tensors, temporary, {"format": "pt"})
+    return _finish(shapes, folder, files, digests)
+
+
+def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, shard: int = SHARD) -> Shapes:
+    """Write the files that :func:`write_weights` writes, from tensors that are given one by one in any order.
+
+    Args:
+        tensors: (name, tensor) of every recorded tensor; each is released once it is written.
+        shapes: The record: which tensors, and in which dtype.
+        folder: The model folder; it must exist.
+        shard: The most bytes of tensors in one file.
+
+    Returns:
+        The record, with the length and digest of every file and the digest of every tensor.
+
+    Raises:
+        StoreError: If a parameter holds NaN or infinity, the disk is full or write permission is missing.
+    """
+    files = _files(shapes, shard)
+    digests: dict[str, str] = {}
+    with ExitStack() as stack:
+        opened: dict[str, TensorFile] = {}
+        for name, part in files.items():
+            entries = {key: (DTYPES[stored.dtype], stored.shape) for key, stored in part.items()}
+            temporary = stack.enter_context(atomic_write(folder / name))
+            file = stack.enter_context(TensorFile(temporary, entries, {"format": "pt"}))
+            opened |= dict.fromkeys(part, file)
+        for key, tensor in tensors:
+            stored = shapes.tensors[key]
+            own = tensor.detach().to("cpu", DTYPES[stored.dtype]).contiguous()
+            if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(own)):
+                raise StoreError(f"{bad} entries of {key!r} would be NaN or infinite; use another dtype")
+            digests[key] = digest(own)
+            opened[key].write(key, own)
+    return _finish(shapes, folder, files, digests)
+
+
+def _files(shapes: Shapes, shard: int) -> dict[str, dict[str, Stored]]:
+    """Return file name → the tensors that it holds."""
     own = {name: stored for name, stored in shapes.tensors.items() if stored.kind.carried}
     rest = {name: stored for name, stored in shapes.tensors.items() if not stored.kind.carried}
     parts = list(_parts(own, shard))
     names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     files = {"model.safetensors": parts[0]} if len(parts) == 1 else dict(zip(names, parts, strict=True))
-    for name, part in {**files, **({"buffers.safetensors": rest} if rest else {})}.items():
-        tensors = _separate({key: places[key].to(DTYPES[stored.dtype]) for key, stored in part.items()})
-        digests |= {key: digest(tensor) for key, tensor in tensors.items()}
-        with atomic_write(folder / name) as temporary:
-            save_tensors(tensors, temporary, {"format": "pt"})
-    if len(parts) > 1:
+    return {**files, **({"buffers.safetensors": rest} if rest else {})}
+
+
+def _finish(
+    shapes: Shapes, folder: Path, files: Mapping[str, Mapping[str, Stored]], digests: Mapping[str, str]
+) -> Shapes:
+    """Write the index of shards, and return the record with the digests of files and tensors."""
+    own = {key: (name, one) for name, part in files.items() for key, one in part.items() if one.kind.carried}
+    if len({name for name, _ in own.values()}) > 1:
         index = {
-            "metadata": {"total_size": sum(stored.bytes for stored in own.values())},
-            "weight_map": {key: name for name, part in files.items() for key in part},
+            "metadata": {"total_size": sum(stored.bytes for _, stored in own.values())},
+            "weight_map": {key: name for key, (name, _) in own.items()},
         }
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    names = [*files, *(["buffers.safetensors"] if rest else [])]
-    tensors_told = {name: replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
-    return replace(shapes, tensors=tensors_told, files={name: measure(folder / name) for name in names})
+    tensors = {name: replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
+    return replace(shapes, tensors=tensors, files={name: measure(folder / name) for name in files})
 
 
 def read_weights(folder: Path, shapes: Shapes, *, check: bool = True) -> dict[str, Tensor]:

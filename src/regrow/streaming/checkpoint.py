@@ -3,7 +3,7 @@
 Files are read, not memory-mapped: mapped pages count as resident memory, and nothing says when they are given back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -49,10 +49,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Args:
         places: Name → where the tensor lies.
+        aligned: The tensors that begin at a cache line, wherever they lie in their file.
     """
 
-    def __init__(self, places: Mapping[str, TensorPlace]) -> None:
-        self.places = dict(places)
+    def __init__(self, places: Mapping[str, TensorPlace], aligned: Collection[str] = ()) -> None:
+        self.places, self.aligned = dict(places), frozenset(aligned)
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -70,7 +71,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor on the CPU."""
-        return read_tensor(self.places[name])
+        return read_tensor(self.places[name], aligned=name in self.aligned)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -88,22 +92,23 @@ class Checkpoint(Mapping[str, Tensor]):
         return read_tensor(self.places[name], many)
 
 
-def read_tensor(place: TensorPlace, most: int | None = None) -> Tensor:
+def read_tensor(place: TensorPlace, most: int | None = None, *, aligned: bool = False) -> Tensor:
     """Read a tensor into memory of its own.
 
-    It lies at the same place within a cache line as in the file, as a memory-mapped tensor does: at another one,
-    kernels may sum in another order.
+    Unless ``aligned``, it lies at the same place within a cache line as in the file, as a memory-mapped tensor does: at
+    another one, kernels may sum in another order.
 
     Args:
         place: Where it lies.
         most: How many entries are read, ``[entries]``; ``None``: all, in its shape.
+        aligned: Whether it begins at a cache line.
 
     Raises:
         StoreError: If the file cannot be read any more.
     """
     length = place.bytes if most is None else min(place.bytes, most * place.dtype.itemsize)
     room = torch.empty(length + _LINE, dtype=torch.uint8)
-    offset = (place.start - room.data_ptr()) % _LINE
+    offset = ((0 if aligned else place.start) - room.data_ptr()) % _LINE
     offset -= offset % place.dtype.itemsize  # an unpadded header puts tensors where torch reads none
     made = room[offset : offset + length]
     view, done = memoryview(made.numpy().data), 0

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import AxisGraph
 from regrow.errors import InputError
 from regrow.sources import Batch
 from regrow.streaming.results import BlockResults
@@ -56,16 +55,17 @@ class StreamedNetwork:
     Args:
         model: The network; parameters without numbers are replaced by loaded ones where needed.
         weights: Its stored weights.
-        axes: Its axes, with the recording that shows the blocks.
+        graph: The blocks of its recording; a cut network has those of the whole one.
         folder: Where results of blocks are kept that memory has no room for; ``None``: in memory.
 
     Raises:
         InputError: If the network has no blocks, or blocks share weights.
     """
 
-    def __init__(self, model: nn.Module, weights: StoredWeights, axes: AxisGraph, folder: Path | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, weights: StoredWeights, graph: Sequence[GraphBlock], folder: Path | None = None
+    ) -> None:
         self.model, self.weights, self.folder = model.eval(), weights, folder
-        graph = axes.recording.blocks if axes.recording is not None else ()
         self.blocks = _streamed_blocks(graph, weights)
         self.segments = _segments(graph)
         inside = {name for block in self.blocks for name in block.names}

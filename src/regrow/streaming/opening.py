@@ -44,7 +44,8 @@ class OpenedNetwork:
         Raises:
             InputError: If it has no blocks, or blocks share weights.
         """
-        return StreamedNetwork(self.loaded.model, self.weights, self.axes, folder)
+        graph = self.axes.recording.blocks if self.axes.recording is not None else ()
+        return StreamedNetwork(self.loaded.model, self.weights, graph, folder)
 
 
 def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:

@@ -56,11 +56,18 @@ class StoredWeights(Mapping[str, Tensor]):
             )
         return tensor
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.like
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.like)
 
     def __len__(self) -> int:
         return len(self.like)
+
+    def parameters(self) -> "StoredParameters":
+        """Return the parameters alone, as scoring reads them."""
+        return StoredParameters(self)
 
     def bytes_of(self, key: str) -> int:
         """Return how many bytes a tensor takes in memory.
@@ -69,6 +76,16 @@ class StoredWeights(Mapping[str, Tensor]):
             key: The name of the tensor.
         """
         return self.like[key].numel() * self.like[key].element_size()
+
+    def is_aligned(self, key: str) -> bool:
+        """Whether a tensor begins at a cache line when it is read.
+
+        Args:
+            key: The name of the tensor.
+        """
+        stored, like = self.stored[self.first[key]], self.like[key]
+        place = self.checkpoint.places[stored]
+        return place.start % 64 == 0 or place.dtype != like.dtype or stored in self.checkpoint.aligned
 
     def sums(self, many: int = 4096) -> list[float]:
         """Return the sum of the first entries of every parameter, which tells different weights apart cheaply.
@@ -79,6 +96,35 @@ class StoredWeights(Mapping[str, Tensor]):
         own = (key for key, first in self.first.items() if key == first and isinstance(self.like[key], nn.Parameter))
         parts = (self.checkpoint.first_entries(self.stored[key], many).to(self.like[key].dtype) for key in own)
         return [float(part.float().double().sum()) for part in parts]
+
+
+class StoredParameters(Mapping[str, Tensor]):
+    """The parameters among stored weights, each read when it is asked for.
+
+    Args:
+        weights: The stored weights.
+    """
+
+    def __init__(self, weights: StoredWeights) -> None:
+        self.weights = weights
+        self.names = {key: None for key, one in weights.like.items() if isinstance(one, nn.Parameter)}
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return a parameter in memory of its own.
+
+        Raises:
+            InputError: If it holds NaN or infinity.
+        """
+        return self.weights[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import inf
 
 import torch
@@ -22,6 +23,19 @@ from regrow.tracing.nodes import op_name
 from regrow.tracing.readings import Readings
 from regrow.tracing.steps import operations
 from regrow.tracing.trial import Resizing, resize_copy
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a block of the cut network is from the masked one, in float64.
+
+    Args:
+        largest_difference: The largest absolute difference of a result.
+        bound: The largest difference allowed for it.
+    """
+
+    largest_difference: float
+    bound: float
 
 
 def record_planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Example) -> Capture:

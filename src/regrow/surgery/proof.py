@@ -19,6 +19,7 @@ from regrow.plan import PlanError
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.output_comparison import (
     CutTensors,
+    Deviation,
     all_true,
     max_difference,
     max_magnitude,
@@ -78,6 +79,29 @@ def check_blocks(change: ProposedChange) -> None:
         raise PlanError(describe_difference(distance, max_magnitude(ours)))
 
 
+def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
+    """Compare one block of the masked and the cut network in float64, as :func:`check_blocks` does; return how far.
+
+    Args:
+        change: The prepared plan. Its model needs numbers only for what the block reads and for buffers, and its
+            computed tensors only those of the block.
+        block: The block.
+
+    Raises:
+        PlanError: If they differ, or the block cannot run by itself.
+    """
+    pair = _Pair(change, block)
+    with preserve_generators():
+        same = pair.same(block)
+    where = block.path or "what lies outside the blocks"
+    if not pair.gaps:
+        raise PlanError(f"{where} cannot be compared by itself; load the model whole, without --memory")
+    gap, largest = max(((float(one), float(other)) for one, other in pair.gaps), key=lambda row: row[0] - row[1])
+    if not same:
+        raise PlanError(f"{where}: {describe_difference(gap, largest / change.bound)}")
+    return Deviation(gap, largest)
+
+
 def describe_difference(distance: float, largest: float, remedy: str = "a fault of regrow, please report it") -> str:
     """Return the error message for a planned network whose outputs differ from those of the masked one.
 
@@ -100,15 +124,10 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
     Args:
         change: The prepared plan.
     """
-    moved, made = change.units.keys(), change.ready.done.values
-    steps = change.axes.steps
-    reach = [any(not moved.isdisjoint(axes_in(dim)) for row in one.shapes for dim in row or ()) for one in steps]
-    sizes = {name: value.numel() for name, value in {**state_of(change.model), **made}.items()}
+    sizes = {name: value.numel() for name, value in {**state_of(change.model), **change.ready.done.values}.items()}
     classes: dict[int, list[tuple[int, GraphBlock]]] = {}
-    for block in change.recording.blocks:
-        if any(reach[block.start : block.stop]) or not made.keys().isdisjoint(block.states):
-            width = sum(sizes[name] for name in block.states)
-            classes.setdefault(block.kind, []).append((width, block))
+    for block in changed_blocks(change):
+        classes.setdefault(block.kind, []).append((sum(sizes[name] for name in block.states), block))
     result: list[GraphBlock] = []
     for members in classes.values():
         ordered = sorted(members, key=lambda one: one[0])
@@ -119,15 +138,31 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
     return sorted(result, key=lambda block: block.start)
 
 
+def changed_blocks(change: ProposedChange) -> list[GraphBlock]:
+    """Return the blocks that a plan changes: those with operations on its axes, or with tensors that it computes.
+
+    Args:
+        change: The prepared plan.
+    """
+    moved, made = change.units.keys(), change.ready.done.values.keys()
+    steps = change.axes.steps
+    reach = [any(not moved.isdisjoint(axes_in(dim)) for row in one.shapes for dim in row or ()) for one in steps]
+    every = change.recording.blocks
+    return [one for one in every if any(reach[one.start : one.stop]) or not made.isdisjoint(one.states)]
+
+
 class _Pair:
     """The masked and the planned network, run block by block."""
 
-    def __init__(self, change: ProposedChange) -> None:
+    def __init__(self, change: ProposedChange, only: GraphBlock | None = None) -> None:
         self.change = change
+        self.gaps: list[tuple[Tensor, Tensor]] = []
         model, plan, capture, reads = change.model, change.plan, change.recording.capture, change.recording.reads
         self.rounded = computed_tensors(change)
         taken = {name: value for name, value in change.ready.done.values.items() if name not in self.rounded}
         self.cut = CutTensors(model, change.axes, plan, True, taken)
+        if only is not None:
+            reads = tuple(read for read in reads if only.start <= read.step < only.stop)
         keep = {key: one.keep for key, one in plan.changes.items()}
         mask = masking(capture, reads, change.axes.sizes(), keep, plan.means)
         after: tuple[Capture, Load, Masking | None] = (change.planned, self.cut.load, None)
@@ -182,6 +217,7 @@ class _Pair:
             return False
 
     def _same(self, block: GraphBlock, crop: int | None) -> bool:
+        self.gaps.clear()
         generator = torch.Generator().manual_seed(block.start)
         known = self.runners[0].env
         seams = {
@@ -240,7 +276,9 @@ class _Pair:
             same = ours.shape == theirs.shape
             return (ours == theirs).all() if same else torch.tensor(False)
         largest = self.change.bound * measure_magnitude([ours])
-        return ours.isfinite().all() & (measure_difference([ours], [theirs]).to(largest.device) <= largest)
+        gap = measure_difference([ours], [theirs]).to(largest.device)
+        self.gaps.append((gap, largest))
+        return ours.isfinite().all() & (gap <= largest)
 
     def _check_rounding(self, values: Mapping[str, Tensor]) -> None:
         """Raise ``PlanError`` if tensors to be written differ from the checked float64 ones by more than rounding."""

@@ -50,7 +50,7 @@ def build(settings: Settings) -> Pruner:
 
     def score(task: PruningTask) -> Scores:
         return scoring.wifv(
-            scoring.weights_of(task.model),
+            task.weights,
             task.axes,
             task.evidence.pooled(),
             units=task.units,

@@ -46,7 +46,7 @@ def build(settings: Settings) -> Pruner:
     how = "zscore" if settings.allocation == "ranked" else "none"
 
     def score(task: PruningTask) -> Scores:
-        weights, statistics = scoring.weights_of(task.model), task.evidence.pooled()
+        weights, statistics = task.weights, task.evidence.pooled()
         scores = scoring.taylor(weights, task.axes, statistics, units=task.units, form=settings.form)
         return scoring.normalise(scores, how)
 

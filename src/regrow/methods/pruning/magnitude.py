@@ -39,7 +39,7 @@ def build(settings: Settings) -> Pruner:
     how = "zscore" if settings.allocation == "ranked" else "none"
 
     def score(task: PruningTask) -> Scores:
-        weights = scoring.weights_of(task.model)
+        weights = task.weights
         return scoring.normalise(scoring.magnitude(weights, task.axes, units=task.units, form=settings.form), how)
 
     return one_score("magnitude", settings, {Need.WEIGHTS}, score)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from regrow.allocation import allocation, payers
 from regrow.axes import Axis, AxisGraph
@@ -18,7 +18,7 @@ from regrow.evidence import Evidence, Need
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scores import Scores
-from regrow.scoring import means, random, uncompensated, weights_without_bias
+from regrow.scoring import means, random, uncompensated, weights_of, weights_without_bias
 from regrow.scoring.spaces import inner
 from regrow.training.freeze import freeze
 
@@ -31,8 +31,9 @@ class PruningTask:
     """What a pruning method scores: the network, its axes, the budget and the measurements on the user's sources.
 
     Args:
-        model: The network, with its parameters frozen.
+        model: The network, with its parameters frozen; where it is larger than memory, they have no numbers.
         axes: The axes of the network.
+        weights: Parameter name → tensor, for scores; a network larger than memory reads each when it is asked for.
         units: The axes that may be cut.
         budget: How much of the network may stay.
         evidence: The measured activations and gradients, per source.
@@ -43,6 +44,7 @@ class PruningTask:
 
     model: nn.Module
     axes: AxisGraph
+    weights: Mapping[str, Tensor]
     units: Sequence[Axis]
     budget: Budget
     evidence: Evidence
@@ -79,6 +81,7 @@ class Pruner:
         sources: The smallest number of sources that the method needs.
         spare: The fractions of the numbered blocks, at the beginning and at the end, that are not pruned; a regular
             plan prunes these too, since it cuts every block alike.
+        trains: Whether scoring runs the network, which must be in memory for that.
         check: (axes, units, budget) → ``None``; raises ``ValueError`` if the method cannot be used.
     """
 
@@ -90,6 +93,7 @@ class Pruner:
     shards: int = 1
     sources: int = 1
     spare: tuple[float, float] = (0.0, 0.0)
+    trains: bool = False
     check: Callable[[AxisGraph, Sequence[Axis], Budget], None] = lambda axes, units, budget: None
 
 
@@ -189,6 +193,7 @@ def plan_cut(
     budget: Budget,
     evidence: Evidence | None = None,
     *,
+    weights: Mapping[str, Tensor] | None = None,
     checkpoint: Path | None = None,
     header: Callable[[], Mapping[str, object]] = dict,
     progress: Progress = silent,
@@ -201,6 +206,7 @@ def plan_cut(
         axes: The axes of the network.
         budget: How much may stay.
         evidence: The measurements that the method needs; ``None``: nothing was measured.
+        weights: Parameter name → tensor, where the network has no numbers; ``None``: those of the network.
         checkpoint: The file from which interrupted learning resumes; ``None``: it starts again.
         header: Returns JSON data for the header of that file.
         progress: Called with (steps done, steps in all, what is being done).
@@ -213,7 +219,8 @@ def plan_cut(
     if pruner.compensate:  # biases that this makes count too
         budget = replace(budget, compensated=weights_without_bias(model, axes, payers(axes, budget)))
     with freeze(model):
-        ranking = pruner.score(PruningTask(model, axes, units, budget, evidence, checkpoint, header, progress))
+        own = weights_of(model) if weights is None else weights
+        ranking = pruner.score(PruningTask(model, axes, own, units, budget, evidence, checkpoint, header, progress))
         scores, every = ranking.scores, pruner.allocate(axes, ranking.scores, budget)
         kept = {key: keep for key, keep in every.items() if len(keep) < axes[key].size}
         means = pruner.compensate(model, axes, kept, evidence) if pruner.compensate else {}

@@ -43,7 +43,7 @@ def build(settings: Settings) -> Pruner:
     pool = "standardised" if settings.allocation == "ranked" else "sum"
 
     def score(task: PruningTask) -> Scores:
-        weights, statistics = scoring.weights_of(task.model), task.evidence.pooled()
+        weights, statistics = task.weights, task.evidence.pooled()
         return scoring.wanda_sp(weights, task.axes, statistics, units=task.units, pool=pool)
 
     return one_score("wanda_sp", settings, {Need.WEIGHTS, Need.ACTIVATIONS}, score)

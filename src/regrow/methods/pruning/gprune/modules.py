@@ -51,7 +51,7 @@ def measure(s: Settings, task: PruningTask) -> Measurement:
         ValueError: If there are too few sources, or a measurement is not finite.
     """
     units = tuple(scoring.scorable(task.axes, task.units))
-    weights, among, sums = scoring.weights_of(task.model), spaces(units), task.evidence.statistics
+    weights, among, sums = task.weights, spaces(units), task.evidence.statistics
 
     def score(statistics: Statistics | None) -> Scores:
         return BASES[s.base].score(weights, task.axes, statistics, units)
@@ -109,7 +109,7 @@ def _other_orders(s: Settings, task: PruningTask, seen: Measurement) -> list[Map
     if s.instead == "mean_rank":
         return [view.spread.mean for view in seen.views]
     path = scoring.PATHS.get(s.instead)
-    scores = path(scoring.weights_of(task.model), task.axes, units=seen.units) if path else seen.weights_only
+    scores = path(task.weights, task.axes, units=seen.units) if path else seen.weights_only
     return [scores.values] * len(seen.views)
 
 

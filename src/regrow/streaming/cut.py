@@ -1,0 +1,156 @@
+"""Cut a network that is larger than memory: block by block its tensors are cut, checked in float64 and written."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from regrow import store
+from regrow.axes import AxisGraph
+from regrow.nets import Loaded
+from regrow.plan import Plan, PlanError
+from regrow.progress import Progress, silent
+from regrow.store.shapes import Shapes
+from regrow.store.state import named_tensors
+from regrow.store.weights import OutsideTensors
+from regrow.streaming.checkpoint import Checkpoint
+from regrow.streaming.network import StreamedNetwork
+from regrow.streaming.opening import OpenedNetwork
+from regrow.streaming.weights import StoredWeights
+from regrow.surgery.apply import check, try_out
+from regrow.surgery.carry import commit, prepare
+from regrow.surgery.compensate import bias_of
+from regrow.surgery.output_comparison import Deviation
+from regrow.surgery.proof import changed_blocks, check_block
+from regrow.surgery.proposed_change import ProposedChange
+from regrow.tracing.blocks import GraphBlock
+from regrow.tracing.meta_copy import copy_model
+from regrow.tracing.steps import restate_steps
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedCut:
+    """A plan for a network that is larger than memory, tried on a copy without numbers.
+
+    Args:
+        opened: The network before the cut.
+        change: The plan, with the shapes of what it makes.
+        loaded: The cut network without numbers, its tokenizer, an example input and its origin.
+        axes: The axes of the cut network.
+    """
+
+    opened: OpenedNetwork
+    change: ProposedChange
+    loaded: Loaded
+    axes: AxisGraph
+
+    def write(
+        self, folder: Path, *, proof: bool = True, progress: Progress = silent
+    ) -> tuple[StreamedNetwork, list[Deviation]]:
+        """Cut and write the network, as ``store.write_model`` writes one that is in memory.
+
+        Args:
+            folder: The folder of the model.
+            proof: Whether every changed block is compared with the masked one in float64.
+            progress: Called with (blocks done, blocks in all, what is being done).
+
+        Returns:
+            The cut network, read from the folder, and how far its blocks are from the masked ones.
+
+        Raises:
+            PlanError: If a block of the cut network computes something else than the masked one.
+            StoreError: If the disk is full.
+        """
+        deviations: list[Deviation] = []
+
+        def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self._tensors(proof, deviations, progress):
+                if name in shapes.tensors:
+                    yield name, tensor
+
+        @contextmanager
+        def running(place: Path) -> Iterator[nn.Module]:
+            with self.network(place).on_demand() as model:
+                yield model
+
+        outside = OutsideTensors(each, running, self._is_aligned())
+        store.write_model(self.loaded, folder, outside=outside)
+        return self.network(folder), deviations
+
+    def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
+        """Return the cut network, to be run one block at a time.
+
+        Args:
+            folder: The folder in which it was written.
+            results: Where results of blocks are kept that memory has no room for; ``None``: in memory.
+        """
+        made, before = Checkpoint.open(folder).places, self.opened.weights
+        changed = self.change.ready.done.values.keys()
+        # What the plan leaves alone is read from where it was, so that it lies in memory as in a network loaded whole.
+        left = {name: before.checkpoint.places[before.stored[name]] for name in made if name not in changed}
+        weights = StoredWeights(Checkpoint({**made, **left}, changed), self.loaded.model, before.name)
+        assert self.change.axes.recording is not None
+        return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
+
+    def _is_aligned(self) -> bool:
+        weights, changed = self.opened.weights, self.change.ready.done.values
+        rest = [name for name in weights.stored if name not in changed]
+        return all(weights.is_aligned(name) for name in rest)
+
+    def _tensors(self, proof: bool, deviations: list[Deviation], progress: Progress) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
+        network, change = self.opened.network(), self.change
+        changed = {block.path for block in changed_blocks(change)} if proof else set()
+        graph = change.recording.blocks
+        derived = {
+            name: here.tensor for name, here in named_tensors(self.loaded.model).items() if not here.kind.carried
+        }
+        yield from derived.items()
+        with network.resident(network.outer):
+            parts = [(tuple(b for b in graph if not b.path), network.outer)]
+            parts += [(tuple(b for b in graph if b.path == one.path), one.names) for one in network.blocks]
+            for i, (blocks, names) in enumerate(parts):
+                progress(i, len(parts), "cutting and checking the blocks")
+                with network.resident(names if i else ()):
+                    yield from self._cut(names, [b for b in blocks if b.path in changed], deviations)
+        progress(len(parts), len(parts), "cutting and checking the blocks")
+
+    def _cut(
+        self, names: tuple[str, ...], blocks: list[GraphBlock], deviations: list[Deviation]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of one block after the plan."""
+        change = self.change
+        own = {*names, *(bias_of(weight) for weight in change.plan.means if weight in names)}
+        ready = prepare(change.model, change.axes, change.plan, names=own)
+        for block in blocks:
+            deviations.append(check_block(replace(change, ready=ready), block))
+        for name in sorted(own):
+            value = ready.done.values.get(name)
+            path, _, leaf = name.rpartition(".")
+            yield name, getattr(change.model.get_submodule(path), leaf).detach() if value is None else value
+
+
+def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
+    """Try a plan on a copy without numbers of a network that is larger than memory.
+
+    Args:
+        opened: The network.
+        plan: The plan; it only cuts units.
+
+    Raises:
+        PlanError: If the plan does not fit the network, or the network does not run as planned.
+    """
+    model, axes = opened.loaded.model, opened.axes
+    check(model, axes, plan)
+    if plan.changes_modules or any(change.grow or change.restore for change in plan.changes.values()):
+        raise PlanError("only cuts are made block by block; load the model whole, without --memory")
+    ready = prepare(model, axes, plan)
+    rehearsal = try_out(model, axes, plan, ready.resizing(axes))
+    if rehearsal is None or axes.recording is None:
+        raise PlanError("a network with declared axes is not cut block by block; load it whole, without --memory")
+    change = ProposedChange(model, axes, plan, axes.recording, rehearsal.planned, ready)
+    known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
+    copied, after = commit(copy_model(model, lambda tensor: tensor), known, plan, ready)
+    return StreamedCut(opened, change, replace(opened.loaded, model=copied), after)
