@@ -37,5 +37,9 @@ def test_streamed_outputs_are_those_of_the_whole_network(folder, sources):
     with torch.no_grad():
         for batch, output in zip(batches, network.outputs(batches), strict=True):
             assert torch.equal(output.logits, loaded.model(*batch.args, **batch.kwargs).logits)
-        with network.on_demand() as model:
-            assert torch.equal(model(*batches[0].args).logits, loaded.model(*batches[0].args).logits)
+    read = network.outputs(batches)
+    next(read)
+    assert torch.is_grad_enabled()
+    del read
+    with torch.no_grad(), network.on_demand() as model:
+        assert torch.equal(model(*batches[0].args).logits, loaded.model(*batches[0].args).logits)

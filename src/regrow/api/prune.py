@@ -25,6 +25,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.run_folder import RunFolder
+from regrow.scoring import weights_of
 from regrow.settings.prune import Settings
 from regrow.settings.training import check_combination
 from regrow.store.origins import describe_origin
@@ -137,7 +138,7 @@ def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> t
             warnings.warn(note, stacklevel=3)
         cut = plan_cut(pruner, inputs.model, axes, limits, evidence, progress=progress)
     if folder is not None:
-        write_scores(folder, loaded_of(inputs), axes, cut.plan, cut.scores, evidence)
+        write_scores(folder, weights_of(inputs.model), axes, cut.plan, cut.scores, evidence)
         if cut.findings:
             folder.write_findings(folder.run()["settings"]["method"], cut.findings)
     run_once(inputs.model, inputs.example)

@@ -44,6 +44,14 @@ code = click.option(
 )
 
 
+memory = click.option(
+    "--memory",
+    default="",
+    metavar="AMOUNT",
+    help="How much memory the run may use, like 4GiB. If the model does not fit, it is read one block at a time, with "
+    "the same result; how is printed first. For text models in a transformers folder.",
+)
+
 track = click.option(
     "--track",
     default="",

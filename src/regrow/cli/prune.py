@@ -24,6 +24,7 @@ Examples
   regrow prune ./my-llama --target bytes=200M --regular --round 64 --source mail=letters/ --out RUN
   regrow prune ./my-llama --method wanda_sp --keep 0.8 --only mlp --source mail=letters/ --out RUN
   regrow prune resnet18 --method magnitude --keep 0.7 --source photos=images/ --finetune 2 --out RUN
+  regrow prune ./llama-8b --memory 6GiB --source mail=letters/ --out RUN        read one block at a time
   regrow prune RUN --keep 0.9 --source news --out RUN2       prune the result of another run further
   regrow prune --again RUN --out RUN3
 """
@@ -33,10 +34,17 @@ Examples
 @options.run_folder()
 @click.option("--dry-run", type=options.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
 @options.code
+@options.memory
 @options.track
 @click.option("--again", type=options.PATH, help="Repeat the run in this folder, with its settings.")
 def prune(
-    given: Given[Settings], out: Path | None, dry_run: Path | None, again: Path | None, code: str, track: str
+    given: Given[Settings],
+    out: Path | None,
+    dry_run: Path | None,
+    again: Path | None,
+    code: str,
+    memory: str,
+    track: str,
 ) -> None:
     """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
     if again and given.options:
@@ -53,7 +61,7 @@ def prune(
         check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
     options.say_code(settings.model, code, settings.method, settings.recover)
     if dry_run:
-        _write_plan(settings, dry_run, code)
+        _write_plan(settings, dry_run, code, memory)
         return
     if out is None:
         raise click.UsageError("--out names the folder of the run, for example --out run")
@@ -64,15 +72,15 @@ def prune(
         if settings.recover:
             tell(folder)
 
-    run_with_page("model", tell_both, run, settings, out, code=code, track=track)
+    run_with_page("model", tell_both, run, settings, out, code=code, track=track, memory=memory, announce=say)
 
 
-def _write_plan(settings: Settings, path: Path, code: str) -> None:
+def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
     from regrow.commands.prune import plan_only
     from regrow.store.outputs import JSON, write_output
 
     with working() as progress:
-        plan = plan_only(settings, progress, code=code)
+        plan = plan_only(settings, progress, code=code, memory=memory, announce=say)
     write_output(path, plan.to_json() + "\n", JSON)
     for note in plan.notes:
         say(f"note: {note}")

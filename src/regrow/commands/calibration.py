@@ -1,6 +1,7 @@
 """Calibration in a run folder: each finished shard is stored, so that a killed run resumes there."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from regrow.run_folder import RunFolder
 from regrow.scores import Statistics
 from regrow.sources import Source
 from regrow.store import statistics
+from regrow.streaming.network import StreamedNetwork
 
 
 def calibrate(
@@ -25,6 +27,7 @@ def calibrate(
     sources: Sequence[Source],
     progress: Progress,
     objective: Objective | None = None,
+    network: StreamedNetwork | None = None,
 ) -> tuple[Evidence, str]:
     """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
 
@@ -36,15 +39,15 @@ def calibrate(
         sources: The calibration data.
         progress: Called with (steps done, steps in all, what is being done).
         objective: What the model is trained for; ``None``: what fits the labels.
+        network: The network, if it runs one block at a time.
 
     Returns:
         The measurements, and a digest of everything that they depend on.
     """
     model, several = loaded.origin.record(), prune.split_sources(sources, pruner.sources)[0]
+    sums = parameter_sums(loaded.model) if network is None else network.weights.sums()
     keys = {
-        source.name: statistics.fingerprint(
-            source, pruner.shards, sorted(pruner.needs), str(model), parameter_sums(loaded.model)
-        )
+        source.name: statistics.fingerprint(source, pruner.shards, sorted(pruner.needs), str(model), sums)
         for source in several
     }
     done = statistics.read_finished_shards(folder.path, keys, pruner.shards)
@@ -52,8 +55,8 @@ def calibrate(
     def keep(source: str, shard: int, sums: Statistics) -> None:
         statistics.save_statistics(folder.path, source, shard, sums, key=keys[source])
 
-    resume = {"done": done, "on_done": keep}
-    evidence = prune.collect_evidence(loaded.model, axes, pruner, sources, progress, objective=objective, **resume)
+    more: Any = {"done": done, "on_done": keep, "visits": network}
+    evidence = prune.collect_evidence(loaded.model, axes, pruner, sources, progress, objective=objective, **more)
     return evidence, statistics.fingerprint(Source("", ()), keys)
 
 

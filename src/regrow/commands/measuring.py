@@ -1,5 +1,6 @@
 """Measurements of a model before and after a cut: size, quality, and the quantity that its budget counts."""
 
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from regrow.nets import Loaded
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder
 from regrow.sources import Batch, Source
+from regrow.streaming.network import StreamedNetwork
 
 
 def measure(
@@ -25,6 +27,7 @@ def measure(
     progress: Progress = silent,
     *,
     recoveries: int = 0,
+    network: StreamedNetwork | None = None,
 ) -> dict[str, evaluation.Perplexity]:
     """Log size and quality of a model, and return its perplexities for paired comparison.
 
@@ -37,6 +40,7 @@ def measure(
         name: The name of the model in the rows: ``dense``, ``pruned`` or ``recovered``.
         progress: Called with (steps done, steps in all, what is being done).
         recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
+        network: The model, if it runs one block at a time.
     """
     columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
@@ -50,13 +54,15 @@ def measure(
         dtype=size.dtype,
     )
     perplexities: dict[str, evaluation.Perplexity] = {}
+    walk = network.outputs([batch for source in tests for batch in source]) if network and tests else None
     for i, source in enumerate(tests):
         progress(i, len(tests), f"evaluating the {name} model on {source.name}")
         if loaded.tokenizer is None:
             result = evaluation.accuracy(loaded.model, source)
             folder.log("choice", task=source.name, **columns, **_accuracy(result))
             continue
-        one = evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer)
+        outputs = None if walk is None else islice(walk, len(source))
+        one = evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer, outputs=outputs)
         perplexities[source.name] = one
         folder.log("perplexity", **columns, source=source.name, seen=source.name in seen, **_perplexity(one))
     progress(len(tests), len(tests), f"evaluating the {name} model")

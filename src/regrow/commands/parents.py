@@ -17,6 +17,7 @@ from regrow.store.errors import StoreError
 from regrow.store.replacing import WORK, link_tree
 from regrow.store.run_record import RUN, read_run
 from regrow.store.shapes import Kind, Shapes
+from regrow.store.weights import OutsideTensors
 
 BEFORE = "before"
 """Name of the folder, inside a run folder, with the model that the run started from."""
@@ -41,7 +42,9 @@ class Parent:
     stages: tuple[dict[str, Any], ...]
 
 
-def start_from(folder: RunFolder, model: str, loaded: Loaded, *, undo: bool = True) -> None:
+def start_from(
+    folder: RunFolder, model: str, loaded: Loaded, *, undo: bool = True, outside: OutsideTensors | None = None
+) -> None:
     """Record the model that a run starts from, copy it, and begin the ledger with the plans that led to it.
 
     Args:
@@ -49,6 +52,7 @@ def start_from(folder: RunFolder, model: str, loaded: Loaded, *, undo: bool = Tr
         model: The run folder, saved model or name that was loaded.
         loaded: The model, not yet changed.
         undo: Whether to keep a copy, so that the run can be undone.
+        outside: Its tensors, where it has no numbers.
 
     Raises:
         StoreError: If an interrupted run is resumed from another model than it was started from.
@@ -61,7 +65,7 @@ def start_from(folder: RunFolder, model: str, loaded: Loaded, *, undo: bool = Tr
             raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
         return
     if undo:
-        _copy(place if parent else None, loaded, folder.path / BEFORE)
+        _copy(place if parent else None, loaded, folder.path / BEFORE, outside)
     own = folder.path / "ledger.json"
     if parent and parent.plans:
         own.unlink(missing_ok=True)
@@ -159,12 +163,12 @@ def count_parameters(shapes: Shapes) -> int:
     return sum(prod(one.shape) for one in shapes.tensors.values() if one.kind is Kind.PARAMETER)
 
 
-def _copy(source: Path | None, loaded: Loaded, target: Path) -> None:
+def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None) -> None:
     """Link the files of a saved model into a new folder (copies where links are not possible), or write the model."""
     if target.exists():
         shutil.rmtree(target)
     if source is None:
-        store.write_model(loaded, target)
+        store.write_model(loaded, target, outside=outside)
         return
     target.mkdir()
     links = {one.name for one in source.iterdir() if one.is_symlink()}

@@ -1,7 +1,7 @@
 """``regrow prune``: calibrate, plan, cut, measure and save, in a run folder that can be resumed."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.score_summary import write_scores
+from regrow.commands.streamed import StreamedRun, open_streamed
 from regrow.commands.trackers import tracking
 from regrow.errors import InputError, RefusedError
 from regrow.methods import MethodKind, find_method
@@ -32,11 +33,13 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.references import names_code
 from regrow.run_folder import RunFolder, WritePage
+from regrow.scoring import weights_of
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
 from regrow.store.run_record import convert_settings
 from regrow.store.tensors import open_checkpoint
+from regrow.streaming.network import StreamedNetwork
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
 from regrow.training import tune
@@ -54,21 +57,35 @@ class _PruneJob:
     clock: Clock
     progress: Progress
     code: str = ""
+    streamed: StreamedRun | None = None
 
-    def measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
+    def measure(
+        self, axes: AxisGraph, name: str, network: StreamedNetwork | None = None
+    ) -> dict[str, evaluation.Perplexity]:
         """Measure and log the model in its present state, under a name."""
         kinds = self.kinds
-        with self.clock.stage("evaluate"), autocasting(self.loaded.model, self.settings.precision):
-            return measuring.measure(self.folder, self.loaded, axes, kinds.evaluation, kinds.seen, name, self.progress)
+        loaded = self.loaded if network is None else replace(self.loaded, model=network.model)
+        with self.clock.stage("evaluate"), autocasting(loaded.model, self.settings.precision):
+            given = self.folder, loaded, axes, kinds.evaluation, kinds.seen, name, self.progress
+            return measuring.measure(*given, network=network)
 
 
-def plan_only(settings: Settings, progress: Progress = silent, *, code: str = "") -> Plan:
+def plan_only(
+    settings: Settings,
+    progress: Progress = silent,
+    *,
+    code: str = "",
+    memory: str = "",
+    announce: Callable[[str], None] = lambda line: None,
+) -> Plan:
     """Return the plan that a pruning run would make, without a run folder.
 
     Args:
         settings: The settings of the run.
         progress: Called with (steps done, steps in all, what is being done).
         code: As for :func:`run`.
+        memory: As for :func:`run`.
+        announce: As for :func:`run`.
 
     Raises:
         ValueError: As :func:`run`.
@@ -76,14 +93,17 @@ def plan_only(settings: Settings, progress: Progress = silent, *, code: str = ""
     check_settings(settings)
     method = prune.build_pruner(settings.method, _seeded(settings))
     budget = budget_of(settings)
-    loaded = load_model(model_spec(settings), progress, code)
+    streamed = open_streamed(memory, settings, model_spec(settings), method, announce)
+    loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
     kinds = read_sources(source_specs(settings), loaded)
-    axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    axes = streamed.opened.axes if streamed else trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     budget = prune.with_timing(loaded.model, axes, budget, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
     with autocasting(loaded.model, settings.precision):
-        evidence = prune.collect_evidence(loaded.model, axes, method, kinds.calibration, progress)
-        return plan_cut(method, loaded.model, axes, budget, evidence, progress=progress).plan
+        visits = streamed.network() if streamed else None
+        evidence = prune.collect_evidence(loaded.model, axes, method, kinds.calibration, progress, visits=visits)
+        weights = streamed.opened.weights.parameters() if streamed else None
+        return plan_cut(method, loaded.model, axes, budget, evidence, weights=weights, progress=progress).plan
 
 
 def run(
@@ -93,6 +113,8 @@ def run(
     *,
     code: str = "",
     track: str = "",
+    memory: str = "",
+    announce: Callable[[str], None] = lambda line: None,
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Prune a model and write a run folder with model, plan and measurements.
@@ -107,6 +129,9 @@ def run(
         code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
             recorded name is never imported.
         track: The name of a tracker that gets every measurement, too; empty: none.
+        memory: How much memory the run may use, such as ``4GiB``: a network that does not fit is read one block at a
+            time, with the same result. Empty: it is loaded whole.
+        announce: Called with one line that says how the run stays within that memory.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -120,26 +145,30 @@ def run(
     RunFolder.check(out, **told)
     clock = Clock(None)
     with clock.stage("load"):
-        loaded = load_model(model_spec(settings), progress, code)
+        streamed = open_streamed(memory, settings, model_spec(settings), method, announce)
+        loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
         check_precision(loaded.model, settings.precision)
         kinds = read_sources(source_specs(settings), loaded)
     with clock.stage("trace"):
-        axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        axes = streamed.opened.axes if streamed else trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     with clock.stage("time"):
         begun = RunFolder.open_unfinished(out)
         known = begun.run().get("timing") if begun else None
         budget = prune.with_timing(loaded.model, axes, budget, known=known, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
-    words = (*(("--code", code) if code else ()), "--out", str(out))
+    words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **told, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
-        start_from(folder, settings.model, loaded, undo=settings.undo)
+        if streamed:
+            streamed.folder.append(folder.path)
+        outside = streamed.unchanged() if streamed else None
+        start_from(folder, settings.model, loaded, undo=settings.undo, outside=outside)
         folder.update(
             notes=list(loaded.notes), sources=describe_sources(source_specs(settings), kinds), **record_input(loaded)
         )
         if budget.timing:  # another measurement would be another plan
             folder.update(timing=budget.timing.record())
-        job = _PruneJob(settings, folder, loaded, kinds, clock, progress, code)
+        job = _PruneJob(settings, folder, loaded, kinds, clock, progress, code, streamed)
         plan = _make_plan(job, axes, method, budget)
         _cut(job, axes, plan, budget)
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
@@ -149,18 +178,20 @@ def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) 
     """Calibrate, choose the units that stay, and return the plan."""
     folder, loaded, progress = job.folder, job.loaded, job.progress
     passes = partial(autocasting, loaded.model, job.settings.precision)
+    network = job.streamed.network() if job.streamed else None
+    weights = network.weights.parameters() if network else weights_of(loaded.model)
     with job.clock.stage("calibrate"), passes():
-        evidence, key = calibrate(folder, loaded, axes, method, job.kinds.calibration, progress)
+        evidence, key = calibrate(folder, loaded, axes, method, job.kinds.calibration, progress, network=network)
     with job.clock.stage("plan"):
         path = folder.path / "statistics" / "learned.safetensors"
         open_checkpoint(path, key, FORMAT)
         header = lambda: {"key": key}  # noqa: E731
-        saved: Any = {"checkpoint": path, "header": header}
+        saved: Any = {"checkpoint": path, "header": header, "weights": weights}
         with passes():
             cut = plan_cut(method, loaded.model, axes, budget, evidence, **saved, progress=progress)
         if cut.plan.notes:
             folder.update(notes=[*loaded.notes, *cut.plan.notes])
-        write_scores(folder, loaded, axes, cut.plan, cut.scores, evidence)
+        write_scores(folder, weights, axes, cut.plan, cut.scores, evidence)
         if cut.findings:
             folder.write_findings(job.settings.method, cut.findings)
     return cut.plan
@@ -169,17 +200,17 @@ def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) 
 def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
     """Cut the model, measure it before and after, save it, and recover it if that is asked for."""
     settings, folder, loaded, kinds, clock = job.settings, job.folder, job.loaded, job.kinds, job.clock
+    if job.streamed:
+        _cut_streamed(job, job.streamed, axes, plan, budget)
+        return
     before = job.measure(axes, "dense")
     if settings.proof:
         with clock.stage("verify"):
             job.progress(0, 1, "proving that masked = shrunk")
             _verify(folder, loaded, axes, plan)
-    rows = [row.record() for row in inventory(axes)]
     with clock.stage("apply"):
         traced, (_, axes) = axes, apply(loaded.model, axes, plan)
-        if not len(folder.own_ledger):
-            folder.own_ledger.append(plan)
-        folder.write_axes(rows, [row.record() for row in inventory(axes)])
+        _record_plan(folder, plan, traced, axes)
     if loaded.tokenizer is None and kinds.calibration:
         with clock.stage("tune"), autocasting(loaded.model, settings.precision):
             _tune(settings, loaded, kinds, job.progress)
@@ -187,13 +218,37 @@ def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
         store.write_model(loaded, folder.path)
     after = job.measure(axes, "pruned")
     measuring.log_budget(folder, loaded.model, traced, axes, budget)
-    for name in before.keys() & after.keys():
-        pair = evaluation.paired_difference(before[name], after[name])
-        folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
+    _log_pairs(folder, before, after)
     if settings.recover:
         with clock.stage("recover"):
             _recover(job, traced, plan)
         log_differences(folder, job.measure(axes, "recovered"))
+
+
+def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
+    """Do what :func:`_cut` does for a network that is larger than memory."""
+    folder, proof = job.folder, job.settings.proof
+    before = job.measure(axes, "dense", streamed.network())
+    with job.clock.stage("apply"):
+        cut, results = streamed.cut(folder, plan, proof=proof, progress=job.progress)
+        _record_plan(folder, plan, axes, cut.axes)
+    after = job.measure(cut.axes, "pruned", cut.network(folder.path, results))
+    measuring.log_budget(folder, cut.loaded.model, axes, cut.axes, budget)
+    _log_pairs(folder, before, after)
+
+
+def _record_plan(folder: RunFolder, plan: Plan, before: AxisGraph, after: AxisGraph) -> None:
+    if not len(folder.own_ledger):
+        folder.own_ledger.append(plan)
+    folder.write_axes([row.record() for row in inventory(before)], [row.record() for row in inventory(after)])
+
+
+def _log_pairs(
+    folder: RunFolder, before: Mapping[str, evaluation.Perplexity], after: Mapping[str, evaluation.Perplexity]
+) -> None:
+    for name in before.keys() & after.keys():
+        pair = evaluation.paired_difference(before[name], after[name])
+        folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
 
 
 def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Settings:

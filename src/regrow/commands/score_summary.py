@@ -1,26 +1,32 @@
 """Summary of a run's importance scores: quantiles, where the cut lies, and units with massive activations."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regrow.axes import AxisGraph
 from regrow.evidence import Evidence
-from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.run_folder import RunFolder
 from regrow.scores import Scores
-from regrow.scoring import energy, massive, weights_of
+from regrow.scoring import energy, massive
 
 
 def write_scores(
-    folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
+    folder: RunFolder,
+    weights: Mapping[str, Tensor],
+    axes: AxisGraph,
+    plan: Plan,
+    scores: Scores,
+    evidence: Evidence,
 ) -> None:
     """Write a summary of the scores from which a plan was made into a run folder.
 
     Args:
         folder: The run folder.
-        loaded: The model.
+        weights: The parameters of the model by name.
         axes: Its axes.
         plan: The plan.
         scores: The scores of the units.
@@ -38,7 +44,7 @@ def write_scores(
             "massive": [],
         }
     if evidence.statistics and evidence.pooled().moments:
-        units = massive(axes, energy(weights_of(loaded.model), axes, evidence.pooled()))
+        units = massive(axes, energy(weights, axes, evidence.pooled()))
         for one in units:
             if one.axis in entries:
                 entries[one.axis]["massive"].append({"unit": one.unit, "ratio": one.ratio, "share": one.share})

@@ -152,7 +152,7 @@ class StreamedNetwork:
     ) -> Iterator[Any]:
         """Run one block on all batches and keep its results; the last pass yields the network's outputs."""
         is_last = number == len(self.blocks)
-        with self.resident(self.blocks[number].names if not is_last else ()), torch.no_grad():
+        with self.resident(self.blocks[number].names if not is_last else ()):
             wanted = {*names} if not is_last else {*names} & {*self.outer}
             own = self.model.named_parameters(remove_duplicate=False)
             watched = {id(one): name for name, one in own if name in wanted}
@@ -167,7 +167,8 @@ class StreamedNetwork:
 
     def _run(self, batch: Batch, is_last: bool) -> Any:
         try:
-            output = self.model(*batch.args, **batch.kwargs)
+            with torch.no_grad():  # not around a yield: it would hold for whoever reads the outputs
+                output = self.model(*batch.args, **batch.kwargs)
         except _ReachedError:
             return None
         if not is_last:

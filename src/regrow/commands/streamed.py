@@ -1,0 +1,139 @@
+"""Runs of a network that is larger than memory: what differs from a run that loads it whole."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow.amounts import Measure, parse_bytes
+from regrow.commands.models import DTYPES, ModelSpec
+from regrow.errors import InputError
+from regrow.evidence import Need
+from regrow.methods.pruning.pruner import Pruner
+from regrow.plan import Plan
+from regrow.progress import Progress
+from regrow.run_folder import RunFolder
+from regrow.settings.prune import Settings
+from regrow.store.shapes import Shapes
+from regrow.store.state import named_tensors
+from regrow.store.weights import OutsideTensors
+from regrow.streaming.cut import StreamedCut, propose_cut
+from regrow.streaming.network import StreamedNetwork
+from regrow.streaming.opening import OpenedNetwork, open_network
+from regrow.streaming.requirements import MemoryPlan, plan_memory
+
+RESULTS = "results"
+"""The folder, among the files for resuming, with the hidden states for which memory has no room."""
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedRun:
+    """A network that is pruned one block at a time.
+
+    Args:
+        opened: The network without numbers, and its stored weights.
+        plan: How the run stays within its memory.
+        folder: The run folder; empty before it is made.
+    """
+
+    opened: OpenedNetwork
+    plan: MemoryPlan
+    folder: list[Path] = field(default_factory=list)
+
+    def network(self) -> StreamedNetwork:
+        """Return the network before the cut, to be run block by block."""
+        return self.opened.network(self.results)
+
+    @property
+    def results(self) -> Path | None:
+        """Where hidden states are kept that memory has no room for; ``None``: in memory."""
+        if not self.plan.on_disk or not self.folder:
+            return None
+        place = self.folder[0] / "statistics" / RESULTS
+        place.mkdir(parents=True, exist_ok=True)
+        for one in place.iterdir():  # of a run that was killed
+            one.unlink()
+        return place
+
+    def unchanged(self) -> OutsideTensors:
+        """Return the tensors of the network before the cut, as ``store.write_model`` takes them."""
+        network, weights, model = self.opened.network(), self.opened.weights, self.opened.loaded.model
+
+        def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+            held = named_tensors(model)
+            for name in shapes.tensors:
+                yield name, weights[name] if name in weights else held[name].tensor
+
+        @contextmanager
+        def running(folder: Path) -> Iterator[nn.Module]:
+            with network.on_demand() as running:
+                yield running
+
+        return OutsideTensors(each, running, all(map(weights.is_aligned, weights.stored)))
+
+    def cut(self, folder: RunFolder, plan: Plan, *, proof: bool, progress: Progress) -> tuple[StreamedCut, Path | None]:
+        """Try a plan, write the cut network into a run folder, and log how far its blocks are from the masked ones.
+
+        Args:
+            folder: The run folder.
+            plan: The plan.
+            proof: Whether every changed block is compared.
+            progress: Called with (steps done, steps in all, what is being done).
+        """
+        cut = propose_cut(self.opened, plan)
+        _, deviations = cut.write(folder.path, proof=proof, progress=progress)
+        if deviations:
+            worst = max(deviations, key=lambda one: one.largest_difference - one.bound)
+            row: dict[str, Any] = {"ok": True, "max_abs_diff": worst.largest_difference, "bound": worst.bound}
+            folder.log("verify", **row, blocks=len(deviations), dtype="float64")
+        return cut, self.results
+
+
+def open_streamed(
+    memory: str, settings: Settings, spec: ModelSpec, pruner: Pruner, announce: Callable[[str], None]
+) -> StreamedRun | None:
+    """Open a network that does not fit into the memory a run may use; return ``None`` if it fits, or has no limit.
+
+    Args:
+        memory: The limit, such as ``4GiB``; empty: none.
+        settings: The settings of the run.
+        spec: Which model, and in which precision.
+        pruner: The method.
+        announce: Called with one line that says how the run stays within the limit.
+
+    Raises:
+        InputError: If the network or the method needs the whole network in memory, and that does not fit.
+        ResourceError: If it does not fit even with one block in memory.
+    """
+    if not memory:
+        return None
+    limit = parse_bytes(memory)
+    opened = open_network(spec.name, DTYPES.get(spec.dtype))
+    sources = (*settings.sources, *settings.unseen)
+    amount = max(settings.tokens * len(settings.sources), settings.eval_tokens * len(sources))
+    plan = plan_memory(opened.network(), limit, -(-amount // settings.seq_len), settings.seq_len)
+    if plan.streams and (reason := _obstacle(settings, spec, opened, pruner)):
+        raise InputError(
+            f"{reason} needs the whole network in memory, about {plan.whole / 2**30:.1f} GiB of --memory {memory}; "
+            "give more memory, or use another method or setting"
+        )
+    announce(str(plan))
+    return StreamedRun(opened, plan) if plan.streams else None
+
+
+def _obstacle(settings: Settings, spec: ModelSpec, opened: OpenedNetwork, pruner: Pruner) -> str:
+    """Return what of a run's settings needs the whole network in memory; empty if nothing does."""
+    tests = {
+        f"--method {settings.method}, which computes gradients of the whole network": Need.GRADIENTS in pruner.needs,
+        f"--method {settings.method}, which runs the masked network": pruner.trains,
+        f"--recover {settings.recover}": bool(settings.recover),
+        "a model without text": opened.loaded.tokenizer is None,
+        "--input": bool(spec.input),
+        f"--device {spec.device}": spec.device != "cpu",
+        f"--precision {settings.precision}": settings.precision != "float32",
+        "a target in ms": settings.measure == Measure.TIME,
+    }
+    return next((text for text, holds in tests.items() if holds), "")

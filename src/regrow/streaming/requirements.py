@@ -1,0 +1,98 @@
+"""How much memory a network needs whole, and one block at a time, predicted from shapes before anything is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from regrow.amounts import format_bytes
+from regrow.errors import ResourceError
+from regrow.streaming.network import StreamedNetwork
+
+EXACT = 1.7
+"""How many blocks there are in float64 at a time while one is compared: the masked and the cut one, in parts."""
+BLOCKS = 2.5
+"""How many blocks there are at a time in their own precision: read, cut, and what is on its way to the disk."""
+WHOLE = 2.0
+"""Bytes of a run in memory per byte of the model: the model, and what is cut from it before it replaces the old."""
+SPARE = 2**28
+"""What the interpreter and the operations need besides."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a run stays within a limit of memory.
+
+    Args:
+        limit: The limit in bytes.
+        whole: What the run would need with the whole network in memory.
+        least: What it needs with one block in memory.
+        results: What the results of blocks for all windows take; in files if there is no room for them.
+        blocks: How many blocks the network has.
+    """
+
+    limit: int
+    whole: int
+    least: int
+    results: int
+    blocks: int
+
+    @property
+    def streams(self) -> bool:
+        """Whether the network is read one block at a time."""
+        return self.whole > self.limit
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether results of blocks are kept in files."""
+        return self.least + self.results > self.limit
+
+    def __str__(self) -> str:
+        if not self.streams:
+            return f"memory: about {format_bytes(self.whole)} of {format_bytes(self.limit)}, with all blocks in memory"
+        needed = self.least if self.on_disk else self.least + self.results
+        place = "in files" if self.on_disk else "in memory"
+        return (
+            f"memory: about {format_bytes(needed)} of {format_bytes(self.limit)}, with one of {self.blocks} blocks at "
+            f"a time and hidden states {place} (all at once: {format_bytes(self.whole)})"
+        )
+
+
+def plan_memory(network: StreamedNetwork, limit: int, windows: int, tokens: int) -> MemoryPlan:
+    """Predict the memory that pruning a network needs, and decide how it stays within a limit.
+
+    Args:
+        network: The network; it needs no numbers.
+        limit: The limit in bytes.
+        windows: The most windows of text that run at a time.
+        tokens: Tokens per window.
+
+    Raises:
+        ResourceError: If it does not fit even with one block in memory; names the least that is enough.
+    """
+    weights, model = network.weights, network.model
+    size = {name: weights.bytes_of(name) for name in weights.stored}
+    block = max(sum(size[name] for name in one.names) for one in network.blocks)
+    entries = max(sum(weights.like[name].numel() for name in one.names) for one in network.blocks)
+    outer = sum(size[name] for name in network.outer)
+    width = max((p.shape[0] for p in model.parameters() if p.dim() == 2), default=1)
+    hidden = max((p.shape[-1] for p in model.parameters() if p.dim() == 1), default=1)
+    item = next(model.parameters()).element_size()
+    pass_through = 3 * tokens * width * max(item, 4)
+    base = _resident() + SPARE + pass_through
+    whole = base + int(WHOLE * sum(size.values())) + int(8 * EXACT * entries)
+    least = base + outer + int(BLOCKS * block + 8 * EXACT * entries)
+    plan = MemoryPlan(limit, whole, least, 2 * windows * tokens * hidden * item, len(network.blocks))
+    if plan.streams and least > limit:
+        raise ResourceError(
+            f"pruning {weights.name} within {format_bytes(limit)} of memory is impossible, even one block at a time; "
+            f"use --memory {format_bytes(least).replace(' ', '')}"
+        )
+    return plan
+
+
+def _resident() -> int:
+    """Return the bytes of memory that this process has now; 0 if the system does not say."""
+    try:
+        rows = [line.split() for line in Path("/proc/self/status").read_text("ascii").splitlines()]
+    except OSError:
+        return 0
+    return next((1024 * int(row[1]) for row in rows if row[0] == "VmRSS:"), 0)

@@ -1,0 +1,100 @@
+"""``regrow prune --memory``: the same run folder with one block in memory, planned before it starts."""
+
+import json
+import re
+
+import pytest
+
+from regrow.streaming import requirements
+from regrow.streaming.network import StreamedNetwork
+
+SOURCE = ("--keep", "0.7", "--source", "news", "--tokens", "64", "--eval-tokens", "64", "--seq-len", "32")
+FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "probe.st", "axes.json", "scores.json")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Let every network be too large for memory as a whole."""
+    monkeypatch.setattr(requirements, "WHOLE", 1e9)
+
+
+GPRUNE = ("--method", "gprune", "--set", "steps=0", "--set", "start=base", "--set", "shards=1", "--source", "code")
+
+
+@pytest.mark.parametrize("method", [(), (*GPRUNE, "--source", "talk")], ids=["flap", "gprune"])
+def test_a_streamed_run_is_that_of_a_run_in_memory(regrow, tiny_language_model, tmp_path, streams, method):
+    command = ("prune", str(tiny_language_model), *method, *SOURCE)
+    assert regrow(*command, "--out", "whole")[0] == 0
+    code, said, _ = regrow(*command, "--memory", "64GiB", "--out", "streamed")
+    assert code == 0
+    assert "one of 2 blocks at a time and hidden states in memory" in said
+    for name in (*FILES, "before/model.safetensors", "before/shapes.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
+    rows = [
+        {row["what"]: row for row in map(json.loads, (tmp_path / out / "metrics.jsonl").read_text().splitlines())}
+        for out in ("whole", "streamed")
+    ]
+    for what in ("size", "perplexity", "paired"):
+        assert rows[0][what] == rows[1][what]
+    assert rows[1]["verify"]["ok"]
+    assert rows[1]["verify"]["blocks"] == 2
+    assert "--memory 64GiB" in json.loads((tmp_path / "streamed" / "run.json").read_text())["command"]
+
+
+def test_a_killed_run_ends_as_one_that_was_not(regrow, tiny_language_model, tmp_path, streams, monkeypatch):
+    monkeypatch.setattr(requirements.MemoryPlan, "on_disk", True)
+    command = ("prune", str(tiny_language_model), *SOURCE, "--memory", "64GiB", "--no-undo", "--out")
+    assert regrow(*command, "whole")[0] == 0
+    true, left = StreamedNetwork.resident, [0]
+
+    def counted(self, names):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return true(self, names)
+
+    monkeypatch.setattr(StreamedNetwork, "resident", counted)
+    for moment in (3, 7, 11, 15):  # in calibration, in both evaluations, and in the cut
+        left[0] = moment
+        assert regrow(*command, "killed")[0]
+    assert regrow(*command, "killed")[0] == 0
+    for name in (*FILES, "metrics.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {p.name for p in (tmp_path / "killed").iterdir()}
+
+
+def test_a_network_that_fits_is_loaded_whole(regrow, tiny_language_model, tmp_path):
+    code, said, _ = regrow("prune", str(tiny_language_model), *SOURCE, "--memory", "64GiB", "--dry-run", "plan.json")
+    assert code == 0
+    assert "with all blocks in memory" in said
+
+
+def test_too_little_memory_is_refused_with_the_least(regrow, tiny_language_model):
+    code, _, error = regrow("prune", str(tiny_language_model), *SOURCE, "--memory", "1MiB", "--out", "run")
+    assert code
+    assert re.search(r"within 1 MiB of memory is impossible.*use --memory \d", error)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--method", "llm_pruner"), "computes gradients"),
+        (("--method", "gprune"), "runs the masked network"),
+        (("--recover", "refit"), "--recover refit"),
+        (("--precision", "bfloat16"), "--precision bfloat16"),
+    ],
+)
+def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, streams, words, match):
+    code, _, error = regrow("prune", str(tiny_language_model), *words, *SOURCE, "--memory", "64GiB", "--out", "run")
+    assert code
+    assert match in error
+    assert "needs the whole network in memory" in error
+
+
+def test_amounts_and_models_that_do_not_fit_the_option_are_refused(regrow, tiny_language_model):
+    code, _, error = regrow("prune", str(tiny_language_model), *SOURCE, "--memory", "lots", "--out", "run")
+    assert code
+    assert "lots" in error
+    code, _, error = regrow("prune", "resnet18", "--keep", "0.7", "--memory", "1GiB", "--out", "run")
+    assert code
+    assert "is not read block by block" in error
