@@ -122,3 +122,28 @@ def test_progress_is_shown_where_someone_sees_it(
     assert not capsys.readouterr().err
     regrow.learn(net(), [(DATA, DATA)], method="naive", epochs=1, out="seen")
     assert "task-1" in capsys.readouterr().err
+
+
+def test_a_killed_search_resumes_to_the_same_bits_in_a_run_that_commands_take() -> None:
+    call = {"smaller": "40%", "epochs": 4, "batch_size": 16, "lr": 0.05}
+    whole = regrow.search(net(), DATA, **call)
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done > total * 0.7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        regrow.search(net(), DATA, **call, out="found", progress=stop)
+    result = regrow.search(net(), DATA, **call, out="found")
+    assert result.score == whole.score and result.plans == whole.plans
+    folder, loaded = RunFolder.open("found"), regrow.load("found", model=net)
+    for one in (result.model, loaded):
+        assert all(map(torch.equal, one.state_dict().values(), whole.model.state_dict().values()))
+    assert folder.last("found")["accuracy"] == result.score and folder.ledger.plans() == result.plans
+    assert [row["epoch"] for row in folder.metrics() if row["what"] == "epoch"] == [1, 2, 3, 4]
+    assert (folder.path / "report.html").is_file()
+    data = (INPUTS, INPUTS[:, :3])
+    regrow.search(
+        net(), data, **{**call, "method": "blind", "settings": {"what": "filters"}, "epochs": 0}, out="values"
+    )
+    assert RunFolder.open("values").last("result")["metric"] == "negative squared error"

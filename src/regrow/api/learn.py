@@ -137,9 +137,7 @@ def learn(
     >>> len(learned.scores.rows), learned.tasks
     (2, ('task-1', 'task-2'))
     """
-    place = Destination(out, track).checked(tasks=tasks)
-    if out is not None and checkpoint is not None:
-        raise InputError(f"{out} has a checkpoint of its own; leave out checkpoint={str(checkpoint)!r}")
+    place = Destination(out, track, checkpoint).checked(tasks=tasks)
     known = Example() if example is None else example
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     shift = type(net.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))

@@ -150,7 +150,7 @@ def _prune_in_folder(
 ) -> Plan:
     """Prune and write the run, or resume it."""
     inputs, start = work.inputs, time.perf_counter()
-    known = place.unfinished().get("timing")
+    known = RunFolder(begun).run().get("timing") if (begun := place.begun()) else None
     limits = with_timing(inputs.model, work.axes, limits, known=known, progress=work.progress)
     check_pruning(work.pruner, work.axes, limits, inputs.sources)
     data = describe_data(inputs.sources)

@@ -42,10 +42,12 @@ class Destination:
     Args:
         out: The run folder: new, empty, or of this very call, which then resumes; ``None``: nothing is written.
         track: The name of a tracker that gets every measurement, too; empty: none.
+        checkpoint: A file to resume from, which is for calls without a folder.
     """
 
     out: str | Path | None = None
     track: str = ""
+    checkpoint: str | Path | None = None
 
     def checked(self, **data: object) -> "Destination":
         """Return this destination; raise an error, before anything is loaded, unless a call can be written and resumed.
@@ -54,13 +56,15 @@ class Destination:
             **data: The data that it is given, by the name of the argument.
 
         Raises:
-            InputError: If ``track`` is given without ``out``, or data can be read only once.
+            InputError: If ``track`` is given without ``out`` or ``checkpoint`` with it, or data can be read only once.
             StoreError: If the folder holds something else.
         """
         if self.out is None:
             if self.track:
                 raise InputError(f"track={self.track!r} follows a run in a folder; give out=, for example out='runs/a'")
             return self
+        if self.checkpoint is not None:
+            raise InputError(f"{self.out} has a checkpoint of its own; leave out checkpoint={str(self.checkpoint)!r}")
         check_tracker(self.track, self.out)
         for name, value in data.items():
             if once := next((one for one in _parts(value) if isinstance(one, Iterator)), None):
@@ -70,10 +74,10 @@ class Destination:
                 )
         return self
 
-    def unfinished(self) -> dict[str, Any]:
-        """Return the content of ``run.json`` if the folder holds an interrupted run; else nothing."""
-        begun = RunFolder.open_unfinished(self.out) if self.out is not None else None
-        return begun.run() if begun else {}
+    def begun(self) -> Path | None:
+        """Return the folder with the files of the interrupted run, if there is one."""
+        folder = RunFolder.open_unfinished(self.out) if self.out is not None else None
+        return folder.path if folder else None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """``regrow.search``: search the widths and candidate operations of a network for one of a given size."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,14 +12,18 @@ from torch import nn
 from regrow.amounts import Measure, Target, parse_share, short
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
 from regrow.api.learn import OptimizerLike, build_schedule, first_batch, move_inputs
+from regrow.api.runs import Destination, describe_data, loaded_of, name_of, run_of
+from regrow.api.runs import finish as finish_run
 from regrow.axes import AxisGraph, Example
 from regrow.candidates import fold_scales
+from regrow.commands import latencies
+from regrow.commands.search_record import SearchRecord
 from regrow.commands.searching import build_method, train_space
 from regrow.commands.targets import target_measure
 from regrow.data.batches import ReadOptions
 from regrow.data.datasets import LoadedExamples, join_examples, to_examples
 from regrow.errors import InputError
-from regrow.evaluation import Latency, latency
+from regrow.evaluation import Latency, dense, latency
 from regrow.evaluation.continual import mean_score
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search.assembly import Search
@@ -26,12 +31,15 @@ from regrow.methods.search.space import measure_whole
 from regrow.objectives import choose_objective
 from regrow.plan import Plan
 from regrow.progress import Log, Progress, silent
-from regrow.sources import Batch, device_of
+from regrow.progress_bar import visible
+from regrow.settings.search import Settings
+from regrow.sources import Batch, Source, device_of
+from regrow.store.origins import describe_origin
+from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
 from regrow.tables import Table, format_html, format_text
-from regrow.tasks import CappedExamples, Task
-from regrow.tracing import trace
-from regrow.training.checkpoint import read_checkpoint, write_checkpoint
+from regrow.tasks import CappedExamples, Task, first_examples
+from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule
 from regrow.training.fit import finish
 from regrow.training.learner import Context
@@ -107,6 +115,8 @@ def search(
     axes: AxisGraph | None = None,
     tokenizer: Any = None,
     checkpoint: str | Path | None = None,
+    out: str | Path | None = None,
+    track: str = "",
     progress: Progress = silent,
     **training: Any,
 ) -> SearchResult:
@@ -118,15 +128,12 @@ def search(
     Args:
         model: The network, changed in place; or a model's name or a run folder.
         data: The training data with labels, as for :func:`regrow.prune`.
-        target: The largest allowed size: ``"params=1M"``, ``"macs=2G"`` (of dense kernels, one example),
-            ``"bytes=200M"``, ``"nonzero=50k"``, or ``"ms=12"`` for a batch on this device; or a share of what the
-            network has, ``"macs=50%"``.
+        target: The largest allowed size: ``"params=1M"``, ``"macs=2G"`` (of one example), ``"bytes=200M"``,
+            ``"nonzero=50k"``, ``"ms=12"`` (a batch on this device); or a share of what it has, ``"macs=50%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
-        validation: Data for the reported scores; ``None``: a fifth of ``data`` is held out. An iterable that cannot be
-            indexed is read into memory for that.
+        validation: Data for the reported scores; ``None``: a fifth of ``data`` (read into memory if it has no indices).
         method: One of ``regrow.methods.SEARCHERS``.
-        settings: Settings of the method that differ from its defaults; but here images are not shifted and mirrored
-            unless ``augment=True`` says so.
+        settings: Settings that differ from the method's defaults; images are shifted and mirrored by ``augment=True``.
         loss: The loss, as for :func:`regrow.prune`.
         epochs: Passes over the data; 0 for methods that do not train.
         batch_size: Examples per step.
@@ -137,36 +144,62 @@ def search(
         example: The input with which the network is traced; ``None``: two examples of the data.
         axes: The network's axes, if they are known; it is then not traced.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
-        checkpoint: A file that is written after each epoch, and from which the same call resumes if it exists. Times of
-            a target in ms are then measured anew.
+        checkpoint: A file that is written after each epoch, and from which the same call resumes; ``out`` has its own.
+        out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
+        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
-        **training: More fields of :class:`regrow.training.continual.TaskSchedule`: ``weight_decay``, ``decay``,
-            ``precision``.
+        **training: ``weight_decay``, ``decay`` and ``precision``, as for :func:`regrow.learn`.
 
     Raises:
         ValueError: If the method or a setting is unknown, the target cannot be met, or the data have no labels.
 
-    >>> inputs = torch.randn(80, 6)
-    >>> net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> inputs, net = torch.randn(80, 6), nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> result = search(net, (inputs, (inputs[:, 0] > 0).long()), smaller="50%", epochs=4)
     >>> result.size <= result.target, result.model[0].out_features < 32
     (True, True)
     """
+    place = Destination(out, track, checkpoint).checked(data=data, validation=validation)
     text, own = _target(target, smaller), _settings(method, settings or {})
     known = Example() if example is None else example
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     task = _read_task(net, data, validation, batch_size, seed)
     given: Any = {"epochs": max(1, epochs), "batch_size": batch_size, "lr": lr, "seed": seed, **training}
     schedule = build_schedule(optimizer, objective=choose_objective(loss, first_batch(task)), **given)
-    if axes is None:
-        first = Example(*move_inputs(first_batch(task), device_of(net.model)))
-        first = first if example is None else net.example
-        axes = trace(net.model, *first.args, **first.kwargs)
-    table = _time(net.model, task, batch_size) if target_measure(text) == Measure.TIME else None
+    net = _with_example(net, task) if example is None else net
+    axes = net.trace() if axes is None else axes
+    table = _time(net.model, task, batch_size, place) if target_measure(text) == Measure.TIME else None
     found = build_method(method, own, net.model, axes, text, seed=seed, epochs=epochs, table=table)
-    context = Context(net.model, axes, task, epochs=epochs, seed=seed, undo=UndoStore(), objective=schedule.objective)
-    found.check(context)
-    return _run(found, context, schedule if epochs else None, checkpoint, progress)
+    work = _begin(found, Context(net.model, axes, task, epochs=epochs, seed=seed), schedule, table, progress)
+    if place.out is None:
+        return _run(work, Path(checkpoint) if checkpoint is not None else None)
+    described = _describe(describe_origin(net.model).name, method, settings or {}, text, work)
+    inputs = {"loss": name_of(loss), "optimizer": name_of(optimizer), "training": training}
+    return _run_in_folder(net, work, place, described, model, inputs)
+
+
+@dataclass(frozen=True)
+class _Searching:
+    """What is searched, and how."""
+
+    search: Search
+    context: Context
+    schedule: TaskSchedule
+    table: Latency | None
+    progress: Progress
+
+
+def _begin(
+    search: Search, context: Context, schedule: TaskSchedule, table: Latency | None, progress: Progress
+) -> _Searching:
+    """Return what is searched, after checking that the method can search it."""
+    context = replace(context, undo=UndoStore(), objective=schedule.objective)
+    search.check(context)
+    return _Searching(search, context, schedule, table, progress)
+
+
+def _with_example(net: Inputs, task: Task) -> Inputs:
+    """Return the inputs with two training examples as the example."""
+    return replace(net, example=Example(*move_inputs(first_batch(task), device_of(net.model))))
 
 
 def _settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,21 +209,18 @@ def _settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, **given}
 
 
-def _run(
-    search: Search,
-    context: Context,
-    schedule: TaskSchedule | None,
-    checkpoint: str | Path | None,
-    progress: Progress,
-) -> SearchResult:
-    """Search, resuming from the checkpoint if there is one."""
+def _run(work: _Searching, file: Path | None, record: SearchRecord | None = None) -> SearchResult:
+    """Search, resuming from the checkpoint if there is one; what is reached goes to the record, too."""
+    search, context = work.search, work.context
     rows: dict[str, list[dict[str, Any]]] = {"epoch": [], "levels": []}
 
     def log(kind: str, /, **row: Any) -> None:
+        if record:
+            record.log(kind, **row)
         if kind in rows:
             rows[kind].append(row)
 
-    file, state = Path(checkpoint) if checkpoint is not None else None, TrainState(search.learner.state)
+    state = TrainState(search.learner.state)
     before = measure_whole(search.rules.space, (), context)
     model, axes, undo = context.model, context.axes, context.undo
     if file is not None and file.is_file():
@@ -198,16 +228,20 @@ def _run(
         rows["epoch"] += map(dict, state.learner.history)
 
     def write(now: TrainState[Any], there: Context) -> None:
+        if record:
+            record.write(now)
         if file is not None:
             write_checkpoint(file, there.model, now, undo)
 
     now = _at(context, model, axes, log, 0)
-    more: Any = {"state": state, "checkpoint": write, "log": log, "progress": progress}
-    fitted = train_space(search, now, schedule, **more)
+    more: Any = {"state": state, "checkpoint": write, "log": log, "progress": work.progress}
+    fitted = train_space(search, now, work.schedule if context.epochs else None, **more)
     now = _at(context, fitted.model, fitted.axes, log, context.epochs)
     fitted, last = finish(search.learner, fitted, now)
     fold_scales(fitted.model)
     fitted.model.eval()
+    if record:
+        record.write(replace(fitted.state, plans=(*fitted.state.plans, *last)))
     (levels,) = rows["levels"]
     return SearchResult(
         fitted.model,
@@ -222,6 +256,42 @@ def _run(
         mean_score(fitted.model, context.task.test, context.objective),
         tuple(rows["epoch"]),
     )
+
+
+def _run_in_folder(
+    net: Inputs,
+    work: _Searching,
+    place: Destination,
+    settings: Settings,
+    model: ModelLike,
+    inputs: Mapping[str, object],
+) -> SearchResult:
+    """Search and write the run, or resume it."""
+    start, loaded, task = time.perf_counter(), loaded_of(net), work.context.task
+    data = describe_data([Source("data", [first_batch(task)])])
+    with (
+        run_of(place, "search", settings, model, loaded, data=data, **inputs) as folder,
+        visible(work.progress) as shown,
+    ):
+        if work.table:
+            latencies.write(folder.path, work.table)
+        (folder.path / STATISTICS).mkdir(exist_ok=True)
+        record = SearchRecord(folder, len(folder.own_ledger))
+        result = _run(replace(work, progress=shown), folder.path / STATISTICS / CHECKPOINT, record)
+        size = dense(result.model, first_examples(task.test, 1).inputs)
+        if 0 <= result.score <= 1:
+            folder.log("found", accuracy=result.score, **size)
+        else:  # such as a negative loss
+            folder.log("result", metric=result.metric, score=result.score, **size)
+        finish_run(folder, replace(loaded, model=result.model), search=time.perf_counter() - start)
+    return result
+
+
+def _describe(name: str, method: str, given: Mapping[str, Any], target: str, work: _Searching) -> Settings:
+    """Return the settings of the command that say what a call does."""
+    shared = {one: getattr(work.schedule, one) for one in ("batch_size", "lr", "weight_decay", "precision", "seed")}
+    more: Any = {"method": method, "method_settings": dict(given), "epochs": work.context.epochs, "retrain": 0}
+    return Settings(name, "data", target, **more, **shared)
 
 
 def _at(context: Context, model: nn.Module, axes: AxisGraph, log: Log, epoch: int) -> Context:
@@ -256,6 +326,8 @@ def _read_task(net: Inputs, data: Any, validation: Any, batch_size: int, seed: i
     return Task("search", CappedExamples(train, batch_size), CappedExamples(test, batch_size), ())
 
 
-def _time(model: nn.Module, task: Task, batch_size: int) -> Latency:
-    """Return the measured times of the network's operations and layers on a batch."""
-    return latency(model, Batch(*move_inputs(first_batch(task, batch_size), device_of(model))))
+def _time(model: nn.Module, task: Task, batch_size: int, place: Destination) -> Latency:
+    """Return the measured times of the network's operations and layers on a batch, or those of an interrupted run."""
+    batch = Batch(*move_inputs(first_batch(task, batch_size), device_of(model)))
+    begun = place.begun()
+    return latencies.read_or_measure(begun, model, batch, False) if begun else latency(model, batch)

@@ -19,6 +19,7 @@ from regrow.commands.history import read_history
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.pareto import write_network, write_passed
 from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_inputs, read_parts, trace_examples
+from regrow.commands.search_record import SearchRecord
 from regrow.commands.searching import build_method, select_known, train_space
 from regrow.commands.starting import check_outputs, find_start
 from regrow.commands.targets import find_granularities, target_measure
@@ -143,23 +144,10 @@ def _search(
         cast(Staged, model).recomputed = True
     watch = stage_memory.MemoryWatch(search, inputs.memory, inputs.batch_size)
     watch.rows.update(state.learner.memory)
-    plans, events = len(folder.own_ledger), 0
-    rows: list[tuple[str, dict[str, Any]]] = [("epoch", dict(row)) for row in state.learner.history]
-
-    def log(kind: str, /, **row: Any) -> None:
-        if kind != "status":
-            rows.append((kind, row))
+    record = SearchRecord(folder, len(folder.own_ledger), rows=[("epoch", dict(row)) for row in state.learner.history])
 
     def write_rows(now: TrainState[SearchState], unfinished: int = 0) -> None:
-        nonlocal plans, events
-        for plan in now.plans[plans:]:
-            folder.own_ledger.append(plan)
-        for i in range(events, len(now.events)):
-            folder.log("commit", number=i, **now.events[i])
-        plans, events = len(now.plans), len(now.events)
-        for kind, row in rows:
-            folder.log(kind, **row)
-        rows.clear()
+        record.write(now)
         stages = [*watch.rows.values()]
         for i, one in enumerate(stages[: len(stages) - unfinished]):
             folder.log("memory", number=i, **asdict(one))
@@ -170,18 +158,18 @@ def _search(
         write_rows(now, unfinished=1)  # the last stage may turn out to need more memory
         recomputed = bool(search.rules.space.ends) and cast(Staged, model).recomputed
         own = replace(now.learner, memory=dict(watch.rows), recomputed=recomputed)
-        write_checkpoint(place, model, replace(now, learner=own), undo, logged=events)
+        write_checkpoint(place, model, replace(now, learner=own), undo, logged=record.events)
 
     write_rows(state, unfinished=1)  # version 0.1 wrote checkpoints before rows
     at: dict[str, Any] = {"seed": inputs.seed, "undo": undo, "objective": inputs.objective}
     context = Context(model, axes, parts.search, 0, inputs.epochs, inputs.epochs, **at)
-    more: dict[str, Any] = {"state": state, "checkpoint": write, "log": log, "progress": progress}
+    more: dict[str, Any] = {"state": state, "checkpoint": write, "log": record.log, "progress": progress}
     if inputs.memory:
         more["around"] = watch
     fitted = train_space(search, context, inputs.schedule, **more)
     write_rows(fitted.state)
     done = len(fitted.state.plans)
-    context = replace(context, model=fitted.model, axes=fitted.axes, log=log)
+    context = replace(context, model=fitted.model, axes=fitted.axes, log=record.log)
     fitted, last = finish(search.learner, fitted, context)
     for plan in last[max(0, len(folder.own_ledger) - done) :]:
         folder.own_ledger.append(plan)
