@@ -65,9 +65,9 @@ class Examples:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        n, labels = len(first_tensor(self.inputs)), len(self.labels)
-        if n != labels or not labels:
-            raise ValueError(f"{n} inputs and {labels} labels: one label each, at least one")
+        if first_tensor(self.inputs).shape[:1] != self.labels.shape[:1] or not len(self.labels):
+            n = len(first_tensor(self.inputs))
+            raise ValueError(f"{n} inputs and {len(self.labels)} labels: one label each, at least one")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -243,7 +243,9 @@ def batch_indices(n: int, size: int, seed: int | None = None) -> Iterator[Tensor
         seed: Seed of the shuffling; ``None``: in order.
     """
     order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return (part for part in order.split(size) if len(part) > 1 or size == 1 or n == 1 or seed is None)
+    parts = order.split(size)
+    single = seed is not None and n % size == 1 < min(n, size)  # the last part
+    return iter(parts[:-1] if single else parts)
 
 
 def first_tensor(inputs: Any) -> Tensor:

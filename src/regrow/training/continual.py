@@ -1,7 +1,6 @@
 """Continual learning: the training loop over a sequence of tasks, with the accuracy matrix around it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import isnan, nan
 from statistics import fmean
@@ -21,6 +20,7 @@ from regrow.surgery import UndoStore
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, ExampleSet, Task, first_examples, run_network
 from regrow.training.fit import Around, Fitted, Observer, fit
+from regrow.training.gradients import NO_CONTEXT
 from regrow.training.learner import PLAIN, Context, Learner
 from regrow.training.optimizers import OptimizerSettings
 from regrow.training.schedule import NO_AXES, Phase, Schedule
@@ -101,7 +101,7 @@ def learn(
     state: TrainState[S] | None = None,
     undo: UndoStore | None = None,
     checkpoint: Callable[[TrainState[S], Context], None] | None = None,
-    around: Around = lambda state, context, step: nullcontext(),
+    around: Around = lambda state, context, step: NO_CONTEXT,
     log: Callable[..., None] = lambda kind, **row: None,
     progress: Progress = silent,
 ) -> Fitted[S]:

@@ -5,7 +5,7 @@ It knows no method: a :class:`regrow.training.learner.Learner` says what differs
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +17,7 @@ from regrow.candidates import run_whole
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore, apply
-from regrow.training.gradients import compute_gradients
+from regrow.training.gradients import NO_CONTEXT, compute_gradients
 from regrow.training.growth_metrics import gradient_shares, mark_entries, new_entries, smooth, start_watch, watch
 from regrow.training.interrupts import Deferral, defer_interrupts
 from regrow.training.learner import Boundary, Context, Event, Learner, write_replacements
@@ -73,7 +73,7 @@ def fit(
     checkpoint: Callable[[TrainState[S], Context], None] | None = None,
     seconds: float | None = None,
     observe: Observer[S] | None = None,
-    around: Around = lambda state, context, step: nullcontext(),
+    around: Around = lambda state, context, step: NO_CONTEXT,
     log: Callable[..., None] = lambda kind, **row: None,
     progress: Progress = silent,
 ) -> Fitted[S]:

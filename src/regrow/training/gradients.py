@@ -13,7 +13,8 @@ from regrow.training.learner import Context, Learner, Step
 
 S = TypeVar("S")
 
-_AS_IT_IS = nullcontext()
+NO_CONTEXT = nullcontext()
+"""The context manager that does nothing."""
 
 
 def compute_gradients(
@@ -43,11 +44,11 @@ def compute_gradients(
         ValueError: If the loss is not finite.
     """
     device, total = context.device, 0.0
-    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else _AS_IT_IS
+    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else NO_CONTEXT
     second = None if second is None else second.to(device)
     for batch in batches:
         here, replaced = batch.to(device), learner.parametrize(state, context)
-        with parametrize(context.model, replaced.values) if replaced.values else _AS_IT_IS:
+        with parametrize(context.model, replaced.values) if replaced.values else NO_CONTEXT:
             with autocast:
                 loss = learner.loss(state, context, Step(index, here, second, replaced))
             mean = loss.value if len(batches) == 1 else loss.value / len(batches)
