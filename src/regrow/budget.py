@@ -76,7 +76,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise ValueError(f"keep is the fraction that stays, above 0 and at most 1; got {self.keep:g}")
+            remedy = f"; to keep {self.keep:g} %, use {self.keep / 100:g}" if 1 < self.keep <= 100 else ""
+            raise ValueError(f"keep is the fraction that stays, above 0 and at most 1; got {self.keep:g}{remedy}")
         if self.round_to < 1:
             raise ValueError(f"round is a number of units, at least 1; got {self.round_to}")
         if self.target is not None:

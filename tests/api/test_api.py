@@ -133,8 +133,33 @@ def test_a_saved_network_is_a_model(tmp_path):
         (lambda: regrow.prune(net(3), INPUTS, smaller="130%"), "smaller must be between 0 and 1, got 1.3"),
         (lambda: regrow.evaluate(net(3), None), "no input to run the network with"),
         (lambda: regrow.evaluate(net(3), INPUTS), "no labels"),
+        (
+            lambda: regrow.evaluate(net(2), (INPUTS, TARGETS["classification"])),
+            "label 2 is no class of a network with 2",
+        ),
+        (lambda: regrow.evaluate(net(3), (INPUTS, TARGETS["classification"].float())), "a value per output, or whole"),
+        (lambda: regrow.prune(INPUTS, net(3)), "the network comes first"),
+        (lambda: regrow.prune(nn.Linear, INPUTS), r"write Linear\(\)"),
+        (lambda: regrow.prune(net(3), example=(1, 6)), r"write torch.ones\(1, 6\)"),
+        (lambda: regrow.prune(net(3).to("meta"), INPUTS), "has no weights"),
+        (lambda: regrow.finetune(net(3).requires_grad_(False), (INPUTS, INPUTS[:, :3])), "requires_grad"),
+        (lambda: regrow.recover(net(3), net(2), regrow.Plan(), INPUTS), "dense must be the network before the cut"),
     ],
 )
 def test_mistaken_calls_name_the_remedy(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+@pytest.mark.parametrize("keep", [70, "70"])
+def test_percent_in_the_place_of_a_fraction_names_the_fraction(keep):
+    with pytest.raises(ValueError, match=r"got 70; to keep 70 %, use 0\.7"):
+        regrow.prune(net(3), INPUTS, keep=keep)
+    assert regrow.prune(net(3), INPUTS, keep="50%")[0][0].out_features == 8
+
+
+def test_unknown_arguments_are_named():
+    with pytest.raises(TypeError, match="prune has no argument 'ratio'; the size is given by keep"):
+        regrow.prune(net(3), INPUTS, ratio=0.5)
+    with pytest.raises(TypeError, match="learn has no argument 'momentum'"):
+        regrow.learn(net(3), [(INPUTS, TARGETS["classification"])], method="naive", momentum=0.9)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
@@ -58,12 +59,18 @@ def finetune(
     >>> finetune(net, (inputs, inputs.sum(1, keepdim=True)), epochs=20, lr=0.05).weight.round()
     tensor([[1., 1., 1.]], grad_fn=<RoundBackward0>)
     """
+    if data is None:
+        raise InputError("there are no data to train on; give data, for example a DataLoader or (inputs, labels)")
+    if epochs < 1:
+        raise InputError(f"epochs must be at least 1, got {epochs}")
     reading: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
     inputs = read_inputs(model, data, **reading, precision=precision, progress=progress)
     if not inputs.sources:
         raise InputError("there are no data to train on; give data, for example a DataLoader or (inputs, labels)")
+    if not any(p.requires_grad for p in inputs.model.parameters()):
+        raise InputError("no parameter of the network has requires_grad; set it for what is to be trained")
     schedule: Any = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "seed": seed}
-    with autocasting(inputs.model, precision):
+    with torch.enable_grad(), autocasting(inputs.model, precision):
         for source in inputs.sources:
             tune.finetune(inputs.model, source, **schedule, objective=inputs.objective, progress=progress)
         if recalibrate:

@@ -93,9 +93,9 @@ def read_inputs(
                 setattr(model, name, value)  # as regrow.load does, so that save knows how to build it
         tokenizer = tokenizer or loaded.tokenizer
     if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model must be a torch.nn.Module, a model's name or a run folder, got a {type(model).__name__}"
-        )
+        raise InputError(_no_network(model, data))
+    if data is not None:
+        require_weights(model)
     check_precision(model, precision)
     model = model if place is None else model.to(place)
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
@@ -116,6 +116,29 @@ def read_inputs(
     if (place := device_of(model)).type not in ("cpu", "meta"):
         example = Example(moved(example.args, place), moved(dict(example.kwargs), place))
     return Inputs(model, example, sources, objective, tokenizer)
+
+
+def require_weights(model: nn.Module) -> None:
+    """Raise InputError for a network on the device meta, which cannot be run on data.
+
+    Args:
+        model: The network.
+    """
+    if device_of(model).type == "meta":
+        raise InputError(
+            "the network is on the device meta and has no weights; give it some: model.to_empty(device='cpu'), then "
+            "model.load_state_dict(weights)"
+        )
+
+
+def _no_network(model: object, data: object) -> str:
+    """Return what is given in the place of a network, and the remedy."""
+    got = f"got a {type(model).__name__}"
+    if isinstance(model, type):
+        got = f"got the class {model.__name__}; write {model.__name__}()"
+    elif isinstance(data, nn.Module):
+        got += "; the network comes first, then the data"
+    return f"model must be a torch.nn.Module, a model's name or a run folder, {got}"
 
 
 def run_once(model: nn.Module, example: Example) -> None:
@@ -151,6 +174,9 @@ def to_example(example: Any) -> Example:
             return Example(example.args, example.kwargs)
         case Tensor():
             return Example((example,))
+        case tuple() | list() if example and all(isinstance(size, int) for size in example):
+            sizes = ", ".join(map(str, example))
+            raise InputError(f"example must hold tensors, got sizes; write torch.ones({sizes})")
         case tuple() | list():
             return Example(tuple(example))
     if isinstance(example, Mapping):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, require_weights
 from regrow.api.runs import Destination, describe_data, finish, loaded_of, name_of, run_of
 from regrow.axes import AxisGraph, Example
 from regrow.commands.learning_record import LearningRecord, record_matrix
@@ -17,8 +17,9 @@ from regrow.data.batches import ReadOptions
 from regrow.data.task_data import to_tasks
 from regrow.errors import InputError
 from regrow.evaluation.continual import Matrix
+from regrow.evaluation.forward import evaluating
 from regrow.methods import MethodKind, find_method
-from regrow.objectives import choose_objective
+from regrow.objectives import CLASSIFICATION, choose_objective, describe_misfit
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
@@ -140,12 +141,15 @@ def learn(
     place = Destination(out, track, checkpoint).checked(tasks=tasks)
     known = Example() if example is None else example
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
+    require_weights(net.model)
     shift = type(net.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     every = to_tasks(tasks, ReadOptions(batch_size, net.tokenizer, shift=shift))
     learner = _build(method, settings or {}, seed)
     batch = first_batch(every[0])
     given: Any = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, **training}
     schedule = build_schedule(optimizer, objective=choose_objective(loss, batch), **given)
+    if schedule.objective is CLASSIFICATION:
+        _check_classes(net.model, every, batch)
     traced = net.example if example is not None else Example(*move_inputs(batch, device_of(net.model)))
     if axes is None:
         axes = _trace(net.model, traced, method) if learner.uses_axes else NO_AXES
@@ -168,6 +172,16 @@ class _Learning:
     progress: Progress
 
 
+def _check_classes(model: nn.Module, tasks: list[Task], batch: Batch) -> None:
+    """Raise InputError if the network has no output for a class of the tasks."""
+    largest = max((label for task in tasks for label in task.classes), default=0)
+    with evaluating(model) as device:
+        batch = batch.to(device)
+        output = model(*batch.args, **batch.kwargs)
+    if problem := describe_misfit(output, torch.full((batch.size,), largest)):
+        raise InputError(problem)
+
+
 def build_schedule(optimizer: OptimizerLike, **given: Any) -> continual.TaskSchedule:
     """Return how each task is trained.
 
@@ -175,6 +189,14 @@ def build_schedule(optimizer: OptimizerLike, **given: Any) -> continual.TaskSche
         optimizer: The name of an optimizer, or a function that builds one.
         **given: The other fields of the schedule.
     """
+    names = [one.name for one in fields(continual.TaskSchedule)]
+    if unknown := given.keys() - names:
+        raise TypeError(f"learn has no argument {min(unknown)!r}; more fields of its schedule are {', '.join(names)}")
+    if not isinstance(optimizer, str) and not callable(optimizer):
+        raise InputError(
+            "optimizer must be 'sgd', 'adamw' or a function from parameter groups to an optimizer, got "
+            f"a {type(optimizer).__name__}; write functools.partial(torch.optim.{type(optimizer).__name__}, lr=0.1)"
+        )
     if isinstance(optimizer, str):
         return continual.TaskSchedule(optimizer=optimizer, **given)
     return continual.TaskSchedule(build_optimizer=optimizer, **given)

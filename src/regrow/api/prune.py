@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from regrow.amounts import Target, parse_share
@@ -37,7 +38,7 @@ def prune(
     data: Any = None,
     *,
     method: str = "flap",
-    keep: float | None = None,
+    keep: float | str | None = None,
     target: str | Target = "",
     smaller: str | float | None = None,
     example: Any = None,
@@ -61,8 +62,9 @@ def prune(
             strings, or a dict of such by name; more text domains carry over better to unseen ones. Methods that score
             by weights alone need none.
         method: One of ``regrow.methods.METHODS``.
-        keep: The fraction of the weights of linear layers and convolutions that stays (of a language model: of its
-            decoder's linear layers), or of another ``measure``; ``None``: 0.8, unless there is a target.
+        keep: The fraction, 0.8 or ``"80%"``, of the weights of linear layers and convolutions that stays (of a
+            language model: of its decoder's linear layers), or of another ``measure``; ``None``: 0.8, unless there is a
+            target.
         target: A size instead of a fraction: ``"params=100M"`` (all parameters), ``"macs=2G"``, ``"bytes=200M"``,
             ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share of what the
             network has, ``"params=70%"``.
@@ -97,6 +99,8 @@ def prune(
     >>> net[0].out_features
     4
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     place = Destination(out, track).checked(data=data)
     pruner, limits = build_pruner(method, settings or {}), _budget(keep, target, smaller, budget)
     check_combination(precision, measure=limits.measure)
@@ -126,7 +130,7 @@ def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> t
     """Measure importance, choose the units that stay, and cut the network; return the plan and the new axes."""
     inputs, axes, pruner, progress = work.inputs, work.axes, work.pruner, work.progress
     check_pruning(pruner, axes, limits, inputs.sources)
-    with autocasting(inputs.model, work.precision):
+    with torch.enable_grad(), autocasting(inputs.model, work.precision):
         if folder is None:
             evidence = collect_evidence(
                 inputs.model, axes, pruner, inputs.sources, progress, objective=inputs.objective
@@ -188,8 +192,15 @@ def _describe(method: str, given: Mapping[str, Any], limits: Budget, inputs: Inp
     )
 
 
-def _budget(keep: float | None, target: str | Target, smaller: str | float | None, more: Mapping[str, Any]) -> Budget:
+def _budget(
+    keep: float | str | None, target: str | Target, smaller: str | float | None, more: Mapping[str, Any]
+) -> Budget:
     """Return the budget that is given in one of three ways."""
+    if unknown := more.keys() - {"measure", "only", "exclude", "round_to", "regular", "marks"}:
+        raise TypeError(
+            f"prune has no argument {min(unknown)!r}; the size is given by keep=0.8, smaller='20%' or "
+            "target='macs=2G', and limited by measure, only, exclude, round_to, regular"
+        )
     given = {"keep": keep, "target": target or None, "smaller": smaller}
     names = [f"{name}={value}" for name, value in given.items() if value is not None]
     if len(names) > 1:
@@ -198,4 +209,4 @@ def _budget(keep: float | None, target: str | Target, smaller: str | float | Non
         return Budget(target=Target.smaller(parse_share(str(smaller))), **more)
     if target:
         return Budget(target=Target.parse(str(target)), **more)
-    return Budget(0.8 if keep is None else keep, **more)
+    return Budget(0.8 if keep is None else parse_share(str(keep)), **more)

@@ -93,6 +93,7 @@ def recover(
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     if axes is None:
         axes = trace(dense, *inputs.example.args, **inputs.example.kwargs)
+    _check_dense(model, dense)
     model.to(device_of(dense))
     work = find_method(MethodKind.RECOVERY, by).made(by, settings or {})
     if place.out is None:
@@ -103,6 +104,18 @@ def recover(
     described = Settings(f"{name}()", by, 1, settings or {}, pruning, (), name, f"prune+{by}", None, seed)
     described = replace(described, precision="" if precision == "float32" else precision)
     return _recover_in_folder(replace(inputs, model=model), dense, axes, plan, place, described, progress)
+
+
+def _check_dense(model: nn.Module, dense: nn.Module) -> None:
+    """Raise InputError if the dense network is smaller somewhere than the one that was cut from it."""
+    whole = dict(dense.named_parameters())
+    for name, small in model.named_parameters():
+        large = whole.get(name, small)
+        if any(one > other for one, other in zip(small.shape, large.shape, strict=False)):
+            raise InputError(
+                f"dense must be the network before the cut, and its {name!r} has shape {list(large.shape)}, that of "
+                f"model {list(small.shape)}; write recover(model, dense, plan, data)"
+            )
 
 
 def _recover_in_folder(

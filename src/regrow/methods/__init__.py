@@ -74,6 +74,8 @@ class MethodEntry:
         Raises:
             ValueError: If a setting is unknown, or is of another type than its default.
         """
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"settings must be a dict from names to values, got {settings!r:.60}")
         defaults = {field.name: field.default for field in fields(self.settings)}
         given = rename_settings(self.renamed, settings, note=True)
         for key, value in list(given.items()):

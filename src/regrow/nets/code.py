@@ -69,7 +69,7 @@ def check_code(recorded: str, needed: bool, code: str) -> None:
         name, known = recorded if names_code(recorded) else "pkg.mod:fn", f" ({recorded!r:.80})" if recorded else ""
         raise ModelError(
             f"its network is built by your own code{known}, and a name in a file is never imported; "
-            f"add --code {name} if you trust it (in Python: code= or model=)"
+            f"add --code {name} if you trust it (in Python: regrow.load(folder, model=function))"
         )
     if code and not needed:
         raise ModelError(f"--code {code} is for a network that your own code builds, and this one is not; leave it out")

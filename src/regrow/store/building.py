@@ -44,6 +44,8 @@ def build_network(
             f"this model is built by your own code ({origin.reference or 'a module'}), which is not run unasked; "
             "pass the function that builds it: load(folder, model=function)"
         )
+    if model is not None and not callable(model):
+        raise StoreError(f"model must be a network or the function that builds it, got a {type(model).__name__}")
     try:
         with torch.random.fork_rng(devices=[]):
             made = build(origin) if model is None else model()

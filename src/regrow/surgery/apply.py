@@ -184,6 +184,8 @@ def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         axes: Its axes.
         plan: The plan.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a regrow.Plan, got a {type(plan).__name__}; for example Plan.keeping(axes, ...)")
     plan.check(axes)
     sizes, state = axes.sizes(), state_of(model)
     for name, dims in axes.shapes.items():

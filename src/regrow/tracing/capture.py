@@ -113,6 +113,11 @@ def capture(
                 raise TraceError(
                     f"{type(model).__name__} cannot be run again as recorded: {first_line(error)}"
                 ) from error
+            if first_line(error) == refusal:
+                raise TraceError(
+                    f"{type(model).__name__} does not run on the example input: {refusal}. "
+                    "Give an input of the shape and type that its forward takes"
+                ) from refused
             raise _refused(model, f"{refusal}. Nor does it run: {first_line(error)}") from refused
 
 
