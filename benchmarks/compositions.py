@@ -46,7 +46,8 @@ _TEXT = {
     "grow": "--mlp +1% --no-verify",
     "recover": "--by lora --tokens 256",
     "learn": "--method naive --epochs 1 --train 4 --test 2 --seq-len 32 --batch-size 2",
-    "search": "--data digits --target 0.9 --epochs 3 --retrain 0 --train 48 --test 16",
+    "search": """--data news --target 0.95 --method blind --set what=["filters"] --epochs 0 --retrain 0 --train 6 """
+    "--test 2 --validation 0.3 --seq-len 32 --batch-size 2",
 }
 NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "own": {"model": "compositions:network", "code": True, "options": _IMAGES, "task": "digits"},
