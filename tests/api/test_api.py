@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
 from regrow.errors import InputError
+from regrow.store import StoreError
+from regrow.tracing import TraceError
 
 
 def net(outputs: int) -> nn.Sequential:
@@ -163,3 +165,13 @@ def test_unknown_arguments_are_named():
         regrow.prune(net(3), INPUTS, ratio=0.5)
     with pytest.raises(TypeError, match="learn has no argument 'momentum'"):
         regrow.learn(net(3), [(INPUTS, TARGETS["classification"])], method="naive", momentum=0.9)
+
+
+def test_trace_and_save_name_what_is_mistaken(tmp_path):
+    for args in ((), ((1, 6),)):
+        with pytest.raises(TraceError, match="does not run without a tensor among its inputs; give"):
+            regrow.trace(net(3), *args)
+    with pytest.raises(TraceError, match="got a str; load"):
+        regrow.trace("resnet18", INPUTS)
+    with pytest.raises(StoreError, match=r"got a Sequential; write save\(model, folder\)"):
+        regrow.save(tmp_path / "new", net(3))

@@ -97,6 +97,8 @@ def save(
             in the dtype it would be stored in (buffers may), the folder holds a model that regrow did not write, or the
             disk is full.
     """
+    if not isinstance(folder, str | Path):
+        raise StoreError(f"folder must be a path, got a {type(folder).__name__}; write save(model, folder)")
     folder = Path(folder)
     if (folder / "config.json").exists() and not (folder / SHAPES).exists():
         raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")

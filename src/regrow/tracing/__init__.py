@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Example
 from regrow.tracing.branches import candidate_branches, with_branches
@@ -45,12 +46,20 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     >>> [(axis.key, axis.size) for axis in trace(net, torch.ones(1, 4)).free()]
     [('0.weight:0', 8)]
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace takes a torch.nn.Module, got a {type(model).__name__}; load it first (regrow.load)")
     check_traceable(model)
     with preserve_state(model, entries=True):
         try:
             return with_remedies(model, _traced(model, example_of(model, args, kwargs)))
-        except TraceError:
-            raise
+        except TraceError as error:
+            if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+                raise
+            name = type(model).__name__
+            raise TraceError(
+                f"{name} does not run without a tensor among its inputs; give what its forward takes, for example "
+                "trace(model, torch.ones(1, 3, 224, 224))"
+            ) from error
         except Exception as error:
             problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {first_line(error)}"
             remedy = "name the axes yourself with regrow.declare, and please report this: it is a fault of regrow"
