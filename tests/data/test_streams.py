@@ -102,6 +102,9 @@ def test_pictures_in_folders_are_a_task(tmp_path: Path) -> None:
     assert sorted((base.train.inputs[:, 0, 2, 3] * 255).round().tolist()) == sorted(2 * [40.0 * i for i in range(6)])
     drawn = [pictures(tmp_path, train=5, test=2, seed=seed).train.inputs for seed in (1, 1, 2)]
     assert len(drawn[0]) == 5 and torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    (tmp_path / "train" / "banana").mkdir()
+    base = pictures(tmp_path)
+    assert base.classes == (0, 2) and set(base.train.labels.tolist()) == {0, 2}
     with pytest.raises(SourceError, match="train has no pictures; give a folder with train/CLASS/… and test/CLASS/…"):
         pictures(tmp_path / "train")
 

@@ -59,7 +59,7 @@ def build_network(
     Raises:
         ValueError: If there is no such space, the budget is too small for any stages, or there are none to cut.
     """
-    shape, classes = list(input_shape(task.train)), len(task.classes)
+    shape, classes = list(input_shape(task.train)), 1 + max(task.classes)
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
         refuse_stages(f"{space} has one topology for all cells, so it", stages, memory)
         edges = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
@@ -105,8 +105,9 @@ def _build_own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module
         torch.manual_seed(seed)
         model, _ = call_builder(builder, space)
     said = logits_in(model.eval()(first_examples(task.train, 2).inputs))
-    if said.shape != (2, len(task.classes)):
-        raise ValueError(f"{space} answers {tuple(said.shape)} to two images of {len(task.classes)} classes")
+    classes = 1 + max(task.classes)
+    if said.shape != (2, classes):
+        raise ValueError(f"{space} answers {tuple(said.shape)} to two images of {classes} classes")
     return model
 
 

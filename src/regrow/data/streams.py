@@ -172,8 +172,9 @@ def pictures(
 ) -> Task:
     """Read an image data set from ``train/CLASS/…`` and ``test/CLASS/…``.
 
-    Classes are numbered in the order of their names. Images of other sizes are scaled and cropped as ``regrow
-    evaluate`` does it. If any is, or all need more than 1 GiB, they are read while they are used.
+    Classes are numbered in the order of their names; a folder without images has a number, and is no class of the
+    task. Images of other sizes are scaled and cropped as ``regrow evaluate`` does it. If any is, or all need more than
+    1 GiB, they are read while they are used.
 
     Args:
         folder: The folder that contains ``train`` and ``test``.
@@ -189,14 +190,15 @@ def pictures(
     """
     halves = [Path(folder) / half for half in ("train", "test")]
     classes = sorted({one.name for half in halves if half.is_dir() for one in half.iterdir() if one.is_dir()})
-    result = []
+    result, present = [], set[int]()
     for half, n in zip(halves, (train, test), strict=True):
         files = [(file, i) for i, one in enumerate(classes) for file in image_files(half / one)]
         if not files:
             raise SourceError(f"{half} has no pictures; give a folder with train/CLASS/… and test/CLASS/…")
+        present |= {i for _, i in files}
         chosen = random.Random(seed).sample(files, min(n or len(files), len(files)))
         result.append(_read_pictures(tuple(chosen), tuple(size), normalised))
-    return Task(name, result[0], result[1], tuple(range(len(classes))))
+    return Task(name, result[0], result[1], tuple(sorted(present)))
 
 
 def _read_pictures(files: tuple[tuple[Path, int], ...], size: tuple[int, ...], normalised: bool) -> ExampleSet:
