@@ -114,8 +114,8 @@ CYCLES = {
             "3-search": "search {last} --data first --target macs=80% --epochs {search} --retrain {retrain} "
             "--train {train} --test {test}",
             "4-grow": "grow {last} --channels +25%",
-            "5-learn": "learn first second --model {last} --method replay --set memory={memory} --scenario class "
-            "--lr 0.02 --epochs {new} --train {train} --test {test}",
+            "5-learn": "learn first second --model {last} --method replay --set memory={memory} --set "
+            "asymmetric_loss=true --scenario class --lr 0.02 --epochs {new} --train {train} --test {test}",
         },
         "--to onnx --out exported.onnx",
     ),
