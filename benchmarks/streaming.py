@@ -122,12 +122,14 @@ def plain(model: nn.Module, loader: Iterable[Any], stepped: Callable[[], object]
         stepped()
 
 
-def speed(repeats: int) -> list[dict[str, Any]]:
+def speed(nets: str, repeats: int) -> list[dict[str, Any]]:
     """CPU seconds of a step of the naive learner and of a plain loop, from memory and through a loader."""
     rows = []
     generator = torch.Generator().manual_seed(0)
     for net, shape, batch, n in (("mlp:100-100", (1, 28, 28), 128, 25_600), ("resnet:16-3", (3, 32, 32), 64, 1_280)):
         inputs, labels = torch.rand(n, *shape, generator=generator), torch.randint(10, (n,), generator=generator)
+        if nets not in net:
+            continue
         for how in ("loader", "memory"):
             model, data = small(net, shape, 10)[0], TensorDataset(inputs, labels)
             given = DataLoader(data, batch_size=batch, shuffle=True) if how == "loader" else (inputs, labels)
@@ -196,13 +198,14 @@ def main() -> None:
     parser.add_argument("--place", type=Path, help="a folder in which the files of an earlier call are, and stay")
     parser.add_argument("--method", default="naive")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--nets", default="", help="with --speed: networks with this in their names, mlp or resnet")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.speed:
-        what, found = "speed", speed(args.repeats)
+        what, found = "speed", speed(args.nets, args.repeats)
     elif args.folder:
         what, place = "image folder", args.place or Path(tempfile.mkdtemp())
         try:

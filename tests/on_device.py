@@ -130,7 +130,7 @@ def test_learn(device, method, monkeypatch):
         for place in ("cpu", device)
     ]
     assert same(*nets)
-    assert max(steps) <= 4
+    assert max(steps) <= 2
 
 
 @pytest.mark.parametrize("fill", ["zero_out", "split", "pair"])
