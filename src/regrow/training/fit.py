@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -325,9 +326,7 @@ def _fit_epoch(latest: _Latest[S], new: dict[str, Tensor], deferral: Deferral) -
         torch.manual_seed(context.generator(context.epoch, 1).initial_seed() % 2**63)  # Dropout, augmentation
     own, events = learner.boundary(latest.own, context, Boundary(Event.EPOCH_START)), latest.events
     done, total, first = sum(phase.epochs[: context.epoch]), sum(phase.epochs), latest.step
-    for i, (batches, second) in enumerate(phase.batches(context)):
-        if i < first:
-            continue
+    for i, (batches, second) in islice(enumerate(phase.batches(context)), first, None):
         if schedule.decay != "constant" or schedule.warm_up:
             optimizers.set_rates(schedule.share(done + i, total))
         with run.around(own, context, i):
@@ -343,8 +342,9 @@ def _fit_epoch(latest: _Latest[S], new: dict[str, Tensor], deferral: Deferral) -
                 own, smoothed = learner.after_step(own, context, step), smooth(latest.loss, loss)
                 events = watch(events, number, smoothed)
                 latest.own, latest.step, latest.loss, latest.events = own, i + 1, smoothed, events
-        text = run.notes.get("status", {}).get("text", context.task.name)
-        run.progress(number * total + done + i + 1, len(run.phases) * total, f"{text}, loss {loss:.3f}")
+        if run.progress is not silent:
+            text = run.notes.get("status", {}).get("text", context.task.name)
+            run.progress(number * total + done + i + 1, len(run.phases) * total, f"{text}, loss {loss:.3f}")
         if run.seconds is not None and time.monotonic() - latest.written > run.seconds:
             latest.write()
     latest.own = own

@@ -6,10 +6,11 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples
-from regrow.training.learner import Context, Learner, Step
+from regrow.training.learner import Context, Learner, Loss, Step
 
 S = TypeVar("S")
 
@@ -44,15 +45,16 @@ def compute_gradients(
         ValueError: If the loss is not finite.
     """
     device, total = context.device, 0.0
-    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else NO_CONTEXT
+    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else None
     second = None if second is None else second.to(device)
     for batch in batches:
         here, replaced = batch.to(device), learner.parametrize(state, context)
-        with parametrize(context.model, replaced.values) if replaced.values else NO_CONTEXT:
-            with autocast:
-                loss = learner.loss(state, context, Step(index, here, second, replaced))
-            mean = loss.value if len(batches) == 1 else loss.value / len(batches)
-            mean.backward()
+        step = Step(index, here, second, replaced)
+        if replaced.values:
+            with parametrize(context.model, replaced.values):
+                loss, mean = _run_backward(learner, state, context, step, autocast, len(batches))
+        else:
+            loss, mean = _run_backward(learner, state, context, step, autocast, len(batches))
         step, total = Step(index, here, second, replaced, loss.aux), total + mean.item()
     if not math.isfinite(total):
         raise ValueError(
@@ -60,3 +62,17 @@ def compute_gradients(
             "and check that weights and inputs are finite"
         )
     return step, total
+
+
+def _run_backward(
+    learner: Learner[S], state: S, context: Context, step: Step, autocast: torch.autocast | None, many: int
+) -> tuple[Loss, Tensor]:
+    """Run the loss and the backward pass of one of ``many`` batches; return the loss, and its part of their mean."""
+    if autocast is None:
+        loss = learner.loss(state, context, step)
+    else:
+        with autocast:
+            loss = learner.loss(state, context, step)
+    mean = loss.value if many == 1 else loss.value / many
+    mean.backward()
+    return loss, mean

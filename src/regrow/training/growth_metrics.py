@@ -96,6 +96,8 @@ def watch(events: Sequence[GrowthEvent], task: int, loss: float) -> tuple[Growth
     >>> events[0]["recovery_steps"], events[0]["steps_watched"]
     (3, 3)
     """
+    if not events:
+        return ()
     first = len(events)
     while first and events[first - 1]["task"] == task:
         first -= 1
