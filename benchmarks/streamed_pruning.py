@@ -1,0 +1,205 @@
+"""Prune a Llama that need not fit into memory: peak memory and time with one block in memory, from the command line.
+
+    python benchmarks/streamed_pruning.py --size 0.5B                # make the model, then prune it
+    python benchmarks/streamed_pruning.py --size 3.2B                # 6.4 GB
+    python benchmarks/streamed_pruning.py --layers 8 16 32                 # the peak over depth, at one width
+
+Weights are random, in bfloat16, in shards of 1 GB. What counts is the peak resident memory of the process (VmHWM, reset
+once everything is imported), beside what the model's size allows: embeddings + 2.5 blocks + 1.7 blocks in float64 +
+1 GiB; and the wall time of calibration, plan, cut, check and writing beside that of reading, a forward pass over the
+same windows and writing alone. Rows go to benchmarks/results/streamed_pruning.jsonl.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from regrow.nets.packaged import packaged_folder
+from regrow.store.tensor_file import TensorFile
+from regrow.store.versions import versions
+
+OUT = Path(__file__).parent / "results" / "streamed_pruning.jsonl"
+SIZES = {
+    "0.25B": (1024, 2816, 16, 16, 8, 49152),
+    "0.5B": (1280, 3456, 24, 20, 4, 49152),
+    "1B": (2048, 8192, 16, 32, 8, 49152),
+    "3.2B": (3072, 8192, 28, 24, 8, 128256),
+}
+"""Name → hidden size, MLP width, layers, heads, key-value heads, vocabulary."""
+SHARD = 10**9
+
+
+def configuration(size: str, layers: int) -> dict[str, object]:
+    """The configuration of a Llama of a size."""
+    hidden, inner, usual, heads, groups, vocabulary = SIZES[size]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers or usual,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": hidden // heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+
+
+def make_model(folder: Path, config: dict[str, object]) -> None:
+    """Write a random model of a configuration in shards, one tensor in memory at a time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, parameter in model.named_parameters():
+        if filled + parameter.nbytes > SHARD and shards[-1]:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = parameter.dtype, tuple(parameter.shape)
+        filled += parameter.nbytes
+    folder.mkdir(parents=True)
+    generator, placed = torch.Generator().manual_seed(0), {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        with TensorFile(folder / file, shard, {"format": "pt"}) as written:
+            for name, (dtype, shape) in shard.items():
+                noise = torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
+                written.write(name, noise.to(dtype))
+                placed[name] = file
+    index = {"metadata": {}, "weight_map": placed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    source = packaged_folder("smollm2-135m", lambda done, total, what: None)
+    for path in source.glob("*token*"):
+        shutil.copy(path, folder / path.name)
+    for path in (source / "vocab.json", source / "merges.txt"):
+        if path.exists():
+            shutil.copy(path, folder / path.name)
+
+
+RUN = """
+import json, sys, time, torch
+from pathlib import Path
+import transformers, regrow.cli
+from regrow.commands.prune import run
+from regrow.commands import streamed
+from regrow.settings.prune import Settings
+def peak():
+    return next(1024 * int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+folder, out, tokens, seq, keep, memory = sys.argv[1:7]
+def opened(*given, true=streamed.open_network):
+    made = true(*given)
+    open("/proc/self/clear_refs", "w").write("5")
+    print(json.dumps({"base": peak()}), flush=True)
+    return made
+streamed.open_network = opened
+settings = Settings(folder, "flap", {}, float(keep), sources=("news",), tokens=int(tokens), eval_tokens=int(seq),
+                    seq_len=int(seq), undo=False)
+start = time.time(), time.process_time()
+done = run(settings, out, memory=memory, announce=lambda line: print(json.dumps({"plan": line}), flush=True))
+row = {"wall": time.time() - start[0], "cpu": time.process_time() - start[1], "peak": peak()}
+row |= {"seconds": done.run()["seconds"], "verify": done.last("verify")}
+print(json.dumps(row), flush=True)
+"""
+
+PLAIN = """
+import json, sys, time
+from regrow import data
+from regrow.data import Half
+from regrow.streaming.opening import open_network
+folder, tokens, seq = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+opened = open_network(folder)
+network = opened.network()
+batches = data.windows(data.text("news"), opened.loaded.tokenizer, n=tokens // seq, seq_len=seq).batches
+start = time.time()
+for name in network.weights.stored: network.weights.checkpoint[name]
+read = time.time() - start
+start = time.time()
+network.visit(batches, [network.blocks[-1].names[0]], lambda i, watched: __import__("contextlib").nullcontext())
+print(json.dumps({"read": read, "forward": time.time() - start - read}))
+"""
+
+
+def measured(script: str, *words: object) -> dict[str, object]:
+    """Run a script in a process of its own and return what it printed, as one record."""
+    command = [sys.executable, "-c", script, *map(str, words)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ})
+    row: dict[str, object] = {}
+    for line in done.stdout.splitlines():
+        row |= json.loads(line)
+    return row
+
+
+def write_alone(folder: Path) -> float:
+    """Return the seconds that copying the bytes of a run's weights to the disk takes."""
+    start = time.time()
+    for path in folder.glob("model*.safetensors"):
+        with tempfile.NamedTemporaryFile(dir=folder.parent) as file, path.open("rb") as source:
+            shutil.copyfileobj(source, file, 2**24)
+            file.flush()
+            os.fsync(file.fileno())
+    return time.time() - start
+
+
+def prune(size: str, layers: int, place: Path, tokens: int, seq: int) -> dict[str, object]:
+    """Make a model, prune it from the command line, and return the row of the result."""
+    config = configuration(size, layers)
+    layers = int(str(config["num_hidden_layers"]))
+    folder, out = place / f"llama-{size}-{layers}", place / f"run-{size}-{layers}"
+    if not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        make_model(folder, config)
+    if (out / "model.safetensors").exists() or (out / "run.json").exists():
+        shutil.rmtree(out)
+    hidden, inner, _, heads, groups, vocabulary = SIZES[size]
+    block = hidden * (3 * inner + 2 * hidden + 2 * hidden // heads * groups) + 2 * hidden
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    bound = 2 * vocabulary * hidden + int(2.5 * 2 * block + 1.7 * 8 * block) + 2**30
+    memory = f"{(bound + 2**28) >> 20}MiB"
+    row = measured(RUN, folder, out, tokens, seq, 0.7, memory)
+    row |= measured(PLAIN, folder, tokens, seq) | {"write": write_alone(out)}
+    seconds = row["seconds"]
+    assert isinstance(seconds, dict)
+    work = sum(seconds.get(name, 0) for name in ("calibrate", "plan", "apply"))
+    plain = sum(float(str(row[name])) for name in ("read", "forward", "write"))
+    row |= {"model_bytes": stored, "block_bytes": 2 * block, "bound": bound, "work": work, "ratio": work / plain}
+    return {"size": size, "layers": layers, "tokens": tokens, "seq_len": seq, "memory": memory} | row
+
+
+def main() -> None:
+    """Measure and append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="0.5B", choices=SIZES)
+    parser.add_argument("--layers", type=int, nargs="*", default=[0])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "streamed-pruning")
+    given = parser.parse_args()
+    for layers in given.layers:
+        row = prune(given.size, layers, given.folder, given.tokens, given.seq_len)
+        row |= {"date": str(date.today()), "versions": versions(), "threads": torch.get_num_threads()}
+        with OUT.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()
