@@ -1,5 +1,8 @@
 """Streamed = in memory: the same files, byte for byte, each block compared in float64 before it is written."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -71,3 +74,21 @@ def test_plans_that_grow_are_refused(folder):
     opened = open_network(str(folder))
     with pytest.raises(PlanError, match="only cuts"):
         propose_cut(opened, Plan.growing(opened.axes, {next(axis.key for axis in opened.axes.units()): 1}))
+
+
+def test_a_block_is_released_once_it_is_compared(folder, sources, tmp_path, monkeypatch):
+    _, _, opened, plan = whole_and_streamed(folder, None, sources)
+    cut, pairs, true = propose_cut(opened, plan), [], proof._Pair.__init__
+
+    def watched(self, *given):
+        true(self, *given)
+        pairs.append(weakref.ref(self))
+
+    monkeypatch.setattr(proof._Pair, "__init__", watched)
+    gc.disable()
+    try:
+        cut.write(tmp_path / "streamed")
+        assert len(pairs) == 3
+        assert not [pair for pair in pairs if pair() is not None]
+    finally:
+        gc.enable()

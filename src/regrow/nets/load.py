@@ -162,9 +162,19 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     """
     if not tensor.is_floating_point() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return 0
+    # In parts, since isfinite makes several copies of its input.
+    whole = tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.numel() > _PART
+    parts = tensor.flatten().split(_PART) if whole else [tensor]
+    return sum(map(_count_nonfinite, parts))
+
+
+def _count_nonfinite(tensor: torch.Tensor) -> int:
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite knows no eight-bit numbers
     finite = torch.isfinite(wide)
     return 0 if bool(finite.all()) else int((~finite).sum())
+
+
+_PART = 2**20
 
 
 def _found(name: str, dtype: torch.dtype | None, progress: Progress, wanted: Wanted | None, pixels: int) -> Loaded:

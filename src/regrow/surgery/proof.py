@@ -178,8 +178,9 @@ class _Pair:
 
     def _fresh(self) -> tuple[Runner, Runner]:
         (one, load, mask), (other, load_cut, mask_cut) = self.sides
+        rounded = self.rounded  # a reference to this pair would be a cycle, and keep the tensors of its block
         ours = Runner(one, self.given, load, True, mask, exact=lambda name: True)
-        theirs = Runner(other, self.given, load_cut, True, mask_cut, exact=lambda name: name not in self.rounded)
+        theirs = Runner(other, self.given, load_cut, True, mask_cut, exact=lambda name: name not in rounded)
         return ours, theirs
 
     @cached_property
