@@ -173,7 +173,7 @@ def prune(size: str, layers: int, place: Path, tokens: int, seq: int) -> dict[st
     block = hidden * (3 * inner + 2 * hidden + 2 * hidden // heads * groups) + 2 * hidden
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     bound = 2 * vocabulary * hidden + int(2.5 * 2 * block + 1.7 * 8 * block) + 2**30
-    memory = f"{(bound + 2**28) >> 20}MiB"
+    memory = f"{bound >> 20}MiB"
     row = measured(RUN, folder, out, tokens, seq, 0.7, memory)
     row |= measured(PLAIN, folder, tokens, seq) | {"write": write_alone(out)}
     seconds = row["seconds"]
