@@ -10,8 +10,7 @@ from torch import nn
 import regrow
 from commands.results import rows, same_parameters
 from regrow.allocation.stages import MemoryBudgetError
-from regrow.commands import search as searching
-from regrow.commands import stage_memory
+from regrow.commands import search, searching, stage_memory
 from regrow.commands.search import Settings, build_search, build_space, run
 from regrow.commands.search_inputs import read_inputs, read_parts
 from regrow.commands.stage_memory import MemoryWatch
@@ -49,7 +48,8 @@ def run_and_watch(settings: Settings, place: Path) -> tuple[Any, list[bool]]:
         return learn(model, *given, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(searching, "learn", watched)
+        for module in (searching, search):
+            patch.setattr(module, "learn", watched)
         return run(settings, place), recomputed
 
 
@@ -101,7 +101,7 @@ def test_a_run_that_goes_on_measures_each_stage_once(
     tight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed behind a warm-up epoch, of the first stage and of the second: what was decided there holds."""
-    write, seen = searching.write_checkpoint, []
+    write, seen = search.write_checkpoint, []
 
     def stopping(*given: Any, **more: Any) -> None:
         write(*given, **more)
@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_measures_each_stage_once(
         if len(seen) in (1, 3):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(searching, "write_checkpoint", stopping)
+    monkeypatch.setattr(search, "write_checkpoint", stopping)
     for epochs in (1, 3):
         with pytest.raises(KeyboardInterrupt):
             run(TIGHT, tmp_path / "killed")
