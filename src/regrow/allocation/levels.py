@@ -98,6 +98,11 @@ class Levels:
         """The cost of each entry, ``[N + M]`` float64."""
         return _join([one.price.expand(prod(one.shape)) for one in self.tensors], torch.float64)
 
+    def precompute(self) -> None:
+        """Compute the vectors of a network that is priced entry by entry, which would else be made within a step."""
+        if self.entrywise:
+            _ = self.reads, self.makes, self.ops, self.weight, self.price
+
     def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Concatenate all maskable weights into one vector, ``[N]``.
 

@@ -143,7 +143,9 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
         single_in(context.model),
         space.prices,
     )
-    return move_tensors(layout, device_of(context.model))
+    layout = move_tensors(layout, device_of(context.model))
+    layout.levels.precompute()  # a resumed run's first step needs no more memory than any other
+    return layout
 
 
 def start_search(rules: Rules, context: Context) -> SearchState:
