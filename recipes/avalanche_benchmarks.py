@@ -215,7 +215,7 @@ def add_row(
 
 def show(out: Path) -> None:
     """Print the table."""
-    print(table.head(["benchmark", "learner", "accuracy %", "forgetting %", "steps", "seconds", "tensors equal", "s"]))
+    print(table.head(["benchmark", "learner", "accuracy %", "forgetting %", "steps", "object = tensors"]))
     for row in table.rows(out):
         cells = [
             row["benchmark"],
@@ -223,9 +223,7 @@ def show(out: Path) -> None:
             f"{100 * row['accuracy']:.2f}",
             f"{100 * row['forgetting']:.2f}",
             f"{row['steps']:,}",
-            f"{row['seconds']:.1f}",
             {True: "bit for bit", False: "no", None: "–"}[row.get("bit_equal")],
-            f"{row['seconds_tensors']:.1f}" if "seconds_tensors" in row else "–",
         ]
         print(table.line(cells))
 

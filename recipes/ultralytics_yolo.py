@@ -7,9 +7,9 @@ Licence: Ultralytics is AGPL-3.0 (or commercial). regrow does not depend on it a
 recipe makes a virtual environment in ENV, if there is none, with regrow from this checkout and ultralytics 8.4.190, and
 runs there. A network derived from Ultralytics' code, cut or not, is bound by the licence of that code.
 
-The networks are built from Ultralytics' yaml files with random weights, since no trained ones can be downloaded where
-this ran; the pictures are drawn: one coloured rectangle on noise, three classes. Losses show that training works before
-and after the cut, not how well a YOLO detects.
+The networks are built from Ultralytics' yaml files with random weights: trained ones need a download. The pictures are
+drawn: one coloured rectangle on noise, three classes. Losses show that training works before and after the cut, not how
+well a YOLO detects.
 """
 
 import argparse

@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
+from regrow.api.inputs import read_inputs
 from regrow.errors import InputError
+from regrow.nets.small import small
 from regrow.store import StoreError
 from regrow.tracing import TraceError
 
@@ -175,3 +177,16 @@ def test_trace_and_save_name_what_is_mistaken(tmp_path):
         regrow.trace("resnet18", INPUTS)
     with pytest.raises(StoreError, match=r"got a Sequential; write save\(model, folder\)"):
         regrow.save(tmp_path / "new", net(3))
+
+
+def test_networks_that_regrow_builds_take_pictures_of_values_0_to_1(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    for i, name in enumerate(("ant", "cat")):
+        (tmp_path / name).mkdir()
+        image.new("RGB", (8, 8), (200 * i, 0, 0)).save(tmp_path / name / "0.png")
+    model, origin = small("mlp:4", (3, 8, 8), 2)
+    for normalised in (True, False):
+        if not normalised:
+            model.origin = origin
+        (source,) = read_inputs(model, tmp_path, example=torch.ones(1, 3, 8, 8)).sources
+        assert (float(source.batches[0].args[0].min()) < 0) == normalised

@@ -128,6 +128,11 @@ def test_a_folder_of_classes_and_a_table_give_the_same_images(folder):
     assert from_table.labels.tolist() == [0, 0, 1, 1]
     assert sorted(from_folder.labels.tolist()) == [0, 0, 1, 1]
     assert torch.equal(from_table.args[0].sum((1, 2, 3)).sort()[0], from_folder.args[0].sum((1, 2, 3)).sort()[0])
+    plain = ReadOptions(batch_size=4, size=16, normalised=False)
+    for data in (folder / "table.csv", str(folder)):
+        values = to_source(data, reading=plain).batches[0].args[0]
+        assert values.min() == 0
+        assert float(values.max()) == pytest.approx(40 / 255)
 
 
 class Columns:
@@ -153,6 +158,9 @@ def test_columns_of_tokens_and_of_images():
     images = to_source(Columns(image=pictures, label=[1, 0]), reading=ReadOptions(size=8)).batches[0]
     assert images.args[0].shape == (2, 3, 8, 8)
     assert images.labels.tolist() == [1, 0]
+    plain = ReadOptions(size=8, normalised=False)
+    images = to_source(Columns(image=pictures, label=[1, 0]), reading=plain).batches[0].args[0]
+    assert (images[:, 0, 0, 0] * 255).round().tolist() == [0, 200]
 
 
 class Words:

@@ -5,15 +5,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
-from regrow.data.datasets import LoadedExamples, StreamedExamples, to_examples
+from regrow.data.datasets import LoadedExamples, StreamedExamples, fix_order, to_examples
 from regrow.data.errors import SourceError
 from regrow.data.streams import permuted_tasks
 from regrow.data.task_data import to_tasks
-from regrow.tasks import Examples, first_examples
+from regrow.tasks import CappedExamples, Examples, first_examples
 
 INPUTS, LABELS = torch.arange(33.0).reshape(11, 3), torch.arange(11) % 2
+
+
+class BalancedBatches(BatchSampler):
+    """A batch sampler of a class of its own."""
 
 
 class Reads(Dataset):
@@ -33,7 +46,13 @@ class Reads(Dataset):
 @pytest.mark.parametrize("seed", [None, 0, 5])
 @pytest.mark.parametrize("size", [1, 5, 20])
 @pytest.mark.parametrize(
-    "data", [Reads(), TensorDataset(INPUTS, LABELS), DataLoader(TensorDataset(INPUTS, LABELS), batch_size=2)]
+    "data",
+    [
+        Reads(),
+        TensorDataset(INPUTS, LABELS),
+        DataLoader(TensorDataset(INPUTS, LABELS), batch_size=2),
+        DataLoader(TensorDataset(INPUTS, LABELS), shuffle=True),
+    ],
 )
 def test_streamed_batches_are_those_in_memory(data, size, seed):
     there = to_examples(data)
@@ -87,6 +106,32 @@ def test_an_iterable_comes_as_it_comes():
     assert torch.equal(there.take(torch.tensor([9, 1])).inputs, INPUTS[[9, 1]])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 4, "sampler": RandomSampler(INPUTS, replacement=True)},
+        {"batch_size": 4, "sampler": RandomSampler(INPUTS, num_samples=6)},
+        {"batch_size": 4, "sampler": SequentialSampler(INPUTS[:5])},
+        {"batch_size": 4, "shuffle": True, "drop_last": True},
+        {"batch_sampler": [[0, 3, 5], [1, 2]]},
+        {"batch_sampler": BalancedBatches(SequentialSampler(INPUTS), 3, False)},
+    ],
+)
+def test_a_loader_that_samples_in_its_own_way_comes_as_it_comes(options):
+    loader = DataLoader(TensorDataset(INPUTS, LABELS), **options)
+    there = to_examples(loader)
+    assert isinstance(there, LoadedExamples)
+    assert [len(batch) for batch in there.batches(2)] == [len(labels) for _, labels in loader]
+
+
+def test_parts_of_a_shuffled_loader_are_of_one_pass():
+    loader = DataLoader(TensorDataset(INPUTS, LABELS), shuffle=True, drop_last=True)
+    there = fix_order(CappedExamples(to_examples(loader), 4))
+    one, other = (torch.cat([batch.inputs for batch in there.batches(9)]) for _ in range(2))
+    assert torch.equal(one, other)
+    assert torch.equal(one.sort(0)[0], INPUTS)
+
+
 def test_inputs_by_name():
     rows = [{"a": INPUTS[i], "b": -INPUTS[i], "labels": LABELS[i]} for i in range(11)]
 
@@ -128,11 +173,22 @@ def test_every_shape_of_a_sequence_of_tasks():
 
 def test_held_out_examples_are_not_learned():
     rows = [(INPUTS[i], int(LABELS[i])) for i in range(11)]
-    for data in ((INPUTS, LABELS), rows, SimpleNamespace(dataset=rows), TensorDataset(INPUTS, LABELS)):
+    for data in (
+        (INPUTS, LABELS),
+        (INPUTS.numpy(), LABELS.numpy()),
+        (INPUTS, LABELS.tolist()),
+        (INPUTS, list(LABELS.numpy())),
+        rows,
+        SimpleNamespace(dataset=rows),
+        TensorDataset(INPUTS, LABELS),
+        DataLoader(TensorDataset(INPUTS, LABELS), shuffle=True, drop_last=True),
+    ):
         (task,) = to_tasks([data], share=0.3)
         learned, tested = (set(first_examples(part, 11).inputs[:, 0].tolist()) for part in (task.train, task.test))
         assert not learned & tested
         assert len(learned | tested) == 11
+    (task,) = to_tasks([rows[:2]])
+    assert (len(task.train), len(task.test)) == (1, 1)
 
 
 class Augmented(TensorDataset):
@@ -193,6 +249,11 @@ def test_pictures_as_torchvision_gives_them(mode, channels):
         ([], "no task to learn"),
         ([3], "cannot read a int"),
         ((INPUTS, LABELS), "got one tuple; give"),
+        ((INPUTS.numpy(), LABELS.numpy()), "got one tuple; give"),
+        ([INPUTS.numpy()], "a batch has none"),
+        ([[INPUTS, LABELS]], "task-1: a list of two may be"),
+        ([[INPUTS.numpy(), LABELS.tolist()]], "give a tuple \\(inputs, labels\\) or"),
+        ([[(INPUTS, LABELS)] * 2], "or a DataLoader"),
         (TensorDataset(INPUTS, LABELS), "got one TensorDataset; give"),
         (DataLoader(TensorDataset(INPUTS, LABELS)), "got one DataLoader; give"),
         ("pictures/", "got one str; give"),

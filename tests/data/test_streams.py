@@ -135,6 +135,20 @@ def test_pictures_that_differ_in_size_or_are_for_a_network_with_weights_are_stre
     assert batch.inputs.shape == (5, 3, 8, 8) and float(batch.inputs.min()) < -1 and torch.equal(batch.labels, known)
 
 
+def test_all_pictures_get_the_size_of_the_first_training_picture(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    for half, sizes in (("train", [(6, 4), (5, 5), (7, 9)]), ("test", [(8, 8), (9, 3)])):
+        (tmp_path / half / "apple").mkdir(parents=True)
+        for i, size in enumerate(sizes):
+            image.new("RGB", size, (40 * i, 0, 7)).save(tmp_path / half / "apple" / f"{i}.png")
+    for seed in range(4):
+        task = pictures(tmp_path, train=1, test=1, seed=seed)
+        assert [next(part.batches(1)).inputs.shape for part in (task.train, task.test)] == [(1, 3, 4, 6)] * 2
+    (tmp_path / "train" / "apple" / "1.png").write_bytes(b"damaged")
+    with pytest.raises(SourceError, match=r"1\.png is not a readable image"):
+        pictures(tmp_path)
+
+
 def written(folder: Path, zipped: bool = False) -> None:
     for half, n in (("train", 4), ("t10k", 2)):
         images = bytes([0, 0, 8, 3]) + b"".join(k.to_bytes(4, "big") for k in (n, 2, 3)) + bytes(range(6)) * n

@@ -13,6 +13,7 @@ from regrow.commands.models import ModelSpec, load_model
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import InputError
 from regrow.evaluation.forward import evaluating
+from regrow.nets import Origin
 from regrow.nets.devices import choose_device
 from regrow.nets.examples import guessed_example
 from regrow.nets.precision import check_precision
@@ -103,7 +104,7 @@ def read_inputs(
     guess = given or guessed_example(model)
     size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
     shift = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    reading = ReadOptions(batch_size, tokenizer, size=size, shift=shift)
+    reading = ReadOptions(batch_size, tokenizer, size=size, shift=shift, normalised=takes_normalised(model))
     sources = tuple(to_sources(data, reading))
     first = sources[0].batches[0] if sources else None
     if given is None and first is None:
@@ -116,6 +117,16 @@ def read_inputs(
     if (place := device_of(model)).type not in ("cpu", "meta"):
         example = Example(moved(example.args, place), moved(dict(example.kwargs), place))
     return Inputs(model, example, sources, objective, tokenizer)
+
+
+def takes_normalised(model: nn.Module) -> bool:
+    """Whether a network takes normalised images, as far as it says; those that regrow builds itself do not.
+
+    Args:
+        model: The network.
+    """
+    origin = getattr(model, "origin", None)
+    return not isinstance(origin, Origin) or origin.normalised_images
 
 
 def require_weights(model: nn.Module) -> None:

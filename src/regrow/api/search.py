@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from regrow.amounts import Measure, Target, parse_share, short
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, takes_normalised
 from regrow.api.learn import OptimizerLike, build_schedule, first_batch, move_inputs
 from regrow.api.runs import Destination, describe_data, loaded_of, name_of, run_of
 from regrow.api.runs import finish as finish_run
@@ -21,7 +21,7 @@ from regrow.commands.search_record import SearchRecord
 from regrow.commands.searching import build_method, train_space
 from regrow.commands.targets import target_measure
 from regrow.data.batches import ReadOptions
-from regrow.data.datasets import LoadedExamples, join_examples, to_examples
+from regrow.data.datasets import fix_order, to_examples
 from regrow.errors import InputError
 from regrow.evaluation import Latency, dense, latency
 from regrow.evaluation.continual import mean_score
@@ -311,13 +311,13 @@ def _read_task(net: Inputs, data: Any, validation: Any, batch_size: int, seed: i
     """Return training and validation examples, all of which are read in batches of at most ``batch_size``."""
     shift = type(net.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     side = next((one.shape[-1] for one in net.example.args if isinstance(one, torch.Tensor)), 224)
-    reading = ReadOptions(batch_size, net.tokenizer, size=side, shift=shift)
+    normalised = takes_normalised(net.model)
+    reading = ReadOptions(batch_size, net.tokenizer, size=side, shift=shift, normalised=normalised)
     train = to_examples(data, reading)
     if validation is not None:
         test = to_examples(validation, reading)
     else:
-        if isinstance(train, LoadedExamples):
-            train = join_examples(train.batches(0))
+        train = fix_order(train)
         n, many = len(train), max(1, round(HELD_OUT * len(train)))
         if n - many < 2:
             raise InputError(f"{n} examples leave {n - many} to learn from; give more data, or validation=")

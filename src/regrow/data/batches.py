@@ -40,6 +40,8 @@ class ReadOptions:
         size: Height and width of images that are read from files.
         shift: Whether labels in the shape of ``input_ids`` are those of the tokens themselves, as transformers takes
             them, so that the labels of a batch are these, shifted by one; and made of ``input_ids`` if missing.
+        normalised: Normalise images that are read from files as torchvision's pretrained networks expect; otherwise
+            their values are 0 to 1.
     """
 
     batch_size: int = 32
@@ -47,6 +49,7 @@ class ReadOptions:
     seq_len: int = 512
     size: int = 224
     shift: bool = False
+    normalised: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -108,7 +111,7 @@ def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions(
             return Source(name, [Batch((part,)) for part in data.split(reading.batch_size)])
         case tuple() if data and all(isinstance(part, Tensor | np.ndarray) for part in data):
             return Source(name, _split([torch.as_tensor(part) for part in data], name, reading.batch_size))
-        case (Tensor() | np.ndarray(), [int() | float(), *_]):
+        case (Tensor() | np.ndarray(), [int() | float() | np.generic(), *_]):
             return to_source((data[0], torch.tensor(data[1])), name, reading)
         case list() if len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             if data[0].dim() != data[1].dim() or data[0].dtype != data[1].dtype:
@@ -257,11 +260,12 @@ def _split(parts: Sequence[Tensor], name: str, size: int) -> list[Batch]:
 def _read_path(data: str | Path, name: str, reading: ReadOptions) -> Source:
     """Read a file, a folder, or a named text domain."""
     path = Path(data).expanduser()
+    form: Any = {"size": reading.size, "batch_size": reading.batch_size, "normalised": reading.normalised}
     if path.suffix == ".csv" and path.is_file():
-        return tables.image_table(path, name, size=reading.size, batch_size=reading.batch_size)
+        return tables.image_table(path, name, **form)
     if reading.tokenizer is None:
         if path.is_dir():
-            return images(name, path, size=reading.size, batch_size=reading.batch_size, half=Half.WHOLE)
+            return images(name, path, half=Half.WHOLE, **form)
         if not path.exists():
             raise SourceError(
                 f"source {name!r}: there is no file or folder {str(data)!r}; give the path of class folders or of a "
@@ -299,7 +303,7 @@ def _read_columns(data: Any, name: str, reading: ReadOptions) -> Source:
     label = next((key for key in LABELS if key in names), None)
     image = next((key for key in ("image", "img", "picture") if key in names), None)
     if image and label:
-        return to_source(tables.ImageRows(data, image, label, reading.size), name, reading)
+        return to_source(tables.ImageRows(data, image, label, reading.size, reading.normalised), name, reading)
     if set(names) & set(INPUTS) or label:
         first = data[:1]
         numeric = tuple(key for key in names if key == label or _is_numeric(first[key][0]))

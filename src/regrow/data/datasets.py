@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from regrow.data.batches import BatchStream, ReadOptions, is_entries, to_batch, to_source
 from regrow.data.errors import SourceError
 from regrow.sources import Batch
-from regrow.tasks import Examples, ExampleSet, batch_indices
+from regrow.tasks import CappedExamples, Examples, ExampleSet, batch_indices
 
 Collate = Callable[[list[Any]], Any]
 
@@ -141,7 +141,9 @@ def to_examples(data: Any, reading: ReadOptions = ReadOptions()) -> ExampleSet: 
     """Return a user's data as labelled examples; what can be read from disk stays there.
 
     Args:
-        data: As for :func:`regrow.data.batches.to_source`, with labels; or an :class:`regrow.tasks.ExampleSet`.
+        data: As for :func:`regrow.data.batches.to_source`, with labels; or an :class:`regrow.tasks.ExampleSet`. A
+            loader that gives each entry of its data set once is read from the data set, in batches and an order of the
+            reader; one that samples in another way, or drops the last batch, comes as it comes.
         reading: How they are read.
 
     Raises:
@@ -151,7 +153,7 @@ def to_examples(data: Any, reading: ReadOptions = ReadOptions()) -> ExampleSet: 
         return data
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         return Examples(*data)
-    if isinstance(data, DataLoader) and isinstance(data.sampler, SequentialSampler | RandomSampler):
+    if isinstance(data, DataLoader) and _takes_each_once(data):
         default = data.collate_fn is torch.utils.data.default_collate
         return StreamedExamples(data.dataset, None, data.num_workers, None if default else data.collate_fn)
     if _is_indexed(data):
@@ -160,6 +162,17 @@ def to_examples(data: Any, reading: ReadOptions = ReadOptions()) -> ExampleSet: 
     if isinstance(source.batches, BatchStream):
         return LoadedExamples(source.batches)
     return join_examples([to_examples_of_batch(batch) for batch in source])
+
+
+def fix_order(examples: ExampleSet) -> ExampleSet:
+    """Return examples that come in the same order each time: those of a loader, which may shuffle, in memory.
+
+    Args:
+        examples: The examples.
+    """
+    if isinstance(examples, CappedExamples):
+        return CappedExamples(fix_order(examples.base), examples.most)
+    return join_examples(examples.batches(0)) if isinstance(examples, LoadedExamples) else examples
 
 
 def to_examples_of_batch(batch: Batch) -> Examples:
@@ -246,9 +259,18 @@ def _targets(dataset: Any) -> Tensor | None:
     return targets if isinstance(targets, Tensor) else torch.tensor([int(label) for label in targets])
 
 
+def _takes_each_once(loader: DataLoader[Any]) -> bool:
+    """Whether a loader gives each entry of its data set once per pass, in order or shuffled, in batches of one size."""
+    sampler = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler or type(sampler) not in (RandomSampler, SequentialSampler):
+        return False
+    again = isinstance(sampler, RandomSampler) and sampler.replacement
+    return not again and not loader.drop_last and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+
+
 def _is_indexed(data: Any) -> bool:
     """Whether data are a data set with ``len`` and indices, or a list of entries (input, label)."""
     if is_entries(data):
         return True
     known = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "column_names")
-    return known and not isinstance(data, Sequence | Tensor | dict | DataLoader)
+    return known and not isinstance(data, Sequence | Tensor | np.ndarray | dict | DataLoader)

@@ -1,6 +1,5 @@
 """Image files as a data set that is read while it is used."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,20 +46,21 @@ class PictureFiles:
         return normalise_(colours) if self.normalised else colours, label
 
 
-def image_sizes(files: Sequence[Path]) -> set[tuple[int, int]]:
-    """Return all sizes (width, height) of some images, from their headers; a damaged one is (0, 0).
+def image_size(file: Path) -> tuple[int, int]:
+    """Return the size (width, height) of an image, from its header.
 
     Args:
-        files: The image files.
-    """
-    sizes = set()
-    for file in files:
-        try:
-            from PIL import Image
+        file: The image file.
 
-            check_regular(file)
-            with Image.open(file) as opened:
-                sizes.add(opened.size)
-        except Exception:  # reading the image says what is wrong with it
-            sizes.add((0, 0))
-    return sizes
+    Raises:
+        SourceError: If pillow is not installed, or the file is not an image.
+    """
+    try:
+        from PIL import Image
+
+        check_regular(file)
+        with Image.open(file) as opened:
+            return opened.size
+    except Exception:  # reading the image says what is wrong with it
+        size: tuple[int, int] = open_image(file).size
+        return size

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regrow.data.datasets import StreamedExamples
 from regrow.data.errors import MissingError, SourceError
-from regrow.data.picture_files import PictureFiles, image_sizes
+from regrow.data.picture_files import PictureFiles, image_size
 from regrow.data.vision import image_files, normalise_, read_images
 from regrow.errors import InputError
 from regrow.limits import check_memory, expanded, read_content
@@ -173,8 +173,9 @@ def pictures(
     """Read an image data set from ``train/CLASS/…`` and ``test/CLASS/…``.
 
     Classes are numbered in the order of their names; a folder without images has a number, and is no class of the
-    task. Images of other sizes are scaled and cropped as ``regrow evaluate`` does it. If any is, or all need more than
-    1 GiB, they are read while they are used.
+    task. All images get one size. To a square one, others are scaled and cropped as ``regrow evaluate`` does it; to any
+    other, they are scaled, which changes their aspect ratio. The images of a half are read while they are used if any
+    has another size, or all need more than 1 GiB.
 
     Args:
         folder: The folder that contains ``train`` and ``test``.
@@ -182,11 +183,12 @@ def pictures(
         train: The most training images, chosen at random before any is read; 0: all.
         test: The most test images; 0: all.
         seed: The random seed of the choice.
-        size: Height and width in pixels that a network takes, ``[H, W]``; empty: those of the first image.
+        size: Height and width in pixels that a network takes, ``[H, W]``; empty: those of the first training image, in
+            the order of classes and file names, for both halves and whatever is chosen.
         normalised: Normalise images as torchvision's pretrained networks expect; otherwise values are 0 to 1.
 
     Raises:
-        SourceError: If there are no images.
+        SourceError: If there are no images, or a chosen one is damaged.
     """
     halves = [Path(folder) / half for half in ("train", "test")]
     classes = sorted({one.name for half in halves if half.is_dir() for one in half.iterdir() if one.is_dir()})
@@ -196,17 +198,18 @@ def pictures(
         if not files:
             raise SourceError(f"{half} has no pictures; give a folder with train/CLASS/… and test/CLASS/…")
         present |= {i for _, i in files}
+        size = size or image_size(files[0][0])[::-1]
         chosen = random.Random(seed).sample(files, min(n or len(files), len(files)))
-        result.append(_read_pictures(tuple(chosen), tuple(size), normalised))
+        result.append(_read_pictures(tuple(chosen), size, normalised))
     return Task(name, result[0], result[1], tuple(sorted(present)))
 
 
-def _read_pictures(files: tuple[tuple[Path, int], ...], size: tuple[int, ...], normalised: bool) -> ExampleSet:
+def _read_pictures(files: tuple[tuple[Path, int], ...], size: Sequence[int], normalised: bool) -> ExampleSet:
     """Return images in memory if they are small and have the size already; otherwise they are read as they are used."""
     paths = [file for file, _ in files]
-    (width, height), *_ = [size[::-1]] if size else image_sizes(paths[:1])
-    sizes = image_sizes(paths)
-    if (0, 0) in sizes or (sizes == {(width, height)} and 12 * len(files) * width * height <= _IN_MEMORY):
+    height, width = size
+    sizes = {image_size(file) for file in paths}
+    if sizes == {(width, height)} and 12 * len(files) * width * height <= _IN_MEMORY:
         inputs = read_images(paths)
         return Examples(normalise_(inputs) if normalised else inputs, torch.tensor([label for _, label in files]))
     return StreamedExamples(PictureFiles(files, (height, width), normalised))

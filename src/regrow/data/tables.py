@@ -16,7 +16,7 @@ PATHS = ("path", "file", "filename", "image", "image_path", "img")
 CLASSES = ("label", "class", "target", "y", "category")
 
 
-def image_table(file: Path, name: str, *, size: int = 224, batch_size: int = 32) -> Source:
+def image_table(file: Path, name: str, *, size: int = 224, batch_size: int = 32, normalised: bool = True) -> Source:
     """Return a source of the images that a CSV file lists, with their class labels.
 
     The first row names the columns: one of ``path``, ``file``, ``filename``, ``image``, and one of ``label``,
@@ -28,6 +28,7 @@ def image_table(file: Path, name: str, *, size: int = 224, batch_size: int = 32)
         name: The name of the source in results.
         size: Height and width in pixels.
         batch_size: Images per batch.
+        normalised: As for :func:`regrow.data.vision.image_tensor`.
 
     Raises:
         SourceError: If the file lists no images, or names one that does not exist.
@@ -48,7 +49,8 @@ def image_table(file: Path, name: str, *, size: int = 224, batch_size: int = 32)
         raise SourceError(f"source {name!r}: {file} lists {missing}, which does not exist; paths are relative to it")
     labels = number_labels([row[label].strip() for row in rows])
     files = tuple(zip(paths, labels, strict=True))
-    return Source(name, ImageFiles(files, size, batch_size), f"{file.name}; {len(files)} images of {size} pixels")
+    images = ImageFiles(files, size, batch_size, normalised=normalised)
+    return Source(name, images, f"{file.name}; {len(files)} images of {size} pixels")
 
 
 def number_labels(labels: Sequence[str]) -> list[int]:
@@ -75,12 +77,14 @@ class ImageRows:
         image: The column of the images (PIL images, or paths).
         label: The column of the classes.
         size: Height and width in pixels.
+        normalised: As for :func:`regrow.data.vision.image_tensor`.
     """
 
     data: Any
     image: str
     label: str
     size: int
+    normalised: bool = True
 
     def __len__(self) -> int:
         return len(self.data)
@@ -89,7 +93,8 @@ class ImageRows:
         """Return one image and its class."""
         row = self.data[index]
         image = row[self.image]
-        pixels = (
-            image_tensor(Path(image), self.size) if isinstance(image, str | Path) else picture_tensor(image, self.size)
-        )
+        if isinstance(image, str | Path):
+            pixels = image_tensor(Path(image), self.size, normalised=self.normalised)
+        else:
+            pixels = picture_tensor(image, self.size, normalised=self.normalised)
         return pixels, int(row[self.label])

@@ -4,14 +4,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from regrow.data.batches import ReadOptions
-from regrow.data.datasets import to_examples
+from regrow.data.batches import ReadOptions, is_entries
+from regrow.data.datasets import fix_order, to_examples
 from regrow.data.errors import SourceError
 from regrow.objectives import IGNORED
+from regrow.sources import Batch
 from regrow.tasks import ExampleSet, Task
 
 
@@ -40,11 +42,16 @@ def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.
                 continue
             case {"train": train, "test": test}:
                 result.append(to_task(str(task.get("name", name)), train, test, reading))
-            case (train, test) if not isinstance(test, Tensor):
+            case list() if len(task) == 2 and _is_ambiguous(*task):
+                raise SourceError(
+                    f"{name}: a list of two may be inputs and labels, two batches, or training and test data; give a "
+                    "tuple (inputs, labels) or (training data, test data), or a DataLoader of the batches"
+                )
+            case (train, test) if not _are_labels(test) and not is_entries(task):
                 result.append(to_task(name, train, test, reading))
             case _:
                 data, untransformed = _dataset_of(task, "train"), _dataset_of(task, "eval")
-                whole = to_examples(data, reading)
+                whole = fix_order(to_examples(data, reading))
                 tested = whole if untransformed is data else to_examples(untransformed, reading)
                 order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(i))
                 test, train = order.split([n := max(1, round(share * len(whole))), len(whole) - n])
@@ -52,6 +59,24 @@ def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.
     if not result:
         raise SourceError("there is no task to learn; give an iterable of (training data, test data)")
     return result
+
+
+def _are_labels(data: Any) -> bool:
+    """Whether data are labels, one per example: a tensor, an array, or numbers."""
+    numbers = isinstance(data, tuple | list) and data and all(isinstance(one, int | float | np.generic) for one in data)
+    return bool(numbers) or isinstance(data, Tensor | np.ndarray)
+
+
+def _is_ambiguous(first: Any, second: Any) -> bool:
+    """Whether a list of two may be inputs and labels, or two batches, and not only training and test data."""
+    if _are_labels(second):
+        return isinstance(first, Tensor | np.ndarray)
+    return all(isinstance(one, Batch | Mapping) or _is_labelled_batch(one) for one in (first, second))
+
+
+def _is_labelled_batch(data: Any) -> bool:
+    labels = data[-1] if isinstance(data, tuple | list) and data else None
+    return isinstance(labels, Tensor) and labels.dim() > 0
 
 
 def to_task(name: str, train: Any, test: Any, reading: ReadOptions = ReadOptions()) -> Task:  # noqa: B008
@@ -84,7 +109,7 @@ def _named(tasks: Any) -> Iterator[tuple[str, Any]]:
             return
         case str() | Path() | DataLoader():
             single = True
-        case tuple() if len(tasks) == 2 and all(isinstance(one, Tensor) for one in tasks):
+        case tuple() if len(tasks) == 2 and all(isinstance(one, Tensor | np.ndarray) for one in tasks):
             single = True
         case tuple() if len(tasks) == 2 and not any(isinstance(one, tuple | list | Mapping | Task) for one in tasks):
             raise SourceError(

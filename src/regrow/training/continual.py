@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.axes import AxisGraph
+from regrow.data.datasets import fix_order
 from regrow.evaluation.continual import Matrix, mean_score
 from regrow.objectives import CLASSIFICATION, Objective
 from regrow.plan import Plan
@@ -205,6 +206,8 @@ def probed_tasks(number: int) -> list[int]:
 
 def _phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedule: TaskSchedule) -> Phase:
     task, share = tasks[number], learner.second_share
+    if schedule.held_out or share:
+        task = replace(task, train=fix_order(task.train))
     classes = _choice(schedule, tasks, number, number)
     train: ExampleSet = task.train
     second: ExampleSet | None = None
