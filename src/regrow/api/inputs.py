@@ -103,9 +103,7 @@ def read_inputs(
     given = to_example(example) if example is not None else known
     guess = given or guessed_example(model)
     size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
-    shift = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    reading = ReadOptions(batch_size, tokenizer, size=size, shift=shift, normalised=takes_normalised(model))
-    sources = tuple(to_sources(data, reading))
+    sources = tuple(to_sources(data, choose_reading(model, tokenizer, batch_size, size)))
     first = sources[0].batches[0] if sources else None
     if given is None and first is None:
         raise InputError(
@@ -119,14 +117,19 @@ def read_inputs(
     return Inputs(model, example, sources, objective, tokenizer)
 
 
-def takes_normalised(model: nn.Module) -> bool:
-    """Whether a network takes normalised images, as far as it says; those that regrow builds itself do not.
+def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int = 224) -> ReadOptions:
+    """Return how the data of a network are read.
 
     Args:
-        model: The network.
+        model: The network; images are normalised unless its ``origin`` says that regrow built it itself.
+        tokenizer: The tokenizer, for text.
+        batch_size: Examples per batch.
+        size: Height and width of images that are read from files.
     """
+    shift = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     origin = getattr(model, "origin", None)
-    return not isinstance(origin, Origin) or origin.normalised_images
+    normalised = not isinstance(origin, Origin) or origin.normalised_images
+    return ReadOptions(batch_size, tokenizer, size=size, shift=shift, normalised=normalised)
 
 
 def require_weights(model: nn.Module) -> None:

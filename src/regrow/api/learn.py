@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, require_weights, takes_normalised
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs, require_weights
 from regrow.api.runs import Destination, describe_data, finish, loaded_of, name_of, run_of
 from regrow.axes import AxisGraph, Example
 from regrow.commands.learning_record import LearningRecord, record_matrix
-from regrow.data.batches import ReadOptions
 from regrow.data.task_data import to_tasks
 from regrow.errors import InputError
 from regrow.evaluation.continual import Matrix
@@ -142,9 +141,7 @@ def learn(
     known = Example() if example is None else example
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     require_weights(net.model)
-    shift = type(net.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    reading = ReadOptions(batch_size, net.tokenizer, shift=shift, normalised=takes_normalised(net.model))
-    every = to_tasks(tasks, reading)
+    every = to_tasks(tasks, choose_reading(net.model, net.tokenizer, batch_size))
     learner = _build(method, settings or {}, seed)
     batch = first_batch(every[0])
     given: Any = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, **training}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from regrow.amounts import Measure, Target, parse_share, short
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, takes_normalised
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs
 from regrow.api.learn import OptimizerLike, build_schedule, first_batch, move_inputs
 from regrow.api.runs import Destination, describe_data, loaded_of, name_of, run_of
 from regrow.api.runs import finish as finish_run
@@ -20,7 +20,6 @@ from regrow.commands import latencies
 from regrow.commands.search_record import SearchRecord
 from regrow.commands.searching import build_method, train_space
 from regrow.commands.targets import target_measure
-from regrow.data.batches import ReadOptions
 from regrow.data.datasets import fix_order, to_examples
 from regrow.errors import InputError
 from regrow.evaluation import Latency, dense, latency
@@ -309,10 +308,8 @@ def _target(target: str | Target, smaller: str | float | None) -> str:
 
 def _read_task(net: Inputs, data: Any, validation: Any, batch_size: int, seed: int) -> Task:
     """Return training and validation examples, all of which are read in batches of at most ``batch_size``."""
-    shift = type(net.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     side = next((one.shape[-1] for one in net.example.args if isinstance(one, torch.Tensor)), 224)
-    normalised = takes_normalised(net.model)
-    reading = ReadOptions(batch_size, net.tokenizer, size=side, shift=shift, normalised=normalised)
+    reading = choose_reading(net.model, net.tokenizer, batch_size, side)
     train = to_examples(data, reading)
     if validation is not None:
         test = to_examples(validation, reading)
