@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export.deci import File, logits
 from torch import Tensor, nn
 
+from exporters.deci import File, logits
 from regrow import Plan, apply, load, trace, with_branches
 from regrow.branches import Placeholder
 from regrow.exporters.gguf import write

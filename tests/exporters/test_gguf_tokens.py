@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from export.deci import File
-from export.test_gguf import llama
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from exporters.deci import File
+from exporters.test_gguf import llama
 from regrow.exporters.gguf import write
 from regrow.exporters.gguf.tokens import BYTE, CONTROL, NORMAL, RULES, SPACE, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
 from regrow.exporters.written import ExportError

@@ -102,7 +102,7 @@ def test_a_page_shows_what_was_found_and_how(folder, tmp_path):
     for value in ("71.2\xa0%", "66.0\xa0%", "610", "495"):
         assert f'<dd class="value">{value}</dd>' in text
     assert (
-        "retrained from scratch, on 450 images" in text
+        "retrained from scratch, on 450 examples" in text
         and "of operations, 3 of 9" in text
         and "of at most 500 nonzero parameters" in text
     )

@@ -196,7 +196,7 @@ def _budget(
     keep: float | str | None, target: str | Target, smaller: str | float | None, more: Mapping[str, Any]
 ) -> Budget:
     """Return the budget that is given in one of three ways."""
-    if unknown := more.keys() - {"measure", "only", "exclude", "round_to", "regular", "marks"}:
+    if unknown := more.keys() - {"measure", "only", "exclude", "round_to", "regular", "marks", "timing"}:
         raise TypeError(
             f"prune has no argument {min(unknown)!r}; the size is given by keep=0.8, smaller='20%' or "
             "target='macs=2G', and limited by measure, only, exclude, round_to, regular"
