@@ -5,8 +5,10 @@ import re
 
 import pytest
 
+from regrow.commands import streamed
 from regrow.streaming import requirements
 from regrow.streaming.network import StreamedNetwork
+from regrow.streaming.results import BlockResults
 
 SOURCE = ("--keep", "0.7", "--source", "news", "--tokens", "64", "--eval-tokens", "64", "--seq-len", "32")
 FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "probe.st", "axes.json", "scores.json")
@@ -67,6 +69,29 @@ def test_a_network_that_fits_is_loaded_whole(regrow, tiny_language_model, tmp_pa
     code, said, _ = regrow("prune", str(tiny_language_model), *SOURCE, "--memory", "64GiB", "--dry-run", "plan.json")
     assert code == 0
     assert "with all blocks in memory" in said
+
+
+def test_a_dry_run_keeps_hidden_states_in_files_and_deletes_them(regrow, tiny_language_model, streams, monkeypatch):
+    places, windows, true, predict = [], [], BlockResults.__init__, streamed.plan_memory
+
+    def watched(self, folder=None):
+        places.append(folder)
+        true(self, folder)
+
+    def counted(network, limit, many, tokens):
+        windows.append(many)
+        return predict(network, limit, many, tokens)
+
+    monkeypatch.setattr(BlockResults, "__init__", watched)
+    monkeypatch.setattr(streamed, "plan_memory", counted)
+    monkeypatch.setattr(requirements.MemoryPlan, "on_disk", True)
+    words = (*SOURCE, "--source", "code", "--tokens", "16", "--eval-tokens", "16", "--memory", "64GiB")
+    code, said, _ = regrow("prune", str(tiny_language_model), *words, "--dry-run", "plan.json")
+    assert code == 0
+    assert "hidden states in files" in said
+    assert places
+    assert not [place for place in places if place is None or place.exists()]
+    assert windows == [2]  # each source is at least a window
 
 
 def test_too_little_memory_is_refused_with_the_least(regrow, tiny_language_model):

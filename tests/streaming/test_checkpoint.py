@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from regrow.errors import InputError
 from regrow.store.errors import StoreError
 from regrow.streaming.checkpoint import Checkpoint, read_places
+from regrow.streaming.opening import open_network
 from regrow.streaming.weights import StoredWeights
 
 
@@ -73,6 +74,21 @@ def test_an_index_that_does_not_fit_is_refused(index, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(StoreError):
         Checkpoint.open(tmp_path)
+
+
+def test_a_single_file_counts_before_an_index_as_in_transformers(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    assert torch.equal(Checkpoint.open(tmp_path)["a"], torch.zeros(2))
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert torch.equal(Checkpoint.open(tmp_path)["a"], torch.ones(2))
+
+
+def test_a_configuration_that_names_other_weights_is_refused(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "other.safetensors"}))
+    with pytest.raises(InputError, match=r"other\.safetensors.*load it in memory"):
+        open_network(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,22 @@ def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
     )
 
 
+def count_windows(tokens: int, seq_len: int) -> int:
+    """Return how many windows of a text source are read.
+
+    >>> count_windows(100, 32), count_windows(20, 32)
+    (3, 1)
+
+    Args:
+        tokens: The tokens asked for.
+        seq_len: Tokens per window.
+    """
+    return max(1, tokens // seq_len)
+
+
 def _source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amount: int) -> Source:
     if loaded.tokenizer is not None:
-        n = max(1, amount // specs.seq_len)
+        n = count_windows(amount, specs.seq_len)
         seed = specs.seed if half is Half.CALIBRATION else 0
         return data.windows(data.text(spec), loaded.tokenizer, n=n, seq_len=specs.seq_len, seed=seed, half=half)
     shape = _image_shape(loaded, spec)

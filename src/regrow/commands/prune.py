@@ -1,9 +1,11 @@
 """``regrow prune``: calibrate, plan, cut, measure and save, in a run folder that can be resumed."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from regrow import evaluation, store
@@ -99,8 +101,9 @@ def plan_only(
     axes = streamed.opened.axes if streamed else trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     budget = prune.with_timing(loaded.model, axes, budget, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
-    with autocasting(loaded.model, settings.precision):
-        visits = streamed.network() if streamed else None
+    temporary = TemporaryDirectory(prefix="regrow-") if streamed else nullcontext("")
+    with autocasting(loaded.model, settings.precision), temporary as place:
+        visits = streamed.with_results(Path(place)).network() if streamed else None
         evidence = prune.collect_evidence(loaded.model, axes, method, kinds.calibration, progress, visits=visits)
         weights = streamed.opened.weights.parameters() if streamed else None
         return plan_cut(method, loaded.model, axes, budget, evidence, weights=weights, progress=progress).plan
@@ -159,8 +162,7 @@ def run(
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **told, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
-        if streamed:
-            streamed.folder.append(folder.path)
+        streamed = streamed.with_results(folder.path) if streamed else None
         outside = streamed.unchanged() if streamed else None
         start_from(folder, settings.model, loaded, undo=settings.undo, outside=outside)
         folder.update(
@@ -230,9 +232,9 @@ def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: 
     folder, proof = job.folder, job.settings.proof
     before = job.measure(axes, "dense", streamed.network())
     with job.clock.stage("apply"):
-        cut, results = streamed.cut(folder, plan, proof=proof, progress=job.progress)
+        cut = streamed.cut(folder, plan, proof=proof, progress=job.progress)
         _record_plan(folder, plan, axes, cut.axes)
-    after = job.measure(cut.axes, "pruned", cut.network(folder.path, results))
+    after = job.measure(cut.axes, "pruned", cut.network(folder.path, streamed.results))
     measuring.log_budget(folder, cut.loaded.model, axes, cut.axes, budget)
     _log_pairs(folder, before, after)
 
@@ -246,7 +248,7 @@ def _record_plan(folder: RunFolder, plan: Plan, before: AxisGraph, after: AxisGr
 def _log_pairs(
     folder: RunFolder, before: Mapping[str, evaluation.Perplexity], after: Mapping[str, evaluation.Perplexity]
 ) -> None:
-    for name in before.keys() & after.keys():
+    for name in (name for name in before if name in after):
         pair = evaluation.paired_difference(before[name], after[name])
         folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
 

@@ -1,14 +1,16 @@
 """Runs of a network that is larger than memory: what differs from a run that loads it whole."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from regrow.amounts import Measure, parse_bytes
+from regrow.commands.inputs import count_windows
 from regrow.commands.models import DTYPES, ModelSpec
 from regrow.errors import InputError
 from regrow.evidence import Need
@@ -17,6 +19,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress
 from regrow.run_folder import RunFolder
 from regrow.settings.prune import Settings
+from regrow.store import statistics
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
@@ -36,27 +39,29 @@ class StreamedRun:
     Args:
         opened: The network without numbers, and its stored weights.
         plan: How the run stays within its memory.
-        folder: The run folder; empty before it is made.
+        results: Where hidden states are kept that memory has no room for; ``None``: in memory.
     """
 
     opened: OpenedNetwork
     plan: MemoryPlan
-    folder: list[Path] = field(default_factory=list)
+    results: Path | None = None
+
+    def with_results(self, folder: Path) -> "StreamedRun":
+        """Return the run with a place for hidden states, if memory has no room for them.
+
+        Args:
+            folder: The run folder, or a temporary one; what a killed run left in it is deleted.
+        """
+        if not self.plan.on_disk:
+            return self
+        place = folder / statistics.FOLDER / RESULTS
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True, exist_ok=True)
+        return replace(self, results=place)
 
     def network(self) -> StreamedNetwork:
         """Return the network before the cut, to be run block by block."""
         return self.opened.network(self.results)
-
-    @property
-    def results(self) -> Path | None:
-        """Where hidden states are kept that memory has no room for; ``None``: in memory."""
-        if not self.plan.on_disk or not self.folder:
-            return None
-        place = self.folder[0] / "statistics" / RESULTS
-        place.mkdir(parents=True, exist_ok=True)
-        for one in place.iterdir():  # of a run that was killed
-            one.unlink()
-        return place
 
     def unchanged(self) -> OutsideTensors:
         """Return the tensors of the network before the cut, as ``store.write_model`` takes them."""
@@ -74,7 +79,7 @@ class StreamedRun:
 
         return OutsideTensors(each, running, all(map(weights.is_aligned, weights.stored)))
 
-    def cut(self, folder: RunFolder, plan: Plan, *, proof: bool, progress: Progress) -> tuple[StreamedCut, Path | None]:
+    def cut(self, folder: RunFolder, plan: Plan, *, proof: bool, progress: Progress) -> StreamedCut:
         """Try a plan, write the cut network into a run folder, and log how far its blocks are from the masked ones.
 
         Args:
@@ -84,12 +89,12 @@ class StreamedRun:
             progress: Called with (steps done, steps in all, what is being done).
         """
         cut = propose_cut(self.opened, plan)
-        _, deviations = cut.write(folder.path, proof=proof, progress=progress)
+        deviations = cut.write(folder.path, proof=proof, progress=progress)
         if deviations:
             worst = max(deviations, key=lambda one: one.largest_difference - one.bound)
             row: dict[str, Any] = {"ok": True, "max_abs_diff": worst.largest_difference, "bound": worst.bound}
             folder.log("verify", **row, blocks=len(deviations), dtype="float64")
-        return cut, self.results
+        return cut
 
 
 def open_streamed(
@@ -113,8 +118,9 @@ def open_streamed(
     limit = parse_bytes(memory)
     opened = open_network(spec.name, DTYPES.get(spec.dtype))
     sources = (*settings.sources, *settings.unseen)
-    amount = max(settings.tokens * len(settings.sources), settings.eval_tokens * len(sources))
-    plan = plan_memory(opened.network(), limit, -(-amount // settings.seq_len), settings.seq_len)
+    counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
+    windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
+    plan = plan_memory(opened.network(), limit, windows, settings.seq_len)
     if plan.streams and (reason := _obstacle(settings, spec, opened, pruner)):
         raise InputError(
             f"{reason} needs the whole network in memory, about {plan.whole / 2**30:.1f} GiB of --memory {memory}; "

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored:
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
 
-    where, model = str(folder), None
+    where = str(folder)
     try:
         with quiet():
             kind = class_for(where, name, {})
@@ -66,10 +67,14 @@ def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored:
 
 @contextmanager
 def _replacing_parameters(empty: Empty) -> Iterator[None]:
-    """Context manager in which each parameter that a module registers is replaced by one without numbers."""
+    """Context manager in which each parameter that a module registers is replaced by one without numbers.
+
+    The hook acts in all threads: parameters of others are left as they are.
+    """
+    own = get_ident()
 
     def replaced(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        return empty(parameter)
+        return empty(parameter) if get_ident() == own else parameter
 
     # Its stub says that hooks return nothing; what they return takes the parameter's place.
     handle = register_module_parameter_registration_hook(replaced)  # type: ignore[arg-type]

@@ -57,7 +57,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Return the checkpoint in a model folder: one file, or shards with an index.
+        """Return the checkpoint in a model folder: one file, or else shards with an index.
+
+        If there are both, the single file counts, as in transformers.
 
         Args:
             folder: The folder.
@@ -65,7 +67,7 @@ class Checkpoint(Mapping[str, Tensor]):
         Raises:
             StoreError: If a file is missing or damaged, or the index names other tensors than its files hold.
         """
-        if (folder / INDEX).exists():
+        if (folder / INDEX).exists() and not (folder / SINGLE).is_file():
             return cls(_read_shards(folder))
         return cls(read_places(folder / SINGLE))
 

@@ -46,9 +46,7 @@ class StreamedCut:
     loaded: Loaded
     axes: AxisGraph
 
-    def write(
-        self, folder: Path, *, proof: bool = True, progress: Progress = silent
-    ) -> tuple[StreamedNetwork, list[Deviation]]:
+    def write(self, folder: Path, *, proof: bool = True, progress: Progress = silent) -> list[Deviation]:
         """Cut and write the network, as ``store.write_model`` writes one that is in memory.
 
         Args:
@@ -57,7 +55,7 @@ class StreamedCut:
             progress: Called with (blocks done, blocks in all, what is being done).
 
         Returns:
-            The cut network, read from the folder, and how far its blocks are from the masked ones.
+            How far the blocks that were compared are from the masked ones.
 
         Raises:
             PlanError: If a block of the cut network computes something else than the masked one.
@@ -77,7 +75,7 @@ class StreamedCut:
 
         outside = OutsideTensors(each, running, self._is_aligned())
         store.write_model(self.loaded, folder, outside=outside)
-        return self.network(folder), deviations
+        return deviations
 
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
         """Return the cut network, to be run one block at a time.

@@ -11,6 +11,7 @@ from regrow.axes import AxisGraph
 from regrow.errors import InputError
 from regrow.limits import expanded
 from regrow.nets import Loaded
+from regrow.nets.files import check_config
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.skeleton import load_skeleton
 from regrow.store.shapes import SHAPES
@@ -64,6 +65,7 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
         raise InputError(
             f"{name} is not read block by block: only transformers folders are; leave out --memory, to load it whole"
         )
+    _check_names_no_weights(folder, name)
     checkpoint, mode = Checkpoint.open(folder), FakeTensorMode(allow_non_fake_inputs=True)
 
     def empty(parameter: nn.Parameter) -> nn.Parameter:
@@ -74,3 +76,14 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
     loaded = load_skeleton(folder, name=name, dtype=dtype, stored=stored, empty=empty)
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     return OpenedNetwork(loaded, axes, StoredWeights(checkpoint, loaded.model, name))
+
+
+def _check_names_no_weights(folder: Path, name: str) -> None:
+    """Raise InputError if the configuration names a weight file of its own, which transformers would read instead."""
+    path = folder / "config.json"
+    named = check_config(path, name).get("transformers_weights") if path.exists() else None
+    if named is not None:
+        raise InputError(
+            f"{name}: config.json names other weights (transformers_weights = {named!r:.60}), which are not read block "
+            "by block; load it in memory (leave out --memory)"
+        )

@@ -15,6 +15,8 @@ WHOLE = 2.0
 """Bytes of a run in memory per byte of the model: the model, and what is cut from it before it replaces the old."""
 SPARE = 2**28
 """What the interpreter and the operations need besides."""
+MARGIN = 1.05
+"""The amount that a refusal names, by what is predicted: the next process may begin with more memory than this one."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def plan_memory(network: StreamedNetwork, limit: int, windows: int, tokens: int)
     if plan.streams and least > limit:
         raise ResourceError(
             f"pruning {weights.name} within {format_bytes(limit)} of memory is impossible, even one block at a time; "
-            f"use --memory {format_bytes(least).replace(' ', '')}"
+            f"use --memory {format_bytes(int(MARGIN * least)).replace(' ', '')}"
         )
     return plan
 

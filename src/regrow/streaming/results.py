@@ -1,13 +1,16 @@
 """Keep what blocks returned for each batch until its last reader: in memory, or in files."""
 
+import shutil
 from itertools import count
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from regrow.errors import InputError
 from regrow.store.tensor_file import as_bytes
 from regrow.streaming.checkpoint import TensorPlace, read_tensor
 
@@ -16,12 +19,14 @@ class BlockResults:
     """The results of blocks by block and batch.
 
     Args:
-        folder: Where they are kept, one file per tensor; ``None``: in memory.
+        folder: Where they are kept, one file per tensor in a folder of their own; ``None``: in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder, self.names = folder, count()
+        self.folder = None if folder is None else Path(mkdtemp(prefix="results-", dir=folder))
+        self.names = count()
         self.values: dict[tuple[int, int], Any] = {}
+        self.versions: dict[tuple[int, int], list[int]] = {}
 
     def put(self, block: int, batch: int, value: Any) -> None:
         """Keep the result of a block for a batch.
@@ -31,7 +36,8 @@ class BlockResults:
             batch: The number of the batch.
             value: The result: a tensor, or a structure of tensors.
         """
-        self.values[block, batch] = tree_map_only(Tensor, self._kept, value)
+        self.values[block, batch] = result = tree_map_only(Tensor, self._kept, value)
+        self.versions[block, batch] = _versions(result)
 
     def get(self, block: int, batch: int) -> Any:
         """Return a result; once it is dropped, one of the same form without numbers.
@@ -39,8 +45,18 @@ class BlockResults:
         Args:
             block: The number of the block.
             batch: The number of the batch.
+
+        Raises:
+            InputError: If the network changed it in place since it was put: it is not what the block returned.
         """
-        return tree_map_only(TensorPlace, read_tensor, self.values[block, batch])
+        value = self.values[block, batch]
+        before = self.versions.get((block, batch))  # none once it is dropped
+        if before is not None and before != _versions(value):
+            raise InputError(
+                f"the result of block {block + 1} is changed in place before its last use; load the model in memory "
+                "(leave out --memory)"
+            )
+        return tree_map_only(TensorPlace, read_tensor, value)
 
     def drop(self, block: int, batch: int) -> None:
         """Release the numbers of a result that no later block reads.
@@ -50,6 +66,7 @@ class BlockResults:
             batch: The number of the batch.
         """
         value = self.values[block, batch]
+        self.versions.pop((block, batch), None)
         self.values[block, batch] = tree_map_only(Tensor | TensorPlace, _without_numbers, value)
         for one in tree_leaves(value):
             if isinstance(one, TensorPlace):
@@ -59,6 +76,8 @@ class BlockResults:
         """Release all results."""
         for key in self.values:
             self.drop(*key)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> "BlockResults":
         return self
@@ -75,6 +94,12 @@ class BlockResults:
             while view:
                 view = view[file.write(view) :]
         return TensorPlace(path, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
+
+
+def _versions(value: Any) -> list[int]:
+    """Return how often each tensor in memory was changed in place; those made in inference mode are not counted."""
+    held = [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+    return [0 if one.is_inference() else one._version for one in held]
 
 
 def _without_numbers(value: Tensor | TensorPlace) -> Tensor:
