@@ -1,4 +1,4 @@
-"""The progress bar in a terminal or notebook, in a module of its own that is imported only when it is needed."""
+"""The progress bar in a terminal or notebook, in a module of its own: the command line imports it to show one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,9 +1,12 @@
 """Calibration and training data: named sequences of batches, and the logits and labels of a batch."""
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,9 +79,43 @@ class Source:
         return batches[:-n] or batches, batches[-n:]
 
     @property
+    def generators(self) -> list[torch.Generator]:
+        """The random generators of the loader that the batches come from, if there is one."""
+        return generators_of(getattr(self.batches, "loader", None))
+
+    @property
     def tokens(self) -> int:
         """The number of positions that carry a label (tokens of text, or images)."""
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
+
+
+def generators_of(loader: object) -> list[torch.Generator]:
+    """Return the random generators of a ``DataLoader`` and its sampler; none for anything else.
+
+    Args:
+        loader: The loader.
+    """
+    owned = (getattr(one, "generator", None) for one in (loader, getattr(loader, "sampler", None)))
+    return [one for one in owned if isinstance(one, torch.Generator)]
+
+
+@contextmanager
+def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
+    """Leave the random generators of Python, numpy and torch on the CPU as they were before the ``with`` block.
+
+    Args:
+        *generators: Further generators that are left as they were.
+    """
+    states = [(one, one.get_state()) for one in generators]
+    plain, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(arrays)
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def device_of(model: nn.Module) -> torch.device:

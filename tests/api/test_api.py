@@ -148,6 +148,8 @@ def test_a_saved_network_is_a_model(tmp_path):
         (lambda: regrow.prune(net(3).to("meta"), INPUTS), "has no weights"),
         (lambda: regrow.finetune(net(3).requires_grad_(False), (INPUTS, INPUTS[:, :3])), "requires_grad"),
         (lambda: regrow.recover(net(3), net(2), regrow.Plan(), INPUTS), "dense must be the network before the cut"),
+        (lambda: regrow.recover("run", net(3), regrow.Plan(), INPUTS), r"got a str; write recover\(model, dense, plan"),
+        (lambda: regrow.recover(net(3), net(3), INPUTS, regrow.Plan()), "plan must be the regrow.Plan"),
     ],
 )
 def test_mistaken_calls_name_the_remedy(call, words):
@@ -165,6 +167,11 @@ def test_percent_in_the_place_of_a_fraction_names_the_fraction(keep):
 def test_unknown_arguments_are_named():
     with pytest.raises(TypeError, match="prune has no argument 'ratio'; the size is given by keep"):
         regrow.prune(net(3), INPUTS, ratio=0.5)
+    with pytest.raises(TypeError, match="search has no argument 'keep'; the size is given by target="):
+        regrow.search(net(3), INPUTS, keep=0.5)
+    for name in ("scenario", "held_out", "patience"):
+        with pytest.raises(TypeError, match=f"search has no argument '{name}'"):
+            regrow.search(net(3), INPUTS, smaller=0.5, **{name: 1})
     with pytest.raises(TypeError, match="learn has no argument 'momentum'"):
         regrow.learn(net(3), [(INPUTS, TARGETS["classification"])], method="naive", momentum=0.9)
 

@@ -1,16 +1,22 @@
 """``out=``: calls from Python write run folders that resume, and that every command takes."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
+from regrow.api.inputs import Inputs
+from regrow.api.runs import loaded_of
 from regrow.errors import InputError
 from regrow.run_folder import RunFolder
 from regrow.store.errors import StoreError
+from regrow.store.metrics import Metrics
 
 INPUTS = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 DATA = (INPUTS, torch.arange(64) % 3)
@@ -76,7 +82,7 @@ def test_a_killed_call_resumes_to_the_same_bits() -> None:
         regrow.learn(net(), tasks, **call, out="run", progress=stop)
     with pytest.raises(StoreError, match="is not finished"):
         RunFolder.open("run")
-    with pytest.raises(StoreError, match="weights differ"):
+    with pytest.raises(StoreError, match="the weights differ"):
         regrow.learn(net(1), tasks, **call, out="run")
     steps: list[int] = []
     model = net()
@@ -147,3 +153,77 @@ def test_a_killed_search_resumes_to_the_same_bits_in_a_run_that_commands_take() 
         net(), data, **{**call, "method": "blind", "settings": {"what": "filters"}, "epochs": 0}, out="values"
     )
     assert RunFolder.open("values").last("result")["metric"] == "negative squared error"
+
+
+def interrupt(done: int, total: int, text: str) -> None:
+    raise KeyboardInterrupt
+
+
+def test_another_call_is_not_resumed() -> None:
+    tasks, call = [(DATA, DATA)], {"method": "naive", "epochs": 1, "out": "run"}
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.8)
+    given = {"optimizer": sgd, "loss": lambda output, labels: output.sum() * 2}
+    with pytest.raises(KeyboardInterrupt):
+        regrow.learn(net(), tasks, **call, **given, progress=interrupt)
+    other = [(DATA, (INPUTS.flip(0), DATA[1]))]
+    for more, says in (
+        ({"optimizer": partial(torch.optim.SGD, lr=0.2, momentum=0.8)}, r"optimizer was SGD\(lr=0.1, momentum=0.8\)"),
+        ({"loss": lambda output, labels: output.sum() * 3}, "loss was"),
+        ({"tasks": other}, r"the first batch of 'task-1 \(test\)' differs .* shuffle=False"),
+    ):
+        with pytest.raises(StoreError, match=says):
+            regrow.learn(net(), **{"tasks": tasks, **given, **more}, **call)
+    regrow.learn(net(), tasks, **call, **given)
+
+
+def test_a_recovery_is_not_resumed_with_another_plan_or_loss() -> None:
+    model, dense = net(), net()
+    _, plan = regrow.prune(model, DATA, method="llm_pruner", keep=0.5)
+    kept = {key: range(8) for key in plan.changes}
+    other = regrow.Plan.keeping(regrow.trace(dense, INPUTS), kept)
+    call = {"by": "distil", "batch_size": 16, "out": "run"}
+    with pytest.raises(KeyboardInterrupt):
+        regrow.recover(model, dense, plan, DATA, **call, progress=interrupt)
+    for given, more, says in ((other, {}, "plan was"), (plan, {"loss": nn.L1Loss()}, "loss was")):
+        with pytest.raises(StoreError, match=says):
+            regrow.recover(model, dense, given, DATA, **call, **more)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_changes_no_result_of_a_loader_that_shuffles(own: bool) -> None:
+    plans, weights, states = [], [], []
+    for out in (None, "run"):
+        torch.manual_seed(5)
+        generator = torch.Generator().manual_seed(3) if own else None
+        loader = DataLoader(TensorDataset(*DATA), 16, shuffle=True, generator=generator)
+        plans.append(regrow.prune(net(5), loader, method="llm_pruner", keep=0.5, out=out)[1])
+        grown, _ = regrow.grow(net(5), mlp="+4", data=loader, steps=2, out=out and f"{out}-grown")
+        weights.append(grown[0].weight.tolist())
+        states.append(next(iter(loader))[1].tolist())
+    assert plans[0] == plans[1] and weights[0] == weights[1] and states[0] == states[1]
+
+
+def test_a_score_that_is_no_share_is_written_once(here: Path) -> None:
+    row = {"what": "result", "metric": "negative loss", "score": -1.5, "parameters": 9, "nonzero": 9}
+    assert [Metrics(here / "metrics.jsonl").add(row) for _ in range(2)] == [True, False]
+
+
+def test_two_examples_of_named_inputs_are_kept() -> None:
+    data = {"input_ids": torch.arange(24).reshape(6, 4), "attention_mask": torch.ones(6, 4)}
+    kept = loaded_of(Inputs(net(), regrow.Example((), data), (), None, None)).example.kwargs
+    assert {name: value.tolist() for name, value in kept.items()} == {n: v[:2].tolist() for n, v in data.items()}
+
+
+@pytest.mark.parametrize("out", [None, "run"])
+def test_warnings_point_to_the_call(out: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from regrow.api import grow, prune
+
+    note, widen, cut = ("beware",), grow.plan_growth, prune.collect_evidence
+    measure = prune.calibrate
+    monkeypatch.setattr(grow, "plan_growth", lambda *given: (widen(*given)[0], note))
+    monkeypatch.setattr(prune, "collect_evidence", lambda *given, **more: replace(cut(*given, **more), notes=note))
+    monkeypatch.setattr(prune, "calibrate", lambda *given: (replace(measure(*given)[0], notes=note), ""))
+    for call in (partial(regrow.grow, mlp="+4", example=INPUTS), partial(regrow.prune, data=INPUTS, keep=0.5)):
+        with pytest.warns(UserWarning, match="beware") as seen:
+            call(net(), out=out and f"{out}-{call.func.__name__}")
+        assert seen[0].filename == __file__

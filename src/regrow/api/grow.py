@@ -11,7 +11,7 @@ from torch import nn
 
 from regrow.allocation.widening import Part
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, run_once
-from regrow.api.runs import Destination, describe_data, finish, loaded_of, log_size, name_of, run_of
+from regrow.api.runs import Destination, finish, loaded_of, log_size, name_of, run_of
 from regrow.axes import AxisGraph
 from regrow.commands.growing import Amount, GrowthSpec, plan_growth
 from regrow.errors import InputError
@@ -21,6 +21,7 @@ from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.run_folder import RunFolder
 from regrow.settings.grow import Settings
+from regrow.sources import preserve_random_state
 from regrow.store.origins import describe_origin
 from regrow.surgery import apply
 from regrow.training.grown import GrowthTraining, added_entries, mean_loss, train_grown
@@ -99,13 +100,13 @@ def grow(
     stacks = blocks if isinstance(blocks, Mapping) else {"*": blocks} if blocks else {}
     spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
     training = _training(data, steps, lr, train, seed)
-    example = example if axes is None else axes.example
-    given: Any = {"example": example, "loss": loss, "batch_size": batch_size, "device": device, "progress": progress}
-    inputs = read_inputs(model, data, **given, precision=precision)
+    more: Any = {"loss": loss, "batch_size": batch_size, "device": device, "precision": precision, "progress": progress}
+    inputs = read_inputs(model, data, example=example if axes is None else axes.example, **more)
     work = _Growth(inputs, inputs.trace() if axes is None else axes, spec, training, precision, progress)
+    plan = work.plan()
     if out is None:
-        return inputs.model, _grow(work, work.plan())
-    return inputs.model, _grow_in_folder(work, place, _describe(parts, axis or {}, stacks, work), model, name_of(loss))
+        return inputs.model, _grow(work, plan)
+    return inputs.model, _grow_in_folder(work, plan, place, _describe(parts, axis or {}, stacks, work), model, loss)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class _Growth:
         """Return the plan, and warn of axes that cannot be widened."""
         plan, notes = plan_growth(self.inputs.model, self.axes, self.spec)
         for note in notes:
-            warnings.warn(note, stacklevel=4)
+            warnings.warn(note, stacklevel=3)
         return plan
 
 
@@ -141,21 +142,30 @@ def _grow(work: _Growth, plan: Plan, folder: RunFolder | None = None) -> Plan:
         return plan
     new, objective = added_entries(net, work.axes, plan), inputs.objective
     with autocasting(net, work.precision):
-        before = mean_loss(net, inputs.sources, objective) if folder else 0.0
+        before = _measure_loss(work) if folder else 0.0
         train_grown(net, inputs.sources, new, training, objective=objective, progress=work.progress)
         if folder:
-            row: dict[str, Any] = {"loss_before": before, "loss_after": mean_loss(net, inputs.sources, objective)}
+            row: dict[str, Any] = {"loss_before": before, "loss_after": _measure_loss(work)}
             row |= {"steps": training.steps, "train": "new" if training.new_only else "all", "lr": training.lr}
             folder.log("training", **row, parameters=sum(int(entries.sum()) for entries in new.values()))
     return plan
 
 
-def _grow_in_folder(work: _Growth, place: Destination, settings: Settings, model: ModelLike, loss: str) -> Plan:
+def _measure_loss(work: _Growth) -> float:
+    """Return the mean loss on the data; a loader that shuffles then goes on as if it had not been read."""
+    inputs = work.inputs
+    with preserve_random_state(*(one for source in inputs.sources for one in source.generators)):
+        return mean_loss(inputs.model, inputs.sources, inputs.objective)
+
+
+def _grow_in_folder(
+    work: _Growth, plan: Plan, place: Destination, settings: Settings, model: ModelLike, loss: LossLike
+) -> Plan:
     """Grow and write the run; what was interrupted starts again."""
-    inputs, start, plan = work.inputs, time.perf_counter(), work.plan()
-    data = describe_data(inputs.sources)
+    inputs, start = work.inputs, time.perf_counter()
+    data = place.describe(inputs.sources)
     with (
-        run_of(place, "grow", settings, model, loaded_of(inputs), data=data, loss=loss) as folder,
+        run_of(place, "grow", settings, model, loaded_of(inputs), data=data, loss=name_of(loss)) as folder,
         visible(work.progress) as shown,
     ):
         _grow(replace(work, progress=shown), plan, folder)

@@ -1,7 +1,7 @@
 """``regrow.learn``: train a network on one task after the other, with any data, loss and method."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs, require_weights
-from regrow.api.runs import Destination, describe_data, finish, loaded_of, name_of, run_of
+from regrow.api.runs import Destination, finish, loaded_of, name_of, run_of
 from regrow.axes import AxisGraph, Example
 from regrow.commands.learning_record import LearningRecord, record_matrix
 from regrow.data.task_data import to_tasks
@@ -37,6 +37,8 @@ from regrow.training.state import TrainState
 
 OptimizerLike = str | Callable[[Any], torch.optim.Optimizer]
 """``"sgd"``, ``"adamw"``, or a function (parameter groups) → optimizer."""
+MORE = ("scenario", "weight_decay", "decay", "precision", "held_out", "patience")
+"""The further arguments of :func:`learn`."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,13 @@ def learn(
     >>> len(learned.scores.rows), learned.tasks
     (2, ('task-1', 'task-2'))
     """
+    check_arguments("learn", training, MORE)
     place = Destination(out, track, checkpoint).checked(tasks=tasks)
     known = Example() if example is None else example
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     require_weights(net.model)
     every = to_tasks(tasks, choose_reading(net.model, net.tokenizer, batch_size))
-    learner = _build(method, settings or {}, seed)
-    batch = first_batch(every[0])
+    learner, batch = _build(method, settings or {}, seed), first_batch(every[0])
     given: Any = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, **training}
     schedule = build_schedule(optimizer, objective=choose_objective(loss, batch), **given)
     if schedule.objective is CLASSIFICATION:
@@ -180,6 +182,19 @@ def _check_classes(model: nn.Module, tasks: list[Task], batch: Batch) -> None:
         raise InputError(problem)
 
 
+def check_arguments(name: str, given: Mapping[str, object], known: Sequence[str], remedy: str = "") -> None:
+    """Raise TypeError, as Python does, for an argument that a function does not have.
+
+    Args:
+        name: The name of the function.
+        given: The arguments that it collects.
+        known: The names that it takes.
+        remedy: What the arguments that it has are for, with a semicolon behind it.
+    """
+    if unknown := given.keys() - known:
+        raise TypeError(f"{name} has no argument {min(unknown)!r}; {remedy}further arguments are {', '.join(known)}")
+
+
 def build_schedule(optimizer: OptimizerLike, **given: Any) -> continual.TaskSchedule:
     """Return how each task is trained.
 
@@ -187,9 +202,6 @@ def build_schedule(optimizer: OptimizerLike, **given: Any) -> continual.TaskSche
         optimizer: The name of an optimizer, or a function that builds one.
         **given: The other fields of the schedule.
     """
-    names = [one.name for one in fields(continual.TaskSchedule)]
-    if unknown := given.keys() - names:
-        raise TypeError(f"learn has no argument {min(unknown)!r}; more fields of its schedule are {', '.join(names)}")
     if not isinstance(optimizer, str) and not callable(optimizer):
         raise InputError(
             "optimizer must be 'sgd', 'adamw' or a function from parameter groups to an optimizer, got "
@@ -261,7 +273,7 @@ def _learn_in_folder(
 ) -> Learned:
     """Learn and write the run, or resume it."""
     start, loaded = time.perf_counter(), loaded_of(net)
-    data = describe_data([Source(task.name, [first_batch(task)]) for task in work.tasks])
+    data = place.describe(_first_batches(work.tasks))
     with (
         run_of(place, "learn", settings, model, loaded, data=data, **inputs) as folder,
         visible(work.progress) as shown,
@@ -273,6 +285,13 @@ def _learn_in_folder(
         folder.log("matrix", tasks=list(learned.tasks), **record_matrix(learned.scores))
         finish(folder, replace(loaded, model=learned.model), learn=time.perf_counter() - start)
     return learned
+
+
+def _first_batches(tasks: list[Task]) -> Iterator[Source]:
+    """Yield the first training and the first test examples of each task."""
+    for task in tasks:
+        yield Source(task.name, [first_batch(task)])
+        yield Source(f"{task.name} (test)", [first_batch(replace(task, train=task.test))])
 
 
 def _describe(name: str, method: str, given: Mapping[str, Any], work: _Learning) -> Settings:

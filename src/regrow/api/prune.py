@@ -12,7 +12,7 @@ from torch import nn
 
 from regrow.amounts import Target, parse_share
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, run_once
-from regrow.api.runs import Destination, describe_data, finish, loaded_of, log_size, name_of, run_of
+from regrow.api.runs import Destination, finish, loaded_of, log_size, name_of, run_of
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.calibration import calibrate
@@ -139,7 +139,7 @@ def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> t
             loaded = loaded_of(inputs)
             evidence, _ = calibrate(folder, loaded, axes, pruner, inputs.sources, progress, inputs.objective)
         for note in evidence.notes:
-            warnings.warn(note, stacklevel=3)
+            warnings.warn(note, stacklevel=3 if folder is None else 4)  # at the call of prune
         cut = plan_cut(pruner, inputs.model, axes, limits, evidence, progress=progress)
     if folder is not None:
         write_scores(folder, weights_of(inputs.model), axes, cut.plan, cut.scores, evidence)
@@ -157,7 +157,7 @@ def _prune_in_folder(
     known = RunFolder(begun).run().get("timing") if (begun := place.begun()) else None
     limits = with_timing(inputs.model, work.axes, limits, known=known, progress=work.progress)
     check_pruning(work.pruner, work.axes, limits, inputs.sources)
-    data = describe_data(inputs.sources)
+    data = place.describe(inputs.sources)
     with (
         run_of(place, "prune", settings, model, loaded_of(inputs), data=data, loss=loss) as folder,
         visible(work.progress) as shown,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, read_inputs
-from regrow.api.runs import Destination, describe_data, digest, finish, loaded_of, log_size, run_of
+from regrow.api.runs import Destination, digest, finish, loaded_of, log_size, name_of, run_of
 from regrow.axes import AxisGraph
 from regrow.axes.inventory import inventory
 from regrow.commands.calibration import parameter_sums
@@ -84,6 +84,7 @@ def recover(
     >>> summary = recover(small, dense, plan, inputs, by="refit", batch_size=64)
     >>> before, after = (torch.dist(one(inputs), dense(inputs)) for one in (small, dense))
     """
+    _check_types(model, dense, plan)
     place = Destination(out, track).checked(data=data)
     if precision != "float32" and by in CLOSED_FORM:
         raise InputError(f"{by} solves for weights in their own format; leave out precision={precision!r}, or use lora")
@@ -103,7 +104,24 @@ def recover(
     pruning = record_settings(prune.Settings(name))
     described = Settings(f"{name}()", by, 1, settings or {}, pruning, (), name, f"prune+{by}", None, seed)
     described = replace(described, precision="" if precision == "float32" else precision)
-    return _recover_in_folder(replace(inputs, model=model), dense, axes, plan, place, described, progress)
+    inputs = replace(inputs, model=model)
+    return _recover_in_folder(inputs, dense, axes, plan, place, described, name_of(loss), progress)
+
+
+def _check_types(model: object, dense: object, plan: object) -> None:
+    """Raise InputError if one of the first arguments is of another kind, as where one is left out."""
+    for name, one in (("model", model), ("dense", dense)):
+        if not isinstance(one, nn.Module):
+            load = f"; regrow.load({str(one)!r}) loads a network" if isinstance(one, str | Path) else ""
+            raise InputError(
+                f"{name} must be a torch.nn.Module, got a {type(one).__name__}; write "
+                f"recover(model, dense, plan, data) with the networks after and before the cut{load}"
+            )
+    if not isinstance(plan, Plan):
+        raise InputError(
+            f"plan must be the regrow.Plan that regrow.prune returned, got a {type(plan).__name__}; write "
+            "recover(model, dense, plan, data)"
+        )
 
 
 def _check_dense(model: nn.Module, dense: nn.Module) -> None:
@@ -125,13 +143,15 @@ def _recover_in_folder(
     plan: Plan,
     place: Destination,
     settings: Settings,
+    loss: str,
     progress: Progress,
 ) -> dict[str, Any]:
     """Recover the network of the inputs and write the run, or resume it."""
     loaded, start, by = loaded_of(inputs), time.perf_counter(), settings.by
-    data, teacher = describe_data(inputs.sources), digest(parameter_sums(dense))
+    given = {"dense": digest(parameter_sums(dense)), "plan": digest(replace(plan, origin={}).to_json()), "loss": loss}
+    data = place.describe(inputs.sources)
     with (
-        run_of(place, "recover", settings, inputs.model, loaded, data=data, dense=teacher) as folder,
+        run_of(place, "recover", settings, inputs.model, loaded, data=data, **given) as folder,
         visible(progress) as shown,
     ):
         if not len(folder.ledger):  # which begins with the cut that this makes up for

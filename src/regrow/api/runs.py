@@ -1,14 +1,20 @@
 """Run folders of calls from Python, ``out=``: what a run records, and how the same call resumes it."""
 
 import hashlib
+import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Generator, Tensor
 
 from regrow import store
 from regrow.api.inputs import Inputs
@@ -19,12 +25,13 @@ from regrow.commands.example_inputs import record_input
 from regrow.commands.measuring import measure
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.trackers import check_tracker, tracking
+from regrow.data.batches import INPUTS
 from regrow.errors import InputError
 from regrow.nets import Loaded
 from regrow.reports import ReportError, write_page
 from regrow.run_folder import RunFolder
 from regrow.settings.declaration import record_settings
-from regrow.sources import Source
+from regrow.sources import Source, generators_of, preserve_random_state
 from regrow.store.errors import StoreError
 from regrow.store.origins import describe_origin
 from regrow.store.statistics import fingerprint
@@ -43,11 +50,13 @@ class Destination:
         out: The run folder: new, empty, or of this very call, which then resumes; ``None``: nothing is written.
         track: The name of a tracker that gets every measurement, too; empty: none.
         checkpoint: A file to resume from, which is for calls without a folder.
+        generators: The random generators of the loaders that are given.
     """
 
     out: str | Path | None = None
     track: str = ""
     checkpoint: str | Path | None = None
+    generators: tuple[Generator, ...] = ()
 
     def checked(self, **data: object) -> "Destination":
         """Return this destination; raise an error, before anything is loaded, unless a call can be written and resumed.
@@ -66,18 +75,34 @@ class Destination:
         if self.checkpoint is not None:
             raise InputError(f"{self.out} has a checkpoint of its own; leave out checkpoint={str(self.checkpoint)!r}")
         check_tracker(self.track, self.out)
+        generators: list[Generator] = []
         for name, value in data.items():
             if once := next((one for one in _parts(value) if isinstance(one, Iterator)), None):
                 raise InputError(
                     f"out= resumes an interrupted call, and a {type(once).__name__} in {name} can be read only once; "
                     "give a list, a data set or a DataLoader"
                 )
-        return self
+            generators += (found for one in _parts(value) for found in generators_of(one))
+        return replace(self, generators=tuple(generators))
 
     def begun(self) -> Path | None:
         """Return the folder with the files of the interrupted run, if there is one."""
         folder = RunFolder.open_unfinished(self.out) if self.out is not None else None
         return folder.path if folder else None
+
+    def describe(self, sources: Iterable[Source]) -> dict[str, str]:
+        """Return name of a source → a digest of its first batch, which tells most data apart without reading all.
+
+        The state of every random generator is afterwards what it was before: a folder changes no result.
+
+        Args:
+            sources: The sources, which may be read while they are iterated.
+        """
+        with preserve_random_state(*self.generators):
+            torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
+            random.seed(0)
+            np.random.seed(0)
+            return {source.name: fingerprint(Source(source.name, list(islice(source, 1)))) for source in sources}
 
 
 @contextmanager
@@ -107,18 +132,17 @@ def run_of(
     given = {**inputs, "weights": digest(parameter_sums(loaded.model))}
     command = f"regrow.{verb}(…, out={str(out)!r}) in Python"
     begun = RunFolder.create(out, verb=verb, settings=record_settings(settings), command=command)
-    with tracking(begun, destination.track) as folder:
-        recorded = folder.run().get("python")
+    with begun:
+        recorded = begun.run().get("python")
         if recorded is None:
-            folder.update(python=given)
-        elif other := [name for name in {**given, **recorded} if given.get(name) != recorded.get(name)]:
-            raise StoreError(
-                f"{out} holds another run ({other[0]} differ; is a seed missing?); choose another folder, or delete it"
-            )
-        name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
-        start_from(folder, name, loaded)
-        folder.update(notes=list(loaded.notes) or None, **record_input(loaded))
-        yield folder
+            begun.update(python=given)
+        elif recorded != given:
+            raise StoreError(f"{out} holds another run: {_difference(recorded, given)}, or choose another folder")
+        with tracking(begun, destination.track) as folder:
+            name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
+            start_from(folder, name, loaded)
+            folder.update(notes=list(loaded.notes) or None, **record_input(loaded))
+            yield folder
 
 
 def finish(folder: RunFolder, loaded: Loaded, **seconds: float) -> RunFolder:
@@ -139,24 +163,23 @@ def finish(folder: RunFolder, loaded: Loaded, **seconds: float) -> RunFolder:
 def loaded_of(inputs: Inputs) -> Loaded:
     """Return a network that was given, with what is needed to trace and save it.
 
-    A single input is cut to two examples, since it is saved with the network.
+    The example is saved with the network, and cut to two examples where its first dimension is that of the batch: that
+    of a single tensor, and of inputs by the names that transformers uses.
 
     Args:
         inputs: The network, and what was read with it.
     """
-    example = inputs.example
-    if len(example.args) == 1 and not example.kwargs and isinstance(one := example.args[0], Tensor) and one.dim() > 1:
-        example = Example((one[:2],))
-    return Loaded(inputs.model, inputs.tokenizer, example, describe_origin(inputs.model))
+    return Loaded(inputs.model, inputs.tokenizer, _two_examples(inputs.example), describe_origin(inputs.model))
 
 
-def describe_data(sources: Sequence[Source]) -> dict[str, str]:
-    """Return name of a source → a digest of its first batch, which tells most data apart without reading all.
-
-    Args:
-        sources: The sources.
-    """
-    return {source.name: fingerprint(Source(source.name, list(source.batches[:1]))) for source in sources}
+def _two_examples(example: Example) -> Example:
+    parts = [*example.args, *example.kwargs.values()]
+    known = not example.args and any(name in INPUTS for name in example.kwargs)
+    if not (known or (len(example.args) == 1 and not example.kwargs)):
+        return example
+    if not all(isinstance(one, Tensor) and one.dim() > 1 for one in parts) or len({len(one) for one in parts}) > 1:
+        return example
+    return Example(tuple(one[:2] for one in example.args), {name: one[:2] for name, one in example.kwargs.items()})
 
 
 def log_size(folder: RunFolder, loaded: Loaded, axes: AxisGraph, name: str) -> list[dict[str, Any]]:
@@ -182,17 +205,44 @@ def digest(value: object) -> str:
 
 
 def name_of(value: object) -> str:
-    """Return what a run records of an argument that may be code: its text or number, or the name of a function.
+    """Return what a run records of an argument that may be code.
 
-    >>> name_of(None), name_of("regression"), name_of(len)
-    ('', 'regression', 'len')
+    Of a function it is the name, of a ``functools.partial`` the arguments as well, of a lambda a digest of its code.
+
+    >>> name_of(None), name_of("regression"), name_of(len), name_of(partial(round, ndigits=2))
+    ('', 'regression', 'len', 'round(ndigits=2)')
+    >>> name_of(lambda x: x + 1) == name_of(lambda x: x + 1), name_of(lambda x: x + 1) == name_of(lambda x: x + 2)
+    (True, False)
 
     Args:
         value: The argument.
     """
     if value is None or isinstance(value, str | int | float):
         return "" if value is None else str(value)
-    return str(getattr(value, "__qualname__", type(value).__name__))
+    if isinstance(value, partial):
+        words = [*map(_argument, value.args), *(f"{name}={_argument(one)}" for name, one in value.keywords.items())]
+        return f"{name_of(value.func)}({', '.join(words)})"
+    name = str(getattr(value, "__qualname__", type(value).__name__))
+    if isinstance(value, FunctionType) and value.__name__ == "<lambda>":
+        return f"{name} {digest((_instructions(value.__code__), _argument(value.__defaults__)))}"
+    return name
+
+
+def _argument(value: object) -> str:
+    """Return the text of an argument: of plain data their ``repr``, which has no address, else its name."""
+    plain = all(part is None or isinstance(part, str | int | float | list | tuple | Mapping) for part in _parts(value))
+    return repr(value) if plain else name_of(value)
+
+
+def _instructions(code: CodeType) -> tuple[object, ...]:
+    """Return what a function computes, without the file and the line where it is written."""
+    constants = []
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            constants.append(str(_instructions(one)))
+        else:  # the order of a set differs from process to process
+            constants.append(str(sorted(map(repr, one)) if isinstance(one, frozenset) else repr(one)))
+    return code.co_code.hex(), code.co_names, *constants
 
 
 def _parts(value: object) -> Iterator[object]:
@@ -201,6 +251,30 @@ def _parts(value: object) -> Iterator[object]:
     if isinstance(value, list | tuple | Mapping):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _parts(part)
+
+
+def _difference(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Return the first input in which a call differs from the interrupted one, and the remedy.
+
+    >>> _difference({"loss": "L1Loss"}, {"loss": "MSELoss"})
+    'loss was L1Loss, here MSELoss; give what the interrupted call had'
+    """
+    name = next(name for name in {**recorded, **given} if recorded.get(name) != given.get(name))
+    was, now = recorded.get(name), given.get(name)
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        part = next(part for part in {**was, **now} if was.get(part) != now.get(part))
+        was, now = was.get(part), now.get(part)
+        if name == "data" and was is not None and now is not None:
+            return (
+                f"the first batch of {part!r} differs (digest {was:.8}, here {now:.8}); the likely cause is a loader "
+                "that shuffles: give prune, grow and recover a loader with shuffle=False"
+            )
+        name = f"{name} {part!r}"
+    if name in ("weights", "dense"):
+        whose = "weights" if name == "weights" else "weights of dense"
+        return f"the {whose} differ (digest {was}, here {now}); build the network with the same seed"
+    was, now = ("not given" if one is None else one for one in (was, now))
+    return f"{name} was {was}, here {now}; give what the interrupted call had"
 
 
 def _write_page(folder: Path) -> None:

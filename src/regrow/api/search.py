@@ -11,8 +11,8 @@ from torch import nn
 
 from regrow.amounts import Measure, Target, parse_share, short
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs
-from regrow.api.learn import OptimizerLike, build_schedule, first_batch, move_inputs
-from regrow.api.runs import Destination, describe_data, loaded_of, name_of, run_of
+from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, first_batch, move_inputs
+from regrow.api.runs import Destination, loaded_of, name_of, run_of
 from regrow.api.runs import finish as finish_run
 from regrow.axes import AxisGraph, Example
 from regrow.candidates import fold_scales
@@ -46,6 +46,8 @@ from regrow.training.state import TrainState
 
 HELD_OUT = 0.2
 """The fraction of the data that is held out where no validation data are given."""
+MORE = ("weight_decay", "decay", "precision")
+"""The further arguments of :func:`search`."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def search(
     >>> result.size <= result.target, result.model[0].out_features < 32
     (True, True)
     """
+    check_arguments("search", training, MORE, "the size is given by target='macs=50%' or smaller='30%'; ")
     place = Destination(out, track, checkpoint).checked(data=data, validation=validation)
     text, own = _target(target, smaller), _settings(method, settings or {})
     known = Example() if example is None else example
@@ -171,9 +174,8 @@ def search(
     work = _begin(found, Context(net.model, axes, task, epochs=epochs, seed=seed), schedule, table, progress)
     if place.out is None:
         return _run(work, Path(checkpoint) if checkpoint is not None else None)
-    described = _describe(describe_origin(net.model).name, method, settings or {}, text, work)
     inputs = {"loss": name_of(loss), "optimizer": name_of(optimizer), "training": training}
-    return _run_in_folder(net, work, place, described, model, inputs)
+    return _run_in_folder(net, work, place, _describe(net.model, method, settings or {}, text, work), model, inputs)
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,8 @@ def _run_in_folder(
 ) -> SearchResult:
     """Search and write the run, or resume it."""
     start, loaded, task = time.perf_counter(), loaded_of(net), work.context.task
-    data = describe_data([Source("data", [first_batch(task)])])
+    both = {"data": task, "validation": replace(task, train=task.test)}
+    data = place.describe(Source(name, [first_batch(part)]) for name, part in both.items())
     with (
         run_of(place, "search", settings, model, loaded, data=data, **inputs) as folder,
         visible(work.progress) as shown,
@@ -286,11 +289,11 @@ def _run_in_folder(
     return result
 
 
-def _describe(name: str, method: str, given: Mapping[str, Any], target: str, work: _Searching) -> Settings:
+def _describe(model: nn.Module, method: str, given: Mapping[str, Any], target: str, work: _Searching) -> Settings:
     """Return the settings of the command that say what a call does."""
     shared = {one: getattr(work.schedule, one) for one in ("batch_size", "lr", "weight_decay", "precision", "seed")}
     more: Any = {"method": method, "method_settings": dict(given), "epochs": work.context.epochs, "retrain": 0}
-    return Settings(name, "data", target, **more, **shared)
+    return Settings(describe_origin(model).name, "data", target, **more, **shared)
 
 
 def _at(context: Context, model: nn.Module, axes: AxisGraph, log: Log, epoch: int) -> Context:

@@ -1,15 +1,17 @@
 """Experiment trackers (TensorBoard, MLflow, Weights & Biases): they get the rows of a run's measurements, too."""
 
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow.errors import InputError, ResourceError
+from regrow.limits import problem
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -74,7 +76,8 @@ def tracking(folder: "RunFolder", name: str) -> "Iterator[RunFolder]":
     """Write a run inside the ``with`` block, and give every new row of its measurements to a tracker as well.
 
     TensorBoard's files are in ``tensorboard/`` beside the run folder; MLflow and Weights & Biases follow their own
-    settings. The run has the name of its folder, and the number of a row among its kind is its step.
+    settings. The run has the name of its folder, and the number of a row among its kind is its step. A resumed run goes
+    on in the tracker's run, whose id is in ``run.json``. A tracker that fails gets nothing more, after one warning.
 
     Args:
         folder: The run, begun; locked until the end of the block.
@@ -82,43 +85,87 @@ def tracking(folder: "RunFolder", name: str) -> "Iterator[RunFolder]":
 
     Raises:
         InputError: As :func:`check_tracker`.
-        ResourceError: As :func:`check_tracker`.
+        ResourceError: As :func:`check_tracker`, or if the tracker cannot start.
     """
     check_tracker(name, folder.out or folder.path)
     with folder:
         if not name:
             yield folder
             return
-        tracker, steps = _start(folder, name), Counter(row["what"] for row in folder.metrics())
+        with _process_state():
+            tracker, run_id = _start(folder, name)
+            steps, works = Counter(row["what"] for row in folder.metrics()), True
 
-        def send(row: Mapping[str, object]) -> None:
-            # Weights & Biases refuses steps that do not rise from row to row, of whatever kind; it counts them itself.
-            step = None if name == "wandb" else steps[row["what"]]
-            steps[row["what"]] += 1
-            if scalars := scalars_of(row):
-                tracker.log(scalars, step=step)
+            def attempt(call: Callable[[], object]) -> None:
+                nonlocal works
+                try:
+                    call()
+                except Exception as error:  # of whatever kind: the run does not depend on its tracker
+                    first, works = works, False
+                    if first:
+                        rest = f"all measurements are in metrics.jsonl of {folder.out or folder.path}"
+                        warnings.warn(f"{name} failed and gets nothing more ({problem(error)}); {rest}", stacklevel=2)
 
-        try:
-            yield replace(folder, send=send)
-        finally:
-            tracker.finish()
+            def send(row: Mapping[str, object]) -> None:
+                # Weights & Biases refuses steps that do not rise from row to row, of whatever kind; it counts itself.
+                step = None if name == "wandb" else steps[row["what"]]
+                steps[row["what"]] += 1
+                if works and (scalars := scalars_of(row)):
+                    attempt(lambda: tracker.log(scalars, step=step))
+
+            try:
+                if run_id:
+                    folder.update(trackers={**folder.run().get("trackers", {}), name: run_id})
+                yield replace(folder, send=send)
+            finally:
+                attempt(tracker.finish)
 
 
-def _start(folder: "RunFolder", name: str) -> "GeneralTracker":
+@contextmanager
+def _process_state() -> Iterator[None]:
+    """Leave accelerate's record of the process, which its trackers make, as it was before the ``with`` block."""
+    from accelerate import PartialState
+
+    known = bool(PartialState._shared_state)
+    try:
+        yield
+    finally:
+        if not known:
+            PartialState._reset_state()
+
+
+def _start(folder: "RunFolder", name: str) -> "tuple[GeneralTracker, str]":
+    """Start a tracker, or go on with its run; return it and the id of its run, empty if it has none.
+
+    Raises:
+        ResourceError: If it cannot start.
+    """
     from accelerate import PartialState
     from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
 
-    PartialState()  # without it accelerate's trackers cannot log
-    place = Path(folder.out or folder.path).resolve()
+    place, run = Path(folder.out or folder.path).resolve(), folder.run()
+    known = run.get("trackers", {}).get(name)
+    resuming = {"id": known, "resume": "allow"} if known else {}
     builders: Mapping[str, Any] = {
         "tensorboard": lambda: TensorBoardTracker(place.name, place.parent / "tensorboard"),
-        "mlflow": lambda: MLflowTracker(PROJECT, run_name=place.name),
-        "wandb": lambda: WandBTracker(PROJECT, name=place.name),
+        "mlflow": lambda: MLflowTracker(PROJECT, run_name=place.name, run_id=known),
+        "wandb": lambda: WandBTracker(PROJECT, name=place.name, **resuming),
     }
-    tracker: GeneralTracker = builders[name]()
-    tracker.start()
-    if not folder.resumed:
-        settings = folder.run()["settings"]
-        plain = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
-        tracker.store_init_configuration(plain)
-    return tracker
+    plain = {key: value for key, value in run["settings"].items() if isinstance(value, str | int | float)}
+    tracker: GeneralTracker | None = None
+    try:
+        PartialState()  # without it accelerate's trackers cannot log
+        tracker = builders[name]()
+        tracker.start()
+        if not (folder.resumed if name == "tensorboard" else known):
+            tracker.store_init_configuration(plain)
+        active = tracker.tracker
+        run_id = active.info.run_id if name == "mlflow" else active.id if name == "wandb" else ""
+        return tracker, str(run_id)
+    except Exception as error:
+        if tracker is not None:
+            with suppress(Exception):
+                tracker.finish()
+        raise ResourceError(
+            f"tracking by {name} cannot start ({problem(error)}); set {name} up, or leave tracking out"
+        ) from error

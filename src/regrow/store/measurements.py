@@ -253,6 +253,17 @@ class SearchResultRow(msgspec.Struct, frozen=True):
     bytes: Count | None = None
 
 
+class ScoreRow(msgspec.Struct, frozen=True):
+    """The network that a search found, with the score of an objective whose scores are no accuracies."""
+
+    metric: str
+    score: Figure
+    parameters: Count
+    nonzero: Count
+    macs: Count | None = None
+    bytes: Count | None = None
+
+
 class TestRow(msgspec.Struct, frozen=True):
     """The test accuracy at the end of a search, and the number of examples."""
 
@@ -274,6 +285,7 @@ KINDS: Mapping[str, type[Any]] = {
     "paired": PairedRow,
     "perplexity": PerplexityRow,
     "recovery": RecoveryRow,
+    "result": ScoreRow,
     "size": SizeRow,
     "task": TaskRow,
     "test": TestRow,

@@ -24,6 +24,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "paired": ("source", "of", "round"),
     "perplexity": ("model", "source", "round"),
     "recovery": ("round",),
+    "result": (),
     "size": ("model", "round"),
     "stages": (),
     "training": (),

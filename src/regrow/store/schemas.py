@@ -57,6 +57,7 @@ class RunJson(msgspec.Struct, frozen=True):
     extension: list[str] = []
     parent: ParentJson | None = None
     stages: list[StageJson] = []
+    trackers: dict[str, str] = {}
 
 
 class MetricsRow(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from regrow.scores import Moments, Statistics
-from regrow.sources import Source
+from regrow.sources import Source, preserve_random_state
 from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, explain_os_errors
@@ -52,8 +52,9 @@ def fingerprint(source: Source, *more: object) -> str:
     (True, False)
     """
     digest = hashlib.sha256()
-    for batch in source:
-        add_to_digest(digest, (batch.args, batch.kwargs, batch.labels))
+    with preserve_random_state(*source.generators):  # a loader may shuffle: the next pass is as if this were none
+        for batch in source:
+            add_to_digest(digest, (batch.args, batch.kwargs, batch.labels))
     add_to_digest(digest, more)
     return digest.hexdigest()
 
