@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow.errors import InputError, ResourceError
-from regrow.limits import problem
+from regrow.limits import reason
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -104,7 +104,7 @@ def tracking(folder: "RunFolder", name: str) -> "Iterator[RunFolder]":
                     first, works = works, False
                     if first:
                         rest = f"all measurements are in metrics.jsonl of {folder.out or folder.path}"
-                        warnings.warn(f"{name} failed and gets nothing more ({problem(error)}); {rest}", stacklevel=2)
+                        warnings.warn(f"{name} failed and gets nothing more ({reason(error)}); {rest}", stacklevel=2)
 
             def send(row: Mapping[str, object]) -> None:
                 # Weights & Biases refuses steps that do not rise from row to row, of whatever kind; it counts itself.
@@ -167,5 +167,5 @@ def _start(folder: "RunFolder", name: str) -> "tuple[GeneralTracker, str]":
             with suppress(Exception):
                 tracker.finish()
         raise ResourceError(
-            f"tracking by {name} cannot start ({problem(error)}); set {name} up, or leave tracking out"
+            f"tracking by {name} cannot start ({reason(error)}); set {name} up, or leave tracking out"
         ) from error
