@@ -191,9 +191,9 @@ def fit_to_budget(
         return float(gates.levels.size(ops, filters, weights))
 
     if weights is not None and relative is not None and gates.levels.sparse:
-        stands = gates.levels.standing(ops, filters) & (weights > 0)
-        price = torch.where(stands, gates.levels.price[: len(relative)], 0.0)
-        order = torch.where(stands, relative, torch.inf).argsort()
+        active = gates.levels.standing(ops, filters) & (weights > 0)
+        price = torch.where(active, gates.levels.price[: len(relative)], 0.0)
+        order = torch.where(active, relative, torch.inf).argsort()
         before = price[order].cumsum(0) - price[order]
         gone = none.clone()
         gone[order[before < size() - target]] = True
@@ -201,7 +201,7 @@ def fit_to_budget(
             raise ValueError(
                 f"the target {target:g} is below what is left without any weight, {size() - price.sum():g}"
             )
-        return ops, filters, gone & stands
+        return ops, filters, gone & active
     searched = [level for level in (1, 0) if bool((masks.margins[level] != 1).any())]
     for level in searched:
         for at in _going(gates, level, (ops, filters), masks.margins[level], target):

@@ -112,8 +112,8 @@ class Gates:
         over = None
         if weights is not None:
             flat, gone, thresholds = weights
-            n, stands = len(flat), self.levels.standing(mask_o.detach(), mask_f.detach())
-            over = self.levels.relative(flat, stands) - thresholds.index_select(0, self.levels.ops[:n]) - _JUST
+            n, active = len(flat), self.levels.standing(mask_o.detach(), mask_f.detach())
+            over = self.levels.relative(flat, active) - thresholds.index_select(0, self.levels.ops[:n]) - _JUST
             over = over.masked_fill(gone, NEVER)
         return GateMasks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
 
@@ -181,12 +181,12 @@ class Gates:
             (differentiable), 0 for the others; and the number N of active operations in its node. No operation is
             picked by a mask, for which the host would wait.
         """
-        stands = (masks.ops.detach() > 0) & self.alive & self.runs
-        share = torch.where(stands, alpha.sigmoid().index_select(0, self.tied), 0.0)
+        active = (masks.ops.detach() > 0) & self.alive & self.runs
+        share = torch.where(active, alpha.sigmoid().index_select(0, self.tied), 0.0)
         none = share.new_zeros(len(self.ops))
-        many = none.index_add(0, self.node, stands.to(share.dtype))
+        many = none.index_add(0, self.node, active.to(share.dtype))
         total = torch.where(many > 0, none.index_add(0, self.node, share), 1.0)
-        return stands, share / total.index_select(0, self.node), many.index_select(0, self.node)
+        return active, share / total.index_select(0, self.node), many.index_select(0, self.node)
 
     def operation_regularizer(self, masks: GateMasks, alpha: Tensor, among: Tensor) -> Tensor:
         """Return the GOLD-NAS regulariser Σ log(1 + N a / Σ a) over active operations.
@@ -201,8 +201,8 @@ class Gates:
 
         Source: the authors' code (model_search.py, after GOLD-NAS), with N of each node its own.
         """
-        stands, share, many = self.shares(masks, alpha)
-        return torch.where(stands & among, torch.log1p(many * share), 0.0).sum()
+        active, share, many = self.shares(masks, alpha)
+        return torch.where(active & among, torch.log1p(many * share), 0.0).sum()
 
     def threshold_regularizer(self, masks: GateMasks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return the regulariser Σ exp(−t) over the thresholds t of what is active; it raises thresholds.
@@ -213,11 +213,11 @@ class Gates:
 
         Source: the authors' code (model_search.py, after Dynamic Sparse Training).
         """
-        stands = (masks.ops.detach() > 0) & self.alive & self.runs
+        active = (masks.ops.detach() > 0) & self.alive & self.runs
         ops, filters, weights = thresholds
         present = torch.zeros_like(filters, dtype=torch.bool).index_fill(0, self.axis, True)
         own = torch.exp(-torch.cat([ops.index_select(0, self.tied), filters, weights[:-1]]))
-        return torch.where(torch.cat([stands, present, stands]), own, 0.0).sum()
+        return torch.where(torch.cat([active, present, active]), own, 0.0).sum()
 
     def _last(self, margin: Tensor) -> Tensor:
         """Return the operations that stay because all others of a needed set are below their thresholds."""

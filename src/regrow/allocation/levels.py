@@ -120,15 +120,15 @@ class Levels:
         parts = flat.split([shape.numel() for shape in self.shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.weights, parts, self.shapes, strict=True)}
 
-    def relative(self, flat: Tensor, stands: Tensor) -> Tensor:
+    def relative(self, flat: Tensor, active: Tensor) -> Tensor:
         """Return each weight's magnitude relative to its tensor's mean, ``[N]``, so one threshold suits all layers.
 
         Args:
             flat: The weights, ``[N]``.
-            stands: Which weights lie between active filters, ``[N]`` bool: the mean is over those alone, so that it
+            active: Which weights lie between active filters, ``[N]`` bool: the mean is over those alone, so that it
                 does not change when the others are cut.
         """
-        size, here = flat.detach().abs(), stands.to(flat.dtype)
+        size, here = flat.detach().abs(), active.to(flat.dtype)
         none = size.new_zeros(len(self.weights))
         total, many = none.index_add(0, self.weight, size * here), none.index_add(0, self.weight, here)
         return size / (total / many.clamp_min(1)).clamp_min(1e-12)[self.weight]

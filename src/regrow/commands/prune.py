@@ -144,8 +144,8 @@ def run(
     method = prune.build_pruner(settings.method, _seeded(settings))
     budget = budget_of(settings)
     check_recovery(settings.recover, settings.sources)
-    told: dict[str, Any] = {"verb": "prune", "settings": record_settings(settings), "defaults": _defaults(settings)}
-    RunFolder.check(out, **told)
+    identity: dict[str, Any] = {"verb": "prune", "settings": record_settings(settings), "defaults": _defaults(settings)}
+    RunFolder.check(out, **identity)
     clock = Clock(None)
     with clock.stage("load"):
         streamed = open_streamed(memory, settings, model_spec(settings), method, announce)
@@ -160,7 +160,7 @@ def run(
         budget = prune.with_timing(loaded.model, axes, budget, known=known, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
-    with tracking(RunFolder.create(out, **told, command=command_line(settings, *words)), track) as folder:
+    with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
         streamed = streamed.with_results(folder.path) if streamed else None
         outside = streamed.unchanged() if streamed else None

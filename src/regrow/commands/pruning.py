@@ -54,9 +54,9 @@ def collect_evidence(
     """
     if not {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
         return Evidence()
-    told = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
+    report = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
     several, notes = split_sources(sources, pruner.sources)
-    statistics = collect(model, axes, several, pruner.needs, shards=pruner.shards, progress=told, **resume)
+    statistics = collect(model, axes, several, pruner.needs, shards=pruner.shards, progress=report, **resume)
     return Evidence(statistics, {source.name: source for source in several}, notes=notes)
 
 
