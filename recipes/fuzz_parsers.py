@@ -90,7 +90,7 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     """What parses: each takes any bytes."""
     from regrow.amounts import Target, parse_bytes
     from regrow.commands import learn as learning_run
-    from regrow.commands import prune as pruning_run
+    from regrow.commands import prune_settings as pruning_run
     from regrow.commands.task_sequences import parse_sequence
     from regrow.data import streams
     from regrow.data.text import read

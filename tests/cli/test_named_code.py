@@ -108,7 +108,7 @@ def test_a_run_is_repeated_and_recovered_with_code_from_the_command_line(run, ca
 
 
 def test_settings_from_a_file_give_no_code(run):
-    from regrow.commands.prune import model_spec, read_pruning_settings
+    from regrow.commands.prune_settings import model_spec, read_pruning_settings
     from regrow.nets import ModelError
     from regrow.run_folder import RunFolder
 

@@ -13,7 +13,7 @@ import torch
 from fixtures.make_runs import RUNS
 from regrow import load as load_folder
 from regrow.amounts import Measure
-from regrow.commands.prune import budget_of, read_pruning_settings
+from regrow.commands.prune_settings import budget_of, read_pruning_settings
 from regrow.reports import summarise
 from regrow.run_folder import RunFolder
 from regrow.settings.renamed import SETTINGS

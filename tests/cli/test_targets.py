@@ -10,7 +10,7 @@ import torch
 from cli.conftest import Run
 from regrow import load
 from regrow.commands import pruning as prune
-from regrow.commands.prune import budget_of, read_pruning_settings
+from regrow.commands.prune_settings import budget_of, read_pruning_settings
 from regrow.run_folder import RunFolder
 from regrow.settings.declaration import record_settings
 from regrow.settings.prune import Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from regrow.commands.prune import read_pruning_settings
+from regrow.commands.prune_settings import read_pruning_settings
 from regrow.ledger import Ledger, read_undo_store
 from regrow.run_folder import RunFolder
 from regrow.store import StoreError, plan_schemas, schemas

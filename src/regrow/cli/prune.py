@@ -89,7 +89,7 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
 
 
 def _again(folder: Path, code: str) -> Settings:
-    from regrow.commands.prune import read_pruning_settings
+    from regrow.commands.prune_settings import read_pruning_settings
     from regrow.methods import refuse_recorded_code
     from regrow.nets import ModelError
     from regrow.run_folder import RunFolder

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from regrow import store
 from regrow.commands.parents import BEFORE, describe_plans
-from regrow.commands.prune import read_pruning_settings
+from regrow.commands.prune_settings import read_pruning_settings
 from regrow.nets import ModelError
 from regrow.plan import Plan
 from regrow.run_folder import RunFolder

@@ -9,8 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from regrow import evaluation, store
-from regrow.amounts import Measure, Target
-from regrow.axes import AxisGraph, Mark
+from regrow.axes import AxisGraph
 from regrow.axes.inventory import inventory
 from regrow.budget import Budget
 from regrow.commands import measuring
@@ -18,28 +17,25 @@ from regrow.commands import pruning as prune
 from regrow.commands.calibration import calibrate
 from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import record_input
-from regrow.commands.inputs import SourceHalves, SourceSpecs, describe_sources, read_sources
-from regrow.commands.models import ModelSpec, load_model
+from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
+from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.score_summary import write_scores
 from regrow.commands.streamed import StreamedRun, open_streamed
 from regrow.commands.trackers import tracking
-from regrow.errors import InputError, RefusedError
-from regrow.methods import MethodKind, find_method
+from regrow.errors import RefusedError
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets import Loaded
-from regrow.nets.code import check_code
 from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.references import names_code
 from regrow.run_folder import RunFolder, WritePage
 from regrow.scoring import weights_of
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
-from regrow.store.run_record import convert_settings
 from regrow.store.tensors import open_checkpoint
 from regrow.streaming.network import StreamedNetwork
 from regrow.surgery import apply, verify
@@ -93,7 +89,7 @@ def plan_only(
         ValueError: As :func:`run`.
     """
     check_settings(settings)
-    method = prune.build_pruner(settings.method, _seeded(settings))
+    method = prune.build_pruner(settings.method, seeded_settings(settings))
     budget = budget_of(settings)
     streamed = open_streamed(memory, settings, model_spec(settings), method, announce)
     loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
@@ -141,10 +137,14 @@ def run(
         ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
     """
     check_settings(settings)
-    method = prune.build_pruner(settings.method, _seeded(settings))
+    method = prune.build_pruner(settings.method, seeded_settings(settings))
     budget = budget_of(settings)
     check_recovery(settings.recover, settings.sources)
-    identity: dict[str, Any] = {"verb": "prune", "settings": record_settings(settings), "defaults": _defaults(settings)}
+    identity: dict[str, Any] = {
+        "verb": "prune",
+        "settings": record_settings(settings),
+        "defaults": record_defaults(settings),
+    }
     RunFolder.check(out, **identity)
     clock = Clock(None)
     with clock.stage("load"):
@@ -251,73 +251,6 @@ def _log_pairs(
     for name in (name for name in before if name in after):
         pair = evaluation.paired_difference(before[name], after[name])
         folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
-
-
-def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Settings:
-    """Return the settings recorded in the ``run.json`` of a pruning run.
-
-    Args:
-        values: The recorded settings.
-        code: The function ``pkg.mod:fn`` that builds the model, if that is the user's own code: a recorded name is
-            never imported.
-
-    Raises:
-        ModelError: If the run needs the user's code and got none.
-    """
-    if names_code(str(values.get("model"))):
-        check_code(str(values.get("model")), True, code)
-        values = {**values, "model": code}
-    if not isinstance(values.get("model"), str):
-        raise InputError("the settings of the run name no model; restore run.json")
-    return convert_settings(values, Settings)
-
-
-def model_spec(settings: Settings) -> ModelSpec:
-    """Return which model a run prunes, and how it is loaded.
-
-    Args:
-        settings: The settings of the run.
-    """
-    sources = (*settings.sources, *settings.unseen)
-    return ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
-
-
-def source_specs(settings: Settings, recovery_tokens: int = 0) -> SourceSpecs:
-    """Return which sources a run reads, and how much of each.
-
-    Args:
-        settings: The settings of the run.
-        recovery_tokens: The number of tokens for a recovery, shared by the sources; 0: the number for calibration.
-    """
-    tokens = recovery_tokens // max(1, len(settings.sources)) if recovery_tokens else settings.tokens
-    amounts = settings.eval_tokens, settings.seq_len
-    return SourceSpecs(*amounts, settings.sources, settings.unseen, tokens, settings.seed)
-
-
-def budget_of(settings: Settings) -> Budget:
-    """Return the budget of a run: how much may stay, and which axes may be cut.
-
-    Args:
-        settings: The settings of the run.
-    """
-    marks = frozenset(map(Mark, settings.marks))
-    target = Target.parse(settings.target) if settings.target else None
-    keep = 1.0 if settings.keep is None else settings.keep
-    rest = settings.only, settings.exclude, marks, settings.round_to, settings.regular, target
-    return Budget(keep, Measure(settings.measure), *rest)
-
-
-def _defaults(settings: Settings) -> dict[str, Any]:
-    """Return the defaults of the method, and of the recovery after it."""
-    taken = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
-    more = find_method(MethodKind.RECOVERY, settings.recover).defaults({"seed"}) if settings.recover else {}
-    return taken | {f"{settings.recover} {name}": value for name, value in more.items()}
-
-
-def _seeded(settings: Settings) -> dict[str, Any]:
-    """Return the method's settings; a method with a seed gets the run's, unless it was given its own."""
-    has_seed = "seed" in getattr(find_method(MethodKind.PRUNING, settings.method).settings, "__dataclass_fields__", {})
-    return {**({"seed": settings.seed} if has_seed else {}), **settings.method_settings}
 
 
 def _verify(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> None:

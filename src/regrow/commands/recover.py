@@ -7,7 +7,7 @@ from typing import Any
 
 from regrow import store
 from regrow.axes.inventory import inventory
-from regrow.commands import prune as pruning_run
+from regrow.commands import prune_settings as pruning_run
 from regrow.commands.clock import Clock
 from regrow.commands.inputs import describe_sources, read_sources
 from regrow.commands.last_cut import LastCut, find_cut
