@@ -43,6 +43,31 @@ def test_a_streamed_run_is_that_of_a_run_in_memory(regrow, tiny_language_model, 
     assert "--memory 64GiB" in json.loads((tmp_path / "streamed" / "run.json").read_text())["command"]
 
 
+@pytest.mark.parametrize("dtype", [(), ("--dtype", "bfloat16")], ids=["stored", "bfloat16"])
+def test_a_streamed_run_of_a_run_is_that_of_a_run_in_memory(regrow, tiny_language_model, tmp_path, streams, dtype):
+    assert regrow("prune", str(tiny_language_model), *SOURCE, *dtype, "--memory", "64GiB", "--out", "first")[0] == 0
+    command = ("prune", "first", *SOURCE, *dtype[:1], *(("float32",) if dtype else ()))
+    assert regrow(*command, "--out", "whole")[0] == 0
+    code, said, _ = regrow(*command, "--memory", "64GiB", "--out", "streamed")
+    assert code == 0
+    assert "one of 2 blocks at a time" in said
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {path.name for path in (tmp_path / "streamed").iterdir()}
+    for name in (*FILES, "before/model.safetensors", "before/shapes.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
+
+
+def test_a_damaged_run_is_found_when_its_blocks_are_read(regrow, tiny_language_model, tmp_path, streams):
+    assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "first")[0] == 0
+    path = tmp_path / "first" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    code, _, error = regrow("prune", "first", *SOURCE, "--memory", "64GiB", "--out", "second")
+    assert code
+    assert "does not have the recorded SHA-256" in error
+
+
 def test_a_killed_run_ends_as_one_that_was_not(regrow, tiny_language_model, tmp_path, streams, monkeypatch):
     monkeypatch.setattr(requirements.MemoryPlan, "on_disk", True)
     command = ("prune", str(tiny_language_model), *SOURCE, "--memory", "64GiB", "--no-undo", "--out")

@@ -127,6 +127,8 @@ def open_streamed(
             "give more memory, or use another method or setting"
         )
     announce(str(plan))
+    if plan.streams:
+        opened.check_output()
     return StreamedRun(opened, plan) if plan.streams else None
 
 

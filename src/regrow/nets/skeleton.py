@@ -50,7 +50,7 @@ def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored:
             kind = class_for(where, name, {})
             config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
             chosen = dtype or _recorded_dtype(config) or stored
-            with no_init_weights(), _replacing_parameters(empty):
+            with no_init_weights(), replacing_parameters(empty):
                 model = kind._from_config(config, dtype=chosen)
             model.tie_weights()
             _read_generation_settings(model, where)
@@ -66,10 +66,13 @@ def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored:
 
 
 @contextmanager
-def _replacing_parameters(empty: Empty) -> Iterator[None]:
+def replacing_parameters(empty: Empty) -> Iterator[None]:
     """Context manager in which each parameter that a module registers is replaced by one without numbers.
 
     The hook acts in all threads: parameters of others are left as they are.
+
+    Args:
+        empty: Returns a parameter without numbers in the place of another.
     """
     own = get_ident()
 

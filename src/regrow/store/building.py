@@ -11,12 +11,40 @@ from torch import nn
 from regrow.nets import ModelError, Origin, build, replace_attention
 from regrow.nets.errors import first_line
 from regrow.store.errors import StoreError
+from regrow.store.modules import drop, insert
 from regrow.store.pretrained import (
     check_configuration,
 )
 from regrow.store.shapes import SHAPES, Shapes
+from regrow.store.state import check
 
 Builder = Callable[[], Any]
+
+
+def build_checked(
+    folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtype: torch.dtype | None
+) -> nn.Module:
+    """Return the architecture that a record describes, of its depth, after checking that it fits the record.
+
+    Args:
+        folder: The model folder.
+        shapes: The record of the folder.
+        model: The caller's own network, a function that builds it, or ``None`` to build it from the record.
+        dtype: The dtype to build a transformers model in; as recorded if ``None``.
+
+    Raises:
+        StoreError: If it cannot be built, or is another architecture; names the folder.
+    """
+    try:
+        net = build_network(folder, shapes, model, dtype)
+        insert(net, shapes.inserted)
+        drop(net, shapes.placeholders)
+        check(net, shapes)
+    except (ModelError, StoreError) as error:
+        text = " ".join(str(error).split())
+        text = text if len(text) < 400 else text[:399] + "…"
+        raise StoreError(text if text.startswith(str(folder)) else f"{folder}: {text}") from None
+    return net
 
 
 def build_network(

@@ -19,9 +19,8 @@ from regrow.nets.load import check_finite
 from regrow.store import portable, probe
 from regrow.store.atomic import write_text
 from regrow.store.attributes import attribute_tensors
-from regrow.store.building import Builder, build_fresh, build_network
+from regrow.store.building import Builder, build_checked, build_fresh
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.modules import drop, insert
 from regrow.store.origins import describe_origin
 from regrow.store.pretrained import (
     main_dtype,
@@ -33,7 +32,6 @@ from regrow.store.pretrained import (
 from regrow.store.rebuilding import unsaved_change
 from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, settle
 from regrow.store.shapes import DTYPES, SHAPES, Probe, Shapes
-from regrow.store.state import check as check_architecture
 from regrow.store.state import describe, named_tensors, restore
 from regrow.store.versions import versions
 from regrow.store.weights import (
@@ -230,15 +228,7 @@ def _load(
     check: bool,
 ) -> nn.Module:
     shapes = read_shapes(folder, check=check)
-    try:
-        net = build_network(folder, shapes, model, dtype)
-        insert(net, shapes.inserted)
-        drop(net, shapes.placeholders)
-        check_architecture(net, shapes)
-    except (ModelError, StoreError) as error:
-        text = " ".join(str(error).split())
-        text = text if len(text) < 400 else text[:399] + "…"
-        raise StoreError(text if text.startswith(str(folder)) else f"{folder}: {text}") from None
+    net = build_checked(folder, shapes, model, dtype)
     tensors = read_weights(folder, shapes, check=check)
     transformers = shapes.origin.kind == "transformers"
     if dtype is not None and transformers:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,7 +124,9 @@ def _finish(
     return replace(shapes, tensors=tensors, files={name: measure(folder / name) for name in files})
 
 
-def read_weights(folder: Path, shapes: Shapes, *, check: bool = True) -> dict[str, Tensor]:
+def read_weights(
+    folder: Path, shapes: Shapes, *, check: bool = True, kinds: Collection[Kind] = tuple(Kind)
+) -> dict[str, Tensor]:
     """Read every recorded tensor and validate it against the record.
 
     Each tensor is copied to its own storage: the alignment of a memory-mapped one could change results.
@@ -134,6 +136,7 @@ def read_weights(folder: Path, shapes: Shapes, *, check: bool = True) -> dict[st
         shapes: The record: which tensors the files must hold.
         check: Compare with the recorded digests: of every tensor, or of whole files where an older folder has those
             alone.
+        kinds: The kinds of tensors that are read; those of other kinds must be there.
 
     Returns:
         Name → tensor, on the CPU.
@@ -143,18 +146,21 @@ def read_weights(folder: Path, shapes: Shapes, *, check: bool = True) -> dict[st
             another shape, dtype or digest than recorded, or if a parameter holds NaN or infinity; names the tensor.
     """
     result: dict[str, Tensor] = {}
+    there: set[str] = set()
     for name, expected in shapes.files.items():
         path = inside(folder, name)
         check_file(path, expected, digests=check)
         try:
             with safe_open(path, framework="pt") as content:
                 for key in content.keys():  # noqa: SIM118 (it is no dictionary)
-                    if key in result or key not in shapes.tensors:
+                    if key in there or key not in shapes.tensors:
                         raise StoreError(f"{path} holds the tensor {key!r}, which is not recorded; restore the file")
-                    result[key] = _check(path, key, content.get_tensor(key), shapes.tensors[key], check)
+                    there.add(key)
+                    if shapes.tensors[key].kind in kinds:
+                        result[key] = _check(path, key, content.get_tensor(key), shapes.tensors[key], check)
         except (SafetensorError, OSError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); copy it again") from None
-    if missing := [name for name in shapes.tensors if name not in result]:
+    if missing := [name for name in shapes.tensors if name not in there]:
         raise StoreError(f"{folder}: {len(missing)} tensors are missing, {missing[0]!r} first; restore its files")
     return result
 

@@ -88,7 +88,8 @@ class StreamedCut:
         changed = self.change.ready.done.values.keys()
         # What the plan leaves alone is read from where it was, so that it lies in memory as in a network loaded whole.
         left = {name: before.checkpoint.places[before.stored[name]] for name in made if name not in changed}
-        weights = StoredWeights(Checkpoint({**made, **left}, changed), self.loaded.model, before.name)
+        aligned = {*changed, *(name for name in left if before.stored[name] in before.checkpoint.aligned)}
+        weights = StoredWeights(Checkpoint({**made, **left}, aligned), self.loaded.model, before.name)
         assert self.change.axes.recording is not None
         return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
 

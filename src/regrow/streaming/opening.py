@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regrow.axes import AxisGraph
 from regrow.errors import InputError
@@ -14,12 +13,16 @@ from regrow.nets import Loaded
 from regrow.nets.files import check_config
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.skeleton import load_skeleton
+from regrow.store.probe import FILE, check_probe
+from regrow.store.replacing import read_whole
 from regrow.store.shapes import SHAPES
-from regrow.streaming.checkpoint import Checkpoint
+from regrow.store.skeleton import load_saved_skeleton
+from regrow.store.weights import check_file, inside
+from regrow.streaming.checkpoint import Checkpoint, read_places
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing import trace
-from regrow.tracing.meta_copy import without_numbers
+from regrow.tracing.meta_copy import empty_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +33,13 @@ class OpenedNetwork:
         loaded: The network without numbers, its tokenizer, an example input and its origin.
         axes: Its axes.
         weights: Its stored weights.
+        probe: The file with its recorded output, if it is of a saved model that has one.
     """
 
     loaded: Loaded
     axes: AxisGraph
     weights: StoredWeights
+    probe: Path | None = None
 
     def network(self, folder: Path | None = None) -> StreamedNetwork:
         """Return the network, to be run one block at a time.
@@ -48,9 +53,22 @@ class OpenedNetwork:
         graph = self.axes.recording.blocks if self.axes.recording is not None else ()
         return StreamedNetwork(self.loaded.model, self.weights, graph, folder)
 
+    def check_output(self) -> None:
+        """Raise StoreError unless the network gives the output that was recorded when it was saved, if one was.
+
+        Raises:
+            StoreError: If the output differs; says by how much.
+        """
+        if self.probe is None:
+            return
+        stored = {place.dtype for place in self.weights.checkpoint.places.values()}
+        cast = any(place.dtype != self.weights.like[name].dtype for name, place in self.weights.places())
+        with self.network().on_demand() as running:
+            check_probe(running, self.probe, stored=stored, cast=cast)
+
 
 def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
-    """Open a transformers folder, or a packaged model, without loading its weights, and trace it.
+    """Open a transformers folder, a packaged model or a saved one, without loading its weights, and trace it.
 
     Args:
         name: The folder, or the name of a packaged model.
@@ -61,21 +79,35 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
         StoreError: If a file is damaged.
     """
     folder = packaged_folder(name, lambda done, total, what: None) if name in PACKAGED else expanded(Path(name))
-    if not folder.is_dir() or (folder / SHAPES).exists():
+    if not folder.is_dir():
         raise InputError(
-            f"{name} is not read block by block: only transformers folders are; leave out --memory, to load it whole"
+            f"{name} is not read block by block: only transformers folders and runs of such models are; leave out "
+            "--memory, to load it whole"
         )
+    if (folder / SHAPES).exists():
+        return read_whole(folder, lambda: _open_saved(folder, name, dtype))
     _check_names_no_weights(folder, name)
     checkpoint, mode = Checkpoint.open(folder), FakeTensorMode(allow_non_fake_inputs=True)
-
-    def empty(parameter: nn.Parameter) -> nn.Parameter:
-        made = without_numbers(mode, tuple(parameter.shape), parameter)
-        return parameter if isinstance(parameter, FakeTensor) else made  # type: ignore[return-value]
-
     stored = next((one.dtype for one in checkpoint.places.values() if one.dtype.is_floating_point), torch.float32)
-    loaded = load_skeleton(folder, name=name, dtype=dtype, stored=stored, empty=empty)
-    axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    return OpenedNetwork(loaded, axes, StoredWeights(checkpoint, loaded.model, name))
+    loaded = load_skeleton(folder, name=name, dtype=dtype, stored=stored, empty=empty_parameters(mode))
+    return OpenedNetwork(loaded, _traced(loaded), StoredWeights(checkpoint, loaded.model, name))
+
+
+def _open_saved(folder: Path, name: str, dtype: torch.dtype | None) -> OpenedNetwork:
+    """Open a model that regrow saved; its tensors begin at cache lines, as copies of those in files do."""
+    loaded, shapes = load_saved_skeleton(folder, FakeTensorMode(allow_non_fake_inputs=True), dtype)
+    every = {key: place for name in shapes.files for key, place in read_places(inside(folder, name)).items()}
+    places = {key: place for key, place in every.items() if shapes.tensors[key].kind.carried}
+    digests = {key: shapes.tensors[key].sha256 for key in places}
+    weights = StoredWeights(Checkpoint(places, places), loaded.model, name, digests)
+    probe = inside(folder, FILE) if shapes.probe.file is not None else None
+    if probe is not None and shapes.probe.file is not None:
+        check_file(probe, shapes.probe.file)
+    return OpenedNetwork(loaded, _traced(loaded), weights, probe)
+
+
+def _traced(loaded: Loaded) -> AxisGraph:
+    return trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
 
 
 def _check_names_no_weights(folder: Path, name: str) -> None:

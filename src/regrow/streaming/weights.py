@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from regrow.errors import InputError
 from regrow.nets.load import count_nonfinite
-from regrow.streaming.checkpoint import Checkpoint
+from regrow.store.errors import StoreError
+from regrow.store.weights import digest
+from regrow.streaming.checkpoint import Checkpoint, TensorPlace
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -18,13 +20,17 @@ class StoredWeights(Mapping[str, Tensor]):
         checkpoint: The stored tensors.
         model: The network; its tensors need no numbers.
         name: The name of the network, for messages.
+        digests: Stored name → the SHA-256 of the tensor's bytes, compared when it is first read; empty: not compared.
 
     Raises:
         InputError: If the checkpoint has other names or shapes than the network.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module, name: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, model: nn.Module, name: str, digests: Mapping[str, str] | None = None
+    ) -> None:
         self.checkpoint, self.name = checkpoint, name
+        self.unchecked = dict(digests or {})
         self.like = _saved_tensors(model)
         groups: dict[int, list[str]] = {}
         for key, tensor in self.like.items():
@@ -47,9 +53,17 @@ class StoredWeights(Mapping[str, Tensor]):
 
         Raises:
             InputError: If it holds NaN or infinity.
+            StoreError: If it does not have the recorded digest.
         """
         stored = self.stored[self.first[key]]
-        tensor = self.checkpoint[stored].to(self.like[key].dtype)
+        own = self.checkpoint[stored]
+        if (expected := self.unchecked.get(stored)) and digest(own) != expected:
+            raise StoreError(
+                f"{self.checkpoint.places[stored].file}: {stored!r} does not have the recorded SHA-256: it is damaged "
+                "or was changed; copy it again"
+            )
+        self.unchecked.pop(stored, None)
+        tensor = own.to(self.like[key].dtype)
         if isinstance(self.like[key], nn.Parameter) and (bad := count_nonfinite(tensor)):
             raise InputError(
                 f"{self.name}: {bad} entries of {stored!r} are NaN or infinite; use an undamaged checkpoint"
@@ -64,6 +78,11 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.like)
+
+    def places(self) -> Iterator[tuple[str, TensorPlace]]:
+        """Yield (name, place in the files) of every tensor, under its first name."""
+        for key, stored in self.stored.items():
+            yield key, self.checkpoint.places[stored]
 
     def parameters(self) -> "StoredParameters":
         """Return the parameters alone, as scoring reads them."""

@@ -59,6 +59,20 @@ def without_numbers(mode: FakeTensorMode, shape: tuple[int, ...], like: Tensor) 
     return made
 
 
+def empty_parameters(mode: FakeTensorMode) -> Callable[[nn.Parameter], nn.Parameter]:
+    """Return a function from a parameter to one of its shape, dtype and device that is fake.
+
+    Args:
+        mode: The fake mode.
+    """
+
+    def empty(parameter: nn.Parameter) -> nn.Parameter:
+        made = without_numbers(mode, tuple(parameter.shape), parameter)
+        return parameter if isinstance(parameter, FakeTensor) else made  # type: ignore[return-value]
+
+    return empty
+
+
 def copy_model(model: M, made: Callable[[Tensor], Tensor], memo: dict[int, object] | None = None) -> M:
     """Deep-copy a model with each tensor replaced by what a function returns for it; non-leaf tensors are allowed.
 
