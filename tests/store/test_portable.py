@@ -35,7 +35,10 @@ for folder in sys.argv[2:]:
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     tokens = load_file(sys.argv[1])["tokens"]
     with torch.no_grad():
-        save_file({"logits": net(tokens, use_cache=False).logits.contiguous()}, folder + "/said")
+        inner = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+        states = inner(tokens, use_cache=False).last_hidden_state.contiguous()
+        logits = net(tokens, use_cache=False).logits.contiguous()
+        save_file({"logits": logits, "states": states}, folder + "/said")
         net.generate(tokens, max_new_tokens=4, do_sample=False)
 """
 
@@ -51,7 +54,8 @@ def shop(tmp_path_factory):
         model, _, _ = saved.cut(case)
         save(model, root / name, origin=case.origin(model))
         with torch.no_grad():
-            said[name] = model(tokens, use_cache=False).logits
+            states = model.base_model(tokens, use_cache=False).last_hidden_state
+            said[name] = {"logits": model(tokens, use_cache=False).logits, "states": states}
     folders = [str(root / name) for name in LANGUAGE]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HOME": str(root / "cache")}
     command = [sys.executable, "-W", "ignore", "-c", ALONE, str(root / "tokens"), *folders]
@@ -62,7 +66,9 @@ def shop(tmp_path_factory):
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_transformers_alone_says_the_same(shop, name):
     root, said = shop
-    assert torch.equal(load_file(root / name / "said")["logits"], said[name])
+    there = load_file(root / name / "said")
+    assert torch.equal(there["logits"], said[name]["logits"])
+    assert torch.equal(there["states"], said[name]["states"])  # AutoModel: the model without its head
 
 
 def test_the_configuration_tells_every_width(shop):
@@ -77,6 +83,8 @@ def test_the_configuration_tells_every_width(shop):
     assert config["regrow"]["tensors"]
     assert all(list(shapes[name].shape) == shape for name, shape in config["regrow"]["tensors"].items())
     assert config["architectures"] == ["RegrownLlamaForCausalLM"]
+    names = {"AutoModel": "RegrownLlamaModel", "AutoModelForCausalLM": "RegrownLlamaForCausalLM"}
+    assert config["auto_map"] == {key: f"modeling_regrow.{name}" for key, name in names.items()}
 
 
 def carried(folder, **more):

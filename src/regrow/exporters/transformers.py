@@ -165,7 +165,8 @@ def check(model: nn.Module, folder: Path, dtype: torch.dtype | None, *, carried:
     """
     transformers = require_transformers()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    automatic = next(iter(config["auto_map"])) if carried else ""
+    whole = f"modeling_regrow.{config['architectures'][0]}"
+    automatic = next(name for name, one in config["auto_map"].items() if one == whole) if carried else ""
     maker = getattr(transformers, automatic or config["architectures"][0])
     more = {"trust_remote_code": True} if automatic else {}
     with quiet():

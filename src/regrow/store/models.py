@@ -298,7 +298,7 @@ def _write_pretrained(net: nn.Module, shapes: Shapes, folder: Path) -> None:
         return
     reference = shapes.origin.reference
     write_configuration(shapes.origin, net, folder, changes, portable.class_name(reference))
-    portable.write_code(reference, folder)
+    portable.write_code(net, reference, folder)
 
 
 def _write_probe(

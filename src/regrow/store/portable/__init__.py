@@ -20,8 +20,14 @@ from regrow.store.state import named_tensors
 MOST_DERIVED = 2**16
 """The most numbers of derived buffers (not in the state dict) that are written into the configuration."""
 
-_BASE = "from transformers import PreTrainedModel as Base"
-_CLASS = "class Regrown(Base)"
+_CLASS = """
+
+class {name}(Regrown, transformers.{reference}):
+    \"\"\"``{reference}`` with the widths that ``config.json`` records.\"\"\"
+"""
+_PREFIX = """
+    prefix = "{prefix}"
+"""
 
 
 def is_changed(shapes: Shapes) -> bool:
@@ -81,12 +87,15 @@ def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         ``regrow`` (:func:`record`), ``auto_map`` and, for a Llama-like decoder, ``block_configs`` as NVIDIA's tools
         write them. ``None`` if transformers could not build the network from them.
     """
-    automatic = _automatic(shapes.origin.reference)
+    reference = shapes.origin.reference
+    automatic = dict.fromkeys(_automatic(reference), reference)
     changes = record(model, shapes) if automatic and not shapes.inserted else None
     if changes is None:
         return None
-    name = f"modeling_regrow.{class_name(shapes.origin.reference)}"
-    data: dict[str, Any] = {"regrow": changes, "auto_map": dict.fromkeys(automatic, name)}
+    if within := inner(model):
+        automatic["AutoModel"] = within[0]
+    names = {name: f"modeling_regrow.{class_name(one)}" for name, one in sorted(automatic.items())}
+    data: dict[str, Any] = {"regrow": changes, "auto_map": names}
     try:
         return data | {"block_configs": [_block_config(block) for block in blocks(model)]}
     except ModelError:
@@ -105,21 +114,40 @@ def class_name(reference: str) -> str:
     return f"Regrown{reference}"
 
 
-def write_code(reference: str, folder: Path) -> None:
-    """Write ``modeling_regrow.py`` (a subclass of the architecture's class) and ``reshape_regrow.py``.
+def inner(model: nn.Module) -> tuple[str, str] | None:
+    """Return the class of the model within a network with a head, which ``AutoModel`` builds, and its name's prefix.
 
     Args:
-        reference: The class of transformers that it extends.
+        model: A transformers network.
+
+    Returns:
+        For a ``LlamaForCausalLM``: ``("LlamaModel", "model.")``. ``None`` if the network has no such part.
+    """
+    path = getattr(model, "base_model_prefix", "")
+    base = getattr(model, path, None) if path else None
+    name = type(base).__name__
+    return (name, f"{path}.") if isinstance(base, nn.Module) and "AutoModel" in _automatic(name) else None
+
+
+def write_code(model: nn.Module, reference: str, folder: Path) -> None:
+    """Write ``modeling_regrow.py`` (subclasses of the architecture's classes) and ``reshape_regrow.py``.
+
+    Args:
+        model: The network.
+        reference: The class of transformers that builds the network.
         folder: The model folder.
 
     Raises:
         StoreError: If the disk is full.
     """
+    classes = {reference: ""} | dict([within] if (within := inner(model)) else [])
     text = code("modeling_regrow.py")
-    if not reference.isidentifier() or _BASE not in text or _CLASS not in text:
-        raise ValueError(f"no class is named {reference!r}")
-    text = text.replace(_BASE, f"from transformers import {reference} as Base")
-    write_text(folder / "modeling_regrow.py", text.replace(_CLASS, f"class {class_name(reference)}(Base)"))
+    for name, prefix in classes.items():
+        if not name.isidentifier():
+            raise ValueError(f"no class is named {name!r}")
+        text += _CLASS.format(name=class_name(name), reference=name)
+        text += _PREFIX.format(prefix=prefix) if prefix else ""
+    write_text(folder / "modeling_regrow.py", text)
     write_text(folder / "reshape_regrow.py", code("reshape_regrow.py"))
 
 

@@ -1,4 +1,4 @@
-"""A transformers model of changed shape: a subclass of its class, with the widths recorded in config.json.
+"""A transformers model of changed shape: its class, and that of the model within it, with the widths in config.json.
 
 Written by regrow beside the weights, so that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``
 loads them where regrow is not installed. Needs torch and transformers. Licence: Apache-2.0.
@@ -6,18 +6,42 @@ loads them where regrow is not installed. Needs torch and transformers. Licence:
 
 from typing import Any
 
-from transformers import PreTrainedModel as Base
+import transformers  # noqa: F401 (named by the classes that are added below)
 
 from .reshape_regrow import finish, reshape
 
 
-class Regrown(Base):  # type: ignore[misc, valid-type, unused-ignore]
-    """The original class, with the widths that ``config.json`` records."""
+def part(record: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the recorded differences of a module within the network, by its own names.
+
+    Args:
+        record: The differences of the whole network.
+        prefix: What names in the module start with, dot included; empty for the whole network.
+    """
+    depth = len(prefix)
+    within = {
+        key: {f"{name}."[depth:-1]: value for name, value in record[key].items() if f"{name}.".startswith(prefix)}
+        for key in ("tensors", "stands", "derived")
+    }
+    attributes = {}
+    for where, number in record["attributes"].items():
+        path, _, name = where.partition(":")
+        if f"{path}.".startswith(prefix):
+            attributes[f"{path}."[depth:-1] + f":{name}"] = number
+    dropped = [name[depth:] for name in record["dropped"] if name.startswith(prefix)]
+    return {**within, "attributes": attributes, "dropped": dropped}
+
+
+class Regrown:
+    """The widths that ``config.json`` records, for a class of transformers: ``class New(Regrown, Original)``."""
+
+    prefix = ""
+    """What the names of this model start with in the files; empty for the whole network."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        reshape(self, config.regrow)
-        self.tie_weights()
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg, unused-ignore]
+        reshape(self, part(config.regrow, self.prefix))  # type: ignore[arg-type, unused-ignore]
+        self.tie_weights()  # type: ignore[attr-defined, unused-ignore]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -25,10 +49,14 @@ class Regrown(Base):  # type: ignore[misc, valid-type, unused-ignore]
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise ValueError("ignore_mismatched_sizes would put random numbers where sizes differ; leave it out")
         told = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc, unused-ignore]
+        own = {name.partition(".")[0] for name in model.state_dict()}
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if found := sorted(map(str, info.get(what) or ())):
+            found = sorted(map(str, info.get(what) or ()))
+            if what == "unexpected_keys" and cls.prefix:  # what lies outside this model, such as the head
+                found = [name for name in found if name.startswith(cls.prefix) or name.partition(".")[0] in own]
+            if found:
                 raise ValueError(f"the weights are not those of config.json: {what} {', '.join(found[:3])}")
         if getattr(model, "hf_quantizer", None) is None:  # quantised weights have shapes of their own
-            finish(model, model.config.regrow)
+            finish(model, part(model.config.regrow, cls.prefix))
         return (model, info) if told else model
