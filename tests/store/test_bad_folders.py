@@ -304,9 +304,9 @@ def test_a_failed_save_leaves_the_model_that_was_there(own, mine, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for target in ("regrow.store.weights.save_tensors", "regrow.store.atomic.os.write", "regrow.store.atomic.os.fsync"):
+    for target in ("tensor_file.TensorFile.write", "atomic.os.write", "atomic.os.fsync"):
         with monkeypatch.context() as patch, pytest.raises(StoreError, match="disk is full") as caught:
-            patch.setattr(target, full)
+            patch.setattr(f"regrow.store.{target}", full)
             save(saved.small(), mine, origin=SMALL)
         assert "\n" not in str(caught.value) and "free some space" in str(caught.value)
         assert {path.name: path.read_bytes() for path in mine.iterdir()} == before

@@ -170,6 +170,8 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
 
 def _count_nonfinite(tensor: torch.Tensor) -> int:
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite knows no eight-bit numbers
+    if bool(wide.sum().isfinite()):  # a sum is finite only if all its terms are, and takes a tenth of the time
+        return 0
     finite = torch.isfinite(wide)
     return 0 if bool(finite.all()) else int((~finite).sum())
 

@@ -159,7 +159,7 @@ def write_model(
         shapes = write_weights(net, shapes, folder)
         kept = _write_probe(net, shapes, example, folder)
     else:
-        shapes = write_each(outside.each(shapes), shapes, folder)
+        shapes = write_each(outside.each(shapes), shapes, folder, ahead=outside.ahead)
         with outside.running(folder) as running:
             kept = _write_probe(running, shapes, example, folder, outside.aligned)
     if kept.file is None:

@@ -82,9 +82,9 @@ class TensorFile:
             self.places[name] = begin, end
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self.start = 8 + len(text)
-        self.file = path.open("wb")
-        self.file.write(struct.pack("<Q", len(text)) + text)
+        self.path, self.header = path, struct.pack("<Q", len(text)) + text
+        self.file = path.open("wb", buffering=0)
+        self._write(0, memoryview(self.header))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor in its place.
@@ -101,8 +101,12 @@ class TensorFile:
         if tensor.nbytes != end - begin:
             raise ValueError(f"{name} has {tensor.nbytes} bytes, not the {end - begin} in the header")
         if end > begin:
-            self.file.seek(self.start + begin)
-            self.file.write(as_bytes(tensor).numpy().data)
+            self._write(len(self.header) + begin, memoryview(as_bytes(tensor).numpy().data))
+
+    def _write(self, start: int, view: memoryview) -> None:
+        self.file.seek(start)
+        while view:
+            view = view[self.file.write(view) :]
 
     def __enter__(self) -> "TensorFile":
         return self

@@ -17,10 +17,13 @@ from regrow.store.attributes import unregistered_tensors
 from regrow.store.errors import check_readable
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
 from regrow.store.state import named_tensors
-from regrow.store.tensor_file import TensorFile, as_bytes, save_tensors
+from regrow.store.tensor_file import TensorFile, as_bytes
+from regrow.store.tensor_writer import TensorWriter
 
 SHARD = 5 * 10**9
 """The most bytes of tensors in one file; more are split into several files."""
+AHEAD = 2**26
+"""The most bytes of tensors that wait to be written."""
 _LONGEST = 2**28
 
 
@@ -32,11 +35,13 @@ class OutsideTensors:
         each: Returns (name, tensor) of every tensor in a record, one by one.
         running: Context manager in which the network runs, once its weights are written to a folder.
         aligned: Whether they would all begin at a cache line if the network were in memory.
+        ahead: The most bytes of tensors that wait to be written while the next ones are made.
     """
 
     each: Callable[[Shapes], Iterable[tuple[str, Tensor]]]
     running: Callable[[Path], AbstractContextManager[nn.Module]]
     aligned: bool = False
+    ahead: int = AHEAD
 
 
 def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = SHARD) -> Shapes:
@@ -55,17 +60,13 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
         StoreError: If the disk is full or write permission is missing.
     """
     places = {name: here.tensor for name, here in named_tensors(model).items()} | unregistered_tensors(model)
-    digests: dict[str, str] = {}
-    files = _files(shapes, shard)
-    for name, part in files.items():
-        tensors = _separate({key: places[key].to(DTYPES[stored.dtype]) for key, stored in part.items()})
-        digests |= {key: digest(tensor) for key, tensor in tensors.items()}
-        with atomic_write(folder / name) as temporary:
-            save_tensors(tensors, temporary, {"format": "pt"})
-    return _finish(shapes, folder, files, digests)
+    tensors = ((name, places[name]) for part in _files(shapes, shard).values() for name in part)
+    return _write(tensors, shapes, folder, shard)
 
 
-def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, shard: int = SHARD) -> Shapes:
+def write_each(
+    tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, shard: int = SHARD, ahead: int = AHEAD
+) -> Shapes:
     """Write the files that :func:`write_weights` writes, from tensors that are given one by one in any order.
 
     Args:
@@ -73,6 +74,7 @@ def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Pa
         shapes: The record: which tensors, and in which dtype.
         folder: The model folder; it must exist.
         shard: The most bytes of tensors in one file.
+        ahead: The most bytes of tensors that wait to be written while the next ones are made.
 
     Returns:
         The record, with the length and digest of every file and the digest of every tensor.
@@ -80,23 +82,35 @@ def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Pa
     Raises:
         StoreError: If a parameter holds NaN or infinity, the disk is full or write permission is missing.
     """
+
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            stored = shapes.tensors[name]
+            own = tensor.detach().to("cpu", DTYPES[stored.dtype])
+            if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(own)):
+                raise StoreError(f"{bad} entries of {name!r} would be NaN or infinite; use another dtype")
+            yield name, own
+
+    return _write(checked(), shapes, folder, shard, ahead)
+
+
+def _write(
+    tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, shard: int, ahead: int = AHEAD
+) -> Shapes:
+    """Write tensors that are given one by one, and return the record with all digests."""
     files = _files(shapes, shard)
-    digests: dict[str, str] = {}
+    opened: dict[str, TensorFile] = {}
     with ExitStack() as stack:
-        opened: dict[str, TensorFile] = {}
         for name, part in files.items():
             entries = {key: (DTYPES[stored.dtype], stored.shape) for key, stored in part.items()}
             temporary = stack.enter_context(atomic_write(folder / name))
-            file = stack.enter_context(TensorFile(temporary, entries, {"format": "pt"}))
-            opened |= dict.fromkeys(part, file)
-        for key, tensor in tensors:
-            stored = shapes.tensors[key]
-            own = tensor.detach().to("cpu", DTYPES[stored.dtype]).contiguous()
-            if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(own)):
-                raise StoreError(f"{bad} entries of {key!r} would be NaN or infinite; use another dtype")
-            digests[key] = digest(own)
-            opened[key].write(key, own)
-    return _finish(shapes, folder, files, digests)
+            opened[name] = stack.enter_context(TensorFile(temporary, entries, {"format": "pt"}))
+        places = {key: opened[name] for name, part in files.items() for key in part}
+        with TensorWriter(places, ahead) as writer:
+            for key, tensor in tensors:
+                writer.write(key, tensor.detach().to("cpu", DTYPES[shapes.tensors[key].dtype]).contiguous())
+            digests, written = writer.finish()
+    return _finish(shapes, folder, files, digests, {name: written[file.path] for name, file in opened.items()})
 
 
 def _files(shapes: Shapes, shard: int) -> dict[str, dict[str, Stored]]:
@@ -110,7 +124,11 @@ def _files(shapes: Shapes, shard: int) -> dict[str, dict[str, Stored]]:
 
 
 def _finish(
-    shapes: Shapes, folder: Path, files: Mapping[str, Mapping[str, Stored]], digests: Mapping[str, str]
+    shapes: Shapes,
+    folder: Path,
+    files: Mapping[str, Mapping[str, Stored]],
+    digests: Mapping[str, str],
+    written: Mapping[str, File],
 ) -> Shapes:
     """Write the index of shards, and return the record with the digests of files and tensors."""
     own = {key: (name, one) for name, part in files.items() for key, one in part.items() if one.kind.carried}
@@ -121,7 +139,7 @@ def _finish(
         }
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     tensors = {name: replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
-    return replace(shapes, tensors=tensors, files={name: measure(folder / name) for name in files})
+    return replace(shapes, tensors=tensors, files=written)
 
 
 def read_weights(
@@ -259,17 +277,3 @@ def _parts(tensors: Mapping[str, Stored], shard: int) -> Iterator[dict[str, Stor
             part = {}
         part[name] = stored
     yield part
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous, each in its own storage: the file format has no views."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        storage = own.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:
-            own = own.clone()
-        seen.add(own.untyped_storage().data_ptr())
-        result[name] = own
-    return result

@@ -1,0 +1,45 @@
+"""Digests are those of the finished files, whatever the order in which tensors are written."""
+
+import hashlib
+from itertools import permutations
+
+import pytest
+import torch
+
+from regrow.store.tensor_file import TensorFile, as_bytes
+from regrow.store.tensor_writer import TensorWriter
+from regrow.store.weights import measure
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(5, dtype=torch.bfloat16), "none": torch.empty(0, 4)}
+
+
+@pytest.mark.parametrize("ahead", [1, 2**20])
+def test_digests_are_those_of_the_files(tmp_path, ahead, monkeypatch):
+    monkeypatch.setattr("regrow.store.tensor_writer.FLUSHED", 20)
+    for order in permutations([*TENSORS, "other"]):
+        tensors = {**TENSORS, "other": torch.tensor(2)}
+        places = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+        entries = {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}
+        with (
+            TensorFile(places[0], {name: entries[name] for name in TENSORS}, {}) as one,
+            TensorFile(places[1], {"other": entries["other"]}, {}) as two,
+            TensorWriter({**dict.fromkeys(TENSORS, one), "other": two}, ahead) as writer,
+        ):
+            for name in order:
+                writer.write(name, tensors[name])
+            digests, files = writer.finish()
+        assert files == {path: measure(path) for path in places}
+        for name, tensor in tensors.items():
+            assert digests[name] == hashlib.sha256(as_bytes(tensor).numpy().data).hexdigest()
+
+
+def test_an_error_of_the_disk_is_raised(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    entries = {"a": (torch.float32, (4,))}
+    with TensorFile(tmp_path / "x", entries, {}) as file, TensorWriter({"a": file}, 1) as writer:
+        monkeypatch.setattr(TensorFile, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            writer.write("a", torch.ones(4))
+            writer.finish()
