@@ -161,7 +161,7 @@ def test_usage_errors_name_the_help(regrow: Run) -> None:
         assert code == 2 and says in err and len(err.splitlines()) == 1
 
 
-ELSEWHERE = {"--include", "--no-deps"}
+ELSEWHERE = {"--include", "--no-deps", "--no-python", "--nproc-per-node"}
 """Options of other programs that messages name."""
 
 

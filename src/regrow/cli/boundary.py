@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 from regrow.cli import INTERRUPTED, stop_at_once
 from regrow.cli.checks import check_words
 from regrow.cli.flags import parameters_of, take_given, write_options
+from regrow.distributed import read_ranks
 from regrow.errors import RefusedError, ResourceError
 
 USAGE, REFUSED, ENVIRONMENT, BUG = 2, 3, 4, 70
@@ -238,6 +239,7 @@ class Verb(click.Command):
         resumed: The options that name the run folder in which the same command resumes; empty: it cannot be resumed.
         settings: The dataclass of its settings, from which options derive; the command gets them as ``given``.
         instead: The option that takes the settings of an earlier run instead.
+        distributed: Whether several processes may run it together.
         **more: As for ``click.Command``.
     """
 
@@ -248,6 +250,7 @@ class Verb(click.Command):
         resumed: tuple[str, ...] = (),
         settings: type["DataclassInstance"] | None = None,
         instead: str = "",
+        distributed: bool = False,
         **more: Unpack[CommandArguments],
     ) -> None:
         super().__init__(**more)
@@ -255,6 +258,7 @@ class Verb(click.Command):
         self.resumed = resumed
         self.settings = settings
         self.instead = instead
+        self.distributed = distributed
         if settings:
             self.params = [*parameters_of(settings), *self.params]
 
@@ -283,8 +287,16 @@ class Verb(click.Command):
         """Run the command; Ctrl-C becomes one line that says what remains.
 
         Raises:
-            click.UsageError: If the working directory was deleted.
+            click.UsageError: If the working directory was deleted, or several processes run a command for one.
         """
+        ranks = read_ranks()
+        if ranks.several and not self.distributed:
+            line = (
+                f"{self.name} runs in one process, and this is {ranks}; start it without torchrun, or unset WORLD_SIZE"
+            )
+            raise click.UsageError(line, ctx)
+        if ranks.several:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told in one line, not by torch
         try:
             Path.cwd()
         except FileNotFoundError:  # compiled code may end the process over it

@@ -9,9 +9,11 @@ from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.checks import check_json
 from regrow.cli.flags import Given
+from regrow.cli.processes import processes
 from regrow.cli.recover import tell
 from regrow.cli.runs import run_with_page
 from regrow.cli.screen import number, say, table, working
+from regrow.distributed import read_ranks
 from regrow.references import names_code
 from regrow.settings.prune import Settings
 
@@ -26,11 +28,12 @@ Examples
   regrow prune resnet18 --method magnitude --keep 0.7 --source photos=images/ --finetune 2 --out RUN
   regrow prune ./llama-8b --memory 6GiB --source mail=letters/ --out RUN        read one block at a time
   regrow prune RUN --keep 0.9 --source news --out RUN2       prune the result of another run further
+  torchrun --no-python --nproc-per-node 2 regrow prune ./my-llama --source mail=letters/ --out RUN
   regrow prune --again RUN --out RUN3
 """
 
 
-@click.command(cls=Verb, resumed=("out",), settings=Settings, instead="again", epilog=EPILOG)
+@click.command(cls=Verb, resumed=("out",), settings=Settings, instead="again", distributed=True, epilog=EPILOG)
 @options.run_folder()
 @click.option("--dry-run", type=options.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
 @options.code
@@ -61,18 +64,26 @@ def prune(
         check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
     options.say_code(settings.model, code, settings.method, settings.recover)
     if dry_run:
+        if read_ranks().several:
+            raise click.UsageError("--dry-run runs in one process; start it without torchrun")
         _write_plan(settings, dry_run, code, memory)
         return
     if out is None:
         raise click.UsageError("--out names the folder of the run, for example --out run")
     from regrow.commands.prune import run
+    from regrow.commands.share_pruning import share
 
     def tell_both(folder: "RunFolder") -> None:
         _tell(folder)
         if settings.recover:
             tell(folder)
 
-    run_with_page("model", tell_both, run, settings, out, code=code, track=track, memory=memory, announce=say)
+    with processes() as ranks:
+        if not ranks.leads:
+            share(settings, ranks, code=code, memory=memory)
+            return
+        more: dict[str, object] = {"track": track, "announce": say, "ranks": ranks}
+        run_with_page("model", tell_both, run, settings, out, code=code, memory=memory, **more)
 
 
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:

@@ -7,6 +7,8 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.commands import pruning as prune
+from regrow.distributed import SINGLE, Ranks
+from regrow.distributed.exchange import broadcast_record
 from regrow.evidence import Evidence
 from regrow.methods.pruning.pruner import Pruner
 from regrow.nets import Loaded
@@ -28,6 +30,7 @@ def calibrate(
     progress: Progress,
     objective: Objective | None = None,
     network: StreamedNetwork | None = None,
+    ranks: Ranks = SINGLE,
 ) -> tuple[Evidence, str]:
     """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
 
@@ -40,6 +43,7 @@ def calibrate(
         progress: Called with (steps done, steps in all, what is being done).
         objective: What the model is trained for; ``None``: what fits the labels.
         network: The network, if it runs one block at a time.
+        ranks: The processes that share the batches; the others call :func:`share_calibration`.
 
     Returns:
         The measurements, and a digest of everything that they depend on.
@@ -55,9 +59,33 @@ def calibrate(
     def keep(source: str, shard: int, sums: Statistics) -> None:
         statistics.save_statistics(folder.path, source, shard, sums, key=keys[source])
 
-    more: Any = {"done": done, "on_done": keep, "visits": network}
+    if ranks.several:
+        broadcast_record(ranks, [list(one) for one in done])
+    more: Any = {"done": done, "on_done": keep, "visits": network, "ranks": ranks}
     evidence = prune.collect_evidence(loaded.model, axes, pruner, sources, progress, objective=objective, **more)
     return evidence, statistics.fingerprint(Source("", ()), keys)
+
+
+def share_calibration(
+    model: nn.Module,
+    axes: AxisGraph,
+    pruner: Pruner,
+    sources: Sequence[Source],
+    ranks: Ranks,
+    network: StreamedNetwork | None = None,
+) -> None:
+    """Measure the share of this rank in a calibration that rank 0 leads and stores.
+
+    Args:
+        model: The network.
+        axes: The axes of the network.
+        pruner: The method, which says what is measured.
+        sources: The calibration data.
+        ranks: The processes.
+        network: The network, if it runs one block at a time.
+    """
+    done = {(source, shard): Statistics(source) for source, shard in broadcast_record(ranks)}
+    prune.collect_evidence(model, axes, pruner, sources, done=done, visits=network, ranks=ranks)
 
 
 def parameter_sums(model: nn.Module) -> list[float]:

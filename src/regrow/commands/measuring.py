@@ -1,5 +1,6 @@
 """Measurements of a model before and after a cut: size, quality, and the quantity that its budget counts."""
 
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,7 @@ from regrow.allocation import cost_of
 from regrow.amounts import STEPS, Measure
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
+from regrow.distributed import SINGLE, Ranks
 from regrow.nets import Loaded
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder
@@ -28,6 +30,7 @@ def measure(
     *,
     recoveries: int = 0,
     network: StreamedNetwork | None = None,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, evaluation.Perplexity]:
     """Log size and quality of a model, and return its perplexities for paired comparison.
 
@@ -41,6 +44,7 @@ def measure(
         progress: Called with (steps done, steps in all, what is being done).
         recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
         network: The model, if it runs one block at a time.
+        ranks: The processes that share the evaluation of text; the others call :func:`evaluate_text`.
     """
     columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
@@ -54,19 +58,43 @@ def measure(
         dtype=size.dtype,
     )
     perplexities: dict[str, evaluation.Perplexity] = {}
-    walk = network.outputs([batch for source in tests for batch in source]) if network and tests else None
-    for i, source in enumerate(tests):
-        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
-        if loaded.tokenizer is None:
-            result = evaluation.accuracy(loaded.model, source)
-            folder.log("choice", task=source.name, **columns, **_accuracy(result))
-            continue
-        outputs = None if walk is None else islice(walk, len(source))
-        one = evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer, outputs=outputs)
-        perplexities[source.name] = one
-        folder.log("perplexity", **columns, source=source.name, seen=source.name in seen, **_perplexity(one))
+    if loaded.tokenizer is None:
+        for i, source in enumerate(tests):
+            progress(i, len(tests), f"evaluating the {name} model on {source.name}")
+            folder.log("choice", task=source.name, **columns, **_accuracy(evaluation.accuracy(loaded.model, source)))
+    else:
+        for one in evaluate_text(loaded, tests, name, progress, network=network, ranks=ranks):
+            perplexities[one.source] = one
+            folder.log("perplexity", **columns, source=one.source, seen=one.source in seen, **_perplexity(one))
     progress(len(tests), len(tests), f"evaluating the {name} model")
     return perplexities
+
+
+def evaluate_text(
+    loaded: Loaded,
+    tests: Sequence[Source],
+    name: str,
+    progress: Progress = silent,
+    *,
+    network: StreamedNetwork | None = None,
+    ranks: Ranks = SINGLE,
+) -> Iterator[evaluation.Perplexity]:
+    """Yield the perplexity of a language model on each source; with several ranks, on rank 0.
+
+    Args:
+        loaded: The model.
+        tests: The evaluation sources.
+        name: The name of the model in progress.
+        progress: Called with (steps done, steps in all, what is being done).
+        network: The model, if it runs one block at a time.
+        ranks: The processes that share the batches.
+    """
+    shares = [ranks.share(source.batches) for source in tests]
+    walk = network.outputs([batch for share in shares for batch in share]) if network and tests else None
+    for i, (source, share) in enumerate(zip(tests, shares, strict=True)):
+        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
+        outputs = None if walk is None else islice(walk, len(share))
+        yield evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer, outputs=outputs, ranks=ranks)
 
 
 def _perplexity(one: evaluation.Perplexity) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.score_summary import write_scores
 from regrow.commands.streamed import StreamedRun, open_streamed
 from regrow.commands.trackers import tracking
+from regrow.distributed import SINGLE, Ranks
+from regrow.distributed.exchange import broadcast_model, broadcast_record, everywhere
 from regrow.errors import RefusedError
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets import Loaded
@@ -56,16 +58,17 @@ class _PruneJob:
     progress: Progress
     code: str = ""
     streamed: StreamedRun | None = None
+    ranks: Ranks = SINGLE
 
     def measure(
-        self, axes: AxisGraph, name: str, network: StreamedNetwork | None = None
+        self, axes: AxisGraph, name: str, network: StreamedNetwork | None = None, ranks: Ranks | None = None
     ) -> dict[str, evaluation.Perplexity]:
         """Measure and log the model in its present state, under a name."""
         kinds = self.kinds
         loaded = self.loaded if network is None else replace(self.loaded, model=network.model)
         with self.clock.stage("evaluate"), autocasting(loaded.model, self.settings.precision):
             given = self.folder, loaded, axes, kinds.evaluation, kinds.seen, name, self.progress
-            return measuring.measure(*given, network=network)
+            return measuring.measure(*given, network=network, ranks=ranks or self.ranks)
 
 
 def plan_only(
@@ -114,6 +117,7 @@ def run(
     track: str = "",
     memory: str = "",
     announce: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = SINGLE,
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Prune a model and write a run folder with model, plan and measurements.
@@ -131,6 +135,7 @@ def run(
         memory: How much memory the run may use, such as ``4GiB``: a network that does not fit is read one block at a
             time, with the same result. Empty: it is loaded whole.
         announce: Called with one line that says how the run stays within that memory.
+        ranks: The processes that share the work; this one is rank 0, and the others call ``share_pruning.share``.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -170,8 +175,9 @@ def run(
         )
         if budget.timing:  # another measurement would be another plan
             folder.update(timing=budget.timing.record())
-        job = _PruneJob(settings, folder, loaded, kinds, clock, progress, code, streamed)
+        job = _PruneJob(settings, folder, loaded, kinds, clock, progress, code, streamed, ranks)
         plan = _make_plan(job, axes, method, budget)
+        broadcast_record(ranks, {"plan": plan.to_json(), "folder": str(folder.path.resolve())})
         _cut(job, axes, plan, budget)
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
 
@@ -183,7 +189,8 @@ def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) 
     network = job.streamed.network() if job.streamed else None
     weights = network.weights.parameters() if network else weights_of(loaded.model)
     with job.clock.stage("calibrate"), passes():
-        evidence, key = calibrate(folder, loaded, axes, method, job.kinds.calibration, progress, network=network)
+        given = folder, loaded, axes, method, job.kinds.calibration, progress
+        evidence, key = calibrate(*given, network=network, ranks=job.ranks)
     with job.clock.stage("plan"):
         path = folder.path / "statistics" / "learned.safetensors"
         open_checkpoint(path, key, FORMAT)
@@ -224,6 +231,7 @@ def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
     if settings.recover:
         with clock.stage("recover"):
             _recover(job, traced, plan)
+            broadcast_model(job.ranks, loaded.model)
         log_differences(folder, job.measure(axes, "recovered"))
 
 
@@ -234,7 +242,9 @@ def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: 
     with job.clock.stage("apply"):
         cut = streamed.cut(folder, plan, proof=proof, progress=job.progress)
         _record_plan(folder, plan, axes, cut.axes)
-    after = job.measure(cut.axes, "pruned", cut.network(folder.path, streamed.results))
+    broadcast_record(job.ranks, {one.name: one.stat().st_size for one in sorted(folder.path.glob("*.safetensors"))})
+    shared = job.ranks if everywhere(job.ranks, True) else SINGLE  # whether the other ranks see these files
+    after = job.measure(cut.axes, "pruned", cut.network(folder.path, streamed.results), shared)
     measuring.log_budget(folder, cut.loaded.model, axes, cut.axes, budget)
     _log_pairs(folder, before, after)
 

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.distributed import SINGLE, Ranks
+from regrow.distributed.exchange import gather_rows
 from regrow.evaluation.forward import evaluating, logits_of
 from regrow.progress import Progress, silent
 from regrow.sources import Source, logits_in
 
 # Rows of logits turned into float32 at a time: 256 rows of a 262,144-token vocabulary are 256 MB.
 _ROWS = 256
+
+
+_Row = tuple[list[float], list[int], list[int]]
+"""Of each window in a batch: the negative log-likelihood, the number of labelled positions, and of bytes."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,7 @@ def perplexity(
     tokenizer: Any | None = None,
     outputs: Iterable[object] | None = None,
     progress: Progress = silent,
+    ranks: Ranks = SINGLE,
 ) -> Perplexity:
     """Measure the perplexity of a language model on a source.
 
@@ -129,29 +136,33 @@ def perplexity(
         model: Called with the inputs of each batch; returns logits ``[batch, tokens, vocabulary]``.
         source: Windows of text with shifted labels.
         tokenizer: If given, the bytes of the labelled tokens are counted, for bits per byte.
-        outputs: The model's output for each batch, where it does not run as a whole; ``None``: it is called.
+        outputs: The model's output for each batch of this rank, where it does not run as a whole; ``None``: it is
+            called.
         progress: Called with (batches done, batches in all, description).
+        ranks: The processes that share the batches; all of them call this function, and rank 0 gets the result.
 
     Raises:
         ValueError: If the source has no labelled position.
     """
-    nll: list[float] = []
-    tokens: list[int] = []
-    lengths: list[int] = []
+    rows: list[_Row] = []
+    own = source if not ranks.several else Source(source.name, ranks.share(source.batches))
     with evaluating(model) as device:
-        answers = (logits_of(model, batch, device) for batch in source) if outputs is None else map(logits_in, outputs)
-        for done, (batch, logits) in enumerate(zip(source, answers, strict=False), start=1):
+        answers = (logits_of(model, batch, device) for batch in own) if outputs is None else map(logits_in, outputs)
+        for done, (batch, logits) in enumerate(zip(own, answers, strict=False), start=1):
             if batch.labels is None:
                 raise ValueError(f"source {source.name!r} has no labels; make it with regrow.data.windows")
             losses = token_losses(logits, batch.labels.to(device))
-            nll += losses.sum(-1).tolist()
-            tokens += (batch.labels != -100).sum(-1).tolist()
-            if tokenizer is not None:
-                lengths += [_bytes(row, tokenizer) for row in batch.labels]
-            progress(done, len(source), f"perplexity on {source.name}")
-    if not sum(tokens):
+            counts = (batch.labels != -100).sum(-1).tolist()
+            many = [] if tokenizer is None else [_bytes(row, tokenizer) for row in batch.labels]
+            rows.append((losses.sum(-1).tolist(), counts, many))
+            progress(done, len(own), f"perplexity on {source.name}")
+    rows = gather_rows(ranks, rows)
+    nll = tuple(value for row in rows for value in row[0])
+    tokens = tuple(value for row in rows for value in row[1])
+    lengths = tuple(value for row in rows for value in row[2])
+    if not sum(tokens) and ranks.leads:
         raise ValueError(f"source {source.name!r} has no labelled position; give longer windows")
-    return Perplexity(source.name, tuple(nll), tuple(tokens), tuple(lengths), source.origin)
+    return Perplexity(source.name, nll, tokens, lengths, source.origin)
 
 
 def paired_difference(before: Perplexity, after: Perplexity) -> Paired:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph
+from regrow.distributed import SINGLE, Ranks
 from regrow.evidence import Need
 from regrow.objectives import Objective, choose_objective
 from regrow.scores import Moments, Statistics
 from regrow.scoring.gradients import add_gradients
+from regrow.scoring.shares import add, add_batches, gather_sums
 from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import readers, scorable, tensors
 from regrow.sources import Batch, Source, to_host
@@ -63,6 +65,7 @@ def collect(
     done: Mapping[Key, Statistics] | None = None,
     on_done: Callable[[str, int, Statistics], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, list[Statistics]]:
     """Run a network over calibration sources and return input moments and gradient sums, per source and shard.
 
@@ -80,6 +83,7 @@ def collect(
             are, not measured again.
         on_done: Called with (source, shard, statistics) as soon as one is finished.
         progress: Called with (source, batches finished, batches in all) after every batch.
+        ranks: The processes that share the batches; all of them call this function, and rank 0 gets the sums.
 
     Returns:
         Source name → one ``Statistics`` per shard; tensors float64 (gradients float32), on the CPU.
@@ -96,7 +100,7 @@ def collect(
     if visits is not None:
         if walk.differentiated:
             raise ValueError("gradients need the whole network in memory; leave out --memory")
-        fresh = _walk_blocks(walk, visits, sources, shards, done or {}, progress)
+        fresh = _walk_blocks(walk, visits, sources, shards, done or {}, progress, ranks)
         for (name, shard), sums in fresh.items():
             walk.settle(sums)
             if on_done:
@@ -112,8 +116,8 @@ def collect(
                 if statistics is None:
                     statistics = Statistics(source.name)
                     # A whole source is read batch by batch: a user's loader may not fit in memory.
-                    for batch in source if shards == 1 else source.batches[shard::shards]:
-                        walk.step(batch, statistics)
+                    batches = source if shards == 1 else source.batches[shard::shards]
+                    for _ in add_batches(walk.step, batches, statistics, ranks):
                         finished += 1
                         if progress:
                             progress(source.name, finished, total)
@@ -215,6 +219,7 @@ def _walk_blocks(
     shards: int,
     done: Mapping[Key, Statistics],
     progress: Callable[[str, int, int], None] | None,
+    ranks: Ranks,
 ) -> dict[Key, Statistics]:
     """Run all batches of all unfinished shards through one block after another; return their sums by shard."""
     result = {(s.name, i): Statistics(s.name) for s in sources for i in range(shards) if (s.name, i) not in done}
@@ -222,25 +227,38 @@ def _walk_blocks(
         (key, batch) for s in sources for key in result if key[0] == s.name for batch in s.batches[key[1] :: shards]
     ]
     names, counted = {*walk.watched.values()}, set[tuple[int, str]]()
-    total, finished = visits.passes(names) * len(rows), 0
+    own, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
+    total, finished = visits.passes(names) * len(own), 0
     for key, batch in rows:
         result[key].tokens += _positions(batch)
+
+    def add_parts() -> None:
+        for (key, _), part in zip(rows, gather_sums(parts, len(rows), ranks), strict=False):
+            add(result[key], part)
+        parts.clear()
 
     @contextmanager
     def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
         nonlocal finished
-        key, batch = rows[number]
+        key, batch = own[number]
+        if len(parts) == len(own):
+            add_parts()
         with _input_sums(watched, batch) as watch:
             yield
         if twice := next((name for name in watch.sums if (number, name) in counted), None):
             raise ValueError(f"{twice!r} is read in several parts of the network; load it whole, without --memory")
         counted.update((number, name) for name in watch.sums)
-        _add_moments(result[key], watch)
+        if ranks.several:
+            parts.append(Statistics(key[0], moments=watch.sums))
+        else:
+            _add_moments(result[key], watch)
         finished += 1
         if progress:
             progress(key[0], finished, total)
 
-    visits.visit([batch for _, batch in rows], names, around)
+    visits.visit([batch for _, batch in own], names, around)
+    if ranks.several:
+        add_parts()
     return result
 
 
