@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph, Product, Work
-from regrow.evaluation import accuracy, choices, items_in, macs, paired_difference, perplexity, size, speed
+from regrow.evaluation import accuracy, choices, items_in, language, macs, paired_difference, perplexity, size, speed
 from regrow.evaluation.language import Perplexity, token_losses
 from regrow.sources import Batch, Source
 
@@ -107,6 +107,20 @@ def test_token_losses_in_any_dtype_and_only_where_asked() -> None:
         given = logits.to(dtype)
         wanted = nn.functional.cross_entropy(given.double().transpose(1, 2), labels, reduction="none")
         assert torch.allclose(token_losses(given, labels), torch.nan_to_num(wanted) * (labels != -100), atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [11, 1000, 49157])
+def test_token_losses_do_not_depend_on_how_many_rows_are_computed_at_once(
+    vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(1, 70, vocabulary, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, vocabulary, (1, 70), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(language, "_ENTRIES", 256 * vocabulary)
+    whole = [token_losses(logits.to(dtype), labels) for dtype in (torch.float32, torch.bfloat16)]
+    for rows in (1, 3, 32):
+        monkeypatch.setattr(language, "_ENTRIES", rows * vocabulary)
+        parts = [token_losses(logits.to(dtype), labels) for dtype in (torch.float32, torch.bfloat16)]
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 def test_a_wrecked_model_gives_infinity_not_a_crash() -> None:

@@ -1,9 +1,11 @@
 """Many plans at once: what ``distances`` says of each is what ``verify`` says of it alone."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import laws
 from regrow.plan import Change, Plan, PlanError
@@ -11,6 +13,8 @@ from regrow.surgery import verify
 from regrow.surgery.carry import prepare
 from regrow.surgery.output_comparison import CutTensors
 from regrow.surgery.verify import RELATIVE_BOUND, distances
+from regrow.tracing import trace
+from regrow.tracing.readings import readings
 from zoo import trace_zoo
 
 
@@ -32,6 +36,31 @@ def test_a_widening_is_compared_with_the_network_as_it_is() -> None:
     model, axes = trace_zoo("llama")
     ((_, distance),) = distances(model, axes, [laws.joint_growing_plan(axes, "zero_out")])
     assert distance <= RELATIVE_BOUND
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.factor = nn.Linear(4, 8), nn.Linear(8, 2), 2.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.factor * self.up(x).relu())
+
+
+def test_a_network_is_compared_as_it_is_now_not_as_it_was_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recording of the trace is used where the planned network runs the same operations, else a new one."""
+    fresh: list[object] = []
+    module = sys.modules["regrow.surgery.verify"]
+    monkeypatch.setattr(module, "readings", lambda *given: fresh.append(0) or readings(*given))
+    model = _Scaled().eval()
+    axes = trace(model, torch.ones(3, 4))
+    plan = Plan.keeping(axes, {"up.weight:0": [0, 2, 5]})
+    plan = replace(plan, means={"down.weight": dict.fromkeys((1, 3, 4, 6, 7), 0.25)})
+    assert verify(model, axes, plan).ok
+    assert not fresh
+    model.factor = 3.0
+    assert verify(model, axes, plan).ok
+    assert len(fresh) == 1
 
 
 def test_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from regrow.evaluation.forward import evaluating, logits_of
 from regrow.progress import Progress, silent
 from regrow.sources import Source, logits_in
 
-# Rows of logits turned into float32 at a time: 256 rows of a 262,144-token vocabulary are 256 MB.
-_ROWS = 256
+_ENTRIES = 2**22
+"""Entries of logits turned into float32 at a time (16 MB): 32 rows of a 131,072-token vocabulary."""
 
 
 _Row = tuple[list[float], list[int], list[int]]
@@ -207,7 +207,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """
     flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     losses = torch.zeros(wanted.shape, dtype=torch.float64, device=logits.device)
-    for rows in (wanted != -100).nonzero()[:, 0].split(_ROWS):
+    for rows in (wanted != -100).nonzero()[:, 0].split(max(1, _ENTRIES // flat.shape[-1])):
         block = flat[rows]
         precise = block if block.dtype == torch.float64 else block.float()
         losses[rows] = nn.functional.cross_entropy(precise, wanted[rows], reduction="none").double()

@@ -87,7 +87,7 @@ class Settings:
         "Training tokens per source; or images.", group=TRAINING, range=Range(1, MANY),
     )] = 65536
     proof: Annotated[bool, Setting(
-        "Skip the comparison of the outputs in float64 (it needs 16 bytes per parameter).",
+        "Skip the comparison of the outputs in float64 (16 bytes per parameter of a block).",
         option="--no-verify", group=AFTER,
     )] = True
     undo: Undo = True

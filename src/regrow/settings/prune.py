@@ -106,7 +106,7 @@ class Settings:
         group=AFTER, range=Range(1, MANY), absent=32768,
     )] = 32768
     proof: Annotated[bool, Setting(
-        "Skip the check that the cut model computes what the masked one computes (it needs 16 bytes per parameter).",
+        "Skip the check that the cut model computes what the masked one computes (16 bytes per parameter of a block).",
         option="--no-verify", group=AFTER,
     )] = True
     undo: Undo = True

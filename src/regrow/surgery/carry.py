@@ -8,18 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow.axes import Axis, AxisGraph, Role, Slot, size_of
+from regrow.axes import Axis, AxisGraph, Role, Slot, axes_in, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.compensate import bias_dim, bias_of, offsets
 from regrow.surgery.fold import Outcome, divisor_size, fold_constants, fold_values
 from regrow.surgery.layout import Layout, places, plan_layouts, slots_after, unit_ids_after
+from regrow.surgery.mapped_pages import release_pages
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.restore import plan_with_undo
 from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.widen import resize, resize_moment, roles_of
 from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.kinds import recompute_weights
-from regrow.tracing.model_state import state_of
+from regrow.tracing.model_state import select_state, state_of
 from regrow.tracing.trial import Resizing, planned_integers
 
 
@@ -93,12 +94,13 @@ def prepare(
     part, plan = (axes, plan) if names is None else _restricted(axes, plan, names)
     lays = plan_layouts(part, plan)
     roles = roles_of([(slot.name, slot.dim, slot.role) for key in plan.changes for slot in axes[key].slots])
-    state = {name: tensor.detach() for name, tensor in state_of(model).items() if names is None or name in names}
+    tensors = state_of(model) if names is None else select_state(model, names)
+    state = {name: tensor.detach() for name, tensor in tensors.items()}
     stored: UndoStore | None = None
     with torch.no_grad():
         values = {name: _exact(state[name]) for name in _gains(part, sizes) if name in state} if exact else {}
         values |= {
-            name: resize(name, _exact(tensor) if exact else tensor, lays[name], roles.get(name, {}), seed)
+            name: resize(name, tensor, lays[name], roles.get(name, {}), seed, exact)
             for name, tensor in state.items()
             if name in lays
         }
@@ -138,7 +140,9 @@ def _restricted(axes: AxisGraph, plan: Plan, names: Collection[str]) -> tuple[Ax
     means = {weight: row for weight, row in plan.means.items() if bias_of(weight) in names}
     shapes = {name: axes.shapes[name] for name in (*names, *means) if name in axes.shapes}
     folds = tuple(fold for fold in axes.folds if fold.weight in names)
-    return replace(axes, shapes=shapes, folds=folds), replace(plan, means=means)
+    own = {key for dims in shapes.values() for dim in dims for key in axes_in(dim)}
+    changes = {key: change for key, change in plan.changes.items() if key in own}
+    return replace(axes, shapes=shapes, folds=folds), replace(plan, changes=changes, means=means)
 
 
 def _gains(axes: AxisGraph, sizes: Mapping[str, int]) -> list[str]:
@@ -181,6 +185,7 @@ def commit(
     remember = follow(optimizers, exchanged, added=[n for n in done.values if n not in axes.shapes])
     _commit(model, axes, ready, planned_integers(axes, ready.sizes))
     remember(dict(model.named_parameters()))
+    release_pages(one.old for one in exchanged)
     if undo is not None:
         vars(undo).update(vars(ready.undo))
     return model, _after(axes, plan, lays, ready.sizes, done)

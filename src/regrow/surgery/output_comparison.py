@@ -76,7 +76,7 @@ def run_pair(
     mask = masking(whole.capture, whole.reads, whole.sizes, keep, plan.means)
     masked = Runner(whole.capture, whole.given, loader(model), double, mask, exact=lambda name: True)
     cut = CutTensors(model, axes, plan, double)
-    shrunk = Runner(small, whole.given, cut.load, double)
+    shrunk = Runner(small, whole.given, cut.load, double, exact=cut.is_selection)
     ours, theirs = operations(whole.capture), operations(small)
     alike = [op_name(node) for node in ours] == [op_name(node) for node in theirs]
     # If the network runs other operations at other sizes, the two have no common blocks.
@@ -208,6 +208,7 @@ class CutTensors:
     ) -> None:
         self.model, self.axes, self.plan, self.double, self.known = model, axes, plan, double, known or {}
         self.state = state_of(model)
+        self.computed = {*(fold.weight for fold in axes.folds), *map(bias_of, plan.means)}
         self.values: Mapping[str, Tensor] = {}
 
     @contextmanager
@@ -217,8 +218,9 @@ class CutTensors:
         Args:
             names: The names of the block's parameters and buffers.
         """
-        most = {name: WIDE if name in self.known else LARGE for name in names}
+        most = {name: WIDE if name in self.known or self.is_selection(name) else LARGE for name in names}
         own = [name for name in names if name in self.state and self.state[name].numel() <= most[name]]
+        own += [bias_of(name) for name in names if name in self.plan.means and bias_of(name) not in own]
         self.values = self._worked_out(own, self.double)
         try:
             yield
@@ -238,6 +240,15 @@ class CutTensors:
         value = self.state[name].detach() if value is None else value
         return as_double(value) if double else value
 
+    def is_selection(self, name: str) -> bool:
+        """Whether all entries of a tensor after the plan are entries of it before, so that none is rounded.
+
+        Args:
+            name: The name of the parameter or buffer.
+        """
+        keys = {key for dim in self.axes.shapes.get(name, ()) for key in axes_in(dim)} & self.plan.changes.keys()
+        return name not in self.computed and not any(self.plan.changes[key].new_units for key in keys)
+
     def changes(self, name: str) -> bool:
         """Whether the plan changes a tensor.
 
@@ -251,7 +262,6 @@ class CutTensors:
         own = {n: as_double(self.known[n]) if double else self.known[n] for n in names if n in self.known}
         left = [name for name in names if name not in own and self.changes(name)]
         added = {bias_of(weight) for weight in self.plan.means}
-        left += [bias_of(name) for name in names if name in self.plan.means]
         left += [name for name in names if name in added and name not in own and name not in left]
         if not left:
             return own

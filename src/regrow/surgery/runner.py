@@ -30,8 +30,8 @@ Load = Callable[[str, bool], Tensor]
 LARGE, WIDE = 2**24, 2**18
 """Weights with more entries are cast to float64 in parts: computed ones above LARGE, stored ones above WIDE."""
 
-PART = 2**18
-"""How many entries a part has; so many fit into the processor's cache."""
+PART, MATRIX_PART = 2**18, 2**16
+"""How many entries a part of a convolution's weight has, for each of which the input is unfolded, and of a matrix."""
 
 _CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 _READS_A_WEIGHT = _CONVOLUTIONS | {"embedding", "linear", "rms_norm"}
@@ -82,16 +82,17 @@ def masking(
     nodes = operations(recorded)
     result: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
     groups: dict[Node, int] = {}
+    units = {key: Layout.of(torch.tensor(list(own), dtype=torch.long)) for key, own in keep.items()}
     for read in reads:
-        mask = keep_mask(read.dim, sizes, keep)
+        mask = keep_mask(read.dim, sizes, units)
         if not bool(mask.all()):
             node = nodes[read.step]
             result.setdefault(node, []).append((read, operands(node)[read.operand], mask))
             if read.fill is None:
-                groups[node] = int(keep_mask(read.groups, sizes, keep).sum())
+                groups[node] = int(keep_mask(read.groups, sizes, units).sum())
     watched: dict[Node, list[tuple[Node, bool]]] = {}
     for node, operand, dims in judged:
-        whole = all(bool(keep_mask(dim, sizes, keep).all()) for dim in dims)
+        whole = all(bool(keep_mask(dim, sizes, units).all()) for dim in dims)
         watched.setdefault(node, []).append((operand, whole))
     gone = [*drop]
     branches = locate_branches(RecordedModules(Effects(recorded)), gone) if gone else {}
@@ -241,8 +242,9 @@ class Runner(Interpreter):
         x = self._tensor(given)
         for read, operand, mask in self.masking.reads.get(n, ()):
             x = self._replaced(x, read, mask) if operand is given else x
-        full = self.load(self.states[weight], False)
-        made = torch.cat([x @ as_double(part).mT for part in full.split(max(1, PART // full.shape[1]))], -1)
+        full, columns = self.load(self.states[weight], False), x.reshape(-1, x.shape[-1]).mT
+        parts = [as_double(part) @ columns for part in full.split(max(1, MATRIX_PART // full.shape[1]))]
+        made = torch.cat(parts).mT.contiguous().view(*x.shape[:-1], len(full))
         return made + self._tensor(bias[0]) if bias else made
 
     def _most(self, weight: Node) -> int:
@@ -330,15 +332,14 @@ def copy_written(value: T) -> T | Tensor:
     return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 
-def keep_mask(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, tuple[int, ...]]) -> Tensor:
+def keep_mask(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Tensor:
     """Return which entries of a dimension stay, ``[entries]`` bool, given the kept units of each axis.
 
     Args:
         dim: The dimension.
         sizes: Axis key → its number of units.
-        keep: Axis key → the positions of its kept units; axes not named keep all.
+        units: Axis key → the layout of its kept units; axes not named keep all.
     """
-    units = {key: Layout.of(torch.tensor(list(own), dtype=torch.long)) for key, own in keep.items()}
     mask = torch.zeros(size_of(dim, sizes), dtype=torch.bool)
     mask[lay_out(dim, sizes, units).source] = True
     return mask

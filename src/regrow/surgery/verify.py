@@ -14,7 +14,9 @@ from regrow.surgery.proposed_change import RELATIVE_BOUND
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import Decisions, run_whole_pair, shallow_copy
 from regrow.tracing.capture import Capture
-from regrow.tracing.readings import Readings, readings
+from regrow.tracing.readings import Readings, inputs, readings
+from regrow.tracing.steps import difference, refold_steps
+from regrow.tracing.trial import Resizing
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,20 @@ class _Runs:
             taken = None if self.axes.decisions is None else decisions
             carried = apply if plan.changes_modules else carry_out
             return plan, *run_whole_pair(self.model, self.axes, plan, self.example, double, taken, carried)
-        if self.recorded is None:
-            self.recorded = readings(self.model, self.axes, self.example)
         if self.planned is None or self.planned[0] is not plan:
             to = resizing(self.model, self.axes, plan)
             self.planned = plan, record_planned(self.model, self.axes, to, self.example)
+            self.recorded = self.recorded or self._present(to, self.planned[1])
+        assert self.recorded is not None
         masked, shrunk = run_pair(self.model, self.axes, plan, self.recorded, self.planned[1], double)
         return plan, masked, shrunk, None
+
+    def _present(self, to: Resizing, planned: Capture) -> Readings:
+        """Return the recording that the axes have, if the planned network shows that it still holds, or a new one."""
+        model, axes, known = self.model, self.axes, self.axes.recording
+        if known is None or not known.fits(model, self.example):
+            return readings(model, axes, self.example)
+        if difference(refold_steps(axes, to.constants), planned, to.sizes, to.added) is not None:
+            return readings(model, axes, self.example)
+        given = tuple(inputs(model, known.capture, self.example))
+        return Readings(known.capture, given, known.reads, axes.sizes(), None, ())

@@ -13,7 +13,9 @@ Roles = Mapping[int, frozenset[Role]]
 """Dimension of a tensor → its roles in the axes that change there."""
 
 
-def resize(name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0) -> Tensor:
+def resize(
+    name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0, exact: bool = False
+) -> Tensor:
     """Return a tensor after a plan, cut and widened, in storage of its own.
 
     New entries that scale or shift units copy those of a kept unit. Those that make or consume units are drawn at
@@ -26,10 +28,13 @@ def resize(name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, 
         lays: Dimension → the layout of its entries after the plan.
         roles: Dimension → its roles.
         seed: The random seed.
+        exact: Whether to compute in float64; entries are selected before they are cast.
     """
     old = tensor.flatten()
     for dim, lay in lays.items():
         tensor = tensor.index_select(dim, lay.source.to(tensor.device))
+    if exact and tensor.is_floating_point():
+        tensor = tensor.double()
     own = {dim: roles.get(dim, frozenset()) for dim in lays}
     for dim in sorted(lays, key=lambda dim: Role.CONSUMES in own[dim]):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{seed}".encode()))
@@ -47,7 +52,7 @@ def _filled(
         new = lay.drawn.nonzero().flatten().to(tensor.device)
         part = tensor.index_select(dim, new)
         if old.is_meta or bool(old.any()):
-            drawn = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)]
+            drawn = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)].to(part.dtype)
         else:  # a layer that starts at 0
             drawn = torch.randn(part.shape, generator=generator).to(part) * (part.shape[dim] / part.numel()) ** 0.5
         tensor = tensor.index_copy(dim, new, drawn).index_select(dim, lay.twin.to(tensor.device))

@@ -6,7 +6,7 @@ results. Runs on fake data would leave tensors without numbers in all these plac
 
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper, partial
@@ -41,6 +41,23 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
         model: The model.
     """
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def select_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return those of some parameters and buffers that a model has, by name.
+
+    Args:
+        model: The model.
+        names: Any names of parameters and buffers.
+    """
+    result: dict[str, Tensor] = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+        if tensor is not None:
+            result[name] = tensor
+    return result
 
 
 def describe_state(model: nn.Module) -> dict[tuple[str, str], object]:

@@ -61,13 +61,16 @@ def steps(w: Walk, names: Names) -> tuple[RecordedStep, ...]:
     )
 
 
-def difference(known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int]) -> Difference | None:
+def difference(
+    known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int], added: Collection[str] = ()
+) -> Difference | None:
     """Return the first operation in which a resized network differs from the traced one as planned; ``None`` if none.
 
     Args:
         known: The operations of the traced network.
         recorded: The recording of the resized network.
         sizes: Axis key → its number of units in the resized network.
+        added: The names of biases that only the resized network has.
     """
     nodes = operations(recorded)
     for i, (step, node) in enumerate(zip_longest(known, nodes)):
@@ -87,7 +90,8 @@ def difference(known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[
         if step.start is not None and bounds(node)[0] != (start := size_of(step.start, sizes)):
             return Difference(f"{where} begins at entry {bounds(node)[0]} at that size, not at {start}", i)
         if constant is None:
-            constant = _constants(where, step.numbers, numbers, step.operands, operands, i)
+            reads = tuple(one for one in operands if one not in added)
+            constant = _constants(where, step.numbers, numbers, step.operands, reads, i)
     return constant
 
 

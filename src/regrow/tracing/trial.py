@@ -214,8 +214,8 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
         line = line_raised(error.__cause__ or error)
         raise PlanError(_cannot(_refusal(error), line)) from error
     present = None
-    deviation = difference(refold_steps(axes, to.constants), planned, to.sizes)
-    if deviation is not None and deviation.constant:  # so do other precisions, and biases that compensation added
+    deviation = difference(refold_steps(axes, to.constants), planned, to.sizes, to.added)
+    if deviation is not None and deviation.constant:  # constants differ between precisions too
         bare = planned if to == to.plain else _recorded(model, axes, to.plain)
         present = _recorded(model, axes, Resizing(axes.sizes()))
         deviation = first_difference(present, bare, axes.steps)
