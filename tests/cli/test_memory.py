@@ -74,11 +74,11 @@ def test_a_killed_run_ends_as_one_that_was_not(regrow, tiny_language_model, tmp_
     assert regrow(*command, "whole")[0] == 0
     true, left = StreamedNetwork.resident, [0]
 
-    def counted(self, names):
+    def counted(self, *names):
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return true(self, names)
+        return true(self, *names)
 
     monkeypatch.setattr(StreamedNetwork, "resident", counted)
     for moment in (3, 7, 11, 15):  # in calibration, in both evaluations, and in the cut

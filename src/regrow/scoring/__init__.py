@@ -13,13 +13,14 @@ from regrow.scoring.gradients import taylor
 from regrow.scoring.massive import Massive, massive
 from regrow.scoring.metrics import METRICS, Metric
 from regrow.scoring.paths import PATHS, peak_to_peak, product_of_norms
-from regrow.scoring.weights import magnitude, random, readers, scorable, weights_of
+from regrow.scoring.weights import CachedColumns, magnitude, random, readers, scorable, weights_of
 
 __all__ = [
     "BASES",
     "METRICS",
     "PATHS",
     "Base",
+    "CachedColumns",
     "Massive",
     "Metric",
     "collect",

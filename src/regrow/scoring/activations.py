@@ -12,7 +12,7 @@ from torch import Tensor
 from regrow.axes import Axis, AxisGraph
 from regrow.scores import Moments, Scores, Statistics
 from regrow.scoring.combine import to_units
-from regrow.scoring.weights import check_scores, columns, readers, scorable
+from regrow.scoring.weights import CachedColumns, check_scores, readers, scorable
 
 
 def wanda_sp(
@@ -104,19 +104,19 @@ def _scores(
     square_blocks: bool,
 ) -> Scores:
     name, form, factor = metric
+    cached = weights if isinstance(weights, CachedColumns) else CachedColumns(weights)
     chosen = scorable(axes, units)
     reads = readers(axes, chosen)
     channels: dict[str, Tensor] = {}
     widths: dict[str, int] = {}
     for reader in reads:
-        weight = weights[reader.weight]
-        widths[reader.weight] = weight.shape[reader.slot.dim]
+        weight, dim = reader.weight, reader.slot.dim
         if statistics is None:
-            channels[reader.weight] = columns(weight, reader.slot.dim, form=form)
-        elif reader.weight not in channels:
-            activations = factor(moments_of(statistics, reader.weight)).cpu()
-            groups = len(activations) // widths[reader.weight]
-            channels[reader.weight] = activations * columns(weight, reader.slot.dim, groups, form=form)
+            channels[weight] = cached.columns(weight, dim, form=form)
+        elif weight not in channels:
+            activations = factor(moments_of(statistics, weight)).cpu()
+            channels[weight] = activations * cached.columns(weight, dim, len(activations), form=form)
+        widths[weight] = cached.width(weight, dim)
     values = to_units(channels, widths, reads, pool, square_blocks=square_blocks)
     if statistics is None:
         return check_scores(Scores(values, f"{name}/weight-only"))

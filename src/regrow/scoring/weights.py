@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from regrow.axes import Axis, AxisGraph, Slot
 from regrow.scores import Scores, Statistics
 
+PART, STRIP = 2**18, 64
+"""About how many entries of a matrix are in float64 at a time, in columns of a multiple of STRIP: they fit the cache.
+Each column is summed in the same order as in the whole matrix."""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -75,6 +79,60 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
+class CachedColumns(Mapping[str, Tensor]):
+    """Weights whose column norms are computed once, though several scores need them.
+
+    Args:
+        weights: Parameter name → tensor.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+        self.shapes: dict[str, torch.Size] = {}
+        self.norms: dict[tuple[str, int, int | None, str], Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a weight."""
+        return self.weights[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def width(self, name: str, dim: int) -> int:
+        """Return the size of a weight in a dimension.
+
+        Args:
+            name: The name of the weight.
+            dim: The dimension.
+        """
+        if name not in self.shapes:
+            self.shapes[name] = self.weights[name].shape
+        return self.shapes[name][dim]
+
+    def columns(self, name: str, dim: int, channels: int | None = None, *, form: str = "square") -> Tensor:
+        """Return what :func:`columns` does for a weight.
+
+        Args:
+            name: The name of the weight.
+            dim: The dimension that is contracted with the input.
+            channels: How many input channels the operation sees: the size times the groups; ``None``: the size.
+            form: As in :func:`columns`.
+        """
+        key = name, dim, channels, form
+        if key not in self.norms:
+            weight = self.weights[name]
+            self.shapes[name] = weight.shape
+            groups = 1 if channels is None else channels // weight.shape[dim]
+            self.norms[key] = columns(weight, dim, groups, form=form)
+        return self.norms[key]
+
+
 def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
     """Return one norm per input channel of a weight, ``[groups * weight.shape[dim]]`` float64.
 
@@ -87,6 +145,14 @@ def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") 
     >>> columns(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
     [25.0, 4.0]
     """
+    plain = weight.dim() == 2 and weight.is_contiguous() and weight.device.type == "cpu"
+    if plain and dim == 1 and groups == 1 and weight.numel() > PART:
+        parts = weight.detach().split(max(STRIP, PART // len(weight) // STRIP * STRIP), 1)
+        return torch.cat([_columns(one.contiguous(), dim, groups, form) for one in parts])
+    return _columns(weight, dim, groups, form)
+
+
+def _columns(weight: Tensor, dim: int, groups: int, form: str) -> Tensor:
     own = weight.detach().to(torch.float64, copy=True)  # worked on in place: an embedding's takes gigabytes
     parts = own.unflatten(0, (groups, -1)) if groups > 1 else own[None]
     rest = [d for d in range(1, parts.dim()) if d != dim + 1]

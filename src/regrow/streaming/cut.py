@@ -73,7 +73,7 @@ class StreamedCut:
             with self.network(place).on_demand() as model:
                 yield model
 
-        outside = OutsideTensors(each, running, self._is_aligned())
+        outside = OutsideTensors(each, running, self._is_aligned(), ahead=self.opened.network().largest_block)
         store.write_model(self.loaded, folder, outside=outside)
         return deviations
 
@@ -107,12 +107,14 @@ class StreamedCut:
             name: here.tensor for name, here in named_tensors(self.loaded.model).items() if not here.kind.carried
         }
         yield from derived.items()
-        with network.resident(network.outer):
+        # In the order of the files as far as possible, so that these are hashed as they are written.
+        ordered = sorted(network.blocks, key=lambda one: f"{one.path}.")
+        with network.resident(network.outer, ordered[0].names):
             parts = [(tuple(b for b in graph if not b.path), network.outer)]
-            parts += [(tuple(b for b in graph if b.path == one.path), one.names) for one in network.blocks]
+            parts += [(tuple(b for b in graph if b.path == one.path), one.names) for one in ordered]
             for i, (blocks, names) in enumerate(parts):
                 progress(i, len(parts), "cutting and checking the blocks")
-                with network.resident(names if i else ()):
+                with network.resident(names if i else (), ordered[i].names if i < len(ordered) else ()):
                     yield from self._cut(names, [b for b in blocks if b.path in changed], deviations)
         progress(len(parts), len(parts), "cutting and checking the blocks")
 

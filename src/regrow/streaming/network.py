@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.errors import InputError
 from regrow.sources import Batch
+from regrow.streaming.read_ahead import ReadAhead
 from regrow.streaming.results import BlockResults
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing.blocks import GraphBlock
@@ -71,6 +72,7 @@ class StreamedNetwork:
         self.segments = _segments(graph)
         inside = {name for block in self.blocks for name in block.names}
         self.outer = tuple(name for name in weights.stored if name not in inside)
+        self.ahead = ReadAhead(weights)
         self.places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         for path, module in model.named_modules():
             dot = f"{path}." if path else ""
@@ -79,20 +81,31 @@ class StreamedNetwork:
                     if (first := weights.first.get(dot + leaf)) is not None:
                         self.places.setdefault(first, []).append((held, leaf))
 
+    @property
+    def largest_block(self) -> int:
+        """The bytes in memory of the largest block."""
+        return max(sum(map(self.weights.bytes_of, one.names)) for one in self.blocks)
+
     @contextmanager
-    def resident(self, names: Collection[str]) -> Iterator[None]:
+    def resident(self, names: Collection[str], following: Collection[str] = ()) -> Iterator[None]:
         """Context manager in which stored tensors are loaded; they are released when it ends.
 
         Args:
             names: Their names.
+            following: The tensors that are loaded next; a thread reads them meanwhile.
         """
         before: dict[str, Any] = {}
+        following = frozenset(following)
         try:
             for name in names:
                 held, leaf = self.places[name][0]
-                before[name], value = held[leaf], self.weights[name]
+                before[name], value = held[leaf], self.ahead.take(name)
                 self._put(name, nn.Parameter(value, before[name].requires_grad) if _is_parameter(held[leaf]) else value)
+            self.ahead.start(following)
             yield
+        except BaseException:
+            self.ahead.start(())
+            raise
         finally:
             for name, value in before.items():
                 self._put(name, value)
@@ -110,9 +123,10 @@ class StreamedNetwork:
             names: The weights; each batch runs in ``around`` with those that are loaded then.
             around: The context in which a batch runs through a block.
         """
-        with BlockResults(self.folder) as results, self.resident(self.outer):
-            for number in range(self.passes(names)):
-                for _ in self._pass(number, batches, results, names, around):
+        with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
+            passes = self.passes(names)
+            for number in range(passes):
+                for _ in self._pass(number, passes, batches, results, names, around):
                     pass
 
     def passes(self, names: Collection[str]) -> int:
@@ -131,9 +145,10 @@ class StreamedNetwork:
         Args:
             batches: The batches.
         """
-        with BlockResults(self.folder) as results, self.resident(self.outer):
-            for number in range(len(self.blocks) + 1):
-                yield from self._pass(number, batches, results, (), lambda index, watched: nullcontext())
+        with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
+            passes = len(self.blocks) + 1
+            for number in range(passes):
+                yield from self._pass(number, passes, batches, results, (), lambda index, watched: nullcontext())
 
     @contextmanager
     def on_demand(self) -> Iterator[nn.Module]:
@@ -141,20 +156,30 @@ class StreamedNetwork:
 
         def loading(block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                with self.resident(block.names):
+                with self.resident(block.names, self._names(self.blocks.index(block) + 1)):
                     return forward(*args, **kwargs)
 
             return run
 
-        with self.resident(self.outer), self._replaced(loading):
+        with self.resident(self.outer, self._names(0)), self._replaced(loading):
             yield self.model
 
+    def _names(self, number: int) -> tuple[str, ...]:
+        """Return the stored tensors of a block; none behind the last."""
+        return self.blocks[number].names if number < len(self.blocks) else ()
+
     def _pass(
-        self, number: int, batches: Sequence[Batch], results: BlockResults, names: Collection[str], around: Around
+        self,
+        number: int,
+        passes: int,
+        batches: Sequence[Batch],
+        results: BlockResults,
+        names: Collection[str],
+        around: Around,
     ) -> Iterator[Any]:
         """Run one block on all batches and keep its results; the last pass yields the network's outputs."""
         is_last = number == len(self.blocks)
-        with self.resident(self.blocks[number].names if not is_last else ()):
+        with self.resident(self._names(number), self._names(number + 1) if number + 1 < passes else ()):
             wanted = {*names} if not is_last else {*names} & {*self.outer}
             own = self.model.named_parameters(remove_duplicate=False)
             watched = {id(one): name for name, one in own if name in wanted}

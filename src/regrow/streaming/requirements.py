@@ -72,7 +72,7 @@ def plan_memory(network: StreamedNetwork, limit: int, windows: int, tokens: int)
     """
     weights, model = network.weights, network.model
     size = {name: weights.bytes_of(name) for name in weights.stored}
-    block = max(sum(size[name] for name in one.names) for one in network.blocks)
+    block = network.largest_block
     entries = max(sum(weights.like[name].numel() for name in one.names) for one in network.blocks)
     outer = sum(size[name] for name in network.outer)
     width = max((p.shape[0] for p in model.parameters() if p.dim() == 2), default=1)

@@ -30,7 +30,7 @@ class StoredWeights(Mapping[str, Tensor]):
         self, checkpoint: Checkpoint, model: nn.Module, name: str, digests: Mapping[str, str] | None = None
     ) -> None:
         self.checkpoint, self.name = checkpoint, name
-        self.unchecked = dict(digests or {})
+        self.unchecked, self.finite = dict(digests or {}), set[str]()
         self.like = _saved_tensors(model)
         groups: dict[int, list[str]] = {}
         for key, tensor in self.like.items():
@@ -64,10 +64,12 @@ class StoredWeights(Mapping[str, Tensor]):
             )
         self.unchecked.pop(stored, None)
         tensor = own.to(self.like[key].dtype)
-        if isinstance(self.like[key], nn.Parameter) and (bad := count_nonfinite(tensor)):
-            raise InputError(
-                f"{self.name}: {bad} entries of {stored!r} are NaN or infinite; use an undamaged checkpoint"
-            )
+        if isinstance(self.like[key], nn.Parameter) and stored not in self.finite:
+            if bad := count_nonfinite(tensor):
+                raise InputError(
+                    f"{self.name}: {bad} entries of {stored!r} are NaN or infinite; use an undamaged checkpoint"
+                )
+            self.finite.add(stored)
         return tensor
 
     def __contains__(self, key: object) -> bool:
