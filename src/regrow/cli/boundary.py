@@ -26,10 +26,12 @@ from regrow.cli.checks import check_words
 from regrow.cli.flags import parameters_of, take_given, write_options
 from regrow.distributed import read_ranks
 from regrow.errors import RefusedError, ResourceError
+from regrow.settings.grid import ROWS
 
-USAGE, REFUSED, ENVIRONMENT, BUG = 2, 3, 4, 70
+CELLS_FAILED, USAGE, REFUSED, ENVIRONMENT, BUG = 1, 2, 3, 4, 70
 EXIT_CODES = {
     0: "success",
+    CELLS_FAILED: "cells of a grid failed; their rows say why",
     USAGE: "an option, a file or a setting cannot be used",
     REFUSED: "a check of the result failed, so it was not kept",
     ENVIRONMENT: "the machine lacks something: disk space, memory, a permission, a device, a package",
@@ -332,7 +334,7 @@ class Verb(click.Command):
 
         resumable = False
         with contextlib.suppress(ValueError, OSError):
-            resumable = RunFolder.open_unfinished(folders[0]) is not None
+            resumable = (folders[0] / ROWS).is_file() or RunFolder.open_unfinished(folders[0]) is not None
         if resumable:
             return f"stopped; {folders[0]} keeps what was finished, and the same command goes on from there"
         return NOTHING_YET

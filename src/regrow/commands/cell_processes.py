@@ -1,0 +1,248 @@
+"""Processes in which the cells of a grid run: on this machine, or as tasks of a Ray cluster.
+
+A cell is the command line of a pruning run in a process of its own, which ends with the process that started it (on
+Linux), so that a cell that is started again never finds its predecessor still writing.
+"""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.errors import ResourceError
+from regrow.limits import reason
+
+_START = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+sys.argv[:] = ["regrow", *sys.argv[2:]]
+from regrow.cli import main
+main()
+"""
+_TAIL = 2**14
+_POLL = 0.2
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """A cell as a process: its command line, and where it runs.
+
+    Args:
+        name: The cell's name.
+        words: The command line, without the program's name.
+        log: The file that gets what it prints.
+        folder: The working directory.
+        threads: CPU threads.
+        gpus: GPUs that it needs; a Ray cluster gives it one.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    log: str
+    folder: str
+    threads: int
+    gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended.
+
+    Args:
+        code: Its exit code; negative: the number of the signal that killed it; ``None``: it was lost with its worker.
+        error: Why it failed; empty if it did not.
+        host: The name of the machine.
+    """
+
+    code: int | None
+    error: str
+    host: str
+
+
+def start(job: CellJob) -> subprocess.Popen[bytes]:
+    """Start the process of a cell; what it prints is appended to its log.
+
+    Args:
+        job: The cell.
+    """
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(job.threads))
+    words = [sys.executable, "-P", "-W", "ignore", "-c", _START, str(os.getpid()), *job.words]
+    with Path(job.log).open("ab") as log:
+        log.write(f"{_mark(job)}\n".encode())
+        log.flush()
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=job.folder,
+            env=os.environ | threads,
+        )
+
+
+def count_starts(job: CellJob) -> int:
+    """Return how often the process of a cell was started, which its log notes.
+
+    Args:
+        job: The cell.
+    """
+    log = Path(job.log)
+    return log.read_text("utf-8", "replace").splitlines().count(_mark(job)) if log.is_file() else 0
+
+
+def outcome_of(job: CellJob, code: int) -> Outcome:
+    """Return how a process ended, with the last line of its log that tells why.
+
+    Args:
+        job: The cell.
+        code: The exit code; negative for a signal.
+    """
+    error = ""
+    if code < 0:
+        error = f"its process was killed by {_signal_name(-code)}; if memory ran out, lower --jobs"
+    elif code:
+        with Path(job.log).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
+            lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        own = [line.removeprefix("regrow: ") for line in lines if line.startswith("regrow: ")]
+        error = (own or lines or [f"its process ended with exit code {code}"])[-1]
+    return Outcome(code, error, socket.gethostname())
+
+
+def run_job(job: CellJob) -> Outcome:
+    """Run the process of a cell to its end: the task of a Ray cluster.
+
+    Args:
+        job: The cell.
+    """
+    return outcome_of(job, start(job).wait())
+
+
+class Engine(ABC):
+    """Starts the processes of cells, and tells which have ended."""
+
+    @abstractmethod
+    def submit(self, job: CellJob) -> None:
+        """Start a cell, or hand it over to be started.
+
+        Args:
+            job: The cell.
+        """
+
+    @abstractmethod
+    def finished(self) -> list[tuple[CellJob, Outcome]]:
+        """Wait for a fraction of a second, and return the cells that have ended, with how they did."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop what is still running, and release what was started."""
+
+
+class LocalEngine(Engine):
+    """Runs cells as processes on this machine."""
+
+    def __init__(self) -> None:
+        self._running: list[tuple[CellJob, subprocess.Popen[bytes]]] = []
+
+    def submit(self, job: CellJob) -> None:
+        """Start a cell."""
+        self._running.append((job, start(job)))
+
+    def finished(self) -> list[tuple[CellJob, Outcome]]:
+        """Wait for a fraction of a second, and return the cells that have ended."""
+        time.sleep(_POLL)
+        ended = [(job, process.returncode) for job, process in self._running if process.poll() is not None]
+        self._running = [one for one in self._running if one[1].returncode is None]
+        return [(job, outcome_of(job, code)) for job, code in ended]
+
+    def close(self) -> None:
+        """Kill what is still running; its run folders are resumed by the next run of the grid."""
+        for _, process in self._running:
+            process.kill()
+            process.wait()
+
+
+class RayEngine(Engine):
+    """Runs cells as tasks of a Ray cluster, where regrow is installed and the same folders are seen.
+
+    Args:
+        address: The address of a running cluster; empty: that of ``RAY_ADDRESS``, else one is started here.
+        cpus: The CPUs of a cluster that is started here; ``None``: those of this machine.
+        retries: How often Ray runs a task again after its worker died.
+
+    Raises:
+        ResourceError: If there is no such cluster.
+        ImportError: If ray is not installed.
+    """
+
+    def __init__(self, address: str, cpus: int | None, retries: int) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        self._ray: Any = ray
+        running = address or os.environ.get("RAY_ADDRESS", "")
+        own = {} if running else {"num_cpus": cpus, "include_dashboard": False}
+        try:
+            ray.init(address=running or "local", log_to_driver=False, logging_level="ERROR", **own)
+        except Exception as error:
+            raise ResourceError(
+                f"no Ray cluster at {running or 'this machine'} ({reason(error)}); start one, or leave out --address"
+            ) from None
+        self._task, self._retries = ray.remote(run_job), retries
+        self._running: dict[Any, CellJob] = {}
+
+    def submit(self, job: CellJob) -> None:
+        """Hand a cell over to the cluster, which runs it when it has the CPUs."""
+        needs = {"num_cpus": job.threads, "num_gpus": job.gpus, "max_retries": self._retries}
+        self._running[self._task.options(name=job.name, **needs).remote(job)] = job
+
+    def finished(self) -> list[tuple[CellJob, Outcome]]:
+        """Wait for a fraction of a second, and return the cells that have ended."""
+        ended, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=_POLL)
+        return [(self._running.pop(one), self._outcome(one)) for one in ended]
+
+    def close(self) -> None:
+        """Cancel what is still running, and leave the cluster."""
+        for one in self._running:
+            self._ray.cancel(one, force=True)
+        self._ray.shutdown()
+
+    def _outcome(self, task: Any) -> Outcome:
+        try:
+            outcome: Outcome = self._ray.get(task)
+        except self._ray.exceptions.RayError as error:
+            return Outcome(None, f"Ray lost it: {reason(error)}", "")
+        return outcome
+
+
+def make_engine(on: str, *, address: str = "", cpus: int | None = None, retries: int = 0) -> Engine:
+    """Return the engine that a grid runs on.
+
+    Args:
+        on: ``local`` or ``ray``.
+        address: As for :class:`RayEngine`.
+        cpus: As for :class:`RayEngine`.
+        retries: As for :class:`RayEngine`.
+    """
+    return LocalEngine() if on == "local" else RayEngine(address, cpus, retries)
+
+
+def _mark(job: CellJob) -> str:
+    return f"$ {shlex.join(['regrow', *job.words])}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
