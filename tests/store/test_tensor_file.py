@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from regrow.store.shapes import DTYPES
-from regrow.store.tensor_file import save_tensors
+from regrow.store.tensor_file import TensorFile
 
 TENSORS = {
     **{f"{name}.weight": torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()},
@@ -16,6 +16,12 @@ TENSORS = {
     "one": torch.tensor(3.5),
     'ü "quoted" \\ \n\u2028\x7f': torch.ones(1),
 }
+
+
+def save_tensors(tensors, path, metadata):
+    with TensorFile(path, {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}, metadata) as file:
+        for name, one in tensors.items():
+            file.write(name, one)
 
 
 def test_it_is_the_file_that_the_library_writes(tmp_path):

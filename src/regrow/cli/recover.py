@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from regrow.cli import options
 from regrow.cli.flags import Given
+from regrow.cli.processes import processes
 from regrow.cli.runs import run_command, run_with_page
 from regrow.cli.screen import number, say, table
-from regrow.settings.recover import Settings
+from regrow.distributed import read_ranks
+from regrow.settings.recover import CLOSED_FORM, Settings
 
 if TYPE_CHECKING:
     from regrow.run_folder import RunFolder
@@ -16,22 +20,36 @@ EPILOG = """\b
 Examples
   regrow recover RUN --by refit --tokens 32768 --out RUN2
   regrow recover RUN2 --by lora --tokens 200000 --set rank=32 --out RUN3
+  torchrun --no-python --nproc-per-node 2 regrow recover RUN --by distil --fsdp --out RUN4
 """
 
 BEFORE = ("dense", "pruned")
 """The models that a recovered model is compared with."""
 
 
-@run_command(Settings, EPILOG)
+@run_command(Settings, EPILOG, distributed=True)
 @options.code
 @options.track
-def recover(given: Given[Settings], code: str, track: str, out: Path) -> None:
+@click.option(
+    "--fsdp", is_flag=True, help="With torchrun: shard both models and the training state among all processes."
+)
+def recover(given: Given[Settings], code: str, track: str, fsdp: bool, out: Path) -> None:
     """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
-    from regrow.commands.recover import run
+    settings, ranks = given.build(), read_ranks()
+    if ranks.several and settings.by in CLOSED_FORM:
+        raise click.UsageError(f"--by {settings.by} runs in one process; start it without torchrun")
+    if fsdp and not ranks.several:
+        raise click.UsageError("--fsdp shards among several processes; start them with torchrun, or leave it out")
+    from regrow.commands.recover import run, share
+    from regrow.distributed.parallel import Parallel
 
-    settings = given.build()
     options.say_code(code, settings.by)
-    run_with_page("model", tell, run, settings, out, code=code, track=track)
+    with processes() as ranks:
+        parallel = Parallel(ranks, fsdp)
+        if not ranks.leads:
+            share(settings, parallel, code=code)
+            return
+        run_with_page("model", tell, run, settings, out, code=code, track=track, parallel=parallel)
 
 
 def tell(folder: "RunFolder") -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,16 +17,20 @@ if TYPE_CHECKING:
 PAGE = "report.html"
 
 
-def run_command(settings: type, epilog: str) -> Callable[[Callable[..., None]], click.Command]:
+def run_command(
+    settings: type, epilog: str, *, distributed: bool = False
+) -> Callable[[Callable[..., None]], click.Command]:
     """Return the decorator of a command that writes a run folder to ``--out``, where a stopped run is resumed.
 
     Args:
         settings: The dataclass of the command's settings.
         epilog: The text below its help.
+        distributed: Whether several processes may run it together.
     """
 
     def make(function: Callable[..., None]) -> click.Command:
-        command = click.command(cls=Verb, resumed=("out",), settings=settings, epilog=epilog)
+        more: dict[str, Any] = {"settings": settings, "epilog": epilog, "distributed": distributed}
+        command = click.command(cls=Verb, resumed=("out",), **more)
         return command(options.run_folder(required=True)(function))
 
     return make

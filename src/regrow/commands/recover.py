@@ -11,11 +11,12 @@ from regrow.commands import prune_settings as pruning_run
 from regrow.commands.clock import Clock
 from regrow.commands.inputs import describe_sources, read_sources
 from regrow.commands.last_cut import LastCut, find_cut
-from regrow.commands.measuring import measure
+from regrow.commands.measuring import evaluate_text, measure
 from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
-from regrow.commands.recovering import log_differences, recover
+from regrow.commands.recovering import log_differences, recover, share_recovery
 from regrow.commands.trackers import tracking
+from regrow.distributed.parallel import ALONE, Parallel
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
@@ -35,6 +36,7 @@ def run(
     *,
     code: str = "",
     track: str = "",
+    parallel: Parallel = ALONE,
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Recover the model of a finished run, whose last change of shape was a cut, into a new folder.
@@ -49,6 +51,7 @@ def run(
         code: The function ``pkg.mod:fn`` that builds the dense model, if that is the user's own code: the recorded name
             is never imported.
         track: The name of a tracker that gets every measurement, too; empty: none.
+        parallel: The processes that train together; this one is rank 0, and the others call :func:`share`.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -86,21 +89,46 @@ def run(
         _copy_measurements(measured, folder)
         number = len(wanted.before) + 1
         with clock.stage("recover"):
-            recover(
-                folder, loaded.model, dense, axes, cut.plan, kinds.calibration, by,
-                settings=settings.recovery_settings, seed=seed, number=number, precision=precision, progress=progress,
-            )  # fmt: skip
+            chosen: Any = {"settings": settings.recovery_settings, "seed": seed, "precision": precision}
+            more: Any = {"number": number, "progress": progress, "parallel": parallel}
+            recover(folder, loaded.model, dense, axes, cut.plan, kinds.calibration, by, **chosen, **more)
         with clock.stage("save"):
             store.write_model(loaded, folder.path)
         with clock.stage("evaluate"):
             after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
             folder.write_axes(*([row.record() for row in inventory(one)] for one in (axes, after)))
             with autocasting(loaded.model, origin.precision):  # as the models before it were evaluated
-                perplexities = measure(
-                    folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress, recoveries=number
-                )
+                given = folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress
+                perplexities = measure(*given, recoveries=number, ranks=parallel.ranks)
             log_differences(folder, perplexities, number)
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
+
+
+def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:
+    """Train and measure the share of this rank in a recovery that rank 0 leads.
+
+    Args:
+        settings: The settings of the recovery, the same on all ranks.
+        parallel: The processes that train together.
+        code: As for :func:`run`.
+
+    Raises:
+        ValueError: As :func:`run`.
+    """
+    check_settings(settings)
+    source = RunFolder.open(settings.run)
+    cut = find_cut(source, code)
+    dense, loaded = _load_models(source, cut, silent, code)
+    kinds = read_sources(pruning_run.source_specs(cut.settings, settings.tokens), loaded)
+    axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
+    more: Any = {"settings": settings.recovery_settings, "seed": settings.seed, "parallel": parallel}
+    precision = settings.precision or cut.settings.precision
+    given = loaded.model, dense, axes, cut.plan, kinds.calibration, settings.by
+    share_recovery(*given, **more, precision=precision)
+    if loaded.tokenizer is not None:
+        with autocasting(loaded.model, cut.settings.precision):
+            for _ in evaluate_text(loaded, kinds.evaluation, "recovered", ranks=parallel.ranks):
+                pass
 
 
 def _copy_measurements(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:

@@ -2,12 +2,16 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.commands.calibration import parameter_sums
+from regrow.distributed.exchange import broadcast_file
+from regrow.distributed.parallel import ALONE, Parallel
 from regrow.evaluation import Perplexity, paired_difference
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
@@ -40,6 +44,7 @@ def recover(
     precision: str = "float32",
     objective: Objective | None = None,
     progress: Progress = silent,
+    parallel: Parallel = ALONE,
 ) -> dict[str, Any]:
     """Recover a cut network by a method, or resume an interrupted recovery, and log a ``recovery`` row.
 
@@ -57,6 +62,7 @@ def recover(
         precision: The precision of forward passes of a recovery that trains.
         objective: What the network is trained for; ``None``: what fits the labels.
         progress: Called with (steps done, steps in all, what is being done).
+        parallel: The processes that train together; the others call :func:`share_recovery`.
 
     Returns:
         The logged row.
@@ -72,13 +78,48 @@ def recover(
     spent = float(open_checkpoint(path, key, training.FORMAT, recovery.FORMAT).get("seconds", 0))
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
-    task = RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress, objective)
+    broadcast_file(parallel.ranks, path, path.parent)
+    task = RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress, objective, parallel)
     outcome = work_in(precision, by, work, task)
     tokens = sum(source.tokens for source in sources)
     row = {"by": by, "tokens": tokens, "seconds": round(seconds(), 1), **outcome}
     row |= {"round": number} if number > 1 else {}
     folder.log("recovery", **row)
     return row
+
+
+def share_recovery(
+    model: nn.Module,
+    dense: Loaded,
+    axes: AxisGraph,
+    plan: Plan,
+    sources: Sequence[Source],
+    by: str,
+    *,
+    settings: Mapping[str, object],
+    seed: int,
+    precision: str,
+    parallel: Parallel,
+) -> None:
+    """Train with rank 0, which calls :func:`recover`; afterwards the network is that of rank 0.
+
+    Args:
+        model: The network after the cut; changed in place.
+        dense: The model before the cut.
+        axes: The axes of the dense model.
+        plan: The plan of the cut.
+        sources: The data to learn from.
+        by: One of ``regrow.methods.RECOVERIES``, which trains.
+        settings: Settings of the recovery that differ from the defaults.
+        seed: Seed of all random choices.
+        precision: The precision of forward passes.
+        parallel: The processes that train together.
+    """
+    work = find_method(MethodKind.RECOVERY, by).made(by, settings)
+    with TemporaryDirectory(prefix="regrow-") as place:
+        path = broadcast_file(parallel.ranks, Path("recovery.safetensors"), Path(place))
+        task = RecoveryTask(model, dense.model, axes, plan, sources, seed, path, parallel=parallel)
+        work_in(precision, by, work, task)
 
 
 def work_in(precision: str, by: str, work: Recovery, task: RecoveryTask) -> dict[str, Any]:

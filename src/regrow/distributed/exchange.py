@@ -3,6 +3,7 @@
 import json
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,6 +135,31 @@ def broadcast_model(ranks: Ranks, model: nn.Module) -> None:
                 dist.broadcast(_as_bytes(here), 0)
             if not ranks.leads:
                 tensor.copy_(here)
+
+
+def broadcast_file(ranks: Ranks, path: Path, place: Path) -> Path:
+    """Return a file of rank 0 on every rank: the file itself on rank 0, a copy elsewhere; it need not exist.
+
+    Args:
+        ranks: The processes.
+        path: The file; only that of rank 0 counts.
+        place: The folder of the copy.
+    """
+    if not ranks.several:
+        return path
+    left = broadcast_record(ranks, path.stat().st_size if ranks.leads and path.is_file() else -1)
+    target = path if ranks.leads else place / path.name
+    if left < 0:
+        return target
+    with target.open("rb" if ranks.leads else "wb") as file:
+        while left:
+            size = min(left, PENDING)
+            part = torch.frombuffer(bytearray(file.read(size) if ranks.leads else size), dtype=torch.uint8)
+            dist.broadcast(part, 0)
+            if not ranks.leads:
+                file.write(part.numpy().data)
+            left -= size
+    return target
 
 
 def _encode(record: object, tensors: Sequence[Tensor]) -> list[Tensor]:

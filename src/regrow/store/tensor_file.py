@@ -35,23 +35,6 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 """The names of dtypes in the file; tensors are sorted in this order, then by name."""
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, byte for byte as ``safetensors.torch.save_file`` does.
-
-    Args:
-        tensors: Name → tensor on the CPU, of one of the dtypes in the format.
-        path: The file.
-        metadata: Text entries of the file's metadata; sorted in the file.
-
-    Raises:
-        OSError: If the disk is full or write permission is missing.
-        ValueError: If the format has no name for a dtype.
-    """
-    with TensorFile(path, {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}, metadata) as file:
-        for name in file.places:
-            file.write(name, tensors[name])
-
-
 class TensorFile:
     """A safetensors file that is being written, its tensors one by one in any order.
 

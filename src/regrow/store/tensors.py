@@ -10,21 +10,27 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from regrow.distributed.parallel import whole
+from regrow.sources import to_host
 from regrow.store.atomic import atomic_write
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.tensor_file import as_bytes, save_tensors
+from regrow.store.tensor_file import TensorFile, as_bytes
 
 _RESERVED = frozenset({"format", "names", "sha256"})
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], kind: str) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], kind: str, *, writes: bool = True
+) -> None:
     """Write named tensors and a JSON header to one file atomically.
 
     Args:
         path: The file to make or replace; its folder must exist.
-        tensors: Name → tensor, of any device and memory layout; copied.
+        tensors: Name → tensor, of any device and memory layout; those that are sharded among ranks are gathered one
+            at a time.
         header: JSON data to store with them. ``format``, ``names`` and ``sha256`` are added here.
         kind: The name of the format with its version, such as ``"regrow-course/1"``.
+        writes: Whether this rank writes the file; others only take part in gathering sharded tensors.
 
     Raises:
         StoreError: If the disk is full or write permission is missing; the old file stays.
@@ -32,11 +38,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     if taken := _RESERVED & header.keys():
         raise ValueError(f"the header may not set {', '.join(sorted(taken))}")
     names = list(tensors)
-    # The file format knows no views and restricts names: tensors are numbered, and copied.
-    plain = {f"t{i}": tensors[name].detach().cpu().contiguous().clone() for i, name in enumerate(names)}
-    whole = {"format": kind, **header, "names": names, "sha256": digest(plain)}
-    with atomic_write(path) as temporary:
-        save_tensors(plain, temporary, {"regrow": json.dumps(whole)})
+    # The file format restricts names: tensors are numbered.
+    here = {f"t{i}": one.detach() for i, one in enumerate(to_host(list(tensors.values())))}
+    hasher = hashlib.sha256()
+    for name in sorted(here):
+        add_to_digest(hasher, (name, whole(here[name])))
+    record = {"format": kind, **header, "names": names, "sha256": hasher.hexdigest()}
+    if not writes:
+        for name in sorted(here):
+            whole(here[name])
+        return
+    entries = {name: (one.dtype, tuple(one.shape)) for name, one in here.items()}
+    with (
+        atomic_write(path) as temporary,
+        TensorFile(temporary, entries, {"regrow": json.dumps(record)}) as file,
+    ):
+        for name in sorted(here):
+            file.write(name, whole(here[name]))
 
 
 def read_header(path: Path, *kinds: str | None) -> dict[str, Any]:

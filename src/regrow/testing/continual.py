@@ -19,9 +19,10 @@ from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task, first_examples
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
+from regrow.training.apply_plan import apply_plan
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, learn
-from regrow.training.fit import Fitted, apply_plan
+from regrow.training.fit import Fitted
 from regrow.training.learner import Context, Learner, write_replacements
 from regrow.training.state import TrainState, axis_tensors, restore_state, values_of
 

@@ -58,6 +58,7 @@ def write_checkpoint(
     logged: int | None = None,
     trained_only: bool = False,
     header: Mapping[str, object] | None = None,
+    writes: bool = True,
 ) -> None:
     """Write a checkpoint of a network and its training, atomically: the whole file, or nothing.
 
@@ -71,6 +72,7 @@ def write_checkpoint(
             tasks. ``None``: they are in the file.
         trained_only: Whether only the parameters with ``requires_grad`` are written, because nothing else changes.
         header: Further JSON data for the header of the file.
+        writes: Whether this rank writes the file; others only take part in gathering sharded tensors.
 
     Raises:
         StoreError: If the disk is full or the file cannot be written.
@@ -102,7 +104,7 @@ def write_checkpoint(
         whole["course"]["step"] = state.step
     if state.validation:
         whole["course"]["validation"] = state.validation
-    write_tensors(path, parts, whole, FORMAT)
+    write_tensors(path, parts, whole, FORMAT, writes=writes)
 
 
 def read_checkpoint(

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
-from regrow.candidates import run_whole
+from regrow.distributed.parallel import ALONE, Parallel
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.surgery import UndoStore, apply
+from regrow.surgery import UndoStore
+from regrow.training.apply_plan import apply_plan
 from regrow.training.gradients import NO_CONTEXT, compute_gradients
 from regrow.training.growth_metrics import gradient_shares, mark_entries, new_entries, smooth, start_watch, watch
 from regrow.training.interrupts import Deferral, defer_interrupts
 from regrow.training.learner import Boundary, Context, Event, Learner, write_replacements
 from regrow.training.optimizers import Optimizers
 from regrow.training.schedule import Phase, Schedule
-from regrow.training.state import TrainState, axis_tensors, follow_plan
+from regrow.training.state import TrainState, axis_tensors
 
 S = TypeVar("S")
 
@@ -77,6 +78,7 @@ def fit(
     around: Around = lambda state, context, step: NO_CONTEXT,
     log: Callable[..., None] = lambda kind, **row: None,
     progress: Progress = silent,
+    parallel: Parallel = ALONE,
 ) -> Fitted[S]:
     """Train a network on one task after the other; between epochs the learner's plans may change its shape.
 
@@ -96,12 +98,13 @@ def fit(
         around: (learner's state, context, step) → a context manager inside which the step is taken.
         log: Receives the rows that the learner logs.
         progress: Called with (steps done, steps in all, what is being done).
+        parallel: The processes that train together; all of them call this function, and ``checkpoint`` at once.
 
     Raises:
         ValueError: If the loss is not finite.
     """
     state = state or TrainState(learner.state)
-    run = _Run(phases, learner, schedule, checkpoint, seconds, observe or Observer(), around, progress, log)
+    run = _Run(phases, learner, schedule, checkpoint, seconds, observe or Observer(), around, progress, log, parallel)
     undo = undo if undo is not None else (UndoStore() if learner.restores else None)
     while state.number < len(phases):
         context = run.context(model, axes, state.number, state.epoch, undo)
@@ -123,6 +126,7 @@ class _Run(Generic[S]):
     around: Around
     progress: Progress
     sink: Callable[..., None]
+    parallel: Parallel
     notes: dict[str, Any] = field(default_factory=dict)
     """What the learner logged of the current task, and the text shown beside the progress."""
 
@@ -201,7 +205,7 @@ def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Con
                 _fit_epoch(latest, new, deferral)
             own = learner.boundary(latest.own, context, Boundary(Event.EPOCH_END))
         except KeyboardInterrupt:
-            if run.seconds is not None:
+            if run.seconds is not None and not run.parallel.fsdp:  # other ranks have stopped anywhere
                 latest.write()
             raise
         moments = optimizers.moments(context.parameters(), axis_tensors(own))
@@ -253,40 +257,6 @@ def _apply_plans(
     return replace(context, applied=0), state, new
 
 
-def apply_plan(
-    learner: Learner[S], state: S, context: Context, plan: Plan, optimizers: Optimizers | None = None
-) -> tuple[Context, S]:
-    """Apply a plan to the network, the learner's state and the optimizers' moments.
-
-    Args:
-        learner: The learner whose plan it is.
-        state: The learner's state.
-        context: The network before the plan.
-        plan: The plan.
-        optimizers: The optimizers of the network and of the learner's tensors; ``None``: training has ended.
-
-    Returns:
-        The context and the learner's state after the plan.
-    """
-    before, old = context, axis_tensors(state)
-    # No optimizer knows the group of what a plan brings back yet.
-    following = [optimizers.network] if optimizers and not plan.back else []
-    with run_whole(context.model):
-        model, axes = apply(context.model, context.axes, plan, optimizers=following, undo=context.undo)
-    context = replace(context, model=model, axes=axes, applied=context.applied + 1)
-    state = follow_plan(state, before.axes, plan)
-    tensors = axis_tensors(state)
-    for one in tensors.values():
-        if one.lr is not None:
-            one.values.requires_grad_()
-    if optimizers:
-        optimizers.follow(old, tensors, before.axes, plan)
-    state = learner.boundary(state, context, Boundary(Event.PLAN_APPLIED, plan, before))
-    if optimizers:
-        optimizers.collect(context.parameters(), axis_tensors(state))
-    return context, state
-
-
 def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fitted[S], list[Plan]]:
     """Apply the plans that a learner makes after the last epoch, and write its replacements into the parameters.
 
@@ -331,7 +301,8 @@ def _fit_epoch(latest: _Latest[S], new: dict[str, Tensor], deferral: Deferral) -
             optimizers.set_rates(schedule.share(done + i, total))
         with run.around(own, context, i):
             optimizers.clear_gradients()
-            step, loss = compute_gradients(learner, own, context, i, batches, second, schedule.precision)
+            given = learner, own, context, i, batches, second, schedule.precision
+            step, loss = compute_gradients(*given, run.parallel)
             if new:
                 events, new = (*events[:-1], {**events[-1], **gradient_shares(context, new)}), {}
             own = learner.project(own, context, step)
@@ -345,6 +316,6 @@ def _fit_epoch(latest: _Latest[S], new: dict[str, Tensor], deferral: Deferral) -
         if run.progress is not silent:
             text = run.notes.get("status", {}).get("text", context.task.name)
             run.progress(number * total + done + i + 1, len(run.phases) * total, f"{text}, loss {loss:.3f}")
-        if run.seconds is not None and time.monotonic() - latest.written > run.seconds:
+        if run.seconds is not None and run.parallel.decide(time.monotonic() - latest.written > run.seconds):
             latest.write()
     latest.own = own

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from regrow.distributed.parallel import ALONE, Parallel
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples
 from regrow.training.learner import Context, Learner, Loss, Step
@@ -26,6 +27,7 @@ def compute_gradients(
     batches: Sequence[Any],
     second: Examples | None = None,
     precision: str = "float32",
+    parallel: Parallel = ALONE,
 ) -> tuple[Step, float]:
     """Run the learner's loss on some batches, and add the gradient of their mean to the present gradients.
 
@@ -37,9 +39,10 @@ def compute_gradients(
         batches: The batches, at least one; each has a method ``to(device)``.
         second: A batch of the second part of the training examples.
         precision: The precision in which losses are computed: ``float32`` or ``bfloat16``.
+        parallel: The processes that share the batches.
 
     Returns:
-        The step with the last batch, its replacements and its ``aux``; and the mean loss.
+        The step with the last batch of this process, its replacements and its ``aux``; and the mean loss.
 
     Raises:
         ValueError: If the loss is not finite.
@@ -47,15 +50,17 @@ def compute_gradients(
     device, total = context.device, 0.0
     autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else None
     second = None if second is None else second.to(device)
-    for batch in batches:
+    many = parallel.divisor(len(batches))
+    for batch in parallel.share(batches):
         here, replaced = batch.to(device), learner.parametrize(state, context)
         step = Step(index, here, second, replaced)
         if replaced.values:
             with parametrize(context.model, replaced.values):
-                loss, mean = _run_backward(learner, state, context, step, autocast, len(batches))
+                loss, mean = _run_backward(learner, state, context, step, autocast, many)
         else:
-            loss, mean = _run_backward(learner, state, context, step, autocast, len(batches))
+            loss, mean = _run_backward(learner, state, context, step, autocast, many)
         step, total = Step(index, here, second, replaced, loss.aux), total + mean.item()
+    total = parallel.reduce(context.parameters(), total) if parallel.ranks.several else total
     if not math.isfinite(total):
         raise ValueError(
             f"the loss is {total} in {context.task.name}, epoch {context.epoch + 1}: use a smaller learning rate (lr), "
@@ -65,9 +70,9 @@ def compute_gradients(
 
 
 def _run_backward(
-    learner: Learner[S], state: S, context: Context, step: Step, autocast: torch.autocast | None, many: int
+    learner: Learner[S], state: S, context: Context, step: Step, autocast: torch.autocast | None, many: float
 ) -> tuple[Loss, Tensor]:
-    """Run the loss and the backward pass of one of ``many`` batches; return the loss, and its part of their mean."""
+    """Run the loss and the backward pass of a batch; return the loss, and its part of the mean of ``many``."""
     if autocast is None:
         loss = learner.loss(state, context, step)
     else:

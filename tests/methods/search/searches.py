@@ -3,8 +3,8 @@
 import torch
 
 from regrow.methods.search.space import measure_size
+from regrow.training.apply_plan import apply_plan
 from regrow.training.continual import learn
-from regrow.training.fit import apply_plan
 from regrow.training.learner import Boundary, Context, Event, Step, write_replacements
 
 

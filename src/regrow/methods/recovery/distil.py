@@ -81,7 +81,7 @@ def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     names = set(cut_tensors(task.model, task.axes, task.plan)) if settings.train == "cut" else None
     parameters = {name: p for name, p in task.model.named_parameters() if names is None or name in names}
     with freeze(task.model, task.dense), precise(task.model):
-        summary = fit_recovery(task, parameters, lambda batch: _loss(task, batch, settings), settings)
+        summary = fit_recovery(task, parameters, partial(_loss, settings=settings), settings)
     return {**summary, "trained": sum(p.numel() for p in parameters.values())}
 
 
@@ -117,7 +117,7 @@ def cut_tensors(model: nn.Module, axes: AxisGraph, plan: Plan) -> list[str]:
     return [name for name, parameter in model.named_parameters() if name in cut or parameter.dim() < 2]
 
 
-def _loss(task: RecoveryTask, batch: Batch, settings: Settings) -> Tensor:
+def _loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Tensor:
     with torch.no_grad():
         wanted = labelled_logits(logits_in(task.dense(*batch.args, **batch.kwargs)), batch.labels)
     answer = task.model(*batch.args, **batch.kwargs)

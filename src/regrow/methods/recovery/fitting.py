@@ -1,7 +1,8 @@
 """Training of a cut network, evaluated on held-out text; the parameters of the best evaluation are restored."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from itertools import pairwise
 from math import fsum
 from typing import Any, Protocol
@@ -50,7 +51,7 @@ class FittingSettings(Protocol):
 def fit_recovery(
     task: RecoveryTask,
     parameters: Mapping[str, nn.Parameter],
-    loss: Callable[[Batch], Tensor],
+    loss: Callable[[RecoveryTask, Batch], Tensor],
     settings: FittingSettings,
 ) -> dict[str, Any]:
     """Train parameters of a cut network in place, and restore the values that were best on held-out batches.
@@ -58,7 +59,8 @@ def fit_recovery(
     Args:
         task: The networks and the text; training resumes from its checkpoint.
         parameters: Name in the network → the parameter to train.
-        loss: A batch (on the network's device) → a scalar with a gradient, mean per position.
+        loss: (the task, whose networks may be sharded among several ranks; a batch on the network's device) → a scalar
+            with a gradient, mean per position.
         settings: Learning rate, batches and evaluations.
 
     Returns:
@@ -79,39 +81,62 @@ def fit_recovery(
         "training", epochs, lambda step: [batch for _, batch in drawn(train, settings.windows, step, task.seed)]
     )
     schedule = Schedule(OptimizerSettings("adamw", settings.lr), "cosine", warm_up=0.1, clip=1.0, seed=task.seed)
-    learner = with_early_stopping(
-        Learner[Tensors]({}, loss=lambda state, context, step: Loss(loss(step.batch)), boundary=_keep_modes),
-        lambda state, context: fsum(float(loss(batch)) for batch in held) / len(held),
-    )
     for parameter in parameters.values():
         parameter.requires_grad_(True)
+    with _sharded(task, _read(task)) as (task, state):
+        learner = with_early_stopping(
+            Learner[Tensors]({}, loss=lambda state, context, step: Loss(loss(task, step.batch)), boundary=_keep_modes),
+            lambda state, context: fsum(task.parallel.values(lambda batch: float(loss(task, batch)), held)) / len(held),
+        )
 
-    def write(state: TrainState[EarlyStopping], context: Context) -> None:
-        if task.checkpoint is not None:
-            write_checkpoint(task.checkpoint, task.model, state, trained_only=True, header=task.header())
+        def write(state: TrainState[EarlyStopping], context: Context) -> None:
+            leads = task.parallel.ranks.leads
+            if task.checkpoint is not None and (leads or task.parallel.fsdp):
+                more: dict[str, Any] = {"trained_only": True, "header": task.header(), "writes": leads}
+                write_checkpoint(task.checkpoint, task.model, state, **more)
 
-    fitted = fit(
-        task.model,
-        NO_AXES,
-        [phase],
-        learner,
-        schedule,
-        state=_read(task, learner.state),
-        checkpoint=write,
-        seconds=SECONDS,
-        progress=task.progress,
-    )
-    state = fitted.state.learner
-    restore_best(task.model, state)
+        more: dict[str, Any] = {"seconds": SECONDS, "progress": task.progress, "parallel": task.parallel}
+        fitted = fit(task.model, NO_AXES, [phase], learner, schedule, state=state, checkpoint=write, **more)
+        state = fitted.state.learner
+        restore_best(task.model, state)
     return {"steps": steps, "best": state.best_check.step, "history": [asdict(check) for check in state.history]}
 
 
-def _read(task: RecoveryTask, learner: EarlyStopping) -> TrainState[EarlyStopping] | None:
+@contextmanager
+def _sharded(
+    task: RecoveryTask, state: TrainState[EarlyStopping] | None
+) -> Iterator[tuple[RecoveryTask, TrainState[EarlyStopping] | None]]:
+    """Shard the networks and the training state among all ranks inside the ``with`` block, if the task asks for it."""
+    if not task.parallel.fsdp:
+        yield task, state
+        return
+    from regrow.distributed.fsdp import shard_like, sharded
+
+    recording = task.axes.recording
+    blocks = [block.path for block in recording.blocks if block.path] if recording else []
+    with sharded([task.model, task.dense], blocks) as (model, dense):
+        if state:
+            own = dict(model.named_parameters())
+            best = {
+                name: replace(one, values=shard_like(one.values, own[name])) for name, one in state.learner.best.items()
+            }
+            moments = {
+                name: {
+                    what: shard_like(value, own[name]) if isinstance(value, Tensor) else value
+                    for what, value in memory.items()
+                }
+                for name, memory in state.moments.items()
+            }
+            state = replace(state, learner=replace(state.learner, best=best), moments=moments)
+        yield replace(task, model=model, dense=dense), state
+
+
+def _read(task: RecoveryTask) -> TrainState[EarlyStopping] | None:
     """Return the training state from the checkpoint; ``None`` if there is no checkpoint, or it cannot be used."""
     if task.checkpoint is None or not task.checkpoint.is_file():
         return None
     try:
-        return read_checkpoint(task.checkpoint, task.model, NO_AXES, learner, trained_only=True)[2]
+        return read_checkpoint(task.checkpoint, task.model, NO_AXES, EarlyStopping(), trained_only=True)[2]
     except StoreError:
         return None
 

@@ -78,7 +78,7 @@ def lora(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         ValueError: If peft is not installed, the network has no linear layer, or the loss stops being finite.
     """
 
-    def loss(batch: Batch) -> torch.Tensor:
+    def loss(task: RecoveryTask, batch: Batch) -> torch.Tensor:
         return task.loss_of(task.model(*batch.args, **batch.kwargs), batch)
 
     with freeze(task.model):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
+from regrow.distributed.parallel import ALONE, Parallel
 from regrow.objectives import Objective, choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -37,6 +38,7 @@ class RecoveryTask:
         header: Returns JSON data for the header of that file.
         progress: Called with (steps done, steps in all, what is being done).
         objective: What the network is trained for; ``None``: what fits the labels.
+        parallel: The processes that train together; all of them have the same task, and rank 0 writes the file.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class RecoveryTask:
     header: Callable[[], Mapping[str, object]] = dict
     progress: Progress = silent
     objective: Objective | None = None
+    parallel: Parallel = ALONE
 
     def loss_of(self, output: object, batch: Batch) -> Tensor:
         """Return the loss of a batch by its labels, a scalar.

@@ -1,0 +1,54 @@
+"""Networks whose parameters, gradients and optimizer state are sharded among the ranks (FSDP2).
+
+Imported where it is used: what it needs of torch takes two seconds to import.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from regrow.distributed.parallel import whole
+
+
+@contextmanager
+def sharded(models: Sequence[nn.Module], blocks: Sequence[str]) -> Iterator[list[nn.Module]]:
+    """Shard networks among all ranks inside the ``with`` block; yields modules like them, with sharded parameters.
+
+    The networks themselves hold no numbers inside the block, and the trained ones after it.
+
+    Args:
+        models: The networks, the same on all ranks.
+        blocks: The paths of the modules that are gathered one at a time.
+    """
+    copies = [_shard(model, blocks) for model in models]
+    yield copies
+    for model, copy in zip(models, copies, strict=True):
+        for name, parameter in model.named_parameters():
+            parameter.data = whole(copy.get_parameter(name).detach())
+
+
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return the shard of a whole tensor that this rank holds of a parameter.
+
+    Args:
+        value: A tensor of the parameter's shape, the same on all ranks.
+        parameter: The sharded parameter.
+    """
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _shard(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
+    own: dict[int, Any] = {id(one): one for one in (*model.parameters(), *model.buffers())}
+    copy = deepcopy(model, own)
+    for path in (*blocks, ""):
+        fully_shard(copy.get_submodule(path), reshard_after_forward=True)
+        for parameter in model.get_submodule(path).parameters():
+            parameter.data = parameter.data.new_empty(0)
+    return copy

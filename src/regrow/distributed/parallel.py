@@ -1,0 +1,132 @@
+"""Training of one network by several ranks: each takes its share of a step's batches, and gradients are summed.
+
+Either every rank holds the whole network (data parallel), or its parameters, gradients and optimizer state are sharded
+by block among the ranks (FSDP2, ``torch.distributed.fsdp.fully_shard``).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from regrow.distributed.ranks import SINGLE, Ranks
+
+T = TypeVar("T")
+BUCKET = 2**25
+"""The bytes of gradients that are summed in one message."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the ranks train a network together.
+
+    Args:
+        ranks: The processes.
+        fsdp: Whether parameters, gradients and optimizer state are sharded among them.
+    """
+
+    ranks: Ranks = SINGLE
+    fsdp: bool = False
+
+    def share(self, batches: Sequence[T]) -> Sequence[T]:
+        """Return the batches of this rank.
+
+        Args:
+            batches: The batches of one step.
+
+        Raises:
+            ValueError: If they cannot be dealt out evenly.
+        """
+        if len(batches) % self.ranks.size:
+            raise ValueError(
+                f"a step takes {len(batches)} batches, which {self.ranks.size} processes cannot share evenly; set "
+                f"windows to a multiple of {self.ranks.size}"
+            )
+        return self.ranks.share(batches)
+
+    def divisor(self, many: int) -> float:
+        """Return by what the loss of each batch is divided, so that gradients add up to that of the mean.
+
+        Args:
+            many: How many batches a step takes.
+        """
+        return many / self.ranks.size if self.fsdp else many  # FSDP takes the mean over ranks
+
+    def reduce(self, parameters: Mapping[str, nn.Parameter], loss: float) -> float:
+        """Sum the gradients of all ranks, in place, and return the mean loss of a step over all batches.
+
+        Args:
+            parameters: The parameters by name.
+            loss: The sum of this rank's losses, each divided by :meth:`divisor`.
+        """
+        if not self.ranks.several:
+            return loss
+        if not self.fsdp:
+            _sum_gradients([one for one in parameters.values() if one.requires_grad])
+        total = torch.tensor(loss, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total) / (self.ranks.size if self.fsdp else 1)
+
+    def decide(self, holds: bool) -> bool:
+        """Return the decision of rank 0.
+
+        Args:
+            holds: The decision of this rank.
+        """
+        if self.ranks.several:
+            flag = torch.tensor(int(holds))
+            dist.broadcast(flag, 0)
+            return bool(flag)
+        return holds
+
+    def values(self, function: Callable[[T], float], items: Sequence[T]) -> list[float]:
+        """Return the value of each item, on all ranks; each rank computes its share.
+
+        Args:
+            function: Runs the network, and returns a number.
+            items: The items, the same on all ranks.
+        """
+        size, last = self.ranks.size, len(items) - 1
+        # All ranks call the function equally often: a sharded network runs on all of them at once.
+        own = [function(items[min(first + self.ranks.rank, last)]) for first in range(0, len(items), size)]
+        if size == 1:
+            return own
+        here = torch.tensor(own, dtype=torch.float64)
+        parts = [torch.empty_like(here) for _ in range(size)]
+        dist.all_gather(parts, here)
+        return [float(parts[i % size][i // size]) for i in range(len(items))]
+
+
+ALONE = Parallel()
+"""Training by a single process."""
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with the shards of all ranks, which all call this; one that is not sharded is returned as it is.
+
+    Args:
+        tensor: The tensor.
+    """
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum the gradients of all ranks, in place, many at a time."""
+    for one in parameters:
+        if one.grad is None:
+            one.grad = torch.zeros_like(one)
+    bucket: list[Tensor] = []
+    for i, one in enumerate(parameters):
+        assert one.grad is not None
+        bucket.append(one.grad)
+        following = parameters[i + 1] if i + 1 < len(parameters) else None
+        if following is None or following.dtype != one.dtype or sum(grad.nbytes for grad in bucket) > BUCKET:
+            joined = torch.cat([grad.reshape(-1) for grad in bucket])
+            dist.all_reduce(joined)
+            for grad, part in zip(bucket, joined.split([grad.numel() for grad in bucket]), strict=True):
+                grad.copy_(part.view_as(grad))
+            bucket = []
