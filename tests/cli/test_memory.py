@@ -6,6 +6,7 @@ import re
 import pytest
 
 from regrow.commands import streamed
+from regrow.evaluation import choice
 from regrow.streaming import requirements
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.results import BlockResults
@@ -40,7 +41,10 @@ def test_a_streamed_run_is_that_of_a_run_in_memory(regrow, tiny_language_model, 
         assert rows[0][what] == rows[1][what]
     assert rows[1]["verify"]["ok"]
     assert rows[1]["verify"]["blocks"] == 2
-    assert "--memory 64GiB" in json.loads((tmp_path / "streamed" / "run.json").read_text())["command"]
+    run = json.loads((tmp_path / "streamed" / "run.json").read_text())
+    assert "--memory 64GiB" in run["command"]
+    assert run["memory"]["limit"] == 2**36
+    assert run["memory"]["peak"] > 2**20
 
 
 @pytest.mark.parametrize("dtype", [(), ("--dtype", "bfloat16")], ids=["stored", "bfloat16"])
@@ -55,6 +59,31 @@ def test_a_streamed_run_of_a_run_is_that_of_a_run_in_memory(regrow, tiny_languag
     assert names == {path.name for path in (tmp_path / "streamed").iterdir()}
     for name in (*FILES, "before/model.safetensors", "before/shapes.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
+
+
+def test_a_streamed_evaluation_is_that_of_one_in_memory(regrow, tiny_language_model, tmp_path, streams, monkeypatch):
+    items = [{"query": f"The {i}", "choices": [" cat sat", " dog", " bird flew away"], "gold": i % 3} for i in range(9)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    monkeypatch.setattr(choice, "CHOICE_TOKENS", 32)
+    assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "run")[0] == 0
+    words = ("--source", "news", "--source", "code", "--eval-tokens", "96", "--seq-len", "32")
+    for model in (str(tiny_language_model), "run"):
+        command = ("evaluate", model, *words, "--choices", "items.jsonl", "--json")
+        assert regrow(*command, "whole.json")[0] == 0
+        code, said, _ = regrow(*command, "streamed.json", "--memory", "64GiB")
+        assert code == 0
+        assert "one of 2 blocks at a time and hidden states in memory" in said
+        assert re.search(r"at the peak, .* predicted", said)
+        whole, streamed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "streamed"))
+        assert streamed.pop("memory")["peak"] > 0
+        assert whole == streamed
+
+
+@pytest.mark.parametrize("words", [("--speed",), ("--harness", "arc_easy")])
+def test_what_is_not_evaluated_block_by_block_is_refused(regrow, tiny_language_model, streams, words):
+    code, _, error = regrow("evaluate", str(tiny_language_model), *words, "--memory", "64GiB")
+    assert code
+    assert f"{words[0]} needs the whole network in memory" in error
 
 
 def test_a_damaged_run_is_found_when_its_blocks_are_read(regrow, tiny_language_model, tmp_path, streams):

@@ -8,14 +8,15 @@ from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
 from regrow.cli.recover import tell
-from regrow.cli.screen import number, say, table, working
+from regrow.cli.screen import number, say, say_peak, table, working
 from regrow.settings.evaluate import Settings
 
 
 @click.command(cls=Verb, settings=Settings)
 @click.option("--json", "json_file", type=options.PATH, help="Also write all results to this JSON file.")
 @options.code
-def evaluate(given: Given[Settings], json_file: Path | None, code: str) -> None:
+@options.memory
+def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: str) -> None:
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
     settings = given.build()
     options.say_code(settings.model, code)
@@ -27,7 +28,7 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str) -> None:
     if run:
         run.metrics()  # damaged ones are refused before anything is measured
     with working() as progress:
-        result = evaluation.evaluate(settings, progress, code=code)
+        result = evaluation.evaluate(settings, progress, code=code, memory=memory, announce=say)
     if json_file:
         import json
 
@@ -51,6 +52,8 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str) -> None:
     if result["speed"]:
         speed = result["speed"]
         say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")
+    if memory:
+        say_peak(result["memory"])
     if run:
         tell(run)
 

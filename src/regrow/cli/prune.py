@@ -12,7 +12,7 @@ from regrow.cli.flags import Given
 from regrow.cli.processes import processes
 from regrow.cli.recover import tell
 from regrow.cli.runs import run_with_page
-from regrow.cli.screen import number, say, table, working
+from regrow.cli.screen import number, say, say_peak, table, working
 from regrow.distributed import read_ranks
 from regrow.references import names_code
 from regrow.settings.prune import Settings
@@ -158,3 +158,5 @@ def _tell(folder: "RunFolder") -> None:
         if row["what"] == "verify":
             difference, bound = (number(row[name], 2) for name in ("max_abs_diff", "bound"))
             say(f"masked = shrunk: largest difference {difference} in float64 (bound {bound})")
+    if memory := folder.run().get("memory"):
+        say_peak(memory)

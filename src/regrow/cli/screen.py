@@ -5,14 +5,16 @@ import logging
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from regrow.amounts import format_bytes
 from regrow.progress import Progress
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
@@ -77,6 +79,16 @@ def say(text: str, *, lines: bool = False) -> None:
         lines: Whether line ends and tabs are printed as they are.
     """
     out.print(printable(text, keep=TEXT if lines else ""), markup=False)
+
+
+def say_peak(row: Mapping[str, Any]) -> None:
+    """Print the peak memory of a command beside its prediction.
+
+    Args:
+        row: The limit, the prediction and the peak in bytes: ``limit``, ``predicted`` and ``peak``.
+    """
+    if row["peak"] is not None:
+        say(f"memory: {format_bytes(row['peak'])} at the peak, {format_bytes(row['predicted'])} predicted")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()) -> None:

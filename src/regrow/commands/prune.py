@@ -20,6 +20,7 @@ from regrow.commands.example_inputs import record_input
 from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
 from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.peak_memory import PeakMemory, read_peak, start_peak
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.score_summary import write_scores
@@ -94,7 +95,7 @@ def plan_only(
     check_settings(settings)
     method = prune.build_pruner(settings.method, seeded_settings(settings))
     budget = budget_of(settings)
-    streamed = open_streamed(memory, settings, model_spec(settings), method, announce)
+    streamed, _ = open_streamed(memory, settings, model_spec(settings), method, announce)
     loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
     kinds = read_sources(source_specs(settings), loaded)
     axes = streamed.opened.axes if streamed else trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
@@ -152,8 +153,9 @@ def run(
     }
     RunFolder.check(out, **identity)
     clock = Clock(None)
+    start_peak()
     with clock.stage("load"):
-        streamed = open_streamed(memory, settings, model_spec(settings), method, announce)
+        streamed, memory_plan = open_streamed(memory, settings, model_spec(settings), method, announce)
         loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
         check_precision(loaded.model, settings.precision)
         kinds = read_sources(source_specs(settings), loaded)
@@ -179,6 +181,8 @@ def run(
         plan = _make_plan(job, axes, method, budget)
         broadcast_record(ranks, {"plan": plan.to_json(), "folder": str(folder.path.resolve())})
         _cut(job, axes, plan, budget)
+        if memory_plan:
+            folder.update(memory=PeakMemory(memory_plan.limit, memory_plan.needed, read_peak()).record())
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
 
 

@@ -41,7 +41,7 @@ def share(settings: Settings, ranks: Ranks, *, code: str = "", memory: str = "")
     """
     check_settings(settings)
     method = prune.build_pruner(settings.method, seeded_settings(settings))
-    streamed = open_streamed(memory, settings, model_spec(settings), method, lambda line: None)
+    streamed, _ = open_streamed(memory, settings, model_spec(settings), method, lambda line: None)
     loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), code=code)
     kinds = read_sources(source_specs(settings), loaded)
     axes = streamed.opened.axes if streamed else trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)

@@ -1,7 +1,7 @@
 """Runs of a network that is larger than memory: what differs from a run that loads it whole."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.amounts import Measure, parse_bytes
+from regrow.amounts import Measure, format_bytes, parse_bytes
 from regrow.commands.inputs import count_windows
 from regrow.commands.models import DTYPES, ModelSpec
 from regrow.errors import InputError
@@ -99,8 +99,8 @@ class StreamedRun:
 
 def open_streamed(
     memory: str, settings: Settings, spec: ModelSpec, pruner: Pruner, announce: Callable[[str], None]
-) -> StreamedRun | None:
-    """Open a network that does not fit into the memory a run may use; return ``None`` if it fits, or has no limit.
+) -> tuple[StreamedRun | None, MemoryPlan | None]:
+    """Open a network that does not fit into the memory a run may use, and predict what the run needs.
 
     Args:
         memory: The limit, such as ``4GiB``; empty: none.
@@ -109,39 +109,70 @@ def open_streamed(
         pruner: The method.
         announce: Called with one line that says how the run stays within the limit.
 
+    Returns:
+        The run of the network one block at a time, ``None`` if it fits; and the prediction. Both are ``None`` if there
+        is no limit.
+
     Raises:
         InputError: If the network or the method needs the whole network in memory, and that does not fit.
         ResourceError: If it does not fit even with one block in memory.
     """
     if not memory:
-        return None
+        return None, None
     limit = parse_bytes(memory)
     opened = open_network(spec.name, DTYPES.get(spec.dtype))
     sources = (*settings.sources, *settings.unseen)
     counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
     windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
     plan = plan_memory(opened.network(), limit, windows, settings.seq_len)
-    if plan.streams and (reason := _obstacle(settings, spec, opened, pruner)):
-        raise InputError(
-            f"{reason} needs the whole network in memory, about {plan.whole / 2**30:.1f} GiB of --memory {memory}; "
-            "give more memory, or use another method or setting"
-        )
-    announce(str(plan))
-    if plan.streams:
-        opened.check_output()
-    return StreamedRun(opened, plan) if plan.streams else None
-
-
-def _obstacle(settings: Settings, spec: ModelSpec, opened: OpenedNetwork, pruner: Pruner) -> str:
-    """Return what of a run's settings needs the whole network in memory; empty if nothing does."""
-    tests = {
+    own = {
         f"--method {settings.method}, which computes gradients of the whole network": Need.GRADIENTS in pruner.needs,
         f"--method {settings.method}, which runs the masked network": pruner.trains,
         f"--recover {settings.recover}": bool(settings.recover),
+        "a target in ms": settings.measure == Measure.TIME,
+    }
+    needs = {**own, **needs_of_model(spec, settings.precision, opened)}
+    return start_streaming(opened, plan, needs, announce), plan
+
+
+def needs_of_model(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> dict[str, bool]:
+    """Return what of a model, and of how it runs, needs the whole network in memory → whether it is so.
+
+    Args:
+        spec: Which model, and how it is loaded.
+        precision: The precision of forward passes.
+        opened: The network.
+    """
+    return {
         "a model without text": opened.loaded.tokenizer is None,
         "--input": bool(spec.input),
         f"--device {spec.device}": spec.device != "cpu",
-        f"--precision {settings.precision}": settings.precision != "float32",
-        "a target in ms": settings.measure == Measure.TIME,
+        f"--precision {precision}": precision != "float32",
     }
-    return next((text for text, holds in tests.items() if holds), "")
+
+
+def start_streaming(
+    opened: OpenedNetwork, plan: MemoryPlan, needs: Mapping[str, bool], announce: Callable[[str], None]
+) -> StreamedRun | None:
+    """Return the run of a network one block at a time, or ``None`` if the network fits into memory.
+
+    Args:
+        opened: The network.
+        plan: How the run stays within its memory.
+        needs: What needs the whole network in memory → whether the run has it.
+        announce: Called with one line that says how the run stays within its memory.
+
+    Raises:
+        InputError: If something needs the whole network, and that does not fit.
+        StoreError: If the network is a saved one and gives another output than the recorded one.
+    """
+    if plan.streams and (reason := next((text for text, holds in needs.items() if holds), "")):
+        raise InputError(
+            f"{reason} needs the whole network in memory, about {plan.whole / 2**30:.1f} GiB of --memory "
+            f"{format_bytes(plan.limit)}; give more memory, or use another method or setting"
+        )
+    announce(str(plan))
+    if not plan.streams:
+        return None
+    opened.check_output()
+    return StreamedRun(opened, plan)

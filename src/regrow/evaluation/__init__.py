@@ -1,6 +1,6 @@
 """Measure networks: perplexity, multiple choice, accuracy, speed, memory and size, each with its error."""
 
-from regrow.evaluation.choice import Choices, choices, items_in
+from regrow.evaluation.choice import CHOICE_TOKENS, Choices, choices, count_choice_tokens, items_in
 from regrow.evaluation.harness import Harnessed, harness
 from regrow.evaluation.language import Paired, Perplexity, paired_difference, perplexity
 from regrow.evaluation.latency import Latency, latency
@@ -13,6 +13,7 @@ from regrow.evaluation.vision import Accuracy, accuracy
 from regrow.work import macs
 
 __all__ = [
+    "CHOICE_TOKENS",
     "Accuracy",
     "Choices",
     "Harnessed",
@@ -26,6 +27,7 @@ __all__ = [
     "UnpredictableError",
     "accuracy",
     "choices",
+    "count_choice_tokens",
     "dense",
     "fastest_pass",
     "harness",

@@ -1,7 +1,7 @@
 """Multiple-choice accuracy: whether a model gives the right ending the highest likelihood."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,13 +15,15 @@ from regrow.evaluation.forward import evaluating, logits_of
 from regrow.evaluation.language import token_losses
 from regrow.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
 from regrow.progress import Progress, silent
-from regrow.sources import Batch
+from regrow.sources import Batch, logits_in
 
 Item = Mapping[str, Any]
 """``{"query", "choices", "gold"}``, or ``{"context_options", "continuation", "gold"}`` if the beginnings differ."""
 
-# Tokens per forward pass: the logits of a 262,144-token vocabulary take 1 GB.
-_TOKENS = 1024
+Outputs = Callable[[Sequence[Batch]], Iterable[object]]
+"""Function of batches → the output of a model for each."""
+CHOICE_TOKENS = 1024
+"""Tokens per forward pass of :func:`choices`: the logits of a 262,144-token vocabulary take 1 GB."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def choices(
     *,
     task: str = "choice",
     longest: int = 2048,
+    outputs: Outputs | None = None,
     progress: Progress = silent,
 ) -> Choices:
     """Measure a causal language model on multiple-choice items.
@@ -132,6 +135,7 @@ def choices(
         items: The items.
         task: The name of the task.
         longest: The most tokens per row; longer rows lose their beginning.
+        outputs: Returns the model's output for each batch, where it does not run as a whole; ``None``: it is called.
         progress: Called with (rows done, rows in all, description).
 
     Raises:
@@ -141,8 +145,8 @@ def choices(
         raise ValueError(f"task {task!r} has no items")
     checked = [_checked(item, f"item {number}") for number, item in enumerate(items)]
     pairs = [pair for item in checked for pair in _pairs(item)]
-    rows = [_encoded(context, ending, tokenizer, longest) for context, ending in pairs]
-    scores = _log_likelihoods(model, rows, task, progress)
+    groups = _batches(model, [_encoded(context, ending, tokenizer, longest) for context, ending in pairs])
+    scores = _log_likelihoods(model, groups, task, outputs, progress)
     lengths = [len(ending.strip().encode()) for _, ending in pairs]
     right, right_per_byte, at = [], [], 0
     for item in checked:
@@ -154,25 +158,53 @@ def choices(
     return Choices(task, tuple(right), tuple(right_per_byte), chance)
 
 
-def _log_likelihoods(
-    model: nn.Module, rows: list[tuple[list[int], int]], task: str, progress: Progress
-) -> dict[int, float]:
+def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item], longest: int = 2048) -> int:
+    """Return how many tokens :func:`choices` runs through a model, padding included.
+
+    Args:
+        model: The model, as for :func:`choices`.
+        tokenizer: Its tokenizer.
+        items: The items.
+        longest: The most tokens per row.
+
+    Raises:
+        ValueError: If an item is malformed.
+    """
+    pairs = [pair for number, item in enumerate(items) for pair in _pairs(_checked(item, f"item {number}"))]
+    rows = [_encoded(context, ending, tokenizer, longest) for context, ending in pairs]
+    return sum(batch.args[0].numel() for _, batch in _batches(model, rows))
+
+
+def _batches(model: nn.Module, rows: list[tuple[list[int], int]]) -> list[tuple[list[int], Batch]]:
+    """Return (numbers of rows, batch of them) for all rows."""
     # Rows of like length go together, so that little is computed for padding.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    result, first = [], 0
+    while first < len(order):
+        count = 1
+        while first + count < len(order) and len(rows[order[first + count]][0]) * (count + 1) <= CHOICE_TOKENS:
+            count += 1
+        group = order[first : first + count]
+        result.append((group, _padded([rows[i] for i in group], model)))
+        first += count
+    return result
+
+
+def _log_likelihoods(
+    model: nn.Module, groups: list[tuple[list[int], Batch]], task: str, outputs: Outputs | None, progress: Progress
+) -> dict[int, float]:
     scores: dict[int, float] = {}
+    many, batches = sum(len(group) for group, _ in groups), [batch for _, batch in groups]
     with evaluating(model) as device:
-        while len(scores) < len(order):
-            first = len(scores)
-            count = 1
-            while first + count < len(order) and len(rows[order[first + count]][0]) * (count + 1) <= _TOKENS:
-                count += 1
-            group = order[first : first + count]
-            batch = _padded([rows[i] for i in group], model)
-            labels = batch.labels
-            assert labels is not None
-            losses = token_losses(logits_of(model, batch, device), labels.to(device)).sum(-1).tolist()
+        if outputs is None:
+            answers = (logits_of(model, batch, device) for batch in batches)
+        else:
+            answers = (logits_in(output) for output in outputs(batches))
+        for (group, batch), logits in zip(groups, answers, strict=False):
+            assert batch.labels is not None
+            losses = token_losses(logits, batch.labels.to(device)).sum(-1).tolist()
             scores.update((i, -loss) for i, loss in zip(group, losses, strict=True))
-            progress(len(scores), len(order), f"choices of {task}")
+            progress(len(scores), many, f"choices of {task}")
     return scores
 
 

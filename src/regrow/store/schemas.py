@@ -53,6 +53,7 @@ class RunJson(msgspec.Struct, frozen=True):
     sources: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     timing: dict[str, Any] | None = None
+    memory: dict[str, int | None] = {}
     sequence: list[Any] = []
     extension: list[str] = []
     parent: ParentJson | None = None

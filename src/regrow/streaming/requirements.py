@@ -1,5 +1,6 @@
 """How much memory a network needs whole, and one block at a time, predicted from shapes before anything is loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ BLOCKS = 2.5
 """How many blocks there are at a time in their own precision: read, cut, and what is on its way to the disk."""
 WHOLE = 2.0
 """Bytes of a run in memory per byte of the model: the model, and what is cut from it before it replaces the old."""
-SPARE = 2**28
+SPARE: Mapping[str, int] = {"pruning": 2**28, "evaluating": 2**26}
 """What the interpreter and the operations need besides."""
 MARGIN = 1.05
 """The amount that a refusal names, by what is predicted: the next process may begin with more memory than this one."""
@@ -43,6 +44,13 @@ class MemoryPlan:
         return self.whole > self.limit
 
     @property
+    def needed(self) -> int:
+        """What the run is predicted to need, the way that it runs, in bytes."""
+        if not self.streams:
+            return self.whole
+        return self.least if self.on_disk else self.least + self.results
+
+    @property
     def on_disk(self) -> bool:
         """Whether results of blocks are kept in files."""
         return self.least + self.results > self.limit
@@ -50,22 +58,24 @@ class MemoryPlan:
     def __str__(self) -> str:
         if not self.streams:
             return f"memory: about {format_bytes(self.whole)} of {format_bytes(self.limit)}, with all blocks in memory"
-        needed = self.least if self.on_disk else self.least + self.results
-        place = "in files" if self.on_disk else "in memory"
+        place, needed = "in files" if self.on_disk else "in memory", format_bytes(self.needed)
         return (
-            f"memory: about {format_bytes(needed)} of {format_bytes(self.limit)}, with one of {self.blocks} blocks at "
-            f"a time and hidden states {place} (all at once: {format_bytes(self.whole)})"
+            f"memory: about {needed} of {format_bytes(self.limit)}, with one of {self.blocks} blocks at a "
+            f"time and hidden states {place} (all at once: {format_bytes(self.whole)})"
         )
 
 
-def plan_memory(network: StreamedNetwork, limit: int, windows: int, tokens: int) -> MemoryPlan:
-    """Predict the memory that pruning a network needs, and decide how it stays within a limit.
+def plan_memory(
+    network: StreamedNetwork, limit: int, windows: int, tokens: int, *, what: str = "pruning"
+) -> MemoryPlan:
+    """Predict the memory that pruning or evaluating a network needs, and decide how it stays within a limit.
 
     Args:
         network: The network; it needs no numbers.
         limit: The limit in bytes.
         windows: The most windows of text that run at a time.
         tokens: Tokens per window.
+        what: What is done: ``"pruning"``, or ``"evaluating"``, which makes no second copy of a block.
 
     Raises:
         ResourceError: If it does not fit even with one block in memory; names the least that is enough.
@@ -79,13 +89,16 @@ def plan_memory(network: StreamedNetwork, limit: int, windows: int, tokens: int)
     hidden = max((p.shape[-1] for p in model.parameters() if p.dim() == 1), default=1)
     item = next(model.parameters()).element_size()
     pass_through = 3 * tokens * width * max(item, 4)
-    base = _resident() + SPARE + pass_through
-    whole = base + int(WHOLE * sum(size.values())) + int(8 * EXACT * entries)
-    least = base + outer + int(BLOCKS * block + 8 * EXACT * entries)
+    exact, blocks = (int(8 * EXACT * entries), BLOCKS) if what == "pruning" else (0, 1)
+    held, running = _resident(), SPARE[what] + pass_through
+    cast = any(place.dtype != weights.like[name].dtype for name, place in weights.places())
+    mapped = sum(place.bytes for _, place in weights.places()) if cast else 0  # of the files, while they are read
+    whole = held + max(running + exact, mapped) + int((WHOLE - (what != "pruning")) * sum(size.values()))
+    least = held + running + exact + outer + int(blocks * block)
     plan = MemoryPlan(limit, whole, least, 2 * windows * tokens * hidden * item, len(network.blocks))
     if plan.streams and least > limit:
         raise ResourceError(
-            f"pruning {weights.name} within {format_bytes(limit)} of memory is impossible, even one block at a time; "
+            f"{what} {weights.name} within {format_bytes(limit)} of memory is impossible, even one block at a time; "
             f"use --memory {format_bytes(int(MARGIN * least)).replace(' ', '')}"
         )
     return plan
