@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from regrow.commands import streamed
+from regrow.commands import models, streamed
 from regrow.evaluation import choice
 from regrow.streaming import requirements
+from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.results import BlockResults
 
@@ -84,6 +85,24 @@ def test_what_is_not_evaluated_block_by_block_is_refused(regrow, tiny_language_m
     code, _, error = regrow("evaluate", str(tiny_language_model), *words, "--memory", "64GiB")
     assert code
     assert f"{words[0]} needs the whole network in memory" in error
+
+
+def test_axes_are_listed_without_reading_weights(regrow, tiny_language_model, tmp_path, monkeypatch):
+    assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "run")[0] == 0
+    said = {}
+    for reads in (True, False):
+        with monkeypatch.context() as patch:
+            if reads:
+                patch.setattr(models, "open_network", lambda *given: int("no number"))
+            else:
+                patch.setattr(Checkpoint, "__getitem__", None)
+                patch.setattr(models, "load_model", None)
+            for model in (str(tiny_language_model), "run"):
+                code, out, _ = regrow("show", model, "--all", "--branches", "--json", "axes.json")
+                assert code == 0
+                said[reads, model] = out, (tmp_path / "axes.json").read_text()
+    for model in (str(tiny_language_model), "run"):
+        assert said[True, model] == said[False, model]
 
 
 def test_a_damaged_run_is_found_when_its_blocks_are_read(regrow, tiny_language_model, tmp_path, streams):

@@ -23,15 +23,13 @@ def show(
 ) -> None:
     """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen."""
     from regrow.axes.inventory import inventory, summary, tables
-    from regrow.commands.models import ModelSpec, load_model
+    from regrow.commands.models import ModelSpec, trace_model
     from regrow.nets.examples import written_shape
-    from regrow.tracing import trace, with_branches
+    from regrow.tracing import with_branches
 
     options.say_code(model, code)
     with working() as progress:
-        loaded = load_model(ModelSpec(model, dtype=dtype, input=input), progress, code)
-        progress(0, 1, "tracing")
-        axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        loaded, axes = trace_model(ModelSpec(model, dtype=dtype, input=input), progress, code)
         if branches:
             axes = with_branches(loaded.model, axes)
     if json_file:

@@ -1,5 +1,6 @@
 """Load the models that commands work on, by name or from a run folder."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,18 @@ from typing import Any
 import torch
 
 from regrow import nets, store
-from regrow.axes import Example
+from regrow.axes import AxisGraph, Example
 from regrow.commands.example_inputs import find_input, input_arguments
 from regrow.nets import Loaded, ModelError
 from regrow.nets.code import call_builder, check_code, import_builder
 from regrow.nets.devices import choose_device
 from regrow.nets.examples import read_shape, shaped_example
 from regrow.nets.files import check_files
+from regrow.nets.packaged import PACKAGED
 from regrow.progress import Progress, silent
 from regrow.store.run_record import RUN, read_run
+from regrow.streaming.opening import open_network
+from regrow.tracing import trace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -74,6 +78,29 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
         run = read_run(folder) if (folder / RUN).is_file() else {}
         example = find_input(net, origin, run, spec.sources, tokenizer)
     return Loaded(net, tokenizer, _move_example(example, device), origin)
+
+
+def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> tuple[Loaded, AxisGraph]:
+    """Return a model and its axes, without reading its weights where the folder says all shapes.
+
+    The weights of transformers folders, of saved transformers models and of packaged models are not read: parameters
+    are fake tensors. Other models are loaded.
+
+    Args:
+        spec: Which model, and how.
+        progress: Called with (steps done, steps in all, what is being done).
+        code: As for :func:`load_model`.
+
+    Raises:
+        ValueError: As :func:`load_model`.
+    """
+    if not code and not spec.input and (spec.name in PACKAGED or Path(spec.name).is_dir()):
+        with suppress(ValueError):  # what cannot be opened so is loaded, or refused with the reason
+            opened = open_network(spec.name, DTYPES.get(spec.dtype))
+            return opened.loaded, opened.axes
+    loaded = load_model(spec, progress, code)
+    progress(0, 1, "tracing")
+    return loaded, trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
 
 
 def _move_example(example: Example, device: torch.device) -> Example:
