@@ -21,7 +21,7 @@ from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.proposed_change import RELATIVE_BOUND, ProposedChange
 from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.whole import run_whole_pair
-from regrow.tracing.capture import Capture
+from regrow.tracing.capture import Capture, without_collection
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import code_of, state_of
 from regrow.tracing.readings import Recording, readings
@@ -120,7 +120,9 @@ def try_out(
     rehearsal = None
     if axes.steps or not axes.declared:
         # No recording shows the sizes of declared axes, so they are unchanged in it.
-        rehearsal = rehearse(model, axes, replace(to, sizes={**to.sizes, **{k: axes[k].size for k in axes.declared}}))
+        sizes = {**to.sizes, **{key: axes[key].size for key in axes.declared}}
+        with without_collection():
+            rehearsal = rehearse(model, axes, replace(to, sizes=sizes))
     if axes.declared:
         _try(model, axes, plan, undo)
     return rehearsal

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import AxisGraph, Example
 from regrow.tracing.branches import candidate_branches, with_branches
 from regrow.tracing.caches import caches
-from regrow.tracing.capture import TraceError, capture, example_of, first_line
+from regrow.tracing.capture import TraceError, capture, example_of, first_line, without_collection
 from regrow.tracing.graph import assemble
 from regrow.tracing.kinds import check_traceable, with_remedies
 from regrow.tracing.model_state import preserve_state
@@ -49,7 +49,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, got a {type(model).__name__}; load it first (regrow.load)")
     check_traceable(model)
-    with preserve_state(model, entries=True):
+    with preserve_state(model, entries=True), without_collection():
         try:
             return with_remedies(model, _traced(model, example_of(model, args, kwargs)))
         except TraceError as error:

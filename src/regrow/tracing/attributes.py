@@ -52,15 +52,6 @@ _REPEATS = "num_key_value_groups n_rep num_kv_groups kv_groups n_repeat num_quer
 WIDTHS, COUNTS, REPEATS = (frozenset(names.split()) for names in (_WIDTHS, _COUNTS, _REPEATS))
 """Names of attributes that hold a width, a number of heads or groups, or how often keys and values are repeated."""
 
-FIRST: Mapping[str, str] = {"layer_idx": "a cache of keys and values counts tokens by it"}
-"""Attributes that number modules → why the first module of its class must not be dropped."""
-
-DEPTHS = frozenset(("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
-"""Names of configuration entries that hold how many blocks a stack has."""
-
-PER_BLOCK = frozenset(("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers"))
-"""Names of configuration entries that hold a list with one entry per block."""
-
 EPSILONS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps")
 """Names of attributes that hold the constant under the root of a norm."""
 

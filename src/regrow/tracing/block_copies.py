@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.insertion import Insertion
-from regrow.tracing.attributes import DEPTHS, FIRST, PER_BLOCK
+from regrow.tracing.block_numbers import DEPTHS, FIRST, PER_BLOCK
 from regrow.tracing.meta_copy import copy_model
 
 INSERTIONS = "block_insertions"

@@ -13,7 +13,7 @@ from torch.fx import Node
 from regrow.axes import AxisGraph, Example
 from regrow.branches import Branch, Placeholder, lies_in
 from regrow.candidates import Candidates, candidates_in
-from regrow.tracing.attributes import FIRST
+from regrow.tracing.block_numbers import FIRST
 from regrow.tracing.branch_sites import (
     BranchError,
     BranchSite,

@@ -301,18 +301,28 @@ _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_sha
 
 
 @contextmanager
-def lightly(lines: bool = False) -> Iterator[None]:
-    """Context manager without garbage collection and, unless ``lines``, without stack traces: a third of the time."""
-    config, name = torch.fx.config, "do_not_emit_stack_traces"
-    before, collecting = getattr(config, name, False), gc.isenabled()
-    setattr(config, name, not lines)
+def without_collection() -> Iterator[None]:
+    """Context manager without cyclic garbage collection, which would search all objects of torch again and again."""
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        setattr(config, name, before)
         if collecting:
             gc.enable()
+
+
+@contextmanager
+def lightly(lines: bool = False) -> Iterator[None]:
+    """Context manager without garbage collection and, unless ``lines``, without stack traces: a third of the time."""
+    config, name = torch.fx.config, "do_not_emit_stack_traces"
+    before = getattr(config, name, False)
+    setattr(config, name, not lines)
+    try:
+        with without_collection():
+            yield
+    finally:
+        setattr(config, name, before)
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:

@@ -40,17 +40,21 @@ def follow_modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[st
         model: The network.
     """
     paths = {module: path for path, module in model.named_modules()}
-    running: list[nn.Module] = []
+    stacks: list[dict[str, tuple[str, type]]] = [{}]
+
+    def begins(module: nn.Module, given: Any) -> None:
+        path = paths.get(module)
+        stacks.append(stacks[-1] if path is None else {**stacks[-1], path: (path, type(module))})
 
     def ends(module: nn.Module, given: Any, result: Any) -> None:
-        running.pop()
+        stacks.pop()
 
     hooks = [
-        register_module_forward_pre_hook(lambda module, given: running.append(module)),
+        register_module_forward_pre_hook(begins),
         register_module_forward_hook(ends, always_call=True),
     ]
     try:
-        yield lambda: {paths[one]: (paths[one], type(one)) for one in running if one in paths}
+        yield lambda: stacks[-1]
     finally:
         for hook in hooks:
             hook.remove()

@@ -90,7 +90,7 @@ def _form(value: Any, depth: int) -> Any:
         return len(value), *(_form(one, depth - 1) for one in list(value.values())[:_MOST])
     if isinstance(value, list | tuple | deque) and depth:
         return len(value), *(_form(one, depth - 1) for one in list(value)[:_MOST])
-    if depth and not isinstance(value, nn.Module) and _is_plain_object(value):
+    if depth and not isinstance(value, nn.Module) and is_plain_object(value):
         return type(value).__name__, *(_form(one, depth - 1) for one in vars(value).values())
     return type(value).__name__
 
@@ -158,6 +158,28 @@ def preserve_state(model: nn.Module, outside: bool = False, entries: bool = Fals
                     tensor.detach().copy_(old)
 
 
+class Snapshot:
+    """The contents of everything that can be reached from a value.
+
+    Args:
+        value: The value, for example a module.
+
+    >>> net = nn.Linear(2, 2)
+    >>> before = Snapshot(net)
+    >>> net.calls = 1
+    >>> before.is_unchanged()
+    False
+    """
+
+    def __init__(self, value: object) -> None:
+        self._places = _Places()
+        self._places.visit(value)
+
+    def is_unchanged(self) -> bool:
+        """Whether everything still has its contents."""
+        return self._places.is_unchanged()
+
+
 @dataclass
 class _Places:
     """Everything reachable from a value, with its contents when it was visited.
@@ -185,6 +207,15 @@ class _Places:
                 continue
             self.seen.add(id(one))
             ask += reversed(list(self._parts(one)))
+
+    def is_unchanged(self) -> bool:
+        """Whether everything that was visited still has its contents."""
+        return (
+            all(_holds(container, old) for container, old in self.containers)
+            and all(_contents(cell) is value for cell, value in self.cells)
+            and all(_holds(_attributes(kind), [*old.items()]) for kind, old in self.classes)
+            and all(cache.cache_info().currsize == size for cache, size in self.caches)
+        )
 
     def restore(self) -> None:
         """Restore everything that has changed."""
@@ -221,7 +252,7 @@ class _Places:
             yield from (one.func, one.args, one.keywords)
         elif isinstance(one, _lru_cache_wrapper):
             self.caches.append((one, one.cache_info().currsize))
-        elif isinstance(one, nn.Module) or _is_plain_object(one):
+        elif isinstance(one, nn.Module) or is_plain_object(one):
             yield from self._of_class(type(one)) if self.code else ()
             yield from self._of_container(vars(one), self.inside)
 
@@ -259,7 +290,12 @@ class _Places:
 _LEAVES = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 
 
-def _is_plain_object(value: Any) -> bool:
+def is_plain_object(value: Any) -> bool:
+    """Whether a value is an object of a class outside torch and the standard library.
+
+    Args:
+        value: The value.
+    """
     return not isinstance(value, type) and hasattr(value, "__dict__") and not _foreign(type(value))
 
 
@@ -293,15 +329,25 @@ def _contained(container: Any) -> Any:
     return list(dict.items(container)) if isinstance(container, dict) else list(container)
 
 
+def _holds(container: Any, old: list[Any]) -> bool:
+    """Whether a container still has its contents."""
+    now = _contained(container)
+    if len(now) != len(old):
+        return False
+    if isinstance(container, dict):
+        return all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, old, strict=True))
+    return all(a is b for a, b in zip(now, old, strict=True))
+
+
 def _refill(container: Any, old: list[Any]) -> None:
     """Restore the contents of a container."""
-    now = _contained(container)
+    if _holds(container, old):
+        return
     if isinstance(container, dict):
-        if len(now) != len(old) or any(a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, old, strict=True)):
-            kind = OrderedDict if isinstance(container, OrderedDict) else dict
-            kind.clear(container)
-            for key, value in old:
-                kind.__setitem__(container, key, value)
-    elif len(now) != len(old) or any(a is not b for a, b in zip(now, old, strict=True)):
+        kind = OrderedDict if isinstance(container, OrderedDict) else dict
+        kind.clear(container)
+        for key, value in old:
+            kind.__setitem__(container, key, value)
+    else:
         container.clear()
         (container.update if isinstance(container, set) else container.extend)(old)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
@@ -28,9 +28,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.axes import Decision
 from regrow.tracing.fixed_results import ORDERS, cast_answer, is_floating, reorder
+from regrow.tracing.form_cache import remember_result
 from regrow.tracing.forms import infer_result, map_arguments
 from regrow.tracing.interception import SpellOut, follow_modules
 from regrow.tracing.model_state import describe_state
+from regrow.tracing.repeated_calls import RepeatedCalls
 from regrow.tracing.source_lines import LINE, line_here
 
 
@@ -104,7 +106,12 @@ def record(
             recorder = _Recorder(seen, answers, orders, running, fake)
             with torch._C.DisableTorchFunction():
                 recorder.begin(model, names, inputs)
-            with SpellOut(), enable_python_dispatcher(), recorder:
+            repeated = (
+                RepeatedCalls(model, recorder)
+                if fake is not None and torch.fx.config.do_not_emit_stack_traces
+                else None
+            )
+            with SpellOut(), enable_python_dispatcher(), repeated.active() if repeated else nullcontext(), recorder:
                 result = model(*given, **named)
         recorder.end(result)
         return seen
@@ -167,8 +174,9 @@ class _Recorder(ProxyTorchDispatchMode):
         self.answers, self.orders = iter(answers), iter(orders)
         self.nodes = WeakTensorKeyDictionary()
         self.plain: dict[Node, Tensor] = {}
+        self.labels: dict[Any, str] = {}
         self.compared: list[Tensor] = []
-        self.first: Node | None = None
+        self.calls: list[Node] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -224,6 +232,9 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def _form(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Return the result of an operation on fake tensors."""
+        return remember_result(func, args, kwargs, self.fake, lambda: self._inferred(func, args, kwargs))
+
+    def _inferred(self, func: Any, args: Any, kwargs: Any) -> Any:
         if (form := infer_result(func, args, kwargs, self.fake)) is not NotImplemented:
             return form
         with self.fake:
@@ -235,10 +246,13 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def _plainly(self, func: Any, nodes: Any, named: Any) -> Any:
         """Return the result of an operation on constants alone, so that numbers made of sizes follow the sizes."""
-        read = [x for x in tree_leaves((nodes, named)) if isinstance(x, Node)]
-        if torch.Tag.nondeterministic_seeded in func.tags or any(x not in self.plain for x in read):
+        read: list[Node] = []
+        map_arguments((nodes, named), Node, read.append)
+        if any(x not in self.plain for x in read) or torch.Tag.nondeterministic_seeded in func.tags:
             return None
-        return func(*tree_map_only(Node, self.plain.get, nodes), **tree_map_only(Node, self.plain.get, named))
+        plain, more = map_arguments((nodes, named), Node, self.plain.__getitem__)
+        with no_python_dispatcher():
+            return func(*plain, **more)
 
     def _overwritten(self, nodes: list[Node]) -> None:
         """Forget constants that are written into, and all that share their storage."""
@@ -277,12 +291,36 @@ class _Recorder(ProxyTorchDispatchMode):
             self.compared += [_copy(live[one]) for one in compared_operands(node)]
 
     def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
-        node = self.seen.graph.call_function(target, args, kwargs)
-        self.first = self.first or node
+        node = self._add(target, args, kwargs)
         node.meta |= {"val": val, "nn_module_stack": self.running()}
         if not torch.fx.config.do_not_emit_stack_traces:
             node.meta[LINE] = line_here()
         return node
+
+    def _add(self, target: Any, args: Any, kwargs: Any) -> Node:
+        graph = self.seen.graph
+        if target not in self.labels:
+            self.labels[target] = graph._target_to_str(target)
+        node = graph.create_node("call_function", target, args, kwargs, self.labels[target])
+        self.calls.append(node)
+        return node
+
+    def constants_and_decisions(self) -> int:
+        """Return how many constants and decisions were recorded."""
+        return len(self.seen.constants) + len(self.seen.decisions)
+
+    def write_copy(self, node: Node, args: Any, kwargs: Any, stack: dict[str, Any]) -> Node:
+        """Record an operation once more, on other operands and in another module.
+
+        Args:
+            node: The operation.
+            args: Its positional operands now.
+            kwargs: Its operands by name now.
+            stack: The modules that run it.
+        """
+        made = self._add(node.target, args, kwargs)
+        made.meta |= node.meta | {"nn_module_stack": stack}
+        return made
 
     def _name(self, node: Node, out: Any, form: Any, plain: Any) -> None:
         """Associate the results of an operation with its node."""
@@ -314,7 +352,7 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def _placeholder(self, value: Any) -> Node:
         graph = self.seen.graph
-        with graph.inserting_before(self.first) if self.first is not None else nullcontext():
+        with graph.inserting_before(self.calls[0]) if self.calls else nullcontext():
             node = graph.placeholder(f"given_{len(graph.nodes)}")
         node.meta["val"] = value
         if isinstance(value, Tensor):

@@ -1,0 +1,334 @@
+"""Record repeated modules once: later calls copy the operations of the first.
+
+A deep network is mostly one block, again and again. Where a module in a list or sequence has the structure of one that
+has run, and is called with operands of the same form, it runs the same operations on its own parameters; so they are
+copied in the graph, without running the module's code. This is done only where nothing else could tell the two apart:
+
+* the modules have the same classes, attributes, and shapes of tensors; what both reach beyond them are the same
+  objects, with the same contents as at the first call. A block's number may differ if the first call did not read it;
+* the first call changed nothing outside, took no data-dependent decision, and gave tensors and plain values only.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import no_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Node
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from regrow.tracing.block_numbers import FIRST
+from regrow.tracing.forms import map_arguments
+from regrow.tracing.model_state import Snapshot, is_plain_object
+
+_TRIES = 3
+"""How many calls of a structure are examined before its modules are run each time."""
+
+
+class Recorder(Protocol):
+    """What records the operations of a run on fake tensors.
+
+    Args:
+        nodes: Tensor → its node.
+        plain: Node → its value, where that is made of constants.
+        calls: The recorded operations, in order.
+        fake: The mode of the fake tensors.
+    """
+
+    nodes: Any
+    plain: dict[Node, Tensor]
+    calls: list[Node]
+    fake: FakeTensorMode
+
+    def running(self) -> dict[str, Any]:
+        """Return the modules that run, by path."""
+
+    def constants_and_decisions(self) -> int:
+        """Return how many constants and decisions were recorded."""
+
+    def write_copy(self, node: Node, args: Any, kwargs: Any, stack: dict[str, Any]) -> Node:
+        """Record an operation once more, on other operands and in another module."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A recorded call of a module.
+
+    Args:
+        module: The module.
+        outer: The modules that ran it.
+        given: The nodes of its operands and of its own tensors before the call.
+        after: Their nodes after it; another one where an operation gave a tensor that it was given.
+        calls: The operations that were recorded.
+        results: For each entry of its result: the number of an operand, an operation, or a plain value.
+        spec: The form of its result.
+        snapshot: What the module reaches, as it was before the call.
+    """
+
+    module: nn.Module
+    outer: Mapping[str, Any]
+    given: tuple[Node, ...]
+    after: tuple[Node, ...]
+    calls: tuple[Node, ...]
+    results: tuple[tuple[str, Any], ...]
+    spec: TreeSpec
+    snapshot: Snapshot
+
+
+class RepeatedCalls:
+    """Runs modules, or copies what an equal call recorded.
+
+    Args:
+        model: The network.
+        recorder: What records its operations.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.paths = {module: path for path, module in model.named_modules()}
+        self.repeated = _repeated(model)
+        self.known: dict[object, _Call] = {}
+        self.tries: Counter[object] = Counter()
+        self.reads = 0
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Context manager in which the calls of repeated modules are copied."""
+        if not self.repeated:
+            yield
+            return
+        run, find = nn.Module.__call__, nn.Module.__getattr__
+        numbers: dict[nn.Module, dict[str, int]] = {}
+        for module in {one for block in self.repeated for one in block.modules()}:
+            own = {name: value for name in FIRST if type(value := vars(module).get(name)) is int}
+            if own:
+                numbers[module] = own
+                for name in own:
+                    del vars(module)[name]
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self._called(run, module, args, kwargs) if module in self.repeated else run(module, *args, **kwargs)
+
+        def read(module: nn.Module, name: str) -> Any:
+            if name in FIRST and name in (own := numbers.get(module, {})):
+                self.reads += 1
+                return own[name]
+            return find(module, name)
+
+        nn.Module.__call__, nn.Module.__getattr__ = call, read  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__, nn.Module.__getattr__ = run, find  # type: ignore[method-assign]
+            for module, own in numbers.items():
+                for name, value in own.items():
+                    vars(module).setdefault(name, value)
+
+    def _called(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        try:
+            key = (_structure(module), spec, self._forms(leaves), _context())
+            hash(key)
+        except TypeError:
+            return run(module, *args, **kwargs)
+        inputs = [x for x in leaves if isinstance(x, Tensor)]
+        tensors = [*inputs, *module.parameters(), *module.buffers()]
+        given = tuple([self.recorder.nodes[x] for x in tensors])
+        known = self.known.get(key)
+        if known is not None and (mapping := _mapping(known.given, given)) and known.snapshot.is_unchanged():
+            return self._copied(known, module, mapping, inputs, tensors)
+        if self.tries[key] >= _TRIES:
+            return run(module, *args, **kwargs)
+        self.tries[key] += 1
+        recorder, snapshot, outer = self.recorder, Snapshot(module), self.recorder.running()
+        start, reads, others = len(recorder.calls), self.reads, recorder.constants_and_decisions()
+        result = run(module, *args, **kwargs)
+        if self.reads == reads and recorder.constants_and_decisions() == others and snapshot.is_unchanged():
+            calls, after = tuple(recorder.calls[start:]), tuple([recorder.nodes[x] for x in tensors])
+            leaves, spec = tree_flatten(result)
+            results = tuple([_source(x, inputs, recorder.nodes) for x in leaves])
+            made = {value for kind, value in results if kind == "made"}
+            whole = made <= {*calls} and not made & recorder.plain.keys() and "unknown" not in dict(results)
+            if whole and not _reaches_others(calls, {*given}):
+                self.known[key] = _Call(module, outer, given, after, calls, results, spec, snapshot)
+        return result
+
+    def _copied(
+        self, known: _Call, module: nn.Module, mapping: dict[Node, Node], inputs: list[Tensor], tensors: list[Tensor]
+    ) -> Any:
+        """Copy the operations of a known call, and return the result of this one."""
+        names = {
+            self.paths[one]: self.paths[other]
+            for one, other in zip(known.module.modules(), module.modules(), strict=True)
+            if one in self.paths and other in self.paths
+        }
+        stacks: dict[int, dict[str, Any]] = {}
+        for node in known.calls:
+            args, kwargs = map_arguments((node.args, node.kwargs), Node, lambda one: mapping.get(one, one))
+            old = node.meta["nn_module_stack"]
+            if id(old) not in stacks:
+                own = {names.get(path, path): kind for path, (_, kind) in old.items() if path not in known.outer}
+                stacks[id(old)] = self.recorder.running() | {path: (path, kind) for path, kind in own.items()}
+            mapping[node] = self.recorder.write_copy(node, args, kwargs, stacks[id(old)])
+        for x, before, after in zip(tensors, known.given, known.after, strict=True):
+            if after is not before:
+                self.recorder.nodes[x] = mapping[after]
+        made: dict[Node, Tensor] = {}
+        results = []
+        for kind, value in known.results:
+            if kind == "made" and value not in made:
+                made[value] = self._result(value.meta["val"], mapping[value])
+            results.append(inputs[value] if kind == "given" else made[value] if kind == "made" else value)
+        return tree_unflatten(results, known.spec)
+
+    def _result(self, like: FakeTensor, node: Node) -> FakeTensor:
+        """Return a new tensor for a copied operation."""
+        with torch._C.DisableTorchFunction(), no_python_dispatcher(), torch._C._DisableTorchDispatch():
+            form = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+            made = FakeTensor(self.recorder.fake, form, like.fake_device)
+        node.meta["val"] = made
+        self.recorder.nodes[made] = node
+        return made
+
+    def _forms(self, leaves: list[Any]) -> tuple[object, ...]:
+        """Return what identifies the operands of a call; raise TypeError where nothing does."""
+        places: dict[int, int] = {}
+        return tuple([self._form(x, places.setdefault(id(x), len(places))) for x in leaves])
+
+    def _form(self, x: Any, place: int) -> object:
+        if not isinstance(x, Tensor):
+            return _plain(x)
+        if type(x) is not FakeTensor or x.fake_mode is not self.recorder.fake or x not in self.recorder.nodes:
+            raise TypeError
+        if x.layout is not torch.strided or x.constant is not None or x.is_conj() or x.is_neg():
+            raise TypeError
+        node = self.recorder.nodes[x]
+        same = node if node in self.recorder.plain else None  # its value could decide something
+        return (x.shape, x.stride(), x.storage_offset(), x.dtype, x.fake_device, x.requires_grad, place, same)
+
+
+def _mapping(known: tuple[Node, ...], given: tuple[Node, ...]) -> dict[Node, Node] | None:
+    """Return node of the known call → that of this one; ``None`` if one node would be two."""
+    mapping: dict[Node, Node] = {}
+    return mapping if all(mapping.setdefault(a, b) is b for a, b in zip(known, given, strict=True)) else None
+
+
+def _repeated(model: nn.Module) -> frozenset[nn.Module]:
+    """Return the modules of lists and sequences of which another one has the same class."""
+    found = set()
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            kinds = Counter(map(type, stack.children()))
+            found |= {one for one in stack.children() if kinds[type(one)] > 1 and len(one._modules)}
+    return frozenset(found)
+
+
+def _structure(module: nn.Module) -> tuple[object, ...]:
+    """Return what tells a module from others: classes, attributes and tensors, without its numbers.
+
+    Raises:
+        TypeError: If it has hooks, or an attribute that cannot be compared.
+    """
+    places: dict[int, int] = {}
+    parts: list[object] = []
+    objects: dict[int, object] = {}
+    for path, one in module.named_modules():
+        for name, value in vars(one).items():
+            if name in _HOOKS and value:
+                raise TypeError
+            if name in ("_parameters", "_buffers"):
+                for leaf, x in value.items():
+                    parts.append((path, leaf, None if x is None else _tensor(x, places.setdefault(id(x), len(places)))))
+            elif name == "_modules":
+                parts.append((path, tuple([(leaf, child is None) for leaf, child in value.items()])))
+            elif name not in _HOOKS and name not in FIRST:
+                parts.append((path, name, _attribute(value, objects)))
+        parts.append(type(one))
+    return tuple(parts)
+
+
+_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
+
+
+def _tensor(x: Tensor, place: int) -> object:
+    return (type(x), isinstance(x, nn.Parameter), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, place)
+
+
+def _attribute(value: Any, objects: dict[int, object]) -> object:
+    """Return the contents of a plain attribute or object (a configuration), and the identity of any other.
+
+    Args:
+        value: The value.
+        objects: ``id`` of an object → its contents; completed in place.
+    """
+    kind = type(value)
+    if kind in _PLAIN:
+        return (kind, value)
+    if kind is tuple or kind is list:
+        return (kind, *[_attribute(one, objects) for one in value])
+    if kind is dict:
+        return (kind, *[(name, _attribute(one, objects)) for name, one in value.items()])
+    if kind is set:
+        return (kind, frozenset(value))
+    if id(value) not in objects:
+        objects[id(value)] = (kind, id(value))
+        if is_plain_object(value) and not isinstance(value, Tensor | nn.Module) and not callable(value):
+            objects[id(value)] = (kind, *[(name, _attribute(one, objects)) for name, one in vars(value).items()])
+    return objects[id(value)]
+
+
+def _plain(value: Any) -> object:
+    if type(value) in _PLAIN:
+        return (type(value), value)
+    raise TypeError
+
+
+_PLAIN = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+
+
+def _context() -> tuple[object, ...]:
+    """Return what a run depends on beside the network."""
+    if torch._C._is_any_autocast_enabled():
+        raise TypeError
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch._C._len_torch_function_stack(),
+    )
+
+
+def _source(x: Any, inputs: list[Tensor], nodes: Mapping[Tensor, Node]) -> tuple[str, Any]:
+    """Return where an entry of a result comes from."""
+    if not isinstance(x, Tensor):
+        return ("plain", x) if type(x) in _PLAIN else ("unknown", None)
+    if (place := next((i for i, one in enumerate(inputs) if one is x), None)) is not None:
+        return "given", place
+    usual = type(x) is FakeTensor and x.layout is torch.strided and not (x.requires_grad or x.is_conj() or x.is_neg())
+    node = nodes.get(x) if usual and not x.storage_offset() else None
+    return ("made", node) if node is not None and node.meta["val"] is x else ("unknown", None)
+
+
+def _reaches_others(calls: tuple[Node, ...], given: set[Node]) -> bool:
+    """Whether an operation writes into a tensor that none of them made, or gives one that is nowhere in the call."""
+    made = {*calls}
+    for node in calls:
+        known = {id(one.meta["val"]) for one in node.all_input_nodes if one not in made | given}
+        if id(node.meta["val"]) in known:
+            return True
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        values = {**dict(zip((one.name for one in schema.arguments), node.args, strict=False)), **node.kwargs}
+        for one in schema.arguments:
+            if one.alias_info is not None and one.alias_info.is_write:
+                written: list[Node] = []
+                map_arguments(values.get(one.name), Node, written.append)
+                if any(node not in made for node in written):
+                    return True
+    return False
