@@ -16,12 +16,12 @@ from regrow.surgery.layout import Layout, lay_out
 from regrow.surgery.precision import as_double, grouped_product, made_in_double, widen_dtype
 from regrow.tracing.branch_sites import RecordedModules, locate_branches
 from regrow.tracing.capture import Capture
+from regrow.tracing.decisions import outputs
 from regrow.tracing.effects import Effects
 from regrow.tracing.fixed_results import ORDERS
 from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name
 from regrow.tracing.readings import ReadDim, operands
-from regrow.tracing.record import outputs
 from regrow.tracing.steps import operations
 
 Load = Callable[[str, bool], Tensor]

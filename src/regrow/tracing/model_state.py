@@ -163,12 +163,6 @@ class Snapshot:
 
     Args:
         value: The value, for example a module.
-
-    >>> net = nn.Linear(2, 2)
-    >>> before = Snapshot(net)
-    >>> net.calls = 1
-    >>> before.is_unchanged()
-    False
     """
 
     def __init__(self, value: object) -> None:

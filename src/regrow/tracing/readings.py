@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, capture
+from regrow.tracing.decisions import compared_operands
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.model_state import code_of, state_of
-from regrow.tracing.record import compared_operands
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import operations
 from regrow.tracing.training_trace import trace_training

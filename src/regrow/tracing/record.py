@@ -10,7 +10,7 @@ That a cut network does the same as the masked one follows by induction over the
 were the same, the tensors that the next is based on are the same, and so is its result.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import getitem
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.axes import Decision
+from regrow.tracing.decisions import DivergedError, compared_operands, decision, outputs
 from regrow.tracing.fixed_results import ORDERS, cast_answer, is_floating, reorder
 from regrow.tracing.form_cache import remember_result
 from regrow.tracing.forms import infer_result, map_arguments
@@ -34,19 +35,6 @@ from regrow.tracing.interception import SpellOut, follow_modules
 from regrow.tracing.model_state import describe_state
 from regrow.tracing.repeated_calls import RepeatedCalls
 from regrow.tracing.source_lines import LINE, line_here
-
-
-class DivergedError(RuntimeError):
-    """Raised where a run reaches other data-dependent decisions than those it is to replay."""
-
-
-def decision(*asked: Tensor) -> tuple[Tensor, ...]:
-    """Mark a data-dependent decision in a graph: it takes the tensors that were read; the result is a constant.
-
-    Args:
-        *asked: The tensors on which the decision is based; they are returned.
-    """
-    return asked
 
 
 @dataclass
@@ -128,29 +116,6 @@ def record(
             raise
         return run()
     return seen if describe_state(model) == before else run()
-
-
-def compared_operands(node: Node) -> list[Node]:
-    """Return the floating-point operands from which an operation computes integers or booleans."""
-    made = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
-    if node.op != "call_function" or (node.target is not decision and all(map(is_floating, made))):
-        return []
-    read = [(one, one.meta["val"]) for one in node.all_input_nodes]
-    return [one for one, value in read if isinstance(value, Tensor) and is_floating(value)]
-
-
-def outputs(value: object) -> Iterator[object]:
-    """Yield the leaves of a network's output: entries of lists, tuples and dicts, and fields of other objects.
-
-    Args:
-        value: What the network returned.
-    """
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__"):
-            yield leaf
-        else:
-            for part in vars(leaf).values():
-                yield from outputs(part)
 
 
 class _Recorder(ProxyTorchDispatchMode):
