@@ -1,6 +1,7 @@
 """``regrow grid``: a run per cell, a row per cell, and what its exit code says."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +50,10 @@ def test_mistakes_are_found_before_any_cell_runs(regrow, tmp_path: Path) -> None
         code, _, err = regrow("grid", "grid.yaml", "--out", "G")
         assert code == 2 and message in err and err.count("\n") == 1
     assert not Path("G").exists()
+
+
+def test_a_missing_package_is_told_before_anything_is_written(regrow, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    (tmp_path / "grid.yaml").write_text("base: {model: resnet18}\ngrid: {keep: [0.5]}")
+    code, _, err = regrow("grid", "grid.yaml", "--on", "ray", "--out", "G")
+    assert code == 4 and "pip install 'regrow[cluster]'" in err and not Path("G").exists()

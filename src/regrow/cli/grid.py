@@ -1,6 +1,7 @@
 """``regrow grid``: prune with every combination of settings, on this machine or on a Ray cluster."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def grid(given: Given[Settings], out: Path, code: str, memory: str) -> int:
     _check(settings, cells, out)
     options.say_code(settings.model, code)
     jobs = settings.jobs or (1 if settings.on == "local" else None)
-    cpus = jobs and jobs * settings.threads
+    cpus = max(settings.threads, jobs * settings.threads if jobs else os.cpu_count() or 1)
     words = [word for name, value in (("--code", code), ("--memory", memory)) if value for word in (name, value)]
     with working() as progress:
         rows = run(

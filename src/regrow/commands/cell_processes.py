@@ -4,6 +4,7 @@ A cell is the command line of a pruning run in a process of its own, which ends 
 Linux), so that a cell that is started again never finds its predecessor still writing.
 """
 
+import logging
 import os
 import shlex
 import signal
@@ -30,7 +31,9 @@ from regrow.cli import main
 main()
 """
 _TAIL = 2**14
+_log = logging.getLogger("regrow")
 _POLL = 0.2
+_STORE = 2**27
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ class RayEngine(Engine):
 
         self._ray: Any = ray
         running = address or os.environ.get("RAY_ADDRESS", "")
-        own = {} if running else {"num_cpus": cpus, "include_dashboard": False}
+        own = {} if running else {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
         try:
             ray.init(address=running or "local", log_to_driver=False, logging_level="ERROR", **own)
         except Exception as error:
@@ -200,9 +203,20 @@ class RayEngine(Engine):
             ) from None
         self._task, self._retries = ray.remote(run_job), retries
         self._running: dict[Any, CellJob] = {}
+        self._known: set[tuple[int, int]] = set()
 
     def submit(self, job: CellJob) -> None:
-        """Hand a cell over to the cluster, which runs it when it has the CPUs."""
+        """Hand a cell over to the cluster, which runs it when it has the CPUs; a log message if no machine has them."""
+        if (job.threads, job.gpus) not in self._known:
+            self._known.add((job.threads, job.gpus))
+            machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            if not any(one.get("CPU", 0) >= job.threads and one.get("GPU", 0) >= job.gpus for one in machines):
+                _log.warning(
+                    "no machine of the Ray cluster has %d CPUs and %d GPUs, which a cell needs: cells wait until one "
+                    "joins; lower --threads, or stop with Ctrl-C",
+                    job.threads,
+                    job.gpus,
+                )
         needs = {"num_cpus": job.threads, "num_gpus": job.gpus, "max_retries": self._retries}
         self._running[self._task.options(name=job.name, **needs).remote(job)] = job
 

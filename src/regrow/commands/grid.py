@@ -1,5 +1,6 @@
 """``regrow grid``: a pruning run for every combination of settings, resumed where it was stopped."""
 
+import contextlib
 import json
 import shlex
 import time
@@ -36,6 +37,17 @@ class _Course:
     cells: Sequence[Cell]
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def read(self) -> list[Cell]:
+        """Add the rows of finished cells, and return the others."""
+        before = {row.get("cell"): row for row in (read(self.out / ROWS) if (self.out / ROWS).is_file() else ())}
+        left = []
+        for cell in self.cells:
+            if is_finished(cell, self.out / cell.name):
+                self.add(row_of(cell, self.out) | _effort(before.get(cell.name, {})))
+            else:
+                left.append(cell)
+        return left
+
     def add(self, row: dict[str, Any]) -> None:
         self.rows[row["cell"]] = row
 
@@ -65,7 +77,7 @@ def run(
         cells: The cells.
         out: The folder of the grid; made if needed. It gets a run folder per cell, ``grid.jsonl`` with a row per
             cell, and ``logs``.
-        make_engine: Returns what runs the processes; called if there is anything to run.
+        make_engine: Returns what runs the processes; called if there is anything to run, before anything is written.
         jobs: The largest number of cells at the same time; ``None``: whatever the engine runs.
         threads: CPU threads of a cell.
         retries: How often a cell is started again whose process was killed.
@@ -84,27 +96,21 @@ def run(
     """
     if (out / RUN).exists():
         raise StoreError(f"{out} is the folder of a run; choose a new folder for the grid")
-    with explain_os_errors(out):
-        (out / LOGS).mkdir(parents=True, exist_ok=True)
-        owner = lock(out)
-    with owner:
-        course = _Course(out, cells)
-        before = {row.get("cell"): row for row in (read(out / ROWS) if (out / ROWS).is_file() else ())}
-        left = []
-        for cell in cells:
-            if is_finished(cell, out / cell.name):
-                course.add(row_of(cell, out) | _effort(before.get(cell.name, {})))
-            else:
-                left.append(cell)
-        course.write()
-        if left:
-            engine = make_engine()
-            try:
-                jobs_left = [_job(cell, out, threads, tuple(words)) for cell in left]
-                _run_all(dict(zip(jobs_left, left, strict=True)), course, engine, (jobs, retries), progress, announce)
-            finally:
-                engine.close()
-        return course.write()
+    course = _Course(out, cells)
+    if not [cell for cell in cells if not is_finished(cell, out / cell.name)]:
+        with lock(out):
+            course.read()
+            return course.write()
+    with contextlib.closing(make_engine()) as engine:
+        with explain_os_errors(out):
+            (out / LOGS).mkdir(parents=True, exist_ok=True)
+            owner = lock(out)
+        with owner:
+            left = course.read()
+            course.write()
+            jobs_left = [_job(cell, out, threads, tuple(words)) for cell in left]
+            _run_all(dict(zip(jobs_left, left, strict=True)), course, engine, (jobs, retries), progress, announce)
+            return course.write()
 
 
 def is_finished(cell: Cell, folder: Path) -> bool:
