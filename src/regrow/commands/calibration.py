@@ -31,6 +31,7 @@ def calibrate(
     objective: Objective | None = None,
     network: StreamedNetwork | None = None,
     ranks: Ranks = SINGLE,
+    batch_size: int = 1,
 ) -> tuple[Evidence, str]:
     """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
 
@@ -44,14 +45,16 @@ def calibrate(
         objective: What the model is trained for; ``None``: what fits the labels.
         network: The network, if it runs one block at a time.
         ranks: The processes that share the batches; the others call :func:`share_calibration`.
+        batch_size: How many examples run at a time, as for :func:`regrow.commands.pruning.collect_evidence`.
 
     Returns:
         The measurements, and a digest of everything that they depend on.
     """
     model, several = loaded.origin.record(), prune.split_sources(sources, pruner.sources)[0]
     sums = parameter_sums(loaded.model) if network is None else network.weights.sums()
+    size = [batch_size] if batch_size > 1 else []
     keys = {
-        source.name: statistics.fingerprint(source, pruner.shards, sorted(pruner.needs), str(model), sums)
+        source.name: statistics.fingerprint(source, pruner.shards, sorted(pruner.needs), str(model), sums, *size)
         for source in several
     }
     done = statistics.read_finished_shards(folder.path, keys, pruner.shards)
@@ -61,7 +64,7 @@ def calibrate(
 
     if ranks.several:
         broadcast_record(ranks, [list(one) for one in done])
-    more: Any = {"done": done, "on_done": keep, "visits": network, "ranks": ranks}
+    more: Any = {"done": done, "on_done": keep, "visits": network, "ranks": ranks, "batch_size": batch_size}
     evidence = prune.collect_evidence(loaded.model, axes, pruner, sources, progress, objective=objective, **more)
     return evidence, statistics.fingerprint(Source("", ()), keys)
 
@@ -73,6 +76,7 @@ def share_calibration(
     sources: Sequence[Source],
     ranks: Ranks,
     network: StreamedNetwork | None = None,
+    batch_size: int = 1,
 ) -> None:
     """Measure the share of this rank in a calibration that rank 0 leads and stores.
 
@@ -83,9 +87,11 @@ def share_calibration(
         sources: The calibration data.
         ranks: The processes.
         network: The network, if it runs one block at a time.
+        batch_size: As for :func:`calibrate`.
     """
     done = {(source, shard): Statistics(source) for source, shard in broadcast_record(ranks)}
-    prune.collect_evidence(model, axes, pruner, sources, done=done, visits=network, ranks=ranks)
+    more: Any = {"done": done, "visits": network, "ranks": ranks, "batch_size": batch_size}
+    prune.collect_evidence(model, axes, pruner, sources, **more)
 
 
 def parameter_sums(model: nn.Module) -> list[float]:

@@ -104,7 +104,8 @@ def plan_only(
     temporary = TemporaryDirectory(prefix="regrow-") if streamed else nullcontext("")
     with autocasting(loaded.model, settings.precision), temporary as place:
         visits = streamed.with_results(Path(place)).network() if streamed else None
-        evidence = prune.collect_evidence(loaded.model, axes, method, kinds.calibration, progress, visits=visits)
+        given = loaded.model, axes, method, kinds.calibration, progress, settings.batch_size
+        evidence = prune.collect_evidence(*given, visits=visits)
         weights = streamed.opened.weights.parameters() if streamed else None
         return plan_cut(method, loaded.model, axes, budget, evidence, weights=weights, progress=progress).plan
 
@@ -194,7 +195,7 @@ def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) 
     weights = CachedColumns(network.weights.parameters() if network else weights_of(loaded.model))
     with job.clock.stage("calibrate"), passes():
         given = folder, loaded, axes, method, job.kinds.calibration, progress
-        evidence, key = calibrate(*given, network=network, ranks=job.ranks)
+        evidence, key = calibrate(*given, network=network, ranks=job.ranks, batch_size=job.settings.batch_size)
     with job.clock.stage("plan"):
         path = folder.path / "statistics" / "learned.safetensors"
         open_checkpoint(path, key, FORMAT)

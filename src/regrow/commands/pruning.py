@@ -11,6 +11,7 @@ from regrow.amounts import Measure
 from regrow.axes import AxisGraph
 from regrow.budget import Budget, Timing
 from regrow.commands.measuring import timed_input
+from regrow.data.joined import join_batches
 from regrow.evidence import Evidence, Need
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
@@ -39,6 +40,7 @@ def collect_evidence(
     pruner: Pruner,
     sources: Sequence[Source],
     progress: Progress = silent,
+    batch_size: int = 1,
     **resume: Any,
 ) -> Evidence:
     """Measure what a method needs on the sources; a source is split if the method compares more than there are.
@@ -49,6 +51,8 @@ def collect_evidence(
         pruner: The method.
         sources: The calibration data.
         progress: Called with (steps done, steps in all, what is being done).
+        batch_size: How many examples run at a time, where smaller batches can be joined; methods that need gradients
+            run the batches as they are.
         **resume: Of :func:`regrow.scoring.collect`: ``done`` and ``on_done``, to store and reuse finished shards, and
             ``objective``.
     """
@@ -56,7 +60,9 @@ def collect_evidence(
         return Evidence()
     report = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
     several, notes = split_sources(sources, pruner.sources)
-    statistics = collect(model, axes, several, pruner.needs, shards=pruner.shards, progress=report, **resume)
+    most = 1 if Need.GRADIENTS in pruner.needs else batch_size
+    joined = [join_batches(source, most, pruner.shards) for source in several]
+    statistics = collect(model, axes, joined, pruner.needs, shards=pruner.shards, progress=report, **resume)
     return Evidence(statistics, {source.name: source for source in several}, notes=notes)
 
 

@@ -49,7 +49,8 @@ def share(settings: Settings, ranks: Ranks, *, code: str = "", memory: str = "")
         streamed = streamed.with_results(Path(place)) if streamed else None
         network = streamed.network() if streamed else None
         with autocasting(loaded.model, settings.precision):
-            share_calibration(loaded.model, axes, method, kinds.calibration, ranks, network)
+            given = loaded.model, axes, method, kinds.calibration, ranks, network
+            share_calibration(*given, batch_size=settings.batch_size)
         message = broadcast_record(ranks)
         plan = Plan.from_json(message["plan"])
         if streamed:

@@ -124,7 +124,8 @@ def open_streamed(
     sources = (*settings.sources, *settings.unseen)
     counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
     windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
-    plan = plan_memory(opened.network(), limit, windows, settings.seq_len)
+    size = settings.batch_size
+    plan = plan_memory(opened.network(), limit, -(-windows // size), settings.seq_len * size)
     own = {
         f"--method {settings.method}, which computes gradients of the whole network": Need.GRADIENTS in pruner.needs,
         f"--method {settings.method}, which runs the masked network": pruner.trains,

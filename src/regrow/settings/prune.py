@@ -91,6 +91,11 @@ class Settings:
         "Tokens (image models: images) per source to calibrate on.",
         group=DATA, range=Range(1, MANY),
     )] = 4096
+    batch_size: Annotated[int, Setting(
+        "Windows of text (image models: images) that calibration runs at a time; 8 is faster than 1 and takes more "
+        "memory. Methods that need gradients run one at a time.",
+        group=DATA, range=Range(1, 2**16), example="8", absent=1,
+    )] = 1
     eval_tokens: EvalTokens = 2048
     seq_len: SeqLen = 256
     finetune: Annotated[int, Setting(

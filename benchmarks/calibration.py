@@ -1,0 +1,209 @@
+"""Calibration through the command line, beside plain forward passes and the published procedures of FLAP and Wanda-sp.
+
+    python benchmarks/calibration.py                     # SmolLM2-135M, bfloat16 and float32; about 6 minutes when idle
+    python benchmarks/calibration.py --dtype bfloat16
+
+All in turns in one process, in CPU seconds on one thread, on the same windows in the same precision: the stage
+"calibrate" of ``regrow prune --method flap`` (digest of the data and storing of the statistics included); the whole
+network's forward pass, at the batch size at which that is fastest, which ``--batch-size`` takes too; and the published
+procedures. Those are written here from the papers' description: layer by layer, every window passes through the layer
+once with hooks on the inputs of its projections, which sum in float32, and once more for the inputs of the next layer;
+one window at a time.
+A ratio is the median over rounds of the ratios within a round. Rows go to benchmarks/results/calibration.jsonl.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow import data
+from regrow.commands.clock import Clock
+from regrow.commands.models import ModelSpec, load_model
+from regrow.commands.prune import run
+from regrow.data.joined import join_batches
+from regrow.settings.prune import Settings
+from regrow.sources import Batch
+from regrow.store.versions import versions
+
+OUT = Path(__file__).parent / "results" / "calibration.jsonl"
+MODEL, SEQ = "smollm2-135m", 256
+TOKENS = {"bfloat16": 8192, "float32": 2048}
+SIZES = (1, 2, 4, 8, 16)
+
+
+def cpu(work: Callable[[], object]) -> float:
+    """CPU seconds of a call."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def plain(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Run all batches."""
+    with torch.no_grad():
+        for batch in batches:
+            model(*batch.args, **batch.kwargs)
+
+
+def calibrated(dtype: str, method: str, batch_size: int) -> float:
+    """CPU seconds of the stage "calibrate" of a run of ``regrow prune``."""
+    seconds, true = {}, Clock.stage
+
+    @contextmanager
+    def stage(clock: Clock, name: str) -> Iterator[None]:
+        start = time.process_time()
+        with true(clock, name):
+            yield
+        seconds[name] = time.process_time() - start
+        if name == "plan":
+            raise InterruptedError
+
+    with tempfile.TemporaryDirectory() as place:
+        settings = Settings(
+            MODEL, method, {}, 0.7, sources=("news",), tokens=TOKENS[dtype], seq_len=SEQ, eval_tokens=SEQ, dtype=dtype,
+            proof=False, undo=False, batch_size=batch_size,
+        )  # fmt: skip
+        Clock.stage = stage  # type: ignore[method-assign]
+        try:
+            run(settings, Path(place) / "run")
+        except InterruptedError:
+            pass
+        finally:
+            Clock.stage = true  # type: ignore[method-assign]
+    return seconds["calibrate"]
+
+
+class Fluctuation:
+    """FLAP's statistics of a layer's input: running mean and variance of each channel, in float32."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.spread = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        """Add one window, ``[1, tokens, channels]``."""
+        rows = x.reshape(-1, x.shape[-1]).T.float()
+        old, self.count = self.mean, self.count + 1
+        self.mean = old * ((self.count - 1) / self.count) + rows.mean(1) / self.count
+        if self.count > 1:
+            moved = (rows - self.mean.unsqueeze(1)) * (rows - old.unsqueeze(1))
+            self.spread = self.spread * ((self.count - 2) / (self.count - 1)) + moved.sum(1) / (self.count - 1)
+
+
+class Norm:
+    """Wanda-sp's statistics of a layer's input: the squared norm of each channel, in float32."""
+
+    def __init__(self) -> None:
+        self.count, self.square = 0, torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        """Add one window, ``[1, tokens, channels]``."""
+        rows = x.reshape(-1, x.shape[-1]).T.float()
+        self.count += 1
+        self.square = self.square * ((self.count - 1) / self.count) + rows.norm(p=2, dim=1) ** 2 / self.count
+
+
+def published(model: Any, batches: Sequence[Batch], kind: type[Fluctuation] | type[Norm]) -> list[Any]:
+    """Measure layer by layer, each window twice: with hooks, and for the inputs of the next layer."""
+    layers, inputs, more = model.model.layers, [], {}
+
+    def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0])
+        more.update(kwargs)
+        raise InterruptedError
+
+    handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    result = []
+    with torch.no_grad():
+        for batch in batches:
+            with suppress(InterruptedError):
+                model(*batch.args, **batch.kwargs)
+        handle.remove()
+        for layer in layers:
+            sums = {name: kind() for name in ("self_attn.o_proj", "mlp.down_proj")}
+            hooks = [
+                layer.get_submodule(name).register_forward_hook(lambda module, given, out, own=own: own.add(given[0]))
+                for name, own in sums.items()
+            ]
+            for x in inputs:
+                layer(x, **more)
+            for hook in hooks:
+                hook.remove()
+            inputs = [first(layer(x, **more)) for x in inputs]
+            result.append(sums)
+    return result
+
+
+def first(value: Any) -> Tensor:
+    """The hidden states in what a layer returns."""
+    return value if isinstance(value, Tensor) else value[0]
+
+
+def measure(dtype: str, rounds: int) -> dict[str, Any]:
+    """Measure in one precision and return the row."""
+    loaded = load_model(ModelSpec(MODEL, dtype, "cpu", "", ()), lambda done, total, what: None, "")
+    windows = data.windows(data.text("news"), loaded.tokenizer, n=TOKENS[dtype] // SEQ, seq_len=SEQ)
+    joined = {size: list(join_batches(windows, size)) for size in SIZES if size <= len(windows)}
+    model = loaded.model
+    plain(model, joined[1][:1])
+    first_round = {size: cpu(lambda one=batches: plain(model, one)) for size, batches in joined.items()}
+    best = min(first_round, key=lambda size: first_round[size])
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, one in {
+            "plain": lambda: cpu(lambda: plain(model, joined[best])),
+            "regrow": lambda: calibrated(dtype, "flap", best),
+            "regrow, one window at a time": lambda: calibrated(dtype, "flap", 1),
+            "plain, one window at a time": lambda: cpu(lambda: plain(model, joined[1])),
+            "FLAP as published": lambda: cpu(lambda: published(model, joined[1], Fluctuation)),
+            "Wanda-sp as published": lambda: cpu(lambda: published(model, joined[1], Norm)),
+        }.items():
+            seconds.setdefault(name, []).append(one())
+            print(dtype, name, round(seconds[name][-1], 3), flush=True)
+
+    def ratio(above: str, below: str) -> dict[str, float]:
+        ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+        return {name: round(f(ratios), 3) for name, f in (("median", statistics.median), ("low", min), ("high", max))}
+
+    return {
+        "model": MODEL,
+        "dtype": dtype,
+        "tokens": TOKENS[dtype],
+        "seq_len": SEQ,
+        "batch_size": best,
+        "plain_by_batch_size": {size: round(value, 3) for size, value in first_round.items()},
+        "regrow_over_plain": ratio("regrow", "plain"),
+        "one_window_over_plain": ratio("regrow, one window at a time", "plain"),
+        "flap_over_regrow": ratio("FLAP as published", "regrow"),
+        "wanda_sp_over_regrow": ratio("Wanda-sp as published", "regrow"),
+        "cpu_seconds": {name: [round(one, 3) for one in values] for name, values in seconds.items()},
+    }
+
+
+def main() -> None:
+    """Measure and append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="*", default=list(TOKENS), choices=list(TOKENS))
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for dtype in given.dtype:
+        row = measure(dtype, given.rounds)
+        row |= {"date": str(date.today()), "versions": versions(), "threads": 1, "processor": platform.machine()}
+        with OUT.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Join small batches of a source into larger ones, which networks compute faster."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.sources import Batch, Source
+
+
+def join_batches(source: Source, most: int, shards: int = 1) -> Source:
+    """Return a source whose consecutive batches are joined to at most ``most`` examples each.
+
+    Batches are joined where their inputs have the same shapes, but for the number of examples. With several shards,
+    batch ``i`` of the result holds batches of shard ``i % shards`` alone, so that the shards hold the same examples.
+
+    Args:
+        source: The source, read in whole.
+        most: The most examples in a batch; larger batches stay as they are.
+        shards: Into how many parts the source will be split.
+
+    >>> one = Source("news", [Batch((torch.tensor([[i]]),)) for i in range(5)])
+    >>> [batch.args[0].flatten().tolist() for batch in join_batches(one, 2, shards=2)]
+    [[0, 2], [1, 3], [4]]
+    """
+    if most <= 1:
+        return source
+    batches = list(source)
+    parts = [list(_joined(batches[shard::shards], most)) for shard in range(shards)]
+    sizes = [len(part) for part in parts]
+    if sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:  # batches of several shapes
+        return source
+    return replace(source, batches=[part[i] for i in range(sizes[0]) for part in parts if i < len(part)])
+
+
+def _joined(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    own: list[Batch] = []
+    for batch in batches:
+        if own and (_form(batch) != _form(own[0]) or sum(map(_examples, own)) + _examples(batch) > most):
+            yield _concatenated(own)
+            own = []
+        own.append(batch)
+    if own:
+        yield _concatenated(own)
+
+
+def _examples(batch: Batch) -> int:
+    return next((len(one) for one in (*batch.args, *batch.kwargs.values()) if isinstance(one, Tensor) and one.dim()), 1)
+
+
+def _form(batch: Batch) -> list[Any]:
+    values = [*enumerate(batch.args), *batch.kwargs.items(), ("labels", batch.labels)]
+    return [(key, _kind(one)) for key, one in values]
+
+
+def _kind(value: object) -> object:
+    """Return what inputs must have in common to be joined; an object of its own for those that cannot be."""
+    if isinstance(value, Tensor) and value.dim():
+        return value.dtype, value.shape[1:]
+    return value if value is None or isinstance(value, bool | int | float | str) else object()
+
+
+def _concatenated(batches: Sequence[Batch]) -> Batch:
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+
+    def joined(values: Sequence[Any]) -> Any:
+        return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
+
+    args = tuple(map(joined, zip(*(one.args for one in batches), strict=True)))
+    kwargs = {key: joined([one.kwargs[key] for one in batches]) for key in first.kwargs}
+    return Batch(args, kwargs, joined([one.labels for one in batches]))

@@ -1,0 +1,45 @@
+"""Joined batches hold the same examples in the same shards, and measure the same."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from hand import lm, texts
+from regrow.data.joined import join_batches
+from regrow.evidence import Need
+from regrow.scoring import collect
+from regrow.sources import Batch, Source
+
+
+@pytest.mark.parametrize(("windows", "most", "shards"), [(7, 3, 2), (16, 4, 4), (5, 8, 3), (6, 1, 2)])
+def test_each_shard_keeps_its_examples(windows: int, most: int, shards: int) -> None:
+    one = Source("s", [Batch((torch.full((1, 3), i),), {"use_cache": False}) for i in range(windows)], "origin")
+    joined = join_batches(one, most, shards)
+    for shard in range(shards):
+        rows = torch.cat([batch.args[0] for batch in joined.batches[shard::shards]])
+        assert rows[:, 0].tolist() == list(range(shard, windows, shards))
+    assert max(len(batch.args[0]) for batch in joined) <= most
+    assert (joined.name, joined.origin) == (one.name, one.origin)
+
+
+def test_batches_of_other_shapes_are_not_joined() -> None:
+    shapes = [(1, 3), (1, 3), (1, 4), (2, 4), (5, 4)]
+    rows = [Batch((torch.zeros(shape),), {}, torch.zeros(shape)) for shape in shapes]
+    assert [tuple(batch.args[0].shape) for batch in join_batches(Source("s", rows), 4)] == [(2, 3), (3, 4), (5, 4)]
+    other = [Batch((torch.zeros(1, 3),), {"use_cache": flag}) for flag in (True, False)]
+    assert len(join_batches(Source("s", other), 4)) == 2
+
+
+def test_the_statistics_are_those_of_single_windows() -> None:
+    model, axes = lm()
+    source = texts("a")
+    single = Source("a", [Batch((row[None],), batch.kwargs) for batch in source for row in batch.args[0]])
+    measured = partial(collect, model, axes, needs={Need.ACTIVATIONS}, shards=2)
+    for one, other in zip(measured([single])["a"], measured([join_batches(single, 3, 2)])["a"], strict=True):
+        assert one.tokens == other.tokens
+        for name, moments in one.moments.items():
+            joined = other.moments[name]
+            assert (moments.count, moments.sequences) == (joined.count, joined.sequences)
+            torch.testing.assert_close(moments.total, joined.total, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(moments.mean_square, joined.mean_square, rtol=1e-4, atol=1e-4)
