@@ -245,7 +245,7 @@ def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: 
     folder, proof = job.folder, job.settings.proof
     before = job.measure(axes, "dense", streamed.network())
     with job.clock.stage("apply"):
-        cut = streamed.cut(folder, plan, proof=proof, progress=job.progress)
+        cut = streamed.cut(folder, plan, proof=proof, progress=job.progress, ranks=job.ranks)
         _record_plan(folder, plan, axes, cut.axes)
     broadcast_record(job.ranks, {one.name: one.stat().st_size for one in sorted(folder.path.glob("*.safetensors"))})
     shared = job.ranks if everywhere(job.ranks, True) else SINGLE  # whether the other ranks see these files

@@ -74,8 +74,9 @@ def _share_cut(
 def _share_streamed_cut(
     settings: Settings, ranks: Ranks, streamed: StreamedRun, kinds: SourceHalves, plan: Plan, folder: Path
 ) -> None:
-    """Evaluate the cut network that rank 0 wrote, if every rank sees its folder."""
+    """Cut and check blocks, and evaluate the cut network that rank 0 wrote, if every rank sees its folder."""
     cut = propose_cut(streamed.opened, plan)
+    cut.share(ranks, proof=settings.proof)
     files = {folder / name: size for name, size in broadcast_record(ranks).items()}
     if everywhere(ranks, all(file.is_file() and file.stat().st_size == size for file, size in files.items())):
         network = cut.network(folder, streamed.results)

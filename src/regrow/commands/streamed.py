@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regrow.amounts import Measure, format_bytes, parse_bytes
 from regrow.commands.inputs import count_windows
 from regrow.commands.models import DTYPES, ModelSpec
+from regrow.distributed import SINGLE, Ranks
 from regrow.errors import InputError
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner
@@ -79,7 +80,9 @@ class StreamedRun:
 
         return OutsideTensors(each, running, all(map(weights.is_aligned, weights.stored)))
 
-    def cut(self, folder: RunFolder, plan: Plan, *, proof: bool, progress: Progress) -> StreamedCut:
+    def cut(
+        self, folder: RunFolder, plan: Plan, *, proof: bool, progress: Progress, ranks: Ranks = SINGLE
+    ) -> StreamedCut:
         """Try a plan, write the cut network into a run folder, and log how far its blocks are from the masked ones.
 
         Args:
@@ -87,9 +90,10 @@ class StreamedRun:
             plan: The plan.
             proof: Whether every changed block is compared.
             progress: Called with (steps done, steps in all, what is being done).
+            ranks: The processes that share the blocks; the others call :meth:`StreamedCut.share`.
         """
         cut = propose_cut(self.opened, plan)
-        deviations = cut.write(folder.path, proof=proof, progress=progress)
+        deviations = cut.write(folder.path, proof=proof, progress=progress, ranks=ranks)
         if deviations:
             worst = max(deviations, key=lambda one: one.largest_difference - one.bound)
             row: dict[str, Any] = {"ok": True, "max_abs_diff": worst.largest_difference, "bound": worst.bound}

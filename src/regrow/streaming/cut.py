@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from regrow import store
 from regrow.axes import AxisGraph
+from regrow.distributed import SINGLE, Ranks
+from regrow.distributed.exchange import Outbox, receive
 from regrow.nets import Loaded
 from regrow.plan import Plan, PlanError
 from regrow.progress import Progress, silent
@@ -16,7 +18,7 @@ from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
 from regrow.streaming.checkpoint import Checkpoint
-from regrow.streaming.network import StreamedNetwork
+from regrow.streaming.network import StreamedBlock, StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork
 from regrow.streaming.weights import StoredWeights
 from regrow.surgery.apply import check, try_out
@@ -46,13 +48,16 @@ class StreamedCut:
     loaded: Loaded
     axes: AxisGraph
 
-    def write(self, folder: Path, *, proof: bool = True, progress: Progress = silent) -> list[Deviation]:
+    def write(
+        self, folder: Path, *, proof: bool = True, progress: Progress = silent, ranks: Ranks = SINGLE
+    ) -> list[Deviation]:
         """Cut and write the network, as ``store.write_model`` writes one that is in memory.
 
         Args:
             folder: The folder of the model.
             proof: Whether every changed block is compared with the masked one in float64.
             progress: Called with (blocks done, blocks in all, what is being done).
+            ranks: The processes that share the blocks; this one is rank 0, and the others call :meth:`share`.
 
         Returns:
             How far the blocks that were compared are from the masked ones.
@@ -64,7 +69,7 @@ class StreamedCut:
         deviations: list[Deviation] = []
 
         def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in self._tensors(proof, deviations, progress):
+            for name, tensor in self._tensors(proof, deviations, progress, ranks):
                 if name in shapes.tensors:
                     yield name, tensor
 
@@ -76,6 +81,30 @@ class StreamedCut:
         outside = OutsideTensors(each, running, self._is_aligned(), ahead=self.opened.network().largest_block)
         store.write_model(self.loaded, folder, outside=outside)
         return deviations
+
+    def share(self, ranks: Ranks, *, proof: bool = True) -> None:
+        """Cut and check the blocks of this rank, and send them to rank 0, which writes them.
+
+        Args:
+            ranks: The processes.
+            proof: Whether every changed block is compared with the masked one in float64.
+
+        Raises:
+            PlanError: If a block of the cut network computes something else than the masked one.
+        """
+        network, outbox = self.opened.network(), Outbox()
+        blocks = ranks.share(_ordered(network))
+        changed = self._compared(proof)
+        with network.resident(network.outer, blocks[0].names if blocks else ()):
+            for i, one in enumerate(blocks):
+                deviations: list[Deviation] = []
+                graph = [b for b in self.change.recording.blocks if b.path == one.path and b.path in changed]
+                with network.resident(one.names, blocks[i + 1].names if i + 1 < len(blocks) else ()):
+                    tensors = dict(self._cut(one.names, graph, deviations))
+                    outbox.flush()  # no more than one block waits
+                    record = {"names": [*tensors], "deviations": [astuple(deviation) for deviation in deviations]}
+                    outbox.send(record, [*tensors.values()])
+        outbox.flush()
 
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
         """Return the cut network, to be run one block at a time.
@@ -98,23 +127,32 @@ class StreamedCut:
         rest = [name for name in weights.stored if name not in changed]
         return all(weights.is_aligned(name) for name in rest)
 
-    def _tensors(self, proof: bool, deviations: list[Deviation], progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    def _compared(self, proof: bool) -> set[str]:
+        """Return the paths of the blocks that are compared."""
+        return {block.path for block in changed_blocks(self.change)} if proof else set()
+
+    def _tensors(
+        self, proof: bool, deviations: list[Deviation], progress: Progress, ranks: Ranks
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
-        network, change = self.opened.network(), self.change
-        changed = {block.path for block in changed_blocks(change)} if proof else set()
-        graph = change.recording.blocks
+        network, graph, changed = self.opened.network(), self.change.recording.blocks, self._compared(proof)
         derived = {
             name: here.tensor for name, here in named_tensors(self.loaded.model).items() if not here.kind.carried
         }
         yield from derived.items()
-        # In the order of the files as far as possible, so that these are hashed as they are written.
-        ordered = sorted(network.blocks, key=lambda one: f"{one.path}.")
+        ordered = _ordered(network)
         with network.resident(network.outer, ordered[0].names):
             parts = [(tuple(b for b in graph if not b.path), network.outer)]
             parts += [(tuple(b for b in graph if b.path == one.path), one.names) for one in ordered]
             for i, (blocks, names) in enumerate(parts):
                 progress(i, len(parts), "cutting and checking the blocks")
-                with network.resident(names if i else (), ordered[i].names if i < len(ordered) else ()):
+                if owner := (i - 1) % ranks.size if i else 0:
+                    record, tensors = receive(owner)
+                    deviations += [Deviation(*one) for one in record["deviations"]]
+                    yield from zip(record["names"], tensors, strict=True)
+                    continue
+                following = i - 1 + ranks.size if i else 0
+                with network.resident(names if i else (), ordered[following].names if following < len(ordered) else ()):
                     yield from self._cut(names, [b for b in blocks if b.path in changed], deviations)
         progress(len(parts), len(parts), "cutting and checking the blocks")
 
@@ -131,6 +169,11 @@ class StreamedCut:
             value = ready.done.values.get(name)
             path, _, leaf = name.rpartition(".")
             yield name, getattr(change.model.get_submodule(path), leaf).detach() if value is None else value
+
+
+def _ordered(network: StreamedNetwork) -> list[StreamedBlock]:
+    """Return the blocks in the order of the files as far as possible, so that these are hashed as they are written."""
+    return sorted(network.blocks, key=lambda one: f"{one.path}.")
 
 
 def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
