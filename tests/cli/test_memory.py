@@ -105,6 +105,27 @@ def test_axes_are_listed_without_reading_weights(regrow, tiny_language_model, tm
         assert said[True, model] == said[False, model]
 
 
+@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+def test_gguf_written_tensor_by_tensor_is_that_of_the_whole_model(regrow, tiny_language_model, tmp_path, dtype):
+    pytest.importorskip("gguf")
+    assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "run")[0] == 0
+    for model in (str(tiny_language_model), "run"):
+        command = ("export", model, "--to", "gguf", "--dtype", dtype, "--out")
+        code, whole, _ = regrow(*command, "whole.gguf")
+        assert code == 0
+        code, said, error = regrow(*command, "each.gguf", "--memory", "8GiB")
+        assert code == 0, error
+        assert "with one tensor at a time" in said
+        assert whole.splitlines()[1:] == said.splitlines()[2:-1]  # all but the name and the lines about memory
+        assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "each.gguf").read_bytes()
+    code, _, error = regrow("export", "run", "--to", "gguf", "--out", "each.gguf", "--memory", "1MiB")
+    assert code
+    assert "use --memory" in error
+    code, _, error = regrow("export", "run", "--to", "onnx", "--out", "net.onnx", "--memory", "8GiB")
+    assert code
+    assert "onnx needs the whole network in memory" in error
+
+
 def test_a_damaged_run_is_found_when_its_blocks_are_read(regrow, tiny_language_model, tmp_path, streams):
     assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "first")[0] == 0
     path = tmp_path / "first" / "model.safetensors"

@@ -1,12 +1,13 @@
 """``regrow export``: write a model in a format that other programs load."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from regrow.cli import flags, options
 from regrow.cli.boundary import Verb
-from regrow.cli.screen import number, say, working
+from regrow.cli.screen import number, say, say_peak, working
 
 EPILOG = """\b
 Formats
@@ -30,16 +31,20 @@ Examples
 @click.option("--dtype", default="", metavar="DTYPE", help="Number format of the weights; see below.")
 @options.code
 @flags.input_shape
+@options.memory
 @click.option("--cache", is_flag=True, help="For onnx: a graph with a key-value cache, for generating text.")
-def export(run: str, to: str, out: Path, dtype: str, cache: bool, code: str, input: str) -> None:
+def export(run: str, to: str, out: Path, dtype: str, cache: bool, code: str, input: str, memory: str) -> None:
     """Export RUN (a run folder, or any model that `regrow prune` takes), and check the written file by loading it."""
     from regrow.exporters.formats import export_model
 
     options.say_code(run, code)
     with working() as progress:
-        written = export_model(run, to, out, dtype=dtype, cache=cache, code=code, input=input, progress=progress)
+        more: dict[str, Any] = {"input": input, "memory": memory, "announce": say, "progress": progress}
+        written = export_model(run, to, out, dtype=dtype, cache=cache, code=code, **more)
     say(f"{written.path}: {number(written.bytes)} bytes")
     for note in written.notes:
         say(f"note: {note}")
     for what, value in written.checked.items():
         say(f"checked: {what.replace('_', ' ')} {value if isinstance(value, str) else number(value)}")
+    if written.memory:
+        say_peak(written.memory)

@@ -32,7 +32,16 @@ def start_peak() -> None:
 
 def read_peak() -> int | None:
     """Return the most resident memory of this process since :func:`start_peak`; ``None`` if the system does not say."""
+    return _read("VmHWM")
+
+
+def read_resident() -> int:
+    """Return the bytes of memory that this process has now; 0 if the system does not say."""
+    return _read("VmRSS") or 0
+
+
+def _read(field: str) -> int | None:
     with suppress(OSError, KeyError, ValueError, IndexError):
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-        return int(dict(line.split(":", 1) for line in lines if ":" in line)["VmHWM"].split()[0]) * 1024
+        return int(dict(line.split(":", 1) for line in lines if ":" in line)[field].split()[0]) * 1024
     return None

@@ -1,17 +1,18 @@
 """The export formats by name, and the functions that export a model to one of them."""
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regrow.amounts import format_bytes
 from regrow.exporters.written import ExportError, Written
 from regrow.progress import Progress, silent
 from regrow.store.outputs import check_output
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from regrow.axes import Example
 
@@ -24,7 +25,7 @@ class Format:
         dtypes: The dtypes in which weights can be stored; the first is the default.
         suffix: The suffix of its files; empty if it is a folder.
         takes: Further keyword arguments of its writer: ``example`` (an input), ``cache`` (whether the graph has a
-            key-value cache).
+            key-value cache), ``weights`` (parameters by name, read one by one).
     """
 
     dtypes: tuple[str, ...]
@@ -34,7 +35,7 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "transformers": Format(("", "float32", "bfloat16", "float16")),
-    "gguf": Format(("f16", "f32", "bf16", "q8_0", "q6_k"), ".gguf"),
+    "gguf": Format(("f16", "f32", "bf16", "q8_0", "q6_k"), ".gguf", ("weights",)),
     "onnx": Format(("float32", "int8"), ".onnx", ("example", "cache")),
     "torchvision": Format(("",)),
 }
@@ -83,6 +84,7 @@ def write_export(
     dtype: str = "",
     cache: bool = False,
     example: "Example | None" = None,
+    weights: "Mapping[str, Tensor] | None" = None,
     progress: Progress = silent,
 ) -> Written:
     """Export a network to a format of other tools, read it back, and compare it with the network.
@@ -94,6 +96,7 @@ def write_export(
         dtype: The dtype in which weights are stored: one of ``FORMATS[to].dtypes``; the first if empty.
         cache: For ``"onnx"``: whether the graph takes and returns a key-value cache, for generating text.
         example: An input for the comparison; ``None``: a guess.
+        weights: Name → parameter, where the network has none of their numbers; ``None``: they are in the network.
         progress: Called with (steps done, steps in all, description).
 
     Raises:
@@ -104,7 +107,7 @@ def write_export(
     dtype = check_export(None, to, out, dtype=dtype, cache=cache)
     form = FORMATS[to]
     writer = importlib.import_module(f"regrow.exporters.{to}")
-    more = {"example": example, "cache": cache}
+    more = {"example": example, "cache": cache, "weights": weights}
     taken = {name: value for name, value in more.items() if name in form.takes}
     written: Written = writer.write(net, out, dtype=dtype, progress=progress, **taken)
     return written
@@ -120,6 +123,8 @@ def export_model(
     example: "Example | None" = None,
     code: str = "",
     input: str = "",
+    memory: str = "",
+    announce: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
 ) -> Written:
     """Export a model by name, as :func:`write_export` does a network; a bad format or file is refused before it loads.
@@ -133,6 +138,9 @@ def export_model(
         example: An input for the comparison; ``None``: that of the model.
         code: The function ``pkg.mod:fn`` that builds the network of the folder, if that is the user's own code.
         input: The shape of the input for the comparison, like ``1x3x32x32``.
+        memory: How much memory the export may use, such as ``4GiB``: tensors are then read one by one, for formats that
+            are written so, with the same bytes. Empty: the model is loaded whole.
+        announce: Called with one line that says what the export needs of that memory.
         progress: Called with (steps done, steps in all, description).
 
     Raises:
@@ -142,6 +150,8 @@ def export_model(
     from regrow.commands.models import ModelSpec, load_model
 
     check_export(model, to, Path(out), dtype=dtype, cache=cache)
+    if memory:
+        return _export_each(model, to, out, dtype=dtype, memory=memory, announce=announce, progress=progress)
     progress(0, 1, "loading the model")
     loaded = load_model(ModelSpec(str(model), input=input), progress, code)
     for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
@@ -149,3 +159,28 @@ def export_model(
             setattr(loaded.model, name, value)
     given = loaded.example if example is None else example
     return write_export(loaded.model, to, out, dtype=dtype, cache=cache, example=given, progress=progress)
+
+
+def _export_each(
+    model: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    dtype: str,
+    memory: str,
+    announce: Callable[[str], None],
+    progress: Progress,
+) -> Written:
+    """Export a model whose tensors are read one by one, and record the peak of memory beside the prediction."""
+    from regrow.commands.export_memory import open_export
+    from regrow.commands.peak_memory import PeakMemory, read_peak, start_peak
+
+    if "weights" not in FORMATS[to].takes:
+        able = ", ".join(name for name, form in FORMATS.items() if "weights" in form.takes)
+        raise ExportError(f"{to} needs the whole network in memory; leave out --memory, or export to {able}")
+    start_peak()
+    opened, limit, needed = open_export(str(model), memory)
+    announce(f"memory: about {format_bytes(needed)} of {format_bytes(limit)}, with one tensor at a time")
+    weights = opened.weights.parameters()
+    written = write_export(opened.loaded.model, to, out, dtype=dtype, weights=weights, progress=progress)
+    return replace(written, memory=PeakMemory(limit, needed, read_peak()).record())

@@ -25,9 +25,11 @@ class Written:
         checked: Results of the comparison after reading it back: name (``max_abs_diff``, ``next_tokens_differ``) →
             value.
         notes: What a user of the file must know.
+        memory: The limit, the prediction and the peak in bytes, if memory was limited.
     """
 
     path: Path
     bytes: int
     checked: Mapping[str, float | int | str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    memory: Mapping[str, int | None] = field(default_factory=dict)

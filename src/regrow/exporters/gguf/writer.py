@@ -13,10 +13,11 @@ left out.
 
 import errno
 import math
+import mmap
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,14 @@ class Piece:
         return np.ascontiguousarray(self.values().detach().to("cpu", torch.float32).numpy())
 
 
-def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Progress = silent) -> Written:
+def write(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    dtype: str = "f16",
+    weights: Mapping[str, Tensor] | None = None,
+    progress: Progress = silent,
+) -> Written:
     """Write a GGUF file atomically, read every tensor back, and compare it with the network.
 
     Only one tensor at a time is held in float32. Norms and biases are always stored in float32. Matrices whose row
@@ -79,6 +87,7 @@ def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Pr
             returns it); without one llama.cpp only takes token ids.
         out: The file to make, or the ``.gguf`` file to replace.
         dtype: The type of matrices: ``f32``, ``bf16``, ``f16``, ``q8_0`` or ``q6_k``.
+        weights: Name → parameter, where the network has none of their numbers; ``None``: they are in the network.
         progress: Called with (steps done, steps in all, description).
 
     Returns:
@@ -96,7 +105,12 @@ def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Pr
     _place(out)
     decoder = describe_decoder(model)
     words = vocabulary(getattr(model, "tokenizer", None), rows=len(decoder.embedding))
-    pieces = list(_pieces(decoder, KINDS[dtype]))
+    names = {id(one): name for name, one in model.named_parameters()}
+
+    def read(tensor: Tensor) -> Tensor:
+        return weights[names[id(tensor)]] if weights is not None and id(tensor) in names else tensor.detach()
+
+    pieces = list(_pieces(decoder, KINDS[dtype], read))
     try:
         with atomic_write(_place(out)) as temporary:
             _put(gguf, temporary, decoder, words, pieces, progress)
@@ -114,17 +128,20 @@ def _place(out: Path) -> Path:
         raise ExportError(str(error)) from error
 
 
-def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
-    """Yield every tensor of the file, in order."""
+def _pieces(decoder: Decoder, kind: str, read: Callable[[Tensor], Tensor]) -> Iterator[Piece]:
+    """Yield every tensor of the file, in order; ``read`` returns the numbers of one of the network."""
     width, embedding = len(decoder.norm), decoder.embedding
 
     def matrix(name: str, shape: tuple[int, ...], values: Callable[[], Tensor]) -> Piece:
         return Piece(f"{name}.weight", shape, kind_for(kind, shape[1]), values)
 
     def plain(name: str, values: Tensor) -> Piece:
-        return Piece(name, tuple(values.shape), "F32", lambda: values)
+        return Piece(name, tuple(values.shape), "F32", lambda: read(values))
 
-    yield matrix("token_embd", tuple(embedding.shape), lambda: embedding)
+    def turned(turn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+        return turn(read(tensor))
+
+    yield matrix("token_embd", tuple(embedding.shape), lambda: read(embedding))
     if decoder.factors is not None:
         yield plain("rope_freqs.weight", decoder.factors)
     for i, one in enumerate(decoder.layers):
@@ -141,12 +158,12 @@ def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
                     yield matrix(name, shape, partial(torch.zeros, shape))
                     continue
                 linear, turn = one.block.linear[path], _turned(one, path)
-                yield matrix(name, tuple(linear.weight.shape), partial(turn, linear.weight.detach()))
-                if linear.bias is not None:
-                    yield plain(f"{name}.bias", turn(linear.bias.detach().float()))
+                yield matrix(name, tuple(linear.weight.shape), partial(turned, turn, linear.weight))
+                if (bias := linear.bias) is not None:
+                    yield Piece(f"{name}.bias", tuple(bias.shape), "F32", partial(turned, turn, bias))
     yield plain("output_norm.weight", decoder.norm)
     if decoder.head is not embedding:
-        yield matrix("output", tuple(decoder.head.shape), lambda: decoder.head)
+        yield matrix("output", tuple(decoder.head.shape), lambda: read(decoder.head))
 
 
 def _turned(layer: GgufLayer, path: str) -> Callable[[Tensor], Tensor]:
@@ -155,6 +172,7 @@ def _turned(layer: GgufLayer, path: str) -> Callable[[Tensor], Tensor]:
     scale = layer.scale if path == "self_attn.q_proj" else 1.0
 
     def turn(rows: Tensor) -> Tensor:
+        rows = rows.float() if rows.dim() == 1 else rows  # biases are stored so
         if abs(scale - 1) > 1e-6:
             rows = rows.float() * scale
         return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else rows
@@ -257,6 +275,7 @@ def _checked(
                 raise CheckError(f"{piece.name} is off by up to {difference.max():.3g} in the file; write it again")
             worst = max(worst, float(difference.max(initial=0)))
             off, total = off + float(np.square(difference).sum()), total + float(np.square(part).sum())
+        _release_pages(reader)
     progress(2 * len(pieces), 2 * len(pieces), "checked")
     return {
         "architecture": decoder.architecture,
@@ -264,6 +283,12 @@ def _checked(
         "max_abs_diff": worst,
         "relative_rms": math.sqrt(off / total) if total else 0.0,
     }
+
+
+def _release_pages(reader: Any) -> None:
+    """Give back the pages of a mapped file that were read, which count as resident memory."""
+    with suppress(AttributeError, OSError, ValueError):  # no such advice on this system, or no mapping
+        reader.data._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def _rounded(values: Floats, kind: str) -> Floats:
