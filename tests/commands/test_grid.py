@@ -44,7 +44,7 @@ class Pretended(Engine):
                     row = {"params_all": count, "params_counted": count, "macs": count, "bytes": count}
                     folder.log("size", model=size["model"], **row, dtype="float32")
                 folder.finish()
-        return [(job, Outcome(code, "" if code == 0 else f"it ended with {code}", "here"))]
+        return [(job, Outcome(code, "" if code == 0 else f"it ended with {code}", "here", 1.5))]
 
     def close(self) -> None:
         self.closed = True
@@ -61,7 +61,13 @@ def test_a_failed_cell_is_a_row_and_is_run_again(tmp_path: Path) -> None:
         out, {"keep=0.8": [0], "keep=0.7": [-9, -9, 0], "keep=0.6": [2]}, retries=2, jobs=2, announce=lines.append
     )
     assert [row["state"] for row in rows] == ["finished", "finished", "failed"]
-    assert rows[1]["starts"] == 3 and rows[1]["weights"] == [10, 7] and engine.most == 2 and engine.closed
+    assert (
+        rows[1]["starts"] == 3
+        and rows[1]["seconds"] == 1.5
+        and rows[1]["weights"] == [10, 7]
+        and engine.most == 2
+        and engine.closed
+    )
     assert rows[2]["error"] == "it ended with 2" and lines == ["keep=0.6 failed: it ended with 2"]
     assert rows == [json.loads(line) for line in (out / "grid.jsonl").read_text().splitlines()]
     again, engine = ran(out, {"keep=0.6": [0]})
@@ -118,11 +124,11 @@ def test_what_still_runs_is_killed(tmp_path: Path) -> None:
     engine = LocalEngine()
     engine.submit(job_of(tmp_path, "long", "show", "smollm2-135m"))
     engine.close()
-    assert [process.returncode for _, process in engine._running] == [-9]
+    assert [process.returncode for _, process, _ in engine._running] == [-9]
     job = job_of(tmp_path, "killed", "show", "smollm2-135m")
     process = start(job)
     engine = LocalEngine()
-    engine._running.append((job, process))
+    engine._running.append((job, process, 0.0))
     process.kill()
     process.wait()
     ((_, outcome),) = engine.finished()

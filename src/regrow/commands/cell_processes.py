@@ -65,11 +65,13 @@ class Outcome:
         code: Its exit code; negative: the number of the signal that killed it; ``None``: it was lost with its worker.
         error: Why it failed; empty if it did not.
         host: The name of the machine.
+        seconds: How long it ran; ``None`` if that is not known.
     """
 
     code: int | None
     error: str
     host: str
+    seconds: float | None
 
 
 def start(job: CellJob) -> subprocess.Popen[bytes]:
@@ -103,12 +105,13 @@ def count_starts(job: CellJob) -> int:
     return log.read_text("utf-8", "replace").splitlines().count(_mark(job)) if log.is_file() else 0
 
 
-def outcome_of(job: CellJob, code: int) -> Outcome:
+def outcome_of(job: CellJob, code: int, began: float) -> Outcome:
     """Return how a process ended, with the last line of its log that tells why.
 
     Args:
         job: The cell.
         code: The exit code; negative for a signal.
+        began: When it was started, by the monotonic clock.
     """
     error = ""
     if code < 0:
@@ -119,7 +122,7 @@ def outcome_of(job: CellJob, code: int) -> Outcome:
             lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
         own = [line.removeprefix("regrow: ") for line in lines if line.startswith("regrow: ")]
         error = (own or lines or [f"its process ended with exit code {code}"])[-1]
-    return Outcome(code, error, socket.gethostname())
+    return Outcome(code, error, socket.gethostname(), round(time.monotonic() - began, 1))
 
 
 def run_job(job: CellJob) -> Outcome:
@@ -128,7 +131,8 @@ def run_job(job: CellJob) -> Outcome:
     Args:
         job: The cell.
     """
-    return outcome_of(job, start(job).wait())
+    began = time.monotonic()
+    return outcome_of(job, start(job).wait(), began)
 
 
 class Engine(ABC):
@@ -155,22 +159,22 @@ class LocalEngine(Engine):
     """Runs cells as processes on this machine."""
 
     def __init__(self) -> None:
-        self._running: list[tuple[CellJob, subprocess.Popen[bytes]]] = []
+        self._running: list[tuple[CellJob, subprocess.Popen[bytes], float]] = []
 
     def submit(self, job: CellJob) -> None:
         """Start a cell."""
-        self._running.append((job, start(job)))
+        self._running.append((job, start(job), time.monotonic()))
 
     def finished(self) -> list[tuple[CellJob, Outcome]]:
         """Wait for a fraction of a second, and return the cells that have ended."""
         time.sleep(_POLL)
-        ended = [(job, process.returncode) for job, process in self._running if process.poll() is not None]
-        self._running = [one for one in self._running if one[1].returncode is None]
-        return [(job, outcome_of(job, code)) for job, code in ended]
+        ended = [one for one in self._running if one[1].poll() is not None]
+        self._running = [one for one in self._running if one not in ended]
+        return [(job, outcome_of(job, process.returncode, began)) for job, process, began in ended]
 
     def close(self) -> None:
         """Kill what is still running; its run folders are resumed by the next run of the grid."""
-        for _, process in self._running:
+        for _, process, _ in self._running:
             process.kill()
             process.wait()
 
@@ -235,7 +239,7 @@ class RayEngine(Engine):
         try:
             outcome: Outcome = self._ray.get(task)
         except self._ray.exceptions.RayError as error:
-            return Outcome(None, f"Ray lost it: {reason(error)}", "")
+            return Outcome(None, f"Ray lost it: {reason(error)}", "", None)
         return outcome
 
 

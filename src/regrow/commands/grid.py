@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shlex
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -175,25 +174,25 @@ def _run_all(
     announce: Callable[[str], None],
 ) -> None:
     waiting, (most, retries) = deque(cells), limits
-    began: dict[CellJob, float] = {}
+    started: set[CellJob] = set()
     failed = done = 0
     for job in cells:
         with explain_os_errors(Path(job.log)):
             Path(job.log).write_bytes(b"")
-    while waiting or began:
-        while waiting and (most is None or len(began) < most):
+    while waiting or started:
+        while waiting and (most is None or len(started) < most):
             job = waiting.popleft()
-            began[job] = time.monotonic()
+            started.add(job)
             engine.submit(job)
-        progress(done, len(cells), f"cells of the grid, {len(began)} started, {failed} failed")
+        progress(done, len(cells), f"cells of the grid, {len(started)} started, {failed} failed")
         for job, outcome in engine.finished():
             cell, starts = cells[job], count_starts(job)
             if outcome.code is not None and outcome.code < 0 and starts <= retries:
                 engine.submit(job)
                 continue
             row = _result(cell, course.out, outcome)
-            seconds = round(time.monotonic() - began.pop(job), 1)
-            course.add(row | {"seconds": seconds, "starts": starts, "host": outcome.host})
+            started.remove(job)
+            course.add(row | {"seconds": outcome.seconds, "starts": starts, "host": outcome.host})
             course.write()
             done += 1
             if row["state"] == "failed":
