@@ -305,7 +305,9 @@ class Verb(click.Command):
             raise click.UsageError("the working directory was deleted; change to one that is there", ctx) from None
         known = self.settings and not ctx.params.get(self.instead)
         # What can be wrong with the words is found before anything large is imported.
-        check_words(self.name or "", ctx.params["given"].build() if known else None, ctx.params)
+        runs = ctx.params["given"].build_all() if known else [None]
+        for one in runs:
+            check_words(self.name or "", one, ctx.params, nested=len(runs) > 1)
         importlib.import_module(self.needs)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -335,6 +337,8 @@ class Verb(click.Command):
         resumable = False
         with contextlib.suppress(ValueError, OSError):
             resumable = (folders[0] / ROWS).is_file() or RunFolder.open_unfinished(folders[0]) is not None
+            varied = getattr(values.get("given"), "varied", {})
+            resumable = resumable or (bool(varied) and any(folders[0].iterdir()))
         if resumable:
             return f"stopped; {folders[0]} keeps what was finished, and the same command goes on from there"
         return NOTHING_YET

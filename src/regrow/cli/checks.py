@@ -12,7 +12,7 @@ import click
 from regrow.errors import InputError
 from regrow.limits import expanded
 from regrow.model_names import find_problem
-from regrow.settings import grow
+from regrow.settings import grow, prune
 from regrow.settings.declaration import options_of
 from regrow.source_names import DOMAINS, find_data_problem, find_source_problem
 
@@ -42,13 +42,16 @@ FILES = {"show": ("json_file",), "evaluate": ("json_file",), "prune": ("dry_run"
 _DEVICE = re.compile(r"auto|(?:cpu|cuda|mps|xpu)(?::\d{1,3})?")
 
 
-def check_words(command: str, settings: "DataclassInstance | None", options: Mapping[str, object]) -> None:
+def check_words(
+    command: str, settings: "DataclassInstance | None", options: Mapping[str, object], *, nested: bool = False
+) -> None:
     """Raise ValueError if a command line names something that cannot be used, as far as names and files show it.
 
     Args:
         command: The name of the command.
         settings: Its settings, if it has any.
         options: The values of its other options and arguments, by name.
+        nested: Whether it makes several runs, in folders below ``--out``.
 
     Raises:
         ValueError: The error that the command itself would raise once it had loaded what it needs.
@@ -88,7 +91,8 @@ def check_words(command: str, settings: "DataclassInstance | None", options: Map
     if command == "methods" and given.get("name"):
         check_method("", str(given["name"]))
     if command in FOLDERS and (out := given.get("out")):
-        check_folder(Path(str(out)))
+        below = prune.folder_name(settings) if nested and isinstance(settings, prune.Settings) else ""
+        check_folder(Path(str(out)) / below)
 
 
 def check_method(kind: str, name: str, settings: object = None) -> None:

@@ -1,7 +1,8 @@
 """The command-line options of a command, derived from the declaration of its settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, Unpack
 
@@ -97,6 +98,7 @@ class Given(Generic[Settings]):
         options: The options as they were typed: ``--epochs``.
         file: The settings file of ``--config``, or ``None``.
         elsewhere: Options of the command that are not settings, such as ``--out``; a file must not give them.
+        varied: Field name → its values, for options that were given with several.
     """
 
     kind: type[Settings]
@@ -104,6 +106,19 @@ class Given(Generic[Settings]):
     options: tuple[str, ...]
     file: Path | None
     elsewhere: tuple[str, ...]
+    varied: Mapping[str, tuple[object, ...]]
+
+    def build_all(self) -> list[Settings]:
+        """Build the settings of each run, where options with several values name several runs.
+
+        Raises:
+            InputError: As :meth:`build`; if an option has a value twice.
+        """
+        for name, values in self.varied.items():
+            if twice := next((one for one in values if values.count(one) > 1), None):
+                raise InputError(f"{declared(self.kind)[name].option} {twice} is there twice; leave one out")
+        rows = product(*([(name, value) for value in values] for name, values in self.varied.items()))
+        return [replace(self, values={**self.values, **dict(row)}, varied={}).build() for row in rows]
 
     def build(self) -> Settings:
         """Build the settings of the command from the command line and the settings file, and check them.
@@ -144,6 +159,7 @@ def take_given(kind: type[Settings], context: click.Context) -> Given[Settings]:
         context: The click context of the command; its values are changed in place.
     """
     values: dict[str, Any] = {}
+    varied: dict[str, tuple[object, ...]] = {}
     words = []
     for field in options_of(kind):
         for parameter in _parameters(field):
@@ -156,6 +172,9 @@ def take_given(kind: type[Settings], context: click.Context) -> Given[Settings]:
                 values[field.name] = {**values.get(field.name, {}), name.removeprefix(f"{field.name}__"): value}
             elif field.mapping:
                 values[name] = parse_pairs(value)
+            elif field.setting.varied:
+                values[name] = value[-1]
+                varied |= {name: value} if len(value) > 1 else {}
             else:
                 values[name] = not field.default if field.type is bool else value
     file = context.params.pop("config")
@@ -163,7 +182,7 @@ def take_given(kind: type[Settings], context: click.Context) -> Given[Settings]:
         words.append("--config")
     own = {word for one in parameters_of(kind) for word in one.opts}
     rest = (word for one in context.command.params for word in one.opts if word not in own)
-    return Given(kind, values, tuple(words), file, ("--config", *rest))
+    return Given(kind, values, tuple(words), file, ("--config", *rest), varied)
 
 
 def _parameters(field: Declared) -> list[click.Parameter]:
@@ -188,7 +207,7 @@ def _attributes(field: Declared) -> dict[str, Any]:
     shared = {"help": _help(field), "heading": field.setting.group}
     if field.type is bool:
         return {"is_flag": True, **shared}
-    many = field.repeated or field.mapping
+    many = field.repeated or field.mapping or field.setting.varied
     default = None if field.required or many else field.default
     return {"multiple": many, "default": default, "type": _Value(field), "metavar": _metavar(field), **shared}
 

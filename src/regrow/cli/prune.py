@@ -15,7 +15,7 @@ from regrow.cli.runs import run_with_page
 from regrow.cli.screen import number, say, say_peak, table, working
 from regrow.distributed import read_ranks
 from regrow.references import names_code
-from regrow.settings.prune import Settings
+from regrow.settings.prune import Settings, folder_name
 
 if TYPE_CHECKING:
     from regrow.run_folder import RunFolder
@@ -26,6 +26,7 @@ Examples
   regrow prune ./my-llama --target bytes=200M --regular --round 64 --source mail=letters/ --out RUN
   regrow prune ./my-llama --method wanda_sp --keep 0.8 --only mlp --source mail=letters/ --out RUN
   regrow prune resnet18 --method magnitude --keep 0.7 --source photos=images/ --finetune 2 --out RUN
+  regrow prune ./my-llama --keep 0.8 --keep 0.7 --method flap --method wanda_sp --source news --out PLANS
   regrow prune ./llama-8b --memory 6GiB --source mail=letters/ --out RUN        read one block at a time
   regrow prune RUN --keep 0.9 --source news --out RUN2       prune the result of another run further
   torchrun --no-python --nproc-per-node 2 regrow prune ./my-llama --source mail=letters/ --out RUN
@@ -63,6 +64,8 @@ def prune(
     if again and dry_run:
         check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
     options.say_code(settings.model, code, settings.method, settings.recover)
+    if given.varied and (dry_run or read_ranks().several):
+        raise click.UsageError("several values of --keep or --method need one process and --out; give one value")
     if dry_run:
         if read_ranks().several:
             raise click.UsageError("--dry-run runs in one process; start it without torchrun")
@@ -70,6 +73,9 @@ def prune(
         return
     if out is None:
         raise click.UsageError("--out names the folder of the run, for example --out run")
+    if given.varied:
+        _prune_several(given.build_all(), out, code=code, memory=memory, track=track)
+        return
     from regrow.commands.prune import run
     from regrow.commands.share_pruning import share
 
@@ -84,6 +90,24 @@ def prune(
             return
         more: dict[str, object] = {"track": track, "announce": say, "ranks": ranks}
         run_with_page("model", tell_both, run, settings, out, code=code, memory=memory, **more)
+
+
+def _prune_several(runs: list[Settings], out: Path, *, code: str, memory: str, track: str) -> None:
+    """Prune with several methods or fractions: one calibration, and one run folder per plan below ``out``."""
+    from regrow.commands.prune import run
+    from regrow.commands.shared_work import SharedWork, is_finished
+    from regrow.store.errors import StoreError
+
+    shared = SharedWork()
+    if (out / "run.json").exists():
+        raise StoreError(f"{out} is a run folder; several plans need a folder for one each: choose another")
+    for name, settings in {folder_name(one): one for one in runs}.items():
+        if is_finished(out / name, settings):
+            say(f"{name}: finished before")
+            continue
+        say(name)
+        more: dict[str, object] = {"track": track, "announce": say, "shared": shared}
+        run_with_page("model", _tell, run, settings, out / name, code=code, memory=memory, **more)
 
 
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:

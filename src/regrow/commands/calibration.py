@@ -7,6 +7,7 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.commands import pruning as prune
+from regrow.commands.shared_work import SharedWork
 from regrow.distributed import SINGLE, Ranks
 from regrow.distributed.exchange import broadcast_record
 from regrow.evidence import Evidence
@@ -32,6 +33,7 @@ def calibrate(
     network: StreamedNetwork | None = None,
     ranks: Ranks = SINGLE,
     batch_size: int = 1,
+    shared: SharedWork | None = None,
 ) -> tuple[Evidence, str]:
     """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
 
@@ -46,6 +48,7 @@ def calibrate(
         network: The network, if it runs one block at a time.
         ranks: The processes that share the batches; the others call :func:`share_calibration`.
         batch_size: How many examples run at a time, as for :func:`regrow.commands.pruning.collect_evidence`.
+        shared: What earlier runs of this process measured; gets what this one measures.
 
     Returns:
         The measurements, and a digest of everything that they depend on.
@@ -58,6 +61,9 @@ def calibrate(
         for source in several
     }
     done = statistics.read_finished_shards(folder.path, keys, pruner.shards)
+    shared = shared or SharedWork()
+    digests = shared.digests(several, pruner.needs, pruner.shards, str(model), sums, *size)
+    done = {**shared.finished(digests, pruner.shards), **done}
 
     def keep(source: str, shard: int, sums: Statistics) -> None:
         statistics.save_statistics(folder.path, source, shard, sums, key=keys[source])
@@ -66,6 +72,8 @@ def calibrate(
         broadcast_record(ranks, [list(one) for one in done])
     more: Any = {"done": done, "on_done": keep, "visits": network, "ranks": ranks, "batch_size": batch_size}
     evidence = prune.collect_evidence(loaded.model, axes, pruner, sources, progress, objective=objective, **more)
+    for name, shards in evidence.statistics.items():
+        shared.sums.update({(digests[name], i): shard for i, shard in enumerate(shards)})
     return evidence, statistics.fingerprint(Source("", ()), keys)
 
 

@@ -31,6 +31,7 @@ def measure(
     recoveries: int = 0,
     network: StreamedNetwork | None = None,
     ranks: Ranks = SINGLE,
+    known: dict[str, evaluation.Perplexity | evaluation.Accuracy] | None = None,
 ) -> dict[str, evaluation.Perplexity]:
     """Log size and quality of a model, and return its perplexities for paired comparison.
 
@@ -45,6 +46,7 @@ def measure(
         recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
         network: The model, if it runs one block at a time.
         ranks: The processes that share the evaluation of text; the others call :func:`evaluate_text`.
+        known: Source name → result, where this model was measured before; gets the results.
     """
     columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
@@ -58,16 +60,34 @@ def measure(
         dtype=size.dtype,
     )
     perplexities: dict[str, evaluation.Perplexity] = {}
-    if loaded.tokenizer is None:
-        for i, source in enumerate(tests):
-            progress(i, len(tests), f"evaluating the {name} model on {source.name}")
-            folder.log("choice", task=source.name, **columns, **_accuracy(evaluation.accuracy(loaded.model, source)))
-    else:
-        for one in evaluate_text(loaded, tests, name, progress, network=network, ranks=ranks):
-            perplexities[one.source] = one
-            folder.log("perplexity", **columns, source=one.source, seen=one.source in seen, **_perplexity(one))
+    complete = [known[source.name] for source in tests if source.name in known] if known else []
+    given = loaded, tests, name, progress, network, ranks
+    for one in complete if tests and len(complete) == len(tests) else _evaluate(*given):
+        if known is not None:
+            known[one.source] = one
+        if isinstance(one, evaluation.Accuracy):
+            folder.log("choice", task=one.source, **columns, **_accuracy(one))
+            continue
+        perplexities[one.source] = one
+        folder.log("perplexity", **columns, source=one.source, seen=one.source in seen, **_perplexity(one))
     progress(len(tests), len(tests), f"evaluating the {name} model")
     return perplexities
+
+
+def _evaluate(
+    loaded: Loaded,
+    tests: Sequence[Source],
+    name: str,
+    progress: Progress,
+    network: StreamedNetwork | None,
+    ranks: Ranks,
+) -> Iterator[evaluation.Perplexity | evaluation.Accuracy]:
+    if loaded.tokenizer is not None:
+        yield from evaluate_text(loaded, tests, name, progress, network=network, ranks=ranks)
+        return
+    for i, source in enumerate(tests):
+        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
+        yield evaluation.accuracy(loaded.model, source)
 
 
 def evaluate_text(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from regrow.commands.peak_memory import PeakMemory, read_peak, start_peak
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.score_summary import write_scores
+from regrow.commands.shared_work import SharedWork
 from regrow.commands.streamed import StreamedRun, open_streamed
 from regrow.commands.trackers import tracking
 from regrow.distributed import SINGLE, Ranks
@@ -60,6 +61,7 @@ class _PruneJob:
     code: str = ""
     streamed: StreamedRun | None = None
     ranks: Ranks = SINGLE
+    shared: SharedWork = field(default_factory=SharedWork)
 
     def measure(
         self, axes: AxisGraph, name: str, network: StreamedNetwork | None = None, ranks: Ranks | None = None
@@ -69,7 +71,8 @@ class _PruneJob:
         loaded = self.loaded if network is None else replace(self.loaded, model=network.model)
         with self.clock.stage("evaluate"), autocasting(loaded.model, self.settings.precision):
             given = self.folder, loaded, axes, kinds.evaluation, kinds.seen, name, self.progress
-            return measuring.measure(*given, network=network, ranks=ranks or self.ranks)
+            known = self.shared.dense if name == "dense" else None
+            return measuring.measure(*given, network=network, ranks=ranks or self.ranks, known=known)
 
 
 def plan_only(
@@ -120,6 +123,7 @@ def run(
     memory: str = "",
     announce: Callable[[str], None] = lambda line: None,
     ranks: Ranks = SINGLE,
+    shared: SharedWork | None = None,
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Prune a model and write a run folder with model, plan and measurements.
@@ -138,6 +142,8 @@ def run(
             time, with the same result. Empty: it is loaded whole.
         announce: Called with one line that says how the run stays within that memory.
         ranks: The processes that share the work; this one is rank 0, and the others call ``share_pruning.share``.
+        shared: What earlier runs of this process, which differ in method and keep alone, need not do again; gets what
+            this one does. The result is the same.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -160,8 +166,9 @@ def run(
         loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
         check_precision(loaded.model, settings.precision)
         kinds = read_sources(source_specs(settings), loaded)
+    shared = shared or SharedWork()
     with clock.stage("trace"):
-        axes = streamed.opened.axes if streamed else trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        axes = streamed.opened.axes if streamed else shared.trace(loaded)
     with clock.stage("time"):
         begun = RunFolder.open_unfinished(out)
         known = begun.run().get("timing") if begun else None
@@ -178,7 +185,7 @@ def run(
         )
         if budget.timing:  # another measurement would be another plan
             folder.update(timing=budget.timing.record())
-        job = _PruneJob(settings, folder, loaded, kinds, clock, progress, code, streamed, ranks)
+        job = _PruneJob(settings, folder, loaded, kinds, clock, progress, code, streamed, ranks, shared)
         plan = _make_plan(job, axes, method, budget)
         broadcast_record(ranks, {"plan": plan.to_json(), "folder": str(folder.path.resolve())})
         _cut(job, axes, plan, budget)
@@ -195,7 +202,8 @@ def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) 
     weights = CachedColumns(network.weights.parameters() if network else weights_of(loaded.model))
     with job.clock.stage("calibrate"), passes():
         given = folder, loaded, axes, method, job.kinds.calibration, progress
-        evidence, key = calibrate(*given, network=network, ranks=job.ranks, batch_size=job.settings.batch_size)
+        more: Any = {"network": network, "ranks": job.ranks, "batch_size": job.settings.batch_size}
+        evidence, key = calibrate(*given, **more, shared=job.shared)
     with job.clock.stage("plan"):
         path = folder.path / "statistics" / "learned.safetensors"
         open_checkpoint(path, key, FORMAT)

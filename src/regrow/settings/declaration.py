@@ -47,6 +47,7 @@ class Setting:
         source: Whether its value names sources of data, ``NAME`` or ``NAME=PATH``.
         code: Whether its value may name the user's own code, ``pkg.mod:NAME``, which is never allowed in a file.
         hidden: Whether it has no option: only ``run.json`` has it.
+        varied: Whether its option may be repeated, for one run with each value.
         shown: Whether command lines that are printed state it even if it has its default.
         one_of: The name of a group of settings of which exactly one must be given.
         absent: The value that its absence from a ``run.json`` means, if that is not the default; a setting with this
@@ -67,6 +68,7 @@ class Setting:
     source: bool = False
     code: bool = False
     hidden: bool = False
+    varied: bool = False
     shown: bool = False
     one_of: str = ""
     absent: Any = ...

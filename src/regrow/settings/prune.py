@@ -24,7 +24,11 @@ class Settings:
         "their PyPI packages), a torchvision name (resnet18), or a Python callable pkg.mod:fn.",
         argument=True, code=True, example="smollm2-135m --keep 0.9 --out RUN",
     )]
-    method: Annotated[str, Setting("The pruning method; `regrow methods` lists all.", code=True, shown=True)] = "flap"
+    method: Annotated[str, Setting(
+        "The pruning method; `regrow methods` lists all. Repeatable, like --keep: one run folder per plan, from one "
+        "calibration.",
+        code=True, shown=True, varied=True,
+    )] = "flap"
     method_settings: Annotated[Mapping[str, Any], Setting(
         "A setting of the method; `regrow methods NAME` lists them. Repeatable.",
         option="--set", metavar="NAME=VALUE", parts=(("base", Setting(
@@ -35,7 +39,7 @@ class Settings:
     keep: Annotated[float | None, Setting(
         "The fraction of weights to keep, counted in the linear layers of a decoder (image models: in convolutions "
         "and linear layers).",
-        metavar="FRACTION", group=AMOUNT, range=Range(0, 1, above=True), one_of="how much stays",
+        metavar="FRACTION", group=AMOUNT, range=Range(0, 1, above=True), one_of="how much stays", varied=True,
     )] = 0.8
     measure: Annotated[str, Setting(
         "The quantity of which --keep is a fraction: weights (of linear and convolution layers; of a language model, "
@@ -142,3 +146,20 @@ class Settings:
         object.__setattr__(self, "keep", None)
         object.__setattr__(self, "measure", unit)
         check_combination(self.precision, dtype=self.dtype, measure=unit)
+
+
+def folder_name(settings: Settings) -> str:
+    """Return the name of a run's folder among those of other methods and fractions.
+
+    Args:
+        settings: The settings of the run.
+
+    Raises:
+        InputError: If the method is the user's own code.
+
+    >>> folder_name(Settings("m", "wanda_sp", keep=0.55)), folder_name(Settings("m", target="bytes=2G"))
+    ('wanda_sp-0.55', 'flap-bytes=2G')
+    """
+    if not settings.method.isidentifier():
+        raise InputError(f"several plans are made by methods of regrow; prune with {settings.method} alone")
+    return f"{settings.method}-{settings.target if settings.keep is None else f'{settings.keep:g}'}"

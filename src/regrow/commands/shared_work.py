@@ -1,0 +1,77 @@
+"""Several pruning runs from one calibration: what runs of one model on the same data need not measure again."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regrow import evaluation
+from regrow.axes import AxisGraph
+from regrow.evidence import Need
+from regrow.nets import Loaded
+from regrow.run_folder import RunFolder
+from regrow.scores import Statistics
+from regrow.settings.prune import Settings
+from regrow.sources import Source
+from regrow.store import statistics
+from regrow.store.run_record import convert_settings
+from regrow.tracing import trace
+
+
+@dataclass(eq=False)
+class SharedWork:
+    """The axes, calibration sums and dense measurements of one model, kept in memory for the next run.
+
+    Args:
+        axes: The axes of the model; ``None``: it is not traced yet.
+        sums: (digest of what they depend on, shard) → the sums of a shard of a source.
+        dense: Source name → the measurement of the model before the cut.
+    """
+
+    axes: AxisGraph | None = None
+    sums: dict[tuple[str, int], Statistics] = field(default_factory=dict)
+    dense: dict[str, evaluation.Perplexity | evaluation.Accuracy] = field(default_factory=dict)
+
+    def trace(self, loaded: Loaded) -> AxisGraph:
+        """Return the axes of the model, traced once.
+
+        Args:
+            loaded: The model, as it is loaded for each run.
+        """
+        if self.axes is None:
+            self.axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        return self.axes
+
+    def digests(self, sources: Iterable[Source], needs: Iterable[Need], shards: int, *more: object) -> dict[str, str]:
+        """Return source name → the digest by which its sums are found; methods that measure the same have the same.
+
+        Args:
+            sources: The calibration data.
+            needs: What the method needs measured.
+            shards: Into how many parts each source is split.
+            more: What the sums depend on besides.
+        """
+        measured = sorted(set(needs) - {Need.WEIGHTS})
+        return {source.name: statistics.fingerprint(source, shards, measured, *more) for source in sources}
+
+    def finished(self, digests: Mapping[str, str], shards: int) -> dict[tuple[str, int], Statistics]:
+        """Return (source, shard) → sums, of those that are known.
+
+        Args:
+            digests: Source name → digest.
+            shards: Into how many parts each source is split.
+        """
+        places = [(name, digest, shard) for name, digest in digests.items() for shard in range(shards)]
+        return {(name, shard): self.sums[place, shard] for name, place, shard in places if (place, shard) in self.sums}
+
+
+def is_finished(folder: Path, settings: Settings) -> bool:
+    """Whether a folder holds a finished run with these settings.
+
+    Args:
+        folder: The run folder; it need not exist.
+        settings: The settings of the run.
+    """
+    if not (folder / "run.json").is_file() or RunFolder.open_unfinished(folder):
+        return False
+    data = RunFolder.open(folder).run()
+    return data.get("verb") == "prune" and convert_settings(data["settings"], Settings) == settings

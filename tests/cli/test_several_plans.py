@@ -1,0 +1,75 @@
+"""Several methods and fractions from one calibration are, each, the run of one method and fraction."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.conftest import Run
+from regrow.scoring.collect import InputSums
+
+DATA = ("--source", "news", "--tokens", "192", "--eval-tokens", "128", "--seq-len", "64")
+FILES = ("model.safetensors", "ledger.json", "shapes.json", "config.json")
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """What a run recorded, but for times and for the folder's own name."""
+    run = json.loads((folder / "run.json").read_text())
+    return {name: run[name] for name in ("settings", "defaults", "sources", "notes")}
+
+
+def measured(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_plan_is_that_of_a_run_by_itself(
+    regrow: Run, tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    true = InputSums.__enter__
+    monkeypatch.setattr(InputSums, "__enter__", lambda self: passes.append(0) or true(self))
+    model = str(tiny_language_model)
+    many = ("prune", model, "--keep", "0.8", "--keep", "0.6", "--method", "flap", "--method", "wanda_sp", *DATA)
+    code, out, err = regrow(*many, "--out", "plans")
+    assert code == 0, err
+    assert len(passes) == 3, "one pass over three windows"
+    assert sorted(path.name for path in Path("plans").iterdir()) == [
+        "flap-0.6",
+        "flap-0.8",
+        "wanda_sp-0.6",
+        "wanda_sp-0.8",
+    ]
+    for method, keep in (("flap", "0.6"), ("wanda_sp", "0.8")):
+        alone, one = Path(f"alone-{method}"), Path("plans") / f"{method}-{keep}"
+        code, _, err = regrow("prune", model, "--keep", keep, "--method", method, *DATA, "--out", str(alone))
+        assert code == 0, err
+        for name in FILES:
+            assert (alone / name).read_bytes() == (one / name).read_bytes(), name
+        assert measured(alone) == measured(one)
+        assert record(alone) == record(one)
+
+    passes.clear()
+    code, out, err = regrow(*many, "--keep", "0.9", "--out", "plans")
+    assert code == 0, err
+    assert out.count("finished before") == 4
+    assert len(passes) == 3
+    assert len(list(Path("plans").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--keep", "0.8", "--keep", "0.8", "--out", "plans"), "is there twice"),
+        (("--keep", "0.8", "--keep", "0.7", "--dry-run", "plan.json"), "give one value"),
+        (("--method", "flap", "--method", "nothing", "--keep", "0.7", "--out", "plans"), "nothing"),
+        (("--method", "flap", "--method", "wanda_sp", "--keep", "1.2", "--out", "plans"), "1.2"),
+    ],
+)
+def test_what_cannot_be_several_is_refused_before_anything_is_made(
+    regrow: Run, tiny_language_model: Path, words: tuple[str, ...], problem: str
+) -> None:
+    code, _, err = regrow("prune", str(tiny_language_model), *words, *DATA)
+    assert code != 0
+    assert problem in err
+    assert not Path("plans").exists()
