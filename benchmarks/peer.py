@@ -56,10 +56,12 @@ def options(parser: argparse.ArgumentParser) -> None:
 def pythons(args: argparse.Namespace) -> dict[str, str]:
     """Version → interpreter that has it; made where none is given. They see this interpreter's torch."""
     given = dict(text.split("=", 1) for text in args.python)
-    return {v: given.get(v) or _environment(args.environments / v, v) for v in args.peers if v != "none"}
+    at = args.environments
+    return {v: given.get(v) or environment(at / v, f"torch-pruning=={v}") for v in args.peers if v != "none"}
 
 
-def _environment(folder: Path, version: str) -> str:
+def environment(folder: Path, package: str) -> str:
+    """The interpreter of an environment with a package, made where there is none; it sees this interpreter's torch."""
     python = folder / "bin" / "python"
     packages = [str(Path(p).resolve()) for p in sys.path if p.endswith("site-packages")]
     ready = folder / "ready"
@@ -67,7 +69,6 @@ def _environment(folder: Path, version: str) -> str:
         venv.create(folder, with_pip=True, clear=True)
         site = next(folder.glob("lib/python*/site-packages"))
         (site / "host.pth").write_text("\n".join(packages) + "\n")
-        package = f"torch-pruning=={version}"
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", package], check=True)
         ready.write_text("\n".join(packages))  # of another interpreter's packages it would see none
     return str(python)
@@ -163,7 +164,7 @@ def pruned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], judg
         record.note(group)
         group.prune()
     restate(model, sizes)
-    cpu = round(time.process_time() - worked, 2)
+    cpu = round(time.process_time() - worked, 4)
     row |= {"seconds": round(time.perf_counter() - start, 2), "after": count(model), "groups": record.groups}
     whole = [n for n, m in layers(model).items() if tuple(m.weight.shape) == shapes[n] and m not in wanted]
     row |= {"layers": len(shapes), "layers_left_whole": len(whole)}

@@ -69,7 +69,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
 def _traced(model: nn.Module, example: Example) -> AxisGraph:
     recorded = capture(model, example)
     w = walk(recorded, RULES, POINTWISE)
-    trace_training(model, example, w)
+    trained = trace_training(model, example, w)
     axes, names = assemble(model, w, example)
     axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model))
-    return freeze_failing(model, replace(axes, recording=recording(model, w, names)))
+    return freeze_failing(model, replace(axes, recording=recording(model, w, names)), trained)

@@ -11,7 +11,7 @@ copied in the graph, without running the module's code. This is done only where 
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -219,12 +219,17 @@ def _mapping(known: tuple[Node, ...], given: tuple[Node, ...]) -> dict[Node, Nod
 
 
 def _repeated(model: nn.Module) -> frozenset[nn.Module]:
-    """Return the modules of lists and sequences of which another one has the same class."""
+    """Return the modules of lists and sequences of which another one has the same structure, or is the same."""
     found = set()
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList | nn.Sequential | nn.ModuleDict):
-            kinds = Counter(map(type, stack.children()))
-            found |= {one for one in stack.children() if kinds[type(one)] > 1 and len(one._modules)}
+            alike: dict[object, list[nn.Module]] = {}
+            kinds = Counter(type(one) for one in stack._modules.values())
+            for one in stack._modules.values():
+                if one is not None and len(one._modules) and (kinds[type(one)] > 1 or len(stack) == 1):
+                    with suppress(TypeError):
+                        alike.setdefault(_structure(one), []).append(one)
+            found |= {one for same in alike.values() for one in same if len(same) > 1 or len(stack) == 1}
     return frozenset(found)
 
 
@@ -315,7 +320,7 @@ def _source(x: Any, inputs: list[Tensor], nodes: Mapping[Tensor, Node]) -> tuple
 
 
 def _reaches_others(calls: tuple[Node, ...], given: set[Node]) -> bool:
-    """Whether an operation writes into a tensor that none of them made, or gives one that is nowhere in the call."""
+    """Whether an operation writes into a tensor that is not of the call, or gives one."""
     made = {*calls}
     for node in calls:
         known = {id(one.meta["val"]) for one in node.all_input_nodes if one not in made | given}
@@ -329,6 +334,6 @@ def _reaches_others(calls: tuple[Node, ...], given: set[Node]) -> bool:
             if one.alias_info is not None and one.alias_info.is_write:
                 written: list[Node] = []
                 map_arguments(values.get(one.name), Node, written.append)
-                if any(node not in made for node in written):
+                if any(node not in made | given for node in written):
                     return True
     return False

@@ -17,7 +17,7 @@ from regrow.tracing.steps import operations
 from regrow.tracing.walk import Walk, walk
 
 
-def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
+def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | None:
     """Record and walk a network in training mode too, and merge what that ties or freezes into the evaluation walk.
 
     It does so where training uses parameters that evaluation leaves out, or where the network's own code reads its mode
@@ -28,16 +28,19 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
         model: The network.
         example: The input to run it on.
         w: The walk in evaluation mode; changed in place.
+
+    Returns:
+        The recording in training mode, if it was merged.
     """
     if w.capture.decisions is not None or not (w.capture.unused or looks_at_mode(model)):
-        return
+        return None
     try:
         more = in_training(model, example)
     except TraceError:
-        return
+        return None
     left = tuple(name for name in w.capture.unused if name in more.unused)
     if len(left) == len(w.capture.unused) and _names(w.capture) == _names(more):
-        return
+        return None
     second = walk(more, RULES, POINTWISE, known={name: w.of(node) for node, name in w.capture.states.items()})
     alike = {(module_of(node), kind) for node, kind in w.norms}
     for node, kind in second.norms:
@@ -54,6 +57,7 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
     w.tables += [name for name in second.tables if name not in w.tables]
     w.notes += second.notes
     w.capture = replace(w.capture, unused=left)
+    return more
 
 
 def looks_at_mode(model: nn.Module) -> bool:

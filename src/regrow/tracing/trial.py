@@ -19,7 +19,7 @@ from regrow.tracing.source_lines import Line, format_line, line_of, line_raised,
 from regrow.tracing.steps import FIRST_RUN, Difference, difference, first_difference, operations, refold_steps
 
 
-def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
+def freeze_failing(model: nn.Module, axes: AxisGraph, trained: Capture | None = None) -> AxisGraph:
     """Return the graph with every axis frozen whose trial cut does not run as planned.
 
     A few units of each free axis are cut, in all axes at once, on a copy without numbers, which is recorded again.
@@ -29,6 +29,7 @@ def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     Args:
         model: The network; it is left unchanged.
         axes: Its axes.
+        trained: Its recording in training mode; ``None``: a trial that needs it records it anew.
     """
     full = {axis.key: f"it must keep {axis.least} units" for axis in axes.free() if axis.size <= axis.least}
     free = [axis for axis in axes.free() if axis.key not in full]
@@ -36,10 +37,10 @@ def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     large = [axis for axis in free if axis.size > 2]
     bad: dict[str, str] = {**full}
     for group in (small, large):
-        if group and _problem(model, axes, group):
-            bad |= _one_by_one(model, axes, group)
+        if group and _problem(model, axes, trained, group):
+            bad |= _one_by_one(model, axes, trained, group)
     left = [axis for axis in free if axis.key not in bad]
-    if small and left and (problem := _problem(model, axes, left)):
+    if small and left and (problem := _problem(model, axes, trained, left)):
         bad |= {axis.key: problem for axis in left}  # each alone is sound, together they are not: rather none
     for problem in set(bad.values()) - set(full.values()):
         members = [axis for axis in free if bad.get(axis.key) == problem]
@@ -52,7 +53,7 @@ def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     )
 
 
-def _one_by_one(model: nn.Module, axes: AxisGraph, group: list[Axis]) -> dict[str, str]:
+def _one_by_one(model: nn.Module, axes: AxisGraph, trained: Capture | None, group: list[Axis]) -> dict[str, str]:
     """Return axis key → the problem, for the axes of the classes whose trial cut fails."""
     bad: dict[str, str] = {}
     families: dict[tuple, list[list[Axis]]] = {}
@@ -60,26 +61,26 @@ def _one_by_one(model: nn.Module, axes: AxisGraph, group: list[Axis]) -> dict[st
         alike = tuple((name, dim, outer > 1, inner > 1) for name, dim, outer, _, inner, *_ in kind[1])
         families.setdefault(alike, []).append(members)
     for classes in families.values():
-        bad |= _of_family(model, axes, classes)
+        bad |= _of_family(model, axes, trained, classes)
     left = [axis for axis in group if axis.key not in bad]
-    if bad and left and (problem := _problem(model, axes, left)):
+    if bad and left and (problem := _problem(model, axes, trained, left)):
         bad |= {axis.key: problem for axis in left}
     elif not bad:
         bad = {axis.key: "it survives alone, but not together with others" for axis in group}
     return bad
 
 
-def _of_family(model: nn.Module, axes: AxisGraph, classes: list[list[Axis]]) -> dict[str, str]:
+def _of_family(model: nn.Module, axes: AxisGraph, trained: Capture | None, classes: list[list[Axis]]) -> dict[str, str]:
     """Return axis key → the problem; equally named classes, one per stage of a network, mostly fail alike."""
     every = [axis for members in classes for axis in members]
-    problem = _problem(model, axes, every)
+    problem = _problem(model, axes, trained, every)
     if not problem or len(classes) == 1:
         return {axis.key: problem for axis in every if problem}
     first, *others = classes
-    alone = _problem(model, axes, first)
+    alone = _problem(model, axes, trained, first)
     if _unnumbered(alone) == _unnumbered(problem):
         return {axis.key: problem for axis in every}
-    problems = [(first, alone), *((members, _problem(model, axes, members)) for members in others)]
+    problems = [(first, alone), *((members, _problem(model, axes, trained, members)) for members in others)]
     bad = {axis.key: one for members, one in problems for axis in members if one}
     return bad or {axis.key: problem for axis in every}
 
@@ -107,7 +108,7 @@ def _kind(axis: Axis) -> tuple:
     return (axis.size, tuple(sorted(set(slots))))
 
 
-def _problem(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> str:
+def _problem(model: nn.Module, axes: AxisGraph, trained: Capture | None, cut: list[Axis]) -> str:
     """Return the problem of cutting a few units of each of the axes; empty if there is none.
 
     The first axis loses one unit, the next two, then three: if the network's code uses the size of one axis for
@@ -116,7 +117,7 @@ def _problem(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> str:
     sizes = _cut_sizes(axes, cut)
     if any(size < 1 for size in sizes.values()):
         return "it cannot lose what an axis of the same count must lose with it"
-    return trial_error(model, axes, sizes)
+    return trial_error(model, axes, sizes, trained)
 
 
 def _cut_sizes(axes: AxisGraph, cut: list[Axis]) -> dict[str, int]:
@@ -164,7 +165,7 @@ class Resizing:
         return Resizing(self.sizes)
 
 
-def trial_error(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
+def trial_error(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], trained: Capture | None = None) -> str:
     """Return the problem of running the network at other sizes, on a copy without numbers; empty if there is none.
 
     The copy is recorded as the network was when it was traced.
@@ -173,12 +174,13 @@ def trial_error(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> 
         model: The network; it is left unchanged.
         axes: Its axes.
         sizes: Axis key → its number of units in the copy.
+        trained: The network's recording in training mode, if it is known.
     """
     try:
         deviation = difference(axes.steps, _recorded(model, axes, Resizing(sizes)), sizes)
     except TraceError as error:
         return _refusal(error)
-    return deviation.problem if deviation is not None else _untrained(model, axes, sizes)
+    return deviation.problem if deviation is not None else _untrained(model, axes, sizes, trained)
 
 
 @dataclass(frozen=True)
@@ -258,19 +260,22 @@ def _recorded(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = Fal
     return capture(copy, example, axes.decisions, exported=axes.exported, lines=lines)
 
 
-def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
+def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], present: Capture | None = None) -> str:
     """Return the problem of training the network at other sizes; empty if there is none, or training was not traced."""
     if not axes.trained:
         return ""
-    copies = [resize_copy(model, axes, Resizing(one)) for one in (axes.sizes(), sizes)]
     try:
-        present, planned = (
-            in_training(copy, fake_example(cast_example(axes.example, model), mode)) for copy, mode in copies
-        )
+        present = present or _recorded_in_training(model, axes, axes.sizes())
+        planned = _recorded_in_training(model, axes, sizes)
     except TraceError as error:
         return _refusal(error)
     deviation = first_difference(present, planned)
     return f"in training, {deviation.problem}" if deviation is not None else ""
+
+
+def _recorded_in_training(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> Capture:
+    copy, mode = resize_copy(model, axes, Resizing(sizes))
+    return in_training(copy, fake_example(cast_example(axes.example, model), mode))
 
 
 def _refusal(error: TraceError) -> str:
