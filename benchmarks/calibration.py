@@ -9,7 +9,9 @@ network's forward pass, at the batch size at which that is fastest, which ``--ba
 procedures. Those are written here from the papers' description: layer by layer, every window passes through the layer
 once with hooks on the inputs of its projections, which sum in float32, and once more for the inputs of the next layer;
 one window at a time.
-A ratio is the median over rounds of the ratios within a round. Rows go to benchmarks/results/calibration.jsonl.
+Six plans are three fractions of two methods from one calibration, beside one; calibration and plans, without evaluation
+and writing. A ratio is the median over rounds of the ratios within a round. Rows go to
+benchmarks/results/calibration.jsonl.
 """
 
 import argparse
@@ -28,11 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from regrow import data
+from regrow.commands import prune
 from regrow.commands.clock import Clock
 from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.prune import run
+from regrow.commands.shared_work import SharedWork
 from regrow.data.joined import join_batches
-from regrow.settings.prune import Settings
+from regrow.settings.prune import Settings, folder_name
 from regrow.sources import Batch
 from regrow.store.versions import versions
 
@@ -40,6 +43,8 @@ OUT = Path(__file__).parent / "results" / "calibration.jsonl"
 MODEL, SEQ = "smollm2-135m", 256
 TOKENS = {"bfloat16": 8192, "float32": 2048}
 SIZES = (1, 2, 4, 8, 16)
+ONE = [("flap", 0.7)]
+SIX = [(method, keep) for method in ("flap", "wanda_sp") for keep in (0.8, 0.7, 0.5)]
 
 
 def cpu(work: Callable[[], object]) -> float:
@@ -56,32 +61,39 @@ def plain(model: nn.Module, batches: Sequence[Batch]) -> None:
             model(*batch.args, **batch.kwargs)
 
 
-def calibrated(dtype: str, method: str, batch_size: int) -> float:
-    """CPU seconds of the stage "calibrate" of a run of ``regrow prune``."""
-    seconds, true = {}, Clock.stage
+def planned(dtype: str, batch_size: int, plans: Sequence[tuple[str, float]]) -> tuple[float, float]:
+    """CPU seconds of the stages "calibrate" and "plan" of runs of ``regrow prune`` that share their calibration.
+
+    The scores that a run writes for its page are left out of "plan".
+    """
+    seconds, true, write = {"calibrate": 0.0, "plan": 0.0, "write": 0.0}, Clock.stage, prune.write_scores
 
     @contextmanager
     def stage(clock: Clock, name: str) -> Iterator[None]:
         start = time.process_time()
         with true(clock, name):
             yield
-        seconds[name] = time.process_time() - start
+        seconds[name] = seconds.get(name, 0) + time.process_time() - start
         if name == "plan":
             raise InterruptedError
 
-    with tempfile.TemporaryDirectory() as place:
-        settings = Settings(
-            MODEL, method, {}, 0.7, sources=("news",), tokens=TOKENS[dtype], seq_len=SEQ, eval_tokens=SEQ, dtype=dtype,
-            proof=False, undo=False, batch_size=batch_size,
-        )  # fmt: skip
-        Clock.stage = stage  # type: ignore[method-assign]
-        try:
-            run(settings, Path(place) / "run")
-        except InterruptedError:
-            pass
-        finally:
-            Clock.stage = true  # type: ignore[method-assign]
-    return seconds["calibrate"]
+    def write_scores(*given: Any) -> None:
+        seconds["write"] += cpu(lambda: write(*given))
+
+    shared = SharedWork()
+    Clock.stage, prune.write_scores = stage, write_scores  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            for method, keep in plans:
+                settings = Settings(
+                    MODEL, method, {}, keep, sources=("news",), tokens=TOKENS[dtype], seq_len=SEQ, eval_tokens=SEQ,
+                    dtype=dtype, proof=False, undo=False, batch_size=batch_size,
+                )  # fmt: skip
+                with suppress(InterruptedError):
+                    prune.run(settings, Path(place) / folder_name(settings), shared=shared)
+    finally:
+        Clock.stage, prune.write_scores = true, write  # type: ignore[method-assign]
+    return seconds["calibrate"], seconds["plan"] - seconds["write"]
 
 
 class Fluctuation:
@@ -159,12 +171,19 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
     first_round = {size: cpu(lambda one=batches: plain(model, one)) for size, batches in joined.items()}
     best = min(first_round, key=lambda size: first_round[size])
     seconds: dict[str, list[float]] = {}
+
+    def timed(name: str, size: int, plans: Sequence[tuple[str, float]]) -> float:
+        calibration, plan = planned(dtype, size, plans)
+        seconds.setdefault(name, []).append(calibration + plan)
+        return calibration
+
     for _ in range(rounds):
         for name, one in {
             "plain": lambda: cpu(lambda: plain(model, joined[best])),
-            "regrow": lambda: calibrated(dtype, "flap", best),
-            "regrow, one window at a time": lambda: calibrated(dtype, "flap", 1),
+            "regrow": lambda: timed("plan", best, ONE),
+            "regrow, one window at a time": lambda: timed("plan, one window at a time", 1, ONE),
             "plain, one window at a time": lambda: cpu(lambda: plain(model, joined[1])),
+            "regrow, six plans": lambda: timed("six plans", best, SIX),
             "FLAP as published": lambda: cpu(lambda: published(model, joined[1], Fluctuation)),
             "Wanda-sp as published": lambda: cpu(lambda: published(model, joined[1], Norm)),
         }.items():
@@ -186,6 +205,7 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
         "one_window_over_plain": ratio("regrow, one window at a time", "plain"),
         "flap_over_regrow": ratio("FLAP as published", "regrow"),
         "wanda_sp_over_regrow": ratio("Wanda-sp as published", "regrow"),
+        "six_plans_over_one": ratio("six plans", "plan"),
         "cpu_seconds": {name: [round(one, 3) for one in values] for name, values in seconds.items()},
     }
 

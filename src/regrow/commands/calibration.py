@@ -108,4 +108,4 @@ def parameter_sums(model: nn.Module) -> list[float]:
     Args:
         model: The network.
     """
-    return [float(p.detach().float().flatten()[:4096].double().sum()) for p in model.parameters()]
+    return [float(p.detach().flatten()[:4096].float().double().sum()) for p in model.parameters()]

@@ -36,7 +36,7 @@ from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
-from regrow.scoring import CachedColumns, weights_of
+from regrow.scoring import weights_of
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
@@ -199,7 +199,7 @@ def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) 
     folder, loaded, progress = job.folder, job.loaded, job.progress
     passes = partial(autocasting, loaded.model, job.settings.precision)
     network = job.streamed.network() if job.streamed else None
-    weights = CachedColumns(network.weights.parameters() if network else weights_of(loaded.model))
+    weights = job.shared.columns.over(network.weights.parameters() if network else weights_of(loaded.model))
     with job.clock.stage("calibrate"), passes():
         given = folder, loaded, axes, method, job.kinds.calibration, progress
         more: Any = {"network": network, "ranks": job.ranks, "batch_size": job.settings.batch_size}

@@ -10,6 +10,7 @@ from regrow.evidence import Need
 from regrow.nets import Loaded
 from regrow.run_folder import RunFolder
 from regrow.scores import Statistics
+from regrow.scoring import CachedColumns
 from regrow.settings.prune import Settings
 from regrow.sources import Source
 from regrow.store import statistics
@@ -24,11 +25,13 @@ class SharedWork:
     Args:
         axes: The axes of the model; ``None``: it is not traced yet.
         sums: (digest of what they depend on, shard) → the sums of a shard of a source.
+        columns: The norms of its weights, without the weights.
         dense: Source name → the measurement of the model before the cut.
     """
 
     axes: AxisGraph | None = None
     sums: dict[tuple[str, int], Statistics] = field(default_factory=dict)
+    columns: CachedColumns = field(default_factory=lambda: CachedColumns({}))
     dense: dict[str, evaluation.Perplexity | evaluation.Accuracy] = field(default_factory=dict)
 
     def trace(self, loaded: Loaded) -> AxisGraph:

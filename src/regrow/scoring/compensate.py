@@ -34,14 +34,14 @@ def means(
 
     Source: An et al., FLAP (arXiv 2312.11983), section "Baseline bias compensation".
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters, held = dict(model.named_parameters(remove_duplicate=False)), holders(model)
     chosen = [axes[key] for key in kept] if units is None else [axis for axis in units if axis.key in kept]
     result: dict[str, dict[int, float]] = {}
     for reader in readers(axes, chosen):
         name = reader.slot.name
         moments = statistics.moments.get(reader.weight)
         width = parameters[name].shape[reader.slot.dim]
-        if moments is None or len(moments.total) != width or not takes_constant(model, name):
+        if moments is None or len(moments.total) != width or not takes_constant(model, name, held):
             continue
         staying = set(kept[reader.axis])
         dropped = [unit for unit in range(reader.size) if unit not in staying]
@@ -62,15 +62,36 @@ def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis
     """
     names = dict.fromkeys(reader.slot.name for reader in readers(axes, units))
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    return tuple(name for name in names if takes_constant(model, name) and getattr(owners[name], "bias", 0) is None)
+    held = holders(model)
+    bare = (name for name in names if getattr(owners[name], "bias", 0) is None)
+    return tuple(name for name in bare if takes_constant(model, name, held))
 
 
-def sharing_module(model: nn.Module, name: str) -> str | None:
+Holders = Mapping[int, Sequence[tuple[str, nn.Module]]]
+"""``id`` of a parameter → path and module of each that holds it."""
+
+
+def holders(model: nn.Module) -> Holders:
+    """Return which modules hold each parameter.
+
+    Args:
+        model: The network.
+    """
+    result: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for value in module._parameters.values():
+            if value is not None:
+                result.setdefault(id(value), []).append((path, module))
+    return result
+
+
+def sharing_module(model: nn.Module, name: str, held: Holders | None = None) -> str | None:
     """Return the path of another module that holds the same parameter, or ``None`` if there is none.
 
     Args:
         model: The network.
         name: The parameter's name.
+        held: The modules that hold each parameter, where many are asked for; ``None``: they are looked up.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     >>> net["b"].weight = net["a"].weight
@@ -79,11 +100,11 @@ def sharing_module(model: nn.Module, name: str) -> str | None:
     """
     path, _, _ = name.rpartition(".")
     owner, weight = model.get_submodule(path), model.get_parameter(name)
-    others = ((at, one) for at, one in model.named_modules() if one is not owner)
-    return next((at for at, one in others if any(value is weight for value in one._parameters.values())), None)
+    held = holders(model) if held is None else held
+    return next((at for at, one in held.get(id(weight), ()) if one is not owner), None)
 
 
-def takes_constant(model: nn.Module, name: str) -> bool:
+def takes_constant(model: nn.Module, name: str, held: Holders | None = None) -> bool:
     """Whether a constant input to a weight can be moved exactly into the bias of its layer.
 
     That holds for a linear layer and an ungrouped, unpadded convolution whose weight no other module shares.
@@ -91,12 +112,13 @@ def takes_constant(model: nn.Module, name: str) -> bool:
     Args:
         model: The network.
         name: The weight's parameter name.
+        held: As for :func:`sharing_module`.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
     >>> takes_constant(net, "0.weight"), takes_constant(net, "1.weight")
     (True, False)
     """
-    return not _obstacle(model, name)
+    return not _obstacle(model, name, held)
 
 
 def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
@@ -111,8 +133,9 @@ def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable
         One note per reason, with the first weight and the number of the others; empty if every weight is compensated.
     """
     reasons: dict[str, list[str]] = {}
+    held = holders(model)
     for name in dict.fromkeys(reader.slot.name for reader in readers(axes, [axes[key] for key in kept])):
-        if obstacle := _obstacle(model, name):
+        if obstacle := _obstacle(model, name, held):
             reasons.setdefault(obstacle, []).append(name)
     return tuple(
         f"no bias compensation for {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {obstacle}"
@@ -120,12 +143,12 @@ def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable
     )
 
 
-def _obstacle(model: nn.Module, name: str) -> str:
+def _obstacle(model: nn.Module, name: str, held: Holders | None) -> str:
     """Return why a constant input to a weight cannot be moved exactly into a bias; empty if it can."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return "a recurrent layer's units have means of their own at the first step"
-    if sharing_module(model, name) is not None:
+    if sharing_module(model, name, held) is not None:
         return "several modules share the weight, and each has a bias of its own"
     if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "" if model.get_parameter(name).dim() == 2 else "its layer is neither linear nor a plain convolution"

@@ -91,6 +91,16 @@ class CachedColumns(Mapping[str, Tensor]):
         self.shapes: dict[str, torch.Size] = {}
         self.norms: dict[tuple[str, int, int | None, str], Tensor] = {}
 
+    def over(self, weights: Mapping[str, Tensor]) -> "CachedColumns":
+        """Return the same norms over other tensors of the same values, such as a network that was loaded again.
+
+        Args:
+            weights: Parameter name → tensor.
+        """
+        made = CachedColumns(weights)
+        made.shapes, made.norms = self.shapes, self.norms
+        return made
+
     def __getitem__(self, name: str) -> Tensor:
         """Return a weight."""
         return self.weights[name]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Dim, Role
 from regrow.plan import Plan, PlanError
-from regrow.scoring.compensate import sharing_module
+from regrow.scoring.compensate import holders, sharing_module
 from regrow.surgery.layout import Layout
 
 
@@ -37,12 +37,13 @@ def offsets(
             share, or for inputs that stay.
     """
     result: dict[str, Tensor] = {}
+    held = holders(model) if plan.means else {}
     for name, means in plan.means.items():
         path, _, leaf = name.rpartition(".")
         dim = read_dim(axes, name)
         if leaf != "weight" or dim is None or "bias" not in model.get_submodule(path)._parameters:
             raise PlanError(f"{name} has no bias that could take up the means of dropped inputs")
-        if (sharing := sharing_module(model, name)) is not None:
+        if (sharing := sharing_module(model, name, held)) is not None:
             raise PlanError(
                 f"means are given for {name}, which {sharing or 'the model'} holds too and would read without them; "
                 "leave them out"
