@@ -68,4 +68,5 @@ def _leave(ranks: Ranks, watch: Watch, error: BaseException, describe: Callable[
     if isinstance(error, RuntimeError) and _BROKEN.search(str(error)):
         time.sleep(SILENCE + 4)  # until ``watch`` ends the process
         raise ResourceError(f"{ranks} lost the connection to another rank; {RESUME}") from error
-    watch.report("stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else describe(error))
+    stopped = isinstance(error, KeyboardInterrupt)
+    watch.report(f"{ranks} was stopped by Ctrl-C" if stopped else f"{ranks} failed: {describe(error)}")

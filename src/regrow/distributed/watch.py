@@ -93,14 +93,14 @@ class Watch:
         """Tell the other ranks why this one ends, and wait until they know, or a few seconds.
 
         Args:
-            line: The problem and the remedy.
+            line: Which rank it is, the problem and the remedy.
         """
         self.closing.set()
         others = [f"known/{rank}" for rank in range(self.ranks.size) if rank != self.ranks.rank]
         with suppress(RuntimeError):
             if self.store.check(["failed"]):
                 return
-            self.store.set("failed", f"{self.ranks} failed: {line}")
+            self.store.set("failed", line)
             for _ in range(int(NOTICE / 0.1)):
                 if self.store.check(others):
                     return
