@@ -8,6 +8,7 @@ import pytest
 
 from cli.conftest import Run
 from regrow.scoring.collect import InputSums
+from regrow.streaming import requirements
 
 DATA = ("--source", "news", "--tokens", "192", "--eval-tokens", "128", "--seq-len", "64")
 FILES = ("model.safetensors", "ledger.json", "shapes.json", "config.json")
@@ -73,3 +74,18 @@ def test_what_cannot_be_several_is_refused_before_anything_is_made(
     assert code != 0
     assert problem in err
     assert not Path("plans").exists()
+
+
+def test_several_plans_are_the_same_with_one_block_in_memory(
+    regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requirements, "WHOLE", 1e9)
+    command = ("prune", str(tiny_language_model), "--keep", "0.8", "--keep", "0.6", "--batch-size", "2", *DATA)
+    assert regrow(*command, "--out", "whole")[0] == 0
+    code, said, err = regrow(*command, "--memory", "64GiB", "--out", "streamed")
+    assert code == 0, err
+    assert said.count("one of 2 blocks at a time") == 2
+    for run in ("flap-0.6", "flap-0.8"):
+        assert json.loads((Path("whole") / run / "run.json").read_text())["settings"]["batch_size"] == 2
+        for name in FILES:
+            assert (Path("whole") / run / name).read_bytes() == (Path("streamed") / run / name).read_bytes(), name
