@@ -185,12 +185,18 @@ def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
     step = max(1, CHUNK // max(1, rows[0].numel())) if rows.device.type == "cpu" and len(rows) else max(1, len(rows))
     hidden = None if mask is None else ~mask.to(rows.device)
     totals, square = [], torch.zeros(rows.shape[channels], dtype=torch.float64, device=home)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    # Memory that is reused: fresh memory costs as much as the sums. Sums depend on the layout, which copies have anew.
+    room = rows.new_empty((min(step, len(rows)), *rows.shape[1:]), dtype=wide) if rows.is_contiguous() else None
     for index, part in enumerate(rows.split(step)):
-        part = part if part.dtype == torch.float64 else part.float()
+        own = None if room is None else room[: len(part)]
+        if part.dtype != wide:
+            part = part.to(wide) if own is None else own.copy_(part)
         if hidden is not None:
             part = part.masked_fill(hidden[index * step : index * step + len(part), :, None], 0)
         totals.append(part.sum(positions).to(home, torch.float64))
-        square += (part * part).sum((0, positions)).to(home, torch.float64)
+        squares = part * part if own is None else torch.mul(part, part, out=own)
+        square += squares.sum((0, positions)).to(home, torch.float64)
     total = torch.cat(totals)
     if mask is None:
         means, count, sequences = total / max(1, rows.shape[positions]), len(rows) * rows.shape[positions], len(rows)
