@@ -69,7 +69,8 @@ class TensorWriter:
 
     Args:
         files: The name of each tensor → the file to which it is written.
-        ahead: The most bytes of tensors that wait to be written.
+        ahead: The most bytes of tensors that wait to be written; a larger tensor does not count, since whoever has it
+            keeps it in memory.
     """
 
     def __init__(self, files: Mapping[str, TensorFile], ahead: int) -> None:
@@ -90,11 +91,12 @@ class TensorWriter:
         Raises:
             OSError: If an earlier tensor could not be written, as on a full disk.
         """
-        while self.waiting and tensor.nbytes + sum(size for size, _ in self.waiting) > self.ahead:
+        size = tensor.nbytes if tensor.nbytes <= self.ahead else 0
+        while self.waiting and size + sum(other for other, _ in self.waiting) > self.ahead:
             self._wait()
         data = as_bytes(tensor)
         work = self.pools[0].submit(self._write, name, tensor, data), self.pools[1].submit(self._digest, name, data)
-        self.waiting.append((tensor.nbytes, work))
+        self.waiting.append((size, work))
 
     def finish(self) -> tuple[Mapping[str, str], Mapping[Path, File]]:
         """Wait until all is written; return the SHA-256 of each tensor, and the size and digests of each file.
