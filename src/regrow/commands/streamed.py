@@ -24,6 +24,7 @@ from regrow.store import statistics
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
+from regrow.streaming.caches import limit_caches, return_memory
 from regrow.streaming.cut import StreamedCut, propose_cut
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork, open_network
@@ -93,7 +94,9 @@ class StreamedRun:
             ranks: The processes that share the blocks; the others call :meth:`StreamedCut.share`.
         """
         cut = propose_cut(self.opened, plan)
+        return_memory()
         deviations = cut.write(folder.path, proof=proof, progress=progress, ranks=ranks)
+        return_memory()
         if deviations:
             worst = max(deviations, key=lambda one: one.largest_difference - one.bound)
             row: dict[str, Any] = {"ok": True, "max_abs_diff": worst.largest_difference, "bound": worst.bound}
@@ -179,5 +182,7 @@ def start_streaming(
     announce(str(plan))
     if not plan.streams:
         return None
+    limit_caches()
+    return_memory()
     opened.check_output()
     return StreamedRun(opened, plan)

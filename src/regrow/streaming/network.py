@@ -5,9 +5,8 @@ results that they gave before. So each block gets what its parent passes it (mas
 architecture; only embeddings and what else lies outside the blocks are computed once per block.
 """
 
-import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.errors import InputError
 from regrow.sources import Batch
+from regrow.streaming.caches import return_memory
 from regrow.streaming.read_ahead import ReadAhead
 from regrow.streaming.results import BlockResults
 from regrow.streaming.weights import StoredWeights
@@ -109,7 +109,7 @@ class StreamedNetwork:
         finally:
             for name, value in before.items():
                 self._put(name, value)
-            _return_memory()
+            return_memory()
 
     def _put(self, name: str, value: Tensor) -> None:
         for held, leaf in self.places[name]:
@@ -241,12 +241,6 @@ class StreamedNetwork:
                     vars(module).pop("forward", None)
                 else:
                     module.forward = own
-
-
-def _return_memory() -> None:
-    """Give memory that was freed back to the system, where the C library would keep it for later."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library than that of Linux
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_parameter(value: object) -> bool:

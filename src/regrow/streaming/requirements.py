@@ -9,13 +9,18 @@ from regrow.errors import ResourceError
 from regrow.streaming.network import StreamedNetwork
 
 EXACT = 1.7
-"""How many blocks there are in float64 at a time while one is compared: the masked and the cut one, in parts."""
-BLOCKS = 2.5
-"""How many blocks there are at a time in their own precision: read, cut, and what is on its way to the disk."""
+"""How many blocks there are in float64 at a time where a network in memory is compared."""
+BLOCKS: Mapping[str, int] = {"pruning": 4, "evaluating": 2}
+"""How many blocks there are at a time in their own precision: the present one and the next, which is read meanwhile; in
+a cut, what becomes of the present one, and what of the last one is on its way to the disk."""
+ACTIVATIONS = 6
+"""How many results of a block's widest operation there are at a time."""
 WHOLE = 2.0
 """Bytes of a run in memory per byte of the model: the model, and what is cut from it before it replaces the old."""
 SPARE: Mapping[str, int] = {"pruning": 2**28, "evaluating": 2**26}
-"""What the interpreter and the operations need besides."""
+"""What the interpreter and the operations need besides, with the whole network in memory."""
+LIBRARIES = 2**26
+"""What is loaded of libraries once they compute, and their kernels, with one block in memory."""
 MARGIN = 1.05
 """The amount that a refusal names, by what is predicted: the next process may begin with more memory than this one."""
 
@@ -82,19 +87,20 @@ def plan_memory(
     """
     weights, model = network.weights, network.model
     size = {name: weights.bytes_of(name) for name in weights.stored}
-    block = network.largest_block
-    entries = max(sum(weights.like[name].numel() for name in one.names) for one in network.blocks)
-    outer = sum(size[name] for name in network.outer)
-    width = max((p.shape[0] for p in model.parameters() if p.dim() == 2), default=1)
-    hidden = max((p.shape[-1] for p in model.parameters() if p.dim() == 1), default=1)
+    inside = [weights.like[name] for one in network.blocks for name in one.names]
     item = next(model.parameters()).element_size()
-    pass_through = 3 * tokens * width * max(item, 4)
-    exact, blocks = (int(8 * EXACT * entries), BLOCKS) if what == "pruning" else (0, 1)
-    held, running = _resident(), SPARE[what] + pass_through
+    width, inner = (max((p.shape[0] for p in some if p.dim() == 2), default=1) for some in (model.parameters(), inside))
+    hidden = max((p.shape[-1] for p in model.parameters() if p.dim() == 1), default=1)
+    entries = max(sum(weights.like[name].numel() for name in one.names) for one in network.blocks)
+    exact = int(8 * EXACT * entries) if what == "pruning" else 0
+    held, running = _resident(), SPARE[what] + 3 * tokens * width * max(item, 4)
     cast = any(place.dtype != weights.like[name].dtype for name, place in weights.places())
     mapped = sum(place.bytes for _, place in weights.places()) if cast else 0  # of the files, while they are read
     whole = held + max(running + exact, mapped) + int((WHOLE - (what != "pruning")) * sum(size.values()))
-    least = held + running + exact + outer + int(blocks * block)
+    # Behind the last block, the outputs are in memory instead of blocks.
+    outer, outputs = sum(size[name] for name in network.outer), 2 * tokens * width * item
+    blocks = BLOCKS[what] * network.largest_block + ACTIVATIONS * tokens * inner * item
+    least = held + LIBRARIES + outer + max(blocks, outputs)
     plan = MemoryPlan(limit, whole, least, 2 * windows * tokens * hidden * item, len(network.blocks))
     if plan.streams and least > limit:
         raise ResourceError(
