@@ -2,6 +2,7 @@
 
     python benchmarks/peer_times.py                  a sample: about 8 minutes on an idle core; resumes where it stopped
     python benchmarks/peer_times.py --sample 0       every network that the tool cuts (an hour)
+    python benchmarks/peer_times.py --double         the same in float64, in which peers.py cuts them
     python benchmarks/peer_times.py --show           the table in Markdown
 
 Both tools cut half of everything they can, as peers.py does it, in turns, each in a process of its own that is forked
@@ -22,11 +23,13 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +39,7 @@ import peer
 import peers
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from nets import KINDS
 from regrow.nets import replace_attention
@@ -47,6 +51,7 @@ from regrow.tracing.form_cache import forget_results
 OUT = Path("benchmarks/results/peer_times.jsonl")
 TOOLS = {"1.6.1": "torch-pruning==1.6.1", "1.5.2": "torch-pruning==1.5.2", "optipfair": "optipfair==0.4.2"}
 GATED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "granite", "smollm3", "stablelm"]
+DOUBLE = " in float64"
 FORK = multiprocessing.get_context("fork")
 
 Network = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -90,7 +95,10 @@ def optipfair(net: Network) -> float:
 def turns(tool: str, key: str, rounds: int, seconds: int) -> apart.Row:
     """Let both cut copies of a network in turns."""
     theirs: Callable[[Network], float] = optipfair if tool == "optipfair" else torch_pruning
-    model, args, kwargs = peer.network("net", key)
+    model, args, kwargs = peer.network("net", key.removesuffix(DOUBLE))
+    if key.endswith(DOUBLE):
+        double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
+        model, args, kwargs = model.double(), tree_map(double, args), tree_map(double, kwargs)
     plain = model if key.startswith("transformers/") else replace_attention(copy.deepcopy(model))
     row: apart.Row = {"key": f"{tool} {key}", "regrow": [], "peer": []}
     sides = {"regrow": (ours, (plain, args, kwargs)), "peer": (theirs, (model, args, kwargs))}
@@ -109,6 +117,7 @@ def forked(cut: Callable[[Network], float], net: Network, seconds: int) -> list[
 
     def run() -> None:
         model, args, kwargs = net
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         try:
             sender.send([round(cut((copy.deepcopy(model), args, kwargs)), 4) for _ in range(2)])
         except Exception as error:
@@ -117,10 +126,14 @@ def forked(cut: Callable[[Network], float], net: Network, seconds: int) -> list[
     gc.collect()
     process = FORK.Process(target=run)
     process.start()
-    said = receiver.recv() if receiver.poll(seconds) else f"stopped after {seconds} s"
-    process.kill()
-    process.join()
-    return said
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(20 * seconds) else f"stopped after {20 * seconds} s"
+    except EOFError:
+        return f"stopped after {seconds} s of the processor"
+    finally:
+        process.kill()
+        process.join()
 
 
 def child(tool: str, keys: list[str], rounds: int, seconds: int) -> None:
@@ -158,11 +171,12 @@ def page(rows: dict[str, apart.Row], known: dict[str, apart.Row]) -> str:
     )
     lines = [head, "|---" * 10 + "|"]
     for tool in TOOLS:
-        for kind in KINDS:
-            own = [row for key, row in rows.items() if key.startswith(f"{tool} {kind}/") and "error" not in row]
+        for kind, precision in product(KINDS, ("", DOUBLE)):
+            every = {key: row for key, row in rows.items() if key.startswith(f"{tool} {kind}/") and "error" not in row}
+            own = [row for key, row in every.items() if key.endswith(DOUBLE) == bool(precision)]
             if not own:
                 continue
-            cells = [tool, kind, str(len(own))]
+            cells = [tool, kind + precision, str(len(own))]
             for turn in (0, 1):
                 pairs = [tuple(median(one[turn] for one in row[side]) for side in ("regrow", "peer")) for row in own]
                 ratios = sorted(a / b for a, b in pairs)
@@ -185,7 +199,8 @@ def main() -> None:
     parser.add_argument("--tools", nargs="*", choices=[*TOOLS], default=[*TOOLS])
     parser.add_argument("--sample", type=int, default=5, help="networks per kind and tool; 0: all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each tool")
-    parser.add_argument("--seconds", type=int, default=60, help="limit of two cuts of a network")
+    parser.add_argument("--seconds", type=int, default=60, help="CPU seconds of two cuts at most")
+    parser.add_argument("--double", action="store_true", help="networks in float64, as in peers.py")
     parser.add_argument("--again", action="store_true", help="also those that have a row")
     parser.add_argument("--show", action="store_true", help="print the table in Markdown")
     parser.add_argument("--environments", type=Path, default=peer.HOME, help="where environments are made")
@@ -199,7 +214,8 @@ def main() -> None:
     about = {"date": time.strftime("%Y-%m-%d"), "machine": platform.machine(), "cores": os.cpu_count()}
     about |= {"load": round(os.getloadavg()[0], 1), "versions": versions()}
     for tool in () if args.show else args.tools:
-        keys = [key for key in networks(tool, args.sample, known) if f"{tool} {key}" not in done]
+        sample = [key + DOUBLE * args.double for key in networks(tool, args.sample, known)]
+        keys = [key for key in sample if f"{tool} {key}" not in done]
         if not keys:
             continue
         python = peer.environment(args.environments / tool, TOOLS[tool])
