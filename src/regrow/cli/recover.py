@@ -44,6 +44,10 @@ def recover(given: Given[Settings], code: str, track: str, fsdp: bool, out: Path
     from regrow.distributed.parallel import Parallel
 
     options.say_code(code, settings.by)
+    if fsdp:
+        from regrow.distributed.fsdp import return_freed_memory
+
+        return_freed_memory()
     with processes() as ranks:
         parallel = Parallel(ranks, fsdp)
         if not ranks.leads:

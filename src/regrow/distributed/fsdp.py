@@ -3,8 +3,9 @@
 Imported where it is used: what it needs of torch takes two seconds to import.
 """
 
+import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -13,6 +14,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from regrow.distributed.parallel import whole
+
+_MMAP_THRESHOLD = -3
+"""The number of the parameter in ``malloc.h``."""
+
+
+def return_freed_memory() -> None:
+    """Let memory of large tensors go back to the system as soon as it is freed, where the C library is that of Linux.
+
+    Otherwise shards would be scattered over the memory of the whole networks that were loaded before, which stays.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**18)
 
 
 @contextmanager
