@@ -184,7 +184,7 @@ def _run_all(
             job = waiting.popleft()
             started.add(job)
             engine.submit(job)
-        progress(done, len(cells), f"cells of the grid, {len(started)} started, {failed} failed")
+        progress(done, len(cells), f"cells of the grid, {len(started)} submitted, {failed} failed")
         for job, outcome in engine.finished():
             cell, starts = cells[job], count_starts(job)
             if outcome.code is not None and outcome.code < 0 and starts <= retries:
