@@ -1,13 +1,16 @@
 """Prune a Llama that need not fit into memory: peak memory and time with one block in memory, from the command line.
 
-    python benchmarks/streamed_pruning.py --size 0.5B                # make the model, then prune it
-    python benchmarks/streamed_pruning.py --size 3.2B                # 6.4 GB
-    python benchmarks/streamed_pruning.py --layers 8 16 32                 # the peak over depth, at one width
+    python benchmarks/streamed_pruning.py --size 0.5B                    # make the model, then prune it
+    python benchmarks/streamed_pruning.py --size 3.2B --limit 4GB        # 6.4 GB, in a control group of 4 GB
+    python benchmarks/streamed_pruning.py --size 0.25B --layers 8 16 32  # the peak over depth, at one width
+    python benchmarks/streamed_pruning.py --equal gemma3-270m            # files of a run in memory and a streamed one
 
 Weights are random, in bfloat16, in shards of 1 GB. What counts is the peak resident memory of the process (VmHWM, reset
-once everything is imported), beside what the model's size allows: embeddings + 2.5 blocks + 1.7 blocks in float64 +
-1 GiB; and the wall time of calibration, plan, cut, check and writing beside that of reading, a forward pass over the
-same windows and writing alone. Rows go to benchmarks/results/streamed_pruning.jsonl.
+once everything is imported), beside the prediction and what the model's size allows: embeddings + 2.5 blocks + 1.7
+blocks in float64 + 1 GiB; and the wall time of calibration, plan, cut, check and writing (``work``) beside that of
+reading, of the forward passes of the same windows and of writing, each alone. Imports, tracing and evaluation are in
+``seconds`` and count for neither. Rows go to benchmarks/results/streamed_pruning.jsonl. The 3.2B model takes about ten
+minutes on two idle cores, the others one to two.
 """
 
 import argparse
@@ -18,11 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 
 import torch
 
+from regrow.amounts import parse_bytes
 from regrow.nets.packaged import packaged_folder
 from regrow.store.tensor_file import TensorFile
 from regrow.store.versions import versions
@@ -116,12 +122,13 @@ settings = Settings(folder, "flap", {}, float(keep), sources=("news",), tokens=i
 start = time.time(), time.process_time()
 done = run(settings, out, memory=memory, announce=lambda line: print(json.dumps({"plan": line}), flush=True))
 row = {"wall": time.time() - start[0], "cpu": time.process_time() - start[1], "peak": peak()}
-row |= {"seconds": done.run()["seconds"], "verify": done.last("verify")}
+row |= {"seconds": done.run()["seconds"], "verify": done.last("verify"), "predicted": done.run()["memory"]["predicted"]}
 print(json.dumps(row), flush=True)
 """
 
 PLAIN = """
 import json, sys, time
+from contextlib import contextmanager
 from regrow import data
 from regrow.data import Half
 from regrow.streaming.opening import open_network
@@ -132,20 +139,89 @@ batches = data.windows(data.text("news"), opened.loaded.tokenizer, n=tokens // s
 start = time.time()
 for name in network.weights.stored: network.weights.checkpoint[name]
 read = time.time() - start
-start = time.time()
-network.visit(batches, [network.blocks[-1].names[0]], lambda i, watched: __import__("contextlib").nullcontext())
-print(json.dumps({"read": read, "forward": time.time() - start - read}))
+forward = 0.0
+@contextmanager
+def timed(index, watched):
+    global forward
+    start = time.time()
+    yield
+    forward += time.time() - start
+network.visit(batches, [network.blocks[-1].names[0]], timed)
+print(json.dumps({"read": read, "forward": forward}))
 """
 
 
-def measured(script: str, *words: object) -> dict[str, object]:
+EQUAL = """
+import json, sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from regrow.commands.prune import run
+from regrow.settings.prune import Settings
+from regrow.streaming import requirements
+model, tokens = sys.argv[1], int(sys.argv[2])
+same = {}
+for method, given in (("flap", {}), ("wanda_sp", {}), ("gprune", {"steps": 0, "start": "base", "shards": 1})):
+    settings = Settings(model, method, given, 0.7, sources=("news", "code", "talk"), tokens=tokens, eval_tokens=256,
+                        seq_len=256, undo=False)
+    with TemporaryDirectory() as place:
+        run(settings, f"{place}/whole")
+        true, requirements.WHOLE = requirements.WHOLE, 1e9  # every network is too large to be loaded whole
+        lines = []
+        run(settings, f"{place}/streamed", memory="64GiB", announce=lines.append)
+        requirements.WHOLE = true
+        assert "blocks at a time" in lines[0]
+        files = ["ledger.json", "model.safetensors", "shapes.json", "probe.st", "scores.json", "axes.json"]
+        pairs = [[(Path(place) / kind / one).read_bytes() for kind in ("whole", "streamed")] for one in files]
+        same[method] = {one: left == right for one, (left, right) in zip(files, pairs)}
+print(json.dumps({"same": same}))
+"""
+
+
+@contextmanager
+def limited(limit: int) -> Iterator[tuple[Callable[[], None] | None, Callable[[], dict[str, object]]]]:
+    """Yield what a child process calls to enter a control group with a limit of memory, and what reads its counters.
+
+    Without a limit, or where no group can be made, the first is ``None``; why is printed.
+    """
+    none: dict[str, object] = {"limit": None}
+    if not limit:
+        yield None, lambda: none
+        return
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    first = next((path for _, names, path in lines if names == "memory"), None)
+    unified = next((path for number, _, path in lines if number == "0"), "/")
+    base = Path("/sys/fs/cgroup", "memory" if first is not None else "", (first or unified).lstrip("/"))
+    group = base / f"streamed-pruning-{os.getpid()}"
+    most = "memory.limit_in_bytes" if first is not None else "memory.max"
+    counter = "memory.failcnt" if first is not None else "memory.events"
+    try:
+        group.mkdir()
+        (group / most).write_text(str(limit))
+    except OSError as error:
+        print(f"no control group with a limit of memory can be made here ({error}); it runs without")
+        with suppress(OSError):
+            group.rmdir()
+        yield None, lambda: none
+        return
+    try:
+        yield (
+            lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None,
+            lambda: {"limit": limit, "reclaims": (group / counter).read_text().split()},
+        )
+    finally:
+        group.rmdir()
+
+
+def measured(script: str, *words: object, limit: int = 0) -> dict[str, object]:
     """Run a script in a process of its own and return what it printed, as one record."""
     command = [sys.executable, "-c", script, *map(str, words)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ})
+    with limited(limit) as (enter, counters):
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=enter)
+        more = counters() if limit else {}
     row: dict[str, object] = {}
     for line in done.stdout.splitlines():
         row |= json.loads(line)
-    return row
+    return row | more
 
 
 def write_alone(folder: Path) -> float:
@@ -159,7 +235,7 @@ def write_alone(folder: Path) -> float:
     return time.time() - start
 
 
-def prune(size: str, layers: int, place: Path, tokens: int, seq: int) -> dict[str, object]:
+def prune(size: str, layers: int, place: Path, tokens: int, seq: int, limit: int) -> dict[str, object]:
     """Make a model, prune it from the command line, and return the row of the result."""
     config = configuration(size, layers)
     layers = int(str(config["num_hidden_layers"]))
@@ -174,7 +250,7 @@ def prune(size: str, layers: int, place: Path, tokens: int, seq: int) -> dict[st
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     bound = 2 * vocabulary * hidden + int(2.5 * 2 * block + 1.7 * 8 * block) + 2**30
     memory = f"{bound >> 20}MiB"
-    row = measured(RUN, folder, out, tokens, seq, 0.7, memory)
+    row = measured(RUN, folder, out, tokens, seq, 0.7, memory, limit=limit)
     row |= measured(PLAIN, folder, tokens, seq) | {"write": write_alone(out)}
     seconds = row["seconds"]
     assert isinstance(seconds, dict)
@@ -191,10 +267,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--limit", default="", help="the limit of a control group for the pruning process, like 4GB")
+    parser.add_argument("--equal", metavar="MODEL", help="compare the files of a run in memory and a streamed one")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "streamed-pruning")
     given = parser.parse_args()
     for layers in given.layers:
-        row = prune(given.size, layers, given.folder, given.tokens, given.seq_len)
+        if given.equal:
+            row: dict[str, object] = {"equal": given.equal, "tokens": 512} | measured(EQUAL, given.equal, 512)
+        else:
+            limit = parse_bytes(given.limit) if given.limit else 0
+            row = prune(given.size, layers, given.folder, given.tokens, given.seq_len, limit)
         row |= {"date": str(date.today()), "versions": versions(), "threads": torch.get_num_threads()}
         with OUT.open("a") as file:
             file.write(json.dumps(row) + "\n")
