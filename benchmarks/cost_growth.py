@@ -165,7 +165,7 @@ def page(rows: dict[str, apart.Row]) -> str:
     lines = ["| | from, to | CPU seconds | exponent | peak MiB | exponent |", "|---|---|---|---|---|---|"]
     for what, own in curves(rows).items():
         sizes = [row["size"] for row in own]
-        time_fit, memory_fit = (fit(sizes, [max(row[key], 0.1) for row in own]) for key in ("cpu_s", "mib"))
+        time_fit, memory_fit = (fit(sizes, [max(row[key], 1e-3) for row in own]) for key in ("cpu_s", "mib"))
         ends = own[0], own[-1]
         cells = [what, f"{sizes[0]:,}, {sizes[-1]:,}", ", ".join(f"{row['cpu_s']:.2f}" for row in ends)]
         cells += [f"{time_fit[0]:.2f} ± {time_fit[1]:.2f}", ", ".join(f"{row['mib']:.0f}" for row in ends)]
@@ -178,14 +178,14 @@ def plot(rows: dict[str, apart.Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "regrow"
+    matplotlib.rcParams |= {"svg.hashsalt": "regrow", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     own = curves(rows)
     figure, panels = pyplot.subplots(2, len(own), figsize=(2.3 * len(own), 4.4), layout="constrained", squeeze=False)
     for column, (what, line) in enumerate(own.items()):
         for panel, key, unit in zip(panels[:, column], ("cpu_s", "mib"), ("CPU seconds", "peak MiB"), strict=True):
-            sizes, costs = [row["size"] for row in line], [max(row[key], 0.1 if key == "mib" else 1e-3) for row in line]
+            sizes, costs = [row["size"] for row in line], [max(row[key], 1e-3) for row in line]
             slope, error = fit(sizes, costs)
             panel.loglog(sizes, costs, "o-", color="#2a6f97", markersize=4)
             panel.set_title(f"{what}: {slope:.2f} ± {error:.2f}", fontsize=9)
