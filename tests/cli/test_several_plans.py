@@ -89,3 +89,16 @@ def test_several_plans_are_the_same_with_one_block_in_memory(
         assert json.loads((Path("whole") / run / "run.json").read_text())["settings"]["batch_size"] == 2
         for name in FILES:
             assert (Path("whole") / run / name).read_bytes() == (Path("streamed") / run / name).read_bytes(), name
+
+
+def test_a_model_with_other_weights_each_time_is_refused(regrow: Run, tmp_path: Path) -> None:
+    (tmp_path / "unseeded.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef build():\n"
+        "    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))\n"
+        "    return net, torch.zeros(1, 1, 8, 8)\n"
+    )
+    data = ("--source", "digits", "--tokens", "32", "--eval-tokens", "32")
+    code, _, err = regrow("prune", "unseeded:build", "--keep", "0.8", "--keep", "0.6", *data, "--out", "plans")
+    assert code != 0
+    assert "other weights each time it is built" in err
+    assert [path.name for path in Path("plans").iterdir() if (path / "model.safetensors").is_file()] == ["flap-0.8"]

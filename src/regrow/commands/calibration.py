@@ -62,6 +62,7 @@ def calibrate(
     }
     done = statistics.read_finished_shards(folder.path, keys, pruner.shards)
     shared = shared or SharedWork()
+    shared.check_weights(sums)
     digests = shared.digests(several, pruner.needs, pruner.shards, str(model), sums, *size)
     done = {**shared.finished(digests, pruner.shards), **done}
 

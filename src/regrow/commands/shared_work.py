@@ -1,11 +1,12 @@
 """Several pruning runs from one calibration: what runs of one model on the same data need not measure again."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from regrow import evaluation
 from regrow.axes import AxisGraph
+from regrow.errors import InputError
 from regrow.evidence import Need
 from regrow.nets import Loaded
 from regrow.run_folder import RunFolder
@@ -26,12 +27,14 @@ class SharedWork:
         axes: The axes of the model; ``None``: it is not traced yet.
         sums: (digest of what they depend on, shard) → the sums of a shard of a source.
         columns: The norms of its weights, without the weights.
+        weights: A sum of each of its parameters.
         dense: Source name → the measurement of the model before the cut.
     """
 
     axes: AxisGraph | None = None
     sums: dict[tuple[str, int], Statistics] = field(default_factory=dict)
     columns: CachedColumns = field(default_factory=lambda: CachedColumns({}))
+    weights: tuple[float, ...] = ()
     dense: dict[str, evaluation.Perplexity | evaluation.Accuracy] = field(default_factory=dict)
 
     def trace(self, loaded: Loaded) -> AxisGraph:
@@ -43,6 +46,16 @@ class SharedWork:
         if self.axes is None:
             self.axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         return self.axes
+
+    def check_weights(self, sums: Sequence[float]) -> None:
+        """Raise InputError unless the model has the weights that it had in earlier runs.
+
+        Args:
+            sums: A sum of each parameter.
+        """
+        self.weights = self.weights or (*sums,)
+        if self.weights != (*sums,):
+            raise InputError("the model has other weights each time it is built; seed it, or make one plan at a time")
 
     def digests(self, sources: Iterable[Source], needs: Iterable[Need], shards: int, *more: object) -> dict[str, str]:
         """Return source name → the digest by which its sums are found; methods that measure the same have the same.
