@@ -126,6 +126,21 @@ def test_gguf_written_tensor_by_tensor_is_that_of_the_whole_model(regrow, tiny_l
     assert "onnx needs the whole network in memory" in error
 
 
+def test_the_memory_of_a_recovery_is_predicted_and_measured(regrow, tiny_language_model, tmp_path):
+    command = ("prune", str(tiny_language_model), *SOURCE, "--method", "magnitude", "--tokens", "128", "--out", "run")
+    assert regrow(*command)[0] == 0
+    code, said, _ = regrow("recover", "run", "--by", "bias", "--tokens", "128", "--memory", "64GiB", "--out", "biased")
+    assert code == 0
+    assert re.search(r"^memory: about .* of 64 GiB: the interpreter .*, the weights of the dense model .*", said)
+    assert re.search(r"at the peak, .* predicted", said)
+    assert json.loads((tmp_path / "biased" / "run.json").read_text())["memory"]["peak"] > 2**20
+    for by in ("bias", "refit", "lora", "distil"):
+        code, _, error = regrow("recover", "run", "--by", by, "--memory", "1MiB", "--out", "refused")
+        assert code
+        assert re.search(rf"recovery by {by} within 1 MiB of memory is impossible.*use --memory \d", error)
+        assert not (tmp_path / "refused").exists()
+
+
 def test_a_damaged_run_is_found_when_its_blocks_are_read(regrow, tiny_language_model, tmp_path, streams):
     assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "first")[0] == 0
     path = tmp_path / "first" / "model.safetensors"

@@ -52,6 +52,14 @@ memory = click.option(
     "the same result; how is printed first. For text models in a transformers folder.",
 )
 
+needed_memory = click.option(
+    "--memory",
+    default="",
+    metavar="AMOUNT",
+    help="How much memory the run may use, like 4GiB. What it needs is printed first, term by term; a run that needs "
+    "more is refused. For text models.",
+)
+
 track = click.option(
     "--track",
     default="",

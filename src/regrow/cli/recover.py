@@ -9,7 +9,7 @@ from regrow.cli import options
 from regrow.cli.flags import Given
 from regrow.cli.processes import processes
 from regrow.cli.runs import run_command, run_with_page
-from regrow.cli.screen import number, say, table
+from regrow.cli.screen import number, say, say_peak, table
 from regrow.distributed import read_ranks
 from regrow.settings.recover import CLOSED_FORM, Settings
 
@@ -29,11 +29,12 @@ BEFORE = ("dense", "pruned")
 
 @run_command(Settings, EPILOG, distributed=True)
 @options.code
+@options.needed_memory
 @options.track
 @click.option(
     "--fsdp", is_flag=True, help="With torchrun: shard both models and the training state among all processes."
 )
-def recover(given: Given[Settings], code: str, track: str, fsdp: bool, out: Path) -> None:
+def recover(given: Given[Settings], code: str, memory: str, track: str, fsdp: bool, out: Path) -> None:
     """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
     settings, ranks = given.build(), read_ranks()
     if ranks.several and settings.by in CLOSED_FORM:
@@ -53,7 +54,8 @@ def recover(given: Given[Settings], code: str, track: str, fsdp: bool, out: Path
         if not ranks.leads:
             share(settings, parallel, code=code)
             return
-        run_with_page("model", tell, run, settings, out, code=code, track=track, parallel=parallel)
+        more: dict[str, object] = {"memory": memory, "announce": say, "parallel": parallel}
+        run_with_page("model", tell, run, settings, out, code=code, track=track, **more)
 
 
 def tell(folder: "RunFolder") -> None:
@@ -95,6 +97,8 @@ def tell(folder: "RunFolder") -> None:
             say(f"accuracy on {task}: {course} (n = {row['n']})")
             if lacking := [one for one in BEFORE if one not in known]:
                 missing[task] = f"the {' and the '.join(lacking)} model on {task}"
+    if done and (memory := folder.run().get("memory")):
+        say_peak(memory)
     if missing:
         say(
             f"note: metrics.jsonl has no measurement of {', '.join(missing.values())}, so these are not compared; "

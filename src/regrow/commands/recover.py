@@ -1,11 +1,12 @@
 """``regrow recover``: recover a pruned model in a run folder of its own, measured on the pruning run's windows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from regrow import store
+from regrow.amounts import parse_bytes
 from regrow.axes.inventory import inventory
 from regrow.commands import prune_settings as pruning_run
 from regrow.commands.clock import Clock
@@ -14,7 +15,9 @@ from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import evaluate_text, measure
 from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.peak_memory import PeakMemory, read_peak, start_peak
 from regrow.commands.recovering import log_differences, recover, share_recovery
+from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
 from regrow.commands.trackers import tracking
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.methods import MethodKind, find_method
@@ -36,6 +39,8 @@ def run(
     *,
     code: str = "",
     track: str = "",
+    memory: str = "",
+    announce: Callable[[str], None] = lambda line: None,
     parallel: Parallel = ALONE,
     write_page: WritePage | None = None,
 ) -> RunFolder:
@@ -51,6 +56,9 @@ def run(
         code: The function ``pkg.mod:fn`` that builds the dense model, if that is the user's own code: the recorded name
             is never imported.
         track: The name of a tracker that gets every measurement, too; empty: none.
+        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted, and the run is refused if
+            that is more. Empty: it is not predicted.
+        announce: Called with one line that says what the run needs of that memory.
         parallel: The processes that train together; this one is rank 0, and the others call :func:`share`.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
@@ -73,6 +81,7 @@ def run(
     taken = find_method(MethodKind.RECOVERY, by).defaults({*wanted.recovery_settings, "seed"})
     identity: dict[str, Any] = {"verb": "recover", "settings": record_settings(wanted), "defaults": taken}
     RunFolder.check(out, **identity)
+    terms = _predict(settings, source, cut, memory, announce)
     clock, precision = Clock(None), settings.precision or origin.precision
     with clock.stage("load"):
         dense, loaded = _load_models(source, cut, progress, code)
@@ -80,8 +89,8 @@ def run(
         kinds = read_sources(pruning_run.source_specs(origin, tokens), loaded)
         axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
         cut.plan.check(axes)
-    code_words = ("--code", code) if code else ()
-    command = command_line(settings, *code_words, "--out", str(out))
+    words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
+    command = command_line(settings, *words)
     with tracking(RunFolder.create(out, **identity, command=command), track) as folder:
         clock.folder = folder
         start_from(folder, settings.run, loaded, undo=settings.undo)
@@ -101,7 +110,21 @@ def run(
                 given = folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress
                 perplexities = measure(*given, recoveries=number, ranks=parallel.ranks)
             log_differences(folder, perplexities, number)
-        return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
+        peak = PeakMemory(terms.limit, terms.needed, read_peak()).record() if terms else None
+        return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder), memory=peak)
+
+
+def _predict(
+    settings: Settings, source: RunFolder, cut: LastCut, memory: str, announce: Callable[[str], None]
+) -> MemoryTerms | None:
+    """Predict and announce what a recovery needs of a limit of memory, if there is one, or refuse it."""
+    if not memory:
+        return None
+    start_peak()
+    terms = predict_recovery(settings, source.path, cut, parse_bytes(memory))
+    terms.check(f"recovery by {settings.by}")
+    announce(str(terms))
+    return terms
 
 
 def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:

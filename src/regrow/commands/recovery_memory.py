@@ -1,0 +1,138 @@
+"""The memory of a recovery, predicted term by term from shapes before anything is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from regrow.amounts import format_bytes
+from regrow.commands.last_cut import LastCut
+from regrow.commands.models import DTYPES
+from regrow.commands.parents import count_parameters
+from regrow.commands.peak_memory import read_resident
+from regrow.errors import InputError, ResourceError
+from regrow.evaluation import UnpredictableError, predict_memory
+from regrow.methods.recovery.distil import divergence
+from regrow.settings.recover import Settings
+from regrow.sources import Batch, logits_in
+from regrow.store.errors import StoreError
+from regrow.store.skeleton import load_saved_skeleton
+
+SPARE = 2**26
+"""Bytes that the interpreter and the operations need besides."""
+
+
+@dataclass(frozen=True)
+class MemoryTerms:
+    """What a run is predicted to need of a limit of memory.
+
+    Args:
+        limit: The limit in bytes.
+        terms: What takes memory → how many bytes.
+    """
+
+    limit: int
+    terms: Mapping[str, int]
+
+    @property
+    def needed(self) -> int:
+        """What all terms need together, in bytes."""
+        return sum(self.terms.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {format_bytes(many)}" for name, many in self.terms.items() if many)
+        return f"memory: about {format_bytes(self.needed)} of {format_bytes(self.limit)}: {parts}"
+
+    def check(self, what: str) -> None:
+        """Raise ResourceError if the limit does not suffice.
+
+        Args:
+            what: What is done, for the message.
+
+        Raises:
+            ResourceError: Names the largest term, and an amount that is enough.
+        """
+        if self.needed > self.limit:
+            largest = max(self.terms, key=lambda name: self.terms[name])
+            raise ResourceError(
+                f"{what} within {format_bytes(self.limit)} of memory is impossible: it needs about "
+                f"{format_bytes(self.needed)}, most of it {largest}; use --memory "
+                f"{format_bytes(int(1.05 * self.needed)).replace(' ', '')}"
+            )
+
+
+def predict_recovery(settings: Settings, source: Path, cut: LastCut, limit: int) -> MemoryTerms:
+    """Predict what a recovery needs: interpreter, both networks, gradients, optimizer and activations.
+
+    Args:
+        settings: The settings of the recovery.
+        source: The folder of the run to recover.
+        cut: The cut behind it.
+        limit: The limit in bytes.
+
+    Raises:
+        InputError: If the network is no transformers model that takes text, or its memory depends on data.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    trains = settings.by in ("lora", "distil")
+    try:
+        dtype = torch.float32 if settings.by == "distil" else DTYPES.get(cut.settings.dtype)
+        loaded, shapes = load_saved_skeleton(source, mode, dtype)
+        if loaded.tokenizer is None:
+            raise StoreError(f"{source} holds a model without text")
+        tokens = cut.settings.seq_len
+        peak = _predict_step(settings.by, loaded.model, tokens) if trains else 0
+    except (StoreError, UnpredictableError) as error:
+        raise InputError(f"{str(error).split(';')[0]}, whose memory is not predicted; leave out --memory") from None
+    own = sum(one.numel() * one.element_size() for one in loaded.model.parameters())
+    item = own / max(1, sum(one.numel() for one in loaded.model.parameters()))
+    before = (cut.folder.run().get("parent") or {}).get("parameters") or count_parameters(shapes)
+    dense = int(before * (item if dtype is None else DTYPES.get(cut.settings.dtype, dtype).itemsize))
+    terms = {"the interpreter": read_resident() + SPARE, "the weights of the dense model": dense}
+    terms["the weights of the cut model"] = own
+    if settings.by == "distil":
+        terms |= {"gradients": own, "optimizer moments": 2 * own, "the best values": own}
+    if trains:  # the step had weights, gradients and two moments
+        running = {"activations": max(0, peak - 4 * own)}
+    else:
+        widest = max((one.shape[0] for one in loaded.model.parameters() if one.dim() == 2), default=1)
+        running = {"activations": 3 * tokens * widest * 4}
+        running |= _refit_terms(loaded.model, settings.tokens) if settings.by == "refit" else {}
+    reading = {"the file of the cut model while it is read": sum(one.bytes for one in shapes.tensors.values())}
+    later = settings.by == "distil" or sum(running.values()) > sum(reading.values())
+    return MemoryTerms(limit, terms | (running if later else reading))
+
+
+def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
+    """Return the peak of a training step of all weights on several batches, in bytes."""
+    config: Any = {"use_cache": False} if hasattr(model, "config") else {}
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    optimizers: dict[int, torch.optim.Optimizer] = {}
+
+    def step(model: nn.Module, batch: Batch) -> None:
+        assert batch.labels is not None
+        optimizer = optimizers.setdefault(id(model), torch.optim.AdamW(model.parameters()))
+        optimizer.zero_grad()
+        for _ in range(2):
+            logits = logits_in(model(*batch.args, **batch.kwargs)).flatten(0, -2)
+            loss = F.cross_entropy(logits.float(), batch.labels.flatten())
+            if by == "distil":
+                loss = loss + divergence(logits, torch.zeros_like(logits))
+            loss.backward()
+        optimizer.step()
+
+    found = predict_memory(model, Batch((ids,), config, ids), step)
+    return found.peak
+
+
+def _refit_terms(model: nn.Module, tokens: int) -> dict[str, int]:
+    """Return what refit needs for all positions at one layer, and for the sums of the widest layer."""
+    linear = [one.shape for one in model.parameters() if one.dim() == 2]
+    width = max(max(shape) for shape in linear[1:]) if len(linear) > 1 else max(linear[0])
+    sums = max(8 * (k * k + k * out) for out, k in linear[1:]) if len(linear) > 1 else 0
+    return {"all windows at a layer": 4 * tokens * width * 4, "sums": 3 * sums}
