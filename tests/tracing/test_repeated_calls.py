@@ -1,7 +1,10 @@
 """Copied calls of repeated modules: the recording of every module run, and fewer runs where that is safe."""
 
+import random
 from itertools import count
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +73,59 @@ class Constant(Block):
         return x * torch.tensor(0.5)
 
 
+class Labelled(Second):
+    """Blocks numbered by what is not an ``int``, or is one in some."""
+
+    def extra(self, x: Tensor) -> Tensor:
+        return x.sigmoid() if self.layer_idx in ("last", 2) else x.tanh() if self.layer_idx is None else x
+
+
+class Missing(Block):
+    """Blocks of which some have no number."""
+
+    def __init__(self, number: int, width: int = 12) -> None:
+        super().__init__(number, width)
+        if number % 2:
+            del self.layer_idx
+
+    def extra(self, x: Tensor) -> Tensor:
+        return x.sigmoid() if hasattr(self, "layer_idx") else x
+
+
+class Defaulting(Second):
+    layer_idx = 0
+
+
+class Assigned(Second):
+    """Blocks that get their number from the network while it runs."""
+
+
+class Dropping(Block):
+    """Stochastic depth with Python's generator."""
+
+    def draw(self) -> float:
+        return random.random()
+
+    def extra(self, x: Tensor) -> Tensor:
+        return x if self.draw() < 0.5 else x.sigmoid()
+
+
+class DroppingNumpy(Dropping):
+    def draw(self) -> float:
+        return float(np.random.random())
+
+
+class DroppingOwn(Dropping):
+    generator = random.Random(1)
+
+    def __init__(self, number: int, width: int = 12) -> None:
+        super().__init__(number, width)
+        self.own = self.generator
+
+    def draw(self) -> float:
+        return self.own.random()
+
+
 class Net(nn.Module):
     def __init__(self, kind: type[Block], widths: tuple[int, ...] = (12,) * 5) -> None:
         super().__init__()
@@ -77,7 +133,9 @@ class Net(nn.Module):
         self.head = nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if isinstance(block, Assigned):
+                block.layer_idx = i
             x = block(x)
         return self.head(x)
 
@@ -135,3 +193,32 @@ def test_tied_blocks_and_shared_operands_are_kept_apart() -> None:
     net.blocks[3] = net.blocks[0]
     whole = capture(net, Example((torch.ones(1, 6),)), lines=True)
     assert text(capture(net, Example((torch.ones(1, 6),)))) == text(whole)
+
+
+@pytest.mark.parametrize("labels", [np.arange(5), ["first", "a", "b", "c", "last"], [0, None, 1, None, 2]])
+def test_blocks_that_decide_by_another_label_run_each_by_themselves(labels: Any) -> None:
+    net, example = Net(Labelled), Example((torch.ones(1, 6),))
+    for block, label in zip(net.blocks, labels, strict=True):
+        block.layer_idx = label
+    whole = capture(net, example, lines=True)
+    assert text(capture(net, example)) == text(whole)
+    assert [block.layer_idx for block in net.blocks] == [*labels]
+
+
+@pytest.mark.parametrize("kind", [Missing, Defaulting, Assigned])
+def test_blocks_whose_number_comes_from_elsewhere_run_each_by_themselves(kind: type[Block]) -> None:
+    net, example = Net(kind), Example((torch.ones(1, 6),))
+    whole = capture(net, example, lines=True)
+    assert text(capture(net, example)) == text(whole)
+
+
+@pytest.mark.parametrize("kind", [Dropping, DroppingNumpy, DroppingOwn])
+def test_blocks_that_draw_random_numbers_draw_each_by_themselves(kind: type[Dropping]) -> None:
+    recordings = []
+    for lines in (True, False):
+        random.seed(3)
+        np.random.seed(3)
+        DroppingOwn.generator.seed(3)
+        recordings.append(text(capture(Net(kind), Example((torch.ones(1, 6),)), lines=lines)))
+    assert recordings[0] == recordings[1]
+    assert 0 < sum("sigmoid" in str(row) for row in recordings[0]) < 10

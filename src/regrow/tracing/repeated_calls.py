@@ -6,9 +6,12 @@ copied in the graph, without running the module's code. This is done only where 
 
 * the modules have the same classes, attributes, and shapes of tensors; what both reach beyond them are the same
   objects, with the same contents as at the first call. A block's number may differ if the first call did not read it;
-* the first call changed nothing outside, took no data-dependent decision, and gave tensors and plain values only.
+* the first call changed nothing outside, drew no random number in Python, took no data-dependent decision, and gave
+  tensors and plain values only.
 """
 
+import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,7 +27,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from regrow.tracing.block_numbers import FIRST
 from regrow.tracing.forms import map_arguments
-from regrow.tracing.model_state import Snapshot, is_plain_object
+from regrow.tracing.model_state import Snapshot
+from regrow.tracing.module_structure import PLAIN, Numbers, numbers_of, structure_of
 
 _TRIES = 3
 """How many calls of a structure are examined before its modules are run each time."""
@@ -91,7 +95,8 @@ class RepeatedCalls:
     def __init__(self, model: nn.Module, recorder: Recorder) -> None:
         self.recorder = recorder
         self.paths = {module: path for path, module in model.named_modules()}
-        self.repeated = _repeated(model)
+        self.numbers = {module: own for module in model.modules() if (own := numbers_of(module))}
+        self.repeated = _repeated(model, self.numbers)
         self.known: dict[object, _Call] = {}
         self.tries: Counter[object] = Counter()
         self.reads = 0
@@ -103,21 +108,20 @@ class RepeatedCalls:
             yield
             return
         run, find = nn.Module.__call__, nn.Module.__getattr__
-        numbers: dict[nn.Module, dict[str, int]] = {}
-        for module in {one for block in self.repeated for one in block.modules()}:
-            own = {name: value for name in FIRST if type(value := vars(module).get(name)) is int}
-            if own:
-                numbers[module] = own
-                for name in own:
-                    del vars(module)[name]
+        inside = {one for block in self.repeated for one in block.modules()}
+        numbers = {module: own for module, own in self.numbers.items() if module in inside}
+        for module, own in numbers.items():
+            for name in own:
+                del vars(module)[name]
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self._called(run, module, args, kwargs) if module in self.repeated else run(module, *args, **kwargs)
 
         def read(module: nn.Module, name: str) -> Any:
-            if name in FIRST and name in (own := numbers.get(module, {})):
-                self.reads += 1
-                return own[name]
+            if name in FIRST:
+                self.reads += 1  # also where there is none: whether there is one may decide something
+                if name in (own := numbers.get(module, {})):
+                    return own[name]
             return find(module, name)
 
         nn.Module.__call__, nn.Module.__getattr__ = call, read  # type: ignore[method-assign]
@@ -132,7 +136,7 @@ class RepeatedCalls:
     def _called(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         try:
-            key = (_structure(module), spec, self._forms(leaves), _context())
+            key = (structure_of(module, {}), spec, self._forms(leaves), _context())
             hash(key)
         except TypeError:
             return run(module, *args, **kwargs)
@@ -146,9 +150,10 @@ class RepeatedCalls:
             return run(module, *args, **kwargs)
         self.tries[key] += 1
         recorder, snapshot, outer = self.recorder, Snapshot(module), self.recorder.running()
-        start, reads, others = len(recorder.calls), self.reads, recorder.constants_and_decisions()
+        start, others, before = len(recorder.calls), recorder.constants_and_decisions(), (self.reads, _random_states())
         result = run(module, *args, **kwargs)
-        if self.reads == reads and recorder.constants_and_decisions() == others and snapshot.is_unchanged():
+        same = (self.reads, _random_states()) == before and recorder.constants_and_decisions() == others
+        if same and snapshot.is_unchanged():
             calls, after = tuple(recorder.calls[start:]), tuple([recorder.nodes[x] for x in tensors])
             leaves, spec = tree_flatten(result)
             results = tuple([_source(x, inputs, recorder.nodes) for x in leaves])
@@ -212,13 +217,22 @@ class RepeatedCalls:
         return (x.shape, x.stride(), x.storage_offset(), x.dtype, x.fake_device, x.requires_grad, place, same)
 
 
+def _random_states() -> tuple[object, ...]:
+    """Return the states of the generators of Python and NumPy; torch's draws are recorded operations."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return (random.getstate(),)
+    leaves, _ = tree_flatten(numpy.random.get_state(legacy=False))
+    return (random.getstate(), *[x.tobytes() if isinstance(x, numpy.ndarray) else x for x in leaves])
+
+
 def _mapping(known: tuple[Node, ...], given: tuple[Node, ...]) -> dict[Node, Node] | None:
     """Return node of the known call → that of this one; ``None`` if one node would be two."""
     mapping: dict[Node, Node] = {}
     return mapping if all(mapping.setdefault(a, b) is b for a, b in zip(known, given, strict=True)) else None
 
 
-def _repeated(model: nn.Module) -> frozenset[nn.Module]:
+def _repeated(model: nn.Module, numbers: Numbers) -> frozenset[nn.Module]:
     """Return the modules of lists and sequences of which another one has the same structure, or is the same."""
     found = set()
     for stack in model.modules():
@@ -228,72 +242,15 @@ def _repeated(model: nn.Module) -> frozenset[nn.Module]:
             for one in stack._modules.values():
                 if one is not None and len(one._modules) and (kinds[type(one)] > 1 or len(stack) == 1):
                     with suppress(TypeError):
-                        alike.setdefault(_structure(one), []).append(one)
+                        alike.setdefault(structure_of(one, numbers), []).append(one)
             found |= {one for same in alike.values() for one in same if len(same) > 1 or len(stack) == 1}
     return frozenset(found)
 
 
-def _structure(module: nn.Module) -> tuple[object, ...]:
-    """Return what tells a module from others: classes, attributes and tensors, without its numbers.
-
-    Raises:
-        TypeError: If it has hooks, or an attribute that cannot be compared.
-    """
-    places: dict[int, int] = {}
-    parts: list[object] = []
-    objects: dict[int, object] = {}
-    for path, one in module.named_modules():
-        for name, value in vars(one).items():
-            if name in _HOOKS and value:
-                raise TypeError
-            if name in ("_parameters", "_buffers"):
-                for leaf, x in value.items():
-                    parts.append((path, leaf, None if x is None else _tensor(x, places.setdefault(id(x), len(places)))))
-            elif name == "_modules":
-                parts.append((path, tuple([(leaf, child is None) for leaf, child in value.items()])))
-            elif name not in _HOOKS and name not in FIRST:
-                parts.append((path, name, _attribute(value, objects)))
-        parts.append(type(one))
-    return tuple(parts)
-
-
-_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
-
-
-def _tensor(x: Tensor, place: int) -> object:
-    return (type(x), isinstance(x, nn.Parameter), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, place)
-
-
-def _attribute(value: Any, objects: dict[int, object]) -> object:
-    """Return the contents of a plain attribute or object (a configuration), and the identity of any other.
-
-    Args:
-        value: The value.
-        objects: ``id`` of an object → its contents; completed in place.
-    """
-    kind = type(value)
-    if kind in _PLAIN:
-        return (kind, value)
-    if kind is tuple or kind is list:
-        return (kind, *[_attribute(one, objects) for one in value])
-    if kind is dict:
-        return (kind, *[(name, _attribute(one, objects)) for name, one in value.items()])
-    if kind is set:
-        return (kind, frozenset(value))
-    if id(value) not in objects:
-        objects[id(value)] = (kind, id(value))
-        if is_plain_object(value) and not isinstance(value, Tensor | nn.Module) and not callable(value):
-            objects[id(value)] = (kind, *[(name, _attribute(one, objects)) for name, one in vars(value).items()])
-    return objects[id(value)]
-
-
 def _plain(value: Any) -> object:
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         return (type(value), value)
     raise TypeError
-
-
-_PLAIN = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 
 
 def _context() -> tuple[object, ...]:
@@ -311,7 +268,7 @@ def _context() -> tuple[object, ...]:
 def _source(x: Any, inputs: list[Tensor], nodes: Mapping[Tensor, Node]) -> tuple[str, Any]:
     """Return where an entry of a result comes from."""
     if not isinstance(x, Tensor):
-        return ("plain", x) if type(x) in _PLAIN else ("unknown", None)
+        return ("plain", x) if type(x) in PLAIN else ("unknown", None)
     if (place := next((i for i, one in enumerate(inputs) if one is x), None)) is not None:
         return "given", place
     usual = type(x) is FakeTensor and x.layout is torch.strided and not (x.requires_grad or x.is_conj() or x.is_neg())
