@@ -10,10 +10,11 @@ from regrow import evaluation
 from regrow.amounts import parse_bytes
 from regrow.commands.inputs import SourceSpecs, read_sources
 from regrow.commands.models import DTYPES, ModelSpec, load_model
-from regrow.commands.peak_memory import PeakMemory, read_peak, start_peak
+from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.streamed import needs_of_model, start_streaming
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
+from regrow.process_memory import read_peak, reset_peak
 from regrow.progress import Progress, silent
 from regrow.settings.declaration import check_settings
 from regrow.settings.evaluate import Settings
@@ -55,7 +56,7 @@ def evaluate(
         loaded = load_model(spec, progress, code)
         with autocasting(loaded.model, settings.precision):
             return _evaluate(settings, loaded, progress)
-    start_peak()
+    reset_peak()
     opened = open_network(spec.name, DTYPES.get(spec.dtype))
     plan = _plan(settings, opened, parse_bytes(memory))
     own = {"--harness": bool(settings.harness), "--speed": settings.speed}

@@ -1,8 +1,8 @@
 """Open a model for an export that reads its tensors one by one, within a limit of memory."""
 
 from regrow.amounts import format_bytes, parse_bytes
-from regrow.commands.peak_memory import read_resident
 from regrow.errors import ResourceError
+from regrow.process_memory import read_resident
 from regrow.streaming.opening import OpenedNetwork, open_network
 
 SPARE = 2**27

@@ -20,7 +20,7 @@ from regrow.commands.example_inputs import record_input
 from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
 from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
-from regrow.commands.peak_memory import PeakMemory, read_peak, start_peak
+from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.score_summary import write_scores
@@ -34,6 +34,7 @@ from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
+from regrow.process_memory import read_peak, reset_peak
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.scoring import weights_of
@@ -160,7 +161,7 @@ def run(
     }
     RunFolder.check(out, **identity)
     clock = Clock(None)
-    start_peak()
+    reset_peak()
     with clock.stage("load"):
         streamed, memory_plan = open_streamed(memory, settings, model_spec(settings), method, announce)
         loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)

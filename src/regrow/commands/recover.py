@@ -15,7 +15,7 @@ from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import evaluate_text, measure
 from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
-from regrow.commands.peak_memory import PeakMemory, read_peak, start_peak
+from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.recovering import log_differences, recover, share_recovery
 from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
 from regrow.commands.trackers import tracking
@@ -23,6 +23,7 @@ from regrow.distributed.parallel import ALONE, Parallel
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
+from regrow.process_memory import read_peak, reset_peak
 from regrow.progress import Progress, silent
 from regrow.references import names_code
 from regrow.run_folder import RunFolder, WritePage
@@ -120,7 +121,7 @@ def _predict(
     """Predict and announce what a recovery needs of a limit of memory, if there is one, or refuse it."""
     if not memory:
         return None
-    start_peak()
+    reset_peak()
     terms = predict_recovery(settings, source.path, cut, parse_bytes(memory))
     terms.check(f"recovery by {settings.by}")
     announce(str(terms))

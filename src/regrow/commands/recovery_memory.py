@@ -14,10 +14,10 @@ from regrow.amounts import format_bytes
 from regrow.commands.last_cut import LastCut
 from regrow.commands.models import DTYPES
 from regrow.commands.parents import count_parameters
-from regrow.commands.peak_memory import read_resident
 from regrow.errors import InputError, ResourceError
 from regrow.evaluation import UnpredictableError, predict_memory
 from regrow.methods.recovery.distil import divergence
+from regrow.process_memory import read_resident
 from regrow.settings.recover import Settings
 from regrow.sources import Batch, logits_in
 from regrow.store.errors import StoreError

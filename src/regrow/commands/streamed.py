@@ -17,6 +17,7 @@ from regrow.errors import InputError
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner
 from regrow.plan import Plan
+from regrow.process_memory import return_memory
 from regrow.progress import Progress
 from regrow.run_folder import RunFolder
 from regrow.settings.prune import Settings
@@ -24,7 +25,7 @@ from regrow.store import statistics
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
-from regrow.streaming.caches import limit_caches, return_memory
+from regrow.streaming.caches import limit_caches
 from regrow.streaming.cut import StreamedCut, propose_cut
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork, open_network

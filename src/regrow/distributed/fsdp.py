@@ -3,9 +3,8 @@
 Imported where it is used: what it needs of torch takes two seconds to import.
 """
 
-import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -14,9 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from regrow.distributed.parallel import whole
-
-_MMAP_THRESHOLD = -3
-"""The number of the parameter in ``malloc.h``."""
+from regrow.process_memory import set_mmap_threshold
 
 
 def return_freed_memory() -> None:
@@ -24,8 +21,7 @@ def return_freed_memory() -> None:
 
     Otherwise shards would be scattered over the memory of the whole networks that were loaded before, which stays.
     """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**18)
+    set_mmap_threshold(2**18)
 
 
 @contextmanager

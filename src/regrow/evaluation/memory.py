@@ -1,11 +1,9 @@
 """Peak memory of training: the most bytes of live tensors, measured, or predicted without allocating them."""
 
-import ctypes
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from regrow.process_memory import read_peak, reset_peak, return_memory
 from regrow.sources import Batch, device_of, logits_in
 from regrow.tracing.capture import quiet
 from regrow.tracing.meta_copy import meta_copy
@@ -245,19 +244,12 @@ def peak_meter(device: torch.device) -> Callable[[], int | None]:
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
         return lambda: torch.cuda.max_memory_allocated(device) - held
-    try:
-        # Memory that an earlier call freed but the C library still holds would hide what this one needs.
-        ctypes.CDLL(None).malloc_trim(0)
-        # Linux: writing 5 sets the process's high-water mark of resident memory to what it holds now.
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        resident = _resident()
-    except (OSError, KeyError, AttributeError, TypeError):
-        # Another system or C library: no peak rather than a wrong one.
-        return lambda: None
-    return lambda: max(_resident() - resident, 0)
+    # Memory that an earlier call freed but the C library still holds would hide what this one needs.
+    start = read_peak() if return_memory() and reset_peak() else None
+    if start is None:
+        return lambda: None  # another system or C library: no peak rather than a wrong one
+    return partial(_growth, start)
 
 
-def _resident() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields["VmHWM"].split()[0]) * 1024
+def _growth(start: int) -> int:
+    return max((read_peak() or 0) - start, 0)

@@ -173,12 +173,13 @@ def _export_each(
 ) -> Written:
     """Export a model whose tensors are read one by one, and record the peak of memory beside the prediction."""
     from regrow.commands.export_memory import open_export
-    from regrow.commands.peak_memory import PeakMemory, read_peak, start_peak
+    from regrow.commands.peak_memory import PeakMemory
+    from regrow.process_memory import read_peak, reset_peak
 
     if "weights" not in FORMATS[to].takes:
         able = ", ".join(name for name, form in FORMATS.items() if "weights" in form.takes)
         raise ExportError(f"{to} needs the whole network in memory; leave out --memory, or export to {able}")
-    start_peak()
+    reset_peak()
     opened, limit, needed = open_export(str(model), memory)
     announce(f"memory: about {format_bytes(needed)} of {format_bytes(limit)}, with one tensor at a time")
     weights = opened.weights.parameters()

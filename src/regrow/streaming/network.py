@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.errors import InputError
+from regrow.process_memory import return_memory
 from regrow.sources import Batch
-from regrow.streaming.caches import return_memory
 from regrow.streaming.read_ahead import ReadAhead
 from regrow.streaming.results import BlockResults
 from regrow.streaming.weights import StoredWeights

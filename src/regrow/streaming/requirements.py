@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from regrow.amounts import format_bytes
 from regrow.errors import ResourceError
+from regrow.process_memory import read_resident
 from regrow.streaming.network import StreamedNetwork
 
 EXACT = 1.7
@@ -93,7 +93,7 @@ def plan_memory(
     hidden = max((p.shape[-1] for p in model.parameters() if p.dim() == 1), default=1)
     entries = max(sum(weights.like[name].numel() for name in one.names) for one in network.blocks)
     exact = int(8 * EXACT * entries) if what == "pruning" else 0
-    held, running = _resident(), SPARE[what] + 3 * tokens * width * max(item, 4)
+    held, running = read_resident(), SPARE[what] + 3 * tokens * width * max(item, 4)
     cast = any(place.dtype != weights.like[name].dtype for name, place in weights.places())
     mapped = sum(place.bytes for _, place in weights.places()) if cast else 0  # of the files, while they are read
     whole = held + max(running + exact, mapped) + int((WHOLE - (what != "pruning")) * sum(size.values()))
@@ -108,12 +108,3 @@ def plan_memory(
             f"use --memory {format_bytes(int(MARGIN * least)).replace(' ', '')}"
         )
     return plan
-
-
-def _resident() -> int:
-    """Return the bytes of memory that this process has now; 0 if the system does not say."""
-    try:
-        rows = [line.split() for line in Path("/proc/self/status").read_text("ascii").splitlines()]
-    except OSError:
-        return 0
-    return next((1024 * int(row[1]) for row in rows if row[0] == "VmRSS:"), 0)

@@ -1,0 +1,53 @@
+"""The memory of this process as the system counts it, and the freed memory that the C library keeps."""
+
+import ctypes
+from contextlib import suppress
+from pathlib import Path
+
+_MMAP_THRESHOLD = -3
+"""The number of the parameter in ``malloc.h``."""
+
+
+def read_resident() -> int:
+    """Return the bytes of memory that this process has now; 0 if the system does not say."""
+    return _read("VmRSS") or 0
+
+
+def read_peak() -> int | None:
+    """Return the most resident memory of this process since :func:`reset_peak`; ``None`` if the system does not say."""
+    return _read("VmHWM")
+
+
+def reset_peak() -> bool:
+    """Set the peak of this process's resident memory to what it holds now; returns whether the system can."""
+    try:  # Linux: writing 5 resets the high-water mark
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def return_memory() -> bool:
+    """Give freed memory that the C library keeps back to the system; returns whether the library can."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # another C library than that of Linux
+        return False
+    return True
+
+
+def set_mmap_threshold(size: int) -> None:
+    """Let pieces of memory from a size on go back to the system once they are freed, where the C library can.
+
+    Args:
+        size: The size in bytes.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # another C library than that of Linux
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, size)
+
+
+def _read(field: str) -> int | None:
+    with suppress(OSError, KeyError, ValueError, IndexError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return int(dict(line.split(":", 1) for line in lines if ":" in line)[field].split()[0]) * 1024
+    return None
