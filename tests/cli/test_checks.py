@@ -41,6 +41,12 @@ REFUSED = {
         "--tokens must be 1",
         2,
     ),
+    "evaluate within nothing": (
+        ("evaluate", "toys:classifier", "--memory", "foo"),
+        "--memory: an amount of bytes is",
+        2,
+    ),
+    "prune within nonsense": ((*PRUNE, "--memory", "4Gb!"), "--memory: an amount of bytes is", 2),
     "no items": (("evaluate", "toys:classifier", "--items", "0"), "--items must be 1 to", 2),
     "images of a network of numbers": (("evaluate", "toys:stepping", "--source", "digits"), "shape [2, 8]", 2),
 }

@@ -49,6 +49,9 @@ def test_mistakes_are_found_before_any_cell_runs(regrow, tmp_path: Path) -> None
         (tmp_path / "grid.yaml").write_text(text)
         code, _, err = regrow("grid", "grid.yaml", "--out", "G")
         assert code == 2 and message in err and err.count("\n") == 1
+    (tmp_path / "grid.yaml").write_text("base: {model: resnet18}\ngrid: {keep: [0.5]}")
+    code, _, err = regrow("grid", "grid.yaml", "--memory", "4Gb!", "--out", "G")
+    assert code == 2 and "--memory: an amount of bytes" in err
     assert not Path("G").exists()
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from regrow.amounts import parse_bytes
 from regrow.errors import InputError
 from regrow.limits import expanded
 from regrow.model_names import find_problem
@@ -84,6 +85,8 @@ def check_words(
             check_json(Path(str(file)), *map(str, inputs))
     if command == "export":
         check_target(given)
+    if command != "search" and (memory := given.get("memory")):  # a setting of a search, which checks it
+        check_memory(str(memory))
     if track := given.get("track"):
         from regrow.commands.trackers import check_tracker
 
@@ -145,6 +148,18 @@ def check_device(name: str) -> None:
     """
     if not _DEVICE.fullmatch(name):
         raise InputError(f"there is no device {name!r}; write cpu, cuda, cuda:1 or mps")
+
+
+def check_memory(text: str) -> None:
+    """Raise InputError unless a text is an amount of memory.
+
+    Args:
+        text: The value of ``--memory``.
+    """
+    try:
+        parse_bytes(text)
+    except ValueError as error:
+        raise InputError(f"--memory: {error}") from None
 
 
 def check_sources(sources: object) -> None:

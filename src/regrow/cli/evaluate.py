@@ -15,7 +15,11 @@ from regrow.settings.evaluate import Settings
 @click.command(cls=Verb, settings=Settings)
 @click.option("--json", "json_file", type=options.PATH, help="Also write all results to this JSON file.")
 @options.code
-@options.memory
+@options.memory(
+    "How much memory the evaluation may use, like 4GiB. If the model does not fit, it is read one block at a time, "
+    "with the same result; how is printed first. For text models in a transformers folder or run folder, or packaged "
+    "ones."
+)
 def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: str) -> None:
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
     settings = given.build()

@@ -31,7 +31,10 @@ Examples
 @click.option("--dtype", default="", metavar="DTYPE", help="Number format of the weights; see below.")
 @options.code
 @flags.input_shape
-@options.memory
+@options.memory(
+    "For gguf: read, write and compare one tensor at a time; refused if that needs more than this amount, like 1GiB. "
+    "For text models in a transformers folder or a run folder, and packaged ones."
+)
 @click.option("--cache", is_flag=True, help="For onnx: a graph with a key-value cache, for generating text.")
 def export(run: str, to: str, out: Path, dtype: str, cache: bool, code: str, input: str, memory: str) -> None:
     """Export RUN (a run folder, or any model that `regrow prune` takes), and check the written file by loading it."""

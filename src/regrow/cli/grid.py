@@ -42,7 +42,9 @@ grid.yaml
     "stopped, and runs cells again that failed.",
 )
 @options.code
-@options.memory
+@options.memory(
+    "How much memory each cell may use, like 4GiB, as for `regrow prune`; with --jobs 4, four cells use it at a time."
+)
 def grid(given: Given[Settings], out: Path, code: str, memory: str) -> int:
     """Prune with every combination of the settings in FILE; each cell is a run of `regrow prune`."""
     from regrow.commands.cell_processes import make_engine

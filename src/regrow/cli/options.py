@@ -44,14 +44,6 @@ code = click.option(
 )
 
 
-memory = click.option(
-    "--memory",
-    default="",
-    metavar="AMOUNT",
-    help="How much memory the run may use, like 4GiB. If the model does not fit, it is read one block at a time, with "
-    "the same result; how is printed first. For text models in a transformers folder.",
-)
-
 needed_memory = click.option(
     "--memory",
     default="",
@@ -67,6 +59,15 @@ track = click.option(
     help="Also give every measurement to a tracker: tensorboard (files beside the run folder), mlflow or wandb, which "
     "sends them to its server.",
 )
+
+
+def memory(help: str) -> Decorator:
+    """Return the decorator that adds the option ``--memory``, which means something else for each command.
+
+    Args:
+        help: The help text.
+    """
+    return click.option("--memory", default="", metavar="AMOUNT", help=help)
 
 
 def run_folder(*, required: bool = False) -> Decorator:

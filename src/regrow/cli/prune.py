@@ -38,7 +38,10 @@ Examples
 @options.run_folder()
 @click.option("--dry-run", type=options.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
 @options.code
-@options.memory
+@options.memory(
+    "How much memory the run may use, like 4GiB. If the model does not fit, it is read one block at a time, with the "
+    "same result; how is printed first. For text models in a transformers folder or run folder, or packaged ones."
+)
 @options.track
 @click.option("--again", type=options.PATH, help="Repeat the run in this folder, with its settings.")
 def prune(
