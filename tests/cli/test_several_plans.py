@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 
 from cli.conftest import Run
+from regrow.errors import InputError
+from regrow.run_folder import RunFolder
 from regrow.scoring.collect import InputSums
+from regrow.settings.declaration import record_settings
+from regrow.settings.prune import Settings, name_folders
 from regrow.streaming import requirements
 
 DATA = ("--source", "news", "--tokens", "192", "--eval-tokens", "128", "--seq-len", "64")
@@ -102,3 +106,58 @@ def test_a_model_with_other_weights_each_time_is_refused(regrow: Run, tmp_path: 
     assert code != 0
     assert "other weights each time it is built" in err
     assert [path.name for path in Path("plans").iterdir() if (path / "model.safetensors").is_file()] == ["flap-0.8"]
+
+
+def test_a_folder_of_another_run_is_refused_before_any_plan_is_made(regrow: Run, tiny_language_model: Path) -> None:
+    model = str(tiny_language_model)
+    other = record_settings(Settings(model, keep=0.6, tokens=64))
+    RunFolder.create("plans/flap-0.6", verb="prune", settings=other).finish()
+    code, _, err = regrow("prune", model, "--keep", "0.8", "--keep", "0.6", *DATA, "--out", "plans")
+    assert code == 2 and "plans/flap-0.6 holds another run" in err
+    assert [path.name for path in Path("plans").iterdir()] == ["flap-0.6"]
+
+
+def test_several_plans_are_not_shared_among_processes(
+    regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = regrow("prune", str(tiny_language_model), "--keep", "0.8", "--keep", "0.6", *DATA, "--out", "plans")
+    assert code == 2
+    assert "several plans (--keep 0.8 --keep 0.6) are made in one process, and this is rank 0 of 2" in " ".join(
+        err.split()
+    )
+
+
+def test_each_plan_shows_what_it_recovered(regrow: Run, tiny_language_model: Path) -> None:
+    recover = ("--recover", "bias", "--recover-tokens", "128")
+    command = ("prune", str(tiny_language_model), "--keep", "0.8", "--keep", "0.6", *recover, *DATA, "--out", "plans")
+    code, out, err = regrow(*command)
+    assert code == 0, err
+    assert out.count("recovered by bias") == 2
+
+
+def test_fractions_that_differ_in_the_seventh_digit_are_plans_of_their_own() -> None:
+    assert len(name_folders(Settings("m", keep=keep) for keep in (0.3333333, 0.3333334, 1.0))) == 3
+    with pytest.raises(InputError, match="two plans have the name flap"):
+        name_folders([Settings("m", keep=0.5), Settings("m", keep=0.5, seed=1)])
+
+
+def test_a_stopped_command_says_whether_a_plan_was_begun(
+    regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("regrow.commands.prune.run", stop)
+    Path("plans").mkdir()
+    Path("plans/notes.txt").write_text("mine")
+    model = str(tiny_language_model)
+    words = ("prune", model, "--keep", "0.8", "--keep", "0.6", *DATA, "--out", "plans")
+    code, _, err = regrow(*words)
+    assert code == 130 and "nothing was written" in err
+    settings = record_settings(Settings(model, keep=0.6, sources=("news",), tokens=192, eval_tokens=128, seq_len=64))
+    with RunFolder.create("plans/flap-0.6", verb="prune", settings=settings):
+        pass
+    code, _, err = regrow(*words)
+    assert code == 130 and "plans keeps what was finished" in err

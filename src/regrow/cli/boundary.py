@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 from regrow.cli import INTERRUPTED, stop_at_once
 from regrow.cli.checks import check_words
-from regrow.cli.flags import parameters_of, take_given, write_options
+from regrow.cli.flags import Given, parameters_of, take_given, write_options
 from regrow.distributed import read_ranks
 from regrow.errors import RefusedError, ResourceError
 from regrow.settings.grid import ROWS
+from regrow.settings.prune import name_folders
 
 CELLS_FAILED, USAGE, REFUSED, ENVIRONMENT, BUG = 1, 2, 3, 4, 70
 EXIT_CODES = {
@@ -333,12 +334,15 @@ class Verb(click.Command):
         if not folders:
             return NOTHING_YET
         from regrow.run_folder import RunFolder
+        from regrow.store.run_record import RUN
 
         resumable = False
         with contextlib.suppress(ValueError, OSError):
             resumable = (folders[0] / ROWS).is_file() or RunFolder.open_unfinished(folders[0]) is not None
-            varied = getattr(values.get("given"), "varied", {})
-            resumable = resumable or (bool(varied) and any(folders[0].iterdir()))
+            given = values.get("given")
+            names = name_folders(given.build_all()) if isinstance(given, Given) and given.varied else ()
+            plans = [folders[0] / name for name in names]
+            resumable = resumable or any((one / RUN).is_file() or RunFolder.open_unfinished(one) for one in plans)
         if resumable:
             return f"stopped; {folders[0]} keeps what was finished, and the same command goes on from there"
         return NOTHING_YET

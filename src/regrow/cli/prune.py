@@ -15,7 +15,7 @@ from regrow.cli.runs import run_with_page
 from regrow.cli.screen import number, say, say_peak, table, working
 from regrow.distributed import read_ranks
 from regrow.references import names_code
-from regrow.settings.prune import Settings, folder_name
+from regrow.settings.prune import Settings, name_folders
 
 if TYPE_CHECKING:
     from regrow.run_folder import RunFolder
@@ -67,8 +67,7 @@ def prune(
     if again and dry_run:
         check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
     options.say_code(settings.model, code, settings.method, settings.recover)
-    if given.varied and (dry_run or read_ranks().several):
-        raise click.UsageError("several values of --keep or --method need one process and --out; give one value")
+    _check_several(given, dry_run)
     if dry_run:
         if read_ranks().several:
             raise click.UsageError("--dry-run runs in one process; start it without torchrun")
@@ -82,35 +81,44 @@ def prune(
     from regrow.commands.prune import run
     from regrow.commands.share_pruning import share
 
-    def tell_both(folder: "RunFolder") -> None:
-        _tell(folder)
-        if settings.recover:
-            tell(folder)
-
     with processes() as ranks:
         if not ranks.leads:
             share(settings, ranks, code=code, memory=memory)
             return
         more: dict[str, object] = {"track": track, "announce": say, "ranks": ranks}
-        run_with_page("model", tell_both, run, settings, out, code=code, memory=memory, **more)
+        run_with_page("model", _show_result, run, settings, out, code=code, memory=memory, **more)
+
+
+def _check_several(given: Given[Settings], dry_run: Path | None) -> None:
+    """Raise UsageError if several plans are asked for where only one can be made."""
+    words = " ".join(f"--{name} {value}" for name, values in given.varied.items() for value in values)
+    ranks = read_ranks()
+    if words and ranks.several:
+        line = f"several plans ({words}) are made in one process, and this is {ranks}"
+        raise click.UsageError(f"{line}; start it without torchrun, or give one value")
+    if words and dry_run:
+        raise click.UsageError(f"--dry-run {dry_run} takes one plan, got {words}; give one value, or use --out instead")
 
 
 def _prune_several(runs: list[Settings], out: Path, *, code: str, memory: str, track: str) -> None:
     """Prune with several methods or fractions: one calibration, and one run folder per plan below ``out``."""
     from regrow.commands.prune import run
-    from regrow.commands.shared_work import SharedWork, is_finished
+    from regrow.commands.run_state import is_finished
+    from regrow.commands.shared_work import SharedWork
     from regrow.store.errors import StoreError
 
-    shared = SharedWork()
     if (out / "run.json").exists():
         raise StoreError(f"{out} is a run folder; several plans need a folder for one each: choose another")
-    for name, settings in {folder_name(one): one for one in runs}.items():
-        if is_finished(out / name, settings):
+    plans = name_folders(runs)
+    finished = {name for name, settings in plans.items() if is_finished(settings, out / name)}
+    shared = SharedWork()
+    for name, settings in plans.items():
+        if name in finished:
             say(f"{name}: finished before")
             continue
         say(name)
         more: dict[str, object] = {"track": track, "announce": say, "shared": shared}
-        run_with_page("model", _tell, run, settings, out / name, code=code, memory=memory, **more)
+        run_with_page("model", _show_result, run, settings, out / name, code=code, memory=memory, **more)
 
 
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
@@ -144,6 +152,12 @@ def _again(folder: Path, code: str) -> Settings:
     for name in (settings.method, settings.recover):
         refuse_recorded_code(name, str(data.get("command")))
     return settings
+
+
+def _show_result(folder: "RunFolder") -> None:
+    """Print the result of a pruning run, and that of its recovery, which prints nothing if there was none."""
+    _tell(folder)
+    tell(folder)
 
 
 def _tell(folder: "RunFolder") -> None:
@@ -185,5 +199,6 @@ def _tell(folder: "RunFolder") -> None:
         if row["what"] == "verify":
             difference, bound = (number(row[name], 2) for name in ("max_abs_diff", "bound"))
             say(f"masked = shrunk: largest difference {difference} in float64 (bound {bound})")
-    if memory := folder.run().get("memory"):
+    run = folder.run()
+    if (memory := run.get("memory")) and not run["settings"].get("recover"):  # the result of a recovery has it
         say_peak(memory)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from regrow.commands.cell_processes import CellJob, Engine, Outcome, count_starts
+from regrow.commands.run_state import is_finished
 from regrow.progress import Progress, silent
-from regrow.settings.declaration import record_settings
 from regrow.settings.grid import ROWS, Cell
 from regrow.settings.words import command_line
 from regrow.store.atomic import write_text
@@ -19,9 +19,7 @@ from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.journal import read
 from regrow.store.locks import lock
 from regrow.store.metrics import Metrics
-from regrow.store.replacing import settle
-from regrow.store.run_record import RUN, read_run, run_identity
-from regrow.store.working_area import is_resumable
+from regrow.store.run_record import RUN
 
 LOGS = "logs"
 SIZES = {"weights": "params_counted", "parameters": "params_all", "macs": "macs", "bytes": "bytes"}
@@ -41,7 +39,7 @@ class _Course:
         before = {row.get("cell"): row for row in (read(self.out / ROWS) if (self.out / ROWS).is_file() else ())}
         left = []
         for cell in self.cells:
-            if is_finished(cell, self.out / cell.name):
+            if is_finished(cell.settings, self.out / cell.name):
                 self.add(row_of(cell, self.out) | _effort(before.get(cell.name, {})))
             else:
                 left.append(cell)
@@ -96,7 +94,7 @@ def run(
     if (out / RUN).exists():
         raise StoreError(f"{out} is the folder of a run; choose a new folder for the grid")
     course = _Course(out, cells)
-    if not [cell for cell in cells if not is_finished(cell, out / cell.name)]:
+    if not [cell for cell in cells if not is_finished(cell.settings, out / cell.name)]:
         with lock(out):
             course.read()
             return course.write()
@@ -110,26 +108,6 @@ def run(
             jobs_left = [_job(cell, out, threads, tuple(words)) for cell in left]
             _run_all(dict(zip(jobs_left, left, strict=True)), course, engine, (jobs, retries), progress, announce)
             return course.write()
-
-
-def is_finished(cell: Cell, folder: Path) -> bool:
-    """Whether a folder holds the finished run of a cell; ``False`` if it is to be run or resumed.
-
-    Args:
-        cell: The cell.
-        folder: Its folder.
-
-    Raises:
-        StoreError: If the folder holds something else, such as a run with other settings.
-    """
-    settle(folder)
-    wanted = run_identity("prune", record_settings(cell.settings), None)
-    if (folder / RUN).is_file():
-        data = read_run(folder)
-        if data.get("finished") and data.get("verb") == "prune" and data["settings"] == wanted["settings"]:
-            return True
-    is_resumable(folder, wanted)
-    return False
 
 
 def row_of(cell: Cell, out: Path) -> dict[str, Any]:
@@ -205,7 +183,7 @@ def _result(cell: Cell, out: Path, outcome: Outcome) -> dict[str, Any]:
     error = outcome.error
     if outcome.code == 0:
         try:
-            if is_finished(cell, out / cell.name):
+            if is_finished(cell.settings, out / cell.name):
                 return row_of(cell, out)
             error = f"it ended without a result; see {out / LOGS / cell.name}.log"
         except StoreError as problem:
@@ -214,5 +192,5 @@ def _result(cell: Cell, out: Path, outcome: Outcome) -> dict[str, Any]:
 
 
 def _head(cell: Cell, state: str, code: int | None, error: str) -> dict[str, Any]:
-    told = {"state": state, "exit_code": code, "error": error}
-    return {"what": "cell", "cell": cell.name, "settings": dict(cell.values), **told}
+    end = {"state": state, "exit_code": code, "error": error}
+    return {"what": "cell", "cell": cell.name, "settings": dict(cell.values), **end}

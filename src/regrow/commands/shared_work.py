@@ -2,20 +2,16 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from regrow import evaluation
 from regrow.axes import AxisGraph
 from regrow.errors import InputError
 from regrow.evidence import Need
 from regrow.nets import Loaded
-from regrow.run_folder import RunFolder
 from regrow.scores import Statistics
 from regrow.scoring import CachedColumns
-from regrow.settings.prune import Settings
 from regrow.sources import Source
 from regrow.store import statistics
-from regrow.store.run_record import convert_settings
 from regrow.tracing import trace
 
 
@@ -78,16 +74,3 @@ class SharedWork:
         """
         places = [(name, digest, shard) for name, digest in digests.items() for shard in range(shards)]
         return {(name, shard): self.sums[place, shard] for name, place, shard in places if (place, shard) in self.sums}
-
-
-def is_finished(folder: Path, settings: Settings) -> bool:
-    """Whether a folder holds a finished run with these settings.
-
-    Args:
-        folder: The run folder; it need not exist.
-        settings: The settings of the run.
-    """
-    if not (folder / "run.json").is_file() or RunFolder.open_unfinished(folder):
-        return False
-    data = RunFolder.open(folder).run()
-    return data.get("verb") == "prune" and convert_settings(data["settings"], Settings) == settings

@@ -1,6 +1,6 @@
 """The settings of ``regrow prune``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -162,4 +162,28 @@ def folder_name(settings: Settings) -> str:
     """
     if not settings.method.isidentifier():
         raise InputError(f"several plans are made by methods of regrow; prune with {settings.method} alone")
-    return f"{settings.method}-{settings.target if settings.keep is None else f'{settings.keep:g}'}"
+    if settings.keep is None:
+        return f"{settings.method}-{settings.target}"
+    short = f"{settings.keep:g}"
+    return f"{settings.method}-{short if float(short) == settings.keep else repr(settings.keep)}"
+
+
+def name_folders(runs: Iterable[Settings]) -> dict[str, Settings]:
+    """Return the name of each run's folder among the others → its settings.
+
+    Args:
+        runs: The settings of the runs.
+
+    Raises:
+        InputError: If two runs have the same name.
+
+    >>> list(name_folders(Settings("m", keep=keep) for keep in (0.3333333, 0.3333334, 0.8)))
+    ['flap-0.3333333', 'flap-0.3333334', 'flap-0.8']
+    """
+    folders: dict[str, Settings] = {}
+    for settings in runs:
+        name = folder_name(settings)
+        if name in folders:
+            raise InputError(f"two plans have the name {name}; leave out one of their values of --keep")
+        folders[name] = settings
+    return folders
