@@ -1,13 +1,16 @@
 """Cells of a grid as processes: failures are rows, killed processes start again, finished cells are skipped."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from regrow.commands.cell_processes import CellJob, Engine, LocalEngine, Outcome, RayEngine, count_starts, start
 from regrow.commands.grid import run
+from regrow.errors import ResourceError
 from regrow.run_folder import RunFolder
 from regrow.settings.declaration import record_settings
 from regrow.settings.grid import Cell
@@ -133,3 +136,24 @@ def test_what_still_runs_is_killed(tmp_path: Path) -> None:
     process.wait()
     ((_, outcome),) = engine.finished()
     assert outcome.code == -9 and "SIGKILL" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "message"),
+    [
+        ("here:1", "there:2", "at --address here:1 (gone); start one there, or leave out --address"),
+        ("", "there:2", "at RAY_ADDRESS=there:2 (gone); start one there, or unset RAY_ADDRESS"),
+        ("", "", "Ray does not start here (gone); use --on local"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_named_by_where_its_address_is_from(
+    monkeypatch: pytest.MonkeyPatch, address: str, environment: str, message: str
+) -> None:
+    def fail(**_: object) -> None:
+        raise ConnectionError("gone")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=fail))
+    monkeypatch.setenv("RAY_ADDRESS", environment)
+    with pytest.raises(ResourceError) as failure:
+        RayEngine(address, 2, 0)
+    assert message in str(failure.value)

@@ -202,9 +202,7 @@ class RayEngine(Engine):
         try:
             ray.init(address=running or "local", log_to_driver=False, logging_level="ERROR", **own)
         except Exception as error:
-            raise ResourceError(
-                f"no Ray cluster at {running or 'this machine'} ({reason(error)}); start one, or leave out --address"
-            ) from None
+            raise ResourceError(_describe_failure(address, reason(error))) from None
         self._task, self._retries = ray.remote(run_job), retries
         self._running: dict[Any, CellJob] = {}
         self._known: set[tuple[int, int]] = set()
@@ -253,6 +251,15 @@ def make_engine(on: str, *, address: str = "", cpus: int | None = None, retries:
         retries: As for :class:`RayEngine`.
     """
     return LocalEngine() if on == "local" else RayEngine(address, cpus, retries)
+
+
+def _describe_failure(address: str, why: str) -> str:
+    """Return why a Ray cluster cannot be used and what to do, by where its address is from."""
+    if address:
+        return f"no Ray cluster at --address {address} ({why}); start one there, or leave out --address"
+    if known := os.environ.get("RAY_ADDRESS"):
+        return f"no Ray cluster at RAY_ADDRESS={known} ({why}); start one there, or unset RAY_ADDRESS"
+    return f"Ray does not start here ({why}); use --on local"
 
 
 def _mark(job: CellJob) -> str:
