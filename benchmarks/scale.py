@@ -94,7 +94,7 @@ def one(name: str) -> apart.Row:
 
 
 def cutting() -> float:
-    """Measured CPU seconds of cutting, checking and writing per GB of a model: the row of the largest model."""
+    """Measured seconds (wall time) of cutting, checking and writing per GB of a model: the row of the largest model."""
     rows = [json.loads(line) for line in STREAMED.read_text("utf-8").splitlines()]
     largest = max((row for row in rows if "apply" in row.get("seconds", {})), key=lambda row: row["model_bytes"])
     return float(largest["seconds"]["apply"] / largest["model_bytes"] * 1e9)

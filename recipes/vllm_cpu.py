@@ -71,7 +71,7 @@ if __name__ == "__main__":
 """
 
 
-def pruned(folder: Path, *, regular: bool) -> Path:
+def prune(folder: Path, *, regular: bool) -> Path:
     """Prune SmolLM2-135M into a folder."""
     words = [*PRUNE.split(), *WHERE[regular].split(), "--out", str(folder)]
     command = [sys.executable, "-W", "ignore", "-m", "regrow", *words]
@@ -82,8 +82,8 @@ def pruned(folder: Path, *, regular: bool) -> Path:
 def ask_vllm(python: str, model: Path, prompts: list[list[int]], work: Path, *, regular: bool) -> dict[str, Any]:
     """Return what vLLM says, in an interpreter of its own without this one's paths."""
     job, answer, code = work / "job.json", work / "answer.json", work / "ask.py"
-    told = {"model": str(model), "prompts": prompts, "likeliest": LIKELIEST, "regular": regular}
-    job.write_text(json.dumps(told))
+    request = {"model": str(model), "prompts": prompts, "likeliest": LIKELIEST, "regular": regular}
+    job.write_text(json.dumps(request))
     code.write_text(VLLM)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules"), "VLLM_NO_USAGE_STATS": "1"}
@@ -97,7 +97,7 @@ def ask_vllm(python: str, model: Path, prompts: list[list[int]], work: Path, *, 
 
 
 @torch.inference_mode()
-def compared(run: Path, prompts: list[list[int]], theirs: dict[str, Any]) -> dict[str, Any]:
+def compare(run: Path, prompts: list[list[int]], theirs: dict[str, Any]) -> dict[str, Any]:
     """Compare with ``regrow.load`` in float32."""
     model = regrow.load(run, dtype=torch.float32)
     blocks = model.get_submodule("model.layers")
@@ -136,14 +136,14 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        run = args.run.resolve() if args.run else pruned(work / "run", regular=args.regular)
+        run = args.run.resolve() if args.run else prune(work / "run", regular=args.regular)
         there = regrow.export(run, work / "plain", format="transformers").path if args.regular else run
         prompts = prompts_of(read_tokenizer(run), args.prompts, args.tokens).tolist()
         theirs = ask_vllm(args.vllm, there, prompts, work, regular=args.regular)
         settings = json.loads((run / "run.json").read_text())["settings"]
         row = {
             "date": date.today().isoformat(),
-            **compared(run, prompts, theirs),
+            **compare(run, prompts, theirs),
             "tokens_of_a_prompt": args.tokens,
             "dtype": "float32",
             "backend": theirs["backend"],

@@ -110,8 +110,8 @@ def _evaluate(
         if loaded.tokenizer is None:
             raise ValueError(f"--choices {file} needs a tokenizer, and {model} has none; leave it out")
         more: Any = {"task": file.name.split(".")[0], "outputs": network.outputs if network else None}
-        found = evaluation.choices(loaded.model, loaded.tokenizer, evaluation.items_in(file, items), **more)
-        result["choices"].append(found.record())
+        score = evaluation.choices(loaded.model, loaded.tokenizer, evaluation.items_in(file, items), **more)
+        result["choices"].append(score.record())
     for task in settings.harness:
         tasks = evaluation.harness(loaded.model, loaded.tokenizer, task, items=items, progress=progress)
         result["harness"] += [one.record() for one in tasks]

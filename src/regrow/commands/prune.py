@@ -171,9 +171,7 @@ def run(
     with clock.stage("trace"):
         axes = streamed.opened.axes if streamed else shared.trace(loaded)
     with clock.stage("time"):
-        begun = RunFolder.open_unfinished(out)
-        known = begun.run().get("timing") if begun else None
-        budget = prune.with_timing(loaded.model, axes, budget, known=known, progress=progress)
+        budget = _with_timing(loaded, axes, budget, Path(out), progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
@@ -181,18 +179,29 @@ def run(
         streamed = streamed.with_results(folder.path) if streamed else None
         outside = streamed.unchanged() if streamed else None
         start_from(folder, settings.model, loaded, undo=settings.undo, outside=outside)
-        folder.update(
-            notes=list(loaded.notes), sources=describe_sources(source_specs(settings), kinds), **record_input(loaded)
-        )
-        if budget.timing:  # another measurement would be another plan
-            folder.update(timing=budget.timing.record())
         job = _PruneJob(settings, folder, loaded, kinds, clock, progress, code, streamed, ranks, shared)
+        _record_inputs(job, budget)
         plan = _make_plan(job, axes, method, budget)
         broadcast_record(ranks, {"plan": plan.to_json(), "folder": str(folder.path.resolve())})
         _cut(job, axes, plan, budget)
         if memory_plan:
             folder.update(memory=PeakMemory(memory_plan.limit, memory_plan.needed, read_peak()).record())
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
+
+
+def _with_timing(loaded: Loaded, axes: AxisGraph, budget: Budget, out: Path, progress: Progress) -> Budget:
+    """Return the budget with the times of the model; a resumed run keeps those recorded, since they decide the plan."""
+    begun = RunFolder.open_unfinished(out)
+    known = begun.run().get("timing") if begun else None
+    return prune.with_timing(loaded.model, axes, budget, known=known, progress=progress)
+
+
+def _record_inputs(job: _PruneJob, budget: Budget) -> None:
+    """Record what the run starts from: notes on the model, the sources, the example input, and times."""
+    sources = describe_sources(source_specs(job.settings), job.kinds)
+    job.folder.update(notes=list(job.loaded.notes), sources=sources, **record_input(job.loaded))
+    if budget.timing:
+        job.folder.update(timing=budget.timing.record())
 
 
 def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan:

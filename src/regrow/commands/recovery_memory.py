@@ -126,8 +126,7 @@ def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
             loss.backward()
         optimizer.step()
 
-    found = predict_memory(model, Batch((ids,), config, ids), step)
-    return found.peak
+    return predict_memory(model, Batch((ids,), config, ids), step).peak
 
 
 def _refit_terms(model: nn.Module, tokens: int) -> dict[str, int]:

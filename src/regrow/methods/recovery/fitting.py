@@ -83,7 +83,7 @@ def fit_recovery(
     schedule = Schedule(OptimizerSettings("adamw", settings.lr), "cosine", warm_up=0.1, clip=1.0, seed=task.seed)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    with _sharded(task, _read(task)) as (task, state):
+    with _shard(task, _read(task)) as (task, state):
         learner = with_early_stopping(
             Learner[Tensors]({}, loss=lambda state, context, step: Loss(loss(task, step.batch)), boundary=_keep_modes),
             lambda state, context: fsum(task.parallel.values(lambda batch: float(loss(task, batch)), held)) / len(held),
@@ -103,7 +103,7 @@ def fit_recovery(
 
 
 @contextmanager
-def _sharded(
+def _shard(
     task: RecoveryTask, state: TrainState[EarlyStopping] | None
 ) -> Iterator[tuple[RecoveryTask, TrainState[EarlyStopping] | None]]:
     """Shard the networks and the training state among all ranks inside the ``with`` block, if the task asks for it."""
