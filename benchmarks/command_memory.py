@@ -1,0 +1,78 @@
+"""The memory of `regrow evaluate`, `export` and `recover` on SmolLM2-135M: predicted by `--memory`, and measured.
+
+    python benchmarks/command_memory.py                      # up to 6 minutes when idle; goes on where it was stopped
+    python benchmarks/command_memory.py --only export        # commands whose name contains a word
+    python benchmarks/command_memory.py --again              # measure all again
+
+Each command runs in a process of its own, with one thread. The peak is the resident memory of the process, imports
+included, to the four digits that the command prints. The limit of `evaluate, one block` is exceeded by the whole model.
+What is recovered is SmolLM2-135M cut to 0.8 of its weights, in float32; windows have 256 tokens. Rows go to
+benchmarks/results/command_memory.jsonl.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import apart
+
+from regrow.amounts import parse_bytes
+from regrow.store.versions import versions
+
+OUT = Path(__file__).parent / "results" / "command_memory.jsonl"
+DATA = "--source news --eval-tokens 512 --seq-len 256"
+PRUNE = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --dtype float32 --no-verify --out cut"
+COMMANDS = {
+    "evaluate, whole": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 64GiB",
+    "evaluate, one block": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 1GiB",
+    "evaluate, whole, bfloat16": f"evaluate smollm2-135m {DATA} --dtype bfloat16 --memory 64GiB",
+    "export": "export smollm2-135m --to gguf --memory 64GiB --out model.gguf",
+    "recover, bias": "recover cut --by bias --tokens 4096 --memory 64GiB --out bias",
+    "recover, lora": "recover cut --by lora --tokens 4096 --memory 64GiB --out lora",
+    "recover, distil": "recover cut --by distil --tokens 4096 --memory 64GiB --out distil",
+}
+"""Name → command line."""
+PEAK = re.compile(r"memory: ([\d.]+ \w+) at the peak, ([\d.]+ \w+) predicted")
+
+
+def run(words: str, place: Path) -> str:
+    """Return what a command prints; the benchmark ends if it fails."""
+    command = [sys.executable, "-W", "ignore", "-m", "regrow", *words.split()]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"regrow {words}: {done.stderr.strip()}")
+    return " ".join(done.stdout.split())
+
+
+def measure(name: str, place: Path) -> apart.Row:
+    """Run a command, after pruning the model that it recovers, and return its row."""
+    if name.startswith("recover") and not (place / "cut" / "run.json").exists():
+        run(PRUNE, place)
+    start = time.perf_counter()
+    line = PEAK.search(run(COMMANDS[name], place))
+    if line is None:
+        raise SystemExit(f"regrow {COMMANDS[name]} printed no peak of memory")
+    measured, predicted = map(parse_bytes, line.groups())
+    row = {"command": COMMANDS[name], "measured": measured, "predicted": predicted}
+    row["measured_over_predicted"] = round(measured / predicted, 3)
+    return row | {"versions": versions(), "wall_s": round(time.perf_counter() - start, 1)}
+
+
+def main() -> None:
+    """Measure the commands that have no row yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="WORD", help="commands whose name contains a word")
+    parser.add_argument("--again", action="store_true", help="measure commands again that have a row")
+    parser.add_argument("--out", type=Path, default=OUT, help="the file of the rows")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        names = [name for name in COMMANDS if args.only in name]
+        apart.collect(names, lambda name: measure(name, Path(place)), args.out, again=args.again)
+
+
+if __name__ == "__main__":
+    main()
