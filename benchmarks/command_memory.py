@@ -42,10 +42,10 @@ PEAK = re.compile(r"memory: ([\d.]+ \w+) at the peak, ([\d.]+ \w+) predicted")
 def run(words: str, place: Path) -> str:
     """Return what a command prints; the benchmark ends if it fails."""
     command = [sys.executable, "-W", "ignore", "-m", "regrow", *words.split()]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"regrow {words}: {done.stderr.strip()}")
-    return " ".join(done.stdout.split())
+    process = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(f"regrow {words}: {process.stderr.strip()}")
+    return " ".join(process.stdout.split())
 
 
 def measure(name: str, place: Path) -> apart.Row:
@@ -56,9 +56,9 @@ def measure(name: str, place: Path) -> apart.Row:
     line = PEAK.search(run(COMMANDS[name], place))
     if line is None:
         raise SystemExit(f"regrow {COMMANDS[name]} printed no peak of memory")
-    measured, predicted = map(parse_bytes, line.groups())
-    row = {"command": COMMANDS[name], "measured": measured, "predicted": predicted}
-    row["measured_over_predicted"] = round(measured / predicted, 3)
+    peak, prediction = map(parse_bytes, line.groups())
+    row = {"command": COMMANDS[name], "peak": peak, "predicted": prediction}
+    row["peak_over_predicted"] = round(peak / prediction, 3)
     return row | {"versions": versions(), "wall_s": round(time.perf_counter() - start, 1)}
 
 

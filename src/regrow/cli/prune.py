@@ -110,10 +110,10 @@ def _prune_several(runs: list[Settings], out: Path, *, code: str, memory: str, t
     if (out / "run.json").exists():
         raise StoreError(f"{out} is a run folder; several plans need a folder for one each: choose another")
     plans = name_folders(runs)
-    finished = {name for name, settings in plans.items() if is_finished(settings, out / name)}
+    complete = {name for name, settings in plans.items() if is_finished(settings, out / name)}
     shared = SharedWork()
     for name, settings in plans.items():
-        if name in finished:
+        if name in complete:
             say(f"{name}: finished before")
             continue
         say(name)

@@ -257,8 +257,8 @@ def _describe_failure(address: str, why: str) -> str:
     """Return why a Ray cluster cannot be used and what to do, by where its address is from."""
     if address:
         return f"no Ray cluster at --address {address} ({why}); start one there, or leave out --address"
-    if known := os.environ.get("RAY_ADDRESS"):
-        return f"no Ray cluster at RAY_ADDRESS={known} ({why}); start one there, or unset RAY_ADDRESS"
+    if variable := os.environ.get("RAY_ADDRESS"):
+        return f"no Ray cluster at RAY_ADDRESS={variable} ({why}); start one there, or unset RAY_ADDRESS"
     return f"Ray does not start here ({why}); use --on local"
 
 
