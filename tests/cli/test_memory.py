@@ -5,11 +5,12 @@ import re
 
 import pytest
 
-from regrow.commands import models, streamed
+from regrow.commands import models, recovery_memory, streamed
 from regrow.evaluation import choice
 from regrow.streaming import requirements
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
+from regrow.streaming.opening import open_network
 from regrow.streaming.results import BlockResults
 
 SOURCE = ("--keep", "0.7", "--source", "news", "--tokens", "64", "--eval-tokens", "64", "--seq-len", "32")
@@ -187,9 +188,9 @@ def test_a_dry_run_keeps_hidden_states_in_files_and_deletes_them(regrow, tiny_la
         places.append(folder)
         true(self, folder)
 
-    def counted(network, limit, many, tokens):
+    def counted(network, limit, many, tokens, **more):
         windows.append(many)
-        return predict(network, limit, many, tokens)
+        return predict(network, limit, many, tokens, **more)
 
     monkeypatch.setattr(BlockResults, "__init__", watched)
     monkeypatch.setattr(streamed, "plan_memory", counted)
@@ -223,6 +224,40 @@ def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, st
     assert code
     assert match in error
     assert "needs the whole network in memory" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--recover", "distil"), "--recover distil needs the whole network"),
+        (("--recover", "refit"), "--recover refit needs the whole network"),
+        (("--method", "llm_pruner"), "computes gradients of all weights, needs the whole network"),
+        (("--method", "gprune", "--source", "code", "--source", "talk"), "runs the masked network, needs the whole"),
+        ((), ""),
+    ],
+)
+def test_recovery_and_gradients_count(regrow, tiny_language_model, monkeypatch, words, match):
+    monkeypatch.setattr(recovery_memory, "SPARE", 2**37)
+    command = ("prune", str(tiny_language_model), *words, *SOURCE, "--memory", "64GiB", "--dry-run", "plan.json")
+    code, said, error = regrow(*command)
+    if match:
+        assert code
+        assert match in error
+    else:
+        assert code == 0
+        assert "with all blocks in memory" in said
+
+
+def test_the_terms_of_recovery_and_gradients_follow_the_weights(tiny_language_model):
+    model = open_network(str(tiny_language_model)).loaded.model
+    own = sum(4 * one.numel() for one in model.parameters())
+    recoveries = {by: recovery_memory.predict_later_recovery(by, model, 32, 256) for by in ("bias", "refit", "distil")}
+    spare = recovery_memory.SPARE
+    assert spare + 2 * own < recoveries["bias"] < recoveries["refit"]
+    assert recoveries["distil"] > spare + 6 * own  # two networks, gradients, two moments, the best values
+    one, two = (recovery_memory.predict_gradients(model, 32, 1, sums) for sums in (1, 2))
+    assert two - one == own
+    assert one > spare + 3 * own
 
 
 def test_amounts_and_models_that_do_not_fit_the_option_are_refused(regrow, tiny_language_model):

@@ -95,6 +95,19 @@ def test_several_plans_are_the_same_with_one_block_in_memory(
             assert (Path("whole") / run / name).read_bytes() == (Path("streamed") / run / name).read_bytes(), name
 
 
+def test_what_a_plan_leaves_in_memory_does_not_count_for_the_next(
+    regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = iter((2**28, 2**40, 2**40))
+    monkeypatch.setattr(requirements, "read_resident", lambda: next(held))
+    command = ("prune", str(tiny_language_model), "--keep", "0.8", "--keep", "0.6", *DATA)
+    code, said, err = regrow(*command, "--memory", "64GiB", "--out", "plans")
+    assert code == 0, err
+    assert said.count("with all blocks in memory") == 2
+    runs = [json.loads((Path("plans") / name / "run.json").read_text()) for name in ("flap-0.8", "flap-0.6")]
+    assert runs[0]["memory"]["predicted"] == runs[1]["memory"]["predicted"]
+
+
 def test_a_model_with_other_weights_each_time_is_refused(regrow: Run, tmp_path: Path) -> None:
     (tmp_path / "unseeded.py").write_text(
         "import torch\nfrom torch import nn\n\n\ndef build():\n"

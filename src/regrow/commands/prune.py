@@ -160,14 +160,14 @@ def run(
         "defaults": record_defaults(settings),
     }
     RunFolder.check(out, **identity)
-    clock = Clock(None)
+    clock, shared = Clock(None), shared or SharedWork()
     reset_peak()
     with clock.stage("load"):
-        streamed, memory_plan = open_streamed(memory, settings, model_spec(settings), method, announce)
+        given = memory, settings, model_spec(settings), method, announce
+        streamed, shared.memory = open_streamed(*given, earlier=shared.memory)
         loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
         check_precision(loaded.model, settings.precision)
         kinds = read_sources(source_specs(settings), loaded)
-    shared = shared or SharedWork()
     with clock.stage("trace"):
         axes = streamed.opened.axes if streamed else shared.trace(loaded)
     with clock.stage("time"):
@@ -184,8 +184,8 @@ def run(
         plan = _make_plan(job, axes, method, budget)
         broadcast_record(ranks, {"plan": plan.to_json(), "folder": str(folder.path.resolve())})
         _cut(job, axes, plan, budget)
-        if memory_plan:
-            folder.update(memory=PeakMemory(memory_plan.limit, memory_plan.needed, read_peak()).record())
+        if shared.memory:
+            folder.update(memory=PeakMemory(shared.memory.limit, shared.memory.needed, read_peak()).record())
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
 
 

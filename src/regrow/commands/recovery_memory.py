@@ -1,4 +1,4 @@
-"""The memory of a recovery, predicted term by term from shapes before anything is loaded."""
+"""The memory of recoveries and of gradients, predicted from shapes before anything is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,33 +79,83 @@ def predict_recovery(settings: Settings, source: Path, cut: LastCut, limit: int)
         InputError: If the network is no transformers model that takes text, or its memory depends on data.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    trains = settings.by in ("lora", "distil")
     try:
         dtype = torch.float32 if settings.by == "distil" else DTYPES.get(cut.settings.dtype)
         loaded, shapes = load_saved_skeleton(source, mode, dtype)
         if loaded.tokenizer is None:
             raise StoreError(f"{source} holds a model without text")
         tokens = cut.settings.seq_len
-        peak = _predict_step(settings.by, loaded.model, tokens) if trains else 0
+        running = _running_terms(settings.by, loaded.model, tokens, settings.tokens)
     except (StoreError, UnpredictableError) as error:
         raise InputError(f"{str(error).split(';')[0]}, whose memory is not predicted; leave out --memory") from None
-    own = sum(one.numel() * one.element_size() for one in loaded.model.parameters())
-    item = own / max(1, sum(one.numel() for one in loaded.model.parameters()))
+    numbers, own = _sizes(loaded.model)
+    item = own / max(1, numbers)
     before = (cut.folder.run().get("parent") or {}).get("parameters") or count_parameters(shapes)
     dense = int(before * (item if dtype is None else DTYPES.get(cut.settings.dtype, dtype).itemsize))
     terms = {"the interpreter": read_resident() + SPARE, "the weights of the dense model": dense}
     terms["the weights of the cut model"] = own
-    if settings.by == "distil":
-        terms |= {"gradients": own, "optimizer moments": 2 * own, "the best values": own}
-    if trains:  # the step had weights, gradients and two moments
-        running = {"activations": max(0, peak - 4 * own)}
-    else:
-        widest = max((one.shape[0] for one in loaded.model.parameters() if one.dim() == 2), default=1)
-        running = {"activations": 3 * tokens * widest * 4}
-        running |= _refit_terms(loaded.model, settings.tokens) if settings.by == "refit" else {}
+    terms |= _training_terms(own) if settings.by == "distil" else {}
     reading = {"the file of the cut model while it is read": sum(one.bytes for one in shapes.tensors.values())}
     later = settings.by == "distil" or sum(running.values()) > sum(reading.values())
     return MemoryTerms(limit, terms | (running if later else reading))
+
+
+def predict_later_recovery(by: str, model: nn.Module, window: int, tokens: int) -> int:
+    """Return what a recovery within a pruning run needs beside what the process held, in bytes.
+
+    Both networks count with the shapes before the cut, which is not known yet.
+
+    Args:
+        by: The recovery.
+        model: The network before the cut, without numbers.
+        window: Tokens per window.
+        tokens: Tokens that the recovery reads.
+
+    Raises:
+        UnpredictableError: If its memory depends on data.
+    """
+    numbers, own = _sizes(model)
+    running = sum(_running_terms(by, model, window, tokens).values())
+    if by != "distil":
+        return SPARE + 2 * own + running
+    exact = 4 * numbers  # it trains in float32
+    return SPARE + own + exact + sum(_training_terms(exact).values()) + running * exact // max(1, own)
+
+
+def predict_gradients(model: nn.Module, window: int, batch_size: int, sums: int) -> int:
+    """Return what gradients of a network on a batch of text need beside what the process held, in bytes.
+
+    Args:
+        model: The network, without numbers.
+        window: Tokens per window.
+        batch_size: Windows per batch.
+        sums: How many sums of gradients, in float32, are kept.
+
+    Raises:
+        UnpredictableError: If its memory depends on data.
+    """
+    numbers, own = _sizes(model)
+    activations = sum(_running_terms("lora", model, window, 0).values())
+    return SPARE + 2 * own + 4 * numbers * sums + batch_size * activations
+
+
+def _sizes(model: nn.Module) -> tuple[int, int]:
+    """Return how many numbers the parameters of a network have, and how many bytes."""
+    every = [*model.parameters()]
+    return sum(one.numel() for one in every), sum(one.numel() * one.element_size() for one in every)
+
+
+def _training_terms(own: int) -> dict[str, int]:
+    """Return what training all weights needs beside them and the activations."""
+    return {"gradients": own, "optimizer moments": 2 * own, "the best values": own}
+
+
+def _running_terms(by: str, model: nn.Module, window: int, tokens: int) -> dict[str, int]:
+    """Return what a recovery needs while the network runs."""
+    if by in ("lora", "distil"):  # the step had weights, gradients and two moments
+        return {"activations": max(0, _predict_step(by, model, window) - 4 * _sizes(model)[1])}
+    widest = max((one.shape[0] for one in model.parameters() if one.dim() == 2), default=1)
+    return {"activations": 3 * window * widest * 4} | (_refit_terms(model, tokens) if by == "refit" else {})
 
 
 def _predict_step(by: str, model: nn.Module, tokens: int) -> int:

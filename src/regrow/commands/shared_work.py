@@ -12,6 +12,7 @@ from regrow.scores import Statistics
 from regrow.scoring import CachedColumns
 from regrow.sources import Source
 from regrow.store import statistics
+from regrow.streaming.requirements import MemoryPlan
 from regrow.tracing import trace
 
 
@@ -25,6 +26,7 @@ class SharedWork:
         columns: The norms of its weights, without the weights.
         weights: A sum of each of its parameters.
         dense: Source name → the measurement of the model before the cut.
+        memory: What the first run was predicted to need of a limit of memory; ``None``: nothing was predicted yet.
     """
 
     axes: AxisGraph | None = None
@@ -32,6 +34,7 @@ class SharedWork:
     columns: CachedColumns = field(default_factory=lambda: CachedColumns({}))
     weights: tuple[float, ...] = ()
     dense: dict[str, evaluation.Perplexity | evaluation.Accuracy] = field(default_factory=dict)
+    memory: MemoryPlan | None = None
 
     def trace(self, loaded: Loaded) -> AxisGraph:
         """Return the axes of the model, traced once.

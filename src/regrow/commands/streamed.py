@@ -1,5 +1,6 @@
 """Runs of a network that is larger than memory: what differs from a run that loads it whole."""
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from regrow.amounts import Measure, format_bytes, parse_bytes
 from regrow.commands.inputs import count_windows
 from regrow.commands.models import DTYPES, ModelSpec
+from regrow.commands.recovery_memory import predict_gradients, predict_later_recovery
 from regrow.distributed import SINGLE, Ranks
 from regrow.errors import InputError
+from regrow.evaluation import UnpredictableError
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner
 from regrow.plan import Plan
@@ -106,7 +109,12 @@ class StreamedRun:
 
 
 def open_streamed(
-    memory: str, settings: Settings, spec: ModelSpec, pruner: Pruner, announce: Callable[[str], None]
+    memory: str,
+    settings: Settings,
+    spec: ModelSpec,
+    pruner: Pruner,
+    announce: Callable[[str], None],
+    earlier: MemoryPlan | None = None,
 ) -> tuple[StreamedRun | None, MemoryPlan | None]:
     """Open a network that does not fit into the memory a run may use, and predict what the run needs.
 
@@ -116,6 +124,8 @@ def open_streamed(
         spec: Which model, and in which precision.
         pruner: The method.
         announce: Called with one line that says how the run stays within the limit.
+        earlier: The prediction for an earlier run of this process on the same model: what that run left in memory is
+            given back, and does not count.
 
     Returns:
         The run of the network one block at a time, ``None`` if it fits; and the prediction. Both are ``None`` if there
@@ -128,20 +138,46 @@ def open_streamed(
     if not memory:
         return None, None
     limit = parse_bytes(memory)
+    if earlier:
+        gc.collect()
+        return_memory()
     opened = open_network(spec.name, DTYPES.get(spec.dtype))
     sources = (*settings.sources, *settings.unseen)
     counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
     windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
     size = settings.batch_size
-    plan = plan_memory(opened.network(), limit, -(-windows // size), settings.seq_len * size)
+    given = opened.network(), limit, -(-windows // size), settings.seq_len * size
+    plan = plan_memory(*given, held=earlier.held if earlier else None)
+    if not plan.streams:
+        plan = replace(plan, whole=max(plan.whole, plan.held + _predict_learning(settings, pruner, opened)))
     own = {
-        f"--method {settings.method}, which computes gradients of the whole network": Need.GRADIENTS in pruner.needs,
-        f"--method {settings.method}, which runs the masked network": pruner.trains,
+        f"--method {settings.method}, which computes gradients of all weights,": Need.GRADIENTS in pruner.needs,
+        f"--method {settings.method}, which runs the masked network,": pruner.trains,
         f"--recover {settings.recover}": bool(settings.recover),
         "a target in ms": settings.measure == Measure.TIME,
     }
     needs = {**own, **needs_of_model(spec, settings.precision, opened)}
     return start_streaming(opened, plan, needs, announce), plan
+
+
+def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
+    """Return what gradients, and the recovery after the cut, need of a network in memory, in bytes; 0 without them."""
+    gradients, needed = Need.GRADIENTS in pruner.needs, 0
+    if not (gradients or pruner.trains or settings.recover):
+        return 0
+    what = f"--recover {settings.recover}" if settings.recover else f"--method {settings.method}"
+    model, window = opened.loaded.model, settings.seq_len
+    if opened.loaded.tokenizer is None:
+        raise InputError(f"what {what} needs is predicted for models that take text only; leave out --memory")
+    try:
+        if gradients or pruner.trains:
+            sums = pruner.shards * len(settings.sources) if gradients else 0
+            needed = predict_gradients(model, window, 1 if gradients else settings.batch_size, sums)
+        if settings.recover:
+            needed = max(needed, predict_later_recovery(settings.recover, model, window, settings.recover_tokens))
+    except UnpredictableError as error:
+        raise InputError(f"what {what} needs is not predicted: {error}; leave out --memory") from None
+    return needed
 
 
 def needs_of_model(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> dict[str, bool]:

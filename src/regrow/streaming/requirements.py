@@ -35,6 +35,7 @@ class MemoryPlan:
         least: What it needs with one block in memory.
         results: What the results of blocks for all windows take; in files if there is no room for them.
         blocks: How many blocks the network has.
+        held: What the process held before the run.
     """
 
     limit: int
@@ -42,6 +43,7 @@ class MemoryPlan:
     least: int
     results: int
     blocks: int
+    held: int
 
     @property
     def streams(self) -> bool:
@@ -71,7 +73,13 @@ class MemoryPlan:
 
 
 def plan_memory(
-    network: StreamedNetwork, limit: int, windows: int, tokens: int, *, what: str = "pruning"
+    network: StreamedNetwork,
+    limit: int,
+    windows: int,
+    tokens: int,
+    *,
+    what: str = "pruning",
+    held: int | None = None,
 ) -> MemoryPlan:
     """Predict the memory that pruning or evaluating a network needs, and decide how it stays within a limit.
 
@@ -81,6 +89,7 @@ def plan_memory(
         windows: The most windows of text that run at a time.
         tokens: Tokens per window.
         what: What is done: ``"pruning"``, or ``"evaluating"``, which makes no second copy of a block.
+        held: What the process held before the first of several runs; ``None``: what it holds now.
 
     Raises:
         ResourceError: If it does not fit even with one block in memory; names the least that is enough.
@@ -93,7 +102,7 @@ def plan_memory(
     hidden = max((p.shape[-1] for p in model.parameters() if p.dim() == 1), default=1)
     entries = max(sum(weights.like[name].numel() for name in one.names) for one in network.blocks)
     exact = int(8 * EXACT * entries) if what == "pruning" else 0
-    held, running = read_resident(), SPARE[what] + 3 * tokens * width * max(item, 4)
+    held, running = read_resident() if held is None else held, SPARE[what] + 3 * tokens * width * max(item, 4)
     cast = any(place.dtype != weights.like[name].dtype for name, place in weights.places())
     mapped = sum(place.bytes for _, place in weights.places()) if cast else 0  # of the files, while they are read
     whole = held + max(running + exact, mapped) + int((WHOLE - (what != "pruning")) * sum(size.values()))
@@ -101,7 +110,7 @@ def plan_memory(
     outer, outputs = sum(size[name] for name in network.outer), 2 * tokens * width * item
     blocks = BLOCKS[what] * network.largest_block + ACTIVATIONS * tokens * inner * item
     least = held + LIBRARIES + outer + max(blocks, outputs)
-    plan = MemoryPlan(limit, whole, least, 2 * windows * tokens * hidden * item, len(network.blocks))
+    plan = MemoryPlan(limit, whole, least, 2 * windows * tokens * hidden * item, len(network.blocks), held)
     if plan.streams and least > limit:
         raise ResourceError(
             f"{what} {weights.name} within {format_bytes(limit)} of memory is impossible, even one block at a time; "
