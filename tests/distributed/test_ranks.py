@@ -1,5 +1,7 @@
 """Who a process is among several, and what happens when one of them ends."""
 
+import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -7,7 +9,10 @@ import pytest
 
 from distributed.processes import finish, start
 from regrow.distributed import SINGLE, Ranks, read_ranks
+from regrow.distributed.watch import Watch
 from regrow.errors import InputError
+
+RUN = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
 
 EXCHANGE = """
 import torch
@@ -38,6 +43,46 @@ with connected(ranks, print):
     exchange.broadcast_model(ranks, model)
     torch.manual_seed(0)
     assert torch.equal(model.weight, nn.init.normal_(torch.empty(3)))
+"""
+
+DIFFERENT = """
+import torch
+from torch import nn
+from regrow.commands.inputs import SourceHalves
+from regrow.commands.same_inputs import check_same_inputs, check_same_settings
+from regrow.distributed import read_ranks
+from regrow.distributed.group import connected
+from regrow.distributed.parallel import Parallel
+from regrow.errors import InputError
+from regrow.settings.prune import Settings
+from regrow.sources import Batch, Source
+
+def refuse(function, *inputs):
+    try:
+        function(ranks, *inputs)
+    except InputError as error:
+        return str(error)
+
+def network(seed):
+    torch.manual_seed(seed)
+    return nn.Linear(3, 2)
+
+def source(value):
+    return SourceHalves((Source("mail", [Batch((torch.full((2,), value),))]),), ())
+
+ranks = read_ranks()
+with connected(ranks, print):
+    rank = ranks.rank
+    assert refuse(check_same_inputs, [network(0)], source(1)) is None
+    assert "different weights; seed the function" in refuse(check_same_inputs, [network(rank)], source(1))
+    assert "different data for mail; copy" in refuse(check_same_inputs, [network(0)], source(rank))
+    assert refuse(check_same_settings, Settings(f"model{rank}", keep=0.5)) is None
+    assert "different settings" in refuse(check_same_settings, Settings("model", keep=0.5 + 0.1 * rank))
+    one, other, neither = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    (one if ranks.leads else other).grad = torch.full((2,), 2.0)
+    parallel = Parallel(ranks)
+    assert parallel.reduce({"one": one, "other": other, "neither": neither}, 1.5) == 3
+    assert one.grad.tolist() == other.grad.tolist() == [2, 2] and neither.grad is None
 """
 
 KILLED = """
@@ -97,6 +142,70 @@ def test_an_ended_rank_ends_the_others_with_its_name(rank, how, other, line):
     assert line in errors
     assert len(errors.splitlines()) == 1
     assert time.monotonic() - began < 40
+
+
+def test_different_inputs_are_refused_and_missing_gradients_stay_missing():
+    results = finish(start("-c", DIFFERENT))
+    assert [code for _, _, code in results] == [0, 0], results
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("prune", str(RUN), "--keep", "0.5", "--device", "cuda"), "the CPU alone; leave out --device cuda"),
+        (("recover", str(RUN), "--by", "refit"), "--by refit runs in one process, unlike lora and distil"),
+        (("recover", str(RUN), "--by", "my.own:recovery"), "--by my.own:recovery runs in one process"),
+        (("recover", str(RUN), "--by", "distil", "--memory", "4GiB"), "--memory predicts a recovery in one process"),
+        (
+            ("recover", str(RUN), "--by", "distil"),
+            "share the 4 batches of a step (windows) evenly; use --set windows=3",
+        ),
+    ],
+)
+def test_options_for_one_process_are_refused_in_several(monkeypatch, tmp_path, capsys, words, line):
+    from regrow.cli import code_of
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    assert code_of([*words, "--out", str(tmp_path / "out")]) == 2
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_a_broken_connection_counts_as_one():
+    import torch.distributed as dist
+
+    from regrow.distributed.group import _is_broken
+
+    assert _is_broken(RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer"))
+    assert _is_broken(dist.DistNetworkError("socket"))
+    assert not _is_broken(RuntimeError("the kernel timed out; Socket 3"))
+
+
+def test_a_watch_that_fails_ends_the_process():
+    class Store:
+        def set(self, key, value):
+            raise TypeError("no text")
+
+    lines, (wake, woken) = [], os.pipe()
+    Watch(Ranks(0, 2), Store(), lines.append).run(wake)
+    os.close(wake), os.close(woken)
+    assert len(lines) == 1 and "rank 0 of 2 cannot watch the others (TypeError: no text)" in lines[0]
+
+
+def test_temporary_files_are_deleted_before_the_process_ends(monkeypatch, capsys):
+    from regrow.cli import processes
+
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    before = tempfile.gettempdir()
+    with processes._temporary_files() as folder:
+        place = Path(tempfile.mkdtemp(prefix="regrow-"))
+        assert place.parent == Path(folder)
+        processes._end("rank 1 of 2 failed", folder)
+        assert not place.exists()
+    assert codes == [4] and "rank 1 of 2 failed" in capsys.readouterr().err
+    assert tempfile.gettempdir() == before
 
 
 def test_commands_for_one_process_refuse_several(monkeypatch, capsys):

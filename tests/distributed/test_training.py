@@ -102,3 +102,17 @@ def test_an_uneven_share_is_refused():
 
     with pytest.raises(ValueError, match="a step takes 4 batches, which 3 processes cannot share evenly"):
         Parallel(Ranks(0, 3)).share([1, 2, 3, 4])
+
+
+def test_a_checkpoint_that_some_ranks_cannot_read_is_refused(monkeypatch):
+    from types import SimpleNamespace
+
+    from regrow.distributed.parallel import ALONE
+    from regrow.methods.recovery import fitting
+    from regrow.store import StoreError
+
+    task = SimpleNamespace(checkpoint=None, parallel=ALONE)
+    assert fitting._read(task) is None
+    monkeypatch.setattr(fitting, "everywhere", lambda ranks, holds: False)
+    with pytest.raises(StoreError, match="cannot be read by all processes; make room"):
+        fitting._read(task)

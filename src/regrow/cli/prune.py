@@ -73,6 +73,9 @@ def prune(
             raise click.UsageError("--dry-run runs in one process; start it without torchrun")
         _write_plan(settings, dry_run, code, memory)
         return
+    if read_ranks().several and settings.device != "cpu":
+        line = f"several processes run on the CPU alone; leave out --device {settings.device}, or torchrun"
+        raise click.UsageError(line)
     if out is None:
         raise click.UsageError("--out names the folder of the run, for example --out run")
     if given.varied:

@@ -10,8 +10,8 @@ from regrow.cli.flags import Given
 from regrow.cli.processes import processes
 from regrow.cli.runs import run_command, run_with_page
 from regrow.cli.screen import number, say, say_peak, table
-from regrow.distributed import read_ranks
-from regrow.settings.recover import CLOSED_FORM, Settings
+from regrow.distributed import Ranks, read_ranks
+from regrow.settings.recover import TRAINED, Settings
 
 if TYPE_CHECKING:
     from regrow.run_folder import RunFolder
@@ -37,14 +37,17 @@ BEFORE = ("dense", "pruned")
 def recover(given: Given[Settings], code: str, memory: str, track: str, fsdp: bool, out: Path) -> None:
     """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
     settings, ranks = given.build(), read_ranks()
-    if ranks.several and settings.by in CLOSED_FORM:
-        raise click.UsageError(f"--by {settings.by} runs in one process; start it without torchrun")
+    if ranks.several and settings.by not in TRAINED:
+        raise click.UsageError(f"--by {settings.by} runs in one process, unlike lora and distil; leave out torchrun")
+    if ranks.several and memory:
+        raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")
     if fsdp and not ranks.several:
         raise click.UsageError("--fsdp shards among several processes; start them with torchrun, or leave it out")
     from regrow.commands.recover import run, share
     from regrow.distributed.parallel import Parallel
 
     options.say_code(code, settings.by)
+    _check_windows(settings, ranks)
     if fsdp:
         from regrow.distributed.fsdp import return_freed_memory
 
@@ -56,6 +59,20 @@ def recover(given: Given[Settings], code: str, memory: str, track: str, fsdp: bo
             return
         more: dict[str, object] = {"memory": memory, "announce": say, "parallel": parallel}
         run_with_page("model", tell, run, settings, out, code=code, track=track, **more)
+
+
+def _check_windows(settings: Settings, ranks: Ranks) -> None:
+    """Raise UsageError unless the processes can share the batches of a step evenly."""
+    from regrow.methods import MethodKind, find_method
+
+    default = find_method(MethodKind.RECOVERY, settings.by).defaults(()).get("windows", 1)
+    windows = settings.recovery_settings.get("windows", default)
+    if isinstance(windows, int) and windows % ranks.size:
+        even = max(1, round(windows / ranks.size)) * ranks.size
+        raise click.UsageError(
+            f"{ranks.size} processes cannot share the {windows} batches of a step (windows) evenly; use --set "
+            f"windows={even}"
+        )
 
 
 def tell(folder: "RunFolder") -> None:

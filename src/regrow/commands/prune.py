@@ -23,6 +23,7 @@ from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.recovering import check_recovery, log_differences, recover
+from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.score_summary import write_scores
 from regrow.commands.shared_work import SharedWork
 from regrow.commands.streamed import StreamedRun, open_streamed
@@ -164,12 +165,13 @@ def run(
     reset_peak()
     with clock.stage("load"):
         given = memory, settings, model_spec(settings), method, announce
-        streamed, shared.memory = open_streamed(*given, earlier=shared.memory)
+        streamed, shared.memory = open_streamed(*given, earlier=shared.memory, ranks=ranks)
         loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
         check_precision(loaded.model, settings.precision)
         kinds = read_sources(source_specs(settings), loaded)
     with clock.stage("trace"):
         axes = streamed.opened.axes if streamed else shared.trace(loaded)
+    check_same_inputs(ranks, [streamed.opened.weights if streamed else loaded.model], kinds)
     with clock.stage("time"):
         budget = _with_timing(loaded, axes, budget, Path(out), progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)

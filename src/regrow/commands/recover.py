@@ -18,8 +18,11 @@ from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.recovering import log_differences, recover, share_recovery
 from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
+from regrow.commands.same_inputs import check_same_inputs, check_same_settings
 from regrow.commands.trackers import tracking
+from regrow.distributed import Ranks
 from regrow.distributed.parallel import ALONE, Parallel
+from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
@@ -73,15 +76,12 @@ def run(
     source = RunFolder.open(settings.run)
     cut = find_cut(source, code)
     measured, origin, wanted = cut.folder.metrics(), cut.settings, _complete(settings, source, cut)
-    if by == "bias" and (wanted.before or cut.folder.path != source.path):
-        moved = ", ".join(wanted.before) or source.run()["verb"]
-        raise ValueError(
-            f"{settings.run} was trained by {moved} since its cut, which may have moved its biases; "
-            "bias comes first, on the pruned run"
-        )
+    if by == "bias":
+        _check_untrained(settings, source, cut, wanted)
     taken = find_method(MethodKind.RECOVERY, by).defaults({*wanted.recovery_settings, "seed"})
     identity: dict[str, Any] = {"verb": "recover", "settings": record_settings(wanted), "defaults": taken}
     RunFolder.check(out, **identity)
+    _check_ranks(parallel.ranks, settings, cut)
     terms = _predict(settings, source, cut, memory, announce)
     clock, precision = Clock(None), settings.precision or origin.precision
     with clock.stage("load"):
@@ -90,6 +90,7 @@ def run(
         kinds = read_sources(pruning_run.source_specs(origin, tokens), loaded)
         axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
         cut.plan.check(axes)
+    check_same_inputs(parallel.ranks, [dense.model, loaded.model], kinds)
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     command = command_line(settings, *words)
     with tracking(RunFolder.create(out, **identity, command=command), track) as folder:
@@ -142,9 +143,11 @@ def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:
     check_settings(settings)
     source = RunFolder.open(settings.run)
     cut = find_cut(source, code)
+    _check_ranks(parallel.ranks, settings, cut)
     dense, loaded = _load_models(source, cut, silent, code)
     kinds = read_sources(pruning_run.source_specs(cut.settings, settings.tokens), loaded)
     axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
+    check_same_inputs(parallel.ranks, [dense.model, loaded.model], kinds)
     more: Any = {"settings": settings.recovery_settings, "seed": settings.seed, "parallel": parallel}
     precision = settings.precision or cut.settings.precision
     given = loaded.model, dense, axes, cut.plan, kinds.calibration, settings.by
@@ -153,6 +156,26 @@ def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:
         with autocasting(loaded.model, cut.settings.precision):
             for _ in evaluate_text(loaded, kinds.evaluation, "recovered", ranks=parallel.ranks):
                 pass
+
+
+def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted: Settings) -> None:
+    """Raise ValueError if the network was trained since its cut, which may have moved its biases."""
+    if wanted.before or cut.folder.path != source.path:
+        moved = ", ".join(wanted.before) or source.run()["verb"]
+        raise ValueError(
+            f"{settings.run} was trained by {moved} since its cut, which may have moved its biases; "
+            "bias comes first, on the pruned run"
+        )
+
+
+def _check_ranks(ranks: Ranks, settings: Settings, cut: LastCut) -> None:
+    """Raise InputError unless all processes have the same settings, and the models are on the CPU."""
+    check_same_settings(ranks, settings)
+    if ranks.several and cut.settings.device != "cpu":
+        raise InputError(
+            f"{settings.run} was pruned with --device {cut.settings.device}, where it is recovered too, and several "
+            "processes train on the CPU alone; start it without torchrun"
+        )
 
 
 def _copy_measurements(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:

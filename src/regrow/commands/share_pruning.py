@@ -13,6 +13,7 @@ from regrow.commands.inputs import SourceHalves, read_sources
 from regrow.commands.measuring import evaluate_text
 from regrow.commands.models import load_model
 from regrow.commands.prune_settings import model_spec, seeded_settings, source_specs
+from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.streamed import StreamedRun, open_streamed
 from regrow.distributed import Ranks
 from regrow.distributed.exchange import broadcast_model, broadcast_record, everywhere
@@ -41,10 +42,11 @@ def share(settings: Settings, ranks: Ranks, *, code: str = "", memory: str = "")
     """
     check_settings(settings)
     method = prune.build_pruner(settings.method, seeded_settings(settings))
-    streamed, _ = open_streamed(memory, settings, model_spec(settings), method, lambda line: None)
+    streamed, _ = open_streamed(memory, settings, model_spec(settings), method, lambda line: None, ranks=ranks)
     loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), code=code)
     kinds = read_sources(source_specs(settings), loaded)
     axes = streamed.opened.axes if streamed else trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    check_same_inputs(ranks, [streamed.opened.weights if streamed else loaded.model], kinds)
     with TemporaryDirectory(prefix="regrow-") as place:
         streamed = streamed.with_results(Path(place)) if streamed else None
         network = streamed.network() if streamed else None

@@ -14,7 +14,9 @@ from regrow.amounts import Measure, format_bytes, parse_bytes
 from regrow.commands.inputs import count_windows
 from regrow.commands.models import DTYPES, ModelSpec
 from regrow.commands.recovery_memory import predict_gradients, predict_later_recovery
+from regrow.commands.same_inputs import check_same_settings
 from regrow.distributed import SINGLE, Ranks
+from regrow.distributed.exchange import broadcast_record
 from regrow.errors import InputError
 from regrow.evaluation import UnpredictableError
 from regrow.evidence import Need
@@ -115,6 +117,7 @@ def open_streamed(
     pruner: Pruner,
     announce: Callable[[str], None],
     earlier: MemoryPlan | None = None,
+    ranks: Ranks = SINGLE,
 ) -> tuple[StreamedRun | None, MemoryPlan | None]:
     """Open a network that does not fit into the memory a run may use, and predict what the run needs.
 
@@ -126,15 +129,18 @@ def open_streamed(
         announce: Called with one line that says how the run stays within the limit.
         earlier: The prediction for an earlier run of this process on the same model: what that run left in memory is
             given back, and does not count.
+        ranks: The processes that share the run, all with the same limit; rank 0 decides for all.
 
     Returns:
         The run of the network one block at a time, ``None`` if it fits; and the prediction. Both are ``None`` if there
         is no limit.
 
     Raises:
-        InputError: If the network or the method needs the whole network in memory, and that does not fit.
+        InputError: If the network or the method needs the whole network in memory, and that does not fit; or the
+            processes have different settings.
         ResourceError: If it does not fit even with one block in memory.
     """
+    check_same_settings(ranks, settings, memory)
     if not memory:
         return None, None
     limit = parse_bytes(memory)
@@ -150,6 +156,8 @@ def open_streamed(
     plan = plan_memory(*given, held=earlier.held if earlier else None)
     if not plan.streams:
         plan = replace(plan, whole=max(plan.whole, plan.held + _predict_learning(settings, pruner, opened)))
+    if ranks.several:
+        plan = replace(plan, decision=broadcast_record(ranks, plan.streams))
     own = {
         f"--method {settings.method}, which computes gradients of all weights,": Need.GRADIENTS in pruner.needs,
         f"--method {settings.method}, which runs the masked network,": pruner.trains,

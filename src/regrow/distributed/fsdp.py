@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -34,7 +36,9 @@ def sharded(models: Sequence[nn.Module], blocks: Sequence[str]) -> Iterator[list
         models: The networks, the same on all ranks.
         blocks: The paths of the modules that are gathered one at a time.
     """
-    copies = [_shard(model, blocks) for model in models]
+    device = next(models[0].parameters()).device.type
+    mesh = init_device_mesh(device, (dist.get_world_size(),))  # otherwise that of a GPU, if there is one
+    copies = [_shard(model, blocks, mesh) for model in models]
     yield copies
     for model, copy in zip(models, copies, strict=True):
         for name, parameter in model.named_parameters():
@@ -53,11 +57,11 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def _shard(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
+def _shard(model: nn.Module, blocks: Sequence[str], mesh: DeviceMesh) -> nn.Module:
     own: dict[int, Any] = {id(one): one for one in (*model.parameters(), *model.buffers())}
     copy = deepcopy(model, own)
     for path in (*blocks, ""):
-        fully_shard(copy.get_submodule(path), reshard_after_forward=True)
+        fully_shard(copy.get_submodule(path), mesh=mesh, reshard_after_forward=True)
         for parameter in model.get_submodule(path).parameters():
             parameter.data = parameter.data.new_empty(0)
     return copy

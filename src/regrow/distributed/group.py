@@ -19,7 +19,8 @@ MEETING = timedelta(minutes=5)
 """How long the processes wait for one another at the start."""
 WORK = timedelta(days=7)
 """How long a rank waits for another one; ranks that have ended are noticed by ``watch``."""
-_BROKEN = re.compile(r"gloo|Connection (closed|reset|refused)|Broken pipe|Socket|timed? ?out", re.IGNORECASE)
+_BROKEN = re.compile(r"\[[^\]]*\bgloo/[^\]]*\]|Connection (closed|reset) by peer|Broken pipe")
+"""What gloo says, which raises RuntimeError, of a broken connection: its source file, or the system's words."""
 
 
 @contextmanager
@@ -63,10 +64,17 @@ def _connect(ranks: Ranks, store: Any) -> None:
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK)
 
 
+def _is_broken(error: BaseException) -> bool:
+    """Whether an error says that the connection to another rank broke."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error))))
+
+
 def _leave(ranks: Ranks, watch: Watch, error: BaseException, describe: Callable[[BaseException], str]) -> None:
     """Tell the other ranks about an error; wait for ``watch`` to say which rank ended, if the connection broke."""
-    if isinstance(error, RuntimeError) and _BROKEN.search(str(error)):
+    if _is_broken(error):
         time.sleep(SILENCE + 4)  # until ``watch`` ends the process
-        raise ResourceError(f"{ranks} lost the connection to another rank; {RESUME}") from error
+        line = f"{ranks} lost the connection to another rank ({' '.join(str(error).split())[:120]}); {RESUME}"
+        watch.report(line)
+        raise ResourceError(line) from error
     stopped = isinstance(error, KeyboardInterrupt)
     watch.report(f"{ranks} was stopped by Ctrl-C" if stopped else f"{ranks} failed: {describe(error)}")

@@ -115,7 +115,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum the gradients of all ranks, in place, many at a time."""
+    """Sum the gradients of all ranks, in place, many at a time; a parameter that no rank has one of stays without."""
+    there = torch.tensor([one.grad is not None for one in parameters], dtype=torch.uint8)
+    if len(there):
+        dist.all_reduce(there, dist.ReduceOp.MAX)
+    parameters = [one for one, holds in zip(parameters, there.tolist(), strict=True) if holds]
     for one in parameters:
         if one.grad is None:
             one.grad = torch.zeros_like(one)

@@ -73,6 +73,13 @@ class Watch:
         Args:
             wake: A file descriptor that gives a byte for each signal that the process gets.
         """
+        try:
+            self._run(wake)
+        except Exception as error:
+            if not self.closing.is_set():
+                self.lost(f"{self.ranks} cannot watch the others ({type(error).__name__}: {error}); {RESUME}")
+
+    def _run(self, wake: int) -> None:
         now, beats = time.monotonic(), 0
         seen = {rank: (b"", now) for rank in range(self.ranks.size) if rank != self.ranks.rank}
         while not self.closing.is_set():

@@ -13,6 +13,9 @@ from regrow.settings.training import PRECISION
 CLOSED_FORM = ("bias", "refit")
 """Recoveries that solve for weights instead of training them; their passes run in the format of the weights."""
 
+TRAINED = ("lora", "distil")
+"""Recoveries that several processes train together."""
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -36,6 +36,7 @@ class MemoryPlan:
         results: What the results of blocks for all windows take; in files if there is no room for them.
         blocks: How many blocks the network has.
         held: What the process held before the run.
+        decision: Whether rank 0 of several processes reads one block at a time; ``None``: the limit decides.
     """
 
     limit: int
@@ -44,11 +45,12 @@ class MemoryPlan:
     results: int
     blocks: int
     held: int
+    decision: bool | None = None
 
     @property
     def streams(self) -> bool:
         """Whether the network is read one block at a time."""
-        return self.whole > self.limit
+        return self.whole > self.limit if self.decision is None else self.decision
 
     @property
     def needed(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from regrow.distributed.exchange import everywhere
 from regrow.methods.recovery.task import RecoveryTask
 from regrow.sources import Batch, device_of, drawn
 from regrow.store.errors import StoreError
@@ -132,7 +133,21 @@ def _shard(
 
 
 def _read(task: RecoveryTask) -> TrainState[EarlyStopping] | None:
-    """Return the training state from the checkpoint; ``None`` if there is no checkpoint, or it cannot be used."""
+    """Return the training state from the checkpoint; ``None`` if there is no checkpoint, or it cannot be used.
+
+    Raises:
+        StoreError: If some ranks can read it, and others cannot.
+    """
+    state, ranks = _read_own(task), task.parallel.ranks
+    if not (everywhere(ranks, state is not None) or everywhere(ranks, state is None)):
+        raise StoreError(
+            f"{task.checkpoint} cannot be read by all processes; make room in their folders for temporary files "
+            "(TMPDIR), and give the same command again"
+        )
+    return state
+
+
+def _read_own(task: RecoveryTask) -> TrainState[EarlyStopping] | None:
     if task.checkpoint is None or not task.checkpoint.is_file():
         return None
     try:
