@@ -1,6 +1,6 @@
-"""The memory of `regrow evaluate`, `export` and `recover` on SmolLM2-135M: predicted by `--memory`, and measured.
+"""The memory of `regrow prune`, `evaluate`, `export` and `recover` on SmolLM2-135M: predicted and measured.
 
-    python benchmarks/command_memory.py                      # up to 6 minutes when idle; goes on where it was stopped
+    python benchmarks/command_memory.py                      # up to 10 minutes when idle; goes on where it was stopped
     python benchmarks/command_memory.py --only export        # commands whose name contains a word
     python benchmarks/command_memory.py --again              # measure all again
 
@@ -26,11 +26,15 @@ from regrow.store.versions import versions
 OUT = Path(__file__).parent / "results" / "command_memory.jsonl"
 DATA = "--source news --eval-tokens 512 --seq-len 256"
 PRUNE = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --dtype float32 --no-verify --out cut"
+LEARN = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --no-verify --no-undo --memory 64GiB"
 COMMANDS = {
     "evaluate, whole": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 64GiB",
     "evaluate, one block": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 1GiB",
     "evaluate, whole, bfloat16": f"evaluate smollm2-135m {DATA} --dtype bfloat16 --memory 64GiB",
     "export": "export smollm2-135m --to gguf --memory 64GiB --out model.gguf",
+    "prune, distil": f"{LEARN} --dtype float32 --recover distil --recover-tokens 4096 --out pruned-distil",
+    "prune, distil, bfloat16": f"{LEARN} --dtype bfloat16 --recover distil --recover-tokens 4096 --out pruned-bfloat16",
+    "prune, llm_pruner": f"{LEARN} --dtype float32 --method llm_pruner --out pruned-gradients",
     "recover, bias": "recover cut --by bias --tokens 4096 --memory 64GiB --out bias",
     "recover, lora": "recover cut --by lora --tokens 4096 --memory 64GiB --out lora",
     "recover, distil": "recover cut --by distil --tokens 4096 --memory 64GiB --out distil",
