@@ -1,6 +1,6 @@
 """The memory of `regrow prune`, `evaluate`, `export` and `recover` on SmolLM2-135M: predicted and measured.
 
-    python benchmarks/command_memory.py                      # up to 10 minutes when idle; goes on where it was stopped
+    python benchmarks/command_memory.py                      # up to 10 minutes when idle; resumes where it was stopped
     python benchmarks/command_memory.py --only export        # commands whose name contains a word
     python benchmarks/command_memory.py --again              # measure all again
 

@@ -8,21 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from regrow.commands.cell_processes import CellJob, Engine, LocalEngine, Outcome, RayEngine, count_starts, start
+from regrow.commands.cell_processes import CellJob, CellOutcome, Engine, LocalEngine, RayEngine, count_starts, start
 from regrow.commands.grid import run
 from regrow.errors import ResourceError
 from regrow.run_folder import RunFolder
 from regrow.settings.declaration import record_settings
-from regrow.settings.grid import Cell
+from regrow.settings.grid import GridCell
 from regrow.settings.prune import Settings
 from regrow.store.errors import StoreError
 
-CELLS = [Cell(f"keep={keep}", {"keep": keep}, Settings("resnet18", keep=keep)) for keep in (0.8, 0.7, 0.6)]
+CELLS = [GridCell(f"keep={keep}", {"keep": keep}, Settings("resnet18", keep=keep)) for keep in (0.8, 0.7, 0.6)]
 SIZES = ({"model": "dense", "params": 10}, {"model": "pruned", "params": 7})
 
 
 class Pretended(Engine):
-    """Ends each cell as it is told, one after the other; a cell that succeeds leaves a finished run."""
+    """Ends each cell with a given code, one after the other; a cell that succeeds leaves a finished run."""
 
     def __init__(self, out: Path, ends: dict[str, list[int | None]]) -> None:
         self.out, self.ends, self.started, self.most = out, ends, [], 0
@@ -36,7 +36,7 @@ class Pretended(Engine):
         self.running.append(job)
         self.most = max(self.most, len(self.running))
 
-    def finished(self) -> list[tuple[CellJob, Outcome]]:
+    def finished(self) -> list[tuple[CellJob, CellOutcome]]:
         job = self.running.pop(0)
         code = self.ends[job.name].pop(0)
         if code == 0:
@@ -47,7 +47,7 @@ class Pretended(Engine):
                     row = {"params_all": count, "params_counted": count, "macs": count, "bytes": count}
                     folder.log("size", model=size["model"], **row, dtype="float32")
                 folder.finish()
-        return [(job, Outcome(code, "" if code == 0 else f"it ended with {code}", "here", 1.5))]
+        return [(job, CellOutcome(code, "" if code == 0 else f"it ended with {code}", "here", 1.5))]
 
     def close(self) -> None:
         self.closed = True
@@ -99,10 +99,10 @@ def job_of(folder: Path, name: str, *words: str) -> CellJob:
     return CellJob(name, words, str(folder / f"{name}.log"), str(folder), 1)
 
 
-def all_of(engine: Engine, jobs: list[CellJob]) -> dict[str, Outcome]:
+def all_of(engine: Engine, jobs: list[CellJob]) -> dict[str, CellOutcome]:
     for job in jobs:
         engine.submit(job)
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, CellOutcome] = {}
     while len(outcomes) < len(jobs):
         outcomes |= {job.name: outcome for job, outcome in engine.finished()}
     engine.close()

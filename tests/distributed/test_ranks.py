@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distributed.processes import finish, start
-from regrow.distributed import SINGLE, Ranks, read_ranks
+from regrow.distributed import SINGLE, ProcessRank, read_ranks
 from regrow.distributed.watch import Watch
 from regrow.errors import InputError
 
@@ -111,14 +111,14 @@ with connected(ranks, lost):
 
 def test_the_environment_says_which_rank_this_is():
     assert read_ranks({}) == read_ranks({"WORLD_SIZE": "1", "RANK": "0"}) == SINGLE
-    assert read_ranks({"WORLD_SIZE": "3", "RANK": "2"}) == Ranks(2, 3)
+    assert read_ranks({"WORLD_SIZE": "3", "RANK": "2"}) == ProcessRank(2, 3)
     for wrong in ({"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"WORLD_SIZE": "two", "RANK": "0"}):
         with pytest.raises(InputError, match="start them with torchrun"):
             read_ranks(wrong)
 
 
 def test_shares_are_all_items_in_turn():
-    assert [list(Ranks(rank, 2).share([1, 2, 3])) for rank in (0, 1)] == [[1, 3], [2]]
+    assert [list(ProcessRank(rank, 2).share([1, 2, 3])) for rank in (0, 1)] == [[1, 3], [2]]
     assert SINGLE.share("abc") == "abc"
 
 
@@ -188,7 +188,7 @@ def test_a_watch_that_fails_ends_the_process():
             raise TypeError("no text")
 
     lines, (wake, woken) = [], os.pipe()
-    Watch(Ranks(0, 2), Store(), lines.append).run(wake)
+    Watch(ProcessRank(0, 2), Store(), lines.append).run(wake)
     os.close(wake), os.close(woken)
     assert len(lines) == 1 and "rank 0 of 2 cannot watch the others (TypeError: no text)" in lines[0]
 

@@ -97,11 +97,11 @@ def test_two_ranks_have_the_loss_curve_of_one_and_resume_from_checkpoints(tmp_pa
 
 
 def test_an_uneven_share_is_refused():
-    from regrow.distributed import Ranks
+    from regrow.distributed import ProcessRank
     from regrow.distributed.parallel import Parallel
 
     with pytest.raises(ValueError, match="a step takes 4 batches, which 3 processes cannot share evenly"):
-        Parallel(Ranks(0, 3)).share([1, 2, 3, 4])
+        Parallel(ProcessRank(0, 3)).share([1, 2, 3, 4])
 
 
 def test_a_checkpoint_that_some_ranks_cannot_read_is_refused(monkeypatch):

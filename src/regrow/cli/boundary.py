@@ -299,7 +299,7 @@ class Verb(click.Command):
             )
             raise click.UsageError(line, ctx)
         if ranks.several:
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told in one line, not by torch
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we report a lost connection, not torch
         try:
             Path.cwd()
         except FileNotFoundError:  # compiled code may end the process over it

@@ -14,7 +14,7 @@ from regrow.cli.checks import check_words
 from regrow.cli.flags import Given
 from regrow.cli.screen import err, number, printable, say, table, working
 from regrow.errors import InputError
-from regrow.settings.grid import ROWS, Cell, Settings, read_grid
+from regrow.settings.grid import ROWS, GridCell, Settings, read_grid
 
 EPILOG = """\b
 Examples
@@ -38,7 +38,7 @@ grid.yaml
     "--out",
     type=options.PATH,
     required=True,
-    help="The folder of the grid: a run folder per cell, and grid.jsonl. The same command goes on where it was "
+    help="The folder of the grid: a run folder per cell, and grid.jsonl. The same command resumes where it was "
     "stopped, and runs cells again that failed.",
 )
 @options.code
@@ -77,7 +77,7 @@ def grid(given: Given[Settings], out: Path, code: str, memory: str) -> int:
     return CELLS_FAILED if failed else 0
 
 
-def _check(settings: Settings, cells: Iterable[Cell], out: Path) -> None:
+def _check(settings: Settings, cells: Iterable[GridCell], out: Path) -> None:
     """Raise InputError if a cell names something that is not there, before any cell is run."""
     for cell in cells:
         try:
@@ -87,7 +87,7 @@ def _check(settings: Settings, cells: Iterable[Cell], out: Path) -> None:
             raise InputError(f"{settings.file}: {cell.name}: {text}") from error
 
 
-def _show(cells: Sequence[Cell], rows: Iterable[Mapping[str, Any]], failed: int) -> None:
+def _show(cells: Sequence[GridCell], rows: Iterable[Mapping[str, Any]], failed: int) -> None:
     """Print a table with a row for each cell."""
     keys = [key for key in cells[0].values if len({str(cell.values[key]) for cell in cells}) > 1]
     lines = []

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from regrow.cli import boundary, screen
-from regrow.distributed import Ranks, read_ranks
+from regrow.distributed import ProcessRank, read_ranks
 
 
 @contextmanager
-def processes() -> Iterator[Ranks]:
+def processes() -> Iterator[ProcessRank]:
     """Connect this process with those that share its run; yields its rank. Only rank 0 prints results.
 
     Every rank ends with one line on the error stream once another one has failed or ended. Its temporary files are in a

@@ -10,7 +10,7 @@ from regrow.cli.flags import Given
 from regrow.cli.processes import processes
 from regrow.cli.runs import run_command, run_with_page
 from regrow.cli.screen import number, say, say_peak, table
-from regrow.distributed import Ranks, read_ranks
+from regrow.distributed import ProcessRank, read_ranks
 from regrow.settings.recover import TRAINED, Settings
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def recover(given: Given[Settings], code: str, memory: str, track: str, fsdp: bo
         run_with_page("model", tell, run, settings, out, code=code, track=track, **more)
 
 
-def _check_windows(settings: Settings, ranks: Ranks) -> None:
+def _check_windows(settings: Settings, ranks: ProcessRank) -> None:
     """Raise UsageError unless the processes can share the batches of a step evenly."""
     from regrow.methods import MethodKind, find_method
 

@@ -8,7 +8,7 @@ from torch import nn
 from regrow.axes import AxisGraph
 from regrow.commands import pruning as prune
 from regrow.commands.shared_work import SharedWork
-from regrow.distributed import SINGLE, Ranks
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.evidence import Evidence
 from regrow.methods.pruning.pruner import Pruner
@@ -31,7 +31,7 @@ def calibrate(
     progress: Progress,
     objective: Objective | None = None,
     network: StreamedNetwork | None = None,
-    ranks: Ranks = SINGLE,
+    ranks: ProcessRank = SINGLE,
     batch_size: int = 1,
     shared: SharedWork | None = None,
 ) -> tuple[Evidence, str]:
@@ -83,7 +83,7 @@ def share_calibration(
     axes: AxisGraph,
     pruner: Pruner,
     sources: Sequence[Source],
-    ranks: Ranks,
+    ranks: ProcessRank,
     network: StreamedNetwork | None = None,
     batch_size: int = 1,
 ) -> None:

@@ -58,7 +58,7 @@ class CellJob:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellOutcome:
     """How a process ended.
 
     Args:
@@ -105,7 +105,7 @@ def count_starts(job: CellJob) -> int:
     return log.read_text("utf-8", "replace").splitlines().count(_mark(job)) if log.is_file() else 0
 
 
-def outcome_of(job: CellJob, code: int, began: float) -> Outcome:
+def outcome_of(job: CellJob, code: int, began: float) -> CellOutcome:
     """Return how a process ended, with the last line of its log that tells why.
 
     Args:
@@ -122,10 +122,10 @@ def outcome_of(job: CellJob, code: int, began: float) -> Outcome:
             lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
         own = [line.removeprefix("regrow: ") for line in lines if line.startswith("regrow: ")]
         error = (own or lines or [f"its process ended with exit code {code}"])[-1]
-    return Outcome(code, error, socket.gethostname(), round(time.monotonic() - began, 1))
+    return CellOutcome(code, error, socket.gethostname(), round(time.monotonic() - began, 1))
 
 
-def run_job(job: CellJob) -> Outcome:
+def run_job(job: CellJob) -> CellOutcome:
     """Run the process of a cell to its end: the task of a Ray cluster.
 
     Args:
@@ -147,7 +147,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def finished(self) -> list[tuple[CellJob, Outcome]]:
+    def finished(self) -> list[tuple[CellJob, CellOutcome]]:
         """Wait for a fraction of a second, and return the cells that have ended, with how they did."""
 
     @abstractmethod
@@ -165,7 +165,7 @@ class LocalEngine(Engine):
         """Start a cell."""
         self._running.append((job, start(job), time.monotonic()))
 
-    def finished(self) -> list[tuple[CellJob, Outcome]]:
+    def finished(self) -> list[tuple[CellJob, CellOutcome]]:
         """Wait for a fraction of a second, and return the cells that have ended."""
         time.sleep(_POLL)
         ended = [one for one in self._running if one[1].poll() is not None]
@@ -222,7 +222,7 @@ class RayEngine(Engine):
         needs = {"num_cpus": job.threads, "num_gpus": job.gpus, "max_retries": self._retries}
         self._running[self._task.options(name=job.name, **needs).remote(job)] = job
 
-    def finished(self) -> list[tuple[CellJob, Outcome]]:
+    def finished(self) -> list[tuple[CellJob, CellOutcome]]:
         """Wait for a fraction of a second, and return the cells that have ended."""
         ended, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=_POLL)
         return [(self._running.pop(one), self._outcome(one)) for one in ended]
@@ -233,11 +233,11 @@ class RayEngine(Engine):
             self._ray.cancel(one, force=True)
         self._ray.shutdown()
 
-    def _outcome(self, task: Any) -> Outcome:
+    def _outcome(self, task: Any) -> CellOutcome:
         try:
-            outcome: Outcome = self._ray.get(task)
+            outcome: CellOutcome = self._ray.get(task)
         except self._ray.exceptions.RayError as error:
-            return Outcome(None, f"Ray lost it: {reason(error)}", "", None)
+            return CellOutcome(None, f"Ray lost it: {reason(error)}", "", None)
         return outcome
 
 

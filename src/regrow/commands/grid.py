@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regrow.commands.cell_processes import CellJob, Engine, Outcome, count_starts
+from regrow.commands.cell_processes import CellJob, CellOutcome, Engine, count_starts
 from regrow.commands.run_state import is_finished
 from regrow.progress import Progress, silent
-from regrow.settings.grid import ROWS, Cell
+from regrow.settings.grid import ROWS, GridCell
 from regrow.settings.words import command_line
 from regrow.store.atomic import write_text
 from regrow.store.errors import StoreError, explain_os_errors
@@ -31,10 +31,10 @@ class _Course:
     """What became of the cells so far, written to the grid's file with each change."""
 
     out: Path
-    cells: Sequence[Cell]
+    cells: Sequence[GridCell]
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def read(self) -> list[Cell]:
+    def read(self) -> list[GridCell]:
         """Add the rows of finished cells, and return the others."""
         before = {row.get("cell"): row for row in (read(self.out / ROWS) if (self.out / ROWS).is_file() else ())}
         left = []
@@ -55,7 +55,7 @@ class _Course:
 
 
 def run(
-    cells: Sequence[Cell],
+    cells: Sequence[GridCell],
     out: Path,
     make_engine: Callable[[], Engine],
     *,
@@ -110,7 +110,7 @@ def run(
             return course.write()
 
 
-def row_of(cell: Cell, out: Path) -> dict[str, Any]:
+def row_of(cell: GridCell, out: Path) -> dict[str, Any]:
     """Return the row of a finished cell, from the measurements in its folder.
 
     Args:
@@ -136,7 +136,7 @@ def _effort(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row.get(name) for name in ("seconds", "starts", "host")}
 
 
-def _job(cell: Cell, out: Path, threads: int, words: tuple[str, ...]) -> CellJob:
+def _job(cell: GridCell, out: Path, threads: int, words: tuple[str, ...]) -> CellJob:
     own = shlex.split(command_line(cell.settings, "--out", str(out / cell.name), *words))[1:]
     log = (out / LOGS / f"{cell.name}.log").absolute()
     gpus = int(cell.settings.device.startswith("cuda"))
@@ -144,7 +144,7 @@ def _job(cell: Cell, out: Path, threads: int, words: tuple[str, ...]) -> CellJob
 
 
 def _run_all(
-    cells: dict[CellJob, Cell],
+    cells: dict[CellJob, GridCell],
     course: _Course,
     engine: Engine,
     limits: tuple[int | None, int],
@@ -179,7 +179,7 @@ def _run_all(
     progress(done, len(cells), f"cells of the grid, {failed} failed")
 
 
-def _result(cell: Cell, out: Path, outcome: Outcome) -> dict[str, Any]:
+def _result(cell: GridCell, out: Path, outcome: CellOutcome) -> dict[str, Any]:
     error = outcome.error
     if outcome.code == 0:
         try:
@@ -191,6 +191,6 @@ def _result(cell: Cell, out: Path, outcome: Outcome) -> dict[str, Any]:
     return _head(cell, "failed", outcome.code, error)
 
 
-def _head(cell: Cell, state: str, code: int | None, error: str) -> dict[str, Any]:
+def _head(cell: GridCell, state: str, code: int | None, error: str) -> dict[str, Any]:
     end = {"state": state, "exit_code": code, "error": error}
     return {"what": "cell", "cell": cell.name, "settings": dict(cell.values), **end}

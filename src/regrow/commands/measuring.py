@@ -11,7 +11,7 @@ from regrow.allocation import cost_of
 from regrow.amounts import STEPS, Measure
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
-from regrow.distributed import SINGLE, Ranks
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.nets import Loaded
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder
@@ -30,7 +30,7 @@ def measure(
     *,
     recoveries: int = 0,
     network: StreamedNetwork | None = None,
-    ranks: Ranks = SINGLE,
+    ranks: ProcessRank = SINGLE,
     known: dict[str, evaluation.Perplexity | evaluation.Accuracy] | None = None,
 ) -> dict[str, evaluation.Perplexity]:
     """Log size and quality of a model, and return its perplexities for paired comparison.
@@ -80,7 +80,7 @@ def _evaluate(
     name: str,
     progress: Progress,
     network: StreamedNetwork | None,
-    ranks: Ranks,
+    ranks: ProcessRank,
 ) -> Iterator[evaluation.Perplexity | evaluation.Accuracy]:
     if loaded.tokenizer is not None:
         yield from evaluate_text(loaded, tests, name, progress, network=network, ranks=ranks)
@@ -97,7 +97,7 @@ def evaluate_text(
     progress: Progress = silent,
     *,
     network: StreamedNetwork | None = None,
-    ranks: Ranks = SINGLE,
+    ranks: ProcessRank = SINGLE,
 ) -> Iterator[evaluation.Perplexity]:
     """Yield the perplexity of a language model on each source; with several ranks, on rank 0.
 

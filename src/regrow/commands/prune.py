@@ -28,7 +28,7 @@ from regrow.commands.score_summary import write_scores
 from regrow.commands.shared_work import SharedWork
 from regrow.commands.streamed import StreamedRun, open_streamed
 from regrow.commands.trackers import tracking
-from regrow.distributed import SINGLE, Ranks
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_model, broadcast_record, everywhere
 from regrow.errors import RefusedError
 from regrow.methods.pruning.pruner import Pruner, plan_cut
@@ -62,11 +62,11 @@ class _PruneJob:
     progress: Progress
     code: str = ""
     streamed: StreamedRun | None = None
-    ranks: Ranks = SINGLE
+    ranks: ProcessRank = SINGLE
     shared: SharedWork = field(default_factory=SharedWork)
 
     def measure(
-        self, axes: AxisGraph, name: str, network: StreamedNetwork | None = None, ranks: Ranks | None = None
+        self, axes: AxisGraph, name: str, network: StreamedNetwork | None = None, ranks: ProcessRank | None = None
     ) -> dict[str, evaluation.Perplexity]:
         """Measure and log the model in its present state, under a name."""
         kinds = self.kinds
@@ -124,7 +124,7 @@ def run(
     track: str = "",
     memory: str = "",
     announce: Callable[[str], None] = lambda line: None,
-    ranks: Ranks = SINGLE,
+    ranks: ProcessRank = SINGLE,
     shared: SharedWork | None = None,
     write_page: WritePage | None = None,
 ) -> RunFolder:

@@ -20,7 +20,7 @@ from regrow.commands.recovering import log_differences, recover, share_recovery
 from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
 from regrow.commands.trackers import tracking
-from regrow.distributed import Ranks
+from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
@@ -168,7 +168,7 @@ def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted
         )
 
 
-def _check_ranks(ranks: Ranks, settings: Settings, cut: LastCut) -> None:
+def _check_ranks(ranks: ProcessRank, settings: Settings, cut: LastCut) -> None:
     """Raise InputError unless all processes have the same settings, and the models are on the CPU."""
     check_same_settings(ranks, settings)
     if ranks.several and cut.settings.device != "cpu":

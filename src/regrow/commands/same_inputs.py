@@ -8,7 +8,7 @@ from torch import nn
 
 from regrow.commands.calibration import parameter_sums
 from regrow.commands.inputs import SourceHalves
-from regrow.distributed import Ranks
+from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_record, everywhere
 from regrow.errors import InputError
 from regrow.settings.declaration import record_settings
@@ -25,7 +25,7 @@ _TOLERANCE = 1e-6
 """Sums of the same weights differ by rounding between kinds of CPU."""
 
 
-def check_same_settings(ranks: Ranks, settings: "DataclassInstance", memory: str = "") -> None:
+def check_same_settings(ranks: ProcessRank, settings: "DataclassInstance", memory: str = "") -> None:
     """Raise InputError on every rank unless all have the same settings.
 
     Args:
@@ -43,7 +43,7 @@ def check_same_settings(ranks: Ranks, settings: "DataclassInstance", memory: str
             raise InputError("the processes have different settings; start all with the same command")
 
 
-def check_same_inputs(ranks: Ranks, networks: Sequence[nn.Module | StoredWeights], kinds: SourceHalves) -> None:
+def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights], kinds: SourceHalves) -> None:
     """Raise InputError on every rank unless all have the same weights and data.
 
     Args:

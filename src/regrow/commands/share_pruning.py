@@ -15,7 +15,7 @@ from regrow.commands.models import load_model
 from regrow.commands.prune_settings import model_spec, seeded_settings, source_specs
 from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.streamed import StreamedRun, open_streamed
-from regrow.distributed import Ranks
+from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_model, broadcast_record, everywhere
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
@@ -28,7 +28,7 @@ from regrow.surgery import apply
 from regrow.tracing import trace
 
 
-def share(settings: Settings, ranks: Ranks, *, code: str = "", memory: str = "") -> None:
+def share(settings: Settings, ranks: ProcessRank, *, code: str = "", memory: str = "") -> None:
     """Measure the share of this rank in a pruning run that rank 0 leads.
 
     Args:
@@ -63,7 +63,7 @@ def share(settings: Settings, ranks: Ranks, *, code: str = "", memory: str = "")
 
 
 def _share_cut(
-    settings: Settings, ranks: Ranks, loaded: Loaded, axes: AxisGraph, kinds: SourceHalves, plan: Plan
+    settings: Settings, ranks: ProcessRank, loaded: Loaded, axes: AxisGraph, kinds: SourceHalves, plan: Plan
 ) -> None:
     _evaluate(loaded, kinds, settings, ranks)
     apply(loaded.model, axes, plan)
@@ -74,7 +74,7 @@ def _share_cut(
 
 
 def _share_streamed_cut(
-    settings: Settings, ranks: Ranks, streamed: StreamedRun, kinds: SourceHalves, plan: Plan, folder: Path
+    settings: Settings, ranks: ProcessRank, streamed: StreamedRun, kinds: SourceHalves, plan: Plan, folder: Path
 ) -> None:
     """Cut and check blocks, and evaluate the cut network that rank 0 wrote, if every rank sees its folder."""
     cut = propose_cut(streamed.opened, plan)
@@ -86,7 +86,7 @@ def _share_streamed_cut(
 
 
 def _evaluate(
-    loaded: Loaded, kinds: SourceHalves, settings: Settings, ranks: Ranks, network: StreamedNetwork | None = None
+    loaded: Loaded, kinds: SourceHalves, settings: Settings, ranks: ProcessRank, network: StreamedNetwork | None = None
 ) -> None:
     model: nn.Module = loaded.model if network is None else network.model
     with autocasting(model, settings.precision):

@@ -15,7 +15,7 @@ from regrow.commands.inputs import count_windows
 from regrow.commands.models import DTYPES, ModelSpec
 from regrow.commands.recovery_memory import predict_gradients, predict_later_recovery
 from regrow.commands.same_inputs import check_same_settings
-from regrow.distributed import SINGLE, Ranks
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.errors import InputError
 from regrow.evaluation import UnpredictableError
@@ -88,7 +88,7 @@ class StreamedRun:
         return OutsideTensors(each, running, all(map(weights.is_aligned, weights.stored)))
 
     def cut(
-        self, folder: RunFolder, plan: Plan, *, proof: bool, progress: Progress, ranks: Ranks = SINGLE
+        self, folder: RunFolder, plan: Plan, *, proof: bool, progress: Progress, ranks: ProcessRank = SINGLE
     ) -> StreamedCut:
         """Try a plan, write the cut network into a run folder, and log how far its blocks are from the masked ones.
 
@@ -117,7 +117,7 @@ def open_streamed(
     pruner: Pruner,
     announce: Callable[[str], None],
     earlier: MemoryPlan | None = None,
-    ranks: Ranks = SINGLE,
+    ranks: ProcessRank = SINGLE,
 ) -> tuple[StreamedRun | None, MemoryPlan | None]:
     """Open a network that does not fit into the memory a run may use, and predict what the run needs.
 

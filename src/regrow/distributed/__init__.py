@@ -4,6 +4,6 @@
 tensors between them, ``watch`` notices a rank that has ended.
 """
 
-from regrow.distributed.ranks import SINGLE, Ranks, read_ranks
+from regrow.distributed.ranks import SINGLE, ProcessRank, read_ranks
 
-__all__ = ["SINGLE", "Ranks", "read_ranks"]
+__all__ = ["SINGLE", "ProcessRank", "read_ranks"]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from regrow.distributed.ranks import Ranks
+from regrow.distributed.ranks import ProcessRank
 
 PENDING = 2**28
 """The most bytes that wait to be sent; a rank that is further ahead waits."""
@@ -67,7 +67,7 @@ def receive(rank: int) -> tuple[Any, list[Tensor]]:
     return message["record"], tensors
 
 
-def broadcast_record(ranks: Ranks, record: object = None) -> Any:
+def broadcast_record(ranks: ProcessRank, record: object = None) -> Any:
     """Return the record of rank 0 on every rank.
 
     Args:
@@ -85,8 +85,8 @@ def broadcast_record(ranks: Ranks, record: object = None) -> Any:
     return json.loads(text.numpy().tobytes())
 
 
-def gather_rows(ranks: Ranks, rows: Sequence[Any]) -> list[Any]:
-    """Return the rows of all ranks on rank 0, in the order of the items that :meth:`Ranks.share` dealt out.
+def gather_rows(ranks: ProcessRank, rows: Sequence[Any]) -> list[Any]:
+    """Return the rows of all ranks on rank 0, in the order of the items that :meth:`ProcessRank.share` dealt out.
 
     Args:
         ranks: The processes.
@@ -105,7 +105,7 @@ def gather_rows(ranks: Ranks, rows: Sequence[Any]) -> list[Any]:
     return [parts[i % ranks.size][i // ranks.size] for i in range(sum(map(len, parts)))]
 
 
-def everywhere(ranks: Ranks, holds: bool) -> bool:
+def everywhere(ranks: ProcessRank, holds: bool) -> bool:
     """Whether a condition holds on every rank.
 
     Args:
@@ -119,7 +119,7 @@ def everywhere(ranks: Ranks, holds: bool) -> bool:
     return bool(least)
 
 
-def broadcast_model(ranks: Ranks, model: nn.Module) -> None:
+def broadcast_model(ranks: ProcessRank, model: nn.Module) -> None:
     """Set the parameters and buffers of a network to those of rank 0, in place.
 
     Args:
@@ -137,7 +137,7 @@ def broadcast_model(ranks: Ranks, model: nn.Module) -> None:
                 tensor.copy_(here)
 
 
-def broadcast_file(ranks: Ranks, path: Path, place: Path) -> Path:
+def broadcast_file(ranks: ProcessRank, path: Path, place: Path) -> Path:
     """Return a file of rank 0 on every rank: the file itself on rank 0, a copy elsewhere; it need not exist.
 
     Args:

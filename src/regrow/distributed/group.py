@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from regrow.distributed.ranks import Ranks
+from regrow.distributed.ranks import ProcessRank
 from regrow.distributed.watch import RESUME, SILENCE, Watch, watching
 from regrow.errors import ResourceError
 
@@ -25,7 +25,7 @@ _BROKEN = re.compile(r"\[[^\]]*\bgloo/[^\]]*\]|Connection (closed|reset) by peer
 
 @contextmanager
 def connected(
-    ranks: Ranks, lost: Callable[[str], None], describe: Callable[[BaseException], str] = str
+    ranks: ProcessRank, lost: Callable[[str], None], describe: Callable[[BaseException], str] = str
 ) -> Iterator[None]:
     """Connect the processes that torchrun has started, inside the ``with`` block; they leave it together.
 
@@ -49,7 +49,7 @@ def connected(
     dist.destroy_process_group()
 
 
-def _meet(ranks: Ranks) -> Any:
+def _meet(ranks: ProcessRank) -> Any:
     try:
         return next(rendezvous("env://", ranks.rank, ranks.size, timeout=MEETING))[0]
     except (RuntimeError, ValueError, OSError) as error:
@@ -59,7 +59,7 @@ def _meet(ranks: Ranks) -> Any:
         ) from error
 
 
-def _connect(ranks: Ranks, store: Any) -> None:
+def _connect(ranks: ProcessRank, store: Any) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK)
 
@@ -69,7 +69,7 @@ def _is_broken(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error))))
 
 
-def _leave(ranks: Ranks, watch: Watch, error: BaseException, describe: Callable[[BaseException], str]) -> None:
+def _leave(ranks: ProcessRank, watch: Watch, error: BaseException, describe: Callable[[BaseException], str]) -> None:
     """Tell the other ranks about an error; wait for ``watch`` to say which rank ended, if the connection broke."""
     if _is_broken(error):
         time.sleep(SILENCE + 4)  # until ``watch`` ends the process

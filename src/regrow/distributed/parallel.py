@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from regrow.distributed.ranks import SINGLE, Ranks
+from regrow.distributed.ranks import SINGLE, ProcessRank
 
 T = TypeVar("T")
 BUCKET = 2**25
@@ -28,7 +28,7 @@ class Parallel:
         fsdp: Whether parameters, gradients and optimizer state are sharded among them.
     """
 
-    ranks: Ranks = SINGLE
+    ranks: ProcessRank = SINGLE
     fsdp: bool = False
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:

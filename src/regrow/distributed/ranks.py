@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessRank:
     """The rank of this process among those that share a run.
 
     Args:
@@ -38,7 +38,7 @@ class Ranks:
         Args:
             items: All items.
 
-        >>> Ranks(1, 3).share("abcde")
+        >>> ProcessRank(1, 3).share("abcde")
         'be'
         """
         return items if self.size == 1 else items[self.rank :: self.size]
@@ -47,11 +47,11 @@ class Ranks:
         return f"rank {self.rank} of {self.size}"
 
 
-SINGLE = Ranks()
+SINGLE = ProcessRank()
 """A process that works alone."""
 
 
-def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+def read_ranks(environment: Mapping[str, str] = os.environ) -> ProcessRank:
     """Return the rank of this process, as torchrun and accelerate launch tell it; ``SINGLE`` without them.
 
     Args:
@@ -61,7 +61,7 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
         InputError: If they are not numbers that fit together.
 
     >>> read_ranks({"RANK": "1", "WORLD_SIZE": "4"})
-    Ranks(rank=1, size=4)
+    ProcessRank(rank=1, size=4)
     """
     size, rank = environment.get("WORLD_SIZE", ""), environment.get("RANK", "")
     if size in ("", "1"):
@@ -71,4 +71,4 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
             f"WORLD_SIZE and RANK are the number of processes and that of this one, got {size!r} and {rank!r}; "
             "start them with torchrun, or unset WORLD_SIZE"
         )
-    return Ranks(int(rank), int(size))
+    return ProcessRank(int(rank), int(size))

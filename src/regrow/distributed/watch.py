@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from regrow.distributed.ranks import Ranks
+from regrow.distributed.ranks import ProcessRank
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""
@@ -60,7 +60,7 @@ class Watch:
         lost: Called in the watching thread, once, with one line that says which rank has ended; ends the process.
     """
 
-    ranks: Ranks
+    ranks: ProcessRank
     store: Store
     lost: Callable[[str], None]
     closing: threading.Event = field(default_factory=threading.Event)
@@ -143,7 +143,7 @@ class Watch:
 
 
 @contextmanager
-def watching(ranks: Ranks, store: Store, lost: Callable[[str], None]) -> Iterator[Watch]:
+def watching(ranks: ProcessRank, store: Store, lost: Callable[[str], None]) -> Iterator[Watch]:
     """Watch the other ranks inside the ``with`` block.
 
     SIGTERM, by which torchrun ends all ranks once one has failed, ends the process through ``lost``, with the reason.

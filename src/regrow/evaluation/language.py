@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.distributed import SINGLE, Ranks
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import gather_rows
 from regrow.evaluation.forward import evaluating, logits_of
 from regrow.progress import Progress, silent
@@ -128,7 +128,7 @@ def perplexity(
     tokenizer: Any | None = None,
     outputs: Iterable[object] | None = None,
     progress: Progress = silent,
-    ranks: Ranks = SINGLE,
+    ranks: ProcessRank = SINGLE,
 ) -> Perplexity:
     """Measure the perplexity of a language model on a source.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph
-from regrow.distributed import SINGLE, Ranks
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.evidence import Need
 from regrow.objectives import Objective, choose_objective
 from regrow.scores import Moments, Statistics
@@ -65,7 +65,7 @@ def collect(
     done: Mapping[Key, Statistics] | None = None,
     on_done: Callable[[str, int, Statistics], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    ranks: Ranks = SINGLE,
+    ranks: ProcessRank = SINGLE,
 ) -> dict[str, list[Statistics]]:
     """Run a network over calibration sources and return input moments and gradient sums, per source and shard.
 
@@ -219,7 +219,7 @@ def _walk_blocks(
     shards: int,
     done: Mapping[Key, Statistics],
     progress: Callable[[str, int, int], None] | None,
-    ranks: Ranks,
+    ranks: ProcessRank,
 ) -> dict[Key, Statistics]:
     """Run all batches of all unfinished shards through one block after another; return their sums by shard."""
     result = {(s.name, i): Statistics(s.name) for s in sources for i in range(shards) if (s.name, i) not in done}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.distributed import Ranks, exchange
+from regrow.distributed import ProcessRank, exchange
 from regrow.scores import Moments, Statistics
 from regrow.sources import Batch, to_host
 
@@ -17,7 +17,7 @@ SUMS = ("total", "square", "mean_total", "mean_square")
 
 
 def add_batches(
-    step: Callable[[Batch, Statistics], None], batches: Iterable[Batch], sums: Statistics, ranks: Ranks
+    step: Callable[[Batch, Statistics], None], batches: Iterable[Batch], sums: Statistics, ranks: ProcessRank
 ) -> Iterator[None]:
     """Measure batches and add their sums, which end up on rank 0; yields after each batch.
 
@@ -48,7 +48,7 @@ def add_batches(
     outbox.flush()
 
 
-def gather_sums(parts: Sequence[Statistics], many: int, ranks: Ranks) -> Iterator[Statistics]:
+def gather_sums(parts: Sequence[Statistics], many: int, ranks: ProcessRank) -> Iterator[Statistics]:
     """Yield the sums of all batches on rank 0, in the order of the batches; the other ranks send theirs.
 
     Args:

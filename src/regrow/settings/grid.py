@@ -48,7 +48,7 @@ class Settings:
     )] = None
     threads: Annotated[int, Setting("CPU threads of each cell.", group=WHERE, range=Range(1, 1024))] = 1
     retries: Annotated[int, Setting(
-        "How often a cell goes on in a new process after its process was killed.", group=WHERE, range=Range(0, 100),
+        "How often a cell is resumed in a new process after its process was killed.", group=WHERE, range=Range(0, 100),
     )] = 3
     address: Annotated[str, Setting(
         "The address of a running Ray cluster, host:port or auto; default: RAY_ADDRESS, else one is started here.",
@@ -63,7 +63,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One pruning run of a grid.
 
     Args:
@@ -77,7 +77,7 @@ class Cell:
     settings: prune.Settings
 
 
-def read_grid(path: Path, model: str = "") -> list[Cell]:
+def read_grid(path: Path, model: str = "") -> list[GridCell]:
     """Read the file of a grid, and return its cells: the product of its lists, the last list varying fastest.
 
     Args:
@@ -106,7 +106,7 @@ def read_grid(path: Path, model: str = "") -> list[Cell]:
     if count > MAX_CELLS:
         raise InputError(f"{path} has {count:,} cells, and at most {MAX_CELLS:,} are allowed; shorten its lists")
     common = check_values(path, base, prune.Settings, _ELSEWHERE) | ({"model": model} if model else {})
-    cells: dict[str, Cell] = {}
+    cells: dict[str, GridCell] = {}
     for chosen in itertools.product(*lists.values()):
         cell = _cell(path, dict(zip(lists, chosen, strict=True)), common)
         if cell.name in cells:
@@ -115,7 +115,7 @@ def read_grid(path: Path, model: str = "") -> list[Cell]:
     return list(cells.values())
 
 
-def _cell(path: Path, values: Mapping[str, Any], common: Mapping[str, Any]) -> Cell:
+def _cell(path: Path, values: Mapping[str, Any], common: Mapping[str, Any]) -> GridCell:
     name = ",".join(f"{key}={_word(value)}" for key, value in values.items())
     if len(name) > _LONGEST:
         name = f"{name[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -125,7 +125,7 @@ def _cell(path: Path, values: Mapping[str, Any], common: Mapping[str, Any]) -> C
         check_settings(settings)
     except InputError as error:
         raise InputError(f"{path}: {name}: {error}") from None
-    return Cell(name, values, settings)
+    return GridCell(name, values, settings)
 
 
 def _word(value: object) -> str:

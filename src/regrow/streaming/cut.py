@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regrow import store
 from regrow.axes import AxisGraph
-from regrow.distributed import SINGLE, Ranks
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import Outbox, receive
 from regrow.nets import Loaded
 from regrow.plan import Plan, PlanError
@@ -49,7 +49,7 @@ class StreamedCut:
     axes: AxisGraph
 
     def write(
-        self, folder: Path, *, proof: bool = True, progress: Progress = silent, ranks: Ranks = SINGLE
+        self, folder: Path, *, proof: bool = True, progress: Progress = silent, ranks: ProcessRank = SINGLE
     ) -> list[Deviation]:
         """Cut and write the network, as ``store.write_model`` writes one that is in memory.
 
@@ -82,7 +82,7 @@ class StreamedCut:
         store.write_model(self.loaded, folder, outside=outside)
         return deviations
 
-    def share(self, ranks: Ranks, *, proof: bool = True) -> None:
+    def share(self, ranks: ProcessRank, *, proof: bool = True) -> None:
         """Cut and check the blocks of this rank, and send them to rank 0, which writes them.
 
         Args:
@@ -132,7 +132,7 @@ class StreamedCut:
         return {block.path for block in changed_blocks(self.change)} if proof else set()
 
     def _tensors(
-        self, proof: bool, deviations: list[Deviation], progress: Progress, ranks: Ranks
+        self, proof: bool, deviations: list[Deviation], progress: Progress, ranks: ProcessRank
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
         network, graph, changed = self.opened.network(), self.change.recording.blocks, self._compared(proof)

@@ -60,7 +60,7 @@ class Recorder(Protocol):
 
 
 @dataclass(frozen=True)
-class _Call:
+class _RecordedCall:
     """A recorded call of a module.
 
     Args:
@@ -97,7 +97,7 @@ class RepeatedCalls:
         self.paths = {module: path for path, module in model.named_modules()}
         self.numbers = {module: own for module in model.modules() if (own := numbers_of(module))}
         self.repeated = _repeated(model, self.numbers)
-        self.known: dict[object, _Call] = {}
+        self.known: dict[object, _RecordedCall] = {}
         self.tries: Counter[object] = Counter()
         self.reads = 0
 
@@ -160,11 +160,16 @@ class RepeatedCalls:
             made = {value for kind, value in results if kind == "made"}
             whole = made <= {*calls} and not made & recorder.plain.keys() and "unknown" not in dict(results)
             if whole and not _reaches_others(calls, {*given}):
-                self.known[key] = _Call(module, outer, given, after, calls, results, spec, snapshot)
+                self.known[key] = _RecordedCall(module, outer, given, after, calls, results, spec, snapshot)
         return result
 
     def _copied(
-        self, known: _Call, module: nn.Module, mapping: dict[Node, Node], inputs: list[Tensor], tensors: list[Tensor]
+        self,
+        known: _RecordedCall,
+        module: nn.Module,
+        mapping: dict[Node, Node],
+        inputs: list[Tensor],
+        tensors: list[Tensor],
     ) -> Any:
         """Copy the operations of a known call, and return the result of this one."""
         names = {
