@@ -69,8 +69,8 @@ def test_a_streamed_evaluation_is_that_of_one_in_memory(regrow, tiny_language_mo
     monkeypatch.setattr(choice, "CHOICE_TOKENS", 32)
     assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "run")[0] == 0
     words = ("--source", "news", "--source", "code", "--eval-tokens", "96", "--seq-len", "32")
-    for model in (str(tiny_language_model), "run"):
-        command = ("evaluate", model, *words, "--choices", "items.jsonl", "--json")
+    for model, batch_size in ((str(tiny_language_model), "1"), ("run", "2")):
+        command = ("evaluate", model, *words, "--batch-size", batch_size, "--choices", "items.jsonl", "--json")
         assert regrow(*command, "whole.json")[0] == 0
         code, said, _ = regrow(*command, "streamed.json", "--memory", "64GiB")
         assert code == 0
@@ -79,6 +79,10 @@ def test_a_streamed_evaluation_is_that_of_one_in_memory(regrow, tiny_language_mo
         whole, streamed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "streamed"))
         assert streamed.pop("memory")["peak"] > 0
         assert whole == streamed
+    assert regrow("evaluate", "run", *words, "--json", "single.json")[0] == 0
+    single = json.loads((tmp_path / "single.json").read_text())
+    for one, joined in zip(single["perplexity"], whole["perplexity"], strict=True):
+        assert one["nll_per_window"] == pytest.approx(joined["nll_per_window"], rel=1e-5)
 
 
 @pytest.mark.parametrize("words", [("--speed",), ("--harness", "arc_easy")])

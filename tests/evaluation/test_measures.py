@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph, Product, Work
-from regrow.evaluation import accuracy, choices, items_in, language, macs, paired_difference, perplexity, size, speed
+from regrow.evaluation import (
+    Choices,
+    accuracy,
+    choices,
+    items_in,
+    language,
+    macs,
+    paired_choices,
+    paired_difference,
+    perplexity,
+    size,
+    speed,
+)
 from regrow.evaluation.language import Perplexity, token_losses
 from regrow.sources import Batch, Source
 
@@ -178,7 +191,8 @@ def test_choices_are_those_of_one_row_at_a_time(llama: nn.Module, begin: bool) -
         for i in range(12)
     ]
     result = choices(llama, letters, items)
-    for item, right, right_per_byte in zip(items, result.right, result.right_per_byte, strict=True):
+    rows = zip(items, result.right, result.right_per_byte, result.margins, result.margins_per_byte, strict=True)
+    for item, right, right_per_byte, margin, margin_per_byte in rows:
         head = letters(item["query"])["input_ids"]
         scores = [
             log_likelihood(llama, head + letters(f" {c}", add_special_tokens=False)["input_ids"], len(head))
@@ -187,6 +201,9 @@ def test_choices_are_those_of_one_row_at_a_time(llama: nn.Module, begin: bool) -
         per_byte = [s / len(c) for s, c in zip(scores, item["choices"], strict=True)]
         assert right == (scores.index(max(scores)) == item["gold"])
         assert right_per_byte == (per_byte.index(max(per_byte)) == item["gold"])
+        for values, found in ((scores, margin), (per_byte, margin_per_byte)):
+            wanted = values.pop(item["gold"])
+            assert found == pytest.approx(wanted - max(values), abs=1e-4)
     assert result.chance == pytest.approx((6 / 2 + 6 / 3) / 12)
     assert result.right != result.right_per_byte
     assert result.error == pytest.approx(math.sqrt(result.accuracy * (1 - result.accuracy) / 12))
@@ -215,6 +232,19 @@ def test_long_rows_lose_their_beginning(llama: nn.Module) -> None:
     ):
         with pytest.raises(ValueError, match="item 0 is not a choice"):
             choices(llama, Letters(), [bad])
+
+
+def test_differences_of_choices_are_paired_and_only_on_the_same_items() -> None:
+    """The error is that of the differences; an item with a single choice has no finite margin."""
+    first = Choices("a", (True, False, True), (True, True, True), 0.5, (1.0, -1.0, 2.0), (0.5, 0.1, 1.0))
+    second = replace(first, right=(True, True, True), margins=(1.5, 0.5, 2.5), margins_per_byte=(0.25, 0.1, 1.25))
+    paired = paired_choices(first, second)
+    assert (paired.task, paired.items) == ("a", 3)
+    assert paired.accuracy == pytest.approx((1 / 3, 1 / 3)) and paired.accuracy_per_byte == (0, 0)
+    assert paired.margin == pytest.approx((2.5 / 3, 1 / 3)) and paired.margin_per_byte[0] == pytest.approx(0)
+    with pytest.raises(ValueError, match="not the same items"):
+        paired_choices(first, replace(second, task="b"))
+    assert replace(first, margins=(math.inf, 0.5, 1.0)).record()["margins"] == [None, 0.5, 1.0]
 
 
 def test_items_are_read_from_files(tmp_path: Path) -> None:

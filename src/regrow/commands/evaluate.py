@@ -12,6 +12,7 @@ from regrow.commands.inputs import SourceSpecs, read_sources
 from regrow.commands.models import DTYPES, ModelSpec, load_model
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.streamed import needs_of_model, start_streaming
+from regrow.data.joined import join_batches
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
 from regrow.process_memory import read_peak, reset_peak
@@ -71,7 +72,8 @@ def evaluate(
 
 def _plan(settings: Settings, opened: OpenedNetwork, limit: int) -> MemoryPlan:
     """Predict the memory of an evaluation from the tokens of its longest part."""
-    tokens, longest = len(settings.sources) * settings.eval_tokens, settings.seq_len
+    longest = settings.seq_len * settings.batch_size
+    tokens = len(settings.sources) * settings.eval_tokens
     if settings.choices and opened.loaded.tokenizer is not None:
         longest = max(longest, evaluation.CHOICE_TOKENS)
         for path in map(Path, settings.choices):
@@ -87,6 +89,8 @@ def _evaluate(
     model, items = settings.model, settings.items
     specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
     tests = read_sources(specs, loaded).evaluation
+    if loaded.tokenizer is not None:
+        tests = tuple(join_batches(test, settings.batch_size) for test in tests)
     walk = network.outputs([batch for test in tests for batch in test]) if network and tests else None
     first = next(loaded.model.parameters()).dtype
     result: dict[str, Any] = {

@@ -1,8 +1,16 @@
 """Measure networks: perplexity, multiple choice, accuracy, speed, memory and size, each with its error."""
 
-from regrow.evaluation.choice import CHOICE_TOKENS, Choices, choices, count_choice_tokens, items_in
+from regrow.evaluation.choice import (
+    CHOICE_TOKENS,
+    Choices,
+    PairedChoices,
+    choices,
+    count_choice_tokens,
+    items_in,
+    paired_choices,
+)
 from regrow.evaluation.harness import Harnessed, harness
-from regrow.evaluation.language import Paired, Perplexity, paired_difference, perplexity
+from regrow.evaluation.language import Paired, Perplexity, mean_and_error, paired_difference, perplexity
 from regrow.evaluation.latency import Latency, latency
 from regrow.evaluation.memory import Live, Memory, UnpredictableError, measure_memory, predict_memory, training
 from regrow.evaluation.prefixes import prefix_peaks
@@ -21,6 +29,7 @@ __all__ = [
     "Live",
     "Memory",
     "Paired",
+    "PairedChoices",
     "Perplexity",
     "Size",
     "Speed",
@@ -35,7 +44,9 @@ __all__ = [
     "latency",
     "lengthen",
     "macs",
+    "mean_and_error",
     "measure_memory",
+    "paired_choices",
     "paired_difference",
     "perplexity",
     "predict_memory",

@@ -12,7 +12,7 @@ from torch import nn
 
 from regrow.errors import InputError
 from regrow.evaluation.forward import evaluating, logits_of
-from regrow.evaluation.language import token_losses
+from regrow.evaluation.language import finite, mean_and_error, token_losses
 from regrow.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
 from regrow.progress import Progress, silent
 from regrow.sources import Batch, logits_in
@@ -35,12 +35,16 @@ class Choices:
         right: Per item, whether the choice with the greatest Σ log p is the right one.
         right_per_byte: Per item, the same for Σ log p divided by the bytes of the choice.
         chance: The accuracy of guessing, the mean of 1 / choices.
+        margins: Per item, Σ log p of the right choice minus the greatest of the others, in nats.
+        margins_per_byte: Per item, the same for Σ log p divided by the bytes of the choice, in nats per byte.
     """
 
     task: str
     right: tuple[bool, ...]
     right_per_byte: tuple[bool, ...]
     chance: float
+    margins: tuple[float, ...] = ()
+    margins_per_byte: tuple[float, ...] = ()
 
     @property
     def accuracy(self) -> float:
@@ -74,7 +78,66 @@ class Choices:
             "chance": self.chance,
             "right": list(self.right),
             "right_per_byte": list(self.right_per_byte),
+            "margins": [finite(value) for value in self.margins],
+            "margins_per_byte": [finite(value) for value in self.margins_per_byte],
         }
+
+
+@dataclass(frozen=True)
+class PairedChoices:
+    """The difference of two models on the same multiple-choice items: the second minus the first.
+
+    Accuracy changes on the few items near a tie alone, margins on every item: their error is the smaller one.
+
+    Args:
+        task: The task's name.
+        items: The number of items.
+        accuracy: Of the accuracy: mean over items and standard error.
+        accuracy_per_byte: Of the accuracy per byte.
+        margin: Of the margins, in nats.
+        margin_per_byte: Of the margins per byte, in nats per byte.
+    """
+
+    task: str
+    items: int
+    accuracy: tuple[float, float]
+    accuracy_per_byte: tuple[float, float]
+    margin: tuple[float, float]
+    margin_per_byte: tuple[float, float]
+
+
+def paired_choices(before: Choices, after: Choices) -> PairedChoices:
+    """Return the differences after − before per item, with their standard errors over items.
+
+    >>> first = Choices("a", (True, False), (True, False), 0.5, (1.0, -2.0), (0.5, -1.0))
+    >>> second = Choices("a", (True, True), (True, False), 0.5, (2.0, 1.0), (0.5, -0.5))
+    >>> paired_choices(first, second).accuracy, paired_choices(first, second).margin
+    ((0.5, 0.5), (2.0, 1.0))
+
+    Args:
+        before: The first model's result.
+        after: The second model's result, on the same items.
+
+    Raises:
+        ValueError: If the two were not measured on the same items.
+    """
+    if (before.task, len(before.right)) != (after.task, len(after.right)):
+        raise InputError(
+            f"{before.task!r} ({len(before.right)} items) and {after.task!r} ({len(after.right)} items) are not the "
+            "same items; evaluate both models on the same file, with the same --items"
+        )
+
+    def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+        return mean_and_error([b - a for a, b in zip(first, second, strict=True)])
+
+    return PairedChoices(
+        before.task,
+        len(before.right),
+        difference(before.right, after.right),
+        difference(before.right_per_byte, after.right_per_byte),
+        difference(before.margins, after.margins),
+        difference(before.margins_per_byte, after.margins_per_byte),
+    )
 
 
 def share_error(share: float, n: int) -> float:
@@ -148,14 +211,14 @@ def choices(
     groups = _batches(model, [_encoded(context, ending, tokenizer, longest) for context, ending in pairs])
     scores = _log_likelihoods(model, groups, task, outputs, progress)
     lengths = [len(ending.strip().encode()) for _, ending in pairs]
-    right, right_per_byte, at = [], [], 0
-    for item in checked:
-        span = range(at, at + len(_options(item)))
-        right.append(max(span, key=lambda i: scores[i]) - at == item["gold"])
-        right_per_byte.append(max(span, key=lambda i: scores[i] / max(lengths[i], 1)) - at == item["gold"])
-        at = span.stop
-    chance = sum(1 / len(_options(item)) for item in checked) / len(checked)
-    return Choices(task, tuple(right), tuple(right_per_byte), chance)
+    totals = [scores[i] for i in range(len(pairs))]
+    per_byte = [score / max(length, 1) for score, length in zip(totals, lengths, strict=True)]
+    counts = [len(_options(item)) for item in checked]
+    gold = [item["gold"] for item in checked]
+    chance = sum(1 / count for count in counts) / len(checked)
+    right, margins = _compare(totals, counts, gold)
+    right_per_byte, margins_per_byte = _compare(per_byte, counts, gold)
+    return Choices(task, right, right_per_byte, chance, margins, margins_per_byte)
 
 
 def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item], longest: int = 2048) -> int:
@@ -173,6 +236,19 @@ def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item],
     pairs = [pair for number, item in enumerate(items) for pair in _pairs(_checked(item, f"item {number}"))]
     rows = [_encoded(context, ending, tokenizer, longest) for context, ending in pairs]
     return sum(batch.args[0].numel() for _, batch in _batches(model, rows))
+
+
+def _compare(
+    scores: Sequence[float], counts: Sequence[int], gold: Sequence[int]
+) -> tuple[tuple[bool, ...], tuple[float, ...]]:
+    """Return per item whether the right choice has the greatest score, and its score minus the greatest other one."""
+    right, margins, at = [], [], 0
+    for count, wanted in zip(counts, gold, strict=True):
+        own = scores[at : at + count]
+        right.append(own.index(max(own)) == wanted)
+        margins.append(own[wanted] - max((*own[:wanted], *own[wanted + 1 :]), default=-math.inf))
+        at += count
+    return tuple(right), tuple(margins)
 
 
 def _batches(model: nn.Module, rows: list[tuple[list[int], int]]) -> list[tuple[list[int], Batch]]:

@@ -1,7 +1,7 @@
 """Perplexity of a language model on a source, and paired differences of two models, with standard errors."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +91,8 @@ class Perplexity:
             "windows": len(self.nll),
             "tokens": sum(self.tokens),
             "bytes": sum(self.bytes) or None,
-            **{key: _finite(value) for key, value in summary.items()},
-            "nll_per_window": [_finite(value) for value in self.nll],
+            **{key: finite(value) for key, value in summary.items()},
+            "nll_per_window": [finite(value) for value in self.nll],
             "tokens_per_window": list(self.tokens),
         }
 
@@ -189,10 +189,23 @@ def paired_difference(before: Perplexity, after: Perplexity) -> Paired:
     rows = zip(before.nll, after.nll, before.tokens, strict=True)
     differences = [(b - a) / t for a, b, t in rows if t]
     n = len(differences)
-    mean = sum(differences) / n
-    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n) if n > 1 else math.nan
+    mean, error = mean_and_error(differences)
     t = (0.0 if mean == 0 else math.copysign(math.inf, mean)) if error == 0 else mean / error
     return Paired(before.source, mean, error, t, n)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of independent values and its standard error, s / √n; NaN for a single value.
+
+    Args:
+        values: At least one value, such as differences of two models per window or item.
+
+    >>> mean_and_error([1.0, 3.0])
+    (2.0, 1.0)
+    """
+    n = len(values)
+    mean = sum(values) / n
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else math.nan
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -218,5 +231,10 @@ def _bytes(labels: Tensor, tokenizer: Any) -> int:
     return len(tokenizer.decode(labels[labels != -100].tolist(), clean_up_tokenization_spaces=False).encode())
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """Return the number if it is finite, else ``None``, as JSON has it.
+
+    Args:
+        value: A number, or ``None``.
+    """
     return value if value is not None and math.isfinite(value) else None

@@ -34,6 +34,10 @@ class Settings:
     speed: Annotated[bool, Setting("Also measure the time of a forward pass.")] = False
     eval_tokens: EvalTokens = 2048
     seq_len: SeqLen = 256
+    batch_size: Annotated[int, Setting(
+        "Windows of text that run at a time; 8 is faster than 1 and takes more memory.",
+        range=Range(1, 2**16), example="8",
+    )] = 1
     dtype: Dtype = ""
     device: Device = "cpu"
     precision: ForwardPrecision = "float32"
