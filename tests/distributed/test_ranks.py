@@ -67,6 +67,14 @@ def network(seed):
     torch.manual_seed(seed)
     return nn.Linear(3, 2)
 
+def changed(entry, value):
+    model = nn.Linear(100, 100)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    with torch.no_grad():
+        model.weight.view(-1)[entry] = value
+    return model
+
 def source(value):
     return SourceHalves((Source("mail", [Batch((torch.full((2,), value),))]),), ())
 
@@ -75,6 +83,8 @@ with connected(ranks, print):
     rank = ranks.rank
     assert refuse(check_same_inputs, [network(0)], source(1)) is None
     assert "different weights; seed the function" in refuse(check_same_inputs, [network(rank)], source(1))
+    for model in (changed(9000, 1e-9 * rank), changed(9000 + rank, 1.0)):
+        assert "different weights" in refuse(check_same_inputs, [model], source(1))
     assert "different data for mail; copy" in refuse(check_same_inputs, [network(0)], source(rank))
     assert refuse(check_same_settings, Settings(f"model{rank}", keep=0.5)) is None
     assert "different settings" in refuse(check_same_settings, Settings("model", keep=0.5 + 0.1 * rank))

@@ -1,12 +1,12 @@
 """Checks that all processes of a run have the same settings, weights and data."""
 
-import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from regrow.commands.calibration import parameter_sums
 from regrow.commands.inputs import SourceHalves
 from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_record, everywhere
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _PATHS = ("model", "run", "sources", "unseen", "input")
 """Settings that may name another folder on another host: what they lead to is compared."""
-_TOLERANCE = 1e-6
-"""Sums of the same weights differ by rounding between kinds of CPU."""
 
 
 def check_same_settings(ranks: ProcessRank, settings: "DataclassInstance", memory: str = "") -> None:
@@ -56,9 +54,8 @@ def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredW
     """
     if not ranks.several:
         return
-    sums = [entry for one in networks for entry in (parameter_sums(one) if isinstance(one, nn.Module) else one.sums())]
-    lead = broadcast_record(ranks, sums)
-    if not everywhere(ranks, len(lead) == len(sums) and all(map(_is_close, lead, sums))):
+    sums = [checksum(tensor) for one in networks for tensor in _saved_tensors(one)]
+    if not everywhere(ranks, broadcast_record(ranks, sums) == sums):
         raise InputError(
             "the processes have models of different weights; seed the function that builds it, or copy the same folder "
             "to all hosts"
@@ -71,5 +68,22 @@ def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredW
         )
 
 
-def _is_close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of the bytes of a tensor.
+
+    Args:
+        tensor: The tensor.
+
+    >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
+    False
+    """
+    own = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(own.view(torch.uint8).numpy().data) if own.numel() else 0
+
+
+def _saved_tensors(network: nn.Module | StoredWeights) -> Iterator[Tensor]:
+    """Yield the parameters and saved buffers of a network; of one that runs one block at a time, one is in memory."""
+    if isinstance(network, nn.Module):
+        yield from (one for one in network.state_dict().values() if isinstance(one, Tensor))
+    else:
+        yield from (network[name] for name, _ in network.places())
