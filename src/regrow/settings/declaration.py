@@ -28,6 +28,9 @@ MANY = 2**31 - 1
 
 SEED = Range(0, 2**63 - 1)
 
+UNRECORDED: Mapping[str, bool] = {"unrecorded": True}
+"""Metadata of a field of a method's settings whose default is what earlier versions did, and is not recorded."""
+
 
 @dataclass(frozen=True)
 class Setting:

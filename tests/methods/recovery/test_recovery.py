@@ -13,7 +13,7 @@ from regrow import Plan, apply, trace
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask, bias, distil, fitting, lora, refit, streams
-from regrow.methods.recovery.solve import Sums, chosen, ridged
+from regrow.methods.recovery.solve import Sums, choose_held_out, choose_left_out, ridged
 from regrow.sources import Batch, Source, logits_in
 from regrow.training.interrupts import defer_interrupts
 
@@ -166,6 +166,22 @@ def test_convolutions_are_refitted_and_others_are_told():
     assert model[2].bias is not None and model[2].bias.requires_grad
 
 
+def test_refit_is_judged_on_the_source_that_is_left_out():
+    one = language()
+    several = [texts(name, seed=seed, batches=4) for name, seed in (("a", 1), ("b", 2), ("c", 3))]
+    one, before = replace(one, sources=several), error(one, 9)
+    settings = refit.Settings(choose_on="left_out_source", shrinkages=(0.5, 0.75, 1.0))
+    found = refit.refit(one, settings)
+    assert error(one, 9) < 0.7 * before and found["choose_on"] == "left_out_source"
+    assert all(row["seen"] < row["after"] <= row["before"] for row in found["layers"])
+    assert {row["shrinkage"] for row in found["layers"]} <= {0.0, 0.5, 0.75, 1.0}
+    alone, plain = language(), language()
+    found = refit.refit(alone, refit.Settings(choose_on="left_out_source"))
+    assert "one source" in found["note"] and found["layers"] == refit.refit(plain, refit.Settings())["layers"]
+    with pytest.raises(ValueError, match=r"choose_on held_out or left_out_source.*got choose_on='seen'"):
+        refit.refit(language(), refit.Settings(choose_on="seen"))
+
+
 def test_what_refit_cannot_work_with_is_said():
     with pytest.raises(ValueError, match="windows of one length"):
         ragged = Source("r", [Batch((torch.zeros(1, n, 4),)) for n in (2, 3, 2)])
@@ -183,10 +199,44 @@ def test_the_ridge_is_the_one_that_held_out_rows_like_best():
     fit, held = Sums.of(x[:22], missing[:22], missing[:22]), Sums.of(x[22:], missing[22:], missing[22:])
     ridges = (1e-6, 1e-2, 0.3, 100.0)
     left = {ridge: (missing[22:].double() - x[22:].double() @ ridged(fit, ridge)).square().sum() for ridge in ridges}
-    change, ridge, told = chosen(fit, held, ridges)
-    assert ridge == min(ridges, key=lambda r: left[r]) == 0.3
-    assert told == pytest.approx(float(left[ridge]))
-    torch.testing.assert_close(change, ridged(Sums.of(x, missing, missing), ridge), rtol=1e-6, atol=1e-9)
+    choice = choose_held_out(fit, held, ridges)
+    assert choice.ridge == min(ridges, key=lambda r: left[r]) == 0.3
+    assert choice.after == pytest.approx(float(left[choice.ridge] / held.wanted))
+    torch.testing.assert_close(choice.change, ridged(Sums.of(x, missing, missing), 0.3), rtol=1e-6, atol=1e-9)
+
+
+def test_ridge_and_shrinkage_are_those_that_left_out_sources_like_best():
+    torch.manual_seed(0)
+    shared = torch.randn(20, 3)
+    x = [torch.cat([torch.randn(n, 20), torch.ones(n, 1)], 1) for n in (30, 40, 50)]
+    own = [
+        torch.cat([shared + torch.randn(20, 3) * 2, torch.ones(1, 3)]) for _ in x
+    ]  # each source has a part of its own
+    missing = [one @ weight for one, weight in zip(x, own, strict=True)]
+    ridges, shrinkages = (1e-6, 0.1, 1.0, 10.0), (0.25, 0.5, 1.0)
+
+    def change(at, ridge, shrinkage):
+        sums = Sums.of(torch.cat([x[i] for i in at]), *(torch.cat([missing[i] for i in at]),) * 2)
+        alone = torch.zeros(21, 3).double()
+        alone[-1] = torch.cat([missing[i] for i in at]).double().mean(0)
+        return alone + shrinkage * (ridged(sums, ridge) - alone)
+
+    def left_out(ridge, shrinkage):
+        solutions = [change([i for i in range(3) if i != m], ridge, shrinkage) for m in range(3)]
+        lost = [(r.double() - one.double() @ d).square().sum() for r, one, d in zip(missing, x, solutions, strict=True)]
+        return float(sum(one / r.double().square().sum() for one, r in zip(lost, missing, strict=True)) / 3)
+
+    errors = {(ridge, shrinkage): left_out(ridge, shrinkage) for ridge in ridges for shrinkage in shrinkages}
+    best = min(errors, key=lambda key: errors[key])
+    choice = choose_left_out(
+        [Sums.of(*pair, pair[1]) for pair in zip(x, missing, strict=True)], ridges, shrinkages, bias=True
+    )
+    assert (choice.ridge, choice.shrinkage) == best and best[1] < 1
+    assert choice.before == pytest.approx(1) and choice.after == pytest.approx(errors[best])
+    torch.testing.assert_close(choice.change, change([0, 1, 2], *best), rtol=1e-6, atol=1e-9)
+    assert choice.seen < choice.after
+    nothing = [Sums.of(one, torch.randn(len(one), 3), torch.ones(len(one), 3)) for one in x]
+    assert choose_left_out(nothing, (1e-6,), (1.0,), bias=True).change is None
 
 
 def test_a_network_that_was_trained_since_is_refitted_to_the_dense_one():

@@ -14,19 +14,24 @@ On SmolLM2-135M ``own`` recovers more, above all on text domains that it was not
 before can mostly not be predicted from a layer's inputs. It needs a network that equals the dense one but for layers
 that read cut units: not one that was trained since, or that lost units of a residual stream under norms.
 
-The ridge is chosen per layer on the held-out part of the text; a layer that no ridge brings closer to its target is not
-changed. Biases are fitted too, and layers that can have one get one. Where nothing was cut, D = 0.
+The ridge is chosen per layer: on the held-out part of the text; or, with ``choose_on=left_out_source``, where the mean
+error on a source that was left out of the fit is least, so that the layers do well on text of other domains too. Sums
+over positions are kept per source, so that leaving one out takes no other pass. A shrinkage below 1 moves the solution
+towards the one that changes the bias alone. A layer that no candidate brings closer to its target is not changed.
+Biases are fitted too, and layers that can have one get one. Where nothing was cut, D = 0.
 
 All the text runs through the network once, in one batch. Memory: both networks, the activations of all positions at one
 layer (about 4 · positions · width of the widest layer · 4 bytes; twice for ``dense``), and 8 (k² + k · out) bytes of
-sums, three times, for the present layer with k inputs. A resumed run repeats the forward pass, but solves no layer
+sums, three times (with left-out sources: two times more than there are sources), for the present layer with k inputs. A
+resumed run repeats the forward pass, but solves no layer
 twice.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,8 +40,9 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, StopRunError, run_in_thread
-from regrow.methods.recovery.streams import Layer, RefitInDense, RefitPaired, Refitting, RefitWork
+from regrow.methods.recovery.streams import Candidates, Layer, RefitInDense, RefitPaired, Refitting, RefitWork
 from regrow.methods.recovery.task import Recovery, RecoveryTask
+from regrow.settings.declaration import UNRECORDED
 from regrow.sources import Batch, device_of
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import plan_layouts
@@ -46,6 +52,7 @@ CITATION = (
     "regrow's own; after the least-squares reconstruction of He et al., Channel Pruning, ICCV 2017, arXiv:1707.06168"
 )
 TARGETS = ("auto", "own", "dense")
+CHOICES = ("held_out", "left_out_source")
 CLOSE = 0.01
 """The largest relative root mean square error at which the dense network with the cut layers counts as the cut one."""
 
@@ -59,11 +66,17 @@ class Settings:
             network's value there; ``auto``: ``own`` where that can be computed, else ``dense``.
         ridges: The candidate ridges, as multiples of the mean diagonal of Σ x xᵀ.
         held_out: The fraction of the text on which the ridge is chosen.
+        choose_on: ``held_out``: the ridge is chosen on held-out text of the same sources; ``left_out_source``: on each
+            source in turn, left out of the fit; with a single source, on held-out text.
+        shrinkages: The candidate factors, above 0 and at most 1, by which the least squares solution is shrunk towards
+            the one that changes the bias alone; 1: it is not.
     """
 
     target: str = "auto"
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
     held_out: float = 0.125
+    choose_on: str = field(default="held_out", metadata=UNRECORDED)
+    shrinkages: tuple[float, ...] = field(default=(1.0,), metadata=UNRECORDED)
 
 
 def build(settings: Settings) -> Recovery:
@@ -83,9 +96,10 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         settings: The settings of the fit.
 
     Returns:
-        ``layers``: per refitted layer the held-out error before and after, relative to the target's energy, and the
-        ridge (0: it stayed as it was); ``left_out``: name → why a layer was not refitted; ``target``: which was used,
-        and ``note``: why not ``own``, if not. JSON data.
+        ``layers``: per refitted layer :meth:`Candidates.record`: the error before and after, relative to the target's
+        energy, and the ridge (0: it stayed as it was); ``left_out``: name → why a layer was not refitted; ``target``:
+        which was used; ``note``: why not ``own``, or no left-out source, if not; ``choose_on``, if it was left-out
+        sources. JSON data.
 
     Raises:
         ValueError: If a setting is of no use, the windows differ in shape, nothing that was cut can be refitted, or
@@ -94,8 +108,12 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     if settings.target not in TARGETS or not settings.ridges or min(settings.ridges) < 0:
         given = f"target={settings.target!r}, ridges={settings.ridges}"
         raise ValueError(f"refit takes the target {' or '.join(TARGETS)}, and ridges from 0; got {given}")
-    fit, held = task.parts(settings.held_out)
-    every = [*(batch for part in fit for batch in part), *held]
+    if settings.choose_on not in CHOICES or not all(0 < one <= 1 for one in settings.shrinkages or (0,)):
+        given = f"choose_on={settings.choose_on!r}, shrinkages={settings.shrinkages}"
+        raise ValueError(
+            f"refit takes choose_on {' or '.join(CHOICES)}, and shrinkages above 0 and up to 1; got {given}"
+        )
+    every, candidates = _arrange(task, settings)
     one, batch = every[0].to(device_of(task.model)), joined(every).to(device_of(task.model))
     trains = next(task.model.parameters()).requires_grad
     with freeze(task.model, task.dense), torch.no_grad():
@@ -103,8 +121,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if left_out and not layers:
             name, why = next(iter(left_out.items()))
             raise ValueError(f"{name}, which reads what was cut, cannot be refitted: {why}; recover by distil")
-        named, share = {layer.name: layer for layer in layers}, sum(map(len, fit)) / len(every)
-        work = RefitWork(task, named, settings.ridges, share, dict(task.model.named_parameters()))
+        named = {layer.name: layer for layer in layers}
+        work = RefitWork(task, named, candidates, dict(task.model.named_parameters()))
         problem = "" if settings.target == "dense" else _explain_mismatch(work, left_out, one)
         if problem and settings.target == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
@@ -120,8 +138,25 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
             work.own[bias_of(name)].requires_grad_(trains)
         else:
             setattr(task.model.get_submodule(path), leaf, None)
-    note = {"note": f"{problem}; fitted to what the dense network has there"} if problem else {}
-    return {"layers": work.records, "left_out": left_out, "target": target, **note}
+    notes = [f"{problem}; fitted to what the dense network has there"] if problem else []
+    if settings.choose_on == "left_out_source" and not candidates.left_out:
+        notes.append("there is one source alone, so the ridge was chosen on its held-out part")
+    more: dict[str, object] = {"note": "; ".join(notes)} if notes else {}
+    more |= {"choose_on": settings.choose_on} if candidates.left_out else {}
+    return {"layers": work.records, "left_out": left_out, "target": target, **more}
+
+
+def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[Batch], Candidates]:
+    """Return all batches in the order in which they run, and how they are divided into parts."""
+    left_out = settings.choose_on == "left_out_source" and len(task.sources) > 1
+    if left_out:
+        parts = [list(source) for source in task.sources]
+    else:
+        fit, held = task.parts(settings.held_out)
+        parts = [[batch for part in fit for batch in part], held]
+    every = [batch for part in parts for batch in part]
+    ends = tuple(end / len(every) for end in accumulate(map(len, parts)))
+    return every, Candidates(settings.ridges, settings.shrinkages, ends, left_out)
 
 
 def readers_of(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str]]:

@@ -1,7 +1,10 @@
 """Ridge regression from sums: the change of a layer's weight and bias that brings its output closest to a target."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -57,6 +60,14 @@ class Sums:
             self.rows + other.rows,
         )
 
+    def relative(self, left: float) -> float:
+        """Return an energy of residuals relative to the energy of the target.
+
+        Args:
+            left: The energy of the residuals.
+        """
+        return left / max(self.wanted, 1e-300)
+
     def left(self, change: Tensor) -> float:
         """Return Σ |r − changeᵀ x|², the energy of the residuals that a change leaves.
 
@@ -86,20 +97,103 @@ def ridged(sums: Sums, ridge: float) -> Tensor:
     return torch.cholesky_solve(sums.cross, factor)
 
 
-def chosen(fit: Sums, held: Sums, ridges: Sequence[float]) -> tuple[Tensor | None, float, float]:
-    """Choose the ridge that is best on held-out rows, and solve for the change with it on all rows.
+@dataclass(frozen=True)
+class Choice:
+    """The change of a layer, and how it was chosen.
+
+    Args:
+        change: The change of the weight, ``[k, out]``, fitted to all rows; ``None`` if no candidate lowers the error.
+        ridge: Its ridge; 0 without a change.
+        shrinkage: The factor of the least squares solution in it; 0 without a change.
+        before: The error before, relative to the energy of the target, on rows that are not fitted.
+        after: That error with the change fitted to the other rows.
+        seen: That error with the change fitted to all rows; NaN where it is not measured.
+    """
+
+    change: Tensor | None
+    ridge: float
+    shrinkage: float
+    before: float
+    after: float
+    seen: float = math.nan
+
+
+def choose_held_out(
+    fit: Sums, held: Sums, ridges: Sequence[float], shrinkages: Sequence[float] = (1.0,), *, bias: bool = False
+) -> Choice:
+    """Choose ridge and shrinkage on held-out rows, and solve for the change with them on all rows.
 
     Args:
         fit: Sums over the training rows.
         held: Sums over the held-out rows.
         ridges: The candidate ridges.
-
-    Returns:
-        The change, its ridge, and the residual energy of the held-out rows under the training rows' solution;
-        ``None`` and 0 if no ridge lowers that energy.
+        shrinkages: The candidate factors, above 0 and at most 1, of the difference between the least squares solution
+            and the one that changes the bias alone.
+        bias: Whether the last input is the constant 1 of a bias.
     """
-    losses = {ridge: held.left(ridged(fit, ridge)) for ridge in ridges}
-    best = min(losses, key=lambda ridge: losses[ridge])
-    if not losses[best] < held.missing:
-        return None, 0.0, held.missing
-    return ridged(fit + held, best), best, losses[best]
+    return _choose([(fit, held)], lambda: fit + held, ridges, shrinkages, bias)
+
+
+def choose_left_out(
+    sources: Sequence[Sums], ridges: Sequence[float], shrinkages: Sequence[float] = (1.0,), *, bias: bool = False
+) -> Choice:
+    """Choose ridge and shrinkage on left-out sources, and solve for the change with them on all sources.
+
+    error(ridge, shrinkage) = mean over m of |r − Dᵀ x|² / |target|² on source m, with D fitted to all other sources
+
+    Args:
+        sources: Sums over the rows of each source, at least two.
+        ridges: The candidate ridges.
+        shrinkages: As for :func:`choose_held_out`.
+        bias: As for :func:`choose_held_out`.
+    """
+    folds = ((reduce(add, [*sources[:m], *sources[m + 1 :]]), held) for m, held in enumerate(sources))
+    choice = _choose(folds, lambda: reduce(add, sources), ridges, shrinkages, bias)
+    errors = [held.relative(held.missing if choice.change is None else held.left(choice.change)) for held in sources]
+    return replace(choice, seen=math.fsum(errors) / len(errors))
+
+
+def _choose(
+    folds: Iterable[tuple[Sums, Sums]],
+    whole: Callable[[], Sums],
+    ridges: Sequence[float],
+    shrinkages: Sequence[float],
+    bias: bool,
+) -> Choice:
+    """Choose the candidate with the least mean relative error over (fitted, judged) sums."""
+    errors: dict[tuple[float, float], list[float]] = {}
+    missing = []
+    for fit, held in folds:
+        missing.append(held.relative(held.missing))
+        start = _bias_alone(fit, bias)
+        for ridge in ridges:
+            for shrinkage, left in _left(held, start, ridged(fit, ridge), shrinkages).items():
+                errors.setdefault((ridge, shrinkage), []).append(held.relative(left))
+    losses = {key: math.fsum(several) / len(several) for key, several in errors.items()}
+    before, best = math.fsum(missing) / len(missing), min(losses, key=lambda key: losses[key])
+    if not losses[best] < before:
+        return Choice(None, 0.0, 0.0, before, before)
+    (ridge, shrinkage), total = best, whole()
+    change = ridged(total, ridge)
+    if shrinkage != 1:
+        change = torch.lerp(_bias_alone(total, bias), change, shrinkage)
+    return Choice(change, ridge, shrinkage, before, losses[best])
+
+
+def _bias_alone(sums: Sums, bias: bool) -> Tensor:
+    """Return the change that adds the mean residual to the bias, ``[k, out]``; 0 without a bias."""
+    start = torch.zeros_like(sums.cross)
+    if bias and sums.rows:
+        start[-1] = sums.cross[-1] / sums.rows
+    return start
+
+
+def _left(held: Sums, start: Tensor, change: Tensor, shrinkages: Sequence[float]) -> dict[float, float]:
+    """Return shrinkage → Σ |r − (start + shrinkage · (change − start))ᵀ x|²."""
+    if tuple(shrinkages) == (1.0,):
+        return {1.0: held.left(change)}
+    step = change - start
+    shifted = held.cross - torch.outer(held.gram[:, -1], start[-1])
+    origin = held.missing - float((start[-1] * (held.cross[-1] + shifted[-1])).sum())
+    slope, curve = float((step * shifted).sum()), float((step * (held.gram @ step)).sum())
+    return {one: origin - 2 * one * slope + one * one * curve for one in shrinkages}

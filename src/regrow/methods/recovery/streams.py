@@ -2,8 +2,9 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, LayerOutputs, StopRunError
-from regrow.methods.recovery.solve import Sums, chosen
+from regrow.methods.recovery.solve import Choice, Sums, choose_held_out, choose_left_out
 from regrow.methods.recovery.task import RecoveryTask
 from regrow.surgery.compensate import bias_of
 
@@ -36,6 +37,57 @@ class Layer:
     rows: Tensor | None
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The solutions that are tried for each layer, and the positions on which they are judged.
+
+    Args:
+        ridges: The candidate ridges.
+        shrinkages: The candidate factors of the least squares solution.
+        ends: Where each part of the positions ends, as a fraction of all: the sources, one after the other; or the
+            fitted part, and the held-out rest.
+        left_out: Whether the parts are sources, of which one is left out at a time; else the last part is held out.
+    """
+
+    ridges: tuple[float, ...]
+    shrinkages: tuple[float, ...]
+    ends: tuple[float, ...]
+    left_out: bool = False
+
+    def choose(self, inputs: Tensor, target: Tensor, missing: Tensor, *, bias: bool) -> Choice:
+        """Choose the change of a layer.
+
+        Args:
+            inputs: The inputs of the layer, ``[rows, k]``.
+            target: The outputs that it should have, ``[rows, out]``.
+            missing: The target minus the current output, ``[rows, out]``.
+            bias: Whether the last input is the constant 1 of a bias.
+        """
+        ends = [0, *(round(len(inputs) * end) for end in self.ends)]
+        rows = [slice(start, end) for start, end in pairwise(ends)]
+        sums = [Sums.of(inputs[at], missing[at], target[at]) for at in rows]
+        if self.left_out:
+            return choose_left_out(sums, self.ridges, self.shrinkages, bias=bias)
+        fit, held = sums
+        return choose_held_out(fit, held, self.ridges, self.shrinkages, bias=bias)
+
+    def record(self, name: str, choice: Choice) -> dict[str, Any]:
+        """Return what is recorded of a layer, as JSON data.
+
+        Args:
+            name: The name of its weight.
+            choice: Its change.
+
+        Returns:
+            ``weight``; ``before`` and ``after``: the relative error on held-out positions, or the mean over left-out
+            sources; ``ridge``; ``shrinkage`` if it was chosen, and ``seen``, the error on the sources that were fitted,
+            if sources were left out.
+        """
+        more = {"shrinkage": choice.shrinkage} if self.left_out or self.shrinkages != (1.0,) else {}
+        more |= {"seen": choice.seen} if self.left_out else {}
+        return {"weight": name, "before": choice.before, "after": choice.after, "ridge": choice.ridge, **more}
+
+
 @dataclass
 class RefitWork:
     """The progress of a refit over all layers.
@@ -43,17 +95,14 @@ class RefitWork:
     Args:
         task: The two networks.
         layers: Weight name → the layer.
-        ridges: The candidate ridges.
-        share: The fraction of the positions that is fitted; the others are held out.
+        candidates: What is tried for each layer, and on which positions it is judged.
         own: The parameters of the cut network.
-        records: Per finished layer, in the order in which they run: ``weight``, ``before``, ``after`` (relative
-            held-out errors) and ``ridge``.
+        records: Per finished layer, in the order in which they run, :meth:`Candidates.record`.
     """
 
     task: RecoveryTask
     layers: Mapping[str, Layer]
-    ridges: Sequence[float]
-    share: float
+    candidates: Candidates
     own: Mapping[str, nn.Parameter]
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -83,7 +132,7 @@ class RefitWork:
         self.task.write(len(self.records), tensors, {"layers": [dict(row) for row in self.records]})
 
     def solve(self, layer: Layer, inputs: Tensor, target: Tensor, missing: Tensor) -> None:
-        """Fit a layer by ridge regression, in place, and record its held-out error before and after.
+        """Fit a layer by ridge regression, in place, and record its error before and after.
 
         Args:
             layer: The layer.
@@ -94,18 +143,13 @@ class RefitWork:
         weight, bias = self.own[layer.name], self.own.get(bias_of(layer.name))
         if bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        cut = round(len(inputs) * self.share)
-        fit, held = (Sums.of(inputs[at], missing[at], target[at]) for at in (slice(0, cut), slice(cut, None)))
-        change, ridge, left = chosen(fit, held, self.ridges)
-        if change is not None:
+        choice = self.candidates.choose(inputs, target, missing, bias=bias is not None)
+        if (change := choice.change) is not None:
             own = change if bias is None else change[:-1]
             weight.copy_(weight.double() + (own.T if layer.dim else own).reshape(weight.shape))
             if bias is not None:
                 bias.copy_(bias.double() + change[-1])
-        whole = max(held.wanted, 1e-300)
-        self.records.append(
-            {"weight": layer.name, "before": held.missing / whole, "after": left / whole, "ridge": ridge}
-        )
+        self.records.append(self.candidates.record(layer.name, choice))
 
 
 class Refitting(LayerCalls):
