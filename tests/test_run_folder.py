@@ -119,7 +119,7 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path):
 def test_finishing(run):
     save_statistics(run.path, "news", 0, measured("news"))
     run.update(notes=["a word"])
-    with pytest.raises(StoreError, match="not finished; go on with it first: regrow prune m"):
+    with pytest.raises(StoreError, match="not finished; resume it first: regrow prune m"):
         RunFolder.open(run.out)
     finished = run.finish(seconds={"load": 1.5})
     done = RunFolder.open(run.out).run()

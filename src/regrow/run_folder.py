@@ -151,7 +151,7 @@ class RunFolder:
         if not (path / RUN).is_file() or not found.run().get("finished"):
             begun = cls.open_unfinished(path)
             if begun is not None:
-                raise StoreError(f"{path}: the run is not finished; go on with it first: {begun.run().get('command')}")
+                raise StoreError(f"{path}: the run is not finished; resume it first: {begun.run().get('command')}")
             found.run()
         return found
 

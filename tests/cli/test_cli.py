@@ -349,7 +349,7 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
 
     monkeypatch.setattr(statistics, "save_statistics", stop_at_the_second)
     code, _, err = regrow(*words, *sizes, "--out", "halves")
-    assert code == 130 and "goes on from there" in err
+    assert code == 130 and "resumes from there" in err
     assert len(list(Path("halves/.work/statistics").iterdir())) == 1
     monkeypatch.setattr(statistics, "save_statistics", real)
     assert regrow(*words, *sizes, "--out", "halves")[0] == 0

@@ -111,7 +111,7 @@ def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
     with pytest.raises(StoreError, match=r"has cut nothing of this network; .* give the folder of a pruning run"):
         recovery_run.run(recover.Settings(str(other.path), "refit"), tmp_path / "out")
     half = RunFolder.create(tmp_path / "half", verb="prune", settings={"model": "m"}, command="regrow prune m")
-    with pytest.raises(StoreError, match="not finished; go on with it first: regrow prune m"):
+    with pytest.raises(StoreError, match="not finished; resume it first: regrow prune m"):
         recovery_run.run(recover.Settings(str(half.out), "refit"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="give at least one source"):

@@ -344,5 +344,5 @@ class Verb(click.Command):
             plans = [folders[0] / name for name in names]
             resumable = resumable or any((one / RUN).is_file() or RunFolder.open_unfinished(one) for one in plans)
         if resumable:
-            return f"stopped; {folders[0]} keeps what was finished, and the same command goes on from there"
+            return f"stopped; {folders[0]} keeps what was finished, and the same command resumes from there"
         return NOTHING_YET

@@ -19,6 +19,7 @@ from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.recovering import log_differences, recover, share_recovery
 from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
+from regrow.commands.streamed_recovery import StreamedRecovery, open_recovery
 from regrow.commands.trackers import tracking
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
@@ -31,8 +32,9 @@ from regrow.progress import Progress, silent
 from regrow.references import names_code
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
-from regrow.settings.recover import Settings
+from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.settings.words import command_line
+from regrow.streaming.requirements import MemoryPlan
 from regrow.tracing import trace
 
 
@@ -60,8 +62,9 @@ def run(
         code: The function ``pkg.mod:fn`` that builds the dense model, if that is the user's own code: the recorded name
             is never imported.
         track: The name of a tracker that gets every measurement, too; empty: none.
-        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted, and the run is refused if
-            that is more. Empty: it is not predicted.
+        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted. If that is more, a
+            recovery that trains is refused, and any other reads the networks one block at a time, with the same result.
+            Empty: it is not predicted.
         announce: Called with one line that says what the run needs of that memory.
         parallel: The processes that train together; this one is rank 0, and the others call :func:`share`.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
@@ -71,62 +74,66 @@ def run(
             ``code`` is missing or not needed.
     """
     check_settings(settings)
-    by, tokens, seed = settings.by, settings.tokens, settings.seed
-    find_method(MethodKind.RECOVERY, by).made(by, settings.recovery_settings)
+    find_method(MethodKind.RECOVERY, settings.by).made(settings.by, settings.recovery_settings)
     source = RunFolder.open(settings.run)
     cut = find_cut(source, code)
     measured, origin, wanted = cut.folder.metrics(), cut.settings, _complete(settings, source, cut)
-    if by == "bias":
+    if settings.by == "bias":
         _check_untrained(settings, source, cut, wanted)
-    taken = find_method(MethodKind.RECOVERY, by).defaults({*wanted.recovery_settings, "seed"})
+    taken = find_method(MethodKind.RECOVERY, settings.by).defaults({*wanted.recovery_settings, "seed"})
     identity: dict[str, Any] = {"verb": "recover", "settings": record_settings(wanted), "defaults": taken}
     RunFolder.check(out, **identity)
     _check_ranks(parallel.ranks, settings, cut)
-    terms = _predict(settings, source, cut, memory, announce)
+    needs, streamed = _plan_memory(settings, source, cut, memory, announce)
     clock, precision = Clock(None), settings.precision or origin.precision
     with clock.stage("load"):
-        dense, loaded = _load_models(source, cut, progress, code)
+        dense, loaded = streamed.models() if streamed else _load_models(source, cut, progress, code)
         check_precision(loaded.model, precision)
-        kinds = read_sources(pruning_run.source_specs(origin, tokens), loaded)
-        axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
+        kinds = read_sources(pruning_run.source_specs(origin, settings.tokens), loaded)
+        axes = streamed.dense.axes if streamed else trace(dense.model, *dense.example.args, **dense.example.kwargs)
         cut.plan.check(axes)
-    check_same_inputs(parallel.ranks, [dense.model, loaded.model], kinds)
+    check_same_inputs(parallel.ranks, [] if streamed else [dense.model, loaded.model], kinds)
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
-    command = command_line(settings, *words)
-    with tracking(RunFolder.create(out, **identity, command=command), track) as folder:
+    with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
         start_from(folder, settings.run, loaded, undo=settings.undo)
         folder.update(notes=list(dense.notes), sources=describe_sources(pruning_run.source_specs(origin), kinds))
         _copy_measurements(measured, folder)
         number = len(wanted.before) + 1
         with clock.stage("recover"):
-            chosen: Any = {"settings": settings.recovery_settings, "seed": seed, "precision": precision}
-            more: Any = {"number": number, "progress": progress, "parallel": parallel}
-            recover(folder, loaded.model, dense, axes, cut.plan, kinds.calibration, by, **chosen, **more)
+            chosen: Any = {"settings": settings.recovery_settings, "seed": settings.seed, "precision": precision}
+            pair = streamed.start(folder) if streamed else None
+            more: Any = {"number": number, "progress": progress, "parallel": parallel, "streamed": pair}
+            recover(folder, loaded.model, dense, axes, cut.plan, kinds.calibration, settings.by, **chosen, **more)
         with clock.stage("save"):
-            store.write_model(loaded, folder.path)
+            outside = streamed.outside(loaded, pair.changed) if streamed and pair else None
+            store.write_model(loaded, folder.path, outside=outside)
         with clock.stage("evaluate"):
             after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
             folder.write_axes(*([row.record() for row in inventory(one)] for one in (axes, after)))
+            network = streamed.recovered(loaded, after, folder) if streamed else None
             with autocasting(loaded.model, origin.precision):  # as the models before it were evaluated
                 given = folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress
-                perplexities = measure(*given, recoveries=number, ranks=parallel.ranks)
+                perplexities = measure(*given, recoveries=number, ranks=parallel.ranks, network=network)
             log_differences(folder, perplexities, number)
-        peak = PeakMemory(terms.limit, terms.needed, read_peak()).record() if terms else None
+        peak = PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder), memory=peak)
 
 
-def _predict(
+def _plan_memory(
     settings: Settings, source: RunFolder, cut: LastCut, memory: str, announce: Callable[[str], None]
-) -> MemoryTerms | None:
-    """Predict and announce what a recovery needs of a limit of memory, if there is one, or refuse it."""
+) -> tuple[MemoryTerms | MemoryPlan | None, StreamedRecovery | None]:
+    """Predict and announce what a recovery needs of a limit of memory, if there is one; open it block by block."""
     if not memory:
-        return None
+        return None, None
     reset_peak()
     terms = predict_recovery(settings, source.path, cut, parse_bytes(memory))
+    if terms.needed > terms.limit and settings.by in CLOSED_FORM:
+        streamed = open_recovery(settings, source, cut, terms, announce)
+        return streamed.plan, streamed
     terms.check(f"recovery by {settings.by}")
     announce(str(terms))
-    return terms
+    return terms, None
 
 
 def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:

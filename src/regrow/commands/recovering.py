@@ -16,6 +16,7 @@ from regrow.evaluation import Perplexity, paired_difference
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
+from regrow.methods.recovery.streamed import StreamedPair
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
 from regrow.objectives import Objective
@@ -45,6 +46,7 @@ def recover(
     objective: Objective | None = None,
     progress: Progress = silent,
     parallel: Parallel = ALONE,
+    streamed: StreamedPair | None = None,
 ) -> dict[str, Any]:
     """Recover a cut network by a method, or resume an interrupted recovery, and log a ``recovery`` row.
 
@@ -63,6 +65,8 @@ def recover(
         objective: What the network is trained for; ``None``: what fits the labels.
         progress: Called with (steps done, steps in all, what is being done).
         parallel: The processes that train together; the others call :func:`share_recovery`.
+        streamed: The two networks one block at a time, where they are larger than memory; changed tensors are kept in
+            its files, and ``model`` has no numbers.
 
     Returns:
         The logged row.
@@ -72,14 +76,20 @@ def recover(
     """
     work = find_method(MethodKind.RECOVERY, by).made(by, settings or {})
     texts = [fingerprint(source) for source in sources]
-    weights = [parameter_sums(net) for net in (model, dense.model)]
+    if streamed is None:
+        weights = [parameter_sums(net) for net in (model, dense.model)]
+    else:
+        weights = [net.weights.sums() for net in (streamed.model, streamed.dense)]
     key = fingerprint(Source("", ()), by, dict(settings or {}), seed, texts, weights, str(dense.origin.record()))
     path, start = folder.path / "statistics" / "recovery.safetensors", time.perf_counter()
     spent = float(open_checkpoint(path, key, training.FORMAT, recovery.FORMAT).get("seconds", 0))
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
     broadcast_file(parallel.ranks, path, path.parent)
-    task = RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress, objective, parallel)
+    if streamed is not None:
+        streamed.changed.open(key)
+    given = model, dense.model, axes, plan, sources, seed, path, header, progress, objective, parallel, streamed
+    task = RecoveryTask(*given)
     outcome = work_in(precision, by, work, task)
     tokens = sum(source.tokens for source in sources)
     row = {"by": by, "tokens": tokens, "seconds": round(seconds(), 1), **outcome}

@@ -139,6 +139,16 @@ def predict_gradients(model: nn.Module, window: int, batch_size: int, sums: int)
     return SPARE + 2 * own + 4 * numbers * sums + batch_size * activations
 
 
+def predict_refit(model: nn.Module, tokens: int) -> int:
+    """Return what refit needs besides the weights while it solves the layers of one block, in bytes.
+
+    Args:
+        model: The network before the cut, without numbers.
+        tokens: Tokens that it reads.
+    """
+    return sum(_refit_terms(model, tokens).values())
+
+
 def _sizes(model: nn.Module) -> tuple[int, int]:
     """Return how many numbers the parameters of a network have, and how many bytes."""
     every = [*model.parameters()]

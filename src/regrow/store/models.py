@@ -275,7 +275,7 @@ def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
         raise StoreError(f"{folder}: no such folder; give the folder of a saved model")
     if not (folder / SHAPES).exists():
         if (folder / WORK).is_dir():
-            raise StoreError(f"{folder} holds a run that is not finished; run its command again, and it goes on")
+            raise StoreError(f"{folder} holds a run that is not finished; run its command again to resume it")
         if (folder / "config.json").is_file():
             raise StoreError(
                 f"{folder} is a transformers folder that regrow did not write (no {SHAPES}); "

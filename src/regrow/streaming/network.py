@@ -139,16 +139,23 @@ class StreamedNetwork:
         last = len(self.blocks)
         return 1 + max((inside.get(name, self.segments.get(name, last)) for name in names), default=-1)
 
-    def outputs(self, batches: Sequence[Batch]) -> Iterator[Any]:
+    def outputs(
+        self,
+        batches: Sequence[Batch],
+        names: Collection[str] = (),
+        around: Around = lambda index, watched: nullcontext(),
+    ) -> Iterator[Any]:
         """Yield the network's output for each batch.
 
         Args:
             batches: The batches.
+            names: The weights that ``around`` is told of.
+            around: The context in which a batch runs through a block.
         """
         with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
             passes = len(self.blocks) + 1
             for number in range(passes):
-                yield from self._pass(number, passes, batches, results, (), lambda index, watched: nullcontext())
+                yield from self._pass(number, passes, batches, results, names, around)
 
     @contextmanager
     def on_demand(self) -> Iterator[nn.Module]:

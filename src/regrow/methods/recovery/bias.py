@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from regrow.evidence import Need
+from regrow.methods.recovery.streamed import StreamedPair
 from regrow.methods.recovery.task import Recovery, RecoveryTask
+from regrow.plan import Plan
 from regrow.scores import Moments, Statistics
 from regrow.scoring import collect, means, uncompensated
-from regrow.surgery.compensate import offsets
+from regrow.surgery.compensate import bias_of, offsets
 from regrow.surgery.layout import plan_layouts
 
 CITATION = (
@@ -53,12 +55,30 @@ def bias(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         return {"biases": 0, "note": "the plan carries the means of what it dropped; they are in the biases already"}
     kept = {key: change.keep for key, change in task.plan.changes.items() if not change.idle}
     dropped_means = means(task.dense, task.axes, kept, _measured(task))
-    plan, now = replace(task.plan, means=dropped_means), dict(task.model.named_parameters(remove_duplicate=False))
-    made = offsets(task.dense, task.axes, plan, plan_layouts(task.axes, plan), now)
+    plan = replace(task.plan, means=dropped_means)
+    if task.streamed is None:
+        now = dict(task.model.named_parameters(remove_duplicate=False))
+        made = offsets(task.dense, task.axes, plan, plan_layouts(task.axes, plan), now)
+    else:
+        made = _streamed_offsets(task, task.streamed, plan)
     for name, value in made.items():
         set_bias(task.model, name, value)
     notes = uncompensated(task.dense, task.axes, kept)
     return {"biases": len(made), **({"note": "; ".join(notes)} if notes else {})}
+
+
+def _streamed_offsets(task: RecoveryTask, pair: StreamedPair, plan: Plan) -> dict[str, Tensor]:
+    """Compute the new biases layer by layer, keep them in files, and return them without numbers."""
+    layouts, result, cut = plan_layouts(task.axes, plan), dict[str, Tensor](), pair.model.weights.parameters()
+    for name, dropped in plan.means.items():
+        bias = bias_of(name)
+        if bias not in pair.changed:
+            values = {bias: cut[bias]} if bias in cut else {}
+            with pair.dense.resident([name]):
+                made = offsets(task.dense, task.axes, replace(plan, means={name: dropped}), layouts, values)
+            pair.changed.write(made, {})
+        result[bias] = task.model.get_parameter(name).new_empty(pair.changed[bias].shape)
+    return result
 
 
 def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
@@ -93,7 +113,9 @@ def _measured(task: RecoveryTask) -> Statistics:
         if i < first:
             continue
         report = lambda name, done, total: task.progress(done, total, f"measuring {name}")  # noqa: E731
-        (one,) = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, progress=report)[source.name]
+        visits = task.streamed.dense if task.streamed else None
+        measured = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, visits=visits, progress=report)
+        (one,) = measured[source.name]
         sums = {name: sums[name] + moments if name in sums else moments for name, moments in one.moments.items()}
         counts = {name: moments.count for name, moments in sums.items()}
         task.write(i + 1, {name: moments.total for name, moments in sums.items()}, {"counts": counts})

@@ -7,6 +7,7 @@ forward pass over all the text.
 import queue
 import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,26 @@ class LayerCalls(TorchFunctionMode, ABC):
         """Call :meth:`handle` for the watched layers whose outputs were never used, once a forward pass has ended."""
         while self.waiting:
             self.handle(self.waiting.pop(next(iter(self.waiting))))
+
+
+class CallCounter(LayerCalls):
+    """Counts how often each watched layer runs.
+
+    Args:
+        watched: ``id`` of a weight → its name.
+    """
+
+    def __init__(self, watched: Mapping[int, str]) -> None:
+        super().__init__(watched)
+        self.times: Counter[str] = Counter()
+
+    def handle(self, call: LayerCall) -> None:
+        """Count a layer.
+
+        Args:
+            call: The layer, its input and its output.
+        """
+        self.times[call.name] += 1
 
 
 class _Offering(LayerCalls):

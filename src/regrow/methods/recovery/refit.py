@@ -27,7 +27,6 @@ resumed run repeats the forward pass, but solves no layer
 twice.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,8 +38,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.methods.recovery.bias import set_bias
-from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, StopRunError, run_in_thread
-from regrow.methods.recovery.streams import Candidates, Layer, RefitInDense, RefitPaired, Refitting, RefitWork
+from regrow.methods.recovery.paired_forward import CallCounter, StopRunError, run_in_thread
+from regrow.methods.recovery.solve import Candidates
+from regrow.methods.recovery.streamed_refit import (
+    check_places,
+    compare_outputs,
+    count_calls,
+    needs_memory,
+    refit_blocks,
+)
+from regrow.methods.recovery.streams import Layer, RefitInDense, RefitPaired, Refitting, RefitWork
 from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.settings.declaration import UNRECORDED
 from regrow.sources import Batch, device_of
@@ -121,21 +128,26 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if left_out and not layers:
             name, why = next(iter(left_out.items()))
             raise ValueError(f"{name}, which reads what was cut, cannot be refitted: {why}; recover by distil")
+        if task.streamed:
+            check_places(task.streamed, layers)
         named = {layer.name: layer for layer in layers}
         work = RefitWork(task, named, candidates, dict(task.model.named_parameters()))
+        work.changed = task.streamed.changed if task.streamed else None
         problem = "" if settings.target == "dense" else _explain_mismatch(work, left_out, one)
         if problem and settings.target == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
+        target = "dense" if problem else settings.target.replace("auto", "own")
+        if task.streamed and target == "dense":
+            raise needs_memory(problem or "target=dense runs the two networks beside each other")
         added = _with_biases(task.model, layers)
         work.own = dict(task.model.named_parameters())
-        target = "dense" if problem else settings.target.replace("auto", "own")
         work.resume()
         if not work.done:
-            (_refit_in_dense if target == "own" else _refit_paired)(work, batch)
+            _refit(work, batch, target, added)
     for name in added:
         path, _, leaf = bias_of(name).rpartition(".")
-        if name in work.changed:
-            work.own[bias_of(name)].requires_grad_(trains)
+        if name in work.refitted:
+            task.model.get_parameter(bias_of(name)).requires_grad_(trains)
         else:
             setattr(task.model.get_submodule(path), leaf, None)
     notes = [f"{problem}; fitted to what the dense network has there"] if problem else []
@@ -169,14 +181,16 @@ def readers_of(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str,
     axes, lays = task.axes, plan_layouts(task.axes, task.plan)
     names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}
     own = dict(task.model.named_parameters())
-    calls = _Calls({id(own[name]): name for name in names if name in own})
-    with calls:
-        task.model(*batch.args, **batch.kwargs)
-    calls.finish()
+    if task.streamed is None:
+        calls = CallCounter({id(own[name]): name for name in names if name in own})
+        with calls:
+            task.model(*batch.args, **batch.kwargs)
+        calls.finish()
+    times = calls.times if task.streamed is None else count_calls(task.streamed, names, batch)
     layers, left_out = [], {}
     for name in sorted(names):
         dim = read_dim(axes, name)
-        problem = _problem(task, name, dim, calls.times[name])
+        problem = _problem(task, name, dim, times[name])
         if problem or dim is None:
             left_out[name] = problem
             continue
@@ -211,15 +225,13 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(args, {key: one([batch.kwargs[key] for batch in batches]) for key in first.kwargs})
 
 
-class _Calls(LayerCalls):
-    """Counts how often each watched layer runs."""
-
-    def __init__(self, watched: Mapping[int, str]) -> None:
-        super().__init__(watched)
-        self.times: Counter[str] = Counter()
-
-    def handle(self, call: LayerCall) -> None:
-        self.times[call.name] += 1
+def _refit(work: RefitWork, batch: Batch, target: str, added: Sequence[str]) -> None:
+    if work.task.streamed is not None:
+        refit_blocks(work, work.task.streamed, batch, added)
+    elif target == "own":
+        _refit_in_dense(work, batch)
+    else:
+        _refit_paired(work, batch)
 
 
 def _refit_in_dense(work: RefitWork, batch: Batch) -> None:
@@ -257,12 +269,15 @@ def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch
         return f"{name}, which reads what was cut, cannot be refitted: {why}"
     if not work.layers:
         return ""
-    mode = RefitInDense(_watched(dense, work.layers), work, fit=False)
-    with mode:
-        carried = dense(*batch.args, **batch.kwargs)
-    mode.finish()
-    pairs = zip(tree_leaves(carried), tree_leaves(model(*batch.args, **batch.kwargs)), strict=False)
-    for a, b in pairs:
+    if work.task.streamed is None:
+        mode = RefitInDense(_watched(dense, work.layers), work, fit=False)
+        with mode:
+            carried = dense(*batch.args, **batch.kwargs)
+        mode.finish()
+        own = model(*batch.args, **batch.kwargs)
+    else:
+        carried, own = compare_outputs(work, work.task.streamed, batch)
+    for a, b in zip(tree_leaves(carried), tree_leaves(own), strict=False):
         if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape:
             away = float((a.double() - b.double()).square().mean().sqrt() / b.double().square().mean().sqrt())
             close = CLOSE * (10 if a.dtype in (torch.float16, torch.bfloat16) else 1)

@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import pairwise
 from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,3 +199,54 @@ def _left(held: Sums, start: Tensor, change: Tensor, shrinkages: Sequence[float]
     origin = held.missing - float((start[-1] * (held.cross[-1] + shifted[-1])).sum())
     slope, curve = float((step * shifted).sum()), float((step * (held.gram @ step)).sum())
     return {one: origin - 2 * one * slope + one * one * curve for one in shrinkages}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The solutions that are tried for each layer, and the positions on which they are judged.
+
+    Args:
+        ridges: The candidate ridges.
+        shrinkages: The candidate factors of the least squares solution.
+        ends: Where each part of the positions ends, as a fraction of all: the sources, one after the other; or the
+            fitted part, and the held-out rest.
+        left_out: Whether the parts are sources, of which one is left out at a time; else the last part is held out.
+    """
+
+    ridges: tuple[float, ...]
+    shrinkages: tuple[float, ...]
+    ends: tuple[float, ...]
+    left_out: bool = False
+
+    def choose(self, inputs: Tensor, target: Tensor, missing: Tensor, *, bias: bool) -> Choice:
+        """Choose the change of a layer.
+
+        Args:
+            inputs: The inputs of the layer, ``[rows, k]``.
+            target: The outputs that it should have, ``[rows, out]``.
+            missing: The target minus the current output, ``[rows, out]``.
+            bias: Whether the last input is the constant 1 of a bias.
+        """
+        ends = [0, *(round(len(inputs) * end) for end in self.ends)]
+        rows = [slice(start, end) for start, end in pairwise(ends)]
+        sums = [Sums.of(inputs[at], missing[at], target[at]) for at in rows]
+        if self.left_out:
+            return choose_left_out(sums, self.ridges, self.shrinkages, bias=bias)
+        fit, held = sums
+        return choose_held_out(fit, held, self.ridges, self.shrinkages, bias=bias)
+
+    def record(self, name: str, choice: Choice) -> dict[str, Any]:
+        """Return what is recorded of a layer, as JSON data.
+
+        Args:
+            name: The name of its weight.
+            choice: Its change.
+
+        Returns:
+            ``weight``; ``before`` and ``after``: the relative error on held-out positions, or the mean over left-out
+            sources; ``ridge``; ``shrinkage`` if it was chosen, and ``seen``, the error on the sources that were fitted,
+            if sources were left out.
+        """
+        more = {"shrinkage": choice.shrinkage} if self.left_out or self.shrinkages != (1.0,) else {}
+        more |= {"seen": choice.seen} if self.left_out else {}
+        return {"weight": name, "before": choice.before, "after": choice.after, "ridge": choice.ridge, **more}

@@ -4,7 +4,6 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, LayerOutputs, StopRunError
-from regrow.methods.recovery.solve import Choice, Sums, choose_held_out, choose_left_out
+from regrow.methods.recovery.solve import Candidates
+from regrow.methods.recovery.streamed import ChangedTensors
 from regrow.methods.recovery.task import RecoveryTask
 from regrow.surgery.compensate import bias_of
 
@@ -37,57 +37,6 @@ class Layer:
     rows: Tensor | None
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The solutions that are tried for each layer, and the positions on which they are judged.
-
-    Args:
-        ridges: The candidate ridges.
-        shrinkages: The candidate factors of the least squares solution.
-        ends: Where each part of the positions ends, as a fraction of all: the sources, one after the other; or the
-            fitted part, and the held-out rest.
-        left_out: Whether the parts are sources, of which one is left out at a time; else the last part is held out.
-    """
-
-    ridges: tuple[float, ...]
-    shrinkages: tuple[float, ...]
-    ends: tuple[float, ...]
-    left_out: bool = False
-
-    def choose(self, inputs: Tensor, target: Tensor, missing: Tensor, *, bias: bool) -> Choice:
-        """Choose the change of a layer.
-
-        Args:
-            inputs: The inputs of the layer, ``[rows, k]``.
-            target: The outputs that it should have, ``[rows, out]``.
-            missing: The target minus the current output, ``[rows, out]``.
-            bias: Whether the last input is the constant 1 of a bias.
-        """
-        ends = [0, *(round(len(inputs) * end) for end in self.ends)]
-        rows = [slice(start, end) for start, end in pairwise(ends)]
-        sums = [Sums.of(inputs[at], missing[at], target[at]) for at in rows]
-        if self.left_out:
-            return choose_left_out(sums, self.ridges, self.shrinkages, bias=bias)
-        fit, held = sums
-        return choose_held_out(fit, held, self.ridges, self.shrinkages, bias=bias)
-
-    def record(self, name: str, choice: Choice) -> dict[str, Any]:
-        """Return what is recorded of a layer, as JSON data.
-
-        Args:
-            name: The name of its weight.
-            choice: Its change.
-
-        Returns:
-            ``weight``; ``before`` and ``after``: the relative error on held-out positions, or the mean over left-out
-            sources; ``ridge``; ``shrinkage`` if it was chosen, and ``seen``, the error on the sources that were fitted,
-            if sources were left out.
-        """
-        more = {"shrinkage": choice.shrinkage} if self.left_out or self.shrinkages != (1.0,) else {}
-        more |= {"seen": choice.seen} if self.left_out else {}
-        return {"weight": name, "before": choice.before, "after": choice.after, "ridge": choice.ridge, **more}
-
-
 @dataclass
 class RefitWork:
     """The progress of a refit over all layers.
@@ -98,6 +47,8 @@ class RefitWork:
         candidates: What is tried for each layer, and on which positions it is judged.
         own: The parameters of the cut network.
         records: Per finished layer, in the order in which they run, :meth:`Candidates.record`.
+        changed: Where each layer is kept once it is solved, if the networks are larger than memory: ``own`` holds the
+            parameters of the present block alone. ``None``: all are in memory, and kept in the task's checkpoint.
     """
 
     task: RecoveryTask
@@ -105,9 +56,10 @@ class RefitWork:
     candidates: Candidates
     own: Mapping[str, nn.Parameter]
     records: list[dict[str, Any]] = field(default_factory=list)
+    changed: ChangedTensors | None = None
 
     @property
-    def changed(self) -> set[str]:
+    def refitted(self) -> set[str]:
         """The names of the weights that have been refitted."""
         return {row["weight"] for row in self.records if row["ridge"]}
 
@@ -118,7 +70,9 @@ class RefitWork:
 
     def resume(self) -> None:
         """Load the layers that an interrupted call had solved, from the task's checkpoint."""
-        if (done := self.task.read()) is not None:
+        if self.changed is not None:
+            self.records = list(self.changed.records)
+        elif (done := self.task.read()) is not None:
             _, tensors, stored = done
             self.records = [dict(row) for row in stored["layers"]]
             with torch.no_grad():
@@ -126,8 +80,10 @@ class RefitWork:
                     self.own[name].copy_(tensor)
 
     def write(self) -> None:
-        """Write a checkpoint of the layers that are done."""
-        names = [n for weight in sorted(self.changed) for n in (weight, bias_of(weight)) if n in self.own]
+        """Write a checkpoint of the layers that are done, unless each is kept on its own."""
+        if self.changed is not None:
+            return
+        names = [n for weight in sorted(self.refitted) for n in (weight, bias_of(weight)) if n in self.own]
         tensors = {name: self.own[name].detach() for name in names}
         self.task.write(len(self.records), tensors, {"layers": [dict(row) for row in self.records]})
 
@@ -149,7 +105,12 @@ class RefitWork:
             weight.copy_(weight.double() + (own.T if layer.dim else own).reshape(weight.shape))
             if bias is not None:
                 bias.copy_(bias.double() + change[-1])
-        self.records.append(self.candidates.record(layer.name, choice))
+        record = self.candidates.record(layer.name, choice)
+        self.records.append(record)
+        if self.changed is not None:
+            named = {layer.name: weight, bias_of(layer.name): bias}
+            made = {name: one.detach() for name, one in named.items() if one is not None}
+            self.changed.write(made if record["ridge"] else {}, record)
 
 
 class Refitting(LayerCalls):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
 from regrow.distributed.parallel import ALONE, Parallel
+from regrow.methods.recovery.streamed import StreamedPair
 from regrow.objectives import Objective, choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -39,6 +40,8 @@ class RecoveryTask:
         progress: Called with (steps done, steps in all, what is being done).
         objective: What the network is trained for; ``None``: what fits the labels.
         parallel: The processes that train together; all of them have the same task, and rank 0 writes the file.
+        streamed: The two networks one block at a time, where they are larger than memory: ``model`` and ``dense`` have
+            no numbers then, and ``model`` is not changed, but for biases that it gets.
     """
 
     model: nn.Module
@@ -52,6 +55,7 @@ class RecoveryTask:
     progress: Progress = silent
     objective: Objective | None = None
     parallel: Parallel = ALONE
+    streamed: StreamedPair | None = None
 
     def loss_of(self, output: object, batch: Batch) -> Tensor:
         """Return the loss of a batch by its labels, a scalar.

@@ -1,0 +1,125 @@
+"""Refit of networks that are larger than memory: the dense network runs one block at a time, with the cut one's layers.
+
+All the text runs through each block in one batch, as through a network in memory, and so the results are the same bit
+for bit.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.errors import InputError
+from regrow.methods.recovery.paired_forward import CallCounter, StopRunError
+from regrow.methods.recovery.streamed import StreamedPair
+from regrow.methods.recovery.streams import Layer, RefitInDense, RefitWork
+from regrow.sources import Batch
+from regrow.surgery.compensate import bias_of
+
+
+def count_calls(pair: StreamedPair, names: Collection[str], batch: Batch) -> Counter[str]:
+    """Return how often each of some layers of the cut network runs in one forward pass.
+
+    Args:
+        pair: The networks.
+        names: The names of the layers' weights.
+        batch: The input.
+    """
+    times = Counter[str]()
+
+    @contextmanager
+    def counting(number: int, watched: Mapping[int, str]) -> Iterator[None]:
+        calls = CallCounter(watched)
+        with calls:
+            yield
+        calls.finish()
+        times.update(calls.times)
+
+    pair.model.visit([batch], names, counting)
+    return times
+
+
+def compare_outputs(work: RefitWork, pair: StreamedPair, batch: Batch) -> tuple[Any, Any]:
+    """Return the outputs of the dense network with the cut one's layers in it, and of the cut network.
+
+    Args:
+        work: The refit, of which nothing is done.
+        pair: The networks.
+        batch: The input.
+    """
+
+    @contextmanager
+    def carrying(number: int, watched: Mapping[int, str]) -> Iterator[None]:
+        with _layers_of(pair, watched.values(), ()) as work.own:
+            mode = RefitInDense(watched, work, fit=False)
+            with mode:
+                yield
+            mode.finish()
+
+    (carried,) = pair.dense.outputs([batch], work.layers, carrying)
+    (own,) = pair.model.outputs([batch])
+    return carried, own
+
+
+def refit_blocks(work: RefitWork, pair: StreamedPair, batch: Batch, added: Sequence[str]) -> None:
+    """Refit the layers of the cut network, one block after another; each is written once it is solved.
+
+    Args:
+        work: The refit.
+        pair: The networks.
+        batch: All the text, in one batch.
+        added: The names of the weights whose layers get a bias.
+    """
+
+    @contextmanager
+    def refitting(number: int, watched: Mapping[int, str]) -> Iterator[None]:
+        with _layers_of(pair, watched.values(), added) as work.own, torch.no_grad():
+            for name in (name for name in work.own if name in pair.changed):
+                work.own[name].copy_(pair.changed[name])
+            mode = RefitInDense(watched, work)
+            with mode:
+                yield
+            mode.finish()
+
+    with suppress(StopRunError):
+        pair.dense.visit([batch], work.layers, refitting)
+
+
+def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
+    """Raise InputError unless all layers to refit lie in blocks.
+
+    Args:
+        pair: The networks.
+        layers: The layers.
+
+    Raises:
+        InputError: Names one that does not.
+    """
+    inside = {name for block in pair.dense.blocks for name in block.names}
+    if other := next((layer.name for layer in layers if layer.name not in inside), None):
+        raise needs_memory(f"{other}, which reads what was cut, lies outside the blocks")
+
+
+def needs_memory(why: str) -> InputError:
+    """Return the error about a refit that needs both networks in memory.
+
+    Args:
+        why: Why it does.
+    """
+    return InputError(f"{why}, so that refit needs both networks in memory; give more memory, or recover by bias")
+
+
+@contextmanager
+def _layers_of(pair: StreamedPair, weights: Collection[str], added: Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Context manager in which layers of the cut network are in memory as they were; gives their parameters by name."""
+    stored = pair.model.weights.stored
+    names = [name for weight in weights for name in (weight, bias_of(weight)) if name in stored]
+    with pair.model.resident(names):
+        own = {name: pair.model.model.get_parameter(name) for name in names}
+        for weight in set(weights) & set(added):
+            outputs = pair.model.model.get_parameter(bias_of(weight)).shape
+            own[bias_of(weight)] = nn.Parameter(own[weight].new_zeros(outputs), requires_grad=False)
+        yield own

@@ -1,0 +1,97 @@
+"""``regrow recover --memory``: the same run folder with one block of both networks in memory."""
+
+import json
+
+import pytest
+
+from regrow.commands import recovery_memory
+from regrow.streaming.network import StreamedNetwork
+from regrow.streaming.requirements import MemoryPlan
+
+PRUNE = ("--method", "magnitude", "--keep", "0.7", "--source", "news", "--source", "code", "--tokens", "128")
+PRUNE = (*PRUNE, "--eval-tokens", "64", "--seq-len", "32")
+FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "probe.st", "axes.json")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Let every two networks be too large for memory together."""
+    monkeypatch.setattr(recovery_memory, "SPARE", 2**40)
+
+
+def rows(folder):
+    """Return the measurements of a run, without times."""
+    every = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in every]
+
+
+@pytest.fixture
+def run(regrow, tiny_language_model):
+    """Prune the model into the folder ``run``."""
+
+    def prune(*words):
+        assert regrow("prune", str(tiny_language_model), *PRUNE, *words, "--out", "run")[0] == 0
+
+    return prune
+
+
+@pytest.mark.parametrize(("by", "dtype"), [("bias", "float32"), ("refit", "float32"), ("refit", "bfloat16")])
+def test_a_streamed_recovery_is_that_of_one_in_memory(regrow, run, tmp_path, streams, by, dtype):
+    run("--dtype", dtype)
+    command = ("recover", "run", "--by", by, "--tokens", "256", "--out")
+    assert regrow(*command, "whole")[0] == 0
+    code, said, error = regrow(*command, "streamed", "--memory", "64GiB")
+    assert code == 0, error
+    assert "one of 2 blocks at a time and hidden states in memory" in said
+    for name in FILES:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
+    assert rows(tmp_path / "whole") == rows(tmp_path / "streamed")
+    row = next(row for row in rows(tmp_path / "streamed") if row["what"] == "recovery")
+    assert row["biases"] == 4 if by == "bias" else any(layer["ridge"] for layer in row["layers"])
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {path.name for path in (tmp_path / "streamed").iterdir()}
+    record = json.loads((tmp_path / "streamed" / "run.json").read_text())
+    assert record["memory"]["limit"] == 2**36
+    assert "--memory 64GiB" in record["command"]
+
+
+@pytest.mark.parametrize("by", ["bias", "refit"])
+def test_a_killed_recovery_ends_as_one_that_was_not(regrow, run, tmp_path, streams, monkeypatch, by):
+    run()
+    command = ("recover", "run", "--by", by, "--tokens", "256", "--out")
+    assert regrow(*command, "whole")[0] == 0
+    monkeypatch.setattr(MemoryPlan, "on_disk", True)
+    true, left, killed = StreamedNetwork.resident, [0], 0
+
+    def counted(self, *names):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return true(self, *names)
+
+    monkeypatch.setattr(StreamedNetwork, "resident", counted)
+    for moment in (8, 16, 20, 24, 0):  # the last one never comes
+        left[0] = moment
+        if (code := regrow(*command, "killed", "--memory", "64GiB")[0]) == 0:
+            break
+        killed += 1
+    assert code == 0
+    assert killed > 1
+    for name in FILES:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--by", "refit", "--set", "target=dense"), "target=dense runs the two networks beside each other"),
+        (("--by", "refit", "--memory", "1MiB"), "even one block at a time; use --memory"),
+        (("--by", "lora"), "recovery by lora within 64 GiB of memory is impossible"),
+    ],
+)
+def test_what_is_not_recovered_block_by_block_is_refused(regrow, run, streams, words, match):
+    run()
+    code, _, error = regrow("recover", "run", "--tokens", "256", "--memory", "64GiB", *words, "--out", "recovered")
+    assert code
+    assert match in error
