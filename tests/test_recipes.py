@@ -2,8 +2,10 @@
 
 import importlib
 import runpy
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -81,3 +83,68 @@ def test_twins_part_and_learn_on(gate: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert [row["twin"] for row in rows] == [*recipe.WIDE, *recipe.OTHER]
     plain, *grown = (row["parameters"] for row in rows)
     assert min(grown) > plain
+
+
+def _width_pruning_rows(points: ModuleType, loss: Callable[[object], float]) -> list[dict[str, object]]:
+    """Rows of all points of the screen, and of the test that follows from it; domains differ by a constant."""
+    rows: list[dict[str, object]] = []
+
+    def add(some: Iterable[object]) -> None:
+        there = {row["key"] for row in rows}
+        for point in some:
+            if point.key in there:
+                continue
+            names = [point.left_out] if point.left_out else [name for fold in points.FOLDS for name in fold]
+            base, at = loss(point), points.FOLDS[0] + points.FOLDS[1]
+            nll = {
+                name: [at.index(name) + base * (1 + 0.1 * i) + 0.01 * point.sample for i in range(4)] for name in names
+            }
+            row = {**vars(point), "key": point.key, "nll": nll, "bits_per_byte": dict.fromkeys(names, 1.0)}
+            rows.append({**row, "seconds": {"plan": 2.0}, "peak_gib": 1.0})
+
+    add(points.screen_all((0.8,), (0, 1)))
+    add(points.screen_finalists(rows, (0.8,), (0, 1)))
+    add(points.test(rows, (0.8,), (0, 1), 2))
+    add(points.stages((0.8,), (0, 1), 2))
+    return rows
+
+
+def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chosen per fold on its own calibration domains; the strongest baseline comes first and is what others recover."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    points, show = importlib.import_module("width_pruning_points"), importlib.import_module("width_pruning_show")
+
+    def loss(point: object) -> float:
+        if point.method == "dense":
+            return 0.0
+        if point.method == "gprune":
+            return 0.5
+        bad = 1.0 + points.METHODS.index(point.method) / 10 + (not point.settings["compensate"]) / 20
+        return bad + (0.01 if (point.fold == 1) == (point.settings["allocation"] == "ranked") else 0.0)
+
+    rows = _width_pruning_rows(points, loss)
+    chosen = [points.best(rows, 0.8, fold) for fold in (0, 1)]
+    assert [len(one) for one in chosen] == [3, 3]
+    assert {point.method for one in chosen for point in one} == {"flap"}
+    assert [one[0].settings["allocation"] for one in chosen] == ["ranked", "uniform"]
+    with pytest.raises(SystemExit, match="run screen first"):
+        points.best([row for row in rows if row["on"] != "left out: talk"], 0.8, 0)
+    # What unseen domains lose changes nothing of the choice.
+    shuffled = [{**row, "nll": {}} if row["on"] == "domains" else row for row in rows]
+    assert points.best(shuffled, 0.8, 0) == chosen[0]
+
+    first, *rest = [line for line in show.test_table(rows) if line.startswith("| 0.8 | 0 |")]
+    assert first.startswith(f"| 0.8 | 0 | **{chosen[0][0].arm}** |") and "random" in rest[-1]
+    gain = next(line for line in rest if "| gprune |" in line)
+    assert "-0.5750 ± 0.0144 [0.0000]" in gain and "| +49.8 ± 0.0 |" in gain
+    assert len([line for line in show.stages_table(rows) if line.startswith("| ")]) == 1 + 2 * len(points.CONTRASTS)
+    assert any(chosen[0][0].arm in line and "| 0.8 | 0 |" in line for line in show.screen_table(rows))
+    packed = {"task": "piqa", "right": "10", "right_per_byte": "11", "margins": "", "margins_per_byte": ""}
+    for name, unit in (("margins", show.MARGIN), ("margins_per_byte", show.PER_BYTE)):
+        packed[name] = importlib.import_module("width_pruning_bench").pack([0.5, -0.25], unit)
+    tasks = [{**row, "on": "tasks", "tasks": [packed]} for row in rows if row["on"] == "domains"]
+    table = [line for line in show.zero_shot_table(tasks) if line.startswith("| 0.8 | 1 | gprune |")]
+    [cells] = [line.split(" | ")[3:] for line in table]
+    assert cells == ["50.00", "100.00", *["+0.00 ± 0.00"] * 2, *["+0.0000 ± 0.0000 [0.0000]"] * 2, "2 |"]

@@ -1,0 +1,193 @@
+"""Prune and evaluate one point of the width-pruning tables, with the functions of the commands."""
+
+import argparse
+import base64
+import copy
+import json
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from width_pruning_points import FOLDS, OUTER, Point, Row
+
+from regrow import apply, trace
+from regrow.allocation import BudgetError
+from regrow.budget import Budget
+from regrow.commands import pruning as prune
+from regrow.data import Half, corpora, text, windows
+from regrow.evaluation import choices, items_in, perplexity
+from regrow.evidence import Evidence
+from regrow.methods.pruning.pruner import Pruner, plan_cut
+from regrow.nets import load
+from regrow.process_memory import read_peak, reset_peak, return_memory
+from regrow.sources import Source
+
+SEQ_LEN, BATCH = 256, 8
+LEFT_OUT_SEED = 1000
+"""The seed of the windows of a left-out domain that a point is judged on; samples are seeds from 0."""
+MARGIN, PER_BYTE = 0.01, 0.001
+"""The units, in nats and nats per byte, in which rows hold margins."""
+
+
+@dataclass
+class Bench:
+    """The model, the texts, and what was measured on them for the present fold and sample."""
+
+    args: argparse.Namespace
+    evidence: dict[Any, tuple[Evidence, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        args, folder = self.args, Path(self.args.texts)
+        self.loaded = load(args.model, dtype=getattr(torch, args.dtype))
+        self.model = self.loaded.model
+        self.axes = trace(self.model, *self.loaded.example.args, **self.loaded.example.kwargs)
+        self.texts = {
+            **{name: text(name) for name in FOLDS[0]},
+            "prose": corpora.prose(folder / "moby-dick.txt"),
+            "legal": corpora.legal(folder / "spdx-full.json"),
+            "wiki": corpora.wiki(folder / "new_wiki_v1.0.json"),
+            "dialogue": corpora.dialogue(folder / "topical_chat" / "task.json"),
+        }
+        self.tests: dict[Any, Source] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the seconds of a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 2)
+
+    def run(self, point: Point) -> Row:
+        """Prune and evaluate; a budget that the arm cannot meet is an ``error``."""
+        self.seconds = {}
+        return_memory()
+        reset_peak()
+        try:
+            network, row = (self.model, {}) if point.method == "dense" else self.pruned(point)
+        except BudgetError as error:
+            return {"error": str(error)}
+        with self.stage("evaluate"):
+            row |= self.tasks(network) if point.on == "tasks" else self.likelihoods(network, point)
+        calibration = 0 if point.method == "dense" else sum(one.tokens for one in self.sources(point))
+        row["tokens"] = {"calibration": calibration, "evaluation": row.pop("evaluated")}
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        return {**row, "seconds": self.seconds, "peak_gib": round((read_peak() or 0) / 2**30, 2), "date": date}
+
+    def pruned(self, point: Point) -> tuple[nn.Module, Row]:
+        """A pruned copy of the network, and what its row says about it."""
+        pruner = prune.build_pruner(point.method, point.settings)
+        if point.outer is not None:
+            pruner = replace(pruner, spare=(0.0, 0.0) if point.outer else OUTER)
+        budget = Budget(point.keep, only=(point.only,) if point.only else ())
+        sources = self.sources(point)
+        prune.check_pruning(pruner, self.axes, budget, sources)
+        evidence, took = self.measured(point, pruner)
+        self.seconds["calibrate"] = took
+        with self.stage("plan"):
+            cut = plan_cut(pruner, self.model, self.axes, budget, evidence)
+        with self.stage("apply"):
+            network, after = apply(copy.deepcopy(self.model), self.axes, cut.plan)
+        counts = [
+            sum(p.numel() for name, p in one.named_parameters() if name in axes.counted)
+            for one, axes in ((network, after), (self.model, self.axes))
+        ]
+        row: Row = {"kept": round(counts[0] / counts[1], 5), "defaults": cut.plan.origin.get("settings", {})}
+        if cut.findings.get("history"):
+            row |= {"history": cut.findings["history"], "starts": cut.findings["starts"]}
+        return network, row
+
+    def sources(self, point: Point) -> list[Source]:
+        """The calibration windows of a point: those of its fold but for the domain that is left out."""
+        return [self.calibration(name, point.sample) for name in FOLDS[point.fold] if name != point.left_out]
+
+    def calibration(self, name: str, sample: int) -> Source:
+        """The calibration windows of a domain."""
+        return self.windows(name, self.args.windows, sample, Half.CALIBRATION, 1)
+
+    def windows(self, name: str, n: int, seed: int, half: Half, batch_size: int) -> Source:
+        """Windows of a domain, read once."""
+        key = name, n, seed, half
+        if key not in self.tests:
+            more = {"n": n, "seq_len": SEQ_LEN, "seed": seed, "half": half, "batch_size": batch_size}
+            self.tests[key] = windows(self.texts[name], self.loaded.tokenizer, **more)
+        return self.tests[key]
+
+    def measured(self, point: Point, pruner: Pruner) -> tuple[Evidence, float]:
+        """What a method needs, measured on all domains of a fold once, and the seconds that it took for all of them."""
+        at = point.fold, point.sample
+        self.evidence = {key: value for key, value in self.evidence.items() if key[0] == at}
+        key = at, pruner.needs, pruner.shards
+        if key not in self.evidence:
+            start = time.perf_counter()
+            every = [self.calibration(name, point.sample) for name in FOLDS[point.fold]]
+            found = prune.collect_evidence(self.model, self.axes, pruner, every, batch_size=BATCH)
+            self.evidence[key] = found, round(time.perf_counter() - start, 2)
+        found, took = self.evidence[key]
+        names = [name for name in found.sources if name != point.left_out]
+        part = {name: found.statistics[name] for name in names}, {name: found.data[name] for name in names}
+        return Evidence(*part, notes=found.notes), took
+
+    def likelihoods(self, network: nn.Module, point: Point) -> Row:
+        """Negative log-likelihood per token of each window, and bits per byte, of each domain that is evaluated."""
+        if point.left_out:
+            n = self.args.screen_windows
+            tests = [self.windows(point.left_out, n, LEFT_OUT_SEED, Half.CALIBRATION, BATCH)]
+        else:
+            every = [name for fold in FOLDS for name in fold]
+            tests = [self.windows(name, self.args.eval_windows, 0, Half.EVALUATION, BATCH) for name in every]
+        if not point.left_out and point.method != "dense":
+            few = -(-self.args.seen_windows // BATCH)
+            tests = [replace(one, batches=one.batches[:few]) if one.name in FOLDS[point.fold] else one for one in tests]
+        found = [perplexity(network, test, tokenizer=self.loaded.tokenizer) for test in tests]
+        nll = {
+            one.source: [round(total / count, 4) for total, count in zip(one.nll, one.tokens, strict=True)]
+            for one in found
+        }
+        bits = {one.source: round(one.bits_per_byte or 0, 4) for one in found}
+        return {"nll": nll, "bits_per_byte": bits, "evaluated": sum(sum(one.tokens) for one in found)}
+
+    def tasks(self, network: nn.Module) -> Row:
+        """Accuracy and margins of each item of the tasks."""
+        found = []
+        for path in map(Path, self.args.task):
+            name, items = path.name.partition(".")[0], items_in(path, self.args.items)
+            one = choices(network, self.loaded.tokenizer, items, task=name)
+            record = {key: value for key, value in one.record().items() if not isinstance(value, list)}
+            margins = {
+                "right": "".join(str(int(right)) for right in one.right),
+                "right_per_byte": "".join(str(int(right)) for right in one.right_per_byte),
+                "margins": pack(one.margins, MARGIN),
+                "margins_per_byte": pack(one.margins_per_byte, PER_BYTE),
+            }
+            found.append({**record, **margins})
+        return {"tasks": found, "evaluated": None}
+
+
+def pack(values: Sequence[float], unit: float) -> str:
+    """Numbers as 16-bit multiples of a unit, in base64.
+
+    >>> unpack(pack([0.5, -1.25, 1e9], 0.01), 0.01)
+    [0.5, -1.25, 327.67]
+    """
+    whole = [max(-32767, min(32767, round(value / unit))) for value in values]
+    return base64.b64encode(array("h", whole).tobytes()).decode()
+
+
+def unpack(values: str, unit: float) -> list[float]:
+    """What :func:`pack` wrote."""
+    return [round(one * unit, 4) for one in array("h", base64.b64decode(values))]
+
+
+def written(point: Point, model: str, row: Row) -> str:
+    """A line of the file of rows."""
+    return json.dumps({"model": model, "key": point.key, **asdict(point), **row}, ensure_ascii=False)

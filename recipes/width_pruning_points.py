@@ -1,0 +1,243 @@
+"""The points of the width-pruning tables: which arms there are at which budgets, and which baselines go to the test."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+from regrow.settings.prune import Settings as PruneSettings
+
+Row = dict[str, Any]
+
+FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogue"))
+"""The calibration domains of each fold; those of the other fold are its unseen domains."""
+KEEPS = (0.8, 0.7, 0.9, 0.5)
+METHODS = ("flap", "wanda_sp", "llm_pruner", "magnitude", "random")
+OUTER = (0.125, 0.0625)
+"""The fractions of the blocks, at the beginning and at the end, that arms with unpruned outer blocks leave alone."""
+FINALISTS = 10
+CHOSEN = 3
+DOMAINS, TASKS = "domains", "tasks"
+LEFT_OUT, RECONSTRUCTED = "left out: ", ", reconstructed"
+CAN_RECONSTRUCT = any(one.name == "reconstruct" for one in fields(PruneSettings))
+"""Whether ``regrow prune`` has ``--reconstruct``."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network to prune and to evaluate.
+
+    Args:
+        arm: The name of what is compared.
+        method: The pruning method; ``dense``: nothing is pruned.
+        keep: The fraction of the weights that stays.
+        fold: Which domains are calibrated on.
+        sample: The seed of the calibration windows.
+        on: What is evaluated: ``domains``, ``tasks``, or ``left out: NAME`` of the calibration domains.
+        only: The pattern of the axes that may be cut; empty: all.
+        outer: Whether the first and last blocks are pruned; ``None``: as the method has it.
+        reconstruct: Whether layers that read cut units are fitted by least squares.
+        settings: Settings of the method.
+    """
+
+    arm: str
+    method: str
+    keep: float
+    fold: int = 0
+    sample: int = 0
+    on: str = DOMAINS
+    only: str = "mlp"
+    outer: bool | None = None
+    reconstruct: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What is computed, whatever it is called: tables share rows."""
+        return json.dumps({key: value for key, value in asdict(self).items() if key != "arm"}, sort_keys=True)
+
+    @property
+    def left_out(self) -> str:
+        """The calibration domain that is not calibrated on; empty if none."""
+        return self.on.removeprefix(LEFT_OUT) if self.on.startswith(LEFT_OUT) else ""
+
+    @classmethod
+    def of(cls, row: Row) -> "Point":
+        """The point that a row was written for."""
+        return cls(**{one.name: row[one.name] for one in fields(cls)})
+
+
+def baselines() -> Iterator[Point]:
+    """All variants of the baselines, at keep 1.0 of fold 0."""
+    for method, allocation, only, compensate, outer in product(
+        METHODS, ("ranked", "uniform"), ("mlp", ""), (True, False), (False, True)
+    ):
+        words = [f"{method} {allocation}", "MLP neurons" if only else "all units"]
+        words += [] if compensate else ["no compensation"]
+        words += [] if outer else ["outer blocks unpruned"]
+        settings = {"allocation": allocation, "compensate": compensate}
+        yield Point(", ".join(words), method, 1.0, only=only, outer=outer, settings=settings)
+
+
+def reconstructed(point: Point) -> Point:
+    """The same with least squares for the layers that read cut units."""
+    return replace(point, arm=point.arm + RECONSTRUCTED, reconstruct=True)
+
+
+def dense(on: str, fold: int = 0) -> Point:
+    """The network before pruning; on domains and tasks it is the same for both folds."""
+    return Point("dense", "dense", 1.0, fold=fold, on=on, only="")
+
+
+def screen_all(keeps: Sequence[float], folds: Sequence[int]) -> Iterator[Point]:
+    """Every variant of every baseline, judged on the first calibration domain, which is left out."""
+    for fold in folds:
+        on = LEFT_OUT + FOLDS[fold][0]
+        yield dense(on, fold)
+        for keep in keeps:
+            yield from (replace(one, keep=keep, fold=fold, on=on) for one in baselines())
+
+
+def screen_finalists(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int]) -> Iterator[Point]:
+    """The best of these, with each other domain left out; the very best of them reconstructed, too."""
+    for fold in folds:
+        first, *others = FOLDS[fold]
+        for name in others:
+            yield dense(LEFT_OUT + name, fold)
+            for keep in keeps:
+                finalists = best(rows, keep, fold, FINALISTS, domains=(first,))
+                yield from (replace(one, on=LEFT_OUT + name) for one in finalists)
+        for keep in keeps if CAN_RECONSTRUCT else ():
+            finalists = best(rows, keep, fold, CHOSEN + 1, domains=(first,))
+            yield from (reconstructed(replace(one, on=LEFT_OUT + first)) for one in finalists)
+
+
+def best(
+    rows: Sequence[Row], keep: float, fold: int, count: int = CHOSEN, domains: Sequence[str] = ()
+) -> tuple[Point, ...]:
+    """The baselines that lose least on domains that were left out of calibration, best first.
+
+    Args:
+        rows: Rows of one model; those of the stage ``screen`` are used.
+        keep: The budget.
+        fold: The fold; nothing of its unseen domains is looked at.
+        count: How many baselines.
+        domains: The domains that were left out; empty: all calibration domains of the fold.
+
+    Raises:
+        SystemExit: If the screen is not finished.
+    """
+    on = [LEFT_OUT + name for name in domains or FOLDS[fold]]
+    losses = {row["on"]: level(row) for row in rows if row["method"] == "dense" and row["on"] in on}
+    arms: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["on"] in on and (row["keep"], row["fold"]) == (keep, fold) and not row["reconstruct"] and "nll" in row:
+            arms.setdefault(row["arm"], []).append(row)
+    full = [own for own in arms.values() if len(own) == len(on)]
+    if len(full) < count:
+        raise SystemExit(f"keep {keep}, fold {fold}: {len(full)} of {count} baselines are screened; run screen first")
+    full.sort(key=lambda own: fmean(level(row) - losses[row["on"]] for row in own))
+    return tuple(replace(Point.of(own[0]), on=DOMAINS) for own in full[:count])
+
+
+def level(row: Row, names: Sequence[str] = ()) -> float:
+    """The mean over windows of some domains, or all, in nats per token."""
+    return fmean(value for name in names or row["nll"] for value in row["nll"][name])
+
+
+LEARNING = {"steps": 12, "every": 12}
+GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gprune": ("mlp", {"base": "flap", **LEARNING}),
+    "gprune, base llm_pruner": ("mlp", {"base": "llm_pruner", **LEARNING}),
+    "gprune, all units": ("", {"base": "flap", **LEARNING}),
+}
+"""The arms of GPrune: name → axes that may be cut, settings."""
+
+
+def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
+    """The chosen baselines, random units and GPrune on unseen domains; each reconstructed, too."""
+    yield dense(DOMAINS)
+    for sample, fold, keep in product(range(samples), folds, keeps):
+        at: dict[str, Any] = {"keep": keep, "fold": fold, "sample": sample}
+        chosen = best(rows, keep, fold)
+        arms = [replace(one, sample=sample) for one in chosen]
+        arms += [Point(arm, "gprune", only=only, settings=settings, **at) for arm, (only, settings) in GPRUNE.items()]
+        random = {"seed": sample, "allocation": chosen[0].settings["allocation"], "compensate": True}
+        like = {"only": chosen[0].only, "outer": chosen[0].outer}
+        yield from (*arms, Point("random, as the best baseline", "random", settings=random, **like, **at))
+        yield from map(reconstructed, arms if CAN_RECONSTRUCT else ())
+
+
+def zero_shot(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
+    """Multiple choice at keep 0.7 for the network before, the chosen baselines and GPrune."""
+    yield dense(TASKS)
+    wanted = {*GPRUNE} - {"gprune, base llm_pruner", "gprune, all units"}
+    for point in test(rows, [keep for keep in keeps if keep == 0.7], folds, samples):
+        if point.method not in ("dense", "random") and (point.method != "gprune" or _plain(point) in wanted):
+            yield replace(point, on=TASKS)
+
+
+def _plain(point: Point) -> str:
+    return point.arm.removesuffix(RECONSTRUCTED)
+
+
+UNLEARNED: Mapping[str, Any] = {"base": "flap", "steps": 0, "start": "inner"}
+STAGES: Mapping[str, Mapping[str, Any]] = {
+    "no stage (base order, outer blocks unpruned)": {"partition": "layer", "switch": "never"},
+    "modules, never switch": {"switch": "never"},
+    "random modules, never switch": {"partition": "random", "switch": "never"},
+    "modules, switch": {},
+    "random modules, switch": {"partition": "random"},
+    "modules, always switch": {"switch": "always"},
+    "modules, reversed switch": {"switch": "reversed"},
+    "shares of the base method": {"start": "base"},
+    "uniform shares": {"start": "uniform"},
+}
+"""What GPrune's stages are compared on: name → settings that differ from the unlearned method."""
+
+STAGE_ARMS: Mapping[str, Mapping[str, Any]] = {
+    **{arm: {**UNLEARNED, **change} for arm, change in STAGES.items()},
+    "learned shares": GPRUNE["gprune"][1],
+}
+"""Name of an arm of the stages, all on MLP neurons → its settings."""
+
+CONTRASTS = (
+    ("partition, no switch", "modules, never switch", "random modules, never switch"),
+    ("partition, with the switch", "modules, switch", "random modules, switch"),
+    ("partition against none", "modules, never switch", "no stage (base order, outer blocks unpruned)"),
+    ("switch against never", "modules, switch", "modules, never switch"),
+    ("switch against always", "modules, switch", "modules, always switch"),
+    ("switch against reversed", "modules, switch", "modules, reversed switch"),
+    ("shares: base against inner", "shares of the base method", "modules, switch"),
+    ("shares: uniform against inner", "uniform shares", "modules, switch"),
+    ("shares: learned against inner", "learned shares", "modules, switch"),
+    ("all stages against none", "learned shares", "no stage (base order, outer blocks unpruned)"),
+)
+"""The stage, the arm with it, and the arm that it is compared with."""
+
+
+def stages(keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
+    """Each stage of GPrune alone, on MLP neurons at keep 0.8 and 0.7."""
+    yield dense(DOMAINS)
+    for sample, fold, keep in product(range(samples), folds, [one for one in keeps if one in (0.8, 0.7)]):
+        for arm, settings in STAGE_ARMS.items():
+            yield Point(arm, "gprune", keep, fold, sample, settings=settings)
+
+
+def named(rows: Sequence[Row], names: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[Row]:
+    """The rows of baselines, and those of GPrune's arms that a table shows, by the names that it has for them.
+
+    Args:
+        rows: Rows of all tables, which share points.
+        names: Name of an arm → the axes that may be cut, and settings.
+    """
+    result = []
+    for row in rows:
+        own = [arm for arm, given in names.items() if given == (row["only"], row["settings"])]
+        if row["method"] != "gprune":
+            result.append(row)
+        elif own:
+            result.append({**row, "arm": own[0] + (RECONSTRUCTED if row["reconstruct"] else "")})
+    return result
