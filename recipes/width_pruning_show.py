@@ -224,7 +224,9 @@ def _cells(arm: Arm, baseline: Arm, dense: Arm) -> Iterator[str]:
 def stages_table(every: Sequence[Row]) -> Iterator[str]:
     """Each stage with and without: a difference below 0 is a gain of the first arm."""
     every = named(every, {arm: ("mlp", settings) for arm, settings in STAGE_ARMS.items()})
-    yield head(("stage", "arm", "against", "keep", "fold", "difference, nats ± se [spread]", "se", "samples"))
+    yield head(
+        ("stage", "arm", "against", "keep", "fold", "difference, nats ± se [spread]", "standard errors", "samples")
+    )
     for stage, name, other in CONTRASTS:
         for keep in (0.8, 0.7):
             for fold in range(len(FOLDS)):
@@ -232,7 +234,7 @@ def stages_table(every: Sequence[Row]) -> Iterator[str]:
                 if name in found and other in found:
                     one = paired(found[name].windows(), found[other].windows())
                     if one is not None:
-                        ratio = f"{one.mean / one.error:+.1f}"
+                        ratio = f"{one.mean / one.error:+.1f}" if one.error else ""
                         count = min(len(found[name].rows), len(found[other].rows))
                         yield line((stage, name, other, str(keep), str(fold), str(one), ratio, str(count)))
 
