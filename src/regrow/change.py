@@ -144,7 +144,7 @@ def _check(key: str, change: Change) -> None:
         raise PlanError(f"axis {key!r}: an axis has 1 to {MOST_UNITS:,} units, the plan says {change.size:,}")
     if not change.keep:
         raise PlanError(f"axis {key!r}: a plan must keep at least one unit")
-    if list(change.keep) != sorted(set(change.keep)) or change.keep[0] < 0 or change.keep[-1] >= change.size:
+    if any(map(operator.ge, change.keep, change.keep[1:])) or change.keep[0] < 0 or change.keep[-1] >= change.size:
         raise PlanError(f"axis {key!r}: kept units must be ascending, each once, within 0..{change.size - 1}")
     if not 0 <= change.grow <= MOST:
         raise PlanError(f"axis {key!r}: it can grow by 0 to {MOST} units, not by {change.grow}")
@@ -158,7 +158,7 @@ def _check(key: str, change: Change) -> None:
         raise PlanError(f"axis {key!r}: {len(change.ids)} unit ids for {change.size} units")
     if list(change.restore) != sorted(set(change.restore)) or min(change.restore, default=0) < 0:
         raise PlanError(f"axis {key!r}: units to restore are named by unit ids, ascending, each once, from 0")
-    if living := sorted(set(change.restore) & set(change.alive)):
+    if change.restore and (living := sorted(set(change.restore) & set(change.alive))):
         raise PlanError(f"axis {key!r}: unit {living[0]} is alive; only units that were cut can be restored")
     for slot in change.slots:
         if min(slot.dim, slot.offset) < 0 or min(slot.outer, slot.stride, slot.inner) < 1:
@@ -175,7 +175,9 @@ def unit_positions(key: str, units: Iterable[Any]) -> tuple[int, ...]:
     Raises:
         PlanError: For a mask, a fraction or a text.
     """
-    result = []
+    result, units = [], tuple(units)
+    if set(map(type, units)) <= {int}:
+        return tuple(sorted(units))
     for one in units:
         try:
             if isinstance(one, bool) or "bool" in str(getattr(one, "dtype", "")):

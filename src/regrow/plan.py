@@ -137,8 +137,8 @@ class Plan:
             if key not in axes.axes:
                 raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
             axis = axes[key]
-            whole = {"keep": tuple(range(axis.size)), "slots": axis.slots, "ids": axis.ids}
-            made[key] = Change(axis.size, **{**whole, **change})
+            keep = () if "keep" in change else tuple(range(axis.size))
+            made[key] = Change(axis.size, **{"keep": keep, "slots": axis.slots, "ids": axis.ids, **change})
         plan = cls(made, **more)
         plan.check(axes)
         return plan

@@ -80,6 +80,26 @@ def test_what_cannot_be_several_is_refused_before_anything_is_made(
     assert not Path("plans").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--method", "gprune", "--tokens", "768", "--mark", "folded"), "gprune-0.8: gprune masks units by 0"),
+        (("--method", "gprune", "--tokens", "192"), "gprune-0.8: source 'news/1' has 1 batches"),
+        (("--keep", "0.001", "--tokens", "192"), "flap-0.001: keep 0.001 of weights cannot be reached"),
+        (("--method", "gprune", "--tokens", "192", "--memory", "1GiB"), "needs the whole network in memory"),
+    ],
+)
+def test_what_a_later_plan_would_be_refused_for_is_found_before_the_first_is_made(
+    regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], problem: str
+) -> None:
+    monkeypatch.setattr(requirements, "WHOLE", 1e9)
+    first = ("--method", "flap", "--keep", "0.8", "--source", "news", "--eval-tokens", "128", "--seq-len", "64")
+    code, _, err = regrow("prune", str(tiny_language_model), *first, *words, "--out", "plans")
+    assert code == 2, err
+    assert problem in " ".join(err.split())
+    assert not Path("plans").exists()
+
+
 def test_several_plans_are_the_same_with_one_block_in_memory(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,21 +193,23 @@ def _refill(
     closed.
     """
     left = limit - cost.at(vector)
-    is_open = taken > 0
-    for lane in owner[: int(taken.sum())][::-1]:
-        if not is_open.any():
+    is_open = (taken > 0).tolist()
+    many = sum(is_open)
+    for lane in owner[: int(taken.sum())][::-1].tolist():
+        if not many:
             return
         if not is_open[lane]:
             continue
         units = int(lanes[lane].steps[taken[lane] - 1])
         rise = cost.rise(vector, members[lane], units)
         if rise > left:
-            is_open[lane] = False
+            is_open[lane], many = False, many - 1
             continue
         left -= rise
         vector[members[lane]] += units
         taken[lane] -= 1
-        is_open[lane] = taken[lane] > 0
+        if not taken[lane]:
+            is_open[lane], many = False, many - 1
 
 
 def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetError:

@@ -114,7 +114,7 @@ def _prune_several(runs: list[Settings], out: Path, *, code: str, memory: str, t
         raise StoreError(f"{out} is a run folder; several plans need a folder for one each: choose another")
     plans = name_folders(runs)
     complete = {name for name, settings in plans.items() if is_finished(settings, out / name)}
-    shared = SharedWork()
+    shared = SharedWork(later=[settings for name, settings in plans.items() if name not in complete][1:])
     for name, settings in plans.items():
         if name in complete:
             say(f"{name}: finished before")

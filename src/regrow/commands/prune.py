@@ -18,6 +18,7 @@ from regrow.commands.calibration import calibrate
 from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import record_input
 from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
+from regrow.commands.later_plans import LaterPlan, check_later_plans
 from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
@@ -145,7 +146,7 @@ def run(
         announce: Called with one line that says how the run stays within that memory.
         ranks: The processes that share the work; this one is rank 0, and the others call ``share_pruning.share``.
         shared: What earlier runs of this process, which differ in method and keep alone, need not do again; gets what
-            this one does. The result is the same.
+            this one does. The result is the same. Later runs that it names are checked before this one begins.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -162,10 +163,11 @@ def run(
     }
     RunFolder.check(out, **identity)
     clock, shared = Clock(None), shared or SharedWork()
+    later = [LaterPlan.of(one) for one in shared.later]
     reset_peak()
     with clock.stage("load"):
         given = memory, settings, model_spec(settings), method, announce
-        streamed, shared.memory = open_streamed(*given, earlier=shared.memory, ranks=ranks)
+        streamed, shared.memory = open_streamed(*given, earlier=shared.memory, ranks=ranks, later=later)
         loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
         check_precision(loaded.model, settings.precision)
         kinds = read_sources(source_specs(settings), loaded)
@@ -175,6 +177,8 @@ def run(
     with clock.stage("time"):
         budget = _with_timing(loaded, axes, budget, Path(out), progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
+    check_later_plans(later, axes, budget.timing, kinds.calibration)
+    shared.later = ()
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder

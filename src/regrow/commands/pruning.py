@@ -17,6 +17,7 @@ from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
 from regrow.progress import Progress, silent
 from regrow.scoring import collect
+from regrow.scoring.collect import check_sources
 from regrow.sources import Source
 
 
@@ -145,9 +146,13 @@ def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequ
         sources: The calibration data.
 
     Raises:
-        ValueError: If it cannot; names the least reachable keep.
+        ValueError: If it cannot; names the least reachable keep, or the source that is too short.
     """
-    if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
-        raise ValueError("this method measures on text or images; give it at least one source, like --source news")
+    if {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
+        if not sources:
+            raise ValueError("this method measures on text or images; give it at least one source, like --source news")
+        counted: list[Any] = [range(len(source)) for source in sources]
+        numbered = [Source(source.name, batches) for source, batches in zip(sources, counted, strict=True)]
+        check_sources(split_sources(numbered, pruner.sources)[0], pruner.shards)
     _check_countable(axes, budget)
     check_pruner(pruner, axes, budget)

@@ -10,6 +10,7 @@ from regrow.evidence import Need
 from regrow.nets import Loaded
 from regrow.scores import Statistics
 from regrow.scoring import CachedColumns
+from regrow.settings.prune import Settings
 from regrow.sources import Source
 from regrow.store import statistics
 from regrow.streaming.requirements import MemoryPlan
@@ -27,6 +28,7 @@ class SharedWork:
         weights: A sum of each of its parameters.
         dense: Source name → the measurement of the model before the cut.
         memory: What the first run was predicted to need of a limit of memory; ``None``: nothing was predicted yet.
+        later: The settings of later runs that are not checked yet.
     """
 
     axes: AxisGraph | None = None
@@ -35,6 +37,7 @@ class SharedWork:
     weights: tuple[float, ...] = ()
     dense: dict[str, evaluation.Perplexity | evaluation.Accuracy] = field(default_factory=dict)
     memory: MemoryPlan | None = None
+    later: Sequence[Settings] = ()
 
     def trace(self, loaded: Loaded) -> AxisGraph:
         """Return the axes of the model, traced once.

@@ -2,7 +2,7 @@
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regrow.amounts import Measure, format_bytes, parse_bytes
 from regrow.commands.inputs import count_windows
+from regrow.commands.later_plans import LaterPlan
 from regrow.commands.models import DTYPES, ModelSpec
 from regrow.commands.recovery_memory import predict_gradients, predict_later_recovery
 from regrow.commands.same_inputs import check_same_settings
@@ -118,6 +119,7 @@ def open_streamed(
     announce: Callable[[str], None],
     earlier: MemoryPlan | None = None,
     ranks: ProcessRank = SINGLE,
+    later: Sequence[LaterPlan] = (),
 ) -> tuple[StreamedRun | None, MemoryPlan | None]:
     """Open a network that does not fit into the memory a run may use, and predict what the run needs.
 
@@ -130,6 +132,7 @@ def open_streamed(
         earlier: The prediction for an earlier run of this process on the same model: what that run left in memory is
             given back, and does not count.
         ranks: The processes that share the run, all with the same limit; rank 0 decides for all.
+        later: Plans that follow, which must be possible within the limit too.
 
     Returns:
         The run of the network one block at a time, ``None`` if it fits; and the prediction. Both are ``None`` if there
@@ -153,19 +156,32 @@ def open_streamed(
     windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
     size = settings.batch_size
     given = opened.network(), limit, -(-windows // size), settings.seq_len * size
-    plan = plan_memory(*given, held=earlier.held if earlier else None)
-    if not plan.streams:
-        plan = replace(plan, whole=max(plan.whole, plan.held + _predict_learning(settings, pruner, opened)))
+    least = plan_memory(*given, held=earlier.held if earlier else None)
+    plan = _with_learning(least, settings, pruner, opened)
     if ranks.several:
         plan = replace(plan, decision=broadcast_record(ranks, plan.streams))
-    own = {
+    model_needs = needs_of_model(spec, settings.precision, opened)
+    for one in later:
+        needs = {**_needs_of_plan(one.settings, one.pruner), **model_needs}
+        _check_streamable(_with_learning(least, one.settings, one.pruner, opened), needs)
+    return start_streaming(opened, plan, {**_needs_of_plan(settings, pruner), **model_needs}, announce), plan
+
+
+def _with_learning(plan: MemoryPlan, settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> MemoryPlan:
+    """Return the prediction for a network in memory with what gradients, and the recovery after the cut, need."""
+    if plan.streams:
+        return plan
+    return replace(plan, whole=max(plan.whole, plan.held + _predict_learning(settings, pruner, opened)))
+
+
+def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
+    """Return what of a plan needs the whole network in memory → whether it is so."""
+    return {
         f"--method {settings.method}, which computes gradients of all weights,": Need.GRADIENTS in pruner.needs,
         f"--method {settings.method}, which runs the masked network,": pruner.trains,
         f"--recover {settings.recover}": bool(settings.recover),
         "a target in ms": settings.measure == Measure.TIME,
     }
-    needs = {**own, **needs_of_model(spec, settings.precision, opened)}
-    return start_streaming(opened, plan, needs, announce), plan
 
 
 def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
@@ -219,11 +235,7 @@ def start_streaming(
         InputError: If something needs the whole network, and that does not fit.
         StoreError: If the network is a saved one and gives another output than the recorded one.
     """
-    if plan.streams and (reason := next((text for text, holds in needs.items() if holds), "")):
-        raise InputError(
-            f"{reason} needs the whole network in memory, about {plan.whole / 2**30:.1f} GiB of --memory "
-            f"{format_bytes(plan.limit)}; give more memory, or use another method or setting"
-        )
+    _check_streamable(plan, needs)
     announce(str(plan))
     if not plan.streams:
         return None
@@ -231,3 +243,12 @@ def start_streaming(
     return_memory()
     opened.check_output()
     return StreamedRun(opened, plan)
+
+
+def _check_streamable(plan: MemoryPlan, needs: Mapping[str, bool]) -> None:
+    """Raise InputError if a network that does not fit into memory is needed as a whole."""
+    if plan.streams and (reason := next((text for text, holds in needs.items() if holds), "")):
+        raise InputError(
+            f"{reason} needs the whole network in memory, about {plan.whole / 2**30:.1f} GiB of --memory "
+            f"{format_bytes(plan.limit)}; give more memory, or use another method or setting"
+        )

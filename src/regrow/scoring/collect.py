@@ -92,27 +92,30 @@ def collect(
         ValueError: If a source has fewer batches than shards, two have one name, gradients are needed without
             labels, or the input of a weight holds NaN or infinity (names the first, in the order of execution).
     """
-    _check_sources(sources, shards)
+    check_sources(sources, shards)
     if not {Need.ACTIVATIONS, Need.GRADIENTS} & set(needs):
         return {}
+    known = dict(done or {})
+    if known.keys() >= {(source.name, shard) for source in sources for shard in range(shards)}:
+        return {source.name: [known[source.name, shard] for shard in range(shards)] for source in sources}
     objective = objective or choose_objective(None, sources[0].batches[0])
     walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective)
     if visits is not None:
         if walk.differentiated:
             raise ValueError("gradients need the whole network in memory; leave out --memory")
-        fresh = _walk_blocks(walk, visits, sources, shards, done or {}, progress, ranks)
+        fresh = _walk_blocks(walk, visits, sources, shards, known, progress, ranks)
         for (name, shard), sums in fresh.items():
             walk.settle(sums)
             if on_done:
                 on_done(name, shard, sums)
-        every = {**(done or {}), **fresh}
+        every = {**known, **fresh}
         return {source.name: [every[source.name, shard] for shard in range(shards)] for source in sources}
     total, finished = sum(len(source) for source in sources), 0
     result: dict[str, list[Statistics]] = {}
     with _evaluating(model, walk.differentiated):
         for source in sources:
             for shard in range(shards):
-                statistics = (done or {}).get((source.name, shard))
+                statistics = known.get((source.name, shard))
                 if statistics is None:
                     statistics = Statistics(source.name)
                     # A whole source is read batch by batch: a user's loader may not fit in memory.
@@ -292,7 +295,16 @@ def _evaluating(model: nn.Module, differentiated: Sequence[str]) -> Iterator[Non
             parameter.requires_grad_(ask)
 
 
-def _check_sources(sources: Sequence[Source], shards: int) -> None:
+def check_sources(sources: Sequence[Source], shards: int = 1) -> None:
+    """Raise ValueError unless every source has a name of its own and can be split.
+
+    Args:
+        sources: The calibration data; of the batches only the number counts.
+        shards: Into how many parts each source is split.
+
+    Raises:
+        ValueError: If two sources have one name, or one has fewer batches than shards.
+    """
     if shards < 1:
         raise ValueError(f"a source is split into at least 1 shard; got {shards}")
     names = [source.name for source in sources]

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph
 from regrow.scores import Statistics
@@ -36,20 +37,25 @@ def means(
     """
     parameters, held = dict(model.named_parameters(remove_duplicate=False)), holders(model)
     chosen = [axes[key] for key in kept] if units is None else [axis for axis in units if axis.key in kept]
-    result: dict[str, dict[int, float]] = {}
+    inputs: dict[str, list[Tensor]] = {}
+    expected: dict[str, Tensor] = {}
     for reader in readers(axes, chosen):
         name = reader.slot.name
         moments = statistics.moments.get(reader.weight)
         width = parameters[name].shape[reader.slot.dim]
         if moments is None or len(moments.total) != width or not takes_constant(model, name, held):
             continue
-        staying = set(kept[reader.axis])
-        dropped = [unit for unit in range(reader.size) if unit not in staying]
-        mean = moments.mean.tolist()
-        where = reader.positions(width, width)[dropped].flatten().tolist()
-        if where:
-            result.setdefault(name, {}).update({position: mean[position] for position in where})
-    return {name: dict(sorted(row.items())) for name, row in result.items()}
+        dropped = torch.ones(reader.size, dtype=torch.bool)
+        dropped[list(kept[reader.axis])] = False
+        where = reader.positions(width, width)[dropped].flatten()
+        if len(where):
+            inputs.setdefault(name, []).append(where)
+            expected[name] = moments.mean
+    ascending = {name: torch.cat(parts).unique() for name, parts in inputs.items()}
+    return {
+        name: dict(zip(where.tolist(), expected[name][where].tolist(), strict=True))
+        for name, where in ascending.items()
+    }
 
 
 def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ def freeze(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -1,0 +1,63 @@
+"""Checks of all plans of one calibration before the first is made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from regrow.axes import AxisGraph
+from regrow.budget import Timing
+from regrow.commands import pruning as prune
+from regrow.commands.prune_settings import budget_of, seeded_settings
+from regrow.errors import InputError
+from regrow.methods.pruning.pruner import Pruner
+from regrow.settings.prune import Settings, folder_name
+from regrow.sources import Source
+
+
+@dataclass(frozen=True)
+class LaterPlan:
+    """A plan that will be made after the present one, from the same calibration.
+
+    Args:
+        settings: The settings of its run.
+        pruner: Its method.
+    """
+
+    settings: Settings
+    pruner: Pruner
+
+    @classmethod
+    def of(cls, settings: Settings) -> "LaterPlan":
+        """Return the plan with its method, whose settings are checked.
+
+        Args:
+            settings: The settings of its run.
+
+        Raises:
+            InputError: If a setting of the method is unknown or of another type; names the plan.
+        """
+        try:
+            return cls(settings, prune.build_pruner(settings.method, seeded_settings(settings)))
+        except ValueError as error:
+            raise InputError(f"{folder_name(settings)}: {error}") from error
+
+
+def check_later_plans(
+    plans: Sequence[LaterPlan], axes: AxisGraph, timing: Timing | None, sources: Sequence[Source]
+) -> None:
+    """Raise InputError unless every plan can be made.
+
+    Args:
+        plans: The plans.
+        axes: The axes of the network.
+        timing: The measured times of the network, if a budget counts time.
+        sources: The calibration data.
+
+    Raises:
+        InputError: If one cannot; names the plan, the value and the remedy.
+    """
+    for plan in plans:
+        budget = replace(budget_of(plan.settings), timing=timing)
+        try:
+            prune.check_pruning(plan.pruner, axes, budget, sources)
+        except ValueError as error:
+            raise InputError(f"{folder_name(plan.settings)}: {error}") from error
