@@ -1,9 +1,10 @@
 """How time and memory grow with layers, tokens, sources, units, keeps and parameters: rows, exponents and a plot.
 
     python benchmarks/cost_growth.py                 about 6 minutes on an idle core; resumes where it stopped
+    python benchmarks/cost_growth.py --again         the same, also what has a row
     python benchmarks/cost_growth.py --show          the exponents of the rows, and the plot again
 
-Llamas with random float32 weights, one thread, each measurement in a process of its own:
+Llamas with random float32 weights, one thread:
 
 * layers: tracing a Llama of SmolLM2-135M's widths on meta;
 * tokens, sources: measuring for flap (of 4 layers), in windows of 256 tokens, at first with one source; with sources,
@@ -12,22 +13,23 @@ Llamas with random float32 weights, one thread, each measurement in a process of
 * keeps: so many plans from one measurement, allocation alone;
 * parameters: tracing, measuring 2,048 tokens, planning and cutting Llamas of growing width.
 
-Time is CPU seconds, the median of three (of one from 10 s on); memory is the peak of the process while it measures,
-above what it held when its imports were done. The exponent is the slope of log cost over log size, by least squares,
-with its standard error. Costs that do not begin at 0 have a slope below 1 at the lower end.
+Time is CPU seconds. All sizes of what grows are measured in turns in one process, after a turn that does not count, so
+that other work on the machine slows all of them alike. Memory is the peak of a process that measures one size, above
+what it held when its imports were done. The exponent is the slope of log cost over log size by least squares: of time,
+the median over the turns, with the standard error of their mean; of memory, that of the only curve, with the standard
+error of the fit. Costs that do not begin at 0 have a slope below 1 at the lower end.
 """
 
 import argparse
 import copy
-import json
 import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 import apart
@@ -57,6 +59,7 @@ SIZES = {
 }
 """What grows → its values; of parameters, the hidden size."""
 WINDOW = 256
+TURNS = 5
 
 
 def llama(hidden: int = 256, inner: int = 704, layers: int = 4, vocabulary: int = 1024) -> nn.Module:
@@ -123,20 +126,29 @@ def prepared(what: str, size: int) -> tuple[Callable[[], object], int]:
     return lambda: collect_evidence(model, axes, flap, sources), size
 
 
-def one(what: str, size: int) -> apart.Row:
-    """Measure one size."""
+def measure_time(what: str) -> apart.Row:
+    """Measure all sizes of what grows, in turns."""
+    torch.set_num_threads(1)
+    every = [prepared(what, size) for size in SIZES[what]]
+    turns: list[list[float]] = []
+    for _ in range(TURNS + 1):
+        turns.append([])
+        for measured, _ in every:
+            start = time.process_time()
+            measured()
+            turns[-1].append(round(time.process_time() - start, 4))
+    return {"sizes": [counted for _, counted in every], "turns": turns[1:]}
+
+
+def measure_memory(what: str, size: int) -> apart.Row:
+    """Measure the peak of one size."""
     torch.set_num_threads(1)
     traced(llama(layers=1))
     base = _memory("VmRSS")
     measured, counted = prepared(what, size)
     Path("/proc/self/clear_refs").write_text("5")
-    seconds: list[float] = []
-    while len(seconds) < 3 and sum(seconds) < 10:
-        start = time.process_time()
-        measured()
-        seconds.append(time.process_time() - start)
-    peak = _memory("VmHWM") - base
-    return {"size": counted, "cpu_s": round(median(seconds), 4), "all_s": [round(x, 4) for x in seconds], "mib": peak}
+    measured()
+    return {"size": counted, "mib": round(_memory("VmHWM") - base, 1)}
 
 
 def _memory(field: str) -> float:
@@ -144,7 +156,7 @@ def _memory(field: str) -> float:
     return round(next(int(row[1]) for row in rows if row[0] == f"{field}:") / 1024, 1)
 
 
-def fit(sizes: list[float], costs: list[float]) -> tuple[float, float]:
+def fit(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
     """The slope of log cost over log size, and its standard error."""
     x, y = ([math.log(v) for v in values] for values in (sizes, costs))
     n, mean, middle = len(x), sum(x) / len(x), sum(y) / len(y)
@@ -154,23 +166,38 @@ def fit(sizes: list[float], costs: list[float]) -> tuple[float, float]:
     return slope, math.sqrt(rest / max(n - 2, 1) / spread)
 
 
-def curves(rows: dict[str, apart.Row]) -> dict[str, list[apart.Row]]:
-    """What grows → its rows in order."""
-    done = {what: [rows[f"{what} {n}"] for n in sizes if f"{what} {n}" in rows] for what, sizes in SIZES.items()}
-    return {what: own for what, own in done.items() if len(own) > 2 and not any("error" in row for row in own)}
+def curves(rows: dict[str, apart.Row]) -> dict[str, tuple[apart.Row, list[float]]]:
+    """What grows → its times, and its peaks in MiB, where all is measured."""
+    keys = {what: [f"time {what}", *(f"memory {what} {size}" for size in sizes)] for what, sizes in SIZES.items()}
+    done = {what: [rows.get(key, {"error": "not measured"}) for key in own] for what, own in keys.items()}
+    whole = {what: own for what, own in done.items() if not any("error" in row for row in own)}
+    return {what: (times, [row["mib"] for row in peaks]) for what, (times, *peaks) in whole.items()}
+
+
+def time_exponent(times: apart.Row) -> tuple[float, float]:
+    """The median over the turns of the exponent, and the standard error of its mean."""
+    slopes = [fit(times["sizes"], turn)[0] for turn in times["turns"]]
+    return median(slopes), stdev(slopes) / math.sqrt(len(slopes))
+
+
+def median_times(times: apart.Row) -> list[float]:
+    """The median over the turns, by size."""
+    return [median(turn[i] for turn in times["turns"]) for i in range(len(times["sizes"]))]
 
 
 def page(rows: dict[str, apart.Row]) -> str:
     """The exponents as a table in Markdown."""
     lines = ["| | from, to | CPU seconds | exponent | peak MiB | exponent |", "|---|---|---|---|---|---|"]
-    for what, own in curves(rows).items():
-        sizes = [row["size"] for row in own]
-        time_fit, memory_fit = (fit(sizes, [max(row[key], 1e-3) for row in own]) for key in ("cpu_s", "mib"))
-        ends = own[0], own[-1]
-        cells = [what, f"{sizes[0]:,}, {sizes[-1]:,}", ", ".join(f"{row['cpu_s']:.2f}" for row in ends)]
-        cells += [f"{time_fit[0]:.2f} ± {time_fit[1]:.2f}", ", ".join(f"{row['mib']:.0f}" for row in ends)]
-        lines.append("| " + " | ".join([*cells, f"{memory_fit[0]:.2f} ± {memory_fit[1]:.2f}"]) + " |")
+    for what, (times, peaks) in curves(rows).items():
+        sizes, seconds = times["sizes"], median_times(times)
+        cells = [what, f"{sizes[0]:,}, {sizes[-1]:,}", f"{seconds[0]:.2f}, {seconds[-1]:.2f}"]
+        cells += [_plus_minus(time_exponent(times)), f"{peaks[0]:.0f}, {peaks[-1]:.0f}"]
+        lines.append("| " + " | ".join([*cells, _plus_minus(fit(sizes, peaks))]) + " |")
     return "\n".join(lines)
+
+
+def _plus_minus(exponent: tuple[float, float]) -> str:
+    return "{:.2f} ± {:.2f}".format(*exponent)
 
 
 def plot(rows: dict[str, apart.Row], path: Path) -> None:
@@ -183,12 +210,13 @@ def plot(rows: dict[str, apart.Row], path: Path) -> None:
 
     own = curves(rows)
     figure, panels = pyplot.subplots(2, len(own), figsize=(2.3 * len(own), 4.4), layout="constrained", squeeze=False)
-    for column, (what, line) in enumerate(own.items()):
-        for panel, key, unit in zip(panels[:, column], ("cpu_s", "mib"), ("CPU seconds", "peak MiB"), strict=True):
-            sizes, costs = [row["size"] for row in line], [max(row[key], 1e-3) for row in line]
-            slope, error = fit(sizes, costs)
+    for column, (what, (times, peaks)) in enumerate(own.items()):
+        sizes, every = times["sizes"], [fit(times["sizes"], peaks), time_exponent(times)]
+        for panel, costs, unit in zip(
+            panels[:, column], (median_times(times), peaks), ("CPU seconds", "peak MiB"), strict=True
+        ):
             panel.loglog(sizes, costs, "o-", color="#2a6f97", markersize=4)
-            panel.set_title(f"{what}: {slope:.2f} ± {error:.2f}", fontsize=9)
+            panel.set_title(f"{what}: {_plus_minus(every.pop())}", fontsize=9)
             panel.set_ylabel(unit if column == 0 else "", fontsize=9)
             panel.set_ylim(min(costs) / 2, max(costs) * 2)
             panel.tick_params(labelsize=7, which="both")
@@ -203,25 +231,25 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[*SIZES], default=[*SIZES])
     parser.add_argument("--again", action="store_true", help="also what has a row")
     parser.add_argument("--show", action="store_true", help="only print and draw")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        apart.tell(one(args.one[0], int(args.one[1])))
+        kind, what, *size = args.one
+        apart.tell(measure_time(what) if kind == "time" else measure_memory(what, int(size[0])))
         return
     about = {"machine": platform.machine(), "cores": os.cpu_count(), "versions": versions()}
 
     def job(key: str) -> dict[str, Any]:
-        what, size = key.split()
         load = {"load": round(os.getloadavg()[0], 1)}
-        return apart.run([sys.executable, __file__, "--one", what, size], 300) | load | about
+        return apart.run([sys.executable, __file__, "--one", *key.split()], 600) | load | about
 
     if not args.show:
-        keys = [f"{what} {size}" for what in args.only for size in SIZES[what]]
+        keys = [f"time {what}" for what in args.only]
+        keys += [f"memory {what} {size}" for what in args.only for size in SIZES[what]]
         apart.collect(keys, job, args.out, again=args.again)
     rows = apart.rows(args.out)
     print(page(rows))
     plot(rows, args.plot)
-    print(json.dumps({what: len(own) for what, own in curves(rows).items()}), file=sys.stderr)
 
 
 if __name__ == "__main__":
