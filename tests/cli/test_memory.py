@@ -220,6 +220,7 @@ def test_too_little_memory_is_refused_with_the_least(regrow, tiny_language_model
         (("--method", "llm_pruner"), "computes gradients"),
         (("--method", "gprune"), "runs the masked network"),
         (("--recover", "refit"), "--recover refit"),
+        (("--reconstruct",), "--reconstruct"),
         (("--precision", "bfloat16"), "--precision bfloat16"),
     ],
 )
@@ -235,6 +236,7 @@ def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, st
     [
         (("--recover", "distil"), "--recover distil needs the whole network"),
         (("--recover", "refit"), "--recover refit needs the whole network"),
+        (("--reconstruct",), "--reconstruct needs the whole network"),
         (("--method", "llm_pruner"), "computes gradients of all weights, needs the whole network"),
         (("--method", "gprune", "--source", "code", "--source", "talk"), "runs the masked network, needs the whole"),
         ((), ""),

@@ -18,6 +18,8 @@ from regrow.budget import Budget
 from regrow.commands.calibration import calibrate
 from regrow.commands.measuring import log_budget
 from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence, with_timing
+from regrow.commands.reconstruction import build_reconstruction, keep_dense
+from regrow.commands.reconstruction import reconstruct as reconstruct_layers
 from regrow.commands.score_summary import write_scores
 from regrow.errors import InputError
 from regrow.methods.pruning.pruner import Pruner, plan_cut
@@ -49,6 +51,7 @@ def prune(
     precision: str = "float32",
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
+    reconstruct: bool | Mapping[str, Any] = False,
     out: str | Path | None = None,
     track: str = "",
     progress: Progress = silent,
@@ -81,6 +84,9 @@ def prune(
             sums and surgery keep their formats.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
+        reconstruct: Whether, after the cut, every layer that reads cut units is fitted to its own dense output by least
+            squares, on all of the data in one batch; or settings of that (those of ``recover(..., by="refit")``) which
+            differ from the defaults.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (batches done, batches in all, what is being done).
@@ -108,10 +114,15 @@ def prune(
     given |= {"example": axes.example if axes is not None else example, "precision": precision}
     inputs = read_inputs(model, data, **given, progress=progress)
     axes = inputs.trace() if axes is None else axes
-    work = _Pruning(inputs, axes, pruner, precision, progress)
+    fit = None if reconstruct is False else dict(reconstruct) if isinstance(reconstruct, Mapping) else {}
+    if fit is not None:
+        build_reconstruction(fit)
+        if not inputs.sources:
+            raise InputError("reconstruct fits on data; give data, for example a DataLoader")
+    work = _Pruning(inputs, axes, pruner, precision, progress, fit)
     if place.out is None:
         return inputs.model, _prune(work, with_timing(inputs.model, axes, limits, progress=progress))[0]
-    described = _describe(method, settings or {}, limits, inputs, precision)
+    described = _describe(method, settings or {}, limits, inputs, precision, fit)
     return inputs.model, _prune_in_folder(work, limits, place, described, model, name_of(loss))
 
 
@@ -124,6 +135,7 @@ class _Pruning:
     pruner: Pruner
     precision: str
     progress: Progress
+    reconstruct: Mapping[str, Any] | None = None
 
 
 def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> tuple[Plan, AxisGraph]:
@@ -146,7 +158,12 @@ def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> t
         if cut.findings:
             folder.write_findings(folder.run()["settings"]["method"], cut.findings)
     run_once(inputs.model, inputs.example)
-    return cut.plan, apply(inputs.model, axes, cut.plan)[1]
+    dense = None if work.reconstruct is None else keep_dense(inputs.model)
+    after = apply(inputs.model, axes, cut.plan)[1]
+    if dense is not None and work.reconstruct is not None:
+        given = inputs.model, dense, axes, cut.plan, inputs.sources, work.reconstruct
+        reconstruct_layers(*given, folder, progress)
+    return cut.plan, after
 
 
 def _prune_in_folder(
@@ -174,7 +191,14 @@ def _prune_in_folder(
     return plan
 
 
-def _describe(method: str, given: Mapping[str, Any], limits: Budget, inputs: Inputs, precision: str) -> Settings:
+def _describe(
+    method: str,
+    given: Mapping[str, Any],
+    limits: Budget,
+    inputs: Inputs,
+    precision: str,
+    reconstruct: Mapping[str, Any] | None,
+) -> Settings:
     """Return the settings of the command that say what a call does."""
     return Settings(
         describe_origin(inputs.model).name,
@@ -189,6 +213,8 @@ def _describe(method: str, given: Mapping[str, Any], limits: Budget, inputs: Inp
         marks=tuple(sorted(limits.marks)),
         round_to=limits.round_to,
         precision=precision,
+        reconstruct=reconstruct is not None,
+        reconstruct_settings=reconstruct or {},
     )
 
 

@@ -171,7 +171,7 @@ def take_given(kind: type[Settings], context: click.Context) -> Given[Settings]:
             if name != field.name:
                 values[field.name] = {**values.get(field.name, {}), name.removeprefix(f"{field.name}__"): value}
             elif field.mapping:
-                values[name] = parse_pairs(value)
+                values[name] = parse_pairs(value, field.option)
             elif field.setting.varied:
                 values[name] = value[-1]
                 varied |= {name: value} if len(value) > 1 else {}

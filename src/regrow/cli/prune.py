@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples
   regrow prune smollm2-135m --keep 0.9 --source news --source code --source manual --source talk --out RUN
+  regrow prune ./my-llama --keep 0.7 --reconstruct --source mail=letters/ --source code --out RUN
   regrow prune ./my-llama --target bytes=200M --regular --round 64 --source mail=letters/ --out RUN
   regrow prune ./my-llama --method wanda_sp --keep 0.8 --only mlp --source mail=letters/ --out RUN
   regrow prune resnet18 --method magnitude --keep 0.7 --source photos=images/ --finetune 2 --out RUN
@@ -160,7 +161,24 @@ def _again(folder: Path, code: str) -> Settings:
 def _show_result(folder: "RunFolder") -> None:
     """Print the result of a pruning run, and that of its recovery, which prints nothing if there was none."""
     _tell(folder)
+    _tell_reconstruction(folder)
     tell(folder)
+
+
+def _tell_reconstruction(folder: "RunFolder") -> None:
+    """Print how far a reconstruction brought the layers to their dense outputs; nothing without one."""
+    for row in folder.metrics():
+        if row["what"] != "reconstruction":
+            continue
+        layers, where = row.get("layers", []), "left-out sources" if "choose_on" in row else "held-out text"
+        say(f"reconstructed {len(layers)} layers on {number(row['tokens'])} tokens in {row['seconds']:.0f} s")
+        if layers:
+            before, after = (sum(one[name] for one in layers) / len(layers) for name in ("before", "after"))
+            say(f"mean relative error of their outputs on {where}: {before:.3f} → {after:.3f}")
+        for name, why in row.get("left_out", {}).items():
+            say(f"note: {name} was not reconstructed: {why}")
+        if "note" in row:
+            say(f"note: {row['note']}")
 
 
 def _tell(folder: "RunFolder") -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import nn
+
 from regrow import evaluation, store
 from regrow.axes import AxisGraph
 from regrow.axes.inventory import inventory
@@ -23,6 +25,7 @@ from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
+from regrow.commands.reconstruction import check_reconstruction, count_tokens, keep_dense, reconstruct
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.score_summary import write_scores
@@ -156,6 +159,7 @@ def run(
     method = prune.build_pruner(settings.method, seeded_settings(settings))
     budget = budget_of(settings)
     check_recovery(settings.recover, settings.sources)
+    check_reconstruction(settings, several=ranks.several)
     identity: dict[str, Any] = {
         "verb": "prune",
         "settings": record_settings(settings),
@@ -246,9 +250,14 @@ def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
         with clock.stage("verify"):
             job.progress(0, 1, "proving that masked = shrunk")
             _verify(folder, loaded, axes, plan)
+    dense = keep_dense(loaded.model) if settings.reconstruct else None
     with clock.stage("apply"):
         traced, (_, axes) = axes, apply(loaded.model, axes, plan)
         _record_plan(folder, plan, traced, axes)
+    if dense is not None:
+        with clock.stage("reconstruct"):
+            _reconstruct(job, dense, traced, plan)
+        del dense
     if loaded.tokenizer is None and kinds.calibration:
         with clock.stage("tune"), autocasting(loaded.model, settings.precision):
             _tune(settings, loaded, kinds, job.progress)
@@ -307,6 +316,19 @@ def _tune(settings: Settings, loaded: Loaded, kinds: SourceHalves, progress: Pro
         for source in kinds.calibration:
             tune.finetune(loaded.model, source, epochs=settings.finetune, seed=settings.seed, progress=progress)
     tune.recalibrate(loaded.model, kinds.calibration)
+
+
+def _reconstruct(job: _PruneJob, dense: nn.Module, traced: AxisGraph, plan: Plan) -> None:
+    """Fit the layers that read cut units, on as much of the sources as the settings say."""
+    settings, loaded = job.settings, job.loaded
+    tokens = count_tokens(settings, loaded.tokenizer is not None)
+    sources = job.kinds.calibration
+    if tokens != settings.tokens * len(settings.sources):
+        sources = read_sources(source_specs(settings, tokens), loaded).calibration
+    given = loaded.model, dense, traced, plan, sources, settings.reconstruct_settings
+    row = reconstruct(*given, job.folder, job.progress)
+    if "note" in row:
+        job.folder.update(notes=[*job.folder.run().get("notes", ()), f"reconstruction: {row['note']}"])
 
 
 def _recover(job: _PruneJob, traced: AxisGraph, plan: Plan) -> None:

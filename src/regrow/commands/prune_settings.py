@@ -8,6 +8,7 @@ from regrow.axes import Mark
 from regrow.budget import Budget
 from regrow.commands.inputs import SourceSpecs
 from regrow.commands.models import ModelSpec
+from regrow.commands.reconstruction import record_reconstruction
 from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.nets.code import check_code
@@ -71,14 +72,15 @@ def budget_of(settings: Settings) -> Budget:
 
 
 def record_defaults(settings: Settings) -> dict[str, Any]:
-    """Return the defaults of the method, and of the recovery after it.
+    """Return the defaults of the method, and of the reconstruction and the recovery after it.
 
     Args:
         settings: The settings of the run.
     """
     taken = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
     more = find_method(MethodKind.RECOVERY, settings.recover).defaults({"seed"}) if settings.recover else {}
-    return taken | {f"{settings.recover} {name}": value for name, value in more.items()}
+    more = {f"{settings.recover} {name}": value for name, value in more.items()}
+    return taken | more | record_reconstruction(settings)
 
 
 def seeded_settings(settings: Settings) -> dict[str, Any]:

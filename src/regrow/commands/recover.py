@@ -167,8 +167,9 @@ def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:
 
 def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted: Settings) -> None:
     """Raise ValueError if the network was trained since its cut, which may have moved its biases."""
-    if wanted.before or cut.folder.path != source.path:
-        moved = ", ".join(wanted.before) or source.run()["verb"]
+    if wanted.before or cut.folder.path != source.path or cut.settings.reconstruct:
+        fitted = ["reconstruction"] if cut.settings.reconstruct else []
+        moved = ", ".join((*fitted, *wanted.before)) or source.run()["verb"]
         raise ValueError(
             f"{settings.run} was trained by {moved} since its cut, which may have moved its biases; "
             "bias comes first, on the pruned run"

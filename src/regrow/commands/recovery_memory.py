@@ -100,7 +100,7 @@ def predict_recovery(settings: Settings, source: Path, cut: LastCut, limit: int)
     return MemoryTerms(limit, terms | (running if later else reading))
 
 
-def predict_later_recovery(by: str, model: nn.Module, window: int, tokens: int) -> int:
+def predict_later_recovery(by: str, model: nn.Module, window: int, tokens: int, *, sums: int = 3) -> int:
     """Return what a recovery within a pruning run needs beside what the process held, in bytes.
 
     Both networks count with the shapes before the cut, which is not known yet.
@@ -110,12 +110,14 @@ def predict_later_recovery(by: str, model: nn.Module, window: int, tokens: int) 
         model: The network before the cut, without numbers.
         window: Tokens per window.
         tokens: Tokens that the recovery reads.
+        sums: How many sums over positions ``refit`` keeps of a layer: of each source, of those that are fitted, and the
+            factor of these.
 
     Raises:
         UnpredictableError: If its memory depends on data.
     """
     numbers, own = _sizes(model)
-    running = sum(_running_terms(by, model, window, tokens).values())
+    running = sum(_running_terms(by, model, window, tokens, sums).values())
     if by != "distil":
         return SPARE + 2 * own + running
     exact = 4 * numbers  # it trains in float32
@@ -160,12 +162,12 @@ def _training_terms(own: int) -> dict[str, int]:
     return {"gradients": own, "optimizer moments": 2 * own, "the best values": own}
 
 
-def _running_terms(by: str, model: nn.Module, window: int, tokens: int) -> dict[str, int]:
+def _running_terms(by: str, model: nn.Module, window: int, tokens: int, sums: int = 3) -> dict[str, int]:
     """Return what a recovery needs while the network runs."""
     if by in ("lora", "distil"):  # the step had weights, gradients and two moments
         return {"activations": max(0, _predict_step(by, model, window) - 4 * _sizes(model)[1])}
     widest = max((one.shape[0] for one in model.parameters() if one.dim() == 2), default=1)
-    return {"activations": 3 * window * widest * 4} | (_refit_terms(model, tokens) if by == "refit" else {})
+    return {"activations": 3 * window * widest * 4} | (_refit_terms(model, tokens, sums) if by == "refit" else {})
 
 
 def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
@@ -189,9 +191,9 @@ def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
     return predict_memory(model, Batch((ids,), config, ids), step).peak
 
 
-def _refit_terms(model: nn.Module, tokens: int) -> dict[str, int]:
+def _refit_terms(model: nn.Module, tokens: int, parts: int = 3) -> dict[str, int]:
     """Return what refit needs for all positions at one layer, and for the sums of the widest layer."""
     linear = [one.shape for one in model.parameters() if one.dim() == 2]
     width = max(max(shape) for shape in linear[1:]) if len(linear) > 1 else max(linear[0])
     sums = max(8 * (k * k + k * out) for out, k in linear[1:]) if len(linear) > 1 else 0
-    return {"all windows at a layer": 4 * tokens * width * 4, "sums": 3 * sums}
+    return {"all windows at a layer": 4 * tokens * width * 4, "sums": parts * sums}

@@ -14,6 +14,7 @@ from regrow.amounts import Measure, format_bytes, parse_bytes
 from regrow.commands.inputs import count_windows
 from regrow.commands.later_plans import LaterPlan
 from regrow.commands.models import DTYPES, ModelSpec
+from regrow.commands.reconstruction import count_tokens
 from regrow.commands.recovery_memory import predict_gradients, predict_later_recovery
 from regrow.commands.same_inputs import check_same_settings
 from regrow.distributed import SINGLE, ProcessRank
@@ -180,6 +181,7 @@ def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
         f"--method {settings.method}, which computes gradients of all weights,": Need.GRADIENTS in pruner.needs,
         f"--method {settings.method}, which runs the masked network,": pruner.trains,
         f"--recover {settings.recover}": bool(settings.recover),
+        "--reconstruct": settings.reconstruct,
         "a target in ms": settings.measure == Measure.TIME,
     }
 
@@ -187,9 +189,10 @@ def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
 def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
     """Return what gradients, and the recovery after the cut, need of a network in memory, in bytes; 0 without them."""
     gradients, needed = Need.GRADIENTS in pruner.needs, 0
-    if not (gradients or pruner.trains or settings.recover):
+    if not (gradients or pruner.trains or settings.recover or settings.reconstruct):
         return 0
-    what = f"--recover {settings.recover}" if settings.recover else f"--method {settings.method}"
+    after = f"--recover {settings.recover}" if settings.recover else "--reconstruct" if settings.reconstruct else ""
+    what = after or f"--method {settings.method}"
     model, window = opened.loaded.model, settings.seq_len
     if opened.loaded.tokenizer is None:
         raise InputError(f"what {what} needs is predicted for models that take text only; leave out --memory")
@@ -199,6 +202,9 @@ def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork)
             needed = predict_gradients(model, window, 1 if gradients else settings.batch_size, sums)
         if settings.recover:
             needed = max(needed, predict_later_recovery(settings.recover, model, window, settings.recover_tokens))
+        if settings.reconstruct:
+            tokens, several = count_tokens(settings, text=True), len(settings.sources) + 2
+            needed = max(needed, predict_later_recovery("refit", model, window, tokens, sums=several))
     except UnpredictableError as error:
         raise InputError(f"what {what} needs is not predicted: {error}; leave out --memory") from None
     return needed

@@ -114,6 +114,20 @@ class Settings:
         "Tokens (image models: images) that --recover trains on, over all sources together.",
         group=AFTER, range=Range(1, MANY), absent=32768,
     )] = 32768
+    reconstruct: Annotated[bool, Setting(
+        "After the cut, fit every layer that reads cut units to its own dense output by least squares, with what is "
+        "chosen judged on each source in turn, left out of the fit (of a single source: on held-out text).",
+        group=AFTER, absent=False,
+    )] = False
+    reconstruct_tokens: Annotated[int, Setting(
+        "Tokens (image models: images) that --reconstruct fits on, over all sources together. Default: those of the "
+        "calibration; of text at least 8192.",
+        group=AFTER, range=Range(0, MANY), example="16384", absent=0,
+    )] = 0
+    reconstruct_settings: Annotated[Mapping[str, Any], Setting(
+        "A setting of --reconstruct; `regrow methods refit` lists them. Repeatable.",
+        option="--reconstruct-set", metavar="NAME=VALUE", group=AFTER, absent={},
+    )] = field(default_factory=dict)
     proof: Annotated[bool, Setting(
         "Skip the check that the cut model computes what the masked one computes (16 bytes per parameter of a block).",
         option="--no-verify", group=AFTER,
@@ -123,6 +137,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Restate ``smaller``, and a ``keep`` of all parameters, as the target that is recorded, and check it."""
+        if not self.reconstruct and (self.reconstruct_tokens or self.reconstruct_settings):
+            option = "--reconstruct-tokens" if self.reconstruct_tokens else "--reconstruct-set"
+            raise InputError(f"{option} says how --reconstruct fits layers, which is off; add --reconstruct")
         if self.smaller is not None:
             declared(Settings)["smaller"].check(self.smaller)
             object.__setattr__(self, "target", str(Target.smaller(self.smaller)))

@@ -47,7 +47,7 @@ def command_of(kind: type) -> str:
 
 def _words(field: Declared, value: Any) -> Iterator[str]:
     if field.mapping:
-        yield from set_words(value)
+        yield from set_words(value, field.option)
     elif field.type is bool:
         yield field.option
     else:
@@ -55,24 +55,26 @@ def _words(field: Declared, value: Any) -> Iterator[str]:
             yield from (str(one),) if field.setting.argument else (field.option, str(one))
 
 
-def set_words(settings: Mapping[str, object]) -> list[str]:
+def set_words(settings: Mapping[str, object], option: str = "--set") -> list[str]:
     """Return the settings of a method as command-line words, ``--set NAME=VALUE``.
 
     Args:
         settings: Setting name → value.
+        option: The option that takes them.
 
     >>> set_words({"use_task_id": True, "levels": ("operations", "weights"), "gate": "hard"})
     ['--set', 'use_task_id=true', '--set', 'levels=["operations", "weights"]', '--set', 'gate=hard']
     """
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
-    return [word for name, value in texts.items() for word in ("--set", f"{name}={value}")]
+    return [word for name, value in texts.items() for word in (option, f"{name}={value}")]
 
 
-def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+def parse_pairs(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:
     """Parse ``NAME=VALUE`` texts; values are JSON where that can be parsed, otherwise text.
 
     Args:
         pairs: The texts.
+        option: The option that takes them, for messages.
 
     >>> parse_pairs(["form=sequence", "minimum=2", "compensate=false"])
     {'form': 'sequence', 'minimum': 2, 'compensate': False}
@@ -84,7 +86,7 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise InputError(f"--set takes NAME=VALUE, got {pair!r}; for example --set minimum=2")
+            raise InputError(f"{option} takes NAME=VALUE, got {pair!r}; for example {option} minimum=2")
         try:
             values[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -149,6 +149,24 @@ class RecoveryRow(msgspec.Struct, frozen=True):
     note: str = ""
 
 
+class ReconstructionRow(msgspec.Struct, frozen=True):
+    """The least squares after a cut: the tokens used, the seconds taken, and the error of each layer.
+
+    Args:
+        tokens: The tokens that were fitted to.
+        seconds: The seconds that it took.
+        layers: Per layer ``weight``, the errors ``before``, ``after`` and ``seen``, ``ridge`` and ``shrinkage``.
+        left_out: Name of a layer that was not fitted → why.
+        note: What a reader of results must know.
+    """
+
+    tokens: Count
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+    layers: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    note: str = ""
+
+
 class TaskRow(msgspec.Struct, frozen=True):
     """A task that was learned: its index, and the accuracy on every task known by then.
 
@@ -284,6 +302,7 @@ KINDS: Mapping[str, type[Any]] = {
     "matrix": MatrixRow,
     "paired": PairedRow,
     "perplexity": PerplexityRow,
+    "reconstruction": ReconstructionRow,
     "recovery": RecoveryRow,
     "result": ScoreRow,
     "size": SizeRow,

@@ -23,6 +23,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "matrix": ("tasks",),
     "paired": ("source", "of", "round"),
     "perplexity": ("model", "source", "round"),
+    "reconstruction": (),
     "recovery": ("round",),
     "result": (),
     "size": ("model", "round"),

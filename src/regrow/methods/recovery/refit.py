@@ -91,7 +91,11 @@ def build(settings: Settings) -> Recovery:
 
     Args:
         settings: Its settings.
+
+    Raises:
+        ValueError: If a setting is of no use.
     """
+    _check(settings)
     return partial(refit, settings=settings)
 
 
@@ -112,14 +116,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         ValueError: If a setting is of no use, the windows differ in shape, nothing that was cut can be refitted, or
             ``own`` cannot be worked out for this network.
     """
-    if settings.target not in TARGETS or not settings.ridges or min(settings.ridges) < 0:
-        given = f"target={settings.target!r}, ridges={settings.ridges}"
-        raise ValueError(f"refit takes the target {' or '.join(TARGETS)}, and ridges from 0; got {given}")
-    if settings.choose_on not in CHOICES or not all(0 < one <= 1 for one in settings.shrinkages or (0,)):
-        given = f"choose_on={settings.choose_on!r}, shrinkages={settings.shrinkages}"
-        raise ValueError(
-            f"refit takes choose_on {' or '.join(CHOICES)}, and shrinkages above 0 and up to 1; got {given}"
-        )
+    _check(settings)
     every, candidates = _arrange(task, settings)
     one, batch = every[0].to(device_of(task.model)), joined(every).to(device_of(task.model))
     trains = next(task.model.parameters()).requires_grad
@@ -169,6 +166,18 @@ def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[Batch], Candi
     every = [batch for part in parts for batch in part]
     ends = tuple(end / len(every) for end in accumulate(map(len, parts)))
     return every, Candidates(settings.ridges, settings.shrinkages, ends, left_out)
+
+
+def _check(settings: Settings) -> None:
+    """Raise ValueError if a setting is of no use."""
+    if settings.target not in TARGETS or not settings.ridges or min(settings.ridges) < 0:
+        given = f"target={settings.target!r}, ridges={settings.ridges}"
+        raise ValueError(f"refit takes the target {' or '.join(TARGETS)}, and ridges from 0; got {given}")
+    if settings.choose_on not in CHOICES or not all(0 < one <= 1 for one in settings.shrinkages or (0,)):
+        given = f"choose_on={settings.choose_on!r}, shrinkages={settings.shrinkages}"
+        raise ValueError(
+            f"refit takes choose_on {' or '.join(CHOICES)}, and shrinkages above 0 and up to 1; got {given}"
+        )
 
 
 def readers_of(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str]]:

@@ -1,0 +1,154 @@
+"""Reconstruction in a pruning run: layers that read cut units are fitted to the dense network, which is still there."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph
+from regrow.commands.calibration import parameter_sums
+from regrow.commands.recovering import work_in
+from regrow.errors import InputError
+from regrow.methods import MethodKind, find_method
+from regrow.methods.recovery import Recovery, RecoveryTask
+from regrow.methods.recovery import task as recovery
+from regrow.plan import Plan
+from regrow.progress import Progress, silent
+from regrow.run_folder import RunFolder
+from regrow.settings.prune import Settings
+from regrow.sources import Source
+from regrow.store.statistics import fingerprint
+from regrow.store.tensors import open_checkpoint
+
+BY = "refit"
+DEFAULTS: Mapping[str, object] = {"choose_on": "left_out_source"}
+"""The settings of the least squares that differ from those of ``recover --by refit``."""
+LEAST = 8192
+"""The fewest tokens of text to fit on, unless another number is asked for."""
+
+
+def check_reconstruction(settings: Settings, *, several: bool = False) -> None:
+    """Raise ValueError, before a run starts, if the reconstruction that is asked for cannot be done.
+
+    Args:
+        settings: The settings of the run.
+        several: Whether several processes share the run.
+
+    Raises:
+        ValueError: If a setting is unknown or of no use, there is no source, or several processes share the run.
+    """
+    if not settings.reconstruct:
+        return
+    build_reconstruction(settings.reconstruct_settings)
+    if not settings.sources:
+        raise InputError("--reconstruct fits on text or images; give at least one source, like --source news")
+    if several:
+        raise InputError("--reconstruct runs in one process; leave out --reconstruct, or start without torchrun")
+    if settings.recover == "bias":
+        raise InputError("--reconstruct fits the biases that --recover bias would change again; leave out one of them")
+
+
+def build_reconstruction(given: Mapping[str, object]) -> Recovery:
+    """Return the least squares with the defaults of a reconstruction.
+
+    Args:
+        given: The settings that differ from these: name → value.
+
+    Raises:
+        ValueError: If a setting is unknown or of no use.
+    """
+    work: Recovery = find_method(MethodKind.RECOVERY, BY).made(BY, {**DEFAULTS, **given})
+    return work
+
+
+def record_reconstruction(settings: Settings) -> dict[str, object]:
+    """Return what ``run.json`` records of the settings that have their defaults; nothing without a reconstruction.
+
+    Args:
+        settings: The settings of the run.
+    """
+    if not settings.reconstruct:
+        return {}
+    given = settings.reconstruct_settings
+    defaults = {**find_method(MethodKind.RECOVERY, BY).defaults(given), **DEFAULTS}
+    return {f"reconstruct {name}": value for name, value in defaults.items() if name not in given}
+
+
+def count_tokens(settings: Settings, text: bool) -> int:
+    """Return how many tokens or images a run reconstructs on, over all sources together.
+
+    >>> count_tokens(Settings("m", sources=("news", "code")), True)
+    8192
+
+    Args:
+        settings: The settings of the run.
+        text: Whether the model takes text.
+    """
+    calibration = settings.tokens * len(settings.sources)
+    return settings.reconstruct_tokens or (max(LEAST, calibration) if text else calibration)
+
+
+def keep_dense(model: nn.Module) -> nn.Module:
+    """Return a copy of a network that stays as it is when the network is cut; weights are shared, vectors are copied.
+
+    A cut makes new weights and leaves the old ones as they are; a reconstruction changes weights that the cut made, and
+    biases.
+
+    Args:
+        model: The network.
+    """
+    from regrow.tracing.meta_copy import copy_model
+
+    def share(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() > 1 else tensor.detach().clone()
+
+    return copy_model(model, share)
+
+
+def reconstruct(
+    model: nn.Module,
+    dense: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    sources: Sequence[Source],
+    given: Mapping[str, object],
+    folder: RunFolder | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Fit every layer that reads cut units by least squares, in place, and log a ``reconstruction`` row.
+
+    An interrupted reconstruction in a run folder is resumed.
+
+    Args:
+        model: The network after the cut; changed in place.
+        dense: The network before the cut.
+        axes: The axes of the dense network.
+        plan: The plan of the cut.
+        sources: The data to fit on; layers are judged on each of them in turn, left out of the fit.
+        given: Settings of ``recover --by refit`` that differ from the defaults of a reconstruction.
+        folder: The run folder, for the checkpoint and the row; ``None``: nothing is written.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Returns:
+        What :func:`regrow.methods.recovery.refit.refit` returns, with ``tokens`` and ``seconds``.
+
+    Raises:
+        ValueError: If a setting is of no use, the data are too few, or no layer can be fitted.
+    """
+    work, spent, path, start = build_reconstruction(given), 0.0, None, time.perf_counter()
+    seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
+    key = ""
+    if folder is not None:
+        texts, sums = [fingerprint(source) for source in sources], [parameter_sums(net) for net in (model, dense)]
+        key = fingerprint(Source("", ()), "reconstruct", {**DEFAULTS, **given}, texts, sums)
+        path = Path(folder.path) / "statistics" / "reconstruction.safetensors"
+        spent = float(open_checkpoint(path, key, recovery.FORMAT).get("seconds", 0))
+    header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
+    task = RecoveryTask(model, dense, axes, plan, sources, checkpoint=path, header=header, progress=progress)
+    outcome = work_in("float32", BY, work, task)
+    row = {"tokens": sum(source.tokens for source in sources), "seconds": round(seconds(), 1), **outcome}
+    if folder is not None:
+        folder.log("reconstruction", **row)
+    return row

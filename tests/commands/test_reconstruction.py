@@ -1,0 +1,111 @@
+"""Reconstruction in pruning runs: nearer to the dense network, resumable, recorded, and refused where it cannot be."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import regrow
+from regrow.commands import recover as recovery_run
+from regrow.commands.prune import run
+from regrow.commands.reconstruction import check_reconstruction, count_tokens
+from regrow.commands.undo import undo
+from regrow.errors import InputError
+from regrow.run_folder import RunFolder
+from regrow.settings import recover
+from regrow.settings.prune import Settings
+
+PRUNING = Settings(
+    "toys:classifier", method="magnitude", keep=0.5, sources=("digits",), tokens=256, eval_tokens=200, reconstruct=True
+)
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "cli"))
+
+
+def weights(folder: RunFolder) -> bytes:
+    return (folder.path / "model.safetensors").read_bytes()
+
+
+def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> None:
+    plain = run(replace(PRUNING, reconstruct=False), tmp_path / "plain")
+    folder = run(PRUNING, tmp_path / "run")
+    rows = folder.metrics()
+    assert [row["what"] for row in rows] == ["size", "choice", "verify", "reconstruction", "size", "choice"]
+    (row,) = (row for row in rows if row["what"] == "reconstruction")
+    assert [layer["weight"] for layer in row["layers"]] == ["body.3.weight", "head.weight"]
+    assert all(layer["after"] < layer["before"] and layer["ridge"] for layer in row["layers"])
+    assert "one source" in row["note"] and row["tokens"] == 256
+    accuracy = [[one["acc"] for one in of.metrics() if one["what"] == "choice"] for of in (plain, folder)]
+    assert accuracy[1][0] == accuracy[0][0] and weights(folder) != weights(plain)
+    record, taken = folder.run(), {"reconstruct choose_on": "left_out_source"}
+    assert record["settings"]["reconstruct"] is True and record["defaults"].items() >= taken.items()
+    assert "reconstruct" not in plain.run()["settings"] and "--reconstruct" in record["command"]
+    with pytest.raises(ValueError, match="trained by reconstruction since its cut"):
+        recovery_run.run(recover.Settings(str(folder.path), "bias"), tmp_path / "out", code=PRUNING.model)
+    settings = recover.Settings(str(folder.path), "refit", tokens=256)
+    assert recovery_run.run(settings, tmp_path / "more", code=PRUNING.model).run()["finished"]
+    undone = [undo(one.path, tmp_path / f"{i}") / "model.safetensors" for i, one in enumerate((folder, plain))]
+    assert undone[0].read_bytes() == undone[1].read_bytes()
+
+
+def test_a_reconstruction_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole, steps = run(PRUNING, tmp_path / "whole"), []
+
+    def stopping(done: int, total: int, what: str) -> None:
+        if what.startswith("refitting"):
+            steps.append(total)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(PRUNING, tmp_path / "stopped", stopping)
+    assert (tmp_path / "stopped" / ".work" / "statistics" / "reconstruction.safetensors").exists()
+    seen: list[str] = []
+    stopped = run(PRUNING, tmp_path / "stopped", lambda done, total, what: seen.append(what))
+    assert weights(stopped) == weights(whole)
+    assert len([what for what in seen if what.startswith("refitting")]) == steps[0] - 1
+
+
+def test_reconstruction_is_refused_before_a_run_starts() -> None:
+    text = Settings("m", sources=("news", "code"), reconstruct=True)
+    check_reconstruction(text)
+    with pytest.raises(InputError, match="at least one source"):
+        check_reconstruction(replace(text, sources=()))
+    with pytest.raises(InputError, match="in one process"):
+        check_reconstruction(text, several=True)
+    with pytest.raises(InputError, match="leave out one of them"):
+        check_reconstruction(replace(text, recover="bias"))
+    with pytest.raises(ValueError, match="refit has no setting 'rigde'"):
+        check_reconstruction(replace(text, reconstruct_settings={"rigde": 1}))
+    with pytest.raises(ValueError, match="choose_on held_out or left_out_source"):
+        check_reconstruction(replace(text, reconstruct_settings={"choose_on": "test"}))
+    with pytest.raises(InputError, match="--reconstruct-set says how --reconstruct fits layers, which is off"):
+        Settings("m", reconstruct_settings={"target": "own"})
+    assert count_tokens(replace(text, tokens=8192), True) == 16384 and count_tokens(text, True) == 8192
+    assert count_tokens(replace(text, reconstruct_tokens=512), True) == 512 and count_tokens(text, False) == 8192
+
+
+def test_prune_reconstructs_in_python(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 12, 3), nn.ReLU(), nn.Flatten())
+    net = nn.Sequential(*net, nn.Linear(12 * 36, 5)).eval()
+    data = {name: torch.randn(96, 2, 8, 8) * scale for name, scale in (("a", 1.0), ("b", 2.0), ("c", 0.5))}
+    other = torch.randn(64, 2, 8, 8)
+    distances = []
+    for given in (False, True, {"shrinkages": (0.5, 1.0)}):
+        model, before = copy.deepcopy(net), copy.deepcopy(net.state_dict())
+        more = {"out": tmp_path / "run"} if given is True else {}
+        small, _ = regrow.prune(model, data, method="magnitude", keep=0.5, reconstruct=given, batch_size=32, **more)
+        assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+        with torch.no_grad():
+            distances.append(float((small(other) - net(other)).square().mean()))
+    assert max(distances[1:]) < 0.5 * distances[0]
+    (row,) = (row for row in RunFolder.open(tmp_path / "run").metrics() if row["what"] == "reconstruction")
+    assert row["choose_on"] == "left_out_source" and all("seen" in layer for layer in row["layers"])
+    with pytest.raises(ValueError, match="fits on data"):
+        regrow.prune(copy.deepcopy(net), method="magnitude", keep=0.5, example=other[:1], reconstruct=True)
