@@ -61,9 +61,8 @@ def prune(
 
     Args:
         model: The network, changed in place; or a model's name or a run folder, which is loaded.
-        data: The data on which importance is measured: a ``DataLoader``, tensors (inputs, labels), a data set, a path,
-            strings, or a dict of such by name; more text domains carry over better to unseen ones. Methods that score
-            by weights alone need none.
+        data: Data to measure importance on: a ``DataLoader``, tensors (inputs, labels), a data set, a path, strings, or
+            a dict of such by name; several text domains carry over better. Methods that score by weights need none.
         method: One of ``regrow.methods.METHODS``.
         keep: The fraction, 0.8 or ``"80%"``, of the weights of linear layers and convolutions that stays (of a
             language model: of its decoder's linear layers), or of another ``measure``; ``None``: 0.8, unless there is a
@@ -72,21 +71,18 @@ def prune(
             ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share of what the
             network has, ``"params=70%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
-        example: The input with which the network is traced: a tensor, a tuple of inputs, or a dict of inputs by name;
-            ``None``: the first batch of the data.
+        example: The input with which the network is traced: a tensor, a tuple or a dict; ``None``: the first batch.
         loss: The loss of methods that measure gradients: a function (what the network returned, labels) → scalar, or
             ``"classification"``, ``"next-token"``, ``"multi-label"``, ``"regression"``, ``"own"``; ``None``: what fits
             the labels.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
-        precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16; weights,
-            sums and surgery keep their formats.
+        precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
-        reconstruct: Whether, after the cut, every layer that reads cut units is fitted to its own dense output by least
-            squares, on all of the data in one batch; or settings of that (those of ``recover(..., by="refit")``) which
-            differ from the defaults.
+        reconstruct: Whether layers that read cut units are fitted to their own dense outputs by least squares after the
+            cut, on all of the data in one batch; or settings of ``refit`` that differ from the defaults of this fit.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (batches done, batches in all, what is being done).
@@ -113,17 +109,23 @@ def prune(
     given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
     given |= {"example": axes.example if axes is not None else example, "precision": precision}
     inputs = read_inputs(model, data, **given, progress=progress)
-    axes = inputs.trace() if axes is None else axes
-    fit = None if reconstruct is False else dict(reconstruct) if isinstance(reconstruct, Mapping) else {}
-    if fit is not None:
-        build_reconstruction(fit)
-        if not inputs.sources:
-            raise InputError("reconstruct fits on data; give data, for example a DataLoader")
+    axes, fit = inputs.trace() if axes is None else axes, _reconstruction(reconstruct, inputs)
     work = _Pruning(inputs, axes, pruner, precision, progress, fit)
     if place.out is None:
         return inputs.model, _prune(work, with_timing(inputs.model, axes, limits, progress=progress))[0]
     described = _describe(method, settings or {}, limits, inputs, precision, fit)
     return inputs.model, _prune_in_folder(work, limits, place, described, model, name_of(loss))
+
+
+def _reconstruction(reconstruct: bool | Mapping[str, Any], inputs: Inputs) -> dict[str, Any] | None:
+    """Return the settings of the reconstruction that differ from the defaults; ``None`` if none is wanted."""
+    if reconstruct is False:
+        return None
+    settings = dict(reconstruct) if isinstance(reconstruct, Mapping) else {}
+    build_reconstruction(settings)
+    if not inputs.sources:
+        raise InputError("reconstruct fits on data; give data, for example a DataLoader")
+    return settings
 
 
 @dataclass(frozen=True)
