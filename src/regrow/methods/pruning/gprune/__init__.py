@@ -46,7 +46,7 @@ def build(settings: Settings, compare: Comparison | None = None) -> Pruner:
         origin={"method": "gprune", "settings": asdict(settings)},
         shards=settings.shards,
         sources=3,
-        trains=settings.steps > 0 or settings.start == "best",
+        trains=settings.steps > 0 or settings.start == "best" or settings.allocation == "measured",
         check=partial(_check, settings),
     )
 

@@ -38,7 +38,14 @@ class Settings:
         start: Where learning starts: ``base`` (the base method's own allocation), ``inner`` (the same fraction of every
             axis outside the first and last blocks; axes of few units are not pruned), ``uniform`` (the same fraction of
             every axis), or the ``best`` of these three on held-out text.
-        steps: Steps of learning; 0 keeps the start.
+        allocation: How the pruning ratios are chosen: ``learned`` from the start by gradients, per module; or
+            ``measured``, per axis, by forward passes alone; the start is returned if it is better on held-out text.
+        levels: ``measured``: the number of pruning ratios at which each axis alone is measured.
+        level_windows: ``measured``: the number of windows of each source on which axes are measured.
+        level_tokens: ``measured``: how many tokens of each of these windows are used; 0: all.
+        exchanges: ``measured``: the largest number of rounds in which cost is exchanged between axes.
+        exchange_windows: ``measured``: the number of windows of each source on which an exchange is judged.
+        steps: ``learned``: steps of learning; 0 keeps the start.
         windows: Calibration windows per step.
         every: The number of steps between two evaluations of the allocation on held-out text.
         held_out: The fraction of each source's windows that is used for evaluation only.
@@ -65,6 +72,12 @@ class Settings:
     instead: Annotated[str, OneOf(*INSTEAD)] = "peaks"
     cross: bool = True
     start: Annotated[str, OneOf(*STARTS, "best")] = "best"
+    allocation: Annotated[str, OneOf("learned", "measured")] = "learned"
+    levels: Annotated[int, Range(1)] = 2
+    level_windows: Annotated[int, Range(1)] = 1
+    level_tokens: Annotated[int, Range(0)] = 128
+    exchanges: Annotated[int, Range(0)] = 3
+    exchange_windows: Annotated[int, Range(1)] = 2
     steps: Annotated[int, Range(0)] = 40
     windows: Annotated[int, Range(1)] = 2
     every: Annotated[int, Range(1)] = 10

@@ -10,6 +10,7 @@ from torch import Tensor
 from regrow.allocation import module_costs, rank, ratios
 from regrow.axis_tensor import AxisTensor
 from regrow.methods.pruning.gprune.masks import Comparison, Masks
+from regrow.methods.pruning.gprune.measured import measure_allocation, tables_of
 from regrow.methods.pruning.gprune.modules import findings_of, form_modules, measure, order_modules
 from regrow.methods.pruning.gprune.settings import STARTS, Settings
 from regrow.methods.pruning.gprune.starts import allocate_start
@@ -61,19 +62,28 @@ def score_units(task: PruningTask, settings: Settings, compare: Comparison | Non
     tried = STARTS if s.start == "best" else (s.start,)
     kept = {name: allocate_start(name, s, task, measured) for name in tried}
     given = {name: masks.given(units) for name, units in kept.items() if name == tried[0] or units != kept["base"]}
-    losses, state = _read(task) if s.steps else ({}, None)
-    if state is None and (s.steps or len(tried) > 1):
-        losses = _compare_starts(shares, given)
-    start = min(losses, key=lambda name: losses[name]) if losses else s.start
-    if state is None:
-        history = (Check(0, losses[start]),) if losses else ()
-        own = EarlyStopping(shares.tensors(given[start], len(among)), {"share": _tensor(given[start])}, history)
-        state = TrainState(own)
-    if s.steps:
-        state = _learn(shares, state, losses)
+    base = kept.get("base") or allocate_start("base", s, task, measured)
+    if s.allocation == "measured":
+        result = measure_allocation(s, task, masks, measured, given)
+        start, values = min(given, key=lambda name: result.losses[name]), dict(result.order(0))
+        share = masks.given(rank(task.axes, values, task.budget, minimum=s.minimum))
+        report = {"starts": dict(result.losses), "history": [], "best_step": 0, **tables_of(result)}
+    else:
+        losses, state = _read(task) if s.steps else ({}, None)
+        if state is None and (s.steps or len(tried) > 1):
+            losses = _compare_starts(shares, given)
+        start = min(losses, key=lambda name: losses[name]) if losses else s.start
+        if state is None:
+            history = (Check(0, losses[start]),) if losses else ()
+            own = EarlyStopping(shares.tensors(given[start], len(among)), {"share": _tensor(given[start])}, history)
+            state = TrainState(own)
+        if s.steps:
+            state = _learn(shares, state, losses)
+        own = state.learner
+        share, checks = own.best["share"].values, [asdict(check) for check in own.history]
+        values = masks.margins(share)
+        report = {"starts": losses, "history": checks, "best_step": own.best_check.step if checks else 0}
 
-    own = state.learner
-    share, base = own.best["share"].values, kept.get("base") or allocate_start("base", s, task, measured)
     robust = within(first.spread.sigma, measured.spaces, lambda sigma: (sigma <= sigma.median()).double())
     tables = findings_of(measured, among, modules, trusted, costs[0], given[start])
 
@@ -84,18 +94,11 @@ def score_units(task: PruningTask, settings: Settings, compare: Comparison | Non
             for row, one, end in zip(tables["modules"], share, last, strict=True)
         ]
         cut = {"base": share_of(robust, base), "gprune": share_of({key: robust[key] for key in every}, every)}
-        return {
-            **tables,
-            "modules": rows,
-            "starts": losses,
-            "history": [asdict(check) for check in own.history],
-            "robust_among_cut": cut,
-            "notes": list(task.evidence.notes),
-            "best_step": own.best_check.step if own.history else 0,
-        }
+        notes = list(task.evidence.notes)
+        return {**tables, "modules": rows, "robust_among_cut": cut, "notes": notes, **report}
 
     metric, pooled = f"gprune/{first.scores.metric}", task.evidence.pooled()
-    return Ranking(Scores(masks.margins(share), metric, task.evidence.sources, pooled.tokens), findings)
+    return Ranking(Scores(values, metric, task.evidence.sources, pooled.tokens), findings)
 
 
 @dataclass(frozen=True, eq=False)

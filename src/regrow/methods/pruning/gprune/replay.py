@@ -1,0 +1,232 @@
+"""The divergence of a masked network from the dense one in forward passes that begin at the first masked block.
+
+The outputs of the blocks before it are cached, the dense network's predictions kept in a compact form.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from regrow.axes import AxisGraph
+from regrow.scoring.weights import readers
+from regrow.sources import Batch, device_of, labelled_logits, logits_in
+from regrow.surgery.gate import gate_inputs
+
+CLASSES = 128
+"""The number of most probable classes of which the dense network's predictions are kept; the others are one class."""
+
+Outputs = tuple[Any, ...]
+"""The output of every block of a stack, in one forward pass."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The most probable classes of the dense network at every position; the others together are one more class.
+
+    Args:
+        classes: ``[positions, k]`` int64.
+        chances: Their probabilities, ``[positions, k]``.
+    """
+
+    classes: Tensor
+    chances: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Predictions":
+        """Return the predictions that logits are.
+
+        Args:
+            logits: ``[positions, classes]``.
+        """
+        chances, classes = logits.float().softmax(-1).topk(min(CLASSES, logits.shape[-1]))
+        return cls(classes, chances)
+
+    def divergence(self, logits: Tensor) -> float:
+        """Return KL(these ‖ others) in nats per position, which is at most that over all classes.
+
+        Args:
+            logits: Those of the other network, ``[positions, classes]``.
+        """
+        logits = logits.float()
+        log = logits.gather(-1, self.classes) - logits.logsumexp(-1, keepdim=True)
+        loss = (self.chances * (self.chances.clamp_min(1e-30).log() - log)).sum(-1)
+        if self.classes.shape[-1] < logits.shape[-1]:
+            mine, theirs = ((1 - one.sum(-1)).clamp_min(1e-6) for one in (self.chances, log.exp()))
+            loss = loss + mine * (mine / theirs).log()
+        return float(loss.mean())
+
+
+@dataclass(eq=False)
+class Replay:
+    """Forward passes of a masked network from its first masked block on; whole ones where that is not exact.
+
+    Args:
+        model: The dense network.
+        axes: Its axes.
+        memory: GiB of outputs of blocks that may be cached.
+        blocks: The blocks that can be skipped, in the order in which they run.
+        homes: Name of a parameter → the number of its block.
+    """
+
+    model: nn.Module
+    axes: AxisGraph
+    memory: float = 1.0
+    blocks: Sequence[nn.Module] = ()
+    homes: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, axes: AxisGraph, batch: Batch, memory: float) -> "Replay":
+        """Return the replay of a network, with its stack of blocks if skipping them gives the same logits.
+
+        Args:
+            model: The dense network.
+            axes: Its axes.
+            batch: What it is tried on.
+            memory: GiB of outputs of blocks that may be cached.
+        """
+        path, stack = largest_stack(model)
+        homes = {
+            f"{path}.{i}.{name}".lstrip("."): i
+            for i, block in enumerate(stack)
+            for name, _ in block.named_parameters(remove_duplicate=False)
+        }
+        found = cls(model, axes, memory, stack, homes)
+        return found if found._is_exact(batch) else cls(model, axes, 0.0)
+
+    def first_block(self, key: str) -> int:
+        """Return the number of the first block that reads an axis; 0 if a weight outside the blocks does.
+
+        Args:
+            key: The key of the axis.
+        """
+        return min(self.homes.get(reader.weight, 0) for reader in readers(self.axes, [self.axes[key]]))
+
+    def run(
+        self,
+        batch: Batch,
+        gates: Mapping[str, Tensor],
+        fills: Mapping[str, Tensor],
+        cached: Outputs | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """Return the logits of the masked network at labelled positions, ``[positions, classes]``.
+
+        Args:
+            batch: The batch.
+            gates: Axis key → the mask of its units, ``[size]``.
+            fills: Name of a weight → the values that replace its dropped inputs, ``[C]``.
+            cached: The outputs of the blocks on this batch under the same masks before block ``first``.
+            first: The number of the first block that runs; those before it give what is cached.
+        """
+        here = batch.to(device_of(self.model))
+        skipped = first if cached is not None else 0
+        with (
+            torch.no_grad(),
+            _replaced(self.blocks[:skipped], cached or ()),
+            gate_inputs(self.model, self.axes, gates, fills),
+        ):
+            return labelled_logits(logits_in(self.model(*here.args, **here.kwargs)), here.labels)
+
+    def record(
+        self, batches: Sequence[Batch], masks: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+    ) -> tuple[list[Tensor], list[Outputs | None]]:
+        """Return the logits of the masked network on batches, and the outputs of its blocks as far as memory allows.
+
+        Args:
+            batches: The batches.
+            masks: The masks of the units and the values of dropped inputs, for each batch.
+        """
+        room, logits, outputs = self.memory * 2**30, [], []
+        for batch, (gates, fills) in zip(batches, masks, strict=True):
+            with _recorded(self.blocks if room > 0 else ()) as made:
+                logits.append(self.run(batch, gates, fills))
+            room -= sum(one.nbytes for one in tree_leaves(made) if isinstance(one, Tensor))
+            outputs.append(tuple(made) if made and room > 0 else None)
+        return logits, outputs
+
+    def _is_exact(self, batch: Batch) -> bool:
+        if not self.blocks:
+            return False
+        (logits,), (cached,) = self.record([batch], [({}, {})])
+        if cached is None or len(cached) != len(self.blocks):
+            return False
+        middle = len(self.blocks) // 2
+        try:
+            return all(torch.equal(self.run(batch, {}, {}, cached, at), logits) for at in (len(cached), middle, middle))
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+
+
+def largest_stack(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
+    """Return the path and the modules of the container of numbered modules with the most parameters; or none.
+
+    Args:
+        model: The network.
+
+    >>> largest_stack(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))[1][1]
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    best: tuple[int, str, Sequence[nn.Module]] = (0, "", ())
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1:
+            size = sum(one.numel() for one in module.parameters())
+            if size > best[0]:
+                best = (size, path, tuple(module))
+    return best[1], best[2]
+
+
+def shorten(batch: Batch, positions: int) -> Batch:
+    """Return the first positions of every sequence of a batch; the batch itself if its inputs are no sequences.
+
+    Args:
+        batch: The batch.
+        positions: How many positions stay; 0: all.
+
+    >>> shorten(Batch((torch.zeros(2, 9),), labels=torch.zeros(2, 9, dtype=torch.int64)), 4).args[0].shape
+    torch.Size([2, 4])
+    """
+    labels = batch.labels
+    if not positions or labels is None or labels.dim() != 2 or labels.shape[1] <= positions:
+        return batch
+    tensors = [one for one in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(one, Tensor)]
+    if not tensors or any(one.shape != labels.shape for one in tensors):
+        return batch
+    cut = lambda one: one[:, :positions]  # noqa: E731
+    args, kwargs = tree_map_only(Tensor, cut, (batch.args, dict(batch.kwargs)))
+    return replace(batch, args=args, kwargs=kwargs, labels=cut(labels))
+
+
+@contextmanager
+def _replaced(blocks: Sequence[nn.Module], outputs: Outputs) -> Iterator[None]:
+    """Context manager in which blocks return given outputs instead of running."""
+
+    def instead(output: object) -> Callable[..., object]:
+        return lambda *args, **kwargs: output
+
+    own = [vars(block).get("forward") for block in blocks]
+    try:
+        for block, output in zip(blocks, outputs, strict=False):
+            block.forward = instead(output)
+        yield
+    finally:
+        for block, before in zip(blocks, own, strict=True):
+            vars(block).pop("forward", None)
+            if before is not None:
+                block.forward = before
+
+
+@contextmanager
+def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Context manager that yields a list of the outputs of blocks that run, in order."""
+    made: list[Any] = []
+    hooks = [block.register_forward_hook(lambda _, given, output: made.append(output)) for block in blocks]
+    try:
+        yield made
+    finally:
+        for hook in hooks:
+            hook.remove()
