@@ -91,7 +91,7 @@ with connected(ranks, print):
     one, other, neither = (nn.Parameter(torch.ones(2)) for _ in range(3))
     (one if ranks.leads else other).grad = torch.full((2,), 2.0)
     parallel = Parallel(ranks)
-    assert parallel.reduce({"one": one, "other": other, "neither": neither}, 1.5) == 3
+    assert parallel.reduce([one, other, neither], 1.5) == 3
     assert one.grad.tolist() == other.grad.tolist() == [2, 2] and neither.grad is None
 """
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 import regrow
 from regrow.commands import learn as learning_run
+from regrow.commands import learn_inputs
 from regrow.commands.learn import Settings, extend, run
 from regrow.commands.task_sequences import TaskSpecs, read_tasks
 from regrow.data import SourceError
@@ -158,13 +159,13 @@ def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Pat
     began = folder.run()["defaults"]
     assert "decay" not in began and began["strength"] == find_method(MethodKind.CONTINUAL, "ewc").settings().strength
     folder.update(defaults=began | {"strength": 7.0})
-    seen, build = [], learning_run.build_learner
+    seen, build = [], learn_inputs.build_learner
 
     def watched(method: str, settings: Any, seed: int) -> Any:
         seen.append(settings)
         return build(method, settings, seed)
 
-    monkeypatch.setattr(learning_run, "build_learner", watched)
+    monkeypatch.setattr(learn_inputs, "build_learner", watched)
     extend(tmp_path / "run", ("rotated:digits:2",))
     assert (seen[0]["strength"], seen[0]["decay"]) == (7.0, 0.5)
     assert folder.run()["defaults"] == began | {"strength": 7.0}

@@ -8,6 +8,7 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Flag, Given
+from regrow.cli.processes import check_device, processes
 from regrow.cli.runs import run_with_page
 from regrow.cli.screen import number, say, table
 from regrow.settings.learn import Settings
@@ -21,12 +22,15 @@ Examples
   regrow learn split:fashion/:5 --scenario class --method replay --set memory=500 --out RUN
   regrow learn digits --model PRUNED_RUN --method naive --out RUN
   regrow learn news code --model smollm2-135m --method naive --batch-size 4 --train 200 --test 50 --out RUN
+  torchrun --no-python --nproc-per-node 2 regrow learn split:fashion/:5 --method ewc --out RUN
   regrow learn --resume RUN --task rotated:digits:3          add tasks to a finished run
 """
 RESUME = "Resuming a run"
 
 
-@click.command(cls=Verb, resumed=("resume", "out"), settings=Settings, instead="resume", epilog=EPILOG)
+@click.command(
+    cls=Verb, resumed=("resume", "out"), settings=Settings, instead="resume", distributed=True, epilog=EPILOG
+)
 @options.run_folder()
 @click.option(
     "--resume", type=options.PATH, help="Resume the run in this folder, or add tasks to it.", cls=Flag, heading=RESUME
@@ -76,9 +80,14 @@ def learn(
             raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(given.options)}")
         options.say_code(code)
         from regrow.commands.learn import extend
+        from regrow.commands.share_learning import share
 
-        given_more = {"without_old": without_old, "total": total, "code": code, "track": track}
-        folder = run_with_page("network", _tell, extend, resume, more, **given_more)
+        given_more: dict[str, object] = {"without_old": without_old, "total": total, "code": code, "track": track}
+        with processes() as ranks:
+            if not ranks.leads:
+                share(ranks, None, code=code)
+                return
+            folder = run_with_page("network", _tell, extend, resume, more, **given_more, ranks=ranks)
     else:
         if more or without_old or total is not None:
             raise click.UsageError(
@@ -88,9 +97,15 @@ def learn(
         options.say_code(settings.model, code, settings.method)
         if out is None:
             raise click.UsageError("--out names the folder of the run, for example --out run")
+        check_device(settings.device)
         from regrow.commands.learn import run
+        from regrow.commands.share_learning import share
 
-        folder = run_with_page("network", _tell, run, settings, out, code=code, track=track)
+        with processes() as ranks:
+            if not ranks.leads:
+                share(ranks, settings, code=code)
+                return
+            folder = run_with_page("network", _tell, run, settings, out, code=code, track=track, ranks=ranks)
     say(f"to add tasks: regrow learn --resume {folder.path} --task TASKS")
 
 

@@ -2,111 +2,51 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from regrow import store
-from regrow.axes import AxisGraph
 from regrow.commands.example_inputs import record_input
 from regrow.commands.history import read_history
+from regrow.commands.learn_inputs import (
+    LearnInputs,
+    build_learner,
+    build_network,
+    count_outputs,
+    read_inputs,
+    trace_network,
+    train_tasks,
+)
 from regrow.commands.learning_record import LearningRecord
 from regrow.commands.parents import describe_stage, start_from
-from regrow.commands.starting import check_outputs, image_shape, load_start
-from regrow.commands.task_sequences import TaskSpecs, fit_tasks, read_sequence, read_tasks, record_tasks
+from regrow.commands.same_inputs import check_same_settings, check_same_tasks
+from regrow.commands.share_learning import announce_end, announce_run
+from regrow.commands.starting import check_outputs, load_start
+from regrow.commands.task_sequences import fit_tasks, read_sequence, read_tasks, record_tasks
 from regrow.commands.trackers import tracking
 from regrow.data import MissingError, SourceError
+from regrow.distributed import SINGLE, ProcessRank
+from regrow.distributed.parallel import Parallel
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.devices import choose_device
 from regrow.nets.files import check_files
-from regrow.nets.loaded import Loaded, Origin
-from regrow.nets.small import origin_of_small, small
-from regrow.objectives import NEXT_TOKEN
+from regrow.nets.small import origin_of_small
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.learn import Settings
 from regrow.settings.words import command_line
-from regrow.sources import moved
 from regrow.store.errors import StoreError
 from regrow.store.replacing import clear_leftovers
 from regrow.store.run_record import check_repeatable, convert_settings
-from regrow.tasks import Task, first_examples, input_shape
-from regrow.tracing import trace
+from regrow.tasks import Task, input_shape
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, check_checkpoint, count_tasks, read_checkpoint, write_checkpoint
-from regrow.training.continual import TaskSchedule, accuracy_matrix, learn, untrained_accuracies
-from regrow.training.learner import Context, Learner, write_replacements
-from regrow.training.schedule import NO_AXES
+from regrow.training.continual import accuracy_matrix
+from regrow.training.learner import Context, write_replacements
+from regrow.training.resuming import broadcast_start
 from regrow.training.state import TrainState
-
-
-@dataclass(frozen=True)
-class LearnInputs:
-    """Everything that a sequence of tasks is learned with.
-
-    Args:
-        tasks: The sequences of tasks.
-        model: The name of the network.
-        classes: The least number of outputs.
-        learner: The method.
-        schedule: How each task is trained, with the seed.
-        device: The device that it is trained on.
-        start: The network with its weights; ``None``: a new one is built.
-    """
-
-    tasks: TaskSpecs
-    model: str
-    classes: int
-    learner: Learner[Any]
-    schedule: TaskSchedule
-    device: torch.device
-    start: Loaded | None = None
-
-
-def read_inputs(settings: Settings, start: Loaded | None = None) -> LearnInputs:
-    """Return the typed inputs that the settings of a run describe.
-
-    Args:
-        settings: The settings.
-        start: The network with its weights; ``None``: a new one is built.
-
-    Raises:
-        ValueError: If there is no such method, or a setting of it is wrong.
-        ResourceError: If this machine does not have the device.
-    """
-    shared: dict[str, Any] = {
-        one.name: getattr(settings, one.name) for one in fields(TaskSchedule) if hasattr(settings, one.name)
-    }
-    specs = TaskSpecs(settings.tasks, settings.train, settings.test, settings.scenario, settings.seed)
-    learner = build_learner(settings.method, settings.method_settings, settings.seed)
-    if start and start.tokenizer is not None:
-        specs = replace(specs, tokenizer=start.tokenizer, seq_len=settings.seq_len)
-        shared["objective"] = NEXT_TOKEN
-    elif start:
-        specs = replace(specs, shape=image_shape(start), normalised=start.origin.normalised_images)
-    schedule, device = TaskSchedule(**shared), choose_device(settings.device)
-    return LearnInputs(specs, settings.model, settings.classes, learner, schedule, device, start)
-
-
-def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
-    """Return a learner; a method with a seed gets the run's, unless it was given its own.
-
-    Args:
-        method: The method's name.
-        settings: Its settings that differ from the defaults.
-        seed: The seed of the run.
-
-    Raises:
-        ValueError: If there is no such method, or a setting of it is wrong.
-    """
-    entry = find_method(MethodKind.CONTINUAL, method)
-    has_seed = any(one.name == "seed" for one in fields(entry.settings))
-    learner: Learner[Any] = entry.made(method, {**({"seed": seed} if has_seed else {}), **settings})
-    return learner
 
 
 def run(
@@ -116,6 +56,7 @@ def run(
     *,
     code: str = "",
     track: str = "",
+    ranks: ProcessRank = SINGLE,
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Learn a sequence of tasks and write a run folder; an interrupted run is resumed.
@@ -127,6 +68,7 @@ def run(
         code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
             recorded name is never imported.
         track: The name of a tracker that gets every measurement, too; empty: none.
+        ranks: The processes that train together; this one is rank 0, and the others call ``share_learning.share``.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -140,21 +82,23 @@ def run(
         "settings": record_settings(settings),
         "defaults": _defaults(settings.method, settings.method_settings),
     }
+    check_same_settings(ranks, settings)
     if RunFolder.check(out, **identity) and (begun := RunFolder.open_unfinished(out)):
         check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
     start = load_start(settings.model, settings.tasks, settings.input, code=code, progress=progress)
     inputs = read_inputs(settings, start)
     tasks = read_tasks(inputs.tasks)
     if start is None:
-        origin_of_small(inputs.model, input_shape(tasks[0].train), _count_outputs(inputs, tasks))
+        origin_of_small(inputs.model, input_shape(tasks[0].train), count_outputs(inputs, tasks))
     elif start.tokenizer is None:
-        check_outputs(start, tasks[0], _count_outputs(inputs, tasks))
+        check_outputs(start, tasks[0], count_outputs(inputs, tasks))
     words = (*(("--code", code) if code else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         if start:
             start_from(folder, settings.model, start, undo=settings.undo)
             folder.update(notes=list(start.notes) or None, **record_input(start))
-        return _learn(folder, inputs, tasks, progress, write_page)
+        announce_run(ranks, settings, folder.path, settings.tasks)
+        return _learn(folder, inputs, tasks, progress, write_page, ranks)
 
 
 def extend(
@@ -166,6 +110,7 @@ def extend(
     total: int | None = None,
     code: str = "",
     track: str = "",
+    ranks: ProcessRank = SINGLE,
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Train the network of a run on further tasks, possibly much later and in another process.
@@ -181,6 +126,7 @@ def extend(
         code: As for :func:`run`; also for a network that was named as ``pkg.mod:fn``.
         without_old: Whether data of finished tasks may be missing; the network is then not evaluated on these.
         track: The name of a tracker that gets every measurement, too; empty: none.
+        ranks: The processes that train together; this one is rank 0, and the others call ``share_learning.share``.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -204,16 +150,16 @@ def extend(
                 f"{out} has learned {', '.join(more)} by this very command; to learn the same once more, add "
                 f"--total {len(was.tasks) + len(more)}"
             )
+        announce_end(ranks)
         return folder
     settings = replace(was, tasks=(*was.tasks, *added))
     # Defaults of this version may differ from those with which the run was begun.
     recorded = run_record.get("defaults", {})
     start = load_start(was.model, was.tasks, was.input, run=folder.path, code=code, progress=progress)
-    inputs = read_inputs(replace(settings, method_settings={**recorded, **was.method_settings}), start)
+    effective = replace(settings, method_settings={**recorded, **was.method_settings})
+    inputs, recorded_tasks = read_inputs(effective, start), run_record.get("sequence") if without_old else None
     try:
-        old = read_tasks(
-            replace(inputs.tasks, sequences=was.tasks), run_record.get("sequence") if without_old else None
-        )
+        old = read_tasks(replace(inputs.tasks, sequences=was.tasks), recorded_tasks)
     except MissingError as error:
         if without_old:
             raise SourceError(f"{error}; this run did not note what its tasks were like") from None
@@ -234,12 +180,13 @@ def extend(
             finished=None,
             extension=list(more) or None,
         )
-        return _learn(reopened, inputs, tasks, progress, write_page)
+        announce_run(ranks, effective, reopened.path, was.tasks, recorded_tasks)
+        return _learn(reopened, inputs, tasks, progress, write_page, ranks)
 
 
 def _check_outputs(inputs: LearnInputs, old: Sequence[Task], tasks: Sequence[Task], run: str) -> None:
     """Raise ValueError unless the network of a run has an output for each class of its old and new tasks."""
-    outputs, wanted = _count_outputs(inputs, old), _count_outputs(inputs, tasks)
+    outputs, wanted = count_outputs(inputs, old), count_outputs(inputs, tasks)
     if inputs.start and inputs.start.tokenizer is None:
         check_outputs(inputs.start, tasks[0], wanted)
     elif wanted > outputs:
@@ -272,15 +219,23 @@ def _added(last: object, tasks: tuple[str, ...], more: tuple[str, ...], total: i
 
 
 def _learn(
-    folder: RunFolder, inputs: LearnInputs, tasks: Sequence[Task], progress: Progress, write_page: WritePage | None
+    folder: RunFolder,
+    inputs: LearnInputs,
+    tasks: Sequence[Task],
+    progress: Progress,
+    write_page: WritePage | None,
+    ranks: ProcessRank,
 ) -> RunFolder:
-    start, learner = time.perf_counter(), inputs.learner
-    model, origin = _build_network(inputs, tasks)
-    axes = _trace(inputs, model, tasks)
+    start, learner, parallel = time.perf_counter(), inputs.learner, Parallel(ranks, by_rows=True)
+    model, origin = build_network(inputs, tasks)
+    axes = trace_network(inputs, model, tasks)
+    check_same_tasks(ranks, model, tasks)
     folder.update(sequence=record_tasks(inputs.tasks.sequences, tasks))
     state, place = TrainState(learner.state), folder.path / CHECKPOINT
-    if folder.resumed and place.is_file():
-        model, axes, state = read_checkpoint(place, model, axes, learner.state, read_history(folder))
+    history = read_history(folder) if folder.resumed and place.is_file() else None
+    broadcast_start(ranks, history, place)
+    if history:
+        model, axes, state = read_checkpoint(place, model, axes, learner.state, history)
     folder.own_ledger.truncate(len(state.plans))
     record = LearningRecord(folder, tasks, len(folder.own_ledger))
 
@@ -289,11 +244,7 @@ def _learn(
         write_checkpoint(place, context.model, now, logged=record.events)
 
     record.write(state)  # version 0.1 stores before it logs
-    if len(state.before) < len(tasks):
-        # Tasks have been added since: what an untrained network knows of them is measured again.
-        row = untrained_accuracies(_build_network(inputs, tasks)[0], tasks, inputs.schedule)
-        state = replace(state, before=state.before + row[len(state.before) :])
-    fitted = learn(model, axes, tasks, learner, inputs.schedule, state=state, checkpoint=keep, progress=progress)
+    fitted = train_tasks(inputs, tasks, model, axes, state, parallel, checkpoint=keep, progress=progress)
     plain = clone_model(fitted.model)
     write_replacements(learner, fitted.state.learner, Context(plain, fitted.axes, tasks[-1], len(tasks) - 1))
     if inputs.start:
@@ -305,27 +256,6 @@ def _learn(
     folder.log("matrix", tasks=[task.name for task in tasks], **accuracy_matrix(fitted.state).record())
     seconds = {"learn": round(time.perf_counter() - start, 3)}
     return folder.finish(write_page, seconds=seconds, stage=describe_stage(folder))
-
-
-def _build_network(inputs: LearnInputs, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:
-    """Return the network before the run, new or with its weights, and the record of how it was built."""
-    if inputs.start:
-        return clone_model(inputs.start.model).to(inputs.device), inputs.start.origin
-    model, origin = small(inputs.model, input_shape(tasks[0].train), _count_outputs(inputs, tasks), inputs.tasks.seed)
-    return model.to(inputs.device), origin
-
-
-def _trace(inputs: LearnInputs, model: nn.Module, tasks: Sequence[Task]) -> AxisGraph:
-    """Return the axes of the network; none for a loaded network whose method needs none."""
-    if inputs.start is None:
-        return trace(model, moved(first_examples(tasks[0].train, 2).inputs, inputs.device))
-    args, kwargs = moved((inputs.start.example.args, dict(inputs.start.example.kwargs)), inputs.device)
-    return trace(model, *args, **kwargs) if inputs.learner.uses_axes else NO_AXES
-
-
-def _count_outputs(inputs: LearnInputs, tasks: Sequence[Task]) -> int:
-    """Return the number of outputs of the network: the classes of all tasks, or as many as are asked for."""
-    return max(inputs.classes, 1 + max((c for task in tasks for c in task.classes), default=0))
 
 
 def _defaults(method: str, settings: Mapping[str, object]) -> dict[str, Any]:

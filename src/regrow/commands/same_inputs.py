@@ -1,26 +1,27 @@
 """Checks that all processes of a run have the same settings, weights and data."""
 
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from regrow.commands.inputs import SourceHalves
 from regrow.distributed import ProcessRank
-from regrow.distributed.exchange import broadcast_record, everywhere
+from regrow.distributed.exchange import broadcast_record, checksum, everywhere
 from regrow.errors import InputError
 from regrow.settings.declaration import record_settings
 from regrow.sources import Source
 from regrow.store.statistics import fingerprint
 from regrow.streaming.weights import StoredWeights
+from regrow.tasks import Task, first_examples, first_tensor
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _PATHS = ("model", "run", "sources", "unseen", "input")
 """Settings that may name another folder on another host: what they lead to is compared."""
+EXAMPLES = 256
+"""How many examples of each part of a task are compared."""
 
 
 def check_same_settings(ranks: ProcessRank, settings: "DataclassInstance", memory: str = "") -> None:
@@ -54,31 +55,40 @@ def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredW
     """
     if not ranks.several:
         return
+    _check_weights(ranks, networks)
+    own = {source.name: fingerprint(source) for source in (*kinds.calibration, *kinds.evaluation)}
+    _check_data(ranks, own)
+
+
+def check_same_tasks(ranks: ProcessRank, model: nn.Module, tasks: Sequence[Task]) -> None:
+    """Raise InputError on every rank unless all have the same weights, and tasks that start with the same examples.
+
+    Args:
+        ranks: The processes.
+        model: The network.
+        tasks: The tasks.
+
+    Raises:
+        InputError: If they differ.
+    """
+    if ranks.several:
+        _check_weights(ranks, [model])
+        parts = ((task.name, first_examples(part, EXAMPLES)) for task in tasks for part in (task.train, task.test))
+        _check_data(ranks, {name: [checksum(first_tensor(one.inputs)), checksum(one.labels)] for name, one in parts})
+
+
+def _check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights]) -> None:
     sums = [checksum(tensor) for one in networks for tensor in _saved_tensors(one)]
     if not everywhere(ranks, broadcast_record(ranks, sums) == sums):
         raise InputError(
             "the processes have models of different weights; seed the function that builds it, or copy the same folder "
             "to all hosts"
         )
-    own = [[source.name, fingerprint(source)] for source in (*kinds.calibration, *kinds.evaluation)]
+
+
+def _check_data(ranks: ProcessRank, own: Mapping[str, object]) -> None:
     if not everywhere(ranks, broadcast_record(ranks, own) == own):
-        raise InputError(
-            f"the processes read different data for {', '.join(dict.fromkeys(name for name, _ in own))}; copy the same "
-            "files to all hosts"
-        )
-
-
-def checksum(tensor: Tensor) -> int:
-    """Return the CRC-32 of the bytes of a tensor.
-
-    Args:
-        tensor: The tensor.
-
-    >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
-    False
-    """
-    own = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(own.view(torch.uint8).numpy().data) if own.numel() else 0
+        raise InputError(f"the processes read different data for {', '.join(own)}; copy the same files to all hosts")
 
 
 def _saved_tensors(network: nn.Module | StoredWeights) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """Records (JSON) and tensors between ranks, in a fixed order; nothing is pickled."""
 
 import json
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,10 +127,20 @@ def broadcast_model(ranks: ProcessRank, model: nn.Module) -> None:
         ranks: The processes; the network has the same shapes on all of them.
         model: The network.
     """
+    broadcast_tensors(ranks, [*model.parameters(), *model.buffers()])
+
+
+def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
+    """Set tensors to those of rank 0, in place.
+
+    Args:
+        ranks: The processes.
+        tensors: The tensors, of the same shapes on all of them.
+    """
     if not ranks.several:
         return
     with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in tensors:
             here = tensor.detach().cpu().contiguous()
             if here.numel():
                 dist.broadcast(_as_bytes(here), 0)
@@ -160,6 +171,19 @@ def broadcast_file(ranks: ProcessRank, path: Path, place: Path) -> Path:
                 file.write(part.numpy().data)
             left -= size
     return target
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of the bytes of a tensor.
+
+    Args:
+        tensor: The tensor.
+
+    >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
+    False
+    """
+    own = tensor.detach().cpu().contiguous()
+    return zlib.crc32(_as_bytes(own).numpy().data) if own.numel() else 0
 
 
 def _encode(record: object, tensors: Sequence[Tensor]) -> list[Tensor]:

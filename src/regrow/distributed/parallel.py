@@ -1,18 +1,22 @@
-"""Training of one network by several ranks: each takes its share of a step's batches, and gradients are summed.
+"""Training of one network by several ranks: each takes its share of a step's data, and gradients are summed.
 
+The shares are batches, or the examples of each batch (``by_rows``).
 Either every rank holds the whole network (data parallel), or its parameters, gradients and optimizer state are sharded
 by block among the ranks (FSDP2, ``torch.distributed.fsdp.fully_shard``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from regrow.distributed.exchange import broadcast_record, checksum, everywhere
 from regrow.distributed.ranks import SINGLE, ProcessRank
+from regrow.errors import ResourceError
 
 T = TypeVar("T")
 BUCKET = 2**25
@@ -26,10 +30,13 @@ class Parallel:
     Args:
         ranks: The processes.
         fsdp: Whether parameters, gradients and optimizer state are sharded among them.
+        by_rows: Whether they share the examples of each batch (:func:`regrow.training.shared_rows.sharing_rows`), so
+            that every rank computes the whole loss, instead of the batches of a step.
     """
 
     ranks: ProcessRank = SINGLE
     fsdp: bool = False
+    by_rows: bool = False
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
         """Return the batches of this rank.
@@ -40,6 +47,8 @@ class Parallel:
         Raises:
             ValueError: If they cannot be dealt out evenly.
         """
+        if self.by_rows:
+            return batches
         if len(batches) % self.ranks.size:
             raise ValueError(
                 f"a step takes {len(batches)} batches, which {self.ranks.size} processes cannot share evenly; set "
@@ -55,17 +64,21 @@ class Parallel:
         """
         return many / self.ranks.size if self.fsdp else many  # FSDP takes the mean over ranks
 
-    def reduce(self, parameters: Mapping[str, nn.Parameter], loss: float) -> float:
+    def reduce(self, parameters: Sequence[Tensor], loss: float) -> float:
         """Sum the gradients of all ranks, in place, and return the mean loss of a step over all batches.
 
+        By rows, gradients are averaged, and the loss is returned as it is, since all ranks have the same.
+
         Args:
-            parameters: The parameters by name.
+            parameters: Everything that is trained, in the same order on all ranks.
             loss: The sum of this rank's losses, each divided by :meth:`divisor`.
         """
         if not self.ranks.several:
             return loss
         if not self.fsdp:
-            _sum_gradients([one for one in parameters.values() if one.requires_grad])
+            _sum_gradients([one for one in parameters if one.requires_grad], self.ranks.size if self.by_rows else 1)
+        if self.by_rows:
+            return loss
         total = torch.tensor(loss, dtype=torch.float64)
         dist.all_reduce(total)
         return float(total) / (self.ranks.size if self.fsdp else 1)
@@ -81,6 +94,22 @@ class Parallel:
             dist.broadcast(flag, 0)
             return bool(flag)
         return holds
+
+    def check_same(self, what: str, *data: object) -> None:
+        """Raise ResourceError on every rank unless all have the same data.
+
+        Args:
+            what: The name of the data, for the message.
+            *data: Tensors, and JSON data.
+        """
+        if not self.ranks.several:
+            return
+        own = zlib.crc32(repr([checksum(one) if isinstance(one, Tensor) else one for one in data]).encode())
+        if not everywhere(self.ranks, broadcast_record(self.ranks, own) == own):
+            raise ResourceError(
+                f"the processes have computed different {what} from the same data, as different kinds of CPU may; "
+                "start them on machines of one kind, with the same number of threads and version of torch"
+            )
 
     def values(self, function: Callable[[T], float], items: Sequence[T]) -> list[float]:
         """Return the value of each item, on all ranks; each rank computes its share.
@@ -114,8 +143,8 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum the gradients of all ranks, in place, many at a time; a parameter that no rank has one of stays without."""
+def _sum_gradients(parameters: Sequence[Tensor], divisor: int) -> None:
+    """Sum the gradients of all ranks over ``divisor``, in place; a parameter that no rank has one of stays without."""
     there = torch.tensor([one.grad is not None for one in parameters], dtype=torch.uint8)
     if len(there):
         dist.all_reduce(there, dist.ReduceOp.MAX)
@@ -131,6 +160,8 @@ def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         if following is None or following.dtype != one.dtype or sum(grad.nbytes for grad in bucket) > BUCKET:
             joined = torch.cat([grad.reshape(-1) for grad in bucket])
             dist.all_reduce(joined)
+            if divisor > 1:
+                joined /= divisor
             for grad, part in zip(bucket, joined.split([grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
             bucket = []

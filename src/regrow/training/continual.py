@@ -9,22 +9,25 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.axes import AxisGraph
 from regrow.data.datasets import fix_order
+from regrow.distributed import SINGLE, ProcessRank
+from regrow.distributed.parallel import ALONE, Parallel
 from regrow.evaluation.continual import Matrix, mean_score
 from regrow.objectives import CLASSIFICATION, Objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples, ExampleSet, Task, first_examples, run_network
+from regrow.tasks import Examples, ExampleSet, Task
 from regrow.training.fit import Around, Fitted, Observer, fit
 from regrow.training.gradients import NO_CONTEXT
 from regrow.training.learner import PLAIN, Context, Learner
 from regrow.training.optimizers import OptimizerSettings
 from regrow.training.schedule import NO_AXES, Phase, Schedule
+from regrow.training.shared_rows import sharing_rows
+from regrow.training.sizes import measure_sizes
 from regrow.training.state import TrainState, axis_tensors
 
 S = TypeVar("S")
@@ -105,6 +108,7 @@ def learn(
     around: Around = lambda state, context, step: NO_CONTEXT,
     log: Callable[..., None] = lambda kind, **row: None,
     progress: Progress = silent,
+    parallel: Parallel = ALONE,
 ) -> Fitted[S]:
     """Train a network on a sequence of tasks, and measure accuracy on all tasks after each one.
 
@@ -120,6 +124,7 @@ def learn(
         around: (learner's state, context, step) → a context manager inside which the step is taken.
         log: Receives the rows that the learner logs.
         progress: Called with (steps done, steps in all, what is being done).
+        parallel: The processes that share the examples of each batch; all of them call this function.
 
     Raises:
         ValueError: If the loss is not finite, or the learner needs class probabilities and the objective has none.
@@ -131,8 +136,8 @@ def learn(
         )
     state = state or TrainState(learner.state)
     if not state.before:
-        state = replace(state, before=untrained_accuracies(model, tasks, schedule))
-    phases = [_phase(tasks, number, learner, schedule) for number in range(len(tasks))]
+        state = replace(state, before=untrained_accuracies(model, tasks, schedule, parallel.ranks))
+    phases = [_phase(tasks, number, learner, schedule, parallel.ranks) for number in range(len(tasks))]
     return fit(
         model,
         axes,
@@ -142,10 +147,11 @@ def learn(
         state=state,
         undo=undo,
         checkpoint=checkpoint,
-        observe=_observer(tasks, learner, schedule),
+        observe=_observer(tasks, learner, schedule, parallel.ranks),
         around=around,
         log=log,
         progress=progress,
+        parallel=parallel,
     )
 
 
@@ -158,15 +164,19 @@ def accuracy_matrix(state: TrainState[S]) -> Matrix:
     return Matrix(state.rows, state.before)
 
 
-def untrained_accuracies(model: nn.Module, tasks: Sequence[Task], schedule: TaskSchedule) -> tuple[float, ...]:
+def untrained_accuracies(
+    model: nn.Module, tasks: Sequence[Task], schedule: TaskSchedule, ranks: ProcessRank = SINGLE
+) -> tuple[float, ...]:
     """Return the accuracy of an untrained network on the test examples of every task.
 
     Args:
         model: The network.
         tasks: All tasks.
         schedule: Gives the scenario.
+        ranks: The processes that share the examples.
     """
-    return accuracies(Context(model, NO_AXES, tasks[0]), tasks, PLAIN, PLAIN.state, schedule)
+    with sharing_rows(model, ranks):
+        return accuracies(Context(model, NO_AXES, tasks[0]), tasks, PLAIN, PLAIN.state, schedule)
 
 
 def accuracies(
@@ -204,7 +214,9 @@ def probed_tasks(number: int) -> list[int]:
     return sorted({round(i * number / (PROBED - 1)) for i in range(PROBED)})
 
 
-def _phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedule: TaskSchedule) -> Phase:
+def _phase(
+    tasks: Sequence[Task], number: int, learner: Learner[S], schedule: TaskSchedule, ranks: ProcessRank
+) -> Phase:
     task, share = tasks[number], learner.second_share
     if schedule.held_out or share:
         task = replace(task, train=fix_order(task.train))
@@ -232,7 +244,8 @@ def _phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedule: Ta
 
     def validate(state: S, context: Context) -> float:
         there = replace(context, answered=number)
-        with torch.no_grad(), parametrize(context.model, learner.parametrize(state, there).values):
+        values = learner.parametrize(state, there).values
+        with torch.no_grad(), parametrize(context.model, values), sharing_rows(context.model, ranks):
             return mean_score(context.model, held_out or task.test, schedule.objective, classes)
 
     objective, patience = schedule.objective, schedule.patience
@@ -269,14 +282,15 @@ def _choice(schedule: TaskSchedule, tasks: Sequence[Task], after: int, answered:
     return torch.tensor([c in seen for c in range(every)])
 
 
-def _observer(tasks: Sequence[Task], learner: Learner[S], schedule: TaskSchedule) -> Observer[S]:
+def _observer(tasks: Sequence[Task], learner: Learner[S], schedule: TaskSchedule, ranks: ProcessRank) -> Observer[S]:
     start = perf_counter()
 
     def before_plan(state: S, context: Context) -> tuple[list[float], Tensor]:
-        return _probe(tasks, learner, state, schedule, context)
+        with sharing_rows(context.model, ranks):
+            return _probe(tasks, learner, state, schedule, context)
 
     def after_plan(state: S, context: Context, plan: Plan, before: tuple[list[float], Tensor]) -> dict[str, Any]:
-        probed, after = probed_tasks(context.number), _probe(tasks, learner, state, schedule, context)
+        probed, after = probed_tasks(context.number), before_plan(state, context)
         changes = plan.changes.items()
         return {
             "grown": {key: change.grow for key, change in changes if change.grow},
@@ -295,8 +309,9 @@ def _observer(tasks: Sequence[Task], learner: Learner[S], schedule: TaskSchedule
 
     def task_end(state: S, context: Context) -> tuple[tuple[float, ...], dict[str, Any]]:
         nonlocal start
-        row = accuracies(context, tasks, learner, state, schedule)
-        sizes = _sizes(context, axis_tensors(state)) | {"seconds": round(perf_counter() - start, 2)}
+        with sharing_rows(context.model, ranks):
+            row = accuracies(context, tasks, learner, state, schedule)
+        sizes = measure_sizes(context, axis_tensors(state)) | {"seconds": round(perf_counter() - start, 2)}
         start = perf_counter()
         return row, sizes
 
@@ -322,20 +337,3 @@ def _probe(
             return accuracies, context.logits(inputs).nan_to_num(neginf=0.0)
     finally:
         model.train(was)
-
-
-def _sizes(context: Context, tensors: Any) -> dict[str, Any]:
-    parameters, was = context.parameters(), context.model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run_network(context.model.eval(), first_examples(context.task.train, 1).inputs)
-    context.model.train(was)
-    held = [one.values for one in tensors.values()]
-    return {
-        "task": context.number,
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "nonzero": sum(int(p.count_nonzero()) for p in parameters.values()),
-        "macs": counter.get_total_flops() // 2,  # of one example
-        # Bytes of masks, memories and factors; a mask takes a bit per entry.
-        "remembered": sum(-(-x.numel() // 8) if x.dtype == torch.bool else x.numel() * x.itemsize for x in held),
-        "widths": {axis.key: axis.size for axis in context.axes.units()},
-    }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
+from regrow.distributed.exchange import broadcast_tensors
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -204,6 +205,7 @@ def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Con
             with defer_interrupts() as deferral:
                 _fit_epoch(latest, new, deferral)
             own = learner.boundary(latest.own, context, Boundary(Event.EPOCH_END))
+            _check_ranks(run, context, own)
         except KeyboardInterrupt:
             if run.seconds is not None and not run.parallel.fsdp:  # other ranks have stopped anywhere
                 latest.write()
@@ -244,6 +246,7 @@ def _apply_plans(
     while True:
         plan, own = run.learner.plan(state.learner, context)
         state = replace(state, learner=own)
+        run.parallel.check_same("changes of shape", plan and plan.to_json())
         if plan is None:
             break
         measured, marked, axes = run.observe.before_plan(own, context), mark_entries(context), context.axes
@@ -255,6 +258,14 @@ def _apply_plans(
         new = new_entries(marked, axes, plan) if grew else {}
     optimizers.collect(context.parameters(), axis_tensors(state.learner))
     return replace(context, applied=0), state, new
+
+
+def _check_ranks(run: _Run[S], context: Context, state: S) -> None:
+    """Give all ranks that share examples the buffers of rank 0; raise ResourceError if other weights differ."""
+    if run.parallel.by_rows:
+        broadcast_tensors(run.parallel.ranks, [*context.model.buffers()])
+        own = [one.values for one in axis_tensors(state).values()]
+        run.parallel.check_same("weights", *context.parameters().values(), *own)
 
 
 def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fitted[S], list[Plan]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,8 @@ from regrow.distributed.parallel import ALONE, Parallel
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples
 from regrow.training.learner import Context, Learner, Loss, Step
+from regrow.training.shared_rows import sharing_rows
+from regrow.training.state import axis_tensors
 
 S = TypeVar("S")
 
@@ -39,7 +41,7 @@ def compute_gradients(
         batches: The batches, at least one; each has a method ``to(device)``.
         second: A batch of the second part of the training examples.
         precision: The precision in which losses are computed: ``float32`` or ``bfloat16``.
-        parallel: The processes that share the batches.
+        parallel: The processes that share the batches, or their examples.
 
     Returns:
         The step with the last batch of this process, its replacements and its ``aux``; and the mean loss.
@@ -54,13 +56,16 @@ def compute_gradients(
     for batch in parallel.share(batches):
         here, replaced = batch.to(device), learner.parametrize(state, context)
         step = Step(index, here, second, replaced)
-        if replaced.values:
-            with parametrize(context.model, replaced.values):
-                loss, mean = _run_backward(learner, state, context, step, autocast, many)
-        else:
+        with ExitStack() as stack:
+            if replaced.values:
+                stack.enter_context(parametrize(context.model, replaced.values))
+            if parallel.by_rows:
+                stack.enter_context(sharing_rows(context.model, parallel.ranks))
             loss, mean = _run_backward(learner, state, context, step, autocast, many)
         step, total = Step(index, here, second, replaced, loss.aux), total + mean.item()
-    total = parallel.reduce(context.parameters(), total) if parallel.ranks.several else total
+    if parallel.ranks.several:
+        trained = [*context.parameters().values(), *(one.values for one in axis_tensors(state).values() if one.lr)]
+        total = parallel.reduce(trained, total)
     if not math.isfinite(total):
         raise ValueError(
             f"the loss is {total} in {context.task.name}, epoch {context.epoch + 1}: use a smaller learning rate (lr), "

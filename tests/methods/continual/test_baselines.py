@@ -7,7 +7,8 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import regrow
-from regrow.commands.learn import Settings, read_inputs, run
+from regrow.commands.learn import Settings, run
+from regrow.commands.learn_inputs import read_inputs
 from regrow.commands.task_sequences import read_tasks
 from regrow.data.streams import digits_task, fewer, permuted_tasks, split
 from regrow.evaluation.continual import share_right

@@ -1,0 +1,133 @@
+"""Forward passes that ranks share by the examples of a batch: each runs the network on some, and gets all logits."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from regrow.distributed import ProcessRank
+from regrow.distributed.batch_norm import SynchronisedBatchNorm
+from regrow.errors import InputError
+from regrow.sources import device_of, logits_in
+from regrow.tasks import first_tensor
+
+
+@contextmanager
+def sharing_rows(model: nn.Module, ranks: ProcessRank) -> Iterator[None]:
+    """Context manager in which each rank runs the network on its examples of a batch, and gets the logits of all.
+
+    A loss of these logits is that of a single process, whatever it adds to them: the mean over ranks of its gradients
+    is the gradient. Batches of fewer examples than there are ranks run whole on each. BatchNorm takes its statistics
+    from all examples; Dropout draws anew on each rank, and random draws outside the network are the same on all.
+
+    Args:
+        model: The network; all ranks run it equally often, on the same batches.
+        ranks: The processes.
+    """
+    if not ranks.several:
+        yield
+        return
+    norms = SynchronisedBatchNorm(active=False)
+    shared = _SharedForward(ranks, norms)
+    handles = (
+        model.register_forward_pre_hook(shared.select, with_kwargs=True),
+        model.register_forward_hook(shared.gather),
+    )
+    try:
+        with norms:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _SharedForward:
+    """The hooks before and after a forward pass.
+
+    Args:
+        ranks: The processes.
+        norms: Says whether BatchNorm takes its statistics from all ranks.
+    """
+
+    def __init__(self, ranks: ProcessRank, norms: SynchronisedBatchNorm) -> None:
+        self.ranks, self.norms = ranks, norms
+        self.bounds: list[int] = []
+        self.random: _RankRandomness | None = None
+
+    def select(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        many, size = len(first_tensor([*args, *kwargs.values()])), self.ranks.size
+        self.norms.active = many >= size
+        if not self.norms.active:
+            return None
+        self.bounds = [many * rank // size for rank in range(size + 1)]
+        rows = slice(*self.bounds[self.ranks.rank : self.ranks.rank + 2])
+        self.random = _RankRandomness(self.ranks.rank, device_of(model)) if model.training else None
+        return tuple(_select(one, many, rows) for one in args), {
+            name: _select(one, many, rows) for name, one in kwargs.items()
+        }
+
+    def gather(self, model: nn.Module, args: Any, output: Any) -> Any:
+        if not self.norms.active:
+            return output
+        if self.random:
+            self.random.restore()
+        logits = logits_in(output)
+        own = self.bounds[self.ranks.rank + 1] - self.bounds[self.ranks.rank]
+        if logits.shape[:1] != (own,):
+            raise InputError(
+                f"the network returned outputs of shape {list(logits.shape)} for {own} examples, which several "
+                "processes cannot put together; start it without torchrun"
+            )
+        return _GatheredRows.apply(logits, self.bounds, self.ranks)
+
+
+class _RankRandomness:
+    """Random draws of a rank's own inside the network; afterwards the generator is in the same state on all ranks."""
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self.device, generator = device, torch.default_generator
+        self.before = generator.get_state()
+        seed = int(torch.randint(2**62, ())) + rank
+        self.after = generator.get_state()
+        generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        self.seeded = generator.get_state()
+
+    def restore(self) -> None:
+        """Set the generator to its state before the pass if that drew nothing, as in a single process."""
+        unused = self.device.type == "cpu" and torch.equal(torch.default_generator.get_state(), self.seeded)
+        torch.default_generator.set_state(self.before if unused else self.after)
+
+
+class _GatheredRows(torch.autograd.Function):
+    """The rows of all ranks; the gradient of own rows counts ``size`` times, so that the mean over ranks is right."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, bounds: Sequence[int], ranks: ProcessRank) -> Tensor:
+        ctx.bounds, ctx.ranks = bounds, ranks
+        sizes = [end - start for start, end in pairwise(bounds)]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather([_as_bytes(one) for one in parts], _as_bytes(padded))
+        return torch.cat([part[:many] for part, many in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        start, end = ctx.bounds[ctx.ranks.rank : ctx.ranks.rank + 2]
+        return gradient[start:end] * ctx.ranks.size, None, None
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _select(value: Any, many: int, rows: slice) -> Any:
+    return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (many,) else value

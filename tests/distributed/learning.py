@@ -1,0 +1,83 @@
+"""Train a small network on two tasks by a method of continual learning, in this process or several."""
+
+import dataclasses
+import json
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from regrow import trace
+from regrow.commands.learn_inputs import build_learner
+from regrow.distributed import read_ranks
+from regrow.distributed.parallel import Parallel
+from regrow.tasks import Examples, Task
+from regrow.training.continual import TaskSchedule, learn
+
+METHODS = {
+    "naive": {},
+    "replay": {"memory": 30, "logit_weight": 0.5},
+    "ewc": {"samples": 20},
+    "lwf": {},
+    "wsn": {},
+    "sparsegrow": {"grow": "always", "memory": 20, "width": 0.5, "multiple": 1, "cap": 3.0},
+}
+
+
+class Net(nn.Module):
+    """Convolutions with BatchNorm, and two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)
+        self.first, self.second = nn.Linear(6 * 16, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x)))
+        return self.second(F.relu(self.first(x.flatten(1))))
+
+
+def train(method, ranks):
+    """Return losses per step, scores per task, sums of parameters, and plans."""
+    torch.manual_seed(0)
+    net = Net().double()
+    x, y = torch.randn(2, 47, 1, 6, 6).double(), torch.randint(0, 2, (2, 47))
+    parts = slice(37), slice(37, 47)
+    tasks = [
+        Task(f"t{i}", *(Examples(x[i, part], y[i, part] + 2 * i) for part in parts), (2 * i, 2 * i + 1))
+        for i in range(2)
+    ]
+    learner, losses = build_learner(method, METHODS[method], 0), []
+    inner = learner.loss
+
+    def loss(state, context, step):
+        result = inner(state, context, step)
+        losses.append(float(result.value.detach()))
+        return result
+
+    schedule = TaskSchedule("class", epochs=2, batch_size=8, lr=0.05)
+    result = learn(
+        net,
+        trace(net, x[0, :2]),
+        tasks,
+        dataclasses.replace(learner, loss=loss),
+        schedule,
+        parallel=Parallel(ranks, by_rows=True),
+    )
+    return {
+        "losses": losses,
+        "rows": result.state.rows,
+        "sums": [float(one.detach().double().sum()) for one in net.state_dict().values()],
+        "plans": [plan.to_json() for plan in result.state.plans],
+    }
+
+
+if __name__ == "__main__":
+    ranks = read_ranks()
+    from regrow.distributed.group import connected
+
+    with connected(ranks, lambda line: sys.stderr.write(line)):
+        results = {method: train(method, ranks) for method in sys.argv[1:] or METHODS}
+        if ranks.leads:
+            sys.stdout.write(json.dumps(results))

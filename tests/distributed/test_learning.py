@@ -1,0 +1,65 @@
+"""``regrow learn`` in several processes: the losses, plans and scores of a single one, whichever rank is killed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distributed import learning
+from distributed.processes import finish, free_port, start
+from regrow.distributed import SINGLE
+
+WORDS = ("learn", "permuted:digits:2", "--method", "sparsegrow", "--train", "150", "--test", "60", "--epochs", "2")
+GROWTH = ("--set", "grow=always", "--set", "width=0.5", "--set", "multiple=1", "--set", "cap=3", "--batch-size", "32")
+KILLED = """
+import os, signal, sys
+from regrow.cli import code_of
+from regrow.distributed import watch
+from regrow.training import fit
+port, *words = sys.argv[1:]
+if code_of([*words, "--out", "two"]):
+    sys.exit(1)
+os.environ["MASTER_PORT"] = port
+watch.SILENCE = 3.0
+epochs, broadcast = [], fit.broadcast_tensors
+
+def kill(*given):
+    epochs.append(0)
+    if len(epochs) == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    broadcast(*given)
+
+fit.broadcast_tensors = kill
+sys.exit(code_of([*words, "--out", "killed"]))
+"""
+
+
+def test_two_ranks_have_losses_plans_and_scores_of_one():
+    ((said, errors, code), (_, complaints, other)) = finish(start(learning.__file__))
+    assert (code, other) == (0, 0), errors + complaints
+    two = json.loads(said)
+    for method in learning.METHODS:
+        one = json.loads(json.dumps(learning.train(method, SINGLE)))
+        assert one["losses"] == pytest.approx(two[method]["losses"], rel=1e-10), method
+        assert one["sums"] == pytest.approx(two[method]["sums"], rel=1e-10), method
+        assert (one["rows"], one["plans"]) == (two[method]["rows"], two[method]["plans"]), method
+    assert one["plans"]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_both_and_the_resumed_run_is_that_of_undisturbed_ones(regrow, tmp_path):
+    killed = finish(start("-c", KILLED, str(free_port()), *WORDS, *GROWTH, cwd=tmp_path))
+    assert [code for _, _, code in killed] == [4, -9]
+    assert "rank 1 of 2 has ended" in killed[0][1]
+    assert not (tmp_path / "killed").exists() or not (tmp_path / "killed" / "model.safetensors").exists()
+    assert regrow(*WORDS, *GROWTH, "--out", "one")[0] == 0
+    resumed = finish(start("-m", "regrow", *WORDS, *GROWTH, "--out", "killed", cwd=tmp_path))
+    assert [code for _, _, code in resumed] == [0, 0], resumed
+    for name in ("ledger.json", "model.safetensors", "shapes.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert (tmp_path / "one" / "ledger.json").read_bytes() == (tmp_path / "two" / "ledger.json").read_bytes()
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6) for name in one)
+    rows = [json.loads((tmp_path / out / "metrics.jsonl").read_text().splitlines()[-1]) for out in ("one", "two")]
+    assert rows[0] == rows[1] and rows[0]["what"] == "matrix"
