@@ -158,16 +158,7 @@ def extend(
     start = load_start(was.model, was.tasks, was.input, run=folder.path, code=code, progress=progress)
     effective = replace(settings, method_settings={**recorded, **was.method_settings})
     inputs, recorded_tasks = read_inputs(effective, start), run_record.get("sequence") if without_old else None
-    try:
-        old = read_tasks(replace(inputs.tasks, sequences=was.tasks), recorded_tasks)
-    except MissingError as error:
-        if without_old:
-            raise SourceError(f"{error}; this run did not note what its tasks were like") from None
-        raise MissingError(f"{error}; with --without-old, tasks that are over need no data any more") from None
-    if late := [task.name for task in old[count_tasks(folder.path / CHECKPOINT) :] if task.gone]:
-        raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
-    if inputs.learner.trains_on_past and (gone := [task.name for task in old if task.gone]):
-        raise SourceError(f"{was.method} learns from all examples, and those of {', '.join(gone)} are not there")
+    old = _read_old_tasks(inputs, was, folder, recorded_tasks, without_old)
     tasks = fit_tasks([*old, *(task for spec in added for task in read_sequence(spec, inputs.tasks))], inputs.tasks)
     _check_outputs(inputs, old, tasks, str(out))
     with tracking(RunFolder.reopen(out), track) as reopened:
@@ -182,6 +173,23 @@ def extend(
         )
         announce_run(ranks, effective, reopened.path, was.tasks, recorded_tasks)
         return _learn(reopened, inputs, tasks, progress, write_page, ranks)
+
+
+def _read_old_tasks(
+    inputs: LearnInputs, was: Settings, folder: RunFolder, recorded: object, without_old: bool
+) -> list[Task]:
+    """Return the tasks that a run has had, without data where these may be missing."""
+    try:
+        old = read_tasks(replace(inputs.tasks, sequences=was.tasks), recorded)
+    except MissingError as error:
+        if without_old:
+            raise SourceError(f"{error}; this run did not note what its tasks were like") from None
+        raise MissingError(f"{error}; with --without-old, tasks that are over need no data any more") from None
+    if late := [task.name for task in old[count_tasks(folder.path / CHECKPOINT) :] if task.gone]:
+        raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
+    if inputs.learner.trains_on_past and (gone := [task.name for task in old if task.gone]):
+        raise SourceError(f"{was.method} learns from all examples, and those of {', '.join(gone)} are not there")
+    return old
 
 
 def _check_outputs(inputs: LearnInputs, old: Sequence[Task], tasks: Sequence[Task], run: str) -> None:
