@@ -6,12 +6,15 @@
     python benchmarks/peer_times.py --show           the table in Markdown
 
 Both tools cut half of everything they can, as peers.py does it, in turns, each in a process of its own that is forked
-when everything is imported and the network built. There it cuts a copy, and then another copy: the first cut of a
-process pays for what a library sets up when it is first used, the second does not (but regrow forgets the forms of
-results that it remembers). The table compares medians, of first cuts and of second ones. The sample is every k-th
-network, by name, of those that the tool cuts such that they run (results/peers.jsonl). optipfair removes neurons of
-gated MLPs and nothing else; it traces nothing. How many of the cuts are wrong is in results/peers.jsonl, too: those
-that compute something else than the masked network.
+when everything is imported and the network built. There it runs a copy once and cuts it, and then another copy: the
+first cut of a process pays for what a library sets up when it is first used, the second does not (but regrow forgets
+the forms of results that it remembers). The table compares medians, of first cuts and of second ones. The sample is
+every k-th network, by name, of those that the tool cuts such that they run (results/peers.jsonl). A network that takes
+long has fewer rounds. optipfair removes neurons of gated MLPs and nothing else; it traces nothing. How many of the cuts
+are wrong is in results/peers.jsonl, too: those that compute something else than the masked network.
+
+Two floors are measured in the same turns: ``torch.export`` alone, which records the network once, and one recording by
+regrow alone, of which a trace takes at least two (the network and its trial cut) and a cut one (the cut network).
 """
 
 import argparse
@@ -20,6 +23,7 @@ import gc
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -46,12 +50,15 @@ from regrow.nets import replace_attention
 from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.tracing import trace
+from regrow.tracing.capture import capture, example_of
 from regrow.tracing.form_cache import forget_results
 
 OUT = Path("benchmarks/results/peer_times.jsonl")
 TOOLS = {"1.6.1": "torch-pruning==1.6.1", "1.5.2": "torch-pruning==1.5.2", "optipfair": "optipfair==0.4.2"}
 GATED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "granite", "smollm3", "stablelm"]
 DOUBLE = " in float64"
+ROUND = 8
+"""CPU seconds of a round behind which no other follows."""
 FORK = multiprocessing.get_context("fork")
 
 Network = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -61,6 +68,7 @@ def ours(net: Network) -> float:
     """CPU seconds in which regrow traces a network and cuts half of what it cuts exactly."""
     model, args, kwargs = net
     forget_results()
+    peer.answers(model, args, kwargs)
     start = time.process_time()
     axes = trace(model, *args, **kwargs)
     apply(model, axes, peers.halved(model, axes))
@@ -92,6 +100,29 @@ def optipfair(net: Network) -> float:
     return seconds
 
 
+def exporting(net: Network) -> float:
+    """CPU seconds in which torch.export records a network once; not a number where it refuses."""
+    model, args, kwargs = net
+    peer.answers(model, args, kwargs)
+    example = example_of(model, args, kwargs)
+    start = time.process_time()
+    try:
+        torch.export.export(model, example.args, dict(example.kwargs), strict=False)
+    except Exception:
+        return math.nan
+    return time.process_time() - start
+
+
+def recording(net: Network) -> float:
+    """CPU seconds in which regrow records a network once."""
+    model, args, kwargs = net
+    forget_results()
+    peer.answers(model, args, kwargs)
+    start = time.process_time()
+    capture(model, example_of(model, args, kwargs))
+    return time.process_time() - start
+
+
 def turns(tool: str, key: str, rounds: int, seconds: int) -> apart.Row:
     """Let both cut copies of a network in turns."""
     theirs: Callable[[Network], float] = optipfair if tool == "optipfair" else torch_pruning
@@ -100,14 +131,17 @@ def turns(tool: str, key: str, rounds: int, seconds: int) -> apart.Row:
         double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
         model, args, kwargs = model.double(), tree_map(double, args), tree_map(double, kwargs)
     plain = model if key.startswith("transformers/") else replace_attention(copy.deepcopy(model))
-    row: apart.Row = {"key": f"{tool} {key}", "regrow": [], "peer": []}
-    sides = {"regrow": (ours, (plain, args, kwargs)), "peer": (theirs, (model, args, kwargs))}
+    row: apart.Row = {"key": f"{tool} {key}", "regrow": [], "peer": [], "export": [], "recording": []}
+    cuts = {"regrow": (ours, (plain, args, kwargs)), "peer": (theirs, (model, args, kwargs))}
+    floors = {"recording": (recording, (plain, args, kwargs)), "export": (exporting, (plain, args, kwargs))}
     for i in range(rounds):
-        for side in ("regrow", "peer") if i % 2 else ("peer", "regrow"):
-            said = forked(*sides[side], seconds)
+        for side, (cut, net) in (*sorted(cuts.items(), reverse=bool(i % 2)), *floors.items()):
+            said = forked(cut, net, seconds)
             if isinstance(said, str):
                 return row | {"error": f"{side}: {said}"}
             row[side].append(said)
+        if sum(sum(row[side][0]) for side in row.keys() & {*cuts, *floors}) > ROUND:
+            break
     return row
 
 
@@ -166,10 +200,9 @@ def _is_cut(row: apart.Row) -> bool:
 
 def page(rows: dict[str, apart.Row], known: dict[str, apart.Row]) -> str:
     """Per tool and kind: medians over the networks, and of the ratios of each network's medians."""
-    head = (
-        "| peer | networks | of | regrow, first cut | peer | ratio | regrow, second cut | peer | ratio | wrong cuts |"
-    )
-    lines = [head, "|---" * 10 + "|"]
+    titles = ("peer", "networks", "of", "regrow, first cut", "peer", "ratio", "regrow, second cut", "peer", "ratio")
+    floors = ("one recording ÷ peer", "torch.export ÷ peer", "wrong cuts")
+    lines = [f"| {' | '.join((*titles, *floors))} |", "|---" * 12 + "|"]
     for tool in TOOLS:
         for kind, precision in product(KINDS, ("", DOUBLE)):
             every = {key: row for key, row in rows.items() if key.startswith(f"{tool} {kind}/") and "error" not in row}
@@ -182,10 +215,19 @@ def page(rows: dict[str, apart.Row], known: dict[str, apart.Row]) -> str:
                 ratios = sorted(a / b for a, b in pairs)
                 cells += [f"{median(side):.3f} s" for side in zip(*pairs, strict=True)]
                 cells.append(f"{median(ratios):.2f} × ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+            cells += [_floor(own, side) for side in ("recording", "export")]
             verdicts = [row[tool]["verdict"] for key, row in known.items() if key.startswith(kind) and _cut(row, tool)]
             cells.append(f"{sum(one != 'exact' for one in verdicts)} of {len(verdicts)}" if verdicts else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _floor(rows: list[apart.Row], side: str) -> str:
+    """Median of the ratios of a floor to the peer, of second turns; how many networks have one if not all."""
+    pairs = [[median(one[1] for one in row.get(key) or [[0, math.nan]]) for key in (side, "peer")] for row in rows]
+    ratios = [a / b for a, b in pairs if a == a]
+    few = "" if len(ratios) == len(rows) else f" (of {len(ratios)})"
+    return f"{median(ratios):.2f} ×{few}" if ratios else "refused"
 
 
 def _cut(row: apart.Row, tool: str) -> bool:

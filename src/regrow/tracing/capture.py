@@ -149,11 +149,11 @@ def _on_fake_data(model: nn.Module, example: Example, exported: bool | None = No
     if not exported:
         try:
             return _dry(model, example)
-        except _KeptError:
-            raise
-        except Exception:
-            if exported is not None:
+        except Exception as error:
+            if exported is not None or isinstance(error, _KeptError):
                 raise
+            if isinstance(error.__context__, DynamicOutputShapeException):
+                raise error.__context__ from None  # as torch.export would, for the same reason
     return _exported(model, example)
 
 

@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import _lru_cache_wrapper, partial
+from functools import _lru_cache_wrapper, lru_cache, partial
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -301,11 +301,11 @@ def _attributes(kind: type) -> dict[str, Any]:
     return {name: value for name, value in vars(kind).items() if not name.startswith("__")}
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for one in code.co_consts:
-        if isinstance(one, CodeType):
-            yield from _names(one)
+@lru_cache(maxsize=20_000)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """Return the global names that code may read, inner functions included."""
+    inner = (_names(one) for one in code.co_consts if isinstance(one, CodeType))
+    return tuple(dict.fromkeys(name for names in (code.co_names, *inner) for name in names))
 
 
 _UNSET = object()

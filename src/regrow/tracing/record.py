@@ -10,7 +10,7 @@ That a cut network does the same as the masked one follows by induction over the
 were the same, the tensors that the next is based on are the same, and so is its result.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import getitem
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.axes import Decision
+from regrow.tracing.constant_results import ConstantResults
 from regrow.tracing.decisions import DivergedError, compared_operands, decision, outputs
 from regrow.tracing.fixed_results import ORDERS, cast_answer, is_floating, reorder
 from regrow.tracing.form_cache import remember_result
@@ -35,6 +36,7 @@ from regrow.tracing.interception import SpellOut, follow_modules
 from regrow.tracing.model_state import describe_state
 from regrow.tracing.repeated_calls import RepeatedCalls
 from regrow.tracing.source_lines import LINE, line_here
+from regrow.tracing.tensor_map import TensorMap
 
 
 @dataclass
@@ -137,8 +139,8 @@ class _Recorder(ProxyTorchDispatchMode):
         self.seen, self.running, self.real = seen, running, fake is None
         self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
         self.answers, self.orders = iter(answers), iter(orders)
-        self.nodes = WeakTensorKeyDictionary()
-        self.plain: dict[Node, Tensor] = {}
+        self.nodes: MutableMapping[Tensor, Node] = WeakTensorKeyDictionary() if self.real else TensorMap()
+        self.plain = ConstantResults()
         self.labels: dict[Any, str] = {}
         self.compared: list[Tensor] = []
         self.calls: list[Node] = []
@@ -177,21 +179,23 @@ class _Recorder(ProxyTorchDispatchMode):
         if func in _PICKS:
             args = (args[0], [one for index in args[1] for one in self._positions(index)], *args[2:])
         nodes, named = map_arguments((args, kwargs), Tensor, self._node)
-        plain = self._plainly(func, nodes, named)
+        plain = self.plain.holds(func, nodes, named)
         try:
             form = self._form(func, *map_arguments((nodes, named), Node, _val))
         except _DATA_DECIDE:
-            if plain is None:
+            if not plain:
                 return self._decided(func, args, kwargs)
-            return tree_map_only(Tensor, self._constant, plain)  # made of constants: no data decide it
-        if plain is None and func._schema.is_mutable:
-            self._overwritten([x for x in tree_leaves((nodes, named)) if x in self.plain])
+            return tree_map_only(Tensor, self._constant, self.plain.run(func, nodes, named))  # no data decide it
+        if not plain and func._schema.is_mutable:
+            self.plain.forget(nodes, named)
         node = self._write(func, nodes, named, form)
         self._keep_judged(node, args, kwargs)
         out = func(*args, **kwargs) if self.real else form
         if self.real and func in ORDERS:
             given = {**dict(zip((one.name for one in func._schema.arguments), args, strict=False)), **kwargs}
             out = reorder(args[0], given.get("dim", -1), out, next(self.orders, None))
+        if plain:
+            self.plain.add_call(node, func, nodes, named)
         self._name(node, out, form, plain)
         return out
 
@@ -208,21 +212,6 @@ class _Recorder(ProxyTorchDispatchMode):
             if isinstance(x, FakeTensor):
                 x.constant = None  # else fake tensors know small numbers, and ask less than real ones
         return form
-
-    def _plainly(self, func: Any, nodes: Any, named: Any) -> Any:
-        """Return the result of an operation on constants alone, so that numbers made of sizes follow the sizes."""
-        read: list[Node] = []
-        map_arguments((nodes, named), Node, read.append)
-        if any(x not in self.plain for x in read) or torch.Tag.nondeterministic_seeded in func.tags:
-            return None
-        plain, more = map_arguments((nodes, named), Node, self.plain.__getitem__)
-        with no_python_dispatcher():
-            return func(*plain, **more)
-
-    def _overwritten(self, nodes: list[Node]) -> None:
-        """Forget constants that are written into, and all that share their storage."""
-        written = {self.plain[node].untyped_storage().data_ptr() for node in nodes}
-        self.plain = {node: x for node, x in self.plain.items() if x.untyped_storage().data_ptr() not in written}
 
     def _positions(self, index: Tensor | None) -> list[Tensor | None]:
         """Return a boolean index as one tensor of positions per dimension; other indices unchanged."""
@@ -287,16 +276,17 @@ class _Recorder(ProxyTorchDispatchMode):
         made.meta |= node.meta | {"nn_module_stack": stack}
         return made
 
-    def _name(self, node: Node, out: Any, form: Any, plain: Any) -> None:
+    def _name(self, node: Node, out: Any, form: Any, plain: bool) -> None:
         """Associate the results of an operation with its node."""
         if isinstance(out, Tensor):
             self.nodes[out] = node
-            if plain is not None:
-                self.plain[node] = plain
         elif isinstance(out, list | tuple):
             for i, (one, val) in enumerate(zip(out, form, strict=True)):
                 if isinstance(one, Tensor):
-                    self._name(self._write(getitem, (node, i), {}, val), one, val, None if plain is None else plain[i])
+                    part = self._write(getitem, (node, i), {}, val)
+                    if plain:
+                        self.plain.add_call(part, getitem, (node, i), {})
+                    self._name(part, one, val, plain)
 
     def _node(self, x: Tensor) -> Node:
         """Return the node of a tensor; a tensor that no operation made becomes a constant."""
@@ -312,7 +302,7 @@ class _Recorder(ProxyTorchDispatchMode):
         node = self._placeholder(flowing)
         self.seen.constants[node] = _copy(x)
         if plain and not isinstance(x, FakeTensor):
-            self.plain[node] = _copy(x)
+            self.plain.add(node, _copy(x))
         return flowing
 
     def _placeholder(self, value: Any) -> Node:

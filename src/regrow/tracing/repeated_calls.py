@@ -26,6 +26,7 @@ from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from regrow.tracing.block_numbers import FIRST
+from regrow.tracing.constant_results import ConstantResults
 from regrow.tracing.forms import map_arguments
 from regrow.tracing.model_state import Snapshot
 from regrow.tracing.module_structure import PLAIN, Numbers, numbers_of, structure_of
@@ -39,13 +40,13 @@ class Recorder(Protocol):
 
     Args:
         nodes: Tensor → its node.
-        plain: Node → its value, where that is made of constants.
+        plain: The nodes whose values are made of constants.
         calls: The recorded operations, in order.
         fake: The mode of the fake tensors.
     """
 
     nodes: Any
-    plain: dict[Node, Tensor]
+    plain: ConstantResults
     calls: list[Node]
     fake: FakeTensorMode
 
@@ -158,7 +159,8 @@ class RepeatedCalls:
             leaves, spec = tree_flatten(result)
             results = tuple([_source(x, inputs, recorder.nodes) for x in leaves])
             made = {value for kind, value in results if kind == "made"}
-            whole = made <= {*calls} and not made & recorder.plain.keys() and "unknown" not in dict(results)
+            constant = any(node in recorder.plain for node in made)
+            whole = made <= {*calls} and not constant and "unknown" not in dict(results)
             if whole and not _reaches_others(calls, {*given}):
                 self.known[key] = _RecordedCall(module, outer, given, after, calls, results, spec, snapshot)
         return result

@@ -6,6 +6,7 @@ import os
 import sys
 import sysconfig
 import traceback
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
@@ -114,7 +115,9 @@ def _lines_run(model: nn.Module, example: Example) -> list[Line]:
     return lines
 
 
+@lru_cache(maxsize=20_000)
 def _is_own(name: str) -> bool:
+    """Whether a file may hold a network's own code."""
     if name.startswith(("<", *_FOREIGN)):
         return False
     return not name.startswith(_PYTHON) or "site-packages" in name or "dist-packages" in name
