@@ -49,6 +49,25 @@ def test_a_streamed_run_is_that_of_a_run_in_memory(regrow, tiny_language_model, 
     assert run["memory"]["peak"] > 2**20
 
 
+def test_a_streamed_reconstruction_gives_the_weights_of_one_in_memory(regrow, tiny_language_model, tmp_path, streams):
+    words = ("--method", "wanda_sp", "--reconstruct", "--reconstruct-tokens", "512", "--source", "code")
+    command = ("prune", str(tiny_language_model), *words, *SOURCE)
+    assert regrow(*command, "--out", "whole")[0] == 0
+    code, said, error = regrow(*command, "--memory", "64GiB", "--out", "streamed")
+    assert code == 0, error
+    assert "one of 2 blocks at a time" in said
+    for name in ("ledger.json", "model.safetensors", "config.json", "axes.json", "scores.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
+    rows = [
+        {row["what"]: row for row in map(json.loads, (tmp_path / out / "metrics.jsonl").read_text().splitlines())}
+        for out in ("whole", "streamed")
+    ]
+    assert rows[0]["reconstruction"]["layers"] == rows[1]["reconstruction"]["layers"] != []
+    assert rows[0]["size"] == rows[1]["size"]
+    assert rows[1]["perplexity"]["nll"] == pytest.approx(rows[0]["perplexity"]["nll"], rel=1e-6)
+    assert not (tmp_path / "streamed" / "statistics").exists()
+
+
 @pytest.mark.parametrize("dtype", [(), ("--dtype", "bfloat16")], ids=["stored", "bfloat16"])
 def test_a_streamed_run_of_a_run_is_that_of_a_run_in_memory(regrow, tiny_language_model, tmp_path, streams, dtype):
     assert regrow("prune", str(tiny_language_model), *SOURCE, *dtype, "--memory", "64GiB", "--out", "first")[0] == 0
@@ -220,7 +239,7 @@ def test_too_little_memory_is_refused_with_the_least(regrow, tiny_language_model
         (("--method", "llm_pruner"), "computes gradients"),
         (("--method", "gprune"), "runs the masked network"),
         (("--recover", "refit"), "--recover refit"),
-        (("--reconstruct",), "--reconstruct"),
+        (("--reconstruct", "--reconstruct-set", "target=dense"), "--reconstruct-set target=dense"),
         (("--precision", "bfloat16"), "--precision bfloat16"),
     ],
 )
@@ -236,7 +255,6 @@ def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, st
     [
         (("--recover", "distil"), "--recover distil needs the whole network"),
         (("--recover", "refit"), "--recover refit needs the whole network"),
-        (("--reconstruct",), "--reconstruct needs the whole network"),
         (("--method", "llm_pruner"), "computes gradients of all weights, needs the whole network"),
         (("--method", "gprune", "--source", "code", "--source", "talk"), "runs the masked network, needs the whole"),
         ((), ""),

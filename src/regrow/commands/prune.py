@@ -8,8 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
-
 from regrow import evaluation, store
 from regrow.axes import AxisGraph
 from regrow.axes.inventory import inventory
@@ -25,12 +23,13 @@ from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
-from regrow.commands.reconstruction import check_reconstruction, count_tokens, keep_dense, reconstruct
+from regrow.commands.reconstruction import check_reconstruction, choose_sources, keep_dense, reconstruct
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.score_summary import write_scores
 from regrow.commands.shared_work import SharedWork
 from regrow.commands.streamed import StreamedRun, open_streamed
+from regrow.commands.streamed_reconstruction import StreamedReconstruction
 from regrow.commands.trackers import tracking
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_model, broadcast_record, everywhere
@@ -256,7 +255,8 @@ def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
         _record_plan(folder, plan, traced, axes)
     if dense is not None:
         with clock.stage("reconstruct"):
-            _reconstruct(job, dense, traced, plan)
+            fitted = choose_sources(settings, loaded, kinds.calibration), settings.reconstruct_settings
+            reconstruct(loaded.model, dense, traced, plan, *fitted, folder, job.progress)
         del dense
     if loaded.tokenizer is None and kinds.calibration:
         with clock.stage("tune"), autocasting(loaded.model, settings.precision):
@@ -277,12 +277,19 @@ def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: 
     """Do what :func:`_cut` does for a network that is larger than memory."""
     folder, proof = job.folder, job.settings.proof
     before = job.measure(axes, "dense", streamed.network())
+    fit = StreamedReconstruction(streamed, folder, job.settings.dtype) if job.settings.reconstruct else None
     with job.clock.stage("apply"):
-        cut = streamed.cut(folder, plan, proof=proof, progress=job.progress, ranks=job.ranks)
+        place: Any = {"place": fit.place if fit else None, "progress": job.progress}
+        cut = streamed.cut(folder, plan, proof=proof, ranks=job.ranks, **place)
         _record_plan(folder, plan, axes, cut.axes)
+    network = None
+    if fit:
+        with job.clock.stage("reconstruct"):
+            sources = choose_sources(job.settings, job.loaded, job.kinds.calibration)
+            network = fit.write(axes, plan, sources, job.settings.reconstruct_settings, job.progress)
     broadcast_record(job.ranks, {one.name: one.stat().st_size for one in sorted(folder.path.glob("*.safetensors"))})
     shared = job.ranks if everywhere(job.ranks, True) else SINGLE  # whether the other ranks see these files
-    after = job.measure(cut.axes, "pruned", cut.network(folder.path, streamed.results), shared)
+    after = job.measure(cut.axes, "pruned", network or cut.network(folder.path, streamed.results), shared)
     measuring.log_budget(folder, cut.loaded.model, axes, cut.axes, budget)
     _log_pairs(folder, before, after)
 
@@ -316,19 +323,6 @@ def _tune(settings: Settings, loaded: Loaded, kinds: SourceHalves, progress: Pro
         for source in kinds.calibration:
             tune.finetune(loaded.model, source, epochs=settings.finetune, seed=settings.seed, progress=progress)
     tune.recalibrate(loaded.model, kinds.calibration)
-
-
-def _reconstruct(job: _PruneJob, dense: nn.Module, traced: AxisGraph, plan: Plan) -> None:
-    """Fit the layers that read cut units, on as much of the sources as the settings say."""
-    settings, loaded = job.settings, job.loaded
-    tokens = count_tokens(settings, loaded.tokenizer is not None)
-    sources = job.kinds.calibration
-    if tokens != settings.tokens * len(settings.sources):
-        sources = read_sources(source_specs(settings, tokens), loaded).calibration
-    given = loaded.model, dense, traced, plan, sources, settings.reconstruct_settings
-    row = reconstruct(*given, job.folder, job.progress)
-    if "note" in row:
-        job.folder.update(notes=[*job.folder.run().get("notes", ()), f"reconstruction: {row['note']}"])
 
 
 def _recover(job: _PruneJob, traced: AxisGraph, plan: Plan) -> None:

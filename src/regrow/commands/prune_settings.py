@@ -8,12 +8,11 @@ from regrow.axes import Mark
 from regrow.budget import Budget
 from regrow.commands.inputs import SourceSpecs
 from regrow.commands.models import ModelSpec
-from regrow.commands.reconstruction import record_reconstruction
 from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.nets.code import check_code
 from regrow.references import names_code
-from regrow.settings.prune import Settings
+from regrow.settings.prune import RECONSTRUCTION, RECONSTRUCTION_DEFAULTS, Settings
 from regrow.store.run_record import convert_settings
 
 
@@ -80,7 +79,15 @@ def record_defaults(settings: Settings) -> dict[str, Any]:
     taken = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
     more = find_method(MethodKind.RECOVERY, settings.recover).defaults({"seed"}) if settings.recover else {}
     more = {f"{settings.recover} {name}": value for name, value in more.items()}
-    return taken | more | record_reconstruction(settings)
+    return taken | more | _record_reconstruction(settings)
+
+
+def _record_reconstruction(settings: Settings) -> dict[str, Any]:
+    if not settings.reconstruct:
+        return {}
+    given = settings.reconstruct_settings
+    defaults = {**find_method(MethodKind.RECOVERY, RECONSTRUCTION).defaults(given), **RECONSTRUCTION_DEFAULTS}
+    return {f"reconstruct {name}": value for name, value in defaults.items() if name not in given}
 
 
 def seeded_settings(settings: Settings) -> dict[str, Any]:

@@ -9,22 +9,23 @@ from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
 from regrow.commands.calibration import parameter_sums
+from regrow.commands.inputs import read_sources
+from regrow.commands.prune_settings import source_specs
 from regrow.commands.recovering import work_in
 from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
+from regrow.methods.recovery.streamed import StreamedPair
+from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder
-from regrow.settings.prune import Settings
+from regrow.settings.prune import RECONSTRUCTION, RECONSTRUCTION_DEFAULTS, Settings
 from regrow.sources import Source
 from regrow.store.statistics import fingerprint
 from regrow.store.tensors import open_checkpoint
 
-BY = "refit"
-DEFAULTS: Mapping[str, object] = {"choose_on": "left_out_source"}
-"""The settings of the least squares that differ from those of ``recover --by refit``."""
 LEAST = 8192
 """The fewest tokens of text to fit on, unless another number is asked for."""
 
@@ -59,21 +60,10 @@ def build_reconstruction(given: Mapping[str, object]) -> Recovery:
     Raises:
         ValueError: If a setting is unknown or of no use.
     """
-    work: Recovery = find_method(MethodKind.RECOVERY, BY).made(BY, {**DEFAULTS, **given})
+    work: Recovery = find_method(MethodKind.RECOVERY, RECONSTRUCTION).made(
+        RECONSTRUCTION, {**RECONSTRUCTION_DEFAULTS, **given}
+    )
     return work
-
-
-def record_reconstruction(settings: Settings) -> dict[str, object]:
-    """Return what ``run.json`` records of the settings that have their defaults; nothing without a reconstruction.
-
-    Args:
-        settings: The settings of the run.
-    """
-    if not settings.reconstruct:
-        return {}
-    given = settings.reconstruct_settings
-    defaults = {**find_method(MethodKind.RECOVERY, BY).defaults(given), **DEFAULTS}
-    return {f"reconstruct {name}": value for name, value in defaults.items() if name not in given}
 
 
 def count_tokens(settings: Settings, text: bool) -> int:
@@ -88,6 +78,20 @@ def count_tokens(settings: Settings, text: bool) -> int:
     """
     calibration = settings.tokens * len(settings.sources)
     return settings.reconstruct_tokens or (max(LEAST, calibration) if text else calibration)
+
+
+def choose_sources(settings: Settings, loaded: Loaded, calibration: Sequence[Source]) -> Sequence[Source]:
+    """Return the data that a run reconstructs on: the calibration data, unless another amount is wanted.
+
+    Args:
+        settings: The settings of the run.
+        loaded: The model.
+        calibration: The calibration data.
+    """
+    tokens = count_tokens(settings, loaded.tokenizer is not None)
+    if tokens == settings.tokens * len(settings.sources):
+        return calibration
+    return read_sources(source_specs(settings, tokens), loaded).calibration
 
 
 def keep_dense(model: nn.Module) -> nn.Module:
@@ -116,6 +120,7 @@ def reconstruct(
     given: Mapping[str, object],
     folder: RunFolder | None = None,
     progress: Progress = silent,
+    streamed: StreamedPair | None = None,
 ) -> dict[str, Any]:
     """Fit every layer that reads cut units by least squares, in place, and log a ``reconstruction`` row.
 
@@ -130,6 +135,8 @@ def reconstruct(
         given: Settings of ``recover --by refit`` that differ from the defaults of a reconstruction.
         folder: The run folder, for the checkpoint and the row; ``None``: nothing is written.
         progress: Called with (steps done, steps in all, what is being done).
+        streamed: The two networks one block at a time, where they are larger than memory; the tensors that change are
+            kept in its files, and ``model`` has no numbers.
 
     Returns:
         What :func:`regrow.methods.recovery.refit.refit` returns, with ``tokens`` and ``seconds``.
@@ -141,14 +148,23 @@ def reconstruct(
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     key = ""
     if folder is not None:
-        texts, sums = [fingerprint(source) for source in sources], [parameter_sums(net) for net in (model, dense)]
-        key = fingerprint(Source("", ()), "reconstruct", {**DEFAULTS, **given}, texts, sums)
+        texts = [fingerprint(source) for source in sources]
+        if streamed is None:
+            sums = [parameter_sums(net) for net in (model, dense)]
+        else:
+            sums = [net.weights.sums() for net in (streamed.model, streamed.dense)]
+        key = fingerprint(Source("", ()), "reconstruct", {**RECONSTRUCTION_DEFAULTS, **given}, texts, sums)
         path = Path(folder.path) / "statistics" / "reconstruction.safetensors"
         spent = float(open_checkpoint(path, key, recovery.FORMAT).get("seconds", 0))
+        if streamed is not None:
+            streamed.changed.open(key)
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
-    task = RecoveryTask(model, dense, axes, plan, sources, checkpoint=path, header=header, progress=progress)
-    outcome = work_in("float32", BY, work, task)
+    more: Any = {"checkpoint": path, "header": header, "progress": progress, "streamed": streamed}
+    task = RecoveryTask(model, dense, axes, plan, sources, **more)
+    outcome = work_in("float32", RECONSTRUCTION, work, task)
     row = {"tokens": sum(source.tokens for source in sources), "seconds": round(seconds(), 1), **outcome}
     if folder is not None:
         folder.log("reconstruction", **row)
+        if "note" in row:
+            folder.update(notes=[*folder.run().get("notes", ()), f"reconstruction: {row['note']}"])
     return row

@@ -141,14 +141,15 @@ def predict_gradients(model: nn.Module, window: int, batch_size: int, sums: int)
     return SPARE + 2 * own + 4 * numbers * sums + batch_size * activations
 
 
-def predict_refit(model: nn.Module, tokens: int) -> int:
+def predict_refit(model: nn.Module, tokens: int, *, sums: int = 3) -> int:
     """Return what refit needs besides the weights while it solves the layers of one block, in bytes.
 
     Args:
         model: The network before the cut, without numbers.
         tokens: Tokens that it reads.
+        sums: As for :func:`predict_later_recovery`.
     """
-    return sum(_refit_terms(model, tokens).values())
+    return sum(_refit_terms(model, tokens, sums).values())
 
 
 def _sizes(model: nn.Module) -> tuple[int, int]:

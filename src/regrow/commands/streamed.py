@@ -15,11 +15,11 @@ from regrow.commands.inputs import count_windows
 from regrow.commands.later_plans import LaterPlan
 from regrow.commands.models import DTYPES, ModelSpec
 from regrow.commands.reconstruction import count_tokens
-from regrow.commands.recovery_memory import predict_gradients, predict_later_recovery
+from regrow.commands.recovery_memory import predict_gradients, predict_later_recovery, predict_refit
 from regrow.commands.same_inputs import check_same_settings
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
-from regrow.errors import InputError
+from regrow.errors import InputError, ResourceError
 from regrow.evaluation import UnpredictableError
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner
@@ -36,7 +36,7 @@ from regrow.streaming.caches import limit_caches
 from regrow.streaming.cut import StreamedCut, propose_cut
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork, open_network
-from regrow.streaming.requirements import MemoryPlan, plan_memory
+from regrow.streaming.requirements import MARGIN, MemoryPlan, plan_memory
 
 RESULTS = "results"
 """The folder, among the files for resuming, with the hidden states for which memory has no room."""
@@ -90,7 +90,14 @@ class StreamedRun:
         return OutsideTensors(each, running, all(map(weights.is_aligned, weights.stored)))
 
     def cut(
-        self, folder: RunFolder, plan: Plan, *, proof: bool, progress: Progress, ranks: ProcessRank = SINGLE
+        self,
+        folder: RunFolder,
+        plan: Plan,
+        *,
+        proof: bool,
+        progress: Progress,
+        ranks: ProcessRank = SINGLE,
+        place: Path | None = None,
     ) -> StreamedCut:
         """Try a plan, write the cut network into a run folder, and log how far its blocks are from the masked ones.
 
@@ -100,10 +107,11 @@ class StreamedRun:
             proof: Whether every changed block is compared.
             progress: Called with (steps done, steps in all, what is being done).
             ranks: The processes that share the blocks; the others call :meth:`StreamedCut.share`.
+            place: The folder that gets the network instead of the run folder.
         """
         cut = propose_cut(self.opened, plan)
         return_memory()
-        deviations = cut.write(folder.path, proof=proof, progress=progress, ranks=ranks)
+        deviations = cut.write(place or folder.path, proof=proof, progress=progress, ranks=ranks)
         return_memory()
         if deviations:
             worst = max(deviations, key=lambda one: one.largest_difference - one.bound)
@@ -170,9 +178,22 @@ def open_streamed(
 
 def _with_learning(plan: MemoryPlan, settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> MemoryPlan:
     """Return the prediction for a network in memory with what gradients, and the recovery after the cut, need."""
-    if plan.streams:
-        return plan
-    return replace(plan, whole=max(plan.whole, plan.held + _predict_learning(settings, pruner, opened)))
+    if not plan.streams:
+        plan = replace(plan, whole=max(plan.whole, plan.held + _predict_learning(settings, pruner, opened)))
+    return _with_reconstruction(plan, settings, opened) if plan.streams and settings.reconstruct else plan
+
+
+def _with_reconstruction(plan: MemoryPlan, settings: Settings, opened: OpenedNetwork) -> MemoryPlan:
+    """Return the prediction with what a reconstruction needs of one block; raise ResourceError if that is too much."""
+    more = predict_refit(opened.loaded.model, count_tokens(settings, text=True), sums=len(settings.sources) + 2)
+    plan = replace(plan, least=plan.least + more)
+    if plan.least > plan.limit:
+        raise ResourceError(
+            f"pruning with --reconstruct within {format_bytes(plan.limit)} of memory is impossible, even one block at "
+            f"a time; use --memory {format_bytes(int(MARGIN * plan.least)).replace(' ', '')}, or fewer "
+            "--reconstruct-tokens"
+        )
+    return plan
 
 
 def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
@@ -181,7 +202,7 @@ def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
         f"--method {settings.method}, which computes gradients of all weights,": Need.GRADIENTS in pruner.needs,
         f"--method {settings.method}, which runs the masked network,": pruner.trains,
         f"--recover {settings.recover}": bool(settings.recover),
-        "--reconstruct": settings.reconstruct,
+        "--reconstruct-set target=dense": settings.reconstruct_settings.get("target") == "dense",
         "a target in ms": settings.measure == Measure.TIME,
     }
 

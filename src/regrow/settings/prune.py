@@ -13,6 +13,11 @@ from regrow.settings.training import check_combination
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
 
+RECONSTRUCTION = "refit"
+"""The recovery by which ``--reconstruct`` fits layers."""
+RECONSTRUCTION_DEFAULTS: Mapping[str, object] = {"choose_on": "left_out_source"}
+"""The defaults of ``--reconstruct`` that differ from those of ``recover --by refit``."""
+
 
 @dataclass(frozen=True)
 class Settings:
