@@ -23,7 +23,7 @@ from regrow.budget import Budget
 from regrow.commands import pruning as prune
 from regrow.data import Half, corpora, text, windows
 from regrow.evaluation import choices, items_in, perplexity
-from regrow.evidence import Evidence
+from regrow.evidence import Evidence, Need
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets import load
 from regrow.process_memory import read_peak, reset_peak, return_memory
@@ -126,8 +126,10 @@ class Bench:
         """What a method needs, measured on all domains of a fold once, and the seconds that it took for all of them."""
         at = point.fold, point.sample
         self.evidence = {key: value for key, value in self.evidence.items() if key[0] == at}
-        key = at, pruner.needs, pruner.shards
+        key = at, pruner.needs - {Need.WEIGHTS}, pruner.shards
         if key not in self.evidence:
+            if Need.GRADIENTS in pruner.needs:  # gigabytes
+                self.evidence = {one: value for one, value in self.evidence.items() if Need.GRADIENTS not in one[1]}
             start = time.perf_counter()
             every = [self.calibration(name, point.sample) for name in FOLDS[point.fold]]
             found = prune.collect_evidence(self.model, self.axes, pruner, every, batch_size=BATCH)
