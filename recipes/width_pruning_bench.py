@@ -21,6 +21,7 @@ from regrow import apply, trace
 from regrow.allocation import BudgetError
 from regrow.budget import Budget
 from regrow.commands import pruning as prune
+from regrow.commands.reconstruction import reconstruct
 from regrow.data import Half, corpora, text, windows
 from regrow.evaluation import choices, items_in, perplexity
 from regrow.evidence import Evidence, Need
@@ -102,8 +103,11 @@ class Bench:
             for one, axes in ((network, after), (self.model, self.axes))
         ]
         row: Row = {"kept": round(counts[0] / counts[1], 5), "defaults": cut.plan.origin.get("settings", {})}
-        if cut.findings.get("history"):
-            row |= {"history": cut.findings["history"], "starts": cut.findings["starts"]}
+        row |= {name: cut.findings[name] for name in ("starts", "history") if cut.findings.get(name)}
+        if point.reconstruct:
+            with self.stage("reconstruct"):
+                fit = reconstruct(network, self.model, self.axes, cut.plan, sources, {})
+            row["reconstruction"] = {name: fit[name] for name in ("target", "note", "tokens") if name in fit}
         return network, row
 
     def sources(self, point: Point) -> list[Source]:

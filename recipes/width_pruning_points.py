@@ -7,8 +7,6 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
-from regrow.settings.prune import Settings as PruneSettings
-
 Row = dict[str, Any]
 
 FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogue"))
@@ -21,8 +19,6 @@ FINALISTS = 10
 CHOSEN = 3
 DOMAINS, TASKS = "domains", "tasks"
 LEFT_OUT, RECONSTRUCTED = "left out: ", ", reconstructed"
-CAN_RECONSTRUCT = any(one.name == "reconstruct" for one in fields(PruneSettings))
-"""Whether ``regrow prune`` has ``--reconstruct``."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def screen_finalists(rows: Sequence[Row], keeps: Sequence[float], folds: Sequenc
             for keep in keeps:
                 finalists = best(rows, keep, fold, FINALISTS, domains=(first,))
                 yield from (replace(one, on=LEFT_OUT + name) for one in finalists)
-        for keep in keeps if CAN_RECONSTRUCT else ():
+        for keep in keeps:
             finalists = best(rows, keep, fold, CHOSEN + 1, domains=(first,))
             yield from (reconstructed(replace(one, on=LEFT_OUT + first)) for one in finalists)
 
@@ -147,11 +143,15 @@ def level(row: Row, names: Sequence[str] = ()) -> float:
     return fmean(value for name in names or row["nll"] for value in row["nll"][name])
 
 
-LEARNING = {"steps": 12, "every": 12}
+LEARNED = {"base": "flap", "steps": 12, "every": 12}
+BASE_ORDER = {"partition": "layer", "switch": "never"}
+MEASURED = {"allocation": "measured", **BASE_ORDER}
+ZERO_SHOT = "gprune, measured shares"
 GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "gprune": ("mlp", {"base": "flap", **LEARNING}),
-    "gprune, base llm_pruner": ("mlp", {"base": "llm_pruner", **LEARNING}),
-    "gprune, all units": ("", {"base": "flap", **LEARNING}),
+    "gprune, learned shares": ("mlp", LEARNED),
+    ZERO_SHOT: ("mlp", {"base": "flap", **MEASURED}),
+    f"{ZERO_SHOT}, base llm_pruner": ("mlp", {"base": "llm_pruner", **MEASURED}),
+    f"{ZERO_SHOT}, all units": ("", {"base": "flap", **MEASURED}),
 }
 """The arms of GPrune: name → axes that may be cut, settings."""
 
@@ -167,25 +167,22 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
         random = {"seed": sample, "allocation": chosen[0].settings["allocation"], "compensate": True}
         like = {"only": chosen[0].only, "outer": chosen[0].outer}
         yield from (*arms, Point("random, as the best baseline", "random", settings=random, **like, **at))
-        yield from map(reconstructed, arms if CAN_RECONSTRUCT else ())
+        yield from map(reconstructed, arms)
 
 
 def zero_shot(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
     """Multiple choice at keep 0.7 for the network before, the chosen baselines and GPrune."""
     yield dense(TASKS)
-    wanted = {*GPRUNE} - {"gprune, base llm_pruner", "gprune, all units"}
     for point in test(rows, [keep for keep in keeps if keep == 0.7], folds, samples):
-        if point.method not in ("dense", "random") and (point.method != "gprune" or _plain(point) in wanted):
+        ours = point.arm.removesuffix(RECONSTRUCTED) == ZERO_SHOT
+        if point.method not in ("dense", "random") and (point.method != "gprune" or ours):
             yield replace(point, on=TASKS)
 
 
-def _plain(point: Point) -> str:
-    return point.arm.removesuffix(RECONSTRUCTED)
-
-
+NO_STAGE = "no stage (base order, outer blocks unpruned)"
 UNLEARNED: Mapping[str, Any] = {"base": "flap", "steps": 0, "start": "inner"}
 STAGES: Mapping[str, Mapping[str, Any]] = {
-    "no stage (base order, outer blocks unpruned)": {"partition": "layer", "switch": "never"},
+    NO_STAGE: BASE_ORDER,
     "modules, never switch": {"switch": "never"},
     "random modules, never switch": {"partition": "random", "switch": "never"},
     "modules, switch": {},
@@ -199,21 +196,27 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
 
 STAGE_ARMS: Mapping[str, Mapping[str, Any]] = {
     **{arm: {**UNLEARNED, **change} for arm, change in STAGES.items()},
-    "learned shares": GPRUNE["gprune"][1],
+    "learned shares": LEARNED,
+    "measured shares": {"base": "flap", "allocation": "measured"},
+    "measured shares, base order": GPRUNE[ZERO_SHOT][1],
 }
 """Name of an arm of the stages, all on MLP neurons → its settings."""
 
 CONTRASTS = (
     ("partition, no switch", "modules, never switch", "random modules, never switch"),
     ("partition, with the switch", "modules, switch", "random modules, switch"),
-    ("partition against none", "modules, never switch", "no stage (base order, outer blocks unpruned)"),
+    ("partition against none", "modules, never switch", NO_STAGE),
     ("switch against never", "modules, switch", "modules, never switch"),
     ("switch against always", "modules, switch", "modules, always switch"),
     ("switch against reversed", "modules, switch", "modules, reversed switch"),
     ("shares: base against inner", "shares of the base method", "modules, switch"),
     ("shares: uniform against inner", "uniform shares", "modules, switch"),
     ("shares: learned against inner", "learned shares", "modules, switch"),
-    ("all stages against none", "learned shares", "no stage (base order, outer blocks unpruned)"),
+    ("shares: measured against inner", "measured shares", "modules, switch"),
+    ("shares: measured against learned", "measured shares", "learned shares"),
+    ("shares: measured alone", "measured shares, base order", NO_STAGE),
+    ("all stages, learned, against none", "learned shares", NO_STAGE),
+    ("all stages, measured, against none", "measured shares", NO_STAGE),
 )
 """The stage, the arm with it, and the arm that it is compared with."""
 

@@ -120,7 +120,7 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
         if point.method == "dense":
             return 0.0
         if point.method == "gprune":
-            return 0.5
+            return 0.5 - 0.1 * point.reconstruct
         bad = 1.0 + points.METHODS.index(point.method) / 10 + (not point.settings["compensate"]) / 20
         return bad + (0.01 if (point.fold == 1) == (point.settings["allocation"] == "ranked") else 0.0)
 
@@ -137,14 +137,15 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
 
     first, *rest = [line for line in show.test_table(rows) if line.startswith("| 0.8 | 0 |")]
     assert first.startswith(f"| 0.8 | 0 | **{chosen[0][0].arm}** |") and "random" in rest[-1]
-    gain = next(line for line in rest if "| gprune |" in line)
+    gain = next(line for line in rest if "| gprune, learned shares |" in line)
     assert "-0.5750 ± 0.0144 [0.0000]" in gain and "| +49.8 ± 0.0 |" in gain
+    assert "gprune" in rest[0] and "reconstructed" in rest[0] and "-0.6900" in rest[0]
     assert len([line for line in show.stages_table(rows) if line.startswith("| ")]) == 1 + 2 * len(points.CONTRASTS)
     assert any(chosen[0][0].arm in line and "| 0.8 | 0 |" in line for line in show.screen_table(rows))
     packed = {"task": "piqa", "right": "10", "right_per_byte": "11", "margins": "", "margins_per_byte": ""}
     for name, unit in (("margins", show.MARGIN), ("margins_per_byte", show.PER_BYTE)):
         packed[name] = importlib.import_module("width_pruning_bench").pack([0.5, -0.25], unit)
     tasks = [{**row, "on": "tasks", "tasks": [packed]} for row in rows if row["on"] == "domains"]
-    table = [line for line in show.zero_shot_table(tasks) if line.startswith("| 0.8 | 1 | gprune |")]
+    table = [line for line in show.zero_shot_table(tasks) if line.startswith("| 0.8 | 1 | gprune, measured shares |")]
     [cells] = [line.split(" | ")[3:] for line in table]
     assert cells == ["50.00", "100.00", *["+0.00 ± 0.00"] * 2, *["+0.0000 ± 0.0000 [0.0000]"] * 2, "2 |"]
