@@ -10,7 +10,8 @@ from regrow.cli.boundary import Verb
 from regrow.cli.flags import Flag, Given
 from regrow.cli.processes import check_device, processes
 from regrow.cli.runs import run_with_page
-from regrow.cli.screen import number, say, table
+from regrow.cli.screen import number, say, say_peak, table
+from regrow.distributed import read_ranks
 from regrow.settings.learn import Settings
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ RESUME = "Resuming a run"
     heading=RESUME,
 )
 @options.code
+@options.memory(
+    "How much memory the run may use, like 4GiB. What it needs is printed before training, term by term; a run that "
+    "needs more is refused."
+)
 @options.track
 def learn(
     given: Given[Settings],
@@ -68,9 +73,12 @@ def learn(
     without_old: bool,
     total: int | None,
     code: str,
+    memory: str,
     track: str,
 ) -> None:
     """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
+    if memory and read_ranks().several:
+        raise click.UsageError("--memory predicts for one process alone; leave it out, or start without torchrun")
     if resume:
         if "tasks" in given.values or out:
             raise click.UsageError(
@@ -83,6 +91,7 @@ def learn(
         from regrow.commands.share_learning import share
 
         given_more: dict[str, object] = {"without_old": without_old, "total": total, "code": code, "track": track}
+        given_more |= {"memory": memory, "announce": say}
         with processes() as ranks:
             if not ranks.leads:
                 share(ranks, None, code=code)
@@ -98,6 +107,7 @@ def learn(
         if out is None:
             raise click.UsageError("--out names the folder of the run, for example --out run")
         check_device(settings.device)
+        more_given: dict[str, object] = {"code": code, "track": track, "memory": memory, "announce": say}
         from regrow.commands.learn import run
         from regrow.commands.share_learning import share
 
@@ -105,7 +115,7 @@ def learn(
             if not ranks.leads:
                 share(ranks, settings, code=code)
                 return
-            folder = run_with_page("network", _tell, run, settings, out, code=code, track=track, ranks=ranks)
+            folder = run_with_page("network", _tell, run, settings, out, **more_given, ranks=ranks)
     say(f"to add tasks: regrow learn --resume {folder.path} --task TASKS")
 
 
@@ -137,3 +147,5 @@ def _tell(folder: "RunFolder") -> None:
     for row in [row for row in rows if row["what"] == "gone"][-1:]:
         say(f"note: data are missing, so accuracy was not measured on {', '.join(row['tasks'])}")
     say(", ".join(f"{words} {matrix[name]:{form}}" for words, name, form in names if matrix[name] is not None))
+    if peak := folder.run().get("memory"):
+        say_peak(peak)

@@ -1,5 +1,6 @@
 """``regrow grow``: widen or deepen a model such that its outputs do not change, compare them, and save."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from regrow.commands.inputs import SourceHalves, SourceSpecs, describe_sources, 
 from regrow.commands.measuring import measure
 from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.trackers import tracking
+from regrow.commands.training_memory import plan_growth_memory
 from regrow.errors import RefusedError
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
+from regrow.process_memory import read_peak, reset_peak
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
@@ -75,6 +79,8 @@ def run(
     *,
     code: str = "",
     track: str = "",
+    memory: str = "",
+    announce: Callable[[str], None] = lambda line: None,
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Grow a model and write a run folder with model, plan and measurements.
@@ -89,6 +95,9 @@ def run(
         code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
             recorded name is never imported.
         track: The name of a tracker that gets every measurement, too; empty: none.
+        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted once the model is loaded,
+            and the run is refused if that is more. Empty: it is not predicted.
+        announce: Called with one line that says what the run needs of that memory.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -102,6 +111,7 @@ def run(
     identity: dict[str, Any] = {"verb": "grow", "settings": record_settings(settings)}
     RunFolder.check(out, **identity)
     clock = Clock(None)
+    reset_peak()
     with clock.stage("load"):
         loaded = load_model(_model(settings), progress, code)
         check_precision(loaded.model, settings.precision)
@@ -112,13 +122,15 @@ def run(
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     with clock.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, spec)
-    words = (*(("--code", code) if code else ()), "--out", str(out))
+        needs = plan_growth_memory(settings, loaded, axes, plan, memory, announce)
+    words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
         start_from(folder, settings.model, loaded, undo=settings.undo)
         folder.update(notes=[*loaded.notes, *notes], sources=describe_sources(specs, kinds), **record_input(loaded))
         _grown(_GrowJob(settings, folder, loaded, kinds, clock, progress), axes, plan)
-        return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
+        peak = PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None
+        return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder), memory=peak)
 
 
 def spec_of(settings: Settings) -> GrowthSpec:

@@ -1,7 +1,7 @@
 """``regrow learn``: train a network on a sequence of tasks, in a run folder to which further tasks can be added."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ from regrow.commands.learn_inputs import (
 )
 from regrow.commands.learning_record import LearningRecord
 from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.peak_memory import PeakMemory
+from regrow.commands.recovery_memory import MemoryTerms
 from regrow.commands.same_inputs import check_same_settings, check_same_tasks
 from regrow.commands.share_learning import announce_end, announce_run
 from regrow.commands.starting import check_outputs, load_start
 from regrow.commands.task_sequences import fit_tasks, read_sequence, read_tasks, record_tasks
 from regrow.commands.trackers import tracking
+from regrow.commands.training_memory import plan_learning
 from regrow.data import MissingError, SourceError
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import Parallel
@@ -32,6 +35,7 @@ from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.devices import choose_device
 from regrow.nets.files import check_files
 from regrow.nets.small import origin_of_small
+from regrow.process_memory import read_peak, reset_peak
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
@@ -56,6 +60,8 @@ def run(
     *,
     code: str = "",
     track: str = "",
+    memory: str = "",
+    announce: Callable[[str], None] = lambda line: None,
     ranks: ProcessRank = SINGLE,
     write_page: WritePage | None = None,
 ) -> RunFolder:
@@ -68,6 +74,9 @@ def run(
         code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
             recorded name is never imported.
         track: The name of a tracker that gets every measurement, too; empty: none.
+        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted once model and data are
+            read, and the run is refused if that is more. Empty: it is not predicted.
+        announce: Called with one line that says what the run needs of that memory.
         ranks: The processes that train together; this one is rank 0, and the others call ``share_learning.share``.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
@@ -83,6 +92,7 @@ def run(
         "defaults": _defaults(settings.method, settings.method_settings),
     }
     check_same_settings(ranks, settings)
+    reset_peak()
     if RunFolder.check(out, **identity) and (begun := RunFolder.open_unfinished(out)):
         check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
     start = load_start(settings.model, settings.tasks, settings.input, code=code, progress=progress)
@@ -92,13 +102,14 @@ def run(
         origin_of_small(inputs.model, input_shape(tasks[0].train), count_outputs(inputs, tasks))
     elif start.tokenizer is None:
         check_outputs(start, tasks[0], count_outputs(inputs, tasks))
-    words = (*(("--code", code) if code else ()), "--out", str(out))
+    needs = plan_learning(inputs, tasks, settings.method, memory, announce)
+    words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         if start:
             start_from(folder, settings.model, start, undo=settings.undo)
             folder.update(notes=list(start.notes) or None, **record_input(start))
         announce_run(ranks, settings, folder.path, settings.tasks)
-        return _learn(folder, inputs, tasks, progress, write_page, ranks)
+        return _learn(folder, inputs, tasks, progress, write_page, ranks, needs)
 
 
 def extend(
@@ -110,6 +121,8 @@ def extend(
     total: int | None = None,
     code: str = "",
     track: str = "",
+    memory: str = "",
+    announce: Callable[[str], None] = lambda line: None,
     ranks: ProcessRank = SINGLE,
     write_page: WritePage | None = None,
 ) -> RunFolder:
@@ -126,6 +139,8 @@ def extend(
         code: As for :func:`run`; also for a network that was named as ``pkg.mod:fn``.
         without_old: Whether data of finished tasks may be missing; the network is then not evaluated on these.
         track: The name of a tracker that gets every measurement, too; empty: none.
+        memory: As for :func:`run`.
+        announce: As for :func:`run`.
         ranks: The processes that train together; this one is rank 0, and the others call ``share_learning.share``.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
@@ -134,6 +149,7 @@ def extend(
     """
     if Path(out).is_dir():
         check_files(Path(out))
+    reset_peak()
     clear_leftovers(Path(out))
     folder = RunFolder.open_unfinished(out) or RunFolder.open(out)
     run_record = folder.run()
@@ -161,6 +177,7 @@ def extend(
     old = _read_old_tasks(inputs, was, folder, recorded_tasks, without_old)
     tasks = fit_tasks([*old, *(task for spec in added for task in read_sequence(spec, inputs.tasks))], inputs.tasks)
     _check_outputs(inputs, old, tasks, str(out))
+    needs = plan_learning(inputs, tasks, was.method, memory, announce)
     with tracking(RunFolder.reopen(out), track) as reopened:
         if reopened.run() != run_record:
             raise StoreError(f"{out} was changed by another process meanwhile; run this again")
@@ -172,7 +189,7 @@ def extend(
             extension=list(more) or None,
         )
         announce_run(ranks, effective, reopened.path, was.tasks, recorded_tasks)
-        return _learn(reopened, inputs, tasks, progress, write_page, ranks)
+        return _learn(reopened, inputs, tasks, progress, write_page, ranks, needs)
 
 
 def _read_old_tasks(
@@ -233,6 +250,7 @@ def _learn(
     progress: Progress,
     write_page: WritePage | None,
     ranks: ProcessRank,
+    needs: MemoryTerms | None = None,
 ) -> RunFolder:
     start, learner, parallel = time.perf_counter(), inputs.learner, Parallel(ranks, by_rows=True)
     model, origin = build_network(inputs, tasks)
@@ -263,7 +281,8 @@ def _learn(
         folder.log("gone", tasks=missing)
     folder.log("matrix", tasks=[task.name for task in tasks], **accuracy_matrix(fitted.state).record())
     seconds = {"learn": round(time.perf_counter() - start, 3)}
-    return folder.finish(write_page, seconds=seconds, stage=describe_stage(folder))
+    peak = PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None
+    return folder.finish(write_page, seconds=seconds, stage=describe_stage(folder), memory=peak)
 
 
 def _defaults(method: str, settings: Mapping[str, object]) -> dict[str, Any]:

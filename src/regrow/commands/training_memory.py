@@ -1,0 +1,181 @@
+"""The memory of growth and of learning, predicted once model and data are read and before anything is trained."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.amounts import parse_bytes
+from regrow.axes import AxisGraph
+from regrow.commands.learn_inputs import LearnInputs, build_network
+from regrow.commands.recovery_memory import SPARE, MemoryTerms
+from regrow.errors import InputError
+from regrow.evaluation import UnpredictableError, predict_memory, training
+from regrow.evaluation.memory import Step
+from regrow.nets import Loaded
+from regrow.plan import Plan
+from regrow.process_memory import read_resident
+from regrow.settings.grow import Settings
+from regrow.sources import Batch, device_of, logits_in
+from regrow.tasks import Task, first_examples, run_network
+from regrow.tracing.meta_copy import cast_example
+
+COPIES: Mapping[str, float] = {"ewc": 3, "si": 4, "lwf": 1, "packnet": 3, "wsn": 6, "sparsegrow": 9}
+"""Continual-learning method → how much it keeps besides the network, its gradients and moments, in weights of it."""
+EVALUATED = 500
+"""The most examples that are evaluated at a time while tasks are learned."""
+
+
+def plan_learning(
+    inputs: LearnInputs, tasks: Sequence[Task], method: str, memory: str, announce: Callable[[str], None]
+) -> MemoryTerms | None:
+    """Predict and announce what learning needs of a limit of memory, or refuse it.
+
+    Args:
+        inputs: The inputs of the run, read already.
+        tasks: All tasks.
+        method: The name of the method.
+        memory: The limit, such as ``4GiB``; empty: nothing is predicted.
+        announce: Called with one line that says what the run needs.
+
+    Returns:
+        What it needs; ``None`` without a limit.
+
+    Raises:
+        InputError: If the run is not on the CPU, or its memory depends on data.
+        ResourceError: If it needs more; names an amount that is enough.
+    """
+    if not memory:
+        return None
+    _check_device(inputs.device)
+    held, limit = read_resident(), parse_bytes(memory)
+    model = inputs.start.model if inputs.start else build_network(inputs, tasks)[0]
+    own, adam = _bytes_of(model), inputs.schedule.optimizer == "adamw"
+    optimizer = partial(torch.optim.AdamW if adam else partial(torch.optim.SGD, momentum=0.9), lr=inputs.schedule.lr)
+    there = [task for task in tasks if not task.gone] or tasks
+    first = first_examples(there[0].train, inputs.schedule.batch_size)
+    tested = first_examples(there[0].test, EVALUATED)
+    trained = _predict(model, Batch((first.inputs,), labels=first.labels), _on_inputs(training(optimizer)))
+    evaluated = _predict(model, Batch((tested.inputs,), labels=tested.labels), _evaluate)
+    kept = own * (3 if adam else 2)
+    terms = {
+        "the process with model and data": held + SPARE,
+        "the network that is trained": own,
+        "a training step or an evaluation": max(trained - own, evaluated - own + kept),
+        f"what {method} keeps": int(COPIES.get(method, 0) * own),
+    }
+    return _announce(MemoryTerms(limit, terms), f"learning by {method}", announce)
+
+
+def plan_growth_memory(
+    settings: Settings, loaded: Loaded, axes: AxisGraph, plan: Plan, memory: str, announce: Callable[[str], None]
+) -> MemoryTerms | None:
+    """Predict and announce what a growth needs of a limit of memory, or refuse it.
+
+    Args:
+        settings: The settings of the run.
+        loaded: The model.
+        axes: Its axes.
+        plan: The plan of the growth.
+        memory: The limit, such as ``4GiB``; empty: nothing is predicted.
+        announce: Called with one line that says what the run needs.
+
+    Returns:
+        What it needs; ``None`` without a limit.
+
+    Raises:
+        InputError: If the run is not on the CPU, or its memory depends on data.
+        ResourceError: If it needs more; names an amount that is enough.
+    """
+    if not memory:
+        return None
+    _check_device(device_of(loaded.model))
+    model, own, added = loaded.model, _bytes_of(loaded.model), _added_bytes(loaded.model, axes, plan)
+    larger = (own + added) / max(1, own)
+    example = cast_example(axes.example, model)
+    if loaded.tokenizer is not None:
+        ids = torch.zeros(1, settings.seq_len, dtype=torch.int64)
+        batch = Batch((ids,), {"use_cache": False} if hasattr(model, "config") else {}, ids)
+    else:
+        batch = Batch(example.args, dict(example.kwargs))
+    forward = larger * (_predict(model, batch, _evaluate) - own)
+    blocks = axes.recording.blocks if axes.recording is not None else ()
+    sizes = {name: one.numel() for name, one in model.named_parameters()}
+    block = max((sum(sizes.get(name, 0) for name in one.states) for one in blocks), default=sum(sizes.values()))
+    exact = int(2 * 8 * larger * block) if settings.proof else 0
+    terms = {
+        "the process with the model": read_resident() + SPARE,
+        "what grows": _changed_bytes(model, plan) + added,
+        "a comparison in float64 or an evaluation": int(max(exact, forward)),
+    }
+    if settings.steps:
+        if batch.labels is None:
+            raise InputError("what training of a grown model needs is predicted for text alone; leave out --memory")
+        step = _predict(model, batch, training(partial(torch.optim.AdamW, lr=settings.lr)))
+        terms["training"] = int(larger * (step - own))
+    return _announce(MemoryTerms(parse_bytes(memory), terms), "growth", announce)
+
+
+def _announce(terms: MemoryTerms, what: str, announce: Callable[[str], None]) -> MemoryTerms:
+    terms.check(what)
+    announce(str(terms))
+    return terms
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise InputError(f"memory is predicted on the CPU alone, not on {device}; leave out --memory")
+
+
+def _bytes_of(model: nn.Module) -> int:
+    return sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
+
+
+def _predict(model: nn.Module, batch: Batch, step: Step) -> int:
+    """Return the most bytes of live tensors in a step, the network included."""
+    try:
+        return predict_memory(model, batch, step).peak
+    except UnpredictableError as error:
+        raise InputError(f"what the run needs is not predicted: {error}; leave out --memory") from None
+
+
+def _on_inputs(step: Step) -> Step:
+    """Return a step that passes the inputs of an example to the network as a learning run does."""
+
+    def run(model: nn.Module, batch: Batch) -> Any:
+        inputs = batch.args[0]
+        if isinstance(inputs, Mapping):
+            return step(model, Batch((), inputs, batch.labels))
+        return step(model, batch if not isinstance(inputs, tuple) else Batch(inputs, labels=batch.labels))
+
+    return run
+
+
+def _evaluate(model: nn.Module, batch: Batch) -> None:
+    with torch.no_grad():
+        answer = run_network(model, batch.args[0]) if not batch.kwargs else model(*batch.args, **batch.kwargs)
+        logits_in(answer).float().argmax(-1)
+
+
+def _changed_bytes(model: nn.Module, plan: Plan) -> int:
+    """Return the bytes of the parameters that a growth replaces by larger ones."""
+    touched = {slot.name for change in plan.changes.values() if change.grow for slot in change.slots}
+    return sum(one.numel() * one.element_size() for name, one in model.named_parameters() if name in touched)
+
+
+def _added_bytes(model: nn.Module, axes: AxisGraph, plan: Plan) -> int:
+    """Return the bytes that a growth adds to a network."""
+    factors: dict[str, dict[int, float]] = {}
+    for change in plan.changes.values():
+        for slot in change.slots if change.grow else ():
+            factors.setdefault(slot.name, {})[slot.dim] = 1 + change.grow / max(1, change.size)
+    added = 0.0
+    for name, one in model.named_parameters():
+        added += one.numel() * one.element_size() * (prod(factors.get(name, {}).values()) - 1)
+    for path, insertion in plan.insert.items():
+        stack = model.get_submodule(path)
+        added += sum(_bytes_of(stack.get_submodule(f"{copy.of}")) for copy in insertion.copies)
+    return int(added)
