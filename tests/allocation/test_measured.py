@@ -85,8 +85,8 @@ def test_exchanges_find_what_axes_alone_do_not_show(noise: float) -> None:
     def propose(offset: Tensor) -> Tensor:
         now, curves = order(offset), alone.scaled(offset)
         steps = [torch.eye(n, dtype=torch.float64)[i] * 0.2 for i in range(n)]
-        rises = torch.stack([loss(now + step) - loss(now) for step in steps])
-        rises = rises + noise * torch.randn(n, generator=generator, dtype=torch.float64)
+        rises = torch.stack([loss(now + step) - loss(now) for step in steps])[:, None]
+        rises = rises + noise * torch.randn(n, 4, generator=generator, dtype=torch.float64)
         return propose_exchange(curves.rise(now, now + 0.2), rises)
 
     shifts = torch.tensor([0.0, 0.01, -0.01, 0.02])
@@ -100,6 +100,17 @@ def test_exchanges_find_what_axes_alone_do_not_show(noise: float) -> None:
     accepted = [trial for trial in trials if trial.accepted]
     assert accepted and all(trial.after < trial.before and trial.windows == 4 for trial in accepted)
     assert all(one.before == pytest.approx(other.after) for other, one in pairwise(accepted))
+
+
+def test_noise_proposes_no_exchange() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.full((40,), 0.05, dtype=torch.float64)
+    noise = 0.05 * torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    exact = predicted * torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
+    assert propose_exchange(predicted, predicted[:, None] + noise).abs().mean() < 0.15
+    proposed = propose_exchange(predicted, exact[:, None].expand(-1, 4))
+    torch.testing.assert_close(proposed, (exact / exact.mean()).log())
+    assert not propose_exchange(predicted, -predicted[:, None].expand(-1, 4)).any()
 
 
 def test_exchanges_end_without_an_improvement_and_are_never_worse() -> None:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 POWERS = (2.0, 4.0)
-"""The range of the power of a curve; above 1, the divergence grows faster the more of an axis is cut."""
+"""The range of the power of a curve. Divergences of axes alone grow about in proportion to what is cut, which would
+concentrate the cut in few axes, where what others lose adds to it: at least 2 spreads it."""
 FLOOR = 1e-4
 """Divergences below this fraction of the largest one are noise, and are raised to it."""
-MOST = 1.4
-"""The most by which the logarithm of the ratio of two marginal divergences may change in one exchange."""
+MOST = 4.0
+"""The largest factor by which the scale of a curve changes in one exchange."""
 STEPS = (1.0, 0.5, 0.25)
 """The fractions of a proposed exchange that are tried, until one is an improvement."""
 
@@ -91,15 +92,25 @@ def fit_curves(levels: Sequence[Sequence[float]], divergences: Sequence[Sequence
 def propose_exchange(predicted: Tensor, measured: Tensor) -> Tensor:
     """Return the change of the logarithms of the scales that makes predicted rises of the divergence the measured ones.
 
-    A change that all axes have in common moves no cost, and is left out.
+    A factor that all axes have in common moves no cost, and is left out. The other ratios are shrunk towards 1, by how
+    much of their variance is noise: that of their means over windows.
 
     Args:
         predicted: The rise of the divergence that the curves predict if more of an axis is cut, ``[axes]``, above 0.
-        measured: The rise of the divergence of the whole network, ``[axes]``; noise may make it negative.
+        measured: The rise of the divergence of the whole network on each window, ``[axes, windows]``; noise may make it
+            negative.
+
+    Returns:
+        ``[axes]``.
     """
-    floor = FLOOR * float(measured.abs().max())
-    change = measured.clamp_min(max(floor, 1e-12)).log() - predicted.clamp_min(1e-300).log()
-    return (change - change.median()).clamp(-MOST, MOST)
+    windows, means = measured.shape[1], measured.mean(1)
+    common = float(means.sum() / predicted.sum())
+    if common <= 0:
+        return torch.zeros_like(means)
+    ratio = means / (common * predicted)
+    noise = (measured.var(1) / windows / (common * predicted).square()).mean() if windows > 1 else ratio.new_zeros(())
+    shrunk = 1 + (1 - noise / ratio.var().clamp_min(1e-12)).clamp_min(0) * (ratio - 1)
+    return shrunk.clamp(1 / MOST, MOST).log()
 
 
 @dataclass(frozen=True)

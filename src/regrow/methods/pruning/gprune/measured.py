@@ -265,11 +265,11 @@ class _Search:
                     logits, outputs = self.replay.record([w.batch for w in windows], masks)
                     losses = [w.dense.divergence(one) for w, one in zip(windows, logits, strict=True)]
                     base.extend((gates, outputs, losses))
-                return [self._instead(key, ratio, *base)]
+                return self._instead(key, ratio, *base)
 
-            rises += self._take(f"measuring {key} in the pruned network", measure)
+            rises.append(self._take(f"measuring {key} in the pruned network", measure))
         sign = torch.where(other > now, 1.0, -1.0)
-        rise = torch.tensor(rises, dtype=torch.float64) * sign
+        rise = torch.tensor(rises, dtype=torch.float64) * sign[:, None]
         return propose_exchange(curves.rise(now, other) * sign, rise)
 
     def _alone(self, key: str, ratio: float, cached: Sequence[Outputs | None]) -> float:
@@ -288,14 +288,14 @@ class _Search:
         gates: Mapping[int, Mapping[str, Tensor]],
         cached: Sequence[Outputs | None],
         before: Sequence[float],
-    ) -> float:
-        """Return the mean rise of the divergence if one axis of the pruned network is cut to another ratio."""
+    ) -> list[float]:
+        """Return the rise of the divergence on each window if an axis of the pruned network is cut to another ratio."""
         rises = []
         for w, outputs, loss in zip(self.near, cached, before, strict=True):
             other = {**gates[w.view], key: (self.places[key][w.view] > ratio).float()}
             logits = self.replay.run(w.batch, other, self.masks.filled(w.view), outputs, self.blocks[key])
             rises.append(w.dense.divergence(logits) - loss)
-        return sum(rises) / len(rises)
+        return rises
 
     def _gates(self, kept: Kept) -> dict[str, Tensor]:
         sizes = {key: self.task.axes[key].size for key in self.places}

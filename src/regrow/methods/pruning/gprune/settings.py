@@ -76,7 +76,7 @@ class Settings:
     levels: Annotated[int, Range(1)] = 2
     level_windows: Annotated[int, Range(1)] = 1
     level_tokens: Annotated[int, Range(0)] = 128
-    exchanges: Annotated[int, Range(0)] = 3
+    exchanges: Annotated[int, Range(0)] = 2
     exchange_windows: Annotated[int, Range(1)] = 2
     steps: Annotated[int, Range(0)] = 40
     windows: Annotated[int, Range(1)] = 2
