@@ -73,8 +73,8 @@ def fit_curves(levels: Sequence[Sequence[float]], divergences: Sequence[Sequence
         divergences: The divergence at each.
 
     >>> curves = fit_curves([[0.25, 0.5], [0.5]], [[0.01, 0.08], [0.5]])
-    >>> curves.power.tolist(), [round(one, 6) for one in curves.scale.tolist()]
-    ([3.0, 2.0], [0.64, 2.0])
+    >>> [[round(one, 6) for one in values.tolist()] for values in (curves.power, curves.scale)]
+    [[3.0, 2.0], [0.64, 2.0]]
     """
     floor = FLOOR * max((value for row in divergences for value in row), default=1.0)
     scale, power = [], []
@@ -177,3 +177,20 @@ def exchange(
         else:
             break
     return allocation, tuple(trials)
+
+
+def improves(before: Tensor, after: Tensor, margin: float) -> bool:
+    """Whether losses fell by more than some paired standard errors.
+
+    Args:
+        before: The losses on some windows, ``[windows]``.
+        after: The losses on the same windows, ``[windows]``.
+        margin: How many standard errors of the mean difference.
+
+    >>> before = torch.tensor([1.0, 2.0, 3.0])
+    >>> improves(before, before - 0.1, 2.0), improves(before, before - torch.tensor([0.3, 0.0, -0.2]), 1.0)
+    (True, False)
+    """
+    gain = before - after
+    error = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+    return float(gain.mean()) > margin * error

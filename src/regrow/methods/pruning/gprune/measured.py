@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regrow.allocation import module_costs, rank
-from regrow.allocation.measured import Curves, Trial, exchange, fit_curves, propose_exchange
+from regrow.allocation.measured import Curves, Trial, exchange, fit_curves, improves, propose_exchange
 from regrow.methods.pruning.gprune.masks import Masks
 from regrow.methods.pruning.gprune.modules import Measurement
 from regrow.methods.pruning.gprune.replay import Outputs, Predictions, Replay, shorten
@@ -83,10 +83,12 @@ def measure_allocation(
     seconds["exchanges"] = time.monotonic() - began - sum(seconds.values())
     orders: dict[str, Order] = {name: search.margins(share) for name, share in starts.items()}
     orders["measured"] = search.order(curves.scaled(offset))
-    losses = {name: float(search.losses(one, search.held_out).mean()) for name, one in orders.items()}
+    each = {name: search.losses(one, search.held_out) for name, one in orders.items()}
+    losses = {name: float(one.mean()) for name, one in each.items()}
     seconds["comparison"] = time.monotonic() - began - sum(seconds.values())
     search.journal.write()
-    best = min(losses, key=lambda name: losses[name])
+    best = min(starts, key=lambda name: losses[name])
+    best = "measured" if improves(each[best], each["measured"], s.margin) else best
     chosen = [search.ratios(search.keep(orders[name](0))) for name in ("measured", best)]
     rows = [
         {"axis": key, "levels": list(at[i]), "divergences": list(divergences[i])}

@@ -1,7 +1,7 @@
 """Stages 1 to 3 of GPrune: rank changes between sources, modules of similar units, and the order within each module."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,16 @@ from regrow.axes import Axis
 from regrow.methods.pruning.gprune.masks import Masks
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.pruner import PruningTask
-from regrow.scores import Scores, Statistics
+from regrow.scores import Scores, Statistics, merged
 from regrow.scoring.base import BASES
 from regrow.scoring.partition import Modules, partition
 from regrow.scoring.reliability import Reliability, rank_in_modules
 from regrow.scoring.sensitivity import spectrum
 from regrow.scoring.spaces import Space, spaces, within
 from regrow.scoring.views import View, halves, views
+
+INACTIVE = 1e-3
+"""A unit is inactive on a source if the root mean square of its inputs is at most this fraction of its axis's mean."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Measurement:
         views: The scores and ranks, one view per choice of sources.
         weights_only: The scores of the base metric without activations.
         halves: Scores from each half of the parts of the sources, to measure noise; ``None`` if there is one part only.
+        inactive: Axis key → which units are inactive on every source, ``[size]`` bool: their ranks do not vary either,
+            but unlike robust units they do nothing on any source.
     """
 
     units: tuple[Axis, ...]
@@ -38,6 +43,7 @@ class Measurement:
     views: tuple[View, ...]
     weights_only: Scores
     halves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
+    inactive: Mapping[str, Tensor]
 
 
 def measure(s: Settings, task: PruningTask) -> Measurement:
@@ -56,8 +62,46 @@ def measure(s: Settings, task: PruningTask) -> Measurement:
     def score(statistics: Statistics | None) -> Scores:
         return BASES[s.base].score(weights, task.axes, statistics, units)
 
-    seen = views(sums, score, among, scale=s.rank, denoise=s.denoise, without_each=s.cross)
-    return Measurement(units, among, tuple(seen), score(None), halves(sums, score))
+    seen = list(views(sums, score, among, scale=s.rank, denoise=s.denoise, without_each=s.cross))
+    halved = sums
+    if s.scores_from != "pooled":
+        names = _calibration_sources(s, tuple(sums))
+        own = {name: score(merged(sums[name])) for name in dict.fromkeys(names)}
+        seen = [replace(view, scores=own[name]) for view, name in zip(seen, names, strict=False)]
+        halved = {s.scores_from: sums[s.scores_from]}
+    return Measurement(units, among, tuple(seen), score(None), halves(halved, score), _inactive(task, units))
+
+
+def _calibration_sources(s: Settings, sources: Sequence[str]) -> list[str]:
+    """Return the source that scores units in each view: all sources, then without each in turn."""
+    if s.scores_from not in sources:
+        raise ValueError(
+            f"scores_from must be pooled or a source, one of {', '.join(sources)}; got {s.scores_from!r}: name one of "
+            "these"
+        )
+    after = sources[(sources.index(s.scores_from) + 1) % len(sources)]
+    return [s.scores_from, *(after if name == s.scores_from else s.scores_from for name in sources)]
+
+
+def _inactive(task: PruningTask, units: Sequence[Axis]) -> dict[str, Tensor]:
+    """Return which units have inputs of almost 0 on every source, by axis key, ``[size]`` bool."""
+    power: dict[str, list[Tensor]] = {axis.key: [] for axis in units}
+    parameters = dict(task.model.named_parameters())
+    for shards in task.evidence.statistics.values():
+        moments = merged(shards).moments
+        each: dict[str, Tensor] = {}
+        for reader in scoring.readers(task.axes, units):
+            if reader.weight in moments:
+                square = moments[reader.weight].square / moments[reader.weight].count
+                width = parameters[reader.weight].shape[reader.slot.dim]
+                mine = square[reader.positions(len(square), width)].mean(1)
+                each[reader.axis] = each.get(reader.axis, 0) + mine
+        for key, value in each.items():
+            power[key].append(value <= INACTIVE**2 * value.mean())
+    return {
+        axis.key: torch.stack(power[axis.key]).all(0) if power[axis.key] else torch.zeros(axis.size, dtype=torch.bool)
+        for axis in units
+    }
 
 
 def order_modules(
@@ -132,6 +176,7 @@ def findings_of(
         among,
         sensitivity=modules.mean(first.spread.sigma),
         activity=modules.mean(within(first.scores.values, among, scoring.percentile)),
+        inactive=modules.mean(seen.inactive),
         unreliability=trusted.unreliability,
         trust=trusted.trust,
         cost=costs,

@@ -33,6 +33,8 @@ class Settings:
         switch_most: The largest fraction of units that ``unreliable`` and ``reversed`` may switch.
         instead: The metric that orders switched modules: ``peaks`` (peak to peak of a unit's rows), ``norms`` (product
             of the norms of its rows), ``weights`` (the weight-only part of the base metric), ``mean_rank``.
+        scores_from: ``pooled``: units are scored on all sources together; the name of a source: on that one alone (on
+            the next one, where that one is left out), while sensitivity and the means of dropped inputs are of all.
         cross: Whether each source is trained and judged with the order and the means of the other sources alone, as if
             it were a text domain that calibration never saw.
         start: Where learning starts: ``base`` (the base method's own allocation), ``inner`` (the same fraction of every
@@ -49,6 +51,10 @@ class Settings:
         windows: Calibration windows per step.
         every: The number of steps between two evaluations of the allocation on held-out text.
         held_out: The fraction of each source's windows that is used for evaluation only.
+        exact_start: Whether learning starts exactly at the start, ratios of 0 and 1 too; otherwise these are moved to
+            2 % and 98 % of ``most``.
+        margin: By how many paired standard errors over held-out windows a learned or measured allocation must be better
+            than the start; otherwise the start is returned.
         lr: Learning rate of the modules' logits.
         width: The range of relative ranks in a module, around the pruning ratio, that has a gradient.
         width_few: As ``width``, for modules of several small axes that are pooled.
@@ -70,6 +76,7 @@ class Settings:
     switch: Annotated[str, OneOf(*SWITCHES)] = "blend"
     switch_most: float = 0.25
     instead: Annotated[str, OneOf(*INSTEAD)] = "peaks"
+    scores_from: str = "pooled"
     cross: bool = True
     start: Annotated[str, OneOf(*STARTS, "best")] = "best"
     allocation: Annotated[str, OneOf("learned", "measured")] = "learned"
@@ -82,6 +89,8 @@ class Settings:
     windows: Annotated[int, Range(1)] = 2
     every: Annotated[int, Range(1)] = 10
     held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
+    exact_start: bool = False
+    margin: Annotated[float, Range(0)] = 0.0
     lr: float = 0.1
     width: Annotated[float, Range(0, above=True)] = 0.05
     width_few: Annotated[float, Range(0, above=True)] = 0.1
