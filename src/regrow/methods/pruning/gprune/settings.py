@@ -1,6 +1,6 @@
 """Settings of GPrune-LLM."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from regrow.scoring import PATHS
@@ -9,6 +9,7 @@ from regrow.scoring.partition import PARTITIONS
 from regrow.scoring.reliability import SWITCHES
 from regrow.scoring.sensitivity import SCALES
 from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.declaration import UNRECORDED
 
 STARTS = ("base", "inner", "uniform")
 """The allocations from which learning may start."""
@@ -76,21 +77,21 @@ class Settings:
     switch: Annotated[str, OneOf(*SWITCHES)] = "blend"
     switch_most: float = 0.25
     instead: Annotated[str, OneOf(*INSTEAD)] = "peaks"
-    scores_from: str = "pooled"
+    scores_from: str = field(default="pooled", metadata=UNRECORDED)
     cross: bool = True
     start: Annotated[str, OneOf(*STARTS, "best")] = "best"
-    allocation: Annotated[str, OneOf("learned", "measured")] = "learned"
-    levels: Annotated[int, Range(1)] = 2
-    level_windows: Annotated[int, Range(1)] = 1
-    level_tokens: Annotated[int, Range(0)] = 128
-    exchanges: Annotated[int, Range(0)] = 2
-    exchange_windows: Annotated[int, Range(1)] = 2
+    allocation: Annotated[str, OneOf("learned", "measured")] = field(default="learned", metadata=UNRECORDED)
+    levels: Annotated[int, Range(1)] = field(default=2, metadata=UNRECORDED)
+    level_windows: Annotated[int, Range(1)] = field(default=1, metadata=UNRECORDED)
+    level_tokens: Annotated[int, Range(0)] = field(default=128, metadata=UNRECORDED)
+    exchanges: Annotated[int, Range(0)] = field(default=2, metadata=UNRECORDED)
+    exchange_windows: Annotated[int, Range(1)] = field(default=2, metadata=UNRECORDED)
     steps: Annotated[int, Range(0)] = 40
     windows: Annotated[int, Range(1)] = 2
     every: Annotated[int, Range(1)] = 10
     held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
-    exact_start: bool = False
-    margin: Annotated[float, Range(0)] = 0.0
+    exact_start: bool = field(default=False, metadata=UNRECORDED)
+    margin: Annotated[float, Range(0)] = field(default=0.0, metadata=UNRECORDED)
     lr: float = 0.1
     width: Annotated[float, Range(0, above=True)] = 0.05
     width_few: Annotated[float, Range(0, above=True)] = 0.1
