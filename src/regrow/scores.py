@@ -1,7 +1,7 @@
 """Unit scores of pruning methods, and the activation and gradient statistics that they are computed from."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -107,9 +107,20 @@ def merged(parts: Sequence[Statistics]) -> Statistics:
     Args:
         parts: Statistics of shards or sources, at least one.
     """
-    total = parts[0]
-    for part in parts[1:]:
+    if len(parts) == 1:
+        return parts[0]
+    total, *rest = (replace(part, gradients={}) for part in parts)
+    for part in rest:
         total = total + part
+    for name in dict.fromkeys(name for part in parts for name in part.gradients):  # one at a time: they are large
+        total.gradients[name] = _sum(part.gradients[name] for part in parts if name in part.gradients)
+    return total
+
+
+def _sum(tensors: Iterator[Tensor]) -> Tensor:
+    total = next(tensors)
+    for tensor in tensors:
+        total = total + tensor
     return total
 
 

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
 from regrow.axes import Axis, Role
+from regrow.evaluation.memory import Live
 from regrow.evidence import Need
 from regrow.scores import Moments, Statistics
 from regrow.scoring import collect
+from regrow.scoring.gradients import add_gradients
 from regrow.sources import Batch, Source
 
 ACTIVATIONS = {Need.ACTIVATIONS}
@@ -86,6 +88,28 @@ def test_gradient_is_that_of_the_summed_loss_and_nothing_is_left_behind() -> Non
     loss.backward()
     for name in ("decoder.blocks.0.up.weight", "decoder.blocks.1.k.weight"):
         torch.testing.assert_close(seen.gradients[name], model.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_of_gradients_are_exact_and_one_gradient_is_in_memory_at_a_time() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(16)))
+    model.register_parameter("unread", nn.Parameter(torch.ones(3)))
+    model[0].weight.grad = torch.ones(64, 64)
+    names = [name for name, _ in model.named_parameters()]
+    batches = [Batch((torch.randn(2, 64),), labels=torch.tensor([1, 63])) for _ in range(2)]
+    sums: dict[str, torch.Tensor] = {}
+    with Live(model.parameters()) as live:
+        for batch in batches:
+            add_gradients(model, batch, names, sums)
+    each = 4 * 64 * 64
+    assert live.peak - live.held < (16 + 4) * each
+    assert [*sums] == names and torch.equal(sums["unread"], torch.zeros(3))
+    assert torch.equal(model[0].weight.grad, torch.ones(64, 64)) and model[1].weight.grad is None
+    whole = [
+        torch.autograd.grad(F.cross_entropy(model(*one.args), one.labels), [*model[:].parameters()]) for one in batches
+    ]
+    for name, *parts in zip(names[1:], *whole, strict=True):
+        assert torch.equal(sums[name], parts[0] * 2 + parts[1] * 2)
 
 
 def test_the_head_does_not_run_unless_something_past_the_trunk_is_read() -> None:

@@ -1,13 +1,13 @@
 """The memory of recoveries and of gradients, predicted from shapes before anything is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regrow.amounts import format_bytes
@@ -17,7 +17,9 @@ from regrow.commands.parents import count_parameters
 from regrow.errors import InputError, ResourceError
 from regrow.evaluation import UnpredictableError, predict_memory
 from regrow.methods.recovery.distil import divergence
+from regrow.objectives import NEXT_TOKEN
 from regrow.process_memory import read_resident
+from regrow.scoring.gradients import add_gradients
 from regrow.settings.recover import Settings
 from regrow.sources import Batch, logits_in
 from regrow.store.errors import StoreError
@@ -124,14 +126,14 @@ def predict_later_recovery(by: str, model: nn.Module, window: int, tokens: int, 
     return SPARE + own + exact + sum(_training_terms(exact).values()) + running * exact // max(1, own)
 
 
-def predict_gradients(model: nn.Module, window: int, batch_size: int, sums: int) -> int:
-    """Return what gradients of a network on a batch of text need beside what the process held, in bytes.
+def predict_learning(model: nn.Module, window: int, batch_size: int, sums: int) -> int:
+    """Return what a method that learns masks needs beside what the process held, in bytes.
 
     Args:
         model: The network, without numbers.
         window: Tokens per window.
         batch_size: Windows per batch.
-        sums: How many sums of gradients, in float32, are kept.
+        sums: How many sums of gradients, in float32, are kept meanwhile.
 
     Raises:
         UnpredictableError: If its memory depends on data.
@@ -139,6 +141,32 @@ def predict_gradients(model: nn.Module, window: int, batch_size: int, sums: int)
     numbers, own = _sizes(model)
     activations = sum(_running_terms("lora", model, window, 0).values())
     return SPARE + 2 * own + 4 * numbers * sums + batch_size * activations
+
+
+def predict_gradients(model: nn.Module, names: Sequence[str], window: int, sums: int) -> int:
+    """Return what sums of gradients on windows of text need beside what the process held, in bytes.
+
+    Args:
+        model: The network, without numbers.
+        names: The parameters whose gradients are summed.
+        window: Tokens per window.
+        sums: How many sums, in float32, are kept; several are added up to one more.
+
+    Raises:
+        UnpredictableError: If its memory depends on data.
+    """
+    total: dict[str, Tensor] = {}
+    ids = torch.zeros(1, window, dtype=torch.int64)
+    config: Any = {"use_cache": False} if hasattr(model, "config") else {}
+
+    def step(model: nn.Module, batch: Batch) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        add_gradients(model, batch, names, total, NEXT_TOKEN, count=window)
+
+    peak = predict_memory(model, Batch((ids,), config, ids), step).peak
+    each, own = sum(4 * model.get_parameter(name).numel() for name in names), _sizes(model)[1]
+    return SPARE + max(peak + each * (sums - 1), own + each * (sums + (sums > 1)))
 
 
 def predict_refit(model: nn.Module, tokens: int, *, sums: int = 3) -> int:

@@ -15,7 +15,12 @@ from regrow.commands.inputs import count_windows
 from regrow.commands.later_plans import LaterPlan
 from regrow.commands.models import DTYPES, ModelSpec
 from regrow.commands.reconstruction import count_tokens
-from regrow.commands.recovery_memory import predict_gradients, predict_later_recovery, predict_refit
+from regrow.commands.recovery_memory import (
+    predict_gradients,
+    predict_later_recovery,
+    predict_learning,
+    predict_refit,
+)
 from regrow.commands.same_inputs import check_same_settings
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
@@ -27,6 +32,7 @@ from regrow.plan import Plan
 from regrow.process_memory import return_memory
 from regrow.progress import Progress
 from regrow.run_folder import RunFolder
+from regrow.scoring.collect import differentiated
 from regrow.settings.prune import Settings
 from regrow.store import statistics
 from regrow.store.shapes import Shapes
@@ -218,9 +224,12 @@ def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork)
     if opened.loaded.tokenizer is None:
         raise InputError(f"what {what} needs is predicted for models that take text only; leave out --memory")
     try:
-        if gradients or pruner.trains:
-            sums = pruner.shards * len(settings.sources) if gradients else 0
-            needed = predict_gradients(model, window, 1 if gradients else settings.batch_size, sums)
+        sums = pruner.shards * max(pruner.sources, len(settings.sources)) if gradients else 0
+        if gradients:
+            needed = predict_gradients(model, differentiated(model, opened.axes), window, sums)
+        if pruner.trains:
+            batch_size = 1 if gradients else settings.batch_size
+            needed = max(needed, predict_learning(model, window, batch_size, sums))
         if settings.recover:
             needed = max(needed, predict_later_recovery(settings.recover, model, window, settings.recover_tokens))
         if settings.reconstruct:

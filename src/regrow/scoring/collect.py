@@ -146,8 +146,7 @@ class _Walk:
         self.names = [r.slot.name for r in reads]
         self.differentiated: list[str] = []
         if Need.GRADIENTS in needs:
-            own = dict(model.named_parameters())
-            self.differentiated = list(dict.fromkeys(name for a in units for name, _, _ in tensors(axes, a, own)))
+            self.differentiated = differentiated(model, axes, units)
         self.device = next((p.device for p in parameters.values() if p.device.type != "meta"), torch.device("cpu"))
         self.first = not self.differentiated
         self.losses: list[Tensor] = []
@@ -213,6 +212,18 @@ class _Walk:
         except TypeError:
             return self.model
         return base if all(name.startswith(f"{prefix}.") for name in self.names) else self.model
+
+
+def differentiated(model: nn.Module, axes: AxisGraph, units: Sequence[Axis] | None = None) -> list[str]:
+    """Return the names of the parameters whose gradients are summed: those that measured axes run through.
+
+    Args:
+        model: The network.
+        axes: The network's axes.
+        units: The axes that are measured; ``axes.units()`` if none are named.
+    """
+    own = dict(model.named_parameters())
+    return list(dict.fromkeys(name for axis in scorable(axes, units) for name, _, _ in tensors(axes, axis, own)))
 
 
 def _walk_blocks(

@@ -1,6 +1,7 @@
 """Importance scores from loss gradients: the first-order Taylor importance of LLM-Pruner."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,8 @@ def add_gradients(
     """Run the network on a batch and add the gradient of its *summed* loss to ``sums`` (float32).
 
     Summed, so that batches of different sizes can be merged. The backward pass itself runs on the mean, which half
-    precision can hold.
+    precision can hold. Each gradient is added as soon as it is there, and then given back: one parameter's is in memory
+    at a time, beside the sums.
 
     Args:
         model: The network.
@@ -87,12 +89,34 @@ def add_gradients(
         ValueError: If the batch has no labels and the network returns no loss.
     """
     parameters = dict(model.named_parameters())
+    chosen, many = {name: parameters[name] for name in names}, batch.size if count is None else count
+    earlier = {name: parameter.grad for name, parameter in chosen.items()}
+    # Before the activations are there, so that no gap is left between the sums.
+    fresh = {name: torch.empty_like(one, dtype=torch.float32) for name, one in chosen.items() if name not in sums}
+    unread = {*fresh}
+
+    def add(name: str, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        gradient, parameter.grad = parameter.grad.float(), None
+        if name in unread:
+            torch.mul(gradient, many, out=fresh[name])
+            unread.remove(name)
+        else:
+            sums[name].add_(gradient * many)
+
     loss = objective.compute_loss(model(*batch.args, **batch.kwargs), batch)
-    count = batch.size if count is None else count
-    gradients = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
-    for name, gradient in zip(names, gradients, strict=True):
-        if gradient is None:
-            gradient = torch.zeros_like(parameters[name])
-        scaled = gradient.float() * count
-        sums[name] = sums[name].add_(scaled) if name in sums else scaled
+    hooks = [one.register_post_accumulate_grad_hook(partial(add, name)) for name, one in chosen.items()]
+    try:
+        for parameter in chosen.values():
+            parameter.grad = None
+        loss.backward(inputs=[*chosen.values()])
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, parameter in chosen.items():
+            parameter.grad = earlier[name]
+    for name in unread:
+        fresh[name].zero_()
+    sums |= fresh
     return loss.detach()
