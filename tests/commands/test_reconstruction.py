@@ -14,6 +14,7 @@ from regrow.commands.prune import run
 from regrow.commands.reconstruction import check_reconstruction, count_tokens
 from regrow.commands.undo import undo
 from regrow.errors import InputError
+from regrow.reports import summarise, to_html, to_markdown
 from regrow.run_folder import RunFolder
 from regrow.settings import recover
 from regrow.settings.prune import Settings
@@ -41,6 +42,9 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     assert [layer["weight"] for layer in row["layers"]] == ["body.3.weight", "head.weight"]
     assert all(layer["after"] < layer["before"] and layer["ridge"] for layer in row["layers"])
     assert "one source" in row["note"] and row["tokens"] == 256
+    page = summarise([folder.path])
+    assert "2 layers that read removed units were fitted" in to_markdown(page) and "Before its layers" in to_html(page)
+    assert ">body.3.weight</th>" in to_html(page) and 'id="reconstruction"' not in to_html(summarise([plain.path]))
     accuracy = [[one["acc"] for one in of.metrics() if one["what"] == "choice"] for of in (plain, folder)]
     assert accuracy[1][0] == accuracy[0][0] and weights(folder) != weights(plain)
     record, taken = folder.run(), {"reconstruct choose_on": "left_out_source"}

@@ -23,6 +23,7 @@ SECTIONS = {
     "widths": "Widths",
     "scores": "Scores",
     "cost": "Cost",
+    "reconstruction": "Reconstruction",
     "proof": "Proof",
     "stages": "History of the network",
     "ran": "Command and settings",
@@ -141,6 +142,7 @@ def to_html(summary: Summary) -> str:
     # Sections that most runs lack are left out instead of shown empty.
     shown_if = {
         "behaviour": run["findings"],
+        "reconstruction": run["reconstruction"],
         "owned": drawings.get("owned"),
         "memory": (run["search"] or {}).get("stages"),
         "stages": run["stages"],
@@ -183,6 +185,7 @@ def _context(summary: Summary) -> dict[str, Any]:
             "modules": words.modules(run),
             "learning": words.learning(run),
             "proof": words.proof(run),
+            "reconstruction": words.reconstruction(run),
             "cells": [cell | {"nodes": cells.describe_nodes(cell)} for cell in found],
             "counts": cells.counts(found),
             "blocks": [block | {"sums": blocks.describe_block(block)} for block in parts],

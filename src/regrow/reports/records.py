@@ -182,6 +182,26 @@ class MaskingCheck(TypedDict):
     holds: bool | None
 
 
+class FittedLayer(TypedDict):
+    """A layer that least squares fitted after a cut: its relative errors, and what was chosen."""
+
+    weight: str
+    before: float | None
+    after: float | None
+    seen: float | None
+    ridge: float | None
+    shrinkage: float | None
+
+
+class ReconstructionRow(TypedDict):
+    """The least squares after a cut: on how many tokens, where it was judged, and the layers."""
+
+    tokens: int | None
+    where: str
+    layers: list[FittedLayer]
+    left_out: list[str]
+
+
 class SourceRow(TypedDict):
     """A source of data, and how much of it was read."""
 
@@ -231,6 +251,7 @@ class Run(TypedDict):
     size: dict[str, dict[str, Any] | None]
     speed: dict[str, dict[str, Any] | None]
     verify: list[MaskingCheck]
+    reconstruction: ReconstructionRow | None
     widths: list[dict[str, Any]]
     frozen: list[FrozenAxes]
     scores: dict[str, Any] | None

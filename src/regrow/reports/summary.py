@@ -18,7 +18,17 @@ from regrow.reports.reading import (
     size,
     text,
 )
-from regrow.reports.records import BudgetFigures, MaskingCheck, Pair, Run, SourceRow, StageRow, Summary
+from regrow.reports.records import (
+    BudgetFigures,
+    FittedLayer,
+    MaskingCheck,
+    Pair,
+    ReconstructionRow,
+    Run,
+    SourceRow,
+    StageRow,
+    Summary,
+)
 from regrow.reports.search import search
 from regrow.reports.widths import scores, widths
 from regrow.store.run_record import restate_settings
@@ -101,6 +111,7 @@ def _run(folder: RunRecord) -> Run:
         "size": _sides(metrics.get("size", []), _SIZES),
         "speed": _sides(metrics.get("speed", []), _SPEEDS),
         "verify": [_verify(row) for row in metrics.get("verify", [])[-8:]],
+        "reconstruction": _reconstruction(metrics.get("reconstruction", [])),
         "widths": kinds,
         "frozen": frozen,
         "scores": scores(folder, kinds),
@@ -219,6 +230,26 @@ def _verify(line: JsonObject) -> MaskingCheck:
         "argmax_flips": size(line.get("argmax_flips")),
         "holds": None if difference is None or bound is None else difference <= bound,
     }
+
+
+def _reconstruction(lines: list[JsonObject]) -> ReconstructionRow | None:
+    if not lines:
+        return None
+    line = lines[-1]
+    layers: list[FittedLayer] = [
+        {
+            "weight": text(row.get("weight")),
+            "before": number(row.get("before"), 0),
+            "after": number(row.get("after"), 0),
+            "seen": number(row.get("seen"), 0),
+            "ridge": number(row.get("ridge"), 0),
+            "shrinkage": number(row.get("shrinkage"), 0, 1),
+        }
+        for row in objects(line.get("layers"))
+    ]
+    left_out = [f"{text(name)} was not fitted: {text(why, 300)}" for name, why in mapping(line.get("left_out")).items()]
+    where = "left-out sources" if "choose_on" in line else "held-out text"
+    return {"tokens": size(line.get("tokens")), "where": where, "layers": layers, "left_out": left_out[:20]}
 
 
 def _sources(run: JsonObject, settings: JsonObject) -> list[SourceRow]:
