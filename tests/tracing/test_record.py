@@ -215,6 +215,12 @@ def test_a_number_made_of_a_size_follows_it() -> None:
     assert "depends on the size" in traced(by_size)[1]["one.weight:0"].reason
 
 
+def test_an_entry_of_a_row_of_numbers_is_no_question_to_data() -> None:
+    _, axes = traced(lambda m, x: m.two(m.one(x)) * (torch.arange(4) + 1)[2].item())
+    assert axes.decisions is None
+    assert axes["one.weight:0"].mark is not Mark.FROZEN
+
+
 def test_other_questions_at_another_size_are_found_out() -> None:
     """A network that asks its data only while it is wide cannot be given the answers when it is not."""
 

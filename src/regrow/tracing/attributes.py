@@ -6,14 +6,14 @@ one.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import Dims, Walk
+from regrow.tracing.walk import Dims, Literal, Walk
 
 OF_WEIGHT: Mapping[str, tuple[tuple[str, int], ...]] = {
     "in_features": (("weight", 1),),
@@ -80,13 +80,21 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[
         for name in ("groups", "num_groups"):
             if vars(_module(model, path)).get(name) == d.size(expr):
                 result[f"{path}:{name}"] = expr
+    literals: dict[str, list[Literal]] = {}
+    for one in w.literals:
+        literals.setdefault(one.module, []).append(one)
     for path, module in model.named_modules():
         for name, value in _numbers(module):
-            if f"{path}:{name}" not in result and (exprs := _of_literals(w, path, name, value)):
+            if f"{path}:{name}" not in result and (exprs := _of_literals(literals.get(path, ()), name, value)):
                 result[f"{path}:{name}"] = exprs[0]
                 alike += [(exprs[0], other, f"`{name}` of {path or 'the model'} sets both") for other in exprs[1:]]
+    places: dict[str, dict[str, Expr]] = {}
+    for place, expr in result.items():
+        path, _, name = place.partition(":")
+        places.setdefault(path, {})[name] = expr
     for path, module in model.named_modules():
-        result |= _of_products(path, module, w, result)
+        counts_of = _of_products(module, literals.get(path, ()), places.get(path, {}))
+        result |= {f"{path}:{name}": expr for name, expr in counts_of.items()}
     for path, module in model.named_modules():
         _channels(path, module, result, dims)
     return result, alike
@@ -209,12 +217,12 @@ def _output_dim(own: Mapping[str, Dims]) -> int | None:
     return same[0] if len(same) == 1 else None
 
 
-def _of_literals(w: Walk, path: str, name: str, value: int) -> list[Expr]:
+def _of_literals(literals: Sequence[Literal], name: str, value: int) -> list[Expr]:
     """Return the dimensions whose size a module wrote as ``value`` in its reshapes and slices.
 
     If the number of heads equals their width, one number stands for both: a width is the last number of a reshape.
     """
-    seen = [one for one in w.literals if one.module == path and one.number == value and d.is_free(one.expr)]
+    seen = [one for one in literals if one.number == value and d.is_free(one.expr)]
     if name in REPEATS:
         seen = [one for one in seen if _is_repeat(one.expr)]
     else:
@@ -227,19 +235,18 @@ def _of_literals(w: Walk, path: str, name: str, value: int) -> list[Expr]:
     return distinct
 
 
-def _of_products(path: str, module: nn.Module, w: Walk, places: Mapping[str, Expr]) -> dict[str, Expr]:
+def _of_products(module: nn.Module, literals: Sequence[Literal], known: Mapping[str, Expr]) -> dict[str, Expr]:
     """Return counts, of the module or its configuration, of which it uses a multiple in reshapes or slices."""
-    here = [one.expr for one in w.literals if one.module == path and d.is_free(one.expr)]
-    known = [expr for place, expr in places.items() if place.startswith(f"{path}:")]
+    here = [one.expr for one in literals if d.is_free(one.expr)]
     made: dict[str, Expr] = {}
-    own = [(name, value) for name, value in _numbers(module) if name in COUNTS and f"{path}:{name}" not in places]
+    own = [(name, value) for name, value in _numbers(module) if name in COUNTS and name not in known]
     for name, value in (*own, *counts(module)) if here else ():
         fitting: list[Expr] = []
         for expr in (one for whole in here for one in _outermost(whole)):
-            if d.size(expr) == value > 1 and not any(d.identical(expr, one) for one in (*known, *fitting)):
+            if d.size(expr) == value > 1 and not any(d.identical(expr, one) for one in (*known.values(), *fitting)):
                 fitting.append(expr)
         if len(fitting) == 1:
-            made[f"{path}:{name}"] = fitting[0]
+            made[name] = fitting[0]
     return made
 
 

@@ -142,6 +142,11 @@ class _Copy:
             self.memo[id(value)] = row
             row.extend(map(self.value, value))
             return row
+        if kind is tuple or kind is set:
+            made = kind(map(self.value, value))
+            if kind is set or any(one is not old for one, old in zip(made, value, strict=True)):
+                return self.memo.setdefault(id(value), made)
+            return value
         return self.other(value)
 
     def tensor(self, tensor: Tensor) -> Tensor:

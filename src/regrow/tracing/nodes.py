@@ -1,5 +1,7 @@
 """Read the nodes of a recorded graph: operation, module, shape and arguments."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -24,11 +26,37 @@ ZERO_PRESERVING = frozenset(_PASSING.split())
 
 def op_name(node: Node) -> str:
     """Return the plain name of an operation (``linear``, ``add``); in-place forms have the same name."""
-    target = node.target
+    return _name_of(node.target)
+
+
+@lru_cache(maxsize=4096)
+def _name_of(target: object) -> str:
     name = (
         target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
     )
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def leaves_of(value: object) -> list[object]:
+    """Return the leaves of nested lists, tuples and dicts, in order.
+
+    Args:
+        value: The arguments of a call.
+
+    >>> leaves_of((1, [2, {"x": 3}]))
+    [1, 2, 3]
+    """
+    result: list[object] = []
+    _collect(value, result)
+    return result
+
+
+def _collect(value: object, result: list[object]) -> None:
+    if isinstance(value, list | tuple | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            _collect(one, result)
+    else:
+        result.append(value)
 
 
 def module_of(node: Node) -> str:

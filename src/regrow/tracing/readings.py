@@ -15,6 +15,7 @@ from regrow.tracing.decisions import compared_operands
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.model_state import code_of, state_of
+from regrow.tracing.nodes import leaves_of
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import operations
 from regrow.tracing.training_trace import trace_training
@@ -221,7 +222,7 @@ def operands(node: Node) -> list[Node]:
     Args:
         node: The operation.
     """
-    return [one for one in tree_leaves((node.args, node.kwargs)) if isinstance(one, Node)]
+    return [one for one in leaves_of((node.args, node.kwargs)) if isinstance(one, Node)]
 
 
 def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:

@@ -3,19 +3,19 @@
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Dim, RecordedStep, size_of
 from regrow.operations import Number, Numbers
 from regrow.tracing.capture import Capture
 from regrow.tracing.graph import Names
-from regrow.tracing.nodes import ALIASES, module_of, op_name, shapes_of, uncast
+from regrow.tracing.nodes import ALIASES, leaves_of, module_of, op_name, shapes_of, uncast
 from regrow.tracing.rules.shapes import bounds
 from regrow.tracing.walk import Value, Walk
 
@@ -199,7 +199,7 @@ def calls(recorded: Capture, started: Collection[Node]) -> Iterator[tuple[Node, 
     names |= {node: str(node.target) for node in recorded.graph.nodes if node.op == "get_attr"}
     for i, node in enumerate(operations(recorded)):
         names[node] = i
-        read = [uncast(one) for one in tree_leaves((node.args, node.kwargs)) if isinstance(one, Node)]
+        read = [uncast(one) for one in leaves_of((node.args, node.kwargs)) if isinstance(one, Node)]
         constants = tuple(_entries_of(read, recorded.constants))
         yield node, (*_numbers(node, node in started), *constants), tuple(names.get(one, "") for one in read)
 
@@ -212,16 +212,23 @@ def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]
     """
     if node.op == "output":
         return
-    takes = getattr(getattr(node.target, "_schema", None), "arguments", ())
-    usual = {one.name: one.default_value for one in takes if one.has_default_value()}
-    given = [*zip_longest((one.name for one in takes), node.args, fillvalue=None)][: len(node.args)]
-    empty = 0 in (shapes_of(node) or ())
-    skipped = _SIZES | _OF_OPERATION.get(op_name(node), frozenset()) | ({"start"} if started or empty else set())
+    names, usual = _parameters_of(node.target)
+    given = [(names[i] if i < len(names) else "", value) for i, value in enumerate(node.args)]
+    empty, more = 0 in (shapes_of(node) or ()), _OF_OPERATION.get(op_name(node), frozenset())
     for name, value in (*given, *node.kwargs.items()):
-        if name in skipped or isinstance(value, Node) or value == usual.get(name, ...):
+        if name in _SIZES or name in more or (name == "start" and (started or empty)):
             continue
-        plain = [_plain(x) for x in tree_leaves(value) if isinstance(x, bool | int | float | str)]
+        if isinstance(value, Node) or value == usual.get(name, ...):
+            continue
+        plain = [_plain(x) for x in leaves_of(value) if isinstance(x, bool | int | float | str)]
         yield from [tuple(plain)] if isinstance(value, list | tuple) and plain else plain
+
+
+@lru_cache(maxsize=4096)
+def _parameters_of(target: object) -> tuple[tuple[str, ...], dict[str, object]]:
+    """Return the names of an operation's parameters, and the defaults of those that have one."""
+    takes = getattr(getattr(target, "_schema", None), "arguments", ())
+    return tuple(one.name for one in takes), {one.name: one.default_value for one in takes if one.has_default_value()}
 
 
 def _plain(value: float | str) -> float | str:
