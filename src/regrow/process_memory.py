@@ -4,8 +4,8 @@ import ctypes
 from contextlib import suppress
 from pathlib import Path
 
-_MMAP_THRESHOLD = -3
-"""The number of the parameter in ``malloc.h``."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""The numbers of the parameters in ``malloc.h``."""
 
 
 def read_resident() -> int:
@@ -36,14 +36,17 @@ def return_memory() -> bool:
     return True
 
 
-def set_mmap_threshold(size: int) -> None:
+def set_mmap_threshold(size: int, kept: int = 0) -> None:
     """Let pieces of memory from a size on go back to the system once they are freed, where the C library can.
 
     Args:
         size: The size in bytes.
+        kept: How many bytes of smaller pieces, freed at the end of its memory, the C library keeps; 0: as before.
     """
     with suppress(OSError, AttributeError, TypeError):  # another C library than that of Linux
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, size)
+        if kept:
+            ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, kept)
 
 
 def _read(field: str) -> int | None:

@@ -10,7 +10,7 @@ from regrow.axes import Axis, Role
 from regrow.evaluation.memory import Live
 from regrow.evidence import Need
 from regrow.scores import Moments, Statistics
-from regrow.scoring import collect
+from regrow.scoring import collect, watch
 from regrow.scoring.gradients import add_gradients
 from regrow.sources import Batch, Source
 
@@ -240,3 +240,22 @@ def test_bad_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="labels"):
         collect(model, axes, [Source("a", [Batch((torch.zeros(1, 2, dtype=torch.long),))])], {Need.GRADIENTS})
     assert collect(model, axes, [texts("a")], {Need.WEIGHTS}) == {}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 512, 1536), (2, 37, 9216), (1, 512, 576)])
+def test_sums_of_a_part_of_the_channels_at_a_time_are_those_of_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], threads: int
+) -> None:
+    rows, mask = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.arange(shape[1]).ge(5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = [watch._moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)]
+        monkeypatch.setattr(watch, "_strip", lambda rows, channels: rows.shape[channels])
+        whole = [watch._moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)]
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(parts, whole, strict=True):
+        assert torch.equal(one.total, other.total) and torch.equal(one.square, other.square)
+        assert torch.equal(one.mean_square, other.mean_square)

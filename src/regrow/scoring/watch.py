@@ -15,6 +15,8 @@ from regrow.scoring.recurrent import RECURRENT
 
 CHUNK = 1 << 18
 """Entries summed at a time on a CPU: a chunk in float32 fits the cache, so half precision costs no extra memory."""
+GROUP = 64
+"""How many columns a kernel sums side by side."""
 
 Operands = tuple[Any, Any, int]
 """A weight, the input it is contracted with, and which dimension of the input that is."""
@@ -181,13 +183,41 @@ class InputSums(TorchFunctionMode):
 def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
     """Return sums over the sequences and positions of ``rows``; float32 within a chunk, float64 between chunks."""
     positions = 3 - channels
-    home = torch.device("cpu") if rows.device.type == "mps" else rows.device
-    step = max(1, CHUNK // max(1, rows[0].numel())) if rows.device.type == "cpu" and len(rows) else max(1, len(rows))
     hidden = None if mask is None else ~mask.to(rows.device)
+    # Memory that is reused: fresh memory costs as much as the sums. Sums depend on the layout, which copies have anew.
+    reuse = rows.is_contiguous()
+    step = max(1, CHUNK // max(1, rows[0].numel())) if rows.device.type == "cpu" and len(rows) else max(1, len(rows))
+    sums = [_sums(strip, channels, step, hidden, reuse) for strip in rows.split(_strip(rows, channels), channels)]
+    total, square = torch.cat([one for one, _ in sums], 1), torch.cat([one for _, one in sums])
+    if mask is None:
+        means, count, sequences = total / max(1, rows.shape[positions]), len(rows) * rows.shape[positions], len(rows)
+    else:
+        lengths = mask.sum(1)  # where the mask is on the CPU, the host waits for no device
+        means = total / lengths.to(total.device, torch.float64).clamp_min(1)[:, None]
+        count, sequences = int(lengths.sum()), int((lengths > 0).sum())
+    return Moments(count, total.sum(0), square, sequences, means.sum(0), means.square().sum(0))
+
+
+def _strip(rows: Tensor, channels: int) -> int:
+    """Return how many channels are summed at a time: so many that a sequence fits the cache, or all.
+
+    A thread sums columns in groups of GROUP, and those that are left over in another order. So channels are split only
+    where nothing is left over in any thread, neither in the whole nor in a strip.
+    """
+    width, group = rows.shape[channels], GROUP * torch.get_num_threads()
+    splits = rows.device.type == "cpu" and channels == 2 and rows.is_contiguous() and width % group == 0
+    if not splits or not len(rows) or rows[0].numel() <= CHUNK:
+        return max(1, width)
+    return max(1, CHUNK // rows.shape[1] // group) * group
+
+
+def _sums(rows: Tensor, channels: int, step: int, hidden: Tensor | None, reuse: bool) -> tuple[Tensor, Tensor]:
+    """Return float64 sums: of each sequence, ``[sequences, channels]``, and of all squares, ``[channels]``."""
+    positions = 3 - channels
+    home = torch.device("cpu") if rows.device.type == "mps" else rows.device
     totals, square = [], torch.zeros(rows.shape[channels], dtype=torch.float64, device=home)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    # Memory that is reused: fresh memory costs as much as the sums. Sums depend on the layout, which copies have anew.
-    room = rows.new_empty((min(step, len(rows)), *rows.shape[1:]), dtype=wide) if rows.is_contiguous() else None
+    room = torch.empty((min(step, len(rows)), *rows.shape[1:]), dtype=wide, device=rows.device) if reuse else None
     for index, part in enumerate(rows.split(step)):
         own = None if room is None else room[: len(part)]
         if part.dtype != wide:
@@ -197,11 +227,4 @@ def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
         totals.append(part.sum(positions).to(home, torch.float64))
         squares = part * part if own is None else torch.mul(part, part, out=own)
         square += squares.sum((0, positions)).to(home, torch.float64)
-    total = torch.cat(totals)
-    if mask is None:
-        means, count, sequences = total / max(1, rows.shape[positions]), len(rows) * rows.shape[positions], len(rows)
-    else:
-        lengths = mask.sum(1)  # where the mask is on the CPU, the host waits for no device
-        means = total / lengths.to(home, torch.float64).clamp_min(1)[:, None]
-        count, sequences = int(lengths.sum()), int((lengths > 0).sum())
-    return Moments(count, total.sum(0), square, sequences, means.sum(0), means.square().sum(0))
+    return torch.cat(totals), square

@@ -16,6 +16,7 @@ from regrow.errors import InputError
 from regrow.limits import check_regular, parse_json, read_json
 from regrow.store.errors import StoreError
 from regrow.store.tensor_file import DTYPE_NAMES
+from regrow.streaming.buffer_pool import BufferPool
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LONGEST = 10**8
@@ -73,7 +74,16 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor on the CPU."""
-        return read_tensor(self.places[name], aligned=name in self.aligned)
+        return self.read(name)
+
+    def read(self, name: str, pool: BufferPool | None = None) -> Tensor:
+        """Return a tensor on the CPU.
+
+        Args:
+            name: Its name.
+            pool: Where its memory comes from; ``None``: fresh memory.
+        """
+        return read_tensor(self.places[name], aligned=name in self.aligned, pool=pool)
 
     def __contains__(self, name: object) -> bool:
         return name in self.places
@@ -94,7 +104,9 @@ class Checkpoint(Mapping[str, Tensor]):
         return read_tensor(self.places[name], many)
 
 
-def read_tensor(place: TensorPlace, most: int | None = None, *, aligned: bool = False) -> Tensor:
+def read_tensor(
+    place: TensorPlace, most: int | None = None, *, aligned: bool = False, pool: BufferPool | None = None
+) -> Tensor:
     """Read a tensor into memory of its own.
 
     Unless ``aligned``, it lies at the same place within a cache line as in the file, as a memory-mapped tensor does: at
@@ -104,12 +116,13 @@ def read_tensor(place: TensorPlace, most: int | None = None, *, aligned: bool = 
         place: Where it lies.
         most: How many entries are read, ``[entries]``; ``None``: all, in its shape.
         aligned: Whether it begins at a cache line.
+        pool: Where its memory comes from; ``None``: fresh memory.
 
     Raises:
         StoreError: If the file cannot be read any more.
     """
     length = place.bytes if most is None else min(place.bytes, most * place.dtype.itemsize)
-    room = torch.empty(length + _LINE, dtype=torch.uint8)
+    room = torch.empty(length + _LINE, dtype=torch.uint8) if pool is None else pool.allocate(length + _LINE)
     offset = ((0 if aligned else place.start) - room.data_ptr()) % _LINE
     offset -= offset % place.dtype.itemsize  # an unpadded header puts tensors where torch reads none
     made = room[offset : offset + length]

@@ -109,6 +109,7 @@ class StreamedNetwork:
         finally:
             for name, value in before.items():
                 self._put(name, value)
+            self.ahead.release()
             return_memory()
 
     def _put(self, name: str, value: Tensor) -> None:

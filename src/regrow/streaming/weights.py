@@ -8,6 +8,7 @@ from regrow.errors import InputError
 from regrow.nets.load import count_nonfinite
 from regrow.store.errors import StoreError
 from regrow.store.weights import digest
+from regrow.streaming.buffer_pool import BufferPool
 from regrow.streaming.checkpoint import Checkpoint, TensorPlace
 
 
@@ -49,14 +50,22 @@ class StoredWeights(Mapping[str, Tensor]):
             raise _other_names(name, f"holds {other!r}")
 
     def __getitem__(self, key: str) -> Tensor:
+        """Return what :meth:`read` does, in fresh memory."""
+        return self.read(key)
+
+    def read(self, key: str, pool: BufferPool | None = None) -> Tensor:
         """Return a tensor in memory of its own.
+
+        Args:
+            key: The name of the tensor.
+            pool: Where its memory comes from; ``None``: fresh memory.
 
         Raises:
             InputError: If it holds NaN or infinity.
             StoreError: If it does not have the recorded digest.
         """
         stored = self.stored[self.first[key]]
-        own = self.checkpoint[stored]
+        own = self.checkpoint.read(stored, pool)
         if (expected := self.unchecked.get(stored)) and digest(own) != expected:
             raise StoreError(
                 f"{self.checkpoint.places[stored].file}: {stored!r} does not have the recorded SHA-256: it is damaged "
