@@ -19,6 +19,7 @@ from regrow.amounts import Measure
 from regrow.candidates import Candidates, candidates_in
 from regrow.commands import latencies
 from regrow.commands import search as searching
+from regrow.commands.retraining import retrain
 from regrow.commands.search import Settings, build_search, build_space, run
 from regrow.commands.search_inputs import read_inputs, read_parts
 from regrow.commands.targets import parse_target
@@ -166,7 +167,7 @@ def test_squares_are_cut_out_in_the_training_anew(done: Any, monkeypatch: pytest
     monkeypatch.setattr("regrow.methods.search.retrain.cut_out", watched)
     parts = read_parts(read_inputs(SETTINGS).data)
     net = regrow.load(done.path / "found")
-    searching.retrain(
+    retrain(
         RunFolder.create(tmp_path / "run", verb="t", settings={}), read_inputs(SETTINGS).retraining, parts, net, silent
     )
     assert set(sides) == {3}
@@ -178,7 +179,7 @@ def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, t
         # At a rate this low it ends as it begins.
         own = replace(SETTINGS, inherit=inherit, retrain=1, lr=1e-9, weight_decay=0.0)
         folder = RunFolder.create(tmp_path / f"{inherit}", verb="t", settings={})
-        began.append(searching.retrain(folder, read_inputs(own).retraining, parts, net, silent))
+        began.append(retrain(folder, read_inputs(own).retraining, parts, net, silent))
     for name, value in net.named_parameters():
         assert torch.allclose(began[0].get_parameter(name), value, rtol=0, atol=1e-6)
     weights = [(name, value) for name, value in net.named_parameters() if value.dim() > 1 and bool(value.any())]

@@ -10,10 +10,13 @@ from torch import nn
 
 from regrow import trace
 from regrow.commands.learn_inputs import build_learner
-from regrow.distributed import read_ranks
+from regrow.distributed import SINGLE, read_ranks
+from regrow.distributed.exchange import gather_rows
 from regrow.distributed.parallel import Parallel
+from regrow.errors import InputError
 from regrow.tasks import Examples, Task
 from regrow.training.continual import TaskSchedule, learn
+from regrow.training.shared_rows import sharing_rows
 
 METHODS = {
     "naive": {},
@@ -73,11 +76,55 @@ def train(method, ranks):
     }
 
 
+def check_rows(ranks):
+    """Compare losses, gradients, statistics and random draws of shared rows with those of a single process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.0), nn.Linear(5, 2)).double()
+    inputs, results = torch.randn(5, 3).double(), []
+    for active in (SINGLE, ranks):
+        with sharing_rows(model, active):
+            model.zero_grad()
+            model[1].reset_running_stats()
+            loss = model(inputs).square().mean() + model[0].weight.square().sum()
+            loss.backward()
+        if active.several:
+            Parallel(ranks, by_rows=True).reduce([*model.parameters()], 0.0)
+        numbers = [loss, *(one.grad for one in model.parameters()), *model.buffers()]
+        results.append([one.detach().clone() for one in numbers])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+    before = torch.get_rng_state()
+    with sharing_rows(model, ranks):
+        model(inputs)
+        assert torch.equal(before, torch.get_rng_state())  # nothing was drawn
+        dropout = nn.Dropout(0.5).double()
+        with sharing_rows(dropout, ranks):
+            first, second = dropout(torch.ones(40, 3)), dropout(torch.ones(40, 3))
+    assert not torch.equal(first[:20], first[20:]) and not torch.equal(first, second)
+    draws = [torch.rand(1).item(), first.sum().item()]
+    rows = gather_rows(ranks, [draws])
+    assert all(row == rows[0] for row in rows)
+
+    model.eval()
+    with sharing_rows(model, ranks):
+        assert len(model(inputs[:1])) == 1  # fewer than ranks: whole on each
+    flat = nn.Flatten(0)
+    with sharing_rows(flat, ranks):
+        try:
+            flat(inputs)
+        except InputError as error:
+            assert "cannot put together" in str(error)
+        else:
+            raise AssertionError
+
+
 if __name__ == "__main__":
     ranks = read_ranks()
     from regrow.distributed.group import connected
 
     with connected(ranks, lambda line: sys.stderr.write(line)):
+        check_rows(ranks)
         results = {method: train(method, ranks) for method in sys.argv[1:] or METHODS}
         if ranks.leads:
             sys.stdout.write(json.dumps(results))

@@ -36,6 +36,7 @@ sys.exit(code_of([*words, "--out", "killed"]))
 
 
 def test_two_ranks_have_losses_plans_and_scores_of_one():
+    """The processes also compare batch statistics, gradients and random draws of shared rows."""
     ((said, errors, code), (_, complaints, other)) = finish(start(learning.__file__))
     assert (code, other) == (0, 0), errors + complaints
     two = json.loads(said)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from regrow.cli import options
 from regrow.cli.flags import Given
+from regrow.cli.processes import check_device, processes
 from regrow.cli.runs import run_command, run_with_page
 from regrow.cli.screen import number, say, table
 from regrow.settings.search import Settings
@@ -20,11 +21,12 @@ Examples
   regrow search resnet:16-3 --data fashion/ --target macs=2M --out RUN
   regrow search RUN --data cifar/ --target macs=50% --epochs 10 --retrain 10 --out RUN2
   regrow search mynets:tiny --data fashion/ --target 0.2 --out RUN
+  torchrun --no-python --nproc-per-node 2 regrow search cells:8-6-3 --data cifar/ --target params=50k --out RUN
   regrow search smollm2-135m --data news --target 0.9 --epochs 3 --retrain 0 --batch-size 2 --out RUN
 """
 
 
-@run_command(Settings, EPILOG)
+@run_command(Settings, EPILOG, distributed=True)
 @options.code
 @options.track
 def search(given: Given[Settings], code: str, track: str, out: Path) -> None:
@@ -34,9 +36,15 @@ def search(given: Given[Settings], code: str, track: str, out: Path) -> None:
     """
     settings = given.build()
     options.say_code(settings.space, code, settings.method)
+    check_device(settings.device)
     from regrow.commands.search import run
+    from regrow.commands.share_searching import share
 
-    folder = run_with_page("network", _tell, run, settings, out, code=code, track=track)
+    with processes() as ranks:
+        if not ranks.leads:
+            share(settings, ranks, code=code)
+            return
+        folder = run_with_page("network", _tell, run, settings, out, code=code, track=track, ranks=ranks)
     say(f"load it with regrow.load({str(folder.path)!r})")
 
 

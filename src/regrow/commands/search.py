@@ -5,31 +5,33 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from regrow import evaluation
 from regrow.allocation.stages import MemoryStages
 from regrow.amounts import Measure, format_bytes
 from regrow.axes import AxisGraph
-from regrow.candidates import Staged, fold_scales
+from regrow.candidates import Staged
 from regrow.commands import latencies, spaces, stage_memory
 from regrow.commands.example_inputs import record_input
 from regrow.commands.history import read_history
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.pareto import write_network, write_passed
+from regrow.commands.retraining import retrain
+from regrow.commands.same_inputs import check_same_settings, check_same_tasks
 from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_inputs, read_parts, trace_examples
 from regrow.commands.search_record import SearchRecord
 from regrow.commands.searching import build_method, select_known, train_space
 from regrow.commands.starting import check_outputs, find_start
 from regrow.commands.targets import find_granularities, target_measure
 from regrow.commands.trackers import tracking
+from regrow.distributed import SINGLE, ProcessRank
+from regrow.distributed.exchange import broadcast_record
+from regrow.distributed.parallel import Parallel
 from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import mean_score
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search.assembly import Search
-from regrow.methods.search.retrain import RetrainState, build
-from regrow.methods.search.retrain import Settings as RetrainSettings
 from regrow.methods.search.state import SearchState
 from regrow.nets.loaded import Origin
 from regrow.progress import Progress, silent
@@ -41,16 +43,14 @@ from regrow.sources import Batch, moved
 from regrow.store.run_record import RUN
 from regrow.surgery import UndoStore
 from regrow.tasks import Task, first_examples, input_shape
-from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from regrow.training.continual import learn
 from regrow.training.fit import finish
-from regrow.training.learner import Context, write_replacements
+from regrow.training.learner import Context
+from regrow.training.resuming import broadcast_start
 from regrow.training.state import TrainState
 
 GIVEN = ("target", "measure", "stages", "seed")
 """Names of method settings that the run sets from its own settings."""
-RETRAINING = "retraining.safetensors"
 
 
 def run(
@@ -60,6 +60,7 @@ def run(
     *,
     code: str = "",
     track: str = "",
+    ranks: ProcessRank = SINGLE,
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Search, retrain the found network, test it, and write a run folder; an interrupted run is resumed.
@@ -71,12 +72,14 @@ def run(
         code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
             recorded name is never imported.
         track: The name of a tracker that gets every measurement, too; empty: none.
+        ranks: The processes that train together; this one is rank 0, and the others call ``share_searching.share``.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
     """
     check_settings(settings)
+    check_same_settings(ranks, settings)
     settings = _restore_accounting(settings, Path(out))
     RunFolder.check(out, verb="search", settings=record_settings(settings))
     start = find_start(settings.space, settings.data, settings.input, code, progress)
@@ -93,6 +96,8 @@ def run(
     begun = (place / CHECKPOINT).is_file()
     timed_target = target_measure(inputs.target, inputs.accounting) == Measure.TIME
     table = latencies.read_or_measure(place, model, batch, begun) if timed_target else None
+    broadcast_record(ranks, {"accounting": settings.accounting, "table": asdict(table) if table else None})
+    check_same_tasks(ranks, model, [parts.search])
     search = build_search(inputs, model, axes, plan, table)
     search.check(Context(model, axes, parts.search, epochs=inputs.epochs, seed=inputs.seed, objective=inputs.objective))
     defaults = {n: v for n, v in search.settings.items() if n not in {*inputs.method_settings, *GIVEN}}
@@ -107,13 +112,13 @@ def run(
         if table:
             latencies.write(folder.path, table)
         begun_at = time.perf_counter()
-        result, result_origin = _search(folder, inputs, parts, model, axes, origin, search, progress)
+        result, result_origin = _search(folder, inputs, parts, model, axes, origin, search, progress, ranks)
         seconds = {"search": round(time.perf_counter() - begun_at, 3)}
         write_network(result, folder.path / "found", result_origin, inputs.start)
         accuracy = mean_score(result, parts.search.test, inputs.objective)
         folder.log("found", accuracy=accuracy, **evaluation.dense(result, example))
         begun_at = time.perf_counter()
-        trained = retrain(folder, inputs.retraining, parts, result, progress) if inputs.retraining else result
+        trained = retrain(folder, inputs.retraining, parts, result, progress, ranks) if inputs.retraining else result
         write_network(trained, folder.path, result_origin, inputs.start)
         if table:
             folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
@@ -133,11 +138,13 @@ def _search(
     origin: Origin,
     search: Search,
     progress: Progress,
+    ranks: ProcessRank,
 ) -> tuple[nn.Module, Origin]:
     """Run or resume the search; return the found network as a plain network, and the record of how to build it."""
     place, undo, state = folder.path / CHECKPOINT, UndoStore(), TrainState(search.learner.state)
-    if folder.resumed and place.is_file():
-        history = read_history(folder, "commit")
+    history = read_history(folder, "commit") if folder.resumed and place.is_file() else None
+    broadcast_start(ranks, history, place)
+    if history:
         model, axes, state = read_checkpoint(place, model, axes, search.learner.state, history, undo)
     folder.own_ledger.truncate(len(state.plans))
     if state.learner.recomputed:
@@ -161,12 +168,11 @@ def _search(
         write_checkpoint(place, model, replace(now, learner=own), undo, logged=record.events)
 
     write_rows(state, unfinished=1)  # version 0.1 wrote checkpoints before rows
-    at: dict[str, Any] = {"seed": inputs.seed, "undo": undo, "objective": inputs.objective}
-    context = Context(model, axes, parts.search, 0, inputs.epochs, inputs.epochs, **at)
+    context = end_context(inputs, parts, model, axes, undo)
     more: dict[str, Any] = {"state": state, "checkpoint": write, "log": record.log, "progress": progress}
     if inputs.memory:
         more["around"] = watch
-    fitted = train_space(search, context, inputs.schedule, **more)
+    fitted = train_space(search, context, inputs.schedule, **more, parallel=Parallel(ranks, by_rows=True))
     write_rows(fitted.state)
     done = len(fitted.state.plans)
     context = replace(context, model=fitted.model, axes=fitted.axes, log=record.log)
@@ -177,45 +183,24 @@ def _search(
     return spaces.extract_network(fitted.model, origin)
 
 
+def end_context(inputs: SearchInputs, parts: Parts, model: nn.Module, axes: AxisGraph, undo: UndoStore) -> Context:
+    """Return the context at the end of a search.
+
+    Args:
+        inputs: The inputs of the search.
+        parts: Its data.
+        model: The network.
+        axes: Its present axes.
+        undo: The store of what plans removed.
+    """
+    at: dict[str, Any] = {"seed": inputs.seed, "undo": undo, "objective": inputs.objective}
+    return Context(model, axes, parts.search, 0, inputs.epochs, inputs.epochs, **at)
+
+
 def _check_cutout(retraining: Retraining | None, parts: Parts) -> None:
     side = retraining.cutout if retraining else 0
     if side and side >= (most := min(input_shape(parts.test)[1:])):
         raise ValueError(f"--cutout {side} of pictures of {most} pixels: take 0, for none, to {most - 1}")
-
-
-def retrain(
-    folder: RunFolder, retraining: Retraining, parts: Parts, searched: nn.Module, progress: Progress
-) -> nn.Module:
-    """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0.
-
-    Args:
-        folder: The run folder, for the checkpoint.
-        retraining: How it is trained.
-        parts: The data.
-        searched: The found network; it is not changed.
-        progress: Called with (steps done, steps in all, what is being done).
-    """
-    model = clone_model(searched)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(retraining.schedule.seed)
-        for module in model.modules():
-            if not retraining.inherit and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-    axes = trace_examples(model, parts.whole, parts.kwargs)
-    context = Context(model, axes, parts.whole, objective=retraining.schedule.objective)
-    learner = build(RetrainSettings(cutout=retraining.cutout), context, dict(searched.named_parameters()))
-    place, state = folder.path / RETRAINING, TrainState(learner.state)
-    if folder.resumed and place.is_file():
-        model, axes, state = read_checkpoint(place, model, axes, learner.state)
-
-    def write(now: TrainState[RetrainState], _: Context) -> None:
-        write_checkpoint(place, model, now)
-
-    schedule = retraining.schedule
-    fitted = learn(model, axes, [parts.whole], learner, schedule, state=state, checkpoint=write, progress=progress)
-    write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))
-    fold_scales(fitted.model)
-    return fitted.model.eval()
 
 
 def _restore_accounting(settings: Settings, out: Path) -> Settings:
