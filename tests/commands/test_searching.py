@@ -17,7 +17,7 @@ from regrow.allocation.regrowth import kind_of
 from regrow.allocation.stages import MemoryStages
 from regrow.amounts import Measure
 from regrow.candidates import Candidates, candidates_in
-from regrow.commands import latencies
+from regrow.commands import latencies, retraining
 from regrow.commands import search as searching
 from regrow.commands.retraining import retrain
 from regrow.commands.search import Settings, build_search, build_space, run
@@ -66,7 +66,8 @@ def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
         if next(seen) in writes:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(searching, "write_checkpoint", stopping)
+    for module in (searching, retraining):
+        monkeypatch.setattr(module, "write_checkpoint", stopping)
 
 
 def test_the_folder_holds_the_network_that_was_tested(done: Any) -> None:

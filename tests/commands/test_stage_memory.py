@@ -10,7 +10,7 @@ from torch import nn
 import regrow
 from commands.results import rows, same_parameters
 from regrow.allocation.stages import MemoryBudgetError
-from regrow.commands import search, searching, stage_memory
+from regrow.commands import retraining, search, searching, stage_memory
 from regrow.commands.search import Settings, build_search, build_space, run
 from regrow.commands.search_inputs import read_inputs, read_parts
 from regrow.commands.stage_memory import MemoryWatch
@@ -48,7 +48,7 @@ def run_and_watch(settings: Settings, place: Path) -> tuple[Any, list[bool]]:
         return learn(model, *given, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (searching, search):
+        for module in (searching, retraining):
             patch.setattr(module, "learn", watched)
         return run(settings, place), recomputed
 
