@@ -15,7 +15,11 @@ AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After
 
 RECONSTRUCTION = "refit"
 """The recovery by which ``--reconstruct`` fits layers."""
-RECONSTRUCTION_DEFAULTS: Mapping[str, object] = {"choose_on": "left_out_source"}
+RECONSTRUCTION_DEFAULTS: Mapping[str, object] = {
+    "choose_on": "left_out_source",
+    "ridges": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "shrinkages": (0.5, 0.75, 1.0),
+}
 """The defaults of ``--reconstruct`` that differ from those of ``recover --by refit``."""
 
 
