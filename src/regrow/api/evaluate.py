@@ -1,11 +1,16 @@
 """``regrow.evaluate``: loss and score of a network on a user's data."""
 
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
+from regrow.api.streamed import StreamedInputs, open_within
 from regrow.errors import InputError
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.nets.precision import autocasting
+from regrow.objectives import Objective
 from regrow.progress import Progress, silent
 
 
@@ -18,6 +23,7 @@ def evaluate(
     batch_size: int = 32,
     device: DeviceLike = None,
     precision: str = "float32",
+    memory: str = "",
     progress: Progress = silent,
 ) -> dict[str, Evaluation]:
     """Measure the loss and the score of a network on each source, with standard errors.
@@ -31,6 +37,8 @@ def evaluate(
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16; weights,
             sums and surgery keep their formats.
+        memory: How much memory the call may use, such as ``"4GiB"``: a language model that does not fit, given by its
+            name or as a folder, is read one block at a time, with the same result. Empty: it is loaded whole.
         progress: Called with (batches done, batches in all, what is being done).
 
     Returns:
@@ -39,12 +47,19 @@ def evaluate(
 
     Raises:
         ValueError: If there are no data, or the loss cannot be computed.
+        ResourceError: If the network does not fit into ``memory`` even with one block at a time.
 
     >>> import torch
     >>> inputs, labels = torch.eye(3), torch.tensor([0, 1, 1])
     >>> print(evaluate(torch.nn.Identity(), (inputs, labels))["data"])
     data: loss 0.8848, accuracy 0.6667 ± 0.27 (3 examples)
     """
+    if memory:
+        needs = {f"device={device}": device not in (None, "cpu"), f"precision={precision}": precision != "float32"}
+        given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size}
+        streamed = open_within(model, data, memory, needs, progress, what="evaluating", **given)
+        if streamed is not None:
+            return _evaluate_streamed(streamed, progress)
     inputs = read_inputs(
         model,
         data,
@@ -55,11 +70,29 @@ def evaluate(
         precision=precision,
         progress=progress,
     )
-    if inputs.objective is None:
-        raise InputError("there are no data to evaluate on; give data, for example a DataLoader or (inputs, labels)")
-    objective = inputs.objective
+    objective = _objective_of(inputs)
     with autocasting(inputs.model, precision):
         return {
             source.name: evaluate_objective(inputs.model, source, objective, progress=progress)
             for source in inputs.sources
         }
+
+
+def _evaluate_streamed(streamed: StreamedInputs, progress: Progress) -> dict[str, Evaluation]:
+    """Do what :func:`evaluate` does for a network that is larger than memory."""
+    objective, sources = _objective_of(streamed.inputs), streamed.inputs.sources
+    with TemporaryDirectory(prefix="regrow-") as place:
+        network = streamed.run.with_results(Path(place)).network()
+        walk = network.outputs([batch for source in sources for batch in source])
+        return {
+            one.name: evaluate_objective(
+                network.model, one, objective, outputs=islice(walk, len(one)), progress=progress
+            )
+            for one in sources
+        }
+
+
+def _objective_of(inputs: Inputs) -> Objective:
+    if inputs.objective is None:
+        raise InputError("there are no data to evaluate on; give data, for example a DataLoader or (inputs, labels)")
+    return inputs.objective

@@ -4,15 +4,17 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from regrow.amounts import Target, parse_share
+from regrow.amounts import Measure, Target, parse_share
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, run_once
 from regrow.api.runs import Destination, finish, loaded_of, log_size, name_of, run_of
+from regrow.api.streamed import open_within, prune_streamed
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.calibration import calibrate
@@ -22,6 +24,7 @@ from regrow.commands.reconstruction import build_reconstruction, keep_dense
 from regrow.commands.reconstruction import reconstruct as reconstruct_layers
 from regrow.commands.score_summary import write_scores
 from regrow.errors import InputError
+from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets.precision import autocasting
 from regrow.plan import Plan
@@ -49,6 +52,7 @@ def prune(
     batch_size: int = 32,
     device: DeviceLike = None,
     precision: str = "float32",
+    memory: str = "",
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
     reconstruct: bool | Mapping[str, Any] = False,
@@ -79,6 +83,9 @@ def prune(
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16.
+        memory: With ``out``: how much memory the call may use, such as ``"4GiB"``. A language model that does not fit,
+            given by its name or as a folder, is read one block at a time; the network that is returned then has no
+            numbers, which are in ``out``. Empty: it is loaded whole.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
         reconstruct: Whether layers that read cut units are fitted to their own dense outputs by least squares after the
@@ -108,13 +115,64 @@ def prune(
     check_combination(precision, measure=limits.measure)
     given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
     given |= {"example": axes.example if axes is not None else example, "precision": precision}
+    call = _Call(method, settings or {}, pruner, limits, place, memory, reconstruct, progress)
+    return _carry_out(call, model, data, given, axes)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call of :func:`prune` asks for, checked."""
+
+    method: str
+    settings: Mapping[str, Any]
+    pruner: Pruner
+    limits: Budget
+    place: Destination
+    memory: str
+    reconstruct: bool | Mapping[str, Any]
+    progress: Progress
+
+
+def _carry_out(
+    call: _Call, model: ModelLike, data: Any, given: dict[str, Any], axes: AxisGraph | None
+) -> tuple[nn.Module, Plan]:
+    """Read the network and the data, as ``given`` says, and prune."""
+    limits, place, progress, precision = call.limits, call.place, call.progress, given["precision"]
+    loss, described = name_of(given["loss"]), partial(_describe, call.method, call.settings, limits)
+    if call.memory:
+        needs = _needs(call.pruner, limits, given, axes, call.reconstruct)
+        read = {name: given[name] for name in ("loss", "tokenizer", "batch_size")}
+        streamed = open_within(model, data, call.memory, needs, progress, what="pruning", **read)
+        if streamed is not None:
+            settings = described(streamed.inputs, precision, None)
+            return prune_streamed(streamed, call.pruner, limits, place, settings, str(model), loss, progress)
     inputs = read_inputs(model, data, **given, progress=progress)
-    axes, fit = inputs.trace() if axes is None else axes, _reconstruction(reconstruct, inputs)
-    work = _Pruning(inputs, axes, pruner, precision, progress, fit)
+    axes, fit = inputs.trace() if axes is None else axes, _reconstruction(call.reconstruct, inputs)
+    work = _Pruning(inputs, axes, call.pruner, precision, progress, fit)
     if place.out is None:
         return inputs.model, _prune(work, with_timing(inputs.model, axes, limits, progress=progress))[0]
-    described = _describe(method, settings or {}, limits, inputs, precision, fit)
-    return inputs.model, _prune_in_folder(work, limits, place, described, model, name_of(loss))
+    return inputs.model, _prune_in_folder(work, limits, place, described(inputs, precision, fit), model, loss)
+
+
+def _needs(
+    pruner: Pruner,
+    limits: Budget,
+    given: Mapping[str, Any],
+    axes: AxisGraph | None,
+    reconstruct: bool | Mapping[str, Any],
+) -> dict[str, bool]:
+    """Return what of a call needs the whole network in memory → whether the call has it."""
+    device, precision = given["device"], given["precision"]
+    return {
+        "a method that computes gradients of all weights": Need.GRADIENTS in pruner.needs,
+        "a method that runs the masked network": pruner.trains,
+        "reconstruct=": reconstruct is not False,
+        "a target in ms": limits.measure == Measure.TIME,
+        "axes=": axes is not None,
+        "example=": axes is None and given["example"] is not None,
+        f"device={device}": device not in (None, "cpu"),
+        f"precision={precision}": precision != "float32",
+    }
 
 
 def _reconstruction(reconstruct: bool | Mapping[str, Any], inputs: Inputs) -> dict[str, Any] | None:
@@ -153,7 +211,7 @@ def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> t
             loaded = loaded_of(inputs)
             evidence, _ = calibrate(folder, loaded, axes, pruner, inputs.sources, progress, inputs.objective)
         for note in evidence.notes:
-            warnings.warn(note, stacklevel=3 if folder is None else 4)  # at the call of prune
+            warnings.warn(note, stacklevel=4 if folder is None else 5)  # at the call of prune
         cut = plan_cut(pruner, inputs.model, axes, limits, evidence, progress=progress)
     if folder is not None:
         write_scores(folder, weights_of(inputs.model), axes, cut.plan, cut.scores, evidence)

@@ -24,6 +24,7 @@ from regrow.commands.calibration import parameter_sums
 from regrow.commands.example_inputs import record_input
 from regrow.commands.measuring import measure
 from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.streamed import StreamedRun
 from regrow.commands.trackers import check_tracker, tracking
 from regrow.data.batches import INPUTS
 from regrow.errors import InputError
@@ -112,6 +113,8 @@ def run_of(
     settings: "DataclassInstance",
     model: object,
     loaded: Loaded,
+    streamed: StreamedRun | None = None,
+    /,
     **inputs: object,
 ) -> Iterator[RunFolder]:
     """Begin or resume the run of a call, inside the ``with`` block; finish it with :func:`finish`.
@@ -122,6 +125,7 @@ def run_of(
         settings: The settings of the command, as far as they say what the call does.
         model: The network as it was given: a module, or the name of a model.
         loaded: The network before the run.
+        streamed: The network, if it is read one block at a time.
         **inputs: Everything else that the result depends on, as JSON data; the weights are added.
 
     Raises:
@@ -129,7 +133,8 @@ def run_of(
     """
     out = destination.out
     assert out is not None
-    given = {**inputs, "weights": digest(parameter_sums(loaded.model))}
+    sums = streamed.opened.weights.sums() if streamed else parameter_sums(loaded.model)
+    given = {**inputs, "weights": digest(sums)}
     command = f"regrow.{verb}(…, out={str(out)!r}) in Python"
     begun = RunFolder.create(out, verb=verb, settings=record_settings(settings), command=command)
     with begun:
@@ -140,7 +145,7 @@ def run_of(
             raise StoreError(f"{out} holds another run: {_difference(recorded, given)}, or choose another folder")
         with tracking(begun, destination.track) as folder:
             name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
-            start_from(folder, name, loaded)
+            start_from(folder, name, loaded, outside=streamed.unchanged() if streamed else None)
             folder.update(notes=list(loaded.notes) or None, **record_input(loaded))
             yield folder
 
@@ -157,6 +162,19 @@ def finish(folder: RunFolder, loaded: Loaded, **seconds: float) -> RunFolder:
         StoreError: If the disk is full; the run can be resumed.
     """
     store.write_model(loaded, folder.path)
+    return complete(folder, **seconds)
+
+
+def complete(folder: RunFolder, **seconds: float) -> RunFolder:
+    """Write the page of a run whose network is saved, and complete it.
+
+    Args:
+        folder: The run.
+        **seconds: Name of a stage → how long it took.
+
+    Raises:
+        StoreError: If the disk is full; the run can be resumed.
+    """
     return folder.finish(_write_page, seconds=seconds, stage=describe_stage(folder))
 
 

@@ -1,7 +1,9 @@
 """Loss and score of a network on a source, for any objective, with standard errors."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -58,7 +60,12 @@ class Evaluation:
 
 
 def evaluate_objective(
-    model: nn.Module, source: Source, objective: Objective, *, progress: Progress = silent
+    model: nn.Module,
+    source: Source,
+    objective: Objective,
+    *,
+    outputs: Iterator[Any] | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Measure the loss and the score of a network on a source, one batch at a time.
 
@@ -66,6 +73,7 @@ def evaluate_objective(
         model: The network; evaluated in eval mode, and in training mode if it returns its loss only there.
         source: The data.
         objective: What is measured.
+        outputs: What the network returns for each batch; ``None``: it is run.
         progress: Called with (batches done, batches in all, description).
 
     Raises:
@@ -77,7 +85,7 @@ def evaluate_objective(
             _set_loss_mode(model)
         for done, batch in enumerate(source, start=1):
             batch = batch.to(device)
-            output = model(*batch.args, **batch.kwargs)
+            output = model(*batch.args, **batch.kwargs) if outputs is None else next(outputs)
             n = batch.size
             rows.append((float(objective.compute_loss(output, batch)), n))
             total += objective.compute_score(output, batch)

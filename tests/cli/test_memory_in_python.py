@@ -1,0 +1,66 @@
+"""``memory=`` of ``regrow.prune`` and ``regrow.evaluate``: the results of a call that loads the network whole."""
+
+import json
+
+import pytest
+import torch
+
+import regrow
+from regrow.streaming import requirements
+
+FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "probe.st", "axes.json", "scores.json")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Let every network be too large for memory as a whole."""
+    monkeypatch.setattr(requirements, "WHOLE", 1e9)
+
+
+def data():
+    torch.manual_seed(0)
+    ids = [torch.randint(1000, (2, 16)) for _ in range(3)]
+    return {f"s{i}": [{"input_ids": one, "labels": one}] * 2 for i, one in enumerate(ids)}
+
+
+def test_a_streamed_evaluation_is_that_of_one_in_memory(tiny_language_model, streams):
+    whole = regrow.evaluate(str(tiny_language_model), data())
+    said = []
+    more = {"memory": "64GiB", "progress": lambda done, total, what: said.append(what)}
+    assert regrow.evaluate(str(tiny_language_model), data(), **more) == whole
+    assert "one of 2 blocks at a time" in said[0]
+
+
+def test_a_streamed_run_is_that_of_a_run_in_memory(tiny_language_model, tmp_path, streams):
+    given = {"keep": 0.7, "out": tmp_path / "whole"}
+    model, plan = regrow.prune(str(tiny_language_model), data(), **given)
+    given |= {"memory": "64GiB", "out": tmp_path / "streamed"}
+    empty, same = regrow.prune(str(tiny_language_model), data(), **given)
+    assert same.to_json() == plan.to_json()
+    assert {k: p.shape for k, p in empty.named_parameters()} == {k: p.shape for k, p in model.named_parameters()}
+    for name in (*FILES, "before/model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
+    sizes = [
+        list(map(json.loads, (tmp_path / out / "metrics.jsonl").read_text().splitlines()))
+        for out in ("whole", "streamed")
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({}, "give out="),
+        ({"method": "llm_pruner"}, "computes gradients of all weights needs the whole network"),
+        ({"precision": "bfloat16"}, "precision=bfloat16 needs the whole network"),
+        ({"memory": "1MiB"}, "use --memory"),
+    ],
+)
+def test_what_is_not_pruned_block_by_block_is_refused(tiny_language_model, streams, more, match):
+    with pytest.raises(ValueError, match=match):
+        regrow.prune(str(tiny_language_model), data(), **{"memory": "64GiB", **more})
+
+
+def test_a_module_is_not_read_from_files():
+    with pytest.raises(ValueError, match="give the name of a model or a folder"):
+        regrow.evaluate(torch.nn.Linear(2, 2), torch.ones(2, 2), memory="1GiB")
