@@ -217,7 +217,7 @@ def test_a_number_made_of_a_size_follows_it() -> None:
 
 def test_an_entry_of_a_row_of_numbers_is_no_question_to_data() -> None:
     _, axes = traced(lambda m, x: m.two(m.one(x)) * (torch.arange(4) + 1)[2].item())
-    assert axes.decisions is None
+    assert axes.decisions is None and not axes.exported
     assert axes["one.weight:0"].mark is not Mark.FROZEN
 
 
