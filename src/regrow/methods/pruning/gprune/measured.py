@@ -69,13 +69,15 @@ def measure_allocation(
     """
     search = _Search(s, task, masks, cutting_places(masks, measured))
     began = time.monotonic()
-    at, divergences = search.levels()
-    curves = fit_curves(at, divergences)
+    at, each = search.levels()
+    typical = [one.mean(1).tolist() for one in each]
+    divergences = [search.by_source(one).amax(1).tolist() for one in each] if s.risk == "worst" else typical
+    curves, means = fit_curves(at, divergences), fit_curves(at, typical)
     seconds = {"levels": time.monotonic() - began}
     few = len(task.evidence.data)
     offset, trials = exchange(
         torch.zeros(len(at), dtype=torch.float64),
-        lambda offset: search.propose(curves.scaled(offset)),
+        lambda offset: search.propose(curves.scaled(offset), means.scaled(offset)),
         lambda offset, many: search.losses(search.order(curves.scaled(offset)), search.judged[:many]),
         rounds=s.exchanges,
         windows=sorted({few, few * s.exchange_windows}),
@@ -83,15 +85,15 @@ def measure_allocation(
     seconds["exchanges"] = time.monotonic() - began - sum(seconds.values())
     orders: dict[str, Order] = {name: search.margins(share) for name, share in starts.items()}
     orders["measured"] = search.order(curves.scaled(offset))
-    each = {name: search.losses(one, search.held_out) for name, one in orders.items()}
-    losses = {name: float(one.mean()) for name, one in each.items()}
+    judged = {name: search.losses(one, search.held_out) for name, one in orders.items()}
+    losses = {name: float(one.mean()) for name, one in judged.items()}
     seconds["comparison"] = time.monotonic() - began - sum(seconds.values())
     search.journal.write()
     best = min(starts, key=lambda name: losses[name])
-    best = "measured" if improves(each[best], each["measured"], s.margin) else best
+    best = "measured" if improves(judged[best], judged["measured"], s.margin) else best
     chosen = [search.ratios(search.keep(orders[name](0))) for name in ("measured", best)]
     rows = [
-        {"axis": key, "levels": list(at[i]), "divergences": list(divergences[i])}
+        {"axis": key, "levels": list(at[i]), "divergences": list(divergences[i]), "means": list(typical[i])}
         | {"measured": chosen[0][i], "chosen": chosen[1][i], "offset": float(offset[i])}
         for i, key in enumerate(search.places)
     ]
@@ -232,9 +234,15 @@ class _Search:
 
         return torch.tensor(self._take("judging allocations", measure), dtype=torch.float64)
 
-    def levels(self) -> tuple[list[list[float]], list[list[float]]]:
-        """Return the pruning ratios at which each axis alone is measured, and the mean divergence at each."""
-        at, result = [], []
+    def by_source(self, losses: Tensor) -> Tensor:
+        """Return the mean over the windows of each source, ``[..., sources]``, of losses ``[..., windows]``."""
+        sources = len(self.task.evidence.data)
+        return losses.unflatten(-1, (-1, sources)).mean(-2)
+
+    def levels(self) -> tuple[list[list[float]], list[Tensor]]:
+        """Return the pruning ratios at which each axis alone is measured, and the divergences ``[levels, windows]``."""
+        at: list[list[float]] = []
+        result: list[Tensor] = []
         cached: list[Outputs | None] = []
         for key in self.places:
             size = self.task.axes[key].size
@@ -244,13 +252,14 @@ class _Search:
             def measure(key: str = key, ratios: Sequence[float] = at[-1]) -> list[float]:
                 if not cached:
                     cached.extend(self.replay.record([w.batch for w in self.near], [({}, {})] * len(self.near))[1])
-                return [self._alone(key, ratio, cached) for ratio in ratios]
+                return [loss for ratio in ratios for loss in self._alone(key, ratio, cached)]
 
-            result.append(self._take(f"measuring {key}", measure))
+            losses = torch.tensor(self._take(f"measuring {key}", measure), dtype=torch.float64)
+            result.append(losses.view(len(at[-1]), -1))
         return at, result
 
-    def propose(self, curves: Curves) -> Tensor:
-        """Return the exchange that the marginal divergences in the pruned network suggest."""
+    def propose(self, curves: Curves, means: Curves) -> Tensor:
+        """Return the exchange that the marginal divergences in the pruned network suggest, beside the means of axes."""
         order, windows = self.order(curves), self.near
         now = torch.tensor(self.ratios(self.keep(order(0))), dtype=torch.float64)
         sizes = torch.tensor([self.task.axes[key].size for key in self.places], dtype=torch.float64)
@@ -272,16 +281,16 @@ class _Search:
             rises.append(self._take(f"measuring {key} in the pruned network", measure))
         sign = torch.where(other > now, 1.0, -1.0)
         rise = torch.tensor(rises, dtype=torch.float64) * sign[:, None]
-        return propose_exchange(curves.rise(now, other) * sign, rise)
+        return propose_exchange(means.rise(now, other) * sign, rise)
 
-    def _alone(self, key: str, ratio: float, cached: Sequence[Outputs | None]) -> float:
-        """Return the mean divergence if one axis alone is cut."""
+    def _alone(self, key: str, ratio: float, cached: Sequence[Outputs | None]) -> list[float]:
+        """Return the divergence on each window if one axis alone is cut."""
         losses = []
         for w, outputs in zip(self.near, cached, strict=True):
             gate = (self.places[key][w.view] > ratio).float()
             logits = self.replay.run(w.batch, {key: gate}, self.masks.filled(w.view), outputs, self.blocks[key])
             losses.append(w.dense.divergence(logits))
-        return sum(losses) / len(losses)
+        return losses
 
     def _instead(
         self,

@@ -46,6 +46,8 @@ class Settings:
         levels: ``measured``: the number of pruning ratios at which each axis alone is measured.
         level_windows: ``measured``: the number of windows of each source on which axes are measured.
         level_tokens: ``measured``: how many tokens of each of these windows are used; 0: all.
+        risk: ``measured``: the divergence of an axis alone that counts: ``worst``: on the source where it is largest;
+            ``mean``: over the sources. Last blocks may matter on few kinds of text, and much there.
         exchanges: ``measured``: the largest number of rounds in which cost is exchanged between axes.
         exchange_windows: ``measured``: the number of windows of each source on which an exchange is judged.
         steps: ``learned``: steps of learning; 0 keeps the start.
@@ -84,6 +86,7 @@ class Settings:
     levels: Annotated[int, Range(1)] = field(default=2, metadata=UNRECORDED)
     level_windows: Annotated[int, Range(1)] = field(default=1, metadata=UNRECORDED)
     level_tokens: Annotated[int, Range(0)] = field(default=128, metadata=UNRECORDED)
+    risk: Annotated[str, OneOf("worst", "mean")] = field(default="worst", metadata=UNRECORDED)
     exchanges: Annotated[int, Range(0)] = field(default=2, metadata=UNRECORDED)
     exchange_windows: Annotated[int, Range(1)] = field(default=2, metadata=UNRECORDED)
     steps: Annotated[int, Range(0)] = 40
