@@ -1,7 +1,7 @@
 """How time and memory grow with layers, tokens, sources, units, keeps and parameters: rows, exponents and a plot.
 
     python benchmarks/cost_growth.py                 about 6 minutes on an idle core; resumes where it stopped
-    python benchmarks/cost_growth.py --again         the same, also what has a row
+    python benchmarks/cost_growth.py --again         from the start; if it is stopped, the line above resumes it
     python benchmarks/cost_growth.py --show          the exponents of the rows, and the plot again
 
 Llamas with random float32 weights, one thread:
@@ -243,6 +243,8 @@ def main() -> None:
         load = {"load": round(os.getloadavg()[0], 1)}
         return apart.run([sys.executable, __file__, "--one", *key.split()], 600) | load | about
 
+    if args.again and len(args.only) == len(SIZES):
+        args.out.unlink(missing_ok=True)
     if not args.show:
         keys = [f"time {what}" for what in args.only]
         keys += [f"memory {what} {size}" for what in args.only for size in SIZES[what]]
