@@ -9,8 +9,9 @@ import pytest
 
 from distributed.processes import finish, start
 from regrow.distributed import SINGLE, ProcessRank, read_ranks
+from regrow.distributed.ranks import choose_backend, choose_rank_device
 from regrow.distributed.watch import Watch
-from regrow.errors import InputError
+from regrow.errors import InputError, ResourceError
 
 RUN = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
 
@@ -121,10 +122,42 @@ with connected(ranks, lost):
 
 def test_the_environment_says_which_rank_this_is():
     assert read_ranks({}) == read_ranks({"WORLD_SIZE": "1", "RANK": "0"}) == SINGLE
-    assert read_ranks({"WORLD_SIZE": "3", "RANK": "2"}) == ProcessRank(2, 3)
+    assert read_ranks({"WORLD_SIZE": "3", "RANK": "2"}) == ProcessRank(2, 3, local=2)
+    assert read_ranks({"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0"}) == ProcessRank(2, 4, local=0)
     for wrong in ({"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"WORLD_SIZE": "two", "RANK": "0"}):
         with pytest.raises(InputError, match="start them with torchrun"):
             read_ranks(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "gpus", "result"),
+    [
+        ("cuda", SINGLE, 1, "cuda"),
+        ("cuda:1", SINGLE, 2, "cuda:1"),
+        ("cpu", ProcessRank(1, 2, local=1), 2, "cpu"),
+        ("auto", ProcessRank(1, 2, local=1), 0, "cpu"),
+        ("auto", ProcessRank(1, 2, local=1), 2, "cuda:1"),
+        ("cuda", ProcessRank(3, 4, local=1), 2, "cuda:1"),
+        ("cuda:1", ProcessRank(3, 4, local=1), 2, "cuda:1"),
+        ("cuda:1", ProcessRank(2, 4, local=0), 2, "use cpu, or cuda: rank 2 of 4 gets cuda:0"),
+        ("mps", ProcessRank(1, 2, local=1), 0, "use cpu, or cuda"),
+        ("cuda", ProcessRank(1, 2, local=1), 1, "rank 1 of 2 needs cuda:1, and this machine has 1 GPUs"),
+    ],
+)
+def test_each_of_several_processes_gets_a_gpu_of_its_own(name, ranks, gpus, result):
+    if " " in result:
+        with pytest.raises((InputError, ResourceError), match=result):
+            choose_rank_device(name, ranks, gpus)
+    else:
+        assert choose_rank_device(name, ranks, gpus) == result
+
+
+def test_gpus_are_connected_by_nccl_and_cpus_by_gloo():
+    assert [choose_backend(*given) for given in ((0, True), (2, False), (2, True))] == [
+        "gloo",
+        "gloo",
+        "cpu:gloo,cuda:nccl",
+    ]
 
 
 def test_shares_are_all_items_in_turn():

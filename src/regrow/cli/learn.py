@@ -8,7 +8,7 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Flag, Given
-from regrow.cli.processes import check_device, processes
+from regrow.cli.processes import processes
 from regrow.cli.runs import run_with_page
 from regrow.cli.screen import number, say, say_peak, table
 from regrow.distributed import read_ranks
@@ -106,7 +106,6 @@ def learn(
         options.say_code(settings.model, code, settings.method)
         if out is None:
             raise click.UsageError("--out names the folder of the run, for example --out run")
-        check_device(settings.device)
         more_given: dict[str, object] = {"code": code, "track": track, "memory": memory, "announce": say}
         from regrow.commands.learn import run
         from regrow.commands.share_learning import share

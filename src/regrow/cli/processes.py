@@ -7,25 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import click
-
 from regrow.cli import boundary, screen
 from regrow.distributed import ProcessRank, read_ranks
-
-
-def check_device(device: str) -> None:
-    """Raise UsageError if several processes are to run on another device than the CPU.
-
-    Args:
-        device: The value of ``--device``.
-
-    Raises:
-        click.UsageError: If they are.
-    """
-    if read_ranks().several and device != "cpu":
-        raise click.UsageError(
-            f"several processes run on the CPU alone; leave out --device {device}, or start without torchrun"
-        )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from regrow.cli import options
 from regrow.cli.flags import Given
-from regrow.cli.processes import check_device, processes
+from regrow.cli.processes import processes
 from regrow.cli.runs import run_command, run_with_page
 from regrow.cli.screen import number, say, table
 from regrow.settings.search import Settings
@@ -36,7 +36,6 @@ def search(given: Given[Settings], code: str, track: str, out: Path) -> None:
     """
     settings = given.build()
     options.say_code(settings.space, code, settings.method)
-    check_device(settings.device)
     from regrow.commands.search import run
     from regrow.commands.share_searching import share
 

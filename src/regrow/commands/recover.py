@@ -21,9 +21,7 @@ from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
 from regrow.commands.streamed_recovery import StreamedRecovery, open_recovery
 from regrow.commands.trackers import tracking
-from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
-from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
@@ -83,7 +81,7 @@ def run(
     taken = find_method(MethodKind.RECOVERY, settings.by).defaults({*wanted.recovery_settings, "seed"})
     identity: dict[str, Any] = {"verb": "recover", "settings": record_settings(wanted), "defaults": taken}
     RunFolder.check(out, **identity)
-    _check_ranks(parallel.ranks, settings, cut)
+    check_same_settings(parallel.ranks, settings)
     needs, streamed = _plan_memory(settings, source, cut, memory, announce)
     clock, precision = Clock(None), settings.precision or origin.precision
     with clock.stage("load"):
@@ -150,7 +148,7 @@ def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:
     check_settings(settings)
     source = RunFolder.open(settings.run)
     cut = find_cut(source, code)
-    _check_ranks(parallel.ranks, settings, cut)
+    check_same_settings(parallel.ranks, settings)
     dense, loaded = _load_models(source, cut, silent, code)
     kinds = read_sources(pruning_run.source_specs(cut.settings, settings.tokens), loaded)
     axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
@@ -173,16 +171,6 @@ def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted
         raise ValueError(
             f"{settings.run} was trained by {moved} since its cut, which may have moved its biases; "
             "bias comes first, on the pruned run"
-        )
-
-
-def _check_ranks(ranks: ProcessRank, settings: Settings, cut: LastCut) -> None:
-    """Raise InputError unless all processes have the same settings, and the models are on the CPU."""
-    check_same_settings(ranks, settings)
-    if ranks.several and cut.settings.device != "cpu":
-        raise InputError(
-            f"{settings.run} was pruned with --device {cut.settings.device}, where it is recovered too, and several "
-            "processes train on the CPU alone; start it without torchrun"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from regrow.distributed.ranks import ProcessRank
+from regrow.distributed.ranks import ProcessRank, choose_backend
 from regrow.distributed.watch import RESUME, SILENCE, Watch, watching
 from regrow.errors import ResourceError
 
@@ -60,7 +60,7 @@ def _meet(ranks: ProcessRank) -> Any:
 
 
 def _connect(ranks: ProcessRank, store: Any) -> None:
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    backend = choose_backend(torch.cuda.device_count(), dist.is_nccl_available())
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from regrow.errors import InputError
+from regrow.errors import InputError, ResourceError
 
 T = TypeVar("T")
 
@@ -17,10 +17,12 @@ class ProcessRank:
     Args:
         rank: The number of this process, from 0.
         size: How many processes there are.
+        local: The number of this process on its machine, from 0.
     """
 
     rank: int = 0
     size: int = 1
+    local: int = 0
 
     @property
     def several(self) -> bool:
@@ -55,13 +57,13 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> ProcessRank:
     """Return the rank of this process, as torchrun and accelerate launch tell it; ``SINGLE`` without them.
 
     Args:
-        environment: The environment variables ``RANK`` and ``WORLD_SIZE``.
+        environment: The environment variables ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` (``RANK`` if it is missing).
 
     Raises:
         InputError: If they are not numbers that fit together.
 
     >>> read_ranks({"RANK": "1", "WORLD_SIZE": "4"})
-    ProcessRank(rank=1, size=4)
+    ProcessRank(rank=1, size=4, local=1)
     """
     size, rank = environment.get("WORLD_SIZE", ""), environment.get("RANK", "")
     if size in ("", "1"):
@@ -71,4 +73,47 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> ProcessRank:
             f"WORLD_SIZE and RANK are the number of processes and that of this one, got {size!r} and {rank!r}; "
             "start them with torchrun, or unset WORLD_SIZE"
         )
-    return ProcessRank(int(rank), int(size))
+    local = environment.get("LOCAL_RANK", rank)
+    return ProcessRank(int(rank), int(size), int(local) if local.isdecimal() else int(rank))
+
+
+def choose_rank_device(name: str, ranks: ProcessRank, gpus: int) -> str:
+    """Return the name of the device of a process: of several processes on GPUs, each gets one of its own.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``auto`` and so on.
+        ranks: The processes.
+        gpus: The number of CUDA devices of this machine.
+
+    Raises:
+        InputError: If several processes cannot share the device.
+        ResourceError: If there are fewer GPUs than processes on this machine.
+
+    >>> choose_rank_device("cuda", ProcessRank(3, 4, local=1), 2), choose_rank_device("auto", ProcessRank(1, 2), 0)
+    ('cuda:1', 'cpu')
+    """
+    if not ranks.several or name == "cpu":
+        return name
+    if name == "auto" and not gpus:
+        return "cpu"
+    own = f"cuda:{ranks.local}"
+    if name not in ("auto", "cuda", own):
+        raise InputError(
+            f"several processes run on the CPU or on a GPU each, got --device {name}; use cpu, or cuda: {ranks} gets "
+            f"{own}"
+        )
+    if ranks.local >= gpus:
+        raise ResourceError(
+            f"{ranks} needs {own}, and this machine has {gpus} GPUs; start a process per GPU, or use --device cpu"
+        )
+    return own
+
+
+def choose_backend(gpus: int, nccl: bool) -> str:
+    """Return the backends that connect the processes: gloo for tensors on the CPU, NCCL for those on GPUs.
+
+    Args:
+        gpus: The number of CUDA devices of this machine.
+        nccl: Whether torch has NCCL.
+    """
+    return "cpu:gloo,cuda:nccl" if gpus and nccl else "gloo"

@@ -2,11 +2,14 @@
 
 import torch
 
+from regrow.distributed.ranks import choose_rank_device, read_ranks
 from regrow.errors import InputError, ResourceError
 
 
 def choose_device(name: str | torch.device) -> torch.device:
     """Return the torch device of a name, or raise an error if this machine does not have it.
+
+    Of several processes, each gets a GPU of its own (:func:`regrow.distributed.ranks.choose_rank_device`).
 
     >>> choose_device("cpu")
     device(type='cpu')
@@ -20,6 +23,7 @@ def choose_device(name: str | torch.device) -> torch.device:
         ResourceError: If this machine, or this torch, does not have it; says which there are.
     """
     there = devices_here()
+    name = choose_rank_device(str(name), read_ranks(), torch.cuda.device_count())
     if name == "auto":
         kinds = [one.partition(":")[0] for one in there]
         return torch.device(next((kind for kind in ("cuda", "mps") if kind in kinds), "cpu"))
