@@ -224,10 +224,11 @@ def page(rows: dict[str, apart.Row], known: dict[str, apart.Row]) -> str:
 
 def _floor(rows: list[apart.Row], side: str) -> str:
     """Median of the ratios of a floor to the peer, of second turns; how many networks have one if not all."""
-    pairs = [[median(one[1] for one in row.get(key) or [[0, math.nan]]) for key in (side, "peer")] for row in rows]
+    measured = [row for row in rows if row.get(side)]
+    pairs = [[median(one[1] for one in row[key]) for key in (side, "peer")] for row in measured]
     ratios = [a / b for a, b in pairs if a == a]
     few = "" if len(ratios) == len(rows) else f" (of {len(ratios)})"
-    return f"{median(ratios):.2f} ×{few}" if ratios else "refused"
+    return f"{median(ratios):.2f} ×{few}" if ratios else "refused" if measured else "not measured"
 
 
 def _cut(row: apart.Row, tool: str) -> bool:
