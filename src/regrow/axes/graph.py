@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
-from regrow.axes.axis import Axis, Example, Mark
+from regrow.axes.axis import Axis, Example, Mark, Role
 from regrow.branches import Branch, lies_in
 from regrow.dims import Cache, Dim, Product, axes_in
 from regrow.operations import Decision, Fold, RecordedStep, Work
@@ -94,6 +95,16 @@ class AxisGraph:
         if self.declared and self.axes.keys() <= set(self.declared):
             return "not"
         return "export" if self.decisions is None else "eager"
+
+    @cached_property
+    def consumed(self) -> Mapping[str, frozenset[int]]:
+        """Tensor name → the dimensions in which it consumes axes; without the tensors that consume none."""
+        result: dict[str, set[int]] = {}
+        for axis in self:
+            for slot in axis.slots:
+                if slot.role is Role.CONSUMES:
+                    result.setdefault(slot.name, set()).add(slot.dim)
+        return {name: frozenset(dims) for name, dims in result.items()}
 
     def sizes(self) -> dict[str, int]:
         """Return axis key → its current number of units."""

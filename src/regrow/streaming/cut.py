@@ -119,6 +119,7 @@ class StreamedCut:
         left = {name: before.checkpoint.places[before.stored[name]] for name in made if name not in changed}
         aligned = {*changed, *(name for name in left if before.stored[name] in before.checkpoint.aligned)}
         weights = StoredWeights(Checkpoint({**made, **left}, aligned), self.loaded.model, before.name)
+        weights.finite.update(changed & made.keys())  # checked when they were written
         assert self.change.axes.recording is not None
         return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
 

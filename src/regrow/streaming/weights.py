@@ -129,14 +129,14 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 class StoredParameters(Mapping[str, Tensor]):
-    """The parameters among stored weights, each read when it is asked for.
+    """The parameters among stored weights, each read when it is asked for, into the memory of released ones.
 
     Args:
         weights: The stored weights.
     """
 
     def __init__(self, weights: StoredWeights) -> None:
-        self.weights = weights
+        self.weights, self.buffers = weights, BufferPool()
         self.names = {key: None for key, one in weights.like.items() if isinstance(one, nn.Parameter)}
 
     def __getitem__(self, key: str) -> Tensor:
@@ -145,7 +145,7 @@ class StoredParameters(Mapping[str, Tensor]):
         Raises:
             InputError: If it holds NaN or infinity.
         """
-        return self.weights[key]
+        return self.weights.read(key, self.buffers)
 
     def __contains__(self, key: object) -> bool:
         return key in self.names

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Dim, Role
+from regrow.axes import AxisGraph, Dim
 from regrow.plan import Plan, PlanError
 from regrow.scoring.compensate import holders, sharing_module
 from regrow.surgery.layout import Layout
@@ -74,8 +74,8 @@ def read_dim(axes: AxisGraph, weight: str) -> int | None:
         axes: The network's axes.
         weight: The name of the weight.
     """
-    reads = {slot.dim for axis in axes for slot in axis.slots if slot.name == weight and slot.role is Role.CONSUMES}
-    return reads.pop() if len(reads) == 1 else None
+    reads = axes.consumed.get(weight, frozenset())
+    return next(iter(reads)) if len(reads) == 1 else None
 
 
 def bias_of(weight: str) -> str:
