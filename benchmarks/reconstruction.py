@@ -8,7 +8,7 @@ SmolLM2-135M in bfloat16, cut by FLAP with its compensation of biases; ``mlp``: 
 last block left as they are; ``all``: all units of all blocks. Of the four included text domains three calibrate and are
 fitted to, and the fourth judges (its name is the fold). Arms: ``means``: the cut alone; ``held_out``: ``recover --by
 refit`` with its defaults; ``left_out``: the ridge chosen on left-out sources; ``shrunk``: shrinkages too; ``dense``:
-the dense network's values as the target; ``--reconstruct``: the defaults of that option. One row per arm, as soon as it
+the dense network's values as the target; ``defaults``: those of ``--reconstruct``. One row per arm, as soon as it
 is measured: the mean negative log-likelihood per token of each window of the judging domain, and CPU seconds of the fit
 on one thread. Rows go to benchmarks/results/reconstruction.jsonl. ``--seconds`` ends the run at the first arm after so
 long.
@@ -53,7 +53,7 @@ ARMS: Mapping[str, Mapping[str, Any] | None] = {
     "held_out": {},
     "left_out": {"choose_on": "left_out_source"},
     "left_out, shrunk": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES},
-    "--reconstruct": RECONSTRUCTION_DEFAULTS,
+    "defaults": RECONSTRUCTION_DEFAULTS,
     "held_out, dense": {"target": "dense"},
     "left_out, dense": {"choose_on": "left_out_source", "target": "dense"},
     "left_out, shrunk, dense": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES, "target": "dense"},
