@@ -6,12 +6,12 @@
 
 SmolLM2-135M in bfloat16, cut by FLAP with its compensation of biases; ``mlp``: MLP neurons alone, the first and the
 last block left as they are; ``all``: all units of all blocks. Of the four included text domains three calibrate and are
-fitted to, and the fourth judges (its name is the fold). Arms: ``means``: the cut alone; ``held_out``: ``recover --by
-refit`` with its defaults; ``left_out``: the ridge chosen on left-out sources; ``shrunk``: shrinkages too; ``dense``:
-the dense network's values as the target; ``defaults``: those of ``--reconstruct``. One row per arm, as soon as it
-is measured: the mean negative log-likelihood per token of each window of the judging domain, and CPU seconds of the fit
-on one thread. Rows go to benchmarks/results/reconstruction.jsonl. ``--seconds`` ends the run at the first arm after so
-long.
+fitted to, and the calibration half of the fourth judges (its name is the fold): evaluation halves are for tests
+alone. Arms: ``means``: the cut alone; ``held_out``: ``recover --by refit`` with its defaults; ``left_out``: the ridge
+chosen on left-out sources; ``shrunk``: shrinkages too; ``dense``: the dense network's values as the target;
+``defaults``: those of ``--reconstruct``. One row per arm, as soon as it is measured: the mean negative log-likelihood
+per token of each window of the judging domain, and CPU seconds of the fit on one thread. Rows go to
+benchmarks/results/reconstruction.jsonl. ``--seconds`` ends the run at the first arm after so long.
 """
 
 import argparse
@@ -58,12 +58,15 @@ ARMS: Mapping[str, Mapping[str, Any] | None] = {
     "left_out, dense": {"choose_on": "left_out_source", "target": "dense"},
     "left_out, shrunk, dense": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES, "target": "dense"},
 }
-KEYS = ("fold", "cut", "keep", "arm", "tokens", "windows", "seed")
+KEYS = ("fold", "cut", "keep", "arm", "tokens", "windows", "seed", "half")
+JUDGE_SEED = 1000
+"""The seed of the windows that judge; those that calibrate have seeds from 0."""
 
 
 def read() -> list[dict[str, Any]]:
-    """Return the rows that are there."""
-    return [json.loads(line) for line in OUT.read_text().splitlines()] if OUT.is_file() else []
+    """Return the rows that are there; the first of them were judged on evaluation halves, and do not say so."""
+    rows = [json.loads(line) for line in OUT.read_text().splitlines()] if OUT.is_file() else []
+    return [{"half": Half.EVALUATION.value, **row} for row in rows]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -79,7 +82,7 @@ def measure(args: argparse.Namespace) -> None:
     for fold in args.folds:
         names = [name for name in DOMAINS if name != fold]
         amount = args.tokens // SEQ // len(names)
-        common = {"tokens": args.tokens, "windows": args.windows, "seed": args.seed}
+        common = {"tokens": args.tokens, "windows": args.windows, "seed": args.seed, "half": Half.CALIBRATION.value}
         cells = [
             {"fold": fold, "cut": cut, "keep": keep, "arm": arm, **common}
             for cut in args.cuts
@@ -90,7 +93,7 @@ def measure(args: argparse.Namespace) -> None:
         if not missing:
             continue
         sources = [windows(name, amount, Half.CALIBRATION, args.seed) for name in names]
-        judge = windows(fold, args.windows, Half.EVALUATION, 0)
+        judge = windows(fold, args.windows, Half.CALIBRATION, JUDGE_SEED)
         pruner, evidence, at = build_pruner("flap", {}), None, None
         for cell in missing:
             if time.monotonic() - began > args.seconds:
@@ -120,15 +123,17 @@ def measure(args: argparse.Namespace) -> None:
 def show() -> None:
     """Print per fold, cut and keep the mean negative log-likelihood, and paired differences to ``held_out``."""
     rows = read()
-    print("| cut | keep | judged on | arm | nats/token | to means alone | to held_out | CPU s |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| cut | keep | judged on | half | windows | arm | nats/token | to means alone | to held_out | CPU s |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        cells.setdefault(tuple(row[key] for key in ("cut", "keep", "fold", "tokens", "seed")), {})[row["arm"]] = row
-    for (cut, keep, fold, *_), arms in sorted(cells.items()):
+        at = tuple(row[key] for key in ("cut", "keep", "fold", "half", "windows", "tokens", "seed"))
+        cells.setdefault(at, {})[row["arm"]] = row
+    for (cut, keep, fold, half, *_), arms in sorted(cells.items()):
         for arm, row in arms.items():
             pairs = [difference(row, arms.get(other)) for other in ("means", "held_out")]
-            words = [cut, keep, fold, arm, f"{row['nll']:.4f}", *pairs, f"{row['cpu_seconds']:.0f}"]
+            words = [cut, keep, fold, half, len(row["nll_per_window"]), arm, f"{row['nll']:.4f}", *pairs]
+            words.append(f"{row['cpu_seconds']:.0f}")
             print(f"| {' | '.join(map(str, words))} |")
 
 

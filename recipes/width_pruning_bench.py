@@ -27,7 +27,7 @@ from regrow.evaluation import choices, items_in, perplexity
 from regrow.evidence import Evidence, Need
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets import load
-from regrow.process_memory import read_peak, reset_peak, return_memory
+from regrow.process_memory import return_memory
 from regrow.sources import Source
 
 SEQ_LEN, BATCH = 256, 8
@@ -72,7 +72,6 @@ class Bench:
         """Prune and evaluate; a budget that the arm cannot meet is an ``error``."""
         self.seconds = {}
         return_memory()
-        reset_peak()
         try:
             network, row = (self.model, {}) if point.method == "dense" else self.pruned(point)
         except BudgetError as error:
@@ -82,7 +81,7 @@ class Bench:
         calibration = 0 if point.method == "dense" else sum(one.tokens for one in self.sources(point))
         row["tokens"] = {"calibration": calibration, "evaluation": row.pop("evaluated")}
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        return {**row, "seconds": self.seconds, "peak_gib": round((read_peak() or 0) / 2**30, 2), "date": date}
+        return {**row, "seconds": self.seconds, "date": date}
 
     def pruned(self, point: Point) -> tuple[nn.Module, Row]:
         """A pruned copy of the network, and what its row says about it."""
@@ -180,12 +179,12 @@ class Bench:
 
 
 def pack(values: Sequence[float], unit: float) -> str:
-    """Numbers as 16-bit multiples of a unit, in base64.
+    """Numbers as 16-bit multiples of a unit, in base64; larger and infinite ones as the largest of these.
 
-    >>> unpack(pack([0.5, -1.25, 1e9], 0.01), 0.01)
-    [0.5, -1.25, 327.67]
+    >>> unpack(pack([0.5, -1.25, 1e9, -float("inf")], 0.01), 0.01)
+    [0.5, -1.25, 327.67, -327.67]
     """
-    whole = [max(-32767, min(32767, round(value / unit))) for value in values]
+    whole = [round(max(-32767.0, min(32767.0, value / unit))) for value in values]
     return base64.b64encode(array("h", whole).tobytes()).decode()
 
 

@@ -164,7 +164,7 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
         chosen = best(rows, keep, fold)
         arms = [replace(one, sample=sample) for one in chosen]
         arms += [Point(arm, "gprune", only=only, settings=settings, **at) for arm, (only, settings) in GPRUNE.items()]
-        random = {"seed": sample, "allocation": chosen[0].settings["allocation"], "compensate": True}
+        random = {**{name: chosen[0].settings[name] for name in ("allocation", "compensate")}, "seed": sample}
         like = {"only": chosen[0].only, "outer": chosen[0].outer}
         yield from (*arms, Point("random, as the best baseline", "random", settings=random, **like, **at))
         yield from map(reconstructed, arms)

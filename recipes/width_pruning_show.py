@@ -23,6 +23,7 @@ from width_pruning import OUT
 from width_pruning_bench import MARGIN, PER_BYTE, unpack
 from width_pruning_points import (
     CONTRASTS,
+    DOMAINS,
     FOLDS,
     GPRUNE,
     KEEPS,
@@ -154,8 +155,13 @@ def arms(every: Sequence[Row], keep: float, fold: int, on: str = "domains") -> d
 
 
 def before(every: Sequence[Row], fold: int) -> Arm:
-    """The network before pruning, as an arm of a fold."""
-    return Arm("dense", fold, tuple(row for row in every if row["method"] == "dense" and row["on"] == "domains")[:1])
+    """The network before pruning, as an arm of a fold, on as many windows of seen domains as the pruned ones."""
+    own = [row for row in every if row["on"] == DOMAINS and row.get("nll")]
+    pruned = [row["nll"] for row in own if row["method"] != "dense" and row["fold"] == fold]
+    many = {name: min(len(nll[name]) for nll in pruned) for name in FOLDS[fold] if pruned}
+    dense = [row for row in own if row["method"] == "dense"][:1]
+    cut = [{name: values[: many.get(name)] for name, values in row["nll"].items()} for row in dense]
+    return Arm("dense", fold, tuple({**row, "nll": nll} for row, nll in zip(dense, cut, strict=True)))
 
 
 def screen_table(every: Sequence[Row]) -> Iterator[str]:
@@ -185,7 +191,7 @@ def screen_table(every: Sequence[Row]) -> Iterator[str]:
 COLUMNS = (
     *("keep", "fold", "arm", "PPL, unseen", "PPL, seen", "bits/byte, unseen"),
     *("difference to the baseline, nats ± se [spread]", "recovered, %", "difference, seen"),
-    *("seconds", "GiB", "samples"),
+    *("seconds", "samples"),
 )
 
 
@@ -218,7 +224,7 @@ def _cells(arm: Arm, baseline: Arm, dense: Arm) -> Iterator[str]:
     yield "" if own else str(paired(arm.windows(), baseline.windows()) or "")
     yield "" if share is None else f"{100 * share[0]:+.1f} ± {100 * share[1]:.1f}"
     yield "" if own else str(paired(arm.windows(seen=True), baseline.windows(seen=True)) or "")
-    yield from (arm.seconds(), f"{max(row['peak_gib'] for row in arm.rows):.1f}", str(len(arm.rows)))
+    yield from (arm.seconds(), str(len(arm.rows)))
 
 
 def stages_table(every: Sequence[Row]) -> Iterator[str]:

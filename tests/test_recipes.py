@@ -100,7 +100,7 @@ def _width_pruning_rows(points: ModuleType, loss: Callable[[object], float]) -> 
                 name: [at.index(name) + base * (1 + 0.1 * i) + 0.01 * point.sample for i in range(4)] for name in names
             }
             row = {**vars(point), "key": point.key, "nll": nll, "bits_per_byte": dict.fromkeys(names, 1.0)}
-            rows.append({**row, "seconds": {"plan": 2.0}, "peak_gib": 1.0})
+            rows.append({**row, "seconds": {"plan": 2.0}})
 
     add(points.screen_all((0.8,), (0, 1)))
     add(points.screen_finalists(rows, (0.8,), (0, 1)))
@@ -140,6 +140,12 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
     gain = next(line for line in rest if "| gprune, learned shares |" in line)
     assert "-0.5750 ± 0.0144 [0.0000]" in gain and "| +49.8 ± 0.0 |" in gain
     assert "gprune" in rest[0] and "reconstructed" in rest[0] and "-0.6900" in rest[0]
+    longer = [
+        {**row, "nll": {name: [*nll, *[9.0] * (row["method"] == "dense")] for name, nll in row["nll"].items()}}
+        for row in rows
+    ]
+    dense = [show.before(some, 0) for some in (rows, longer)]
+    assert dense[0].level(seen=True) == dense[1].level(seen=True) and dense[0].level() < dense[1].level()
     assert len([line for line in show.stages_table(rows) if line.startswith("| ")]) == 1 + 2 * len(points.CONTRASTS)
     assert any(chosen[0][0].arm in line and "| 0.8 | 0 |" in line for line in show.screen_table(rows))
     packed = {"task": "piqa", "right": "10", "right_per_byte": "11", "margins": "", "margins_per_byte": ""}
@@ -149,3 +155,13 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
     table = [line for line in show.zero_shot_table(tasks) if line.startswith("| 0.8 | 1 | gprune, measured shares |")]
     [cells] = [line.split(" | ")[3:] for line in table]
     assert cells == ["50.00", "100.00", *["+0.00 ± 0.00"] * 2, *["+0.0000 ± 0.0000 [0.0000]"] * 2, "2 |"]
+
+
+def test_random_units_are_compensated_as_the_best_baseline_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    points = importlib.import_module("width_pruning_points")
+    for best in points.baselines():
+        monkeypatch.setattr(points, "best", lambda *_, best=best: (best,))
+        random = next(one for one in points.test([], (0.8,), (0,), 1) if one.arm == "random, as the best baseline")
+        assert random.settings == {**best.settings, "seed": 0}
+        assert (random.only, random.outer) == (best.only, best.outer)
