@@ -94,6 +94,18 @@ def test_reconstruction_is_refused_before_a_run_starts() -> None:
     assert count_tokens(replace(text, reconstruct_tokens=512), True) == 512 and count_tokens(text, False) == 8192
 
 
+def test_too_little_data_is_found_before_the_folder_is_made(tmp_path: Path) -> None:
+    few = replace(PRUNING, tokens=16, reconstruct_settings={"choose_on": "held_out"})
+    with pytest.raises(InputError, match="source 'digits' has 1 batches, and reconstruct holds one out"):
+        run(few, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(InputError, match="has 1 batches, and reconstruct holds one out"):
+        regrow.prune(net, torch.randn(8, 4), method="magnitude", keep=0.5, reconstruct=True, batch_size=8)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
 def test_prune_reconstructs_in_python(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 12, 3), nn.ReLU(), nn.Flatten())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph, Product, Work
+from regrow.errors import InputError
 from regrow.evaluation import (
     Choices,
     accuracy,
@@ -244,6 +245,9 @@ def test_differences_of_choices_are_paired_and_only_on_the_same_items() -> None:
     assert paired.margin == pytest.approx((2.5 / 3, 1 / 3)) and paired.margin_per_byte[0] == pytest.approx(0)
     with pytest.raises(ValueError, match="not the same items"):
         paired_choices(first, replace(second, task="b"))
+    for change in ({"margins": ()}, {"margins_per_byte": (0.25, 0.1)}, {"right_per_byte": (True,) * 4}):
+        with pytest.raises(InputError, match=r"has 3 items, and scores or margins of [024]; run choices"):
+            paired_choices(first, replace(second, **change))
     assert replace(first, margins=(math.inf, 0.5, 1.0)).record()["margins"] == [None, 0.5, 1.0]
 
 

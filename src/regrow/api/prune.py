@@ -20,7 +20,7 @@ from regrow.budget import Budget
 from regrow.commands.calibration import calibrate
 from regrow.commands.measuring import log_budget
 from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence, with_timing
-from regrow.commands.reconstruction import build_reconstruction, keep_dense
+from regrow.commands.reconstruction import build_reconstruction, check_batches, keep_dense
 from regrow.commands.reconstruction import reconstruct as reconstruct_layers
 from regrow.commands.score_summary import write_scores
 from regrow.errors import InputError
@@ -183,6 +183,7 @@ def _reconstruction(reconstruct: bool | Mapping[str, Any], inputs: Inputs) -> di
     build_reconstruction(settings)
     if not inputs.sources:
         raise InputError("reconstruct fits on data; give data, for example a DataLoader")
+    check_batches(inputs.sources, settings)
     return settings
 
 

@@ -23,7 +23,13 @@ from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
-from regrow.commands.reconstruction import check_reconstruction, choose_sources, keep_dense, reconstruct
+from regrow.commands.reconstruction import (
+    check_amount,
+    check_reconstruction,
+    choose_sources,
+    keep_dense,
+    reconstruct,
+)
 from regrow.commands.recovering import check_recovery, log_differences, recover
 from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.score_summary import write_scores
@@ -174,6 +180,7 @@ def run(
         loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
         check_precision(loaded.model, settings.precision)
         kinds = read_sources(source_specs(settings), loaded)
+        check_amount(settings, loaded, kinds.calibration)
     with clock.stage("trace"):
         axes = streamed.opened.axes if streamed else shared.trace(loaded)
     check_same_inputs(ranks, [streamed.opened.weights if streamed else loaded.model], kinds)

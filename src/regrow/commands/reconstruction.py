@@ -94,6 +94,45 @@ def choose_sources(settings: Settings, loaded: Loaded, calibration: Sequence[Sou
     return read_sources(source_specs(settings, tokens), loaded).calibration
 
 
+def check_amount(settings: Settings, loaded: Loaded, calibration: Sequence[Source]) -> None:
+    """Raise ValueError, before a run folder is made, if there is too little data to reconstruct on.
+
+    Args:
+        settings: The settings of the run.
+        loaded: The model.
+        calibration: The calibration data.
+
+    Raises:
+        ValueError: As :func:`check_batches`.
+    """
+    given = settings.reconstruct_settings
+    if settings.reconstruct and _holds_out(given, len(settings.sources)):
+        check_batches(choose_sources(settings, loaded, calibration), given)
+
+
+def check_batches(sources: Sequence[Source], given: Mapping[str, object]) -> None:
+    """Raise ValueError, before anything is cut, if a batch must be held out of a source that has no other.
+
+    Args:
+        sources: The data to fit on.
+        given: Settings that differ from the defaults of a reconstruction.
+
+    Raises:
+        ValueError: If a source has a single batch, and the ridge is not chosen on left-out sources.
+    """
+    few = next((one for one in sources if len(one) < 2), None) if _holds_out(given, len(sources)) else None
+    if few is not None:
+        raise InputError(
+            f"source {few.name!r} has {len(few)} batches, and reconstruct holds one out; give more data (a larger "
+            "--reconstruct-tokens), or a second source"
+        )
+
+
+def _holds_out(given: Mapping[str, object], sources: int) -> bool:
+    """Whether the ridge is chosen on a held-out part of each source, not on left-out sources."""
+    return sources < 2 or {**RECONSTRUCTION_DEFAULTS, **given}["choose_on"] != "left_out_source"
+
+
 def keep_dense(model: nn.Module) -> nn.Module:
     """Return a copy of a network that stays as it is when the network is cut; weights are shared, vectors are copied.
 

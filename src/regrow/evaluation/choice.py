@@ -119,13 +119,17 @@ def paired_choices(before: Choices, after: Choices) -> PairedChoices:
         after: The second model's result, on the same items.
 
     Raises:
-        ValueError: If the two were not measured on the same items.
+        ValueError: If the two were not measured on the same items, or one lacks margins.
     """
     if (before.task, len(before.right)) != (after.task, len(after.right)):
         raise InputError(
             f"{before.task!r} ({len(before.right)} items) and {after.task!r} ({len(after.right)} items) are not the "
             "same items; evaluate both models on the same file, with the same --items"
         )
+    n, each = len(before.right), (before, after)
+    lengths = {len(a) for one in each for a in (one.right_per_byte, one.margins, one.margins_per_byte)}
+    if odd := sorted(lengths - {n}):
+        raise InputError(f"{before.task!r} has {n} items, and scores or margins of {odd[0]}; run choices on both again")
 
     def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
         return mean_and_error([b - a for a, b in zip(first, second, strict=True)])

@@ -182,6 +182,16 @@ def test_refit_is_judged_on_the_source_that_is_left_out():
         refit.refit(language(), refit.Settings(choose_on="seen"))
 
 
+def test_sources_are_left_out_whole_whatever_the_sizes_of_their_batches():
+    one, settings = perceptron(), refit.Settings(choose_on="left_out_source")
+    sources = [rows(1, size=48, seed=1), rows(6, size=8, seed=2), rows(2, size=16, seed=3)]
+    whole = [Source(source.name, [refit.joined(list(source))]) for source in sources]
+    found = [
+        refit.refit(replace(one, model=copy.deepcopy(one.model), sources=some), settings) for some in (sources, whole)
+    ]
+    assert found[0]["layers"] == found[1]["layers"] and found[0]["choose_on"] == "left_out_source"
+
+
 def test_what_refit_cannot_work_with_is_said():
     with pytest.raises(ValueError, match="windows of one length"):
         ragged = Source("r", [Batch((torch.zeros(1, n, 4),)) for n in (2, 3, 2)])

@@ -164,8 +164,16 @@ def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[Batch], Candi
         fit, held = task.parts(settings.held_out)
         parts = [[batch for part in fit for batch in part], held]
     every = [batch for part in parts for batch in part]
-    ends = tuple(end / len(every) for end in accumulate(map(len, parts)))
+    # Parts end where sources do, whatever the sizes of their batches; the held-out part is a fraction of the batches.
+    sizes = [sum(map(_examples, part)) if left_out else len(part) for part in parts]
+    ends = tuple(end / sum(sizes) for end in accumulate(sizes))
     return every, Candidates(settings.ridges, settings.shrinkages, ends, left_out)
+
+
+def _examples(batch: Batch) -> int:
+    """Return how many examples a batch has: the first dimension of its first tensor; 1 without a tensor."""
+    inputs = [*batch.args, *batch.kwargs.values()]
+    return next((len(one) for one in inputs if isinstance(one, Tensor) and one.dim()), 1)
 
 
 def _check(settings: Settings) -> None:
