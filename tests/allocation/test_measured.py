@@ -111,6 +111,7 @@ def test_noise_proposes_no_exchange() -> None:
     proposed = propose_exchange(predicted, exact[:, None].expand(-1, 4))
     torch.testing.assert_close(proposed, (exact / exact.mean()).log())
     assert not propose_exchange(predicted, -predicted[:, None].expand(-1, 4)).any()
+    assert propose_exchange(predicted[:1], exact[:1, None].expand(-1, 4)).tolist() == [0.0]
 
 
 def test_exchanges_end_without_an_improvement_and_are_never_worse() -> None:
@@ -125,3 +126,13 @@ def test_exchanges_end_without_an_improvement_and_are_never_worse() -> None:
     assert torch.equal(end, start) and judged == [4, 1, 1, 1]
     assert [trial.round for trial in trials] == [1, 1, 1] and not any(trial.accepted for trial in trials)
     assert exchange(start, torch.ones_like, evaluate, rounds=0, windows=[1]) == (start, ())
+    judged.clear()
+    assert exchange(start, torch.zeros_like, evaluate, rounds=5, windows=[1, 4]) == (start, ()) and judged == [4]
+
+
+def test_a_trial_has_the_number_of_windows_that_were_judged() -> None:
+    start = torch.zeros(3, dtype=torch.float64)
+    _, trials = exchange(
+        start, torch.ones_like, lambda offset, many: -offset.sum() + torch.zeros(min(many, 2)), rounds=1, windows=[1, 4]
+    )
+    assert [(trial.windows, trial.accepted) for trial in trials] == [(1, False), (2, True)]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from regrow.reports import ReportError, summarise, to_markdown
+from regrow.reports import ReportError, summarise, to_html, to_markdown
 from regrow.reports.reading import ABSENT
 from reports.folders import GROUPS, LAYERS, MASSIVE, NEURONS, mlp, write_run
 
@@ -82,7 +82,7 @@ def test_modules_of_whole_axes_and_an_interrupted_run(tmp_path):
     edit(folder / "findings.json", whole)
     found = summarise([folder])["runs"][0]["findings"]
     ((row,),) = (kind["rows"] for kind in found["cells"])
-    assert row["cell"] == "" and row["start"] is not None and row["learned"] is None
+    assert row["cell"] == "" and row["start"] is not None and row["chosen"] is None
     assert [len(axis["cells"]) for axis in found["modules"][0]["rows"]] == [1] * LAYERS
     assert found["best"]["step"] == 60  # the lowest so far
 
@@ -293,3 +293,22 @@ def test_comparison_labels_tell_runs_apart(tmp_path):
     )]  # fmt: skip
     labels = [run["label"] for run in summarise(runs)["runs"]]
     assert labels == ["flap 0.9 seed 0", "flap 0.9 seed 1", "random 0.9", "flap 0.8 seed 0 3", "flap 0.8 seed 0 4"]
+
+
+def test_a_measured_allocation_is_not_called_learned(tmp_path):
+    folder = write_run(tmp_path / "run", "gprune")
+
+    def measured(found):
+        for row in found["modules"]:
+            row["chosen"] = row.pop("learned")
+        found |= {"allocation": "measured", "history": [], "starts": {"inner": 0.5, "measured": 0.4}}
+
+    learned = to_markdown(summarise([folder]))
+    edit(folder / "findings.json", measured)
+    lines = to_markdown(summarise([folder]))
+    assert "Loss on held-out text of the allocations compared: inner " in lines and "; measured was taken." in lines
+    assert "| Cut at the start | Chosen |" in lines and "| Cut at the start | Learned |" in learned
+    rows = [[line for line in text.splitlines() if "sensitive weak" in line] for text in (learned, lines)]
+    assert rows[0] == rows[1] != []
+    page = to_html(summarise([folder]))
+    assert ">Chosen</th>" in page and ">Learned</th>" not in page and "by the best start and as chosen" in page

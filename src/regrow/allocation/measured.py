@@ -93,7 +93,7 @@ def propose_exchange(predicted: Tensor, measured: Tensor) -> Tensor:
     """Return the change of the logarithms of the scales that makes predicted rises of the divergence the measured ones.
 
     A factor that all axes have in common moves no cost, and is left out. The other ratios are shrunk towards 1, by how
-    much of their variance is noise: that of their means over windows.
+    much of their variance is noise: that of their means over windows. A single axis has no other to exchange cost with.
 
     Args:
         predicted: The rise of the divergence that the curves predict if more of an axis is cut, ``[axes]``, above 0.
@@ -101,11 +101,11 @@ def propose_exchange(predicted: Tensor, measured: Tensor) -> Tensor:
             negative.
 
     Returns:
-        ``[axes]``.
+        ``[axes]``; all 0 if nothing is proposed.
     """
     windows, means = measured.shape[1], measured.mean(1)
     common = float(means.sum() / predicted.sum())
-    if common <= 0:
+    if common <= 0 or len(means) < 2:
         return torch.zeros_like(means)
     ratio = means / (common * predicted)
     noise = (measured.var(1) / windows / (common * predicted).square()).mean() if windows > 1 else ratio.new_zeros(())
@@ -145,13 +145,13 @@ def exchange(
     """Improve an allocation by exchanges of cost between axes, each judged on the whole network.
 
     An exchange is judged on few windows first, and on more only if it is an improvement there; it is accepted if it is
-    one on all of them. After a round without an improvement the search ends.
+    one on all of them. After a round without an improvement or a proposal the search ends.
 
     Args:
         start: The allocation: any parameters of it, ``[axes]``, such as the logarithms of the scales of curves.
-        propose: Returns a change of the allocation, ``[axes]``.
+        propose: Returns a change of the allocation, ``[axes]``; all 0: there is nothing to judge.
         evaluate: Returns the divergence of the whole network at an allocation on the first so many windows,
-            ``[windows]``; always the same windows.
+            ``[windows]``, or on all if there are fewer; always the same windows.
         rounds: The largest number of rounds.
         windows: The numbers of windows on which exchanges are judged, ascending.
 
@@ -162,13 +162,15 @@ def exchange(
     best = evaluate(allocation, windows[-1]) if rounds else torch.zeros(0)
     for number in range(1, rounds + 1):
         change = propose(allocation)
+        if not bool(change.any()):
+            break
         for fraction in STEPS:
             candidate = allocation + fraction * change
             for many in windows:
                 losses = evaluate(candidate, many)
                 before, after = float(best[:many].mean()), float(losses.mean())
                 better = after < before
-                trials.append(Trial(number, fraction, many, before, after, better and many == windows[-1]))
+                trials.append(Trial(number, fraction, len(losses), before, after, better and many == windows[-1]))
                 if not better:
                     break
             if trials[-1].accepted:
@@ -180,7 +182,7 @@ def exchange(
 
 
 def improves(before: Tensor, after: Tensor, margin: float) -> bool:
-    """Whether losses fell by more than some paired standard errors.
+    """Whether losses fell by more than some paired standard errors; favours an allocation chosen on these windows.
 
     Args:
         before: The losses on some windows, ``[windows]``.

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 MAX_KINDS = 3
 MAX_PANELS = 10
 CHANCE = 0.05
-ENDS = ("start", "learned")
+ENDS = ("start", "chosen")
 
 _CORRELATIONS = ("spearman", "spearman_shards", "spearman_within")
 
@@ -71,7 +71,7 @@ def spectrum(run: Run) -> Drawing | None:
 
 
 def modules(run: Run) -> Drawing | None:
-    """Draw the fraction of its units that each module loses, at the start and after learning, over depth.
+    """Draw the fraction of its units that each module loses, at the start and as learned or chosen, over depth.
 
     Args:
         run: A run of the summary.
@@ -85,10 +85,11 @@ def modules(run: Run) -> Drawing | None:
     description = "; ".join(f"{_title(kind, mean, len(groups) > 1)}: {_change(mean)}" for kind, mean in panels)
     shares = [cell[name] or 0 for kind, _ in panels for row in kind["rows"] for cell in row["cells"] for name in ENDS]
     most = next((share for share in (0.1, 0.2, 0.4, 0.6, 0.8) if share >= max(shares)), 1.0)
+    word = "chosen" if found["allocation"] else "learned"
     entries = [
         ("at the start", palette.MUTED, "o", 1.0),
-        ("learned", palette.ACCENT, "o", 1.0),
-        ("learned, switched", palette.INK, "D", 1.0),
+        (word, palette.ACCENT, "o", 1.0),
+        (f"{word}, switched", palette.INK, "D", 1.0),
     ]
 
     def paint(canvas: Canvas) -> None:
@@ -190,15 +191,15 @@ def _alike(axes: "Axes", rows: list[Row]) -> None:
 def _given_up(axes: "Axes", cells: list[tuple[int, Row]], word: str) -> None:
     """Draw the marks of the modules in the cell called ``word``."""
     mine = [(depth, cell) for depth, cell in cells if cell["cell"] == word]
-    moved = [(depth, cell) for depth, cell in mine if cell["learned"] is not None]
+    moved = [(depth, cell) for depth, cell in mine if cell["chosen"] is not None]
     low, high = ([cell[name] for _, cell in moved] for name in ENDS)
     axes.vlines([depth for depth, _ in moved], low, high, color=palette.FAINT, linewidth=1.8)
     switched = [(depth, cell) for depth, cell in moved if (cell["switched"] or 0) >= 0.5]
     trusted = [(depth, cell) for depth, cell in moved if (cell["switched"] or 0) < 0.5]
     for some, name, colour, marker, size in (
         (mine, "start", palette.MUTED, "o", 5.5),
-        (trusted, "learned", palette.ACCENT, "o", 7.5),
-        (switched, "learned", palette.INK, "D", 6.5),
+        (trusted, "chosen", palette.ACCENT, "o", 7.5),
+        (switched, "chosen", palette.INK, "D", 6.5),
     ):
         _marks(axes, [depth for depth, _ in some], [cell[name] for _, cell in some], marker, colour, size)
 

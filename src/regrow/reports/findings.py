@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 _SHARES = ("significant", "exceeds", "exceeds_null")
 _CORRELATIONS = ("spearman", "spearman_shards", "spearman_within")
-_CUT = ("start", "learned", "given")
+_CUT = ("start", "chosen", "given")
 _MEASURED = ("sensitivity", "activity", "switched", *_CUT)
 
 
@@ -26,7 +26,8 @@ def findings(folder: RunRecord) -> Row | None:
         folder: A run folder.
 
     Returns:
-        ``method`` and ``sources``; ``spectrum`` (ranking spaces of one axis, as
+        ``method`` and ``sources``; ``allocation`` (the name of the one that was taken; empty if ratios were learned);
+        ``spectrum`` (ranking spaces of one axis, as
         :func:`regrow.reports.widths.group_rows` has them) and ``tested`` (their means, one row per kind, pooled ones
         too); ``modules`` (axes with their ``cells``, likewise) and ``cells`` (the means, per kind and cell);
         ``starts``, ``history``, ``best`` (losses on held-out text), ``robust`` (their share among the units cut) and
@@ -42,6 +43,7 @@ def findings(folder: RunRecord) -> Row | None:
     robust = mapping(data.get("robust_among_cut"))
     return {
         "method": text(data.get("method"), 40),
+        "allocation": text(data.get("allocation"), 20),
         "sources": [name for source in items(data.get("sources")) if (name := text(source, 60))],
         "spectrum": group_rows([space for space in spaces if not space["pooled"]]),
         "tested": _tested(spaces),
@@ -84,6 +86,8 @@ def _module(item: JsonObject) -> Row | None:
     """Return a row of modules, named "axis cell", "axis and 29 more cell", or "axis" if every axis is one module."""
     name, space, units = text(item.get("name"), 400), text(item.get("space"), 300), size(item.get("units"), 10**9)
     shares = {part: _share(item.get(part)) for part in _CUT}
+    if shares["chosen"] is None:
+        shares["chosen"] = _share(item.get("learned"))
     if not name or not units or shares["start"] is None:
         return None
     rest = re.fullmatch(r"( and \d+ more)?(?: (.*))?", name.removeprefix(space)) if name.startswith(space) else None

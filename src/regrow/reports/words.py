@@ -164,7 +164,7 @@ def modules(run: Run) -> str:
 
 
 def learning(run: Run) -> list[str]:
-    """Return sentences on what learning the modules' ratios improved.
+    """Return sentences on what learning or measuring the modules' ratios improved.
 
     Args:
         run: A run of the summary.
@@ -175,7 +175,9 @@ def learning(run: Run) -> list[str]:
     lines = []
     if found["starts"]:
         starts = ", ".join(f"{row['name']} {q.significant(row['held_out'])}" for row in found["starts"])
-        lines.append(f"Loss on held-out text of the possible starting points: {starts}.")
+        taken = found["allocation"]
+        what = "allocations compared" if taken else "possible starting points"
+        lines.append(f"Loss on held-out text of the {what}: {starts}{f'; {taken} was taken' if taken else ''}.")
     if len(found["history"]) > 1:
         first, last, best = found["history"][0], found["history"][-1], found["best"]
         lines.append(

@@ -32,6 +32,15 @@ UNRECORDED: Mapping[str, bool] = {"unrecorded": True}
 """Metadata of a field of a method's settings whose default is what earlier versions did, and is not recorded."""
 
 
+def recorded_with(name: str) -> Mapping[str, object]:
+    """Return metadata of a field of a method's settings whose default is recorded where another setting is given.
+
+    Args:
+        name: The name of the other setting, which earlier versions did not have.
+    """
+    return {**UNRECORDED, "recorded_with": name}
+
+
 @dataclass(frozen=True)
 class Setting:
     """The command-line form of one setting: help text, option name, allowed values.

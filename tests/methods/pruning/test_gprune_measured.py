@@ -1,5 +1,6 @@
 """Measured allocation in GPrune: exact replay, the budget, the comparison with the starts, and resuming."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
+from regrow.methods.pruning.gprune import measured
 from regrow.methods.pruning.gprune.replay import Predictions, Replay, largest_stack, shorten
 from regrow.methods.pruning.pruner import Cut, plan_cut
 from regrow.sources import Batch
@@ -23,13 +25,20 @@ SIZES = {"kv": 4, "rep": 2, "size": 4, "ff": 64}
 MEASURED = {"allocation": "measured", "level_tokens": 8, "exchanges": 2, "shards": 2}
 
 
-def run(settings: dict[str, Any], model: nn.Module | None = None, keep: float = 0.7, **more: Any) -> tuple[Cut, Any]:
+def run(
+    settings: dict[str, Any],
+    model: nn.Module | None = None,
+    keep: float = 0.7,
+    batches: Sequence[int] = (6, 6, 6),
+    budget: Budget | None = None,
+    **more: Any,
+) -> tuple[Cut, Any]:
     own, axes = lm(**SIZES, blocks=4)
     chosen = find_method(MethodKind.PRUNING, "gprune")
     built = chosen.build(chosen.settings(**MEASURED | settings))
-    sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]
+    sources = [texts(word, batches=many, seed=i) for i, (word, many) in enumerate(zip("abc", batches, strict=True))]
     evidence = collect_evidence(model or own, axes, built, sources)
-    return plan_cut(built, model or own, axes, Budget(keep), evidence, **more), axes
+    return plan_cut(built, model or own, axes, budget or Budget(keep), evidence, **more), axes
 
 
 def test_a_replay_gives_the_logits_of_a_whole_pass() -> None:
@@ -129,3 +138,47 @@ def test_a_search_that_was_stopped_ends_as_if_it_had_not(tmp_path: Path) -> None
         report = lambda done, total, what, seen=seen: seen.append(done) if what != "forming modules" else None  # noqa: E731
         again, _ = run({}, checkpoint=path, header=lambda: {"key": "k"}, progress=report)
         assert seen[0] == stop and again.plan == whole.plan and told(again) == told(whole)
+
+
+def test_held_out_windows_count_once_where_sources_differ_in_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def improves(before: torch.Tensor, after: torch.Tensor, margin: float) -> bool:
+        counts.extend((len(before), len(after)))
+        return False
+
+    monkeypatch.setattr(measured, "improves", improves)
+    run({"exchanges": 0, "held_out": 0.25}, batches=(4, 8, 12))
+    assert counts == [1 + 2 + 3] * 2
+
+
+def test_a_single_axis_has_no_exchange_and_is_cut_all_the_same() -> None:
+    cut, _ = run({}, budget=Budget(0.95, only=("blocks.1",), exclude=("q",)))
+    assert set(cut.plan.changes) == {"decoder.blocks.1.gate.weight:0"} and cut.findings["exchanges"] == []
+
+
+def test_ratios_of_a_measured_allocation_are_not_said_to_be_learned() -> None:
+    cut, _ = run({"exchanges": 0})
+    assert all("chosen" in row and "learned" not in row for row in cut.findings["modules"])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"allocation": "measured", "loss": "cross_entropy"}, "allocation=measured does not use loss, got 'cross"),
+        ({"allocation": "measured", "steps": 7}, "does not use steps, got 7; leave steps out, or give allocation="),
+        ({"exchanges": 0}, "allocation=learned does not use exchanges, got 0; .* or give allocation=measured"),
+    ],
+)
+def test_settings_of_the_other_allocation_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        find_method(MethodKind.PRUNING, "gprune").settings(**given)
+
+
+def test_settings_of_measured_allocation_are_recorded_where_it_is_given() -> None:
+    entry, own = find_method(MethodKind.PRUNING, "gprune"), {"levels", "level_windows", "level_tokens", "risk"}
+    own |= {"exchanges", "exchange_windows"}
+    assert not own & entry.defaults({"base"}).keys()
+    recorded = entry.defaults({"allocation", "levels"})
+    assert own - {"levels"} <= recorded.keys() and recorded["exchanges"] == 2
+    assert not {"levels", "margin", "exact_start"} & recorded.keys()

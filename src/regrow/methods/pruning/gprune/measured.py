@@ -2,7 +2,7 @@
 
 Each source is measured with the order and the means of the other sources. After the levels of each axis alone, cost is
 exchanged between axes as long as that improves the whole network; at the end the result is compared with the starts on
-held-out windows, and the best of them is taken.
+held-out windows, each of which counts once, and the best of them is taken.
 """
 
 import time
@@ -190,14 +190,16 @@ class _Search:
         self.ratio = min(0.9, removed / float(self.costs.sum()))
         self.near = self._windows([part[0][: s.level_windows] for part in sources], s.level_tokens)
         self.judged = self._windows([part[0][: s.exchange_windows] for part in sources])
-        self.held_out = self._windows([part[1] for part in sources])
+        self.held_out = self._windows([part[1] for part in sources], repeat=False)
         self.total = len(places) * (s.levels + s.exchanges) + 6 * s.exchanges + 5
 
-    def _windows(self, sources: Sequence[Sequence[Batch]], tokens: int = 0) -> list[_Window]:
-        """Return windows of the sources in turn; fewer tokens of each if asked."""
+    def _windows(self, sources: Sequence[Sequence[Batch]], tokens: int = 0, *, repeat: bool = True) -> list[_Window]:
+        """Return windows of the sources in turn, those of shorter sources repeated; fewer tokens of each if asked."""
         result = []
         for turn in range(max(map(len, sources))):
             for i, batches in enumerate(sources):
+                if turn >= len(batches) and not repeat:
+                    continue
                 batch = shorten(batches[turn % len(batches)], tokens)
                 view = i + 1 if self.s.cross else 0
                 result.append(_Window(batch, view, Predictions.of(self.replay.run(batch, {}, {}))))

@@ -1,6 +1,6 @@
 """Settings of GPrune-LLM."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from regrow.scoring import PATHS
@@ -9,11 +9,15 @@ from regrow.scoring.partition import PARTITIONS
 from regrow.scoring.reliability import SWITCHES
 from regrow.scoring.sensitivity import SCALES
 from regrow.settings.constraints import OneOf, Range, check_constraints
-from regrow.settings.declaration import UNRECORDED
+from regrow.settings.declaration import UNRECORDED, recorded_with
 
 STARTS = ("base", "inner", "uniform")
 """The allocations from which learning may start."""
 INSTEAD = ("weights", *PATHS, "mean_rank")
+MEASURED = recorded_with("allocation")
+"""Metadata of the settings of measured allocation."""
+LEARNING = ("steps", "windows", "every", "exact_start", "lr", "width", "width_few", "loss")
+"""The settings that a measured allocation does not use."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Settings:
         exact_start: Whether learning starts exactly at the start, ratios of 0 and 1 too; otherwise these are moved to
             2 % and 98 % of ``most``.
         margin: By how many paired standard errors over held-out windows a learned or measured allocation must be better
-            than the start; otherwise the start is returned.
+            than the start; otherwise the start is returned. The step of learning is chosen on the same windows, which
+            favours a learned allocation; the exchanges of a measured one are chosen on others.
         lr: Learning rate of the modules' logits.
         width: The range of relative ranks in a module, around the pruning ratio, that has a gradient.
         width_few: As ``width``, for modules of several small axes that are pooled.
@@ -83,12 +88,12 @@ class Settings:
     cross: bool = True
     start: Annotated[str, OneOf(*STARTS, "best")] = "best"
     allocation: Annotated[str, OneOf("learned", "measured")] = field(default="learned", metadata=UNRECORDED)
-    levels: Annotated[int, Range(1)] = field(default=2, metadata=UNRECORDED)
-    level_windows: Annotated[int, Range(1)] = field(default=1, metadata=UNRECORDED)
-    level_tokens: Annotated[int, Range(0)] = field(default=128, metadata=UNRECORDED)
-    risk: Annotated[str, OneOf("worst", "mean")] = field(default="worst", metadata=UNRECORDED)
-    exchanges: Annotated[int, Range(0)] = field(default=2, metadata=UNRECORDED)
-    exchange_windows: Annotated[int, Range(1)] = field(default=2, metadata=UNRECORDED)
+    levels: Annotated[int, Range(1)] = field(default=2, metadata=MEASURED)
+    level_windows: Annotated[int, Range(1)] = field(default=1, metadata=MEASURED)
+    level_tokens: Annotated[int, Range(0)] = field(default=128, metadata=MEASURED)
+    risk: Annotated[str, OneOf("worst", "mean")] = field(default="worst", metadata=MEASURED)
+    exchanges: Annotated[int, Range(0)] = field(default=2, metadata=MEASURED)
+    exchange_windows: Annotated[int, Range(1)] = field(default=2, metadata=MEASURED)
     steps: Annotated[int, Range(0)] = 40
     windows: Annotated[int, Range(1)] = 2
     every: Annotated[int, Range(1)] = 10
@@ -109,3 +114,12 @@ class Settings:
         check_constraints(self)
         if self.shards < 2 and (self.denoise or self.switch == "halves"):
             raise ValueError("gprune: telling noise from sensitivity takes shards=2 or more")
+        measured = self.allocation == "measured"
+        for one in fields(self):
+            ignored = one.name in LEARNING if measured else "recorded_with" in one.metadata
+            if ignored and getattr(self, one.name) != one.default:
+                other = "learned" if measured else "measured"
+                raise ValueError(
+                    f"gprune: allocation={self.allocation} does not use {one.name}, got {getattr(self, one.name)!r}; "
+                    f"leave {one.name} out, or give allocation={other}"
+                )

@@ -87,13 +87,14 @@ def score_units(task: PruningTask, settings: Settings, compare: Comparison | Non
             share, step = given[start], 0
         values, report = masks.margins(share), {"starts": losses, "history": checks, "best_step": step}
 
+    column = "chosen" if s.allocation == "measured" else "learned"
     robust = within(first.spread.sigma, measured.spaces, lambda sigma: (sigma <= sigma.median()).double())
     tables = findings_of(measured, among, modules, trusted, costs[0], given[start])
 
     def findings(every: Kept) -> dict[str, Any]:
         last = masks.given(every)
         rows = [
-            {**row, "learned": float(one), "given": float(end)}
+            {**row, column: float(one), "given": float(end)}
             for row, one, end in zip(tables["modules"], share, last, strict=True)
         ]
         cut = {"base": share_of(robust, base), "gprune": share_of({key: robust[key] for key in every}, every)}
