@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import regrow
+from regrow.api import streamed
 from regrow.streaming import requirements
 
 FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "probe.st", "axes.json", "scores.json")
@@ -64,3 +65,18 @@ def test_what_is_not_pruned_block_by_block_is_refused(tiny_language_model, strea
 def test_a_module_is_not_read_from_files():
     with pytest.raises(ValueError, match="give the name of a model or a folder"):
         regrow.evaluate(torch.nn.Linear(2, 2), torch.ones(2, 2), memory="1GiB")
+
+
+def test_padded_and_unlabelled_positions_count(tiny_language_model, monkeypatch):
+    counts, planned = [], streamed.plan_memory
+
+    def counted(network, limit, windows, tokens, **more):
+        counts.append(tokens)
+        return planned(network, limit, windows, tokens, **more)
+
+    monkeypatch.setattr(streamed, "plan_memory", counted)
+    ids = torch.randint(1000, (2, 16))
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    regrow.evaluate(str(tiny_language_model), [{"input_ids": ids, "labels": labels}], memory="64GiB")
+    assert counts == [32]

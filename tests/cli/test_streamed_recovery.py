@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from regrow.commands import recovery_memory
+from regrow.methods.recovery.streamed import FORMAT, REFIT_FIELDS, ChangedTensors
+from regrow.store.tensors import write_tensors
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.requirements import MemoryPlan
 
@@ -95,3 +98,32 @@ def test_what_is_not_recovered_block_by_block_is_refused(regrow, run, streams, w
     code, _, error = regrow("recover", "run", "--tokens", "256", "--memory", "64GiB", *words, "--out", "recovered")
     assert code
     assert match in error
+
+
+def test_sums_of_left_out_sources_count(regrow, run, streams, monkeypatch):
+    run()
+    terms, counts = recovery_memory._refit_terms, []
+
+    def counted(model, tokens, parts=3):
+        counts.append(parts)
+        return terms(model, tokens, parts)
+
+    monkeypatch.setattr(recovery_memory, "_refit_terms", counted)
+    for choose_on, sums in (("held_out", 3), ("left_out_source", 4)):
+        counts.clear()
+        words = ("--by", "refit", "--set", f"choose_on={choose_on}", "--tokens", "256", "--memory", "64GiB")
+        assert regrow("recover", "run", *words, "--out", choose_on)[0] == 0
+        assert counts == [sums, sums]
+
+
+def test_damaged_files_of_an_interrupted_recovery_are_deleted(tmp_path):
+    changed, made = ChangedTensors(tmp_path), {"a": torch.ones(2)}
+    for record in (None, [], {"weight": "a"}):
+        write_tensors(tmp_path / "000000.safetensors", made, {"key": "k", "record": record}, FORMAT)
+        changed.open("k", REFIT_FIELDS)
+        assert not changed.records
+        assert not list(tmp_path.glob("*.safetensors"))
+    changed.write(made, {"weight": "a", "ridge": 0.1})
+    changed.open("k", REFIT_FIELDS)
+    assert "a" in changed
+    assert changed.records == [{"weight": "a", "ridge": 0.1}]

@@ -113,7 +113,7 @@ def test_prune_reconstructs_in_python(tmp_path: Path) -> None:
     data = {name: torch.randn(96, 2, 8, 8) * scale for name, scale in (("a", 1.0), ("b", 2.0), ("c", 0.5))}
     other = torch.randn(64, 2, 8, 8)
     distances = []
-    for given in (False, True, {"shrinkages": (0.5, 1.0)}):
+    for given in (None, True, {"shrinkages": (0.5, 1.0)}):
         model, before = copy.deepcopy(net), copy.deepcopy(net.state_dict())
         more = {"out": tmp_path / "run"} if given is True else {}
         small, _ = regrow.prune(model, data, method="magnitude", keep=0.5, reconstruct=given, batch_size=32, **more)
@@ -125,3 +125,6 @@ def test_prune_reconstructs_in_python(tmp_path: Path) -> None:
     assert row["choose_on"] == "left_out_source" and all("seen" in layer for layer in row["layers"])
     with pytest.raises(ValueError, match="fits on data"):
         regrow.prune(copy.deepcopy(net), method="magnitude", keep=0.5, example=other[:1], reconstruct=True)
+    for wrong in (0, "own"):
+        with pytest.raises(InputError, match="reconstruct must be True, False or a dict of settings of refit, got"):
+            regrow.prune(net, data, method="magnitude", reconstruct=wrong)

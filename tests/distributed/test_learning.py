@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from distributed import learning
 from distributed.processes import finish, free_port, start
 from regrow.distributed import SINGLE
+from regrow.training.shared_rows import _RankRandomness
 
 WORDS = ("learn", "permuted:digits:2", "--method", "sparsegrow", "--train", "150", "--test", "60", "--epochs", "2")
 GROWTH = ("--set", "grow=always", "--set", "width=0.5", "--set", "multiple=1", "--set", "cap=3", "--batch-size", "32")
@@ -64,3 +65,26 @@ def test_a_killed_rank_ends_both_and_the_resumed_run_is_that_of_undisturbed_ones
     assert all(torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6) for name in one)
     rows = [json.loads((tmp_path / out / "metrics.jsonl").read_text().splitlines()[-1]) for out in ("one", "two")]
     assert rows[0] == rows[1] and rows[0]["what"] == "matrix"
+
+
+def test_a_rank_draws_from_the_generator_of_its_own_gpu(monkeypatch):
+    gpus = [torch.Generator().manual_seed(3) for _ in range(2)]
+    monkeypatch.setattr(torch.cuda, "default_generators", gpus)
+
+    def states():
+        return [one.get_state().tolist() for one in (torch.default_generator, *gpus)]
+
+    torch.manual_seed(5)
+    before, drawn, after = states(), [], []
+    for rank in (0, 1):
+        torch.manual_seed(5)
+        _RankRandomness(rank, torch.device("cuda:1")).restore()
+        assert states() == before
+        random = _RankRandomness(rank, torch.device("cuda:1"))
+        drawn.append(torch.rand((), generator=gpus[1]))
+        random.restore()
+        after.append(states())
+    assert drawn[0] != drawn[1]
+    assert after[0] == after[1]
+    assert after[0][0] != before[0], "the next pass would draw the same"
+    assert after[0][1:] == before[1:]

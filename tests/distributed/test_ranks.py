@@ -6,18 +6,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from distributed.processes import finish, start
 from regrow.distributed import SINGLE, ProcessRank, read_ranks
 from regrow.distributed.ranks import choose_backend, choose_rank_device
 from regrow.distributed.watch import Watch
 from regrow.errors import InputError, ResourceError
+from regrow.nets.devices import choose_device
 
 RUN = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
 
 EXCHANGE = """
 import torch
 from torch import nn
+from regrow.commands.recovering import broadcast_recovered
 from regrow.distributed import read_ranks
 from regrow.distributed import exchange
 from regrow.distributed.group import connected
@@ -44,19 +47,25 @@ with connected(ranks, print):
     exchange.broadcast_model(ranks, model)
     torch.manual_seed(0)
     assert torch.equal(model.weight, nn.init.normal_(torch.empty(3)))
+    torch.manual_seed(ranks.rank)
+    model = nn.Sequential(nn.Linear(2, 3, bias=ranks.leads), nn.Linear(3, 2))
+    broadcast_recovered(ranks, model)
+    values = [[*one.shape, *one.flatten().tolist()] for one in model.parameters()]
+    assert len(values) == 4 and exchange.broadcast_record(ranks, values) == values
 """
 
 DIFFERENT = """
 import torch
 from torch import nn
 from regrow.commands.inputs import SourceHalves
-from regrow.commands.same_inputs import check_same_inputs, check_same_settings
+from regrow.commands.same_inputs import check_same_inputs, check_same_settings, check_same_tasks
 from regrow.distributed import read_ranks
 from regrow.distributed.group import connected
 from regrow.distributed.parallel import Parallel
 from regrow.errors import InputError
 from regrow.settings.prune import Settings
 from regrow.sources import Batch, Source
+from regrow.tasks import Examples, Task
 
 def refuse(function, *inputs):
     try:
@@ -79,6 +88,10 @@ def changed(entry, value):
 def source(value):
     return SourceHalves((Source("mail", [Batch((torch.full((2,), value),))]),), ())
 
+def task(train, test):
+    parts = (Examples(torch.full((2, 3), float(value)), torch.tensor([0, 1])) for value in (train, test))
+    return Task("letters", *parts, (0, 1))
+
 ranks = read_ranks()
 with connected(ranks, print):
     rank = ranks.rank
@@ -87,6 +100,11 @@ with connected(ranks, print):
     for model in (changed(9000, 1e-9 * rank), changed(9000 + rank, 1.0)):
         assert "different weights" in refuse(check_same_inputs, [model], source(1))
     assert "different data for mail; copy" in refuse(check_same_inputs, [network(0)], source(rank))
+    halves = SourceHalves(source(rank).calibration, source(1).calibration)
+    assert "different data for mail; copy" in refuse(check_same_inputs, [network(0)], halves)
+    assert refuse(check_same_tasks, network(0), [task(1, 1)]) is None
+    for tasks in ([task(rank, 1)], [task(1, rank)], [task(rank, 1), task(1, 1)]):
+        assert "different data for letters; copy" in refuse(check_same_tasks, network(0), tasks)
     assert refuse(check_same_settings, Settings(f"model{rank}", keep=0.5)) is None
     assert "different settings" in refuse(check_same_settings, Settings("model", keep=0.5 + 0.1 * rank))
     one, other, neither = (nn.Parameter(torch.ones(2)) for _ in range(3))
@@ -147,9 +165,24 @@ def test_the_environment_says_which_rank_this_is():
 def test_each_of_several_processes_gets_a_gpu_of_its_own(name, ranks, gpus, result):
     if " " in result:
         with pytest.raises((InputError, ResourceError), match=result):
-            choose_rank_device(name, ranks, gpus)
+            choose_rank_device(name, ranks, gpus, {})
     else:
-        assert choose_rank_device(name, ranks, gpus) == result
+        assert choose_rank_device(name, ranks, gpus, {}) == result
+
+
+def test_a_process_that_sees_one_gpu_takes_it():
+    ranks = ProcessRank(1, 2, local=1)
+    assert choose_rank_device("cuda", ranks, 1, {"CUDA_VISIBLE_DEVICES": "3"}) == "cuda:0"
+    for visible in ({}, {"CUDA_VISIBLE_DEVICES": "0,1"}):
+        with pytest.raises(ResourceError, match="needs cuda:1"):
+            choose_rank_device("cuda", ranks, 1, visible)
+
+
+def test_a_device_is_chosen_by_rank_only_where_a_run_is_shared(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(choose_device(name)) for name in ("cuda:0", "auto", "cpu")] == ["cuda:0", "cuda", "cpu"]
+    assert str(choose_device("auto", ProcessRank(1, 2, local=1))) == "cuda:1"
 
 
 def test_gpus_are_connected_by_nccl_and_cpus_by_gloo():

@@ -152,7 +152,7 @@ def _grow(work: _Growth, plan: Plan, folder: RunFolder | None = None) -> Plan:
 
 
 def _measure_loss(work: _Growth) -> float:
-    """Return the mean loss on the data; a loader that shuffles then goes on as if it had not been read."""
+    """Return the mean loss on the data; the random state of loaders that shuffle is restored."""
     inputs = work.inputs
     with preserve_random_state(*(one for source in inputs.sources for one in source.generators)):
         return mean_loss(inputs.model, inputs.sources, inputs.objective)

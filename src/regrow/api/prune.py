@@ -55,7 +55,7 @@ def prune(
     memory: str = "",
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
-    reconstruct: bool | Mapping[str, Any] = False,
+    reconstruct: bool | Mapping[str, Any] | None = False,
     out: str | Path | None = None,
     track: str = "",
     progress: Progress = silent,
@@ -115,8 +115,17 @@ def prune(
     check_combination(precision, measure=limits.measure)
     given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
     given |= {"example": axes.example if axes is not None else example, "precision": precision}
-    call = _Call(method, settings or {}, pruner, limits, place, memory, reconstruct, progress)
+    call = _Call(method, settings or {}, pruner, limits, place, memory, _check_reconstruct(reconstruct), progress)
     return _carry_out(call, model, data, given, axes)
+
+
+def _check_reconstruct(reconstruct: object) -> bool | Mapping[str, Any]:
+    """Return whether to reconstruct, or its settings; raise InputError for anything else."""
+    if reconstruct is None:
+        return False
+    if isinstance(reconstruct, bool | Mapping):
+        return reconstruct
+    raise InputError(f"reconstruct must be True, False or a dict of settings of refit, got {reconstruct!r:.60}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from regrow.amounts import parse_bytes
 from regrow.api.inputs import Inputs, choose_reading
@@ -26,6 +28,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress
 from regrow.progress_bar import visible
 from regrow.settings.prune import Settings
+from regrow.sources import Batch
 from regrow.streaming.opening import OpenedNetwork, open_network
 from regrow.streaming.requirements import plan_memory
 
@@ -83,11 +86,18 @@ def open_within(
     opened = open_network(str(model))
     inputs = _read(opened, data, loss, tokenizer, batch_size)
     batches = [batch for source in inputs.sources for batch in source]
-    tokens = max((batch.size for batch in batches), default=1)
+    tokens = max(map(_count_positions, batches), default=1)
     plan = plan_memory(opened.network(), parse_bytes(memory), len(batches), tokens, what=what)
     own = {"a model without text": opened.loaded.tokenizer is None}
     run = start_streaming(opened, plan, {**needs, **own}, lambda line: progress(0, 1, line))
     return None if run is None else StreamedInputs(run, inputs)
+
+
+def _count_positions(batch: Batch) -> int:
+    """Return how many positions a batch has, padded and unlabelled ones included; its size if it has no ids."""
+    inputs = (one for one in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(one, Tensor))
+    ids = next((one for one in inputs if one.dtype in (torch.int32, torch.int64)), None)
+    return batch.size if ids is None else ids.numel()
 
 
 def _read(opened: OpenedNetwork, data: Any, loss: Any, tokenizer: Any, batch_size: int) -> Inputs:
@@ -149,6 +159,7 @@ def prune_streamed(
         write_scores(folder, weights, axes, chosen.plan, chosen.scores, evidence)
         if chosen.findings:
             folder.write_findings(settings.method, chosen.findings)
+        del weights  # its buffers, before the cut needs memory
         cut = run.cut(folder, chosen.plan, proof=False, progress=shown)
         if not len(folder.own_ledger):
             folder.own_ledger.append(chosen.plan)

@@ -84,7 +84,7 @@ def run(
         ValueError: If a setting or a sequence is not usable; says which, and the remedy.
     """
     check_settings(settings)
-    choose_device(settings.device)
+    choose_device(settings.device, ranks)
     build_learner(settings.method, settings.method_settings, settings.seed)
     identity: dict[str, Any] = {
         "verb": "learn",
@@ -96,13 +96,13 @@ def run(
     if RunFolder.check(out, **identity) and (begun := RunFolder.open_unfinished(out)):
         check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
     start = load_start(settings.model, settings.tasks, settings.input, code=code, progress=progress)
-    inputs = read_inputs(settings, start)
+    inputs = read_inputs(settings, start, ranks)
     tasks = read_tasks(inputs.tasks)
     if start is None:
         origin_of_small(inputs.model, input_shape(tasks[0].train), count_outputs(inputs, tasks))
     elif start.tokenizer is None:
         check_outputs(start, tasks[0], count_outputs(inputs, tasks))
-    needs = plan_learning(inputs, tasks, settings.method, memory, announce)
+    needs = plan_learning(inputs, tasks, settings, memory, announce)
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         if start:
@@ -173,11 +173,11 @@ def extend(
     recorded = run_record.get("defaults", {})
     start = load_start(was.model, was.tasks, was.input, run=folder.path, code=code, progress=progress)
     effective = replace(settings, method_settings={**recorded, **was.method_settings})
-    inputs, recorded_tasks = read_inputs(effective, start), run_record.get("sequence") if without_old else None
+    inputs, recorded_tasks = read_inputs(effective, start, ranks), run_record.get("sequence") if without_old else None
     old = _read_old_tasks(inputs, was, folder, recorded_tasks, without_old)
     tasks = fit_tasks([*old, *(task for spec in added for task in read_sequence(spec, inputs.tasks))], inputs.tasks)
     _check_outputs(inputs, old, tasks, str(out))
-    needs = plan_learning(inputs, tasks, was.method, memory, announce)
+    needs = plan_learning(inputs, tasks, effective, memory, announce)
     with tracking(RunFolder.reopen(out), track) as reopened:
         if reopened.run() != run_record:
             raise StoreError(f"{out} was changed by another process meanwhile; run this again")

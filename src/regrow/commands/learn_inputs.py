@@ -10,6 +10,7 @@ from torch import nn
 from regrow.axes import AxisGraph
 from regrow.commands.starting import image_shape
 from regrow.commands.task_sequences import TaskSpecs
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.methods import MethodKind, find_method
 from regrow.nets.devices import choose_device
@@ -51,12 +52,13 @@ class LearnInputs:
     start: Loaded | None = None
 
 
-def read_inputs(settings: Settings, start: Loaded | None = None) -> LearnInputs:
+def read_inputs(settings: Settings, start: Loaded | None = None, ranks: ProcessRank = SINGLE) -> LearnInputs:
     """Return the typed inputs that the settings of a run describe.
 
     Args:
         settings: The settings.
         start: The network with its weights; ``None``: a new one is built.
+        ranks: The processes that share the run.
 
     Raises:
         ValueError: If there is no such method, or a setting of it is wrong.
@@ -72,7 +74,7 @@ def read_inputs(settings: Settings, start: Loaded | None = None) -> LearnInputs:
         shared["objective"] = NEXT_TOKEN
     elif start:
         specs = replace(specs, shape=image_shape(start), normalised=start.origin.normalised_images)
-    schedule, device = TaskSchedule(**shared), choose_device(settings.device)
+    schedule, device = TaskSchedule(**shared), choose_device(settings.device, ranks)
     return LearnInputs(specs, settings.model, settings.classes, learner, schedule, device, start)
 
 

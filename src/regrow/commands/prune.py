@@ -30,7 +30,7 @@ from regrow.commands.reconstruction import (
     keep_dense,
     reconstruct,
 )
-from regrow.commands.recovering import check_recovery, log_differences, recover
+from regrow.commands.recovering import broadcast_recovered, check_recovery, log_differences, recover
 from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.score_summary import write_scores
 from regrow.commands.shared_work import SharedWork
@@ -38,7 +38,7 @@ from regrow.commands.streamed import StreamedRun, open_streamed
 from regrow.commands.streamed_reconstruction import StreamedReconstruction
 from regrow.commands.trackers import tracking
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_model, broadcast_record, everywhere
+from regrow.distributed.exchange import broadcast_record, everywhere
 from regrow.errors import RefusedError
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets import Loaded
@@ -276,7 +276,8 @@ def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
     if settings.recover:
         with clock.stage("recover"):
             _recover(job, traced, plan)
-            broadcast_model(job.ranks, loaded.model)
+            if loaded.tokenizer is not None:  # evaluations of text are shared
+                broadcast_recovered(job.ranks, loaded.model)
         log_differences(folder, job.measure(axes, "recovered"))
 
 

@@ -16,7 +16,7 @@ from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
-from regrow.methods.recovery.streamed import StreamedPair
+from regrow.methods.recovery.streamed import REFIT_FIELDS, StreamedPair
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -196,7 +196,7 @@ def reconstruct(
         path = Path(folder.path) / "statistics" / "reconstruction.safetensors"
         spent = float(open_checkpoint(path, key, recovery.FORMAT).get("seconds", 0))
         if streamed is not None:
-            streamed.changed.open(key)
+            streamed.changed.open(key, REFIT_FIELDS)
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
     more: Any = {"checkpoint": path, "header": header, "progress": progress, "streamed": streamed}
     task = RecoveryTask(model, dense, axes, plan, sources, **more)

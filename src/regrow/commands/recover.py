@@ -21,9 +21,11 @@ from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
 from regrow.commands.streamed_recovery import StreamedRecovery, open_recovery
 from regrow.commands.trackers import tracking
+from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
+from regrow.nets.devices import choose_device
 from regrow.nets.precision import autocasting, check_precision
 from regrow.process_memory import read_peak, reset_peak
 from regrow.progress import Progress, silent
@@ -85,7 +87,7 @@ def run(
     needs, streamed = _plan_memory(settings, source, cut, memory, announce)
     clock, precision = Clock(None), settings.precision or origin.precision
     with clock.stage("load"):
-        dense, loaded = streamed.models() if streamed else _load_models(source, cut, progress, code)
+        dense, loaded = streamed.models() if streamed else _load_models(source, cut, parallel.ranks, progress, code)
         check_precision(loaded.model, precision)
         kinds = read_sources(pruning_run.source_specs(origin, settings.tokens), loaded)
         axes = streamed.dense.axes if streamed else trace(dense.model, *dense.example.args, **dense.example.kwargs)
@@ -149,7 +151,7 @@ def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:
     source = RunFolder.open(settings.run)
     cut = find_cut(source, code)
     check_same_settings(parallel.ranks, settings)
-    dense, loaded = _load_models(source, cut, silent, code)
+    dense, loaded = _load_models(source, cut, parallel.ranks, silent, code)
     kinds = read_sources(pruning_run.source_specs(cut.settings, settings.tokens), loaded)
     axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
     check_same_inputs(parallel.ranks, [dense.model, loaded.model], kinds)
@@ -195,9 +197,13 @@ def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
     return replace(settings, run=name, pruning=inner, before=done, model=inner["model"], method=method, keep=keep)
 
 
-def _load_models(source: RunFolder, cut: LastCut, progress: Progress, code: str) -> tuple[Loaded, Loaded]:
+def _load_models(
+    source: RunFolder, cut: LastCut, ranks: ProcessRank, progress: Progress, code: str
+) -> tuple[Loaded, Loaded]:
     """Load the model before the cut, and the one to recover."""
     spec = pruning_run.model_spec(cut.settings)
+    if ranks.several:  # each takes a GPU of its own, whichever the pruning run had
+        spec = replace(spec, device=str(choose_device(spec.device.partition(":")[0], ranks)))
     own = replace(spec, name=str(source.path))
     if cut.before:
         recorded = str(cut.folder.run().get("input", ""))

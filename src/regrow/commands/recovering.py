@@ -6,17 +6,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.commands.calibration import parameter_sums
-from regrow.distributed.exchange import broadcast_file
+from regrow.distributed import ProcessRank
+from regrow.distributed.exchange import broadcast_file, broadcast_model, broadcast_record
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.evaluation import Perplexity, paired_difference
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
-from regrow.methods.recovery.streamed import StreamedPair
+from regrow.methods.recovery.bias import set_bias
+from regrow.methods.recovery.streamed import REFIT_FIELDS, StreamedPair
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
 from regrow.objectives import Objective
@@ -87,7 +90,7 @@ def recover(
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
     broadcast_file(parallel.ranks, path, path.parent)
     if streamed is not None:
-        streamed.changed.open(key)
+        streamed.changed.open(key, REFIT_FIELDS if by == "refit" else ())
     given = model, dense.model, axes, plan, sources, seed, path, header, progress, objective, parallel, streamed
     task = RecoveryTask(*given)
     outcome = work_in(precision, by, work, task)
@@ -130,6 +133,23 @@ def share_recovery(
         path = broadcast_file(parallel.ranks, Path("recovery.safetensors"), Path(place))
         task = RecoveryTask(model, dense.model, axes, plan, sources, seed, path, parallel=parallel)
         work_in(precision, by, work, task)
+
+
+def broadcast_recovered(ranks: ProcessRank, model: nn.Module) -> None:
+    """Set a network to that of rank 0, in place; biases that its recovery has added are added on the other ranks.
+
+    Args:
+        ranks: The processes; all of them call this.
+        model: The network after the cut, recovered on rank 0.
+    """
+    if not ranks.several:
+        return
+    own = dict(model.named_parameters())
+    shapes = {name: [str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in own.items()}
+    for name, (dtype, shape) in broadcast_record(ranks, shapes).items():
+        if name not in own:
+            set_bias(model, name, torch.zeros(shape, dtype=getattr(torch, dtype)))
+    broadcast_model(ranks, model)
 
 
 def work_in(precision: str, by: str, work: Recovery, task: RecoveryTask) -> dict[str, Any]:

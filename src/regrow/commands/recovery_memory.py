@@ -87,7 +87,8 @@ def predict_recovery(settings: Settings, source: Path, cut: LastCut, limit: int)
         if loaded.tokenizer is None:
             raise StoreError(f"{source} holds a model without text")
         tokens = cut.settings.seq_len
-        running = _running_terms(settings.by, loaded.model, tokens, settings.tokens)
+        sums = count_sums(settings, cut)
+        running = _running_terms(settings.by, loaded.model, tokens, settings.tokens, sums)
     except (StoreError, UnpredictableError) as error:
         raise InputError(f"{str(error).split(';')[0]}, whose memory is not predicted; leave out --memory") from None
     numbers, own = _sizes(loaded.model)
@@ -100,6 +101,18 @@ def predict_recovery(settings: Settings, source: Path, cut: LastCut, limit: int)
     reading = {"the file of the cut model while it is read": sum(one.bytes for one in shapes.tensors.values())}
     later = settings.by == "distil" or sum(running.values()) > sum(reading.values())
     return MemoryTerms(limit, terms | (running if later else reading))
+
+
+def count_sums(settings: Settings, cut: LastCut) -> int:
+    """Return how many sums over positions ``refit`` keeps of a layer, as for :func:`predict_later_recovery`.
+
+    Args:
+        settings: The settings of the recovery.
+        cut: The cut behind it, whose run names the sources.
+    """
+    sources = len(cut.settings.sources)
+    several = sources > 1 and settings.recovery_settings.get("choose_on") == "left_out_source"
+    return sources + 2 if several else 3
 
 
 def predict_later_recovery(by: str, model: nn.Module, window: int, tokens: int, *, sums: int = 3) -> int:

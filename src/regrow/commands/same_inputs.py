@@ -1,6 +1,6 @@
 """Checks that all processes of a run have the same settings, weights and data."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredW
     if not ranks.several:
         return
     _check_weights(ranks, networks)
-    own = {source.name: fingerprint(source) for source in (*kinds.calibration, *kinds.evaluation)}
-    _check_data(ranks, own)
+    sources = (*kinds.calibration, *kinds.evaluation)
+    _check_data(ranks, [source.name for source in sources], [fingerprint(source) for source in sources])
 
 
 def check_same_tasks(ranks: ProcessRank, model: nn.Module, tasks: Sequence[Task]) -> None:
@@ -73,8 +73,9 @@ def check_same_tasks(ranks: ProcessRank, model: nn.Module, tasks: Sequence[Task]
     """
     if ranks.several:
         _check_weights(ranks, [model])
-        parts = ((task.name, first_examples(part, EXAMPLES)) for task in tasks for part in (task.train, task.test))
-        _check_data(ranks, {name: [checksum(first_tensor(one.inputs)), checksum(one.labels)] for name, one in parts})
+        parts = (first_examples(part, EXAMPLES) for task in tasks for part in (task.train, task.test))
+        sums = [[checksum(first_tensor(one.inputs)), checksum(one.labels)] for one in parts]
+        _check_data(ranks, [task.name for task in tasks], sums)
 
 
 def _check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights]) -> None:
@@ -86,9 +87,11 @@ def _check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeig
         )
 
 
-def _check_data(ranks: ProcessRank, own: Mapping[str, object]) -> None:
+def _check_data(ranks: ProcessRank, names: Sequence[str], sums: Sequence[object]) -> None:
+    own = [*names, *sums]
     if not everywhere(ranks, broadcast_record(ranks, own) == own):
-        raise InputError(f"the processes read different data for {', '.join(own)}; copy the same files to all hosts")
+        listed = ", ".join(dict.fromkeys(names))
+        raise InputError(f"the processes read different data for {listed}; copy the same files to all hosts")
 
 
 def _saved_tensors(network: nn.Module | StoredWeights) -> Iterator[Tensor]:

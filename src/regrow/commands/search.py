@@ -83,7 +83,7 @@ def run(
     settings = _restore_accounting(settings, Path(out))
     RunFolder.check(out, verb="search", settings=record_settings(settings))
     start = find_start(settings.space, settings.data, settings.input, code, progress)
-    inputs = read_inputs(settings, start)
+    inputs = read_inputs(settings, start, ranks)
     parts = read_parts(inputs.data)
     _check_cutout(inputs.retraining, parts)
     model, origin, plan = build_space(inputs, parts.search)
@@ -97,7 +97,7 @@ def run(
     timed_target = target_measure(inputs.target, inputs.accounting) == Measure.TIME
     table = latencies.read_or_measure(place, model, batch, begun) if timed_target else None
     broadcast_record(ranks, {"accounting": settings.accounting, "table": asdict(table) if table else None})
-    check_same_tasks(ranks, model, [parts.search])
+    check_same_tasks(ranks, model, parts.tasks)
     search = build_search(inputs, model, axes, plan, table)
     search.check(Context(model, axes, parts.search, epochs=inputs.epochs, seed=inputs.seed, objective=inputs.objective))
     defaults = {n: v for n, v in search.settings.items() if n not in {*inputs.method_settings, *GIVEN}}

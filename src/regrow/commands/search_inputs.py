@@ -12,6 +12,7 @@ from regrow.axes import AxisGraph
 from regrow.commands.starting import image_shape
 from regrow.commands.task_sequences import TaskSpecs, read_text
 from regrow.data import streams
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
 from regrow.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
@@ -131,13 +132,19 @@ class Parts:
     test: ExampleSet
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """All data as tasks: of the search, of retraining, and the test examples."""
+        return self.search, self.whole, Task("test", self.test, self.test, self.whole.classes)
 
-def read_inputs(settings: Settings, start: Loaded | None = None) -> SearchInputs:
+
+def read_inputs(settings: Settings, start: Loaded | None = None, ranks: ProcessRank = SINGLE) -> SearchInputs:
     """Return the typed inputs that the settings of a search describe.
 
     Args:
         settings: The settings of the run.
         start: The network with its weights that is searched, if it is not a new one; training goes on from its weights.
+        ranks: The processes that share the run.
 
     Raises:
         ValueError: If a setting is for the training after the search, and there is none.
@@ -166,7 +173,7 @@ def read_inputs(settings: Settings, start: Loaded | None = None) -> SearchInputs
         data=data,
         schedule=_schedule(settings, settings.epochs, "constant", objective) if settings.epochs else None,
         retraining=retraining,
-        device=choose_device(settings.device),
+        device=choose_device(settings.device, ranks),
         seed=settings.seed,
         objective=objective,
         start=start,

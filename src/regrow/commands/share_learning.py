@@ -62,7 +62,7 @@ def share(ranks: ProcessRank, settings: Settings | None, *, code: str = "") -> N
     run = None if settings else Path(message["run"])
     settings = settings or convert_settings(message["settings"], Settings)
     start = load_start(settings.model, settings.tasks, settings.input, run=run, code=code)
-    inputs, old = read_inputs(settings, start), tuple(message["old"])
+    inputs, old = read_inputs(settings, start, ranks), tuple(message["old"])
     tasks = read_tasks(replace(inputs.tasks, sequences=old), message["tasks"])
     if added := settings.tasks[len(old) :]:
         more = (task for spec in added for task in read_sequence(spec, inputs.tasks))

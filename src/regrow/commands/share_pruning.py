@@ -13,10 +13,11 @@ from regrow.commands.inputs import SourceHalves, read_sources
 from regrow.commands.measuring import evaluate_text
 from regrow.commands.models import load_model
 from regrow.commands.prune_settings import model_spec, seeded_settings, source_specs
+from regrow.commands.recovering import broadcast_recovered
 from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.streamed import StreamedRun, open_streamed
 from regrow.distributed import ProcessRank
-from regrow.distributed.exchange import broadcast_model, broadcast_record, everywhere
+from regrow.distributed.exchange import broadcast_record, everywhere
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
 from regrow.plan import Plan
@@ -69,7 +70,7 @@ def _share_cut(
     apply(loaded.model, axes, plan)
     _evaluate(loaded, kinds, settings, ranks)
     if settings.recover:
-        broadcast_model(ranks, loaded.model)
+        broadcast_recovered(ranks, loaded.model)
         _evaluate(loaded, kinds, settings, ranks)
 
 

@@ -33,7 +33,7 @@ from regrow.process_memory import return_memory
 from regrow.progress import Progress
 from regrow.run_folder import RunFolder
 from regrow.scoring.collect import differentiated
-from regrow.settings.prune import Settings
+from regrow.settings.prune import Settings, folder_name
 from regrow.store import statistics
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
@@ -178,7 +178,10 @@ def open_streamed(
     model_needs = needs_of_model(spec, settings.precision, opened)
     for one in later:
         needs = {**_needs_of_plan(one.settings, one.pruner), **model_needs}
-        _check_streamable(_with_learning(least, one.settings, one.pruner, opened), needs)
+        try:
+            _check_streamable(_with_learning(least, one.settings, one.pruner, opened), needs)
+        except (InputError, ResourceError) as error:
+            raise type(error)(f"{folder_name(one.settings)}: {error}") from error
     return start_streaming(opened, plan, {**_needs_of_plan(settings, pruner), **model_needs}, announce), plan
 
 

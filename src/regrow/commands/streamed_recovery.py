@@ -15,7 +15,7 @@ from regrow.commands.inputs import count_windows
 from regrow.commands.last_cut import LastCut
 from regrow.commands.models import DTYPES
 from regrow.commands.prune_settings import model_spec
-from regrow.commands.recovery_memory import MemoryTerms, predict_refit
+from regrow.commands.recovery_memory import MemoryTerms, count_sums, predict_refit
 from regrow.commands.streamed import RESULTS, needs_of_model
 from regrow.errors import InputError, ResourceError
 from regrow.methods.recovery.streamed import ChangedTensors, StreamedPair
@@ -163,7 +163,8 @@ def _plan(settings: Settings, cut: LastCut, dense: OpenedNetwork, terms: MemoryT
     windows = sources * count_windows(settings.tokens // sources, window)
     most = max(windows, (len(cut.settings.unseen) + sources) * count_windows(cut.settings.eval_tokens, window))
     plan = plan_memory(dense.network(), sys.maxsize, most, window, what="evaluating")
-    more = predict_refit(dense.loaded.model, windows * window) if settings.by == "refit" else 0
+    refit, sums = settings.by == "refit", count_sums(settings, cut)
+    more = predict_refit(dense.loaded.model, windows * window, sums=sums) if refit else 0
     plan = replace(plan, limit=terms.limit, whole=terms.needed, least=plan.least + more, decision=True)
     if plan.least > plan.limit:
         raise ResourceError(

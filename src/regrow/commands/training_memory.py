@@ -19,25 +19,32 @@ from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.process_memory import read_resident
 from regrow.settings.grow import Settings
+from regrow.settings.learn import Settings as LearnSettings
 from regrow.sources import Batch, device_of, logits_in
 from regrow.tasks import Task, first_examples, run_network
 from regrow.tracing.meta_copy import cast_example
 
 COPIES: Mapping[str, float] = {"ewc": 3, "si": 4, "lwf": 1, "packnet": 3, "wsn": 6, "sparsegrow": 9}
 """Continual-learning method → how much it keeps besides the network, its gradients and moments, in weights of it."""
+REPLAYS: Mapping[str, Callable[[Mapping[str, object]], bool]] = {
+    "replay": lambda given: True,
+    "sparsegrow": lambda given: bool(given.get("memory")),
+    "naive": lambda given: given.get("keep") == "data",
+}
+"""Continual-learning method → whether, with the settings given, a step takes as many earlier examples as new ones."""
 EVALUATED = 500
 """The most examples that are evaluated at a time while tasks are learned."""
 
 
 def plan_learning(
-    inputs: LearnInputs, tasks: Sequence[Task], method: str, memory: str, announce: Callable[[str], None]
+    inputs: LearnInputs, tasks: Sequence[Task], settings: LearnSettings, memory: str, announce: Callable[[str], None]
 ) -> MemoryTerms | None:
     """Predict and announce what learning needs of a limit of memory, or refuse it.
 
     Args:
         inputs: The inputs of the run, read already.
         tasks: All tasks.
-        method: The name of the method.
+        settings: The settings of the run, which name the method.
         memory: The limit, such as ``4GiB``; empty: nothing is predicted.
         announce: Called with one line that says what the run needs.
 
@@ -56,7 +63,9 @@ def plan_learning(
     own, adam = _bytes_of(model), inputs.schedule.optimizer == "adamw"
     optimizer = partial(torch.optim.AdamW if adam else partial(torch.optim.SGD, momentum=0.9), lr=inputs.schedule.lr)
     there = [task for task in tasks if not task.gone] or tasks
-    first = first_examples(there[0].train, inputs.schedule.batch_size)
+    method, replays = settings.method, REPLAYS.get(settings.method, lambda given: False)
+    size = inputs.schedule.batch_size * (2 if replays(settings.method_settings) else 1)
+    first = first_examples(there[0].train, size)
     tested = first_examples(there[0].test, EVALUATED)
     trained = _predict(model, Batch((first.inputs,), labels=first.labels), _on_inputs(training(optimizer)))
     evaluated = _predict(model, Batch((tested.inputs,), labels=tested.labels), _evaluate)

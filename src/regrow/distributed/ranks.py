@@ -77,13 +77,14 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> ProcessRank:
     return ProcessRank(int(rank), int(size), int(local) if local.isdecimal() else int(rank))
 
 
-def choose_rank_device(name: str, ranks: ProcessRank, gpus: int) -> str:
+def choose_rank_device(name: str, ranks: ProcessRank, gpus: int, environment: Mapping[str, str] = os.environ) -> str:
     """Return the name of the device of a process: of several processes on GPUs, each gets one of its own.
 
     Args:
         name: ``cpu``, ``cuda``, ``auto`` and so on.
         ranks: The processes.
-        gpus: The number of CUDA devices of this machine.
+        gpus: The number of CUDA devices that this process sees.
+        environment: The environment variable ``CUDA_VISIBLE_DEVICES``: where it names one, that is the process's.
 
     Raises:
         InputError: If several processes cannot share the device.
@@ -96,13 +97,15 @@ def choose_rank_device(name: str, ranks: ProcessRank, gpus: int) -> str:
         return name
     if name == "auto" and not gpus:
         return "cpu"
-    own = f"cuda:{ranks.local}"
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    number = 0 if gpus == 1 and visible and "," not in visible else ranks.local
+    own = f"cuda:{number}"
     if name not in ("auto", "cuda", own):
         raise InputError(
             f"several processes run on the CPU or on a GPU each, got --device {name}; use cpu, or cuda: {ranks} gets "
             f"{own}"
         )
-    if ranks.local >= gpus:
+    if number >= gpus:
         raise ResourceError(
             f"{ranks} needs {own}, and this machine has {gpus} GPUs; start a process per GPU, or use --device cpu"
         )

@@ -2,14 +2,14 @@
 
 import torch
 
-from regrow.distributed.ranks import choose_rank_device, read_ranks
+from regrow.distributed.ranks import SINGLE, ProcessRank, choose_rank_device
 from regrow.errors import InputError, ResourceError
 
 
-def choose_device(name: str | torch.device) -> torch.device:
+def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torch.device:
     """Return the torch device of a name, or raise an error if this machine does not have it.
 
-    Of several processes, each gets a GPU of its own (:func:`regrow.distributed.ranks.choose_rank_device`).
+    Of several processes that share a run, each gets a GPU of its own (``regrow.distributed.ranks.choose_rank_device``).
 
     >>> choose_device("cpu")
     device(type='cpu')
@@ -17,13 +17,14 @@ def choose_device(name: str | torch.device) -> torch.device:
     Args:
         name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on; ``auto``: ``cuda`` if there is one, else ``mps`` if
             there is one, else ``cpu``.
+        ranks: The processes that share the run.
 
     Raises:
         InputError: If the name is not that of a device.
         ResourceError: If this machine, or this torch, does not have it; says which there are.
     """
     there = devices_here()
-    name = choose_rank_device(str(name), read_ranks(), torch.cuda.device_count())
+    name = choose_rank_device(str(name), ranks, torch.cuda.device_count())
     if name == "auto":
         kinds = [one.partition(":")[0] for one in there]
         return torch.device(next((kind for kind in ("cuda", "mps") if kind in kinds), "cpu"))

@@ -88,22 +88,27 @@ class _SharedForward:
 
 
 class _RankRandomness:
-    """Random draws of a rank's own inside the network; afterwards the generator is in the same state on all ranks."""
+    """Random draws of a rank's own inside the network; afterwards all ranks have the same states of the generators."""
 
     def __init__(self, rank: int, device: torch.device) -> None:
-        self.device, generator = device, torch.default_generator
-        self.before = generator.get_state()
-        seed = int(torch.randint(2**62, ())) + rank
-        self.after = generator.get_state()
-        generator.manual_seed(seed)
+        self.generators = [torch.default_generator]
         if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        self.seeded = generator.get_state()
+            self.generators.append(torch.cuda.default_generators[device.index or 0])
+        self.before = self._states()
+        seed = int(torch.randint(2**62, ())) + rank
+        self.after = self._states()
+        for generator in self.generators:
+            generator.manual_seed(seed)
+        self.seeded = self._states()
 
     def restore(self) -> None:
-        """Set the generator to its state before the pass if that drew nothing, as in a single process."""
-        unused = self.device.type == "cpu" and torch.equal(torch.default_generator.get_state(), self.seeded)
-        torch.default_generator.set_state(self.before if unused else self.after)
+        """Set the generators to their states before the pass if that drew nothing, as in a single process."""
+        unused = all(map(torch.equal, self._states(), self.seeded))
+        for generator, state in zip(self.generators, self.before if unused else self.after, strict=True):
+            generator.set_state(state)
+
+    def _states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self.generators]
 
 
 class _GatheredRows(torch.autograd.Function):

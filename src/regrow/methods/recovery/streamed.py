@@ -1,6 +1,6 @@
 """The networks of a recovery that are larger than memory, and files with the tensors that it changes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from regrow.store.tensors import read_header, read_tensors, write_tensors
 from regrow.streaming.network import StreamedNetwork
 
 FORMAT = "regrow-changed/1"
+REFIT_FIELDS = ("weight", "ridge")
+"""What the record of a layer that refit has solved has, as far as a resumed refit reads it."""
 
 
 class ChangedTensors:
@@ -26,11 +28,12 @@ class ChangedTensors:
         self.records: list[dict[str, Any]] = []
         self.places: dict[str, Path] = {}
 
-    def open(self, key: str) -> None:
-        """Find the steps of an interrupted recovery; files of another one are deleted.
+    def open(self, key: str, fields: Collection[str] = ()) -> None:
+        """Find the steps of an interrupted recovery; files of another one, and damaged ones, are deleted.
 
         Args:
             key: The digest of what the recovery depends on.
+            fields: What the record of each step has.
         """
         self.key, self.records, self.places = key, [], {}
         for i, path in enumerate(sorted(self.folder.glob("*.safetensors"))):
@@ -38,8 +41,10 @@ class ChangedTensors:
                 header = read_header(path, FORMAT)
             except StoreError:
                 header = {}
-            if header.get("key") == key and path == self._path(i) and len(self.records) == i:
-                self._add(path, header["names"], header["record"])
+            names, record = header.get("names"), header.get("record")
+            expected = header.get("key") == key and path == self._path(i) and len(self.records) == i
+            if expected and isinstance(names, list) and isinstance(record, dict) and record.keys() >= set(fields):
+                self._add(path, names, record)
             else:
                 path.unlink()
 

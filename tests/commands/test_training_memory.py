@@ -1,0 +1,33 @@
+"""The memory of learning: what a step of a method takes of the data."""
+
+import pytest
+
+from regrow.commands import training_memory
+from regrow.commands.learn_inputs import read_inputs
+from regrow.commands.task_sequences import read_tasks
+from regrow.settings.learn import Settings
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "examples"),
+    [
+        ("naive", {}, 16),
+        ("naive", {"keep": "data"}, 32),
+        ("replay", {}, 32),
+        ("sparsegrow", {}, 16),
+        ("sparsegrow", {"memory": 10}, 32),
+    ],
+)
+def test_replayed_examples_count_in_a_step(monkeypatch, method, given, examples):
+    counts = []
+
+    def predict(model, batch, step):
+        counts.append(len(batch.labels))
+        return 0
+
+    monkeypatch.setattr(training_memory, "_predict", predict)
+    more = {"method": method, "method_settings": given, "batch_size": 16, "train": 80, "test": 40}
+    settings = Settings(("permuted:digits:2",), "mlp:16", **more)
+    inputs = read_inputs(settings)
+    training_memory.plan_learning(inputs, read_tasks(inputs.tasks), settings, "64GiB", lambda line: None)
+    assert counts == [examples, 40]
