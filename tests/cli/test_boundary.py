@@ -124,12 +124,12 @@ def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeyp
     monkeypatch.setattr("regrow.commands.prune.run", failing(KeyboardInterrupt()))
     monkeypatch.setattr("regrow.commands.prune.plan_only", failing(KeyboardInterrupt()))
     prune = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8")
-    nothing, goes_on = "stopped; nothing was written", "run keeps what was finished, and the same command goes on"
+    nothing, resumes = "stopped; nothing was written", "run keeps what was finished, and the same command resumes"
     for words, says in (
         (("export", "resnet18", "--to", "onnx", "--out", "y"), nothing),
         ((*prune, "--out", "run"), nothing),
         ((*prune, "--dry-run", "plan.json", "--out", "made"), nothing),
-        ((*prune, "--out", "made"), goes_on.replace("run", "made")),
+        ((*prune, "--out", "made"), resumes.replace("run", "made")),
     ):
         monkeypatch.setattr(
             "regrow.run_folder.RunFolder.open_unfinished", lambda out: out if out.name == "made" else None
