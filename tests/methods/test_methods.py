@@ -39,6 +39,8 @@ VARIANTS = [
     ("flap", {"square_blocks": True}),
     ("llm_pruner", {}),
     ("llm_pruner", {"form": "vector", "allocation": "ranked", "compensate": True}),
+    ("obs", {}),
+    ("obs", {"allocation": "ranked", "spare_first": 0.5}),
     ("gprune", {"steps": 4, "every": 2, "shards": 2}),
     ("gprune", {"steps": 0, "base": "wanda_sp", "shards": 2, "instead": "norms", "switch": "always"}),
     ("gprune", {"steps": 2, "base": "llm_pruner", "shards": 2, "rank": "probit", "denoise": True, "switch": "halves"}),

@@ -157,6 +157,7 @@ METHODS = MethodTable(
         "flap": "pruning.flap",
         "gprune": "pruning.gprune",
         "llm_pruner": "pruning.llm_pruner",
+        "obs": "pruning.obs",
     },
 )
 """The pruning methods, by name."""

@@ -18,7 +18,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.evidence import Need
 from regrow.objectives import Objective, choose_objective
 from regrow.scores import Moments, Statistics
-from regrow.scoring.gradients import add_gradients
+from regrow.scoring.gradients import add_gradients, evaluation_mode
 from regrow.scoring.shares import add, add_batches, gather_sums
 from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import readers, scorable, tensors
@@ -112,7 +112,7 @@ def collect(
         return {source.name: [every[source.name, shard] for shard in range(shards)] for source in sources}
     total, finished = sum(len(source) for source in sources), 0
     result: dict[str, list[Statistics]] = {}
-    with _evaluating(model, walk.differentiated):
+    with evaluation_mode(model, walk.differentiated):
         for source in sources:
             for shard in range(shards):
                 statistics = known.get((source.name, shard))
@@ -285,25 +285,6 @@ def _add_moments(statistics: Statistics, watch: InputSums) -> None:
     for name, moments in watch.sums.items():
         known = statistics.moments.get(name)
         statistics.moments[name] = moments if known is None else known + moments
-
-
-@contextmanager
-def _evaluating(model: nn.Module, differentiated: Sequence[str]) -> Iterator[None]:
-    """Put the network in eval mode, with gradients for the named parameters alone; restore it afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    wanted = set(differentiated)
-    model.eval()
-    if differentiated:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in wanted)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, ask in asks.items():
-            parameter.requires_grad_(ask)
 
 
 def check_sources(sources: Sequence[Source], shards: int = 1) -> None:

@@ -1,6 +1,7 @@
 """Importance scores from loss gradients: the first-order Taylor importance of LLM-Pruner."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -120,3 +121,27 @@ def add_gradients(
         fresh[name].zero_()
     sums |= fresh
     return loss.detach()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, differentiated: Sequence[str] = ()) -> Iterator[None]:
+    """Put the network in eval mode, with gradients for the named parameters alone; restore it afterwards.
+
+    Args:
+        model: The network.
+        differentiated: The parameters that get gradients; without any, all are left as they are.
+    """
+    modes = {module: module.training for module in model.modules()}
+    asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    wanted = set(differentiated)
+    model.eval()
+    if differentiated:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, ask in asks.items():
+            parameter.requires_grad_(ask)

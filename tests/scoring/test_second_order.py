@@ -1,0 +1,74 @@
+"""Optimal Brain Surgeon for units: the order and the costs are those of refitting after every removal."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regrow.scoring.grams import grams
+from regrow.scoring.second_order import eliminate
+from regrow.sources import Batch
+
+
+def refit_each(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> tuple[list[int], list[float]]:
+    """Remove the unit after whose removal the least squares error is smallest, by solving for each candidate."""
+    hessian = gram.clone()
+    hessian.diagonal().add_(ridge * hessian.diagonal().mean())
+
+    def error(units: list[int]) -> float:
+        where, full = channels[units].flatten(), torch.zeros_like(weight)
+        if len(where):
+            full[:, where] = torch.linalg.solve(hessian[where][:, where], hessian[where] @ weight.T).T
+        return float(((weight - full) @ hessian @ (weight - full).T).trace())
+
+    alive, order, losses, last = list(range(len(channels))), [], [], 0.0
+    while alive:
+        errors = [error([one for one in alive if one != unit]) for unit in alive]
+        best = min(range(len(errors)), key=errors.__getitem__)
+        order.append(alive.pop(best))
+        losses.append(errors[best] - last)
+        last = errors[best]
+    return order, losses
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_order_is_that_of_refitting_after_every_removal(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(60, 24, generator=generator, dtype=torch.float64)
+    x[:, 3] = x[:, 5]
+    x = x + 0.3 * x @ torch.randn(24, 24, generator=generator, dtype=torch.float64)
+    weight = torch.randn(7, 24, generator=generator, dtype=torch.float64)
+    channels = torch.randperm(24, generator=generator).view(-1, width)
+    order, losses = refit_each(x.T @ x, weight, channels, 0.01)
+    result = eliminate(x.T @ x, weight, channels, 0.01)
+    assert result.order.tolist() == order
+    assert torch.allclose(result.losses, torch.tensor(losses, dtype=torch.float64), rtol=1e-6)
+    assert result.scores().argsort(stable=True)[0] == order[0]
+
+
+def test_one_of_two_duplicates_and_both_of_a_cancelling_pair_go_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 40, generator=generator, dtype=torch.float64)
+    x[:, 1], x[:, 3] = x[:, 0], 9 * x[:, 4]
+    x[:, 2] = x[:, 3]
+    weight = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    weight[:, 3] = -weight[:, 2]
+    order = eliminate(x.T @ x, weight, torch.arange(40)[:, None], 1e-6).order.tolist()
+    assert {2, 3} <= set(order[:3]) and len({0, 1} & set(order[:3])) == 1
+
+
+def test_inputs_that_do_not_vary_are_refused() -> None:
+    with pytest.raises(ValueError, match="none of them varies"):
+        eliminate(torch.zeros(2, 2), torch.ones(1, 2), torch.tensor([[0], [1]]), 0.1)
+
+
+def test_sums_of_products_are_those_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(7, 3)
+    batches = [Batch((x[:4],)), Batch((x[4:],))]
+    monkeypatch.setattr("regrow.scoring.grams.LIMIT", 8 * 25)  # a pass for each layer
+    sums = dict(grams(net, {"2.weight": 5, "4.weight": 4}, batches))
+    inside = net[:2](x).double()
+    assert torch.allclose(sums["2.weight"].products, inside.T @ inside, rtol=1e-5, atol=1e-6)
+    centred = inside - inside.mean(0)
+    assert torch.allclose(sums["2.weight"].centred(), centred.T @ centred, rtol=1e-5, atol=1e-5)
+    assert sums["4.weight"].rows == 7 and net.training
