@@ -51,8 +51,8 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
 
     Source: Hassibi and Stork, Optimal Brain Surgeon (NIPS 1992); groups of weights as in ZipLM (arXiv 2302.04089).
 
-    >>> x = torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 1.0]])  # two inputs are equal
-    >>> eliminate(x.T @ x, torch.ones(1, 3), torch.tensor([[0], [1], [2]]), 1e-6).order.tolist()
+    >>> x = torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 4.0]])  # two inputs are equal
+    >>> eliminate(x.T @ x, torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([[0], [1], [2]]), 1e-6).order.tolist()
     [0, 2, 1]
     """
     hessian, columns = gram.cpu().double().clone(), weight.cpu().double().T.contiguous()
