@@ -12,7 +12,8 @@ from regrow.sources import Batch
 def refit_each(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> tuple[list[int], list[float]]:
     """Remove the unit after whose removal the least squares error is smallest, by solving for each candidate."""
     hessian = gram.clone()
-    hessian.diagonal().add_(ridge * hessian.diagonal().mean())
+    mean = hessian.diagonal().mean()
+    hessian.diagonal().mul_(1 + ridge).add_(1e-9 * mean)
 
     def error(units: list[int]) -> float:
         where, full = channels[units].flatten(), torch.zeros_like(weight)
@@ -48,12 +49,19 @@ def test_the_order_is_that_of_refitting_after_every_removal(width: int) -> None:
 def test_one_of_two_duplicates_and_both_of_a_cancelling_pair_go_first() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 40, generator=generator, dtype=torch.float64)
-    x[:, 1], x[:, 3] = x[:, 0], 9 * x[:, 4]
+    x[:, 1], x[:, 3] = x[:, 0], 9 * x[:, 3]
     x[:, 2] = x[:, 3]
     weight = torch.randn(5, 40, generator=generator, dtype=torch.float64)
     weight[:, 3] = -weight[:, 2]
     order = eliminate(x.T @ x, weight, torch.arange(40)[:, None], 1e-6).order.tolist()
     assert {2, 3} <= set(order[:3]) and len({0, 1} & set(order[:3])) == 1
+
+
+def test_a_unit_that_is_never_active_goes_first_whatever_reads_it() -> None:
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 2], weight = 0, torch.ones(3, 6, dtype=torch.float64)
+    weight[:, 2] = 1000
+    assert eliminate(x.T @ x, weight, torch.arange(6)[:, None], 0.1).order[0] == 2
 
 
 def test_inputs_that_do_not_vary_are_refused() -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 PART = 128
 """The part of the units that are left, 1 / PART, that is eliminated in a step, where a unit is a single channel."""
+NEVER = 1e-9
+"""What is added to the diagonal, as a fraction of its mean, so that inputs that are always 0 can be solved for."""
 WIDE = 4
 """How many times as many candidates as eliminated units are updated exactly in a step."""
 
@@ -36,7 +38,7 @@ class Elimination:
 def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> Elimination:
     """Remove the units of a linear layer one after the other, each time the one whose removal costs least.
 
-    With H = Σ x xᵀ + ridge · mean(diag Σ x xᵀ) · I, removing the channels u costs tr(W_u ((H⁻¹)_uu)⁻¹ W_uᵀ), after the
+    With H = Σ x xᵀ + ridge · diag(Σ x xᵀ), removing the channels u costs tr(W_u ((H⁻¹)_uu)⁻¹ W_uᵀ), after the
     other columns of W have been changed by −W_u ((H⁻¹)_uu)⁻¹ (H⁻¹)_u: units that others can stand in for cost little.
     Single channels are removed in small groups, within which the order is exact among the candidates.
 
@@ -44,7 +46,7 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
         gram: Σ x xᵀ of the layer's inputs, with their means subtracted where a bias makes up for these, ``[k, k]``.
         weight: The layer's weight, ``[out, k]``.
         channels: The input channels of each unit, ``[size, c]`` int64.
-        ridge: The ridge, as a multiple of the mean diagonal, above 0.
+        ridge: The ridge, as a fraction of each input's own Σ x², above 0: a unit that is never active costs nothing.
 
     Raises:
         ValueError: If the sums are not finite, no input varies, or the ridge is too small for these inputs.
@@ -59,7 +61,7 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
     mean = hessian.diagonal().mean()
     if not bool(torch.isfinite(hessian).all()) or not mean > 0:
         raise ValueError("the inputs of a layer hold NaN or infinity, or none of them varies; check the data")
-    hessian.diagonal().add_(ridge * mean)
+    hessian.diagonal().mul_(1 + ridge).add_(NEVER * mean)
     factor, failed = torch.linalg.cholesky_ex(hessian)
     if int(failed):
         raise ValueError(f"the inputs of a layer depend on one another too closely for ridge {ridge:g}; give 0.01")

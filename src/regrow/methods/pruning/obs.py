@@ -4,7 +4,7 @@ Optimal Brain Surgeon for units: after each removal the cost of all others chang
 each other one goes and one stays. The order and its costs follow from the sums of products of a layer's inputs in the
 dense network. Units that one linear layer reads are ordered so; others by the error of removing each alone. The weights
 that stay are changed by ``--reconstruct``, not here; dropped inputs are replaced by their mean unless switched off.
-Unlike ZipLM and SlimGPT: inputs of the dense network, and a ridge that is a multiple of the mean diagonal.
+Unlike ZipLM and SlimGPT: inputs of the dense network, and a ridge that is a fraction of each input's sum of squares.
 """
 
 from collections import Counter
@@ -38,7 +38,7 @@ class Settings:
     """Settings of ``obs``: the ridge, allocation, unpruned blocks and compensation.
 
     Args:
-        ridge: The ridge of the least squares, as a multiple of the mean diagonal of Σ x xᵀ.
+        ridge: The ridge of the least squares, as a fraction of each input's Σ x².
         allocation: ``uniform``: the same fraction of each axis; ``ranked``: one ranking of z-scores.
         compensate: Whether the mean of dropped inputs is added to biases.
         spare_first: The fraction of the numbered blocks, at the beginning, that is not pruned.
