@@ -179,7 +179,7 @@ def judge(planted: Sequence[Planted], kept: Sequence[Tensor]) -> dict[str, float
 
 
 @dataclass
-class Bench:
+class PlantedBench:
     """The widened network, the texts, and what each arm is measured on."""
 
     seed: int
@@ -281,7 +281,7 @@ def main() -> None:
         arms = [arm for arm in ARMS if arm.name not in there and args.only.lower() in arm.name.lower()]
         if not arms:
             continue
-        bench = Bench(seed, args.tokens, args.eval_windows)
+        bench = PlantedBench(seed, args.tokens, args.eval_windows)
         first = {"dense": bench.dense, "widened": bench.model}
         base |= place()
         for name, model in first.items():

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rows import rows
-from width_pruning_bench import Bench, written
+from width_pruning_bench import WidthPruningBench, written
 from width_pruning_points import KEEPS, Point, Row, level, screen_all, screen_finalists, stages, test, zero_shot
 
 OUT = Path(__file__).parent / "results" / "width_pruning.jsonl"
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     """Compute the points that are missing, until the time is up."""
     end = time.monotonic() + args.hours * 3600
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    bench: Bench | None = None
+    bench: WidthPruningBench | None = None
     took: list[float] = []
     for points in rounds(args):
         there = {row["key"] for row in known(args)}
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             if time.monotonic() + mean > end:
                 print(f"the time is up; {len(todo) - number + 1} points are left")
                 return
-            bench = bench or Bench(args)
+            bench = bench or WidthPruningBench(args)
             start = time.monotonic()
             row = bench.run(point)
             with args.out.open("ab", buffering=0) as file:  # a line at once: other processes may write to it

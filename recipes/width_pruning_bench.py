@@ -38,7 +38,7 @@ MARGIN, PER_BYTE = 0.01, 0.001
 
 
 @dataclass
-class Bench:
+class WidthPruningBench:
     """The model, the texts, and what was measured on them for the present fold and sample."""
 
     args: argparse.Namespace

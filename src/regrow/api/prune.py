@@ -115,7 +115,7 @@ def prune(
     check_combination(precision, measure=limits.measure)
     given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
     given |= {"example": axes.example if axes is not None else example, "precision": precision}
-    call = _Call(method, settings or {}, pruner, limits, place, memory, _check_reconstruct(reconstruct), progress)
+    call = _PruneCall(method, settings or {}, pruner, limits, place, memory, _check_reconstruct(reconstruct), progress)
     return _carry_out(call, model, data, given, axes)
 
 
@@ -129,7 +129,7 @@ def _check_reconstruct(reconstruct: object) -> bool | Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _PruneCall:
     """What a call of :func:`prune` asks for, checked."""
 
     method: str
@@ -143,7 +143,7 @@ class _Call:
 
 
 def _carry_out(
-    call: _Call, model: ModelLike, data: Any, given: dict[str, Any], axes: AxisGraph | None
+    call: _PruneCall, model: ModelLike, data: Any, given: dict[str, Any], axes: AxisGraph | None
 ) -> tuple[nn.Module, Plan]:
     """Read the network and the data, as ``given`` says, and prune."""
     limits, place, progress, precision = call.limits, call.place, call.progress, given["precision"]

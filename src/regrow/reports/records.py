@@ -193,7 +193,7 @@ class FittedLayer(TypedDict):
     shrinkage: float | None
 
 
-class ReconstructionRow(TypedDict):
+class ReconstructionTable(TypedDict):
     """The least squares after a cut: on how many tokens, where it was judged, and the layers."""
 
     tokens: int | None
@@ -251,7 +251,7 @@ class Run(TypedDict):
     size: dict[str, dict[str, Any] | None]
     speed: dict[str, dict[str, Any] | None]
     verify: list[MaskingCheck]
-    reconstruction: ReconstructionRow | None
+    reconstruction: ReconstructionTable | None
     widths: list[dict[str, Any]]
     frozen: list[FrozenAxes]
     scores: dict[str, Any] | None

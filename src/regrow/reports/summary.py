@@ -23,7 +23,7 @@ from regrow.reports.records import (
     FittedLayer,
     MaskingCheck,
     Pair,
-    ReconstructionRow,
+    ReconstructionTable,
     Run,
     SourceRow,
     StageRow,
@@ -232,7 +232,7 @@ def _verify(line: JsonObject) -> MaskingCheck:
     }
 
 
-def _reconstruction(lines: list[JsonObject]) -> ReconstructionRow | None:
+def _reconstruction(lines: list[JsonObject]) -> ReconstructionTable | None:
     if not lines:
         return None
     line = lines[-1]

@@ -150,7 +150,7 @@ class StreamedNetwork:
 
         Args:
             batches: The batches.
-            names: The weights that ``around`` is told of.
+            names: The weights that are passed to ``around``.
             around: The context in which a batch runs through a block.
         """
         with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):

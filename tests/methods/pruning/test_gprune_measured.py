@@ -122,7 +122,7 @@ def test_it_finds_the_blocks_that_should_stay() -> None:
 
 def test_a_search_that_was_stopped_ends_as_if_it_had_not(tmp_path: Path) -> None:
     whole, _ = run({})
-    told = lambda cut: {k: v for k, v in cut.findings.items() if k != "seconds"}  # noqa: E731
+    findings = lambda cut: {k: v for k, v in cut.findings.items() if k != "seconds"}  # noqa: E731
     for stop in (3, 12, 18):
 
         def stopping(done: int, total: int, what: str, stop: int = stop) -> None:
@@ -137,7 +137,7 @@ def test_a_search_that_was_stopped_ends_as_if_it_had_not(tmp_path: Path) -> None
         seen: list[int] = []
         report = lambda done, total, what, seen=seen: seen.append(done) if what != "forming modules" else None  # noqa: E731
         again, _ = run({}, checkpoint=path, header=lambda: {"key": "k"}, progress=report)
-        assert seen[0] == stop and again.plan == whole.plan and told(again) == told(whole)
+        assert seen[0] == stop and again.plan == whole.plan and findings(again) == findings(whole)
 
 
 def test_held_out_windows_count_once_where_sources_differ_in_length(monkeypatch: pytest.MonkeyPatch) -> None:

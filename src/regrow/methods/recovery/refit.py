@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.paired_forward import CallCounter, StopRunError, run_in_thread
-from regrow.methods.recovery.solve import Candidates
+from regrow.methods.recovery.solve import RidgeCandidates
 from regrow.methods.recovery.streamed_refit import (
     check_places,
     compare_outputs,
@@ -107,8 +107,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         settings: The settings of the fit.
 
     Returns:
-        ``layers``: per refitted layer :meth:`Candidates.record`: the error before and after, relative to the target's
-        energy, and the ridge (0: it stayed as it was); ``left_out``: name → why a layer was not refitted; ``target``:
+        ``layers``: per refitted layer :meth:`RidgeCandidates.record`: the error before and after, relative to the
+        target's energy, and the ridge (0: it stayed); ``left_out``: name → why a layer was not refitted; ``target``:
         which was used; ``note``: why not ``own``, or no left-out source, if not; ``choose_on``, if it was left-out
         sources. JSON data.
 
@@ -155,7 +155,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     return {"layers": work.records, "left_out": left_out, "target": target, **more}
 
 
-def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[Batch], Candidates]:
+def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[Batch], RidgeCandidates]:
     """Return all batches in the order in which they run, and how they are divided into parts."""
     left_out = settings.choose_on == "left_out_source" and len(task.sources) > 1
     if left_out:
@@ -167,7 +167,7 @@ def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[Batch], Candi
     # Parts end where sources do, whatever the sizes of their batches; the held-out part is a fraction of the batches.
     sizes = [sum(map(_examples, part)) if left_out else len(part) for part in parts]
     ends = tuple(end / sum(sizes) for end in accumulate(sizes))
-    return every, Candidates(settings.ridges, settings.shrinkages, ends, left_out)
+    return every, RidgeCandidates(settings.ridges, settings.shrinkages, ends, left_out)
 
 
 def _examples(batch: Batch) -> int:

@@ -202,7 +202,7 @@ def _left(held: Sums, start: Tensor, change: Tensor, shrinkages: Sequence[float]
 
 
 @dataclass(frozen=True)
-class Candidates:
+class RidgeCandidates:
     """The solutions that are tried for each layer, and the positions on which they are judged.
 
     Args:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, LayerOutputs, StopRunError
-from regrow.methods.recovery.solve import Candidates
+from regrow.methods.recovery.solve import RidgeCandidates
 from regrow.methods.recovery.streamed import ChangedTensors
 from regrow.methods.recovery.task import RecoveryTask
 from regrow.surgery.compensate import bias_of
@@ -46,14 +46,14 @@ class RefitWork:
         layers: Weight name → the layer.
         candidates: What is tried for each layer, and on which positions it is judged.
         own: The parameters of the cut network.
-        records: Per finished layer, in the order in which they run, :meth:`Candidates.record`.
+        records: Per finished layer, in the order in which they run, :meth:`RidgeCandidates.record`.
         changed: Where each layer is kept once it is solved, if the networks are larger than memory: ``own`` holds the
             parameters of the present block alone. ``None``: all are in memory, and kept in the task's checkpoint.
     """
 
     task: RecoveryTask
     layers: Mapping[str, Layer]
-    candidates: Candidates
+    candidates: RidgeCandidates
     own: Mapping[str, nn.Parameter]
     records: list[dict[str, Any]] = field(default_factory=list)
     changed: ChangedTensors | None = None

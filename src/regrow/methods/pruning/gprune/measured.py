@@ -67,7 +67,7 @@ def measure_allocation(
         measured: The scores, in the same views.
         starts: Name → the pruning ratio of each module, ``[modules]``.
     """
-    search = _Search(s, task, masks, cutting_places(masks, measured))
+    search = _AllocationSearch(s, task, masks, cutting_places(masks, measured))
     began = time.monotonic()
     at, each = search.levels()
     typical = [one.mean(1).tolist() for one in each]
@@ -176,7 +176,7 @@ class _Journal:
         self.written = time.monotonic()
 
 
-class _Search:
+class _AllocationSearch:
     """The measurements on the network that the search needs."""
 
     def __init__(self, s: Settings, task: PruningTask, masks: Masks, places: Mapping[str, Tensor]) -> None:
