@@ -1,5 +1,7 @@
 """What tests of the command line share: a way to call it, and a small language model."""
 
+import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +10,12 @@ import pytest
 import torch
 
 from regrow.cli import main
+from regrow.reports import page
 
 Run = Callable[..., tuple[int, str, str]]
+RunOnce = Callable[..., None]
+STORED: dict[tuple[str, ...], Path] = {}
+"""A module's name and the words of the commands of a test up to one → a copy of the folder that it wrote."""
 
 
 @pytest.fixture
@@ -30,18 +36,54 @@ def regrow(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], t
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def run_once(regrow: Run, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunOnce:
+    """Run a command that writes a folder, or copy the folder if the same commands ran in another test of the module."""
+    done = [request.module.__name__]
+
+    def run(*words: str, out: str) -> None:
+        done.extend((*words, out))
+        key = tuple(done)
+        if key in STORED:
+            shutil.copytree(STORED[key], out)
+            return
+        code, _, err = regrow(*words, "--out", out)
+        assert code == 0, err
+        STORED[key] = tmp_path_factory.mktemp("stored") / out
+        shutil.copytree(out, STORED[key])
+
+    return run
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave figures out of the pages, which other tests look at: drawing takes as long as the rest of a tiny run."""
+    for name in ("FIGURES", "LEARNED_FIGURES", "SEARCHED_FIGURES"):
+        monkeypatch.setattr(page, name, dict.fromkeys(getattr(page, name), lambda run: None))
+
+
+VOCABULARY = 1024
+"""Tokens of the tiny model: a real tokenizer's special ones, single bytes, and most frequent merges."""
+
+
+@pytest.fixture(scope="session")
 def tiny_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers folder of a tiny random Llama with the tokenizer of a real model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A transformers folder of a tiny random Llama with the tokenizer of a real model, of fewer merges."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from regrow.nets import load as load_by_name
+    from regrow.nets.packaged import packaged_folder
 
-    tokenizer = load_by_name("smollm2-135m").tokenizer
     folder = tmp_path_factory.mktemp("tiny")
+    AutoTokenizer.from_pretrained(packaged_folder("smollm2-135m", lambda *_: None)).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    model = tokenizer["model"]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < VOCABULARY}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=40,
         num_attention_heads=6,
@@ -49,5 +91,4 @@ def tiny_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli.conftest import Run
+from cli.conftest import Run, RunOnce
 from regrow.ledger import Ledger, replay
 from regrow.nets import load as load_by_name
 from regrow.store import load
@@ -17,15 +17,11 @@ PRUNE = ("--method", "magnitude", "--source", "digits", "--eval-tokens", "64", "
 
 
 @pytest.fixture
-def chain(regrow: Run) -> Run:
+def chain(regrow: Run, run_once: RunOnce) -> Run:
     """The command line, after a prune, a growth and another prune of one network."""
-    for words in (
-        ("prune", "toys:classifier", "--keep", "0.7", *PRUNE, "--out", "one"),
-        ("grow", "one", "--channels", "+25%", *CODE, "--out", "two"),
-        ("prune", "two", "--keep", "0.9", *PRUNE, *CODE, "--out", "three"),
-    ):
-        code, _, err = regrow(*words)
-        assert code == 0, err
+    run_once("prune", "toys:classifier", "--keep", "0.7", *PRUNE, out="one")
+    run_once("grow", "one", "--channels", "+25%", *CODE, out="two")
+    run_once("prune", "two", "--keep", "0.9", *PRUNE, *CODE, out="three")
     return regrow
 
 

@@ -14,6 +14,7 @@ from regrow.streaming.opening import open_network
 from regrow.streaming.results import BlockResults
 
 SOURCE = ("--keep", "0.7", "--source", "news", "--tokens", "64", "--eval-tokens", "64", "--seq-len", "32")
+pytestmark = pytest.mark.usefixtures("no_figures")
 FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "probe.st", "axes.json", "scores.json")
 
 
@@ -69,8 +70,10 @@ def test_a_streamed_reconstruction_gives_the_weights_of_one_in_memory(regrow, ti
 
 
 @pytest.mark.parametrize("dtype", [(), ("--dtype", "bfloat16")], ids=["stored", "bfloat16"])
-def test_a_streamed_run_of_a_run_is_that_of_a_run_in_memory(regrow, tiny_language_model, tmp_path, streams, dtype):
-    assert regrow("prune", str(tiny_language_model), *SOURCE, *dtype, "--memory", "64GiB", "--out", "first")[0] == 0
+def test_a_streamed_run_of_a_run_is_that_of_a_run_in_memory(
+    regrow, run_once, tiny_language_model, tmp_path, streams, dtype
+):
+    run_once("prune", str(tiny_language_model), *SOURCE, *dtype, "--memory", "64GiB", out="first")
     command = ("prune", "first", *SOURCE, *dtype[:1], *(("float32",) if dtype else ()))
     assert regrow(*command, "--out", "whole")[0] == 0
     code, said, _ = regrow(*command, "--memory", "64GiB", "--out", "streamed")
@@ -82,11 +85,13 @@ def test_a_streamed_run_of_a_run_is_that_of_a_run_in_memory(regrow, tiny_languag
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
 
 
-def test_a_streamed_evaluation_is_that_of_one_in_memory(regrow, tiny_language_model, tmp_path, streams, monkeypatch):
+def test_a_streamed_evaluation_is_that_of_one_in_memory(
+    regrow, run_once, tiny_language_model, tmp_path, streams, monkeypatch
+):
     items = [{"query": f"The {i}", "choices": [" cat sat", " dog", " bird flew away"], "gold": i % 3} for i in range(9)]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     monkeypatch.setattr(choice, "CHOICE_TOKENS", 32)
-    assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "run")[0] == 0
+    run_once("prune", str(tiny_language_model), *SOURCE, out="run")
     words = ("--source", "news", "--source", "code", "--eval-tokens", "96", "--seq-len", "32")
     for model, batch_size in ((str(tiny_language_model), "1"), ("run", "2")):
         command = ("evaluate", model, *words, "--batch-size", batch_size, "--choices", "items.jsonl", "--json")
@@ -111,8 +116,8 @@ def test_what_is_not_evaluated_block_by_block_is_refused(regrow, tiny_language_m
     assert f"{words[0]} needs the whole network in memory" in error
 
 
-def test_axes_are_listed_without_reading_weights(regrow, tiny_language_model, tmp_path, monkeypatch):
-    assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "run")[0] == 0
+def test_axes_are_listed_without_reading_weights(regrow, run_once, tiny_language_model, tmp_path, monkeypatch):
+    run_once("prune", str(tiny_language_model), *SOURCE, out="run")
     said = {}
     for reads in (True, False):
         with monkeypatch.context() as patch:
@@ -130,9 +135,11 @@ def test_axes_are_listed_without_reading_weights(regrow, tiny_language_model, tm
 
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
-def test_gguf_written_tensor_by_tensor_is_that_of_the_whole_model(regrow, tiny_language_model, tmp_path, dtype):
+def test_gguf_written_tensor_by_tensor_is_that_of_the_whole_model(
+    regrow, run_once, tiny_language_model, tmp_path, dtype
+):
     pytest.importorskip("gguf")
-    assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "run")[0] == 0
+    run_once("prune", str(tiny_language_model), *SOURCE, out="run")
     for model in (str(tiny_language_model), "run"):
         command = ("export", model, "--to", "gguf", "--dtype", dtype, "--out")
         code, whole, _ = regrow(*command, "whole.gguf")
@@ -150,9 +157,8 @@ def test_gguf_written_tensor_by_tensor_is_that_of_the_whole_model(regrow, tiny_l
     assert "onnx needs the whole network in memory" in error
 
 
-def test_the_memory_of_a_recovery_is_predicted_and_measured(regrow, tiny_language_model, tmp_path):
-    command = ("prune", str(tiny_language_model), *SOURCE, "--method", "magnitude", "--tokens", "128", "--out", "run")
-    assert regrow(*command)[0] == 0
+def test_the_memory_of_a_recovery_is_predicted_and_measured(regrow, run_once, tiny_language_model, tmp_path):
+    run_once("prune", str(tiny_language_model), *SOURCE, "--method", "magnitude", "--tokens", "128", out="run")
     code, said, _ = regrow("recover", "run", "--by", "bias", "--tokens", "128", "--memory", "64GiB", "--out", "biased")
     assert code == 0
     assert re.search(r"^memory: about .* of 64 GiB: the interpreter .*, the weights of the dense model .*", said)
@@ -165,8 +171,8 @@ def test_the_memory_of_a_recovery_is_predicted_and_measured(regrow, tiny_languag
         assert not (tmp_path / "refused").exists()
 
 
-def test_a_damaged_run_is_found_when_its_blocks_are_read(regrow, tiny_language_model, tmp_path, streams):
-    assert regrow("prune", str(tiny_language_model), *SOURCE, "--out", "first")[0] == 0
+def test_a_damaged_run_is_found_when_its_blocks_are_read(regrow, run_once, tiny_language_model, tmp_path, streams):
+    run_once("prune", str(tiny_language_model), *SOURCE, "--memory", "64GiB", out="first")
     path = tmp_path / "first" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 1

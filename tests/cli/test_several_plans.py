@@ -14,6 +14,7 @@ from regrow.settings.declaration import record_settings
 from regrow.settings.prune import Settings, name_folders
 from regrow.streaming import requirements
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 DATA = ("--source", "news", "--tokens", "192", "--eval-tokens", "128", "--seq-len", "64")
 FILES = ("model.safetensors", "ledger.json", "shapes.json", "config.json")
 

@@ -1,5 +1,5 @@
 """The fixtures of the command line's tests."""
 
-from cli.conftest import regrow, tiny_language_model
+from cli.conftest import no_figures, regrow, run_once, tiny_language_model
 
-__all__ = ["regrow", "tiny_language_model"]
+__all__ = ["no_figures", "regrow", "run_once", "tiny_language_model"]
