@@ -162,11 +162,22 @@ def replay(
     plans = list(plans)
     back = any(plan.back or any(change.recalled for change in plan.changes.values()) for plan in plans)
     undo = UndoStore() if undo is None and back else undo
-    if any(path not in axes.branches for plan in plans for path in plan.drop):
-        axes = with_branches(model, axes)
+    axes = with_branches_of(plans, model, axes)
     for plan in plans:
         model, axes = apply(model, axes, plan, undo=undo)
     return model, axes
+
+
+def with_branches_of(plans: Iterable[Plan], model: nn.Module, axes: AxisGraph) -> AxisGraph:
+    """Return the axes with the modules that can be dropped, if plans drop some that the axes do not name.
+
+    Args:
+        plans: The plans.
+        model: The network before them.
+        axes: Its axes.
+    """
+    unknown = any(path not in axes.branches for plan in plans for path in plan.drop)
+    return with_branches(model, axes) if unknown else axes
 
 
 def write_undo_store(path: Path, undo: UndoStore) -> None:

@@ -37,6 +37,7 @@ CASES = (
     Case(MethodKind.PRUNING, "llm_pruner", {"form": "vector", "allocation": "ranked"}),
     Case(MethodKind.PRUNING, "obs"),
     Case(MethodKind.PRUNING, "obs", {"allocation": "ranked", "ridge": 0.01, "compensate": False}),
+    Case(MethodKind.PRUNING, "depth"),
     Case(MethodKind.PRUNING, "gprune", {"steps": 4, "every": 2, "shards": 2}),
     Case(MethodKind.PRUNING, "gprune", {"steps": 0, "shards": 2, "base": "wanda_sp"}),
     Case(MethodKind.CONTINUAL, "naive"),

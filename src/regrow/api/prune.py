@@ -25,7 +25,7 @@ from regrow.commands.reconstruction import reconstruct as reconstruct_layers
 from regrow.commands.score_summary import write_scores
 from regrow.errors import InputError
 from regrow.evidence import Need
-from regrow.methods.pruning.pruner import Pruner, plan_cut
+from regrow.methods.pruning.pruner import Pruner, plan_cut, with_modules
 from regrow.nets.precision import autocasting
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -157,6 +157,7 @@ def _carry_out(
             return prune_streamed(streamed, call.pruner, limits, place, settings, str(model), loss, progress)
     inputs = read_inputs(model, data, **given, progress=progress)
     axes, fit = inputs.trace() if axes is None else axes, _reconstruction(call.reconstruct, inputs)
+    axes = with_modules(call.pruner, inputs.model, axes)
     work = _Pruning(inputs, axes, call.pruner, precision, progress, fit)
     if place.out is None:
         return inputs.model, _prune(work, with_timing(inputs.model, axes, limits, progress=progress))[0]

@@ -16,6 +16,7 @@ from regrow.commands.calibration import parameter_sums
 from regrow.commands.recovering import recover as recover_in
 from regrow.commands.recovering import work_in
 from regrow.errors import InputError
+from regrow.ledger import with_branches_of
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.plan import Plan
@@ -93,7 +94,7 @@ def recover(
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     if axes is None:
-        axes = trace(dense, *inputs.example.args, **inputs.example.kwargs)
+        axes = with_branches_of([plan], dense, trace(dense, *inputs.example.args, **inputs.example.kwargs))
     _check_dense(model, dense)
     model.to(device_of(dense))
     work = find_method(MethodKind.RECOVERY, by).made(by, settings or {})

@@ -40,7 +40,7 @@ from regrow.commands.trackers import tracking
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record, everywhere
 from regrow.errors import RefusedError
-from regrow.methods.pruning.pruner import Pruner, plan_cut
+from regrow.methods.pruning.pruner import Pruner, plan_cut, with_modules
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
@@ -113,6 +113,7 @@ def plan_only(
     loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
     kinds = read_sources(source_specs(settings), loaded)
     axes = streamed.opened.axes if streamed else trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    axes = with_modules(method, loaded.model, axes)
     budget = prune.with_timing(loaded.model, axes, budget, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
     temporary = TemporaryDirectory(prefix="regrow-") if streamed else nullcontext("")
@@ -183,6 +184,7 @@ def run(
         check_amount(settings, loaded, kinds.calibration)
     with clock.stage("trace"):
         axes = streamed.opened.axes if streamed else shared.trace(loaded)
+        axes = with_modules(method, loaded.model, axes)
     check_same_inputs(ranks, [streamed.opened.weights if streamed else loaded.model], kinds)
     with clock.stage("time"):
         budget = _with_timing(loaded, axes, budget, Path(out), progress)

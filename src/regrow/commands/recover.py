@@ -7,6 +7,7 @@ from typing import Any
 
 from regrow import store
 from regrow.amounts import parse_bytes
+from regrow.axes import AxisGraph
 from regrow.axes.inventory import inventory
 from regrow.commands import prune_settings as pruning_run
 from regrow.commands.clock import Clock
@@ -23,6 +24,7 @@ from regrow.commands.streamed_recovery import StreamedRecovery, open_recovery
 from regrow.commands.trackers import tracking
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
+from regrow.ledger import with_branches_of
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
@@ -90,7 +92,7 @@ def run(
         dense, loaded = streamed.models() if streamed else _load_models(source, cut, parallel.ranks, progress, code)
         check_precision(loaded.model, precision)
         kinds = read_sources(pruning_run.source_specs(origin, settings.tokens), loaded)
-        axes = streamed.dense.axes if streamed else trace(dense.model, *dense.example.args, **dense.example.kwargs)
+        axes = streamed.dense.axes if streamed else _trace_dense(dense, cut)
         cut.plan.check(axes)
     check_same_inputs(parallel.ranks, [] if streamed else [dense.model, loaded.model], kinds)
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
@@ -153,7 +155,7 @@ def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:
     check_same_settings(parallel.ranks, settings)
     dense, loaded = _load_models(source, cut, parallel.ranks, silent, code)
     kinds = read_sources(pruning_run.source_specs(cut.settings, settings.tokens), loaded)
-    axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
+    axes = _trace_dense(dense, cut)
     check_same_inputs(parallel.ranks, [dense.model, loaded.model], kinds)
     more: Any = {"settings": settings.recovery_settings, "seed": settings.seed, "parallel": parallel}
     precision = settings.precision or cut.settings.precision
@@ -163,6 +165,12 @@ def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:
         with autocasting(loaded.model, cut.settings.precision):
             for _ in evaluate_text(loaded, kinds.evaluation, "recovered", ranks=parallel.ranks):
                 pass
+
+
+def _trace_dense(dense: Loaded, cut: LastCut) -> AxisGraph:
+    """Return the axes of the dense network, with its modules if the cut dropped some."""
+    axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
+    return with_branches_of([cut.plan], dense.model, axes)
 
 
 def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted: Settings) -> None:

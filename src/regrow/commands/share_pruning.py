@@ -18,6 +18,7 @@ from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.streamed import StreamedRun, open_streamed
 from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_record, everywhere
+from regrow.ledger import with_branches_of
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
 from regrow.plan import Plan
@@ -67,7 +68,7 @@ def _share_cut(
     settings: Settings, ranks: ProcessRank, loaded: Loaded, axes: AxisGraph, kinds: SourceHalves, plan: Plan
 ) -> None:
     _evaluate(loaded, kinds, settings, ranks)
-    apply(loaded.model, axes, plan)
+    apply(loaded.model, with_branches_of([plan], loaded.model, axes), plan)
     _evaluate(loaded, kinds, settings, ranks)
     if settings.recover:
         broadcast_recovered(ranks, loaded.model)

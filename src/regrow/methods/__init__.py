@@ -158,6 +158,7 @@ METHODS = MethodTable(
         "gprune": "pruning.gprune",
         "llm_pruner": "pruning.llm_pruner",
         "obs": "pruning.obs",
+        "depth": "pruning.depth",
     },
 )
 """The pruning methods, by name."""

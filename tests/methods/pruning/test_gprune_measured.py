@@ -15,8 +15,8 @@ from regrow.budget import Budget
 from regrow.commands.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.gprune import measured
-from regrow.methods.pruning.gprune.replay import Predictions, Replay, largest_stack, shorten
 from regrow.methods.pruning.pruner import Cut, plan_cut
+from regrow.methods.pruning.replay import Predictions, Replay, largest_stack, shorten
 from regrow.sources import Batch
 from regrow.store.tensors import open_checkpoint
 from regrow.training.checkpoint import FORMAT

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from regrow.allocation import allocation, payers
+from regrow.allocation import allocation, cost_of, payers
+from regrow.amounts import Measure, Target
 from regrow.axes import Axis, AxisGraph
 from regrow.budget import Budget
 from regrow.evidence import Evidence, Need
@@ -20,6 +21,7 @@ from regrow.progress import Progress, silent
 from regrow.scores import Scores
 from regrow.scoring import means, random, uncompensated, weights_of, weights_without_bias
 from regrow.scoring.spaces import inner
+from regrow.tracing import with_branches
 from regrow.training.freeze import freeze
 
 Kept = Mapping[str, tuple[int, ...]]
@@ -54,6 +56,21 @@ class PruningTask:
 
 
 @dataclass(frozen=True)
+class Removal:
+    """Whole modules that are dropped before units are ranked, and tables about the choice for a report.
+
+    Args:
+        modules: Their paths.
+        findings: Tables for a report, as JSON data.
+        notes: What a reader of the plan should know.
+    """
+
+    modules: tuple[str, ...] = ()
+    findings: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Ranking:
     """The importance of units, and tables about it for a report.
 
@@ -82,6 +99,8 @@ class Pruner:
         spare: The fractions of the numbered blocks, at the beginning and at the end, that are not pruned; a regular
             plan prunes these too, since it cuts every block alike.
         trains: Whether scoring runs the network, which must be in memory for that.
+        drop: Returns whole modules that are dropped; units of what is left are then scored and allocated. ``None``: no
+            module is dropped.
         check: (axes, units, budget) → ``None``; raises ``ValueError`` if the method cannot be used.
     """
 
@@ -94,6 +113,7 @@ class Pruner:
     sources: int = 1
     spare: tuple[float, float] = (0.0, 0.0)
     trains: bool = False
+    drop: Callable[[PruningTask], Removal] | None = None
     check: Callable[[AxisGraph, Sequence[Axis], Budget], None] = lambda axes, units, budget: None
 
 
@@ -182,7 +202,8 @@ def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
         ValueError: If it cannot.
     """
     units = _units(pruner, axes, budget)
-    pruner.allocate(axes, random(axes, units=units), budget)
+    if pruner.drop is None:
+        pruner.allocate(axes, random(axes, units=units), budget)
     pruner.check(axes, units, budget)
 
 
@@ -214,21 +235,57 @@ def plan_cut(
     Raises:
         ValueError: If the budget cannot be met, or evidence is missing or not finite.
     """
-    evidence = evidence or Evidence()
-    units = _units(pruner, axes, budget)
-    if pruner.compensate:  # biases that this makes count too
-        budget = replace(budget, compensated=weights_without_bias(model, axes, payers(axes, budget)))
+    evidence, removal = evidence or Evidence(), Removal()
+    axes = with_modules(pruner, model, axes)
+    units, whole, given = _units(pruner, axes, budget), axes, budget
     with freeze(model):
         own = weights_of(model) if weights is None else weights
-        ranking = pruner.score(PruningTask(model, axes, own, units, budget, evidence, checkpoint, header, progress))
+        task = PruningTask(model, axes, own, units, budget, evidence, checkpoint, header, progress)
+        if pruner.drop is not None:
+            removal = pruner.drop(task)
+            axes, budget = without_modules(axes, budget, removal.modules)
+            units = [axes[axis.key] for axis in units if axis.key in axes.axes]
+        if pruner.compensate:  # biases that this makes count too
+            budget = replace(budget, compensated=weights_without_bias(model, axes, payers(axes, budget)))
+        ranking = pruner.score(replace(task, axes=axes, units=units, budget=budget))
         scores, every = ranking.scores, pruner.allocate(axes, ranking.scores, budget)
         kept = {key: keep for key, keep in every.items() if len(keep) < axes[key].size}
         means = pruner.compensate(model, axes, kept, evidence) if pruner.compensate else {}
-        notes = [*evidence.notes, *(uncompensated(model, axes, kept) if pruner.compensate else ())]
-    origin = {**pruner.origin, **budget.record()}
+        notes = [*evidence.notes, *removal.notes, *(uncompensated(model, axes, kept) if pruner.compensate else ())]
+    origin = {**pruner.origin, **given.record()}
     origin |= {"metric": scores.metric, "sources": list(scores.sources), "tokens": scores.tokens}
     origin |= {"notes": notes} if notes else {}
-    return Cut(Plan.keeping(axes, kept, means=means, origin=origin), scores, ranking.findings(every))
+    plan = Plan.dropping(whole, removal.modules, kept, means=means, origin=origin)
+    return Cut(plan, scores, {**removal.findings, **ranking.findings(every)})
+
+
+def with_modules(pruner: Pruner, model: nn.Module, axes: AxisGraph) -> AxisGraph:
+    """Return the axes with the modules that can be dropped, if a method drops some and they are not known yet.
+
+    Args:
+        pruner: The method.
+        model: The network.
+        axes: Its axes.
+    """
+    known = any(branch.free and branch.gives != "nothing" for branch in axes.branches.values())
+    return with_branches(model, axes) if pruner.drop and axes.steps and not (known or axes.declared) else axes
+
+
+def without_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) -> tuple[AxisGraph, Budget]:
+    """Return the axes without modules that are dropped, and the budget for what is left: the same limit.
+
+    Args:
+        axes: The axes of the whole network.
+        budget: How much of it may stay.
+        modules: The paths of the modules.
+    """
+    if not modules:
+        return axes, budget
+    limit = budget.limit(cost_of(axes, budget).total)
+    context = budget.target.context if budget.target else 0
+    context = context or int(budget.measure == Measure.CACHE)
+    target = Target(budget.measure, float(limit), context)
+    return axes.without(axes.branches[path] for path in modules), replace(budget, keep=1.0, target=target)
 
 
 def _units(pruner: Pruner, axes: AxisGraph, budget: Budget) -> Sequence[Axis]:

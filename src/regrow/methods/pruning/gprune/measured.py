@@ -17,9 +17,9 @@ from regrow.allocation import module_costs, rank
 from regrow.allocation.measured import Curves, Trial, exchange, fit_curves, improves, propose_exchange
 from regrow.methods.pruning.gprune.masks import Masks
 from regrow.methods.pruning.gprune.modules import Measurement
-from regrow.methods.pruning.gprune.replay import Outputs, Predictions, Replay, shorten
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.pruner import Kept, PruningTask
+from regrow.methods.pruning.replay import Outputs, Predictions, Replay, shorten
 from regrow.sources import Batch
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors

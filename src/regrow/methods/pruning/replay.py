@@ -69,15 +69,20 @@ class Replay:
         model: The dense network.
         axes: Its axes.
         memory: GiB of outputs of blocks that may be cached.
-        blocks: The blocks that can be skipped, in the order in which they run.
+        stack: The path of the container of the blocks that can be skipped; ``None``: whole passes alone.
         homes: Name of a parameter → the number of its block.
     """
 
     model: nn.Module
     axes: AxisGraph
     memory: float = 1.0
-    blocks: Sequence[nn.Module] = ()
+    stack: str | None = None
     homes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks that can be skipped, in the order in which they run; placeholders among them, too."""
+        return () if self.stack is None else tuple(self.model.get_submodule(self.stack).children())
 
     @classmethod
     def of(cls, model: nn.Module, axes: AxisGraph, batch: Batch, memory: float) -> "Replay":
@@ -95,7 +100,7 @@ class Replay:
             for i, block in enumerate(stack)
             for name, _ in block.named_parameters(remove_duplicate=False)
         }
-        found = cls(model, axes, memory, stack, homes)
+        found = cls(model, axes, memory, path if stack else None, homes)
         return found if found._is_exact(batch) else cls(model, axes, 0.0)
 
     def first_block(self, key: str) -> int:

@@ -1,0 +1,177 @@
+"""What each unit type is worth: neurons, KV groups, query heads, whole attentions, MLPs and blocks, at one budget.
+
+    python benchmarks/unit_types.py --texts FOLDER                     # all rows that are missing
+    python benchmarks/unit_types.py --texts FOLDER --folds 0 --keeps 0.8 --arms flap any --seconds 400
+    python benchmarks/unit_types.py --show
+
+SmolLM2-135M in bfloat16, 16 windows of 256 tokens of each of three calibration domains; the calibration half of the
+fourth judges, in 32 windows: fold 0: news, code and manual, judged on talk; fold 1: prose, legal and wiki, judged on
+dialogue. ``--texts`` is that of ``recipes/width_pruning.py``. The reference, ``flap``, cuts MLP neurons in the order of
+FLAP, the same fraction of every block but the first four and the last two, with compensation of biases. The arms are
+in ``ARMS``; those of ``depth`` meet what whole modules leave of the budget with the same neurons, ``alone`` without.
+One row per arm, as soon as it is measured: nats per token of each window, what is left of the weights, and seconds of
+the plan. The search of ``depth`` at one keep goes on from that at the others (its checkpoint), so that ``seconds`` are
+those of what was left to measure (``measured``: divergences).
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import date
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from regrow import data, evaluation
+from regrow.allocation import BudgetError, Cost
+from regrow.budget import Budget
+from regrow.commands.models import ModelSpec, load_model
+from regrow.commands.pruning import build_pruner, collect_evidence
+from regrow.data import Half, corpora
+from regrow.methods.pruning.pruner import plan_cut
+from regrow.store.versions import versions
+from regrow.surgery import apply
+from regrow.tracing import trace, with_branches
+from regrow.tracing.meta_copy import clone_model
+
+OUT = Path(__file__).parent / "results" / "unit_types.jsonl"
+MODEL, SEQ, WINDOWS, JUDGE, JUDGE_SEED = "smollm2-135m", 256, 16, 32, 1000
+FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogue"))
+"""Three domains to calibrate on, and the one that judges."""
+KEEPS = (0.8, 0.7, 0.5)
+Arm = tuple[str, Mapping[str, Any], tuple[str, ...]]
+ARMS: Mapping[str, Arm] = {
+    "flap": ("flap", {"allocation": "uniform"}, ("mlp",)),
+    "KV groups": ("flap", {"allocation": "uniform"}, ()),
+    "query heads": ("flap", {"allocation": "uniform"}, ("mlp", "q_proj", "o_proj")),
+    "any": ("depth", {}, ()),
+    "attention": ("depth", {"unit": "attention"}, ()),
+    "mlp": ("depth", {"unit": "mlp"}, ()),
+    "block": ("depth", {"unit": "block"}, ()),
+    "any, one shot": ("depth", {"search": "one_shot"}, ()),
+    "any, alone": ("depth", {"fill": "none"}, ()),
+    "block, alone": ("depth", {"unit": "block", "fill": "none"}, ()),
+}
+"""Name → method, its settings, and the patterns of the axes that may be cut."""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows that are there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure the rows that are missing."""
+    torch.set_num_threads(1)
+    began, known = time.monotonic(), {(row["fold"], row["keep"], row["arm"]) for row in read(args.out)}
+    loaded = load_model(ModelSpec(MODEL, "bfloat16"))
+    axes = with_branches(loaded.model, trace(loaded.model, *loaded.example.args, **loaded.example.kwargs))
+    texts = {
+        "prose": lambda: corpora.prose(args.texts / "moby-dick.txt"),
+        "legal": lambda: corpora.legal(args.texts / "spdx-full.json"),
+        "wiki": lambda: corpora.wiki(args.texts / "new_wiki_v1.0.json"),
+        "dialogue": lambda: corpora.dialogue(args.texts / "topical_chat" / "task.json"),
+    }
+
+    def windows(name: str, many: int, seed: int, batch_size: int) -> Any:
+        text = texts[name]() if name in texts else data.text(name)
+        more: Any = {"n": many, "seq_len": SEQ, "seed": seed, "half": Half.CALIBRATION, "batch_size": batch_size}
+        return data.windows(text, loaded.tokenizer, **more)
+
+    def write(row: Mapping[str, Any], nll: Any) -> None:
+        row = {"model": MODEL, **row, "nll": round(fmean(nll), 5), "nll_per_window": [round(one, 4) for one in nll]}
+        row |= {"date": f"{date.today()}", "cpu": platform.processor() or platform.machine(), **versions()}
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(*(row[key] for key in ("fold", "keep", "arm")), f"{row['nll']:.4f}", flush=True)
+
+    for fold in args.folds:
+        missing = [(k, arm) for arm in args.arms for k in sorted(args.keeps) if (fold, k, arm) not in known]
+        if not missing:
+            continue
+        *names, left_out = FOLDS[fold]
+        sources = [windows(name, WINDOWS, 0, 1) for name in names]
+        judge = windows(left_out, JUDGE, JUDGE_SEED, 8)
+        if (fold, 1.0, "dense") not in known:
+            write({"fold": fold, "keep": 1.0, "arm": "dense"}, judged(loaded, loaded.model, judge))
+        evidence = collect_evidence(loaded.model, axes, build_pruner("depth", {}), sources, batch_size=8)
+        for keep, arm in missing:
+            if time.monotonic() - began > args.seconds:
+                return
+            method, settings, only = ARMS[arm]
+            spared = ("layers.[0-3].*", "layers.2[89].*") if method == "flap" else ()
+            pruner, start = build_pruner(method, settings), time.process_time()
+            searched = {key: value for key, value in settings.items() if key in ("unit", "search")}
+            path = args.checkpoints / f"{fold} {searched}.safetensors" if method == "depth" else None
+            budget = Budget(keep, only=only, exclude=tuple(f"*{one}" for one in spared))
+            row: dict[str, Any] = {"fold": fold, "keep": keep, "arm": arm}
+            try:
+                cut = plan_cut(pruner, loaded.model, axes, budget, evidence, checkpoint=path)
+            except BudgetError as error:
+                print(fold, keep, arm, error, flush=True)
+                continue
+            row["seconds"] = round(time.process_time() - start, 1)
+            model, after = apply(clone_model(loaded.model), axes, cut.plan)
+            row["left"] = round(Cost(after).total / Cost(axes).total, 5)
+            row |= {"dropped": [*cut.plan.drop], **tables(cut.findings.get("depth"))}
+            write(row, judged(loaded, model, judge))
+
+
+def tables(findings: Any) -> dict[str, Any]:
+    """Return what the search measured, for a row."""
+    if not findings:
+        return {}
+    path = [[one["module"], round(one["divergence"], 4)] for one in findings["path"]]
+    counts = {one["modules"]: round(one["divergence"], 4) for one in findings["counts"]}
+    return {"path": path, "counts": counts, "measured": findings["measured"]}
+
+
+def judged(loaded: Any, model: Any, judge: Any) -> list[float]:
+    """Return nats per token of each window of the judging domain."""
+    found = evaluation.perplexity(model, judge, tokenizer=loaded.tokenizer)
+    return [total / many for total, many in zip(found.nll, found.tokens, strict=True)]
+
+
+def show(path: Path) -> None:
+    """Print the nats per token that each arm loses, and its paired difference to ``flap``."""
+    rows = {(row["fold"], row["keep"], row["arm"]): row for row in read(path)}
+    print("| keep | fold | arm | left | dropped: attentions, MLPs, blocks | lost nats/token | to flap |")
+    print("|---|---|---|---|---|---|---|")
+    for keep in KEEPS:
+        for fold, arm in ((fold, arm) for fold in (0, 1) for arm in ARMS):
+            row, dense = rows.get((fold, keep, arm)), rows.get((fold, 1.0, "dense"))
+            if row is None or dense is None:
+                continue
+            kinds = [sum(one.endswith(end) for one in row["dropped"]) for end in ("self_attn", "mlp")]
+            kinds.append(len(row["dropped"]) - sum(kinds))
+            to = difference(row, rows.get((fold, keep, "flap"))) if arm != "flap" else ""
+            words = [keep, fold, arm, f"{row['left']:.3f}", ", ".join(map(str, kinds)), difference(row, dense), to]
+            print(f"| {' | '.join(map(str, words))} |")
+
+
+def difference(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
+    """Return the paired difference of two rows, ± its standard error over windows."""
+    if other is None:
+        return ""
+    gaps = [a - b for a, b in zip(row["nll_per_window"], other["nll_per_window"], strict=True)]
+    return f"{fmean(gaps):+.3f} ± {stdev(gaps) / sqrt(len(gaps)):.3f}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, default=Path("texts"), help="folder of the texts of fold 1")
+    parser.add_argument("--folds", nargs="+", type=int, default=[0, 1], choices=(0, 1))
+    parser.add_argument("--keeps", nargs="+", type=float, default=KEEPS)
+    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS])
+    parser.add_argument("--checkpoints", type=Path, default=Path(tempfile.gettempdir()), help="folder of the searches")
+    parser.add_argument("--seconds", type=float, default=1e9, help="end at the first arm after so long")
+    parser.add_argument("--out", type=Path, default=OUT, help="the file of rows")
+    parser.add_argument("--show", action="store_true", help="print the table")
+    given = parser.parse_args()
+    show(given.out) if given.show else measure(given)

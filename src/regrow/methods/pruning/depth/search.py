@@ -1,0 +1,212 @@
+"""The divergence of a network without some of its modules, in forward passes that begin where it differs."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import inf
+
+import torch
+from torch import nn
+
+from regrow import scoring
+from regrow.allocation import BudgetError, cost_of, uniform
+from regrow.axes import AxisGraph
+from regrow.branches import Branch, lies_in
+from regrow.data.joined import join_batches
+from regrow.evaluation.forward import evaluating
+from regrow.methods.pruning.depth.modules import least_cost, score_neurons
+from regrow.methods.pruning.depth.settings import Settings
+from regrow.methods.pruning.pruner import PruningTask, without_modules
+from regrow.methods.pruning.replay import Outputs, Predictions, Replay
+from regrow.scores import Scores
+from regrow.sources import Batch
+from regrow.store.errors import StoreError
+from regrow.store.tensors import read_header, write_tensors
+from regrow.tracing.placeholder import insert_placeholders, set_modules
+from regrow.training.checkpoint import FORMAT
+
+POSITIONS = 2048
+"""The most positions that run at a time: their logits are in memory."""
+SECONDS = 30.0
+"""The longest time between two checkpoints, in seconds."""
+
+
+@dataclass(frozen=True)
+class DepthStep:
+    """A module in the order of removals, the divergence once it is dropped, and what is left of the measure."""
+
+    module: str
+    divergence: float
+    left: float
+
+
+@dataclass(eq=False)
+class _Journal:
+    """Divergences by what was dropped, in the checkpoint: an interrupted search reads them again."""
+
+    task: PruningTask
+    values: dict[str, float] = field(default_factory=dict)
+    written: float = field(default_factory=time.monotonic)
+    passes: int = 0
+
+    def __post_init__(self) -> None:
+        path = self.task.checkpoint
+        if path is not None and path.is_file():
+            try:
+                header = read_header(path, FORMAT)
+                self.values = {str(key): float(value) for key, value in header["divergences"].items()}
+            except (StoreError, KeyError, TypeError, ValueError, AttributeError):
+                self.values = {}
+
+    def take(self, key: str, make: Callable[[], float]) -> float:
+        """Return the recorded divergence, or else a new one."""
+        if key not in self.values:
+            try:
+                self.values[key] = make()
+            except KeyboardInterrupt:
+                self.write()
+                raise
+            self.passes += 1
+            if time.monotonic() - self.written > SECONDS:
+                self.write()
+        return self.values[key]
+
+    def write(self) -> None:
+        """Write the divergences to the checkpoint."""
+        if self.task.checkpoint is not None:
+            write_tensors(self.task.checkpoint, {}, {**self.task.header(), "divergences": self.values}, FORMAT)
+        self.written = time.monotonic()
+
+
+class DepthSearch:
+    """The measurements on the network that the choice of modules needs."""
+
+    def __init__(self, s: Settings, task: PruningTask, modules: Mapping[str, Branch]) -> None:
+        self.s, self.task, self.modules = s, task, modules
+        self.journal = _Journal(task)
+        near: list[Batch] = []
+        held_out: list[Batch] = []
+        for source in task.evidence.data.values():
+            batches = list(source)
+            each = max(1, sum(batch.size for batch in batches) // len(batches))
+            first, more = max(1, s.tokens // each), max(1, 2 * s.tokens // each)
+            others, most = batches[first : first + more] or batches[:first], max(1, POSITIONS // each)
+            near += join_batches(replace(source, batches=batches[:first]), most)
+            held_out += join_batches(replace(source, batches=others), most)
+        with evaluating(task.model):
+            self.replay = Replay.of(task.model, task.axes, near[0], 1.0)
+            self.near, self.held_out = map(self._with_predictions, (near, held_out))
+        self.cached: tuple[tuple[str, ...], list[Outputs | None]] = (), []
+
+    def _with_predictions(self, batches: Iterable[Batch]) -> list[tuple[Batch, Predictions]]:
+        return [(one, Predictions.of(self.replay.run(one, {}, {}))) for one in batches]
+
+    def _rest(self, dropped: Sequence[str]) -> AxisGraph:
+        return self.task.axes.without(self.modules[path] for path in dropped)
+
+    def _left(self, dropped: Sequence[str]) -> int:
+        """Return what is left of the measure without some modules, in whole steps."""
+        return cost_of(self._rest(dropped), self.task.budget).total
+
+    def path(self) -> list[DepthStep]:
+        """Return the modules in the order in which they are dropped, as far as the budget takes them."""
+        whole = cost_of(self.task.axes, self.task.budget).total
+        limit = self.task.budget.limit(whole)
+        saved = {path: max(1, whole - self._left([path])) for path in self.modules}
+        dropped: list[str] = []
+        result: list[DepthStep] = []
+        now, left, measured = 0.0, whole, dict.fromkeys(self.modules, -1)
+        rises = dict.fromkeys(self.modules, -inf)  # not yet measured
+        while left > limit:
+            fits = [one for one in rises if left - saved[one] >= limit]
+            if not fits and least_cost(self.s, self._rest(dropped), self.task.units, self.task.budget) <= limit:
+                break
+            fits = fits or list(rises)
+            best = min(fits, key=lambda one: rises[one] / saved[one])
+            if measured[best] != len(dropped) and not (self.s.search == "one_shot" and measured[best] == 0):
+                self.task.progress(whole - left, whole - limit, f"measuring without {best}")
+                rises[best] = self._divergence(dropped, best) - now
+                measured[best] = len(dropped)
+                continue
+            dropped.append(best)
+            now, left = now + rises.pop(best), self._left(dropped)
+            result.append(DepthStep(best, now, left / whole))
+        return result
+
+    def counts(self, path: Sequence[DepthStep]) -> dict[int, float]:
+        """Return number of dropped modules → divergence on held-out windows, with neurons cut to the budget.
+
+        Five numbers from none to all are measured, and then those halfway from the best one to its neighbours.
+        """
+        scores = score_neurons(self.s, self.task)
+        result: dict[int, float] = {}
+        wanted = {round(i * len(path) / 4) for i in range(5)}
+        while wanted:
+            for number in sorted(wanted):
+                self.task.progress(number, len(path) + 1, "judging numbers of modules")
+                result[number] = self._filled([one.module for one in path[:number]], scores)
+            best, order = min(result, key=lambda number: (result[number], number)), sorted(result)
+            beside = [one for one in order if one < best][-1:] + [one for one in order if one > best][:1]
+            wanted = {(best + one) // 2 for one in beside} - result.keys()
+        return {number: loss for number, loss in sorted(result.items()) if loss < inf}
+
+    def _filled(self, dropped: Sequence[str], scores: Scores) -> float:
+        """Return the divergence without some modules, with neurons cut to the budget; infinite if those are too few."""
+        model, (rest, budget) = self.task.model, without_modules(self.task.axes, self.task.budget, dropped)
+        values = {key: value for key, value in scores.values.items() if key in rest.axes}
+        try:
+            kept = uniform(rest, values, budget, minimum=self.s.minimum)
+        except BudgetError:
+            return inf
+        cut = {key: units for key, units in kept.items() if len(units) < rest[key].size}
+        moments = self.task.evidence.pooled().moments if self.s.compensate else {}
+        reads = {reader.weight for reader in scoring.readers(rest, [rest[key] for key in cut])}
+        fills = {one: moments[one].mean for one in reads if one in moments and scoring.takes_constant(model, one)}
+        gates = {key: torch.zeros(rest[key].size) for key in cut}
+        for key, units in cut.items():
+            gates[key][list(units)] = 1.0
+
+        def measure() -> float:
+            with evaluating(model), _without(model, [self.modules[one] for one in dropped]):
+                replay = replace(self.replay, axes=rest)
+                return _mean([(w.size, dense.divergence(replay.run(w, gates, fills))) for w, dense in self.held_out])
+
+        limit = budget.limit(cost_of(rest, budget).total)
+        return self.journal.take(f"neurons to {limit}: {' '.join(sorted(dropped))}", measure)
+
+    def _divergence(self, dropped: Sequence[str], other: str) -> float:
+        """Return the divergence without some modules and another one; passes begin at the block of that one."""
+
+        def measure() -> float:
+            model, windows = self.task.model, [one for one, _ in self.near]
+            with evaluating(model), _without(model, [self.modules[one] for one in dropped]):
+                if self.cached[0] != tuple(dropped) or not self.cached[1]:
+                    self.cached = tuple(dropped), self.replay.record(windows, [({}, {})] * len(windows))[1]
+                with _without(model, [self.modules[other]]):
+                    logits = [
+                        self.replay.run(one, {}, {}, outputs, self._block(other))
+                        for one, outputs in zip(windows, self.cached[1], strict=True)
+                    ]
+            return _mean([(w.size, dense.divergence(one)) for (w, dense), one in zip(self.near, logits, strict=True)])
+
+        return self.journal.take(" ".join(sorted([*dropped, other])), measure)
+
+    def _block(self, module: str) -> int:
+        """Return the number of the block of the stack in which a module lies; 0 if it lies in none."""
+        stack = self.replay.stack
+        return int(module.removeprefix(f"{stack}.").split(".")[0]) if stack and lies_in(module, stack) else 0
+
+
+def _mean(losses: Sequence[tuple[int, float]]) -> float:
+    return sum(size * loss for size, loss in losses) / sum(size for size, _ in losses)
+
+
+@contextmanager
+def _without(model: nn.Module, dropped: Iterable[Branch]) -> Iterator[None]:
+    """Context manager in which placeholders are in the place of modules."""
+    modules = insert_placeholders(model, {path: one for branch in dropped for path, one in branch.placeholders.items()})
+    try:
+        yield
+    finally:
+        set_modules(model, modules)

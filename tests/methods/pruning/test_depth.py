@@ -1,0 +1,150 @@
+"""Depth pruning: budgets, modules whose absence changes nothing, resuming, refusals, and saved networks."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from regrow import apply, load, trace
+from regrow.allocation import BudgetError, Cost
+from regrow.axes import AxisGraph
+from regrow.budget import Budget
+from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence
+from regrow.evidence import Evidence
+from regrow.methods.pruning import depth
+from regrow.methods.pruning.depth.modules import modules_of
+from regrow.methods.pruning.pruner import Cut, plan_cut, with_modules
+from regrow.sources import Batch, Source
+from regrow.store import save
+from regrow.surgery import verify
+
+WORDS, BLOCKS = 50, 4
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=WORDS, num_hidden_layers=BLOCKS, initializer_range=0.2, **sizes)
+    return LlamaForCausalLM(config).eval()
+
+
+def traced(model: Any) -> AxisGraph:
+    axes = trace(model, input_ids=torch.ones(1, 5, dtype=torch.int64))
+    return with_modules(build_pruner("depth", {}), model, axes)
+
+
+def prepared(model: Any, axes: AxisGraph, **settings: Any) -> tuple[Any, AxisGraph, Evidence]:
+    pruner = build_pruner("depth", {"tokens": 32, "spare_first": 0.0, "spare_last": 0.0, **settings})
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        Batch(kwargs={"input_ids": ids}, labels=ids.roll(-1, 1))
+        for ids in torch.randint(WORDS, (6, 1, 16), generator=generator)
+    ]
+    sources = [Source("a", batches[:3]), Source("b", batches[3:])]
+    return pruner, axes, collect_evidence(model, axes, pruner, sources)
+
+
+@pytest.fixture(scope="module")
+def known() -> tuple[Any, AxisGraph]:
+    model = llama()
+    return model, traced(model)
+
+
+def test_unit_types_are_the_modules_of_the_decoder(known: tuple[Any, AxisGraph]) -> None:
+    _, axes = known
+    of = {unit: [*modules_of(axes, unit)] for unit in ("attention", "mlp", "block", "any")}
+    layers = [f"model.layers.{i}" for i in range(BLOCKS)]
+    assert of["attention"] == [f"{one}.self_attn" for one in layers[1:]]  # the first counts the cached tokens
+    assert of["mlp"] == [f"{one}.mlp" for one in layers] and of["block"] == layers[1:]
+    assert sorted(of["any"]) == sorted(of["attention"] + of["mlp"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"unit": "block", "search": "one_shot", "fill": "none"}], ids=str)
+def test_the_budget_is_met_and_the_cut_network_is_the_masked_one(
+    known: tuple[Any, AxisGraph], settings: dict[str, Any]
+) -> None:
+    network, _ = known
+    pruner, axes, evidence = prepared(*known, **settings)
+    before, total = copy.deepcopy(network.state_dict()), Cost(axes).total
+    cut = plan_cut(pruner, known[0], axes, Budget(0.55), evidence)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    small, after = apply(copy.deepcopy(network), axes, cut.plan)
+    assert cut.plan.drop and verify(network, axes, cut.plan).ok
+    left = Cost(after).total / total
+    assert left == pytest.approx(sum(small.get_parameter(name).numel() for name in after.counted) / total)
+    if "fill" in settings:
+        assert not cut.plan.changes and left <= 0.55
+    else:
+        assert 0.55 - 3 * 24 * BLOCKS / total < left <= 0.55
+        counts = {row["modules"]: row["divergence"] for row in cut.findings["depth"]["counts"]}
+        assert counts[len(cut.plan.drop)] == min(counts.values())
+        assert {0, len(cut.findings["depth"]["path"])} <= {*counts}
+
+
+def test_modules_that_add_nothing_are_dropped_first() -> None:
+    model, idle = llama(), {"model.layers.2.self_attn", "model.layers.1.mlp"}
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    pruner, axes, evidence = prepared(model, traced(model))
+    cut = plan_cut(pruner, model, axes, Budget(0.6), evidence)
+    path = cut.findings["depth"]["path"]
+    assert {one["module"] for one in path[:2]} == idle <= {*cut.plan.drop}
+    assert path[1]["divergence"] == pytest.approx(0, abs=1e-6) and path[2]["divergence"] > 1e-4
+
+
+def test_rises_that_cannot_be_the_smallest_are_not_measured_again(known: tuple[Any, AxisGraph]) -> None:
+    pruner, axes, evidence = prepared(*known, fill="none", unit="mlp")
+    found = plan_cut(pruner, known[0], axes, Budget(0.6), evidence).findings["depth"]
+    assert len(found["path"]) == 3 and BLOCKS + 2 <= found["measured"] < BLOCKS + 3 + 2
+
+
+def test_an_interrupted_search_goes_on_from_what_it_measured(
+    known: tuple[Any, AxisGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruner, axes, evidence = prepared(*known)
+    place = {"checkpoint": tmp_path / "learned.safetensors"}
+
+    def run(stop: int) -> Cut:
+        steps = iter(range(stop))
+
+        def progress(*_: object) -> None:
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+
+        return plan_cut(pruner, known[0], axes, Budget(0.6), evidence, progress=progress, **place)
+
+    monkeypatch.setattr(depth.search, "SECONDS", 0.0)
+    whole = plan_cut(pruner, known[0], axes, Budget(0.6), evidence)
+    with pytest.raises(KeyboardInterrupt):
+        run(stop=9)
+    again = run(stop=10**6)
+    assert again.plan == whole.plan
+    assert again.findings["depth"]["measured"] == whole.findings["depth"]["measured"] - 9
+
+
+def test_a_saved_network_without_modules_answers_the_same(known: tuple[Any, AxisGraph], tmp_path: Path) -> None:
+    pruner, axes, evidence = prepared(*known, unit="any", fill="none")
+    small, _ = apply(copy.deepcopy(known[0]), axes, plan_cut(pruner, known[0], axes, Budget(0.6), evidence).plan)
+    ids = torch.arange(12)[None]
+    save(small, tmp_path / "small")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "small", model=llama)(input_ids=ids).logits, small(input_ids=ids).logits)
+        more = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(small.generate(ids, **more), small.generate(ids, use_cache=False, **more))
+
+
+def test_what_cannot_be_planned_is_refused_with_a_remedy(known: tuple[Any, AxisGraph]) -> None:
+    for settings, budget, why in (
+        ({"unit": "attention", "fill": "none"}, Budget(0.5), "without every attention .* 7.* stays; use keep 0.7"),
+        ({}, Budget(0.8, regular=True), "leave out regular, or set fill=none"),
+        ({}, Budget(0.5, only=("self_attn",)), "without every module .* use keep 0.7"),
+    ):
+        pruner, axes, evidence = prepared(*known, **settings)
+        with pytest.raises(BudgetError if "keep" in why else ValueError, match=why):
+            check_pruning(pruner, axes, budget, [*evidence.data.values()])
+    with pytest.raises(ValueError, match="unit must be one of any, attention, mlp, block"):
+        build_pruner("depth", {"unit": "head"})
