@@ -265,24 +265,25 @@ def source(name, seed=0, batches=4):
 def measured(name, seed=0):
     model = saved.small()
     axes = trace(model, *saved.CASES["callable"].example()[0])
-    return collect(model, axes, [source(name, seed)], {Need.ACTIVATIONS, Need.GRADIENTS})[name][0]
+    return collect(model, axes, [source(name, seed)], {Need.ACTIVATIONS, Need.GRADIENTS, Need.FISHER})[name][0]
 
 
 def same(a, b):
     sums = ("count", "sequences", "total", "square", "mean_total", "mean_square")
-    assert (a.source, a.tokens, list(a.moments), list(a.gradients)) == (
+    assert (a.source, a.tokens, list(a.moments), list(a.gradients), list(a.fisher)) == (
         *(b.source, b.tokens),
-        *(list(b.moments), list(b.gradients)),
+        *(list(b.moments), list(b.gradients), list(b.fisher)),
     )
     for name, moments in a.moments.items():
         assert all(torch.equal(*(torch.as_tensor(getattr(m, s)) for m in (moments, b.moments[name]))) for s in sums)
     assert all(torch.equal(gradient, b.gradients[name]) for name, gradient in a.gradients.items())
+    assert all(torch.equal(squares, b.fisher[key]) for key, squares in a.fisher.items())
     return True
 
 
 def test_statistics_come_back_bit_for_bit(run):
     statistics = measured("news")
-    assert statistics.moments and statistics.gradients
+    assert statistics.moments and statistics.gradients and statistics.fisher
     save_statistics(run.path, "news", 1, statistics, key="k")
     found = read_finished_shards(run.path, {"news": "k", "code": "k"}, shards=3)
     assert found.keys() == {("news", 1)} and same(found["news", 1], statistics)

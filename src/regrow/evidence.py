@@ -9,11 +9,12 @@ from regrow.sources import Source
 
 
 class Need(StrEnum):
-    """What a pruning method needs measured before it can score units: weights only, activations, or gradients."""
+    """What a pruning method needs measured: weights only, activations, gradients of weights, or of unit masks."""
 
     WEIGHTS = "weights"
     ACTIVATIONS = "activations"
     GRADIENTS = "gradients"
+    FISHER = "fisher"
 
 
 @dataclass(frozen=True)

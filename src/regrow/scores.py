@@ -85,12 +85,14 @@ class Statistics:
         tokens: How many labelled positions were seen.
         moments: Name of a consuming weight → running sums of its inputs.
         gradients: Name of a parameter → the loss gradient summed over batches; empty unless asked for.
+        fisher: Axis key → Σ of the squared loss gradient of each unit's mask, ``[size]``; empty unless asked for.
     """
 
     source: str
     tokens: int = 0
     moments: dict[str, Moments] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    fisher: dict[str, Tensor] = field(default_factory=dict)
 
     def __add__(self, other: "Statistics") -> "Statistics":
         return Statistics(
@@ -98,6 +100,7 @@ class Statistics:
             self.tokens + other.tokens,
             _merged(self.moments, other.moments),
             _merged(self.gradients, other.gradients),
+            _merged(self.fisher, other.fisher),
         )
 
 

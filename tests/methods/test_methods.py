@@ -39,6 +39,8 @@ VARIANTS = [
     ("flap", {"square_blocks": True}),
     ("llm_pruner", {}),
     ("llm_pruner", {"form": "vector", "allocation": "ranked", "compensate": True}),
+    ("fisher", {}),
+    ("fisher", {"allocation": "ranked", "compensate": False}),
     ("obs", {}),
     ("obs", {"allocation": "ranked", "spare_first": 0.5}),
     ("gprune", {"steps": 4, "every": 2, "shards": 2}),

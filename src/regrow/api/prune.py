@@ -175,6 +175,7 @@ def _needs(
     device, precision = given["device"], given["precision"]
     return {
         "a method that computes gradients of all weights": Need.GRADIENTS in pruner.needs,
+        "a method that computes gradients of masks": Need.FISHER in pruner.needs,
         "a method that runs the masked network": pruner.trains,
         "reconstruct=": reconstruct is not False,
         "a target in ms": limits.measure == Measure.TIME,

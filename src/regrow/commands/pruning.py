@@ -53,11 +53,11 @@ def collect_evidence(
         sources: The calibration data.
         progress: Called with (steps done, steps in all, what is being done).
         batch_size: How many examples run at a time, where smaller batches can be joined; methods that need gradients
-            run the batches as they are.
+            of weights run the batches as they are.
         **resume: Of :func:`regrow.scoring.collect`: ``done`` and ``on_done``, to store and reuse finished shards, and
             ``objective``.
     """
-    if not {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
+    if pruner.needs <= {Need.WEIGHTS}:
         return Evidence()
     report = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
     several, notes = split_sources(sources, pruner.sources)
@@ -148,7 +148,7 @@ def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequ
     Raises:
         ValueError: If it cannot; names the least reachable keep, or the source that is too short.
     """
-    if {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
+    if not pruner.needs <= {Need.WEIGHTS}:
         if not sources:
             raise ValueError("this method measures on text or images; give it at least one source, like --source news")
         counted: list[Any] = [range(len(source)) for source in sources]

@@ -209,6 +209,7 @@ def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
     """Return what of a plan needs the whole network in memory → whether it is so."""
     return {
         f"--method {settings.method}, which computes gradients of all weights,": Need.GRADIENTS in pruner.needs,
+        f"--method {settings.method}, which computes gradients of masks,": Need.FISHER in pruner.needs,
         f"--method {settings.method}, which runs the masked network,": pruner.trains,
         f"--recover {settings.recover}": bool(settings.recover),
         "--reconstruct-set target=dense": settings.reconstruct_settings.get("target") == "dense",
@@ -218,8 +219,8 @@ def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
 
 def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
     """Return what gradients, and the recovery after the cut, need of a network in memory, in bytes; 0 without them."""
-    gradients, needed = Need.GRADIENTS in pruner.needs, 0
-    if not (gradients or pruner.trains or settings.recover or settings.reconstruct):
+    gradients, masks, needed = Need.GRADIENTS in pruner.needs, Need.FISHER in pruner.needs, 0
+    if not (gradients or masks or pruner.trains or settings.recover or settings.reconstruct):
         return 0
     after = f"--recover {settings.recover}" if settings.recover else "--reconstruct" if settings.reconstruct else ""
     what = after or f"--method {settings.method}"
@@ -230,6 +231,8 @@ def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork)
         sums = pruner.shards * max(pruner.sources, len(settings.sources)) if gradients else 0
         if gradients:
             needed = predict_gradients(model, differentiated(model, opened.axes), window, sums)
+        if masks:
+            needed = max(needed, predict_learning(model, window, settings.batch_size, 0))
         if pruner.trains:
             batch_size = 1 if gradients else settings.batch_size
             needed = max(needed, predict_learning(model, window, batch_size, sums))

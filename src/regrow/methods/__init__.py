@@ -159,6 +159,7 @@ METHODS = MethodTable(
         "llm_pruner": "pruning.llm_pruner",
         "obs": "pruning.obs",
         "depth": "pruning.depth",
+        "fisher": "pruning.fisher",
     },
 )
 """The pruning methods, by name."""

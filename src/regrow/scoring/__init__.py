@@ -9,6 +9,7 @@ from regrow.scoring.base import BASES, Base
 from regrow.scoring.collect import collect
 from regrow.scoring.combine import normalise, over_sources, percentile
 from regrow.scoring.compensate import means, takes_constant, uncompensated, weights_without_bias
+from regrow.scoring.fisher import fisher
 from regrow.scoring.gradients import taylor
 from regrow.scoring.massive import Massive, massive
 from regrow.scoring.metrics import METRICS, Metric
@@ -25,6 +26,7 @@ __all__ = [
     "Metric",
     "collect",
     "energy",
+    "fisher",
     "magnitude",
     "massive",
     "means",

@@ -48,5 +48,6 @@ BASES: Mapping[str, Base] = {
     "wanda_sp": Base("wanda_sp", "uniform", {"pool": "standardised"}),
     "llm_pruner": Base("taylor", "uniform", spare=(0.125, 0.0625)),
     "magnitude": Base("magnitude", "uniform"),
+    "fisher": Base("fisher", "uniform", spare=(0.125, 0.0625)),
 }
 """Name of a pruning method → its settings as a baseline that can be wrapped."""

@@ -1,4 +1,4 @@
-"""Collect calibration statistics: sums over the inputs of weights and over loss gradients, in one pass.
+"""Collect calibration statistics: sums over the inputs of weights, loss gradients and Fisher information, in one pass.
 
 The sums are taken where a weight is contracted (a linear map, a convolution, a matrix product), not in module hooks:
 the weight is recognised by identity in a torch-function mode, so modules that never call their submodules are covered.
@@ -18,10 +18,11 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.evidence import Need
 from regrow.objectives import Objective, choose_objective
 from regrow.scores import Moments, Statistics
+from regrow.scoring.fisher import MaskGradients, add_fisher
 from regrow.scoring.gradients import add_gradients, evaluation_mode
 from regrow.scoring.shares import add, add_batches, gather_sums
 from regrow.scoring.watch import InputSums
-from regrow.scoring.weights import readers, scorable, tensors
+from regrow.scoring.weights import Reader, readers, scorable, tensors
 from regrow.sources import Batch, Source, to_host
 
 Key = tuple[str, int]
@@ -73,7 +74,8 @@ def collect(
         model: The network; its parameters, buffers and modes are left as they were.
         axes: The network's axes.
         sources: The calibration data. Positions that a two-dimensional ``attention_mask`` hides are not counted.
-        needs: ``ACTIVATIONS`` fills ``moments``, ``GRADIENTS`` fills ``gradients``; ``WEIGHTS`` needs no pass.
+        needs: ``ACTIVATIONS`` fills ``moments``, ``GRADIENTS`` fills ``gradients``, ``FISHER`` fills ``fisher``;
+            ``WEIGHTS`` needs no pass.
         shards: Into how many disjoint parts each source is split, batch ``i`` into part ``i % shards``.
         units: The axes whose weights are measured; ``axes.units()`` if none are named.
         objective: The loss whose gradients are summed; ``None``: what fits the labels.
@@ -93,7 +95,7 @@ def collect(
             labels, or the input of a weight holds NaN or infinity (names the first, in the order of execution).
     """
     check_sources(sources, shards)
-    if not {Need.ACTIVATIONS, Need.GRADIENTS} & set(needs):
+    if set(needs) <= {Need.WEIGHTS}:
         return {}
     known = dict(done or {})
     if known.keys() >= {(source.name, shard) for source in sources for shard in range(shards)}:
@@ -101,7 +103,7 @@ def collect(
     objective = objective or choose_objective(None, sources[0].batches[0])
     walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective)
     if visits is not None:
-        if walk.differentiated:
+        if walk.backward:
             raise ValueError("gradients need the whole network in memory; leave out --memory")
         fresh = _walk_blocks(walk, visits, sources, shards, known, progress, ranks)
         for (name, shard), sums in fresh.items():
@@ -112,7 +114,7 @@ def collect(
         return {source.name: [every[source.name, shard] for shard in range(shards)] for source in sources}
     total, finished = sum(len(source) for source in sources), 0
     result: dict[str, list[Statistics]] = {}
-    with evaluation_mode(model, walk.differentiated):
+    with evaluation_mode(model, walk.differentiated if walk.backward else None):
         for source in sources:
             for shard in range(shards):
                 statistics = known.get((source.name, shard))
@@ -147,8 +149,14 @@ class _Walk:
         self.differentiated: list[str] = []
         if Need.GRADIENTS in needs:
             self.differentiated = differentiated(model, axes, units)
+        self.reads: dict[str, list[Reader]] = {}
+        for reader in reads if Need.FISHER in needs else ():
+            self.reads.setdefault(reader.weight, []).append(reader)
+        self.ids = {id(parameters[name]): name for name in self.reads}
+        self.widths = {r.weight: parameters[r.weight].shape[r.slot.dim] for r in reads}
         self.device = next((p.device for p in parameters.values() if p.device.type != "meta"), torch.device("cpu"))
-        self.first = not self.differentiated
+        self.backward = bool(self.differentiated or self.reads)
+        self.first = not self.backward
         self.losses: list[Tensor] = []
 
     def step(self, batch: Batch, statistics: Statistics) -> None:
@@ -168,12 +176,14 @@ class _Walk:
         """Move the sums of a finished shard to the CPU, in one transfer, and check that they are finite."""
         losses, fields = self.losses, ("total", "square", "mean_total", "mean_square")
         sums = [getattr(moments, name) for moments in statistics.moments.values() for name in fields]
-        moved = iter(to_host([*sums, *statistics.gradients.values(), *losses]))
+        moved = iter(to_host([*sums, *statistics.gradients.values(), *statistics.fisher.values(), *losses]))
         for name, moments in statistics.moments.items():
             total, square, mean_total, mean_square = (next(moved) for _ in fields)
             statistics.moments[name] = Moments(moments.count, total, square, moments.sequences, mean_total, mean_square)
         for name in statistics.gradients:
             statistics.gradients[name] = next(moved)
+        for key in statistics.fisher:
+            statistics.fisher[key] = next(moved)
         self.losses = []
         if damaged := [loss for loss in moved if not torch.isfinite(loss)]:
             raise ValueError(
@@ -185,9 +195,20 @@ class _Walk:
                     f"the input of {name!r} holds NaN or infinity on source {statistics.source!r}; the weights before "
                     "it are damaged, or overflow in this dtype (try float32 or bfloat16)"
                 )
+        if damaged_axis := next((key for key, one in statistics.fisher.items() if not torch.isfinite(one).all()), ""):
+            raise ValueError(
+                f"the gradient of {damaged_axis!r} holds NaN or infinity on source {statistics.source!r}; weights or "
+                "inputs are damaged, or overflow in this dtype (try float32 or bfloat16)"
+            )
 
     def _watch(self, batch: Batch, run: nn.Module, statistics: Statistics) -> InputSums:
         here = batch.to(self.device)
+        if self.reads:
+            masks = MaskGradients(self.ids, self.reads, self.widths, _leading(batch))
+            watch = _input_sums(self.watched, batch)
+            add_fisher(self.model, here, masks, statistics.fisher, self.objective, watch)
+            if not self.differentiated:
+                return watch
         with _input_sums(self.watched, batch) as watch:
             if self.differentiated:
                 sums, count = statistics.gradients, batch.size

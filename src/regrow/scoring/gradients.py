@@ -124,18 +124,18 @@ def add_gradients(
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module, differentiated: Sequence[str] = ()) -> Iterator[None]:
+def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = None) -> Iterator[None]:
     """Put the network in eval mode, with gradients for the named parameters alone; restore it afterwards.
 
     Args:
         model: The network.
-        differentiated: The parameters that get gradients; without any, all are left as they are.
+        differentiated: The parameters that get gradients; ``None``: all are left as they are.
     """
     modes = {module: module.training for module in model.modules()}
     asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    wanted = set(differentiated)
+    wanted = set(differentiated or ())
     model.eval()
-    if differentiated:
+    if differentiated is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
     try:

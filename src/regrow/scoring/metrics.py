@@ -9,6 +9,7 @@ from regrow.axes import Axis, AxisGraph
 from regrow.evidence import Need
 from regrow.scores import Scores, Statistics
 from regrow.scoring.activations import wanda_sp, wifv
+from regrow.scoring.fisher import fisher
 from regrow.scoring.gradients import taylor
 from regrow.scoring.weights import magnitude
 
@@ -39,6 +40,7 @@ METRICS: Mapping[str, tuple[Metric, Need]] = {
     "wifv": (wifv, Need.ACTIVATIONS),
     "wanda_sp": (wanda_sp, Need.ACTIVATIONS),
     "taylor": (taylor, Need.GRADIENTS),
+    "fisher": (fisher, Need.FISHER),
     "magnitude": (magnitude, Need.WEIGHTS),
 }
 """Name → (metric, the statistics that it needs)."""

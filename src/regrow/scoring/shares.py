@@ -79,6 +79,8 @@ def add(sums: Statistics, more: Statistics) -> None:
         sums.moments[name] = sums.moments[name] + moments if name in sums.moments else moments
     for name, gradient in more.gradients.items():
         sums.gradients[name] = sums.gradients[name].add_(gradient) if name in sums.gradients else gradient
+    for key, squares in more.fisher.items():
+        sums.fisher[key] = sums.fisher[key] + squares if key in sums.fisher else squares
 
 
 def _packed(sums: Statistics) -> tuple[dict[str, Any], list[Tensor]]:
@@ -87,8 +89,9 @@ def _packed(sums: Statistics) -> tuple[dict[str, Any], list[Tensor]]:
         "tokens": sums.tokens,
         "moments": [[name, one.count, one.sequences] for name, one in sums.moments.items()],
         "gradients": list(sums.gradients),
+        "fisher": list(sums.fisher),
     }
-    return record, to_host([*moments, *sums.gradients.values()])
+    return record, to_host([*moments, *sums.gradients.values(), *sums.fisher.values()])
 
 
 def _unpacked(source: str, record: dict[str, Any], tensors: list[Tensor]) -> Statistics:
@@ -97,4 +100,5 @@ def _unpacked(source: str, record: dict[str, Any], tensors: list[Tensor]) -> Sta
     for name, count, sequences in record["moments"]:
         total, square, mean_total, mean_square = next(values)
         moments[name] = Moments(count, total, square, sequences, mean_total, mean_square)
-    return Statistics(source, record["tokens"], moments, dict(zip(record["gradients"], values, strict=True)))
+    gradients = {name: next(values) for name in record["gradients"]}
+    return Statistics(source, record["tokens"], moments, gradients, dict(zip(record["fisher"], values, strict=True)))

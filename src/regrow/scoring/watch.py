@@ -163,21 +163,27 @@ class InputSums(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _add(self, name: str, value: Tensor, dim: int) -> None:
-        moments = _moments(*self._rows(value, dim))
+        rows, channels = rows_of(value, dim, self.sequences)
+        masked = self.mask is not None and channels == 2 and rows.shape[:2] == self.mask.shape
+        moments = _moments(rows, channels, self.mask if masked else None)
         if moments.count:
             self.sums[name] = self.sums[name] + moments if name in self.sums else moments
 
-    def _rows(self, value: Tensor, dim: int) -> tuple[Tensor, int, Tensor | None]:
-        """Return the input as ``[sequences, positions, channels]`` or with channels before positions, and a mask."""
-        if dim != -1:
-            return value.reshape(-1, *value.shape[dim:]).flatten(2), 1, None
-        n = self.sequences
-        if value.dim() > 2 and value.shape[0] != n and value.shape[1] == n:
-            value = value.transpose(0, 1)  # positions first, as nn.MultiheadAttention has it
-        share = n if value.shape[:-1].numel() % n == 0 else 1
-        rows = value.reshape(share, -1, value.shape[-1])
-        masked = self.mask is not None and rows.shape[:2] == self.mask.shape
-        return rows, 2, self.mask if masked else None
+
+def rows_of(value: Tensor, dim: int, sequences: int) -> tuple[Tensor, int]:
+    """Return an input as ``[sequences, positions, channels]``, or with channels before positions, and their dimension.
+
+    Args:
+        value: The input of a weight.
+        dim: The dimension that is contracted, counted from the end.
+        sequences: How many sequences the batch has.
+    """
+    if dim != -1:
+        return value.reshape(-1, *value.shape[dim:]).flatten(2), 1
+    if value.dim() > 2 and value.shape[0] != sequences and value.shape[1] == sequences:
+        value = value.transpose(0, 1)  # positions first, as nn.MultiheadAttention has it
+    share = sequences if value.shape[:-1].numel() % sequences == 0 else 1
+    return value.reshape(share, -1, value.shape[-1]), 2
 
 
 def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:

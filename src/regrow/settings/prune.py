@@ -41,7 +41,7 @@ class Settings:
     method_settings: Annotated[Mapping[str, Any], Setting(
         "A setting of the method; `regrow methods NAME` lists them. Repeatable.",
         option="--set", metavar="NAME=VALUE", parts=(("base", Setting(
-            "The base metric of method gprune: flap (default), wanda_sp, llm_pruner or magnitude.",
+            "The base metric of method gprune: flap (default), wanda_sp, llm_pruner, magnitude or fisher.",
             option="--base", metavar="METHOD",
         )),),
     )] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Settings:
     )] = 4096
     batch_size: Annotated[int, Setting(
         "Windows of text (image models: images) that calibration runs at a time; 8 is faster than 1 and takes more "
-        "memory. Methods that need gradients run one at a time.",
+        "memory. Methods that need gradients of weights run one at a time.",
         group=DATA, range=Range(1, 2**16), example="8", absent=1,
     )] = 1
     eval_tokens: EvalTokens = 2048

@@ -258,6 +258,7 @@ class StatisticsHeader(msgspec.Struct, frozen=True):
     tokens: Count
     moments: list[tuple[str, Count, Count]]
     gradients: list[str]
+    fisher: list[str] = []
 
 
 class RecoveryHeader(msgspec.Struct, frozen=True):

@@ -74,7 +74,8 @@ def write_statistics(path: Path, source: str, shard: int, statistics: Statistics
     """
     tensors = {f"m{i}.{part}": getattr(m, part) for i, m in enumerate(statistics.moments.values()) for part in _SUMS}
     tensors |= {f"g{i}": gradient for i, gradient in enumerate(statistics.gradients.values())}
-    header = {
+    tensors |= {f"f{i}": squares for i, squares in enumerate(statistics.fisher.values())}
+    header: dict[str, object] = {
         "source": source,
         "shard": shard,
         "key": key,
@@ -82,6 +83,7 @@ def write_statistics(path: Path, source: str, shard: int, statistics: Statistics
         "moments": [[name, m.count, m.sequences] for name, m in statistics.moments.items()],
         "gradients": list(statistics.gradients),
     }
+    header |= {"fisher": list(statistics.fisher)} if statistics.fisher else {}
     write_tensors(path, tensors, header, FORMAT)
 
 
@@ -104,7 +106,8 @@ def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics
             for i, (name, count, sequences) in enumerate(record.moments)
         }
         gradients = {name: tensors[f"g{i}"] for i, name in enumerate(record.gradients)}
-        return Statistics(source, record.tokens, moments, gradients)
+        fisher = {key: tensors[f"f{i}"] for i, key in enumerate(record.fisher)}
+        return Statistics(source, record.tokens, moments, gradients, fisher)
     except (StoreError, ValueError, KeyError, TypeError):
         return None
 

@@ -34,11 +34,11 @@ def run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["flap", "wanda_sp", "magnitude", "llm_pruner"])
+@pytest.mark.parametrize("base", ["flap", "wanda_sp", "magnitude", "llm_pruner", "fisher"])
 @pytest.mark.parametrize("keep", [0.85, 0.6, 0.45])
 def test_without_its_stages_it_is_the_base_method_unit_for_unit(base: str, keep: float) -> None:
     degenerate = {"base": base, "partition": "layer", "switch": "never", "steps": 0, "start": "base"}
-    blocks = 10 if base == "llm_pruner" and keep > 0.5 else 2  # of ten it spares the first and the last
+    blocks = 10 if base in ("llm_pruner", "fisher") and keep > 0.5 else 2  # of ten it spares the first and the last
     ours = run(degenerate, keep, blocks=blocks)[0]
     theirs = run({"compensate": True}, keep, base, blocks)[0]
     assert ours.changes == theirs.changes

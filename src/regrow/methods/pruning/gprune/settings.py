@@ -26,7 +26,7 @@ class Settings:
 
     Args:
         base: The base method, whose metric and allocation are used: ``flap`` (WIFV), ``wanda_sp``, ``llm_pruner``
-            (Taylor) or ``magnitude``.
+            (Taylor), ``magnitude`` or ``fisher``.
         shards: The number of parts into which each source is split, to tell sensitivity from sampling noise.
         rank: ``raw``: sensitivity of percentile ranks; ``probit``: of their normal quantiles.
         denoise: Whether the noise within sources is subtracted from the sensitivity.
