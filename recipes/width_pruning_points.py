@@ -12,7 +12,7 @@ Row = dict[str, Any]
 FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogue"))
 """The calibration domains of each fold; those of the other fold are its unseen domains."""
 KEEPS = (0.8, 0.7, 0.9, 0.5)
-METHODS = ("flap", "wanda_sp", "llm_pruner", "magnitude", "random")
+METHODS = ("flap", "wanda_sp", "llm_pruner", "fisher", "magnitude", "random")
 OUTER = (0.125, 0.0625)
 """The fractions of the blocks, at the beginning and at the end, that arms with unpruned outer blocks leave alone."""
 FINALISTS = 10
@@ -151,6 +151,7 @@ GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gprune, learned shares": ("mlp", LEARNED),
     ZERO_SHOT: ("mlp", {"base": "flap", **MEASURED}),
     f"{ZERO_SHOT}, base llm_pruner": ("mlp", {"base": "llm_pruner", **MEASURED}),
+    f"{ZERO_SHOT}, base fisher": ("mlp", {"base": "fisher", **MEASURED}),
     f"{ZERO_SHOT}, all units": ("", {"base": "flap", **MEASURED}),
 }
 """The arms of GPrune: name → axes that may be cut, settings."""

@@ -141,7 +141,7 @@ def test_grow(device, fill):
     assert same(*nets)
 
 
-@pytest.mark.parametrize("need", [Need.ACTIVATIONS, Need.GRADIENTS])
+@pytest.mark.parametrize("need", [Need.ACTIVATIONS, Need.GRADIENTS, Need.FISHER])
 def test_measuring_waits_once_per_shard(device, need):
     dense = Net().eval().to(device)
     axes, sources = regrow.trace(dense, IMAGES[:1].to(device)), to_sources(DATA, ReadOptions(8))

@@ -243,6 +243,7 @@ def test_too_little_memory_is_refused_with_the_least(regrow, tiny_language_model
     ("words", "match"),
     [
         (("--method", "llm_pruner"), "computes gradients"),
+        (("--method", "fisher"), "computes gradients of masks"),
         (("--method", "gprune"), "runs the masked network"),
         (("--recover", "refit"), "--recover refit"),
         (("--reconstruct", "--reconstruct-set", "target=dense"), "--reconstruct-set target=dense"),
@@ -262,6 +263,7 @@ def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, st
         (("--recover", "distil"), "--recover distil needs the whole network"),
         (("--recover", "refit"), "--recover refit needs the whole network"),
         (("--method", "llm_pruner"), "computes gradients of all weights, needs the whole network"),
+        (("--method", "fisher"), "computes gradients of masks, needs the whole network"),
         (("--method", "gprune", "--source", "code", "--source", "talk"), "runs the masked network, needs the whole"),
         ((), ""),
     ],

@@ -95,8 +95,8 @@ def test_windows_are_shortened_where_all_inputs_are_sequences() -> None:
 
 
 def test_measured_allocation_keeps_the_budget_and_is_no_worse_than_any_start() -> None:
-    for keep in (0.85, 0.6):
-        cut, axes = run({}, keep=keep)
+    for keep, base in ((0.85, "flap"), (0.6, "fisher")):
+        cut, axes = run({"base": base}, keep=keep)
         cost = Cost(axes)
         cheapest = min(cost.total - cost({a.key: a.size - 1}) for a in axes.units())
         assert keep * cost.total - cheapest < cost(cut.plan.sizes(axes)) <= keep * cost.total
