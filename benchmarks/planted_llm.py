@@ -20,9 +20,10 @@ per MLP the 16 with the largest ratio of mean squares, unseen ÷ calibration dom
 unseen domain.
 
 Every cut is evaluated as it is (with means of dropped inputs in biases, but for "random"), and after layers that read
-cut units were fitted by least squares on the calibration text: with the defaults of ``--reconstruct``, and with ridges
-from 1e-5. A ridge of ``--reconstruct`` is a multiple of the mean of Σ x² over a layer's inputs, which few inputs
-dominate, so that 0.03 is too much for a duplicate to take over the weights of the other.
+cut units were fitted by least squares on the calibration text: with the defaults of ``--reconstruct``, whose ridge is a
+multiple of the mean of Σ x² over a layer's inputs, which few inputs dominate, so that it may be too much for a
+duplicate to take over the weights of the other; with standardized ridges, a multiple of each input's own Σ x²; and with
+small ridges, from 1e-5.
 
 Calibration: news, manual and talk. Unseen: code (a different language, so that such neurons exist). Perplexity is
 measured on the evaluation halves. All methods may cut MLP neurons alone, and keep as many weights as SmolLM2 has.
@@ -36,7 +37,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ ARMS = (
 RECONSTRUCTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "": None,
     "defaults": {},
+    "standardized ridges": {"standardize": True},
     "small ridges": {"ridges": (1e-5, 1e-3, 1e-1), "shrinkages": (1.0,)},
 }
 """What follows the cut: nothing, or least squares with these settings of ``--reconstruct``."""
@@ -129,11 +131,14 @@ class PlantedBench:
 
         Args:
             model: The network.
-            dense: Domain → the negative log-likelihood and the tokens of each window; ``None``: this is the dense one.
+            dense: Domain → the fields of the dense network's perplexity; ``None``: this is the dense one.
         """
         results = {source.name: perplexity(model, source) for source in self.tests}
-        windows = {name: [list(one.nll), list(one.tokens)] for name, one in results.items()}
-        base = {name: Perplexity(name, tuple(each[0]), tuple(each[1])) for name, each in (dense or windows).items()}
+        stored = {name: asdict(one) for name, one in results.items()}
+        base = {
+            name: Perplexity(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
+            for name, one in (dense or stored).items()
+        }
         pairs = {name: paired_difference(base[name], one) for name, one in results.items()}
         return {
             "perplexity": {name: round(one.ppl, 4) for name, one in results.items()},
@@ -142,7 +147,7 @@ class PlantedBench:
                 part: round(math.exp(sum(pairs[name].mean for name in names) / len(names)), 5)
                 for part, names in (("seen", SEEN), ("unseen", UNSEEN))
             },
-        } | ({"windows_nll": windows} if dense is None else {})
+        } | ({"windows_nll": stored} if dense is None else {})
 
     def cut(self, arm: Arm, path: Path | None) -> tuple[Plan, float]:
         """Plan the cut of the widened network back to its size; return the plan and the CPU seconds."""

@@ -249,6 +249,21 @@ def test_ridge_and_shrinkage_are_those_that_left_out_sources_like_best():
     assert choose_left_out(nothing, (1e-6,), (1.0,), bias=True).change is None
 
 
+def test_a_standardized_ridge_does_not_depend_on_the_scales_of_inputs_and_leaves_the_bias_free():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(40, 6), torch.zeros(40, 1), torch.ones(40, 1)], 1).double()
+    missing, scales = torch.randn(40, 3).double() + 5, torch.tensor([1.0, 100.0, 0.01, 1.0, 1.0, 3.0, 1.0, 1.0])
+    solve = lambda x, ridge: ridged(Sums.of(x, missing, missing), ridge, standardize=True, bias=True)  # noqa: E731
+    ours = solve(x, 0.3)
+    torch.testing.assert_close(solve(x * scales, 0.3) * scales[:, None], ours, rtol=1e-4, atol=1e-6)
+    gram = x.T @ x
+    penalty = torch.diag(0.3 * gram.diagonal().index_fill(0, torch.tensor([7]), 0.0) + torch.eye(8)[6])
+    torch.testing.assert_close(ours, torch.linalg.solve(gram + penalty, x.T @ missing), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(solve(x, 1e9)[-1], missing.mean(0), rtol=1e-6, atol=1e-6)
+    sums = [Sums.of(x[at], missing[at], missing[at]) for at in (slice(0, 15), slice(15, 40))]
+    torch.testing.assert_close(choose_left_out(sums, (0.3,), bias=True, standardize=True).change, ours)
+
+
 def test_a_network_that_was_trained_since_is_refitted_to_the_dense_one():
     one = language()
     distil.distil(one, distil.Settings(lr=3e-2))

@@ -77,6 +77,8 @@ class Settings:
             source in turn, left out of the fit; with a single source, on held-out text.
         shrinkages: The candidate factors, above 0 and at most 1, by which the least squares solution is shrunk towards
             the one that changes the bias alone; 1: it is not.
+        standardize: Whether each input's weights are penalised in proportion to its own Σ x², as if inputs were scaled
+            alike, and biases are not; otherwise in proportion to the mean, which few strong inputs dominate.
     """
 
     target: str = "auto"
@@ -84,6 +86,7 @@ class Settings:
     held_out: float = 0.125
     choose_on: str = field(default="held_out", metadata=UNRECORDED)
     shrinkages: tuple[float, ...] = field(default=(1.0,), metadata=UNRECORDED)
+    standardize: bool = field(default=False, metadata=UNRECORDED)
 
 
 def build(settings: Settings) -> Recovery:
@@ -167,7 +170,7 @@ def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[Batch], Ridge
     # Parts end where sources do, whatever the sizes of their batches; the held-out part is a fraction of the batches.
     sizes = [sum(map(_examples, part)) if left_out else len(part) for part in parts]
     ends = tuple(end / sum(sizes) for end in accumulate(sizes))
-    return every, RidgeCandidates(settings.ridges, settings.shrinkages, ends, left_out)
+    return every, RidgeCandidates(settings.ridges, settings.shrinkages, ends, left_out, settings.standardize)
 
 
 def _examples(batch: Batch) -> int:

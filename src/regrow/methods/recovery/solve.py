@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 from operator import add
 from typing import Any
@@ -79,12 +79,16 @@ class Sums:
         return self.missing - 2 * float((change * self.cross).sum()) + float((change * (self.gram @ change)).sum())
 
 
-def ridged(sums: Sums, ridge: float) -> Tensor:
-    """Return the change D ``[k, out]`` that minimises Σ |r − Dᵀ x|² + ridge · mean(diag Σ x xᵀ) · |D|².
+def ridged(sums: Sums, ridge: float, *, standardize: bool = False, bias: bool = False) -> Tensor:
+    """Return the change D ``[k, out]`` that minimises Σ |r − Dᵀ x|² + ridge · Σ_i s_i · |D_i|².
+
+    s_i is the mean diagonal of Σ x xᵀ; or, if ``standardize``, (Σ x xᵀ)_ii, and 0 for the bias.
 
     Args:
         sums: The sums over the rows.
-        ridge: The ridge, as a multiple of the mean diagonal.
+        ridge: The ridge, as a multiple of s.
+        standardize: Whether each input is penalised in proportion to its own sum of squares.
+        bias: Whether the last input is the constant 1 of a bias.
 
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     >>> wanted = torch.tensor([[3.0], [-1.0]])
@@ -92,7 +96,11 @@ def ridged(sums: Sums, ridge: float) -> Tensor:
     True
     """
     gram = sums.gram.clone()
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    if standardize:
+        own = gram.diagonal()[: len(gram) - bias]
+        own.copy_(torch.where(own > 0, own * (1 + ridge), 1.0))  # the change of an input that is always 0 is 0
+    else:
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info):  # no ridge, and inputs that depend on one another
         return torch.linalg.pinv(gram, hermitian=True) @ sums.cross
@@ -121,7 +129,13 @@ class Choice:
 
 
 def choose_held_out(
-    fit: Sums, held: Sums, ridges: Sequence[float], shrinkages: Sequence[float] = (1.0,), *, bias: bool = False
+    fit: Sums,
+    held: Sums,
+    ridges: Sequence[float],
+    shrinkages: Sequence[float] = (1.0,),
+    *,
+    bias: bool = False,
+    standardize: bool = False,
 ) -> Choice:
     """Choose ridge and shrinkage on held-out rows, and solve for the change with them on all rows.
 
@@ -132,12 +146,19 @@ def choose_held_out(
         shrinkages: The candidate factors, above 0 and at most 1, of the difference between the least squares solution
             and the one that changes the bias alone.
         bias: Whether the last input is the constant 1 of a bias.
+        standardize: As for :func:`ridged`.
     """
-    return _choose([(fit, held)], lambda: fit + held, ridges, shrinkages, bias)
+    solve = partial(ridged, standardize=standardize, bias=bias)
+    return _choose([(fit, held)], lambda: fit + held, ridges, shrinkages, bias, solve)
 
 
 def choose_left_out(
-    sources: Sequence[Sums], ridges: Sequence[float], shrinkages: Sequence[float] = (1.0,), *, bias: bool = False
+    sources: Sequence[Sums],
+    ridges: Sequence[float],
+    shrinkages: Sequence[float] = (1.0,),
+    *,
+    bias: bool = False,
+    standardize: bool = False,
 ) -> Choice:
     """Choose ridge and shrinkage on left-out sources, and solve for the change with them on all sources.
 
@@ -148,9 +169,11 @@ def choose_left_out(
         ridges: The candidate ridges.
         shrinkages: As for :func:`choose_held_out`.
         bias: As for :func:`choose_held_out`.
+        standardize: As for :func:`ridged`.
     """
+    solve = partial(ridged, standardize=standardize, bias=bias)
     folds = ((reduce(add, [*sources[:m], *sources[m + 1 :]]), held) for m, held in enumerate(sources))
-    choice = _choose(folds, lambda: reduce(add, sources), ridges, shrinkages, bias)
+    choice = _choose(folds, lambda: reduce(add, sources), ridges, shrinkages, bias, solve)
     errors = [held.relative(held.missing if choice.change is None else held.left(choice.change)) for held in sources]
     return replace(choice, seen=math.fsum(errors) / len(errors))
 
@@ -161,6 +184,7 @@ def _choose(
     ridges: Sequence[float],
     shrinkages: Sequence[float],
     bias: bool,
+    solve: Callable[[Sums, float], Tensor],
 ) -> Choice:
     """Choose the candidate with the least mean relative error over (fitted, judged) sums."""
     errors: dict[tuple[float, float], list[float]] = {}
@@ -169,14 +193,14 @@ def _choose(
         missing.append(held.relative(held.missing))
         start = _bias_alone(fit, bias)
         for ridge in ridges:
-            for shrinkage, left in _left(held, start, ridged(fit, ridge), shrinkages).items():
+            for shrinkage, left in _left(held, start, solve(fit, ridge), shrinkages).items():
                 errors.setdefault((ridge, shrinkage), []).append(held.relative(left))
     losses = {key: math.fsum(several) / len(several) for key, several in errors.items()}
     before, best = math.fsum(missing) / len(missing), min(losses, key=lambda key: losses[key])
     if not losses[best] < before:
         return Choice(None, 0.0, 0.0, before, before)
     (ridge, shrinkage), total = best, whole()
-    change = ridged(total, ridge)
+    change = solve(total, ridge)
     if shrinkage != 1:
         change = torch.lerp(_bias_alone(total, bias), change, shrinkage)
     return Choice(change, ridge, shrinkage, before, losses[best])
@@ -211,12 +235,14 @@ class RidgeCandidates:
         ends: Where each part of the positions ends, as a fraction of all: the sources, one after the other; or the
             fitted part, and the held-out rest.
         left_out: Whether the parts are sources, of which one is left out at a time; else the last part is held out.
+        standardize: As for :func:`ridged`.
     """
 
     ridges: tuple[float, ...]
     shrinkages: tuple[float, ...]
     ends: tuple[float, ...]
     left_out: bool = False
+    standardize: bool = False
 
     def choose(self, inputs: Tensor, target: Tensor, missing: Tensor, *, bias: bool) -> Choice:
         """Choose the change of a layer.
@@ -231,9 +257,10 @@ class RidgeCandidates:
         rows = [slice(start, end) for start, end in pairwise(ends)]
         sums = [Sums.of(inputs[at], missing[at], target[at]) for at in rows]
         if self.left_out:
-            return choose_left_out(sums, self.ridges, self.shrinkages, bias=bias)
+            return choose_left_out(sums, self.ridges, self.shrinkages, bias=bias, standardize=self.standardize)
         fit, held = sums
-        return choose_held_out(fit, held, self.ridges, self.shrinkages, bias=bias)
+        more = {"bias": bias, "standardize": self.standardize}
+        return choose_held_out(fit, held, self.ridges, self.shrinkages, **more)
 
     def record(self, name: str, choice: Choice) -> dict[str, Any]:
         """Return what is recorded of a layer, as JSON data.
