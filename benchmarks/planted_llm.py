@@ -22,8 +22,8 @@ unseen domain.
 Every cut is evaluated as it is (with means of dropped inputs in biases, but for "random"), and after layers that read
 cut units were fitted by least squares on the calibration text: with the defaults of ``--reconstruct``, whose ridge is a
 multiple of the mean of Σ x² over a layer's inputs, which few inputs dominate, so that it may be too much for a
-duplicate to take over the weights of the other; with standardized ridges, a multiple of each input's own Σ x²; and with
-small ridges, from 1e-5.
+duplicate to take over the weights of the other; with standardized ridges of 0.03 and 0.3, multiples of each input's own
+Σ x²; and with small ridges, from 1e-5.
 
 Calibration: news, manual and talk. Unseen: code (a different language, so that such neurons exist). Perplexity is
 measured on the evaluation halves. All methods may cut MLP neurons alone, and keep as many weights as SmolLM2 has.
@@ -87,7 +87,7 @@ ARMS = (
 RECONSTRUCTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "": None,
     "defaults": {},
-    "standardized ridges": {"standardize": True},
+    "standardized ridges": {"standardize": True, "ridges": (0.03, 0.3), "shrinkages": (1.0,)},
     "small ridges": {"ridges": (1e-5, 1e-3, 1e-1), "shrinkages": (1.0,)},
 }
 """What follows the cut: nothing, or least squares with these settings of ``--reconstruct``."""

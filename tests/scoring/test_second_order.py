@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from regrow.methods.pruning.obs import Settings
 from regrow.scoring.grams import grams
 from regrow.scoring.second_order import eliminate
 from regrow.sources import Batch
@@ -46,14 +47,15 @@ def test_the_order_is_that_of_refitting_after_every_removal(width: int) -> None:
     assert result.scores().argsort(stable=True)[0] == order[0]
 
 
-def test_one_of_two_duplicates_and_both_of_a_cancelling_pair_go_first() -> None:
+@pytest.mark.parametrize("ridge", [1e-6, Settings().ridge])
+def test_one_of_two_duplicates_and_both_of_a_cancelling_pair_go_first(ridge: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 40, generator=generator, dtype=torch.float64)
-    x[:, 1], x[:, 3] = x[:, 0], 9 * x[:, 3]
+    x[:, 1], x[:, 3] = x[:, 0], 2 * x[:, 3]
     x[:, 2] = x[:, 3]
     weight = torch.randn(5, 40, generator=generator, dtype=torch.float64)
     weight[:, 3] = -weight[:, 2]
-    order = eliminate(x.T @ x, weight, torch.arange(40)[:, None], 1e-6).order.tolist()
+    order = eliminate(x.T @ x, weight, torch.arange(40)[:, None], ridge).order.tolist()
     assert {2, 3} <= set(order[:3]) and len({0, 1} & set(order[:3])) == 1
 
 

@@ -38,7 +38,8 @@ class Settings:
     """Settings of ``obs``: the ridge, allocation, unpruned blocks and compensation.
 
     Args:
-        ridge: The ridge of the least squares, as a fraction of each input's Σ x².
+        ridge: The ridge of the least squares, as a fraction of each input's Σ x². Removing one of two units that cancel
+            costs about 2 · ridge times its energy, so that a large ridge keeps them.
         allocation: ``uniform``: the same fraction of each axis; ``ranked``: one ranking of z-scores.
         compensate: Whether the mean of dropped inputs is added to biases.
         spare_first: The fraction of the numbered blocks, at the beginning, that is not pruned.
@@ -46,7 +47,7 @@ class Settings:
         minimum: The smallest number of units that stay in an axis.
     """
 
-    ridge: Annotated[float, Range(0, above=True)] = 0.1
+    ridge: Annotated[float, Range(0, above=True)] = 0.001
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
     spare_first: Annotated[float, Range(0, 1, below=True)] = 0.0
