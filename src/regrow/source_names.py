@@ -1,6 +1,7 @@
 """Names of data: find without importing torch what is wrong with the name of a source or of a data set."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 from regrow.errors import InputError
@@ -10,6 +11,8 @@ DOMAINS = ("news", "code", "manual", "talk")
 """The names of the included text domains."""
 DIGITS = "digits"
 """The name of the included images."""
+GENERATED = "generated"
+"""The name of the text that the model generates."""
 
 
 def find_source_problem(spec: str) -> str:
@@ -26,7 +29,7 @@ def find_source_problem(spec: str) -> str:
         if path.strip() and not expanded(Path(path.strip())).exists():
             return f"source {name!r}: {path} does not exist; check the path"
         return ""
-    if name in (*DOMAINS, DIGITS):
+    if name in (*DOMAINS, DIGITS, GENERATED):
         return ""
     try:
         there = bool(name) and expanded(Path(name)).exists()
@@ -34,10 +37,23 @@ def find_source_problem(spec: str) -> str:
         return f"source {name!r}: {error}"
     if there:
         return f"source {name!r}: give it a name, NAME=PATH: {Path(name).stem}={name}"
-    near = difflib.get_close_matches(name, (*DOMAINS, DIGITS), n=1)
+    near = difflib.get_close_matches(name, (*DOMAINS, DIGITS, GENERATED), n=1)
     own = "your own: NAME=PATH, of images NAME=FOLDER with one folder per class"
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join((*DOMAINS, DIGITS))}; {own}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join((*DOMAINS, DIGITS, GENERATED))}; {own}"
     return f"no source {name!r}; {hint}"
+
+
+def check_evaluated(specs: Iterable[str]) -> None:
+    """Raise InputError if a source is to be evaluated on that has nothing to evaluate on.
+
+    Args:
+        specs: Sources, ``NAME`` or ``NAME=PATH``.
+    """
+    if GENERATED in specs:
+        raise InputError(
+            f"source {GENERATED!r} is text to calibrate on and has no evaluation half; evaluate on another source, "
+            f"such as {DOMAINS[0]}"
+        )
 
 
 def find_data_problem(name: str) -> str:

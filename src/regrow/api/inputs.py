@@ -1,7 +1,7 @@
 """Read what users pass to the Python interface: a network or its name, an example input, data, and a loss."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from regrow.commands.models import ModelSpec, load_model
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import InputError
 from regrow.evaluation.forward import evaluating
+from regrow.evaluation.generation import generate_source
 from regrow.nets import Origin
 from regrow.nets.devices import choose_device
 from regrow.nets.examples import guessed_example
 from regrow.nets.precision import check_precision
 from regrow.objectives import LossFunction, Objective, choose_objective
 from regrow.progress import Progress, silent
+from regrow.source_names import GENERATED
 from regrow.sources import Batch, Source, device_of, moved
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import cast_example
@@ -27,6 +29,8 @@ ModelLike = nn.Module | str | Path
 """A network, a name that :func:`regrow.nets.load` takes, or the path of a saved model or run folder."""
 DeviceLike = str | torch.device | None
 """A device, ``"auto"`` for the best one of this machine, or ``None``: where the network is."""
+TOKENS = 4096
+"""How many tokens a network generates where its own text is among the data."""
 LossLike = str | LossFunction | Objective | None
 """A loss by name, as a function (what the network returned, labels) → scalar, or ``None``: what fits the labels."""
 
@@ -65,6 +69,7 @@ def read_inputs(
     device: DeviceLike = None,
     precision: str = "float32",
     progress: Progress = silent,
+    generates: bool = False,
 ) -> Inputs:
     """Load a network if it is named, read the data, and choose an example input and an objective.
 
@@ -79,6 +84,7 @@ def read_inputs(
         device: The device to which the network is moved.
         precision: The precision of forward passes, which is only checked.
         progress: Called with (steps done, steps in all, what is being done).
+        generates: Whether ``"generated"`` among the data is text that the network generates.
 
     Raises:
         InputError: If there is neither an example nor data, or no network.
@@ -103,7 +109,8 @@ def read_inputs(
     given = to_example(example) if example is not None else known
     guess = given or guessed_example(model)
     size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
-    sources = tuple(to_sources(data, choose_reading(model, tokenizer, batch_size, size)))
+    reading = choose_reading(model, tokenizer, batch_size, size)
+    sources = tuple(to_sources(_generate(data, model, reading, progress) if generates else data, reading))
     first = sources[0].batches[0] if sources else None
     if given is None and first is None:
         raise InputError(
@@ -115,6 +122,24 @@ def read_inputs(
     if (place := device_of(model)).type not in ("cpu", "meta"):
         example = Example(moved(example.args, place), moved(dict(example.kwargs), place))
     return Inputs(model, example, sources, objective, tokenizer)
+
+
+def _generate(data: Any, model: nn.Module, reading: ReadOptions, progress: Progress) -> Any:
+    """Return the data with text that the network generates in the place of ``"generated"``."""
+    if isinstance(data, Mapping) and any(_is_generated(part) for part in data.values()):
+        parts = {name: _generate(part, model, reading, progress) for name, part in data.items()}
+        return {
+            name: replace(part, name=str(name)) if _is_generated(data[name]) else part for name, part in parts.items()
+        }
+    if not _is_generated(data):
+        return data
+    if reading.tokenizer is None:
+        raise InputError(f"{GENERATED!r} is text that the model generates, and it has no tokenizer; give tokenizer=")
+    return generate_source(model, reading.tokenizer, TOKENS // reading.seq_len, reading.seq_len, progress=progress)
+
+
+def _is_generated(data: object) -> bool:
+    return isinstance(data, str) and data == GENERATED and not Path(data).exists()
 
 
 def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int = 224) -> ReadOptions:

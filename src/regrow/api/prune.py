@@ -155,7 +155,7 @@ def _carry_out(
         if streamed is not None:
             settings = described(streamed.inputs, precision, None)
             return prune_streamed(streamed, call.pruner, limits, place, settings, str(model), loss, progress)
-    inputs = read_inputs(model, data, **given, progress=progress)
+    inputs = read_inputs(model, data, **given, progress=progress, generates=True)
     axes, fit = inputs.trace() if axes is None else axes, _reconstruction(call.reconstruct, inputs)
     axes = with_modules(call.pruner, inputs.model, axes)
     work = _Pruning(inputs, axes, call.pruner, precision, progress, fit)

@@ -90,7 +90,7 @@ def recover(
     if precision != "float32" and by in CLOSED_FORM:
         raise InputError(f"{by} solves for weights in their own format; leave out precision={precision!r}, or use lora")
     given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
-    inputs = read_inputs(dense, data, example=example, **given, precision=precision, progress=progress)
+    inputs = read_inputs(dense, data, example=example, **given, precision=precision, progress=progress, generates=True)
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     if axes is None:

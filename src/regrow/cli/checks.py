@@ -15,7 +15,7 @@ from regrow.limits import expanded
 from regrow.model_names import find_problem
 from regrow.settings import grow, prune
 from regrow.settings.declaration import options_of
-from regrow.source_names import DOMAINS, find_data_problem, find_source_problem
+from regrow.source_names import DOMAINS, check_evaluated, find_data_problem, find_source_problem
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,6 +36,8 @@ METHODS = {
     ("search", "method"): "search",
 }
 """Command and setting → the kind of method that it names."""
+EVALUATED = {("prune", "unseen"), ("evaluate", "sources"), ("grow", "sources")}
+"""Command and setting that names sources to evaluate on alone."""
 GIVEN = {"method": "method", "by": "recovery"}
 """Setting that names a method → the first word of the setting that holds the settings of the method."""
 FILES = {"show": ("json_file",), "evaluate": ("json_file",), "prune": ("dry_run",), "grow": ("plan",)}
@@ -77,6 +79,8 @@ def check_words(
     for field in options_of(type(settings)) if settings else ():
         if field.setting.source:
             check_sources(own[field.name])
+            if (command, field.name) in EVALUATED:
+                check_evaluated(own[field.name])
     check_data(given)
     for name in FILES.get(command, ()):
         if file := given.get(name):

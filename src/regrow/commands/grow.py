@@ -1,6 +1,7 @@
 """``regrow grow``: widen or deepen a model such that its outputs do not change, compare them, and save."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from regrow.axes import AxisGraph
 from regrow.axes.inventory import inventory
 from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import record_input
+from regrow.commands.generated import fill_generated
 from regrow.commands.growing import GrowthSpec, output_change, outputs_of, plan_growth
-from regrow.commands.inputs import SourceHalves, SourceSpecs, describe_sources, read_sources
+from regrow.commands.inputs import SourceHalves, SourceSpecs, count_windows, describe_sources, read_sources
 from regrow.commands.measuring import measure
 from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.parents import describe_stage, start_from
@@ -127,6 +129,9 @@ def run(
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
         start_from(folder, settings.model, loaded, undo=settings.undo)
+        with clock.stage("generate") if kinds.pending else nullcontext():
+            windows = count_windows(specs.tokens, specs.seq_len)
+            kinds = fill_generated(kinds, specs, loaded, windows, folder.path, progress=progress)
         folder.update(notes=[*loaded.notes, *notes], sources=describe_sources(specs, kinds), **record_input(loaded))
         _grown(_GrowJob(settings, folder, loaded, kinds, clock, progress), axes, plan)
         peak = PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None

@@ -1,16 +1,22 @@
 """The data of a run: calibration and evaluation halves of its sources, as text windows or images for its model."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from regrow import data
 from regrow.data import Half
 from regrow.data.vision import digits, images
+from regrow.data.windows import find_separator, find_start, token_windows
 from regrow.errors import InputError
+from regrow.evaluation.generation import check_generation, describe_generated
 from regrow.nets import Loaded
-from regrow.sources import Source
+from regrow.source_names import GENERATED, check_evaluated
+from regrow.sources import Batch, Source
 
 
 @dataclass(frozen=True)
@@ -41,35 +47,95 @@ class SourceHalves:
     Args:
         calibration: The calibration halves.
         evaluation: The evaluation halves, of the same sources in the same order, then of unseen ones.
+        generated: The tokens of all windows that the model generated, of which ``calibration`` may have the first;
+            ``None``: none yet.
     """
 
     calibration: tuple[Source, ...]
     evaluation: tuple[Source, ...]
+    generated: Tensor | None = field(default=None, compare=False)
 
     @property
     def seen(self) -> frozenset[str]:
         """The names of the calibration sources."""
         return frozenset(source.name for source in self.calibration)
 
+    @property
+    def pending(self) -> bool:
+        """Whether a source is text that is still to be generated."""
+        return any(isinstance(source.batches, PendingWindows) for source in self.calibration)
 
-def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
-    """Read the calibration and evaluation halves of every named source.
+
+@dataclass(frozen=True)
+class PendingWindows(Sequence[Batch]):
+    """Windows that the model is still to generate: only their number is known.
+
+    Args:
+        number: The number of windows.
+    """
+
+    number: int
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: object) -> NoReturn:
+        """Raise RuntimeError: there is nothing to read."""
+        raise RuntimeError(f"window {index} is read before it is generated")
+
+
+def read_sources(specs: SourceSpecs, loaded: Loaded, generated: Tensor | None = None) -> SourceHalves:
+    """Read the calibration and evaluation halves of every named source; generated text has no evaluation half.
 
     Args:
         specs: The sources, and how much of each.
         loaded: The model, whose tokenizer or input shape decides the form of the data.
+        generated: The tokens of the windows that the model generated, of which the source takes the first; ``None``:
+            they are pending.
 
     Raises:
-        ValueError: If a source is unknown, empty, too short, or named twice.
+        ValueError: If a source is unknown, empty, too short, named twice, or of no use for the model.
     """
+    check_evaluated(specs.unseen)
     every = (*specs.sources, *specs.unseen)
     names = [spec.partition("=")[0] for spec in every]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two sources are named {twice!r}; give each its own name: NAME=PATH")
     return SourceHalves(
-        tuple(_source(specs, loaded, spec, Half.CALIBRATION, specs.tokens) for spec in specs.sources),
-        tuple(_source(specs, loaded, spec, Half.EVALUATION, specs.eval_tokens) for spec in every),
+        tuple(
+            generated_source(specs, loaded, generated)
+            if spec == GENERATED
+            else _source(specs, loaded, spec, Half.CALIBRATION, specs.tokens)
+            for spec in specs.sources
+        ),
+        tuple(_source(specs, loaded, spec, Half.EVALUATION, specs.eval_tokens) for spec in every if spec != GENERATED),
+        generated,
     )
+
+
+def generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None) -> Source:
+    """Return the source of text that the model generated.
+
+    Args:
+        specs: The sources, and how much of each.
+        loaded: The model.
+        tokens: The tokens of at least as many windows; ``None``: they are pending.
+
+    Raises:
+        InputError: If the model has no tokenizer, or cannot generate text.
+    """
+    if loaded.tokenizer is None:
+        raise InputError(
+            f"source {GENERATED!r} is text that the model generates, and this model has no tokenizer; name a language "
+            "model, or another source"
+        )
+    check_generation(loaded.model)
+    find_separator(loaded.tokenizer)
+    n = count_windows(specs.tokens, specs.seq_len)
+    if tokens is None:
+        return Source(GENERATED, PendingWindows(n))
+    origin = describe_generated(n, specs.seq_len, specs.seed)
+    return token_windows(GENERATED, tokens[:n], find_start(loaded.tokenizer), origin)
 
 
 def count_windows(tokens: int, seq_len: int) -> int:
@@ -142,14 +208,13 @@ def describe_sources(specs: SourceSpecs, kinds: SourceHalves) -> list[dict[str, 
         specs: The sources, and how much of each.
         kinds: The data that were read.
     """
-    seen = {source.name: source for source in kinds.calibration}
-    every = (*specs.sources, *specs.unseen)
-    rows = []
-    for spec, test in zip(every, kinds.evaluation, strict=True):
-        own = seen.get(test.name)
-        origin = (
-            f"evaluation: {test.origin}" if own is None else f"calibration: {own.origin}; evaluation: {test.origin}"
-        )
-        counts = {"calibration_tokens": own.tokens if own else 0, "evaluation_tokens": test.tokens}
-        rows.append({"name": test.name, "spec": spec, "origin": origin, **counts})
+    tests, rows = iter(kinds.evaluation), []
+    for i, spec in enumerate((*specs.sources, *specs.unseen)):
+        own = kinds.calibration[i] if i < len(kinds.calibration) else None
+        test = None if spec == GENERATED else next(tests)
+        parts = {"calibration": own, "evaluation": test}
+        name = next(one.name for one in (test, own) if one is not None)
+        origin = "; ".join(f"{half}: {one.origin}" for half, one in parts.items() if one is not None)
+        counts = {f"{half}_tokens": one.tokens if one else 0 for half, one in parts.items()}
+        rows.append({"name": name, "spec": spec, "origin": origin, **counts})
     return rows

@@ -17,6 +17,7 @@ from regrow.commands import pruning as prune
 from regrow.commands.calibration import calibrate
 from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import record_input
+from regrow.commands.generated import count_generated, fill_generated, generate_in_run
 from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
 from regrow.commands.later_plans import LaterPlan, check_later_plans
 from regrow.commands.models import load_model
@@ -116,6 +117,7 @@ def plan_only(
     axes = with_modules(method, loaded.model, axes)
     budget = prune.with_timing(loaded.model, axes, budget, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
+    kinds = fill_generated(kinds, source_specs(settings), loaded, count_generated(settings), progress=progress)
     temporary = TemporaryDirectory(prefix="regrow-") if streamed else nullcontext("")
     with autocasting(loaded.model, settings.precision), temporary as place:
         visits = streamed.with_results(Path(place)).network() if streamed else None
@@ -166,11 +168,8 @@ def run(
     budget = budget_of(settings)
     check_recovery(settings.recover, settings.sources)
     check_reconstruction(settings, several=ranks.several)
-    identity: dict[str, Any] = {
-        "verb": "prune",
-        "settings": record_settings(settings),
-        "defaults": record_defaults(settings),
-    }
+    recorded = {"settings": record_settings(settings), "defaults": record_defaults(settings)}
+    identity: dict[str, Any] = {"verb": "prune", **recorded}
     RunFolder.check(out, **identity)
     clock, shared = Clock(None), shared or SharedWork()
     later = [LaterPlan.of(one) for one in shared.later]
@@ -181,7 +180,7 @@ def run(
         loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
         check_precision(loaded.model, settings.precision)
         kinds = read_sources(source_specs(settings), loaded)
-        check_amount(settings, loaded, kinds.calibration)
+        check_amount(settings, loaded, kinds)
     with clock.stage("trace"):
         axes = streamed.opened.axes if streamed else shared.trace(loaded)
         axes = with_modules(method, loaded.model, axes)
@@ -197,6 +196,7 @@ def run(
         streamed = streamed.with_results(folder.path) if streamed else None
         outside = streamed.unchanged() if streamed else None
         start_from(folder, settings.model, loaded, undo=settings.undo, outside=outside)
+        kinds = generate_in_run(settings, kinds, loaded, clock, shared, progress, ranks)
         job = _PruneJob(settings, folder, loaded, kinds, clock, progress, code, streamed, ranks, shared)
         _record_inputs(job, budget)
         plan = _make_plan(job, axes, method, budget)
@@ -264,7 +264,7 @@ def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
         _record_plan(folder, plan, traced, axes)
     if dense is not None:
         with clock.stage("reconstruct"):
-            fitted = choose_sources(settings, loaded, kinds.calibration), settings.reconstruct_settings
+            fitted = choose_sources(settings, loaded, kinds), settings.reconstruct_settings
             reconstruct(loaded.model, dense, traced, plan, *fitted, folder, job.progress)
         del dense
     if loaded.tokenizer is None and kinds.calibration:
@@ -295,7 +295,7 @@ def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: 
     network = None
     if fit:
         with job.clock.stage("reconstruct"):
-            sources = choose_sources(job.settings, job.loaded, job.kinds.calibration)
+            sources = choose_sources(job.settings, job.loaded, job.kinds)
             network = fit.write(axes, plan, sources, job.settings.reconstruct_settings, job.progress)
     broadcast_record(job.ranks, {one.name: one.stat().st_size for one in sorted(folder.path.glob("*.safetensors"))})
     shared = job.ranks if everywhere(job.ranks, True) else SINGLE  # whether the other ranks see these files
@@ -338,7 +338,8 @@ def _tune(settings: Settings, loaded: Loaded, kinds: SourceHalves, progress: Pro
 def _recover(job: _PruneJob, traced: AxisGraph, plan: Plan) -> None:
     """Recover the cut model with the help of the dense one, which is loaded again, and save it."""
     settings, folder, loaded, progress = job.settings, job.folder, job.loaded, job.progress
-    texts = read_sources(source_specs(settings, settings.recover_tokens), loaded).calibration
+    specs = source_specs(settings, settings.recover_tokens)
+    texts = read_sources(specs, loaded, job.kinds.generated).calibration
     dense, by, seed = load_model(model_spec(settings), progress, job.code), settings.recover, settings.seed
     more: Any = {"precision": settings.precision, "progress": progress}
     recover(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, **more)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
 from regrow.commands.calibration import parameter_sums
-from regrow.commands.inputs import read_sources
+from regrow.commands.inputs import SourceHalves, read_sources
 from regrow.commands.prune_settings import source_specs
 from regrow.commands.recovering import work_in
 from regrow.errors import InputError
@@ -80,34 +80,34 @@ def count_tokens(settings: Settings, text: bool) -> int:
     return settings.reconstruct_tokens or (max(LEAST, calibration) if text else calibration)
 
 
-def choose_sources(settings: Settings, loaded: Loaded, calibration: Sequence[Source]) -> Sequence[Source]:
+def choose_sources(settings: Settings, loaded: Loaded, kinds: SourceHalves) -> Sequence[Source]:
     """Return the data that a run reconstructs on: the calibration data, unless another amount is wanted.
 
     Args:
         settings: The settings of the run.
         loaded: The model.
-        calibration: The calibration data.
+        kinds: The data of the run.
     """
     tokens = count_tokens(settings, loaded.tokenizer is not None)
     if tokens == settings.tokens * len(settings.sources):
-        return calibration
-    return read_sources(source_specs(settings, tokens), loaded).calibration
+        return kinds.calibration
+    return read_sources(source_specs(settings, tokens), loaded, kinds.generated).calibration
 
 
-def check_amount(settings: Settings, loaded: Loaded, calibration: Sequence[Source]) -> None:
+def check_amount(settings: Settings, loaded: Loaded, kinds: SourceHalves) -> None:
     """Raise ValueError, before a run folder is made, if there is too little data to reconstruct on.
 
     Args:
         settings: The settings of the run.
         loaded: The model.
-        calibration: The calibration data.
+        kinds: The data of the run.
 
     Raises:
         ValueError: As :func:`check_batches`.
     """
     given = settings.reconstruct_settings
     if settings.reconstruct and _holds_out(given, len(settings.sources)):
-        check_batches(choose_sources(settings, loaded, calibration), given)
+        check_batches(choose_sources(settings, loaded, kinds), given)
 
 
 def check_batches(sources: Sequence[Source], given: Mapping[str, object]) -> None:

@@ -11,7 +11,8 @@ from regrow.axes import AxisGraph
 from regrow.axes.inventory import inventory
 from regrow.commands import prune_settings as pruning_run
 from regrow.commands.clock import Clock
-from regrow.commands.inputs import describe_sources, read_sources
+from regrow.commands.generated import fill_generated
+from regrow.commands.inputs import SourceHalves, count_windows, describe_sources, read_sources
 from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import evaluate_text, measure
 from regrow.commands.models import load_model
@@ -64,9 +65,8 @@ def run(
         code: The function ``pkg.mod:fn`` that builds the dense model, if that is the user's own code: the recorded name
             is never imported.
         track: The name of a tracker that gets every measurement, too; empty: none.
-        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted. If that is more, a
-            recovery that trains is refused, and any other reads the networks one block at a time, with the same result.
-            Empty: it is not predicted.
+        memory: How much memory the run may use, such as ``4GiB``; empty: any. If it is predicted to need more, one that
+            trains is refused, and any other reads the networks one block at a time, with the same result.
         announce: Called with one line that says what the run needs of that memory.
         parallel: The processes that train together; this one is rank 0, and the others call :func:`share`.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
@@ -99,6 +99,7 @@ def run(
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
         start_from(folder, settings.run, loaded, undo=settings.undo)
+        kinds = _generate(kinds, cut, settings, dense, parallel.ranks, progress, folder.path, source.path)
         folder.update(notes=list(dense.notes), sources=describe_sources(pruning_run.source_specs(origin), kinds))
         _copy_measurements(measured, folder)
         number = len(wanted.before) + 1
@@ -120,6 +121,22 @@ def run(
             log_differences(folder, perplexities, number)
         peak = PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder), memory=peak)
+
+
+def _generate(
+    kinds: SourceHalves,
+    cut: LastCut,
+    settings: Settings,
+    dense: Loaded,
+    ranks: ProcessRank,
+    progress: Progress = silent,
+    folder: Path | None = None,
+    *known: Path,
+) -> SourceHalves:
+    """Return the data with text that the dense model generates, as far as earlier run folders have none of it."""
+    specs = pruning_run.source_specs(cut.settings, settings.tokens)
+    windows, known = count_windows(specs.tokens, specs.seq_len), (cut.folder.path, *known)
+    return fill_generated(kinds, specs, dense, windows, folder, known=known, progress=progress, ranks=ranks)
 
 
 def _plan_memory(
@@ -157,6 +174,7 @@ def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:
     kinds = read_sources(pruning_run.source_specs(cut.settings, settings.tokens), loaded)
     axes = _trace_dense(dense, cut)
     check_same_inputs(parallel.ranks, [dense.model, loaded.model], kinds)
+    kinds = _generate(kinds, cut, settings, dense, parallel.ranks)
     more: Any = {"settings": settings.recovery_settings, "seed": settings.seed, "parallel": parallel}
     precision = settings.precision or cut.settings.precision
     given = loaded.model, dense, axes, cut.plan, kinds.calibration, settings.by

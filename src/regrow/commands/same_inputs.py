@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from regrow.commands.inputs import SourceHalves
+from regrow.commands.inputs import PendingWindows, SourceHalves
 from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_record, checksum, everywhere
 from regrow.errors import InputError
@@ -56,7 +56,8 @@ def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredW
     if not ranks.several:
         return
     _check_weights(ranks, networks)
-    sources = (*kinds.calibration, *kinds.evaluation)
+    every = (*kinds.calibration, *kinds.evaluation)
+    sources = [one for one in every if not isinstance(one.batches, PendingWindows)]  # which rank 0 will generate
     _check_data(ranks, [source.name for source in sources], [fingerprint(source) for source in sources])
 
 

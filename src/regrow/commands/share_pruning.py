@@ -9,6 +9,7 @@ from torch import nn
 from regrow.axes import AxisGraph
 from regrow.commands import pruning as prune
 from regrow.commands.calibration import share_calibration
+from regrow.commands.generated import count_generated, fill_generated
 from regrow.commands.inputs import SourceHalves, read_sources
 from regrow.commands.measuring import evaluate_text
 from regrow.commands.models import load_model
@@ -49,6 +50,7 @@ def share(settings: Settings, ranks: ProcessRank, *, code: str = "", memory: str
     kinds = read_sources(source_specs(settings), loaded)
     axes = streamed.opened.axes if streamed else trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     check_same_inputs(ranks, [streamed.opened.weights if streamed else loaded.model], kinds)
+    kinds = fill_generated(kinds, source_specs(settings), loaded, count_generated(settings), ranks=ranks)
     with TemporaryDirectory(prefix="regrow-") as place:
         streamed = streamed.with_results(Path(place)) if streamed else None
         network = streamed.network() if streamed else None

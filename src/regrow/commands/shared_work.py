@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from regrow import evaluation
 from regrow.axes import AxisGraph
 from regrow.errors import InputError
@@ -29,6 +31,7 @@ class SharedWork:
         dense: Source name → the measurement of the model before the cut.
         memory: What the first run was predicted to need of a limit of memory; ``None``: nothing was predicted yet.
         later: The settings of later runs that are not checked yet.
+        generated: The tokens of the windows that the model generated; ``None``: none.
     """
 
     axes: AxisGraph | None = None
@@ -38,6 +41,7 @@ class SharedWork:
     dense: dict[str, evaluation.Perplexity | evaluation.Accuracy] = field(default_factory=dict)
     memory: MemoryPlan | None = None
     later: Sequence[Settings] = ()
+    generated: Tensor | None = None
 
     def trace(self, loaded: Loaded) -> AxisGraph:
         """Return the axes of the model, traced once.

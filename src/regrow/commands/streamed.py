@@ -34,6 +34,7 @@ from regrow.progress import Progress
 from regrow.run_folder import RunFolder
 from regrow.scoring.collect import differentiated
 from regrow.settings.prune import Settings, folder_name
+from regrow.source_names import GENERATED
 from regrow.store import statistics
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
@@ -213,6 +214,7 @@ def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
         f"--method {settings.method}, which runs the masked network,": pruner.trains,
         f"--recover {settings.recover}": bool(settings.recover),
         "--reconstruct-set target=dense": settings.reconstruct_settings.get("target") == "dense",
+        f"--source {GENERATED}": GENERATED in settings.sources,
         "a target in ms": settings.measure == Measure.TIME,
     }
 

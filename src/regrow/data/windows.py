@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regrow.data.errors import SourceError
 from regrow.data.halves import Half, half_of
@@ -52,7 +53,7 @@ def windows(
             f"source {text.name!r}: at least 1 window, of 2 tokens or more, and 1 per batch; "
             f"got {n} windows of {seq_len}, {batch_size} per batch"
         )
-    start = _start(tokenizer)
+    start = find_start(tokenizer)
     joined = "\n\n".join(half_of(text.documents, half, text.name))
     body = seq_len - len(start)
     rows = _drawn(joined, tokenizer, n, body, seed) if n is not None else []
@@ -103,9 +104,49 @@ def _tokens(text: str, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _start(tokenizer: Any) -> list[int]:
+def find_start(tokenizer: Any) -> list[int]:
+    """Return the beginning-of-text token with which every window begins; empty if the tokenizer adds none.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+    """
     first = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
+
+
+def find_separator(tokenizer: Any) -> int:
+    """Return the token after which a document starts: that of every window, or else the separator of documents.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Raises:
+        SourceError: If it has no such token.
+    """
+    named = tokenizer.get_vocab().get("<|endoftext|>")  # chat models may call others their first and last token
+    known = (*find_start(tokenizer), named, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    separator = next((one for one in known if one is not None), None)
+    if separator is None:
+        raise SourceError(
+            "source 'generated': the tokenizer has no token with which a document starts; set tokenizer.eos_token, or "
+            "name another source"
+        )
+    return int(separator)
+
+
+def token_windows(name: str, tokens: Tensor, start: Sequence[int], origin: str, batch_size: int = 1) -> Source:
+    """Return a source of windows of given tokens, in the form of :func:`windows`.
+
+    Args:
+        name: The name of the source.
+        tokens: ``[windows, length]``, without the tokens of ``start``.
+        start: What precedes each window, from :func:`find_start`.
+        origin: Where the tokens come from.
+        batch_size: Windows per batch.
+    """
+    rows = tokens.tolist()
+    batches = [_batch([*start], rows[i : i + batch_size], _NO_CACHE) for i in range(0, len(rows), batch_size)]
+    return Source(name, batches, origin)
 
 
 def _batch(start: list[int], rows: Sequence[list[int]], kwargs: Mapping[str, Any]) -> Batch:

@@ -9,6 +9,7 @@ from regrow.evaluation.choice import (
     items_in,
     paired_choices,
 )
+from regrow.evaluation.generation import generate_source
 from regrow.evaluation.harness import Harnessed, harness
 from regrow.evaluation.language import Paired, Perplexity, mean_and_error, paired_difference, perplexity
 from regrow.evaluation.latency import Latency, latency
@@ -39,6 +40,7 @@ __all__ = [
     "count_choice_tokens",
     "dense",
     "fastest_pass",
+    "generate_source",
     "harness",
     "items_in",
     "latency",

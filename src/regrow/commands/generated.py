@@ -1,0 +1,146 @@
+"""Text that the model of a run generates to calibrate on, stored in the run folder."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.commands.clock import Clock
+from regrow.commands.inputs import PendingWindows, SourceHalves, SourceSpecs, count_windows, generated_source
+from regrow.commands.prune_settings import source_specs
+from regrow.commands.reconstruction import count_tokens
+from regrow.commands.shared_work import SharedWork
+from regrow.data.windows import find_separator, find_start
+from regrow.distributed import SINGLE, ProcessRank
+from regrow.distributed.exchange import broadcast_tensors
+from regrow.evaluation.generation import generate_tokens
+from regrow.nets import Loaded
+from regrow.progress import Progress, silent
+from regrow.settings.prune import Settings
+from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.tensors import read_tensors, write_tensors
+
+FILE = "generated/windows.safetensors"
+"""The file in a run folder: a folder of its own, since loaders of models read all weights beside a configuration."""
+FORMAT = "regrow-generated/1"
+
+
+def count_generated(settings: Settings) -> int:
+    """Return how many windows a pruning run needs at most, of the parts that use different amounts.
+
+    Args:
+        settings: The settings of the run.
+    """
+    amounts = [settings.tokens]
+    if settings.reconstruct:
+        amounts.append(source_specs(settings, count_tokens(settings, text=True)).tokens)
+    if settings.recover:
+        amounts.append(source_specs(settings, settings.recover_tokens).tokens)
+    return count_windows(max(amounts), settings.seq_len)
+
+
+def generate_in_run(
+    settings: Settings,
+    kinds: SourceHalves,
+    loaded: Loaded,
+    clock: Clock,
+    shared: SharedWork,
+    progress: Progress = silent,
+    ranks: ProcessRank = SINGLE,
+) -> SourceHalves:
+    """Return the data of a pruning run with the text that its model generates, if that is a source.
+
+    Args:
+        settings: The settings of the run.
+        kinds: The data.
+        loaded: The model before the cut.
+        clock: Times the stage; its run folder gets the windows.
+        shared: Has the windows of earlier runs of this process; gets those of this one.
+        progress: Called with (tokens so far, tokens in all, what is being done).
+        ranks: The processes; this one is rank 0.
+    """
+    if not kinds.pending:
+        return kinds
+    given: Any = {"known": () if shared.generated is None else (shared.generated,), "ranks": ranks}
+    folder = None if clock.folder is None else clock.folder.path
+    with clock.stage("generate"):
+        wanted = source_specs(settings), loaded, count_generated(settings), folder
+        kinds = fill_generated(kinds, *wanted, progress=progress, **given)
+    shared.generated = kinds.generated
+    return kinds
+
+
+def fill_generated(
+    kinds: SourceHalves,
+    specs: SourceSpecs,
+    loaded: Loaded,
+    n: int,
+    folder: Path | None = None,
+    *,
+    known: Sequence[Path | Tensor] = (),
+    progress: Progress = silent,
+    ranks: ProcessRank = SINGLE,
+) -> SourceHalves:
+    """Generate the text of a run, or read what its folder has of it; without a source that is pending, do nothing.
+
+    Args:
+        kinds: The data of the run.
+        specs: The sources, and how much of each.
+        loaded: The model that generates.
+        n: How many windows are stored: at least as many as ``specs`` says.
+        folder: The run folder, which gets the windows, stretch by stretch; ``None``: nothing is written.
+        known: Windows of the same model, or run folders that may have some.
+        progress: Called with (tokens so far, tokens in all, what is being done).
+        ranks: The processes; rank 0 generates for all.
+
+    Raises:
+        InputError: If the model cannot generate text.
+        StoreError: If the disk is full.
+    """
+    if not kinds.pending:
+        return kinds
+    tokenizer = loaded.tokenizer
+    start, separator = find_start(tokenizer), find_separator(tokenizer)
+    tokens = torch.full((n, specs.seq_len - len(start)), -1)
+    if ranks.leads:
+        path = None if folder is None else folder / FILE
+        header = {"seed": specs.seed, "separator": separator}
+        for one in (*known, *([folder] if folder else [])):
+            _copy_known(tokens, one if isinstance(one, Tensor) else _read(one / FILE, header))
+
+        def store() -> None:
+            if path is not None:
+                with explain_os_errors(path.parent):
+                    path.parent.mkdir(exist_ok=True)
+                write_tensors(path, {"tokens": tokens}, header, FORMAT)
+
+        if (tokens < 0).any():
+            generate_tokens(loaded.model, tokens, separator, specs.seed, progress=progress, store=store)
+        store()
+    broadcast_tensors(ranks, [tokens])
+    filled = (
+        generated_source(specs, loaded, tokens) if isinstance(one.batches, PendingWindows) else one
+        for one in kinds.calibration
+    )
+    return replace(kinds, calibration=tuple(filled), generated=tokens)
+
+
+def _read(path: Path, header: Mapping[str, object]) -> Tensor | None:
+    """Return stored windows; ``None`` if there is no usable file, or it is of another seed or start."""
+    try:
+        found, tensors = read_tensors(path, FORMAT)
+    except StoreError:
+        return None
+    tokens = tensors.get("tokens")
+    fits = tokens is not None and tokens.dtype == torch.int64 and tokens.dim() == 2
+    return tokens if fits and all(found.get(name) == value for name, value in header.items()) else None
+
+
+def _copy_known(tokens: Tensor, known: Tensor | None) -> None:
+    """Fill in windows that are known, as far as they have the same length."""
+    if known is not None and known.shape[1] == tokens.shape[1]:
+        n = min(len(tokens), len(known))
+        tokens[:n] = torch.where(known[:n] >= 0, known[:n], tokens[:n])

@@ -1,0 +1,61 @@
+"""Text that a language model generates: the distribution of its tokens, and calls that go on where one was stopped."""
+
+import pytest
+import torch
+
+from regrow.errors import InputError
+from regrow.evaluation import generation
+from regrow.evaluation.generation import check_generation, generate_tokens, sample
+
+transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=300, num_hidden_layers=2, eos_token_id=5, **sizes)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_tokens_are_sampled_from_the_softmax():
+    """Evenly spaced draws hit each token as often as its probability says, over several blocks and in any row."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 700)
+    draws = (torch.arange(5_000) + 0.5) / 5_000
+    counts = sample(logits.expand(len(draws), -1), draws).bincount(minlength=700) / len(draws)
+    torch.testing.assert_close(counts, logits[0].softmax(0), atol=3e-4, rtol=0)
+
+
+def test_a_stopped_call_goes_on_to_the_same_text(llama, monkeypatch):
+    """Stretches and batches are stored; text does not stop at the token that ends it, nor does the model change."""
+    monkeypatch.setattr(generation, "ROWS", 2)
+    monkeypatch.setattr(generation, "STRETCH", 4)
+    settings = llama.generation_config.to_dict()
+    whole = torch.full((3, 10), -1)
+    generate_tokens(llama, whole, 0, seed=3)
+    assert whole.min() >= 0 and whole.max() < 300
+    stops = torch.full((3, 10), -1)
+    stored = []
+
+    def store():
+        stored.append(stops.clone())
+        if len(stored) in (2, 3):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            generate_tokens(llama, stops, 0, seed=3, store=store)
+    assert [int((one >= 0).sum()) for one in stored] == [8, 16, 20]
+    shown = []
+    generate_tokens(llama, stops, 0, seed=3, store=store, progress=lambda *row: shown.append(row))
+    assert torch.equal(stops, whole) and shown[0] == (20, 30, "generating text")
+    other = torch.full((3, 10), -1)
+    generate_tokens(llama, other, 0, seed=4)
+    assert not torch.equal(other, whole)
+    assert llama.generation_config.to_dict() == settings and llama.lm_head.weight.dtype == torch.float32
+
+
+def test_other_networks_are_refused():
+    with pytest.raises(InputError, match=r"a Linear has no generate\(\); name a causal language model"):
+        check_generation(torch.nn.Linear(2, 2))
