@@ -126,13 +126,11 @@ class MaskGradients(Feed):
         sequences = 1 if value.dim() == 1 else self.sequences
         (rows, channels), (slopes, _) = (rows_of(one, dim, sequences) for one in (value, gradient))
         wide = torch.promote_types(value.dtype, torch.float32)
-        products = rows.to(wide) * slopes
+        products = rows.to(wide) * slopes.to(wide)
         if channels == 1:
             products = products.sum(2)[:, None]
         for reader in self.reads[name]:
-            where = reader.positions(products.shape[-1], self.widths[name]).to(products.device)
-            single = where.shape[1] == 1 and len(where) == products.shape[-1]
-            own = products[..., where[:, 0]] if single else products[..., where].sum(-1)
+            own = _to_units(products, reader.positions(products.shape[-1], self.widths[name]))
             self.partial[reader.axis] = _added(self.partial[reader.axis], own) if reader.axis in self.partial else own
             self.waiting[reader.axis] -= 1
             if not self.waiting[reader.axis]:
@@ -141,6 +139,18 @@ class MaskGradients(Feed):
     def _square(self, axis: str) -> None:
         total = self.partial.pop(axis).square().sum((0, 1))
         self.squares[axis] += total.to(self.squares[axis].device, torch.float64)
+
+
+def _to_units(values: Tensor, where: Tensor) -> Tensor:
+    """Return the sums over each unit's channels, ``[..., size]``.
+
+    Args:
+        values: One number per channel, ``[..., channels]``.
+        where: The channels of each unit, ``[size, k]``.
+    """
+    in_order = where.numel() == values.shape[-1] and torch.equal(where.flatten(), torch.arange(where.numel()))
+    own = values.unflatten(-1, where.shape) if in_order else values[..., where.to(values.device)]
+    return own[..., 0] if where.shape[1] == 1 else own.sum(-1)
 
 
 def _added(one: Tensor, other: Tensor) -> Tensor:
