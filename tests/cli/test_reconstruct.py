@@ -21,11 +21,15 @@ def test_each_plan_is_reconstructed_on_left_out_sources(regrow: Run, tiny_langua
     code, out, err = regrow(*command)
     assert code == 0, err
     assert out.count("layers on 496 tokens in") == 2 and out.count("on left-out sources:") == 2
+    assert out.count("and on the fitted sources themselves:") == 2
+    assert out.count("that the reconstruction recovered") == 2 and "cut  reconstructed" in out
     for name in ("wanda_sp-0.8", "wanda_sp-0.6"):
         folder = RunFolder.open(Path("plans") / name)
         rows = folder.metrics()
         (row,) = (row for row in rows if row["what"] == "reconstruction")
         nll = {(one["model"], one["source"]): one["nll"] for one in rows if one["what"] == "perplexity"}
+        assert {model for model, _ in nll} == {"dense", "cut", "pruned"}
+        assert "Loss recovered" in (folder.path / "report.html").read_text(encoding="utf-8")
         layers = {layer["weight"].split(".", 2)[2]: layer for layer in row["layers"]}
         assert {"0.self_attn.o_proj.weight", "1.mlp.down_proj.weight"} < set(layers)
         assert all(layer["after"] <= layer["before"] and layer["ridge"] in (0, 0.1, 1) for layer in layers.values())

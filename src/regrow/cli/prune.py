@@ -1,7 +1,8 @@
 """``regrow prune``: prune a model, and print what it cost in quality."""
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -175,10 +176,40 @@ def _tell_reconstruction(folder: "RunFolder") -> None:
         if layers:
             before, after = (sum(one[name] for one in layers) / len(layers) for name in ("before", "after"))
             say(f"mean relative error of their outputs on {where}: {before:.3f} → {after:.3f}")
+            if all("seen" in one for one in layers):
+                seen = sum(one["seen"] for one in layers) / len(layers)
+                say(f"and on the fitted sources themselves: {before:.3f} → {seen:.3f}")
         for name, why in row.get("left_out", {}).items():
             say(f"note: {name} was not reconstructed: {why}")
         if "note" in row:
             say(f"note: {row['note']}")
+
+
+def _tell_perplexity(rows: list[dict[str, Any]]) -> None:
+    """Print perplexity per source, seen and unseen ones marked; with a reconstruction also that after the cut alone."""
+    quality = {(row["model"], row["source"]): row for row in rows if row["what"] == "perplexity"}
+    complete = {
+        name: (before, row)
+        for (model, name), row in quality.items()
+        if model == "pruned" and row["ppl"] is not None and (before := quality.get(("dense", name), {}).get("ppl"))
+    }
+    several = len({bool(row.get("seen")) for _, row in complete.values()}) > 1
+    cut = {name: quality.get(("cut", name), {}).get("ppl") for name in complete}
+    fitted, lines = all(cut.values()), []
+    for name, (before, row) in complete.items():
+        kind = f"{name} ({'seen' if row.get('seen') else 'unseen'})" if several else name
+        line = [kind, number(before), number(row["ppl"]), f"× {row['ppl'] / before:.3f}"]
+        if fitted:
+            lost = math.log(cut[name] / before)
+            share = f"{100 * math.log(cut[name] / row['ppl']) / lost:.0f} %" if lost > 0 else "–"
+            line = [*line[:2], number(cut[name]), *line[2:], share]
+        lines.append(tuple(line))
+    title = "Perplexity on the evaluation half of each source"
+    if lines and fitted:
+        title += ", and the fraction of the log-perplexity lost by the cut that the reconstruction recovered"
+        table(title, ("source", "dense", "cut", "reconstructed", "", "recovered"), lines, numbers=(1, 2, 3, 4, 5))
+    elif lines:
+        table(title, ("source", "dense", "pruned", ""), lines, numbers=(1, 2, 3))
 
 
 def _tell(folder: "RunFolder") -> None:
@@ -199,19 +230,7 @@ def _tell(folder: "RunFolder") -> None:
                 f"{row['measure']}{context}: {number(row['after'])}{predicted}, of {number(row['before'])}; "
                 f"allowed at most {number(row['asked'])}"
             )
-    quality = {(row["model"], row["source"]): row for row in rows if row["what"] == "perplexity"}
-    lines = [
-        (name, number(before), number(row["ppl"]), f"× {row['ppl'] / before:.3f}")
-        for (model, name), row in quality.items()
-        if model == "pruned" and row["ppl"] is not None and (before := quality.get(("dense", name), {}).get("ppl"))
-    ]
-    if lines:
-        table(
-            "Perplexity on the evaluation half of each source",
-            ("source", "dense", "pruned", ""),
-            lines,
-            numbers=(1, 2, 3),
-        )
+    _tell_perplexity(rows)
     shares = {(row["model"], row["task"]): row for row in rows if row["what"] == "choice"}
     for (model, task), row in shares.items():
         if model == "pruned" and ("dense", task) in shares:

@@ -1,6 +1,6 @@
 """Measurements of a model before and after a cut: size, quality, and the quantity that its budget counts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -41,7 +41,8 @@ def measure(
         axes: The model's axes.
         tests: The evaluation sources.
         seen: The names of the sources that were used for calibration.
-        name: The name of the model in the rows: ``dense``, ``pruned`` or ``recovered``.
+        name: The name of the model in the rows: ``dense``, ``cut`` (before layers are fitted), ``pruned`` or
+            ``recovered``.
         progress: Called with (steps done, steps in all, what is being done).
         recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
         network: The model, if it runs one block at a time.
@@ -72,6 +73,28 @@ def measure(
         folder.log("perplexity", **columns, source=one.source, seen=one.source in seen, **_perplexity(one))
     progress(len(tests), len(tests), f"evaluating the {name} model")
     return perplexities
+
+
+def log_pairs(
+    folder: RunFolder,
+    before: Mapping[str, evaluation.Perplexity],
+    after: Mapping[str, evaluation.Perplexity],
+    cut: Mapping[str, evaluation.Perplexity],
+) -> None:
+    """Log paired differences in log-perplexity of the model after a run to the one before it; of these a page shows.
+
+    Args:
+        folder: The run folder that gets the rows.
+        before: Source name → the perplexity before the run.
+        after: That after the run.
+        cut: That after the cut, before layers were fitted; empty if none were.
+    """
+    for name in (name for name in cut if name in after):
+        pair = evaluation.paired_difference(cut[name], after[name])
+        folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error, of=["cut", "pruned"])
+    for name in (name for name in before if name in after):
+        pair = evaluation.paired_difference(before[name], after[name])
+        folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
 
 
 def _evaluate(

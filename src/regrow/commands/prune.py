@@ -1,6 +1,6 @@
 """``regrow prune``: calibrate, plan, cut, measure and save, in a run folder that can be resumed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -262,7 +262,9 @@ def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
     with clock.stage("apply"):
         traced, (_, axes) = axes, apply(loaded.model, axes, plan)
         _record_plan(folder, plan, traced, axes)
+    cut: dict[str, evaluation.Perplexity] = {}
     if dense is not None:
+        cut = job.measure(axes, "cut")
         with clock.stage("reconstruct"):
             fitted = choose_sources(settings, loaded, kinds), settings.reconstruct_settings
             reconstruct(loaded.model, dense, traced, plan, *fitted, folder, job.progress)
@@ -274,7 +276,7 @@ def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
         store.write_model(loaded, folder.path)
     after = job.measure(axes, "pruned")
     measuring.log_budget(folder, loaded.model, traced, axes, budget)
-    _log_pairs(folder, before, after)
+    measuring.log_pairs(folder, before, after, cut)
     if settings.recover:
         with clock.stage("recover"):
             _recover(job, traced, plan)
@@ -292,8 +294,9 @@ def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: 
         place: Any = {"place": fit.place if fit else None, "progress": job.progress}
         cut = streamed.cut(folder, plan, proof=proof, ranks=job.ranks, **place)
         _record_plan(folder, plan, axes, cut.axes)
-    network = None
+    network, first = None, {}
     if fit:
+        first = job.measure(cut.axes, "cut", cut.network(fit.place, streamed.results))
         with job.clock.stage("reconstruct"):
             sources = choose_sources(job.settings, job.loaded, job.kinds)
             network = fit.write(axes, plan, sources, job.settings.reconstruct_settings, job.progress)
@@ -301,21 +304,13 @@ def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: 
     shared = job.ranks if everywhere(job.ranks, True) else SINGLE  # whether the other ranks see these files
     after = job.measure(cut.axes, "pruned", network or cut.network(folder.path, streamed.results), shared)
     measuring.log_budget(folder, cut.loaded.model, axes, cut.axes, budget)
-    _log_pairs(folder, before, after)
+    measuring.log_pairs(folder, before, after, first)
 
 
 def _record_plan(folder: RunFolder, plan: Plan, before: AxisGraph, after: AxisGraph) -> None:
     if not len(folder.own_ledger):
         folder.own_ledger.append(plan)
     folder.write_axes([row.record() for row in inventory(before)], [row.record() for row in inventory(after)])
-
-
-def _log_pairs(
-    folder: RunFolder, before: Mapping[str, evaluation.Perplexity], after: Mapping[str, evaluation.Perplexity]
-) -> None:
-    for name in (name for name in before if name in after):
-        pair = evaluation.paired_difference(before[name], after[name])
-        folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
 
 
 def _verify(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> None:

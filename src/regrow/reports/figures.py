@@ -1,12 +1,12 @@
 """Figures of a pruning run's page: each takes a run of the summary, and returns ``None`` if data are missing."""
 
 import math
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, columns, depth_axis, draw, legend, log_axis, log_ticks
+from regrow.reports.canvas import SMALL, Canvas, Drawing, columns, draw, legend, log_axis, log_ticks
+from regrow.reports.panels import shorten, stack_panels
 from regrow.reports.records import Run
 
 if TYPE_CHECKING:
@@ -50,18 +50,21 @@ def perplexity(run: Run) -> Drawing | None:
         axes = canvas.panel(top, y, left=left, right=12)
         axes.set_ylim(y, 0)
         values = [v for row in rows for side in _sides(row) for v in (side["ppl"], side["low"], side["high"]) if v]
+        cuts = [value for row in rows if (value := _cut_of(row))]
+        values += cuts
         log_axis(axes, values, canvas.width - left - 12, 58, "perplexity (log scale), lower is better")
         for words, at in headings:
             canvas.text(0, at, words, color=palette.MUTED, fontsize=SMALL)
         for row, at in places:
             _dumbbell(axes, row, at)
-            canvas.text(0, top + at - (24 if canvas.narrow else 0), _cut(row["source"], 40 if canvas.narrow else 17))
+            canvas.text(0, top + at - (24 if canvas.narrow else 0), shorten(row["source"], 40 if canvas.narrow else 17))
         legend(
             canvas,
             12,
             [
                 ("before", palette.MUTED, "o", 1.0),
-                ("after", palette.ACCENT, "o", 1.0),
+                (run["outcome"].lower(), palette.ACCENT, "o", 1.0),
+                *([("cut", palette.INK, "|", 1.0)] if cuts else []),
                 ("95 % interval", palette.MUTED, "s", 0.26),
             ],
         )
@@ -96,9 +99,11 @@ def widths(run: Run) -> Drawing | None:
         return f"{kind['before']:,} → {kind['after']:,} units, {q.percent(kind['after'] / kind['before'])} kept"
 
     legend_of = [("kept", palette.ACCENT, "s", 1.0), ("cut", palette.FAINT, "s", 1.0)]
-    return draw(
-        "fig-widths", "Units per layer, before and after", description, _stack(kinds, 128, panel, heading, legend_of)
-    )
+
+    def paint(canvas: Canvas) -> None:
+        stack_panels(canvas, kinds, 128, panel, heading, legend_of)
+
+    return draw("fig-widths", "Units per layer, before and after", description, paint)
 
 
 def spectra(run: Run) -> Drawing | None:
@@ -152,8 +157,11 @@ def spectra(run: Run) -> Drawing | None:
         ("90 %", palette.MUTED, "s", 0.28),
         ("all units", palette.MUTED, "s", 0.14),
     ]
-    drawn = _stack(kinds, 150, panel, lambda kind: f"{metric} per unit", entries)
-    return draw("fig-spectra", f"Scores ({metric}) of the units per layer, and the cut", description, drawn)
+
+    def paint(canvas: Canvas) -> None:
+        stack_panels(canvas, kinds, 150, panel, lambda kind: f"{metric} per unit", entries)
+
+    return draw("fig-spectra", f"Scores ({metric}) of the units per layer, and the cut", description, paint)
 
 
 def cost(run: Run) -> Drawing | None:
@@ -211,7 +219,7 @@ def times(run: Run) -> Drawing | None:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, max(row["seconds"] for row in rows))
         for i, row in enumerate(rows):
-            canvas.text(0, (i + 0.5) * step, _cut(row["stage"], 13))
+            canvas.text(0, (i + 0.5) * step, shorten(row["stage"], 13))
             canvas.text(canvas.width, (i + 0.5) * step, q.duration(row["seconds"]), ha="right", color=palette.MUTED)
 
     return draw("fig-times", "Time spent per stage", description, paint)
@@ -219,15 +227,18 @@ def times(run: Run) -> Drawing | None:
 
 def _dumbbell(axes: "Axes", row: dict[str, Any], y: float) -> None:
     sides = {side: row[side] for side in ("before", "after") if (row[side] or {}).get("ppl")}
-    points = [side["ppl"] for side in sides.values()]
-    axes.plot(points, [y] * len(points), color=palette.FAINT, linewidth=1.6, zorder=2)
+    points, cut = [side["ppl"] for side in sides.values()], _cut_of(row)
+    every = [*points, cut] if cut else points
+    axes.plot(every, [y] * len(every), color=palette.FAINT, linewidth=1.6, zorder=2)
+    if cut:
+        axes.plot([cut], [y], "|", markersize=15, markeredgewidth=2.2, color=palette.INK, zorder=3.5)
     for name, side in sides.items():
         colour = palette.ACCENT if name == "after" else palette.MUTED
         if side["low"] and side["high"]:
             axes.plot([side["low"], side["high"]], [y, y], color=colour, linewidth=6, alpha=0.26, zorder=3)
         axes.plot([side["ppl"]], [y], "o", markersize=10.5, color=colour, markeredgecolor=palette.PAPER, zorder=4)
         outer = side["ppl"] == max(points) and (len(points) == 1 or name == "after" or points[0] > points[-1])
-        at = (side["high"] or side["ppl"]) if outer else (side["low"] or side["ppl"])
+        at = max(side["high"] or side["ppl"], cut or 0) if outer else min(side["low"] or side["ppl"], cut or math.inf)
         axes.annotate(
             q.significant(side["ppl"]),
             (at, y),
@@ -240,30 +251,10 @@ def _dumbbell(axes: "Axes", row: dict[str, Any], y: float) -> None:
         )
 
 
-def _stack(
-    kinds: Sequence[dict[str, Any]],
-    height: int,
-    panel: Callable[["Axes", dict[str, Any]], None],
-    heading: Callable[[dict[str, Any]], str],
-    entries: Sequence[Entry],
-) -> Callable[[Canvas], None]:
-    """Return a function that draws one panel per kind of axis over depth, below each other."""
-
-    def paint(canvas: Canvas) -> None:
-        head = 62 if canvas.narrow else 42
-        step = head + height + 58
-        canvas.start(28 + step * len(kinds))
-        legend(canvas, 12, entries)
-        for i, kind in enumerate(kinds):
-            top = 28 + i * step
-            canvas.text(0, top + 20, _cut(kind["kind"], 44 if canvas.narrow else 60))
-            canvas.note(heading(kind), top + 40 if canvas.narrow else top + 20, SMALL)
-            axes = canvas.panel(top + head, height, left=58, right=2)
-            panel(axes, kind)
-            depth = [row["depth"] for row in kind["rows"]]
-            depth_axis(axes, depth, kind["numbered"], 7 if canvas.narrow else 12)
-
-    return paint
+def _cut_of(row: dict[str, Any]) -> float | None:
+    """Return the perplexity after the cut, where it is not the last one."""
+    ppl: float | None = (row["cut"] or {}).get("ppl")
+    return ppl
 
 
 def _sides(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -275,7 +266,3 @@ def _bounds(row: dict[str, Any]) -> list[float]:
     if row["dropped_max"] is None or row["before"] == row["after"]:
         return []
     return [v for v in (row["dropped_max"], row["kept_min"]) if v is not None]
-
-
-def _cut(words: str, most: int) -> str:
-    return words if len(words) <= most else words[: most - 1] + "…"

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from regrow.reports.choices import levels
 from regrow.reports.reading import JsonObject, RunRecord, items, mapping, number, objects, size, text
 from regrow.reports.widths import block_of, group_rows, kind_of
 
@@ -30,8 +31,8 @@ def findings(folder: RunRecord) -> Row | None:
         ``spectrum`` (ranking spaces of one axis, as
         :func:`regrow.reports.widths.group_rows` has them) and ``tested`` (their means, one row per kind, pooled ones
         too); ``modules`` (axes with their ``cells``, likewise) and ``cells`` (the means, per kind and cell);
-        ``starts``, ``history``, ``best`` (losses on held-out text), ``robust`` (their share among the units cut) and
-        ``notes``. ``None`` without the tables on
+        ``starts``, ``history``, ``best`` (losses on held-out text); ``levels`` and ``exchanges`` of a measured
+        allocation; ``robust`` (their share among the units cut) and ``notes``. ``None`` without the tables on
         behaviour.
     """
     data = folder.findings
@@ -55,6 +56,8 @@ def findings(folder: RunRecord) -> Row | None:
             if (loss := _loss(value)) is not None
         ],
         "history": history,
+        "levels": group_rows(_levels(folder)),
+        "exchanges": [row for row in map(_exchange, objects(data.get("exchanges"))[:MAX_ROWS]) if row],
         "best": next(iter(chosen or sorted(history, key=lambda row: row["held_out"])), None),
         "robust": {"base": _share(robust.get("base")), "cut": _share(robust.get("gprune"))},
         "notes": [line for note in items(data.get("notes")) if (line := text(note, 1000))],
@@ -104,6 +107,21 @@ def _module(item: JsonObject) -> Row | None:
         "activity": _share(item.get("activity")),
         "switched": None if trust is None else 1 - min(trust, 1),
     } | shares
+
+
+def _levels(folder: RunRecord) -> list[Row]:
+    """Return what was measured of each axis alone, with the kind that it has in the other tables."""
+    given = objects(folder.findings.get("levels"))[:MAX_ROWS]
+    axes = {text(axis.get("key"), 300): axis for axis in folder.axes["before"]}
+    return [row | {"kind": kind_of(axes.get(row["key"], {}), row["key"])} for row in levels(given)]
+
+
+def _exchange(item: JsonObject) -> Row | None:
+    losses = {name: _loss(item.get(name)) for name in ("before", "after")}
+    if None in losses.values():
+        return None
+    row = {name: size(item.get(name)) for name in ("round", "windows")} | losses
+    return row | {"fraction": _share(item.get("fraction")), "accepted": item.get("accepted") is True}
 
 
 def _judged(item: JsonObject) -> Row | None:

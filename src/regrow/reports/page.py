@@ -6,7 +6,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from regrow.reports import behaviour, blocks, cells, comparison, course, courses, epochs, figures, quantities, words
+from regrow.reports import (
+    behaviour,
+    blocks,
+    cells,
+    choices,
+    comparison,
+    course,
+    courses,
+    epochs,
+    figures,
+    fitted,
+    quantities,
+    words,
+)
 from regrow.reports import search as quest
 from regrow.reports import searches as quests
 from regrow.reports.canvas import Drawing
@@ -34,6 +47,8 @@ FIGURES = {
     "spectrum": behaviour.spectrum,
     "modules": behaviour.modules,
     "history": behaviour.history,
+    "divergences": choices.divergences,
+    "reconstruction": fitted.figure,
     "widths": figures.widths,
     "spectra": figures.spectra,
     "cost": figures.cost,
@@ -185,7 +200,10 @@ def _context(summary: Summary) -> dict[str, Any]:
             "modules": words.modules(run),
             "learning": words.learning(run),
             "proof": words.proof(run),
-            "reconstruction": words.reconstruction(run),
+            "allocation": choices.describe(run),
+            "reasons": choices.reasons(run),
+            "bounds": _bounds(run),
+            "reconstruction": fitted.describe(run),
             "cells": [cell | {"nodes": cells.describe_nodes(cell)} for cell in found],
             "counts": cells.counts(found),
             "blocks": [block | {"sums": blocks.describe_block(block)} for block in parts],
@@ -232,6 +250,11 @@ def _context(summary: Summary) -> dict[str, Any]:
         "seen": _seen(summary),
         "table": _table(summary),
     }
+
+
+def _bounds(run: Run) -> dict[str, Any]:
+    """Return axis key → its row among the scores, with the highest score dropped and the lowest kept."""
+    return {row["key"]: row for kind in (run["scores"] or {"kinds": []})["kinds"] for row in kind["rows"]}
 
 
 def _alarms(run: Run) -> list[str]:

@@ -189,16 +189,20 @@ class FittedLayer(TypedDict):
     before: float | None
     after: float | None
     seen: float | None
+    recovered: float | None
+    recovered_seen: float | None
     ridge: float | None
     shrinkage: float | None
 
 
 class ReconstructionTable(TypedDict):
-    """The least squares after a cut: on how many tokens, where it was judged, and the layers."""
+    """The least squares after a cut: on how many tokens, where it was judged, and the layers, also by kind."""
 
     tokens: int | None
     where: str
     layers: list[FittedLayer]
+    kinds: list[dict[str, Any]]
+    recovered: dict[str, float | None]
     left_out: list[str]
 
 
@@ -246,6 +250,7 @@ class Run(TypedDict):
     seconds: list[StageTime]
     notes: list[str]
     perplexity: list[dict[str, Any]]
+    outcome: str
     means: dict[str, dict[str, Any] | None]
     choice: list[dict[str, Any]]
     size: dict[str, dict[str, Any] | None]

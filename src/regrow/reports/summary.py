@@ -6,6 +6,7 @@ from typing import Any
 
 from regrow.reports.course import course
 from regrow.reports.findings import findings
+from regrow.reports.fitted import reconstruction
 from regrow.reports.reading import (
     JsonObject,
     ReportError,
@@ -20,10 +21,8 @@ from regrow.reports.reading import (
 )
 from regrow.reports.records import (
     BudgetFigures,
-    FittedLayer,
     MaskingCheck,
     Pair,
-    ReconstructionTable,
     Run,
     SourceRow,
     StageRow,
@@ -37,7 +36,14 @@ FORMAT = "regrow-summary/1"
 MAX_RUNS = 64
 MAX_KINDS = 200
 
-_MODELS = {"dense": "before", "before": "before", "pruned": "after", "after": "after", "recovered": "after"}
+_MODELS = {
+    "dense": "before",
+    "before": "before",
+    "cut": "cut",
+    "pruned": "after",
+    "after": "after",
+    "recovered": "after",
+}
 _SIZES = ("params_all", "params_counted", "macs", "bytes")
 _SPEEDS = ("tokens_per_s", "spread", "latency_ms", "peak_bytes")
 
@@ -102,6 +108,7 @@ def _run(folder: RunRecord) -> Run:
         ],
         "notes": [line for note in items(run.get("notes")) if (line := text(note, 1000))],
         "perplexity": perplexity,
+        "outcome": _outcome(metrics.get("perplexity", [])),
         "means": {
             "seen": _mean([row for row in perplexity if row["seen"]]),
             "unseen": _mean([row for row in perplexity if row["seen"] is False]),
@@ -111,7 +118,7 @@ def _run(folder: RunRecord) -> Run:
         "size": _sides(metrics.get("size", []), _SIZES),
         "speed": _sides(metrics.get("speed", []), _SPEEDS),
         "verify": [_verify(row) for row in metrics.get("verify", [])[-8:]],
-        "reconstruction": _reconstruction(metrics.get("reconstruction", [])),
+        "reconstruction": reconstruction(metrics.get("reconstruction", [])),
         "widths": kinds,
         "frozen": frozen,
         "scores": scores(folder, kinds),
@@ -127,19 +134,23 @@ def _run(folder: RunRecord) -> Run:
 def _perplexity(metrics: dict[str, list[JsonObject]], sources: list[SourceRow]) -> list[dict[str, Any]]:
     """Return one row per text domain: perplexity before and after, and their ratio.
 
-    If a recovery followed a cut, ``after`` is the perplexity after the recovery, and ``cut`` that after the cut.
+    If a reconstruction or recovery followed a cut, ``after`` is the perplexity after it, ``cut`` that after the cut,
+    and ``recovered`` the fraction of the lost log-perplexity that was won back; ``fitted`` is the perplexity after the
+    first of the two.
     """
     calibrated = {row["name"]: bool(row["calibration_tokens"]) for row in sources}
+    cut = {text(line.get("source"), 60) for line in metrics.get("perplexity", []) if line.get("model") == "cut"}
     rows: dict[str, dict[str, Any]] = {}
     for line in metrics.get("perplexity", []):
         source, side = text(line.get("source"), 60), _MODELS.get(text(line.get("model")))
         if not source or not side or (source not in rows and len(rows) >= MAX_KINDS):
             continue
-        blank = {"source": source, "seen": calibrated.get(source), "before": None, "cut": None, "after": None}
-        row = rows.setdefault(source, blank)
+        blank = dict.fromkeys(("before", "cut", "fitted", "after"))
+        row = rows.setdefault(source, {"source": source, "seen": calibrated.get(source), **blank})
         row["seen"] = line["seen"] if isinstance(line.get("seen"), bool) else row["seen"]
         if line["model"] == "recovered":
-            row["cut"] = row["cut"] or row["after"]
+            between = "fitted" if source in cut else "cut"
+            row[between] = row[between] or row["after"]
         row[side] = _measured(line)
     paired = {text(line.get("source"), 60): line for line in metrics.get("paired", [])}
     for source, row in rows.items():
@@ -147,7 +158,21 @@ def _perplexity(metrics: dict[str, list[JsonObject]], sources: list[SourceRow]) 
         before, after = ((row[side] or {}).get("ppl") for side in ("before", "after"))
         row["delta_nll"], row["delta_se"] = delta, number(mapping(paired.get(source)).get("se"), 0, 60)
         row["ratio"] = math.exp(delta) if delta is not None else after / before if before and after else None
+        row["recovered"] = _recovered(before, (row["cut"] or {}).get("ppl"), after)
     return list(rows.values())
+
+
+def _recovered(before: float | None, cut: float | None, after: float | None) -> float | None:
+    """Return the fraction of the log-perplexity lost by a cut that was won back; ``None`` if nothing was lost."""
+    if not before or not cut or not after or cut <= before:
+        return None
+    return math.log(cut / after) / math.log(cut / before)
+
+
+def _outcome(lines: list[JsonObject]) -> str:
+    """Return what the last perplexities of a run are those of: after the cut, a reconstruction or a recovery."""
+    models = {text(line.get("model")) for line in lines}
+    return "Recovered" if "recovered" in models else "Reconstructed" if "cut" in models else "After"
 
 
 def _measured(line: JsonObject) -> dict[str, Any]:
@@ -180,10 +205,12 @@ def _mean(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
             "cut": middle,
             "after": math.exp(b),
             "ratio": math.exp(b - a),
+            "recovered": _recovered(math.exp(a), middle, math.exp(b)),
         }
     if not after:
         return None
-    return {"count": len(after), "before": None, "cut": None, "after": math.exp(sum(after) / len(after)), "ratio": None}
+    mean = math.exp(sum(after) / len(after))
+    return {"count": len(after), "before": None, "cut": None, "after": mean, "ratio": None, "recovered": None}
 
 
 def _choice(lines: list[JsonObject]) -> list[dict[str, Any]]:
@@ -191,7 +218,7 @@ def _choice(lines: list[JsonObject]) -> list[dict[str, Any]]:
     for line in lines:
         task, side = text(line.get("task"), 60), _MODELS.get(text(line.get("model")))
         if task and side and (task in rows or len(rows) < MAX_KINDS):
-            row = rows.setdefault(task, {"task": task, "before": None, "after": None})
+            row = rows.setdefault(task, {"task": task, "before": None, "cut": None, "after": None})
             row[side] = {name: number(line.get(name), 0, 1) for name in ("acc", "acc_se", "acc_norm")}
             row[side]["n"] = size(line.get("n"))
     return list(rows.values())
@@ -200,7 +227,7 @@ def _choice(lines: list[JsonObject]) -> list[dict[str, Any]]:
 def _sides(lines: list[JsonObject], names: tuple[str, ...]) -> dict[str, dict[str, Any] | None]:
     sides: dict[str, dict[str, Any] | None] = {"before": None, "after": None}
     for line in lines:
-        if side := _MODELS.get(text(line.get("model"))):
+        if (side := _MODELS.get(text(line.get("model")))) in sides:
             sides[side] = {name: number(line.get(name), 0) for name in names} | {"dtype": text(line.get("dtype"), 20)}
     return sides
 
@@ -230,26 +257,6 @@ def _verify(line: JsonObject) -> MaskingCheck:
         "argmax_flips": size(line.get("argmax_flips")),
         "holds": None if difference is None or bound is None else difference <= bound,
     }
-
-
-def _reconstruction(lines: list[JsonObject]) -> ReconstructionTable | None:
-    if not lines:
-        return None
-    line = lines[-1]
-    layers: list[FittedLayer] = [
-        {
-            "weight": text(row.get("weight")),
-            "before": number(row.get("before"), 0),
-            "after": number(row.get("after"), 0),
-            "seen": number(row.get("seen"), 0),
-            "ridge": number(row.get("ridge"), 0),
-            "shrinkage": number(row.get("shrinkage"), 0, 1),
-        }
-        for row in objects(line.get("layers"))
-    ]
-    left_out = [f"{text(name)} was not fitted: {text(why, 300)}" for name, why in mapping(line.get("left_out")).items()]
-    where = "left-out sources" if "choose_on" in line else "held-out text"
-    return {"tokens": size(line.get("tokens")), "where": where, "layers": layers, "left_out": left_out[:20]}
 
 
 def _sources(run: JsonObject, settings: JsonObject) -> list[SourceRow]:

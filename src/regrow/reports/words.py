@@ -216,26 +216,6 @@ def proof(run: Run) -> str:
     return "The cut model does not compute what the masked model computes: this cut is not exact. Do not use it."
 
 
-def reconstruction(run: Run) -> str:
-    """Return how far least squares brought the layers to their dense outputs, in words; empty if there was none.
-
-    Args:
-        run: A run of the summary.
-    """
-    fit = run["reconstruction"]
-    if fit is None:
-        return ""
-    known = [(row["before"], row["after"]) for row in fit["layers"]]
-    before, after = (
-        ([one for one in values if one is not None] for values in zip(*known, strict=True)) if known else ([], [])
-    )
-    mean = [q.significant(sum(values) / len(values)) for values in (before, after) if values]
-    tokens = "" if fit["tokens"] is None else f" on {fit['tokens']:,} tokens"
-    course = f" Their mean relative error on {fit['where']} went from {mean[0]} to {mean[1]}." if len(mean) == 2 else ""
-    layers = "1 layer" if len(fit["layers"]) == 1 else f"{len(fit['layers'])} layers"
-    return f"After the cut, {layers} that read removed units were fitted to their dense outputs{tokens}.{course}"
-
-
 def comparison(summary: Summary) -> str:
     """Return the headline of a page that compares pruning runs.
 

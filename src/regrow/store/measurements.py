@@ -19,7 +19,8 @@ class SizeRow(msgspec.Struct, frozen=True):
     """The size of a model: parameters, multiply–accumulates of one example, bytes.
 
     Args:
-        model: Which model of the run: ``"dense"``, ``"pruned"``, ``"recovered"``.
+        model: Which model of the run: ``"dense"``, ``"cut"`` (before its layers are fitted), ``"pruned"``,
+            ``"recovered"``.
         params_all: All parameters, tied ones once.
         params_counted: The weights of which ``keep`` is a fraction (``AxisGraph.counted``).
         macs: Multiply–accumulates of one example.

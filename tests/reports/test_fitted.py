@@ -1,0 +1,107 @@
+"""What was measured per layer, why so much of it was cut, and what least squares recovered: seen and unseen apart."""
+
+import json
+
+import pytest
+
+from regrow.reports import summarise, to_html, to_markdown
+from reports.folders import KINDS, LAYERS, mlp, write_run
+
+FITS = [
+    {"weight": f"model.layers.{i}.mlp.down_proj.weight", "before": 0.4, "after": 0.3, "seen": 0.2, "ridge": 1.0}
+    | {"shrinkage": 0.9}
+    for i in range(LAYERS)
+]
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.fixture
+def reconstructed(tmp_path):
+    """A run whose cut was measured, then reconstructed: half of the loss on code is recovered."""
+    folder = write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    after = {row["source"]: row for row in rows if row["what"] == "perplexity" and row["model"] == "pruned"}
+    before = {row["source"]: row for row in rows if row["what"] == "perplexity" and row["model"] == "dense"}
+    for source, row in after.items():
+        rows.append({**row, "model": "cut", "ppl": row["ppl"] ** 2 / before[source]["ppl"]})
+    rows.append({"what": "reconstruction", "tokens": 8192, "choose_on": "left_out_source", "layers": FITS})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_what_a_reconstruction_recovered_is_shown_for_seen_and_unseen_text(reconstructed):
+    summary = summarise([reconstructed])
+    run = summary["runs"][0]
+    assert run["outcome"] == "Reconstructed"
+    assert [row["recovered"] for row in run["perplexity"]] == pytest.approx([0.5] * len(KINDS))
+    assert [run["means"][which]["recovered"] for which in ("seen", "unseen")] == pytest.approx([0.5, 0.5])
+    fit = run["reconstruction"]
+    assert fit["recovered"] == pytest.approx({"after": 0.25, "seen": 0.5})
+    assert [row["depth"] for row in fit["kinds"][0]["rows"]] == list(range(LAYERS))
+    page, text = to_html(summary), to_markdown(summary)
+    for words in ("Loss recovered", "left-out sources went from 0.400 to 0.300", "fitted sources went from 0.400 to"):
+        assert words in page and words in text
+    assert "50.0\N{NO-BREAK SPACE}% on text domains not seen in calibration" in text
+    assert 'id="fig-reconstruction"' in page and "25.0\N{NO-BREAK SPACE}% recovered on left-out sources" in page
+
+
+def test_a_recovery_after_a_reconstruction_has_a_column_of_its_own(reconstructed):
+    path = reconstructed / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows += [{**row, "model": "recovered"} for row in rows if row.get("model") == "dense" and "ppl" in row]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = summarise([reconstructed])["runs"][0]
+    row = run["perplexity"][0]
+    assert run["outcome"] == "Recovered" and row["recovered"] == pytest.approx(1)
+    assert row["before"]["ppl"] == row["after"]["ppl"] < row["fitted"]["ppl"] < row["cut"]["ppl"]
+    heads = next(line for line in to_markdown(summarise([reconstructed])).splitlines() if "| Before |" in line)
+    assert [one.strip() for one in heads.strip("|").split("|")][2:6] == ["Before", "Cut", "Reconstructed", "Recovered"]
+
+
+def test_divergences_of_layers_and_the_reason_of_each_ratio_are_shown(tmp_path):
+    folder = write_run(tmp_path / "run", "gprune")
+    row = {"levels": [0.25, 0.5], "means": [0.01, 0.02], "measured": 0.3, "chosen": 0.3}
+    levels = [
+        row | {"axis": mlp(i), "divergences": [0.02, 0.5 / (1 + i)], "offset": float(i == 3)} for i in range(LAYERS)
+    ]
+    damaged = [3, {"axis": mlp(0)}, row | {"axis": mlp(0), "divergences": [0.1]}]
+    trial = {"round": 1, "fraction": 0.5, "windows": 8, "before": 0.3, "after": 0.2, "accepted": True}
+
+    def measured(found):
+        found |= {"levels": levels + damaged, "exchanges": [trial, {"round": 2}], "allocation": "measured"}
+        found |= {"history": [], "starts": {"inner": 0.5, "measured": 0.4}}
+
+    edit(folder / "findings.json", measured)
+    edit(folder / "run.json", lambda run: run["settings"].update(only=["mlp"]))
+    summary = summarise([folder])
+    kinds = summary["runs"][0]["findings"]["levels"]
+    assert [len(kind["rows"]) for kind in kinds] == [LAYERS]
+    page, text = to_html(summary), to_markdown(summary)
+    assert 'id="fig-divergences"' in page and "measured divergence; exchanges: × 2.72" in page
+    for words in ("each layer was cut alone to a few ratios", "1 of 1 judgements accepted one", "--only mlp"):
+        assert words in page and words.replace("--", "\\-\\-" if "\\-" in text else "--") in text
+    assert "| 25.0\N{NO-BREAK SPACE}%, 50.0\N{NO-BREAK SPACE}% | 0.0200, 0.500 |" in text
+
+    edit(folder / "findings.json", lambda found: found.update(allocation="inner"))
+    assert "not better on held-out text than its best start, inner (the same fraction" in to_html(summarise([folder]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "line", "reason"),
+    [
+        ({"allocation": "ranked"}, "One ranking of the standardised scores", "scores below the common threshold"),
+        ({"allocation": "uniform"}, "Every candidate loses the same fraction", "the same fraction as others"),
+        ({"allocation": "uniform", "spare_first": 0.125}, "outside the first and last blocks", "left whole"),
+    ],
+)
+def test_how_much_of_each_layer_is_cut_is_explained(tmp_path, settings, line, reason):
+    folder = write_run(tmp_path / "run")
+    edit(folder / "run.json", lambda run: run.update(defaults=settings))
+    edit(folder / "axes.json", lambda axes: axes["before"][0].update(key="other:0"))
+    text = to_html(summarise([folder]))
+    assert line in text and reason in text and "not a candidate" in text
