@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.amounts import Measure, format_bytes, parse_bytes
+from regrow.commands.generated import count_generated
 from regrow.commands.inputs import count_windows
 from regrow.commands.later_plans import LaterPlan
 from regrow.commands.models import DTYPES, ModelSpec
 from regrow.commands.reconstruction import count_tokens
 from regrow.commands.recovery_memory import (
+    SPARE,
     predict_gradients,
     predict_later_recovery,
     predict_learning,
@@ -26,6 +28,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.errors import InputError, ResourceError
 from regrow.evaluation import UnpredictableError
+from regrow.evaluation.generation import predict_generation
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner
 from regrow.plan import Plan
@@ -189,8 +192,18 @@ def open_streamed(
 def _with_learning(plan: MemoryPlan, settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> MemoryPlan:
     """Return the prediction for a network in memory with what gradients, and the recovery after the cut, need."""
     if not plan.streams:
-        plan = replace(plan, whole=max(plan.whole, plan.held + _predict_learning(settings, pruner, opened)))
+        needed = max(_predict_learning(settings, pruner, opened), _predict_generated(settings, opened))
+        plan = replace(plan, whole=max(plan.whole, plan.held + needed))
     return _with_reconstruction(plan, settings, opened) if plan.streams and settings.reconstruct else plan
+
+
+def _predict_generated(settings: Settings, opened: OpenedNetwork) -> int:
+    """Return what generating text needs of a network in memory, in bytes; 0 without it."""
+    if GENERATED not in settings.sources or opened.loaded.tokenizer is None:
+        return 0
+    model = opened.loaded.model
+    weights = sum(one.numel() * one.itemsize for one in model.parameters())
+    return SPARE + weights + predict_generation(model, count_generated(settings), settings.seq_len)
 
 
 def _with_reconstruction(plan: MemoryPlan, settings: Settings, opened: OpenedNetwork) -> MemoryPlan:

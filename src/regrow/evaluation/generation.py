@@ -86,6 +86,29 @@ def generate_tokens(
             done = last
 
 
+def predict_generation(model: nn.Module, n: int, length: int) -> int:
+    """Return what :func:`generate_tokens` needs besides the model, in bytes: a copy, the cache, and logits.
+
+    Args:
+        model: The network, which may be without numbers.
+        n: The number of windows.
+        length: Tokens per window.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
+    >>> net = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    >>> predict_generation(net, 3, 10) - 2 * sum(p.numel() for p in net.parameters()), 3 * 10 * 16, 4 * 4 * 3 * 8
+    (864, 480, 384)
+    """
+    config: Any = getattr(model, "config", None)
+    config, rows = config.get_text_config(), min(n, ROWS)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * 2 * config.num_hidden_layers * heads * size * rows * length
+    copy = sum(2 * one.numel() for one in model.parameters() if one.dtype != torch.bfloat16)
+    return copy + cache + 4 * 4 * rows * config.vocab_size
+
+
 def generate_source(
     model: nn.Module, tokenizer: Any, n: int, seq_len: int, seed: int = 0, progress: Progress = silent
 ) -> Source:
