@@ -1,7 +1,7 @@
 """Planted units: SmolLM2-135M widened by a quarter without a change of its outputs, and pruned back to its size.
 
     python benchmarks/planted_llm.py                       # all arms; about an hour when idle; resumes
-    python benchmarks/planted_llm.py --only flap           # the arms whose name contains "flap"
+    python benchmarks/planted_llm.py --only flap           # arms whose name contains "flap"
     python benchmarks/planted_llm.py --seconds 400 --plans /tmp/plans  # in pieces
     python benchmarks/planted_llm.py --show                # the table of the rows that are there
 
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens per domain")
     parser.add_argument("--eval-windows", type=int, default=8, help="evaluation windows of 256 tokens per domain")
-    parser.add_argument("--only", default="", help="arms whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="arms whose name contains one of these")
     parser.add_argument("--reconstruct", nargs="*", default=list(RECONSTRUCTIONS), help="what follows each cut")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop before the first row after so long")
     parser.add_argument("--plans", type=Path, help="a folder in which the plan of each cut is kept, to resume from")
@@ -230,7 +230,9 @@ def main() -> None:
         rows = [row for row in done if all(row[key] == value for key, value in base.items())]
         there = {(row["arm"], row.get("reconstruct", "")) for row in rows}
         missing = [(arm, [way for way in args.reconstruct if (arm.name, way) not in there]) for arm in ARMS]
-        todo = [(arm, ways) for arm, ways in missing if ways and args.only.lower() in arm.name.lower()]
+        todo = [
+            (arm, ways) for arm, ways in missing if ways and any(one.lower() in arm.name.lower() for one in args.only)
+        ]
         if not todo:
             continue
         bench = PlantedBench(seed, args.tokens, args.eval_windows)
