@@ -9,6 +9,8 @@ fourth judges, in 32 windows: fold 0: news, code and manual, judged on talk; fol
 dialogue. ``--texts`` is that of ``recipes/width_pruning.py``. The reference, ``flap``, cuts MLP neurons in the order of
 FLAP, the same fraction of every block but the first four and the last two, with compensation of biases. The arms are
 in ``ARMS``; those of ``depth`` meet what whole modules leave of the budget with the same neurons, ``alone`` without.
+``head size`` cuts a quarter of the channels of every head, in all blocks, and neurons: its plan is made here, since no
+allocation takes axes of which one unit (a rotary pair) goes with two of others (values).
 One row per arm, as soon as it is measured: nats per token of each window, what is left of the weights, and seconds of
 the plan. The search of ``depth`` at one keep goes on from that at the others (its checkpoint), so that ``seconds`` are
 those of what was left to measure (``measured``: divergences).
@@ -28,13 +30,18 @@ from typing import Any
 
 import torch
 
-from regrow import data, evaluation
-from regrow.allocation import BudgetError, Cost
+from regrow import data, evaluation, scoring
+from regrow.allocation import BudgetError, Cost, uniform
+from regrow.amounts import Measure, Target
+from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.pruning import build_pruner, collect_evidence
 from regrow.data import Half, corpora
+from regrow.evidence import Evidence
 from regrow.methods.pruning.pruner import plan_cut
+from regrow.plan import Plan
+from regrow.scoring.spaces import inner
 from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.tracing import trace, with_branches
@@ -50,6 +57,7 @@ ARMS: Mapping[str, Arm] = {
     "flap": ("flap", {"allocation": "uniform"}, ("mlp",)),
     "KV groups": ("flap", {"allocation": "uniform"}, ()),
     "query heads": ("flap", {"allocation": "uniform"}, ("mlp", "q_proj", "o_proj")),
+    "head size": ("", {}, ()),
     "any": ("depth", {}, ()),
     "attention": ("depth", {"unit": "attention"}, ()),
     "mlp": ("depth", {"unit": "mlp"}, ()),
@@ -106,21 +114,69 @@ def measure(args: argparse.Namespace) -> None:
                 return
             method, settings, only = ARMS[arm]
             spared = ("layers.[0-3].*", "layers.2[89].*") if method == "flap" else ()
-            pruner, start = build_pruner(method, settings), time.process_time()
+            start = time.process_time()
             searched = {key: value for key, value in settings.items() if key in ("unit", "search")}
             path = args.checkpoints / f"{fold} {searched}.safetensors" if method == "depth" else None
             budget = Budget(keep, only=only, exclude=tuple(f"*{one}" for one in spared))
             row: dict[str, Any] = {"fold": fold, "keep": keep, "arm": arm}
             try:
-                cut = plan_cut(pruner, loaded.model, axes, budget, evidence, checkpoint=path)
+                if method:
+                    pruner = build_pruner(method, settings)
+                    cut = plan_cut(pruner, loaded.model, axes, budget, evidence, checkpoint=path)
+                    plan, found = cut.plan, cut.findings
+                else:
+                    plan, found = cut_head_size(loaded.model, axes, evidence, keep), {}
             except BudgetError as error:
                 print(fold, keep, arm, error, flush=True)
                 continue
             row["seconds"] = round(time.process_time() - start, 1)
-            model, after = apply(clone_model(loaded.model), axes, cut.plan)
+            model, after = apply(clone_model(loaded.model), axes, plan)
             row["left"] = round(Cost(after).total / Cost(axes).total, 5)
-            row |= {"dropped": [*cut.plan.drop], **tables(cut.findings.get("depth"))}
+            row |= {"dropped": [*plan.drop], **tables(found.get("depth"))}
             write(row, judged(loaded, model, judge))
+
+
+def cut_head_size(model: Any, axes: AxisGraph, evidence: Evidence, keep: float, share: float = 0.75) -> Plan:
+    """Return the plan that keeps a share of the channels of all heads, and cuts neurons of inner blocks to the budget.
+
+    Rotary pairs are ranked by Σ over layers of E[q²] · E[k²], relative to the layer's sum; values by FLAP's score.
+    """
+    (pairs,) = (axis for axis in axes.free() if axis.times == 2)
+    values = [axis for axis in axes.free() if axis.count == pairs.count and axis.times == 1]
+    many, energies = round(share * pairs.size), {}
+
+    def add(name: str) -> Any:
+        own = [slot for slot in pairs.slots if slot.name == f"{name}.weight"]
+
+        def hook(_: Any, given: Any, output: torch.Tensor) -> None:
+            power = output.double().square().flatten(0, -2).mean(0)
+            each = sum(power[slot.positions(pairs.size)].sum(1) for slot in own)
+            energies[name] = energies.get(name, 0) + each
+
+        return hook
+
+    names = dict.fromkeys(slot.name.removesuffix(".weight") for slot in pairs.slots if "_proj" in slot.name)
+    hooks = [model.get_submodule(name).register_forward_hook(add(name)) for name in names]
+    with torch.no_grad():
+        for source in evidence.data.values():
+            for batch in list(source)[:2]:
+                model(*batch.args, **batch.kwargs)
+    for hook in hooks:
+        hook.remove()
+    total = torch.zeros(pairs.size, dtype=torch.float64)
+    for name in (name for name in energies if name.endswith("q_proj")):
+        both = energies[name] * energies[name.replace("q_proj", "k_proj")]
+        total += both / both.sum()
+    pooled, weights = evidence.pooled(), dict(model.named_parameters())
+    kept = {pairs.key: sorted(total.topk(many).indices.tolist())}
+    scores = scoring.wifv(weights, axes, pooled, units=values).values
+    kept |= {axis.key: sorted(scores[axis.key].topk(2 * many).indices.tolist()) for axis in values}
+    cost = Cost(axes)
+    saved = cost.total - cost({key: len(units) for key, units in kept.items()})
+    neurons = list(inner(axes.units(("mlp",)), 0.125, 0.0625))
+    limit = Target(Measure.WEIGHTS, float(Budget(keep).limit(cost.total) + saved))
+    kept |= uniform(axes, scoring.wifv(weights, axes, pooled, units=neurons), Budget(target=limit))
+    return Plan.keeping(axes, kept, means=scoring.means(model, axes, kept, pooled))
 
 
 def tables(findings: Any) -> dict[str, Any]:

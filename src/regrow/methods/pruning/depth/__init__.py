@@ -30,6 +30,9 @@ CITATION = (
     "in Men et al., ShortGPT, arXiv:2403.03853"
 )
 
+NAMED = 12
+"""The most modules that the note of a plan names."""
+
 
 def build(settings: Settings) -> Pruner:
     """Return the pruner that drops whole modules.
@@ -82,7 +85,9 @@ def _choose(s: Settings, task: PruningTask) -> Removal:
     best = min(counts, key=lambda number: (counts[number], number)) if counts else len(path)
     chosen = tuple(one.module for one in path[:best])
     left = path[best - 1].left if best else 1.0
+    names = ", ".join(chosen[:NAMED]) + (f" and {best - NAMED} more" if best > NAMED else "")
     note = f"modules dropped whole: {best} of {len(modules)}, which leaves {100 * left:.2f} % of {task.budget.measure}"
+    note += f" ({names})" if names else ""
     tables: dict[str, Any] = {
         "unit": s.unit,
         "path": [asdict(one) for one in path],

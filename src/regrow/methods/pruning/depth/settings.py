@@ -26,7 +26,7 @@ class Settings:
     unit: Annotated[str, OneOf("any", "attention", "mlp", "block")] = "any"
     search: Annotated[str, OneOf("greedy", "one_shot")] = "greedy"
     fill: Annotated[str, OneOf("neurons", "none")] = "neurons"
-    tokens: Annotated[int, Range(1)] = 768
+    tokens: Annotated[int, Range(1)] = 512
     compensate: bool = True
     spare_first: Annotated[float, Range(0, 1, below=True)] = 0.125
     spare_last: Annotated[float, Range(0, 1, below=True)] = 0.0625

@@ -1,0 +1,27 @@
+"""``prune --method depth``: the run names what it dropped, is recovered and exported."""
+
+from pathlib import Path
+
+import torch
+
+from cli.conftest import Run
+from regrow.commands.models import ModelSpec, load_model
+from regrow.run_folder import RunFolder
+
+DATA = ("--source", "news", "--source", "code", "--tokens", "128", "--eval-tokens", "64", "--seq-len", "32")
+DEPTH = ("--method", "depth", "--set", "unit=block", "--set", "fill=none", "--keep", "0.6")
+
+
+def test_a_run_without_a_block_is_recovered_and_exported(regrow: Run, tiny_language_model: Path) -> None:
+    code, out, err = regrow("prune", str(tiny_language_model), *DEPTH, *DATA, "--out", "run")
+    assert code == 0 and "kept 0.5000 of the weights" in out, err
+    (note,) = (one for one in RunFolder.open("run").run()["notes"] if "dropped whole" in one)
+    assert note == "modules dropped whole: 1 of 1, which leaves 50.00 % of weights (model.layers.1)"
+    code, _, err = regrow("recover", "run", "--by", "refit", "--out", "run2")
+    assert code == 0, err
+    code, _, err = regrow("export", "run", "--to", "transformers", "--out", "plain")
+    assert code == 0, err
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        small, plain = (load_model(ModelSpec(name)).model(input_ids=ids).logits for name in ("run2", "plain"))
+    assert torch.equal(small, plain)
