@@ -52,18 +52,20 @@ MODEL, SEQ, WINDOWS, JUDGE, JUDGE_SEED = "smollm2-135m", 256, 16, 32, 1000
 FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogue"))
 """Three domains to calibrate on, and the one that judges."""
 KEEPS = (0.8, 0.7, 0.5)
+SEARCH = {"tokens": SEQ}
+"""The search of ``depth`` measures one window of each domain, and judges numbers of modules on two others."""
 Arm = tuple[str, Mapping[str, Any], tuple[str, ...]]
 ARMS: Mapping[str, Arm] = {
     "flap": ("flap", {"allocation": "uniform"}, ("mlp",)),
     "KV groups": ("flap", {"allocation": "uniform"}, ()),
     "query heads": ("flap", {"allocation": "uniform"}, ("mlp", "q_proj", "o_proj")),
     "head size": ("", {}, ()),
-    "any": ("depth", {}, ()),
+    "any": ("depth", {"unit": "any"}, ()),
     "attention": ("depth", {"unit": "attention"}, ()),
     "mlp": ("depth", {"unit": "mlp"}, ()),
     "block": ("depth", {"unit": "block"}, ()),
-    "any, one shot": ("depth", {"search": "one_shot"}, ()),
-    "any, alone": ("depth", {"fill": "none"}, ()),
+    "any, one shot": ("depth", {"unit": "any", "search": "one_shot"}, ()),
+    "any, alone": ("depth", {"unit": "any", "fill": "none"}, ()),
     "block, alone": ("depth", {"unit": "block", "fill": "none"}, ()),
 }
 """Name → method, its settings, and the patterns of the axes that may be cut."""
@@ -121,7 +123,7 @@ def measure(args: argparse.Namespace) -> None:
             row: dict[str, Any] = {"fold": fold, "keep": keep, "arm": arm}
             try:
                 if method:
-                    pruner = build_pruner(method, settings)
+                    pruner = build_pruner(method, {**settings, **(SEARCH if method == "depth" else {})})
                     cut = plan_cut(pruner, loaded.model, axes, budget, evidence, checkpoint=path)
                     plan, found = cut.plan, cut.findings
                 else:

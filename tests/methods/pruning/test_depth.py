@@ -37,7 +37,7 @@ def traced(model: Any) -> AxisGraph:
 
 
 def prepared(model: Any, axes: AxisGraph, **settings: Any) -> tuple[Any, AxisGraph, Evidence]:
-    pruner = build_pruner("depth", {"tokens": 32, "spare_first": 0.0, "spare_last": 0.0, **settings})
+    pruner = build_pruner("depth", {"unit": "any", "tokens": 32, "spare_first": 0.0, "spare_last": 0.0, **settings})
     generator = torch.Generator().manual_seed(1)
     batches = [
         Batch(kwargs={"input_ids": ids}, labels=ids.roll(-1, 1))
@@ -146,5 +146,5 @@ def test_what_cannot_be_planned_is_refused_with_a_remedy(known: tuple[Any, AxisG
         pruner, axes, evidence = prepared(*known, **settings)
         with pytest.raises(BudgetError if "keep" in why else ValueError, match=why):
             check_pruning(pruner, axes, budget, [*evidence.data.values()])
-    with pytest.raises(ValueError, match="unit must be one of any, attention, mlp, block"):
+    with pytest.raises(ValueError, match="unit must be one of block, attention, mlp, any"):
         build_pruner("depth", {"unit": "head"})

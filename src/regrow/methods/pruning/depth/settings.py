@@ -11,7 +11,7 @@ class Settings:
     """Settings of ``depth``: which modules are dropped, how they are chosen, and what meets the rest of the budget.
 
     Args:
-        unit: The modules that may be dropped: ``attention``, ``mlp``, ``block`` (attention and MLP together), or
+        unit: The modules that may be dropped: ``block`` (attention and MLP together), ``attention``, ``mlp``, or
             ``any`` (attentions and MLPs, each on its own).
         search: ``greedy``: measured again after each removal; ``one_shot``: each measured once, alone.
         fill: ``neurons``: MLP neurons are cut to meet the budget exactly, in the order of FLAP, and the number of
@@ -23,7 +23,7 @@ class Settings:
         minimum: The smallest number of neurons that stay in an MLP.
     """
 
-    unit: Annotated[str, OneOf("any", "attention", "mlp", "block")] = "any"
+    unit: Annotated[str, OneOf("block", "attention", "mlp", "any")] = "block"
     search: Annotated[str, OneOf("greedy", "one_shot")] = "greedy"
     fill: Annotated[str, OneOf("neurons", "none")] = "neurons"
     tokens: Annotated[int, Range(1)] = 512
