@@ -21,6 +21,8 @@ from regrow import apply, trace
 from regrow.allocation import BudgetError
 from regrow.budget import Budget
 from regrow.commands import pruning as prune
+from regrow.commands.generated import fill_generated
+from regrow.commands.inputs import SourceSpecs, read_sources
 from regrow.commands.reconstruction import reconstruct
 from regrow.data import Half, corpora, text, windows
 from regrow.evaluation import choices, items_in, perplexity
@@ -28,6 +30,7 @@ from regrow.evidence import Evidence, Need
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets import load
 from regrow.process_memory import return_memory
+from regrow.source_names import GENERATED
 from regrow.sources import Source
 
 SEQ_LEN, BATCH = 256, 8
@@ -105,13 +108,27 @@ class WidthPruningBench:
         row |= {name: cut.findings[name] for name in ("starts", "history") if cut.findings.get(name)}
         if point.reconstruct:
             with self.stage("reconstruct"):
-                fit = reconstruct(network, self.model, self.axes, cut.plan, sources, {})
+                fit = reconstruct(network, self.model, self.axes, cut.plan, sources, point.fit)
             row["reconstruction"] = {name: fit[name] for name in ("target", "note", "tokens") if name in fit}
         return network, row
 
     def sources(self, point: Point) -> list[Source]:
-        """The calibration windows of a point: those of its fold but for the domain that is left out."""
-        return [self.calibration(name, point.sample) for name in FOLDS[point.fold] if name != point.left_out]
+        """The calibration windows of a point: those of its fold but for the domain that is left out, and its prior."""
+        own = [self.calibration(name, point.sample) for name in FOLDS[point.fold] if name != point.left_out]
+        return own + self.prior(point)
+
+    def prior(self, point: Point) -> list[Source]:
+        """The text that the model itself generates for a point, which is kept beside the rows."""
+        if not point.generated:
+            return []
+        key = GENERATED, point.generated, point.sample
+        if key not in self.tests:
+            specs = SourceSpecs(0, SEQ_LEN, (GENERATED,), tokens=point.generated * SEQ_LEN, seed=point.sample)
+            folder = self.args.out.parent / f"generated_{self.args.model}_{point.sample}_{point.generated}"
+            folder.mkdir(exist_ok=True)
+            kinds = fill_generated(read_sources(specs, self.loaded), specs, self.loaded, point.generated, folder)
+            self.tests[key] = kinds.calibration[0]
+        return [self.tests[key]]
 
     def calibration(self, name: str, sample: int) -> Source:
         """The calibration windows of a domain."""
@@ -129,12 +146,12 @@ class WidthPruningBench:
         """What a method needs, measured on all domains of a fold once, and the seconds that it took for all of them."""
         at = point.fold, point.sample
         self.evidence = {key: value for key, value in self.evidence.items() if key[0] == at}
-        key = at, pruner.needs - {Need.WEIGHTS}, pruner.shards
+        key = at, pruner.needs - {Need.WEIGHTS}, pruner.shards, point.generated
         if key not in self.evidence:
             if Need.GRADIENTS in pruner.needs:  # gigabytes
                 self.evidence = {one: value for one, value in self.evidence.items() if Need.GRADIENTS not in one[1]}
             start = time.perf_counter()
-            every = [self.calibration(name, point.sample) for name in FOLDS[point.fold]]
+            every = [self.calibration(name, point.sample) for name in FOLDS[point.fold]] + self.prior(point)
             found = prune.collect_evidence(self.model, self.axes, pruner, every, batch_size=BATCH)
             self.evidence[key] = found, round(time.perf_counter() - start, 2)
         found, took = self.evidence[key]

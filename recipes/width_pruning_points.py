@@ -19,6 +19,8 @@ FINALISTS = 10
 CHOSEN = 3
 DOMAINS, TASKS = "domains", "tasks"
 LEFT_OUT, RECONSTRUCTED = "left out: ", ", reconstructed"
+GENERATED, PRIOR = 96, ", generated text, reconstructed"
+"""The windows of text that the model itself generates, and the end of the names of arms that use it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Point:
         outer: Whether the first and last blocks are pruned; ``None``: as the method has it.
         reconstruct: Whether layers that read cut units are fitted by least squares.
         settings: Settings of the method.
+        generated: How many windows of text that the model itself generates are one more calibration source.
+        fit: Settings of the least squares that differ from those of ``--reconstruct``.
     """
 
     arm: str
@@ -48,6 +52,8 @@ class Point:
     outer: bool | None = None
     reconstruct: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    generated: int = 0
+    fit: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -80,6 +86,12 @@ def baselines() -> Iterator[Point]:
 def reconstructed(point: Point) -> Point:
     """The same with least squares for the layers that read cut units."""
     return replace(point, arm=point.arm + RECONSTRUCTED, reconstruct=True)
+
+
+def with_prior(point: Point) -> Point:
+    """The same with generated text as one more source, and layers fitted to what the dense network has there."""
+    more: dict[str, Any] = {"reconstruct": True, "generated": GENERATED, "fit": {"target": "dense"}}
+    return replace(point, arm=point.arm + PRIOR, **more)
 
 
 def dense(on: str, fold: int = 0) -> Point:
@@ -146,6 +158,7 @@ def level(row: Row, names: Sequence[str] = ()) -> float:
 LEARNED = {"base": "flap", "steps": 12, "every": 12}
 BASE_ORDER = {"partition": "layer", "switch": "never"}
 MEASURED = {"allocation": "measured", **BASE_ORDER}
+FISHER = "fisher uniform, MLP neurons, outer blocks unpruned"
 ZERO_SHOT = "gprune, measured shares"
 GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gprune, learned shares": ("mlp", LEARNED),
@@ -169,6 +182,8 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
         like = {"only": chosen[0].only, "outer": chosen[0].outer}
         yield from (*arms, Point("random, as the best baseline", "random", settings=random, **like, **at))
         yield from map(reconstructed, arms)
+        fisher = Point(FISHER, "fisher", only="mlp", outer=False, settings={"allocation": "uniform"}, **at)
+        yield from map(with_prior, (chosen[0], fisher))
 
 
 def zero_shot(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
