@@ -1,6 +1,6 @@
 """What a prior source adds for text of a domain that calibration has not seen, at equal numbers of tokens.
 
-    python benchmarks/prior_sources.py --texts TEXTS              # all rows that are missing; 1 to 2 CPU minutes each
+    python benchmarks/prior_sources.py --texts TEXTS              # all rows that are missing; several CPU minutes each
     python benchmarks/prior_sources.py --texts TEXTS --left-out talk --priors none generated --seconds 300
     python benchmarks/prior_sources.py --show
 
