@@ -1,5 +1,6 @@
 """The method of docs/add-a-method.md: one file in an external package, no change to the core, and all laws run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -55,16 +56,23 @@ def python(*words: str, site: Path | None, cwd: Path) -> subprocess.CompletedPro
     )
 
 
+def commands(*calls: list[str], site: Path | None, cwd: Path) -> tuple[list[int], str, str]:
+    """Run commands of regrow one after the other in one fresh process; return their exit codes, output and errors."""
+    code = "import json, sys; from regrow.cli import code_of; print([code_of(one) for one in json.loads(sys.argv[1])])"
+    done = python("-c", code, json.dumps(calls), site=site, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    output, _, codes = done.stdout.rstrip().rpartition("\n")
+    return json.loads(codes), output, done.stderr
+
+
 def test_an_installed_method_is_listed_explained_and_run(installed: Path, tmp_path: Path) -> None:
-    code = "from regrow.cli import main; raise SystemExit(main())"
-    listed = python("-c", code, "methods", site=installed, cwd=tmp_path)
-    assert "anchored " in listed.stdout and "broken" not in listed.stdout, listed.stderr
-    explained = python("-c", code, "methods", "anchored", site=installed, cwd=tmp_path)
-    assert "--set strength=0.01" in explained.stdout and "The strength of the pull" in explained.stdout
-    run = python("-c", code, *LEARN, "--method", "anchored", "--out", "run", site=installed, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    more = python("-c", code, "learn", "--resume", "run", "--task", "digits", site=installed, cwd=tmp_path)
-    assert more.returncode == 0, more.stderr
+    calls = ["methods"], ["methods", "anchored"], [*LEARN, "--method", "anchored", "--out", "run"]
+    codes, output, errors = commands(*calls, site=installed, cwd=tmp_path)
+    assert codes == [0, 0, 0], errors
+    assert "anchored " in output and "broken" not in output, errors
+    assert "--set strength=0.01" in output and "The strength of the pull" in output
+    codes, _, errors = commands(["learn", "--resume", "run", "--task", "digits"], site=installed, cwd=tmp_path)
+    assert codes == [0], errors
 
 
 def test_every_law_runs_on_an_installed_method(installed: Path, tmp_path: Path) -> None:
