@@ -10,12 +10,13 @@ Four residual MLP blocks read a stream of a part that is active in every domain 
 * robust units, which read the part that is active in every domain;
 * domain units, which read the part of one domain: on all other domains they hardly respond (``LEAK``), so their rank
   depends on the source, and those of unseen domains are weak on every calibration source;
-* decoys: strong units of domains 0 and 1, in pairs of opposite outgoing weights, so that no output depends on them.
+* cancelling pairs: strong units of domains 0 and 1, two by two with opposite outgoing weights, so that no output
+  depends on them (``decoys`` in the rows).
 
 How much a unit contributes has a wide log-normal distribution in its outgoing weights, so that a metric without
-activations knows something. A selection is right if it cuts decoys, then units that contribute little, whatever domain
-they belong to. Each network is cut to ``KEEP`` of its hidden units, with biases that make up for the means of dropped
-inputs, and judged by the KL divergence from its dense outputs on seen and on unseen domains.
+activations knows something. A selection is right if it cuts these pairs, then units that contribute little, whatever
+domain they belong to. Each network is cut to ``KEEP`` of its hidden units, with biases that make up for the means of
+dropped inputs, and judged by the KL divergence from its dense outputs on seen and on unseen domains.
 
 Arms: "flap" is the base of all others (its score, uniform in every block). GPrune's modules ("partition") × the order
 in them ("switch") × their pruning ratios ("shares": the same in all modules, ``equal``; those that the base's own
@@ -58,8 +59,8 @@ from regrow.store.versions import versions
 OUT = Path(__file__).parent / "results" / "planted_networks.jsonl"
 DOMAINS, SEEN, PART, SHARED, CLASSES, BLOCKS = 8, 4, 8, 16, 32, 4
 WIDTH = DOMAINS * PART + SHARED
-ROBUST, PER_DOMAIN, DECOYS = 96, 20, 48
-KINDS = {"robust": ROBUST, "seen": SEEN * PER_DOMAIN, "unseen": (DOMAINS - SEEN) * PER_DOMAIN, "decoys": DECOYS}
+ROBUST, PER_DOMAIN, CANCELLING = 96, 20, 48
+KINDS = {"robust": ROBUST, "seen": SEEN * PER_DOMAIN, "unseen": (DOMAINS - SEEN) * PER_DOMAIN, "decoys": CANCELLING}
 SPREAD, LEAK, STRONG = 0.7, 0.05, 2.5
 KEEP, GENERIC, BATCH, BATCHES, TEST = 0.6, 0.3, 64, 16, 1000
 
@@ -95,7 +96,7 @@ class PlantedNetwork(nn.Module):
                     where = slice(part * PART, WIDTH if part == DOMAINS else (part + 1) * PART)
                     size = where.stop - where.start
                     rows[unit, where] = normal(size) / size**0.5
-                first = torch.arange(units - DECOYS, units, 2)
+                first = torch.arange(units - CANCELLING, units, 2)
                 for number, unit in enumerate(first.tolist()):
                     part = number % 2
                     rows[unit, part * PART : (part + 1) * PART] = STRONG * normal(PART) / PART**0.5
@@ -261,7 +262,12 @@ QUESTIONS: Mapping[str, Sequence[tuple[str, str]]] = {
     ],
     "all stages, least squares, OBS": [
         ("flap", "flap, one source"),
+        ("thresholds, blend, learned", "flap, one source"),
+        ("thresholds, never, learned", "flap, one source"),
+        ("thresholds, never, measured", "flap, one source"),
+        ("thresholds, blend, measured", "thresholds, never, measured"),
         ("thresholds, blend, learned", "flap"),
+        ("thresholds, blend, learned", "magnitude"),
         ("thresholds, blend, learned, least squares", "flap, least squares"),
         ("obs, ridge 0.001", "flap"),
         ("obs, ridge 0.001, least squares", "thresholds, blend, learned, least squares"),
@@ -277,7 +283,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the mean of each arm, and the differences that answer the questions."""
     arms = [name for name in dict.fromkeys(arm.name for arm in ARMS) if any(row["arm"] == name for row in rows)]
     by = {(row["arm"], row["seed"]): row for row in rows}
-    print("| arm | KL, seen domains | unseen | cut: robust | seen | unseen | decoys | CPU s |\n" + "|---" * 8 + "|")
+    print("| arm | KL, seen domains | unseen | cut: robust | seen | unseen | cancelling | CPU s |\n" + "|---" * 8 + "|")
     for arm in arms:
         mine = [row for row in rows if row["arm"] == arm]
         figures = [summarise([row[part] for row in mine]) for part in ("seen", "unseen")]
