@@ -5,10 +5,11 @@
     python benchmarks/unit_types.py --show
 
 SmolLM2-135M in bfloat16, 16 windows of 256 tokens of each of three calibration domains; the calibration half of the
-fourth judges, in 32 windows: fold 0: news, code and manual, judged on talk; fold 1: prose, legal and wiki, judged on
-dialogue. ``--texts`` is that of ``recipes/width_pruning.py``. The reference, ``flap``, cuts MLP neurons in the order of
-FLAP, the same fraction of every block but the first four and the last two, with compensation of biases. The arms are
-in ``ARMS``; those of ``depth`` meet what whole modules leave of the budget with the same neurons, ``alone`` without.
+fourth judges, in 32 windows (of talk the 31 that its half holds): fold 0: news, code and manual, judged on talk; fold
+1: prose, legal and wiki, judged on dialogue. ``--texts`` is that of ``recipes/width_pruning.py``. The reference,
+``flap``, cuts MLP neurons in the order of FLAP, the same fraction of every block but the first four and the last two,
+with compensation of biases. The arms are in ``ARMS``; those of ``depth`` meet what whole modules leave of the budget
+with the same neurons, ``alone`` without.
 ``head size`` cuts a quarter of the channels of every head, in all blocks, and neurons: its plan is made here, since no
 allocation takes axes of which one unit (a rotary pair) goes with two of others (values).
 One row per arm, as soon as it is measured: nats per token of each window, what is left of the weights, and seconds of
