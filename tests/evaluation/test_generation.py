@@ -5,7 +5,7 @@ import torch
 
 from regrow.errors import InputError
 from regrow.evaluation import generation
-from regrow.evaluation.generation import check_generation, generate_tokens, sample
+from regrow.evaluation.generation import check_generation, generate_tokens, predict_generation, sample
 
 transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
 
@@ -14,7 +14,8 @@ transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
 def llama():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=300, num_hidden_layers=2, eos_token_id=5, **sizes)
+    sizes |= {"vocab_size": 300, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(eos_token_id=5, attention_dropout=0.5, **sizes)
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -59,3 +60,20 @@ def test_a_stopped_call_goes_on_to_the_same_text(llama, monkeypatch):
 def test_other_networks_are_refused():
     with pytest.raises(InputError, match=r"a Linear has no generate\(\); name a causal language model"):
         check_generation(torch.nn.Linear(2, 2))
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(InputError, match="T5ForConditionalGeneration is an encoder-decoder; name a causal"):
+        check_generation(transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=16, **sizes)))
+
+
+def test_a_network_in_training_mode_is_sampled_without_dropout(llama):
+    one, two = (torch.full((2, 10), -1) for _ in range(2))
+    generate_tokens(llama, one, 0)
+    generate_tokens(llama.train(), two, 0)
+    assert llama.training and torch.equal(one, two)
+    llama.eval()
+
+
+def test_a_network_without_attention_has_no_cache():
+    config = transformers.MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=1)
+    model = transformers.MambaForCausalLM(config)
+    assert predict_generation(model, 3, 10) == 2 * sum(one.numel() for one in model.parameters()) + 16 * 3 * 16

@@ -29,12 +29,17 @@ def check_generation(model: nn.Module) -> None:
         model: The network.
 
     Raises:
-        InputError: If it is no causal language model of transformers.
+        InputError: If it is no causal language model of transformers, or an encoder-decoder.
     """
     if not (hasattr(model, "generate") and getattr(model, "can_generate", bool)()):
         raise InputError(
             f"source 'generated' is text that the model generates, and a {type(model).__name__} has no generate(); "
             "name a causal language model of transformers, or another source"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(
+            f"source 'generated' is text that the model continues by itself, and a {type(model).__name__} is an "
+            "encoder-decoder; name a causal language model of transformers, or another source"
         )
 
 
@@ -49,7 +54,8 @@ def generate_tokens(
 ) -> None:
     """Sample the missing tokens of windows in place, at temperature 1 from the whole vocabulary, in bfloat16.
 
-    Text goes on behind a token that ends it. The random numbers of a window depend on the seed and its index alone.
+    After an end-of-text token a new text starts in the same window. The random numbers of a window depend on the seed
+    and its index alone.
 
     Args:
         model: A causal language model of transformers, of any widths.
@@ -102,8 +108,9 @@ def predict_generation(model: nn.Module, n: int, length: int) -> int:
     """
     config: Any = getattr(model, "config", None)
     config, rows = config.get_text_config(), min(n, ROWS)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = getattr(config, "num_attention_heads", None) or 0  # 0: a recurrent network, whose states are small
+    heads = (getattr(config, "num_key_value_heads", None) or queries) if queries else 0
+    size = getattr(config, "head_dim", None) or config.hidden_size // max(1, queries)
     cache = 2 * 2 * config.num_hidden_layers * heads * size * rows * length
     copy = sum(2 * one.numel() for one in model.parameters() if one.dtype != torch.bfloat16)
     return copy + cache + 4 * 4 * rows * config.vocab_size
@@ -153,14 +160,14 @@ def _continue(writer: Any, known: Tensor, more: int, sampling: "_Sampling") -> T
 
 
 def _copy_in_bfloat16(model: nn.Module) -> Any:
-    """Return a copy with parameters in bfloat16 and without settings of generation, such as tokens that end a text."""
+    """Return a copy to sample from: parameters in bfloat16, no dropout, no settings such as tokens that end a text."""
     from transformers import GenerationConfig
 
     parameters = {id(one) for one in model.parameters()}
     kind = torch.bfloat16
     copy: Any = copy_model(model, lambda one: one.detach().to(kind) if id(one) in parameters else one)
     copy.generation_config = GenerationConfig()
-    return copy
+    return copy.eval()
 
 
 def _draw(seed: int, window: int, length: int) -> Tensor:
