@@ -1,6 +1,7 @@
 """The Fisher information of masks, against masks that are differentiated example by example."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,10 @@ def test_a_loss_of_ones_own_takes_the_labels_of_the_data() -> None:
         loss = F.cross_entropy(model(inputs), labels)
     for key, slope in zip(masks, torch.autograd.grad(loss, [*masks.values()]), strict=True):
         torch.testing.assert_close(found.fisher[key].float(), slope.square(), rtol=1e-4, atol=1e-9)
+    with torch.no_grad():
+        given = [Source("a", [Batch((inputs,), labels=labels)])], {Need.FISHER}
+        (again,) = collect(model, axes, *given, objective=own)["a"]
+    assert all(torch.equal(again.fisher[key], one) for key, one in found.fisher.items())
 
 
 def test_scores_are_half_the_mean_square_and_need_all_axes() -> None:
@@ -168,6 +173,38 @@ def test_scores_are_half_the_mean_square_and_need_all_axes() -> None:
     del seen.fisher[FF]
     with pytest.raises(ValueError, match=r"never reached the units of 'decoder\.blocks\.1\.gate"):
         fisher(weights_of(model), axes, seen)
+
+
+class Detached(Forked):
+    """Its output has no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+def test_nothing_to_differentiate_is_refused() -> None:
+    model, axes = lm()
+    (batch,) = texts("a", batches=1)
+    with pytest.raises(ValueError, match="nothing is labelled on source 'a'"):
+        measure(model, axes, replace(batch, labels=torch.full_like(batch.labels, -100)))
+    inputs, model = torch.randn(5, 4), Detached()
+    with pytest.raises(ValueError, match="what the network returns has no gradient"):
+        measure(model, trace(model, inputs), Batch((inputs,), labels=torch.arange(5) % 3))
+
+
+def test_examples_have_random_numbers_of_their_own_however_inputs_are_given() -> None:
+    logits, labels = torch.zeros(600, 2), torch.zeros(600, dtype=torch.long)
+
+    def draw(*inputs: Any) -> Tensor:
+        found = draw_labels(logits, Batch(inputs, labels=labels), CLASSIFICATION)
+        assert found
+        return found[1]
+
+    rows = torch.arange(600.0)[:, None]
+    assert torch.equal(draw({"x": [rows]}), draw(rows))
+    other = draw({"x": torch.zeros(3, 4)})
+    assert 0.4 < float(other.argmin(-1).float().mean()) < 0.6
+    assert not torch.equal(other, draw({"x": torch.ones(3, 4)}))
 
 
 def test_damaged_weights_are_named() -> None:

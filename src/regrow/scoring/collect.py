@@ -195,6 +195,11 @@ class _Walk:
                     f"the input of {name!r} holds NaN or infinity on source {statistics.source!r}; the weights before "
                     "it are damaged, or overflow in this dtype (try float32 or bfloat16)"
                 )
+        if statistics.fisher and not statistics.tokens:
+            raise ValueError(
+                f"nothing is labelled on source {statistics.source!r}: all labels are -100, and no gradient can be "
+                "measured; give data with labels"
+            )
         if damaged_axis := next((key for key, one in statistics.fisher.items() if not torch.isfinite(one).all()), ""):
             raise ValueError(
                 f"the gradient of {damaged_axis!r} holds NaN or infinity on source {statistics.source!r}; weights or "

@@ -7,13 +7,14 @@ one forward and one backward pass, and no gradients of weights.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from hashlib import sha256
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from regrow.axes import Axis, AxisGraph
 from regrow.objectives import CLASSIFICATION, IGNORED, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective
@@ -178,16 +179,23 @@ def add_fisher(
         sums: Axis key → sum so far; changed in place.
         objective: What the network is trained for: it says how labels are drawn.
         around: The context in which the forward pass runs.
+
+    Raises:
+        ValueError: If the output does not depend on the units by gradients.
     """
-    with torch.enable_grad(), masks, around:
-        output = model(*batch.args, **batch.kwargs)
-    drawn = draw_labels(output, batch, objective)
-    if drawn is None:
-        loss = objective.compute_loss(output, batch) * batch.size
-        if loss.requires_grad:
-            loss.backward()
-    elif drawn[0].requires_grad:
-        drawn[0].backward(drawn[1])
+    with torch.enable_grad():
+        with masks, around:
+            output = model(*batch.args, **batch.kwargs)
+        drawn = draw_labels(output, batch, objective)
+        loss = objective.compute_loss(output, batch) * batch.size if drawn is None else None
+    end = drawn[0] if drawn is not None else loss
+    if end is not None and end.requires_grad:
+        end.backward(None if drawn is None else drawn[1])
+    elif masks.waiting:
+        raise ValueError(
+            "what the network returns has no gradient, since its forward pass detaches it; return it attached, or "
+            "choose a method without gradients, such as flap"
+        )
     for key, squares in masks.finish().items():
         sums[key] = sums[key] + squares if key in sums else squares
 
@@ -195,7 +203,8 @@ def add_fisher(
 def draw_labels(output: object, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor] | None:
     """Draw labels from a network's predictions; return the logits and the gradient of the summed loss in them.
 
-    The random numbers of an example depend on its inputs alone, not on the batch that it is in.
+    The random numbers of an example depend on its inputs alone, not on the batch that it is in; where the first
+    dimension of no input is that of the labels, on all inputs and its index.
 
     Args:
         output: What the network returned.
@@ -244,16 +253,18 @@ def _uniform(batch: Batch, like: Tensor) -> Tensor:
     """Return uniform random numbers in [0, 1) of the shape of ``like``, seeded by the inputs of each example."""
     if not like.dim():
         return torch.rand((), generator=_generator(_tensors(batch))).to(like.device)
-    inputs = [one for one in _tensors(batch) if one.dim() and len(one) == len(like)]
-    rows = [torch.rand(like.shape[1:], generator=_generator(one[i] for one in inputs)) for i in range(len(like))]
+    every = _tensors(batch)
+    inputs = [one for one in every if one.dim() and len(one) == len(like)]
+    seeds = [[one[i] for one in inputs] if inputs else [*every, torch.tensor(i)] for i in range(len(like))]
+    rows = [torch.rand(like.shape[1:], generator=_generator(one)) for one in seeds]
     return torch.stack(rows).to(like.device)
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    return [one for one in (*batch.args, *batch.kwargs.values()) if isinstance(one, Tensor)]
+    return [one for one in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(one, Tensor)]
 
 
-def _generator(inputs: "Iterator[Tensor] | Sequence[Tensor]") -> torch.Generator:
+def _generator(inputs: Sequence[Tensor]) -> torch.Generator:
     digest = sha256()
     for one in inputs:
         digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
