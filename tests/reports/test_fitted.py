@@ -94,16 +94,18 @@ def test_divergences_of_layers_and_the_reason_of_each_ratio_are_shown(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "line", "reason"),
+    ("settings", "line", "reason", "metric"),
     [
-        ({"allocation": "ranked"}, "One ranking of the standardised scores", "scores below the common threshold"),
-        ({"allocation": "uniform"}, "Every candidate loses the same fraction", "the same fraction as others"),
-        ({"allocation": "uniform", "spare_first": 0.125}, "outside the first and last blocks", "left whole"),
+        ({"allocation": "ranked"}, "of the standardised scores", "scores below the common threshold", "wifv"),
+        ({"allocation": "ranked"}, "loss per removed weight", "scores below the common threshold", "fisher/cost"),
+        ({"allocation": "uniform"}, "Every candidate loses the same fraction", "the same fraction as others", "wifv"),
+        ({"allocation": "uniform", "spare_first": 0.125}, "outside the first and last blocks", "left whole", "wifv"),
     ],
 )
-def test_how_much_of_each_layer_is_cut_is_explained(tmp_path, settings, line, reason):
+def test_how_much_of_each_layer_is_cut_is_explained(tmp_path, settings, line, reason, metric):
     folder = write_run(tmp_path / "run")
     edit(folder / "run.json", lambda run: run.update(defaults=settings))
     edit(folder / "axes.json", lambda axes: axes["before"][0].update(key="other:0"))
+    edit(folder / "scores.json", lambda scores: scores.update(metric=metric))
     run = summarise([folder])["runs"][0]
     assert line in choices.describe(run)[0] and {reason, "not a candidate"} <= {*choices.reasons(run).values()}

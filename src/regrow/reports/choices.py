@@ -173,9 +173,11 @@ def _rule(run: Run) -> str:
     if found and mode == "learned":
         return "The fraction that each module loses was learned by gradients, and judged on held-out text."
     if mode == "ranked":
+        per_weight = str((run["scores"] or {}).get("metric", "")).endswith("/cost")
         return (
-            "One ranking of the standardised scores of all candidates decides: the lowest go until the budget is met, "
-            "so that a layer with many low scores loses more."
+            f"One ranking of {'the estimated loss per removed weight' if per_weight else 'the standardised scores'} of "
+            "all candidates decides: the lowest go until the budget is met, so that a layer with many low scores loses "
+            "more."
         )
     if mode == "uniform":
         ends = [number(float(value), 0, 1) for name in ("spare_first", "spare_last") if (value := _number(run, name))]
