@@ -138,6 +138,16 @@ def _generate(data: Any, model: nn.Module, reading: ReadOptions, progress: Progr
     return generate_source(model, reading.tokenizer, TOKENS // reading.seq_len, reading.seq_len, progress=progress)
 
 
+def names_generated(data: object) -> bool:
+    """Return whether ``"generated"`` is among the data.
+
+    Args:
+        data: The data of a call.
+    """
+    parts = data.values() if isinstance(data, Mapping) else [data]
+    return any(_is_generated(part) for part in parts)
+
+
 def _is_generated(data: object) -> bool:
     return isinstance(data, str) and data == GENERATED and not Path(data).exists()
 

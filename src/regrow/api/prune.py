@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from regrow.amounts import Measure, Target, parse_share
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, run_once
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, names_generated, read_inputs, run_once
 from regrow.api.runs import Destination, finish, loaded_of, log_size, name_of, run_of
 from regrow.api.streamed import open_within, prune_streamed
 from regrow.axes import AxisGraph
@@ -149,6 +149,11 @@ def _carry_out(
     limits, place, progress, precision = call.limits, call.place, call.progress, given["precision"]
     loss, described = name_of(given["loss"]), partial(_describe, call.method, call.settings, limits)
     if call.memory:
+        if names_generated(data):
+            raise InputError(
+                f"memory={call.memory!r} does not count what generating text needs, got data='generated'; leave out "
+                f"memory, or run `regrow prune --source generated --memory {call.memory}`"
+            )
         needs = _needs(call.pruner, limits, given, axes, call.reconstruct)
         read = {name: given[name] for name in ("loss", "tokenizer", "batch_size")}
         streamed = open_within(model, data, call.memory, needs, progress, what="pruning", **read)

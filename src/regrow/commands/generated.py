@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.commands.calibration import parameter_sums
 from regrow.commands.clock import Clock
 from regrow.commands.inputs import PendingWindows, SourceHalves, SourceSpecs, count_windows, generated_source
 from regrow.commands.prune_settings import source_specs
@@ -16,6 +17,7 @@ from regrow.commands.shared_work import SharedWork
 from regrow.data.windows import find_separator, find_start
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_tensors
+from regrow.errors import InputError
 from regrow.evaluation.generation import generate_tokens
 from regrow.nets import Loaded
 from regrow.progress import Progress, silent
@@ -83,6 +85,7 @@ def fill_generated(
     known: Sequence[Path | Tensor] = (),
     progress: Progress = silent,
     ranks: ProcessRank = SINGLE,
+    weights: Sequence[float] | None = None,
 ) -> SourceHalves:
     """Generate the text of a run, or read what its folder has of it; without a source that is pending, do nothing.
 
@@ -95,6 +98,7 @@ def fill_generated(
         known: Windows of the same model, or run folders that may have some.
         progress: Called with (tokens so far, tokens in all, what is being done).
         ranks: The processes; rank 0 generates for all.
+        weights: A sum of each parameter of the model; ``None``: they are in memory, and are summed.
 
     Raises:
         InputError: If the model cannot generate text.
@@ -102,12 +106,10 @@ def fill_generated(
     """
     if not kinds.pending:
         return kinds
-    tokenizer = loaded.tokenizer
-    start, separator = find_start(tokenizer), find_separator(tokenizer)
-    tokens = torch.full((n, specs.seq_len - len(start)), -1)
+    tokens = _empty_windows(specs, loaded, n)
     if ranks.leads:
         path = None if folder is None else folder / FILE
-        header = {"seed": specs.seed, "separator": separator}
+        header = _header(specs, loaded, weights)
         for one in (*known, *([folder] if folder else [])):
             _copy_known(tokens, one if isinstance(one, Tensor) else _read(one / FILE, header))
 
@@ -118,6 +120,7 @@ def fill_generated(
                 write_tensors(path, {"tokens": tokens}, header, FORMAT)
 
         if (tokens < 0).any():
+            separator = find_separator(loaded.tokenizer)
             generate_tokens(loaded.model, tokens, separator, specs.seed, progress=progress, store=store)
         store()
     broadcast_tensors(ranks, [tokens])
@@ -128,15 +131,61 @@ def fill_generated(
     return replace(kinds, calibration=tuple(filled), generated=tokens)
 
 
+def check_stored(
+    kinds: SourceHalves, specs: SourceSpecs, loaded: Loaded, n: int, known: Sequence[Path], weights: Sequence[float]
+) -> None:
+    """Raise InputError unless run folders have all text of a run whose network, read block by block, cannot generate.
+
+    Args:
+        kinds: The data of the run.
+        specs: The sources, and how much of each.
+        loaded: The model, without numbers.
+        n: As for :func:`fill_generated`.
+        known: The run folders.
+        weights: A sum of each parameter of the model.
+
+    Raises:
+        InputError: If text is missing.
+    """
+    if not kinds.pending:
+        return
+    tokens, header = _empty_windows(specs, loaded, n), _header(specs, loaded, weights)
+    for folder in known:
+        _copy_known(tokens, _read(folder / FILE, header))
+    if missing := int((tokens < 0).any(1).sum()):
+        raise InputError(
+            f"source 'generated' lacks {missing} of {n} windows, and a network that is read one block at a time cannot "
+            "generate them; give more --memory, or fewer --tokens"
+        )
+
+
+def _empty_windows(specs: SourceSpecs, loaded: Loaded, n: int) -> Tensor:
+    """Return windows all of whose tokens are missing."""
+    return torch.full((n, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
+
+
+def _header(specs: SourceSpecs, loaded: Loaded, weights: Sequence[float] | None) -> dict[str, object]:
+    """Return what the text depends on: seed, first token, vocabulary and weights."""
+    model: Any = loaded.model
+    return {
+        "seed": specs.seed,
+        "separator": find_separator(loaded.tokenizer),
+        "vocabulary": len(model.get_input_embeddings().weight),
+        "weights": parameter_sums(model) if weights is None else list(weights),
+    }
+
+
 def _read(path: Path, header: Mapping[str, object]) -> Tensor | None:
-    """Return stored windows; ``None`` if there is no usable file, or it is of another seed or start."""
+    """Return stored windows; ``None`` if there is no usable file, or it is of another model, seed or vocabulary."""
     try:
         found, tensors = read_tensors(path, FORMAT)
     except StoreError:
         return None
     tokens = tensors.get("tokens")
-    fits = tokens is not None and tokens.dtype == torch.int64 and tokens.dim() == 2
-    return tokens if fits and all(found.get(name) == value for name, value in header.items()) else None
+    if tokens is None or tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel():
+        return None
+    own = int(tokens.min()) >= -1 and int(tokens.max()) < int(str(header["vocabulary"]))
+    return tokens if own and all(found.get(name) == value for name, value in header.items()) else None
 
 
 def _copy_known(tokens: Tensor, known: Tensor | None) -> None:

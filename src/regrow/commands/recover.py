@@ -11,7 +11,7 @@ from regrow.axes import AxisGraph
 from regrow.axes.inventory import inventory
 from regrow.commands import prune_settings as pruning_run
 from regrow.commands.clock import Clock
-from regrow.commands.generated import fill_generated
+from regrow.commands.generated import check_stored, fill_generated
 from regrow.commands.inputs import SourceHalves, count_windows, describe_sources, read_sources
 from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import evaluate_text, measure
@@ -91,7 +91,7 @@ def run(
     with clock.stage("load"):
         dense, loaded = streamed.models() if streamed else _load_models(source, cut, parallel.ranks, progress, code)
         check_precision(loaded.model, precision)
-        kinds = read_sources(pruning_run.source_specs(origin, settings.tokens), loaded)
+        kinds = _read_data(settings, cut, source, loaded, streamed)
         axes = streamed.dense.axes if streamed else _trace_dense(dense, cut)
         cut.plan.check(axes)
     check_same_inputs(parallel.ranks, [] if streamed else [dense.model, loaded.model], kinds)
@@ -99,7 +99,7 @@ def run(
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
         start_from(folder, settings.run, loaded, undo=settings.undo)
-        kinds = _generate(kinds, cut, settings, dense, parallel.ranks, progress, folder.path, source.path)
+        kinds = _generate(kinds, cut, settings, dense, parallel.ranks, progress, folder.path, source.path, streamed)
         folder.update(notes=list(dense.notes), sources=describe_sources(pruning_run.source_specs(origin), kinds))
         _copy_measurements(measured, folder)
         number = len(wanted.before) + 1
@@ -123,6 +123,18 @@ def run(
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder), memory=peak)
 
 
+def _read_data(
+    settings: Settings, cut: LastCut, source: RunFolder, loaded: Loaded, streamed: StreamedRecovery | None
+) -> SourceHalves:
+    """Read the data; without the dense model in memory, all text that it generates must be in earlier run folders."""
+    specs = pruning_run.source_specs(cut.settings, settings.tokens)
+    kinds = read_sources(specs, loaded)
+    if streamed and kinds.pending:
+        known, windows = (cut.folder.path, source.path), count_windows(specs.tokens, specs.seq_len)
+        check_stored(kinds, specs, streamed.dense.loaded, windows, known, streamed.dense.weights.sums())
+    return kinds
+
+
 def _generate(
     kinds: SourceHalves,
     cut: LastCut,
@@ -131,12 +143,14 @@ def _generate(
     ranks: ProcessRank,
     progress: Progress = silent,
     folder: Path | None = None,
-    *known: Path,
+    source: Path | None = None,
+    streamed: StreamedRecovery | None = None,
 ) -> SourceHalves:
     """Return the data with text that the dense model generates, as far as earlier run folders have none of it."""
     specs = pruning_run.source_specs(cut.settings, settings.tokens)
-    windows, known = count_windows(specs.tokens, specs.seq_len), (cut.folder.path, *known)
-    return fill_generated(kinds, specs, dense, windows, folder, known=known, progress=progress, ranks=ranks)
+    given: Any = {"known": (cut.folder.path, *([source] if source else [])), "progress": progress, "ranks": ranks}
+    given["weights"] = streamed.dense.weights.sums() if streamed and kinds.pending else None
+    return fill_generated(kinds, specs, dense, count_windows(specs.tokens, specs.seq_len), folder, **given)
 
 
 def _plan_memory(

@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regrow.amounts import format_bytes
+from regrow.commands.generated import count_generated
+from regrow.commands.inputs import count_windows
 from regrow.commands.last_cut import LastCut
 from regrow.commands.models import DTYPES
 from regrow.commands.parents import count_parameters
+from regrow.commands.prune_settings import source_specs
 from regrow.errors import InputError, ResourceError
 from regrow.evaluation import UnpredictableError, predict_memory
+from regrow.evaluation.generation import predict_generation
 from regrow.methods.recovery.distil import divergence
 from regrow.objectives import NEXT_TOKEN
 from regrow.process_memory import read_resident
 from regrow.scoring.gradients import add_gradients
 from regrow.settings.recover import Settings
+from regrow.source_names import GENERATED
 from regrow.sources import Batch, logits_in
 from regrow.store.errors import StoreError
 from regrow.store.skeleton import load_saved_skeleton
@@ -97,10 +102,22 @@ def predict_recovery(settings: Settings, source: Path, cut: LastCut, limit: int)
     dense = int(before * (item if dtype is None else DTYPES.get(cut.settings.dtype, dtype).itemsize))
     terms = {"the interpreter": read_resident() + SPARE, "the weights of the dense model": dense}
     terms["the weights of the cut model"] = own
-    terms |= _training_terms(own) if settings.by == "distil" else {}
+    training = _training_terms(own) if settings.by == "distil" else {}
     reading = {"the file of the cut model while it is read": sum(one.bytes for one in shapes.tensors.values())}
     later = settings.by == "distil" or sum(running.values()) > sum(reading.values())
-    return MemoryTerms(limit, terms | (running if later else reading))
+    most = training | (running if later else reading)
+    generating = _generating_terms(settings, cut, loaded.model, max(0, before - numbers))
+    return MemoryTerms(limit, terms | max(most, generating, key=lambda one: sum(one.values())))
+
+
+def _generating_terms(settings: Settings, cut: LastCut, model: nn.Module, more: int) -> dict[str, int]:
+    """Return what generating text needs that the pruning run did not store; the dense model has ``more`` numbers."""
+    specs = source_specs(cut.settings, settings.tokens)
+    missing = count_windows(specs.tokens, specs.seq_len) - count_generated(cut.settings)
+    if GENERATED not in specs.sources or missing <= 0:
+        return {}
+    copied = any(one.dtype != torch.bfloat16 for one in model.parameters())
+    return {"generating text": predict_generation(model, missing, specs.seq_len) + 2 * more * copied}
 
 
 def count_sums(settings: Settings, cut: LastCut) -> int:

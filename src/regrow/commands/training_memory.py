@@ -10,16 +10,19 @@ from torch import nn
 
 from regrow.amounts import parse_bytes
 from regrow.axes import AxisGraph
+from regrow.commands.inputs import count_windows
 from regrow.commands.learn_inputs import LearnInputs, build_network
 from regrow.commands.recovery_memory import SPARE, MemoryTerms
 from regrow.errors import InputError
 from regrow.evaluation import UnpredictableError, predict_memory, training
+from regrow.evaluation.generation import predict_generation
 from regrow.evaluation.memory import Step
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.process_memory import read_resident
 from regrow.settings.grow import Settings
 from regrow.settings.learn import Settings as LearnSettings
+from regrow.source_names import GENERATED
 from regrow.sources import Batch, device_of, logits_in
 from regrow.tasks import Task, first_examples, run_network
 from regrow.tracing.meta_copy import cast_example
@@ -120,8 +123,8 @@ def plan_growth_memory(
     sizes = {name: one.numel() for name, one in model.named_parameters()}
     block = max((sum(sizes.get(name, 0) for name in one.states) for one in blocks), default=sum(sizes.values()))
     exact = int(2 * 8 * larger * block) if settings.proof else 0
+    process = {"the process with the model": read_resident() + SPARE}
     terms = {
-        "the process with the model": read_resident() + SPARE,
         "what grows": _changed_bytes(model, plan) + added,
         "a comparison in float64 or an evaluation": int(max(exact, forward)),
     }
@@ -130,7 +133,11 @@ def plan_growth_memory(
             raise InputError("what training of a grown model needs is predicted for text alone; leave out --memory")
         step = _predict(model, batch, training(partial(torch.optim.AdamW, lr=settings.lr)))
         terms["training"] = int(larger * (step - own))
-    return _announce(MemoryTerms(parse_bytes(memory), terms), "growth", announce)
+    if GENERATED in settings.on:
+        windows = count_windows(settings.tokens, settings.seq_len)
+        generating = {"generating text": predict_generation(model, windows, settings.seq_len)}
+        terms = max(terms, generating, key=lambda one: sum(one.values()))
+    return _announce(MemoryTerms(parse_bytes(memory), process | terms), "growth", announce)
 
 
 def _announce(terms: MemoryTerms, what: str, announce: Callable[[str], None]) -> MemoryTerms:

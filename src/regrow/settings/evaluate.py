@@ -5,7 +5,7 @@ from typing import Annotated
 
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, Setting
-from regrow.settings.loading import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Sources
+from regrow.settings.loading import DATA, Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen
 from regrow.settings.training import check_combination
 
 TASKS = "Tasks"
@@ -20,7 +20,11 @@ class Settings:
         "A run folder, or any model that `regrow prune` takes.",
         argument=True, code=True, example="RUN",
     )]
-    sources: Sources = ()
+    sources: Annotated[tuple[str, ...], Setting(
+        "A text domain to measure on: news, code, manual or talk (included), or NAME=PATH for your own file or folder "
+        "of text. For image models: digits, or NAME=FOLDER with one folder per class. Repeat it for several.",
+        option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
+    )] = ()
     choices: Annotated[tuple[str, ...], Setting(
         "A file of multiple-choice items, one JSON object per line (.jsonl[.gz]). Repeatable.",
         metavar="PATH", group=TASKS, path=True,

@@ -10,13 +10,6 @@ from regrow.settings.training import PRECISION, TRAINING
 LOADING, DATA = "Loading the model", "Data"
 
 # fmt: off
-Sources = Annotated[tuple[str, ...], Setting(
-    "A text domain: news, code, manual or talk (included), or NAME=PATH for your own file or folder of text; or "
-    "generated: text that the model itself generates, to calibrate on. For image models: digits, or NAME=FOLDER with "
-    "one folder per class. Repeat the option for several domains: a model calibrated on several loses less on text of "
-    "other domains.",
-    option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
-)]
 EvalTokens = Annotated[int, Setting(
     "Tokens (image models: images) per source to evaluate on.",
     group=DATA, range=Range(1, MANY),

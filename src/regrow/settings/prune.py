@@ -8,7 +8,7 @@ from regrow.amounts import Measure, Target
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting, declared
-from regrow.settings.loading import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Sources, Undo
+from regrow.settings.loading import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo
 from regrow.settings.training import check_combination
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
@@ -71,7 +71,13 @@ class Settings:
         "Give every block the same widths, as in an ordinary model; which units each block keeps is still its own.",
         group=AMOUNT, absent=False,
     )] = False
-    sources: Sources = ()
+    sources: Annotated[tuple[str, ...], Setting(
+        "A text domain: news, code, manual or talk (included), or NAME=PATH for your own file or folder of text; or "
+        "generated: text that the model itself generates, to calibrate on. For image models: digits, or NAME=FOLDER "
+        "with one folder per class. Repeat the option for several domains: a model calibrated on several loses less on "
+        "text of other domains.",
+        option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
+    )] = ()
     unseen: Annotated[tuple[str, ...], Setting(
         "A text domain to evaluate on but not to calibrate on. Repeatable.",
         metavar="NAME[=PATH]", group=DATA, source=True,
