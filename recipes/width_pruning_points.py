@@ -182,8 +182,8 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
         like = {"only": chosen[0].only, "outer": chosen[0].outer}
         yield from (*arms, Point("random, as the best baseline", "random", settings=random, **like, **at))
         yield from map(reconstructed, arms)
-        fisher = Point(FISHER, "fisher", only="mlp", outer=False, settings={"allocation": "uniform"}, **at)
-        yield from map(with_prior, (chosen[0], fisher))
+        settings = {"allocation": "uniform", "compensate": True}
+        yield from map(with_prior, (arms[0], Point(FISHER, "fisher", only="mlp", outer=False, settings=settings, **at)))
 
 
 def zero_shot(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
