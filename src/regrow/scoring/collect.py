@@ -211,7 +211,7 @@ class _Walk:
         if self.reads:
             masks = MaskGradients(self.ids, self.reads, self.widths, _leading(batch))
             watch = _input_sums(self.watched, batch)
-            add_fisher(self.model, here, masks, statistics.fisher, self.objective, watch)
+            add_fisher(self.model, here, masks, statistics.fisher, self.objective, watch, batch)
             if not self.differentiated:
                 return watch
         with _input_sums(self.watched, batch) as watch:

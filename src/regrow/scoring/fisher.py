@@ -169,6 +169,7 @@ def add_fisher(
     sums: dict[str, Tensor],
     objective: Objective,
     around: AbstractContextManager[object],
+    origin: Batch | None = None,
 ) -> None:
     """Run the network on a batch and add the squared gradients of the masks to ``sums``.
 
@@ -179,6 +180,7 @@ def add_fisher(
         sums: Axis key → sum so far; changed in place.
         objective: What the network is trained for: it says how labels are drawn.
         around: The context in which the forward pass runs.
+        origin: The batch before it was moved to the network's device, so that labels are drawn without waiting for it.
 
     Raises:
         ValueError: If the output does not depend on the units by gradients.
@@ -186,7 +188,7 @@ def add_fisher(
     with torch.enable_grad():
         with masks, around:
             output = model(*batch.args, **batch.kwargs)
-        drawn = draw_labels(output, batch, objective)
+        drawn = draw_labels(output, batch, objective, origin)
         loss = objective.compute_loss(output, batch) * batch.size if drawn is None else None
     end = drawn[0] if drawn is not None else loss
     if end is not None and end.requires_grad:
@@ -200,7 +202,9 @@ def add_fisher(
         sums[key] = sums[key] + squares if key in sums else squares
 
 
-def draw_labels(output: object, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor] | None:
+def draw_labels(
+    output: object, batch: Batch, objective: Objective, origin: Batch | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Draw labels from a network's predictions; return the logits and the gradient of the summed loss in them.
 
     The random numbers of an example depend on its inputs alone, not on the batch that it is in; where the first
@@ -210,10 +214,12 @@ def draw_labels(output: object, batch: Batch, objective: Objective) -> tuple[Ten
         output: What the network returned.
         batch: The batch; nothing is drawn for positions labelled −100.
         objective: How labels are drawn: classes, 0 or 1 for multi-label, normal numbers for regression.
+        origin: The batch on the device where it came from; ``None``: this one.
 
     Returns:
         ``None`` for other losses, from which no labels can be drawn.
     """
+    seeds = batch if origin is None else origin
     if objective.name in (CLASSIFICATION.name, NEXT_TOKEN.name):
         logits, labels = logits_in(output), batch.labels
         if isinstance(labels, Tensor) and logits.dim() > 1 and logits.shape[:-1] != labels.shape:
@@ -221,15 +227,15 @@ def draw_labels(output: object, batch: Batch, objective: Objective) -> tuple[Ten
         if not isinstance(labels, Tensor) or logits.shape[:-1] != labels.shape:
             objective.compute_loss(output, batch)  # says what does not fit
             return None
-        return logits, _draw_classes(logits.detach(), labels != IGNORED, batch)
+        return logits, _draw_classes(logits.detach(), labels != IGNORED, seeds)
     if objective.name == MULTI_LABEL.name:
         logits = logits_in(output)
         chances = logits.detach().float().sigmoid()
-        ones = _uniform(batch, chances) < chances
+        ones = _uniform(seeds, chances) < chances
         return logits, (chances - ones.float()).to(logits)
     if objective.name == REGRESSION.name:
         values = logits_in(output)
-        return values, torch.special.ndtri(_uniform(batch, values).clamp(1e-6, 1 - 1e-6)).to(values)
+        return values, torch.special.ndtri(_uniform(seeds, values).clamp(1e-6, 1 - 1e-6)).to(values)
     return None
 
 
