@@ -180,25 +180,22 @@ class _Walk:
         for name, moments in statistics.moments.items():
             total, square, mean_total, mean_square = (next(moved) for _ in fields)
             statistics.moments[name] = Moments(moments.count, total, square, moments.sequences, mean_total, mean_square)
-        for name in statistics.gradients:
-            statistics.gradients[name] = next(moved)
-        for key in statistics.fisher:
-            statistics.fisher[key] = next(moved)
+        for several in (statistics.gradients, statistics.fisher):
+            for name in several:
+                several[name] = next(moved)
         self.losses = []
         if damaged := [loss for loss in moved if not torch.isfinite(loss)]:
             raise ValueError(
                 f"the loss is {damaged[0].item()}: the weights or inputs hold NaN or infinity, or nothing is labelled"
             )
-        for name, moments in statistics.moments.items():
-            if not bool(torch.isfinite(moments.square).all()):
-                raise ValueError(
-                    f"the input of {name!r} holds NaN or infinity on source {statistics.source!r}; the weights before "
-                    "it are damaged, or overflow in this dtype (try float32 or bfloat16)"
-                )
+        if name := next((key for key, one in statistics.moments.items() if not torch.isfinite(one.square).all()), ""):
+            raise ValueError(
+                f"the input of {name!r} holds NaN or infinity on source {statistics.source!r}; the weights before it "
+                "are damaged, or overflow in this dtype (try float32 or bfloat16)"
+            )
         if statistics.fisher and not statistics.tokens:
             raise ValueError(
-                f"nothing is labelled on source {statistics.source!r}: all labels are -100, and no gradient can be "
-                "measured; give data with labels"
+                f"nothing is labelled on source {statistics.source!r}, so there is no gradient; give data with labels"
             )
         if damaged_axis := next((key for key, one in statistics.fisher.items() if not torch.isfinite(one).all()), ""):
             raise ValueError(
