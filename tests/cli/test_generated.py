@@ -68,7 +68,9 @@ def test_windows_are_stored_and_used_again(
     assert tokens("two").shape == (5, 32) and torch.equal(tokens("two")[:4], first) and lacking == [1]
 
     cut, model = find_cut(folder, ""), open_network(str(tiny_language_model)).loaded.model
-    most, least = (recovery_memory._generating_terms(Settings("one", tokens=n), cut, model, 0) for n in (320, 256))
+    most, least = (
+        recovery_memory._generating_terms(Settings("one", "refit", tokens=n), cut, model, 0) for n in (320, 256)
+    )
     assert most == {"generating text": predict_generation(model, 1, 32)} and least == {}
     monkeypatch.setattr(recovery_memory, "SPARE", 2**40)  # reads both networks one block at a time
     command = ("recover", "one", "--by", "refit", "--memory", "64GiB", "--out", "three", "--tokens")
