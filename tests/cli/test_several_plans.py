@@ -101,6 +101,13 @@ def test_what_a_later_plan_would_be_refused_for_is_found_before_the_first_is_mad
     assert not Path("plans").exists()
 
 
+def test_modules_that_a_later_plan_drops_are_looked_for(regrow: Run, tiny_language_model: Path) -> None:
+    methods = ("--method", "flap", "--method", "depth", "--keep", "0.4")  # neurons alone do not meet it
+    code, _, err = regrow("prune", str(tiny_language_model), *methods, *DATA, "--out", "plans")
+    assert code == 0, err
+    assert any("dropped whole: 1 of 1" in note for note in record(Path("plans/depth-0.4"))["notes"])
+
+
 def test_several_plans_are_the_same_with_one_block_in_memory(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

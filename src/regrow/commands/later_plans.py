@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from regrow.axes import AxisGraph
 from regrow.budget import Timing
 from regrow.commands import pruning as prune
 from regrow.commands.prune_settings import budget_of, seeded_settings
 from regrow.errors import InputError
-from regrow.methods.pruning.pruner import Pruner
+from regrow.methods.pruning.pruner import Pruner, with_modules
 from regrow.settings.prune import Settings, folder_name
 from regrow.sources import Source
 
@@ -42,13 +44,14 @@ class LaterPlan:
 
 
 def check_later_plans(
-    plans: Sequence[LaterPlan], axes: AxisGraph, timing: Timing | None, sources: Sequence[Source]
+    plans: Sequence[LaterPlan], model: nn.Module, axes: AxisGraph, timing: Timing | None, sources: Sequence[Source]
 ) -> None:
     """Raise InputError unless every plan can be made.
 
     Args:
         plans: The plans.
-        axes: The axes of the network.
+        model: The network.
+        axes: Its axes.
         timing: The measured times of the network, if a budget counts time.
         sources: The calibration data.
 
@@ -58,6 +61,7 @@ def check_later_plans(
     for plan in plans:
         budget = replace(budget_of(plan.settings), timing=timing)
         try:
+            axes = with_modules(plan.pruner, model, axes)
             prune.check_pruning(plan.pruner, axes, budget, sources)
         except ValueError as error:
             raise InputError(f"{folder_name(plan.settings)}: {error}") from error

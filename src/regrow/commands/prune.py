@@ -188,7 +188,7 @@ def run(
     with clock.stage("time"):
         budget = _with_timing(loaded, axes, budget, Path(out), progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
-    check_later_plans(later, axes, budget.timing, kinds.calibration)
+    check_later_plans(later, loaded.model, axes, budget.timing, kinds.calibration)
     shared.later = ()
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
