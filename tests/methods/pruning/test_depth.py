@@ -13,6 +13,7 @@ from regrow.allocation import BudgetError, Cost
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence
+from regrow.errors import RefusedError
 from regrow.evidence import Evidence
 from regrow.methods.pruning import depth
 from regrow.methods.pruning.depth.modules import modules_of
@@ -20,6 +21,7 @@ from regrow.methods.pruning.pruner import Cut, plan_cut, with_modules
 from regrow.sources import Batch, Source
 from regrow.store import save
 from regrow.surgery import verify
+from regrow.tracing.placeholder import PlaceholderModule
 
 WORDS, BLOCKS = 50, 4
 
@@ -94,6 +96,25 @@ def test_modules_that_add_nothing_are_dropped_first() -> None:
     path = cut.findings["depth"]["path"]
     assert {one["module"] for one in path[:2]} == idle <= {*cut.plan.drop}
     assert path[1]["divergence"] == pytest.approx(0, abs=1e-6) and path[2]["divergence"] > 1e-4
+
+
+@pytest.mark.parametrize("bad", ["one", "every", "dense"])
+def test_modules_without_which_predictions_are_not_finite_stay(bad: str) -> None:
+    model = llama()
+    pruner, axes, evidence = prepared(model, traced(model))
+
+    def spoil(network: Any, given: object, answer: Any) -> None:
+        gone = [path for path, one in network.named_modules() if isinstance(one, PlaceholderModule)]
+        if bad == "dense" or (bad == "every" and gone) or (bad == "one" and "model.layers.0.mlp" in gone):
+            answer.logits[..., 0] = float("nan")
+
+    model.register_forward_hook(spoil)
+    if bad == "one":
+        cut = plan_cut(pruner, model, axes, Budget(0.6), evidence)
+        assert cut.plan.drop and "model.layers.0.mlp" not in cut.plan.drop
+    else:
+        with pytest.raises(RefusedError, match="hold NaN or infinity; try float32 or bfloat16"):
+            plan_cut(pruner, model, axes, Budget(0.6), evidence)
 
 
 def test_rises_that_cannot_be_the_smallest_are_not_measured_again(known: tuple[Any, AxisGraph]) -> None:

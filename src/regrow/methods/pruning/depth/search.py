@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import inf, isfinite
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from regrow.allocation import BudgetError, cost_of, uniform
 from regrow.axes import AxisGraph
 from regrow.branches import Branch, lies_in
 from regrow.data.joined import join_batches
+from regrow.errors import RefusedError
 from regrow.evaluation.forward import evaluating
 from regrow.methods.pruning.depth.modules import least_cost, score_neurons
 from regrow.methods.pruning.depth.settings import Settings
@@ -30,6 +31,7 @@ POSITIONS = 2048
 """The most positions that run at a time: their logits are in memory."""
 SECONDS = 30.0
 """The longest time between two checkpoints, in seconds."""
+NOT_FINITE = "the predictions hold NaN or infinity; try float32 or bfloat16"
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,14 @@ class _Journal:
                 self.values = {}
 
     def take(self, key: str, make: Callable[[], float]) -> float:
-        """Return the recorded divergence, or else a new one."""
+        """Return the recorded divergence, or else a new one; infinite if it is NaN."""
         if key not in self.values:
             try:
-                self.values[key] = make()
+                value = make()
             except KeyboardInterrupt:
                 self.write()
                 raise
+            self.values[key] = value if isfinite(value) else inf
             self.passes += 1
             if time.monotonic() - self.written > SECONDS:
                 self.write()
@@ -100,7 +103,10 @@ class DepthSearch:
         self.cached: tuple[tuple[str, ...], list[Outputs | None]] = (), []
 
     def _with_predictions(self, batches: Iterable[Batch]) -> list[tuple[Batch, Predictions]]:
-        return [(one, Predictions.of(self.replay.run(one, {}, {}))) for one in batches]
+        result = [(one, Predictions.of(self.replay.run(one, {}, {}))) for one in batches]
+        if not all(bool(dense.chances.isfinite().all()) for _, dense in result):
+            raise RefusedError(NOT_FINITE)
+        return result
 
     def _rest(self, dropped: Sequence[str]) -> AxisGraph:
         return self.task.axes.without(self.modules[path] for path in dropped)
@@ -110,7 +116,11 @@ class DepthSearch:
         return cost_of(self._rest(dropped), self.task.budget).total
 
     def path(self) -> list[DepthStep]:
-        """Return the modules in the order in which they are dropped, as far as the budget takes them."""
+        """Return the modules in the order in which they are dropped, as far as the budget takes them.
+
+        Raises:
+            RefusedError: If a module has to be dropped, and without any of those left the predictions are not finite.
+        """
         whole = cost_of(self.task.axes, self.task.budget).total
         limit = self.task.budget.limit(whole)
         saved = {path: max(1, whole - self._left([path])) for path in self.modules}
@@ -119,10 +129,14 @@ class DepthSearch:
         now, left, measured = 0.0, whole, dict.fromkeys(self.modules, -1)
         rises = dict.fromkeys(self.modules, -inf)  # not yet measured
         while left > limit:
-            fits = [one for one in rises if left - saved[one] >= limit]
-            if not fits and least_cost(self.s, self._rest(dropped), self.task.units, self.task.budget) <= limit:
+            finite = [one for one, rise in rises.items() if rise < inf]
+            fits = [one for one in finite if left - saved[one] >= limit]
+            enough = not fits and least_cost(self.s, self._rest(dropped), self.task.units, self.task.budget) <= limit
+            if enough and (finite or dropped):
                 break
-            fits = fits or list(rises)
+            if not finite:
+                raise RefusedError(NOT_FINITE)
+            fits = fits or finite
             best = min(fits, key=lambda one: rises[one] / saved[one])
             if measured[best] != len(dropped) and not (self.s.search == "one_shot" and measured[best] == 0):
                 self.task.progress(whole - left, whole - limit, f"measuring without {best}")
@@ -138,27 +152,36 @@ class DepthSearch:
         """Return number of dropped modules → divergence on held-out windows, with neurons cut to the budget.
 
         Five numbers from none to all are measured, and then those halfway from the best one to its neighbours.
+
+        Raises:
+            RefusedError: If the predictions are not finite, however many are dropped.
         """
         scores = score_neurons(self.s, self.task)
         result: dict[int, float] = {}
+        measured = False
         wanted = {round(i * len(path) / 4) for i in range(5)}
         while wanted:
             for number in sorted(wanted):
                 self.task.progress(number, len(path) + 1, "judging numbers of modules")
-                result[number] = self._filled([one.module for one in path[:number]], scores)
+                loss = self._filled([one.module for one in path[:number]], scores)
+                measured |= loss is not None
+                result[number] = inf if loss is None else loss
             best, order = min(result, key=lambda number: (result[number], number)), sorted(result)
             beside = [one for one in order if one < best][-1:] + [one for one in order if one > best][:1]
             wanted = {(best + one) // 2 for one in beside} - result.keys()
-        return {number: loss for number, loss in sorted(result.items()) if loss < inf}
+        finite = {number: loss for number, loss in sorted(result.items()) if loss < inf}
+        if measured and not finite:
+            raise RefusedError(NOT_FINITE)
+        return finite
 
-    def _filled(self, dropped: Sequence[str], scores: Scores) -> float:
-        """Return the divergence without some modules, with neurons cut to the budget; infinite if those are too few."""
+    def _filled(self, dropped: Sequence[str], scores: Scores) -> float | None:
+        """Return the divergence without some modules, with neurons cut to the budget; ``None`` if those are too few."""
         model, (rest, budget) = self.task.model, without_modules(self.task.axes, self.task.budget, dropped)
         values = {key: value for key, value in scores.values.items() if key in rest.axes}
         try:
             kept = uniform(rest, values, budget, minimum=self.s.minimum)
         except BudgetError:
-            return inf
+            return None
         cut = {key: units for key, units in kept.items() if len(units) < rest[key].size}
         moments = self.task.evidence.pooled().moments if self.s.compensate else {}
         reads = {reader.weight for reader in scoring.readers(rest, [rest[key] for key in cut])}
