@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from cli.conftest import Run
+from regrow.commands import recovery_memory
 from regrow.commands.models import ModelSpec, load_model
 from regrow.run_folder import RunFolder
 
@@ -12,13 +14,20 @@ DATA = ("--source", "news", "--source", "code", "--tokens", "128", "--eval-token
 DEPTH = ("--method", "depth", "--set", "unit=block", "--set", "fill=none", "--keep", "0.6")
 
 
-def test_a_run_without_a_block_is_recovered_and_exported(regrow: Run, tiny_language_model: Path) -> None:
+def test_a_run_without_a_block_is_recovered_and_exported(
+    regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, err = regrow("prune", str(tiny_language_model), *DEPTH, *DATA, "--out", "run")
     assert code == 0 and "kept 0.5000 of the weights" in out, err
     (note,) = (one for one in RunFolder.open("run").run()["notes"] if "dropped whole" in one)
     assert note == "modules dropped whole: 1 of 1, which leaves 50.00 % of weights (model.layers.1)"
     code, _, err = regrow("recover", "run", "--by", "refit", "--out", "run2")
     assert code == 0, err
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery_memory, "SPARE", 2**40)
+        code, _, err = regrow("recover", "run", "--by", "bias", "--memory", "64GiB", "--out", "run3")
+    said = " ".join(err.split())
+    assert code == 2 and "the run dropped whole modules" in said and "give more memory" in said
     code, _, err = regrow("export", "run", "--to", "transformers", "--out", "plain")
     assert code == 0, err
     ids = torch.arange(12)[None]

@@ -131,10 +131,15 @@ def open_recovery(
         announce: Called with one line that says how the run stays within the limit.
 
     Raises:
-        InputError: If the recovery, or how the model runs, needs both networks in memory.
+        InputError: If the recovery, the cut, or how the model runs, needs both networks in memory.
         ResourceError: If it does not fit even with one block in memory.
         StoreError: If a saved network gives another output than the recorded one.
     """
+    if cut.plan.drop:
+        raise InputError(
+            "the run dropped whole modules, whose recovery needs the whole network in memory, about "
+            f"{format_bytes(terms.needed)} of --memory {format_bytes(terms.limit)}; give more memory"
+        )
     spec = model_spec(cut.settings)
     dtype = DTYPES.get(spec.dtype)
     dense = open_network(str(cut.before or spec.name), dtype)
