@@ -1,6 +1,7 @@
 """Depth pruning: budgets, modules whose absence changes nothing, resuming, refusals, and saved networks."""
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from regrow.budget import Budget
 from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence
 from regrow.errors import RefusedError
 from regrow.evidence import Evidence
-from regrow.methods.pruning import depth
+from regrow.methods.pruning import depth, replay
 from regrow.methods.pruning.depth.modules import modules_of
 from regrow.methods.pruning.pruner import Cut, plan_cut, with_modules
-from regrow.sources import Batch, Source
+from regrow.sources import Batch, Source, labelled_logits
 from regrow.store import save
 from regrow.surgery import verify
 from regrow.tracing.placeholder import PlaceholderModule
@@ -144,7 +145,26 @@ def test_an_interrupted_search_goes_on_from_what_it_measured(
         run(stop=9)
     again = run(stop=10**6)
     assert again.plan == whole.plan
-    assert again.findings["depth"]["measured"] == whole.findings["depth"]["measured"] - 9
+    assert {**again.findings["depth"], "seconds": 0} == {**whole.findings["depth"], "seconds": 0}
+
+
+def test_logits_of_one_batch_at_a_time_are_in_memory(
+    known: tuple[Any, AxisGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    counts: list[int] = []
+
+    def counted(*given: Any) -> torch.Tensor:
+        logits = labelled_logits(*given)
+        alive.append(weakref.ref(logits))
+        counts.append(sum(one() is not None for one in alive))
+        return logits
+
+    monkeypatch.setattr(replay, "labelled_logits", counted)
+    monkeypatch.setattr(depth.search, "POSITIONS", 16)
+    pruner, axes, evidence = prepared(*known)
+    plan_cut(pruner, known[0], axes, Budget(0.6), evidence)
+    assert len(counts) > 4 * BLOCKS and max(counts) <= 2
 
 
 def test_a_saved_network_without_modules_answers_the_same(known: tuple[Any, AxisGraph], tmp_path: Path) -> None:

@@ -138,21 +138,29 @@ class Replay:
             return labelled_logits(logits_in(self.model(*here.args, **here.kwargs)), here.labels)
 
     def record(
-        self, batches: Sequence[Batch], masks: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+        self,
+        batches: Sequence[Batch],
+        masks: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        *,
+        logits: bool = True,
     ) -> tuple[list[Tensor], list[Outputs | None]]:
         """Return the logits of the masked network on batches, and the outputs of its blocks as far as memory allows.
 
         Args:
             batches: The batches.
             masks: The masks of the units and the values of dropped inputs, for each batch.
+            logits: Whether the logits are returned; else there are none.
         """
-        room, logits, outputs = self.memory * 2**30, [], []
+        room = self.memory * 2**30
+        answers: list[Tensor] = []
+        outputs: list[Outputs | None] = []
         for batch, (gates, fills) in zip(batches, masks, strict=True):
             with _recorded(self.blocks if room > 0 else ()) as made:
-                logits.append(self.run(batch, gates, fills))
+                answer = self.run(batch, gates, fills)
+                answers += [answer] if logits else []
             room -= sum(one.nbytes for one in tree_leaves(made) if isinstance(one, Tensor))
             outputs.append(tuple(made) if made and room > 0 else None)
-        return logits, outputs
+        return answers, outputs
 
     def _is_exact(self, batch: Batch) -> bool:
         if not self.blocks:

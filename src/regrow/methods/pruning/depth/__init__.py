@@ -93,7 +93,7 @@ def _choose(s: Settings, task: PruningTask) -> Removal:
         "path": [asdict(one) for one in path],
         "counts": [{"modules": number, "divergence": loss} for number, loss in counts.items()],
         "seconds": round(time.monotonic() - began, 2),
-        "measured": search.journal.passes,
+        "measured": len(search.journal.values),
     }
     search.journal.write()
     return Removal(chosen, {"depth": tables}, (note,))

@@ -44,13 +44,12 @@ class DepthStep:
 
 
 @dataclass(eq=False)
-class _Journal:
+class _DivergenceJournal:
     """Divergences by what was dropped, in the checkpoint: an interrupted search reads them again."""
 
     task: PruningTask
     values: dict[str, float] = field(default_factory=dict)
     written: float = field(default_factory=time.monotonic)
-    passes: int = 0
 
     def __post_init__(self) -> None:
         path = self.task.checkpoint
@@ -70,7 +69,6 @@ class _Journal:
                 self.write()
                 raise
             self.values[key] = value if isfinite(value) else inf
-            self.passes += 1
             if time.monotonic() - self.written > SECONDS:
                 self.write()
         return self.values[key]
@@ -87,7 +85,7 @@ class DepthSearch:
 
     def __init__(self, s: Settings, task: PruningTask, modules: Mapping[str, Branch]) -> None:
         self.s, self.task, self.modules = s, task, modules
-        self.journal = _Journal(task)
+        self.journal = _DivergenceJournal(task)
         near: list[Batch] = []
         held_out: list[Batch] = []
         for source in task.evidence.data.values():
@@ -205,13 +203,13 @@ class DepthSearch:
             model, windows = self.task.model, [one for one, _ in self.near]
             with evaluating(model), _without(model, [self.modules[one] for one in dropped]):
                 if self.cached[0] != tuple(dropped) or not self.cached[1]:
-                    self.cached = tuple(dropped), self.replay.record(windows, [({}, {})] * len(windows))[1]
+                    _, outputs = self.replay.record(windows, [({}, {})] * len(windows), logits=False)
+                    self.cached = tuple(dropped), outputs
+                losses, first = [], self._block(other)
                 with _without(model, [self.modules[other]]):
-                    logits = [
-                        self.replay.run(one, {}, {}, outputs, self._block(other))
-                        for one, outputs in zip(windows, self.cached[1], strict=True)
-                    ]
-            return _mean([(w.size, dense.divergence(one)) for (w, dense), one in zip(self.near, logits, strict=True)])
+                    for (w, dense), known in zip(self.near, self.cached[1], strict=True):
+                        losses.append((w.size, dense.divergence(self.replay.run(w, {}, {}, known, first))))
+            return _mean(losses)
 
         return self.journal.take(" ".join(sorted([*dropped, other])), measure)
 
