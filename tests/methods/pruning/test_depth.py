@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,15 @@ def test_logits_of_one_batch_at_a_time_are_in_memory(
     pruner, axes, evidence = prepared(*known)
     plan_cut(pruner, known[0], axes, Budget(0.6), evidence)
     assert len(counts) > 4 * BLOCKS and max(counts) <= 2
+
+
+def test_a_source_is_read_no_further_than_needed_and_named_if_it_is_short(known: tuple[Any, AxisGraph]) -> None:
+    endless: Any = (Batch(labels=torch.ones(1, 16, dtype=torch.int64)) for _ in count())
+    assert [*map(len, depth.search.first_batches(Source("a", endless), 40))] == [2, 5]
+    for tokens, short in ((32, False), (48, True)):
+        pruner, axes, evidence = prepared(*known, tokens=tokens)
+        notes = plan_cut(pruner, known[0], axes, Budget(0.6), evidence).plan.origin["notes"]
+        assert any("no further ones of a, b; give more data" in note for note in notes) == short
 
 
 def test_a_saved_network_without_modules_answers_the_same(known: tuple[Any, AxisGraph], tmp_path: Path) -> None:

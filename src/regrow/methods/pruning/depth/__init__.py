@@ -96,4 +96,10 @@ def _choose(s: Settings, task: PruningTask) -> Removal:
         "measured": len(search.journal.values),
     }
     search.journal.write()
-    return Removal(chosen, {"depth": tables}, (note,))
+    notes = [note]
+    if counts and search.short:
+        notes.append(
+            "how many modules are dropped was judged on the windows on which removals were measured, since there are "
+            f"no further ones of {', '.join(search.short)}; give more data, or set tokens lower"
+        )
+    return Removal(chosen, {"depth": tables}, tuple(notes))

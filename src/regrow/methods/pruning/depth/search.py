@@ -21,7 +21,7 @@ from regrow.methods.pruning.depth.settings import Settings
 from regrow.methods.pruning.pruner import PruningTask, without_modules
 from regrow.methods.pruning.replay import Outputs, Predictions, Replay
 from regrow.scores import Scores
-from regrow.sources import Batch
+from regrow.sources import Batch, Source
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors
 from regrow.tracing.placeholder import insert_placeholders, set_modules
@@ -80,21 +80,48 @@ class _DivergenceJournal:
         self.written = time.monotonic()
 
 
+def first_batches(source: Source, tokens: int) -> tuple[list[Batch], list[Batch]]:
+    """Return the first batches of a source, with at most some tokens, and the next ones, with at most twice as many.
+
+    Each part has at least one batch, as far as there are any; the source is not read further than that.
+
+    Args:
+        source: The source.
+        tokens: The tokens of the first part.
+
+    >>> first, others = first_batches(Source("news", [Batch((torch.zeros(3, 1),)) for _ in range(9)]), 7)
+    >>> len(first), len(others)
+    (2, 4)
+    """
+    first: list[Batch] = []
+    others: list[Batch] = []
+    part, left = first, tokens
+    for batch in source:
+        if part and batch.size > left:
+            if part is others:
+                break
+            part, left = others, 2 * tokens
+        part.append(batch)
+        left -= batch.size
+    return first, others
+
+
 class DepthSearch:
     """The measurements on the network that the choice of modules needs."""
 
     def __init__(self, s: Settings, task: PruningTask, modules: Mapping[str, Branch]) -> None:
         self.s, self.task, self.modules = s, task, modules
         self.journal = _DivergenceJournal(task)
+        self.short: list[str] = []  # the sources without further batches
         near: list[Batch] = []
         held_out: list[Batch] = []
         for source in task.evidence.data.values():
-            batches = list(source)
-            each = max(1, sum(batch.size for batch in batches) // len(batches))
-            first, more = max(1, s.tokens // each), max(1, 2 * s.tokens // each)
-            others, most = batches[first : first + more] or batches[:first], max(1, POSITIONS // each)
-            near += join_batches(replace(source, batches=batches[:first]), most)
-            held_out += join_batches(replace(source, batches=others), most)
+            first, others = first_batches(source, s.tokens)
+            most = max(1, POSITIONS * len(first) // max(1, sum(batch.size for batch in first)))
+            near += join_batches(replace(source, batches=first), most)
+            held_out += join_batches(replace(source, batches=others or first), most)
+            if not others:
+                self.short.append(source.name)
         with evaluating(task.model):
             self.replay = Replay.of(task.model, task.axes, near[0], 1.0)
             self.near, self.held_out = map(self._with_predictions, (near, held_out))

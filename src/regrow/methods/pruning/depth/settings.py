@@ -16,7 +16,8 @@ class Settings:
         search: ``greedy``: measured again after each removal; ``one_shot``: each measured once, alone.
         fill: ``neurons``: MLP neurons are cut to meet the budget exactly, in the order of FLAP, and the number of
             modules is chosen by measurement; ``none``: modules alone, as few as meet the budget.
-        tokens: The tokens of each source on which a removal is measured; at least one window.
+        tokens: The tokens of each source on which a removal is measured; at least one window. How many modules are
+            dropped is judged on the next windows, of twice as many; in a source without further windows, on the same.
         compensate: Whether the mean of dropped neurons is added to biases.
         spare_first: The fraction of the numbered blocks, at the beginning, whose neurons are not cut.
         spare_last: The fraction of the numbered blocks, at the end, whose neurons are not cut.
