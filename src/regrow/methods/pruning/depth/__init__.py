@@ -1,10 +1,11 @@
 """Depth pruning: drop whole attentions, MLPs or decoder blocks, those whose absence changes the predictions least.
 
 Modules are dropped one after the other: each time the one without which the KL divergence from the dense network rises
-least per parameter, measured in forward passes on every source. What whole modules leave of the budget is met by
-cutting MLP neurons, those of the least weighted input variance first; how many modules are dropped is then chosen on
-other windows, from none to as many as the budget allows. Unlike SLEB and BlockPruner: divergence in place of
-perplexity, rises count per parameter, one that cannot be the smallest is not measured again, and the budget is exact.
+least per unit of what the budget counts (weights, MACs, bytes), measured in forward passes on every source. What whole
+modules leave of the budget is met by cutting MLP neurons, those of the least weighted input variance first; how many
+modules are dropped is then chosen on other windows, from none to as many as the budget allows. Unlike SLEB and
+BlockPruner: divergence in place of perplexity, rises are divided by what a module saves, one that cannot be the
+smallest is not measured again, and the budget is exact.
 """
 
 import time

@@ -143,6 +143,8 @@ class DepthSearch:
     def path(self) -> list[DepthStep]:
         """Return the modules in the order in which they are dropped, as far as the budget takes them.
 
+        The next one is that whose absence raises the divergence least per unit of what the budget counts.
+
         Raises:
             RefusedError: If a module has to be dropped, and without any of those left the predictions are not finite.
         """
