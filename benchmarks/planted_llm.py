@@ -2,7 +2,7 @@
 
     python benchmarks/planted_llm.py                       # all arms; about an hour when idle; resumes
     python benchmarks/planted_llm.py --only flap           # arms whose name contains "flap"
-    python benchmarks/planted_llm.py --seconds 400 --plans /tmp/plans  # in pieces
+    python benchmarks/planted_llm.py --seconds 400 --plans PLANS  # in pieces
     python benchmarks/planted_llm.py --show                # the table of the rows that are there
 
 `regrow grow` gives every MLP a quarter more neurons. Their weights are then replaced, a third each, by

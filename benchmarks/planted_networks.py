@@ -1,7 +1,7 @@
 """Small networks in which the premise of GPrune-LLM holds by construction: what each of its stages is worth there.
 
     python benchmarks/planted_networks.py                  # seeds 0 to 11; a few minutes on one thread; resumes
-    python benchmarks/planted_networks.py --seeds 2 --out /tmp/rows.jsonl
+    python benchmarks/planted_networks.py --seeds 2 --out rows.jsonl
     python benchmarks/planted_networks.py --show           # the tables of the rows that are there
 
 Four residual MLP blocks read a stream of a part that is active in every domain and of one part per domain. Domains 0 to

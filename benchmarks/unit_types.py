@@ -13,7 +13,7 @@ with the same neurons, ``alone`` without.
 ``head size`` cuts a quarter of the channels of every head, in all blocks, and neurons: its plan is made here, since no
 allocation takes axes of which one unit (a rotary pair) goes with two of others (values).
 One row per arm, as soon as it is measured: nats per token of each window, what is left of the weights, and seconds of
-the plan. The search of ``depth`` at one keep goes on from that at the others (its checkpoint), so that ``seconds`` are
+the plan. The search of ``depth`` at one keep continues that at the others (its checkpoint), so that ``seconds`` are
 those of what was left to measure (``measured``: divergences).
 """
 
@@ -116,11 +116,11 @@ def measure(args: argparse.Namespace) -> None:
             if time.monotonic() - began > args.seconds:
                 return
             method, settings, only = ARMS[arm]
-            spared = ("layers.[0-3].*", "layers.2[89].*") if method == "flap" else ()
+            unpruned = ("layers.[0-3].*", "layers.2[89].*") if method == "flap" else ()
             start = time.process_time()
             searched = {key: value for key, value in settings.items() if key in ("unit", "search")}
             path = args.checkpoints / f"{fold} {searched}.safetensors" if method == "depth" else None
-            budget = Budget(keep, only=only, exclude=tuple(f"*{one}" for one in spared))
+            budget = Budget(keep, only=only, exclude=tuple(f"*{one}" for one in unpruned))
             row: dict[str, Any] = {"fold": fold, "keep": keep, "arm": arm}
             try:
                 if method:

@@ -230,7 +230,7 @@ TABLES = {"main": main_table, "ablation": ablation_table, "choice": choice_table
 
 
 @dataclass
-class Bench:
+class GPruneTablesBench:
     """The model, the texts, and what has been measured on them."""
 
     args: argparse.Namespace
@@ -356,7 +356,7 @@ def run(args: argparse.Namespace) -> None:
             add(out, {**known[point.work], **vars(point), "key": point.key})
         elif point.key not in done:
             todo.append(point)
-    bench = Bench(args, todo)
+    bench = GPruneTablesBench(args, todo)
     for number, point in enumerate(todo, 1):
         start = time.perf_counter()
         row = {"model": args.model, "key": point.key, **vars(point), **bench.run(point)}
@@ -381,7 +381,7 @@ def _told(row: dict[str, Any]) -> str:
 
 def observe(args: argparse.Namespace) -> None:
     """How far ranks of WIFV move between all eight kinds."""
-    bench = Bench(args)
+    bench = GPruneTablesBench(args)
     sources = [s for fold in (0, 1) for s in bench.sources(fold, 0)]
     found = collect(bench.model, bench.axes, sources, {Need.ACTIVATIONS}, shards=SHARDS)
     weights, units = weights_of(bench.model), bench.axes.units()

@@ -181,8 +181,8 @@ def _rule(run: Run) -> str:
         )
     if mode == "uniform":
         ends = [number(float(value), 0, 1) for name in ("spare_first", "spare_last") if (value := _number(run, name))]
-        spared = " outside the first and last blocks, which stay whole" if any(ends) and not run["regular"] else ""
-        return f"Every candidate{spared} loses the same fraction of its units, those with the lowest scores."
+        rest = " outside the first and last blocks, which stay whole" if any(ends) and not run["regular"] else ""
+        return f"Every candidate{rest} loses the same fraction of its units, those with the lowest scores."
     return ""
 
 
