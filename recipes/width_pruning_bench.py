@@ -24,10 +24,13 @@ from regrow.commands import pruning as prune
 from regrow.commands.generated import fill_generated
 from regrow.commands.inputs import SourceSpecs, read_sources
 from regrow.commands.reconstruction import reconstruct
+from regrow.commands.recovering import work_in
 from regrow.data import Half, corpora, text, windows
 from regrow.evaluation import choices, items_in, perplexity
 from regrow.evidence import Evidence, Need
+from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
+from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
 from regrow.process_memory import return_memory
 from regrow.source_names import GENERATED
@@ -110,6 +113,11 @@ class WidthPruningBench:
             with self.stage("reconstruct"):
                 fit = reconstruct(network, self.model, self.axes, cut.plan, sources, point.fit)
             row["reconstruction"] = {name: fit[name] for name in ("target", "note", "tokens") if name in fit}
+        if point.distil:
+            work = find_method(MethodKind.RECOVERY, "distil").made("distil", point.distil)
+            with self.stage("distil"):
+                task = RecoveryTask(network, self.model, self.axes, cut.plan, sources)
+                row["distillation"] = work_in(self.args.dtype, "distil", work, task)
         return network, row
 
     def sources(self, point: Point) -> list[Source]:
@@ -146,7 +154,8 @@ class WidthPruningBench:
         """What a method needs, measured on all domains of a fold once, and the seconds that it took for all of them."""
         at = point.fold, point.sample
         self.evidence = {key: value for key, value in self.evidence.items() if key[0] == at}
-        key = at, pruner.needs - {Need.WEIGHTS}, pruner.shards, point.generated
+        pruner = replace(pruner, needs=pruner.needs - {Need.WEIGHTS} | {Need.ACTIVATIONS})  # variants share them
+        key = at, pruner.needs, pruner.shards, point.generated
         if key not in self.evidence:
             if Need.GRADIENTS in pruner.needs:  # gigabytes
                 self.evidence = {one: value for one, value in self.evidence.items() if Need.GRADIENTS not in one[1]}

@@ -13,14 +13,18 @@ FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogu
 """The calibration domains of each fold; those of the other fold are its unseen domains."""
 KEEPS = (0.8, 0.7, 0.9, 0.5)
 METHODS = ("flap", "wanda_sp", "llm_pruner", "fisher", "magnitude", "random")
+TESTED = METHODS[:4]
+"""The methods whose best variant goes to the test."""
 OUTER = (0.125, 0.0625)
 """The fractions of the blocks, at the beginning and at the end, that arms with unpruned outer blocks leave alone."""
-FINALISTS = 10
-CHOSEN = 3
+FINALISTS = 3
+"""How many variants of each method are judged on all left-out domains."""
 DOMAINS, TASKS = "domains", "tasks"
 LEFT_OUT, RECONSTRUCTED = "left out: ", ", reconstructed"
 GENERATED, PRIOR = 96, ", generated text, reconstructed"
 """The windows of text that the model itself generates, and the end of the names of arms that use it."""
+DISTILLED = ", distilled"
+DISTILLATION: Mapping[str, Any] = {"passes": 2}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Point:
         settings: Settings of the method.
         generated: How many windows of text that the model itself generates are one more calibration source.
         fit: Settings of the least squares that differ from those of ``--reconstruct``.
+        distil: Settings of a distillation after it that differ from its defaults; empty: there is none.
     """
 
     arm: str
@@ -54,11 +59,13 @@ class Point:
     settings: Mapping[str, Any] = field(default_factory=dict)
     generated: int = 0
     fit: Mapping[str, Any] = field(default_factory=dict)
+    distil: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """What is computed, whatever it is called: tables share rows."""
-        return json.dumps({key: value for key, value in asdict(self).items() if key != "arm"}, sort_keys=True)
+        parts = {key: value for key, value in asdict(self).items() if key != "arm" and (key != "distil" or value)}
+        return json.dumps(parts, sort_keys=True)
 
     @property
     def left_out(self) -> str:
@@ -68,7 +75,7 @@ class Point:
     @classmethod
     def of(cls, row: Row) -> "Point":
         """The point that a row was written for."""
-        return cls(**{one.name: row[one.name] for one in fields(cls)})
+        return cls(**{one.name: row[one.name] for one in fields(cls) if one.name in row})
 
 
 def baselines() -> Iterator[Point]:
@@ -94,6 +101,11 @@ def with_prior(point: Point) -> Point:
     return replace(point, arm=point.arm + PRIOR, **more)
 
 
+def distilled(point: Point) -> Point:
+    """The same with a distillation on all of its text afterwards."""
+    return replace(point, arm=point.arm + DISTILLED, distil=DISTILLATION)
+
+
 def dense(on: str, fold: int = 0) -> Point:
     """The network before pruning; on domains and tasks it is the same for both folds."""
     return Point("dense", "dense", 1.0, fold=fold, on=on, only="")
@@ -109,7 +121,7 @@ def screen_all(keeps: Sequence[float], folds: Sequence[int]) -> Iterator[Point]:
 
 
 def screen_finalists(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int]) -> Iterator[Point]:
-    """The best of these, with each other domain left out; the very best of them reconstructed, too."""
+    """The best variants of each method, with each other domain left out; the very best with least squares, too."""
     for fold in folds:
         first, *others = FOLDS[fold]
         for name in others:
@@ -118,20 +130,19 @@ def screen_finalists(rows: Sequence[Row], keeps: Sequence[float], folds: Sequenc
                 finalists = best(rows, keep, fold, FINALISTS, domains=(first,))
                 yield from (replace(one, on=LEFT_OUT + name) for one in finalists)
         for keep in keeps:
-            finalists = best(rows, keep, fold, CHOSEN + 1, domains=(first,))
-            yield from (reconstructed(replace(one, on=LEFT_OUT + first)) for one in finalists)
+            finalists = best(rows, keep, fold, domains=(first,))
+            for change in (reconstructed, with_prior):
+                yield from (change(replace(one, on=LEFT_OUT + first)) for one in finalists[:2])
 
 
-def best(
-    rows: Sequence[Row], keep: float, fold: int, count: int = CHOSEN, domains: Sequence[str] = ()
-) -> tuple[Point, ...]:
-    """The baselines that lose least on domains that were left out of calibration, best first.
+def best(rows: Sequence[Row], keep: float, fold: int, count: int = 1, domains: Sequence[str] = ()) -> tuple[Point, ...]:
+    """The variants of each method that lose least on domains that were left out of calibration, best first.
 
     Args:
         rows: Rows of one model; those of the stage ``screen`` are used.
         keep: The budget.
         fold: The fold; nothing of its unseen domains is looked at.
-        count: How many baselines.
+        count: How many variants of each method.
         domains: The domains that were left out; empty: all calibration domains of the fold.
 
     Raises:
@@ -144,10 +155,16 @@ def best(
         if row["on"] in on and (row["keep"], row["fold"]) == (keep, fold) and not row["reconstruct"] and "nll" in row:
             arms.setdefault(row["arm"], []).append(row)
     full = [own for own in arms.values() if len(own) == len(on)]
-    if len(full) < count:
-        raise SystemExit(f"keep {keep}, fold {fold}: {len(full)} of {count} baselines are screened; run screen first")
     full.sort(key=lambda own: fmean(level(row) - losses[row["on"]] for row in own))
-    return tuple(replace(Point.of(own[0]), on=DOMAINS) for own in full[:count])
+    chosen = []
+    for method in TESTED:
+        own = [one for one in full if one[0]["method"] == method]
+        if len(own) < count:
+            raise SystemExit(
+                f"keep {keep}, fold {fold}, {method}: {len(own)} of {count} variants are screened; run screen first"
+            )
+        chosen += own[:count]
+    return tuple(replace(Point.of(own[0]), on=DOMAINS) for own in full if own in chosen)
 
 
 def level(row: Row, names: Sequence[str] = ()) -> float:
@@ -157,41 +174,37 @@ def level(row: Row, names: Sequence[str] = ()) -> float:
 
 LEARNED = {"base": "flap", "steps": 12, "every": 12}
 BASE_ORDER = {"partition": "layer", "switch": "never"}
-MEASURED = {"allocation": "measured", **BASE_ORDER}
+MEASURED = {"base": "flap", "allocation": "measured", **BASE_ORDER}
 FISHER = "fisher uniform, MLP neurons, outer blocks unpruned"
-ZERO_SHOT = "gprune, measured shares"
 GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gprune, learned shares": ("mlp", LEARNED),
-    ZERO_SHOT: ("mlp", {"base": "flap", **MEASURED}),
-    f"{ZERO_SHOT}, base llm_pruner": ("mlp", {"base": "llm_pruner", **MEASURED}),
-    f"{ZERO_SHOT}, base fisher": ("mlp", {"base": "fisher", **MEASURED}),
-    f"{ZERO_SHOT}, all units": ("", {"base": "flap", **MEASURED}),
+    "gprune, measured shares": ("mlp", MEASURED),
 }
 """The arms of GPrune: name → axes that may be cut, settings."""
 
 
 def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
-    """The chosen baselines, random units and GPrune on unseen domains; each reconstructed, too."""
+    """The best variant of each method, random units and GPrune on unseen domains; some with least squares."""
     yield dense(DOMAINS)
     for sample, fold, keep in product(range(samples), folds, keeps):
         at: dict[str, Any] = {"keep": keep, "fold": fold, "sample": sample}
-        chosen = best(rows, keep, fold)
-        arms = [replace(one, sample=sample) for one in chosen]
-        arms += [Point(arm, "gprune", only=only, settings=settings, **at) for arm, (only, settings) in GPRUNE.items()]
+        chosen = [replace(one, sample=sample) for one in best(rows, keep, fold)]
+        settings = {"allocation": "uniform", "compensate": True}
+        fisher = Point(FISHER, "fisher", only="mlp", outer=False, settings=settings, **at)
+        yield from (chosen[0], with_prior(fisher), reconstructed(chosen[0]), with_prior(chosen[0]))
+        yield from chosen[1:]
         random = {**{name: chosen[0].settings[name] for name in ("allocation", "compensate")}, "seed": sample}
         like = {"only": chosen[0].only, "outer": chosen[0].outer}
-        yield from (*arms, Point("random, as the best baseline", "random", settings=random, **like, **at))
-        yield from map(reconstructed, arms)
-        settings = {"allocation": "uniform", "compensate": True}
-        yield from map(with_prior, (arms[0], Point(FISHER, "fisher", only="mlp", outer=False, settings=settings, **at)))
+        yield Point("random, as the best baseline", "random", settings=random, **like, **at)
+        for arm, (only, settings) in GPRUNE.items():
+            yield Point(arm, "gprune", only=only, settings=settings, **at)
 
 
 def zero_shot(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
-    """Multiple choice at keep 0.7 for the network before, the chosen baselines and GPrune."""
+    """Multiple choice at keep 0.7 for the network before, the best baseline, and those with least squares."""
     yield dense(TASKS)
     for point in test(rows, [keep for keep in keeps if keep == 0.7], folds, samples):
-        ours = point.arm.removesuffix(RECONSTRUCTED) == ZERO_SHOT
-        if point.method not in ("dense", "random") and (point.method != "gprune" or ours):
+        if point.method not in ("dense", "random", "gprune"):
             yield replace(point, on=TASKS)
 
 
@@ -214,7 +227,7 @@ STAGE_ARMS: Mapping[str, Mapping[str, Any]] = {
     **{arm: {**UNLEARNED, **change} for arm, change in STAGES.items()},
     "learned shares": LEARNED,
     "measured shares": {"base": "flap", "allocation": "measured"},
-    "measured shares, base order": GPRUNE[ZERO_SHOT][1],
+    "measured shares, base order": MEASURED,
 }
 """Name of an arm of the stages, all on MLP neurons → its settings."""
 

@@ -21,7 +21,10 @@ from regrow.store.tensors import read_tensors, write_tensors
 from regrow.store.working_area import unfinished_folder
 from regrow.streaming.opening import open_network
 
-WORDS = ("--source", "news", "--source", "generated", "--tokens", "96", "--eval-tokens", "64", "--seq-len", "32")
+WORDS = (
+    *("--source", "news", "--source", "generated", "--tokens", "96", "--generated-tokens", "0"),
+    *("--eval-tokens", "64", "--seq-len", "32"),
+)
 
 
 def tokens(folder: str) -> torch.Tensor:

@@ -196,7 +196,7 @@ def _reconstruction(reconstruct: bool | Mapping[str, Any], inputs: Inputs) -> di
     if reconstruct is False:
         return None
     settings = dict(reconstruct) if isinstance(reconstruct, Mapping) else {}
-    build_reconstruction(settings)
+    build_reconstruction(settings, [source.name for source in inputs.sources])
     if not inputs.sources:
         raise InputError("reconstruct fits on data; give data, for example a DataLoader")
     check_batches(inputs.sources, settings)

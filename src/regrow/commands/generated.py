@@ -36,7 +36,7 @@ def count_generated(settings: Settings) -> int:
     Args:
         settings: The settings of the run.
     """
-    amounts = [settings.tokens]
+    amounts = [settings.generated_tokens or settings.tokens]
     if settings.reconstruct:
         amounts.append(source_specs(settings, count_tokens(settings, text=True)).tokens)
     if settings.recover:

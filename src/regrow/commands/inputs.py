@@ -30,6 +30,7 @@ class SourceSpecs:
         unseen: The sources for evaluation only.
         tokens: Calibration tokens (or images) per source.
         seed: Seed of the choice of calibration windows.
+        generated_tokens: Calibration tokens of text that the model generates; 0: as many as of other sources.
     """
 
     eval_tokens: int
@@ -38,6 +39,7 @@ class SourceSpecs:
     unseen: tuple[str, ...] = ()
     tokens: int = 0
     seed: int = 0
+    generated_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None) 
         )
     check_generation(loaded.model)
     find_separator(loaded.tokenizer)
-    n = count_windows(specs.tokens, specs.seq_len)
+    n = count_windows(specs.generated_tokens or specs.tokens, specs.seq_len)
     if tokens is None:
         return Source(GENERATED, PendingWindows(n))
     origin = describe_generated(n, specs.seq_len, specs.seed)

@@ -12,7 +12,7 @@ from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.nets.code import check_code
 from regrow.references import names_code
-from regrow.settings.prune import RECONSTRUCTION, RECONSTRUCTION_DEFAULTS, Settings
+from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
 from regrow.store.run_record import convert_settings
 
 
@@ -54,7 +54,8 @@ def source_specs(settings: Settings, recovery_tokens: int = 0) -> SourceSpecs:
     """
     tokens = recovery_tokens // max(1, len(settings.sources)) if recovery_tokens else settings.tokens
     amounts = settings.eval_tokens, settings.seq_len
-    return SourceSpecs(*amounts, settings.sources, settings.unseen, tokens, settings.seed)
+    generated = 0 if recovery_tokens else settings.generated_tokens
+    return SourceSpecs(*amounts, settings.sources, settings.unseen, tokens, settings.seed, generated)
 
 
 def budget_of(settings: Settings) -> Budget:
@@ -86,7 +87,8 @@ def _record_reconstruction(settings: Settings) -> dict[str, Any]:
     if not settings.reconstruct:
         return {}
     given = settings.reconstruct_settings
-    defaults = {**find_method(MethodKind.RECOVERY, RECONSTRUCTION).defaults(given), **RECONSTRUCTION_DEFAULTS}
+    defaults = find_method(MethodKind.RECOVERY, RECONSTRUCTION).defaults(given)
+    defaults |= complete_reconstruction({}, settings.sources)
     return {f"reconstruct {name}": value for name, value in defaults.items() if name not in given}
 
 

@@ -1,7 +1,7 @@
 """Reconstruction in a pruning run: layers that read cut units are fitted to the dense network, which is still there."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder
-from regrow.settings.prune import RECONSTRUCTION, RECONSTRUCTION_DEFAULTS, Settings
+from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
+from regrow.source_names import GENERATED
 from regrow.sources import Source
 from regrow.store.statistics import fingerprint
 from regrow.store.tensors import open_checkpoint
@@ -42,7 +43,7 @@ def check_reconstruction(settings: Settings, *, several: bool = False) -> None:
     """
     if not settings.reconstruct:
         return
-    build_reconstruction(settings.reconstruct_settings)
+    build_reconstruction(settings.reconstruct_settings, settings.sources)
     if not settings.sources:
         raise InputError("--reconstruct fits on text or images; give at least one source, like --source news")
     if several:
@@ -51,17 +52,18 @@ def check_reconstruction(settings: Settings, *, several: bool = False) -> None:
         raise InputError("--reconstruct fits the biases that --recover bias would change again; leave out one of them")
 
 
-def build_reconstruction(given: Mapping[str, object]) -> Recovery:
+def build_reconstruction(given: Mapping[str, object], sources: Collection[str]) -> Recovery:
     """Return the least squares with the defaults of a reconstruction.
 
     Args:
         given: The settings that differ from these: name → value.
+        sources: The names of the data.
 
     Raises:
         ValueError: If a setting is unknown or of no use.
     """
     work: Recovery = find_method(MethodKind.RECOVERY, RECONSTRUCTION).made(
-        RECONSTRUCTION, {**RECONSTRUCTION_DEFAULTS, **given}
+        RECONSTRUCTION, complete_reconstruction(given, sources)
     )
     return work
 
@@ -76,8 +78,21 @@ def count_tokens(settings: Settings, text: bool) -> int:
         settings: The settings of the run.
         text: Whether the model takes text.
     """
-    calibration = settings.tokens * len(settings.sources)
+    calibration = count_calibration(settings)
     return settings.reconstruct_tokens or (max(LEAST, calibration) if text else calibration)
+
+
+def count_calibration(settings: Settings) -> int:
+    """Return how many tokens or images a run calibrates on, over all sources together.
+
+    >>> count_calibration(Settings("m", sources=("news", "generated"), tokens=4096, generated_tokens=24576))
+    28672
+
+    Args:
+        settings: The settings of the run.
+    """
+    generated = settings.generated_tokens or settings.tokens
+    return sum(generated if name == GENERATED else settings.tokens for name in settings.sources)
 
 
 def choose_sources(settings: Settings, loaded: Loaded, kinds: SourceHalves) -> Sequence[Source]:
@@ -89,7 +104,7 @@ def choose_sources(settings: Settings, loaded: Loaded, kinds: SourceHalves) -> S
         kinds: The data of the run.
     """
     tokens = count_tokens(settings, loaded.tokenizer is not None)
-    if tokens == settings.tokens * len(settings.sources):
+    if tokens == count_calibration(settings):
         return kinds.calibration
     return read_sources(source_specs(settings, tokens), loaded, kinds.generated).calibration
 
@@ -130,7 +145,7 @@ def check_batches(sources: Sequence[Source], given: Mapping[str, object]) -> Non
 
 def _holds_out(given: Mapping[str, object], sources: int) -> bool:
     """Whether the ridge is chosen on a held-out part of each source, not on left-out sources."""
-    return sources < 2 or {**RECONSTRUCTION_DEFAULTS, **given}["choose_on"] != "left_out_source"
+    return sources < 2 or complete_reconstruction(given, ())["choose_on"] != "left_out_source"
 
 
 def keep_dense(model: nn.Module) -> nn.Module:
@@ -183,7 +198,8 @@ def reconstruct(
     Raises:
         ValueError: If a setting is of no use, the data are too few, or no layer can be fitted.
     """
-    work, spent, path, start = build_reconstruction(given), 0.0, None, time.perf_counter()
+    names = [source.name for source in sources]
+    work, spent, path, start = build_reconstruction(given, names), 0.0, None, time.perf_counter()
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     key = ""
     if folder is not None:
@@ -192,7 +208,7 @@ def reconstruct(
             sums = [parameter_sums(net) for net in (model, dense)]
         else:
             sums = [net.weights.sums() for net in (streamed.model, streamed.dense)]
-        key = fingerprint(Source("", ()), "reconstruct", {**RECONSTRUCTION_DEFAULTS, **given}, texts, sums)
+        key = fingerprint(Source("", ()), "reconstruct", complete_reconstruction(given, names), texts, sums)
         path = Path(folder.path) / "statistics" / "reconstruction.safetensors"
         spent = float(open_checkpoint(path, key, recovery.FORMAT).get("seconds", 0))
         if streamed is not None:

@@ -1,5 +1,6 @@
 """Generate text with a language model: windows of tokens to calibrate on, sampled in batches."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from regrow.source_names import GENERATED
 from regrow.sources import Source, device_of
 from regrow.tracing.meta_copy import copy_model
 
-ROWS = 64
+ROWS = 128
 """The most windows that are generated at a time: a step reads all weights, whatever their number."""
 STRETCH = 128
 """After how many tokens of each window the result is stored; an interrupted call resumes there."""
@@ -201,7 +202,7 @@ class _Sampling:
         chosen = sample(logits, self.draws[:, self.position].to(logits.device))
         self.position += 1
         self.count += 1
-        return torch.zeros_like(logits).scatter_(1, chosen[:, None], 1.0)
+        return logits.zero_().scatter_(1, chosen[:, None], 1.0)
 
 
 def sample(logits: Tensor, draws: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ def sample(logits: Tensor, draws: Tensor) -> Tensor:
     if not torch.isfinite(top).all():
         raise RefusedError("the logits of the model are not finite, so no text can be sampled; check its weights")
     size = logits.shape[1]
-    weights = F.pad((logits.float() - top.float()).exp(), (0, -size % _BLOCK))
+    weights = F.pad(logits.float(), (0, -size % _BLOCK), value=-math.inf).sub_(top.float()).exp_()
     weights = weights.view(len(logits), -1, _BLOCK)  # sums of blocks first: a running sum is slow
     sums = weights.sum(2).cumsum(1)
     target = draws.float()[:, None] * sums[:, -1:]

@@ -1,6 +1,6 @@
 """The settings of ``regrow prune``."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting, declared
 from regrow.settings.loading import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo
 from regrow.settings.training import check_combination
+from regrow.source_names import GENERATED
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
 
@@ -21,6 +22,23 @@ RECONSTRUCTION_DEFAULTS: Mapping[str, object] = {
     "shrinkages": (0.5, 0.75, 1.0),
 }
 """The defaults of ``--reconstruct`` that differ from those of ``recover --by refit``."""
+
+
+def complete_reconstruction(given: Mapping[str, object], sources: Collection[str]) -> dict[str, object]:
+    """Return settings of ``--reconstruct`` with its defaults.
+
+    With text that the model generates among the data, layers are fitted to what the dense network has there: there is
+    enough text, and text without a domain, to make up for the errors of earlier layers.
+
+    Args:
+        given: The settings that differ from the defaults: name → value.
+        sources: The names of the data.
+
+    >>> complete_reconstruction({}, ["news", "generated"])["target"]
+    'dense'
+    """
+    target = {"target": "dense"} if GENERATED in sources else {}
+    return {**RECONSTRUCTION_DEFAULTS, **target, **given}
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,10 @@ class Settings:
         "Tokens (image models: images) per source to calibrate on.",
         group=DATA, range=Range(1, MANY),
     )] = 4096
+    generated_tokens: Annotated[int, Setting(
+        "Tokens of --source generated; 0: as many as of other sources.",
+        group=DATA, range=Range(0, MANY), example="8192", absent=0,
+    )] = 24576
     batch_size: Annotated[int, Setting(
         "Windows of text (image models: images) that calibration runs at a time; 8 is faster than 1 and takes more "
         "memory. Methods that need gradients of weights run one at a time.",

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 CHUNK = 8192
-"""The number of rows summed at a time in float64."""
+"""The number of rows summed at a time."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sufficient statistics of a least squares problem with inputs x and residuals r (target − output), in float64.
+    """Sufficient statistics of a least squares problem with inputs x and residuals r (target − output).
 
     Args:
         gram: Σ x xᵀ, ``[k, k]``.
@@ -34,18 +34,25 @@ class Sums:
     rows: int
 
     @classmethod
-    def of(cls, inputs: Tensor, missing: Tensor, target: Tensor) -> "Sums":
-        """Compute the sums over all rows, chunk by chunk.
+    def of(cls, inputs: Tensor, missing: Tensor, target: Tensor, *, fast: bool = False) -> "Sums":
+        """Compute the sums over all rows in float64, chunk by chunk.
 
         Args:
             inputs: x, ``[rows, k]``.
             missing: r = target − output, ``[rows, out]``.
             target: The target, ``[rows, out]``.
+            fast: Whether products are computed in the precision of the data within a chunk, and only chunks are added
+                in float64: half the time for float32, with a relative error of about 1e-6.
         """
         k, out = inputs.shape[1], missing.shape[1]
         gram, cross = (torch.zeros(k, n, dtype=torch.float64, device=inputs.device) for n in (k, out))
         lost = wanted = 0.0
         for x, r, t in zip(*(part.split(CHUNK) for part in (inputs, missing, target)), strict=True):
+            if fast:
+                gram += x.T @ x
+                cross += x.T @ r
+                lost, wanted = lost + _energy(r), wanted + _energy(t)
+                continue
             x, r = x.double(), r.double()
             gram.addmm_(x.T, x)
             cross.addmm_(x.T, r)
@@ -77,6 +84,10 @@ class Sums:
             change: The change of the weight, ``[k, out]``.
         """
         return self.missing - 2 * float((change * self.cross).sum()) + float((change * (self.gram @ change)).sum())
+
+
+def _energy(rows: Tensor) -> float:
+    return float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
 
 
 def ridged(sums: Sums, ridge: float, *, standardize: bool = False, bias: bool = False) -> Tensor:
@@ -255,7 +266,8 @@ class RidgeCandidates:
         """
         ends = [0, *(round(len(inputs) * end) for end in self.ends)]
         rows = [slice(start, end) for start, end in pairwise(ends)]
-        sums = [Sums.of(inputs[at], missing[at], target[at]) for at in rows]
+        # Ridges of --reconstruct are far above the rounding error; those of recover --by refit go down to 1e-4.
+        sums = [Sums.of(inputs[at], missing[at], target[at], fast=self.left_out) for at in rows]
         if self.left_out:
             return choose_left_out(sums, self.ridges, self.shrinkages, bias=bias, standardize=self.standardize)
         fit, held = sums
