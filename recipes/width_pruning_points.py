@@ -129,10 +129,10 @@ def screen_finalists(rows: Sequence[Row], keeps: Sequence[float], folds: Sequenc
             for keep in keeps:
                 finalists = best(rows, keep, fold, FINALISTS, domains=(first,))
                 yield from (replace(one, on=LEFT_OUT + name) for one in finalists)
-        for keep in keeps:
-            finalists = best(rows, keep, fold, domains=(first,))
-            for change in (reconstructed, with_prior):
-                yield from (change(replace(one, on=LEFT_OUT + first)) for one in finalists[:2])
+    for fold, keep in product(folds, keeps):
+        first = FOLDS[fold][0]
+        for one in best(rows, keep, fold, domains=(first,))[:2]:
+            yield from (change(replace(one, on=LEFT_OUT + first)) for change in (reconstructed, with_prior))
 
 
 def best(rows: Sequence[Row], keep: float, fold: int, count: int = 1, domains: Sequence[str] = ()) -> tuple[Point, ...]:
