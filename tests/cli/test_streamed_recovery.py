@@ -39,10 +39,16 @@ def run(run_once, tiny_language_model):
     return prune
 
 
-@pytest.mark.parametrize(("by", "dtype"), [("bias", "float32"), ("refit", "float32"), ("refit", "bfloat16")])
+WAYS = {"bias": ("--by", "bias"), "refit": ("--by", "refit"), "dense": ("--by", "refit", "--set", "target=dense")}
+
+
+@pytest.mark.parametrize(
+    ("by", "dtype"),
+    [("bias", "float32"), *((by, dtype) for by in ("refit", "dense") for dtype in ("float32", "bfloat16"))],
+)
 def test_a_streamed_recovery_is_that_of_one_in_memory(regrow, run, run_once, tmp_path, streams, by, dtype):
     run(*(("--dtype", dtype) if dtype == "bfloat16" else ()))
-    command = ("recover", "run", "--by", by, "--tokens", "256", "--out")
+    command = ("recover", "run", *WAYS[by], "--tokens", "256", "--out")
     run_once(*command[:-1], out="whole")
     code, said, error = regrow(*command, "streamed", "--memory", "64GiB")
     assert code == 0, error
@@ -59,10 +65,10 @@ def test_a_streamed_recovery_is_that_of_one_in_memory(regrow, run, run_once, tmp
     assert "--memory 64GiB" in record["command"]
 
 
-@pytest.mark.parametrize("by", ["bias", "refit"])
+@pytest.mark.parametrize("by", WAYS)
 def test_a_killed_recovery_ends_as_one_that_was_not(regrow, run, run_once, tmp_path, streams, monkeypatch, by):
     run()
-    command = ("recover", "run", "--by", by, "--tokens", "256", "--out")
+    command = ("recover", "run", *WAYS[by], "--tokens", "256", "--out")
     run_once(*command[:-1], out="whole")
     monkeypatch.setattr(MemoryPlan, "on_disk", True)
     true, left, killed = StreamedNetwork.resident, [0], 0
@@ -89,8 +95,8 @@ def test_a_killed_recovery_ends_as_one_that_was_not(regrow, run, run_once, tmp_p
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("--by", "refit", "--set", "target=dense"), "target=dense runs the two networks beside each other"),
         (("--by", "refit", "--memory", "1MiB"), "even one block at a time; use --memory"),
+        (("--by", "refit", "--set", "target=dense", "--memory", "1MiB"), "even one block at a time; use --memory"),
         (("--by", "lora"), "recovery by lora within 64 GiB of memory is impossible"),
     ],
 )
