@@ -35,9 +35,6 @@ from regrow.streaming.requirements import BLOCKS, MARGIN, MemoryPlan
 SPARE = 2**26
 """Bytes that the interpreter and the operations need besides."""
 
-WINDOWS = "all windows at a layer"
-"""The activations of refit, among what takes memory."""
-
 
 @dataclass(frozen=True)
 class MemoryTerms:
@@ -225,8 +222,7 @@ def predict_pairing(network: StreamedNetwork, tokens: int) -> int:
         tokens: Tokens that refit reads.
     """
     outer = sum(map(network.weights.bytes_of, network.outer))
-    running = _refit_terms(network.model, tokens)[WINDOWS]
-    return outer + BLOCKS["evaluating"] * network.largest_block + running
+    return outer + BLOCKS["evaluating"] * network.largest_block + _count_activations(network.model, tokens)
 
 
 def plan_pairing(plan: MemoryPlan, more: int) -> MemoryPlan:
@@ -299,6 +295,11 @@ def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
 def _refit_terms(model: nn.Module, tokens: int, parts: int = 3) -> dict[str, int]:
     """Return what refit needs for all positions at one layer, and for the sums of the widest layer."""
     linear = [one.shape for one in model.parameters() if one.dim() == 2]
-    width = max(max(shape) for shape in linear[1:]) if len(linear) > 1 else max(linear[0])
     sums = max(8 * (k * k + k * out) for out, k in linear[1:]) if len(linear) > 1 else 0
-    return {WINDOWS: 4 * tokens * width * 4, "sums": parts * sums}
+    return {"all windows at a layer": _count_activations(model, tokens), "sums": parts * sums}
+
+
+def _count_activations(model: nn.Module, tokens: int) -> int:
+    """Return how many bytes the activations of all positions at the widest layer take."""
+    linear = [one.shape for one in model.parameters() if one.dim() == 2]
+    return 4 * tokens * (max(max(shape) for shape in linear[1:]) if len(linear) > 1 else max(linear[0])) * 4
