@@ -22,9 +22,9 @@ Biases are fitted too, and layers that can have one get one. Where nothing was c
 
 All the text runs through the network once, in one batch. Memory: both networks, the activations of all positions at one
 layer (about 4 · positions · width of the widest layer · 4 bytes; twice for ``dense``), and 8 (k² + k · out) bytes of
-sums, three times (with left-out sources: two times more than there are sources), for the present layer with k inputs. Networks
-that are read one block at a time count as one block each. A resumed run repeats the forward pass, but solves no layer
-twice.
+sums, three times (with left-out sources: two times more than there are sources), for the present layer with k inputs.
+Of networks that are read one block at a time, two blocks are in memory instead: the present one and the next. A resumed
+run repeats the forward pass, but solves no layer twice.
 """
 
 from collections.abc import Mapping, Sequence
