@@ -50,8 +50,12 @@ def test_a_streamed_run_is_that_of_a_run_in_memory(regrow, tiny_language_model, 
     assert run["memory"]["peak"] > 2**20
 
 
-def test_a_streamed_reconstruction_gives_the_weights_of_one_in_memory(regrow, tiny_language_model, tmp_path, streams):
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_a_streamed_reconstruction_gives_the_weights_of_one_in_memory(
+    regrow, tiny_language_model, tmp_path, streams, target
+):
     words = ("--method", "wanda_sp", "--reconstruct", "--reconstruct-tokens", "512", "--source", "code")
+    words = (*words, *(("--reconstruct-set", "target=dense") if target == "dense" else ()))
     command = ("prune", str(tiny_language_model), *words, *SOURCE)
     assert regrow(*command, "--out", "whole")[0] == 0
     code, said, error = regrow(*command, "--memory", "64GiB", "--out", "streamed")
@@ -64,6 +68,7 @@ def test_a_streamed_reconstruction_gives_the_weights_of_one_in_memory(regrow, ti
         for out in ("whole", "streamed")
     ]
     assert rows[0]["reconstruction"]["layers"] == rows[1]["reconstruction"]["layers"] != []
+    assert rows[1]["reconstruction"]["target"] == target
     assert rows[0]["size"] == rows[1]["size"]
     assert rows[1]["perplexity"]["nll"] == pytest.approx(rows[0]["perplexity"]["nll"], rel=1e-6)
     assert not (tmp_path / "streamed" / "statistics").exists()
@@ -246,7 +251,6 @@ def test_too_little_memory_is_refused_with_the_least(regrow, tiny_language_model
         (("--method", "fisher"), "computes gradients of masks"),
         (("--method", "gprune"), "runs the masked network"),
         (("--recover", "refit"), "--recover refit"),
-        (("--reconstruct", "--reconstruct-set", "target=dense"), "--reconstruct-set target=dense"),
         (("--precision", "bfloat16"), "--precision bfloat16"),
     ],
 )

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from regrow.commands import recovery_memory
+from regrow.commands import recovery_memory, streamed_recovery
+from regrow.methods.recovery import refit
 from regrow.methods.recovery.streamed import FORMAT, REFIT_FIELDS, ChangedTensors
+from regrow.methods.recovery.streams import RefitWork
 from regrow.store.tensors import write_tensors
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.requirements import MemoryPlan
@@ -39,10 +41,16 @@ def run(run_once, tiny_language_model):
     return prune
 
 
-@pytest.mark.parametrize(("by", "dtype"), [("bias", "float32"), ("refit", "float32"), ("refit", "bfloat16")])
+WAYS = {"bias": ("--by", "bias"), "refit": ("--by", "refit"), "dense": ("--by", "refit", "--set", "target=dense")}
+
+
+@pytest.mark.parametrize(
+    ("by", "dtype"),
+    [("bias", "float32"), *((by, dtype) for by in ("refit", "dense") for dtype in ("float32", "bfloat16"))],
+)
 def test_a_streamed_recovery_is_that_of_one_in_memory(regrow, run, run_once, tmp_path, streams, by, dtype):
     run(*(("--dtype", dtype) if dtype == "bfloat16" else ()))
-    command = ("recover", "run", "--by", by, "--tokens", "256", "--out")
+    command = ("recover", "run", *WAYS[by], "--tokens", "256", "--out")
     run_once(*command[:-1], out="whole")
     code, said, error = regrow(*command, "streamed", "--memory", "64GiB")
     assert code == 0, error
@@ -59,13 +67,14 @@ def test_a_streamed_recovery_is_that_of_one_in_memory(regrow, run, run_once, tmp
     assert "--memory 64GiB" in record["command"]
 
 
-@pytest.mark.parametrize("by", ["bias", "refit"])
+@pytest.mark.parametrize("by", WAYS)
 def test_a_killed_recovery_ends_as_one_that_was_not(regrow, run, run_once, tmp_path, streams, monkeypatch, by):
     run()
-    command = ("recover", "run", "--by", by, "--tokens", "256", "--out")
+    command = ("recover", "run", *WAYS[by], "--tokens", "256", "--out")
     run_once(*command[:-1], out="whole")
     monkeypatch.setattr(MemoryPlan, "on_disk", True)
-    true, left, killed = StreamedNetwork.resident, [0], 0
+    true, left, killed, solved = StreamedNetwork.resident, [0], 0, []
+    solve = RefitWork.solve
 
     def counted(self, *names):
         left[0] -= 1
@@ -73,14 +82,23 @@ def test_a_killed_recovery_ends_as_one_that_was_not(regrow, run, run_once, tmp_p
             raise KeyboardInterrupt
         return true(self, *names)
 
+    def noted(self, layer, *rows):
+        solved[-1].append(layer.name)
+        solve(self, layer, *rows)
+
     monkeypatch.setattr(StreamedNetwork, "resident", counted)
-    for moment in (8, 16, 20, 24, 0):  # the last one never comes
+    monkeypatch.setattr(RefitWork, "solve", noted)
+    for moment in (8, 12, 14, 16, 20, 24, 0):  # the last one never comes
         left[0] = moment
+        solved.append([])
         if (code := regrow(*command, "killed", "--memory", "64GiB")[0]) == 0:
             break
         killed += 1
     assert code == 0
     assert killed > 1
+    every = [name for some in solved for name in some]
+    assert len(every) == len({*every})
+    assert by == "bias" or sum(map(bool, solved)) > 1  # a part of the layers was solved before the last call
     for name in FILES:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
     assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
@@ -89,8 +107,8 @@ def test_a_killed_recovery_ends_as_one_that_was_not(regrow, run, run_once, tmp_p
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("--by", "refit", "--set", "target=dense"), "target=dense runs the two networks beside each other"),
         (("--by", "refit", "--memory", "1MiB"), "even one block at a time; use --memory"),
+        (("--by", "refit", "--set", "target=dense", "--memory", "1MiB"), "even one block at a time; use --memory"),
         (("--by", "lora"), "recovery by lora within 64 GiB of memory is impossible"),
     ],
 )
@@ -99,6 +117,36 @@ def test_what_is_not_recovered_block_by_block_is_refused(regrow, run, streams, w
     code, _, error = regrow("recover", "run", "--tokens", "256", "--memory", "64GiB", *words, "--out", "recovered")
     assert code
     assert match in error
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_auto_fits_to_the_dense_network_where_own_cannot(regrow, run, run_once, tmp_path, streams, monkeypatch, stored):
+    run(*(("--dtype", stored) if stored == "bfloat16" else ()))
+    monkeypatch.setattr(refit, "CLOSE", -1)
+    command = ("recover", "run", "--by", "refit", "--tokens", "256", "--out")
+    assert regrow(*command, "whole")[0] == 0
+    code, _, error = regrow(*command, "streamed", "--memory", "64GiB")
+    assert code == 0, error
+    for name in FILES:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
+    assert rows(tmp_path / "whole") == rows(tmp_path / "streamed")
+    row = next(row for row in rows(tmp_path / "streamed") if row["what"] == "recovery")
+    assert row["target"] == "dense"
+    assert "differs from the dense one" in row["note"]
+
+
+def test_a_block_of_both_networks_must_fit(regrow, run, streams, monkeypatch):
+    run()
+    monkeypatch.setattr(streamed_recovery, "predict_pairing", lambda network, tokens: 2**37)
+    command = ("recover", "run", "--by", "refit", "--tokens", "256", "--memory", "64GiB", "--out")
+    assert regrow(*command, "own")[0] == 0
+    code, _, error = regrow(*command, "dense", "--set", "target=dense")
+    assert code
+    assert "even one block at a time; use --memory 13" in error
+    monkeypatch.setattr(refit, "CLOSE", -1)
+    code, _, error = regrow(*command, "auto")
+    assert code
+    assert "with a block of both networks in memory, within 64 GiB of memory is impossible; use --memory 13" in error
 
 
 def test_sums_of_left_out_sources_count(regrow, run, streams, monkeypatch):

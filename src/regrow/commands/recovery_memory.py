@@ -1,7 +1,7 @@
 """The memory of recoveries and of gradients, predicted from shapes before anything is loaded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from regrow.source_names import GENERATED
 from regrow.sources import Batch, logits_in
 from regrow.store.errors import StoreError
 from regrow.store.skeleton import load_saved_skeleton
+from regrow.streaming.network import StreamedNetwork
+from regrow.streaming.requirements import BLOCKS, MARGIN, MemoryPlan
 
 SPARE = 2**26
 """Bytes that the interpreter and the operations need besides."""
@@ -210,6 +212,46 @@ def predict_refit(model: nn.Module, tokens: int, *, sums: int = 3) -> int:
     return sum(_refit_terms(model, tokens, sums).values())
 
 
+def predict_pairing(network: StreamedNetwork, tokens: int) -> int:
+    """Return what refit with ``target=dense`` needs besides, where both networks run one block at a time, in bytes.
+
+    That is the cut network, counted with the shapes before the cut, and its activations, beside those of the dense one.
+
+    Args:
+        network: The network before the cut.
+        tokens: Tokens that refit reads.
+    """
+    outer = sum(map(network.weights.bytes_of, network.outer))
+    return outer + BLOCKS["evaluating"] * network.largest_block + _count_activations(network.model, tokens)
+
+
+def plan_pairing(plan: MemoryPlan, more: int) -> MemoryPlan:
+    """Return the prediction for refit with ``target=dense``.
+
+    Args:
+        plan: The prediction with one of the networks in memory.
+        more: What :func:`predict_pairing` returns.
+    """
+    return replace(plan, least=plan.least + more, results=2 * plan.results)
+
+
+def explain_lacking(plan: MemoryPlan, more: int) -> str:
+    """Say why there is no room for refit with ``target=dense``, and what to do; empty if there is.
+
+    Args:
+        plan: The prediction with one of the networks in memory, which says where hidden states are.
+        more: What :func:`predict_pairing` returns.
+    """
+    both = plan_pairing(plan, more)
+    if both.least + (0 if plan.on_disk else both.results) <= plan.limit:
+        return ""
+    return (
+        f"fitting to what the dense network has, with a block of both networks in memory, within "
+        f"{format_bytes(plan.limit)} of memory is impossible; use --memory "
+        f"{format_bytes(int(MARGIN * (both.least + both.results))).replace(' ', '')}"
+    )
+
+
 def _sizes(model: nn.Module) -> tuple[int, int]:
     """Return how many numbers the parameters of a network have, and how many bytes."""
     every = [*model.parameters()]
@@ -253,6 +295,11 @@ def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
 def _refit_terms(model: nn.Module, tokens: int, parts: int = 3) -> dict[str, int]:
     """Return what refit needs for all positions at one layer, and for the sums of the widest layer."""
     linear = [one.shape for one in model.parameters() if one.dim() == 2]
-    width = max(max(shape) for shape in linear[1:]) if len(linear) > 1 else max(linear[0])
     sums = max(8 * (k * k + k * out) for out, k in linear[1:]) if len(linear) > 1 else 0
-    return {"all windows at a layer": 4 * tokens * width * 4, "sums": parts * sums}
+    return {"all windows at a layer": _count_activations(model, tokens), "sums": parts * sums}
+
+
+def _count_activations(model: nn.Module, tokens: int) -> int:
+    """Return how many bytes the activations of all positions at the widest layer take."""
+    linear = [one.shape for one in model.parameters() if one.dim() == 2]
+    return 4 * tokens * (max(max(shape) for shape in linear[1:]) if len(linear) > 1 else max(linear[0])) * 4

@@ -18,9 +18,11 @@ from regrow.commands.models import DTYPES, ModelSpec
 from regrow.commands.reconstruction import count_tokens
 from regrow.commands.recovery_memory import (
     SPARE,
+    plan_pairing,
     predict_gradients,
     predict_later_recovery,
     predict_learning,
+    predict_pairing,
     predict_refit,
 )
 from regrow.commands.same_inputs import check_same_settings
@@ -208,8 +210,11 @@ def _predict_generated(settings: Settings, opened: OpenedNetwork) -> int:
 
 def _with_reconstruction(plan: MemoryPlan, settings: Settings, opened: OpenedNetwork) -> MemoryPlan:
     """Return the prediction with what a reconstruction needs of one block; raise ResourceError if that is too much."""
-    more = predict_refit(opened.loaded.model, count_tokens(settings, text=True), sums=len(settings.sources) + 2)
+    tokens = count_tokens(settings, text=True)
+    more = predict_refit(opened.loaded.model, tokens, sums=len(settings.sources) + 2)
     plan = replace(plan, least=plan.least + more)
+    if settings.reconstruct_settings.get("target") == "dense":
+        plan = plan_pairing(plan, predict_pairing(opened.network(), tokens))
     if plan.least > plan.limit:
         raise ResourceError(
             f"pruning with --reconstruct within {format_bytes(plan.limit)} of memory is impossible, even one block at "
@@ -226,7 +231,6 @@ def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
         f"--method {settings.method}, which computes gradients of masks,": Need.FISHER in pruner.needs,
         f"--method {settings.method}, which runs the masked network,": pruner.trains,
         f"--recover {settings.recover}": bool(settings.recover),
-        "--reconstruct-set target=dense": settings.reconstruct_settings.get("target") == "dense",
         f"--source {GENERATED}": GENERATED in settings.sources,
         "a target in ms": settings.measure == Measure.TIME,
     }

@@ -9,6 +9,7 @@ from regrow import store
 from regrow.axes import AxisGraph
 from regrow.commands.models import DTYPES
 from regrow.commands.reconstruction import reconstruct
+from regrow.commands.recovery_memory import explain_lacking, predict_pairing
 from regrow.commands.streamed import StreamedRun
 from regrow.commands.streamed_recovery import StreamedRecovery
 from regrow.plan import Plan
@@ -60,7 +61,9 @@ class StreamedReconstruction:
             The reconstructed network, to be run one block at a time.
         """
         cut = open_network(str(self.place), DTYPES.get(self.dtype))
-        both = StreamedRecovery(self.run.opened, cut, self.run.plan)
+        more = predict_pairing(self.run.opened.network(), sum(source.tokens for source in sources))
+        lacking = "" if given.get("target") == "dense" else explain_lacking(self.run.plan, more)
+        both = StreamedRecovery(self.run.opened, cut, self.run.plan, lacking)
         pair, (dense, loaded) = both.start(self.folder), both.models()
         reconstruct(loaded.model, dense.model, axes, plan, sources, given, self.folder, progress, streamed=pair)
         return_memory()

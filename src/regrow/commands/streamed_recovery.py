@@ -15,7 +15,14 @@ from regrow.commands.inputs import count_windows
 from regrow.commands.last_cut import LastCut
 from regrow.commands.models import DTYPES
 from regrow.commands.prune_settings import model_spec
-from regrow.commands.recovery_memory import MemoryTerms, count_sums, predict_refit
+from regrow.commands.recovery_memory import (
+    MemoryTerms,
+    count_sums,
+    explain_lacking,
+    plan_pairing,
+    predict_pairing,
+    predict_refit,
+)
 from regrow.commands.streamed import RESULTS, needs_of_model
 from regrow.errors import InputError, ResourceError
 from regrow.methods.recovery.streamed import ChangedTensors, StreamedPair
@@ -47,11 +54,13 @@ class StreamedRecovery:
         dense: The network before the cut, without numbers, and its stored weights.
         cut: The network after the cut.
         plan: How the run stays within its memory.
+        lacking: Why memory has no room for a block of both at a time, and what to do; empty: it has.
     """
 
     dense: OpenedNetwork
     cut: OpenedNetwork
     plan: MemoryPlan
+    lacking: str = ""
 
     def models(self) -> tuple[Loaded, Loaded]:
         """Return the model before the cut, and the one to recover, both without numbers."""
@@ -68,7 +77,8 @@ class StreamedRecovery:
         results = self._results(folder)
         if results is not None:
             results.mkdir(parents=True)
-        return StreamedPair(self.dense.network(results), self.cut.network(results), ChangedTensors(place / CHANGED))
+        changed = ChangedTensors(place / CHANGED)
+        return StreamedPair(self.dense.network(results), self.cut.network(results), changed, self.lacking)
 
     def outside(self, model: Loaded, changed: ChangedTensors) -> OutsideTensors:
         """Return the tensors of the recovered network, as ``store.write_model`` takes them.
@@ -146,7 +156,8 @@ def open_recovery(
     if cut.before:
         origin = replace(dense.loaded.origin, name=Path(spec.name).name)
         dense = replace(dense, loaded=replace(dense.loaded, origin=origin))
-    opened = StreamedRecovery(dense, open_network(str(source.path), dtype), _plan(settings, cut, dense, terms))
+    plan, lacking = _plan(settings, cut, dense, terms)
+    opened = StreamedRecovery(dense, open_network(str(source.path), dtype), plan, lacking)
     needs = needs_of_model(spec, cut.settings.precision, dense)
     if reason := next((text for text, holds in needs.items() if holds), ""):
         raise InputError(
@@ -161,19 +172,27 @@ def open_recovery(
     return opened
 
 
-def _plan(settings: Settings, cut: LastCut, dense: OpenedNetwork, terms: MemoryTerms) -> MemoryPlan:
-    """Predict what a recovery needs with one block in memory; raise ResourceError if that is more than the limit."""
+def _plan(settings: Settings, cut: LastCut, dense: OpenedNetwork, terms: MemoryTerms) -> tuple[MemoryPlan, str]:
+    """Predict what a recovery needs with one block in memory; raise ResourceError if that is more than the limit.
+
+    Returns:
+        The prediction, and why there is no room for a block of both networks at a time, if there is none.
+    """
     assert settings.by in CLOSED_FORM
     sources, window = max(1, len(cut.settings.sources)), cut.settings.seq_len
     windows = sources * count_windows(settings.tokens // sources, window)
     most = max(windows, (len(cut.settings.unseen) + sources) * count_windows(cut.settings.eval_tokens, window))
-    plan = plan_memory(dense.network(), sys.maxsize, most, window, what="evaluating")
+    network = dense.network()
+    plan = plan_memory(network, sys.maxsize, most, window, what="evaluating")
     refit, sums = settings.by == "refit", count_sums(settings, cut)
     more = predict_refit(dense.loaded.model, windows * window, sums=sums) if refit else 0
     plan = replace(plan, limit=terms.limit, whole=terms.needed, least=plan.least + more, decision=True)
+    beside = predict_pairing(network, windows * window) if refit else 0
+    paired = refit and settings.recovery_settings.get("target") == "dense"
+    plan = plan_pairing(plan, beside) if paired else plan
     if plan.least > plan.limit:
         raise ResourceError(
             f"recovery by {settings.by} within {format_bytes(plan.limit)} of memory is impossible, even one block at a "
             f"time; use --memory {format_bytes(int(MARGIN * plan.least)).replace(' ', '')}"
         )
-    return plan
+    return plan, explain_lacking(plan, beside) if refit and not paired else ""

@@ -1,7 +1,7 @@
 """Paired forward: the dense network runs in a thread and waits at each layer until the cut one has reached it.
 
 Neither forward pass is repeated and no output is kept longer than needed, so the memory of each network is that of one
-forward pass over all the text.
+forward pass over all the text; of networks that are read one block at a time, that of one block.
 """
 
 import queue
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from regrow.scoring.watch import CONTRACTIONS, watched_name
-from regrow.sources import Batch
+from regrow.streaming.network import Around
 
 ADDITIONS = frozenset(
     {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
@@ -148,15 +148,13 @@ class LayerOutputs:
     """The outputs of a network's layers, produced one by one on request by a forward pass in a thread of its own.
 
     Args:
-        model: The network.
-        batch: The input of the forward pass.
-        watched: ``id`` of a weight → its name.
+        run: Runs the network, in parts or as a whole, each part in the context that it is given.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> None:
+    def __init__(self, run: Callable[[Around], object]) -> None:
         self._turn, self._queue = threading.Semaphore(0), queue.SimpleQueue[Any]()
-        self._stop, self._early = False, dict[str, tuple[Tensor, Tensor | None]]()
-        self._thread = threading.Thread(target=self._run, args=(model, batch, watched), daemon=True)
+        self._stop, self._ended, self._early = False, False, dict[str, tuple[Tensor, Tensor | None]]()
+        self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
 
     def __call__(self, name: str) -> tuple[Tensor, Tensor | None] | None:
         """Return a layer's output and the tensor added to it, if any; ``None`` if the network does not run the layer.
@@ -168,14 +166,15 @@ class LayerOutputs:
             Exception: The error that stopped the forward pass.
         """
         while name not in self._early:
-            if not self._thread.is_alive() and self._queue.empty():
+            if self._ended:
                 return None
             self._turn.release()
             message = self._queue.get()
-            if message is None:
-                return None
+            self._ended = not isinstance(message, tuple)
             if isinstance(message, BaseException):
                 raise message
+            if message is None:
+                return None
             layer, output, other = message
             if layer != name:  # it may be written over before it is requested
                 output, other = output.clone(), other if other is None else other.clone()
@@ -198,13 +197,18 @@ class LayerOutputs:
         if self._stop:
             raise StopRunError
 
-    def _run(self, model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> None:
+    @contextmanager
+    def _offering(self, number: int, watched: Mapping[int, str]) -> Iterator[None]:
+        mode = _Offering(watched, self)
+        with mode:
+            yield
+        mode.finish()
+
+    def _run(self, run: Callable[[Around], object]) -> None:
         try:
             self._wait()
             with torch.no_grad():
-                with _Offering(watched, self) as mode:
-                    model(*batch.args, **batch.kwargs)
-                mode.finish()
+                run(self._offering)
             self._queue.put(None)
         except StopRunError:
             self._queue.put(None)
@@ -213,19 +217,18 @@ class LayerOutputs:
 
 
 @contextmanager
-def run_in_thread(model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> Iterator[LayerOutputs]:
+def run_in_thread(run: Callable[[Around], object]) -> Iterator[LayerOutputs]:
     """Run a network in a thread, layer by layer, only as far as its outputs are requested in the ``with`` block.
 
     Args:
-        model: The network.
-        batch: The input of the forward pass.
-        watched: ``id`` of a weight → its name.
+        run: Runs the network, in parts or as a whole, each part in the context that it is given: a function of the
+            number of a batch and of ``id`` of a weight → its name.
     """
-    run = LayerOutputs(model, batch, watched)
-    run._thread.start()
+    outputs = LayerOutputs(run)
+    outputs._thread.start()
     try:
-        yield run
+        yield outputs
     finally:
-        run._stop = True
-        run._turn.release()
-        run._thread.join()
+        outputs._stop = True
+        outputs._turn.release()
+        outputs._thread.join()

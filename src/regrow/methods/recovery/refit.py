@@ -22,9 +22,9 @@ Biases are fitted too, and layers that can have one get one. Where nothing was c
 
 All the text runs through the network once, in one batch. Memory: both networks, the activations of all positions at one
 layer (about 4 · positions · width of the widest layer · 4 bytes; twice for ``dense``), and 8 (k² + k · out) bytes of
-sums, three times (with left-out sources: two times more than there are sources), for the present layer with k inputs. A
-resumed run repeats the forward pass, but solves no layer
-twice.
+sums, three times (with left-out sources: two times more than there are sources), for the present layer with k inputs.
+Of networks that are read one block at a time, two blocks are in memory instead: the present one and the next. A resumed
+run repeats the forward pass, but solves no layer twice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from regrow.errors import ResourceError
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.paired_forward import CallCounter, StopRunError, run_in_thread
 from regrow.methods.recovery.solve import RidgeCandidates
@@ -44,13 +45,14 @@ from regrow.methods.recovery.streamed_refit import (
     check_places,
     compare_outputs,
     count_calls,
-    needs_memory,
     refit_blocks,
+    refit_paired_blocks,
 )
 from regrow.methods.recovery.streams import Layer, RefitInDense, RefitPaired, Refitting, RefitWork
 from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.settings.declaration import UNRECORDED
 from regrow.sources import Batch, device_of
+from regrow.streaming.network import Around
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import plan_layouts
 from regrow.training.freeze import freeze
@@ -137,8 +139,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if problem and settings.target == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
         target = "dense" if problem else settings.target.replace("auto", "own")
-        if task.streamed and target == "dense":
-            raise needs_memory(problem or "target=dense runs the two networks beside each other")
+        if task.streamed and target == "dense" and task.streamed.lacking:
+            raise ResourceError(f"{problem or 'target=dense'}: {task.streamed.lacking}")
         added = _with_biases(task.model, layers)
         work.own = dict(task.model.named_parameters())
         work.resume()
@@ -247,7 +249,8 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 def _refit(work: RefitWork, batch: Batch, target: str, added: Sequence[str]) -> None:
     if work.task.streamed is not None:
-        refit_blocks(work, work.task.streamed, batch, added)
+        run = refit_blocks if target == "own" else refit_paired_blocks
+        run(work, work.task.streamed, batch, added)
     elif target == "own":
         _refit_in_dense(work, batch)
     else:
@@ -260,8 +263,14 @@ def _refit_in_dense(work: RefitWork, batch: Batch) -> None:
 
 
 def _refit_paired(work: RefitWork, batch: Batch) -> None:
-    task, waiting = work.task, set(work.layers) - {row["weight"] for row in work.records}
-    with run_in_thread(task.dense, batch.to(device_of(task.dense)), _watched(task.dense, work.layers)) as dense:
+    task, waiting = work.task, work.waiting
+    there = batch.to(device_of(task.dense))
+
+    def run(around: Around) -> None:
+        with around(0, _watched(task.dense, waiting)):
+            task.dense(*there.args, **there.kwargs)
+
+    with run_in_thread(run) as dense:
         _run(task.model, batch, RefitPaired(_watched(task.model, waiting), work, dense))
 
 

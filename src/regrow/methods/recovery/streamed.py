@@ -91,8 +91,10 @@ class StreamedPair:
         dense: The network before the cut.
         model: The network after the cut, as it was before the recovery.
         changed: What the recovery has made of its tensors.
+        lacking: Why memory has no room for a block of both at a time, and what to do; empty: it has.
     """
 
     dense: StreamedNetwork
     model: StreamedNetwork
     changed: ChangedTensors
+    lacking: str = ""

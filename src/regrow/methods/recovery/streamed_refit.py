@@ -1,7 +1,8 @@
-"""Refit of networks that are larger than memory: the dense network runs one block at a time, with the cut one's layers.
+"""Refit of networks that are larger than memory: one block at a time.
 
-All the text runs through each block in one batch, as through a network in memory, and so the results are the same bit
-for bit.
+For ``own`` the dense network runs, with the cut one's layers in it; for ``dense`` the cut network, and the dense one
+beside it in a thread. All the text runs through each block in one batch, as through a network in memory, and so the
+results are the same bit for bit.
 """
 
 from collections import Counter
@@ -13,9 +14,9 @@ import torch
 from torch import nn
 
 from regrow.errors import InputError
-from regrow.methods.recovery.paired_forward import CallCounter, StopRunError
+from regrow.methods.recovery.paired_forward import CallCounter, StopRunError, run_in_thread
 from regrow.methods.recovery.streamed import StreamedPair
-from regrow.methods.recovery.streams import Layer, RefitInDense, RefitWork
+from regrow.methods.recovery.streams import Layer, RefitInDense, RefitPaired, RefitWork
 from regrow.sources import Batch
 from regrow.surgery.compensate import bias_of
 
@@ -77,8 +78,7 @@ def refit_blocks(work: RefitWork, pair: StreamedPair, batch: Batch, added: Seque
     @contextmanager
     def refitting(number: int, watched: Mapping[int, str]) -> Iterator[None]:
         with _layers_of(pair, watched.values(), added) as work.own, torch.no_grad():
-            for name in (name for name in work.own if name in pair.changed):
-                work.own[name].copy_(pair.changed[name])
+            _resume(work, pair)
             mode = RefitInDense(watched, work)
             with mode:
                 yield
@@ -86,6 +86,31 @@ def refit_blocks(work: RefitWork, pair: StreamedPair, batch: Batch, added: Seque
 
     with suppress(StopRunError):
         pair.dense.visit([batch], work.layers, refitting)
+
+
+def refit_paired_blocks(work: RefitWork, pair: StreamedPair, batch: Batch, added: Sequence[str]) -> None:
+    """Refit the layers of the cut network to the dense network's values, both one block after another.
+
+    Args:
+        work: The refit.
+        pair: The networks.
+        batch: All the text, in one batch.
+        added: The names of the weights whose layers get a bias.
+    """
+    waiting = work.waiting
+    with run_in_thread(lambda around: pair.dense.visit([batch], waiting, around)) as dense:
+
+        @contextmanager
+        def refitting(number: int, watched: Mapping[int, str]) -> Iterator[None]:
+            with _block_of(pair, watched.values(), added) as work.own, torch.no_grad():
+                _resume(work, pair)
+                mode = RefitPaired({at: name for at, name in watched.items() if name in waiting}, work, dense)
+                with mode:
+                    yield
+                mode.finish()
+
+        with suppress(StopRunError):
+            pair.model.visit([batch], work.layers, refitting)
 
 
 def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
@@ -100,16 +125,16 @@ def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
     """
     inside = {name for block in pair.dense.blocks for name in block.names}
     if other := next((layer.name for layer in layers if layer.name not in inside), None):
-        raise needs_memory(f"{other}, which reads what was cut, lies outside the blocks")
+        raise InputError(
+            f"{other}, which reads what was cut, lies outside the blocks, so that refit needs both networks in memory; "
+            "give more memory, or recover by bias"
+        )
 
 
-def needs_memory(why: str) -> InputError:
-    """Return the error about a refit that needs both networks in memory.
-
-    Args:
-        why: Why it does.
-    """
-    return InputError(f"{why}, so that refit needs both networks in memory; give more memory, or recover by bias")
+def _resume(work: RefitWork, pair: StreamedPair) -> None:
+    """Load what the present layers were refitted to before an interruption."""
+    for name in (name for name in work.own if name in pair.changed):
+        work.own[name].copy_(pair.changed[name])
 
 
 @contextmanager
@@ -123,3 +148,23 @@ def _layers_of(pair: StreamedPair, weights: Collection[str], added: Sequence[str
             outputs = pair.model.model.get_parameter(bias_of(weight)).shape
             own[bias_of(weight)] = nn.Parameter(own[weight].new_zeros(outputs), requires_grad=False)
         yield own
+
+
+@contextmanager
+def _block_of(pair: StreamedPair, weights: Collection[str], added: Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Context manager in which layers of the cut network's present block have the biases that they get; gives both."""
+    model, biases = pair.model.model, [bias_of(weight) for weight in weights if weight in added]
+    before = {name: model.get_parameter(name) for name in biases}
+    try:
+        for name, empty in before.items():
+            _put(model, name, nn.Parameter(torch.zeros(empty.shape, dtype=empty.dtype), requires_grad=False))
+        every = dict(model.named_parameters())
+        yield {name: every[name] for weight in weights for name in (weight, bias_of(weight)) if name in every}
+    finally:
+        for name, empty in before.items():
+            _put(model, name, empty)
+
+
+def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, value)

@@ -64,6 +64,11 @@ class RefitWork:
         return {row["weight"] for row in self.records if row["ridge"]}
 
     @property
+    def waiting(self) -> set[str]:
+        """The names of the weights that have not been handled."""
+        return {*self.layers} - {row["weight"] for row in self.records}
+
+    @property
     def done(self) -> bool:
         """Whether every layer has been handled."""
         return len(self.records) == len(self.layers)
