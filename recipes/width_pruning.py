@@ -2,6 +2,7 @@
 
     python recipes/width_pruning.py screen --texts FOLDER [--hours 2]     all baselines, on left-out calibration domains
     python recipes/width_pruning.py test --texts FOLDER [--hours 4]       the best of each method, random, GPrune
+    python recipes/width_pruning.py distil --texts FOLDER                 our default, distilled for some minutes more
     python recipes/width_pruning.py stages --texts FOLDER                 each stage of GPrune alone
     python recipes/width_pruning.py zero_shot --texts FOLDER --task PIQA.jsonl.gz ARC.jsonl.gz
     python recipes/width_pruning.py STAGE … --list                        how many points are left
@@ -34,7 +35,19 @@ from pathlib import Path
 
 from rows import rows
 from width_pruning_bench import WidthPruningBench, written
-from width_pruning_points import KEEPS, Point, Row, level, screen_all, screen_finalists, stages, test, zero_shot
+from width_pruning_points import (
+    KEEPS,
+    Point,
+    Row,
+    distil,
+    distil_rates,
+    level,
+    screen_all,
+    screen_finalists,
+    stages,
+    test,
+    zero_shot,
+)
 
 OUT = Path(__file__).parent / "results" / "width_pruning.jsonl"
 
@@ -50,6 +63,9 @@ def rounds(args: argparse.Namespace) -> Iterator[list[Point]]:
     if args.stage == "screen":
         yield list(screen_all(keeps, folds))
         yield list(screen_finalists(known(args), keeps, folds))
+    elif args.stage == "distil":
+        yield list(distil_rates(folds))
+        yield list(distil(known(args), keeps, folds, samples))
     elif args.stage == "stages":
         yield list(stages(keeps, folds, samples))
     else:
@@ -101,7 +117,7 @@ def summary(row: Row) -> str:
 def main() -> None:
     """Run a stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("screen", "test", "stages", "zero_shot"))
+    parser.add_argument("stage", choices=("screen", "test", "distil", "stages", "zero_shot"))
     parser.add_argument("--texts", default="texts", help="folder of the texts that no Python package brings")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of rows")
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or gemma3-270m")

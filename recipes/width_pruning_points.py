@@ -23,8 +23,8 @@ DOMAINS, TASKS = "domains", "tasks"
 LEFT_OUT, RECONSTRUCTED = "left out: ", ", reconstructed"
 GENERATED, PRIOR = 96, ", generated text, reconstructed"
 """The windows of text that the model itself generates, and the end of the names of arms that use it."""
-DISTILLED = ", distilled"
-DISTILLATION: Mapping[str, Any] = {"passes": 2}
+DISTILLED, RATES = ", distilled", (1e-4, 3e-4, 1e-3)
+"""The end of the names of arms that are distilled, and the rates that are tried on a left-out domain."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def with_prior(point: Point) -> Point:
     return replace(point, arm=point.arm + PRIOR, **more)
 
 
-def distilled(point: Point) -> Point:
-    """The same with a distillation on all of its text afterwards."""
-    return replace(point, arm=point.arm + DISTILLED, distil=DISTILLATION)
+def distilled(point: Point, rate: float) -> Point:
+    """The same with a distillation on all of its text afterwards, two passes at a peak rate."""
+    return replace(point, arm=point.arm + DISTILLED, distil={"passes": 2, "lr": rate})
 
 
 def dense(on: str, fold: int = 0) -> Point:
@@ -189,15 +189,35 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
     for sample, fold, keep in product(range(samples), folds, keeps):
         at: dict[str, Any] = {"keep": keep, "fold": fold, "sample": sample}
         chosen = [replace(one, sample=sample) for one in best(rows, keep, fold)]
-        settings = {"allocation": "uniform", "compensate": True}
-        fisher = Point(FISHER, "fisher", only="mlp", outer=False, settings=settings, **at)
-        yield from (chosen[0], with_prior(fisher), reconstructed(chosen[0]), with_prior(chosen[0]))
+        ours = with_prior(fisher(**at))
+        yield from (chosen[0], ours, reconstructed(chosen[0]), with_prior(chosen[0]))
         yield from chosen[1:]
         random = {**{name: chosen[0].settings[name] for name in ("allocation", "compensate")}, "seed": sample}
         like = {"only": chosen[0].only, "outer": chosen[0].outer}
         yield Point("random, as the best baseline", "random", settings=random, **like, **at)
         for arm, (only, settings) in GPRUNE.items():
             yield Point(arm, "gprune", only=only, settings=settings, **at)
+
+
+def fisher(keep: float, fold: int = 0, sample: int = 0, on: str = DOMAINS) -> Point:
+    """Fisher pruning with its defaults, of MLP neurons."""
+    settings = {"allocation": "uniform", "compensate": True}
+    return Point(FISHER, "fisher", keep, fold, sample, on, outer=False, settings=settings)
+
+
+def distil_rates(folds: Sequence[int]) -> Iterator[Point]:
+    """Fisher pruning with generated text, distilled at each rate, with the first domain of each fold left out."""
+    for fold, rate in product(folds, RATES):
+        yield distilled(with_prior(fisher(0.7, fold, on=LEFT_OUT + FOLDS[fold][0])), rate)
+
+
+def distil(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
+    """The same on unseen domains, at the rate that does best on the left-out domain of the fold."""
+    for sample, fold, keep in product(range(samples), folds, keeps):
+        tried = [row for row in rows if row["fold"] == fold and row.get("distil") and row["on"].startswith(LEFT_OUT)]
+        if len(tried) < len(RATES):
+            raise SystemExit(f"fold {fold}: {len(tried)} of {len(RATES)} rates are tried; run distil without --match")
+        yield distilled(with_prior(fisher(keep, fold, sample)), min(tried, key=level)["distil"]["lr"])
 
 
 def zero_shot(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:

@@ -106,6 +106,8 @@ def _width_pruning_rows(points: ModuleType, loss: Callable[[object], float]) -> 
     add(points.screen_finalists(rows, (0.8,), (0, 1)))
     add(points.test(rows, (0.8,), (0, 1), 2))
     add(points.stages((0.8,), (0, 1), 2))
+    add(points.distil_rates((0, 1)))
+    add(points.distil(rows, (0.8,), (0, 1), 1))
     return rows
 
 
@@ -120,14 +122,15 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
         if point.method == "dense":
             return 0.0
         if point.method == "gprune":
-            return 0.5 - 0.1 * point.reconstruct
+            return 0.5
+        if point.distil:
+            return 0.3 + abs(point.distil["lr"] - 3e-4)
         bad = 1.0 + points.METHODS.index(point.method) / 10 + (not point.settings["compensate"]) / 20
         return bad + (0.01 if (point.fold == 1) == (point.settings["allocation"] == "ranked") else 0.0)
 
     rows = _width_pruning_rows(points, loss)
     chosen = [points.best(rows, 0.8, fold) for fold in (0, 1)]
-    assert [len(one) for one in chosen] == [3, 3]
-    assert {point.method for one in chosen for point in one} == {"flap"}
+    assert [[point.method for point in one] for one in chosen] == [[*points.TESTED]] * 2
     assert [one[0].settings["allocation"] for one in chosen] == ["ranked", "uniform"]
     with pytest.raises(SystemExit, match="run screen first"):
         points.best([row for row in rows if row["on"] != "left out: talk"], 0.8, 0)
@@ -135,11 +138,16 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
     shuffled = [{**row, "nll": {}} if row["on"] == "domains" else row for row in rows]
     assert points.best(shuffled, 0.8, 0) == chosen[0]
 
+    distilled = [row for row in rows if row["distil"] and row["on"] == "domains"]
+    assert [row["distil"]["lr"] for row in distilled] == [3e-4, 3e-4]
+    with pytest.raises(SystemExit, match="2 of 3 rates are tried"):
+        next(points.distil([row for row in rows if row["distil"] != distilled[0]["distil"]], (0.8,), (0,), 1))
+
     first, *rest = [line for line in show.test_table(rows) if line.startswith("| 0.8 | 0 |")]
     assert first.startswith(f"| 0.8 | 0 | **{chosen[0][0].arm}** |") and "random" in rest[-1]
     gain = next(line for line in rest if "| gprune, learned shares |" in line)
     assert "-0.5750 ± 0.0144 [0.0000]" in gain and "| +49.8 ± 0.0 |" in gain
-    assert "gprune" in rest[0] and "reconstructed" in rest[0] and "-0.6900" in rest[0]
+    assert "distilled" in rest[0] and "gprune" in rest[1]
     longer = [
         {**row, "nll": {name: [*nll, *[9.0] * (row["method"] == "dense")] for name, nll in row["nll"].items()}}
         for row in rows

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples
   regrow prune smollm2-135m --keep 0.9 --source news --source code --source manual --source talk --out RUN
-  regrow prune ./my-llama --keep 0.7 --reconstruct --source mail=letters/ --source code --out RUN
+  regrow prune ./my-llama --method fisher --only mlp --keep 0.7 --source mail=letters/ --source code \\
+    --source generated --reconstruct --out RUN
   regrow prune ./my-llama --target bytes=200M --regular --round 64 --source mail=letters/ --out RUN
   regrow prune ./my-llama --method wanda_sp --keep 0.8 --only mlp --source mail=letters/ --out RUN
   regrow prune resnet18 --method magnitude --keep 0.7 --source photos=images/ --finetune 2 --out RUN

@@ -152,8 +152,9 @@ class Settings:
         group=AFTER, range=Range(1, MANY), absent=32768,
     )] = 32768
     reconstruct: Annotated[bool, Setting(
-        "After the cut, fit every layer that reads cut units to its own dense output by least squares, with what is "
-        "chosen judged on each source in turn, left out of the fit (of a single source: on held-out text).",
+        "After the cut, fit every layer that reads cut units to its own dense output by least squares (with --source "
+        "generated: to what the dense network has there), with what is chosen judged on each source in turn, left out "
+        "of the fit (of a single source: on held-out text).",
         group=AFTER, absent=False,
     )] = False
     reconstruct_tokens: Annotated[int, Setting(
