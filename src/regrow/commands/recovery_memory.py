@@ -212,6 +212,17 @@ def predict_refit(model: nn.Module, tokens: int, *, sums: int = 3) -> int:
     return sum(_refit_terms(model, tokens, sums).values())
 
 
+def count_activations(model: nn.Module, tokens: int) -> int:
+    """Return how many bytes the activations of all positions at the widest layer take.
+
+    Args:
+        model: The network, which may be without numbers.
+        tokens: The number of positions.
+    """
+    linear = [one.shape for one in model.parameters() if one.dim() == 2]
+    return 4 * tokens * (max(max(shape) for shape in linear[1:]) if len(linear) > 1 else max(linear[0])) * 4
+
+
 def predict_pairing(network: StreamedNetwork, tokens: int) -> int:
     """Return what refit with ``target=dense`` needs besides, where both networks run one block at a time, in bytes.
 
@@ -222,7 +233,7 @@ def predict_pairing(network: StreamedNetwork, tokens: int) -> int:
         tokens: Tokens that refit reads.
     """
     outer = sum(map(network.weights.bytes_of, network.outer))
-    return outer + BLOCKS["evaluating"] * network.largest_block + _count_activations(network.model, tokens)
+    return outer + BLOCKS["evaluating"] * network.largest_block + count_activations(network.model, tokens)
 
 
 def plan_pairing(plan: MemoryPlan, more: int) -> MemoryPlan:
@@ -296,10 +307,4 @@ def _refit_terms(model: nn.Module, tokens: int, parts: int = 3) -> dict[str, int
     """Return what refit needs for all positions at one layer, and for the sums of the widest layer."""
     linear = [one.shape for one in model.parameters() if one.dim() == 2]
     sums = max(8 * (k * k + k * out) for out, k in linear[1:]) if len(linear) > 1 else 0
-    return {"all windows at a layer": _count_activations(model, tokens), "sums": parts * sums}
-
-
-def _count_activations(model: nn.Module, tokens: int) -> int:
-    """Return how many bytes the activations of all positions at the widest layer take."""
-    linear = [one.shape for one in model.parameters() if one.dim() == 2]
-    return 4 * tokens * (max(max(shape) for shape in linear[1:]) if len(linear) > 1 else max(linear[0])) * 4
+    return {"all windows at a layer": count_activations(model, tokens), "sums": parts * sums}

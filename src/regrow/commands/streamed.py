@@ -18,6 +18,7 @@ from regrow.commands.models import DTYPES, ModelSpec
 from regrow.commands.reconstruction import count_tokens
 from regrow.commands.recovery_memory import (
     SPARE,
+    count_activations,
     plan_pairing,
     predict_gradients,
     predict_later_recovery,
@@ -38,7 +39,7 @@ from regrow.process_memory import return_memory
 from regrow.progress import Progress
 from regrow.run_folder import RunFolder
 from regrow.scoring.collect import differentiated
-from regrow.settings.prune import Settings, folder_name
+from regrow.settings.prune import Settings, complete_reconstruction, folder_name
 from regrow.source_names import GENERATED
 from regrow.store import statistics
 from regrow.store.shapes import Shapes
@@ -259,7 +260,9 @@ def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork)
             needed = max(needed, predict_later_recovery(settings.recover, model, window, settings.recover_tokens))
         if settings.reconstruct:
             tokens, several = count_tokens(settings, text=True), len(settings.sources) + 2
-            needed = max(needed, predict_later_recovery("refit", model, window, tokens, sums=several))
+            dense = complete_reconstruction(settings.reconstruct_settings, settings.sources).get("target") == "dense"
+            beside = count_activations(model, tokens) if dense else 0
+            needed = max(needed, beside + predict_later_recovery("refit", model, window, tokens, sums=several))
     except UnpredictableError as error:
         raise InputError(f"what {what} needs is not predicted: {error}; leave out --memory") from None
     return needed
