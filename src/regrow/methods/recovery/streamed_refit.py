@@ -6,12 +6,13 @@ results are the same bit for bit.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from regrow.errors import InputError
 from regrow.methods.recovery.paired_forward import CallCounter, StopRunError, run_in_thread
@@ -105,7 +106,7 @@ def refit_paired_blocks(work: RefitWork, pair: StreamedPair, batch: Batch, added
             with _block_of(pair, watched.values(), added) as work.own, torch.no_grad():
                 _resume(work, pair)
                 mode = RefitPaired({at: name for at, name in watched.items() if name in waiting}, work, dense)
-                with mode:
+                with _results_used(pair, mode), mode:
                     yield
                 mode.finish()
 
@@ -168,3 +169,38 @@ def _block_of(pair: StreamedPair, weights: Collection[str], added: Sequence[str]
 def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, value)
+
+
+@contextmanager
+def _results_used(pair: StreamedPair, mode: RefitPaired) -> Iterator[None]:
+    """Context manager in which no block may return a layer's output as it is.
+
+    What is added to it later is a part of the target, and lies outside the block.
+    """
+
+    def checked(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = forward(*args, **kwargs)
+            for one in tree_leaves(result):
+                if isinstance(one, Tensor) and id(one) in mode.waiting:
+                    raise InputError(
+                        f"{path} returns the output of {mode.waiting[id(one)].name} as it is, so that refit with "
+                        "target=dense needs both networks in memory; give more memory, or target=own"
+                    )
+            return result
+
+        return run
+
+    with ExitStack() as stack:
+        for block in pair.model.blocks:
+            module = pair.model.model.get_submodule(block.path)
+            stack.callback(_restore_forward, module, vars(module).get("forward"))
+            module.forward = checked(block.path, module.forward)
+        yield
+
+
+def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    if own is None:
+        del module.forward
+    else:
+        module.forward = own
