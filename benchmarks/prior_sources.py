@@ -5,14 +5,15 @@
     python benchmarks/prior_sources.py --show
 
 SmolLM2-135M in bfloat16, MLP neurons, uniform, the outer blocks unpruned, with compensation of biases and then with
-``--reconstruct``. Of the four domains of a fold one is left out, the other three calibrate, and windows of the
-calibration half of the left-out one judge; the other fold is not looked at. Priors, for selection and fit: ``none``;
-``generated``: text that the model itself generates (``--source generated``); ``shuffled``: further windows of the
-calibration domains, the order of tokens shuffled within each; ``random``: tokens drawn uniformly from the vocabulary;
-``more``, the control: the further windows as they are, each added to its own domain. One row per arm, written as soon
-as it is measured: negative log-likelihood per token of each window, of the cut network and of the reconstructed one.
-Rows go to benchmarks/results/prior_sources.jsonl. ``TEXTS`` holds the texts of recipes/width_pruning.py. The generated
-windows are kept in ``--work``. ``--seconds`` ends the run at the first arm after so long.
+``--reconstruct``, for all priors to the same ``--target``. Of the four domains of a fold one is left out, the other
+three calibrate, and windows of the calibration half of the left-out one judge; the other fold is not looked at.
+Priors, for selection and fit: ``none``; ``generated``: text that the model itself generates (``--source generated``);
+``shuffled``: further windows of the calibration domains, the order of tokens shuffled within each; ``random``: tokens
+drawn uniformly from the vocabulary; ``more``, the control: the further windows as they are, each added to its own
+domain. One row per arm, written as soon as it is measured: negative log-likelihood per token of each window, of the
+cut network and of the reconstructed one. Rows go to benchmarks/results/prior_sources.jsonl. ``TEXTS`` holds the texts
+of recipes/width_pruning.py. The generated windows are kept in ``--work``. ``--seconds`` ends the run at the first arm
+after so long.
 """
 
 import argparse
@@ -50,7 +51,7 @@ from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "prior_sources.jsonl"
 PRIORS = ("none", "generated", "shuffled", "random", "more")
-KEYS = ("method", "keep", "left_out", "prior", "windows", "prior_windows", "judged", "sample")
+KEYS = ("method", "target", "keep", "left_out", "prior", "windows", "prior_windows", "judged", "sample")
 
 
 def read() -> list[dict[str, Any]]:
@@ -64,7 +65,8 @@ def measure(args: argparse.Namespace) -> None:
     began, known = time.monotonic(), {tuple(row[key] for key in KEYS) for row in read()}
     common = {"windows": args.windows, "prior_windows": args.prior_windows, "judged": args.judged}
     cells = [
-        {"method": method, "keep": keep, "left_out": name, "prior": prior, **common, "sample": args.sample}
+        {"method": method, "target": args.target, "keep": keep, "left_out": name, "prior": prior}
+        | {**common, "sample": args.sample}
         for name in args.left_out
         for method in args.method
         for keep in args.keep
@@ -103,7 +105,7 @@ def run(bench: WidthPruningBench, cell: dict[str, Any], work: Path) -> dict[str,
     known = next((row["dense"] for row in read() if all(row[name] == cell[name] for name in same)), None)
     nll = {"dense": known or losses(bench.model, judge), "cut": losses(network, judge)}
     took["evaluate"] = time.process_time() - start - sum(took.values())
-    reconstruct(network, bench.model, bench.axes, plan, sources, {})
+    reconstruct(network, bench.model, bench.axes, plan, sources, {"target": cell["target"]})
     took["reconstruct"] = time.process_time() - start - sum(took.values())
     nll["reconstructed"] = losses(network, judge)
     tokens = sum(source.tokens for source in sources)
@@ -150,12 +152,14 @@ def amounts(cell: dict[str, Any]) -> tuple[int, int, int]:
 
 def show() -> None:
     """Print what each prior recovers of what the cut without a prior loses, paired over windows."""
-    print("| method | keep | left out | prior | lost, cut | lost, reconstructed | recovered | more than none |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| method | target | keep | left out | prior | lost, cut | lost, reconstructed | recovered | more than none |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in read():
         cells.setdefault(tuple(row[key] for key in KEYS if key != "prior"), {})[row["prior"]] = row
-    for (method, keep, left_out, *_), arms in sorted(cells.items()):
+    for (method, target, keep, left_out, *_), arms in sorted(cells.items()):
         if (base := arms.get("none")) is None:
             continue
         for prior in (one for one in PRIORS if one in arms):
@@ -163,7 +167,7 @@ def show() -> None:
             lost = [f"{fmean(row[name]) - fmean(row['dense']):.3f}" for name in ("cut", "reconstructed")]
             gains = [difference(base["cut"], row["reconstructed"])]
             gains.append(difference(base["reconstructed"], row["reconstructed"]) if prior != "none" else "")
-            print(f"| {' | '.join(map(str, (method, keep, left_out, prior, *lost, *gains)))} |")
+            print(f"| {' | '.join(map(str, (method, target, keep, left_out, prior, *lost, *gains)))} |")
 
 
 def difference(before: Sequence[float], after: Sequence[float]) -> str:
@@ -180,6 +184,7 @@ if __name__ == "__main__":
     parser.add_argument("--work", default="prior_sources", help="the folder that keeps the generated windows")
     parser.add_argument("--left-out", nargs="+", default=[*FOLDS[0]], choices=[name for fold in FOLDS for name in fold])
     parser.add_argument("--method", nargs="+", default=["flap"])
+    parser.add_argument("--target", default="dense", choices=("own", "dense"), help="what layers are fitted to")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.8])
     parser.add_argument("--priors", nargs="+", default=[*PRIORS], choices=PRIORS)
     parser.add_argument("--windows", type=int, default=8, help="windows of each calibration source")

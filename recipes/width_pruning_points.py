@@ -215,13 +215,13 @@ def distil(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], sa
     """The same on unseen domains, at the rate that does best on the left-out domain of the fold."""
     for sample, fold, keep in product(range(samples), folds, keeps):
         tried = [row for row in rows if row["fold"] == fold and row.get("distil") and row["on"].startswith(LEFT_OUT)]
-        if len(tried) < len(RATES):
-            raise SystemExit(f"fold {fold}: {len(tried)} of {len(RATES)} rates are tried; run distil without --match")
+        if (many := len({row["distil"]["lr"] for row in tried})) < len(RATES):
+            raise SystemExit(f"fold {fold}: {many} of {len(RATES)} rates are tried; run distil without --match")
         yield distilled(with_prior(fisher(keep, fold, sample)), min(tried, key=level)["distil"]["lr"])
 
 
 def zero_shot(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
-    """Multiple choice at keep 0.7 for the network before, the best baseline, and those with least squares."""
+    """Multiple choice at keep 0.7: the network before, the best variant of each method, and some with least squares."""
     yield dense(TASKS)
     for point in test(rows, [keep for keep in keeps if keep == 0.7], folds, samples):
         if point.method not in ("dense", "random", "gprune"):

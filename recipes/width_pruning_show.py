@@ -2,7 +2,7 @@
 
     python recipes/width_pruning_show.py screen|test|stages|zero_shot [--model gemma3-270m] [--out FILE]
 
-Perplexities are geometric means over domains. Differences are of the mean negative log-likelihood over windows of the
+Perplexities are geometric means over windows. Differences are of the mean negative log-likelihood over windows of the
 unseen domains, in nats per token: per window, averaged over the calibration samples that both arms have, ± standard
 error over windows. The spread is the standard deviation over samples of the difference. ``recovered`` is
 (baseline − arm) / (baseline − dense), the fraction of the lost nats that is recovered, ± standard error by the delta

@@ -110,6 +110,9 @@ def test_mistakes_are_one_line(regrow: Run, tiny_language_model: Path) -> None:
     code, _, err = regrow("evaluate", str(tiny_language_model), "--source", "generated")
     assert code == 2 and "has no evaluation half" in err
     assert "generated" not in regrow("evaluate", "--help")[1]
+    Path("letters.txt").write_text("Some letters. " * 400)
+    code, _, err = regrow(*words[:4], "--source", "generated=letters.txt", "--out", "run")
+    assert code == 2 and "give generated=PATH another name" in err
     code, _, err = regrow("prune", "resnet18", "--keep", "0.8", "--source", "generated", "--out", "run")
     assert code == 2 and "this model has no tokenizer; name a language model, or another source" in err
     assert not Path("run").exists()

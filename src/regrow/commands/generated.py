@@ -12,7 +12,7 @@ from regrow.commands.calibration import parameter_sums
 from regrow.commands.clock import Clock
 from regrow.commands.inputs import PendingWindows, SourceHalves, SourceSpecs, count_windows, generated_source
 from regrow.commands.prune_settings import source_specs
-from regrow.commands.reconstruction import count_tokens
+from regrow.commands.reconstruction import count_calibration, count_tokens
 from regrow.commands.shared_work import SharedWork
 from regrow.data.windows import find_separator, find_start
 from regrow.distributed import SINGLE, ProcessRank
@@ -37,7 +37,7 @@ def count_generated(settings: Settings) -> int:
         settings: The settings of the run.
     """
     amounts = [settings.generated_tokens or settings.tokens]
-    if settings.reconstruct:
+    if settings.reconstruct and count_tokens(settings, text=True) != count_calibration(settings):
         amounts.append(source_specs(settings, count_tokens(settings, text=True)).tokens)
     if settings.recover:
         amounts.append(source_specs(settings, settings.recover_tokens).tokens)

@@ -103,6 +103,8 @@ def read_sources(specs: SourceSpecs, loaded: Loaded, generated: Tensor | None = 
     names = [spec.partition("=")[0] for spec in every]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two sources are named {twice!r}; give each its own name: NAME=PATH")
+    if GENERATED in names and GENERATED not in every:
+        raise InputError(f"source {GENERATED!r} is text that the model generates; give {GENERATED}=PATH another name")
     return SourceHalves(
         tuple(
             generated_source(specs, loaded, generated)

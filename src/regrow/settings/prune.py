@@ -27,8 +27,8 @@ RECONSTRUCTION_DEFAULTS: Mapping[str, object] = {
 def complete_reconstruction(given: Mapping[str, object], sources: Collection[str]) -> dict[str, object]:
     """Return settings of ``--reconstruct`` with its defaults.
 
-    With text that the model generates among the data, layers are fitted to what the dense network has there: there is
-    enough text, and text without a domain, to make up for the errors of earlier layers.
+    With text that the model generates among the data, layers are fitted to what the dense network has there, so that
+    they make up for the errors of earlier layers; the two are measured together.
 
     Args:
         given: The settings that differ from the defaults: name → value.
@@ -125,12 +125,12 @@ class Settings:
     precision: ForwardPrecision = "float32"
     input: Input = ""
     tokens: Annotated[int, Setting(
-        "Tokens (image models: images) per source to calibrate on.",
+        "Tokens (image models: images) per source to calibrate on; of generated text: --generated-tokens.",
         group=DATA, range=Range(1, MANY),
     )] = 4096
     generated_tokens: Annotated[int, Setting(
         "Tokens of --source generated; 0: as many as of other sources.",
-        group=DATA, range=Range(0, MANY), example="8192", absent=0,
+        group=DATA, range=Range(0, MANY), example="8192", absent=24576,
     )] = 24576
     batch_size: Annotated[int, Setting(
         "Windows of text (image models: images) that calibration runs at a time; 8 is faster than 1 and takes more "

@@ -202,6 +202,18 @@ def test_what_refit_cannot_work_with_is_said():
         refit.refit(replace(perceptron(), sources=[rows(1)]), refit.Settings())
 
 
+def test_fast_sums_give_the_changes_of_exact_ones() -> None:
+    """Products in float32 within a chunk, of inputs of different sizes: the same change to five digits."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 12, generator=generator) * torch.logspace(-1, 1, 12)
+    missing = x @ torch.randn(12, 5, generator=generator) + torch.randn(3000, 5, generator=generator)
+    exact, fast = (Sums.of(x, missing, missing, fast=fast) for fast in (False, True))
+    assert fast.missing == pytest.approx(exact.missing, rel=1e-6) and fast.rows == exact.rows
+    for standardize in (False, True):
+        wanted, found = (ridged(sums, 0.03, standardize=standardize) for sums in (exact, fast))
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
 def test_the_ridge_is_the_one_that_held_out_rows_like_best():
     torch.manual_seed(0)
     x, noise = torch.randn(30, 20), torch.randn(30, 3)
