@@ -190,7 +190,7 @@ class StreamedNetwork:
         with self.resident(self._names(number), self._names(number + 1) if number + 1 < passes else ()):
             wanted = {*names} if not is_last else {*names} & {*self.outer}
             own = self.model.named_parameters(remove_duplicate=False)
-            watched = {id(one): name for name, one in own if name in wanted}
+            watched = {id(one): name for name, one in own if name in wanted and not one.is_meta}
             for index, batch in enumerate(batches):
                 with around(index, watched), self._replaced(self._answering(number, index, results)):
                     output = self._run(batch, is_last)
