@@ -14,8 +14,9 @@ from the other half of each text. ``screen`` calibrates on three domains of a fo
 baselines on the first, then the best three variants of each method on the others: nothing unseen is looked at.
 ``test`` takes the best variant of each method on all four; differences are paired over 64 windows of each unseen domain
 (24 of talk, which has no more). ``distil`` chooses its rate at keep 0.7.
-All of it is computed in bfloat16; the model is a 4-bit file de-quantised. Gemma: ``--model gemma3-270m --keep 0.8 0.7
---samples 2`` with each stage.
+The model is a 4-bit file de-quantised. Everything is computed in bfloat16, or with ``--dtype float32``, which is faster
+where the processor has no bfloat16 products. A point is computed once, in either; differences are of rows of the same
+dtype. Gemma: ``--model gemma3-270m --keep 0.8 0.7 --samples 2`` with each stage.
 
 Arms with *generated text* calibrate and fit on 96 windows that the model itself generates, too (kept beside the rows),
 and fit each layer to what the dense network has there (``target=dense``).
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     bench: WidthPruningBench | None = None
     took: list[float] = []
     for points in rounds(args):
-        there = {row["key"] for row in known(args)}
+        there = {row["key"] for row in known(args) if row["method"] != "dense" or row["dtype"] == args.dtype}
         wanted = {point.key: point for point in points if any(part in point.arm for part in args.match)}
         todo = [point for key, point in wanted.items() if key not in there]
         print(f"{args.stage}: {len(todo)} of {len(wanted)} points are left", flush=True)
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
             start = time.monotonic()
             row = bench.run(point)
             with args.out.open("ab", buffering=0) as file:  # a line at once: other processes may write to it
-                file.write((written(point, args.model, row) + "\n").encode())
+                file.write((written(point, args.model, args.dtype, row) + "\n").encode())
             took.append(time.monotonic() - start)
             left = statistics.fmean(took) * (len(todo) - number) / 60
             print(

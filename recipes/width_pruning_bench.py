@@ -219,6 +219,6 @@ def unpack(values: str, unit: float) -> list[float]:
     return [round(one * unit, 4) for one in array("h", base64.b64decode(values))]
 
 
-def written(point: Point, model: str, row: Row) -> str:
+def written(point: Point, model: str, dtype: str, row: Row) -> str:
     """A line of the file of rows."""
-    return json.dumps({"model": model, "key": point.key, **asdict(point), **row}, ensure_ascii=False)
+    return json.dumps({"model": model, "dtype": dtype, "key": point.key, **asdict(point), **row}, ensure_ascii=False)

@@ -149,13 +149,13 @@ def best(rows: Sequence[Row], keep: float, fold: int, count: int = 1, domains: S
         SystemExit: If the screen is not finished.
     """
     on = [LEFT_OUT + name for name in domains or FOLDS[fold]]
-    losses = {row["on"]: level(row) for row in rows if row["method"] == "dense" and row["on"] in on}
+    losses = {(row["on"], row["dtype"]): level(row) for row in rows if row["method"] == "dense" and row["on"] in on}
     arms: dict[str, list[Row]] = {}
     for row in rows:
         if row["on"] in on and (row["keep"], row["fold"]) == (keep, fold) and not row["reconstruct"] and "nll" in row:
             arms.setdefault(row["arm"], []).append(row)
     full = [own for own in arms.values() if len(own) == len(on)]
-    full.sort(key=lambda own: fmean(level(row) - losses[row["on"]] for row in own))
+    full.sort(key=lambda own: fmean(level(row) - losses[row["on"], row["dtype"]] for row in own))
     chosen = []
     for method in TESTED:
         own = [one for one in full if one[0]["method"] == method]
@@ -184,19 +184,21 @@ GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
-    """The best variant of each method, random units and GPrune on unseen domains; some with least squares."""
+    """The best baseline, our default, the baseline with least squares; then all other arms. On unseen domains."""
     yield dense(DOMAINS)
     for sample, fold, keep in product(range(samples), folds, keeps):
+        chosen = replace(best(rows, keep, fold)[0], sample=sample)
+        yield from (chosen, with_prior(fisher(keep, fold, sample)), reconstructed(chosen))
+    for sample, fold, keep in product(range(samples), folds, keeps):
         at: dict[str, Any] = {"keep": keep, "fold": fold, "sample": sample}
-        chosen = [replace(one, sample=sample) for one in best(rows, keep, fold)]
-        ours = with_prior(fisher(**at))
-        yield from (chosen[0], ours, reconstructed(chosen[0]), with_prior(chosen[0]))
-        yield from chosen[1:]
-        random = {**{name: chosen[0].settings[name] for name in ("allocation", "compensate")}, "seed": sample}
-        like = {"only": chosen[0].only, "outer": chosen[0].outer}
+        chosen, *others = (replace(one, sample=sample) for one in best(rows, keep, fold))
+        yield from others
+        random = {**{name: chosen.settings[name] for name in ("allocation", "compensate")}, "seed": sample}
+        like: dict[str, Any] = {"only": chosen.only, "outer": chosen.outer}
         yield Point("random, as the best baseline", "random", settings=random, **like, **at)
         for arm, (only, settings) in GPRUNE.items():
             yield Point(arm, "gprune", only=only, settings=settings, **at)
+        yield with_prior(chosen)
 
 
 def fisher(keep: float, fold: int = 0, sample: int = 0, on: str = DOMAINS) -> Point:

@@ -3,11 +3,12 @@
     python recipes/width_pruning_show.py screen|test|stages|zero_shot [--model gemma3-270m] [--out FILE]
 
 Perplexities are geometric means over windows. Differences are of the mean negative log-likelihood over windows of the
-unseen domains, in nats per token: per window, averaged over the calibration samples that both arms have, ± standard
-error over windows. The spread is the standard deviation over samples of the difference. ``recovered`` is
-(baseline − arm) / (baseline − dense), the fraction of the lost nats that is recovered, ± standard error by the delta
-method. The baseline is the one that loses least in this very table, without reconstruction: no other choice is harder
-to beat. ``recovered of reconstructed`` is the same against that baseline with ``--reconstruct``.
+unseen domains, in nats per token: per window, averaged over the calibration samples that both arms have (computed in
+the same dtype), ± standard error over windows. The spread is the standard deviation over samples of the difference.
+``recovered`` is (baseline − arm) / (baseline − dense), the fraction of the lost nats that is recovered, ± standard
+error by the delta method. The baseline is the one that loses least in this very table, without reconstruction, on the
+samples that all baselines have: no other choice is harder to beat. ``recovered of reconstructed`` is the same against
+that baseline with ``--reconstruct``.
 """
 
 import argparse
@@ -39,8 +40,10 @@ from width_pruning_points import (
 
 from regrow.evaluation import mean_and_error
 
-Series = Mapping[int, Sequence[float]]
-"""Calibration sample → a value per window or item."""
+Draw = tuple[int, str]
+"""A calibration sample, and the dtype that it was computed in."""
+Series = Mapping[Draw, Sequence[float]]
+"""Draw → a value per window or item."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,10 @@ class Difference:
 
 
 def paired(arm: Series, other: Series) -> Difference | None:
-    """Arm minus other over the samples that both have; what has a single sample (the network before) is in all.
+    """Arm minus other over the draws that both have.
 
-    >>> print(paired({0: [1.0, 2.0], 1: [2.0, 3.0]}, {0: [0.5, 1.5], 1: [1.0, 1.0]}))
+    >>> first, second = (0, "bfloat16"), (1, "float32")
+    >>> print(paired({first: [1.0, 2.0], second: [2.0, 3.0]}, {first: [0.5, 1.5], second: [1.0, 1.0]}))
     +1.0000 ± 0.2500 [0.7071]
     """
     both = sorted(set(arm) & set(other))
@@ -82,23 +86,29 @@ def paired(arm: Series, other: Series) -> Difference | None:
     return Difference(mean, error, spread, len(each[0]))
 
 
-def recovered(arm: Series, baseline: Series, dense: Sequence[float]) -> tuple[float, float] | None:
+def recovered(arm: Series, baseline: Series, dense: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
     """The fraction of the nats that the baseline loses which the arm does not lose, and its standard error.
 
     With b, a, d per window, averaged over samples, R = mean(b − a) / mean(b − d), and by the delta method its error is
     that of the mean of ((b − a) − R (b − d)) / mean(b − d).
 
-    >>> found = recovered({0: [2.0, 3.0]}, {0: [3.0, 4.5]}, [1.0, 2.5])
+    >>> draw = (0, "float32")
+    >>> found = recovered({draw: [2.0, 3.0]}, {draw: [3.0, 4.5]}, {"float32": [1.0, 2.5]})
     >>> [round(one, 4) for one in found]
     [0.625, 0.125]
     """
-    both = sorted(set(arm) & set(baseline))
+    both = sorted(one for one in set(arm) & set(baseline) if one[1] in dense)
     if not both:
         return None
     gains = [fmean(row) for row in zip(*(_minus(baseline[one], arm[one]) for one in both), strict=True)]
-    losses = [fmean(row) for row in zip(*(_minus(baseline[one], dense) for one in both), strict=True)]
+    losses = [fmean(row) for row in zip(*(_minus(baseline[one], dense[one[1]]) for one in both), strict=True)]
     ratio, lost = fmean(gains) / fmean(losses), fmean(losses)
     return ratio, mean_and_error([(gain - ratio * loss) / lost for gain, loss in zip(gains, losses, strict=True)])[1]
+
+
+def draw(row: Row) -> Draw:
+    """The calibration sample of a row, and its dtype."""
+    return row["sample"], row["dtype"]
 
 
 def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
@@ -124,14 +134,20 @@ class Arm:
         """Whether it can be the baseline: a published method without reconstruction."""
         return self.rows[0]["method"] in METHODS[:-1] and not self.rows[0]["reconstruct"]
 
-    def windows(self, seen: bool = False) -> dict[int, list[float]]:
-        """Sample → the likelihood of each window of the unseen domains, or of the others."""
-        names = FOLDS[self.fold] if seen else FOLDS[1 - self.fold]
-        return {row["sample"]: [value for name in names for value in row["nll"][name]] for row in self.rows}
+    @property
+    def draws(self) -> frozenset[Draw]:
+        """The calibration samples, and their dtypes."""
+        return frozenset(map(draw, self.rows))
 
-    def level(self, seen: bool = False) -> float:
-        """Mean over samples and windows, in nats per token."""
-        return fmean(level(row, FOLDS[self.fold] if seen else FOLDS[1 - self.fold]) for row in self.rows)
+    def windows(self, seen: bool = False) -> dict[Draw, list[float]]:
+        """Draw → the likelihood of each window of the unseen domains, or of the others."""
+        names = FOLDS[self.fold] if seen else FOLDS[1 - self.fold]
+        return {draw(row): [value for name in names for value in row["nll"][name]] for row in self.rows}
+
+    def level(self, seen: bool = False, of: frozenset[Draw] = frozenset()) -> float:
+        """Mean over draws, or some of them, and windows, in nats per token."""
+        names = FOLDS[self.fold] if seen else FOLDS[1 - self.fold]
+        return fmean(level(row, names) for row in self.rows if not of or draw(row) in of)
 
     def bits(self) -> float:
         """Bits per byte of unseen domains, mean over domains and samples."""
@@ -156,11 +172,11 @@ def arms(every: Sequence[Row], keep: float, fold: int, on: str = "domains") -> d
 
 
 def before(every: Sequence[Row], fold: int) -> Arm:
-    """The network before pruning, as an arm of a fold, on as many windows of seen domains as the pruned ones."""
+    """The network before pruning in each dtype, as an arm, on as many windows of seen domains as the pruned ones."""
     own = [row for row in every if row["on"] == DOMAINS and row.get("nll")]
     pruned = [row["nll"] for row in own if row["method"] != "dense" and row["fold"] == fold]
     many = {name: min(len(nll[name]) for nll in pruned) for name in FOLDS[fold] if pruned}
-    dense = [row for row in own if row["method"] == "dense"][:1]
+    dense = [row for row in own if row["method"] == "dense"]
     cut = [{name: values[: many.get(name)] for name, values in row["nll"].items()} for row in dense]
     return Arm("dense", fold, tuple({**row, "nll": nll} for row, nll in zip(dense, cut, strict=True)))
 
@@ -168,7 +184,7 @@ def before(every: Sequence[Row], fold: int) -> Arm:
 def screen_table(every: Sequence[Row]) -> Iterator[str]:
     """What the best baselines lose on domains that were left out of calibration, and how many were tried."""
     yield head(("keep", "fold", "baseline", "nats lost, first domain left out", "all left out", "to the best"))
-    dense = {row["on"]: row for row in every if row["method"] == "dense" and row["on"].startswith(LEFT_OUT)}
+    dense = {(row["on"], row["dtype"]): row for row in every if row["method"] == "dense"}
     for keep in sorted(KEEPS, reverse=True):
         for fold, names in enumerate(FOLDS):
             own = [{name: arms(every, keep, fold, LEFT_OUT + name)} for name in names]
@@ -176,13 +192,15 @@ def screen_table(every: Sequence[Row]) -> Iterator[str]:
             for one in own:
                 for name, cells in one.items():
                     for arm, cell in cells.items():
-                        lost = _minus(cell.rows[0]["nll"][name], dense[LEFT_OUT + name]["nll"][name])
+                        row = cell.rows[0]
+                        lost = _minus(row["nll"][name], dense[row["on"], row["dtype"]]["nll"][name])
                         found.setdefault(arm, {})[name] = lost
             ordered = sorted(found.items(), key=lambda item: (-len(item[1]), fmean(map(fmean, item[1].values()))))
             for arm, cells in ordered[:12]:
                 whole = f"{fmean(map(fmean, cells.values())):.4f}" if len(cells) == len(names) else ""
                 flat, top = ([value for cell in one.values() for value in cell] for one in (cells, ordered[0][1]))
-                to = paired({0: flat}, {0: top}) if len(flat) == len(top) and cells is not ordered[0][1] else None
+                other = len(flat) == len(top) and cells is not ordered[0][1]
+                to = paired({(0, ""): flat}, {(0, ""): top}) if other else None
                 first = f"{fmean(cells[names[0]]):.4f}" if names[0] in cells else ""
                 yield line((str(keep), str(fold), arm, first, whole, str(to or "")))
             if len(ordered) > 12:
@@ -210,7 +228,7 @@ def test_table(every: Sequence[Row]) -> Iterator[str]:
     for keep in sorted(KEEPS, reverse=True):
         for fold in range(len(FOLDS)):
             found = arms(named(every, GPRUNE), keep, fold)
-            baseline = min((arm for arm in found.values() if arm.baseline), key=Arm.level, default=None)
+            baseline = strongest([arm for arm in found.values() if arm.baseline])
             if baseline is None:
                 continue
             fitted = found.get(baseline.name + RECONSTRUCTED)
@@ -219,13 +237,20 @@ def test_table(every: Sequence[Row]) -> Iterator[str]:
                 yield line((str(keep), str(fold), *_cells(arm, baseline, fitted, before(every, fold))))
 
 
+def strongest(baselines: Sequence[Arm]) -> Arm | None:
+    """The baseline that loses least on the draws that all of them have."""
+    common = frozenset.intersection(*(arm.draws for arm in baselines)) if baselines else frozenset()
+    return min(baselines, key=lambda arm: arm.level(of=common), default=None)
+
+
 def _cells(arm: Arm, baseline: Arm, fitted: Arm | None, dense: Arm) -> Iterator[str]:
     own = arm is baseline
     yield f"**{arm.name}**" if own else arm.name
     yield from (f"{math.exp(arm.level()):.2f}", f"{math.exp(arm.level(seen=True)):.2f}", f"{arm.bits():.4f}")
     yield "" if own else str(paired(arm.windows(), baseline.windows()) or "")
+    whole = {dtype: values for (_, dtype), values in dense.windows().items()}
     for other in (baseline, fitted):
-        known = None if other is None or other is arm else recovered(arm.windows(), other.windows(), dense.windows()[0])
+        known = None if other is None or other is arm else recovered(arm.windows(), other.windows(), whole)
         yield "" if known is None else f"{100 * known[0]:+.1f} ± {100 * known[1]:.1f}"
     yield "" if own else str(paired(arm.windows(seen=True), baseline.windows(seen=True)) or "")
     yield from (arm.seconds(), str(len(arm.rows)))
@@ -262,7 +287,12 @@ def zero_shot_table(every: Sequence[Row]) -> Iterator[str]:
                 continue
             baseline = max(baselines, key=lambda arm: _mean(items(arm, "right")))
             rest = sorted((arm for arm in found.values() if arm is not baseline), key=lambda arm: arm.name)
-            same = tuple({**dense[0], "sample": row["sample"]} for row in baseline.rows) if dense else ()
+            same = tuple(
+                {**one, "sample": row["sample"]}
+                for row in baseline.rows
+                for one in dense
+                if one["dtype"] == row["dtype"]
+            )
             for arm in (*([Arm("dense", fold, same)] if same else ()), baseline, *rest):
                 name = f"**{arm.name}**" if arm is baseline else arm.name
                 yield line((str(keep), str(fold), name, *_task_cells(arm, baseline), str(len(arm.rows))))
@@ -276,9 +306,9 @@ def _task_cells(arm: Arm, baseline: Arm) -> Iterator[str]:
         yield "" if one is None else one.percent() if what.startswith("right") else str(one)
 
 
-def items(arm: Arm, what: str) -> dict[int, list[float]]:
-    """Sample → a value per item of all tasks."""
-    return {row["sample"]: [value for task in row["tasks"] for value in _values(task, what)] for row in arm.rows}
+def items(arm: Arm, what: str) -> dict[Draw, list[float]]:
+    """Draw → a value per item of all tasks."""
+    return {draw(row): [value for task in row["tasks"] for value in _values(task, what)] for row in arm.rows}
 
 
 def _values(task: Mapping[str, Any], what: str) -> list[float]:

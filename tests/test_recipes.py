@@ -99,7 +99,13 @@ def _width_pruning_rows(points: ModuleType, loss: Callable[[object], float]) -> 
             nll = {
                 name: [at.index(name) + base * (1 + 0.1 * i) + 0.01 * point.sample for i in range(4)] for name in names
             }
-            row = {**vars(point), "key": point.key, "nll": nll, "bits_per_byte": dict.fromkeys(names, 1.0)}
+            row = {
+                **vars(point),
+                "dtype": "bfloat16",
+                "key": point.key,
+                "nll": nll,
+                "bits_per_byte": dict.fromkeys(names, 1.0),
+            }
             rows.append({**row, "seconds": {"plan": 2.0}})
 
     add(points.screen_all((0.8,), (0, 1)))
@@ -152,6 +158,11 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
         {**row, "nll": {name: [*nll, *[9.0] * (row["method"] == "dense")] for name, nll in row["nll"].items()}}
         for row in rows
     ]
+    half = [{**row, "dtype": "float32"} if row["sample"] and row["on"] == "domains" else row for row in rows]
+    before = [{**row, "dtype": "float32"} for row in rows if row["method"] == "dense"]
+    assert [*show.test_table([*half, *before])][2:] == [*show.test_table(rows)][2:]
+    [alone] = [line for line in show.test_table(half) if line.startswith("| 0.8 | 0 | gprune, learned shares |")]
+    assert "-0.5750 ± 0.0144 [0.0000]" in alone and "| +50.0 ± 0.0 |" in alone
     dense = [show.before(some, 0) for some in (rows, longer)]
     assert dense[0].level(seen=True) == dense[1].level(seen=True) and dense[0].level() < dense[1].level()
     assert len([line for line in show.stages_table(rows) if line.startswith("| ")]) == 1 + 2 * len(points.CONTRASTS)
