@@ -4,7 +4,7 @@ import ctypes
 from contextlib import suppress
 from pathlib import Path
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -3, -8
 """The numbers of the parameters in ``malloc.h``."""
 
 
@@ -47,6 +47,12 @@ def set_mmap_threshold(size: int, kept: int = 0) -> None:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, size)
         if kept:
             ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, kept)
+
+
+def share_freed_memory() -> None:
+    """Let threads that start from now on use memory that others have freed, where the C library keeps it apart."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library than that of Linux
+        ctypes.CDLL(None).mallopt(_MOST_ARENAS, 1)
 
 
 def _read(field: str) -> int | None:

@@ -5,7 +5,7 @@ import torch
 
 from regrow.errors import InputError
 from regrow.evaluation import generation
-from regrow.evaluation.generation import check_generation, generate_tokens, predict_generation, sample
+from regrow.evaluation.generation import check_generation, generate_tokens, predict_generation, sample, sampling_dtype
 
 transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
 
@@ -76,4 +76,15 @@ def test_a_network_in_training_mode_is_sampled_without_dropout(llama):
 def test_a_network_without_attention_has_no_cache():
     config = transformers.MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=1)
     model = transformers.MambaForCausalLM(config)
-    assert predict_generation(model, 3, 10) == 2 * sum(one.numel() for one in model.parameters()) + 16 * 3 * 16
+    assert predict_generation(model.to(sampling_dtype(model)), 3, 10) == 16 * 3 * 16
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind"), [("AVX2", torch.float32), ("DEFAULT", torch.float32), ("AVX512", torch.bfloat16)]
+)
+def test_text_is_sampled_in_the_faster_dtype(llama, monkeypatch, capability, kind):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    ran, forward = [], type(llama.lm_head).forward
+    monkeypatch.setattr(type(llama.lm_head), "forward", lambda self, x: ran.append(x.dtype) or forward(self, x))
+    generate_tokens(llama, torch.full((1, 3), -1), 0)
+    assert {*ran} == {kind}

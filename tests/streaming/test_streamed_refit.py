@@ -1,6 +1,7 @@
 """Streamed = in memory: layers that refit fits block by block have the same bits, for both targets."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from regrow.commands.pruning import build_pruner, collect_evidence
 from regrow.errors import InputError, ResourceError
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask
+from regrow.methods.recovery import refit as refitting
+from regrow.methods.recovery.fit_batches import split_parts
 from regrow.methods.recovery.refit import Settings, refit
+from regrow.methods.recovery.refit_work import RefitWork
 from regrow.methods.recovery.streamed import REFIT_FIELDS, ChangedTensors, StreamedPair
-from regrow.methods.recovery.streams import RefitWork
 from regrow.progress import silent
 from regrow.streaming.opening import open_network
 from regrow.streaming.weights import StoredWeights
@@ -66,8 +69,10 @@ def made(folder, sources, place, scale=1.0):
     return Cut(folder, place, RecoveryTask(model, dense.model, axes, plan, sources))
 
 
+@pytest.mark.parametrize("elements", [1, 2048])
 @pytest.mark.parametrize("target", ["own", "dense"])
-def test_layers_are_those_of_a_refit_in_memory(cut, target):
+def test_layers_are_those_of_a_refit_in_memory(cut, target, elements, monkeypatch):
+    monkeypatch.setattr(refitting, "split_parts", partial(split_parts, elements=elements))
     settings = Settings(target, choose_on="left_out_source")
     found, changed = cut.refit(settings)
     assert found["target"] == target

@@ -19,8 +19,9 @@ from regrow.commands.parents import count_parameters
 from regrow.commands.prune_settings import source_specs
 from regrow.errors import InputError, ResourceError
 from regrow.evaluation import UnpredictableError, predict_memory
-from regrow.evaluation.generation import predict_generation
+from regrow.evaluation.generation import predict_generation, sampling_dtype
 from regrow.methods.recovery.distil import divergence
+from regrow.methods.recovery.fit_batches import BATCHES, ELEMENTS
 from regrow.objectives import NEXT_TOKEN
 from regrow.process_memory import read_resident
 from regrow.scoring.gradients import add_gradients
@@ -118,8 +119,9 @@ def _generating_terms(settings: Settings, cut: LastCut, model: nn.Module, more: 
     missing = count_windows(specs.tokens, specs.seq_len) - count_generated(cut.settings)
     if GENERATED not in specs.sources or missing <= 0:
         return {}
-    copied = any(one.dtype != torch.bfloat16 for one in model.parameters())
-    return {"generating text": predict_generation(model, missing, specs.seq_len) + 2 * more * copied}
+    kind = sampling_dtype(model)
+    copied = any(one.dtype != kind for one in model.parameters())
+    return {"generating text": predict_generation(model, missing, specs.seq_len) + kind.itemsize * more * copied}
 
 
 def count_sums(settings: Settings, cut: LastCut) -> int:
@@ -213,14 +215,18 @@ def predict_refit(model: nn.Module, tokens: int, *, sums: int = 3) -> int:
 
 
 def count_activations(model: nn.Module, tokens: int) -> int:
-    """Return how many bytes the activations of all positions at the widest layer take.
+    """Return how many bytes refit takes for the inputs and outputs of all positions at the widest layer of a network.
+
+    That is beside what one of its batches needs between two layers.
 
     Args:
         model: The network, which may be without numbers.
         tokens: The number of positions.
     """
-    linear = [one.shape for one in model.parameters() if one.dim() == 2]
-    return 4 * tokens * (max(max(shape) for shape in linear[1:]) if len(linear) > 1 else max(linear[0])) * 4
+    linear = [one for one in model.parameters() if one.dim() == 2]
+    widest = max(max(one.shape) for one in linear[1:] or linear)
+    batch = max(min(tokens, ELEMENTS), tokens // BATCHES)
+    return widest * (2 * tokens * max(one.element_size() for one in linear) + 4 * batch * 4)
 
 
 def predict_pairing(network: StreamedNetwork, tokens: int) -> int:

@@ -53,10 +53,11 @@ def generate_tokens(
     progress: Progress = silent,
     store: Callable[[], None] = lambda: None,
 ) -> None:
-    """Sample the missing tokens of windows in place, at temperature 1 from the whole vocabulary, in bfloat16.
+    """Sample the missing tokens of windows in place, at temperature 1 from the whole vocabulary.
 
     After an end-of-text token a new text starts in the same window. The random numbers of a window depend on the seed
-    and its index alone.
+    and its index alone; the text depends on rounding, too, and so on the processor. The network computes in bfloat16,
+    or in float32 on a processor that would be much slower in it (AVX2: 9 times).
 
     Args:
         model: A causal language model of transformers, of any widths.
@@ -79,7 +80,7 @@ def generate_tokens(
             "source 'generated' needs the whole network in memory, and it is read one block at a time; give more "
             "--memory, or another source"
         )
-    writer, length = _copy_in_bfloat16(model), tokens.shape[1]
+    writer, length = _copy_to_sample(model), tokens.shape[1]
     for rows in missing.split(ROWS):
         draws = torch.stack([_draw(seed, row, length) for row in rows.tolist()])
         done = int((tokens[rows] >= 0).sum(1).min())
@@ -104,16 +105,18 @@ def predict_generation(model: nn.Module, n: int, length: int) -> int:
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
     >>> net = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
-    >>> predict_generation(net, 3, 10) - 2 * sum(p.numel() for p in net.parameters()), 3 * 10 * 16, 4 * 4 * 3 * 8
-    (864, 480, 384)
+    >>> kind = sampling_dtype(net)
+    >>> predict_generation(net.to(kind), 3, 10) == 3 * 10 * 8 * kind.itemsize + 4 * 4 * 3 * 8
+    True
     """
     config: Any = getattr(model, "config", None)
+    kind = sampling_dtype(model)
     config, rows = config.get_text_config(), min(n, ROWS)
     queries = getattr(config, "num_attention_heads", None) or 0  # 0: a recurrent network, whose states are small
     heads = (getattr(config, "num_key_value_heads", None) or queries) if queries else 0
     size = getattr(config, "head_dim", None) or config.hidden_size // max(1, queries)
-    cache = 2 * 2 * config.num_hidden_layers * heads * size * rows * length
-    copy = sum(2 * one.numel() for one in model.parameters() if one.dtype != torch.bfloat16)
+    cache = 2 * kind.itemsize * config.num_hidden_layers * heads * size * rows * length
+    copy = sum(kind.itemsize * one.numel() for one in model.parameters() if one.dtype != kind)
     return copy + cache + 4 * 4 * rows * config.vocab_size
 
 
@@ -160,12 +163,23 @@ def _continue(writer: Any, known: Tensor, more: int, sampling: "_Sampling") -> T
     return result[:, known.shape[1] :].cpu()
 
 
-def _copy_in_bfloat16(model: nn.Module) -> Any:
-    """Return a copy to sample from: parameters in bfloat16, no dropout, no settings such as tokens that end a text."""
+def sampling_dtype(model: nn.Module) -> torch.dtype:
+    """Return what :func:`generate_tokens` computes in: float32 on processors that are slow in bfloat16.
+
+    Args:
+        model: The network; one without numbers will run on the processor.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    slow = device_of(model).type in ("cpu", "meta") and not capability.startswith(("AVX512", "AMX"))
+    return torch.float32 if slow else torch.bfloat16
+
+
+def _copy_to_sample(model: nn.Module) -> Any:
+    """Return a copy to sample from, in :func:`sampling_dtype`: no dropout, no settings such as tokens that end it."""
     from transformers import GenerationConfig
 
     parameters = {id(one) for one in model.parameters()}
-    kind = torch.bfloat16
+    kind = sampling_dtype(model)
     copy: Any = copy_model(model, lambda one: one.detach().to(kind) if id(one) in parameters else one)
     copy.generation_config = GenerationConfig()
     return copy.eval()

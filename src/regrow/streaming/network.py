@@ -5,9 +5,11 @@ results that they gave before. So each block gets what its parent passes it (mas
 architecture; only embeddings and what else lies outside the blocks are computed once per block.
 """
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from regrow.streaming.read_ahead import ReadAhead
 from regrow.streaming.results import BlockResults
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing.blocks import GraphBlock
+from regrow.turns import Turns
 
 Around = Callable[[int, Mapping[int, str]], AbstractContextManager[object]]
 """Function of a batch's number and ``id`` of a loaded weight → its name: the context in which the batch runs."""
@@ -73,6 +76,7 @@ class StreamedNetwork:
         inside = {name for block in self.blocks for name in block.names}
         self.outer = tuple(name for name in weights.stored if name not in inside)
         self.ahead = ReadAhead(weights)
+        self._running = threading.local()  # the number of the batch that runs in this thread
         self.places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         for path, module in model.named_modules():
             dot = f"{path}." if path else ""
@@ -130,6 +134,31 @@ class StreamedNetwork:
                 for _ in self._pass(number, passes, batches, results, names, around):
                     pass
 
+    def visit_together(
+        self,
+        batches: Sequence[Batch],
+        names: Collection[str],
+        around: Around,
+        turns: Turns,
+        loading: Callable[[Mapping[int, str]], AbstractContextManager[object]] = lambda watched: nullcontext(),
+    ) -> None:
+        """Run batches block by block as :meth:`visit` does, but in turns, in which they may wait for one another.
+
+        Args:
+            batches: The batches.
+            names: The weights; each batch runs in ``around`` with those that are loaded then.
+            around: The context in which a batch runs through a block.
+            turns: The turns of the batches.
+            loading: The context in which all batches run through a block, with ``id`` of a loaded weight → its name.
+        """
+        with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
+            passes = self.passes(names)
+            for number in range(passes):
+                with self._loaded(number, passes, names) as watched, loading(watched):
+                    run = partial(self._run_one, number, batches, results, around, watched)
+                    with self._replaced(self._answering(number, results)):
+                        turns.run(run)
+
     def passes(self, names: Collection[str]) -> int:
         """Return in how many passes all of some weights are read.
 
@@ -186,19 +215,38 @@ class StreamedNetwork:
         around: Around,
     ) -> Iterator[Any]:
         """Run one block on all batches and keep its results; the last pass yields the network's outputs."""
-        is_last = number == len(self.blocks)
-        with self.resident(self._names(number), self._names(number + 1) if number + 1 < passes else ()):
-            wanted = {*names} if not is_last else {*names} & {*self.outer}
-            own = self.model.named_parameters(remove_duplicate=False)
-            watched = {id(one): name for name, one in own if name in wanted and not one.is_meta}
-            for index, batch in enumerate(batches):
-                with around(index, watched), self._replaced(self._answering(number, index, results)):
-                    output = self._run(batch, is_last)
-                for j, block in enumerate(self.blocks[:number]):
-                    if block.last == number:
-                        results.drop(j, index)
-                if is_last:
+        with self._loaded(number, passes, names) as watched:
+            for index in range(len(batches)):
+                with self._replaced(self._answering(number, results)):
+                    output = self._run_one(number, batches, results, around, watched, index)
+                if number == len(self.blocks):
                     yield output
+
+    @contextmanager
+    def _loaded(self, number: int, passes: int, names: Collection[str]) -> Iterator[dict[int, str]]:
+        """Context manager in which a block is in memory; gives ``id`` → name of the wanted weights that are loaded."""
+        with self.resident(self._names(number), self._names(number + 1) if number + 1 < passes else ()):
+            wanted = {*names} if number < len(self.blocks) else {*names} & {*self.outer}
+            own = self.model.named_parameters(remove_duplicate=False)
+            yield {id(one): name for name, one in own if name in wanted and not one.is_meta}
+
+    def _run_one(
+        self,
+        number: int,
+        batches: Sequence[Batch],
+        results: BlockResults,
+        around: Around,
+        watched: Mapping[int, str],
+        index: int,
+    ) -> Any:
+        """Run one batch through one block; the pass behind the last block returns the network's output."""
+        self._running.index = index
+        with around(index, watched):
+            output = self._run(batches[index], number == len(self.blocks))
+        for j, block in enumerate(self.blocks[:number]):
+            if block.last == number:
+                results.drop(j, index)
+        return output
 
     def _run(self, batch: Batch, is_last: bool) -> Any:
         try:
@@ -211,15 +259,15 @@ class StreamedNetwork:
         return output
 
     def _answering(
-        self, number: int, index: int, results: BlockResults
+        self, number: int, results: BlockResults
     ) -> Callable[[StreamedBlock, Callable[..., Any]], Callable[..., Any]]:
-        """Return the function that replaces the forward of each block in a pass for one batch."""
+        """Return the function that replaces the forward of each block in a pass, for the batch of the thread."""
 
         def replaced(block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
             at = self.blocks.index(block)
 
             def answer(*args: Any, **kwargs: Any) -> Any:
-                return results.get(at, index)
+                return results.get(at, self._running.index)
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 if at > number:
@@ -227,7 +275,7 @@ class StreamedNetwork:
                 result = forward(*args, **kwargs)
                 if block.passed > sum(isinstance(one, Tensor) for one in tree_leaves(result)):
                     raise InputError(f"{block.path} passes on values beside its result; load the model in memory")
-                results.put(at, index, result)
+                results.put(at, self._running.index, result)
                 raise _ReachedError
 
             return answer if at < number else run

@@ -12,7 +12,8 @@ from hand import lm, mlp, texts
 from regrow import Plan, apply, trace
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, MethodKind, find_method
-from regrow.methods.recovery import RecoveryTask, bias, distil, fitting, lora, refit, streams
+from regrow.methods.recovery import RecoveryTask, bias, distil, fitting, lora, refit, refit_work
+from regrow.methods.recovery.fit_batches import joined, split_parts
 from regrow.methods.recovery.solve import Sums, choose_held_out, choose_left_out, ridged
 from regrow.sources import Batch, Source, logits_in
 from regrow.training.interrupts import defer_interrupts
@@ -185,11 +186,57 @@ def test_refit_is_judged_on_the_source_that_is_left_out():
 def test_sources_are_left_out_whole_whatever_the_sizes_of_their_batches():
     one, settings = perceptron(), refit.Settings(choose_on="left_out_source")
     sources = [rows(1, size=48, seed=1), rows(6, size=8, seed=2), rows(2, size=16, seed=3)]
-    whole = [Source(source.name, [refit.joined(list(source))]) for source in sources]
+    whole = [Source(source.name, [joined(list(source))]) for source in sources]
     found = [
         refit.refit(replace(one, model=copy.deepcopy(one.model), sources=some), settings) for some in (sources, whole)
     ]
     assert found[0]["layers"] == found[1]["layers"] and found[0]["choose_on"] == "left_out_source"
+
+
+@pytest.mark.parametrize("settings", [refit.Settings(target=target) for target in ("own", "dense")])
+@pytest.mark.parametrize("build", [perceptron, language])
+def test_batches_that_wait_for_one_another_give_the_sums_of_one(build, settings, monkeypatch):
+    one, several, ran = build(), build(), []
+    found = refit.refit(one, settings)
+
+    def split(parts):
+        ran.append(split_parts(parts, elements=1))
+        return ran[-1]
+
+    monkeypatch.setattr(refit, "split_parts", split)
+    again = refit.refit(several, settings)
+    assert len(ran[0]) == 8
+    for a, b in zip(found["layers"], again["layers"], strict=True):
+        assert a["weight"] == b["weight"] and a["ridge"] == b["ridge"]
+        assert b["after"] == pytest.approx(a["after"], rel=1e-4)
+    for a, b in zip(one.model.parameters(), several.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_run_on_some_data_alone_are_refitted_too(monkeypatch):
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            hidden = torch.relu(self.a(x))
+            if torch.compiler.is_compiling() or bool((x[:, 0] > 0).any()):
+                return self.b(hidden) + self.c(hidden)
+            return self.c(hidden)
+
+    torch.manual_seed(0)
+    model = Routed()
+    axes = trace(model, torch.ones(2, 4))
+    source = rows()
+    for batch in source.batches[4:6]:
+        batch.args[0].sub_(9)
+    one = task(model, axes, {"a.weight:0": range(4)}, source)
+    several = replace(one, model=copy.deepcopy(one.model))
+    found = refit.refit(one, refit.Settings(target="own"))
+    monkeypatch.setattr(refit, "split_parts", lambda parts, most=16: split_parts(parts, elements=1, most=most))
+    assert refit.refit(several, refit.Settings(target="own"))["layers"] == found["layers"]
+    assert {row["weight"] for row in found["layers"]} == {"b.weight", "c.weight"}
 
 
 def test_what_refit_cannot_work_with_is_said():
@@ -382,7 +429,7 @@ def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, how, monk
     if name == "lora":
         pytest.importorskip("peft")
     if how is KilledError:
-        for module in (streams, fitting):
+        for module in (refit_work, fitting):
             monkeypatch.setattr(module, "SECONDS", -1.0)  # a checkpoint after every step
     work = find_method(MethodKind.RECOVERY, name).made(name, {})
     steps: list[str] = []

@@ -1,7 +1,7 @@
 """Paired forward: the dense network runs in a thread and waits at each layer until the cut one has reached it.
 
-Neither forward pass is repeated and no output is kept longer than needed, so the memory of each network is that of one
-forward pass over all the text; of networks that are read one block at a time, that of one block.
+Neither network runs twice and no output is kept longer than needed. Several batches run together: each waits at a
+layer until all others have reached it, so that of what lies between two layers only one batch's is in memory.
 """
 
 import queue
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.scoring.watch import CONTRACTIONS, watched_name
 from regrow.streaming.network import Around
+from regrow.turns import StopRunError, Turns
 
 ADDITIONS = frozenset(
     {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
@@ -49,10 +50,6 @@ class LayerCall:
     output: Tensor
     again: Callable[[], Tensor]
     other: Tensor | None = None
-
-
-class StopRunError(Exception):
-    """Raised to end a forward pass early, when no further layer is needed."""
 
 
 class LayerCalls(TorchFunctionMode, ABC):
@@ -136,79 +133,83 @@ class CallCounter(LayerCalls):
 
 
 class _Offering(LayerCalls):
-    def __init__(self, watched: Mapping[int, str], run: "LayerOutputs") -> None:
+    def __init__(self, watched: Mapping[int, str], outputs: "LayerOutputs", number: int) -> None:
         super().__init__(watched)
-        self.run = run
+        self.outputs, self.number = outputs, number
 
     def handle(self, call: LayerCall) -> None:
-        self.run.offer(call.name, call.output, call.other)
+        self.outputs.offer(self.number, call.name, call.output, call.other)
 
 
 class LayerOutputs:
-    """The outputs of a network's layers, produced one by one on request by a forward pass in a thread of its own.
+    """The outputs of a network's layers, produced one by one on request by forward passes in threads of their own.
 
     Args:
-        run: Runs the network, in parts or as a whole, each part in the context that it is given.
+        run: Runs the network, in parts or as a whole, each batch and part in the context that it is given, and the
+            batches in the turns that it is given.
+        count: The number of batches.
     """
 
-    def __init__(self, run: Callable[[Around], object]) -> None:
-        self._turn, self._queue = threading.Semaphore(0), queue.SimpleQueue[Any]()
-        self._stop, self._ended, self._early = False, False, dict[str, tuple[Tensor, Tensor | None]]()
+    def __init__(self, run: Callable[[Around, Turns], object], count: int) -> None:
+        self._request, self._queue, self._turns = threading.Semaphore(0), queue.SimpleQueue[Any](), Turns(count)
+        self._stop, self._ended, self._early = False, False, dict[tuple[int, str], tuple[Tensor, Tensor | None]]()
         self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
 
-    def __call__(self, name: str) -> tuple[Tensor, Tensor | None] | None:
+    def __call__(self, number: int, name: str) -> tuple[Tensor, Tensor | None] | None:
         """Return a layer's output and the tensor added to it, if any; ``None`` if the network does not run the layer.
 
         Args:
+            number: The number of the batch; batches are requested in turn, layer after layer.
             name: The name of the layer's weight.
 
         Raises:
             Exception: The error that stopped the forward pass.
         """
-        while name not in self._early:
+        while (number, name) not in self._early:
             if self._ended:
                 return None
-            self._turn.release()
+            self._request.release()
             message = self._queue.get()
             self._ended = not isinstance(message, tuple)
             if isinstance(message, BaseException):
                 raise message
             if message is None:
                 return None
-            layer, output, other = message
-            if layer != name:  # it may be written over before it is requested
+            key, output, other = message
+            if key != (number, name):  # it may be written over before it is requested
                 output, other = output.clone(), other if other is None else other.clone()
-            self._early[layer] = output, other
-        return self._early.pop(name)
+            self._early[key] = output, other
+        return self._early.pop((number, name))
 
-    def offer(self, name: str, output: Tensor, other: Tensor | None) -> None:
-        """Hand over a layer's output, from the thread, and wait until the next output is requested.
+    def offer(self, number: int, name: str, output: Tensor, other: Tensor | None) -> None:
+        """Hand over a layer's output, from a thread, and wait until the others have, and the next one is requested.
 
         Args:
+            number: The number of the batch.
             name: The name of the layer's weight.
             output: The layer's output.
             other: The tensor that is added to it, if any.
         """
-        self._queue.put((name, output, other))
+        self._queue.put(((number, name), output, other))
         self._wait()
+        self._turns.wait(number)
 
     def _wait(self) -> None:
-        self._turn.acquire()
+        self._request.acquire()
         if self._stop:
             raise StopRunError
 
     @contextmanager
     def _offering(self, number: int, watched: Mapping[int, str]) -> Iterator[None]:
-        mode = _Offering(watched, self)
-        with mode:
+        mode = _Offering(watched, self, number)
+        with mode, torch.no_grad():
             yield
         mode.finish()
 
-    def _run(self, run: Callable[[Around], object]) -> None:
+    def _run(self, run: Callable[[Around, Turns], object]) -> None:
         try:
             self._wait()
-            with torch.no_grad():
-                run(self._offering)
+            run(self._offering, self._turns)
             self._queue.put(None)
         except StopRunError:
             self._queue.put(None)
@@ -217,18 +218,20 @@ class LayerOutputs:
 
 
 @contextmanager
-def run_in_thread(run: Callable[[Around], object]) -> Iterator[LayerOutputs]:
-    """Run a network in a thread, layer by layer, only as far as its outputs are requested in the ``with`` block.
+def run_in_thread(run: Callable[[Around, Turns], object], count: int = 1) -> Iterator[LayerOutputs]:
+    """Run a network in threads, layer by layer, only as far as its outputs are requested in the ``with`` block.
 
     Args:
-        run: Runs the network, in parts or as a whole, each part in the context that it is given: a function of the
-            number of a batch and of ``id`` of a weight → its name.
+        run: Runs the network, in parts or as a whole, each batch and part in the context that it is given: a function
+            of the number of the batch and of ``id`` of a weight → its name; and the batches in the turns that it is
+            given.
+        count: The number of batches.
     """
-    outputs = LayerOutputs(run)
+    outputs = LayerOutputs(run, count)
     outputs._thread.start()
     try:
         yield outputs
     finally:
         outputs._stop = True
-        outputs._turn.release()
+        outputs._request.release()
         outputs._thread.join()

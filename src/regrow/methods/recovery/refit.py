@@ -20,17 +20,16 @@ over positions are kept per source, so that leaving one out takes no other pass.
 towards the one that changes the bias alone. A layer that no candidate brings closer to its target is not changed.
 Biases are fitted too, and layers that can have one get one. Where nothing was cut, D = 0.
 
-All the text runs through the network once, in one batch. Memory: both networks, the activations of all positions at one
-layer (about 4 · positions · width of the widest layer · 4 bytes; twice for ``dense``), and 8 (k² + k · out) bytes of
-sums, three times (with left-out sources: two times more than there are sources), for the present layer with k inputs.
-Of a network that is read one block at a time, the present block and the next one are in memory instead. A resumed
-run repeats the forward pass, but solves no layer twice.
+All the text runs through the network once, in batches of about 2,048 tokens (at most 16 batches) that wait for one
+another at each layer. Memory: both networks, inputs and outputs of the present layer at all positions, what one batch
+needs between two layers, and 8 (k² + k · out) bytes of sums, three times (with left-out sources: two times more than
+there are sources), for the present layer with k inputs. Of a network that is read one block at a time, the present
+block and the next one are in memory instead. A resumed run repeats the forward pass, but solves no layer twice.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,7 +38,9 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.errors import ResourceError
 from regrow.methods.recovery.bias import set_bias
-from regrow.methods.recovery.paired_forward import CallCounter, StopRunError, run_in_thread
+from regrow.methods.recovery.fit_batches import split_parts
+from regrow.methods.recovery.paired_forward import CallCounter, run_in_thread
+from regrow.methods.recovery.refit_work import Layer, LayerOrderError, RefitWork
 from regrow.methods.recovery.solve import RidgeCandidates
 from regrow.methods.recovery.streamed_refit import (
     check_places,
@@ -48,7 +49,7 @@ from regrow.methods.recovery.streamed_refit import (
     refit_blocks,
     refit_paired_blocks,
 )
-from regrow.methods.recovery.streams import Layer, RefitInDense, RefitPaired, Refitting, RefitWork
+from regrow.methods.recovery.streams import RefitInDense, RefitPaired, Refitting
 from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.settings.declaration import UNRECORDED
 from regrow.sources import Batch, device_of
@@ -56,6 +57,7 @@ from regrow.streaming.network import Around
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import plan_layouts
 from regrow.training.freeze import freeze
+from regrow.turns import StopRunError, Turns
 
 CITATION = (
     "regrow's own; after the least-squares reconstruction of He et al., Channel Pruning, ICCV 2017, arXiv:1707.06168"
@@ -122,8 +124,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
             ``own`` cannot be worked out for this network.
     """
     _check(settings)
-    every, candidates = _arrange(task, settings)
-    one, batch = every[0].to(device_of(task.model)), joined(every).to(device_of(task.model))
+    parts, candidates = _arrange(task, settings)
+    one, batches = parts[0][0].to(device_of(task.model)), split_parts(parts)
     trains = next(task.model.parameters()).requires_grad
     with freeze(task.model, task.dense), torch.no_grad():
         layers, left_out = readers_of(task, one)
@@ -133,7 +135,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if task.streamed:
             check_places(task.streamed, layers)
         named = {layer.name: layer for layer in layers}
-        work = RefitWork(task, named, candidates, dict(task.model.named_parameters()))
+        work = RefitWork(task, named, candidates, batches, dict(task.model.named_parameters()))
         work.changed = task.streamed.changed if task.streamed else None
         problem = "" if settings.target == "dense" else _explain_mismatch(work, left_out, one)
         if problem and settings.target == "own":
@@ -145,7 +147,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         work.own = dict(task.model.named_parameters())
         work.resume()
         if not work.done:
-            _refit(work, batch, target, added)
+            _refit(work, parts, target, added)
     for name in added:
         path, _, leaf = bias_of(name).rpartition(".")
         if name in work.refitted:
@@ -160,25 +162,15 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     return {"layers": work.records, "left_out": left_out, "target": target, **more}
 
 
-def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[Batch], RidgeCandidates]:
-    """Return all batches in the order in which they run, and how they are divided into parts."""
+def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[list[Batch]], RidgeCandidates]:
+    """Return the batches of each part of the data, and what is tried for each layer."""
     left_out = settings.choose_on == "left_out_source" and len(task.sources) > 1
     if left_out:
         parts = [list(source) for source in task.sources]
     else:
         fit, held = task.parts(settings.held_out)
         parts = [[batch for part in fit for batch in part], held]
-    every = [batch for part in parts for batch in part]
-    # Parts end where sources do, whatever the sizes of their batches; the held-out part is a fraction of the batches.
-    sizes = [sum(map(_examples, part)) if left_out else len(part) for part in parts]
-    ends = tuple(end / sum(sizes) for end in accumulate(sizes))
-    return every, RidgeCandidates(settings.ridges, settings.shrinkages, ends, left_out, settings.standardize)
-
-
-def _examples(batch: Batch) -> int:
-    """Return how many examples a batch has: the first dimension of its first tensor; 1 without a tensor."""
-    inputs = [*batch.args, *batch.kwargs.values()]
-    return next((len(one) for one in inputs if isinstance(one, Tensor) and one.dim()), 1)
+    return parts, RidgeCandidates(settings.ridges, settings.shrinkages, left_out, settings.standardize)
 
 
 def _check(settings: Settings) -> None:
@@ -221,74 +213,77 @@ def readers_of(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str,
     return layers, left_out
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
-    """Concatenate several batches into one.
-
-    Args:
-        batches: The batches; their tensors may differ in the first dimension only.
-
-    >>> joined([Batch((torch.zeros(1, 3),)), Batch((torch.ones(2, 3),))]).args[0].shape
-    torch.Size([3, 3])
-
-    Raises:
-        ValueError: If their inputs differ in a dimension other than the first.
-    """
-
-    def one(values: Sequence[Any]) -> Any:
-        if not isinstance(values[0], Tensor):
-            return values[0]
-        shapes = {tuple(value.shape[1:]) for value in values}
-        if len(shapes) > 1:
-            raise ValueError(f"refit needs windows of one length, and these have {sorted(shapes)[:3]}; cut them alike")
-        return torch.cat(list(values))
-
-    first = batches[0]
-    args = tuple(one([batch.args[i] for batch in batches]) for i in range(len(first.args)))
-    return Batch(args, {key: one([batch.kwargs[key] for batch in batches]) for key in first.kwargs})
+def _refit(work: RefitWork, parts: Sequence[Sequence[Batch]], target: str, added: Sequence[str]) -> None:
+    try:
+        _refit_batches(work, target, added)
+    except LayerOrderError:  # data decide which layers run; all of them together reach each
+        work.start_again(split_parts(parts, most=1))
+        _refit_batches(work, target, added)
 
 
-def _refit(work: RefitWork, batch: Batch, target: str, added: Sequence[str]) -> None:
+def _refit_batches(work: RefitWork, target: str, added: Sequence[str]) -> None:
     if work.task.streamed is not None:
         run = refit_blocks if target == "own" else refit_paired_blocks
-        run(work, work.task.streamed, batch, added)
+        run(work, work.task.streamed, added)
     elif target == "own":
-        _refit_in_dense(work, batch)
+        _refit_in_dense(work)
     else:
-        _refit_paired(work, batch)
+        _refit_paired(work)
 
 
-def _refit_in_dense(work: RefitWork, batch: Batch) -> None:
+def _refit_in_dense(work: RefitWork) -> None:
     dense = work.task.dense
-    _run(dense, batch.to(device_of(dense)), RefitInDense(_watched(dense, work.layers), work))
+    _run(work, dense, partial(RefitInDense, _watched(dense, work.layers), work))
 
 
-def _refit_paired(work: RefitWork, batch: Batch) -> None:
-    task, waiting = work.task, work.waiting
-    there = batch.to(device_of(task.dense))
+def _refit_paired(work: RefitWork) -> None:
+    task, waiting, batches = work.task, work.waiting, work.batches
+    watched = _watched(task.dense, waiting)
 
-    def run(around: Around) -> None:
-        with around(0, _watched(task.dense, waiting)):
-            task.dense(*there.args, **there.kwargs)
+    def run(around: Around, turns: Turns) -> None:
+        def run_one(number: int) -> None:
+            with around(number, watched):
+                run_batch(task.dense, batches[number].batch)
 
-    with run_in_thread(run) as dense:
-        _run(task.model, batch, RefitPaired(_watched(task.model, waiting), work, dense))
+        turns.run(run_one)
+
+    with run_in_thread(run, len(batches)) as dense:
+        _run(work, task.model, partial(RefitPaired, _watched(task.model, waiting), work, dense=dense))
 
 
 def _watched(model: nn.Module, names: Mapping[str, Any] | set[str]) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters() if name in names}
 
 
-def _run(model: nn.Module, batch: Batch, mode: Refitting) -> None:
+def _run(work: RefitWork, model: nn.Module, mode: Callable[[int, Turns], Refitting]) -> None:
     """Run a network until its last layer is refitted; a user's interrupt first writes the layers done so far."""
+    turns = Turns(len(work.batches))
+
+    def run_one(number: int) -> None:
+        own = mode(number, turns)
+        with torch.no_grad():
+            with own:
+                run_batch(model, work.batches[number].batch)
+            own.finish()
+
     try:
-        with mode:
-            model(*batch.args, **batch.kwargs)
-        mode.finish()
+        turns.run(run_one)
     except StopRunError:
         pass
     except KeyboardInterrupt:
-        mode.work.write()
+        work.write()
         raise
+
+
+def run_batch(model: nn.Module, batch: Batch) -> Any:
+    """Return what a network gives for a batch.
+
+    Args:
+        model: The network.
+        batch: The batch, on any device.
+    """
+    there = batch.to(device_of(model))
+    return model(*there.args, **there.kwargs)
 
 
 def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
@@ -299,9 +294,9 @@ def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch
     if not work.layers:
         return ""
     if work.task.streamed is None:
-        mode = RefitInDense(_watched(dense, work.layers), work, fit=False)
+        mode = RefitInDense(_watched(dense, work.layers), work, 0, Turns(1), fit=False)
         with mode:
-            carried = dense(*batch.args, **batch.kwargs)
+            carried = run_batch(dense, batch)
         mode.finish()
         own = model(*batch.args, **batch.kwargs)
     else:

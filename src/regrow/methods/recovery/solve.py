@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from itertools import pairwise
 from operator import add
 from typing import Any
 
@@ -245,34 +244,36 @@ class RidgeCandidates:
     Args:
         ridges: The candidate ridges.
         shrinkages: The candidate factors of the least squares solution.
-        ends: Where each part of the positions ends, as a fraction of all: the sources, one after the other; or the
-            fitted part, and the held-out rest.
-        left_out: Whether the parts are sources, of which one is left out at a time; else the last part is held out.
+        left_out: Whether the parts of the text are sources, of which one is left out at a time; else there are two, and
+            the second is held out.
         standardize: As for :func:`ridged`.
     """
 
     ridges: tuple[float, ...]
     shrinkages: tuple[float, ...]
-    ends: tuple[float, ...]
     left_out: bool = False
     standardize: bool = False
 
-    def choose(self, inputs: Tensor, target: Tensor, missing: Tensor, *, bias: bool) -> Choice:
-        """Choose the change of a layer.
+    def sum_rows(self, inputs: Tensor, target: Tensor, missing: Tensor) -> Sums:
+        """Return the sums over rows, as precise as the candidates need.
 
         Args:
             inputs: The inputs of the layer, ``[rows, k]``.
             target: The outputs that it should have, ``[rows, out]``.
             missing: The target minus the current output, ``[rows, out]``.
+        """
+        return Sums.of(inputs, missing, target, fast=self.left_out and min(self.ridges) >= EXACT)
+
+    def choose(self, parts: Sequence[Sums], *, bias: bool) -> Choice:
+        """Choose the change of a layer.
+
+        Args:
+            parts: The sums over the rows of each part of the text.
             bias: Whether the last input is the constant 1 of a bias.
         """
-        ends = [0, *(round(len(inputs) * end) for end in self.ends)]
-        rows = [slice(start, end) for start, end in pairwise(ends)]
-        fast = self.left_out and min(self.ridges) >= EXACT
-        sums = [Sums.of(inputs[at], missing[at], target[at], fast=fast) for at in rows]
         if self.left_out:
-            return choose_left_out(sums, self.ridges, self.shrinkages, bias=bias, standardize=self.standardize)
-        fit, held = sums
+            return choose_left_out(parts, self.ridges, self.shrinkages, bias=bias, standardize=self.standardize)
+        fit, held = parts
         more = {"bias": bias, "standardize": self.standardize}
         return choose_held_out(fit, held, self.ridges, self.shrinkages, **more)
 

@@ -1,10 +1,11 @@
 """Refit of networks that are larger than memory: one block at a time.
 
 For ``own`` the dense network runs, with the cut one's layers in it; for ``dense`` the cut network, and the dense one
-beside it in a thread. All the text runs through each block in one batch, as through a network in memory, and so the
+beside it in threads. The text runs through each block in the same batches as through a network in memory, and so the
 results are the same bit for bit.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.errors import InputError
-from regrow.methods.recovery.paired_forward import CallCounter, StopRunError, run_in_thread
+from regrow.methods.recovery.paired_forward import CallCounter, run_in_thread
+from regrow.methods.recovery.refit_work import Layer, RefitWork
 from regrow.methods.recovery.streamed import StreamedPair
-from regrow.methods.recovery.streams import Layer, RefitInDense, RefitPaired, RefitWork
+from regrow.methods.recovery.streams import RefitInDense, RefitPaired
 from regrow.sources import Batch
+from regrow.streaming.network import Around
 from regrow.surgery.compensate import bias_of
+from regrow.turns import StopRunError, Turns
 
 
 def count_calls(pair: StreamedPair, names: Collection[str], batch: Batch) -> Counter[str]:
@@ -56,7 +60,7 @@ def compare_outputs(work: RefitWork, pair: StreamedPair, batch: Batch) -> tuple[
     @contextmanager
     def carrying(number: int, watched: Mapping[int, str]) -> Iterator[None]:
         with _layers_of(pair, watched.values(), ()) as work.own:
-            mode = RefitInDense(watched, work, fit=False)
+            mode = RefitInDense(watched, work, 0, Turns(1), fit=False)
             with mode:
                 yield
             mode.finish()
@@ -66,52 +70,67 @@ def compare_outputs(work: RefitWork, pair: StreamedPair, batch: Batch) -> tuple[
     return carried, own
 
 
-def refit_blocks(work: RefitWork, pair: StreamedPair, batch: Batch, added: Sequence[str]) -> None:
+def refit_blocks(work: RefitWork, pair: StreamedPair, added: Sequence[str]) -> None:
     """Refit the layers of the cut network, one block after another; each is written once it is solved.
 
     Args:
         work: The refit.
         pair: The networks.
-        batch: All the text, in one batch.
         added: The names of the weights whose layers get a bias.
     """
+    turns = Turns(len(work.batches))
+
+    @contextmanager
+    def loading(watched: Mapping[int, str]) -> Iterator[None]:
+        with _layers_of(pair, watched.values(), added) as work.own, torch.no_grad():
+            _resume(work, pair)
+            yield
 
     @contextmanager
     def refitting(number: int, watched: Mapping[int, str]) -> Iterator[None]:
-        with _layers_of(pair, watched.values(), added) as work.own, torch.no_grad():
-            _resume(work, pair)
-            mode = RefitInDense(watched, work)
+        mode = RefitInDense(watched, work, number, turns)
+        with torch.no_grad():
             with mode:
                 yield
             mode.finish()
 
     with suppress(StopRunError):
-        pair.dense.visit([batch], work.layers, refitting)
+        batches = [one.batch for one in work.batches]
+        pair.dense.visit_together(batches, work.layers, refitting, turns, loading)
 
 
-def refit_paired_blocks(work: RefitWork, pair: StreamedPair, batch: Batch, added: Sequence[str]) -> None:
+def refit_paired_blocks(work: RefitWork, pair: StreamedPair, added: Sequence[str]) -> None:
     """Refit the layers of the cut network to the dense network's values, both one block after another.
 
     Args:
         work: The refit.
         pair: The networks.
-        batch: All the text, in one batch.
         added: The names of the weights whose layers get a bias.
     """
-    waiting = work.waiting
-    with run_in_thread(lambda around: pair.dense.visit([batch], waiting, around)) as dense:
+    waiting, batches, turns = work.waiting, [one.batch for one in work.batches], Turns(len(work.batches))
+
+    def run(around: Around, turns: Turns) -> None:
+        pair.dense.visit_together(batches, waiting, around, turns)
+
+    @contextmanager
+    def loading(watched: Mapping[int, str]) -> Iterator[None]:
+        with _block_of(pair, watched.values(), added) as work.own, torch.no_grad():
+            _resume(work, pair)
+            yield
+
+    with run_in_thread(run, len(batches)) as dense, _results_used(pair) as modes:
 
         @contextmanager
         def refitting(number: int, watched: Mapping[int, str]) -> Iterator[None]:
-            with _block_of(pair, watched.values(), added) as work.own, torch.no_grad():
-                _resume(work, pair)
-                mode = RefitPaired({at: name for at, name in watched.items() if name in waiting}, work, dense)
-                with _results_used(pair, mode), mode:
+            own = {at: name for at, name in watched.items() if name in waiting}
+            modes.present = mode = RefitPaired(own, work, number, turns, dense)
+            with torch.no_grad():
+                with mode:
                     yield
                 mode.finish()
 
         with suppress(StopRunError):
-            pair.model.visit([batch], work.layers, refitting)
+            pair.model.visit_together(batches, work.layers, refitting, turns, loading)
 
 
 def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
@@ -172,19 +191,21 @@ def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
 
 
 @contextmanager
-def _results_used(pair: StreamedPair, mode: RefitPaired) -> Iterator[None]:
-    """Context manager in which no block may return a layer's output as it is.
+def _results_used(pair: StreamedPair) -> Iterator[threading.local]:
+    """Context manager in which no block may return a layer's output as it is; gives the place of each thread's mode.
 
     What is added to it later is a part of the target, and lies outside the block.
     """
+    modes = threading.local()
 
     def checked(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
+            waiting = modes.present.waiting
             for one in tree_leaves(result):
-                if isinstance(one, Tensor) and id(one) in mode.waiting:
+                if isinstance(one, Tensor) and id(one) in waiting:
                     raise InputError(
-                        f"{path} returns the output of {mode.waiting[id(one)].name} as it is, so that refit with "
+                        f"{path} returns the output of {waiting[id(one)].name} as it is, so that refit with "
                         "target=dense needs both networks in memory; give more memory, or target=own"
                     )
             return result
@@ -196,7 +217,7 @@ def _results_used(pair: StreamedPair, mode: RefitPaired) -> Iterator[None]:
             module = pair.model.model.get_submodule(block.path)
             stack.callback(_restore_forward, module, vars(module).get("forward"))
             module.forward = checked(block.path, module.forward)
-        yield
+        yield modes
 
 
 def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:

@@ -1,121 +1,16 @@
 """Refit layers during a forward pass: inside the dense network with the cut one's layers, or beside the dense one."""
 
-import time
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, LayerOutputs, StopRunError
-from regrow.methods.recovery.solve import RidgeCandidates
-from regrow.methods.recovery.streamed import ChangedTensors
-from regrow.methods.recovery.task import RecoveryTask
+from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, LayerOutputs
+from regrow.methods.recovery.refit_work import Layer, RefitWork
 from regrow.surgery.compensate import bias_of
-
-SECONDS = 60.0
-"""The longest time between two checkpoints, in seconds, as long as layers are handled."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer to refit, and which of the dense layer's inputs and outputs it still has.
-
-    Args:
-        name: The name of its weight.
-        dim: The dimension of the weight along which its inputs lie.
-        kept: The indices of the dense layer's inputs that the cut layer has.
-        rows: The indices of the dense layer's outputs that the cut layer has; ``None``: all.
-    """
-
-    name: str
-    dim: int
-    kept: Tensor
-    rows: Tensor | None
-
-
-@dataclass
-class RefitWork:
-    """The progress of a refit over all layers.
-
-    Args:
-        task: The two networks.
-        layers: Weight name → the layer.
-        candidates: What is tried for each layer, and on which positions it is judged.
-        own: The parameters of the cut network.
-        records: Per finished layer, in the order in which they run, :meth:`RidgeCandidates.record`.
-        changed: Where each layer is kept once it is solved, if the networks are larger than memory: ``own`` holds the
-            parameters of the present block alone. ``None``: all are in memory, and kept in the task's checkpoint.
-    """
-
-    task: RecoveryTask
-    layers: Mapping[str, Layer]
-    candidates: RidgeCandidates
-    own: Mapping[str, nn.Parameter]
-    records: list[dict[str, Any]] = field(default_factory=list)
-    changed: ChangedTensors | None = None
-
-    @property
-    def refitted(self) -> set[str]:
-        """The names of the weights that have been refitted."""
-        return {row["weight"] for row in self.records if row["ridge"]}
-
-    @property
-    def waiting(self) -> set[str]:
-        """The names of the weights that have not been handled."""
-        return {*self.layers} - {row["weight"] for row in self.records}
-
-    @property
-    def done(self) -> bool:
-        """Whether every layer has been handled."""
-        return len(self.records) == len(self.layers)
-
-    def resume(self) -> None:
-        """Load the layers that an interrupted call had solved, from the task's checkpoint."""
-        if self.changed is not None:
-            self.records = list(self.changed.records)
-        elif (done := self.task.read()) is not None:
-            _, tensors, stored = done
-            self.records = [dict(row) for row in stored["layers"]]
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    self.own[name].copy_(tensor)
-
-    def write(self) -> None:
-        """Write a checkpoint of the layers that are done, unless each is kept on its own."""
-        if self.changed is not None:
-            return
-        names = [n for weight in sorted(self.refitted) for n in (weight, bias_of(weight)) if n in self.own]
-        tensors = {name: self.own[name].detach() for name in names}
-        self.task.write(len(self.records), tensors, {"layers": [dict(row) for row in self.records]})
-
-    def solve(self, layer: Layer, inputs: Tensor, target: Tensor, missing: Tensor) -> None:
-        """Fit a layer by ridge regression, in place, and record its error before and after.
-
-        Args:
-            layer: The layer.
-            inputs: The inputs of the layer, ``[rows, k]``.
-            target: The outputs that it should have, ``[rows, out]``.
-            missing: The target minus the current output, ``[rows, out]``.
-        """
-        weight, bias = self.own[layer.name], self.own.get(bias_of(layer.name))
-        if bias is not None:
-            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        choice = self.candidates.choose(inputs, target, missing, bias=bias is not None)
-        if (change := choice.change) is not None:
-            own = change if bias is None else change[:-1]
-            weight.copy_(weight.double() + (own.T if layer.dim else own).reshape(weight.shape))
-            if bias is not None:
-                bias.copy_(bias.double() + change[-1])
-        record = self.candidates.record(layer.name, choice)
-        self.records.append(record)
-        if self.changed is not None:
-            named = {layer.name: weight, bias_of(layer.name): bias}
-            made = {name: one.detach() for name, one in named.items() if one is not None}
-            self.changed.write(made if record["ridge"] else {}, record)
+from regrow.turns import Turns
 
 
 class Refitting(LayerCalls):
@@ -124,12 +19,13 @@ class Refitting(LayerCalls):
     Args:
         watched: ``id`` of a weight → its name.
         work: The refit.
+        number: The number of the batch that runs.
+        turns: The turns that the batches take.
     """
 
-    def __init__(self, watched: Mapping[int, str], work: RefitWork) -> None:
+    def __init__(self, watched: Mapping[int, str], work: RefitWork, number: int, turns: Turns) -> None:
         super().__init__(watched)
-        self.work, self.last = work, time.monotonic()
-        self.solved = {row["weight"] for row in work.records}
+        self.work, self.number, self.turns = work, number, turns
 
     @abstractmethod
     def rows(self, layer: Layer, call: LayerCall) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -150,23 +46,18 @@ class Refitting(LayerCalls):
         """
 
     def handle(self, call: LayerCall) -> None:
-        """Refit a layer, unless an interrupted call had done it, and update its output.
+        """Refit a layer once all batches have reached it, unless an interrupted call had done it; update its output.
 
         Args:
             call: The layer, its input and its output.
         """
-        work, task = self.work, self.work.task
+        work = self.work
         layer = work.layers[call.name]
-        if layer.name not in self.solved and (rows := self.rows(layer, call)) is not None:
-            work.solve(layer, *rows)
-            last = work.records[-1]
-            words = f"refitting, error {last['before']:.3f} → {last['after']:.3f}"
-            task.progress(len(work.records), len(work.layers), words)
-        if work.done or time.monotonic() - self.last > SECONDS:
-            work.write()
-            self.last = time.monotonic()
-        if work.done:
-            raise StopRunError
+        work.reach(layer)
+        if layer.name in work.waiting and (rows := self.rows(layer, call)) is not None:
+            work.add(layer, self.number, *rows)
+        self.turns.wait(self.number)
+        work.finish(layer)
         self.put(layer, call)
 
 
@@ -179,14 +70,17 @@ class RefitInDense(Refitting):
     Args:
         watched: ``id`` of a weight of the dense network → its name.
         work: The refit.
+        number: The number of the batch that runs.
+        turns: The turns that the batches take.
         fit: Whether layers are refitted; if not, the network is only run, to test whether it computes what the cut one
             does.
     """
 
-    def __init__(self, watched: Mapping[int, str], work: RefitWork, *, fit: bool = True) -> None:
-        super().__init__(watched, work)
+    def __init__(
+        self, watched: Mapping[int, str], work: RefitWork, number: int, turns: Turns, *, fit: bool = True
+    ) -> None:
+        super().__init__(watched, work, number, turns)
         self.fit = fit
-        self.fed = torch.empty(0)
 
     def handle(self, call: LayerCall) -> None:
         """Refit a layer (if ``fit``), and replace its output by that of the cut network's layer.
@@ -194,15 +88,10 @@ class RefitInDense(Refitting):
         Args:
             call: The layer, its input and its output in the dense network.
         """
-        layer = self.work.layers[call.name]
-        inputs = inputs_of(
-            self.work.task.model, layer, call.value.index_select(call.dim, layer.kept.to(call.value.device)), call.dim
-        )
-        self.fed = inputs
         if self.fit:
             super().handle(call)
         else:
-            self.put(layer, call)
+            self.put(self.work.layers[call.name], call)
 
     def rows(self, layer: Layer, call: LayerCall) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the cut layer's inputs, the dense layer's output as target, and target − the cut layer's output.
@@ -212,7 +101,8 @@ class RefitInDense(Refitting):
             call: Its input and output in the dense network.
         """
         target = rows_of(call.output, call.output.dim() + call.dim, layer.rows)
-        return self.fed, target, target - self._given(layer)
+        inputs = self._inputs(layer, call)
+        return inputs, target, target - self._given(layer, inputs)
 
     def put(self, layer: Layer, call: LayerCall) -> None:
         """Overwrite the output with the cut layer's; outputs that it does not have stay, since nothing reads them.
@@ -223,16 +113,21 @@ class RefitInDense(Refitting):
         """
         channel = call.output.dim() + call.dim
         form = call.output.movedim(channel, -1).shape[:-1]
-        given = self._given(layer).reshape(*form, -1).movedim(-1, channel).to(call.output.dtype)
+        given = self._given(layer, self._inputs(layer, call))
+        given = given.reshape(*form, -1).movedim(-1, channel).to(call.output.dtype)
         if layer.rows is None:
             call.output.copy_(given)
         else:
             call.output.index_copy_(channel, layer.rows.to(call.output.device), given)
 
-    def _given(self, layer: Layer) -> Tensor:
+    def _inputs(self, layer: Layer, call: LayerCall) -> Tensor:
+        kept = call.value.index_select(call.dim, layer.kept.to(call.value.device))
+        return inputs_of(self.work.task.model, layer, kept, call.dim)
+
+    def _given(self, layer: Layer, inputs: Tensor) -> Tensor:
         weight, bias = self.work.own[layer.name], self.work.own.get(bias_of(layer.name))
         flat = weight.flatten(1) if layer.dim else weight.T
-        return F.linear(self.fed, flat.to(self.fed.dtype), None if bias is None else bias.to(self.fed.dtype))
+        return F.linear(inputs, flat.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
 
 
 class RefitPaired(Refitting):
@@ -243,11 +138,15 @@ class RefitPaired(Refitting):
     Args:
         watched: ``id`` of a weight of the cut network → its name.
         work: The refit.
+        number: The number of the batch that runs.
+        turns: The turns that the batches take.
         dense: The outputs of the dense network's layers.
     """
 
-    def __init__(self, watched: Mapping[int, str], work: RefitWork, dense: LayerOutputs) -> None:
-        super().__init__(watched, work)
+    def __init__(
+        self, watched: Mapping[int, str], work: RefitWork, number: int, turns: Turns, dense: LayerOutputs
+    ) -> None:
+        super().__init__(watched, work, number, turns)
         self.dense = dense
 
     def rows(self, layer: Layer, call: LayerCall) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -257,7 +156,7 @@ class RefitPaired(Refitting):
             layer: The layer.
             call: Its input and output in the cut network.
         """
-        answer, channel = self.dense(layer.name), call.output.dim() + call.dim
+        answer, channel = self.dense(self.number, layer.name), call.output.dim() + call.dim
         if answer is None:
             return None
         device = call.output.device
