@@ -4,7 +4,7 @@ import ctypes
 from contextlib import suppress
 from pathlib import Path
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -3, -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """The numbers of the parameters in ``malloc.h``."""
 
 
@@ -49,10 +49,13 @@ def set_mmap_threshold(size: int, kept: int = 0) -> None:
             ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, kept)
 
 
-def share_freed_memory() -> None:
-    """Let threads that start from now on use memory that others have freed, where the C library keeps it apart."""
+def limit_arenas() -> None:
+    """Let threads use memory that others have freed, for the rest of the process, where the C library keeps it apart.
+
+    It has an effect before the process has many threads.
+    """
     with suppress(OSError, AttributeError, TypeError):  # another C library than that of Linux
-        ctypes.CDLL(None).mallopt(_MOST_ARENAS, 1)
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
 
 
 def _read(field: str) -> int | None:

@@ -1,13 +1,38 @@
 """Threads that run one at a time, and wait for one another at places that they agree on."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import copy_context
 
-from regrow.process_memory import share_freed_memory
+import torch
+
+State = Callable[[], AbstractContextManager[None]]
+"""A context manager that gives a thread the state of another."""
 
 
-class StopRunError(Exception):
-    """Raised to end a run early: nothing more is needed of it, or another one has failed."""
+class StopRunError(BaseException):
+    """Raised to end a run early; no ``except Exception`` of a network's code catches it."""
+
+
+def capture_state() -> State:
+    """Return a function that gives another thread this one's default device, autocast and inference mode."""
+    device, inference = torch.get_default_device(), torch.is_inference_mode_enabled()
+    types = [one for one in ("cpu", "cuda") if torch.is_autocast_enabled(one)]
+    casts = [(one, torch.get_autocast_dtype(one)) for one in types]
+
+    @contextmanager
+    def restored() -> Iterator[None]:
+        with ExitStack() as stack:
+            if device.type != "cpu":
+                stack.enter_context(device)
+            if inference:
+                stack.enter_context(torch.inference_mode())
+            for kind, dtype in casts:
+                stack.enter_context(torch.autocast(kind, dtype))
+            yield
+
+    return restored
 
 
 class Turns:
@@ -29,6 +54,7 @@ class Turns:
     def __init__(self, count: int) -> None:
         self.count = count
         self._gates: list[threading.Semaphore] = []
+        self._ended = threading.Semaphore(0)
         self._left: list[int] = []
         self._error: BaseException | None = None
 
@@ -39,7 +65,7 @@ class Turns:
             number: The number of the run that waits, from 0.
 
         Raises:
-            StopRunError: If another run has failed meanwhile.
+            StopRunError: If another run has raised an error meanwhile, or the user has interrupted all.
         """
         if self.count > 1:
             self._gates[self._following(number)].release()
@@ -48,46 +74,60 @@ class Turns:
                 raise StopRunError
 
     def run(self, work: Callable[[int], object]) -> None:
-        """Run a function to its end in every thread; a single run needs no thread.
+        """Run a function once per number, each in a thread, to its end; a single one runs in this thread.
 
         Args:
             work: The function, of the number of the run.
 
         Raises:
-            Exception: The first error of a run; the others are ended.
+            BaseException: The first error of a run; the others are ended.
         """
         if self.count == 1:
             work(0)
             return
-        share_freed_memory()
         self._gates = [threading.Semaphore(0) for _ in range(self.count)]
-        self._left, self._error = [*range(self.count)], None
-        threads = [threading.Thread(target=self._run, args=(work, i), daemon=True) for i in range(self.count)]
-        for thread in threads:
-            thread.start()
-        self._gates[0].release()
+        self._ended, self._left, self._error = threading.Semaphore(0), [], None
+        state, begun, threads = capture_state(), False, list[threading.Thread]()
         try:
-            for thread in threads:
-                thread.join()
-        except BaseException as error:  # the user's interrupt
+            for number in range(self.count):
+                run = copy_context().run
+                threads.append(threading.Thread(target=run, args=(self._run, work, number, state), daemon=True))
+                threads[-1].start()
+                self._left.append(number)
+            begun = True
+            self._gates[0].release()
+            self._ended.acquire()
+        except BaseException as error:  # the user's interrupt, or no thread is left
             self._error = self._error or error
-            for thread in threads:
-                thread.join()
+            if self._left:
+                if not begun:
+                    self._gates[0].release()
+                self._ended.acquire()
+            self._error = None
             raise
-        if self._error is not None:
-            raise self._error
+        for thread in threads:
+            thread.join()
+        failure, self._error = self._error, None
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure  # its traceback holds this frame
 
-    def _run(self, work: Callable[[int], object], number: int) -> None:
+    def _run(self, work: Callable[[int], object], number: int, state: State) -> None:
         self._gates[number].acquire()
         try:
             if self._error is None:
-                work(number)
+                with state():
+                    work(number)
+        except StopRunError:
+            self._error = self._error or StopRunError()  # without the traceback, which holds tensors
         except BaseException as error:
             self._error = self._error or error
         finally:
             following = self._following(number)
             self._left.remove(number)
-            self._gates[following].release()
+            (self._gates[following] if self._left else self._ended).release()
 
     def _following(self, number: int) -> int:
         return self._left[(self._left.index(number) + 1) % len(self._left)]

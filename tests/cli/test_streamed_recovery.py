@@ -137,7 +137,7 @@ def test_auto_fits_to_the_dense_network_where_own_cannot(regrow, run, run_once, 
 
 def test_a_block_of_both_networks_must_fit(regrow, run, streams, monkeypatch):
     run()
-    monkeypatch.setattr(streamed_recovery, "predict_pairing", lambda network, tokens: 2**37)
+    monkeypatch.setattr(streamed_recovery, "predict_pairing", lambda network, tokens, window: 2**37)
     command = ("recover", "run", "--by", "refit", "--tokens", "256", "--memory", "64GiB", "--out")
     assert regrow(*command, "own")[0] == 0
     code, _, error = regrow(*command, "dense", "--set", "target=dense")
@@ -153,9 +153,9 @@ def test_sums_of_left_out_sources_count(regrow, run, streams, monkeypatch):
     run()
     terms, counts = recovery_memory._refit_terms, []
 
-    def counted(model, tokens, parts=3):
+    def counted(model, tokens, window, parts=3):
         counts.append(parts)
-        return terms(model, tokens, parts)
+        return terms(model, tokens, window, parts)
 
     monkeypatch.setattr(recovery_memory, "_refit_terms", counted)
     for choose_on, sums in (("held_out", 3), ("left_out_source", 4)):

@@ -14,7 +14,7 @@ from regrow.errors import InputError, ResourceError
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.methods.recovery import refit as refitting
-from regrow.methods.recovery.fit_batches import split_parts
+from regrow.methods.recovery.fit_batches import regroup
 from regrow.methods.recovery.refit import Settings, refit
 from regrow.methods.recovery.refit_work import RefitWork
 from regrow.methods.recovery.streamed import REFIT_FIELDS, ChangedTensors, StreamedPair
@@ -72,7 +72,7 @@ def made(folder, sources, place, scale=1.0):
 @pytest.mark.parametrize("elements", [1, 2048])
 @pytest.mark.parametrize("target", ["own", "dense"])
 def test_layers_are_those_of_a_refit_in_memory(cut, target, elements, monkeypatch):
-    monkeypatch.setattr(refitting, "split_parts", partial(split_parts, elements=elements))
+    monkeypatch.setattr(refitting, "regroup", partial(regroup, elements=elements))
     settings = Settings(target, choose_on="left_out_source")
     found, changed = cut.refit(settings)
     assert found["target"] == target

@@ -21,6 +21,7 @@ from regrow.cli.search import search
 from regrow.cli.settings import settings
 from regrow.cli.show import show
 from regrow.cli.undo import undo
+from regrow.process_memory import limit_arenas
 
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
 EPILOG = f"""\b
@@ -57,6 +58,7 @@ def code_of(words: list[str]) -> int:
     Args:
         words: The command line, without the program's name.
     """
+    limit_arenas()
     prepare()
     try:
         code = regrow.main(words, prog_name="regrow", standalone_mode=False)

@@ -203,33 +203,37 @@ def predict_gradients(model: nn.Module, names: Sequence[str], window: int, sums:
     return SPARE + max(peak + each * (sums - 1), own + each * (sums + (sums > 1)))
 
 
-def predict_refit(model: nn.Module, tokens: int, *, sums: int = 3) -> int:
+def predict_refit(model: nn.Module, tokens: int, window: int, *, sums: int = 3) -> int:
     """Return what refit needs besides the weights while it solves the layers of one block, in bytes.
 
     Args:
         model: The network before the cut, without numbers.
         tokens: Tokens that it reads.
+        window: Tokens per window.
         sums: As for :func:`predict_later_recovery`.
     """
-    return sum(_refit_terms(model, tokens, sums).values())
+    return sum(_refit_terms(model, tokens, window, sums).values())
 
 
-def count_activations(model: nn.Module, tokens: int) -> int:
-    """Return how many bytes refit takes for the inputs and outputs of all positions at the widest layer of a network.
+def count_activations(model: nn.Module, tokens: int, window: int) -> int:
+    """Return how many bytes the activations of a network take while refit runs its batches in turns.
 
-    That is beside what one of its batches needs between two layers.
+    That is inputs, outputs and what is added to them at the largest layer, of all positions; and what one batch needs
+    between two layers.
 
     Args:
         model: The network, which may be without numbers.
         tokens: The number of positions.
+        window: Tokens per window.
     """
     linear = [one for one in model.parameters() if one.dim() == 2]
-    widest = max(max(one.shape) for one in linear[1:] or linear)
-    batch = max(min(tokens, ELEMENTS), tokens // BATCHES)
-    return widest * (2 * tokens * max(one.element_size() for one in linear) + 4 * batch * 4)
+    shapes = [one.shape for one in linear[1:] or linear]
+    batch = min(tokens, max(ELEMENTS, tokens // BATCHES) + window)
+    waiting = tokens * max(one.element_size() for one in linear) * max(k + 2 * out for out, k in shapes)
+    return waiting + 4 * batch * max(map(max, shapes)) * 4
 
 
-def predict_pairing(network: StreamedNetwork, tokens: int) -> int:
+def predict_pairing(network: StreamedNetwork, tokens: int, window: int) -> int:
     """Return what refit with ``target=dense`` needs besides, where both networks run one block at a time, in bytes.
 
     That is the cut network, counted with the shapes before the cut, and its activations, beside those of the dense one.
@@ -237,9 +241,10 @@ def predict_pairing(network: StreamedNetwork, tokens: int) -> int:
     Args:
         network: The network before the cut.
         tokens: Tokens that refit reads.
+        window: Tokens per window.
     """
     outer = sum(map(network.weights.bytes_of, network.outer))
-    return outer + BLOCKS["evaluating"] * network.largest_block + count_activations(network.model, tokens)
+    return outer + BLOCKS["evaluating"] * network.largest_block + count_activations(network.model, tokens, window)
 
 
 def plan_pairing(plan: MemoryPlan, more: int) -> MemoryPlan:
@@ -285,7 +290,9 @@ def _running_terms(by: str, model: nn.Module, window: int, tokens: int, sums: in
     if by in ("lora", "distil"):  # the step had weights, gradients and two moments
         return {"activations": max(0, _predict_step(by, model, window) - 4 * _sizes(model)[1])}
     widest = max((one.shape[0] for one in model.parameters() if one.dim() == 2), default=1)
-    return {"activations": 3 * window * widest * 4} | (_refit_terms(model, tokens, sums) if by == "refit" else {})
+    return {"activations": 3 * window * widest * 4} | (
+        _refit_terms(model, tokens, window, sums) if by == "refit" else {}
+    )
 
 
 def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
@@ -309,8 +316,8 @@ def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
     return predict_memory(model, Batch((ids,), config, ids), step).peak
 
 
-def _refit_terms(model: nn.Module, tokens: int, parts: int = 3) -> dict[str, int]:
+def _refit_terms(model: nn.Module, tokens: int, window: int, parts: int = 3) -> dict[str, int]:
     """Return what refit needs for all positions at one layer, and for the sums of the widest layer."""
     linear = [one.shape for one in model.parameters() if one.dim() == 2]
     sums = max(8 * (k * k + k * out) for out, k in linear[1:]) if len(linear) > 1 else 0
-    return {"all windows at a layer": count_activations(model, tokens), "sums": parts * sums}
+    return {"all windows at a layer": count_activations(model, tokens, window), "sums": parts * sums}

@@ -212,10 +212,10 @@ def _predict_generated(settings: Settings, opened: OpenedNetwork) -> int:
 def _with_reconstruction(plan: MemoryPlan, settings: Settings, opened: OpenedNetwork) -> MemoryPlan:
     """Return the prediction with what a reconstruction needs of one block; raise ResourceError if that is too much."""
     tokens = count_tokens(settings, text=True)
-    more = predict_refit(opened.loaded.model, tokens, sums=len(settings.sources) + 2)
+    more = predict_refit(opened.loaded.model, tokens, settings.seq_len, sums=len(settings.sources) + 2)
     plan = replace(plan, least=plan.least + more)
     if settings.reconstruct_settings.get("target") == "dense":
-        plan = plan_pairing(plan, predict_pairing(opened.network(), tokens))
+        plan = plan_pairing(plan, predict_pairing(opened.network(), tokens, settings.seq_len))
     if plan.least > plan.limit:
         raise ResourceError(
             f"pruning with --reconstruct within {format_bytes(plan.limit)} of memory is impossible, even one block at "
@@ -261,7 +261,7 @@ def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork)
         if settings.reconstruct:
             tokens, several = count_tokens(settings, text=True), len(settings.sources) + 2
             dense = complete_reconstruction(settings.reconstruct_settings, settings.sources).get("target") == "dense"
-            beside = count_activations(model, tokens) if dense else 0
+            beside = count_activations(model, tokens, window) if dense else 0
             needed = max(needed, beside + predict_later_recovery("refit", model, window, tokens, sums=several))
     except UnpredictableError as error:
         raise InputError(f"what {what} needs is not predicted: {error}; leave out --memory") from None

@@ -61,7 +61,8 @@ class StreamedReconstruction:
             The reconstructed network, to be run one block at a time.
         """
         cut = open_network(str(self.place), DTYPES.get(self.dtype))
-        more = predict_pairing(self.run.opened.network(), sum(source.tokens for source in sources))
+        tokens, windows = (sum(counts) for counts in zip(*((one.tokens, len(one)) for one in sources), strict=True))
+        more = predict_pairing(self.run.opened.network(), tokens, -(-tokens // windows))
         lacking = "" if given.get("target") == "dense" else explain_lacking(self.run.plan, more)
         both = StreamedRecovery(self.run.opened, cut, self.run.plan, lacking)
         pair, (dense, loaded) = both.start(self.folder), both.models()

@@ -185,9 +185,9 @@ def _plan(settings: Settings, cut: LastCut, dense: OpenedNetwork, terms: MemoryT
     network = dense.network()
     plan = plan_memory(network, sys.maxsize, most, window, what="evaluating")
     refit, sums = settings.by == "refit", count_sums(settings, cut)
-    more = predict_refit(dense.loaded.model, windows * window, sums=sums) if refit else 0
+    more = predict_refit(dense.loaded.model, windows * window, window, sums=sums) if refit else 0
     plan = replace(plan, limit=terms.limit, whole=terms.needed, least=plan.least + more, decision=True)
-    beside = predict_pairing(network, windows * window) if refit else 0
+    beside = predict_pairing(network, windows * window, window) if refit else 0
     paired = refit and settings.recovery_settings.get("target") == "dense"
     plan = plan_pairing(plan, beside) if paired else plan
     if plan.least > plan.limit:

@@ -170,7 +170,7 @@ def sampling_dtype(model: nn.Module) -> torch.dtype:
         model: The network; one without numbers will run on the processor.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    slow = device_of(model).type in ("cpu", "meta") and not capability.startswith(("AVX512", "AMX"))
+    slow = device_of(model).type in ("cpu", "meta") and not capability.startswith(("AVX512", "SVE"))
     return torch.float32 if slow else torch.bfloat16
 
 

@@ -13,7 +13,7 @@ from regrow import Plan, apply, trace
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask, bias, distil, fitting, lora, refit, refit_work
-from regrow.methods.recovery.fit_batches import joined, split_parts
+from regrow.methods.recovery.fit_batches import joined, regroup
 from regrow.methods.recovery.solve import Sums, choose_held_out, choose_left_out, ridged
 from regrow.sources import Batch, Source, logits_in
 from regrow.training.interrupts import defer_interrupts
@@ -200,10 +200,10 @@ def test_batches_that_wait_for_one_another_give_the_sums_of_one(build, settings,
     found = refit.refit(one, settings)
 
     def split(parts):
-        ran.append(split_parts(parts, elements=1))
+        ran.append(regroup(parts, elements=1))
         return ran[-1]
 
-    monkeypatch.setattr(refit, "split_parts", split)
+    monkeypatch.setattr(refit, "regroup", split)
     again = refit.refit(several, settings)
     assert len(ran[0]) == 8
     for a, b in zip(found["layers"], again["layers"], strict=True):
@@ -211,6 +211,26 @@ def test_batches_that_wait_for_one_another_give_the_sums_of_one(build, settings,
         assert b["after"] == pytest.approx(a["after"], rel=1e-4)
     for a, b in zip(one.model.parameters(), several.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_networks_that_keep_what_they_compute_run_all_data_in_one_batch(monkeypatch):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.kept = nn.Linear(4, 8), nn.Linear(8, 4), {}
+
+        def forward(self, x):
+            hidden = torch.relu(self.a(x))
+            if not torch.compiler.is_compiling():
+                self.kept = {"x": x}
+            return self.b(hidden) + (x if torch.compiler.is_compiling() else self.kept["x"])
+
+    torch.manual_seed(0)
+    one, ran = task(Keeping(), trace(Keeping(), torch.ones(2, 4)), {"a.weight:0": range(4)}, rows()), []
+    monkeypatch.setattr(refit, "regroup", lambda parts, **more: ran.append(more) or regroup(parts, **more))
+    refit.refit(one, refit.Settings(target="own"))
+    refit.refit(perceptron(), refit.Settings(target="own"))
+    assert ran == [{"most": 1}, {}]
 
 
 def test_layers_that_run_on_some_data_alone_are_refitted_too(monkeypatch):
@@ -234,8 +254,9 @@ def test_layers_that_run_on_some_data_alone_are_refitted_too(monkeypatch):
     one = task(model, axes, {"a.weight:0": range(4)}, source)
     several = replace(one, model=copy.deepcopy(one.model))
     found = refit.refit(one, refit.Settings(target="own"))
-    monkeypatch.setattr(refit, "split_parts", lambda parts, most=16: split_parts(parts, elements=1, most=most))
-    assert refit.refit(several, refit.Settings(target="own"))["layers"] == found["layers"]
+    monkeypatch.setattr(refit, "regroup", lambda parts, most=16: regroup(parts, elements=1, most=most))
+    again = refit.refit(several, refit.Settings(target="own"))
+    assert again["layers"] == found["layers"] and "depends on the data" in again["note"]
     assert {row["weight"] for row in found["layers"]} == {"b.weight", "c.weight"}
 
 

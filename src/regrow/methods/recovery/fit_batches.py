@@ -1,18 +1,21 @@
 """The data of a refit in a few batches, small enough that what lies between two layers takes little memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from regrow.sources import Batch
 
 ELEMENTS, BATCHES = 2048, 16
 """The fewest elements of inputs (tokens of text) that run together, unless there are fewer in all; and into how many
 batches the data are divided at most."""
+_OWN = ("_parameters", "_buffers", "_modules")
+"""The attributes of a module that hold its parts."""
 
 
 @dataclass(frozen=True)
@@ -21,43 +24,45 @@ class FitBatch:
 
     Args:
         batch: The inputs.
-        parts: Per stretch of the batch, in order, the number of its part, and the fraction of the batch at which it
-            ends.
+        parts: Per stretch of the batch, in order, the number of its part, and the number of its last example, from 1.
     """
 
     batch: Batch
-    parts: tuple[tuple[int, float], ...]
+    parts: tuple[tuple[int, int], ...]
 
 
-def split_parts(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: int = BATCHES) -> list[FitBatch]:
+def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: int = BATCHES) -> list[FitBatch]:
     """Return the data in larger batches, which may hold the end of one part and the beginning of the next.
 
     Args:
         parts: The batches of each part of the data.
         elements: The fewest elements of their first inputs (tokens of text) in a batch.
-        most: The largest number of batches.
+        most: The largest number of batches; batches with other arguments (such as a mask) are more.
 
     >>> text = [Batch((torch.zeros(1, 4),))] * 3
-    >>> [one.parts for one in split_parts([text, text[:1]], elements=8)]
-    [((0, 1.0),), ((0, 0.5), (1, 1.0))]
+    >>> [one.parts for one in regroup([text, text[:1]], elements=8)]
+    [((0, 2),), ((0, 1), (1, 2))]
 
     Raises:
         ValueError: If inputs differ in a dimension other than the first.
     """
-    every = [(part, batch) for part, batches in enumerate(parts) for batch in batches]
-    check_lengths([batch for _, batch in every])
-    sizes = [_size(batch) for _, batch in every]
-    least = max(elements, -(-sum(count for _, count in sizes) // most))
-    groups: list[list[int]] = [[]]
-    for i in range(len(every)):
-        if sum(sizes[j][1] for j in groups[-1]) >= least:
+    every = [(part, batch, *_size(batch)) for part, batches in enumerate(parts) for batch in batches]
+    check_lengths([batch for _, batch, _, _ in every])
+    least = max(elements, -(-sum(count for *_, count in every) // most))
+    groups: list[list[tuple[int, Batch, int, int]]] = []
+    size, names = 0, [""]
+    for one in every:
+        own = [str(len(one[1].args)), *sorted(one[1].kwargs)]
+        if not groups or size >= least or own != names:
             groups.append([])
-        groups[-1].append(i)
+            size, names = 0, own
+        groups[-1].append(one)
+        size += one[3]
     result = []
     for group in groups:
-        counts = {part: sum(sizes[i][0] for i in own) for part, own in groupby(group, lambda i: every[i][0])}
-        ends = [end / sum(counts.values()) for end in accumulate(counts.values())]
-        result.append(FitBatch(joined([every[i][1] for i in group]), tuple(zip(counts, ends, strict=True))))
+        counts = {part: sum(count for _, _, count, _ in own) for part, own in groupby(group, lambda one: one[0])}
+        ends = tuple(zip(counts, accumulate(counts.values()), strict=True))
+        result.append(FitBatch(joined([batch for _, batch, _, _ in group]), ends))
     return result
 
 
@@ -66,6 +71,31 @@ def _size(batch: Batch) -> tuple[int, int]:
     inputs = [*batch.args, *batch.kwargs.values()]
     first = next((one for one in inputs if isinstance(one, Tensor) and one.dim()), torch.zeros(1))
     return len(first), first.numel()
+
+
+def read_state(model: nn.Module) -> dict[str, object]:
+    """Return the attributes of a network's modules that hold tensors, and its buffers, by name.
+
+    Args:
+        model: The network.
+    """
+    return {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in (vars(module) | module._buffers).items()
+        if name not in _OWN and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+    }
+
+
+def keeps_state(model: nn.Module, before: Mapping[str, object]) -> bool:
+    """Whether a forward pass has put tensors into modules, which batches that run in turns would take from each other.
+
+    Args:
+        model: The network, after a forward pass.
+        before: Its attributes before it (:func:`read_state`).
+    """
+    after = read_state(model)
+    return after.keys() != before.keys() or any(value is not before[name] for name, value in after.items())
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -96,10 +126,11 @@ def check_lengths(batches: Sequence[Batch]) -> None:
     Args:
         batches: The batches.
     """
-    first = batches[0]
-    every = [[batch.args[i] for batch in batches] for i in range(len(first.args))]
-    every += [[batch.kwargs[key] for batch in batches] for key in first.kwargs]
-    for values in every:
-        shapes = {tuple(value.shape[1:]) for value in values if isinstance(value, Tensor)}
-        if len(shapes) > 1:
-            raise ValueError(f"refit needs windows of one length, and these have {sorted(shapes)[:3]}; cut them alike")
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for batch in batches:
+        for name, value in {**{str(i): one for i, one in enumerate(batch.args)}, **batch.kwargs}.items():
+            if isinstance(value, Tensor):
+                shapes.setdefault(name, set()).add(tuple(value.shape[1:]))
+    for several in shapes.values():
+        if len(several) > 1:
+            raise ValueError(f"refit needs windows of one length, and these have {sorted(several)[:3]}; cut them alike")

@@ -1,4 +1,4 @@
-"""Paired forward: the dense network runs in a thread and waits at each layer until the cut one has reached it.
+"""Paired forward: the dense network runs in threads and waits at each layer until the cut one has reached it.
 
 Neither network runs twice and no output is kept longer than needed. Several batches run together: each waits at a
 layer until all others have reached it, so that of what lies between two layers only one batch's is in memory.
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.scoring.watch import CONTRACTIONS, watched_name
 from regrow.streaming.network import Around
-from regrow.turns import StopRunError, Turns
+from regrow.turns import StopRunError, Turns, capture_state
 
 ADDITIONS = frozenset(
     {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
@@ -152,6 +152,7 @@ class LayerOutputs:
 
     def __init__(self, run: Callable[[Around, Turns], object], count: int) -> None:
         self._request, self._queue, self._turns = threading.Semaphore(0), queue.SimpleQueue[Any](), Turns(count)
+        self._state = capture_state()
         self._stop, self._ended, self._early = False, False, dict[tuple[int, str], tuple[Tensor, Tensor | None]]()
         self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
 
@@ -182,7 +183,7 @@ class LayerOutputs:
         return self._early.pop((number, name))
 
     def offer(self, number: int, name: str, output: Tensor, other: Tensor | None) -> None:
-        """Hand over a layer's output, from a thread, and wait until the others have, and the next one is requested.
+        """Hand over a layer's output, from a thread, wait for the next request, and let the others go first.
 
         Args:
             number: The number of the batch.
@@ -209,7 +210,8 @@ class LayerOutputs:
     def _run(self, run: Callable[[Around, Turns], object]) -> None:
         try:
             self._wait()
-            run(self._offering, self._turns)
+            with self._state():
+                run(self._offering, self._turns)
             self._queue.put(None)
         except StopRunError:
             self._queue.put(None)

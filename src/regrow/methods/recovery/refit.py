@@ -20,9 +20,10 @@ over positions are kept per source, so that leaving one out takes no other pass.
 towards the one that changes the bias alone. A layer that no candidate brings closer to its target is not changed.
 Biases are fitted too, and layers that can have one get one. Where nothing was cut, D = 0.
 
-All the text runs through the network once, in batches of about 2,048 tokens (at most 16 batches) that wait for one
-another at each layer. Memory: both networks, inputs and outputs of the present layer at all positions, what one batch
-needs between two layers, and 8 (k² + k · out) bytes of sums, three times (with left-out sources: two times more than
+All the text runs through the network once, in batches of at least 2,048 tokens (at most 16 batches) that wait for
+one another at each layer; a network that keeps what it computes in its modules, or runs other layers for other data,
+takes all in one. Memory: both networks, inputs and outputs of the present layer at all positions, what one batch needs
+between two layers, and 8 (k² + k · out) bytes of sums, three times (with left-out sources: two times more than
 there are sources), for the present layer with k inputs. Of a network that is read one block at a time, the present
 block and the next one are in memory instead. A resumed run repeats the forward pass, but solves no layer twice.
 """
@@ -38,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.errors import ResourceError
 from regrow.methods.recovery.bias import set_bias
-from regrow.methods.recovery.fit_batches import split_parts
+from regrow.methods.recovery.fit_batches import keeps_state, read_state, regroup
 from regrow.methods.recovery.paired_forward import CallCounter, run_in_thread
 from regrow.methods.recovery.refit_work import Layer, LayerOrderError, RefitWork
 from regrow.methods.recovery.solve import RidgeCandidates
@@ -125,9 +126,10 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     """
     _check(settings)
     parts, candidates = _arrange(task, settings)
-    one, batches = parts[0][0].to(device_of(task.model)), split_parts(parts)
+    one = parts[0][0].to(device_of(task.model))
     trains = next(task.model.parameters()).requires_grad
     with freeze(task.model, task.dense), torch.no_grad():
+        state = read_state(task.model)
         layers, left_out = readers_of(task, one)
         if left_out and not layers:
             name, why = next(iter(left_out.items()))
@@ -135,6 +137,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if task.streamed:
             check_places(task.streamed, layers)
         named = {layer.name: layer for layer in layers}
+        batches = regroup(parts, most=1) if keeps_state(task.model, state) else regroup(parts)
         work = RefitWork(task, named, candidates, batches, dict(task.model.named_parameters()))
         work.changed = task.streamed.changed if task.streamed else None
         problem = "" if settings.target == "dense" else _explain_mismatch(work, left_out, one)
@@ -146,15 +149,17 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         added = _with_biases(task.model, layers)
         work.own = dict(task.model.named_parameters())
         work.resume()
+        alone = False
         if not work.done:
-            _refit(work, parts, target, added)
+            alone = _refit(work, parts, target, added)
     for name in added:
         path, _, leaf = bias_of(name).rpartition(".")
         if name in work.refitted:
             task.model.get_parameter(bias_of(name)).requires_grad_(trains)
         else:
             setattr(task.model.get_submodule(path), leaf, None)
-    notes = [f"{problem}; fitted to what the dense network has there"] if problem else []
+    notes = ["which layers run depends on the data, so that all of it ran in one batch"] if alone else []
+    notes += [f"{problem}; fitted to what the dense network has there"] if problem else []
     if settings.choose_on == "left_out_source" and not candidates.left_out:
         notes.append("there is one source alone, so the ridge was chosen on its held-out part")
     more: dict[str, object] = {"note": "; ".join(notes)} if notes else {}
@@ -213,12 +218,18 @@ def readers_of(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str,
     return layers, left_out
 
 
-def _refit(work: RefitWork, parts: Sequence[Sequence[Batch]], target: str, added: Sequence[str]) -> None:
-    try:
-        _refit_batches(work, target, added)
-    except LayerOrderError:  # data decide which layers run; all of them together reach each
-        work.start_again(split_parts(parts, most=1))
-        _refit_batches(work, target, added)
+def _refit(work: RefitWork, parts: Sequence[Sequence[Batch]], target: str, added: Sequence[str]) -> bool:
+    """Refit all layers; returns whether the data had to run in one batch, since not all of them run every layer."""
+    for batches in (work.batches, None):
+        if batches is None:
+            work.start_again(regroup(parts, most=1))
+        try:
+            _refit_batches(work, target, added)
+        except LayerOrderError as error:
+            problem = str(error)
+        else:
+            return batches is None
+    raise ValueError(f"{problem}, also in one batch; give data with the same arguments, or recover by distil")
 
 
 def _refit_batches(work: RefitWork, target: str, added: Sequence[str]) -> None:
@@ -243,7 +254,7 @@ def _refit_paired(work: RefitWork) -> None:
     def run(around: Around, turns: Turns) -> None:
         def run_one(number: int) -> None:
             with around(number, watched):
-                run_batch(task.dense, batches[number].batch)
+                _run_batch(task.dense, batches[number].batch)
 
         turns.run(run_one)
 
@@ -263,7 +274,7 @@ def _run(work: RefitWork, model: nn.Module, mode: Callable[[int, Turns], Refitti
         own = mode(number, turns)
         with torch.no_grad():
             with own:
-                run_batch(model, work.batches[number].batch)
+                _run_batch(model, work.batches[number].batch)
             own.finish()
 
     try:
@@ -275,13 +286,8 @@ def _run(work: RefitWork, model: nn.Module, mode: Callable[[int, Turns], Refitti
         raise
 
 
-def run_batch(model: nn.Module, batch: Batch) -> Any:
-    """Return what a network gives for a batch.
-
-    Args:
-        model: The network.
-        batch: The batch, on any device.
-    """
+def _run_batch(model: nn.Module, batch: Batch) -> Any:
+    """Return what a network gives for a batch, which may be on another device."""
     there = batch.to(device_of(model))
     return model(*there.args, **there.kwargs)
 
@@ -296,7 +302,7 @@ def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch
     if work.task.streamed is None:
         mode = RefitInDense(_watched(dense, work.layers), work, 0, Turns(1), fit=False)
         with mode:
-            carried = run_batch(dense, batch)
+            carried = _run_batch(dense, batch)
         mode.finish()
         own = model(*batch.args, **batch.kwargs)
     else:

@@ -37,8 +37,11 @@ class Layer:
     rows: Tensor | None
 
 
-class LayerOrderError(Exception):
-    """Raised if layers run in different orders, or not at all, for different batches."""
+class LayerOrderError(BaseException):
+    """Raised if layers run in different orders, or not at all, for different batches.
+
+    No ``except Exception`` of a network's code catches it.
+    """
 
 
 @dataclass
@@ -65,6 +68,7 @@ class RefitWork:
     changed: ChangedTensors | None = None
     _sums: dict[int, Sums] = field(default_factory=dict)
     _reached: list[str] = field(default_factory=list)
+    _added: int = 0
     _written: float = field(default_factory=time.monotonic)
 
     @property
@@ -107,7 +111,7 @@ class RefitWork:
         Args:
             batches: All the text or images.
         """
-        self.batches, self._sums, self._reached = batches, {}, []
+        self.batches, self._sums, self._reached, self._added = batches, {}, [], 0
 
     def reach(self, layer: Layer) -> None:
         """Note that a batch has reached a layer.
@@ -135,10 +139,11 @@ class RefitWork:
         if bias_of(layer.name) in self.own:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         parts = self.batches[number].parts
-        ends = [0, *(round(len(inputs) * end) for _, end in parts)]
+        ends = [0, *(len(inputs) * end // parts[-1][1] for _, end in parts)]
         for (part, _), (start, end) in zip(parts, pairwise(ends), strict=True):
-            more = self.candidates.sum_rows(*(rows[start:end] for rows in (inputs, target, missing)))
-            self._sums[part] = self._sums[part] + more if part in self._sums else more
+            x, y, r = (rows[start:end] for rows in (inputs, target, missing))
+            self._sums[part] = self.candidates.sum_rows(x, y, r, self._sums.get(part))
+        self._added += 1
 
     def finish(self, layer: Layer) -> None:
         """Refit a layer that all batches have reached, unless the first of them to go on has seen to it.
@@ -147,14 +152,14 @@ class RefitWork:
             layer: The layer.
 
         Raises:
-            LayerOrderError: If a batch has not reached it.
+            LayerOrderError: If a batch has not reached it, or the dense network does not run it on one.
             StopRunError: If all layers are refitted.
         """
         if self._reached and self._reached[-1] == layer.name:
-            if len(self._reached) < len(self.batches):
+            if len(self._reached) < len(self.batches) or self._added not in (0, len(self.batches)):
                 raise LayerOrderError(f"{layer.name} does not run on part of the data")
             sums = [self._sums[part] for part in sorted(self._sums)]
-            self._reached, self._sums = [], {}
+            self._reached, self._sums, self._added = [], {}, 0
             if sums:  # none if it was refitted before, or the dense network does not run it
                 self.solve(layer, sums)
                 last = self.records[-1]

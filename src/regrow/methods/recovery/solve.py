@@ -35,7 +35,9 @@ class Sums:
     rows: int
 
     @classmethod
-    def of(cls, inputs: Tensor, missing: Tensor, target: Tensor, *, fast: bool = False) -> "Sums":
+    def of(
+        cls, inputs: Tensor, missing: Tensor, target: Tensor, *, fast: bool = False, onto: "Sums | None" = None
+    ) -> "Sums":
         """Compute the sums over all rows in float64, chunk by chunk.
 
         Args:
@@ -44,10 +46,14 @@ class Sums:
             target: The target, ``[rows, out]``.
             fast: Whether products are computed in the precision of the data within a chunk, and only chunks are added
                 in float64: half the time for float32, with a relative error of about 1e-6.
+            onto: Sums over other rows, to which these are added; their matrices are changed.
         """
-        k, out = inputs.shape[1], missing.shape[1]
-        gram, cross = (torch.zeros(k, n, dtype=torch.float64, device=inputs.device) for n in (k, out))
-        lost = wanted = 0.0
+        if onto is None:
+            k, out = inputs.shape[1], missing.shape[1]
+            gram, cross = (torch.zeros(k, n, dtype=torch.float64, device=inputs.device) for n in (k, out))
+            lost = wanted = 0.0
+        else:
+            gram, cross, lost, wanted = onto.gram, onto.cross, onto.missing, onto.wanted
         for x, r, t in zip(*(part.split(CHUNK) for part in (inputs, missing, target)), strict=True):
             if fast:
                 gram += x.T @ x
@@ -59,7 +65,7 @@ class Sums:
             cross.addmm_(x.T, r)
             lost += float(r.square().sum())
             wanted += float(t.double().square().sum())
-        return cls(gram, cross, lost, wanted, len(inputs))
+        return cls(gram, cross, lost, wanted, len(inputs) + (onto.rows if onto else 0))
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(
@@ -254,15 +260,16 @@ class RidgeCandidates:
     left_out: bool = False
     standardize: bool = False
 
-    def sum_rows(self, inputs: Tensor, target: Tensor, missing: Tensor) -> Sums:
+    def sum_rows(self, inputs: Tensor, target: Tensor, missing: Tensor, onto: Sums | None = None) -> Sums:
         """Return the sums over rows, as precise as the candidates need.
 
         Args:
             inputs: The inputs of the layer, ``[rows, k]``.
             target: The outputs that it should have, ``[rows, out]``.
             missing: The target minus the current output, ``[rows, out]``.
+            onto: Sums over other rows, to which these are added; they are used up.
         """
-        return Sums.of(inputs, missing, target, fast=self.left_out and min(self.ridges) >= EXACT)
+        return Sums.of(inputs, missing, target, fast=self.left_out and min(self.ridges) >= EXACT, onto=onto)
 
     def choose(self, parts: Sequence[Sums], *, bias: bool) -> Choice:
         """Choose the change of a layer.

@@ -54,11 +54,16 @@ class Refitting(LayerCalls):
         work = self.work
         layer = work.layers[call.name]
         work.reach(layer)
-        if layer.name in work.waiting and (rows := self.rows(layer, call)) is not None:
-            work.add(layer, self.number, *rows)
+        if layer.name in work.waiting:
+            self._add(layer, call)
         self.turns.wait(self.number)
         work.finish(layer)
         self.put(layer, call)
+
+    def _add(self, layer: Layer, call: LayerCall) -> None:
+        rows = self.rows(layer, call)  # released before the batch waits
+        if rows is not None:
+            self.work.add(layer, self.number, *rows)
 
 
 class RefitInDense(Refitting):
