@@ -241,6 +241,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     "whole layers, switch": {"partition": "layer"},
     "modules, always switch": {"switch": "always"},
     "modules, reversed switch": {"switch": "reversed"},
+    "the same mixture everywhere, no switch": {"switch": "even"},
     "shares of the base method": {"start": "base"},
     "uniform shares": {"start": "uniform"},
 }
@@ -262,6 +263,7 @@ CONTRASTS = (
     ("switch against never", "modules, switch", "modules, never switch"),
     ("switch against always", "modules, switch", "modules, always switch"),
     ("switch against reversed", "modules, switch", "modules, reversed switch"),
+    ("switch against the same mixture everywhere", "modules, switch", "the same mixture everywhere, no switch"),
     ("switch of random modules against never", "random modules, switch", "random modules, never switch"),
     ("shares: base against inner", "shares of the base method", "modules, switch"),
     ("shares: uniform against inner", "uniform shares", "modules, switch"),
