@@ -49,7 +49,7 @@ def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
         to,
         op_types_to_quantize=["MatMul"],
         per_channel=True,
-        weight_type=QuantType.QInt8,
+        weight_type=QuantType.QUInt8,  # with signed weights, sums overflow 16 bits on processors without VNNI
         nodes_to_exclude=[*kept, *(f"{name}_MatMul" for name in kept)],  # what becomes of a Gemm
         use_external_data_format=size > largest,
     )
