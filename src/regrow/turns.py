@@ -36,7 +36,7 @@ def capture_state() -> State:
 
 
 class Turns:
-    """Several runs of a function, each in a thread of its own, of which one goes on at a time.
+    """Several runs of a function, each in a thread of its own, of which only one runs at a time.
 
     Args:
         count: How many runs.
@@ -59,7 +59,7 @@ class Turns:
         self._error: BaseException | None = None
 
     def wait(self, number: int) -> None:
-        """Return once all other runs have waited, or ended, since this one went on.
+        """Return once all other runs have waited, or ended, since this one last ran.
 
         Args:
             number: The number of the run that waits, from 0.

@@ -57,7 +57,7 @@ def generate_tokens(
 
     After an end-of-text token a new text starts in the same window. The random numbers of a window depend on the seed
     and its index alone; the text depends on rounding, too, and so on the processor. The network computes in bfloat16,
-    or in float32 on a processor that would be much slower in it (AVX2: 9 times).
+    or in float32 on a processor that would be much slower in it.
 
     Args:
         model: A causal language model of transformers, of any widths.
