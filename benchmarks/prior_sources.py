@@ -2,17 +2,21 @@
 
     python benchmarks/prior_sources.py --texts TEXTS              # all rows that are missing; several CPU minutes each
     python benchmarks/prior_sources.py --texts TEXTS --left-out talk --priors none generated --seconds 300
+    python benchmarks/prior_sources.py --texts TEXTS --priors generated --prior-windows 96 --select own
     python benchmarks/prior_sources.py --show
 
-SmolLM2-135M in bfloat16, MLP neurons, uniform, the outer blocks unpruned, with compensation of biases and then with
+SmolLM2-135M, MLP neurons, uniform, the outer blocks unpruned, with compensation of biases and then with
 ``--reconstruct``, for all priors to the same ``--target``. Of the four domains of a fold one is left out, the other
 three calibrate, and windows of the calibration half of the left-out one judge; the other fold is not looked at.
-Priors, for selection and fit: ``none``; ``generated``: text that the model itself generates (``--source generated``);
-``shuffled``: further windows of the calibration domains, the order of tokens shuffled within each; ``random``: tokens
-drawn uniformly from the vocabulary; ``more``, the control: the further windows as they are, each added to its own
-domain. One row per arm, written as soon as it is measured: negative log-likelihood per token of each window, of the
-cut network and of the reconstructed one. Rows go to benchmarks/results/prior_sources.jsonl. ``TEXTS`` holds the texts
-of recipes/width_pruning.py. The generated windows are kept in ``--work``. ``--seconds`` ends the run at the first arm
+Priors: ``none``; ``generated``: text that the model itself generates (``--source generated``); ``shuffled``: further
+windows of the calibration domains, the order of tokens shuffled within each; ``random``: tokens drawn uniformly from
+the vocabulary; ``more``, the control: the further windows as they are, each added to its own domain.
+
+Layers are fitted to all text. ``--select`` says on what units are scored and means are taken: on ``all`` text, on that
+of the calibration domains (``own``), or on as much of the prior as of each of these (``equal``). One row per arm,
+written as soon as it is measured: negative log-likelihood per token of each window, of the cut network and of the
+reconstructed one. Rows go to benchmarks/results/prior_sources.jsonl. ``TEXTS`` holds the texts of
+recipes/width_pruning.py. The generated windows are kept in ``--work``. ``--seconds`` ends the run at the first arm
 after so long.
 """
 
@@ -25,6 +29,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
+from itertools import product
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -51,7 +56,9 @@ from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "prior_sources.jsonl"
 PRIORS = ("none", "generated", "shuffled", "random", "more")
-KEYS = ("method", "target", "keep", "left_out", "prior", "windows", "prior_windows", "judged", "sample")
+SAME = ("dtype", "method", "target", "keep", "left_out", "windows", "judged", "sample")
+"""What rows that are compared have in common."""
+KEYS = (*SAME, "prior", "prior_windows", "select")
 
 
 def read() -> list[dict[str, Any]]:
@@ -63,15 +70,15 @@ def measure(args: argparse.Namespace) -> None:
     """Measure the rows that are missing."""
     torch.set_num_threads(1)
     began, known = time.monotonic(), {tuple(row[key] for key in KEYS) for row in read()}
-    common = {"windows": args.windows, "prior_windows": args.prior_windows, "judged": args.judged}
+    common = {"dtype": args.dtype, "target": args.target, "windows": args.windows, "judged": args.judged}
     cells = [
-        {"method": method, "target": args.target, "keep": keep, "left_out": name, "prior": prior}
-        | {**common, "sample": args.sample}
-        for name in args.left_out
-        for method in args.method
-        for keep in args.keep
-        for prior in args.priors
+        {**common, "method": method, "keep": keep, "left_out": name, "sample": args.sample, "prior": prior}
+        | {"prior_windows": 0 if prior == "none" else many, "select": "own" if prior == "none" else select}
+        for name, method, keep, prior, select, many in product(
+            args.left_out, args.method, args.keep, args.priors, args.select, args.prior_windows
+        )
     ]
+    cells = list({tuple(cell.values()): cell for cell in cells}.values())
     missing = [cell for cell in cells if tuple(cell[key] for key in KEYS) not in known]
     bench = WidthPruningBench(args) if missing else None
     for cell in missing:
@@ -96,12 +103,16 @@ def run(bench: WidthPruningBench, cell: dict[str, Any], work: Path) -> dict[str,
     sources = sources_of(bench, cell, work)
     took = {"sources": time.process_time() - start}
     pruner = replace(build_pruner(cell["method"], {"allocation": "uniform"}), spare=OUTER)
-    evidence = collect_evidence(bench.model, bench.axes, pruner, sources, batch_size=BATCH)
+    scored = [cell[name] for name in ("method", "left_out", "select")]
+    scored += [cell[name] for name in ("prior", "prior_windows") if cell["select"] != "own"]
+    if (evidence := bench.evidence.get(tuple(scored), (None, 0))[0]) is None:
+        evidence = collect_evidence(bench.model, bench.axes, pruner, selection(cell, sources), batch_size=BATCH)
+        bench.evidence = {tuple(scored): (evidence, 0)}
     plan = plan_cut(pruner, bench.model, bench.axes, Budget(cell["keep"], only=("mlp",)), evidence).plan
     network = apply(copy.deepcopy(bench.model), bench.axes, plan)[0]
     took["prune"] = time.process_time() - start - sum(took.values())
     judge = bench.windows(cell["left_out"], cell["judged"], LEFT_OUT_SEED, Half.CALIBRATION, BATCH)
-    same = ("left_out", "judged")
+    same = ("dtype", "left_out", "judged")
     known = next((row["dense"] for row in read() if all(row[name] == cell[name] for name in same)), None)
     nll = {"dense": known or losses(bench.model, judge), "cut": losses(network, judge)}
     took["evaluate"] = time.process_time() - start - sum(took.values())
@@ -110,6 +121,17 @@ def run(bench: WidthPruningBench, cell: dict[str, Any], work: Path) -> dict[str,
     nll["reconstructed"] = losses(network, judge)
     tokens = sum(source.tokens for source in sources)
     return {**nll, "tokens": tokens, "cpu_seconds": {name: round(value, 1) for name, value in took.items()}}
+
+
+def selection(cell: dict[str, Any], sources: Sequence[Source]) -> Sequence[Source]:
+    """Return the sources that units are scored on."""
+    match cell["select"]:
+        case "own":
+            return sources[:3]
+        case "equal":
+            return [replace(one, batches=one.batches[: cell["windows"]]) for one in sources]
+        case _:
+            return sources
 
 
 def losses(network: Any, judge: Source) -> list[float]:
@@ -136,7 +158,10 @@ def sources_of(bench: WidthPruningBench, cell: dict[str, Any], work: Path) -> li
         case "generated":
             specs = SourceSpecs(0, SEQ_LEN, ("generated",), tokens=many * SEQ_LEN, seed=sample)
             kinds = read_sources(specs, bench.loaded)
-            return [*plain, *fill_generated(kinds, specs, bench.loaded, many, work).calibration]
+            return [
+                *plain,
+                *fill_generated(kinds, specs, bench.loaded, max(bench.args.prior_windows), work).calibration,
+            ]
         case "shuffled":
             rows = [batch.args[0][0] for one in every for batch in one.batches[n:]]
             tokens = torch.stack([row[torch.randperm(SEQ_LEN, generator=generator)] for row in rows])
@@ -153,21 +178,20 @@ def amounts(cell: dict[str, Any]) -> tuple[int, int, int]:
 def show() -> None:
     """Print what each prior recovers of what the cut without a prior loses, paired over windows."""
     print(
-        "| method | target | keep | left out | prior | lost, cut | lost, reconstructed | recovered | more than none |"
+        "| dtype | method | target | keep | left out | prior | windows | selection | lost, cut | lost, reconstructed "
+        "| recovered | more than none |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
-    cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in read():
-        cells.setdefault(tuple(row[key] for key in KEYS if key != "prior"), {})[row["prior"]] = row
-    for (method, target, keep, left_out, *_), arms in sorted(cells.items()):
-        if (base := arms.get("none")) is None:
+    print("|" + "---|" * 12)
+    every = read()
+    bases = {tuple(row[key] for key in SAME): row for row in every if row["prior"] == "none"}
+    for row in sorted(every, key=lambda row: [row[key] if key != "prior" else PRIORS.index(row[key]) for key in KEYS]):
+        if (base := bases.get(tuple(row[key] for key in SAME))) is None:
             continue
-        for prior in (one for one in PRIORS if one in arms):
-            row = arms[prior]
-            lost = [f"{fmean(row[name]) - fmean(row['dense']):.3f}" for name in ("cut", "reconstructed")]
-            gains = [difference(base["cut"], row["reconstructed"])]
-            gains.append(difference(base["reconstructed"], row["reconstructed"]) if prior != "none" else "")
-            print(f"| {' | '.join(map(str, (method, target, keep, left_out, prior, *lost, *gains)))} |")
+        lost = [f"{fmean(row[name]) - fmean(row['dense']):.3f}" for name in ("cut", "reconstructed")]
+        gains = [difference(base["cut"], row["reconstructed"])]
+        gains.append(difference(base["reconstructed"], row["reconstructed"]) if row is not base else "")
+        named = (row[key] for key in (*SAME[:5], *KEYS[-3:]))
+        print(f"| {' | '.join(map(str, (*named, *lost, *gains)))} |")
 
 
 def difference(before: Sequence[float], after: Sequence[float]) -> str:
@@ -188,10 +212,11 @@ if __name__ == "__main__":
     parser.add_argument("--keep", nargs="+", type=float, default=[0.8])
     parser.add_argument("--priors", nargs="+", default=[*PRIORS], choices=PRIORS)
     parser.add_argument("--windows", type=int, default=8, help="windows of each calibration source")
-    parser.add_argument("--prior-windows", type=int, default=16)
+    parser.add_argument("--prior-windows", nargs="+", type=int, default=[16])
+    parser.add_argument("--select", nargs="+", default=["all"], choices=("all", "own", "equal"), help="scored on")
     parser.add_argument("--judged", type=int, default=64, help="windows of the left-out domain")
     parser.add_argument("--sample", type=int, default=0, help="the seed of the windows")
     parser.add_argument("--seconds", type=float, default=1e9)
-    parser.add_argument("--show", action="store_true")
+    parser.add_argument("--show", action="store_true", help="only print the table")
     given = parser.parse_args()
     show() if given.show else measure(given)

@@ -4,6 +4,7 @@
     python recipes/width_pruning.py test --texts FOLDER [--hours 4]       the best of each method, random, GPrune
     python recipes/width_pruning.py distil --texts FOLDER                 our default, distilled for some minutes more
     python recipes/width_pruning.py stages --texts FOLDER                 each stage of GPrune alone
+    python recipes/width_pruning.py bases --texts FOLDER                  GPrune's switch with three base metrics
     python recipes/width_pruning.py zero_shot --texts FOLDER --task PIQA.jsonl.gz ARC.jsonl.gz
     python recipes/width_pruning.py STAGE … --list                        how many points are left
     python recipes/width_pruning_show.py STAGE                            print its tables
@@ -41,6 +42,7 @@ from width_pruning_points import (
     KEEPS,
     Point,
     Row,
+    bases,
     distil,
     distil_rates,
     level,
@@ -68,8 +70,8 @@ def rounds(args: argparse.Namespace) -> Iterator[list[Point]]:
     elif args.stage == "distil":
         yield list(distil_rates(folds))
         yield list(distil(known(args), keeps, folds, samples))
-    elif args.stage == "stages":
-        yield list(stages(keeps, folds, samples))
+    elif args.stage in (fixed := {"stages": stages, "bases": bases}):
+        yield list(fixed[args.stage](keeps, folds, samples))
     else:
         of = {"test": test, "zero_shot": zero_shot}[args.stage]
         yield list(of(known(args), keeps, folds, samples))
@@ -119,7 +121,7 @@ def summary(row: Row) -> str:
 def main() -> None:
     """Run a stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("screen", "test", "distil", "stages", "zero_shot"))
+    parser.add_argument("stage", choices=("screen", "test", "distil", "stages", "bases", "zero_shot"))
     parser.add_argument("--texts", default="texts", help="folder of the texts that no Python package brings")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of rows")
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or gemma3-270m")

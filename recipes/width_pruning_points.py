@@ -277,6 +277,33 @@ CONTRASTS = (
 """The stage, the arm with it, and the arm that it is compared with."""
 
 
+BASES = ("flap", "wanda_sp", "llm_pruner")
+"""The base metrics whose choice should matter less with GPrune."""
+BASE_STAGES: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    (stage, base): {**UNLEARNED, **change, "base": base}
+    for base in BASES
+    for stage, change in (
+        ("none", BASE_ORDER),
+        ("switch", {}),
+        ("switch of random modules", {"partition": "random"}),
+    )
+}
+"""Stage, base metric → settings. The order is that of the base, and the shares are the same for all."""
+
+
+def staged(stage: str, base: str) -> str:
+    """The name of an arm of :data:`BASE_STAGES`."""
+    return f"{stage}, base {base}"
+
+
+def bases(keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
+    """Each base metric alone, and with the switch, on MLP neurons at keep 0.8 and 0.7."""
+    yield dense(DOMAINS)
+    for sample, fold, keep in product(range(samples), folds, [one for one in keeps if one in (0.8, 0.7)]):
+        for (stage, base), settings in BASE_STAGES.items():
+            yield Point(staged(stage, base), "gprune", keep, fold, sample, settings=settings)
+
+
 def stages(keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
     """Each stage of GPrune alone, on MLP neurons at keep 0.8 and 0.7."""
     yield dense(DOMAINS)

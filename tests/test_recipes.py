@@ -112,6 +112,7 @@ def _width_pruning_rows(points: ModuleType, loss: Callable[[object], float]) -> 
     add(points.screen_finalists(rows, (0.8,), (0, 1)))
     add(points.test(rows, (0.8,), (0, 1), 2))
     add(points.stages((0.8,), (0, 1), 2))
+    add(points.bases((0.8,), (0, 1), 1))
     add(points.distil_rates((0, 1)))
     add(points.distil(rows, (0.8,), (0, 1), 1))
     return rows
@@ -128,7 +129,8 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
         if point.method == "dense":
             return 0.0
         if point.method == "gprune":
-            return 0.5
+            switched = point.settings.get("switch") != "never"
+            return 0.5 + points.BASES.index(point.settings["base"]) / (20 if switched else 10)
         if point.distil:
             return 0.3 + abs(point.distil["lr"] - 3e-4)
         bad = 1.0 + points.METHODS.index(point.method) / 10 + (not point.settings["compensate"]) / 20
@@ -166,6 +168,8 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
     dense = [show.before(some, 0) for some in (rows, longer)]
     assert dense[0].level(seen=True) == dense[1].level(seen=True) and dense[0].level() < dense[1].level()
     assert len([line for line in show.stages_table(rows) if line.startswith("| ")]) == 1 + 2 * len(points.CONTRASTS)
+    ratios = [line.split(" | ")[-2] for line in show.bases_table(rows) if line.startswith("| 0.8 | 0 |")]
+    assert ratios == ["1.259", "1.122", "1.122"]  # exp(0.2 · 1.15) and exp(0.1 · 1.15): the means over windows
     assert any(chosen[0][0].arm in line and "| 0.8 | 0 |" in line for line in show.screen_table(rows))
     packed = {"task": "piqa", "right": "10", "right_per_byte": "11", "margins": "", "margins_per_byte": ""}
     for name, unit in (("margins", show.MARGIN), ("margins_per_byte", show.PER_BYTE)):
