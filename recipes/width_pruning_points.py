@@ -21,8 +21,8 @@ FINALISTS = 3
 """How many variants of each method are judged on all left-out domains."""
 DOMAINS, TASKS = "domains", "tasks"
 LEFT_OUT, RECONSTRUCTED = "left out: ", ", reconstructed"
-GENERATED, PRIOR = 96, ", generated text, reconstructed"
-"""The windows of text that the model itself generates, and the end of the names of arms that use it."""
+GENERATED, MORE = 48, 96
+"""The windows of text that the model itself generates: those of the command line's default, and more of them."""
 DISTILLED, RATES = ", distilled", (1e-4, 3e-4, 1e-3)
 """The end of the names of arms that are distilled, and the rates that are tried on a left-out domain."""
 
@@ -95,10 +95,10 @@ def reconstructed(point: Point) -> Point:
     return replace(point, arm=point.arm + RECONSTRUCTED, reconstruct=True)
 
 
-def with_prior(point: Point) -> Point:
+def with_prior(point: Point, windows: int = GENERATED) -> Point:
     """The same with generated text as one more source, and layers fitted to what the dense network has there."""
-    more: dict[str, Any] = {"reconstruct": True, "generated": GENERATED, "fit": {"target": "dense"}}
-    return replace(point, arm=point.arm + PRIOR, **more)
+    more: dict[str, Any] = {"reconstruct": True, "generated": windows, "fit": {"target": "dense"}}
+    return replace(point, arm=f"{point.arm}, {windows} generated windows{RECONSTRUCTED}", **more)
 
 
 def distilled(point: Point, rate: float) -> Point:
@@ -132,7 +132,8 @@ def screen_finalists(rows: Sequence[Row], keeps: Sequence[float], folds: Sequenc
     for fold, keep in product(folds, keeps):
         first = FOLDS[fold][0]
         for one in best(rows, keep, fold, domains=(first,))[:2]:
-            yield from (change(replace(one, on=LEFT_OUT + first)) for change in (reconstructed, with_prior))
+            left = replace(one, on=LEFT_OUT + first)
+            yield from (reconstructed(left), with_prior(left, MORE))
 
 
 def best(rows: Sequence[Row], keep: float, fold: int, count: int = 1, domains: Sequence[str] = ()) -> tuple[Point, ...]:
@@ -198,7 +199,7 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
         yield Point("random, as the best baseline", "random", settings=random, **like, **at)
         for arm, (only, settings) in GPRUNE.items():
             yield Point(arm, "gprune", only=only, settings=settings, **at)
-        yield with_prior(chosen)
+        yield from (with_prior(fisher(keep, fold, sample), MORE), with_prior(chosen, MORE))
 
 
 def fisher(keep: float, fold: int = 0, sample: int = 0, on: str = DOMAINS) -> Point:

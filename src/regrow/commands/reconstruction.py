@@ -85,8 +85,8 @@ def count_tokens(settings: Settings, text: bool) -> int:
 def count_calibration(settings: Settings) -> int:
     """Return how many tokens or images a run calibrates on, over all sources together.
 
-    >>> count_calibration(Settings("m", sources=("news", "generated"), tokens=4096, generated_tokens=24576))
-    28672
+    >>> count_calibration(Settings("m", sources=("news", "generated"), tokens=4096, generated_tokens=12288))
+    16384
 
     Args:
         settings: The settings of the run.

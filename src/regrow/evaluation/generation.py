@@ -18,8 +18,9 @@ from regrow.tracing.meta_copy import copy_model
 
 ROWS = 128
 """The most windows that are generated at a time: a step reads all weights, whatever their number."""
-STRETCH = 128
-"""After how many tokens of each window the result is stored; an interrupted call resumes there."""
+STRETCH = 256
+"""After how many tokens of each window, or half of it if it is longer, the result is stored; an interrupted call
+resumes there. What is known is read anew after each of them."""
 _BLOCK = 256
 
 
@@ -81,11 +82,12 @@ def generate_tokens(
             "--memory, or another source"
         )
     writer, length = _copy_to_sample(model), tokens.shape[1]
+    stretch = max(STRETCH, -(-length // 2))
     for rows in missing.split(ROWS):
         draws = torch.stack([_draw(seed, row, length) for row in rows.tolist()])
         done = int((tokens[rows] >= 0).sum(1).min())
         while done < length:
-            last = min(length, done + STRETCH - done % STRETCH)
+            last = min(length, done + stretch - done % stretch)
             known = torch.cat([tokens.new_full((len(rows), 1), start), tokens[rows, :done]], 1)
             before = int((tokens >= 0).sum()) - int((tokens[rows, done:] >= 0).sum())
             sampling = _Sampling(draws, done, before, tokens.numel(), progress)

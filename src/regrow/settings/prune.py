@@ -130,8 +130,8 @@ class Settings:
     )] = 4096
     generated_tokens: Annotated[int, Setting(
         "Tokens of --source generated; 0: as many as of other sources.",
-        group=DATA, range=Range(0, MANY), example="8192", absent=24576,
-    )] = 24576
+        group=DATA, range=Range(0, MANY), example="8192", absent=12288,
+    )] = 12288
     batch_size: Annotated[int, Setting(
         "Windows of text (image models: images) that calibration runs at a time; 8 is faster than 1 and takes more "
         "memory. Methods that need gradients of weights run one at a time.",
