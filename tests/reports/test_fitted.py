@@ -50,6 +50,15 @@ def test_what_a_reconstruction_recovered_is_shown_for_seen_and_unseen_text(recon
     assert 'id="fig-reconstruction"' in page and "25.0\N{NO-BREAK SPACE}% recovered on left-out sources" in page
 
 
+def test_what_layers_were_fitted_to_is_said(reconstructed):
+    path, own, dense = reconstructed / "metrics.jsonl", "as it is after the cut", "in the network before the cut"
+    for target, said, unsaid in (("own", own, dense), ("dense", dense, own)):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "target": target}) + "\n" for row in rows))
+        page = to_html(summarise([reconstructed]))
+        assert said in page and unsaid not in page
+
+
 def test_a_recovery_after_a_reconstruction_has_a_column_of_its_own(reconstructed):
     path = reconstructed / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -37,6 +37,7 @@ def reconstruction(lines: list[JsonObject]) -> ReconstructionTable | None:
     ]
     return {
         "tokens": size(line.get("tokens")),
+        "dense": line.get("target") == "dense",
         "where": UNSEEN if by_source else "held-out text",
         "layers": layers,
         "kinds": group_rows(rows),
@@ -97,7 +98,8 @@ def describe(run: Run) -> list[str]:
         return []
     tokens = "" if fit["tokens"] is None else f" on {fit['tokens']:,} tokens"
     layers = "1 layer" if len(fit["layers"]) == 1 else f"{len(fit['layers'])} layers"
-    lines = [f"After the cut, {layers} that read removed units were fitted to their dense outputs{tokens}."]
+    goal = "the outputs that they have in the network before the cut" if fit["dense"] else "their dense outputs"
+    lines = [f"After the cut, {layers} that read removed units were fitted to {goal}{tokens}."]
     every: list[dict[str, Any]] = [dict(row) for row in fit["layers"]]
     for name, where in (("after", fit["where"]), ("seen", SEEN)):
         known = [row for row in every if row["before"] is not None and row[name] is not None]

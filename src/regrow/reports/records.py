@@ -196,9 +196,10 @@ class FittedLayer(TypedDict):
 
 
 class ReconstructionTable(TypedDict):
-    """The least squares after a cut: on how many tokens, where it was judged, and the layers, also by kind."""
+    """The least squares after a cut: on how many tokens, to what, where it was judged, and the layers, also by kind."""
 
     tokens: int | None
+    dense: bool
     where: str
     layers: list[FittedLayer]
     kinds: list[dict[str, Any]]
