@@ -176,7 +176,7 @@ def amounts(cell: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def show() -> None:
-    """Print what each prior recovers of what the cut without a prior loses, paired over windows."""
+    """Print what is lost with each prior and what it recovers of the loss without one, paired over windows."""
     print(
         "| dtype | method | target | keep | left out | prior | windows | selection | lost, cut | lost, reconstructed "
         "| recovered | more than none |"
@@ -185,11 +185,11 @@ def show() -> None:
     every = read()
     bases = {tuple(row[key] for key in SAME): row for row in every if row["prior"] == "none"}
     for row in sorted(every, key=lambda row: [row[key] if key != "prior" else PRIORS.index(row[key]) for key in KEYS]):
-        if (base := bases.get(tuple(row[key] for key in SAME))) is None:
-            continue
         lost = [f"{fmean(row[name]) - fmean(row['dense']):.3f}" for name in ("cut", "reconstructed")]
-        gains = [difference(base["cut"], row["reconstructed"])]
-        gains.append(difference(base["reconstructed"], row["reconstructed"]) if row is not base else "")
+        base, gains = bases.get(tuple(row[key] for key in SAME)), ["", ""]
+        if base is not None:
+            gains = [difference(base[name], row["reconstructed"]) for name in ("cut", "reconstructed")]
+            gains[1:] = [""] if row is base else gains[1:]
         named = (row[key] for key in (*SAME[:5], *KEYS[-3:]))
         print(f"| {' | '.join(map(str, (*named, *lost, *gains)))} |")
 
