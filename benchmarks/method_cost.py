@@ -5,11 +5,11 @@
     python benchmarks/method_cost.py --show                                # in multiples of flap
 
 The command loads the model, calibrates on 16 windows of 256 tokens of each of three sources, cuts MLP neurons to keep
-0.8, writes the run folder and evaluates 2,048 tokens of each source, on one thread; tokens are those of the defaults.
-Arms with ``generated`` generate that many windows of 256 tokens, calibrate on them too, and fit layers to the dense
-network. One row per run is appended to benchmarks/results/method_cost.jsonl; rows that are there are not measured
-again. 2 to 15 minutes a run. Ratios depend on the processor and the dtype: products of bfloat16 are fast where there is
-AMX, and slow where there is none.
+0.8, writes the run folder and evaluates 2,048 tokens of each source, as it does by default, on one thread. Arms named
+*N generated windows* generate N windows of 256 tokens, calibrate on them too, and fit layers to the dense network. One
+row per run is appended to benchmarks/results/method_cost.jsonl; rows of this processor are not measured again. 2 to 15
+minutes a run. Ratios depend on the processor and the dtype: products of bfloat16 are fast where there is AMX, and slow
+where there is none.
 """
 
 import argparse
@@ -43,7 +43,7 @@ ARMS = {
     },
 }
 """What is compared: name → the method, and further words of the command."""
-GIVEN = ("dtype", "batch_size", "eval_tokens")
+GIVEN = ("processor", "dtype", "batch_size", "eval_tokens")
 """What rows that are compared have in common."""
 
 
@@ -67,11 +67,13 @@ def show(rows: list[dict[str, Any]]) -> None:
     for group in sorted({tuple(row[name] for name in GIVEN) for row in rows}):
         own = [row for row in rows if tuple(row[name] for name in GIVEN) == group]
         given = ", ".join(f"{name} {value}" for name, value in zip(GIVEN, group, strict=True))
-        first: list[float] = []
-        for arm in sorted({row["arm"] for row in own}, key=[*ARMS].index):
-            means = [fmean(row[name] for row in own if row["arm"] == arm) for name in ("cpu_s", "peak_mib")]
-            first = first or means
-            ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(means, first, strict=True))
+        arms = {
+            arm: [fmean(row[name] for row in own if row["arm"] == arm) for name in ("cpu_s", "peak_mib")]
+            for arm in ARMS
+            if any(row["arm"] == arm for row in own)
+        }
+        for arm, means in arms.items():
+            ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(means, arms.get("flap", []), strict=False))
             print(f"{given}, {arm}: {means[0]:.1f} CPU s, {means[1]:.0f} MiB; {ratios} x flap")
 
 
@@ -92,14 +94,14 @@ def main() -> None:
         return
     processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     there = {tuple(row[name] for name in (*GIVEN, "arm", "repeat")) for row in rows}
-    given = {name: getattr(args, name) for name in GIVEN}
+    given = {"processor": processor, **{name: getattr(args, name) for name in GIVEN[1:]}}
     for repeat in range(args.repeats):
         for arm in args.arms:
             if (*given.values(), arm, repeat) not in there:
                 row = {"arm": arm, **given, "repeat": repeat, **measure(arm, args), "date": time.strftime("%Y-%m-%d")}
                 print(json.dumps(row), flush=True)
                 with args.out.open("a") as out:
-                    out.write(json.dumps({**row, "processor": processor, **versions()}) + "\n")
+                    out.write(json.dumps({**row, **versions()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
-from itertools import product
+from itertools import combinations, product
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -56,7 +56,11 @@ from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "prior_sources.jsonl"
 PRIORS = ("none", "generated", "shuffled", "random", "more")
-SAME = ("dtype", "method", "target", "keep", "left_out", "windows", "judged", "sample")
+ALONE = {"none": "own", "more": "all"}
+"""The priors that are no source of their own, and what units are then scored on."""
+MOST = 96
+"""The most windows of a prior: those of a domain are chosen as if there were so many, however many are used."""
+SAME = ("model", "dtype", "method", "target", "keep", "left_out", "windows", "judged", "sample")
 """What rows that are compared have in common."""
 KEYS = (*SAME, "prior", "prior_windows", "select")
 
@@ -70,10 +74,16 @@ def measure(args: argparse.Namespace) -> None:
     """Measure the rows that are missing."""
     torch.set_num_threads(1)
     began, known = time.monotonic(), {tuple(row[key] for key in KEYS) for row in read()}
-    common = {"dtype": args.dtype, "target": args.target, "windows": args.windows, "judged": args.judged}
+    common = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "target": args.target,
+        "windows": args.windows,
+        "judged": args.judged,
+    }
     cells = [
         {**common, "method": method, "keep": keep, "left_out": name, "sample": args.sample, "prior": prior}
-        | {"prior_windows": 0 if prior == "none" else many, "select": "own" if prior == "none" else select}
+        | {"prior_windows": 0 if prior == "none" else many, "select": ALONE.get(prior, select)}
         for name, method, keep, prior, select, many in product(
             args.left_out, args.method, args.keep, args.priors, args.select, args.prior_windows
         )
@@ -103,21 +113,25 @@ def run(bench: WidthPruningBench, cell: dict[str, Any], work: Path) -> dict[str,
     sources = sources_of(bench, cell, work)
     took = {"sources": time.process_time() - start}
     pruner = replace(build_pruner(cell["method"], {"allocation": "uniform"}), spare=OUTER)
-    scored = [cell[name] for name in ("method", "left_out", "select")]
-    scored += [cell[name] for name in ("prior", "prior_windows") if cell["select"] != "own"]
-    if (evidence := bench.evidence.get(tuple(scored), (None, 0))[0]) is None:
-        evidence = collect_evidence(bench.model, bench.axes, pruner, selection(cell, sources), batch_size=BATCH)
-        bench.evidence = {tuple(scored): (evidence, 0)}
+    scored = tuple(cell[name] for name in ("method", "left_out", "select"))
+    if cell["select"] != "own":
+        scored += (cell["prior"], cell["prior_windows"])
+    if scored not in bench.evidence:
+        found = collect_evidence(bench.model, bench.axes, pruner, selection(cell, sources), batch_size=BATCH)
+        bench.evidence = {scored: (found, time.process_time() - start - took["sources"])}
+    evidence, took["calibrate"] = bench.evidence[scored]
+    began = time.process_time()
     plan = plan_cut(pruner, bench.model, bench.axes, Budget(cell["keep"], only=("mlp",)), evidence).plan
     network = apply(copy.deepcopy(bench.model), bench.axes, plan)[0]
-    took["prune"] = time.process_time() - start - sum(took.values())
+    took["prune"] = time.process_time() - began
     judge = bench.windows(cell["left_out"], cell["judged"], LEFT_OUT_SEED, Half.CALIBRATION, BATCH)
-    same = ("dtype", "left_out", "judged")
+    same = ("model", "dtype", "left_out", "judged")
     known = next((row["dense"] for row in read() if all(row[name] == cell[name] for name in same)), None)
     nll = {"dense": known or losses(bench.model, judge), "cut": losses(network, judge)}
-    took["evaluate"] = time.process_time() - start - sum(took.values())
+    took["evaluate"] = time.process_time() - began - took["prune"]
+    began = time.process_time()
     reconstruct(network, bench.model, bench.axes, plan, sources, {"target": cell["target"]})
-    took["reconstruct"] = time.process_time() - start - sum(took.values())
+    took["reconstruct"] = time.process_time() - began
     nll["reconstructed"] = losses(network, judge)
     tokens = sum(source.tokens for source in sources)
     return {**nll, "tokens": tokens, "cpu_seconds": {name: round(value, 1) for name, value in took.items()}}
@@ -145,25 +159,29 @@ def sources_of(bench: WidthPruningBench, cell: dict[str, Any], work: Path) -> li
     fold = next(fold for fold in FOLDS if cell["left_out"] in fold)
     names, n, many, sample = [one for one in fold if one != cell["left_out"]], *amounts(cell)
     extra = [many // 3 + (i < many % 3) for i in range(3)]
-    every = [
-        bench.windows(name, n + more, sample, Half.CALIBRATION, 1) for name, more in zip(names, extra, strict=True)
-    ]
-    if cell["prior"] == "more":
-        return every
+    every = [bench.windows(name, n + MOST // 3, sample, Half.CALIBRATION, 1) for name in names]
     plain = [replace(one, batches=one.batches[:n]) for one in every]
+    if cell["prior"] == "none":
+        return plain
+    if cell["prior"] in ("more", "shuffled"):
+        for one, more in zip(every, extra, strict=True):
+            if len(one) < n + more:
+                raise SystemExit(
+                    f"{one.name} has {len(one)} windows, not {n + more}; lower --prior-windows or --windows"
+                )
+    further = [one.batches[n : n + more] for one, more in zip(every, extra, strict=True)]
+    if cell["prior"] == "more":
+        return [replace(one, batches=[*one.batches, *new]) for one, new in zip(plain, further, strict=True)]
     generator = torch.Generator().manual_seed(sample)
     match cell["prior"]:
-        case "none":
-            return plain
         case "generated":
             specs = SourceSpecs(0, SEQ_LEN, ("generated",), tokens=many * SEQ_LEN, seed=sample)
-            kinds = read_sources(specs, bench.loaded)
-            return [
-                *plain,
-                *fill_generated(kinds, specs, bench.loaded, max(bench.args.prior_windows), work).calibration,
-            ]
+            folder = work / "_".join(str(cell[name]) for name in ("model", "dtype", "sample", "prior_windows"))
+            folder.mkdir(parents=True, exist_ok=True)
+            kinds = fill_generated(read_sources(specs, bench.loaded), specs, bench.loaded, many, folder)
+            return [*plain, *kinds.calibration]
         case "shuffled":
-            rows = [batch.args[0][0] for one in every for batch in one.batches[n:]]
+            rows = [batch.args[0][0] for batches in further for batch in batches]
             tokens = torch.stack([row[torch.randperm(SEQ_LEN, generator=generator)] for row in rows])
         case _:
             tokens = torch.randint(bench.model.config.vocab_size, (many, SEQ_LEN), generator=generator)
@@ -176,22 +194,24 @@ def amounts(cell: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def show() -> None:
-    """Print what is lost with each prior and what it recovers of the loss without one, paired over windows."""
-    print(
-        "| dtype | method | target | keep | left out | prior | windows | selection | lost, cut | lost, reconstructed "
-        "| recovered | more than none |"
-    )
-    print("|" + "---|" * 12)
-    every = read()
-    bases = {tuple(row[key] for key in SAME): row for row in every if row["prior"] == "none"}
-    for row in sorted(every, key=lambda row: [row[key] if key != "prior" else PRIORS.index(row[key]) for key in KEYS]):
-        lost = [f"{fmean(row[name]) - fmean(row['dense']):.3f}" for name in ("cut", "reconstructed")]
-        base, gains = bases.get(tuple(row[key] for key in SAME)), ["", ""]
-        if base is not None:
-            gains = [difference(base[name], row["reconstructed"]) for name in ("cut", "reconstructed")]
-            gains[1:] = [""] if row is base else gains[1:]
-        named = (row[key] for key in (*SAME[:5], *KEYS[-3:]))
-        print(f"| {' | '.join(map(str, (*named, *lost, *gains)))} |")
+    """Print what is lost with each prior, and the differences between any two, paired over windows."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    order = lambda row: [row[key] if key != "prior" else PRIORS.index(row[key]) for key in KEYS]  # noqa: E731
+    for row in sorted(read(), key=order):
+        groups.setdefault(tuple(row[key] for key in SAME if key != "method"), []).append(row)
+    for shared, rows in groups.items():
+        print(
+            ", ".join(f"{key} {value}" for key, value in zip((k for k in SAME if k != "method"), shared, strict=True))
+        )
+        print("\n| method, prior, windows, scored on | lost, cut | lost, reconstructed |\n|---|---|---|")
+        names = [" ".join(str(row[key]) for key in ("method", "prior", "prior_windows", "select")) for row in rows]
+        for name, row in zip(names, rows, strict=True):
+            lost = (f"{fmean(row[what]) - fmean(row['dense']):.3f}" for what in ("cut", "reconstructed"))
+            print(f"| {name} | {' | '.join(lost)} |")
+        print("\n| reconstructed | against | loses less by, nats ± standard error |\n|---|---|---|")
+        for (i, one), (j, other) in combinations(enumerate(rows), 2):
+            print(f"| {names[j]} | {names[i]} | {difference(one['reconstructed'], other['reconstructed'])} |")
+        print()
 
 
 def difference(before: Sequence[float], after: Sequence[float]) -> str:

@@ -21,8 +21,8 @@ FINALISTS = 3
 """How many variants of each method are judged on all left-out domains."""
 DOMAINS, TASKS = "domains", "tasks"
 LEFT_OUT, RECONSTRUCTED = "left out: ", ", reconstructed"
-GENERATED, MORE = 48, 96
-"""The windows of text that the model itself generates: those of the command line's default, and more of them."""
+WINDOWS, MORE_WINDOWS = 48, 96
+"""The windows of text that the model itself generates: the 12,288 tokens of ``--generated-tokens``, and twice these."""
 DISTILLED, RATES = ", distilled", (1e-4, 3e-4, 1e-3)
 """The end of the names of arms that are distilled, and the rates that are tried on a left-out domain."""
 
@@ -95,7 +95,7 @@ def reconstructed(point: Point) -> Point:
     return replace(point, arm=point.arm + RECONSTRUCTED, reconstruct=True)
 
 
-def with_prior(point: Point, windows: int = GENERATED) -> Point:
+def with_prior(point: Point, windows: int = WINDOWS) -> Point:
     """The same with generated text as one more source, and layers fitted to what the dense network has there."""
     more: dict[str, Any] = {"reconstruct": True, "generated": windows, "fit": {"target": "dense"}}
     return replace(point, arm=f"{point.arm}, {windows} generated windows{RECONSTRUCTED}", **more)
@@ -133,7 +133,7 @@ def screen_finalists(rows: Sequence[Row], keeps: Sequence[float], folds: Sequenc
         first = FOLDS[fold][0]
         for one in best(rows, keep, fold, domains=(first,))[:2]:
             left = replace(one, on=LEFT_OUT + first)
-            yield from (reconstructed(left), with_prior(left, MORE))
+            yield from (reconstructed(left), with_prior(left, MORE_WINDOWS))
 
 
 def best(rows: Sequence[Row], keep: float, fold: int, count: int = 1, domains: Sequence[str] = ()) -> tuple[Point, ...]:
@@ -199,7 +199,7 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
         yield Point("random, as the best baseline", "random", settings=random, **like, **at)
         for arm, (only, settings) in GPRUNE.items():
             yield Point(arm, "gprune", only=only, settings=settings, **at)
-        yield from (with_prior(fisher(keep, fold, sample), MORE), with_prior(chosen, MORE))
+        yield from (with_prior(fisher(keep, fold, sample), MORE_WINDOWS), with_prior(chosen, MORE_WINDOWS))
 
 
 def fisher(keep: float, fold: int = 0, sample: int = 0, on: str = DOMAINS) -> Point:
@@ -289,7 +289,7 @@ BASE_STAGES: Mapping[tuple[str, str], Mapping[str, Any]] = {
         ("switch of random modules", {"partition": "random"}),
     )
 }
-"""Stage, base metric → settings. The order is that of the base, and the shares are the same for all."""
+"""Stage, base metric → settings. All have the same shares; with the stage ``none`` the order is the base's own."""
 
 
 def staged(stage: str, base: str) -> str:

@@ -138,10 +138,12 @@ def bases_table(every: Sequence[Row]) -> Iterator[str]:
             if len(own) < len(BASES):
                 continue
             common = frozenset.intersection(*(arm.draws for arm in own))
+            if not common:  # in different dtypes
+                continue
             worst, *_, best = sorted(own, key=lambda arm: -arm.level(of=common))
             cells = [f"{math.exp(arm.level(of=common)):.2f}" for arm in own]
             ratio = math.exp(worst.level(of=common) - best.level(of=common))
-            gap = paired(worst.windows(), best.windows())
+            gap = paired({one: values for one, values in worst.windows().items() if one in common}, best.windows())
             yield line((str(keep), str(fold), stage, *cells, str(gap), f"{ratio:.3f}", str(len(common))))
 
 

@@ -16,11 +16,11 @@ from regrow.source_names import GENERATED
 from regrow.sources import Source, device_of
 from regrow.tracing.meta_copy import copy_model
 
-ROWS = 128
+ROWS, ROWS_ON_CPU = 128, 32
 """The most windows that are generated at a time: a step reads all weights, whatever their number."""
 STRETCH = 256
-"""After how many tokens of each window, or half of it if it is longer, the result is stored; an interrupted call
-resumes there. What is known is read anew after each of them."""
+"""After how many tokens of each window the result is stored, or after half of it if that is more. An interrupted call
+resumes there. The network reads the tokens so far once more at each of these places, so they are few."""
 _BLOCK = 256
 
 
@@ -83,7 +83,7 @@ def generate_tokens(
         )
     writer, length = _copy_to_sample(model), tokens.shape[1]
     stretch = max(STRETCH, -(-length // 2))
-    for rows in missing.split(ROWS):
+    for rows in missing.split(_count_rows(model)):
         draws = torch.stack([_draw(seed, row, length) for row in rows.tolist()])
         done = int((tokens[rows] >= 0).sum(1).min())
         while done < length:
@@ -113,7 +113,7 @@ def predict_generation(model: nn.Module, n: int, length: int) -> int:
     """
     config: Any = getattr(model, "config", None)
     kind = sampling_dtype(model)
-    config, rows = config.get_text_config(), min(n, ROWS)
+    config, rows = config.get_text_config(), min(n, _count_rows(model))
     queries = getattr(config, "num_attention_heads", None) or 0  # 0: a recurrent network, whose states are small
     heads = (getattr(config, "num_key_value_heads", None) or queries) if queries else 0
     size = getattr(config, "head_dim", None) or config.hidden_size // max(1, queries)
@@ -174,6 +174,11 @@ def sampling_dtype(model: nn.Module) -> torch.dtype:
     capability = torch.backends.cpu.get_cpu_capability()
     slow = device_of(model).type in ("cpu", "meta") and not capability.startswith(("AVX512", "SVE"))
     return torch.float32 if slow else torch.bfloat16
+
+
+def _count_rows(model: nn.Module) -> int:
+    """Return how many windows are generated at a time; a network without numbers will run on the processor."""
+    return ROWS_ON_CPU if device_of(model).type in ("cpu", "meta") else ROWS
 
 
 def _copy_to_sample(model: nn.Module) -> Any:

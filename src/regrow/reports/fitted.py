@@ -98,7 +98,8 @@ def describe(run: Run) -> list[str]:
         return []
     tokens = "" if fit["tokens"] is None else f" on {fit['tokens']:,} tokens"
     layers = "1 layer" if len(fit["layers"]) == 1 else f"{len(fit['layers'])} layers"
-    goal = "the outputs that they have in the network before the cut" if fit["dense"] else "their dense outputs"
+    own = "what they would return uncut, with the network before them as it is after the cut"
+    goal = "what they return in the network before the cut" if fit["dense"] else own
     lines = [f"After the cut, {layers} that read removed units were fitted to {goal}{tokens}."]
     every: list[dict[str, Any]] = [dict(row) for row in fit["layers"]]
     for name, where in (("after", fit["where"]), ("seen", SEEN)):
