@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -32,6 +32,7 @@ from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
+from regrow.plan import Plan
 from regrow.process_memory import return_memory
 from regrow.source_names import GENERATED
 from regrow.sources import Source
@@ -43,6 +44,25 @@ MARGIN, PER_BYTE = 0.01, 0.001
 """The units, in nats and nats per byte, in which rows hold margins."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A pruned network before it is distilled, which points that are distilled at different rates share.
+
+    Args:
+        key: The point without its distillation.
+        network: The network.
+        plan: What was cut.
+        row: What a row says about it.
+        seconds: Stage → what it took.
+    """
+
+    key: str
+    network: nn.Module
+    plan: Plan
+    row: Row
+    seconds: Mapping[str, float]
+
+
 @dataclass
 class WidthPruningBench:
     """The model, the texts, and what was measured on them for the present fold and sample."""
@@ -50,6 +70,7 @@ class WidthPruningBench:
     args: argparse.Namespace
     evidence: dict[Any, tuple[Evidence, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    last: Cut | None = None
 
     def __post_init__(self) -> None:
         args, folder = self.args, Path(self.args.texts)
@@ -90,7 +111,24 @@ class WidthPruningBench:
         return {**row, "seconds": self.seconds, "date": date}
 
     def pruned(self, point: Point) -> tuple[nn.Module, Row]:
-        """A pruned copy of the network, and what its row says about it."""
+        """A pruned copy of the network, distilled if the point says so, and what its row says about it."""
+        before = replace(point, distil={})
+        if self.last is None or self.last.key != before.key:
+            self.last = None
+            self.last = self.cut(before)
+        else:
+            self.seconds |= self.last.seconds
+        if not point.distil:
+            return self.last.network, dict(self.last.row)
+        network, sources = copy.deepcopy(self.last.network), self.sources(point)
+        work = find_method(MethodKind.RECOVERY, "distil").made("distil", point.distil)
+        with self.stage("distil"):
+            task = RecoveryTask(network, self.model, self.axes, self.last.plan, sources)
+            report = work_in(self.args.dtype, "distil", work, task)
+        return network, {**self.last.row, "distillation": report}
+
+    def cut(self, point: Point) -> Cut:
+        """The network after the cut and the least squares of a point."""
         pruner = prune.build_pruner(point.method, point.settings)
         if point.outer is not None:
             pruner = replace(pruner, spare=(0.0, 0.0) if point.outer else OUTER)
@@ -113,12 +151,7 @@ class WidthPruningBench:
             with self.stage("reconstruct"):
                 fit = reconstruct(network, self.model, self.axes, cut.plan, sources, point.fit)
             row["reconstruction"] = {name: fit[name] for name in ("target", "note", "tokens") if name in fit}
-        if point.distil:
-            work = find_method(MethodKind.RECOVERY, "distil").made("distil", point.distil)
-            with self.stage("distil"):
-                task = RecoveryTask(network, self.model, self.axes, cut.plan, sources)
-                row["distillation"] = work_in(self.args.dtype, "distil", work, task)
-        return network, row
+        return Cut(point.key, network, cut.plan, row, dict(self.seconds))
 
     def sources(self, point: Point) -> list[Source]:
         """The calibration windows of a point: those of its fold but for the domain that is left out, and its prior."""
