@@ -26,7 +26,7 @@ from torch import Tensor
 from regrow.data import text, windows
 from regrow.data.joined import join_batches
 from regrow.nets import load
-from regrow.scoring.grams import Gram, grams
+from regrow.scoring.grams import Gram, sum_products
 from regrow.scoring.second_order import eliminate
 from regrow.store.versions import versions
 
@@ -92,7 +92,7 @@ def measure(out: Path) -> None:
     sums: dict[str, dict[str, Gram]] = {}
     for domain in DOMAINS:
         source = windows(text(domain), loaded.tokenizer, n=WINDOWS, seq_len=SEQ, seed=0, batch_size=4)
-        sums[domain] = dict(grams(loaded.model, widths, join_batches(source, 8)))
+        sum_products(loaded.model, widths, join_batches(source, 8), sums.setdefault(domain, {}).__setitem__)
     place = {"date": f"{date.today()}", "machine": platform.machine(), **versions()}
     for layer, domain in todo:
         name, weight = names[layer], parameters[names[layer]].detach().double()

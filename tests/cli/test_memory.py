@@ -7,6 +7,7 @@ import pytest
 
 from regrow.commands import models, recovery_memory, streamed
 from regrow.evaluation import choice
+from regrow.scoring import grams
 from regrow.streaming import requirements
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
@@ -24,10 +25,11 @@ def streams(monkeypatch):
     monkeypatch.setattr(requirements, "WHOLE", 1e9)
 
 
+OBS = ("--method", "obs")
 GPRUNE = ("--method", "gprune", "--set", "steps=0", "--set", "start=base", "--set", "shards=1", "--source", "code")
 
 
-@pytest.mark.parametrize("method", [(), (*GPRUNE, "--source", "talk")], ids=["flap", "gprune"])
+@pytest.mark.parametrize("method", [OBS, (*GPRUNE, "--source", "talk")], ids=["obs", "gprune"])
 def test_a_streamed_run_is_that_of_a_run_in_memory(regrow, tiny_language_model, tmp_path, streams, method):
     command = ("prune", str(tiny_language_model), *method, *SOURCE)
     assert regrow(*command, "--out", "whole")[0] == 0
@@ -242,6 +244,13 @@ def test_too_little_memory_is_refused_with_the_least(regrow, tiny_language_model
     code, _, error = regrow("prune", str(tiny_language_model), *SOURCE, "--memory", "1MiB", "--out", "run")
     assert code
     assert re.search(r"within 1 MiB of memory is impossible.*use --memory \d", error)
+
+
+def test_the_sums_of_obs_count(regrow, tiny_language_model, streams, monkeypatch):
+    monkeypatch.setattr(grams, "ORDERING", 2**30)
+    code, _, error = regrow("prune", str(tiny_language_model), *OBS, *SOURCE, "--memory", "64GiB", "--out", "run")
+    assert code
+    assert re.search(r"--method obs within 64 GiB of memory is impossible.*use --memory \d", error)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.methods.pruning.obs import Settings
-from regrow.scoring.grams import grams
+from regrow.scoring.grams import Gram, sum_products
 from regrow.scoring.second_order import eliminate
 from regrow.sources import Batch
 
@@ -76,9 +76,10 @@ def test_sums_of_products_are_those_of_the_inputs(monkeypatch: pytest.MonkeyPatc
     net, x = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(7, 3)
     batches = [Batch((x[:4],)), Batch((x[4:],))]
     monkeypatch.setattr("regrow.scoring.grams.LIMIT", 8 * 25)  # a pass for each layer
-    sums = dict(grams(net, {"2.weight": 5, "4.weight": 4}, batches))
+    sums: dict[str, Gram] = {}
+    sum_products(net, {"2.weight": 5, "4.weight": 4}, batches, sums.__setitem__)
     inside = net[:2](x).double()
     assert torch.allclose(sums["2.weight"].products, inside.T @ inside, rtol=1e-5, atol=1e-6)
     centred = inside - inside.mean(0)
-    assert torch.allclose(sums["2.weight"].centred(), centred.T @ centred, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(sums["2.weight"].mean_products(centre=True), centred.T @ centred / 7, rtol=1e-5, atol=1e-6)
     assert sums["4.weight"].rows == 7 and net.training

@@ -14,6 +14,7 @@ METHODS = [
     ("wanda_sp", {"allocation": "ranked"}),
     ("magnitude", {"form": "group"}),
     ("gprune", {"steps": 0, "start": "base", "shards": 1}),
+    ("obs", {}),
 ]
 
 
@@ -25,8 +26,8 @@ def test_streamed_plans_are_those_of_the_whole_network(folder, sources, method, 
     evidence = collect_evidence(loaded.model, axes, pruner, sources)
     streamed = collect_evidence(opened.loaded.model, opened.axes, pruner, sources, visits=opened.network())
     whole = plan_cut(pruner, loaded.model, axes, budget, evidence)
-    weights = opened.weights.parameters()
-    other = plan_cut(pruner, opened.loaded.model, opened.axes, budget, streamed, weights=weights)
+    more = {"weights": opened.weights.parameters(), "visits": opened.network()}
+    other = plan_cut(pruner, opened.loaded.model, opened.axes, budget, streamed, **more)
     assert whole.plan.changes
     assert other.plan.to_json() == whole.plan.to_json()
     assert other.scores.values.keys() == whole.scores.values.keys()

@@ -155,7 +155,8 @@ def prune_streamed(
         evidence, _ = calibrate(folder, loaded, axes, pruner, inputs.sources, shown, inputs.objective, network)
         for note in evidence.notes:
             warnings.warn(note, stacklevel=4)  # at the call of prune
-        chosen = plan_cut(pruner, inputs.model, axes, limits, evidence, weights=weights, progress=shown)
+        what = pruner, inputs.model, axes, limits, evidence
+        chosen = plan_cut(*what, weights=weights, progress=shown, visits=network)
         write_scores(folder, weights, axes, chosen.plan, chosen.scores, evidence)
         if chosen.findings:
             folder.write_findings(settings.method, chosen.findings)

@@ -124,7 +124,8 @@ def plan_only(
         given = loaded.model, axes, method, kinds.calibration, progress, settings.batch_size
         evidence = prune.collect_evidence(*given, visits=visits)
         weights = streamed.opened.weights.parameters() if streamed else None
-        return plan_cut(method, loaded.model, axes, budget, evidence, weights=weights, progress=progress).plan
+        what = method, loaded.model, axes, budget, evidence
+        return plan_cut(*what, weights=weights, progress=progress, visits=visits).plan
 
 
 def run(
@@ -236,7 +237,7 @@ def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) 
         path = folder.path / "statistics" / "learned.safetensors"
         open_checkpoint(path, key, FORMAT)
         header = lambda: {"key": key}  # noqa: E731
-        saved: Any = {"checkpoint": path, "header": header, "weights": weights}
+        saved: Any = {"checkpoint": path, "header": header, "weights": weights, "visits": network}
         with passes():
             cut = plan_cut(method, loaded.model, axes, budget, evidence, **saved, progress=progress)
         if cut.plan.notes:

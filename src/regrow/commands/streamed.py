@@ -39,6 +39,7 @@ from regrow.process_memory import return_memory
 from regrow.progress import Progress
 from regrow.run_folder import RunFolder
 from regrow.scoring.collect import differentiated
+from regrow.scoring.grams import linear_readers, predict_products
 from regrow.settings.prune import Settings, complete_reconstruction, folder_name
 from regrow.source_names import GENERATED
 from regrow.store import statistics
@@ -197,7 +198,29 @@ def _with_learning(plan: MemoryPlan, settings: Settings, pruner: Pruner, opened:
     if not plan.streams:
         needed = max(_predict_learning(settings, pruner, opened), _predict_generated(settings, opened))
         plan = replace(plan, whole=max(plan.whole, plan.held + needed))
+    if pruner.products:
+        more = _predict_products(opened, whole=not plan.streams)
+        plan = replace(plan, least=plan.least + more) if plan.streams else replace(plan, whole=plan.whole + more)
+        if plan.streams and plan.least > plan.limit:
+            raise ResourceError(
+                f"--method {settings.method} within {format_bytes(plan.limit)} of memory is impossible, even one block "
+                f"at a time; use --memory {_enough(plan.least)}"
+            )
     return _with_reconstruction(plan, settings, opened) if plan.streams and settings.reconstruct else plan
+
+
+def _enough(least: int) -> str:
+    """Return the amount of memory that a refusal names."""
+    return format_bytes(int(MARGIN * least)).replace(" ", "")
+
+
+def _predict_products(opened: OpenedNetwork, *, whole: bool) -> int:
+    """Return what summing products of inputs takes, of the layers of the whole network or of a block, in bytes."""
+    axes, shapes = opened.axes, {name: one.shape for name, one in opened.loaded.model.named_parameters()}
+    layers = linear_readers(axes, axes.units(), shapes)
+    widths = {name: shapes[name][reader.slot.dim] for name, reader in layers.items()}
+    blocks = [tuple(widths)] if whole else [block.names for block in opened.network().blocks]
+    return max((predict_products([widths[name] for name in names if name in widths]) for names in blocks), default=0)
 
 
 def _predict_generated(settings: Settings, opened: OpenedNetwork) -> int:
@@ -219,8 +242,7 @@ def _with_reconstruction(plan: MemoryPlan, settings: Settings, opened: OpenedNet
     if plan.least > plan.limit:
         raise ResourceError(
             f"pruning with --reconstruct within {format_bytes(plan.limit)} of memory is impossible, even one block at "
-            f"a time; use --memory {format_bytes(int(MARGIN * plan.least)).replace(' ', '')}, or fewer "
-            "--reconstruct-tokens"
+            f"a time; use --memory {_enough(plan.least)}, or fewer --reconstruct-tokens"
         )
     return plan
 

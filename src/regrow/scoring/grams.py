@@ -1,19 +1,28 @@
 """Sums of products of a layer's inputs, Σ x xᵀ, over calibration data."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from regrow.axes import Axis, AxisGraph
+from regrow.scoring.collect import BlockVisits
 from regrow.scoring.gradients import evaluation_mode
 from regrow.scoring.watch import Feed
+from regrow.scoring.weights import Reader, readers, scorable
 from regrow.sources import Batch, device_of
 
 ROWS = 4096
 """The number of rows summed at a time in float32."""
 LIMIT = 2 * 2**30
 """The most bytes of sums that are kept at a time; layers beyond it are measured in another pass over the data."""
+WIDEST = 16384
+"""The most inputs of a layer whose products are summed: those of more take over 2 GiB."""
+ORDERING = 4
+"""How many matrices of the size of a layer's sums ordering its units takes, beside the sums."""
 
 
 @dataclass
@@ -30,6 +39,18 @@ class Gram:
     total: Tensor
     rows: int = 0
 
+    @classmethod
+    def empty(cls, width: int, device: torch.device) -> "Gram":
+        """Return sums over no inputs.
+
+        Args:
+            width: The number of inputs of the layer.
+            device: Where they are summed.
+        """
+        home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        products = torch.zeros(width, width, dtype=torch.float64, device=home)
+        return cls(products, products.new_zeros(width))
+
     def add(self, rows: Tensor) -> None:
         """Add inputs.
 
@@ -42,54 +63,123 @@ class Gram:
             self.total += part.sum(0).to(self.total)
             self.rows += len(part)
 
-    def centred(self) -> Tensor:
-        """Return Σ (x − mean) (x − mean)ᵀ, ``[k, k]``."""
-        return self.products - torch.outer(self.total, self.total) / max(1, self.rows)
+    def mean_products(self, *, centre: bool) -> Tensor:
+        """Return the mean of x xᵀ, or of (x − mean) (x − mean)ᵀ, ``[k, k]``; the sums are used up.
+
+        Args:
+            centre: Whether the mean of the inputs is subtracted.
+        """
+        products = self.products
+        if centre:
+            products.addr_(self.total, self.total, alpha=-1 / max(1, self.rows))
+        return products.div_(max(1, self.rows))
 
 
-def grams(model: nn.Module, widths: Mapping[str, int], batches: Sequence[Batch]) -> Iterator[tuple[str, Gram]]:
-    """Return the sums of the inputs of linear layers, in as few passes over the data as the memory for them allows.
+def linear_readers(axes: AxisGraph, units: Sequence[Axis], shapes: Mapping[str, Sequence[int]]) -> dict[str, Reader]:
+    """Return name of a weight → how it reads an axis, for linear layers that alone read one, and nothing else.
+
+    Args:
+        axes: The axes of the network.
+        units: The axes that are looked at.
+        shapes: Name of a weight → its shape.
+    """
+    every = readers(axes, scorable(axes, units))
+    read, reads = Counter(one.axis for one in every), Counter(one.weight for one in every)
+    return {
+        one.weight: one
+        for one in every
+        if read[one.axis] == reads[one.weight] == 1
+        and len(shapes[one.weight]) == 2
+        and shapes[one.weight][one.slot.dim] <= WIDEST
+    }
+
+
+def sum_products(
+    model: nn.Module,
+    widths: Mapping[str, int],
+    batches: Sequence[Batch],
+    use: Callable[[str, Gram], None],
+    visits: BlockVisits | None = None,
+) -> None:
+    """Sum the products of the inputs of linear layers, and pass on the sums of each layer once they are complete.
 
     Args:
         model: The network.
         widths: Name of the weight of each layer → its number of inputs.
-        batches: The data.
+        batches: The data: in memory, they run in as few passes as the memory for sums allows; block by block, in one.
+        use: Called with the name of each layer and its sums, which it may use up.
+        visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
 
     Raises:
-        ValueError: If no batch reaches a layer.
+        ValueError: If no batch reaches a layer, or a layer runs in several parts of a network that runs in blocks.
     """
-    parts: list[dict[str, int]] = [{}]
-    for name, width in widths.items():
-        if parts[-1] and sum(8 * k * k for k in (*parts[-1].values(), width)) > LIMIT:
-            parts.append({})
-        parts[-1][name] = width
-    own, device = dict(model.named_parameters(remove_duplicate=False)), device_of(model)
-    for part in parts:
-        sums = {name: _empty(width, device) for name, width in part.items()}
-        watch = _GramFeed({id(own[name]): name for name in part}, sums)
-        with evaluation_mode(model), torch.no_grad(), watch:
-            for batch in batches:
-                here = batch.to(device)
-                model(*here.args, **here.kwargs)
-        for name in part:
-            if not sums[name].rows:
-                raise ValueError(f"no batch reached the weight {name!r}; give more data, or --exclude {name}")
-            yield name, sums.pop(name)
+    sums: dict[str, Gram] = {}
+    left = set(widths)
+
+    def finish() -> None:
+        for name in [*sums]:
+            if name not in left:
+                raise ValueError(f"{name!r} is read in several parts of the network; load it whole, without --memory")
+            left.remove(name)
+            use(name, sums.pop(name))
+
+    @contextmanager
+    def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
+        if number == 0:
+            finish()
+        with _GramFeed({key: name for key, name in watched.items() if name in widths}, sums):
+            yield
+
+    if visits is not None:
+        visits.visit(batches, list(widths), around)
+        finish()
+    else:
+        own, device = dict(model.named_parameters(remove_duplicate=False)), device_of(model)
+        for part in _parts(widths):
+            watch = _GramFeed({id(own[name]): name for name in part}, sums)
+            with evaluation_mode(model), torch.no_grad(), watch:
+                for batch in batches:
+                    here = batch.to(device)
+                    model(*here.args, **here.kwargs)
+            finish()
+    if left:
+        raise ValueError(f"no batch reached the weight {min(left)!r}; give more data, or --exclude {min(left)}")
 
 
-def _empty(width: int, device: torch.device) -> Gram:
-    home = torch.device("cpu") if device.type == "mps" else device
-    products = torch.zeros(width, width, dtype=torch.float64, device=home)
-    return Gram(products, products.new_zeros(width))
+def predict_products(widths: Sequence[int]) -> int:
+    """Return what the sums of layers take that run at a time, and ordering the units of the widest, in bytes.
+
+    Args:
+        widths: The number of inputs of each layer.
+
+    >>> predict_products([1000, 500])
+    34000000
+    """
+    sums = sum(8 * k * k for k in widths)
+    widest = 8 * max(widths, default=0) ** 2
+    return max(widest, min(sums, LIMIT)) + ORDERING * widest
+
+
+def _parts(widths: Mapping[str, int]) -> list[list[str]]:
+    """Return the layers in groups whose sums take at most :data:`LIMIT` bytes; a wider layer is alone."""
+    parts: list[list[str]] = [[]]
+    for name in widths:
+        if parts[-1] and sum(8 * widths[one] ** 2 for one in (*parts[-1], name)) > LIMIT:
+            parts.append([])
+        parts[-1].append(name)
+    return parts
 
 
 class _GramFeed(Feed):
     """Adds the inputs of watched weights to sums, and leaves them as they are."""
 
-    def __init__(self, watched: Mapping[int, str], sums: Mapping[str, Gram]) -> None:
+    def __init__(self, watched: Mapping[int, str], sums: dict[str, Gram]) -> None:
         super().__init__(watched)
         self.sums = sums
 
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
-        self.sums[name].add(value.detach().movedim(dim, -1).flatten(0, -2))
+        rows = value.detach().movedim(dim, -1).flatten(0, -2)
+        if name not in self.sums:
+            self.sums[name] = Gram.empty(rows.shape[1], rows.device)
+        self.sums[name].add(rows)
         return value

@@ -7,7 +7,6 @@ that stay are changed by ``--reconstruct``, not here; dropped inputs are replace
 Unlike ZipLM and SlimGPT: inputs of the dense network, and a ridge that is a fraction of each input's sum of squares.
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
@@ -18,9 +17,9 @@ from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
 from regrow.scoring.activations import energy
-from regrow.scoring.grams import grams
+from regrow.scoring.grams import Gram, linear_readers, sum_products
 from regrow.scoring.second_order import eliminate
-from regrow.scoring.weights import Reader, readers, scorable
+from regrow.scoring.weights import Reader
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
@@ -29,8 +28,6 @@ CITATION = (
 )
 BATCH = 8
 """The most windows that run at a time."""
-WIDEST = 16384
-"""The most inputs of a layer whose units are ordered jointly: Σ x xᵀ of more takes over 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def build(settings: Settings) -> Pruner:
     spare = settings.spare_first, settings.spare_last
     needs = {Need.WEIGHTS, Need.ACTIVATIONS}
     pruner = one_score("obs", settings, needs, partial(_score, settings=settings), spare)
-    return replace(pruner, trains=True)
+    return replace(pruner, products=True)
 
 
 def _score(task: PruningTask, settings: Settings) -> Scores:
@@ -78,27 +75,28 @@ def _score(task: PruningTask, settings: Settings) -> Scores:
     values = dict(alone(task.weights, task.axes, pooled, units=rest).values) if rest else {}
     batches = [batch for source in task.evidence.data.values() for batch in join_batches(source, BATCH)]
     widths = {name: task.weights[name].shape[reader.slot.dim] for name, reader in layers.items()}
-    for number, (name, gram) in enumerate(grams(task.model, widths, batches)):
-        task.progress(number, len(widths), "ordering the units of layers")
+    ordered = 0
+
+    def order(name: str, gram: Gram) -> None:
+        nonlocal ordered
+        task.progress(ordered, len(widths), "ordering the units of layers")
         reader, weight = layers[name], task.weights[name].detach()
         channels = reader.positions(widths[name], widths[name])
-        products = gram.centred() if compensate else gram.products
         rows = weight if reader.slot.dim else weight.T
-        values[reader.axis] = eliminate(products / gram.rows, rows, channels, settings.ridge).scores().cpu()
+        products = gram.mean_products(centre=compensate)
+        values[reader.axis] = eliminate(products, rows, channels, settings.ridge).scores()
+        ordered += 1
+
+    sum_products(task.model, widths, batches, order, task.visits)
     scores = Scores(values, "obs", task.evidence.sources, pooled.tokens)
     return scoring.normalise(scores, "zscore" if settings.allocation == "ranked" else "none")
 
 
 def _linear_readers(task: PruningTask) -> dict[str, Reader]:
-    """Return name of a weight → the axis that it alone reads, for linear layers with inputs to measure."""
-    every = readers(task.axes, scorable(task.axes, task.units))
-    axes, weights = (Counter(getattr(reader, field) for reader in every) for field in ("axis", "weight"))
-    moments = task.evidence.pooled().moments
+    """Return name of a weight → the axis that it alone reads, for linear layers with inputs that vary."""
+    shapes, moments = {name: one.shape for name, one in task.model.named_parameters()}, task.evidence.pooled().moments
     return {
-        reader.weight: reader
-        for reader in every
-        if axes[reader.axis] == weights[reader.weight] == 1
-        and task.weights[reader.weight].dim() == 2
-        and len(moments[reader.weight].total) == task.weights[reader.weight].shape[reader.slot.dim] <= WIDEST
-        and float(moments[reader.weight].variance.sum()) > 0
+        name: reader
+        for name, reader in linear_readers(task.axes, task.units, shapes).items()
+        if len(moments[name].total) == shapes[name][reader.slot.dim] and float(moments[name].variance.sum()) > 0
     }

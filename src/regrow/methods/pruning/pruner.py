@@ -20,6 +20,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scores import Scores
 from regrow.scoring import means, random, uncompensated, weights_of, weights_without_bias
+from regrow.scoring.collect import BlockVisits
 from regrow.scoring.spaces import inner
 from regrow.tracing import with_branches
 from regrow.training.freeze import freeze
@@ -42,6 +43,7 @@ class PruningTask:
         checkpoint: The file from which interrupted learning resumes; ``None``: it starts again.
         header: Returns JSON data for the header of that file.
         progress: Called with (steps done, steps in all, what is being done).
+        visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class PruningTask:
     checkpoint: Path | None = None
     header: Callable[[], Mapping[str, object]] = dict
     progress: Progress = silent
+    visits: BlockVisits | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class Pruner:
         sources: The smallest number of sources that the method needs.
         spare: The fractions of the numbered blocks, at the beginning and at the end, that are not pruned; a regular
             plan prunes these too, since it cuts every block alike.
-        trains: Whether scoring runs the network, which must be in memory for that.
+        trains: Whether scoring runs the masked network, which must be in memory for that.
+        products: Whether scoring sums the products of the inputs of linear layers, in passes of its own.
         drop: Returns whole modules that are dropped; units of what is left are then scored and allocated. ``None``: no
             module is dropped.
         check: (axes, units, budget) → ``None``; raises ``ValueError`` if the method cannot be used.
@@ -113,6 +117,7 @@ class Pruner:
     sources: int = 1
     spare: tuple[float, float] = (0.0, 0.0)
     trains: bool = False
+    products: bool = False
     drop: Callable[[PruningTask], Removal] | None = None
     check: Callable[[AxisGraph, Sequence[Axis], Budget], None] = lambda axes, units, budget: None
 
@@ -218,6 +223,7 @@ def plan_cut(
     checkpoint: Path | None = None,
     header: Callable[[], Mapping[str, object]] = dict,
     progress: Progress = silent,
+    visits: BlockVisits | None = None,
 ) -> Cut:
     """Score the units of a network, choose which stay within the budget, and return the plan; the model is unchanged.
 
@@ -231,6 +237,7 @@ def plan_cut(
         checkpoint: The file from which interrupted learning resumes; ``None``: it starts again.
         header: Returns JSON data for the header of that file.
         progress: Called with (steps done, steps in all, what is being done).
+        visits: Runs the network block by block, where it has no numbers; ``None``: it runs as a whole.
 
     Raises:
         ValueError: If the budget cannot be met, or evidence is missing or not finite.
@@ -240,7 +247,7 @@ def plan_cut(
     units, whole, given = _units(pruner, axes, budget), axes, budget
     with freeze(model):
         own = weights_of(model) if weights is None else weights
-        task = PruningTask(model, axes, own, units, budget, evidence, checkpoint, header, progress)
+        task = PruningTask(model, axes, own, units, budget, evidence, checkpoint, header, progress, visits)
         if pruner.drop is not None:
             removal = pruner.drop(task)
             axes, budget = without_modules(axes, budget, removal.modules)
