@@ -225,7 +225,7 @@ class WidthPruningBench:
         found = []
         for path in map(Path, self.args.task):
             name, items = path.name.partition(".")[0], items_in(path, self.args.items)
-            one = choices(network, self.loaded.tokenizer, items, task=name)
+            one = choices(network, self.loaded.tokenizer, items, task=name, share=True)
             record = {key: value for key, value in one.record().items() if not isinstance(value, list)}
             margins = {
                 "right": "".join(str(int(right)) for right in one.right),

@@ -177,6 +177,7 @@ LEARNED = {"base": "flap", "steps": 12, "every": 12}
 BASE_ORDER = {"partition": "layer", "switch": "never"}
 MEASURED = {"base": "flap", "allocation": "measured", **BASE_ORDER}
 FISHER = "fisher uniform, MLP neurons, outer blocks unpruned"
+OBS = "obs uniform, MLP neurons, outer blocks unpruned"
 GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gprune, learned shares": ("mlp", LEARNED),
     "gprune, measured shares": ("mlp", MEASURED),
@@ -185,11 +186,12 @@ GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
-    """The best baseline, our default, the baseline with least squares; then all other arms. On unseen domains."""
+    """The best baseline, ours, the baseline with least squares; then all other arms. On unseen domains."""
     yield dense(DOMAINS)
     for sample, fold, keep in product(range(samples), folds, keeps):
         chosen = replace(best(rows, keep, fold)[0], sample=sample)
-        yield from (chosen, with_prior(fisher(keep, fold, sample)), reconstructed(chosen))
+        ours = with_prior(fisher(keep, fold, sample)), with_prior(obs(keep, fold, sample))
+        yield from (chosen, *ours, reconstructed(chosen))
     for sample, fold, keep in product(range(samples), folds, keeps):
         at: dict[str, Any] = {"keep": keep, "fold": fold, "sample": sample}
         chosen, *others = (replace(one, sample=sample) for one in best(rows, keep, fold))
@@ -199,6 +201,7 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
         yield Point("random, as the best baseline", "random", settings=random, **like, **at)
         for arm, (only, settings) in GPRUNE.items():
             yield Point(arm, "gprune", only=only, settings=settings, **at)
+        yield obs(keep, fold, sample)
         yield from (with_prior(fisher(keep, fold, sample), MORE_WINDOWS), with_prior(chosen, MORE_WINDOWS))
 
 
@@ -206,6 +209,12 @@ def fisher(keep: float, fold: int = 0, sample: int = 0, on: str = DOMAINS) -> Po
     """Fisher pruning with its defaults, of MLP neurons."""
     settings = {"allocation": "uniform", "compensate": True}
     return Point(FISHER, "fisher", keep, fold, sample, on, outer=False, settings=settings)
+
+
+def obs(keep: float, fold: int = 0, sample: int = 0) -> Point:
+    """OBS, of MLP neurons, with the same blocks unpruned and the same fraction of the others cut."""
+    settings = {"allocation": "uniform", "compensate": True}
+    return Point(OBS, "obs", keep, fold, sample, outer=False, settings=settings)
 
 
 def distil_rates(folds: Sequence[int]) -> Iterator[Point]:

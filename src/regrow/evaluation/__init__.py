@@ -1,14 +1,7 @@
 """Measure networks: perplexity, multiple choice, accuracy, speed, memory and size, each with its error."""
 
-from regrow.evaluation.choice import (
-    CHOICE_TOKENS,
-    Choices,
-    PairedChoices,
-    choices,
-    count_choice_tokens,
-    items_in,
-    paired_choices,
-)
+from regrow.evaluation.choice import CHOICE_TOKENS, choices, count_choice_tokens, items_in
+from regrow.evaluation.choice_results import Choices, PairedChoices, paired_choices
 from regrow.evaluation.generation import generate_source
 from regrow.evaluation.harness import Harnessed, harness
 from regrow.evaluation.language import Paired, Perplexity, mean_and_error, paired_difference, perplexity

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from regrow.evaluation.choice import share_error
+from regrow.evaluation.choice_results import share_error
 from regrow.evaluation.forward import evaluating, logits_of
 from regrow.progress import Progress, silent
 from regrow.sources import Source
