@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from regrow.errors import InputError
 from regrow.evaluation.forward import evaluating, logits_of
 from regrow.evaluation.language import token_losses
+from regrow.evaluation.replies import CacheArguments, empty_cache
 from regrow.progress import Progress
 from regrow.sources import Batch
 
@@ -24,13 +26,18 @@ def score_shared(
     Items whose rows have equally many tokens in common run together, so that no beginning is padded.
 
     Args:
-        model: A causal language model of transformers, in memory.
+        model: A causal language model of transformers, in memory, that takes a cache of keys and values.
         rows: The rows of all items, one item after the other.
         counts: How many rows each item has.
         most: The most tokens per forward pass.
         progress: Called with (rows done, rows in all, description).
         task: The name of the task.
+
+    Raises:
+        InputError: If the model takes no cache.
     """
+    if not (hasattr(model, "config") and empty_cache(model)):
+        raise InputError(f"a {type(model).__name__} takes no cache of keys and values; leave out share")
     numbered, items = iter(enumerate(rows)), dict[int, list[Item]]()
     for count in counts:
         item = [next(numbered) for _ in range(count)]
@@ -71,15 +78,17 @@ def _score(model: nn.Module, items: Sequence[Item], common: int, device: torch.d
     for i, (_, (tokens, begin)) in enumerate(rows):
         inputs[i, : len(tokens) - 1 - common] = torch.tensor(tokens[common:-1])
         labels[i, begin - 1 - common : len(tokens) - 1 - common] = torch.tensor(tokens[begin:])
-    more = _beginnings(model, items, common, device) if common > 0 else {"use_cache": False}
+    more: CacheArguments = _beginnings(model, items, common, device) if common else {"use_cache": False}
     losses = token_losses(logits_of(model, Batch((inputs,), more), device), labels.to(device)).sum(-1).tolist()
     return {number: -loss for (number, _), loss in zip(rows, losses, strict=True)}
 
 
-def _beginnings(model: nn.Module, items: Sequence[Item], common: int, device: torch.device) -> dict[str, object]:
+def _beginnings(model: nn.Module, items: Sequence[Item], common: int, device: torch.device) -> CacheArguments:
     """Run the beginning of each item; return the keys and values of all, repeated for each of its rows."""
     tokens: Tensor = torch.tensor([item[0][1][0][:common] for item in items], device=device)
-    cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+    arguments = empty_cache(model)
+    model(tokens, **arguments, logits_to_keep=1)
     each = torch.tensor([len(item) for item in items], device=device)
+    cache = arguments.get("cache") or arguments["past_key_values"]
     cache.batch_select_indices(torch.arange(len(items), device=device).repeat_interleave(each))
-    return {"past_key_values": cache, "use_cache": True}
+    return arguments
