@@ -36,12 +36,16 @@ RIDGES, CUTS, FITS = (1.0, 0.1, 0.01, 0.001, 0.0001), (0.25, 0.4), (0.001, 0.01,
 BASE = 0.1
 
 
-def with_constant(sums: Sequence[Gram]) -> Tensor:
-    """Return the mean of x̃ x̃ᵀ over inputs x with a constant 1 appended, ``[k + 1, k + 1]``."""
-    rows = sum(one.rows for one in sums)
-    products, total = (sum(getattr(one, name) for one in sums) / rows for name in ("products", "total"))
-    last = torch.cat([total, total.new_ones(1)])
-    return torch.cat([torch.cat([products, total[None]]), last[:, None]], 1)
+def with_constant(products: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
+    """Return the mean of x̃ x̃ᵀ over inputs x with a constant 1 appended, ``[k + 1, k + 1]``.
+
+    Args:
+        products: The mean of x xᵀ of each domain, all with as many inputs.
+        means: The mean of x.
+    """
+    product, mean = (torch.stack([*each]).mean(0) for each in (products, means))
+    last = torch.cat([mean, mean.new_ones(1)])
+    return torch.cat([torch.cat([product, mean[None]]), last[:, None]], 1)
 
 
 def errors(gram: Tensor, held: Tensor, weight: Tensor, drop: Tensor) -> dict[str, Any]:
@@ -89,15 +93,22 @@ def measure(out: Path) -> None:
     names = {layer: f"model.layers.{layer}.mlp.down_proj.weight" for layer in LAYERS}
     parameters = dict(loaded.model.named_parameters())
     widths = {name: parameters[name].shape[1] for name in names.values()}
-    sums: dict[str, dict[str, Gram]] = {}
+    products: dict[str, dict[str, Tensor]] = {domain: {} for domain in DOMAINS}
+    means: dict[str, dict[str, Tensor]] = {domain: {} for domain in DOMAINS}
     for domain in DOMAINS:
         source = windows(text(domain), loaded.tokenizer, n=WINDOWS, seq_len=SEQ, seed=0, batch_size=4)
-        sum_products(loaded.model, widths, join_batches(source, 8), sums.setdefault(domain, {}).__setitem__)
+
+        def keep(name: str, gram: Gram, domain: str = domain) -> None:
+            means[domain][name] = gram.mean
+            products[domain][name] = gram.mean_products(centre=False)
+
+        sum_products(loaded.model, widths, join_batches(source, 8), keep)
     place = {"date": f"{date.today()}", "machine": platform.machine(), **versions()}
     for layer, domain in todo:
         name, weight = names[layer], parameters[names[layer]].detach().double()
-        gram = with_constant([sums[other][name] for other in DOMAINS if other != domain])
-        held, mean = with_constant([sums[domain][name]]), gram[:-1, -1]
+        others = [other for other in DOMAINS if other != domain]
+        gram = with_constant(*([one[other][name] for other in others] for one in (products, means)))
+        held, mean = with_constant([products[domain][name]], [means[domain][name]]), gram[:-1, -1]
         units = torch.arange(weight.shape[1])[:, None]
         rows = []
         for ridge in RIDGES:

@@ -3,6 +3,7 @@
     python benchmarks/streamed_pruning.py --size 0.5B                    # make the model, then prune it
     python benchmarks/streamed_pruning.py --size 3.2B --limit 4GB        # 6.4 GB, in a control group of 4 GB
     python benchmarks/streamed_pruning.py --size 0.25B --layers 8 16 32  # the peak over depth, at one width
+    python benchmarks/streamed_pruning.py --size 8B --memory 16GiB --dtype float32 --tokens 1024
     python benchmarks/streamed_pruning.py --equal gemma3-270m            # files of a run in memory and a streamed one
 
 Weights are random, in bfloat16, in shards of 1 GB. What counts is the peak resident memory of the process (VmHWM, reset
@@ -35,18 +36,19 @@ from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "streamed_pruning.jsonl"
 SIZES = {
-    "0.25B": (1024, 2816, 16, 16, 8, 49152),
-    "0.5B": (1280, 3456, 24, 20, 4, 49152),
-    "1B": (2048, 8192, 16, 32, 8, 49152),
-    "3.2B": (3072, 8192, 28, 24, 8, 128256),
+    "0.25B": (1024, 2816, 16, 16, 8, 49152, True),
+    "0.5B": (1280, 3456, 24, 20, 4, 49152, True),
+    "1B": (2048, 8192, 16, 32, 8, 49152, True),
+    "3.2B": (3072, 8192, 28, 24, 8, 128256, True),
+    "8B": (4096, 14336, 32, 32, 8, 128256, False),
 }
-"""Name → hidden size, MLP width, layers, heads, key-value heads, vocabulary."""
+"""Name → hidden size, MLP width, layers, heads, key-value heads, vocabulary, whether embeddings and head are tied."""
 SHARD = 10**9
 
 
 def configuration(size: str, layers: int) -> dict[str, object]:
     """The configuration of a Llama of a size."""
-    hidden, inner, usual, heads, groups, vocabulary = SIZES[size]
+    hidden, inner, usual, heads, groups, vocabulary, tied = SIZES[size]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -57,7 +59,7 @@ def configuration(size: str, layers: int) -> dict[str, object]:
         "num_key_value_heads": groups,
         "head_dim": hidden // heads,
         "vocab_size": vocabulary,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "dtype": "bfloat16",
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
@@ -110,7 +112,7 @@ from regrow.commands import streamed
 from regrow.settings.prune import Settings
 def peak():
     return next(1024 * int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
-folder, out, tokens, seq, keep, memory = sys.argv[1:7]
+folder, out, tokens, seq, keep, memory, dtype = sys.argv[1:8]
 def opened(*given, true=streamed.open_network):
     made = true(*given)
     open("/proc/self/clear_refs", "w").write("5")
@@ -118,7 +120,7 @@ def opened(*given, true=streamed.open_network):
     return made
 streamed.open_network = opened
 settings = Settings(folder, "flap", {}, float(keep), sources=("news",), tokens=int(tokens), eval_tokens=int(seq),
-                    seq_len=int(seq), undo=False)
+                    seq_len=int(seq), dtype=dtype, undo=False)
 start = time.time(), time.process_time()
 done = run(settings, out, memory=memory, announce=lambda line: print(json.dumps({"plan": line}), flush=True))
 row = {"wall": time.time() - start[0], "cpu": time.process_time() - start[1], "peak": peak()}
@@ -130,10 +132,10 @@ PLAIN = """
 import json, sys, time
 from contextlib import contextmanager
 from regrow import data
-from regrow.data import Half
+from regrow.commands.models import DTYPES
 from regrow.streaming.opening import open_network
-folder, tokens, seq = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-opened = open_network(folder)
+folder, tokens, seq, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+opened = open_network(folder, DTYPES.get(dtype))
 network = opened.network()
 batches = data.windows(data.text("news"), opened.loaded.tokenizer, n=tokens // seq, seq_len=seq).batches
 start = time.time()
@@ -160,7 +162,8 @@ from regrow.settings.prune import Settings
 from regrow.streaming import requirements
 model, tokens = sys.argv[1], int(sys.argv[2])
 same = {}
-for method, given in (("flap", {}), ("wanda_sp", {}), ("gprune", {"steps": 0, "start": "base", "shards": 1})):
+methods = {"flap": {}, "wanda_sp": {}, "obs": {}, "gprune": {"steps": 0, "start": "base", "shards": 1}}
+for method, given in methods.items():
     settings = Settings(model, method, given, 0.7, sources=("news", "code", "talk"), tokens=tokens, eval_tokens=256,
                         seq_len=256, undo=False)
     with TemporaryDirectory() as place:
@@ -235,7 +238,9 @@ def write_alone(folder: Path) -> float:
     return time.time() - start
 
 
-def prune(size: str, layers: int, place: Path, tokens: int, seq: int, limit: int) -> dict[str, object]:
+def prune(
+    size: str, layers: int, place: Path, tokens: int, seq: int, limit: int, memory: str, dtype: str
+) -> dict[str, object]:
     """Make a model, prune it from the command line, and return the row of the result."""
     config = configuration(size, layers)
     layers = int(str(config["num_hidden_layers"]))
@@ -245,19 +250,20 @@ def prune(size: str, layers: int, place: Path, tokens: int, seq: int, limit: int
         make_model(folder, config)
     if (out / "model.safetensors").exists() or (out / "run.json").exists():
         shutil.rmtree(out)
-    hidden, inner, _, heads, groups, vocabulary = SIZES[size]
+    hidden, inner, _, heads, groups, vocabulary, tied = SIZES[size]
     block = hidden * (3 * inner + 2 * hidden + 2 * hidden // heads * groups) + 2 * hidden
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    bound = 2 * vocabulary * hidden + int(2.5 * 2 * block + 1.7 * 8 * block) + 2**30
-    memory = f"{bound >> 20}MiB"
-    row = measured(RUN, folder, out, tokens, seq, 0.7, memory, limit=limit)
-    row |= measured(PLAIN, folder, tokens, seq) | {"write": write_alone(out)}
+    item = 4 if dtype == "float32" else 2
+    bound = item * vocabulary * hidden * (2 - tied) + int(2.5 * item * block + 1.7 * 8 * block) + 2**30
+    memory = memory or f"{bound >> 20}MiB"
+    row = measured(RUN, folder, out, tokens, seq, 0.7, memory, dtype, limit=limit)
+    row |= measured(PLAIN, folder, tokens, seq, dtype) | {"write": write_alone(out)}
     seconds = row["seconds"]
     assert isinstance(seconds, dict)
     work = sum(seconds.get(name, 0) for name in ("calibrate", "plan", "apply"))
     plain = sum(float(str(row[name])) for name in ("read", "forward", "write"))
-    row |= {"model_bytes": stored, "block_bytes": 2 * block, "bound": bound, "work": work, "ratio": work / plain}
-    return {"size": size, "layers": layers, "tokens": tokens, "seq_len": seq, "memory": memory} | row
+    row |= {"model_bytes": stored, "block_bytes": item * block, "bound": bound, "work": work, "ratio": work / plain}
+    return {"size": size, "layers": layers, "tokens": tokens, "seq_len": seq, "memory": memory, "dtype": dtype} | row
 
 
 def main() -> None:
@@ -268,6 +274,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--limit", default="", help="the limit of a control group for the pruning process, like 4GB")
+    parser.add_argument("--memory", default="", help="what the run may use; default: the bound above")
+    parser.add_argument("--dtype", default="", help="float32, for example; default: that of the weights")
     parser.add_argument("--equal", metavar="MODEL", help="compare the files of a run in memory and a streamed one")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "streamed-pruning")
     given = parser.parse_args()
@@ -276,7 +284,8 @@ def main() -> None:
             row: dict[str, object] = {"equal": given.equal, "tokens": 512} | measured(EQUAL, given.equal, 512)
         else:
             limit = parse_bytes(given.limit) if given.limit else 0
-            row = prune(given.size, layers, given.folder, given.tokens, given.seq_len, limit)
+            size = given.size, layers, given.folder, given.tokens, given.seq_len
+            row = prune(*size, limit, given.memory, given.dtype)
         row |= {"date": str(date.today()), "versions": versions(), "threads": torch.get_num_threads()}
         with OUT.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,5 +1,7 @@
 """Optimal Brain Surgeon for units: the order and the costs are those of refitting after every removal."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -79,7 +81,22 @@ def test_sums_of_products_are_those_of_the_inputs(monkeypatch: pytest.MonkeyPatc
     sums: dict[str, Gram] = {}
     sum_products(net, {"2.weight": 5, "4.weight": 4}, batches, sums.__setitem__)
     inside = net[:2](x).double()
-    assert torch.allclose(sums["2.weight"].products, inside.T @ inside, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        copy.deepcopy(sums["2.weight"]).mean_products(centre=False), inside.T @ inside / 7, rtol=1e-5, atol=1e-6
+    )
     centred = inside - inside.mean(0)
     assert torch.allclose(sums["2.weight"].mean_products(centre=True), centred.T @ centred / 7, rtol=1e-5, atol=1e-6)
     assert sums["4.weight"].rows == 7 and net.training
+
+
+def test_inputs_that_hardly_vary_beside_their_mean_are_summed_exactly() -> None:
+    """In float32, Σ x² − (Σ x)² / n would be noise."""
+    generator = torch.Generator().manual_seed(0)
+    x = 1000 + torch.randn(500, 40, generator=generator)
+    gram = Gram.empty(40, torch.device("cpu"))
+    for part in x.split(100):
+        gram.add(part)
+    centred = (x - x.double().mean(0)).double()
+    found = gram.mean_products(centre=True)
+    assert torch.allclose(found, centred.T @ centred / 500, rtol=1e-4, atol=1e-4)
+    assert len(eliminate(found, torch.ones(2, 40), torch.arange(40)[:, None], 1e-3).order) == 40

@@ -27,16 +27,20 @@ ORDERING = 4
 
 @dataclass
 class Gram:
-    """Sums over the inputs x of a layer.
+    """Sums over the inputs x of a layer, from which a constant c near their mean is subtracted.
+
+    Without it, float32 would lose the variance of inputs that hardly vary beside their mean.
 
     Args:
-        products: Σ x xᵀ, ``[k, k]`` float64.
-        total: Σ x, ``[k]`` float64.
+        products: Σ (x − c) (x − c)ᵀ, ``[k, k]`` float64.
+        total: Σ (x − c), ``[k]`` float64.
+        constant: c, the mean of the first inputs, ``[k]`` float64.
         rows: The number of inputs.
     """
 
     products: Tensor
     total: Tensor
+    constant: Tensor
     rows: int = 0
 
     @classmethod
@@ -49,7 +53,12 @@ class Gram:
         """
         home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         products = torch.zeros(width, width, dtype=torch.float64, device=home)
-        return cls(products, products.new_zeros(width))
+        return cls(products, products.new_zeros(width), products.new_zeros(width))
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of x, ``[k]`` float64."""
+        return self.constant + self.total / max(1, self.rows)
 
     def add(self, rows: Tensor) -> None:
         """Add inputs.
@@ -59,6 +68,9 @@ class Gram:
         """
         for part in rows.split(ROWS):
             part = part.double() if part.dtype == torch.float64 else part.float()
+            if not self.rows:
+                self.constant = part.mean(0).to(self.constant)
+            part = part - self.constant.to(part)
             self.products += (part.T @ part).to(self.products)
             self.total += part.sum(0).to(self.total)
             self.rows += len(part)
@@ -70,9 +82,9 @@ class Gram:
             centre: Whether the mean of the inputs is subtracted.
         """
         products = self.products
-        if centre:
-            products.addr_(self.total, self.total, alpha=-1 / max(1, self.rows))
-        return products.div_(max(1, self.rows))
+        if self.rows:
+            products.addr_(self.total, self.total, alpha=-1 / self.rows).div_(self.rows)
+        return products if centre else products.addr_(self.mean, self.mean)
 
 
 def linear_readers(axes: AxisGraph, units: Sequence[Axis], shapes: Mapping[str, Sequence[int]]) -> dict[str, Reader]:
