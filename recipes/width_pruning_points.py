@@ -23,7 +23,7 @@ DOMAINS, TASKS = "domains", "tasks"
 LEFT_OUT, RECONSTRUCTED = "left out: ", ", reconstructed"
 WINDOWS, MORE_WINDOWS = 48, 96
 """The windows of text that the model itself generates: the 12,288 tokens of ``--generated-tokens``, and twice these."""
-DISTILLED, RATES = ", distilled", (1e-4, 3e-4, 1e-3)
+DISTILLED, RATES = ", distilled", (1e-4, 3e-4)
 """The end of the names of arms that are distilled, and the rates that are tried on a left-out domain."""
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 2**20
 """The largest size of a settings file, in bytes."""
+MAX_DEPTH = 64
+"""How deep the values of a YAML file may be nested: its parser takes time that grows with the square of it."""
 TOML, YAML = (".toml",), (".yaml", ".yml")
 
 
@@ -142,10 +144,14 @@ def parse_file(path: Path) -> Mapping[str, Any]:
 def _parse_yaml(text: str) -> Any:
     import yaml
 
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise InputError("aliases (*name) are not read; write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise InputError(f"values are nested more than {MAX_DEPTH} deep; write them flat")
         _check_names(yaml.compose(text, Loader=yaml.SafeLoader))
         return yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
