@@ -99,6 +99,7 @@ def measure(out: Path) -> None:
         source = windows(text(domain), loaded.tokenizer, n=WINDOWS, seq_len=SEQ, seed=0, batch_size=4)
 
         def keep(name: str, gram: Gram, domain: str = domain) -> None:
+            assert gram.rows == WINDOWS * SEQ  # means over domains are of equal weight
             means[domain][name] = gram.mean
             products[domain][name] = gram.mean_products(centre=False)
 

@@ -253,7 +253,7 @@ def prune(
     hidden, inner, _, heads, groups, vocabulary, tied = SIZES[size]
     block = hidden * (3 * inner + 2 * hidden + 2 * hidden // heads * groups) + 2 * hidden
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    item = 4 if dtype == "float32" else 2
+    item = getattr(torch, dtype or "bfloat16").itemsize
     bound = item * vocabulary * hidden * (2 - tied) + int(2.5 * item * block + 1.7 * 8 * block) + 2**30
     memory = memory or f"{bound >> 20}MiB"
     row = measured(RUN, folder, out, tokens, seq, 0.7, memory, dtype, limit=limit)

@@ -102,7 +102,7 @@ class Arm:
     @property
     def baseline(self) -> bool:
         """Whether it can be the baseline: a published method without reconstruction."""
-        return self.rows[0]["method"] in (*METHODS[:-1], "obs") and not self.rows[0]["reconstruct"]
+        return self.rows[0]["method"] in METHODS[:-1] and not self.rows[0]["reconstruct"]
 
     @property
     def draws(self) -> frozenset[Draw]:

@@ -201,7 +201,6 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
         yield Point("random, as the best baseline", "random", settings=random, **like, **at)
         for arm, (only, settings) in GPRUNE.items():
             yield Point(arm, "gprune", only=only, settings=settings, **at)
-        yield obs(keep, fold, sample)
         yield from (with_prior(fisher(keep, fold, sample), MORE_WINDOWS), with_prior(chosen, MORE_WINDOWS))
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from regrow.commands import models, recovery_memory, streamed
 from regrow.evaluation import choice
-from regrow.scoring import grams
 from regrow.streaming import requirements
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
@@ -246,11 +245,17 @@ def test_too_little_memory_is_refused_with_the_least(regrow, tiny_language_model
     assert re.search(r"within 1 MiB of memory is impossible.*use --memory \d", error)
 
 
-def test_the_sums_of_obs_count(regrow, tiny_language_model, streams, monkeypatch):
-    monkeypatch.setattr(grams, "ORDERING", 2**30)
-    code, _, error = regrow("prune", str(tiny_language_model), *OBS, *SOURCE, "--memory", "64GiB", "--out", "run")
-    assert code
-    assert re.search(r"--method obs within 64 GiB of memory is impossible.*use --memory \d", error)
+@pytest.mark.parametrize(("whole", "block"), [(2**33, 2**20), (2**33, 2**38)], ids=["one fits", "none fits"])
+def test_the_sums_of_obs_count(regrow, tiny_language_model, monkeypatch, whole, block):
+    """Of the whole network, which then does not fit, and of a block."""
+    monkeypatch.setattr(requirements, "predict_products", lambda layers, together: block if together else whole)
+    command = ("prune", str(tiny_language_model), *SOURCE, "--memory", "4GiB", "--dry-run", "plan.json")
+    assert "with all blocks in memory" in regrow(*command)[1]
+    code, said, error = regrow(*command, *OBS)
+    if block < whole:
+        assert code == 0 and "with one of 2 blocks at a time" in said
+    else:
+        assert code and re.search(r"sums of products within 4 GiB of memory are impossible.*use --memory \d", error)
 
 
 @pytest.mark.parametrize(

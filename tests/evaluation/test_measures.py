@@ -178,10 +178,9 @@ def log_likelihood(model: nn.Module, tokens: list[int], begin: int) -> float:
     return float(sum(table[i - 1, tokens[i]] for i in range(begin, len(tokens))))
 
 
-@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("begin", [False, True])
-def test_choices_are_those_of_one_row_at_a_time(llama: nn.Module, begin: bool, share: bool) -> None:
-    """Padding and grouping change nothing, nor do beginnings that run once; sum and per-byte may disagree."""
+def test_choices_are_those_of_one_row_at_a_time(llama: nn.Module, begin: bool) -> None:
+    """Padding and grouping change nothing; sum and per-byte may disagree."""
     letters = Letters(begin)
     generator = torch.Generator().manual_seed(5)
 
@@ -192,7 +191,7 @@ def test_choices_are_those_of_one_row_at_a_time(llama: nn.Module, begin: bool, s
         {"query": words(5 + i), "choices": [words(2), words(9), words(4)][: 2 + i % 2], "gold": i % 2}
         for i in range(12)
     ]
-    result = choices(llama, letters, items, share=share)
+    result = choices(llama, letters, items)
     rows = zip(items, result.right, result.right_per_byte, result.margins, result.margins_per_byte, strict=True)
     for item, right, right_per_byte, margin, margin_per_byte in rows:
         head = letters(item["query"])["input_ids"]
@@ -211,13 +210,12 @@ def test_choices_are_those_of_one_row_at_a_time(llama: nn.Module, begin: bool, s
     assert result.error == pytest.approx(math.sqrt(result.accuracy * (1 - result.accuracy) / 12))
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_beginnings_can_be_the_choice(llama: nn.Module, share: bool) -> None:
+def test_beginnings_can_be_the_choice(llama: nn.Module) -> None:
     """WinoGrande's form: only the continuation is scored, after each beginning."""
     letters = Letters()
     item = {"context_options": ["he saw", "she was it"], "continuation": "there.", "gold": 0}
     scores = [log_likelihood(llama, letters(f"{c} there.")["input_ids"], len(c)) for c in item["context_options"]]
-    assert choices(llama, letters, [item], share=share).right == (scores[0] > scores[1],)
+    assert choices(llama, letters, [item]).right == (scores[0] > scores[1],)
 
 
 def test_long_rows_lose_their_beginning(llama: nn.Module) -> None:

@@ -100,3 +100,42 @@ def test_inputs_that_hardly_vary_beside_their_mean_are_summed_exactly() -> None:
     found = gram.mean_products(centre=True)
     assert torch.allclose(found, centred.T @ centred / 500, rtol=1e-4, atol=1e-4)
     assert len(eliminate(found, torch.ones(2, 40), torch.arange(40)[:, None], 1e-3).order) == 40
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_given_is_not_changed(group: int, transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 6, generator=generator, dtype=torch.float64)
+    gram, weight = x.T @ x, torch.randn(6, 1, generator=generator, dtype=torch.float64)
+    given = weight.T if transposed else weight.reshape(1, 6)
+    before = gram.clone(), weight.clone()
+    eliminate(gram, given, torch.arange(6).reshape(-1, group), 0.01)
+    assert gram.equal(before[0]) and weight.equal(before[1])
+
+
+def test_sums_are_exact_in_a_forward_pass_of_low_precision() -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    plain, cast = (Gram.empty(8, torch.device("cpu")) for _ in range(2))
+    plain.add(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.add(x)
+    assert cast.products.equal(plain.products)
+
+
+def test_layers_outside_the_trunk_are_summed() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_model = nn.ModuleDict({"used": nn.Linear(3, 4), "skipped": nn.Linear(4, 2)})
+            self.base_model.forward = lambda x: self.base_model["used"](x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_model["skipped"](self.base_model["used"](x))
+
+    net, x, sums = Whole(), torch.randn(7, 3), {}
+    widths = {"base_model.used.weight": 3, "base_model.skipped.weight": 4}
+    sum_products(net, widths, [Batch((x[:4],)), Batch((x[4:],))], sums.__setitem__)
+    assert [sums[name].rows for name in widths] == [7, 7]
+    with pytest.raises(ValueError, match="no batch reached the weight 'base_model"):
+        sum_products(net, widths, [], sums.__setitem__)

@@ -156,7 +156,8 @@ def _carry_out(
             )
         needs = _needs(call.pruner, limits, given, axes, call.reconstruct)
         read = {name: given[name] for name in ("loss", "tokenizer", "batch_size")}
-        streamed = open_within(model, data, call.memory, needs, progress, what="pruning", **read)
+        read |= {"what": "pruning", "pruner": call.pruner}
+        streamed = open_within(model, data, call.memory, needs, progress, **read)
         if streamed is not None:
             settings = described(streamed.inputs, precision, None)
             return prune_streamed(streamed, call.pruner, limits, place, settings, str(model), loss, progress)

@@ -30,7 +30,7 @@ from regrow.progress_bar import visible
 from regrow.settings.prune import Settings
 from regrow.sources import Batch
 from regrow.streaming.opening import OpenedNetwork, open_network
-from regrow.streaming.requirements import plan_memory
+from regrow.streaming.requirements import plan_memory, with_products
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +54,7 @@ def open_within(
     progress: Progress,
     *,
     what: str,
+    pruner: Pruner | None = None,
     loss: Any = None,
     tokenizer: Any = None,
     batch_size: int = 32,
@@ -67,6 +68,7 @@ def open_within(
         needs: What needs the whole network in memory → whether the call has it.
         progress: Called with one line that says how the call stays within the limit.
         what: ``"pruning"`` or ``"evaluating"``.
+        pruner: The method that prunes.
         loss: The loss, as for :func:`regrow.prune`.
         tokenizer: The tokenizer; ``None``: that of the model.
         batch_size: Examples per batch.
@@ -88,6 +90,7 @@ def open_within(
     batches = [batch for source in inputs.sources for batch in source]
     tokens = max(map(_count_positions, batches), default=1)
     plan = plan_memory(opened.network(), parse_bytes(memory), len(batches), tokens, what=what)
+    plan = with_products(plan, opened.network(), opened.axes) if pruner and pruner.products else plan
     own = {"a model without text": opened.loaded.tokenizer is None}
     run = start_streaming(opened, plan, {**needs, **own}, lambda line: progress(0, 1, line))
     return None if run is None else StreamedInputs(run, inputs)
@@ -155,8 +158,8 @@ def prune_streamed(
         evidence, _ = calibrate(folder, loaded, axes, pruner, inputs.sources, shown, inputs.objective, network)
         for note in evidence.notes:
             warnings.warn(note, stacklevel=4)  # at the call of prune
-        what = pruner, inputs.model, axes, limits, evidence
-        chosen = plan_cut(*what, weights=weights, progress=shown, visits=network)
+        basis = pruner, inputs.model, axes, limits, evidence
+        chosen = plan_cut(*basis, weights=weights, progress=shown, visits=network)
         write_scores(folder, weights, axes, chosen.plan, chosen.scores, evidence)
         if chosen.findings:
             folder.write_findings(settings.method, chosen.findings)

@@ -124,8 +124,8 @@ def plan_only(
         given = loaded.model, axes, method, kinds.calibration, progress, settings.batch_size
         evidence = prune.collect_evidence(*given, visits=visits)
         weights = streamed.opened.weights.parameters() if streamed else None
-        what = method, loaded.model, axes, budget, evidence
-        return plan_cut(*what, weights=weights, progress=progress, visits=visits).plan
+        basis = method, loaded.model, axes, budget, evidence
+        return plan_cut(*basis, weights=weights, progress=progress, visits=visits).plan
 
 
 def run(

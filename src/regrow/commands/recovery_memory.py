@@ -31,7 +31,7 @@ from regrow.sources import Batch, logits_in
 from regrow.store.errors import StoreError
 from regrow.store.skeleton import load_saved_skeleton
 from regrow.streaming.network import StreamedNetwork
-from regrow.streaming.requirements import BLOCKS, MARGIN, MemoryPlan
+from regrow.streaming.requirements import BLOCKS, MemoryPlan, enough
 
 SPARE = 2**26
 """Bytes that the interpreter and the operations need besides."""
@@ -270,7 +270,7 @@ def explain_lacking(plan: MemoryPlan, more: int) -> str:
     return (
         f"fitting to what the dense network has, with a block of both networks in memory, within "
         f"{format_bytes(plan.limit)} of memory is impossible; use --memory "
-        f"{format_bytes(int(MARGIN * (both.least + both.results))).replace(' ', '')}"
+        f"{enough(both.least + both.results)}"
     )
 
 

@@ -39,7 +39,6 @@ from regrow.process_memory import return_memory
 from regrow.progress import Progress
 from regrow.run_folder import RunFolder
 from regrow.scoring.collect import differentiated
-from regrow.scoring.grams import linear_readers, predict_products
 from regrow.settings.prune import Settings, complete_reconstruction, folder_name
 from regrow.source_names import GENERATED
 from regrow.store import statistics
@@ -50,7 +49,7 @@ from regrow.streaming.caches import limit_caches
 from regrow.streaming.cut import StreamedCut, propose_cut
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork, open_network
-from regrow.streaming.requirements import MARGIN, MemoryPlan, plan_memory
+from regrow.streaming.requirements import MemoryPlan, enough, plan_memory, with_products
 
 RESULTS = "results"
 """The folder, among the files for resuming, with the hidden states for which memory has no room."""
@@ -194,33 +193,19 @@ def open_streamed(
 
 
 def _with_learning(plan: MemoryPlan, settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> MemoryPlan:
-    """Return the prediction for a network in memory with what gradients, and the recovery after the cut, need."""
+    """Return the prediction with what the method needs besides forward passes, and what follows the cut.
+
+    Raises:
+        ResourceError: If the network does not fit, and with one block in memory the method does not either.
+    """
     if not plan.streams:
         needed = max(_predict_learning(settings, pruner, opened), _predict_generated(settings, opened))
         plan = replace(plan, whole=max(plan.whole, plan.held + needed))
-    if pruner.products:
-        more = _predict_products(opened, whole=not plan.streams)
-        plan = replace(plan, least=plan.least + more) if plan.streams else replace(plan, whole=plan.whole + more)
-        if plan.streams and plan.least > plan.limit:
-            raise ResourceError(
-                f"--method {settings.method} within {format_bytes(plan.limit)} of memory is impossible, even one block "
-                f"at a time; use --memory {_enough(plan.least)}"
-            )
-    return _with_reconstruction(plan, settings, opened) if plan.streams and settings.reconstruct else plan
-
-
-def _enough(least: int) -> str:
-    """Return the amount of memory that a refusal names."""
-    return format_bytes(int(MARGIN * least)).replace(" ", "")
-
-
-def _predict_products(opened: OpenedNetwork, *, whole: bool) -> int:
-    """Return what summing products of inputs takes, of the layers of the whole network or of a block, in bytes."""
-    axes, shapes = opened.axes, {name: one.shape for name, one in opened.loaded.model.named_parameters()}
-    layers = linear_readers(axes, axes.units(), shapes)
-    widths = {name: shapes[name][reader.slot.dim] for name, reader in layers.items()}
-    blocks = [tuple(widths)] if whole else [block.names for block in opened.network().blocks]
-    return max((predict_products([widths[name] for name in names if name in widths]) for names in blocks), default=0)
+    ordered = with_products(plan, opened.network(), opened.axes) if pruner.products else plan
+    if ordered.streams and settings.reconstruct:  # the sums of the method are released before
+        plan = _with_reconstruction(plan, settings, opened)
+        return replace(plan, whole=ordered.whole, least=max(plan.least, ordered.least))
+    return ordered
 
 
 def _predict_generated(settings: Settings, opened: OpenedNetwork) -> int:
@@ -242,7 +227,7 @@ def _with_reconstruction(plan: MemoryPlan, settings: Settings, opened: OpenedNet
     if plan.least > plan.limit:
         raise ResourceError(
             f"pruning with --reconstruct within {format_bytes(plan.limit)} of memory is impossible, even one block at "
-            f"a time; use --memory {_enough(plan.least)}, or fewer --reconstruct-tokens"
+            f"a time; use --memory {enough(plan.least)}, or fewer --reconstruct-tokens"
         )
     return plan
 

@@ -38,7 +38,7 @@ from regrow.streaming.caches import limit_caches
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork, open_network
-from regrow.streaming.requirements import MARGIN, MemoryPlan, plan_memory
+from regrow.streaming.requirements import MemoryPlan, enough, plan_memory
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing.blocks import GraphBlock
 
@@ -193,6 +193,6 @@ def _plan(settings: Settings, cut: LastCut, dense: OpenedNetwork, terms: MemoryT
     if plan.least > plan.limit:
         raise ResourceError(
             f"recovery by {settings.by} within {format_bytes(plan.limit)} of memory is impossible, even one block at a "
-            f"time; use --memory {format_bytes(int(MARGIN * plan.least)).replace(' ', '')}"
+            f"time; use --memory {enough(plan.least)}"
         )
     return plan, explain_lacking(plan, beside) if refit and not paired else ""

@@ -75,14 +75,16 @@ def choices(
         longest: The most tokens per row; longer rows lose their beginning.
         outputs: Returns the model's output for each batch, where it does not run as a whole; ``None``: it is called.
         progress: Called with (rows done, rows in all, description).
-        share: Whether what the choices of an item begin with runs once, and its keys and values are used for each: a
-            transformers model, in memory. About half of the work on PIQA and ARC-easy; scores differ by rounding.
+        share: Whether the common beginning of an item's choices runs once and its keys and values are reused (a
+            transformers model, in memory). PIQA and ARC-easy then have half as many tokens; scores differ by rounding.
 
     Raises:
-        ValueError: If there is no item, or one is malformed.
+        ValueError: If there is no item, or one is malformed, or beginnings cannot be shared.
     """
     if not items:
         raise ValueError(f"task {task!r} has no items")
+    if share and outputs is not None:
+        raise InputError("share=True runs the model itself, and got outputs; leave one of them out")
     checked = [_checked(item, f"item {number}") for number, item in enumerate(items)]
     pairs = [pair for item in checked for pair in _pairs(item)]
     rows, counts = [_encoded(*pair, tokenizer, longest) for pair in pairs], [len(_options(item)) for item in checked]

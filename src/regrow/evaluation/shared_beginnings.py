@@ -14,8 +14,8 @@ from regrow.sources import Batch
 
 Row = tuple[list[int], int]
 """Tokens, and where the part begins whose likelihood is wanted."""
-Item = list[tuple[int, Row]]
-"""The rows that begin alike, with their numbers."""
+Rows = list[tuple[int, Row]]
+"""Rows that begin alike, with their numbers."""
 
 
 def score_shared(
@@ -29,7 +29,7 @@ def score_shared(
         model: A causal language model of transformers, in memory, that takes a cache of keys and values.
         rows: The rows of all items, one item after the other.
         counts: How many rows each item has.
-        most: The most tokens per forward pass.
+        most: The most tokens per forward pass; a longer row runs alone.
         progress: Called with (rows done, rows in all, description).
         task: The name of the task.
 
@@ -38,13 +38,13 @@ def score_shared(
     """
     if not (hasattr(model, "config") and empty_cache(model)):
         raise InputError(f"a {type(model).__name__} takes no cache of keys and values; leave out share")
-    numbered, items = iter(enumerate(rows)), dict[int, list[Item]]()
+    numbered, items = iter(enumerate(rows)), dict[int, list[Rows]]()
     for count in counts:
         item = [next(numbered) for _ in range(count)]
         columns = list(zip(*(tokens[:begin] for _, (tokens, begin) in item), strict=False))
         common = next((i for i, column in enumerate(columns) if len({*column}) > 1), len(columns))
         common = max(0, common - 1)  # the last token in common runs with each row: it predicts what follows
-        items.setdefault(common, []).append(item)
+        items.setdefault(common, []).extend(_split(item, common, most))
     scores: dict[int, float] = {}
     with evaluating(model) as device:
         for common, several in sorted(items.items()):
@@ -54,9 +54,15 @@ def score_shared(
     return scores
 
 
-def _parts(items: list[Item], common: int, most: int) -> Iterator[list[Item]]:
+def _split(item: Rows, common: int, most: int) -> Iterator[Rows]:
+    """Yield the rows of an item in parts of at most so many tokens behind what they have in common."""
+    size = max(1, most // max(1, _longest(item) - common)) if common else 1
+    yield from (item[first : first + size] for first in range(0, len(item), size))
+
+
+def _parts(items: list[Rows], common: int, most: int) -> Iterator[list[Rows]]:
     """Yield items in groups of at most so many tokens, those with rows of like length together."""
-    part: list[Item] = []
+    part: list[Rows] = []
     for item in sorted(items, key=_longest):
         rows = sum(map(len, part)) + len(item)
         if part and max(rows * (_longest(item) - common), (len(part) + 1) * common) > most:
@@ -66,11 +72,11 @@ def _parts(items: list[Item], common: int, most: int) -> Iterator[list[Item]]:
     yield part
 
 
-def _longest(item: Item) -> int:
+def _longest(item: Rows) -> int:
     return max(len(tokens) for _, (tokens, _) in item)
 
 
-def _score(model: nn.Module, items: Sequence[Item], common: int, device: torch.device) -> dict[int, float]:
+def _score(model: nn.Module, items: Sequence[Rows], common: int, device: torch.device) -> dict[int, float]:
     """Return number → Σ log p of the rows of items that have their first ``common`` tokens in common."""
     rows = [row for item in items for row in item]
     width = max(len(tokens) for _, (tokens, _) in rows) - 1 - common
@@ -83,12 +89,12 @@ def _score(model: nn.Module, items: Sequence[Item], common: int, device: torch.d
     return {number: -loss for (number, _), loss in zip(rows, losses, strict=True)}
 
 
-def _beginnings(model: nn.Module, items: Sequence[Item], common: int, device: torch.device) -> CacheArguments:
+def _beginnings(model: nn.Module, items: Sequence[Rows], common: int, device: torch.device) -> CacheArguments:
     """Run the beginning of each item; return the keys and values of all, repeated for each of its rows."""
     tokens: Tensor = torch.tensor([item[0][1][0][:common] for item in items], device=device)
     arguments = empty_cache(model)
     model(tokens, **arguments, logits_to_keep=1)
     each = torch.tensor([len(item) for item in items], device=device)
     cache = arguments.get("cache") or arguments["past_key_values"]
-    cache.batch_select_indices(torch.arange(len(items), device=device).repeat_interleave(each))
+    cache.reorder_cache(torch.arange(len(items), device=device).repeat_interleave(each))
     return arguments

@@ -5,7 +5,6 @@ the weight is recognised by identity in a torch-function mode, so modules that n
 Nothing but sums is kept. One (source, shard) is the unit that can be merged, saved and resumed.
 """
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -21,6 +20,7 @@ from regrow.scores import Moments, Statistics
 from regrow.scoring.fisher import MaskGradients, add_fisher
 from regrow.scoring.gradients import add_gradients, evaluation_mode
 from regrow.scoring.shares import add, add_batches, gather_sums
+from regrow.scoring.trunk import trunk_of
 from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import Reader, readers, scorable, tensors
 from regrow.sources import Batch, Source, to_host
@@ -40,7 +40,7 @@ class BlockVisits(Protocol):
         """Run batches block by block, each in the context ``around(number, {id of a loaded weight: its name})``.
 
         Args:
-            batches: The batches.
+            batches: The batches; in each part of the network they run in this order, from number 0.
             names: The weights up to whose last reader they run.
             around: The context in which a batch runs through a block.
         """
@@ -162,7 +162,7 @@ class _Walk:
     def step(self, batch: Batch, statistics: Statistics) -> None:
         """Run one batch and add its sums to ``statistics``."""
         if self.first:
-            self.first, self.run = False, self._trunk(batch)
+            self.first, self.run = False, trunk_of(self.model, batch, self.names)
         watch = self._watch(batch, self.run, statistics)
         if self.run is not self.model and len(watch.sums) < len(set(self.watched.values())):
             # The trunk may leave out weights that the whole network uses (an encoder, a head): look once, then decide.
@@ -220,21 +220,6 @@ class _Walk:
                 with torch.no_grad():
                     run(*here.args, **here.kwargs)
         return watch
-
-    def _trunk(self, batch: Batch) -> nn.Module:
-        """Return the smallest part of the network to run: without the head, if no measured weight lies in it.
-
-        That part is transformers' ``base_model``: a submodule that takes the same inputs.
-        """
-        base = getattr(self.model, "base_model", None)
-        prefix = next((name for name, module in self.model.named_modules() if module is base), "")
-        if not isinstance(base, nn.Module) or not prefix:
-            return self.model
-        try:
-            inspect.signature(base.forward).bind(*batch.args, **batch.kwargs)
-        except TypeError:
-            return self.model
-        return base if all(name.startswith(f"{prefix}.") for name in self.names) else self.model
 
 
 def differentiated(model: nn.Module, axes: AxisGraph, units: Sequence[Axis] | None = None) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from regrow.axes import Axis, AxisGraph
 from regrow.scoring.collect import BlockVisits
 from regrow.scoring.gradients import evaluation_mode
+from regrow.scoring.trunk import trunk_of
 from regrow.scoring.watch import Feed
 from regrow.scoring.weights import Reader, readers, scorable
 from regrow.sources import Batch, device_of
@@ -66,14 +67,15 @@ class Gram:
         Args:
             rows: The inputs, ``[rows, k]``.
         """
-        for part in rows.split(ROWS):
-            part = part.double() if part.dtype == torch.float64 else part.float()
-            if not self.rows:
-                self.constant = part.mean(0).to(self.constant)
-            part = part - self.constant.to(part)
-            self.products += (part.T @ part).to(self.products)
-            self.total += part.sum(0).to(self.total)
-            self.rows += len(part)
+        with torch.autocast(rows.device.type, enabled=False):
+            for part in rows.split(ROWS):
+                part = part.double() if part.dtype == torch.float64 else part.float()
+                if not self.rows:
+                    self.constant = part.mean(0).to(self.constant)
+                part = part - self.constant.to(part)
+                self.products += (part.T @ part).to(self.products)
+                self.total += part.sum(0).to(self.total)
+                self.rows += len(part)
 
     def mean_products(self, *, centre: bool) -> Tensor:
         """Return the mean of x xᵀ, or of (x − mean) (x − mean)ᵀ, ``[k, k]``; the sums are used up.
@@ -88,7 +90,7 @@ class Gram:
 
 
 def linear_readers(axes: AxisGraph, units: Sequence[Axis], shapes: Mapping[str, Sequence[int]]) -> dict[str, Reader]:
-    """Return name of a weight → how it reads an axis, for linear layers that alone read one, and nothing else.
+    """Return name of a weight → how it reads an axis, for linear layers that are its only reader and read no other.
 
     Args:
         axes: The axes of the network.
@@ -118,7 +120,8 @@ def sum_products(
     Args:
         model: The network.
         widths: Name of the weight of each layer → its number of inputs.
-        batches: The data: in memory, they run in as few passes as the memory for sums allows; block by block, in one.
+        batches: The data: in memory, they run in as few passes as the memory for sums allows, without the head if no
+            layer lies in it; block by block, in one.
         use: Called with the name of each layer and its sums, which it may use up.
         visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
 
@@ -148,28 +151,36 @@ def sum_products(
     else:
         own, device = dict(model.named_parameters(remove_duplicate=False)), device_of(model)
         for part in _parts(widths):
+            run = trunk_of(model, batches[0], part) if batches else model
             watch = _GramFeed({id(own[name]): name for name in part}, sums)
-            with evaluation_mode(model), torch.no_grad(), watch:
-                for batch in batches:
+            with evaluation_mode(model), torch.no_grad():
+                for number, batch in enumerate(batches):
                     here = batch.to(device)
-                    model(*here.args, **here.kwargs)
+                    with watch:
+                        run(*here.args, **here.kwargs)
+                    if number == 0 and run is not model and len(sums) < len(part):  # the trunk leaves some out
+                        sums.clear()
+                        run = model
+                        with watch:
+                            run(*here.args, **here.kwargs)
             finish()
     if left:
         raise ValueError(f"no batch reached the weight {min(left)!r}; give more data, or --exclude {min(left)}")
 
 
-def predict_products(widths: Sequence[int]) -> int:
-    """Return what the sums of layers take that run at a time, and ordering the units of the widest, in bytes.
+def predict_products(layers: Sequence[tuple[int, int]], *, together: bool) -> int:
+    """Return the bytes for the sums of layers, and for ordering the units of the largest.
 
     Args:
-        widths: The number of inputs of each layer.
+        layers: The numbers of inputs and outputs of each layer.
+        together: Whether all are summed in one pass, as block by block; else in as many as :data:`LIMIT` asks for.
 
-    >>> predict_products([1000, 500])
-    34000000
+    >>> predict_products([(1000, 100), (500, 100)], together=True)
+    43600000
     """
-    sums = sum(8 * k * k for k in widths)
-    widest = 8 * max(widths, default=0) ** 2
-    return max(widest, min(sums, LIMIT)) + ORDERING * widest
+    sums, widest = sum(8 * k * k for k, _ in layers), max((8 * k * k for k, _ in layers), default=0)
+    most = max((8 * k * (ORDERING * k + 2 * out) for k, out in layers), default=0)
+    return (sums if together else max(widest, min(sums, LIMIT))) + most
 
 
 def _parts(widths: Mapping[str, int]) -> list[list[str]]:

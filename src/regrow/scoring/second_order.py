@@ -57,7 +57,8 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
     >>> eliminate(x.T @ x, torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([[0], [1], [2]]), 1e-6).order.tolist()
     [0, 2, 1]
     """
-    hessian, columns = gram.to("cpu", torch.float64, copy=True), weight.cpu().double().T.contiguous()
+    hessian = gram.to("cpu", torch.float64, copy=True)
+    columns = weight.T.to("cpu", torch.float64, copy=True, memory_format=torch.contiguous_format)
     mean = hessian.diagonal().mean()
     if not bool(torch.isfinite(hessian).all()) or not mean > 0:
         raise ValueError("the inputs of a layer hold NaN or infinity, or none of them varies; check the data")
@@ -65,8 +66,8 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
     factor, failed = torch.linalg.cholesky_ex(hessian)
     if int(failed):
         raise ValueError(f"the inputs of a layer depend on one another too closely for ridge {ridge:g}; give 0.01")
-    inverse = torch.cholesky_inverse(factor, out=hessian)
-    del factor
+    inverse = torch.cholesky_inverse(factor)
+    del hessian, factor
     if channels.shape[1] > 1:
         return _eliminate_groups(inverse, columns, channels)
     return _eliminate_channels(inverse, columns, channels[:, 0])

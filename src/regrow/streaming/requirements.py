@@ -1,11 +1,13 @@
 """How much memory a network needs whole, and one block at a time, predicted from shapes before anything is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from regrow.amounts import format_bytes
+from regrow.axes import AxisGraph
 from regrow.errors import ResourceError
 from regrow.process_memory import read_resident
+from regrow.scoring.grams import linear_readers, predict_products
 from regrow.streaming.network import StreamedNetwork
 
 EXACT = 1.7
@@ -116,6 +118,47 @@ def plan_memory(
     if plan.streams and least > limit:
         raise ResourceError(
             f"{what} {weights.name} within {format_bytes(limit)} of memory is impossible, even one block at a time; "
-            f"use --memory {format_bytes(int(MARGIN * least)).replace(' ', '')}"
+            f"use --memory {enough(least)}"
         )
     return plan
+
+
+def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph) -> MemoryPlan:
+    """Return the prediction with the sums of products of a method that takes them.
+
+    Args:
+        plan: The prediction for forward passes.
+        network: The network; it needs no numbers.
+        axes: Its axes.
+
+    Raises:
+        ResourceError: If the network does not fit, and the sums of one block do not either.
+    """
+    model = network.model
+    shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
+    every = {
+        name: (shapes[name][reader.slot.dim], shapes[name][1 - reader.slot.dim])
+        for name, reader in linear_readers(axes, axes.units(), shapes).items()
+    }
+    weights = sum(one.numel() * one.itemsize for one in model.parameters())
+    whole = plan.held + SPARE["pruning"] + weights + predict_products([*every.values()], together=False)
+    plan = replace(plan, whole=max(plan.whole, whole))
+    if not plan.streams:
+        return plan
+    blocks = ([every[name] for name in block.names if name in every] for block in network.blocks)
+    plan = replace(plan, least=plan.least + max(predict_products(own, together=True) for own in blocks))
+    if plan.least > plan.limit:
+        raise ResourceError(
+            f"sums of products within {format_bytes(plan.limit)} of memory are impossible, even one block at a time; "
+            f"use --memory {enough(plan.least)}, or another method"
+        )
+    return plan
+
+
+def enough(least: int) -> str:
+    """Return the amount of memory that a refusal names, like ``2.1GiB``.
+
+    Args:
+        least: What is needed, in bytes.
+    """
+    return format_bytes(int(MARGIN * least)).replace(" ", "")

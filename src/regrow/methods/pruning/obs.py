@@ -7,6 +7,7 @@ that stay are changed by ``--reconstruct``, not here; dropped inputs are replace
 Unlike ZipLM and SlimGPT: inputs of the dense network, and a ridge that is a fraction of each input's sum of squares.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
@@ -69,12 +70,13 @@ def build(settings: Settings) -> Pruner:
 
 def _score(task: PruningTask, settings: Settings) -> Scores:
     pooled, compensate = task.evidence.pooled(), settings.compensate
-    layers = _linear_readers(task)
+    shapes = {name: one.shape for name, one in task.model.named_parameters()}
+    layers = _linear_readers(task, shapes)
     rest = [axis for axis in task.units if all(reader.axis != axis.key for reader in layers.values())]
     alone = scoring.wifv if compensate else energy
     values = dict(alone(task.weights, task.axes, pooled, units=rest).values) if rest else {}
     batches = [batch for source in task.evidence.data.values() for batch in join_batches(source, BATCH)]
-    widths = {name: task.weights[name].shape[reader.slot.dim] for name, reader in layers.items()}
+    widths = {name: shapes[name][reader.slot.dim] for name, reader in layers.items()}
     ordered = 0
 
     def order(name: str, gram: Gram) -> None:
@@ -88,13 +90,14 @@ def _score(task: PruningTask, settings: Settings) -> Scores:
         ordered += 1
 
     sum_products(task.model, widths, batches, order, task.visits)
+    values = {axis.key: values[axis.key] for axis in task.units if axis.key in values}
     scores = Scores(values, "obs", task.evidence.sources, pooled.tokens)
     return scoring.normalise(scores, "zscore" if settings.allocation == "ranked" else "none")
 
 
-def _linear_readers(task: PruningTask) -> dict[str, Reader]:
+def _linear_readers(task: PruningTask, shapes: Mapping[str, Sequence[int]]) -> dict[str, Reader]:
     """Return name of a weight → the axis that it alone reads, for linear layers with inputs that vary."""
-    shapes, moments = {name: one.shape for name, one in task.model.named_parameters()}, task.evidence.pooled().moments
+    moments = task.evidence.pooled().moments
     return {
         name: reader
         for name, reader in linear_readers(task.axes, task.units, shapes).items()

@@ -101,8 +101,8 @@ class Pruner:
         sources: The smallest number of sources that the method needs.
         spare: The fractions of the numbered blocks, at the beginning and at the end, that are not pruned; a regular
             plan prunes these too, since it cuts every block alike.
-        trains: Whether scoring runs the masked network, which must be in memory for that.
-        products: Whether scoring sums the products of the inputs of linear layers, in passes of its own.
+        trains: Whether scoring calls ``task.model``, which must be in memory for that.
+        products: Whether scoring calls :func:`regrow.scoring.grams.sum_products`, whose memory is then predicted.
         drop: Returns whole modules that are dropped; units of what is left are then scored and allocated. ``None``: no
             module is dropped.
         check: (axes, units, budget) → ``None``; raises ``ValueError`` if the method cannot be used.
