@@ -62,6 +62,12 @@ def test_what_is_not_pruned_block_by_block_is_refused(tiny_language_model, strea
         regrow.prune(str(tiny_language_model), data(), **{"memory": "64GiB", **more})
 
 
+def test_the_sums_of_obs_count(tiny_language_model, streams, monkeypatch):
+    monkeypatch.setattr(requirements, "predict_products", lambda layers, together: 2**38)
+    with pytest.raises(ValueError, match="sums of products within 64 GiB of memory are impossible"):
+        regrow.prune(str(tiny_language_model), data(), method="obs", memory="64GiB")
+
+
 def test_a_module_is_not_read_from_files():
     with pytest.raises(ValueError, match="give the name of a model or a folder"):
         regrow.evaluate(torch.nn.Linear(2, 2), torch.ones(2, 2), memory="1GiB")
