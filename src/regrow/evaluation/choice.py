@@ -76,7 +76,7 @@ def choices(
         outputs: Returns the model's output for each batch, where it does not run as a whole; ``None``: it is called.
         progress: Called with (rows done, rows in all, description).
         share: Whether the common beginning of an item's choices runs once and its keys and values are reused (a
-            transformers model, in memory). PIQA and ARC-easy then have half as many tokens; scores differ by rounding.
+            transformers model, in memory). Scores differ by rounding.
 
     Raises:
         ValueError: If there is no item, or one is malformed, or beginnings cannot be shared.
