@@ -184,8 +184,8 @@ def same_ratio(task: PruningTask, settings: Settings) -> Ranking:
     measured = measure(settings, task)
     among, first = spaces(measured.units, parts=4), measured.views[0]
     groups = form_modules(settings, first, among)
-    values, spread, halves = first.scores.values, first.spread, measured.halves
-    trusted = reliability(settings.switch, among, groups, values, spread, halves, most=settings.switch_most)
+    values, spread = first.scores.values, first.spread
+    trusted = reliability(settings.switch, among, groups, values, spread, most=settings.switch_most)
     places = order_modules(settings, task, measured, groups, trusted.trust, among).places
     scores = Scores({key: row[0] for key, row in places.items()}, "rank in module", task.evidence.sources)
     return Ranking(scores)

@@ -1,6 +1,7 @@
 """Print the tables of width_pruning.py from its rows; nothing is computed.
 
     python recipes/width_pruning_show.py screen|test|stages|bases|zero_shot [--model gemma3-270m] [--out FILE]
+    python recipes/width_pruning_show.py test --against "fisher uniform, MLP neurons, outer blocks unpruned"
 
 Perplexities are geometric means over windows. Differences are of the mean negative log-likelihood over windows of the
 unseen domains, in nats per token: per window, averaged over the calibration samples that both arms have (computed in
@@ -8,7 +9,7 @@ the same dtype), ± standard error over windows. The spread is the standard devi
 ``recovered`` is (baseline − arm) / (baseline − dense), the fraction of the lost nats that is recovered, ± standard
 error by the delta method. The baseline is the one that loses least in this very table, without reconstruction, on the
 samples that all baselines have: no other choice is harder to beat. ``recovered of reconstructed`` is the same against
-that baseline with ``--reconstruct``.
+that baseline with ``--reconstruct``. With ``--against`` the differences are to that arm instead.
 """
 
 import argparse
@@ -94,6 +95,18 @@ def test_table(every: Sequence[Row]) -> Iterator[str]:
             rest = sorted((arm for arm in found.values() if arm is not baseline), key=Arm.level)
             for arm in (baseline, *rest):
                 yield line((str(keep), str(fold), *_cells(arm, baseline, fitted, before(every, fold))))
+
+
+def against_table(every: Sequence[Row], name: str) -> Iterator[str]:
+    """The differences of all arms to one of them, on the samples that both have."""
+    yield head(("keep", "fold", "arm", "difference, unseen, nats ± se [spread]", "difference, seen", "samples"))
+    for keep, fold in product(sorted(KEEPS, reverse=True), range(len(FOLDS))):
+        found = arms(named(every, GPRUNE), keep, fold)
+        other = found.get(name)
+        for arm in sorted(found.values(), key=Arm.level) if other else ():
+            if other is not None and arm is not other and (common := arm.draws & other.draws):
+                both = [str(paired(arm.windows(seen), other.windows(seen)) or "") for seen in (False, True)]
+                yield line((str(keep), str(fold), arm.name, *both, str(len(common))))
 
 
 def _cells(arm: Arm, baseline: Arm, fitted: Arm | None, dense: Arm) -> Iterator[str]:
@@ -202,8 +215,11 @@ def main() -> None:
     parser.add_argument("stage", choices=tables)
     parser.add_argument("--out", type=Path, default=OUT, help="the rows of width_pruning.py")
     parser.add_argument("--model", default="smollm2-135m", help="of which model")
+    parser.add_argument("--against", default="", help="test: the arm that differences are to")
     args = parser.parse_args()
-    print("\n".join(tables[args.stage]([row for row in rows(args.out) if row["model"] == args.model])))
+    every = [row for row in rows(args.out) if row["model"] == args.model]
+    table = against_table(every, args.against) if args.against else tables[args.stage](every)
+    print("\n".join(table))
 
 
 if __name__ == "__main__":

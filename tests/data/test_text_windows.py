@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from regrow.data import KINDS, Half, SourceError, Text, text, windows
-from regrow.data.corpora import CORPORA, brown
+from regrow.data.corpora import dialogue, legal, prose, wiki
 from regrow.data.halves import PARAGRAPH, half_of
 from regrow.data.text import read
 
@@ -200,24 +200,20 @@ def test_bad_sources_are_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pyt
 def test_fetched_corpora_are_read(tmp_path: Path) -> None:
     """Small files in the form of the real ones."""
     squad = {"data": [{"paragraphs": [{"context": "one"}, {"context": "one"}, {"context": "two"}]}]}
-    maths = {"examples": [{"input": "1 + 1 =", "target_scores": {"3": 0, "2": 1}}]}
     talk = {"examples": [{"input": "agent_A: Hi agent_B: Hello"}]}
     files = {
-        "wiki": (json.dumps(squad), ("one", "two")),
-        "maths": (json.dumps(maths), ("1 + 1 = 2",)),
-        "dialogue": (json.dumps(talk), ("A: Hi \nB: Hello",)),
-        "legal": (json.dumps({"MIT": {"licenseText": "free"}}), ("free",)),
-        "prose": ("Call me Ishmael.\n\n" + "x" * 3000 + "\n\nThe end.", None),
+        wiki: (json.dumps(squad), ("one", "two")),
+        dialogue: (json.dumps(talk), ("A: Hi \nB: Hello",)),
+        legal: (json.dumps({"MIT": {"licenseText": "free"}}), ("free",)),
+        prose: ("Call me Ishmael.\n\n" + "x" * 3000 + "\n\nThe end.", None),
     }
-    for name, (content, documents) in files.items():
-        path = tmp_path / f"{name}.json"
+    for reader, (content, documents) in files.items():
+        path = tmp_path / f"{reader.__name__}.json"
         path.write_text(content)
-        found = CORPORA[name](path).documents
+        found = reader(path).documents
         assert found == documents if documents else len(found) == 2
         path.write_bytes(b"\xff{")
         with pytest.raises(SourceError, match=r"fetch it again"):
-            CORPORA[name](path)
+            reader(path)
         with pytest.raises(SourceError, match=r"does not exist; check the path"):
-            CORPORA[name](tmp_path / "gone")
-    (tmp_path / "cn01").write_text("\n\tThe/at man/nn ,/, ``/`` he/pps ''/'' left/vbd ./.\n")
-    assert brown(tmp_path).documents == ('The man, "he" left.',)
+            reader(tmp_path / "gone")

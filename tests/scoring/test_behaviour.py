@@ -9,7 +9,7 @@ from regrow.evidence import Need
 from regrow.scores import Scores
 from regrow.scoring import METRICS, collect, percentile, weights_of
 from regrow.scoring.partition import LEAST, PARTITIONS, Modules, partition
-from regrow.scoring.paths import peak_to_peak, product_of_norms
+from regrow.scoring.paths import peak_to_peak
 from regrow.scoring.reliability import SWITCHES, rank_in_modules, reliability
 from regrow.scoring.sensitivity import ranks, sensitivity, spectrum
 from regrow.scoring.spaces import spaces
@@ -74,36 +74,17 @@ def test_noise_alone_is_told_from_sensitivity() -> None:
     assert len(noise) == 3 and noise["12 × "]["units"] == 36, "small axes of a kind are ranked together"
 
 
-def test_noise_removed_is_near_the_truth_and_zero_without_it() -> None:
-    quiet, loud = (sensitivity(ranks(drawn(noise, 0.0), AMONG), denoise=True).sigma["a"] for noise in (0.0, 0.6))
-    assert float(quiet.max()) < 1e-12
-    raw = sensitivity(ranks(drawn(0.6, 0.0), AMONG)).sigma["a"]
-    assert float(loud.median()) < 0.5 * float(raw.median())
-
-
-def test_equal_noise_moves_middle_ranks_most_and_the_probit_scale_mends_that() -> None:
-    scores = drawn(0.3, 0.0, seed=3)
-    for scale, low, high in (("raw", 1.8, 9.0), ("probit", 0.6, 1.5)):
-        found = ranks(scores, AMONG, scale)
-        place = percentile(found.whole["a"].mean(0))
-        sigma = sensitivity(found).sigma["a"]
-        ends = sigma[(place < 0.1) | (place > 0.9)].mean()
-        assert low < float(sigma[(place > 0.4) & (place < 0.6)].mean() / ends) < high
-
-
 @pytest.mark.parametrize("how", PARTITIONS)
 def test_every_unit_is_in_one_module_and_none_is_tiny(how: str) -> None:
-    if how == "profiles":
-        pytest.importorskip("sklearn")
     scores = drawn(0.3, 0.5)
     found = ranks(scores, AMONG)
     among = spaces(AXES, parts=4)
     base = scores["s0"][0].values
-    modules = partition(how, among, base, found, sensitivity(found), seed=1)
+    modules = partition(how, among, base, sensitivity(found), seed=1)
     assert {key: len(value) for key, value in modules.labels.items()} == {axis.key: axis.size for axis in AXES}
     counts = torch.bincount(torch.cat(list(modules.labels.values())), minlength=len(modules))
     assert int(counts.min()) >= (3 if how == "layer" else LEAST) and len(counts) == len(modules.spaces)
-    again = partition(how, among, base, found, sensitivity(found), seed=1)
+    again = partition(how, among, base, sensitivity(found), seed=1)
     assert all(torch.equal(again.labels[key], value) for key, value in modules.labels.items())
     for number, space in enumerate(modules.spaces):
         where = {key for key, labels in modules.labels.items() if bool((labels == number).any())}
@@ -112,30 +93,29 @@ def test_every_unit_is_in_one_module_and_none_is_tiny(how: str) -> None:
         assert modules.names == tuple(axis.key for axis in AXES)
 
 
-def test_the_grid_halves_by_sensitivity_and_strength_and_random_modules_have_the_sizes_of_thresholds() -> None:
+def test_modules_are_split_by_sensitivity_and_score_and_random_ones_have_the_same_sizes() -> None:
     scores = drawn(0.3, 0.5)
     found, base = ranks(scores, AMONG), scores["s0"][0].values
     spread, among = sensitivity(found), spaces(AXES, parts=4)
-    grid = partition("grid", among, base, found, spread)
-    a = grid.labels["a"]
+    alike = partition("thresholds", among, base, spread)
+    a = alike.labels["a"]
     robust, sensitive = ((spread.sigma["a"][a == i]) for i in (0, 2))
     assert float(robust.max()) <= float(sensitive.min())
     assert float(base["a"][a == 0].max()) <= float(base["a"][a == 1].min())
-    assert grid.names[:4] == ("a robust weak", "a robust strong", "a sensitive weak", "a sensitive strong")
-    random, alike = (partition(how, among, base, found, spread, seed=2).labels["a"] for how in ("random", "thresholds"))
-    assert torch.equal(torch.bincount(random), torch.bincount(alike))
-    assert 0.15 < float((random == alike).double().mean()) < 0.4
-    with pytest.raises(ValueError, match="formed by grid, quantiles"):
-        partition("cube", among, base, found, spread)
+    assert alike.names[:4] == ("a robust weak", "a robust strong", "a sensitive weak", "a sensitive strong")
+    random = partition("random", among, base, spread, seed=2).labels["a"]
+    assert torch.equal(torch.bincount(random), torch.bincount(a))
+    assert 0.15 < float((random == a).double().mean()) < 0.4
+    with pytest.raises(ValueError, match="formed by thresholds, random"):
+        partition("cube", among, base, spread)
 
 
 def test_what_is_switched() -> None:
     scores = drawn(0.3, 0.5)
     found, base = ranks(scores, AMONG), scores["s0"][0].values
     spread, among = sensitivity(found), spaces(AXES, parts=4)
-    modules = partition("grid", among, base, found, spread)
-    halves = (scores["s1"][0].values, scores["s2"][0].values)
-    trust = {how: reliability(how, among, modules, base, spread, halves).trust for how in SWITCHES}
+    modules = partition("thresholds", among, base, spread)
+    trust = {how: reliability(how, among, modules, base, spread).trust for how in SWITCHES}
     small = torch.tensor([among[i].pooled for i in modules.spaces])
     assert all(bool((value[small] == 1).all()) for value in trust.values()), "small axes are not judged"
     big, names = ~small, modules.names
@@ -150,15 +130,13 @@ def test_what_is_switched() -> None:
     assert float((sizes * trust["even"]).sum()) == pytest.approx(float((sizes * trust["blend"]).sum()))
     with pytest.raises(ValueError, match="switched by unreliable"):
         reliability("maybe", among, modules, base, spread)
-    with pytest.raises(ValueError, match="two halves"):
-        reliability("halves", among, modules, base, spread)
 
 
 def test_a_switched_module_ignores_the_calibration_and_others_keep_the_base_order() -> None:
     scores = drawn(0.3, 0.5)
     found, among = ranks(scores, AMONG), spaces(AXES, parts=4)
     base, other = scores["s0"][0].values, scores["s3"][0].values
-    modules = partition("grid", among, base, found, sensitivity(found))
+    modules = partition("thresholds", among, base, sensitivity(found))
     instead = {key: torch.rand(len(value), dtype=torch.float64) for key, value in base.items()}
     trust = torch.ones(len(modules), dtype=torch.float64)
     trust[2] = 0
@@ -170,13 +148,12 @@ def test_a_switched_module_ignores_the_calibration_and_others_keep_the_base_orde
     assert sorted(one["a"][mine].tolist()) == [(i + 0.5) / int(mine.sum()) for i in range(int(mine.sum()))]
 
 
-def test_measures_of_paths_are_what_they_say() -> None:
+def test_the_peak_to_peak_is_that_of_the_rows_of_a_unit() -> None:
     model, axes = lm()
     weights, units = weights_of(model), axes.units()
-    norms, peaks = (f(weights, axes, units=units) for f in (product_of_norms, peak_to_peak))
-    gate, up, down = (weights[f"decoder.blocks.0.{name}.weight"].double() for name in ("gate", "up", "down"))
+    peaks = peak_to_peak(weights, axes, units=units)
+    gate, up = (weights[f"decoder.blocks.0.{name}.weight"].double() for name in ("gate", "up"))
     key = "decoder.blocks.0.gate.weight:0"
-    assert torch.allclose(norms[key], (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).log())
     spans = sum(w.amax(1) + w.amin(1).abs() for w in (gate, up))
     assert torch.allclose(peaks[key], spans)
 
@@ -189,15 +166,13 @@ def test_ranks_of_real_statistics_have_the_shapes_they_should() -> None:
     got = ranks(by, spaces(axes.units()))
     for axis in axes.units():
         assert got.whole[axis.key].shape == (2, axis.size) and got.shards[axis.key].shape == (2, 2, axis.size)
-    with pytest.raises(ValueError, match="scales raw, probit"):
-        ranks(by, spaces(axes.units()), "log")
 
 
 def test_modules_keep_their_numbers_where_another_partition_has_the_same() -> None:
     scores = drawn(0.3, 0.5)
     among, base = spaces(AXES, parts=4), scores["s0"][0].values
     found = ranks(scores, AMONG)
-    fine, coarse = (partition(how, among, base, found, sensitivity(found), bins=4) for how in ("grid", "quantiles"))
+    fine, coarse = (partition(how, among, base, sensitivity(found)) for how in ("thresholds", "layer"))
     assert fine.numbered_as(fine, among).labels.keys() == fine.labels.keys()
     assert all(torch.equal(row, fine.labels[key]) for key, row in fine.numbered_as(fine, among).labels.items())
     assert all(torch.equal(row, fine.labels[key]) for key, row in coarse.numbered_as(fine, among).labels.items())

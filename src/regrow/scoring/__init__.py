@@ -13,13 +13,12 @@ from regrow.scoring.fisher import fisher
 from regrow.scoring.gradients import taylor
 from regrow.scoring.massive import Massive, massive
 from regrow.scoring.metrics import METRICS, Metric
-from regrow.scoring.paths import PATHS, peak_to_peak, product_of_norms
+from regrow.scoring.paths import peak_to_peak
 from regrow.scoring.weights import CachedColumns, magnitude, random, readers, scorable, weights_of
 
 __all__ = [
     "BASES",
     "METRICS",
-    "PATHS",
     "Base",
     "CachedColumns",
     "Massive",
@@ -34,7 +33,6 @@ __all__ = [
     "over_sources",
     "peak_to_peak",
     "percentile",
-    "product_of_norms",
     "random",
     "readers",
     "scorable",

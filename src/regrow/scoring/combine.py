@@ -38,18 +38,6 @@ def percentile(values: Tensor) -> Tensor:
     return (below + upto).double() / (2 * values.shape[-1])
 
 
-def probit(ranks: Tensor) -> Tensor:
-    """Return Φ⁻¹(rank): equal noise in the scores then moves ranks in the middle no more than at the ends.
-
-    Args:
-        ranks: Percentile ranks in (0, 1).
-
-    >>> probit(torch.tensor([0.5, 0.975], dtype=torch.float64)).round(decimals=2).tolist()
-    [0.0, 1.96]
-    """
-    return torch.special.ndtri(ranks)
-
-
 def to_units(
     channels: Mapping[str, Tensor],
     widths: Mapping[str, int],

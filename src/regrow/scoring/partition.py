@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regrow.scoring.combine import percentile
-from regrow.scoring.sensitivity import Ranks, Sensitivity
+from regrow.scoring.sensitivity import Sensitivity
 from regrow.scoring.spaces import Row, Space
 
 LEAST = 8
@@ -90,25 +89,20 @@ def partition(
     how: str,
     among: Sequence[Space],
     scores: Mapping[str, Tensor],
-    ranking: Ranks,
     sensitive: Sensitivity,
     *,
-    bins: int = 4,
     seed: int = 0,
 ) -> Modules:
     """Divide the units of each ranking space into modules, by sensitivity, score, or other criteria.
 
     Args:
-        how: One of ``PARTITIONS``: ``grid``, sensitivity × score, each split at its median in the space (pooled spaces,
-            whose units are few: sensitivity alone); ``quantiles`` of sensitivity; ``profiles``, k-means on the ranks by
-            source; ``thresholds``, the grid with medians over all spaces of a kind; ``random``, modules as large as
-            those, but who is in which is drawn; ``layer``, one module per axis.
+        how: One of ``PARTITIONS``: ``thresholds``, sensitivity × score, each split at its median over all spaces of a
+            kind (pooled spaces, whose units are few: sensitivity alone); ``random``, modules as large as those, but who
+            is in which is drawn; ``layer``, one module per axis.
         among: The ranking spaces.
         scores: Axis key → the baseline's score on all sources, ``[size]``.
-        ranking: The units' ranks on each source.
         sensitive: How much ranks vary between sources.
-        bins: How many modules ``quantiles`` and ``profiles`` make of a space.
-        seed: The random seed of ``profiles`` and ``random``.
+        seed: The random seed of ``random``.
 
     Raises:
         ValueError: If ``how`` is unknown.
@@ -120,7 +114,7 @@ def partition(
     labels: dict[str, Tensor] = {}
     names: list[str] = []
     homes: list[int] = []
-    view = _View(tuple(among), scores, ranking, sensitive, bins, seed)
+    view = _View(tuple(among), scores, sensitive, seed)
     for index, space in enumerate(among):
         cells, words = PARTITIONS[how](view, index)
         if how != "layer":
@@ -139,9 +133,7 @@ def partition(
 class _View:
     spaces: tuple[Space, ...]
     scores: Mapping[str, Tensor]
-    ranks: Ranks
     sensitivity: Sensitivity
-    bins: int
     seed: int
 
 
@@ -150,21 +142,12 @@ _GRID = ("robust weak", "robust strong", "sensitive weak", "sensitive strong")
 _HALVES = ("robust", "", "sensitive", "")
 
 
-def _grid(view: _View, index: int) -> Cells:
-    space = view.spaces[index]
-    sigma, score = space.gather(view.sensitivity.sigma), space.gather(view.scores)
-    return _cells(space, sigma > sigma.median(), score > score.median())
-
-
 def _thresholds(view: _View, index: int) -> Cells:
     space = view.spaces[index]
     alike = [other for other in view.spaces if other.label == space.label]
     sigma = torch.cat([other.gather(view.sensitivity.sigma) for other in alike]).median()
     score = torch.cat([other.gather(view.scores) for other in alike]).median()
-    return _cells(space, space.gather(view.sensitivity.sigma) > sigma, space.gather(view.scores) > score)
-
-
-def _cells(space: Space, sensitive: Tensor, strong: Tensor) -> Cells:
+    sensitive, strong = space.gather(view.sensitivity.sigma) > sigma, space.gather(view.scores) > score
     return (2 * sensitive.long(), _HALVES) if space.pooled else (2 * sensitive.long() + strong.long(), _GRID)
 
 
@@ -174,26 +157,12 @@ def _random(view: _View, index: int) -> Cells:
     return cells[shuffle], [f"random {i}" for i in range(len(words))]
 
 
-def _quantiles(view: _View, index: int) -> Cells:
-    ranked = percentile(view.spaces[index].gather(view.sensitivity.sigma))
-    cells = (ranked * view.bins).long().clamp_max(view.bins - 1)
-    return cells, [f"sensitivity {i + 1}/{view.bins}" for i in range(view.bins)]
-
-
-def _profiles(view: _View, index: int) -> Cells:
-    profile = view.spaces[index].gather(view.ranks.whole).T.contiguous()
-    return _kmeans(profile, view.bins, view.seed), [f"profile {i + 1}/{view.bins}" for i in range(view.bins)]
-
-
 def _layer(view: _View, index: int) -> Cells:
     space = view.spaces[index]
     return torch.arange(len(space.keys)).repeat_interleave(torch.tensor(space.sizes)), space.keys
 
 
 PARTITIONS: Mapping[str, Callable[[_View, int], Cells]] = {
-    "grid": _grid,
-    "quantiles": _quantiles,
-    "profiles": _profiles,
     "thresholds": _thresholds,
     "random": _random,
     "layer": _layer,
@@ -213,17 +182,3 @@ def _merged(cells: Tensor, sigma: Tensor) -> Tensor:
         distance[small] = torch.inf
         cells = torch.where(cells == present[small], present[int(distance.argmin())], cells)
     return cells
-
-
-def _kmeans(points: Tensor, k: int, seed: int) -> Tensor:
-    """Return which of ``k`` clusters each row is in.
-
-    Raises:
-        ValueError: If scikit-learn is not installed.
-    """
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError:
-        raise ValueError("the partition 'profiles' needs scikit-learn: pip install scikit-learn") from None
-    k = min(k, len(points))
-    return torch.from_numpy(KMeans(k, n_init=4, random_state=seed).fit_predict(points.numpy())).long()

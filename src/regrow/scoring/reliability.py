@@ -11,7 +11,7 @@ from regrow.scoring.partition import Modules
 from regrow.scoring.sensitivity import Sensitivity
 from regrow.scoring.spaces import Space, within
 
-SWITCHES = ("unreliable", "halves", "blend", "even", "never", "always", "reversed")
+SWITCHES = ("unreliable", "blend", "even", "never", "always", "reversed")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ def reliability(
     modules: Modules,
     scores: Mapping[str, Tensor],
     sensitive: Sensitivity,
-    halves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
     *,
     most: float = 0.25,
 ) -> Reliability:
@@ -43,19 +42,17 @@ def reliability(
     Modules of pooled spaces have too few units to be judged, and are always trusted.
 
     Args:
-        how: ``unreliable``: not trusted where U is highest, in at most a share ``most`` of the units; ``halves``: where
-            the orders by two halves of the sources correlate below ½ in the module; ``blend``: trust 1 − U; ``even``:
-            the mean of that everywhere (does the place matter, or the mixture?); ``never`` and ``always`` switch;
-            ``reversed``: the most reliable modules instead (a sign check).
+        how: ``unreliable``: not trusted where U is highest, in at most a share ``most`` of the units; ``blend``: trust
+            1 − U; ``even``: the mean of that everywhere (does the place matter, or the mixture?); ``never`` and
+            ``always`` switch; ``reversed``: the most reliable modules instead (a sign check).
         among: The ranking spaces of the modules.
         modules: The modules.
         scores: Axis key → the baseline's score on all sources, ``[size]``.
         sensitive: How much the ranks of units vary between sources.
-        halves: The baseline's scores on two halves of the calibration data; needed by ``how="halves"`` alone.
         most: The largest fraction of the judged units that ``unreliable`` and ``reversed`` may switch.
 
     Raises:
-        ValueError: If ``how`` is unknown, or ``halves`` are missing.
+        ValueError: If ``how`` is unknown.
 
     Source: GPrune-LLM (arXiv 2603.13418) names both factors; the formula is ours.
     """
@@ -73,10 +70,6 @@ def reliability(
             trust = _most(
                 u if how == "unreliable" else -u, _sizes(modules), able, most * float(_sizes(modules)[judged].sum())
             )
-        case "halves":
-            if halves is None:
-                raise ValueError("the switch 'halves' compares two halves of the calibration data; none are given")
-            trust[_agreement(modules, *halves) < 0.5] = 0
         case "blend":
             trust = 1 - u
         case "even":
@@ -137,10 +130,3 @@ def _most(u: Tensor, sizes: Tensor, judged: Tensor, left: float) -> Tensor:
             trust[module] = 0
             left -= float(sizes[module])
     return trust
-
-
-def _agreement(modules: Modules, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-    """Return Spearman's rank correlation of two score orders inside each module."""
-    labels, a, b = (torch.cat([values[key] for key in modules.labels]) for values in (modules.labels, one, other))
-    pairs = [torch.stack([percentile(a[labels == m]), percentile(b[labels == m])]) for m in range(len(modules))]
-    return torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).nan_to_num(1.0)

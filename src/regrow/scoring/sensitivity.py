@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from regrow.scores import Scores
-from regrow.scoring.combine import percentile, probit
+from regrow.scoring.combine import percentile
 from regrow.scoring.spaces import Row, Space, within
-
-SCALES = {"raw": lambda ranks: ranks, "probit": probit}
 
 
 @dataclass(frozen=True)
@@ -28,77 +26,49 @@ class Ranks:
     shards: Mapping[str, Tensor]
 
 
-def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space], scale: str = "raw") -> Ranks:
-    """Rank the units of each ranking space by their scores, for each source and each of its shards.
+def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space]) -> Ranks:
+    """Rank the units of each ranking space by their scores, in (0, 1), for each source and each of its shards.
 
     Args:
         scores: Source → its scores, and the scores of each of its shards; equally many shards each.
         among: The ranking spaces: which units are ranked against each other.
-        scale: ``raw``: percentile ranks in (0, 1); ``probit``: Φ⁻¹ of them.
 
     Raises:
-        ValueError: If the scale is unknown or the numbers of shards differ.
+        ValueError: If the numbers of shards differ.
     """
-    if scale not in SCALES:
-        raise ValueError(f"ranks have the scales {', '.join(SCALES)}; got {scale!r}")
     if len({len(shards) for _, shards in scores.values()}) != 1:
         raise ValueError("every source needs equally many shards")
     keys = [key for space in among for key in space.keys]
     whole = {key: torch.stack([one[key] for one, _ in scores.values()]) for key in keys}
     parts = {key: torch.stack([torch.stack([s[key] for s in shards]) for _, shards in scores.values()]) for key in keys}
-    each = lambda values: SCALES[scale](percentile(values))  # noqa: E731
-    return Ranks(tuple(scores), within(whole, among, each), within(parts, among, each))
+    return Ranks(tuple(scores), within(whole, among, percentile), within(parts, among, percentile))
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much each unit's rank varies between sources; every field: axis key → ``[size]`` float64.
+    """How much each unit's rank varies between sources.
 
     Args:
-        sigma: The standard deviation of the rank over sources.
-        between: The variance between sources with the sampling noise taken out, max(0, (MS_b − MS_w) / S).
-        within: The variance between shards of one source, MS_w.
-        ratio: F = MS_b / MS_w; about 1 where sources differ no more than shards of one source do.
-        mean: The mean rank over sources.
+        sigma: Axis key → the standard deviation of the rank over sources, ``[size]`` float64.
     """
 
     sigma: Mapping[str, Tensor]
-    between: Mapping[str, Tensor]
-    within: Mapping[str, Tensor]
-    ratio: Mapping[str, Tensor]
-    mean: Mapping[str, Tensor]
 
 
-def sensitivity(ranking: Ranks, *, denoise: bool = False) -> Sensitivity:
-    """Compute how much each unit's rank varies between sources, with the variance between shards as noise.
-
-    One-way random effects over S shards of M sources: MS_b = S · Var_m(shard mean), MS_w = the mean over sources of the
-    variance between shards. ``sigma`` is the standard deviation (ddof = 1) of the ranks by whole sources, or, with
-    ``denoise``, the root of ``between``.
+def sensitivity(ranking: Ranks) -> Sensitivity:
+    """Compute how much each unit's rank varies between sources: the standard deviation (ddof = 1) of its ranks.
 
     Args:
-        ranking: Ranks on M ≥ 2 sources; the noise can only be estimated from S ≥ 2 shards.
-        denoise: Subtract the variance within sources from the variance that ``sigma`` is the root of.
+        ranking: Ranks on M ≥ 2 sources.
 
     Raises:
-        ValueError: If there are fewer than 2 sources, or ``denoise`` and fewer than 2 shards.
+        ValueError: If there are fewer than 2 sources.
 
-    Source: GPrune-LLM (arXiv 2603.13418), ranking variance across data sets; the correction is ours.
+    Source: GPrune-LLM (arXiv 2603.13418), ranking variance across data sets.
     """
     if len(ranking.sources) < 2:
         raise ValueError(f"sensitivity compares sources; there is only {ranking.sources}")
-    if denoise and next(iter(ranking.shards.values())).shape[1] < 2:
-        raise ValueError("taking noise out needs at least 2 shards per source")
-    parts = {key: _effects(value) for key, value in ranking.shards.items()}
-    between = {key: part[0] for key, part in parts.items()}
-    plain = {key: value.std(0) for key, value in ranking.whole.items()}
-    return Sensitivity(
-        sigma={key: value.sqrt() for key, value in between.items()} if denoise else plain,
-        between=between,
-        within={key: part[1] for key, part in parts.items()},
-        ratio={key: part[2] for key, part in parts.items()},
-        mean={key: value.mean(0) for key, value in ranking.whole.items()},
-    )
+    return Sensitivity({key: value.std(0) for key, value in ranking.whole.items()})
 
 
 def share_of(flags: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> float:

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from regrow.scores import Scores, Statistics, merged
 from regrow.scoring.sensitivity import Ranks, Sensitivity, ranks, sensitivity
 from regrow.scoring.spaces import Space
@@ -34,8 +32,6 @@ def views(
     score: Score,
     among: Sequence[Space],
     *,
-    scale: str = "raw",
-    denoise: bool = False,
     without_each: bool = True,
 ) -> Iterator[View]:
     """Yield the view of all sources, then (with ``without_each``) one view with each source left out.
@@ -46,26 +42,11 @@ def views(
         statistics: Source → the statistics of its shards; at least 2 sources, 3 to leave one out.
         score: Function from statistics to scores.
         among: The ranking spaces: which units are ranked against each other.
-        scale: The scale of ranks, as in :func:`regrow.scoring.sensitivity.ranks`.
-        denoise: Subtract sampling noise, as in :func:`regrow.scoring.sensitivity.sensitivity`.
         without_each: Also yield a view without each source.
     """
     rows = {name: (score(merged(shards)), [score(one) for one in shards]) for name, shards in statistics.items()}
     for left_out in (None, *(rows if without_each else ())):
         names = [name for name in rows if name != left_out]
         pooled = merged([shard for name in names for shard in statistics[name]])
-        ranking = ranks({name: rows[name] for name in names}, among, scale)
-        yield View(pooled, score(pooled), ranking, sensitivity(ranking, denoise=denoise))
-
-
-def halves(
-    statistics: Mapping[str, Sequence[Statistics]], score: Score
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None:
-    """Return the scores on two halves of the shards of every source; ``None`` if each has only one shard.
-
-    Args:
-        statistics: Source → the statistics of its shards.
-        score: Function from statistics to scores.
-    """
-    parts = [[shard for shards in statistics.values() for shard in shards[i::2]] for i in (0, 1)]
-    return (score(merged(parts[0])).values, score(merged(parts[1])).values) if parts[1] else None
+        ranking = ranks({name: rows[name] for name in names}, among)
+        yield View(pooled, score(pooled), ranking, sensitivity(ranking))

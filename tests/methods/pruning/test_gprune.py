@@ -160,7 +160,7 @@ def test_a_run_stopped_while_learning_ends_as_if_it_had_not(how: type[BaseExcept
 
 
 def test_the_same_seed_gives_the_same_plan() -> None:
-    for how in ("grid", "random"):
+    for how in ("thresholds", "random"):
         settings = {"steps": 4, "every": 2, "partition": how, "seed": 3}
         assert run(settings)[0] == run(settings)[0]
 
@@ -194,13 +194,11 @@ def test_what_it_saw_is_plain_data() -> None:
         ({"base": "obd"}, "base must be one of flap, wanda_sp"),
         ({"instead": "luck"}, "instead must be one of"),
         ({"start": "top"}, "start must be one of"),
-        ({"loss": "mse"}, "loss must be one of"),
         ({"steps": -1}, "steps must be at least 0"),
-        ({"shards": 1, "denoise": True}, "shards=2 or more"),
+        ({"shards": 0}, "shards must be at least 1"),
         ({"held_out": 1.0}, "held_out must be between 0 and 1"),
-        ({"partition": "cube"}, "partition must be one of grid"),
+        ({"partition": "cube"}, "partition must be one of thresholds"),
         ({"switch": "maybe"}, "switch must be one of"),
-        ({"rank": "log"}, "rank must be one of raw, probit"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], words: str) -> None:

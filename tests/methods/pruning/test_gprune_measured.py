@@ -165,7 +165,7 @@ def test_ratios_of_a_measured_allocation_are_not_said_to_be_learned() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"allocation": "measured", "loss": "cross_entropy"}, "allocation=measured does not use loss, got 'cross"),
+        ({"allocation": "measured", "lr": 0.2}, "allocation=measured does not use lr, got 0.2"),
         ({"allocation": "measured", "steps": 7}, "does not use steps, got 7; leave steps out, or give allocation="),
         ({"exchanges": 0}, "allocation=learned does not use exchanges, got 0; .* or give allocation=measured"),
     ],

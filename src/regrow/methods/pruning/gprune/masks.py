@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from regrow.allocation import soft_step
 from regrow.axes import AxisGraph
-from regrow.objectives import class_loss
 from regrow.sources import Batch, device_of, labelled_logits, logits_in
 from regrow.surgery.gate import gate_inputs
 
@@ -83,17 +82,14 @@ class Masks:
 
 @dataclass
 class Comparison:
-    """The loss of a masked network against the dense one, whose output probabilities are cached up to a memory limit.
+    """KL(dense ‖ masked) in nats per position, with the dense network's probabilities cached up to a memory limit.
 
     Args:
         memory: GiB of the dense network's probabilities that may be cached.
-        loss: ``kl``: KL(dense ‖ masked) in nats per position; ``cross_entropy``: that of the masked network on the
-            text.
         kept: The cache: ``id`` of a batch → the batch, the probabilities, and their mean entropy in nats.
     """
 
     memory: float = 3.0
-    loss: str = "kl"
     kept: dict[int, tuple[Batch, Tensor, float]] = field(default_factory=dict, repr=False)
 
     def __call__(
@@ -112,21 +108,13 @@ class Comparison:
             batch: The batch, on any device.
             gates: Axis key → the mask of its units, ``[size]``.
             fills: Name of a weight → the values that replace its dropped inputs, ``[C]``.
-
-        Raises:
-            ValueError: If the loss needs labels and there are none.
         """
-        dense = self._dense(model, batch) if self.loss == "kl" else None
+        chances, entropy = self._dense(model, batch)
         here = batch.to(device_of(model))
         with gate_inputs(model, axes, gates, fills):
             logits = logits_in(model(*here.args, **here.kwargs))
-        if dense is not None:
-            # KL(p ‖ q) = H(p, q) − H(p), and the first is one fused operation: half the time of ``kl_div`` on text.
-            chances, entropy = dense
-            return F.cross_entropy(labelled_logits(logits, here.labels).float(), chances) - entropy
-        if here.labels is None:
-            raise ValueError("cross entropy needs labels; learn with loss=kl")
-        return class_loss(logits, here.labels)
+        # KL(p ‖ q) = H(p, q) − H(p), and the first is one fused operation: half the time of ``kl_div`` on text.
+        return F.cross_entropy(labelled_logits(logits, here.labels).float(), chances) - entropy
 
     def _dense(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
         """Return the dense network's probabilities, ``[positions, classes]``, and their mean entropy in nats."""

@@ -18,7 +18,7 @@ from regrow.scoring.partition import Modules, partition
 from regrow.scoring.reliability import Reliability, rank_in_modules
 from regrow.scoring.sensitivity import spectrum
 from regrow.scoring.spaces import Space, spaces, within
-from regrow.scoring.views import View, halves, views
+from regrow.scoring.views import View, views
 
 INACTIVE = 1e-3
 """A unit is inactive on a source if the root mean square of its inputs is at most this fraction of its axis's mean."""
@@ -33,7 +33,6 @@ class Measurement:
         spaces: The sets of axes whose units are ranked together.
         views: The scores and ranks, one view per choice of sources.
         weights_only: The scores of the base metric without activations.
-        halves: Scores from each half of the parts of the sources, to measure noise; ``None`` if there is one part only.
         inactive: Axis key → which units are inactive on every source, ``[size]`` bool: their ranks do not vary either,
             but unlike robust units they do nothing on any source.
     """
@@ -42,7 +41,6 @@ class Measurement:
     spaces: tuple[Space, ...]
     views: tuple[View, ...]
     weights_only: Scores
-    halves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
     inactive: Mapping[str, Tensor]
 
 
@@ -62,14 +60,12 @@ def measure(s: Settings, task: PruningTask) -> Measurement:
     def score(statistics: Statistics | None) -> Scores:
         return BASES[s.base].score(weights, task.axes, statistics, units)
 
-    seen = list(views(sums, score, among, scale=s.rank, denoise=s.denoise, without_each=s.cross))
-    halved = sums
+    seen = list(views(sums, score, among, without_each=s.cross))
     if s.scores_from != "pooled":
         names = _calibration_sources(s, tuple(sums))
         own = {name: score(merged(sums[name])) for name in dict.fromkeys(names)}
         seen = [replace(view, scores=own[name]) for view, name in zip(seen, names, strict=False)]
-        halved = {s.scores_from: sums[s.scores_from]}
-    return Measurement(units, among, tuple(seen), score(None), halves(halved, score), _inactive(task, units))
+    return Measurement(units, among, tuple(seen), score(None), _inactive(task, units))
 
 
 def _calibration_sources(s: Settings, sources: Sequence[str]) -> list[str]:
@@ -118,13 +114,11 @@ def order_modules(
         among: The sets of axes whose units form modules together.
     """
     # A source must not have a say in the modules it is judged by, as far as these have counterparts without it.
-    others = seen.views[1:] if s.partition != "profiles" else ()
-    every = [modules, *(form_modules(s, one, among).numbered_as(modules, among) for one in others)]
-    every += [modules] * (len(seen.views) - len(every))
-    instead = _other_orders(s, task, seen)
+    every = [modules, *(form_modules(s, one, among).numbered_as(modules, among) for one in seen.views[1:])]
+    peaks = s.instead == "peaks"
+    instead = scoring.peak_to_peak(task.weights, task.axes, units=seen.units) if peaks else seen.weights_only
     places = [
-        rank_in_modules(m, trust, one.scores.values, other)
-        for m, one, other in zip(every, seen.views, instead, strict=True)
+        rank_in_modules(m, trust, one.scores.values, instead.values) for m, one in zip(every, seen.views, strict=True)
     ]
     filled = [
         name for name in seen.views[0].pooled.moments if s.compensate and scoring.takes_constant(task.model, name)
@@ -145,16 +139,7 @@ def form_modules(s: Settings, seen: View, among: Sequence[Space]) -> Modules:
         seen: The scores, ranks and sensitivity.
         among: The sets of axes whose units form modules together.
     """
-    return partition(s.partition, among, seen.scores.values, seen.ranks, seen.spread, bins=s.bins, seed=s.seed)
-
-
-def _other_orders(s: Settings, task: PruningTask, seen: Measurement) -> list[Mapping[str, Tensor]]:
-    """Return the scores that order switched modules, in each view."""
-    if s.instead == "mean_rank":
-        return [view.spread.mean for view in seen.views]
-    path = scoring.PATHS.get(s.instead)
-    scores = path(task.weights, task.axes, units=seen.units) if path else seen.weights_only
-    return [scores.values] * len(seen.views)
+    return partition(s.partition, among, seen.scores.values, seen.spread, seed=s.seed)
 
 
 def findings_of(

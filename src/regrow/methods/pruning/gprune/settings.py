@@ -3,20 +3,18 @@
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
-from regrow.scoring import PATHS
 from regrow.scoring.base import BASES
 from regrow.scoring.partition import PARTITIONS
 from regrow.scoring.reliability import SWITCHES
-from regrow.scoring.sensitivity import SCALES
 from regrow.settings.constraints import OneOf, Range, check_constraints
 from regrow.settings.declaration import UNRECORDED, recorded_with
 
 STARTS = ("base", "inner", "uniform")
 """The allocations from which learning may start."""
-INSTEAD = ("weights", *PATHS, "mean_rank")
+INSTEAD = ("peaks", "weights")
 MEASURED = recorded_with("allocation")
 """Metadata of the settings of measured allocation."""
-LEARNING = ("steps", "windows", "every", "exact_start", "lr", "width", "width_few", "loss")
+LEARNING = ("steps", "windows", "every", "exact_start", "lr", "width", "width_few")
 """The settings that a measured allocation does not use."""
 
 
@@ -27,17 +25,15 @@ class Settings:
     Args:
         base: The base method, whose metric and allocation are used: ``flap`` (WIFV), ``wanda_sp``, ``llm_pruner``
             (Taylor), ``magnitude`` or ``fisher``.
-        shards: The number of parts into which each source is split, to tell sensitivity from sampling noise.
-        rank: ``raw``: sensitivity of percentile ranks; ``probit``: of their normal quantiles.
-        denoise: Whether the noise within sources is subtracted from the sensitivity.
-        partition: How units are grouped into modules: ``thresholds``, ``grid``, ``quantiles``, ``profiles``, ``random``
-            or ``layer``; see :mod:`regrow.scoring.partition`.
-        bins: The number of modules that ``quantiles`` and ``profiles`` make of each layer.
-        switch: Which modules are ordered without activations: ``blend``, ``even``, ``unreliable``, ``halves``,
-            ``never``, ``always`` or ``reversed``; see :mod:`regrow.scoring.reliability`.
+        shards: The number of parts into which each source is split, so that the report can tell how far ranks vary
+            between sources from sampling noise.
+        partition: How units are grouped into modules: ``thresholds``, ``random`` or ``layer``; see
+            :mod:`regrow.scoring.partition`.
+        switch: Which modules are ordered without activations: ``blend``, ``even``, ``unreliable``, ``never``,
+            ``always`` or ``reversed``; see :mod:`regrow.scoring.reliability`.
         switch_most: The largest fraction of units that ``unreliable`` and ``reversed`` may switch.
-        instead: The metric that orders switched modules: ``peaks`` (peak to peak of a unit's rows), ``norms`` (product
-            of the norms of its rows), ``weights`` (the weight-only part of the base metric), ``mean_rank``.
+        instead: The metric that orders switched modules: ``peaks`` (peak to peak of a unit's rows) or ``weights`` (the
+            weight-only part of the base metric).
         scores_from: ``pooled``: units are scored on all sources together; the name of a source: on that one alone (on
             the next one, where that one is left out), while sensitivity and the means of dropped inputs are of all.
         cross: Whether each source is trained and judged with the order and the means of the other sources alone, as if
@@ -67,20 +63,15 @@ class Settings:
         width: The range of relative ranks in a module, around the pruning ratio, that has a gradient.
         width_few: As ``width``, for modules of several small axes that are pooled.
         most: The largest fraction of a module that may be cut while learning.
-        loss: ``kl``: KL divergence of the pruned network's predictions from the dense one's; ``cross_entropy``: of the
-            text.
         memory: GiB of the dense network's predictions that may be cached instead of computed again.
         compensate: Whether the mean of dropped inputs is added to biases; the masked network in learning does the same.
         minimum: The smallest number of units that stay in an axis.
-        seed: Seed of random partitions, of k-means and of the order of windows.
+        seed: Seed of random partitions and of the order of windows.
     """
 
     base: Annotated[str, OneOf(*BASES)] = "flap"
     shards: Annotated[int, Range(1)] = 4
-    rank: Annotated[str, OneOf(*SCALES)] = "raw"
-    denoise: bool = False
     partition: Annotated[str, OneOf(*PARTITIONS)] = "thresholds"
-    bins: int = 4
     switch: Annotated[str, OneOf(*SWITCHES)] = "blend"
     switch_most: float = 0.25
     instead: Annotated[str, OneOf(*INSTEAD)] = "peaks"
@@ -104,7 +95,6 @@ class Settings:
     width: Annotated[float, Range(0, above=True)] = 0.05
     width_few: Annotated[float, Range(0, above=True)] = 0.1
     most: Annotated[float, Range(0, 1, above=True, below=True)] = 0.95
-    loss: Annotated[str, OneOf("kl", "cross_entropy")] = "kl"
     memory: float = 3.0
     compensate: bool = True
     minimum: int = 1
@@ -112,8 +102,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_constraints(self)
-        if self.shards < 2 and (self.denoise or self.switch == "halves"):
-            raise ValueError("gprune: telling noise from sensitivity takes shards=2 or more")
         measured = self.allocation == "measured"
         for one in fields(self):
             ignored = one.name in LEARNING if measured else "recorded_with" in one.metadata

@@ -46,14 +46,12 @@ def score_units(task: PruningTask, settings: Settings, compare: Comparison | Non
     Raises:
         ValueError: If there are too few sources, or a measurement is not finite.
     """
-    s, compare = settings, compare or Comparison(settings.memory, settings.loss)
+    s, compare = settings, compare or Comparison(settings.memory)
     task.progress(0, 1, "forming modules")
     measured = measure(s, task)
     among, first = spaces(measured.units, parts=4), measured.views[0]
     modules = form_modules(s, first, among)
-    trusted = reliability(
-        s.switch, among, modules, first.scores.values, first.spread, measured.halves, most=s.switch_most
-    )
+    trusted = reliability(s.switch, among, modules, first.scores.values, first.spread, most=s.switch_most)
     masks = order_modules(s, task, measured, modules, trusted.trust, among)
     labels = [{key: row[view] for key, row in masks.modules.items()} for view in range(len(measured.views))]
     priced = [module_costs(task.axes, one, len(modules), task.budget) for one in labels]

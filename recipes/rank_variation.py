@@ -1,0 +1,109 @@
+"""How much ranks of units vary between text domains, beside their variation within one domain: SmolLM2-135M.
+
+    python recipes/rank_variation.py --texts FOLDER       measure: 16 windows of 256 tokens of each of eight domains
+    python recipes/rank_variation.py --show               print its table and draw its figure
+
+The windows of a domain are divided into four shards; one-way random effects over them tell variation between domains
+from sampling noise. ``--texts`` is as for ``width_pruning.py``. Nothing is pruned.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rows import head, line
+from width_pruning_bench import WidthPruningBench
+from width_pruning_points import FOLDS, Row
+
+from regrow.evidence import Need
+from regrow.reports import behaviour
+from regrow.reports.findings import findings
+from regrow.reports.reading import RunRecord
+from regrow.scoring import METRICS, collect, weights_of
+from regrow.scoring.sensitivity import ranks, spectrum
+from regrow.scoring.spaces import spaces
+
+OUT = Path(__file__).parent / "results" / "rank_variation.json"
+METRIC_NAMES, SHARDS = ("wifv", "wanda_sp"), 4
+COLUMNS = (
+    *("scores", "units", "F > 1", "beyond noise", "share", "Spearman, domains"),
+    *("shards: different / same domain", "sd: all / between / within"),
+)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The variation of ranks of each ranking space, by metric."""
+    bench = WidthPruningBench(args)
+    sources = [bench.calibration(name, 0) for fold in FOLDS for name in fold]
+    found = collect(bench.model, bench.axes, sources, {Need.ACTIVATIONS}, shards=SHARDS)
+    weights, units = weights_of(bench.model), bench.axes.units()
+    among, rows = spaces(units), {}
+    for name in METRIC_NAMES:
+        score = METRICS[name][0]
+        by = {
+            domain: (
+                score(weights, bench.axes, sum(shards[1:], shards[0]), units=units, pool="standardised"),
+                [score(weights, bench.axes, one, units=units, pool="standardised") for one in shards],
+            )
+            for domain, shards in found.items()
+        }
+        rows[name] = spectrum(ranks(by, among), among)
+    return {"windows": args.windows, "shards": SHARDS, "domains": list(found), "rows": rows}
+
+
+def shown(result: Mapping[str, Any]) -> Iterator[str]:
+    """The table: means over the neurons of all layers, and the pooled key-value groups."""
+    yield head(COLUMNS)
+    for scores, rows in result["rows"].items():
+        layers = [row for row in rows if "down_proj" in row["label"]]
+        yield line((scores, f"MLP neurons, {len(layers)} layers", *_cells(layers)))
+        yield line((scores, "key-value groups, pooled", *_cells([row for row in rows if row not in layers])))
+
+
+def _cells(rows: Sequence[Row]) -> Iterator[str]:
+    total = sum(row["units"] for row in rows)
+
+    def mean(name: str) -> str:
+        return f"{sum(row['units'] * row[name] for row in rows) / total:.2f}"
+
+    def span(name: str) -> str:
+        return "–".join(dict.fromkeys(f"{end(row[name] for row in rows):.2f}" for end in (min, max)))
+
+    yield f"{mean('exceeds')} ({mean('exceeds_null')})"
+    yield f"{mean('significant')} ({span('significant')})"
+    yield mean("share")
+    yield span("spearman")
+    yield f"{mean('spearman_shards')} / {mean('spearman_within')}"
+    yield " / ".join(mean(name) for name in ("sigma", "sigma_between", "sigma_within"))
+
+
+def draw(out: Path, result: Mapping[str, Any]) -> None:
+    """Draw how far ranks vary in each layer (``wifv``), beside the result."""
+    rows = {"spectrum": result["rows"]["wifv"]}
+    found = findings(RunRecord(Path(), {}, axes={"before": []}, findings=rows))
+    drawing = behaviour.spectrum({"findings": found})
+    if drawing is not None:
+        out.with_suffix(".svg").write_text(drawing.file())
+
+
+def main() -> None:
+    """Measure, or print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", default="texts", help="folder of the texts that no Python package brings")
+    parser.add_argument("--out", type=Path, default=OUT, help="the result")
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or gemma3-270m")
+    parser.add_argument("--dtype", default="bfloat16", help="what everything is computed in")
+    parser.add_argument("--windows", type=int, default=16, help="windows of each domain")
+    parser.add_argument("--show", action="store_true", help="only print the table and draw the figure")
+    args = parser.parse_args()
+    if not args.show:
+        args.out.write_text(json.dumps(measure(args), indent=1) + "\n")
+    result = json.loads(args.out.read_text())
+    draw(args.out, result)
+    print("\n".join(shown(result)))
+
+
+if __name__ == "__main__":
+    main()
