@@ -81,6 +81,7 @@ ARMS = (
     Arm("Wanda-sp", "wanda_sp", {"compensate": True}),
     Arm("LLM-Pruner", "llm_pruner", {"compensate": True}),
     Arm("Fisher, all blocks", "fisher", {"spare_first": 0.0, "spare_last": 0.0}),
+    Arm("Fisher OBS", "fisher_obs", {}),
     *(Arm(f"OBS, ridge {ridge:g}", "obs", {"ridge": ridge}) for ridge in (0.1, 0.01, 0.001, 0.0001)),
     Arm("FLAP, outer blocks unpruned", "gprune", {**OUTER, "start": "inner"}),
     Arm("GPrune, not learned, uniform", "gprune", {"steps": 0, "start": "uniform"}),

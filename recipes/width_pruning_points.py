@@ -190,8 +190,8 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
     yield dense(DOMAINS)
     for sample, fold, keep in product(range(samples), folds, keeps):
         chosen = replace(best(rows, keep, fold)[0], sample=sample)
-        ours = with_prior(fisher(keep, fold, sample)), with_prior(obs(keep, fold, sample))
-        yield from (chosen, *ours, reconstructed(chosen))
+        ours = fisher(keep, fold, sample), fisher_obs(keep, fold, sample), obs(keep, fold, sample)
+        yield from (chosen, *map(with_prior, ours), reconstructed(chosen))
     for sample, fold, keep in product(range(samples), folds, keeps):
         at: dict[str, Any] = {"keep": keep, "fold": fold, "sample": sample}
         chosen, *others = (replace(one, sample=sample) for one in best(rows, keep, fold))
@@ -208,6 +208,11 @@ def fisher(keep: float, fold: int = 0, sample: int = 0, on: str = DOMAINS) -> Po
     """Fisher pruning with its defaults, of MLP neurons."""
     settings = {"allocation": "uniform", "compensate": True}
     return Point(FISHER, "fisher", keep, fold, sample, on, outer=False, settings=settings)
+
+
+def fisher_obs(keep: float, fold: int = 0, sample: int = 0) -> Point:
+    """OBS with costs in loss, with its defaults, of MLP neurons."""
+    return Point("fisher_obs, MLP neurons", "fisher_obs", keep, fold, sample)
 
 
 def obs(keep: float, fold: int = 0, sample: int = 0) -> Point:
@@ -253,6 +258,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     "the same mixture everywhere, no switch": {"switch": "even"},
     "shares of the base method": {"start": "base"},
     "uniform shares": {"start": "uniform"},
+    **{f"modules, switch, scores of {names[0]} alone": {"scores_from": names[0]} for names in FOLDS},
 }
 """What GPrune's stages are compared on: name → settings that differ from the unlearned method."""
 
@@ -274,6 +280,10 @@ CONTRASTS = (
     ("switch against reversed", "modules, switch", "modules, reversed switch"),
     ("switch against the same mixture everywhere", "modules, switch", "the same mixture everywhere, no switch"),
     ("switch of random modules against never", "random modules, switch", "random modules, never switch"),
+    *(
+        ("scores of one domain against pooled", f"modules, switch, scores of {names[0]} alone", "modules, switch")
+        for names in FOLDS
+    ),
     ("shares: base against inner", "shares of the base method", "modules, switch"),
     ("shares: uniform against inner", "uniform shares", "modules, switch"),
     ("shares: learned against inner", "learned shares", "modules, switch"),
@@ -318,7 +328,8 @@ def stages(keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterat
     yield dense(DOMAINS)
     for sample, fold, keep in product(range(samples), folds, [one for one in keeps if one in (0.8, 0.7)]):
         for arm, settings in STAGE_ARMS.items():
-            yield Point(arm, "gprune", keep, fold, sample, settings=settings)
+            if settings.get("scores_from", FOLDS[fold][0]) == FOLDS[fold][0]:
+                yield Point(arm, "gprune", keep, fold, sample, settings=settings)
 
 
 def named(rows: Sequence[Row], names: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[Row]:

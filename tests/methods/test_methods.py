@@ -41,12 +41,14 @@ VARIANTS = [
     ("llm_pruner", {"form": "vector", "allocation": "ranked", "compensate": True}),
     ("fisher", {}),
     ("fisher", {"allocation": "ranked", "compensate": False}),
+    ("fisher_obs", {}),
+    ("fisher_obs", {"spare": "never", "compensate": False}),
     ("obs", {}),
     ("obs", {"allocation": "ranked", "spare_first": 0.5}),
     ("gprune", {"steps": 4, "every": 2, "shards": 2}),
-    ("gprune", {"steps": 0, "base": "wanda_sp", "shards": 2, "instead": "norms", "switch": "always"}),
-    ("gprune", {"steps": 2, "base": "llm_pruner", "shards": 2, "rank": "probit", "denoise": True, "switch": "halves"}),
-    ("gprune", {"steps": 2, "base": "magnitude", "shards": 1, "loss": "cross_entropy", "compensate": False}),
+    ("gprune", {"steps": 0, "base": "wanda_sp", "shards": 2, "instead": "weights", "switch": "always"}),
+    ("gprune", {"steps": 2, "base": "llm_pruner", "shards": 2, "partition": "random", "switch": "unreliable"}),
+    ("gprune", {"steps": 2, "base": "magnitude", "shards": 1, "compensate": False}),
 ]
 
 

@@ -12,8 +12,10 @@ from regrow.scoring.second_order import eliminate
 from regrow.sources import Batch
 
 
-def refit_each(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> tuple[list[int], list[float]]:
-    """Remove the unit after whose removal the least squares error is smallest, by solving for each candidate."""
+def refit_each(
+    gram: Tensor, weight: Tensor, channels: Tensor, ridge: float, rates: Tensor
+) -> tuple[list[int], list[float]]:
+    """Remove the unit whose removal adds the least error after a refit, times its rate, by solving for each."""
     hessian = gram.clone()
     mean = hessian.diagonal().mean()
     hessian.diagonal().mul_(1 + ridge).add_(1e-9 * mean)
@@ -27,23 +29,26 @@ def refit_each(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> 
     alive, order, losses, last = list(range(len(channels))), [], [], 0.0
     while alive:
         errors = [error([one for one in alive if one != unit]) for unit in alive]
-        best = min(range(len(errors)), key=errors.__getitem__)
+        costs = [float(rates[unit]) * (one - last) for unit, one in zip(alive, errors, strict=True)]
+        best = min(range(len(costs)), key=costs.__getitem__)
         order.append(alive.pop(best))
-        losses.append(errors[best] - last)
+        losses.append(costs[best])
         last = errors[best]
     return order, losses
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("width", [1, 3])
-def test_the_order_is_that_of_refitting_after_every_removal(width: int) -> None:
+def test_the_order_is_that_of_refitting_after_every_removal(width: int, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(60, 24, generator=generator, dtype=torch.float64)
     x[:, 3] = x[:, 5]
     x = x + 0.3 * x @ torch.randn(24, 24, generator=generator, dtype=torch.float64)
     weight = torch.randn(7, 24, generator=generator, dtype=torch.float64)
     channels = torch.randperm(24, generator=generator).view(-1, width)
-    order, losses = refit_each(x.T @ x, weight, channels, 0.01)
-    result = eliminate(x.T @ x, weight, channels, 0.01)
+    rates = torch.rand(len(channels), generator=generator) if weighted else torch.ones(len(channels))
+    order, losses = refit_each(x.T @ x, weight, channels, 0.01, rates)
+    result = eliminate(x.T @ x, weight, channels, 0.01, rates if weighted else None)
     assert result.order.tolist() == order
     assert torch.allclose(result.losses, torch.tensor(losses, dtype=torch.float64), rtol=1e-6)
     assert result.scores().argsort(stable=True)[0] == order[0]

@@ -160,6 +160,7 @@ METHODS = MethodTable(
         "obs": "pruning.obs",
         "depth": "pruning.depth",
         "fisher": "pruning.fisher",
+        "fisher_obs": "pruning.fisher_obs",
     },
 )
 """The pruning methods, by name."""

@@ -183,6 +183,12 @@ def _rule(run: Run) -> str:
         ends = [number(float(value), 0, 1) for name in ("spare_first", "spare_last") if (value := _number(run, name))]
         rest = " outside the first and last blocks, which stay whole" if any(ends) and not run["regular"] else ""
         return f"Every candidate{rest} loses the same fraction of its units, those with the lowest scores."
+    if spare := _setting(run, "spare"):
+        rest = {
+            "always": " outside the first and last blocks, which stay whole,",
+            "measured": " (outside the first and last blocks, if leaving these whole diverged less, see the notes)",
+        }.get("" if run["regular"] else spare, "")
+        return f"Every candidate{rest} loses the same fraction of its units, those whose removal adds least loss."
     return ""
 
 

@@ -19,7 +19,8 @@ class Elimination:
 
     Args:
         order: The units, first removed first, ``[size]`` int64.
-        losses: Σ over positions of the squared change of the layer's output that each removal adds, ``[size]`` float64.
+        losses: What each removal costs, ``[size]`` float64: what it adds to Σ over positions of the squared change of
+            the layer's output, times the unit's rate.
     """
 
     order: Tensor
@@ -35,7 +36,7 @@ class Elimination:
         return torch.zeros_like(rising).index_put((self.order,), rising)
 
 
-def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> Elimination:
+def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float, rates: Tensor | None = None) -> Elimination:
     """Remove the units of a linear layer one after the other, each time the one whose removal costs least.
 
     With H = Σ x xᵀ + ridge · diag(Σ x xᵀ), removing the channels u costs tr(W_u ((H⁻¹)_uu)⁻¹ W_uᵀ), after the
@@ -47,6 +48,7 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
         weight: The layer's weight, ``[out, k]``.
         channels: The input channels of each unit, ``[size, c]`` int64.
         ridge: The ridge, as a fraction of each input's own Σ x², above 0: a unit that is never active costs nothing.
+        rates: What the cost of each unit is multiplied by, at least 0, ``[size]``; ``None``: nothing.
 
     Raises:
         ValueError: If the sums are not finite, no input varies, or the ridge is too small for these inputs.
@@ -59,6 +61,8 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
     """
     hessian = gram.to("cpu", torch.float64, copy=True)
     columns = weight.T.to("cpu", torch.float64, copy=True, memory_format=torch.contiguous_format)
+    each = torch.ones(len(channels)) if rates is None else rates
+    each = each.to("cpu", torch.float64)
     mean = hessian.diagonal().mean()
     if not bool(torch.isfinite(hessian).all()) or not mean > 0:
         raise ValueError("the inputs of a layer hold NaN or infinity, or none of them varies; check the data")
@@ -69,15 +73,15 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
     inverse = torch.cholesky_inverse(factor)
     del hessian, factor
     if channels.shape[1] > 1:
-        return _eliminate_groups(inverse, columns, channels)
-    return _eliminate_channels(inverse, columns, channels[:, 0])
+        return _eliminate_groups(inverse, columns, channels, each)
+    return _eliminate_channels(inverse, columns, channels[:, 0], each)
 
 
-def _eliminate_groups(inverse: Tensor, columns: Tensor, channels: Tensor) -> Elimination:
+def _eliminate_groups(inverse: Tensor, columns: Tensor, channels: Tensor, rates: Tensor) -> Elimination:
     """Remove units of several channels, exactly one at a time; ``columns`` is ``[k, out]`` and is changed."""
     alive, order, losses = list(range(len(channels))), [], []
     while alive:
-        costs = [_cost(inverse, columns, channels[unit]) for unit in alive]
+        costs = [rates[unit] * _cost(inverse, columns, channels[unit]) for unit in alive]
         best = min(range(len(alive)), key=lambda i: float(costs[i]))
         unit = alive.pop(best)
         order.append(unit)
@@ -101,7 +105,7 @@ def _remove(inverse: Tensor, columns: Tensor, where: Tensor) -> None:
     inverse.addmm_(rows.T, scaled[:, out:], alpha=-1)
 
 
-def _eliminate_channels(inverse: Tensor, columns: Tensor, channels: Tensor) -> Elimination:
+def _eliminate_channels(inverse: Tensor, columns: Tensor, channels: Tensor, rates: Tensor) -> Elimination:
     """Remove units of one channel each, in small groups; what is removed stays in the tensors for a few steps."""
     alive = torch.arange(len(channels))
     if not torch.equal(channels, torch.arange(len(inverse))):
@@ -112,9 +116,9 @@ def _eliminate_channels(inverse: Tensor, columns: Tensor, channels: Tensor) -> E
     left = len(alive)
     while True:
         count = max(1, left // PART)
-        costs = (columns.square().sum(1) / inverse.diagonal()).masked_fill(gone, torch.inf)
+        costs = (rates * columns.square().sum(1) / inverse.diagonal()).masked_fill(gone, torch.inf)
         candidates = costs.topk(min(left, WIDE * count), largest=False).indices.sort().values
-        chosen, added = _order_among(inverse[candidates][:, candidates], columns[candidates], count)
+        chosen, added = _order_among(inverse[candidates][:, candidates], columns[candidates], rates[candidates], count)
         where = candidates[chosen]
         order.append(alive[where])
         losses.append(added)
@@ -125,16 +129,16 @@ def _eliminate_channels(inverse: Tensor, columns: Tensor, channels: Tensor) -> E
         gone[where] = True
         if 8 * left < 7 * len(alive):
             stay = (~gone).nonzero()[:, 0]
-            alive, inverse, columns = alive[stay], inverse[stay][:, stay], columns[stay]
+            alive, inverse, columns, rates = alive[stay], inverse[stay][:, stay], columns[stay], rates[stay]
             gone = torch.zeros(left, dtype=torch.bool)
 
 
-def _order_among(inverse: Tensor, columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _order_among(inverse: Tensor, columns: Tensor, rates: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the ``count`` candidates whose removal, one after the other, costs least, and the costs."""
     inverse, columns, gone = inverse.clone(), columns.clone(), torch.zeros(len(inverse), dtype=torch.bool)
     order, costs = [], []
     for _ in range(count):
-        each = (columns.square().sum(1) / inverse.diagonal()).masked_fill(gone, torch.inf)
+        each = (rates * columns.square().sum(1) / inverse.diagonal()).masked_fill(gone, torch.inf)
         best = int(each.argmin())
         order.append(best)
         costs.append(each[best])

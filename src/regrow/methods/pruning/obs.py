@@ -7,7 +7,6 @@ that stay are changed by ``--reconstruct``, not here; dropped inputs are replace
 Unlike ZipLM and SlimGPT: inputs of the dense network, and a ridge that is a fraction of each input's sum of squares.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
@@ -18,17 +17,13 @@ from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
 from regrow.scoring.activations import energy
-from regrow.scoring.grams import Gram, linear_readers, sum_products
-from regrow.scoring.second_order import eliminate
-from regrow.scoring.weights import Reader
+from regrow.scoring.layer_orders import BATCH, order_layers
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
     "Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992; for units as "
     "in Kurtic et al., ZipLM, NeurIPS 2023, arXiv:2302.04089"
 )
-BATCH = 8
-"""The most windows that run at a time."""
 
 
 @dataclass(frozen=True)
@@ -70,36 +65,23 @@ def build(settings: Settings) -> Pruner:
 
 def _score(task: PruningTask, settings: Settings) -> Scores:
     pooled, compensate = task.evidence.pooled(), settings.compensate
-    shapes = {name: one.shape for name, one in task.model.named_parameters()}
-    layers = _linear_readers(task, shapes)
-    rest = [axis for axis in task.units if all(reader.axis != axis.key for reader in layers.values())]
+    batches = [batch for source in task.evidence.data.values() for batch in join_batches(source, BATCH)]
+    orders = order_layers(
+        task.model,
+        task.axes,
+        task.weights,
+        task.units,
+        pooled.moments,
+        batches,
+        ridge=settings.ridge,
+        centre=compensate,
+        visits=task.visits,
+        progress=task.progress,
+    )
+    rest = [axis for axis in task.units if axis.key not in orders]
     alone = scoring.wifv if compensate else energy
     values = dict(alone(task.weights, task.axes, pooled, units=rest).values) if rest else {}
-    batches = [batch for source in task.evidence.data.values() for batch in join_batches(source, BATCH)]
-    widths = {name: shapes[name][reader.slot.dim] for name, reader in layers.items()}
-    ordered = 0
-
-    def order(name: str, gram: Gram) -> None:
-        nonlocal ordered
-        task.progress(ordered, len(widths), "ordering the units of layers")
-        reader, weight = layers[name], task.weights[name].detach()
-        channels = reader.positions(widths[name], widths[name])
-        rows = weight if reader.slot.dim else weight.T
-        products = gram.mean_products(centre=compensate)
-        values[reader.axis] = eliminate(products, rows, channels, settings.ridge).scores()
-        ordered += 1
-
-    sum_products(task.model, widths, batches, order, task.visits)
+    values |= {key: order.scores() for key, order in orders.items()}
     values = {axis.key: values[axis.key] for axis in task.units if axis.key in values}
     scores = Scores(values, "obs", task.evidence.sources, pooled.tokens)
     return scoring.normalise(scores, "zscore" if settings.allocation == "ranked" else "none")
-
-
-def _linear_readers(task: PruningTask, shapes: Mapping[str, Sequence[int]]) -> dict[str, Reader]:
-    """Return name of a weight → the axis that it alone reads, for linear layers with inputs that vary."""
-    moments = task.evidence.pooled().moments
-    return {
-        name: reader
-        for name, reader in linear_readers(task.axes, task.units, shapes).items()
-        if len(moments[name].total) == shapes[name][reader.slot.dim] and float(moments[name].variance.sum()) > 0
-    }

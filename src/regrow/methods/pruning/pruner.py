@@ -258,7 +258,8 @@ def plan_cut(
         scores, every = ranking.scores, pruner.allocate(axes, ranking.scores, budget)
         kept = {key: keep for key, keep in every.items() if len(keep) < axes[key].size}
         means = pruner.compensate(model, axes, kept, evidence) if pruner.compensate else {}
-        notes = [*evidence.notes, *removal.notes, *(uncompensated(model, axes, kept) if pruner.compensate else ())]
+        notes = [*evidence.notes, *removal.notes, *scores.notes]
+        notes += uncompensated(model, axes, kept) if pruner.compensate else ()
     origin = {**pruner.origin, **given.record()}
     origin |= {"metric": scores.metric, "sources": list(scores.sources), "tokens": scores.tokens}
     origin |= {"notes": notes} if notes else {}

@@ -1,0 +1,111 @@
+"""Fisher OBS: cut the units that raise the loss least if the others, refitted by least squares, stand in for them.
+
+Fisher information says how much the loss depends on a unit, but not whether other units can stand in for it; the error
+that Optimal Brain Surgeon leaves in a layer's output says that, but not how much the loss depends on this output. Here
+units are removed one after the other as in ``obs``, and the error of each counts as much as it raises the loss: it is
+multiplied by the unit's Fisher information and divided by E[x²] ‖W‖², the error if its output were 0. Units that one
+linear layer reads are ordered so; others by their Fisher information. The weights that stay are changed by
+``--reconstruct``, not here.
+
+Whether the first and last blocks are pruned, too, is measured: on the calibration text, without refitting.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated
+
+import torch
+
+from regrow import scoring
+from regrow.allocation import uniform
+from regrow.data.joined import join_batches
+from regrow.evidence import Need
+from regrow.methods.pruning.outer_blocks import choose_blocks
+from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
+from regrow.scores import Scores
+from regrow.scoring.activations import energy
+from regrow.scoring.layer_orders import BATCH, order_layers
+from regrow.settings.constraints import OneOf, Range, check_constraints
+
+CITATION = (
+    "Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992; Theis et al., "
+    "Faster gaze prediction with dense networks and Fisher pruning, 2018, arXiv:1801.05787; their product is ours"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``fisher_obs``: the ridge, unpruned blocks and compensation.
+
+    Args:
+        ridge: The ridge of the least squares, as a fraction of each input's Σ x². Removing one of two units that cancel
+            costs about 2 · ridge times its energy, so that a large ridge keeps them.
+        spare: ``measured``: the first and last blocks stay unpruned if the cut network then diverges less from the
+            dense one; ``always``; ``never``.
+        compensate: Whether the mean of dropped inputs is added to biases.
+        spare_first: The fraction of the numbered blocks, at the beginning, that may stay unpruned.
+        spare_last: The fraction of the numbered blocks, at the end, that may stay unpruned.
+        minimum: The smallest number of units that stay in an axis.
+    """
+
+    ridge: Annotated[float, Range(0, above=True)] = 0.001
+    spare: Annotated[str, OneOf("measured", "always", "never")] = "measured"
+    compensate: bool = True
+    spare_first: Annotated[float, Range(0, 1, below=True)] = 0.125
+    spare_last: Annotated[float, Range(0, 1, below=True)] = 0.0625
+    minimum: Annotated[int, Range(1)] = 1
+
+    def __post_init__(self) -> None:
+        check_constraints(self)
+
+
+def build(settings: Settings) -> Pruner:
+    """Return the pruner that removes units in the order of the loss that their removal adds.
+
+    Args:
+        settings: Its settings.
+    """
+    spare = settings.spare_first, settings.spare_last
+    return Pruner(
+        needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, Need.FISHER}),
+        score=partial(_score, settings=settings),
+        allocate=partial(uniform, minimum=settings.minimum),
+        compensate=pooled_means if settings.compensate else None,
+        origin={"method": "fisher_obs", "settings": asdict(settings)},
+        spare=spare if settings.spare == "always" else (0.0, 0.0),
+        trains=settings.spare == "measured",
+        products=True,
+    )
+
+
+def _score(task: PruningTask, settings: Settings) -> Ranking:
+    pooled = task.evidence.pooled()
+    alone = scoring.fisher(task.weights, task.axes, pooled, units=task.units)
+    errors = energy(task.weights, task.axes, pooled, units=task.units).values
+    rates = {key: torch.where(errors[key] > 0, own / errors[key], 0.0) for key, own in alone.values.items()}
+    batches = [batch for source in task.evidence.data.values() for batch in join_batches(source, BATCH)]
+    orders = order_layers(
+        task.model,
+        task.axes,
+        task.weights,
+        task.units,
+        pooled.moments,
+        batches,
+        ridge=settings.ridge,
+        centre=settings.compensate,
+        rates=rates,
+        progress=task.progress,
+    )
+    values = {key: orders[key].scores() if key in orders else own for key, own in alone.values.items()}
+    findings: dict[str, object] = {}
+    notes: tuple[str, ...] = ()
+    if settings.spare == "measured":
+        allocate = partial(uniform, task.axes, budget=task.budget, minimum=settings.minimum)
+        spare = settings.spare_first, settings.spare_last
+        chosen, losses = choose_blocks(task, values, spare, allocate, compensate=settings.compensate)
+        values = {axis.key: values[axis.key] for axis in chosen if axis.key in values}
+        if losses:
+            findings = {"starts": losses}
+            found = ", ".join(f"{name}: {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda one: one[1]))
+            notes = (f"of two allocations, that of less divergence before refitting (nats per position): {found}",)
+    return Ranking(Scores(values, "fisher_obs", alone.sources, alone.tokens, notes), lambda kept: findings)
