@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,8 +39,7 @@ ARMS = {
         f"{method}, {n} generated windows, reconstructed": (
             f"{method} --source generated --generated-tokens {n * 256} --reconstruct"
         )
-        for method in ("flap", "fisher")
-        for n in (96, 64, 48)
+        for method, n in (*product(("flap", "fisher"), (96, 64, 48)), ("fisher_obs", 48), ("obs", 48))
     },
 }
 """What is compared: name → the method, and further words of the command."""

@@ -1,7 +1,7 @@
 """How much ranks of units vary between text domains, beside their variation within one domain: SmolLM2-135M.
 
     python recipes/rank_variation.py --texts FOLDER       measure: 16 windows of 256 tokens of each of eight domains
-    python recipes/rank_variation.py --show               print its table and draw its figure
+    python recipes/rank_variation.py --show               print the table of the committed result
 
 The windows of a domain are divided into four shards; one-way random effects over them tell variation between domains
 from sampling noise. ``--texts`` is as for ``width_pruning.py``. Nothing is pruned.
@@ -59,7 +59,8 @@ def shown(result: Mapping[str, Any]) -> Iterator[str]:
     for scores, rows in result["rows"].items():
         layers = [row for row in rows if "down_proj" in row["label"]]
         yield line((scores, f"MLP neurons, {len(layers)} layers", *_cells(layers)))
-        yield line((scores, "key-value groups, pooled", *_cells([row for row in rows if row not in layers])))
+        if groups := [row for row in rows if row not in layers]:
+            yield line((scores, "key-value groups, pooled", *_cells(groups)))
 
 
 def _cells(rows: Sequence[Row]) -> Iterator[str]:
@@ -96,13 +97,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or gemma3-270m")
     parser.add_argument("--dtype", default="bfloat16", help="what everything is computed in")
     parser.add_argument("--windows", type=int, default=16, help="windows of each domain")
-    parser.add_argument("--show", action="store_true", help="only print the table and draw the figure")
+    parser.add_argument("--show", action="store_true", help="only print the table")
     args = parser.parse_args()
     if not args.show:
         args.out.write_text(json.dumps(measure(args), indent=1) + "\n")
-    result = json.loads(args.out.read_text())
-    draw(args.out, result)
-    print("\n".join(shown(result)))
+        draw(args.out, json.loads(args.out.read_text()))
+    print("\n".join(shown(json.loads(args.out.read_text()))))
 
 
 if __name__ == "__main__":

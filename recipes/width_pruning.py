@@ -1,7 +1,7 @@
 """Width pruning of SmolLM2-135M: all baselines against GPrune on unseen text, paired over 256 windows.
 
     python recipes/width_pruning.py screen --texts FOLDER [--hours 2]     all baselines, on left-out calibration domains
-    python recipes/width_pruning.py test --texts FOLDER [--hours 4]       the best of each method, random, OBS, GPrune
+    python recipes/width_pruning.py test --texts FOLDER [--hours 4]       the best of each method, and ours
     python recipes/width_pruning.py distil --texts FOLDER                 our default, distilled for some minutes more
     python recipes/width_pruning.py stages --texts FOLDER                 each stage of GPrune alone
     python recipes/width_pruning.py bases --texts FOLDER                  GPrune's switch with three base metrics

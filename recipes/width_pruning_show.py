@@ -218,6 +218,8 @@ def main() -> None:
     parser.add_argument("--against", default="", help="test: the arm that differences are to")
     args = parser.parse_args()
     every = [row for row in rows(args.out) if row["model"] == args.model]
+    if args.against and (args.stage != "test" or all(row["arm"] != args.against for row in every)):
+        parser.error("--against takes the name of an arm of the stage test, as its table has it")
     table = against_table(every, args.against) if args.against else tables[args.stage](every)
     print("\n".join(table))
 

@@ -230,7 +230,7 @@ def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> t
             evidence, _ = calibrate(folder, loaded, axes, pruner, inputs.sources, progress, inputs.objective)
         for note in evidence.notes:
             warnings.warn(note, stacklevel=4 if folder is None else 5)  # at the call of prune
-        cut = plan_cut(pruner, inputs.model, axes, limits, evidence, progress=progress)
+        cut = plan_cut(pruner, inputs.model, axes, limits, evidence, progress=progress, objective=inputs.objective)
     if folder is not None:
         write_scores(folder, weights_of(inputs.model), axes, cut.plan, cut.scores, evidence)
         if cut.findings:

@@ -186,7 +186,7 @@ def _rule(run: Run) -> str:
     if spare := _setting(run, "spare"):
         rest = {
             "always": " outside the first and last blocks, which stay whole,",
-            "measured": " (outside the first and last blocks, if leaving these whole diverged less, see the notes)",
+            "measured": " (outside the first and last blocks, unless the loss is lower with these cut, too)",
         }.get("" if run["regular"] else spare, "")
         return f"Every candidate{rest} loses the same fraction of its units, those whose removal adds least loss."
     return ""

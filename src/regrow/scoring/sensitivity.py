@@ -136,10 +136,10 @@ def spectrum(ranking: Ranks, among: Sequence[Space], *, draws: int = 20, seed: i
 
 
 def _effects(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (between, within, F) per unit, of ``[M, S, n]``; a single shard has no variance within."""
+    """Return (between, within, F) per unit, of ``[M, S, n]``, S ≥ 2."""
     s = shards.shape[1]
     over = s * shards.mean(1).var(0)
-    inside = shards.var(1).mean(0) if s > 1 else torch.zeros_like(over)
+    inside = shards.var(1).mean(0)
     return ((over - inside) / s).clamp_min(0), inside, over / inside.clamp_min(1e-30)
 
 

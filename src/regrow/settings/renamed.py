@@ -1,4 +1,4 @@
-"""Old names of methods' settings, which ``run.json``, settings files and ``--set`` of older versions have.
+"""Old names of methods' settings, and settings that are gone, which ``run.json`` and ``--set`` of older versions have.
 
 A run is recorded, compared and reported by the present names, so that a folder of an older version is the same run.
 """
@@ -34,6 +34,11 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
 }
 """Method → old name of a setting → present name, a field of the method's settings."""
 
+REMOVED: Mapping[str, Mapping[str, Any]] = {
+    "gprune": {"rank": "raw", "denoise": False, "bins": 4, "loss": "kl"},
+}
+"""Method → setting that is gone → the value that the method still acts by: a run with it is the same run."""
+
 
 def rename_settings(renamed: Mapping[str, str], given: Mapping[str, Any], *, note: bool = False) -> dict[str, Any]:
     """Return a method's settings under their present names.
@@ -58,7 +63,7 @@ def rename_settings(renamed: Mapping[str, str], given: Mapping[str, Any], *, not
 
 
 def rename_recorded(record: Mapping[str, Any], *, note: bool = False) -> dict[str, Any]:
-    """Return the settings of a command, or a whole ``run.json``, with the present names.
+    """Return the settings of a command, or a whole ``run.json``, with the present names, without :data:`REMOVED` ones.
 
     Args:
         record: The settings as a mapping: ``method`` and ``method_settings``, and in a run of ``regrow recover`` those
@@ -77,8 +82,9 @@ def rename_recorded(record: Mapping[str, Any], *, note: bool = False) -> dict[st
         if isinstance(inner := record.get(name), Mapping):
             new[name] = rename_recorded(inner, note=note)
     method = settings.get("method") if isinstance(settings, Mapping) else record.get("method")
-    renamed = SETTINGS.get(method, {}) if isinstance(method, str) else {}
+    renamed, removed = (table.get(method, {}) if isinstance(method, str) else {} for table in (SETTINGS, REMOVED))
     for name in ("method_settings", "defaults"):
         if isinstance(own := record.get(name), Mapping):
-            new[name] = rename_settings(renamed, own, note=note)
+            kept = {key: value for key, value in own.items() if key not in removed or removed[key] != value}
+            new[name] = rename_settings(renamed, kept, note=note)
     return new

@@ -7,7 +7,7 @@ multiplied by the unit's Fisher information and divided by E[x²] ‖W‖², the
 linear layer reads are ordered so; others by their Fisher information. The weights that stay are changed by
 ``--reconstruct``, not here.
 
-Whether the first and last blocks are pruned, too, is measured: on the calibration text, without refitting.
+Whether the first and last blocks are pruned, too, is measured: by the loss on some of the calibration data, unrefitted.
 """
 
 from dataclasses import asdict, dataclass
@@ -40,8 +40,8 @@ class Settings:
     Args:
         ridge: The ridge of the least squares, as a fraction of each input's Σ x². Removing one of two units that cancel
             costs about 2 · ridge times its energy, so that a large ridge keeps them.
-        spare: ``measured``: the first and last blocks stay unpruned if the cut network then diverges less from the
-            dense one; ``always``; ``never``.
+        spare: ``measured``: the first and last blocks stay unpruned unless the cut network has a lower loss on two
+            batches of each source if they are pruned, too; ``always``; ``never``.
         compensate: Whether the mean of dropped inputs is added to biases.
         spare_first: The fraction of the numbered blocks, at the beginning, that may stay unpruned.
         spare_last: The fraction of the numbered blocks, at the end, that may stay unpruned.
@@ -106,6 +106,6 @@ def _score(task: PruningTask, settings: Settings) -> Ranking:
         values = {axis.key: values[axis.key] for axis in chosen if axis.key in values}
         if losses:
             findings = {"starts": losses}
-            found = ", ".join(f"{name}: {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda one: one[1]))
-            notes = (f"of two allocations, that of less divergence before refitting (nats per position): {found}",)
+            found = ", ".join(f"{name} {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda one: one[1]))
+            notes = (f"the allocation with the lower loss before any refit was taken: {found}",)
     return Ranking(Scores(values, "fisher_obs", alone.sources, alone.tokens, notes), lambda kept: findings)

@@ -16,6 +16,7 @@ from regrow.amounts import Measure, Target
 from regrow.axes import Axis, AxisGraph
 from regrow.budget import Budget
 from regrow.evidence import Evidence, Need
+from regrow.objectives import Objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scores import Scores
@@ -44,6 +45,7 @@ class PruningTask:
         header: Returns JSON data for the header of that file.
         progress: Called with (steps done, steps in all, what is being done).
         visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
+        objective: What the network is trained for; ``None``: it follows from the labels.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class PruningTask:
     header: Callable[[], Mapping[str, object]] = dict
     progress: Progress = silent
     visits: BlockVisits | None = None
+    objective: Objective | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,7 @@ def plan_cut(
     header: Callable[[], Mapping[str, object]] = dict,
     progress: Progress = silent,
     visits: BlockVisits | None = None,
+    objective: Objective | None = None,
 ) -> Cut:
     """Score the units of a network, choose which stay within the budget, and return the plan; the model is unchanged.
 
@@ -238,6 +242,7 @@ def plan_cut(
         header: Returns JSON data for the header of that file.
         progress: Called with (steps done, steps in all, what is being done).
         visits: Runs the network block by block, where it has no numbers; ``None``: it runs as a whole.
+        objective: What the network is trained for; ``None``: it follows from the labels.
 
     Raises:
         ValueError: If the budget cannot be met, or evidence is missing or not finite.
@@ -247,7 +252,7 @@ def plan_cut(
     units, whole, given = _units(pruner, axes, budget), axes, budget
     with freeze(model):
         own = weights_of(model) if weights is None else weights
-        task = PruningTask(model, axes, own, units, budget, evidence, checkpoint, header, progress, visits)
+        task = PruningTask(model, axes, own, units, budget, evidence, checkpoint, header, progress, visits, objective)
         if pruner.drop is not None:
             removal = pruner.drop(task)
             axes, budget = without_modules(axes, budget, removal.modules)

@@ -5,8 +5,8 @@ A wrapper around a base metric: (1) measure how far a unit's rank moves between 
 similar sensitivity and score; (3) the more sensitive and weak a module is, the more it is ordered by a metric without
 activations; (4) learn the pruning ratio of each module under the exact budget: the order in a module is fixed, masks
 are straight-through, the loss is the divergence from the dense network, and the best allocation on held-out text is
-kept, the base method's own and that of unpruned first and last blocks among them. The strongest baseline is
-``llm_pruner`` on MLP neurons; partition, switch and learning add little to it: see docs/reproductions/gprune.md.
+kept, the base method's own and that of unpruned first and last blocks among them. On unseen text partition and
+learning gain nothing over that last allocation, the switch a little: see docs/reproductions/gprune.md.
 """
 
 from collections.abc import Sequence

@@ -12,6 +12,7 @@ from regrow.settings.declaration import UNRECORDED, recorded_with
 STARTS = ("base", "inner", "uniform")
 """The allocations from which learning may start."""
 INSTEAD = ("peaks", "weights")
+"""The metrics that order switched modules."""
 MEASURED = recorded_with("allocation")
 """Metadata of the settings of measured allocation."""
 LEARNING = ("steps", "windows", "every", "exact_start", "lr", "width", "width_few")
