@@ -263,6 +263,7 @@ def test_the_sums_of_obs_count(regrow, tiny_language_model, monkeypatch, whole, 
     [
         (("--method", "llm_pruner"), "computes gradients"),
         (("--method", "fisher"), "computes gradients of masks"),
+        (("--method", "fisher_obs"), "computes gradients of masks"),
         (("--method", "gprune"), "runs the masked network"),
         (("--recover", "refit"), "--recover refit"),
         (("--precision", "bfloat16"), "--precision bfloat16"),

@@ -1,0 +1,15 @@
+"""What a run says about the first and last blocks, where a method measures whether they are pruned."""
+
+import json
+
+
+def test_the_losses_of_both_allocations_are_in_the_plan_and_the_report(regrow, tiny_language_model, tmp_path):
+    words = ("--method", "fisher_obs", "--set", "spare_first=0.5", "--only", "mlp", "--keep", "0.9")
+    text = ("--source", "news", "--tokens", "512", "--seq-len", "64", "--eval-tokens", "128", "--out", "run")
+    code, _, error = regrow("prune", str(tiny_language_model), *words, *text)
+    assert code == 0, error
+    (plan,) = json.loads((tmp_path / "run" / "ledger.json").read_text("utf-8"))["plans"]
+    (note,) = plan["origin"]["notes"]
+    assert note.startswith("the allocation with the lower loss before any refit was taken: ")
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert note in page and "unless the loss is lower with these cut, too" in page
