@@ -1,12 +1,15 @@
 """Joined batches hold the same examples in the same shards, and measure the same."""
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
 
 from hand import lm, texts
-from regrow.data.joined import join_batches
+from regrow.data.batches import BatchStream
+from regrow.data.joined import join_batches, join_sources
 from regrow.evidence import Need
 from regrow.scoring import collect
 from regrow.sources import Batch, Source
@@ -43,3 +46,25 @@ def test_the_statistics_are_those_of_single_windows() -> None:
             assert (moments.count, moments.sequences) == (joined.count, joined.sequences)
             torch.testing.assert_close(moments.total, joined.total, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(moments.mean_square, joined.mean_square, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_of_a_loader_are_read_as_they_come_and_those_in_memory_are_joined() -> None:
+    read: list[int] = []
+
+    class Loader:
+        def __len__(self) -> int:
+            return 3
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            for i in range(3):
+                read.append(i)
+                yield torch.full((1, 2), i)
+
+    held = Source("held", [Batch((torch.zeros(1, 2),)) for _ in range(3)])
+    chain = join_sources([held, Source("loader", BatchStream(Loader(), "loader"))], 2)
+    assert not read and len(chain) == 5
+    assert [len(batch.args[0]) for batch in islice(chain, 3)] == [2, 1, 1]
+    assert read == [0], "no further than was asked for"
+    assert int(chain[-1].args[0][0, 0]) == 2 and len(chain[1:3]) == 2
+    with pytest.raises(IndexError):
+        chain[5]

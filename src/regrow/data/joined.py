@@ -1,8 +1,9 @@
 """Join small batches of a source into larger ones, which networks compute faster."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +34,56 @@ def join_batches(source: Source, most: int, shards: int = 1) -> Source:
     if sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:  # batches of several shapes
         return source
     return replace(source, batches=[part[i] for i in range(sizes[0]) for part in parts if i < len(part)])
+
+
+@dataclass(frozen=True)
+class BatchChain(Sequence[Batch]):
+    """The batches of several sources in turn; those of a user's loader are read anew each time, never all in memory.
+
+    Args:
+        parts: The batches of each source.
+    """
+
+    parts: tuple[Sequence[Batch], ...]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return chain.from_iterable(self.parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        for part in self.parts:
+            if place < len(part):
+                return part[place]
+            place -= len(part)
+        raise IndexError(index)
+
+
+def join_sources(sources: Iterable[Source], most: int) -> BatchChain:
+    """Return the batches of several sources in turn, joined as by :func:`join_batches` where they are in memory.
+
+    Args:
+        sources: The sources.
+        most: The most examples in a joined batch.
+
+    >>> one, other = (Source(name, [Batch((torch.tensor([[i]]),)) for i in range(3)]) for name in ("a", "b"))
+    >>> [batch.args[0].flatten().tolist() for batch in join_sources([one, other], 2)]
+    [[0, 1], [2], [0, 1], [2]]
+    """
+    return BatchChain(
+        tuple(
+            join_batches(source, most).batches if isinstance(source.batches, list | tuple) else source.batches
+            for source in sources
+        )
+    )
 
 
 def _joined(batches: Iterable[Batch], most: int) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ import torch
 
 from regrow import scoring
 from regrow.allocation import uniform
-from regrow.data.joined import join_batches
+from regrow.data.joined import join_sources
 from regrow.evidence import Need
 from regrow.methods.pruning.outer_blocks import choose_blocks
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
@@ -83,7 +83,7 @@ def _score(task: PruningTask, settings: Settings) -> Ranking:
     alone = scoring.fisher(task.weights, task.axes, pooled, units=task.units)
     errors = energy(task.weights, task.axes, pooled, units=task.units).values
     rates = {key: torch.where(errors[key] > 0, own / errors[key], 0.0) for key, own in alone.values.items()}
-    batches = [batch for source in task.evidence.data.values() for batch in join_batches(source, BATCH)]
+    batches = join_sources(task.evidence.data.values(), BATCH)
     orders = order_layers(
         task.model,
         task.axes,

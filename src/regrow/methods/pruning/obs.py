@@ -12,7 +12,7 @@ from functools import partial
 from typing import Annotated
 
 from regrow import scoring
-from regrow.data.joined import join_batches
+from regrow.data.joined import join_sources
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
@@ -65,7 +65,7 @@ def build(settings: Settings) -> Pruner:
 
 def _score(task: PruningTask, settings: Settings) -> Scores:
     pooled, compensate = task.evidence.pooled(), settings.compensate
-    batches = [batch for source in task.evidence.data.values() for batch in join_batches(source, BATCH)]
+    batches = join_sources(task.evidence.data.values(), BATCH)
     orders = order_layers(
         task.model,
         task.axes,
