@@ -5,6 +5,7 @@
     python recipes/width_pruning.py distil --texts FOLDER                 our default, distilled for some minutes more
     python recipes/width_pruning.py stages --texts FOLDER                 each stage of GPrune alone
     python recipes/width_pruning.py bases --texts FOLDER                  GPrune's switch with three base metrics
+    python recipes/width_pruning.py unscreened --texts FOLDER --keep 0.9           where baselines are not screened
     python recipes/width_pruning.py zero_shot --texts FOLDER --task PIQA.jsonl.gz ARC.jsonl.gz
     python recipes/width_pruning.py STAGE … --list                        how many points are left
     python recipes/width_pruning_show.py STAGE                            print its tables
@@ -17,7 +18,7 @@ baselines on the first, then the best three variants of each method on the other
 (24 of talk, which has no more). ``distil`` chooses its rate at keep 0.7.
 The model is a 4-bit file de-quantised. Everything is computed in bfloat16, or with ``--dtype float32``, which is faster
 where the processor has no bfloat16 products. A point is computed once, in either; differences are of rows of the same
-dtype. Gemma: ``--model gemma3-270m --keep 0.8 0.7 --samples 2`` with each stage.
+dtype. Gemma: ``unscreened --model gemma3-270m --keep 0.8 0.7 --samples 2``, or all stages, which take days.
 
 Arms with *generated windows* calibrate and fit on that many windows of text that the model itself generates, too (kept
 beside the rows), and fit each layer to what the dense network has there (``target=dense``).
@@ -42,16 +43,16 @@ from width_pruning_points import (
     KEEPS,
     Point,
     Row,
-    bases,
     distil,
     distil_rates,
     level,
     screen_all,
     screen_finalists,
-    stages,
     test,
+    unscreened,
     zero_shot,
 )
+from width_pruning_stages import bases, stages
 
 OUT = Path(__file__).parent / "results" / "width_pruning.jsonl"
 
@@ -70,7 +71,7 @@ def rounds(args: argparse.Namespace) -> Iterator[list[Point]]:
     elif args.stage == "distil":
         yield list(distil_rates(folds))
         yield list(distil(known(args), keeps, folds, samples))
-    elif args.stage in (fixed := {"stages": stages, "bases": bases}):
+    elif args.stage in (fixed := {"stages": stages, "bases": bases, "unscreened": unscreened}):
         yield list(fixed[args.stage](keeps, folds, samples))
     else:
         of = {"test": test, "zero_shot": zero_shot}[args.stage]
@@ -121,7 +122,7 @@ def summary(row: Row) -> str:
 def main() -> None:
     """Run a stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("screen", "test", "distil", "stages", "bases", "zero_shot"))
+    parser.add_argument("stage", choices=("screen", "test", "distil", "stages", "bases", "unscreened", "zero_shot"))
     parser.add_argument("--texts", default="texts", help="folder of the texts that no Python package brings")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of rows")
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or gemma3-270m")

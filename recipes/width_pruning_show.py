@@ -25,20 +25,16 @@ from width_pruning import OUT
 from width_pruning_arms import Arm, Draw, Series, arms, before, draw, minus, paired, recovered, strongest
 from width_pruning_bench import MARGIN, PER_BYTE, unpack
 from width_pruning_points import (
-    BASE_STAGES,
-    BASES,
-    CONTRASTS,
     FOLDS,
     GPRUNE,
     KEEPS,
     LEFT_OUT,
     RECONSTRUCTED,
-    STAGE_ARMS,
     TASKS,
     Row,
     named,
-    staged,
 )
+from width_pruning_stages import BASE_STAGES, BASES, CONTRASTS, STAGE_ARMS, staged
 
 
 def screen_table(every: Sequence[Row]) -> Iterator[str]:

@@ -84,7 +84,9 @@ def test_twins_part_and_learn_on(gate: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert min(grown) > plain
 
 
-def _width_pruning_rows(points: ModuleType, loss: Callable[[object], float]) -> list[dict[str, object]]:
+def _width_pruning_rows(
+    points: ModuleType, stages: ModuleType, loss: Callable[[object], float]
+) -> list[dict[str, object]]:
     """Rows of all points of the screen, and of the test that follows from it; domains differ by a constant."""
     rows: list[dict[str, object]] = []
 
@@ -110,8 +112,8 @@ def _width_pruning_rows(points: ModuleType, loss: Callable[[object], float]) -> 
     add(points.screen_all((0.8,), (0, 1)))
     add(points.screen_finalists(rows, (0.8,), (0, 1)))
     add(points.test(rows, (0.8,), (0, 1), 2))
-    add(points.stages((0.8,), (0, 1), 2))
-    add(points.bases((0.8,), (0, 1), 1))
+    add(stages.stages((0.8,), (0, 1), 2))
+    add(stages.bases((0.8,), (0, 1), 1))
     add(points.distil_rates((0, 1)))
     add(points.distil(rows, (0.8,), (0, 1), 1))
     return rows
@@ -122,14 +124,14 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
 ) -> None:
     """Chosen per fold on its own calibration domains; the strongest baseline comes first and is what others recover."""
     monkeypatch.syspath_prepend(str(RECIPES))
-    points, show = importlib.import_module("width_pruning_points"), importlib.import_module("width_pruning_show")
+    points, stages, show = (importlib.import_module(f"width_pruning_{name}") for name in ("points", "stages", "show"))
 
     def loss(point: object) -> float:
         if point.method == "dense":
             return 0.0
         if point.method == "gprune":
             switched = point.settings.get("switch") != "never"
-            return 0.5 + points.BASES.index(point.settings["base"]) / (20 if switched else 10)
+            return 0.5 + stages.BASES.index(point.settings["base"]) / (20 if switched else 10)
         if point.distil:
             return 0.3 + abs(point.distil["lr"] - 3e-4)
         if point.method == "fisher_obs":
@@ -138,7 +140,7 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
         bad = 1.0 + methods[point.method] / 10 + (not point.settings["compensate"]) / 20
         return bad + (0.01 if (point.fold == 1) == (point.settings["allocation"] == "ranked") else 0.0)
 
-    rows = _width_pruning_rows(points, loss)
+    rows = _width_pruning_rows(points, stages, loss)
     chosen = [points.best(rows, 0.8, fold) for fold in (0, 1)]
     assert [[point.method for point in one] for one in chosen] == [[*points.TESTED]] * 2
     assert [one[0].settings["allocation"] for one in chosen] == ["ranked", "uniform"]
@@ -169,9 +171,9 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
     assert "-0.5750 ± 0.0144 [0.0000]" in alone and "| +50.0 ± 0.0 |" in alone
     dense = [show.before(some, 0) for some in (rows, longer)]
     assert dense[0].level(seen=True) == dense[1].level(seen=True) and dense[0].level() < dense[1].level()
-    one_fold = sum("alone" in name for _, name, _ in points.CONTRASTS)  # scores of one domain, a calibration one
+    one_fold = sum("alone" in name for _, name, _ in stages.CONTRASTS)  # scores of one domain, a calibration one
     lines = [line for line in show.stages_table(rows) if line.startswith("| ")]
-    assert len(lines) == 1 + 2 * len(points.CONTRASTS) - one_fold == 1 + 2 * 17 + 2
+    assert len(lines) == 1 + 2 * len(stages.CONTRASTS) - one_fold == 1 + 2 * 17 + 2
     ratios = [line.split(" | ")[-2] for line in show.bases_table(rows) if line.startswith("| 0.8 | 0 |")]
     assert ratios == ["1.259", "1.122", "1.122"]  # exp(0.2 · 1.15) and exp(0.1 · 1.15): the means over windows
     assert any(chosen[0][0].arm in line and "| 0.8 | 0 |" in line for line in show.screen_table(rows))
@@ -182,6 +184,18 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
     table = [line for line in show.zero_shot_table(tasks) if line.startswith("| 0.8 | 1 | gprune, measured shares |")]
     [cells] = [line.split(" | ")[3:] for line in table]
     assert cells == ["50.00", "100.00", *["+0.00 ± 0.00"] * 2, *["+0.0000 ± 0.0000 [0.0000]"] * 2, "2 |"]
+
+
+def test_points_that_are_not_screened_have_the_names_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    points = importlib.import_module("width_pruning_points")
+    found = list(points.unscreened((0.9,), (0,), 1))
+    names = [point.arm for point in found]
+    assert len(names) == len(set(names)) and names[0] == "dense"
+    assert {name + points.RECONSTRUCTED for name in points.UNSCREENED} < set(names)
+    assert {points.with_prior(points.fisher(0.9)).key, points.with_prior(points.fisher_obs(0.9)).key} < {
+        one.key for one in found
+    }
 
 
 def test_random_units_are_compensated_as_the_best_baseline_is(monkeypatch: pytest.MonkeyPatch) -> None:
