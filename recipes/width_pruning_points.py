@@ -218,7 +218,8 @@ def unscreened(keeps: Sequence[float], folds: Sequence[int], samples: int) -> It
     variants = {one.arm: one for one in baselines()}
     for sample, fold, keep in product(range(samples), folds, keeps):
         own = [replace(variants[arm], keep=keep, fold=fold, sample=sample) for arm in UNSCREENED]
-        yield from (*own[:2], with_prior(fisher_obs(keep, fold, sample)), *own[2:])
+        mine = fisher_obs(keep, fold, sample)
+        yield from (*own[:2], mine, with_prior(mine), *own[2:])
         yield from (*map(with_prior, own[2:4]), *map(reconstructed, own))
 
 
