@@ -38,7 +38,7 @@ CASES = (
     Case(MethodKind.PRUNING, "fisher"),
     Case(MethodKind.PRUNING, "fisher", {"allocation": "ranked", "compensate": False}),
     Case(MethodKind.PRUNING, "fisher_obs"),
-    Case(MethodKind.PRUNING, "fisher_obs", {"spare": "always", "spare_first": 0.5, "ridge": 0.01}),
+    Case(MethodKind.PRUNING, "fisher_obs", {"spare": "never", "ridge": 0.01, "compensate": False}),
     Case(MethodKind.PRUNING, "obs"),
     Case(MethodKind.PRUNING, "obs", {"allocation": "ranked", "ridge": 0.01, "compensate": False}),
     Case(MethodKind.PRUNING, "depth"),

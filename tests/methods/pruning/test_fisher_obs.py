@@ -77,6 +77,13 @@ def test_the_allocation_of_lower_loss_is_taken(inactive: tuple[int, int], name: 
     assert note.index(name) < note.index(({ALL, INNER} - {name}).pop())
 
 
+@pytest.mark.parametrize(("spare", "blocks"), [("always", {"1"}), ("never", {"0", "1"})])
+def test_what_is_decided_by_hand_is_not_compared(spare: str, blocks: set[str]) -> None:
+    model, axes = lm(kv=3, rep=2, size=4, ff=64)
+    found = cut(model, texts("a"), "fisher_obs", MLP, axes, **FIRST_HALF, spare=spare)
+    assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == blocks
+
+
 def test_a_budget_that_the_inner_blocks_cannot_meet_takes_all() -> None:
     model, axes = lm(kv=3, rep=2, size=4, ff=64)
     found = cut(model, texts("a"), "fisher_obs", replace(MLP, keep=0.4), axes, **FIRST_HALF)
