@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, overload
 
 import torch
@@ -58,7 +58,7 @@ class BatchChain(Sequence[Batch]):
     def __getitem__(self, index: slice) -> list[Batch]: ...
     def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return list(islice(self, *index.indices(len(self))))
         place = range(len(self))[index]
         for part in self.parts:
             if place < len(part):

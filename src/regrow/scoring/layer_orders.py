@@ -1,4 +1,4 @@
-"""The second-order order of the units of every linear layer, from sums over calibration data."""
+"""The order in which the units of each linear layer are removed, by second-order costs on calibration data."""
 
 from collections.abc import Mapping, Sequence
 

@@ -7,7 +7,7 @@ multiplied by the unit's Fisher information and divided by E[x²] ‖W‖², the
 linear layer reads are ordered so; others by their Fisher information. The weights that stay are changed by
 ``--reconstruct``, not here.
 
-Whether the first and last blocks are pruned, too, is measured: by the loss on some of the calibration data, unrefitted.
+Whether the first and last blocks are pruned, too, is decided by the loss on calibration data before any refit.
 """
 
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
     "Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992; Theis et al., "
-    "Faster gaze prediction with dense networks and Fisher pruning, 2018, arXiv:1801.05787; their product is ours"
+    "Faster gaze prediction with dense networks and Fisher pruning, 2018, arXiv:1801.05787; the combination is ours"
 )
 
 

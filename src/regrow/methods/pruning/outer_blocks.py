@@ -46,7 +46,7 @@ def choose_blocks(
     Source: ours; leaving outer blocks unpruned is from LLM-Pruner (arXiv 2305.11627).
     """
     some = inner(task.units, *spare)
-    if task.budget.regular or len(some) == len(task.units):  # every block gives alike; or none is spared
+    if task.budget.regular or len(some) == len(task.units):  # every block gives alike; or none would stay whole
         return task.units, {}
     masks: dict[str, dict[str, Tensor]] = {}
     for name, axes in ((INNER, some), (ALL, task.units)):
