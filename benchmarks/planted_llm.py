@@ -157,11 +157,13 @@ class PlantedBench:
             stored = json.loads(path.read_text())
             return Plan.from_json(stored["plan"]), stored["cpu_seconds"]
         start = time.process_time()
-        pruner = build_pruner(arm.method, dict(arm.settings))
+        seed = {"seed": self.seed} if arm.method == "random" else {}
+        pruner = build_pruner(arm.method, {**arm.settings, **seed})
         evidence = collect_evidence(self.model, self.axes, pruner, self.calibration, batch_size=8)
         plan = plan_cut(pruner, self.model, self.axes, Budget(self.keep, only=("mlp",)), evidence).plan
         seconds = time.process_time() - start
         if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"plan": plan.to_json(), "cpu_seconds": seconds}))
         return plan, seconds
 

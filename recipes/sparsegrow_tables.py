@@ -98,9 +98,9 @@ BOUNDS = (
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
 )
 ABLATIONS = (
-    Arm("births not silent", "sparsegrow", {"project_new_units": False}),
-    Arm("births not fitted to data", "sparsegrow", {"fit": False}),
-    Arm("births dense", "sparsegrow", {"density": 1.0}),
+    Arm("new units not silent", "sparsegrow", {"project_new_units": False}),
+    Arm("new units not fitted to data", "sparsegrow", {"fit": False}),
+    Arm("new units dense", "sparsegrow", {"density": 1.0}),
     Arm("grown at the start of a task", "sparsegrow", {"late_phase": 1.0}),
     Arm("no thresholds", "sparsegrow", {"threshold": "none"}),
     Arm("thresholds as in AdaptCL", "sparsegrow", {"threshold": "adaptcl"}),

@@ -126,4 +126,5 @@ class Budget:
             **({"regular": True} if self.regular else {}),
             "only": list(self.only),
             "exclude": list(self.exclude),
+            **({} if self.marks == {Mark.NEUTRAL} else {"marks": sorted(str(mark) for mark in self.marks)}),
         }

@@ -1,7 +1,7 @@
 """What pruning methods need measured (weights, activations or gradients), and the container of these measurements."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from regrow.scores import Statistics, merged
@@ -23,7 +23,7 @@ class Evidence:
 
     Args:
         statistics: Source name → the sums of its shards (as many shards as the method asks for).
-        data: Source name → the batches themselves, for methods that train.
+        data: Source name → the batches themselves, for methods that read them again.
         notes: Remarks for the report on the sources (such as one that had to be split).
     """
 
@@ -36,8 +36,11 @@ class Evidence:
         """The names of the sources that were measured."""
         return tuple(self.statistics)
 
-    def pooled(self) -> Statistics:
+    def pooled(self, *, gradients: bool = True) -> Statistics:
         """Return the sums over all sources and shards.
+
+        Args:
+            gradients: Whether those of gradients are added up, too, which takes as much memory as the weights.
 
         Raises:
             ValueError: If nothing was measured.
@@ -45,4 +48,4 @@ class Evidence:
         shards = [shard for shards in self.statistics.values() for shard in shards]
         if not shards:
             raise ValueError("this method needs calibration text or images; give it at least one --source")
-        return merged(shards)
+        return merged(shards if gradients else [replace(one, gradients={}) for one in shards])

@@ -89,6 +89,18 @@ class Source:
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
 
 
+def visible_positions(batch: Batch) -> Tensor | None:
+    """Return which positions of a batch count, ``[sequences, tokens]`` bool; ``None`` if nothing is padding.
+
+    Args:
+        batch: The batch; a two-dimensional ``attention_mask`` says what is padding.
+    """
+    mask = batch.kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool((mask != 0).all()):
+        return None
+    return mask != 0
+
+
 def generators_of(loader: object) -> list[torch.Generator]:
     """Return the random generators of a ``DataLoader`` and its sampler; none for anything else.
 

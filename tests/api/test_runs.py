@@ -96,6 +96,28 @@ def test_a_killed_call_resumes_to_the_same_bits() -> None:
         regrow.learn(net(), tasks, **call, out="run")
 
 
+def test_a_killed_plan_goes_on_from_what_was_learned() -> None:
+    data = {name: [(INPUTS.roll(i, 0), DATA[1])] * 4 for i, name in enumerate("abc")}
+    call = {"method": "gprune", "keep": 0.7, "settings": {"steps": 6, "every": 2, "shards": 2}}
+    _, whole = regrow.prune(net(), data, **call)
+
+    def stop(done: int, total: int, text: str) -> None:
+        if text.startswith("learning") and done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        regrow.prune(net(), data, **call, out="run", progress=stop)
+    steps: list[int] = []
+
+    def note(done: int, total: int, text: str) -> None:
+        if text.startswith("learning"):
+            steps.append(done)
+
+    _, plan = regrow.prune(net(), data, **call, out="run", progress=note)
+    assert min(steps) > 1, "it began where it was killed"
+    assert plan.changes == whole.changes
+
+
 def test_what_cannot_be_resumed_is_refused_and_writes_nothing(here: Path) -> None:
     once = iter([DATA])
     for call in (

@@ -8,7 +8,7 @@ from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
 from regrow.axes import Axis, AxisGraph, Role
 from regrow.evidence import Need
 from regrow.scores import Scores, Statistics
-from regrow.scoring import collect, magnitude, normalise, over_sources, random, taylor, wanda_sp, weights_of, wifv
+from regrow.scoring import collect, magnitude, normalise, random, taylor, wanda_sp, weights_of, wifv
 from regrow.scoring.combine import standardise
 from regrow.sources import Batch, Source
 
@@ -148,21 +148,11 @@ def test_normalise_and_combine() -> None:
     scores = Scores(
         {"a": torch.tensor([4.0, 1.0, 9.0]).double(), "b": torch.tensor([2.0, 2.0]).double()}, "m", ("x",), 5
     )
-    assert normalise(scores, "rank")["a"].tolist() == pytest.approx([0.5, 1 / 6, 5 / 6])
     z = normalise(scores, "zscore")
     assert float(z["a"].mean()) == pytest.approx(0) and float(z["a"].std()) == pytest.approx(1)
     assert z["b"].tolist() == [0, 0] and normalise(scores, "none") == scores
-    other = Scores(
-        {"a": torch.tensor([0.0, 3.0, 9.0]).double(), "b": torch.tensor([1.0, 2.0]).double()}, "m", ("y",), 7
-    )
-    assert over_sources([scores, other])["a"].tolist() == [2, 2, 9]
-    assert over_sources([scores, other], "max")["a"].tolist() == [4, 3, 9]
-    worst = over_sources([scores, other], "min")
-    assert worst["a"].tolist() == [0, 1, 9] and (worst.sources, worst.tokens) == (("x", "y"), 12)
     with pytest.raises(ValueError, match="zscore"):
         normalise(scores, "softmax")
-    with pytest.raises(ValueError, match="same axes"):
-        over_sources([scores, Scores({"a": scores["a"]}, "m")])
 
 
 def test_errors_name_the_culprit() -> None:

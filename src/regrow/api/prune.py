@@ -17,7 +17,7 @@ from regrow.api.runs import Destination, finish, loaded_of, log_size, name_of, r
 from regrow.api.streamed import open_within, prune_streamed
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
-from regrow.commands.calibration import calibrate
+from regrow.commands.calibration import calibrate, open_journal
 from regrow.commands.measuring import log_budget
 from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence, with_timing
 from regrow.commands.reconstruction import build_reconstruction, check_batches, keep_dense
@@ -25,7 +25,8 @@ from regrow.commands.reconstruction import reconstruct as reconstruct_layers
 from regrow.commands.score_summary import write_scores
 from regrow.errors import InputError
 from regrow.evidence import Need
-from regrow.methods.pruning.pruner import Pruner, plan_cut, with_modules
+from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
+from regrow.methods.recovery.fit_batches import check_lengths
 from regrow.nets.precision import autocasting
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -156,7 +157,7 @@ def _carry_out(
             )
         needs = _needs(call.pruner, limits, given, axes, call.reconstruct)
         read = {name: given[name] for name in ("loss", "tokenizer", "batch_size")}
-        read |= {"what": "pruning", "pruner": call.pruner}
+        read |= {"what": "pruning", "pruner": call.pruner, "limits": limits}
         streamed = open_within(model, data, call.memory, needs, progress, **read)
         if streamed is not None:
             settings = described(streamed.inputs, precision, None)
@@ -182,7 +183,7 @@ def _needs(
     return {
         "a method that computes gradients of all weights": Need.GRADIENTS in pruner.needs,
         "a method that computes gradients of masks": Need.FISHER in pruner.needs,
-        "a method that runs the masked network": pruner.trains,
+        "a method that runs the masked network": pruner.runs_network,
         "reconstruct=": reconstruct is not False,
         "a target in ms": limits.measure == Measure.TIME,
         "axes=": axes is not None,
@@ -201,6 +202,7 @@ def _reconstruction(reconstruct: bool | Mapping[str, Any], inputs: Inputs) -> di
     if not inputs.sources:
         raise InputError("reconstruct fits on data; give data, for example a DataLoader")
     check_batches(inputs.sources, settings)
+    check_lengths([batch for source in inputs.sources for batch in source])
     return settings
 
 
@@ -220,17 +222,19 @@ def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> t
     """Measure importance, choose the units that stay, and cut the network; return the plan and the new axes."""
     inputs, axes, pruner, progress = work.inputs, work.axes, work.pruner, work.progress
     check_pruning(pruner, axes, limits, inputs.sources)
+    check_objective(pruner, (), inputs.objective)
+    more: Any = {"objective": inputs.objective, "units": limits.units(axes)}
     with torch.enable_grad(), autocasting(inputs.model, work.precision):
         if folder is None:
-            evidence = collect_evidence(
-                inputs.model, axes, pruner, inputs.sources, progress, objective=inputs.objective
-            )
+            evidence, saved = collect_evidence(inputs.model, axes, pruner, inputs.sources, progress, **more), {}
         else:
             loaded = loaded_of(inputs)
-            evidence, _ = calibrate(folder, loaded, axes, pruner, inputs.sources, progress, inputs.objective)
+            evidence, key = calibrate(folder, loaded, axes, pruner, inputs.sources, progress, **more)
+            saved = open_journal(folder, key)
         for note in evidence.notes:
             warnings.warn(note, stacklevel=4 if folder is None else 5)  # at the call of prune
-        cut = plan_cut(pruner, inputs.model, axes, limits, evidence, progress=progress, objective=inputs.objective)
+        saved |= {"progress": progress, "objective": inputs.objective}
+        cut = plan_cut(pruner, inputs.model, axes, limits, evidence, **saved)
     if folder is not None:
         write_scores(folder, weights_of(inputs.model), axes, cut.plan, cut.scores, evidence)
         if cut.findings:

@@ -15,18 +15,20 @@ from regrow.amounts import parse_bytes
 from regrow.api.inputs import Inputs, choose_reading
 from regrow.api.runs import Destination, complete, loaded_of, log_size, run_of
 from regrow.budget import Budget
-from regrow.commands.calibration import calibrate
+from regrow.commands.calibration import calibrate, open_journal
 from regrow.commands.measuring import log_budget
 from regrow.commands.pruning import check_pruning
 from regrow.commands.score_summary import write_scores
 from regrow.commands.streamed import StreamedRun, start_streaming
 from regrow.data.batches import to_sources
+from regrow.data.joined import count_examples
 from regrow.errors import InputError
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.objectives import choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress
 from regrow.progress_bar import visible
+from regrow.scoring.layer_orders import BATCH
 from regrow.settings.prune import Settings
 from regrow.sources import Batch
 from regrow.streaming.opening import OpenedNetwork, open_network
@@ -55,6 +57,7 @@ def open_within(
     *,
     what: str,
     pruner: Pruner | None = None,
+    limits: Budget | None = None,
     loss: Any = None,
     tokenizer: Any = None,
     batch_size: int = 32,
@@ -69,6 +72,7 @@ def open_within(
         progress: Called with one line that says how the call stays within the limit.
         what: ``"pruning"`` or ``"evaluating"``.
         pruner: The method that prunes.
+        limits: Its budget, which says what may be cut.
         loss: The loss, as for :func:`regrow.prune`.
         tokenizer: The tokenizer; ``None``: that of the model.
         batch_size: Examples per batch.
@@ -88,9 +92,12 @@ def open_within(
     opened = open_network(str(model))
     inputs = _read(opened, data, loss, tokenizer, batch_size)
     batches = [batch for source in inputs.sources for batch in source]
-    tokens = max(map(_count_positions, batches), default=1)
+    products = pruner is not None and pruner.products
+    joined = [max(1, BATCH // count_examples(batch)) if products else 1 for batch in batches]
+    tokens = max((n * _count_positions(batch) for n, batch in zip(joined, batches, strict=True)), default=1)
     plan = plan_memory(opened.network(), parse_bytes(memory), len(batches), tokens, what=what)
-    plan = with_products(plan, opened.network(), opened.axes) if pruner and pruner.products else plan
+    if products:
+        plan = with_products(plan, opened.network(), opened.axes, (limits or Budget()).units(opened.axes))
     own = {"a model without text": opened.loaded.tokenizer is None}
     run = start_streaming(opened, plan, {**needs, **own}, lambda line: progress(0, 1, line))
     return None if run is None else StreamedInputs(run, inputs)
@@ -155,11 +162,12 @@ def prune_streamed(
         run = streamed.run.with_results(folder.path)
         network, before = run.network(), log_size(folder, loaded, axes, "dense")
         weights = network.weights.parameters()
-        evidence, _ = calibrate(folder, loaded, axes, pruner, inputs.sources, shown, inputs.objective, network)
+        basis = folder, loaded, axes, pruner, inputs.sources, shown, inputs.objective, network
+        evidence, key = calibrate(*basis, units=limits.units(axes))
         for note in evidence.notes:
             warnings.warn(note, stacklevel=4)  # at the call of prune
-        basis = pruner, inputs.model, axes, limits, evidence
-        chosen = plan_cut(*basis, weights=weights, progress=shown, visits=network)
+        saved = {**open_journal(folder, key), "weights": weights, "progress": shown, "visits": network}
+        chosen = plan_cut(pruner, inputs.model, axes, limits, evidence, **saved)
         write_scores(folder, weights, axes, chosen.plan, chosen.scores, evidence)
         if chosen.findings:
             folder.write_findings(settings.method, chosen.findings)

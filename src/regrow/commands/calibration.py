@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.axes import AxisGraph
+from regrow.axes import Axis, AxisGraph
 from regrow.commands import pruning as prune
 from regrow.commands.shared_work import SharedWork
 from regrow.distributed import SINGLE, ProcessRank
@@ -19,7 +19,9 @@ from regrow.run_folder import RunFolder
 from regrow.scores import Statistics
 from regrow.sources import Source
 from regrow.store import statistics
+from regrow.store.tensors import open_checkpoint
 from regrow.streaming.network import StreamedNetwork
+from regrow.training.checkpoint import FORMAT
 
 
 def calibrate(
@@ -34,6 +36,7 @@ def calibrate(
     ranks: ProcessRank = SINGLE,
     batch_size: int = 1,
     shared: SharedWork | None = None,
+    units: Sequence[Axis] | None = None,
 ) -> tuple[Evidence, str]:
     """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
 
@@ -49,21 +52,24 @@ def calibrate(
         ranks: The processes that share the batches; the others call :func:`share_calibration`.
         batch_size: How many examples run at a time, as for :func:`regrow.commands.pruning.collect_evidence`.
         shared: What earlier runs of this process measured; gets what this one measures.
+        units: The axes that may be cut, which are measured; ``None``: ``axes.units()``.
 
     Returns:
         The measurements, and a digest of everything that they depend on.
     """
     model, several = loaded.origin.record(), prune.split_sources(sources, pruner.sources)[0]
     sums = parameter_sums(loaded.model) if network is None else network.weights.sums()
-    size = [batch_size] if batch_size > 1 else []
+    more: list[object] = [batch_size] if batch_size > 1 else []
+    chosen, usual = ([axis.key for axis in some] for some in (axes.units() if units is None else units, axes.units()))
+    more += [chosen] if chosen != usual else []  # digests of earlier versions stay as they were
     keys = {
-        source.name: statistics.fingerprint(source, pruner.shards, sorted(pruner.needs), str(model), sums, *size)
+        source.name: statistics.fingerprint(source, pruner.shards, sorted(pruner.needs), str(model), sums, *more)
         for source in several
     }
     done = statistics.read_finished_shards(folder.path, keys, pruner.shards)
     shared = shared or SharedWork()
     shared.check_weights(sums)
-    digests = shared.digests(several, pruner.needs, pruner.shards, str(model), sums, *size)
+    digests = shared.digests(several, pruner.needs, pruner.shards, str(model), sums, *more)
     done = {**shared.finished(digests, pruner.shards), **done}
 
     def keep(source: str, shard: int, sums: Statistics) -> None:
@@ -71,8 +77,9 @@ def calibrate(
 
     if ranks.several:
         broadcast_record(ranks, [list(one) for one in done])
-    more: Any = {"done": done, "on_done": keep, "visits": network, "ranks": ranks, "batch_size": batch_size}
-    evidence = prune.collect_evidence(loaded.model, axes, pruner, sources, progress, objective=objective, **more)
+    given: Any = {"done": done, "on_done": keep, "visits": network, "ranks": ranks, "objective": objective}
+    basis = loaded.model, axes, pruner, sources, progress, batch_size
+    evidence = prune.collect_evidence(*basis, units, **given)
     for name, shards in evidence.statistics.items():
         shared.sums.update({(digests[name], i): shard for i, shard in enumerate(shards)})
     return evidence, statistics.fingerprint(Source("", ()), keys)
@@ -86,6 +93,7 @@ def share_calibration(
     ranks: ProcessRank,
     network: StreamedNetwork | None = None,
     batch_size: int = 1,
+    units: Sequence[Axis] | None = None,
 ) -> None:
     """Measure the share of this rank in a calibration that rank 0 leads and stores.
 
@@ -97,10 +105,23 @@ def share_calibration(
         ranks: The processes.
         network: The network, if it runs one block at a time.
         batch_size: As for :func:`calibrate`.
+        units: As for :func:`calibrate`.
     """
     done = {(source, shard): Statistics(source) for source, shard in broadcast_record(ranks)}
-    more: Any = {"done": done, "visits": network, "ranks": ranks, "batch_size": batch_size}
+    more: Any = {"done": done, "visits": network, "ranks": ranks, "batch_size": batch_size, "units": units}
     prune.collect_evidence(model, axes, pruner, sources, **more)
+
+
+def open_journal(folder: RunFolder, key: str) -> dict[str, Any]:
+    """Return the arguments of ``plan_cut`` that let it go on where an interrupted run stopped.
+
+    Args:
+        folder: The run folder.
+        key: The digest of the measurements, as :func:`calibrate` returns it.
+    """
+    path = folder.path / "statistics" / "learned.safetensors"
+    open_checkpoint(path, key, FORMAT)
+    return {"checkpoint": path, "header": lambda: {"key": key}}
 
 
 def parameter_sums(model: nn.Module) -> list[float]:

@@ -14,7 +14,7 @@ from regrow.axes.inventory import inventory
 from regrow.budget import Budget
 from regrow.commands import measuring
 from regrow.commands import pruning as prune
-from regrow.commands.calibration import calibrate
+from regrow.commands.calibration import calibrate, open_journal
 from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import record_input
 from regrow.commands.generated import count_generated, fill_generated, generate_in_run
@@ -52,12 +52,10 @@ from regrow.scoring import weights_of
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
-from regrow.store.tensors import open_checkpoint
 from regrow.streaming.network import StreamedNetwork
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
 from regrow.training import tune
-from regrow.training.checkpoint import FORMAT
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def plan_only(
     with autocasting(loaded.model, settings.precision), temporary as place:
         visits = streamed.with_results(Path(place)).network() if streamed else None
         given = loaded.model, axes, method, kinds.calibration, progress, settings.batch_size
-        evidence = prune.collect_evidence(*given, visits=visits)
+        evidence = prune.collect_evidence(*given, budget.units(axes), visits=visits)
         weights = streamed.opened.weights.parameters() if streamed else None
         basis = method, loaded.model, axes, budget, evidence
         return plan_cut(*basis, weights=weights, progress=progress, visits=visits).plan
@@ -232,12 +230,10 @@ def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) 
     with job.clock.stage("calibrate"), passes():
         given = folder, loaded, axes, method, job.kinds.calibration, progress
         more: Any = {"network": network, "ranks": job.ranks, "batch_size": job.settings.batch_size}
+        more["units"] = budget.units(axes)
         evidence, key = calibrate(*given, **more, shared=job.shared)
     with job.clock.stage("plan"):
-        path = folder.path / "statistics" / "learned.safetensors"
-        open_checkpoint(path, key, FORMAT)
-        header = lambda: {"key": key}  # noqa: E731
-        saved: Any = {"checkpoint": path, "header": header, "weights": weights, "visits": network}
+        saved: Any = {**open_journal(folder, key), "weights": weights, "visits": network}
         with passes():
             cut = plan_cut(method, loaded.model, axes, budget, evidence, **saved, progress=progress)
         if cut.plan.notes:

@@ -8,7 +8,7 @@ from torch import nn
 
 from regrow import evaluation
 from regrow.amounts import Measure
-from regrow.axes import AxisGraph
+from regrow.axes import Axis, AxisGraph
 from regrow.budget import Budget, Timing
 from regrow.commands.measuring import timed_input
 from regrow.data.joined import join_batches
@@ -42,6 +42,7 @@ def collect_evidence(
     sources: Sequence[Source],
     progress: Progress = silent,
     batch_size: int = 1,
+    units: Sequence[Axis] | None = None,
     **resume: Any,
 ) -> Evidence:
     """Measure what a method needs on the sources; a source is split if the method compares more than there are.
@@ -54,6 +55,7 @@ def collect_evidence(
         progress: Called with (steps done, steps in all, what is being done).
         batch_size: How many examples run at a time, where smaller batches can be joined; methods that need gradients
             of weights run the batches as they are.
+        units: The axes that may be cut, which are measured; ``None``: ``axes.units()``.
         **resume: Of :func:`regrow.scoring.collect`: ``done`` and ``on_done``, to store and reuse finished shards, and
             ``objective``.
     """
@@ -61,9 +63,12 @@ def collect_evidence(
         return Evidence()
     report = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
     several, notes = split_sources(sources, pruner.sources)
+    if pruner.shards > 1 or pruner.sources > 1:  # parts that do not overlap, also of a loader that shuffles
+        several = [replace(source, batches=list(source)) for source in several]
     most = 1 if Need.GRADIENTS in pruner.needs else batch_size
     joined = [join_batches(source, most, pruner.shards) for source in several]
-    statistics = collect(model, axes, joined, pruner.needs, shards=pruner.shards, progress=report, **resume)
+    given: Any = {"shards": pruner.shards, "units": units, "progress": report}
+    statistics = collect(model, axes, joined, pruner.needs, **given, **resume)
     return Evidence(statistics, {source.name: source for source in several}, notes=notes)
 
 
@@ -83,7 +88,8 @@ def split_sources(sources: Sequence[Source], least: int) -> tuple[list[Source], 
         return list(sources), ()
     longest = max(range(len(sources)), key=lambda i: len(sources[i]))
     one, many = sources[longest], missing + 1
-    parts = [Source(f"{one.name}/{i + 1}", list(one.batches)[i::many], one.origin) for i in range(many)]
+    batches = list(one.batches)  # read once: a loader may shuffle
+    parts = [Source(f"{one.name}/{i + 1}", batches[i::many], one.origin) for i in range(many)]
     note = (
         f"this method compares at least {least} kinds of text and got {len(sources)}; {one.name!r} was split into "
         f"{many} parts. Ranks differ between parts of one kind by chance alone, so units that only other kinds of text "

@@ -12,6 +12,7 @@ from regrow.plan import Plan
 from regrow.run_folder import RunFolder
 from regrow.scores import Scores
 from regrow.scoring import energy, massive
+from regrow.scoring.weights import readers
 
 
 def write_scores(
@@ -43,8 +44,10 @@ def write_scores(
             "dropped_max": float(values[dropped].max()) if dropped else None,
             "massive": [],
         }
-    if evidence.statistics and evidence.pooled().moments:
-        units = massive(axes, energy(weights, axes, evidence.pooled()))
+    if evidence.statistics and (measured := evidence.pooled(gradients=False)).moments:
+        some = [axes[key] for key in scores.values if key in axes.axes]
+        some = [one for one in some if all(read.weight in measured.moments for read in readers(axes, [one]))]
+        units = massive(axes, energy(weights, axes, measured, units=some))
         for one in units:
             if one.axis in entries:
                 entries[one.axis]["massive"].append({"unit": one.unit, "ratio": one.ratio, "share": one.share})

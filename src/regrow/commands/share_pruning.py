@@ -13,13 +13,14 @@ from regrow.commands.generated import count_generated, fill_generated
 from regrow.commands.inputs import SourceHalves, read_sources
 from regrow.commands.measuring import evaluate_text
 from regrow.commands.models import load_model
-from regrow.commands.prune_settings import model_spec, seeded_settings, source_specs
+from regrow.commands.prune_settings import budget_of, model_spec, seeded_settings, source_specs
 from regrow.commands.recovering import broadcast_recovered
 from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.streamed import StreamedRun, open_streamed
 from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_record, everywhere
 from regrow.ledger import with_branches_of
+from regrow.methods.pruning.pruner import with_modules
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
 from regrow.plan import Plan
@@ -56,7 +57,8 @@ def share(settings: Settings, ranks: ProcessRank, *, code: str = "", memory: str
         network = streamed.network() if streamed else None
         with autocasting(loaded.model, settings.precision):
             given = loaded.model, axes, method, kinds.calibration, ranks, network
-            share_calibration(*given, batch_size=settings.batch_size)
+            units = budget_of(settings).units(with_modules(method, loaded.model, axes))
+            share_calibration(*given, batch_size=settings.batch_size, units=units)
         message = broadcast_record(ranks)
         plan = Plan.from_json(message["plan"])
         if streamed:

@@ -15,6 +15,7 @@ from regrow.commands.generated import count_generated
 from regrow.commands.inputs import count_windows
 from regrow.commands.later_plans import LaterPlan
 from regrow.commands.models import DTYPES, ModelSpec
+from regrow.commands.prune_settings import budget_of
 from regrow.commands.reconstruction import count_tokens
 from regrow.commands.recovery_memory import (
     SPARE,
@@ -39,6 +40,7 @@ from regrow.process_memory import return_memory
 from regrow.progress import Progress
 from regrow.run_folder import RunFolder
 from regrow.scoring.collect import differentiated
+from regrow.scoring.layer_orders import BATCH
 from regrow.settings.prune import Settings, complete_reconstruction, folder_name
 from regrow.source_names import GENERATED
 from regrow.store import statistics
@@ -176,7 +178,8 @@ def open_streamed(
     sources = (*settings.sources, *settings.unseen)
     counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
     windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
-    size = settings.batch_size
+    products = any(one.products for one in (pruner, *(plan.pruner for plan in later)))
+    size = max(settings.batch_size, BATCH) if products else settings.batch_size
     given = opened.network(), limit, -(-windows // size), settings.seq_len * size
     least = plan_memory(*given, held=earlier.held if earlier else None)
     plan = _with_learning(least, settings, pruner, opened)
@@ -198,10 +201,11 @@ def _with_learning(plan: MemoryPlan, settings: Settings, pruner: Pruner, opened:
     Raises:
         ResourceError: If the network does not fit, and with one block in memory the method does not either.
     """
+    units = budget_of(settings).units(opened.axes)
     if not plan.streams:
         needed = max(_predict_learning(settings, pruner, opened), _predict_generated(settings, opened))
         plan = replace(plan, whole=max(plan.whole, plan.held + needed))
-    ordered = with_products(plan, opened.network(), opened.axes) if pruner.products else plan
+    ordered = with_products(plan, opened.network(), opened.axes, units) if pruner.products else plan
     if ordered.streams and settings.reconstruct:  # the sums of the method are released before
         plan = _with_reconstruction(plan, settings, opened)
         return replace(plan, whole=ordered.whole, least=max(plan.least, ordered.least))
@@ -237,7 +241,7 @@ def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
     return {
         f"--method {settings.method}, which computes gradients of all weights,": Need.GRADIENTS in pruner.needs,
         f"--method {settings.method}, which computes gradients of masks,": Need.FISHER in pruner.needs,
-        f"--method {settings.method}, which runs the masked network,": pruner.trains,
+        f"--method {settings.method}, which runs the masked network,": pruner.runs_network,
         f"--recover {settings.recover}": bool(settings.recover),
         f"--source {GENERATED}": GENERATED in settings.sources,
         "a target in ms": settings.measure == Measure.TIME,
@@ -247,7 +251,7 @@ def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
 def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
     """Return what gradients, and the recovery after the cut, need of a network in memory, in bytes; 0 without them."""
     gradients, masks, needed = Need.GRADIENTS in pruner.needs, Need.FISHER in pruner.needs, 0
-    if not (gradients or masks or pruner.trains or settings.recover or settings.reconstruct):
+    if not (gradients or masks or pruner.runs_network or settings.recover or settings.reconstruct):
         return 0
     after = f"--recover {settings.recover}" if settings.recover else "--reconstruct" if settings.reconstruct else ""
     what = after or f"--method {settings.method}"
@@ -257,10 +261,11 @@ def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork)
     try:
         sums = pruner.shards * max(pruner.sources, len(settings.sources)) if gradients else 0
         if gradients:
-            needed = predict_gradients(model, differentiated(model, opened.axes), window, sums)
+            units = budget_of(settings).units(opened.axes)
+            needed = predict_gradients(model, differentiated(model, opened.axes, units), window, sums)
         if masks:
             needed = max(needed, predict_learning(model, window, settings.batch_size, 0))
-        if pruner.trains:
+        if pruner.runs_network:
             batch_size = 1 if gradients else settings.batch_size
             needed = max(needed, predict_learning(model, window, batch_size, sums))
         if settings.recover:

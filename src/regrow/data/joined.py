@@ -14,8 +14,9 @@ from regrow.sources import Batch, Source
 def join_batches(source: Source, most: int, shards: int = 1) -> Source:
     """Return a source whose consecutive batches are joined to at most ``most`` examples each.
 
-    Batches are joined where their inputs have the same shapes, but for the number of examples. With several shards,
-    batch ``i`` of the result holds batches of shard ``i % shards`` alone, so that the shards hold the same examples.
+    Batches are joined where their inputs have the same shapes, but for the number of examples in the first dimension.
+    With several shards, batch ``i`` of the result holds batches of shard ``i % shards`` alone, so that the shards hold
+    the same examples.
 
     Args:
         source: The source, read in whole.
@@ -89,15 +90,21 @@ def join_sources(sources: Iterable[Source], most: int) -> BatchChain:
 def _joined(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
     own: list[Batch] = []
     for batch in batches:
-        if own and (_form(batch) != _form(own[0]) or sum(map(_examples, own)) + _examples(batch) > most):
-            yield _concatenated(own)
+        size = sum(map(count_examples, own)) + count_examples(batch)
+        if own and (size > most or _form(batch) != _form(own[0]) or not is_joinable(batch)):
+            yield concatenate(own)
             own = []
         own.append(batch)
     if own:
-        yield _concatenated(own)
+        yield concatenate(own)
 
 
-def _examples(batch: Batch) -> int:
+def count_examples(batch: Batch) -> int:
+    """Return how many examples a batch has: the length of its first tensor.
+
+    Args:
+        batch: The batch.
+    """
     return next((len(one) for one in (*batch.args, *batch.kwargs.values()) if isinstance(one, Tensor) and one.dim()), 1)
 
 
@@ -113,7 +120,26 @@ def _kind(value: object) -> object:
     return value if value is None or isinstance(value, bool | int | float | str) else object()
 
 
-def _concatenated(batches: Sequence[Batch]) -> Batch:
+def is_joinable(batch: Batch) -> bool:
+    """Whether all tensors of a batch have its examples in their first dimension (position ids of all do not).
+
+    Args:
+        batch: The batch.
+
+    >>> ids, positions = torch.zeros(2, 4), torch.arange(4)[None]
+    >>> is_joinable(Batch((ids,))), is_joinable(Batch((ids,), {"position_ids": positions}))
+    (True, False)
+    """
+    values = (*batch.args, *batch.kwargs.values(), batch.labels)
+    return len({len(one) for one in values if isinstance(one, Tensor) and one.dim()}) <= 1
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Return several batches as one; what is no tensor is that of the first.
+
+    Args:
+        batches: The batches, of the same inputs; their tensors differ in the first dimension alone.
+    """
     first = batches[0]
     if len(batches) == 1:
         return first

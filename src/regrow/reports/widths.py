@@ -153,8 +153,8 @@ def _survivors(plans: list[JsonObject]) -> dict[str, set[int]]:
                 kept = {i for i in (size(ids[unit]) for unit in kept) if i is not None}
             name = text(key, 300)
             back = entry.get("restore") if not entry.get("fresh") else None
-            births = (size(unit, 10**8) for unit in back) if isinstance(back, list) else ()
-            restored = {unit for unit in births if unit is not None}
+            known = (size(unit, 10**8) for unit in back) if isinstance(back, list) else ()
+            restored = {unit for unit in known if unit is not None}
             left[name] = (left[name] & kept if name in left else kept) | restored
     return left
 

@@ -7,7 +7,7 @@ Every metric is called with (weights, axes, statistics, *, units) and gives its 
 from regrow.scoring.activations import energy, wanda_sp, wifv
 from regrow.scoring.base import BASES, Base
 from regrow.scoring.collect import collect
-from regrow.scoring.combine import normalise, over_sources, percentile
+from regrow.scoring.combine import normalise, percentile
 from regrow.scoring.compensate import means, takes_constant, uncompensated, weights_without_bias
 from regrow.scoring.fisher import fisher
 from regrow.scoring.gradients import taylor
@@ -30,7 +30,6 @@ __all__ = [
     "massive",
     "means",
     "normalise",
-    "over_sources",
     "peak_to_peak",
     "percentile",
     "random",

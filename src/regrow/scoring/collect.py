@@ -23,7 +23,7 @@ from regrow.scoring.shares import add, add_batches, gather_sums
 from regrow.scoring.trunk import trunk_of
 from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import Reader, readers, scorable, tensors
-from regrow.sources import Batch, Source, to_host
+from regrow.sources import Batch, Source, to_host, visible_positions
 
 Key = tuple[str, int]
 
@@ -206,7 +206,7 @@ class _Walk:
     def _watch(self, batch: Batch, run: nn.Module, statistics: Statistics) -> InputSums:
         here = batch.to(self.device)
         if self.reads:
-            masks = MaskGradients(self.ids, self.reads, self.widths, _leading(batch))
+            masks = MaskGradients(self.ids, self.reads, self.widths, count_sequences(batch))
             watch = _input_sums(self.watched, batch)
             add_fisher(self.model, here, masks, statistics.fisher, self.objective, watch, batch)
             if not self.differentiated:
@@ -285,8 +285,7 @@ def _walk_blocks(
 
 
 def _input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:
-    mask = batch.kwargs.get("attention_mask")
-    return InputSums(watched, _leading(batch), mask if isinstance(mask, Tensor) else None)
+    return InputSums(watched, count_sequences(batch), visible_positions(batch))
 
 
 def _add_moments(statistics: Statistics, watch: InputSums) -> None:
@@ -322,8 +321,12 @@ def _inputs(batch: Batch) -> Iterator[Tensor]:
     yield from (value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor))
 
 
-def _leading(batch: Batch) -> int:
-    """Return how many sequences (texts, images) a batch has."""
+def count_sequences(batch: Batch) -> int:
+    """Return how many sequences (texts, images) a batch has.
+
+    Args:
+        batch: The batch.
+    """
     return next((len(value) for value in _inputs(batch) if value.dim()), 1)
 
 
@@ -332,4 +335,4 @@ def _positions(batch: Batch) -> int:
     if batch.labels is not None:
         return int((batch.labels != -100).sum())
     ids = next((value for value in _inputs(batch) if value.dim() == 2 and not value.is_floating_point()), None)
-    return _leading(batch) if ids is None else ids.numel()
+    return count_sequences(batch) if ids is None else ids.numel()

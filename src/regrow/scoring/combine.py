@@ -78,13 +78,13 @@ def to_units(
 
 
 def normalise(scores: Scores, how: str) -> Scores:
-    """Return scores made comparable between axes: z-scores, percentile ranks, or unchanged.
+    """Return scores made comparable between axes: z-scores, or unchanged.
 
     Args:
         scores: The scores of any metric.
-        how: ``zscore``: (s − mean) / sd within the axis. ``rank``: percentile within the axis. ``none``: as they are.
+        how: ``zscore``: (s − mean) / sd within the axis; ``none``: as they are.
     """
-    kinds = {"zscore": standardise, "rank": percentile, "none": lambda values: values}
+    kinds = {"zscore": standardise, "none": lambda values: values}
     if how not in kinds:
         raise ValueError(f"scores are normalised by {', '.join(kinds)}; got {how!r}")
     return Scores(
@@ -94,26 +94,3 @@ def normalise(scores: Scores, how: str) -> Scores:
         scores.tokens,
         scores.notes,
     )
-
-
-def over_sources(scores: Sequence[Scores], how: str = "mean") -> Scores:
-    """Combine the scores of one metric on several sources by the mean, maximum or minimum of each unit.
-
-    To pool the *moments* of sources instead, add their ``Statistics``.
-
-    Args:
-        scores: The same metric on different sources, made comparable first (``normalise``).
-        how: ``mean``; ``max``: the score on the source where the unit matters most (worst-case loss); ``min``: a unit
-            scores high only if every source needs it.
-
-    Raises:
-        ValueError: If there are none, if they score different axes, or for an unknown ``how``.
-    """
-    kinds = {"mean": lambda s: s.mean(0), "max": lambda s: s.amax(0), "min": lambda s: s.amin(0)}
-    if how not in kinds:
-        raise ValueError(f"sources are combined by {', '.join(kinds)}; got {how!r}")
-    if not scores or any(s.values.keys() != scores[0].values.keys() for s in scores):
-        raise ValueError("sources can be combined only if there are some, and all score the same axes")
-    values = {key: kinds[how](torch.stack([s[key] for s in scores])) for key in scores[0].values}
-    names = tuple(dict.fromkeys(name for s in scores for name in s.sources))
-    return Scores(values, f"{scores[0].metric}/{how}", names, sum(s.tokens for s in scores), scores[0].notes)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph
-from regrow.scoring.collect import BlockVisits
+from regrow.scoring.collect import BlockVisits, count_sequences
 from regrow.scoring.gradients import evaluation_mode
 from regrow.scoring.trunk import trunk_of
-from regrow.scoring.watch import Feed
+from regrow.scoring.watch import Feed, rows_of
 from regrow.scoring.weights import Reader, readers, scorable
-from regrow.sources import Batch, device_of
+from regrow.sources import Batch, device_of, visible_positions
 
 ROWS = 4096
 """The number of rows summed at a time in float32."""
@@ -120,14 +120,16 @@ def sum_products(
     Args:
         model: The network.
         widths: Name of the weight of each layer → its number of inputs.
-        batches: The data: in memory, they run in as few passes as the memory for sums allows, without the head if no
-            layer lies in it; block by block, in one.
+        batches: The data, without positions that an ``attention_mask`` hides: in memory, they run in as few passes as
+            the memory for sums allows, without the head if no layer lies in it; block by block, in one.
         use: Called with the name of each layer and its sums, which it may use up.
         visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
 
     Raises:
         ValueError: If no batch reaches a layer, or a layer runs in several parts of a network that runs in blocks.
     """
+    if not widths:
+        return
     sums: dict[str, Gram] = {}
     left = set(widths)
 
@@ -142,7 +144,7 @@ def sum_products(
     def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
         if number == 0:
             finish()
-        with _GramFeed({key: name for key, name in watched.items() if name in widths}, sums):
+        with _GramFeed({key: name for key, name in watched.items() if name in widths}, sums, batches[number]):
             yield
 
     if visits is not None:
@@ -152,16 +154,16 @@ def sum_products(
         own, device = dict(model.named_parameters(remove_duplicate=False)), device_of(model)
         for part in _parts(widths):
             run = trunk_of(model, batches[0], part) if batches else model
-            watch = _GramFeed({id(own[name]): name for name in part}, sums)
+            watched = {id(own[name]): name for name in part}
             with evaluation_mode(model), torch.no_grad():
                 for number, batch in enumerate(batches):
                     here = batch.to(device)
-                    with watch:
+                    with _GramFeed(watched, sums, batch):
                         run(*here.args, **here.kwargs)
                     if number == 0 and run is not model and len(sums) < len(part):  # the trunk leaves some out
                         sums.clear()
                         run = model
-                        with watch:
+                        with _GramFeed(watched, sums, batch):
                             run(*here.args, **here.kwargs)
             finish()
     if left:
@@ -194,14 +196,18 @@ def _parts(widths: Mapping[str, int]) -> list[list[str]]:
 
 
 class _GramFeed(Feed):
-    """Adds the inputs of watched weights to sums, and leaves them as they are."""
+    """Adds the inputs of watched weights on a batch to sums, without padding, and leaves them as they are."""
 
-    def __init__(self, watched: Mapping[int, str], sums: dict[str, Gram]) -> None:
+    def __init__(self, watched: Mapping[int, str], sums: dict[str, Gram], batch: Batch) -> None:
         super().__init__(watched)
-        self.sums = sums
+        self.sums, self.sequences, self.mask = sums, count_sequences(batch), visible_positions(batch)
 
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
-        rows = value.detach().movedim(dim, -1).flatten(0, -2)
+        rows, channels = rows_of(value.detach(), dim, self.sequences)
+        if self.mask is not None and channels == 2 and rows.shape[:2] == self.mask.shape:
+            rows = rows[self.mask.to(rows.device)]
+        else:
+            rows = rows.movedim(channels, -1).flatten(0, -2)
         if name not in self.sums:
             self.sums[name] = Gram.empty(rows.shape[1], rows.device)
         self.sums[name].add(rows)

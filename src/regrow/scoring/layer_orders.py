@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph
 from regrow.progress import Progress, silent
-from regrow.scores import Moments
+from regrow.scores import Statistics
+from regrow.scoring.activations import moments_of
 from regrow.scoring.collect import BlockVisits
 from regrow.scoring.grams import Gram, linear_readers, sum_products
 from regrow.scoring.second_order import Elimination, eliminate
@@ -21,7 +22,7 @@ def order_layers(
     axes: AxisGraph,
     weights: Mapping[str, Tensor],
     units: Sequence[Axis],
-    moments: Mapping[str, Moments],
+    statistics: Statistics,
     batches: Sequence[Batch],
     *,
     ridge: float,
@@ -37,7 +38,7 @@ def order_layers(
         axes: Its axes.
         weights: Parameter name → tensor.
         units: The axes to look at.
-        moments: Name of a weight → the moments of its inputs on the data.
+        statistics: What was collected on the data, the moments of inputs among it.
         batches: The data.
         ridge: The ridge of the least squares, as a fraction of each input's Σ x².
         centre: Whether a bias makes up for the means of dropped inputs.
@@ -48,12 +49,19 @@ def order_layers(
     Returns:
         Axis key → the order and the costs of its units; without axes that several weights read, or other than linear
         layers, or whose inputs do not vary.
+
+    Raises:
+        ValueError: If there is no data, the data never reach a layer, or a layer's inputs cannot be solved for; names
+            the layer.
     """
     shapes = {name: one.shape for name, one in model.named_parameters()}
+    inside = _recurrent_weights(model)
     layers = {
         name: reader
         for name, reader in linear_readers(axes, units, shapes).items()
-        if len(moments[name].total) == shapes[name][reader.slot.dim] and float(moments[name].variance.sum()) > 0
+        if name not in inside
+        and len(moments_of(statistics, name).total) == shapes[name][reader.slot.dim]
+        and float(statistics.moments[name].variance.sum()) > 0
     }
     widths = {name: shapes[name][reader.slot.dim] for name, reader in layers.items()}
     result: dict[str, Elimination] = {}
@@ -64,7 +72,22 @@ def order_layers(
         rows = weight if reader.slot.dim else weight.T
         channels = reader.positions(widths[name], widths[name])
         own = None if rates is None else rates[reader.axis]
-        result[reader.axis] = eliminate(gram.mean_products(centre=centre), rows, channels, ridge, own)
+        try:
+            result[reader.axis] = eliminate(gram.mean_products(centre=centre), rows, channels, ridge, own)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
+    if widths and not len(batches):
+        raise ValueError("this method reads the data itself, got none; give Evidence with data=")
     sum_products(model, widths, batches, order, visits)
     return result
+
+
+def _recurrent_weights(model: nn.Module) -> set[str]:
+    """Return the names of weights whose inputs are made inside recurrent layers, where they cannot be watched."""
+    return {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        for name, _ in module.named_parameters(recurse=False)
+    }

@@ -7,6 +7,8 @@ from torch import Tensor
 
 PART = 128
 """The part of the units that are left, 1 / PART, that is eliminated in a step, where a unit is a single channel."""
+TIE = 1e-12
+"""By which fraction a unit scores higher than the one removed before it, if both add the same."""
 NEVER = 1e-9
 """What is added to the diagonal, as a fraction of its mean, so that inputs that are always 0 can be solved for."""
 WIDE = 4
@@ -19,8 +21,8 @@ class Elimination:
 
     Args:
         order: The units, first removed first, ``[size]`` int64.
-        losses: What each removal costs, ``[size]`` float64: what it adds to Σ over positions of the squared change of
-            the layer's output, times the unit's rate.
+        losses: What each removal costs, ``[size]`` float64: what it adds to the squared change of the layer's output
+            (summed, or its mean, as the given products are), times the unit's rate.
     """
 
     order: Tensor
@@ -29,10 +31,14 @@ class Elimination:
     def scores(self) -> Tensor:
         """Return one score per unit, ``[size]``: what its removal adds, at least what earlier removals added.
 
-        >>> Elimination(torch.tensor([2, 0, 1]), torch.tensor([0.5, 3.0, 2.0])).scores().tolist()
-        [3.0, 3.0, 0.5]
+        A unit that is removed later has a higher score, if only by rounding, so that scores keep the order.
+
+        >>> scores = Elimination(torch.tensor([2, 1, 0]), torch.tensor([0.5, 3.0, 2.0])).scores()
+        >>> [round(float(one), 6) for one in scores], bool(scores[1] < scores[0])
+        ([3.0, 3.0, 0.5], True)
         """
         rising = self.losses.double().cummax(0).values
+        rising = rising * (1 + TIE * torch.arange(len(rising), dtype=torch.float64))
         return torch.zeros_like(rising).index_put((self.order,), rising)
 
 
@@ -65,11 +71,11 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float, rate
     each = each.to("cpu", torch.float64)
     mean = hessian.diagonal().mean()
     if not bool(torch.isfinite(hessian).all()) or not mean > 0:
-        raise ValueError("the inputs of a layer hold NaN or infinity, or none of them varies; check the data")
+        raise ValueError("the inputs hold NaN or infinity, or none of them varies; check the data")
     hessian.diagonal().mul_(1 + ridge).add_(NEVER * mean)
     factor, failed = torch.linalg.cholesky_ex(hessian)
     if int(failed):
-        raise ValueError(f"the inputs of a layer depend on one another too closely for ridge {ridge:g}; give 0.01")
+        raise ValueError(f"the inputs depend on one another too closely for ridge {ridge:g}; give {10 * ridge:g}")
     inverse = torch.cholesky_inverse(factor)
     del hessian, factor
     if channels.shape[1] > 1:

@@ -139,13 +139,13 @@ class InputSums(TorchFunctionMode):
     Args:
         watched: ``id`` of a weight → its name.
         sequences: How many sequences the batch has; the rows of an input belong to them in equal, consecutive parts.
-        mask: ``[sequences, tokens]``, zero at positions that do not count (padding).
+        mask: ``[sequences, tokens]``, false at positions that do not count (padding); ``None``: all count.
     """
 
     def __init__(self, watched: Mapping[int, str], sequences: int, mask: Tensor | None = None) -> None:
         super().__init__()
         self.watched, self.sequences = watched, sequences
-        self.mask = mask.bool() if mask is not None and mask.dim() == 2 and not bool((mask != 0).all()) else None
+        self.mask = mask
         self.sums: dict[str, Moments] = {}
 
     def __torch_function__(

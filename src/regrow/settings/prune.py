@@ -109,7 +109,8 @@ class Settings:
         metavar="PATTERN", group=WHERE,
     )] = ()
     marks: Annotated[tuple[str, ...], Setting(
-        "Also cut axes with this mark (`regrow show` lists marks); folded includes the residual width. Repeatable.",
+        "Cut axes with this mark instead of neutral ones (`regrow show` lists marks); folded includes the residual "
+        "width. Repeatable: --mark neutral --mark folded cuts both.",
         option="--mark", group=WHERE, choices=("neutral", "competed", "folded", "restated"),
     )] = ("neutral",)
     round_to: Annotated[int, Setting(

@@ -1,10 +1,10 @@
 """How much memory a network needs whole, and one block at a time, predicted from shapes before anything is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from regrow.amounts import format_bytes
-from regrow.axes import AxisGraph
+from regrow.axes import Axis, AxisGraph
 from regrow.errors import ResourceError
 from regrow.process_memory import read_resident
 from regrow.scoring.grams import linear_readers, predict_products
@@ -123,13 +123,14 @@ def plan_memory(
     return plan
 
 
-def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph) -> MemoryPlan:
+def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, units: Sequence[Axis]) -> MemoryPlan:
     """Return the prediction with the sums of products of a method that takes them.
 
     Args:
         plan: The prediction for forward passes.
         network: The network; it needs no numbers.
         axes: Its axes.
+        units: The axes that may be cut.
 
     Raises:
         ResourceError: If the network does not fit, and the sums of one block do not either.
@@ -138,7 +139,7 @@ def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph) -
     shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
     every = {
         name: (shapes[name][reader.slot.dim], shapes[name][1 - reader.slot.dim])
-        for name, reader in linear_readers(axes, axes.units(), shapes).items()
+        for name, reader in linear_readers(axes, units, shapes).items()
     }
     weights = sum(one.numel() * one.itemsize for one in model.parameters())
     whole = plan.held + SPARE["pruning"] + weights + predict_products([*every.values()], together=False)

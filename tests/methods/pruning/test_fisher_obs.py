@@ -77,10 +77,12 @@ def test_the_allocation_of_lower_loss_is_taken(inactive: tuple[int, int], name: 
     assert note.index(name) < note.index(({ALL, INNER} - {name}).pop())
 
 
-@pytest.mark.parametrize(("spare", "blocks"), [("always", {"1"}), ("never", {"0", "1"})])
-def test_what_is_decided_by_hand_is_not_compared(spare: str, blocks: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "blocks"), [({**FIRST_HALF, "spare": "always"}, {"1"}), ({"spare": "never"}, {"0", "1"})]
+)
+def test_what_is_decided_by_hand_is_not_compared(settings: dict[str, Any], blocks: set[str]) -> None:
     model, axes = lm(kv=3, rep=2, size=4, ff=64)
-    found = cut(model, texts("a"), "fisher_obs", MLP, axes, **FIRST_HALF, spare=spare)
+    found = cut(model, texts("a"), "fisher_obs", MLP, axes, **settings)
     assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == blocks
 
 
@@ -105,15 +107,21 @@ def test_batches_without_labels_are_left_out_and_without_any_other_the_first_blo
     assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == {"1"}
 
 
-@pytest.mark.parametrize("loss", [None, F.smooth_l1_loss])
+@pytest.mark.parametrize("loss", [None, F.smooth_l1_loss, lambda output, labels: 5 + F.mse_loss(output, labels)])
 def test_outputs_that_are_no_classes_are_compared_by_their_loss(loss: Any) -> None:
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6)) for _ in range(4)]
     net = nn.Sequential(*blocks, nn.Linear(6, 1), nn.Flatten(0))
     x = torch.randn(128, 6)
+    given: dict[str, Any] = {"method": "fisher_obs", "keep": 0.8, "settings": {"spare_first": 0.25}, "loss": loss}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, plan = regrow.prune(
-            net, {"a": [(x, net(x).detach())]}, method="fisher_obs", keep=0.8, loss=loss, settings={"spare_first": 0.25}
-        )
-    assert any("loss before any refit" in note for note in plan.origin["notes"])
+        _, plan = regrow.prune(net, {"a": [(x, net(x).detach())]}, **given)
+    (note,) = (note for note in plan.origin["notes"] if "loss before any refit" in note)
+    first, second = (float(part.rsplit(" ", 1)[1]) for part in note.partition("taken: ")[2].split(", "))
+    assert first <= second and (first > 4) == (loss not in (None, F.smooth_l1_loss)), note
+
+
+def test_a_setting_that_has_no_effect_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"spare=never prunes all blocks, got spare_first=0.5"):
+        find_method(MethodKind.PRUNING, "fisher_obs").made("fisher_obs", {"spare": "never", "spare_first": 0.5})

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from hand import lm, mlp, texts
 from regrow import Plan, apply, trace
+from regrow.data.joined import concatenate
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask, bias, distil, fitting, lora, refit, refit_work
-from regrow.methods.recovery.fit_batches import joined, regroup
+from regrow.methods.recovery.fit_batches import regroup
 from regrow.methods.recovery.solve import Sums, choose_held_out, choose_left_out, ridged
 from regrow.sources import Batch, Source, logits_in
 from regrow.training.interrupts import defer_interrupts
@@ -101,6 +102,26 @@ def test_refit_is_the_closed_form(target):
         torch.testing.assert_close(layer.bias.data, wanted[:, -1], rtol=1e-4, atol=1e-5)
 
 
+def test_padding_is_not_fitted():
+    mask = torch.ones(3, 6, dtype=torch.int64)
+    mask[1:, 4:] = 0
+    weights = []
+    for padding in (0, 7):
+        source = texts("a", batches=8)
+        batches = []
+        for batch in source:
+            ids = batch.args[0][:, :6].clone()
+            ids[1:, 4:] = padding
+            batches.append(Batch((ids,), {"attention_mask": mask}, batch.labels[:, :6]))
+        model, _ = lm()
+        axes = trace(model, batches[0].args[0])
+        halves = {axis.key: range(axis.size // 2) for axis in axes.units(only=("blocks",))}
+        one = task(model, axes, halves, Source("a", batches))
+        assert refit.refit(one, refit.Settings())["layers"]
+        weights.append(one.model.state_dict())
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+
 def test_nothing_changes_where_nothing_is_missing():
     model = mlp(width=12)[0]
     axes = trace(model, torch.randn(2, 4))
@@ -186,7 +207,7 @@ def test_refit_is_judged_on_the_source_that_is_left_out():
 def test_sources_are_left_out_whole_whatever_the_sizes_of_their_batches():
     one, settings = perceptron(), refit.Settings(choose_on="left_out_source")
     sources = [rows(1, size=48, seed=1), rows(6, size=8, seed=2), rows(2, size=16, seed=3)]
-    whole = [Source(source.name, [joined(list(source))]) for source in sources]
+    whole = [Source(source.name, [concatenate(list(source))]) for source in sources]
     found = [
         refit.refit(replace(one, model=copy.deepcopy(one.model), sources=some), settings) for some in (sources, whole)
     ]

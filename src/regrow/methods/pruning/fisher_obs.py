@@ -10,7 +10,7 @@ linear layer reads are ordered so; others by their Fisher information. The weigh
 Whether the first and last blocks are pruned, too, is decided by the loss on calibration data before any refit.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Annotated
 
@@ -57,6 +57,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_constraints(self)
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if self.spare == "never" and one.name.startswith("spare_") and value != one.default:
+                raise ValueError(
+                    f"spare=never prunes all blocks, got {one.name}={value:g}; leave {one.name} out, or give "
+                    "spare=measured"
+                )
 
 
 def build(settings: Settings) -> Pruner:
@@ -73,7 +80,7 @@ def build(settings: Settings) -> Pruner:
         compensate=pooled_means if settings.compensate else None,
         origin={"method": "fisher_obs", "settings": asdict(settings)},
         spare=spare if settings.spare == "always" else (0.0, 0.0),
-        trains=settings.spare == "measured",
+        runs_network=settings.spare == "measured",
         products=True,
     )
 
@@ -89,7 +96,7 @@ def _score(task: PruningTask, settings: Settings) -> Ranking:
         task.axes,
         task.weights,
         task.units,
-        pooled.moments,
+        pooled,
         batches,
         ridge=settings.ridge,
         centre=settings.compensate,

@@ -7,11 +7,13 @@ scores are not squared before they are standardised (a switch), and no sequence 
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from regrow import scoring
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
+from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
     "An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, AAAI 2024, arXiv:2312.11983"
@@ -33,11 +35,14 @@ class Settings:
         minimum: The smallest number of units that stay in an axis.
     """
 
-    form: str = "token"
-    allocation: str = "ranked"
+    form: Annotated[str, OneOf("token", "sequence")] = "token"
+    allocation: Annotated[str, OneOf("uniform", "ranked")] = "ranked"
     compensate: bool = True
     square_blocks: bool = False
-    minimum: int = 1
+    minimum: Annotated[int, Range(1)] = 1
+
+    def __post_init__(self) -> None:
+        check_constraints(self)
 
 
 def build(settings: Settings) -> Pruner:

@@ -6,11 +6,13 @@ dropped inputs are replaced by their mean unless switched off, and fine-tuning (
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from regrow import scoring
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
+from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
 
@@ -29,12 +31,15 @@ class Settings:
         minimum: The smallest number of units that stay in an axis.
     """
 
-    form: str = "element1"
-    allocation: str = "uniform"
+    form: Annotated[str, OneOf("element1", "vector")] = "element1"
+    allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
-    spare_first: float = 0.125
-    spare_last: float = 0.0625
-    minimum: int = 1
+    spare_first: Annotated[float, Range(0, 1, below=True)] = 0.125
+    spare_last: Annotated[float, Range(0, 1, below=True)] = 0.0625
+    minimum: Annotated[int, Range(1)] = 1
+
+    def __post_init__(self) -> None:
+        check_constraints(self)
 
 
 def build(settings: Settings) -> Pruner:

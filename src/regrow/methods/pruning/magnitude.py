@@ -1,11 +1,13 @@
 """Magnitude pruning: cut the units with the smallest weight norms. Needs no data."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from regrow import scoring
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
+from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
     "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710; "
@@ -24,10 +26,13 @@ class Settings:
         minimum: The smallest number of units that stay in an axis.
     """
 
-    form: str = "columns"
-    allocation: str = "uniform"
+    form: Annotated[str, OneOf("columns", "group")] = "columns"
+    allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = False
-    minimum: int = 1
+    minimum: Annotated[int, Range(1)] = 1
+
+    def __post_init__(self) -> None:
+        check_constraints(self)
 
 
 def build(settings: Settings) -> Pruner:

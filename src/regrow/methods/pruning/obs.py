@@ -71,7 +71,7 @@ def _score(task: PruningTask, settings: Settings) -> Scores:
         task.axes,
         task.weights,
         task.units,
-        pooled.moments,
+        pooled,
         batches,
         ridge=settings.ridge,
         centre=compensate,

@@ -64,7 +64,7 @@ def choose_blocks(
 
 def _compare(task: PruningTask, masks: Mapping[str, Mapping[str, Tensor]], compensate: bool) -> dict[str, float]:
     """Return the mean loss under each mask over the batches on which one of them is finite; empty if there is none."""
-    moments = task.evidence.pooled().moments if compensate else {}
+    moments = task.evidence.pooled(gradients=False).moments if compensate else {}
     fills = {name: one.mean for name, one in moments.items() if takes_constant(task.model, name)}
     batches = [batch for source in task.evidence.data.values() for batch in source.batches[:BATCHES]]
     rows: list[dict[str, float]] = []

@@ -3,9 +3,10 @@
 Most pruning papers are a choice of these functions; :class:`Pruner` is a record of them.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -16,13 +17,14 @@ from regrow.amounts import Measure, Target
 from regrow.axes import Axis, AxisGraph
 from regrow.budget import Budget
 from regrow.evidence import Evidence, Need
-from regrow.objectives import Objective
+from regrow.objectives import MULTI_LABEL, REGRESSION, Objective, choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scores import Scores
 from regrow.scoring import means, random, uncompensated, weights_of, weights_without_bias
 from regrow.scoring.collect import BlockVisits
 from regrow.scoring.spaces import inner
+from regrow.sources import Source
 from regrow.tracing import with_branches
 from regrow.training.freeze import freeze
 
@@ -104,7 +106,8 @@ class Pruner:
         sources: The smallest number of sources that the method needs.
         spare: The fractions of the numbered blocks, at the beginning and at the end, that are not pruned; a regular
             plan prunes these too, since it cuts every block alike.
-        trains: Whether scoring calls ``task.model``, which must be in memory for that.
+        runs_network: Whether scoring calls ``task.model``, which must be in memory for that.
+        compares_classes: Whether scoring compares predicted probabilities of classes; other outputs are refused.
         products: Whether scoring calls :func:`regrow.scoring.grams.sum_products`, whose memory is then predicted.
         drop: Returns whole modules that are dropped; units of what is left are then scored and allocated. ``None``: no
             module is dropped.
@@ -119,7 +122,8 @@ class Pruner:
     shards: int = 1
     sources: int = 1
     spare: tuple[float, float] = (0.0, 0.0)
-    trains: bool = False
+    runs_network: bool = False
+    compares_classes: bool = False
     products: bool = False
     drop: Callable[[PruningTask], Removal] | None = None
     check: Callable[[AxisGraph, Sequence[Axis], Budget], None] = lambda axes, units, budget: None
@@ -195,7 +199,7 @@ def pooled_means(
         kept: The units that stay in each axis that is cut.
         evidence: The measurements.
     """
-    return means(model, axes, kept, evidence.pooled())
+    return means(model, axes, kept, evidence.pooled(gradients=False))
 
 
 def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
@@ -213,6 +217,25 @@ def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
     if pruner.drop is None:
         pruner.allocate(axes, random(axes, units=units), budget)
     pruner.check(axes, units, budget)
+
+
+def check_objective(pruner: Pruner, sources: Iterable[Source], objective: Objective | None) -> None:
+    """Raise ValueError if a method compares probabilities of classes, and the network predicts something else.
+
+    Args:
+        pruner: The method.
+        sources: The data.
+        objective: What the network is trained for; ``None``: it follows from the labels.
+    """
+    if not pruner.compares_classes:
+        return
+    first = () if objective else chain.from_iterable(islice(source, 1) for source in sources)
+    for own in [objective] if objective else [choose_objective(None, batch) for batch in first]:
+        if own in (MULTI_LABEL, REGRESSION):
+            raise ValueError(
+                f"{pruner.origin.get('method', 'this method')} compares probabilities of classes, got {own.name}; "
+                "use another method, for example fisher or obs"
+            )
 
 
 def plan_cut(
@@ -250,6 +273,7 @@ def plan_cut(
     evidence, removal = evidence or Evidence(), Removal()
     axes = with_modules(pruner, model, axes)
     units, whole, given = _units(pruner, axes, budget), axes, budget
+    check_objective(pruner, evidence.data.values(), objective)
     with freeze(model):
         own = weights_of(model) if weights is None else weights
         task = PruningTask(model, axes, own, units, budget, evidence, checkpoint, header, progress, visits, objective)

@@ -1,9 +1,11 @@
 """Random pruning: cut random units; a control that every importance metric has to beat."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from regrow import scoring
 from regrow.methods.pruning.pruner import Pruner, one_score
+from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = "No paper: uniform random scores, a control."
 
@@ -20,9 +22,12 @@ class Settings:
     """
 
     seed: int = 0
-    allocation: str = "uniform"
+    allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = False
-    minimum: int = 1
+    minimum: Annotated[int, Range(1)] = 1
+
+    def __post_init__(self) -> None:
+        check_constraints(self)
 
 
 def build(settings: Settings) -> Pruner:

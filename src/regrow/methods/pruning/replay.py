@@ -3,6 +3,7 @@
 The outputs of the blocks before it are cached, the dense network's predictions kept in a compact form.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from regrow.axes import AxisGraph
+from regrow.errors import RefusedError
 from regrow.scoring.weights import readers
 from regrow.sources import Batch, device_of, labelled_logits, logits_in
 from regrow.surgery.gate import gate_inputs
 
+NOT_FINITE = "the predictions hold NaN or infinity; try float32 or bfloat16"
 CLASSES = 128
 """The number of most probable classes of which the dense network's predictions are kept; the others are one class."""
 
@@ -191,6 +194,24 @@ def largest_stack(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
             if size > best[0]:
                 best = (size, path, tuple(module))
     return best[1], best[2]
+
+
+def lowest(losses: Mapping[str, float]) -> str:
+    """Return the name with the lowest loss; NaN and infinity are never chosen.
+
+    Args:
+        losses: Name → loss.
+
+    Raises:
+        RefusedError: If none is finite.
+
+    >>> lowest({"base": float("nan"), "inner": 2.0, "uniform": 3.0})
+    'inner'
+    """
+    finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise RefusedError(NOT_FINITE)
+    return min(finite, key=lambda name: finite[name])
 
 
 def shorten(batch: Batch, positions: int) -> Batch:

@@ -6,11 +6,13 @@ inputs are replaced by their mean unless switched off.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from regrow import scoring
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
+from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
     "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, arXiv:2306.11695; "
@@ -29,9 +31,12 @@ class Settings:
         minimum: The smallest number of units that stay in an axis.
     """
 
-    allocation: str = "uniform"
+    allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
-    minimum: int = 1
+    minimum: Annotated[int, Range(1)] = 1
+
+    def __post_init__(self) -> None:
+        check_constraints(self)
 
 
 def build(settings: Settings) -> Pruner:

@@ -39,11 +39,11 @@ class Settings:
         held_out: The fraction of the text that is held out.
     """
 
-    lr: float = 3e-4
+    lr: float = 1e-4
     temperature: float = 1.0
     mix: float = 0.1
     train: str = "all"
-    passes: int = 1
+    passes: int = 2
     windows: int = 4
     checks: int = 4
     held_out: float = 0.125

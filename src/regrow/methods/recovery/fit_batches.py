@@ -1,14 +1,14 @@
 """The data of a refit in a few batches, small enough that what lies between two layers takes little memory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from regrow.data.joined import concatenate, is_joinable
 from regrow.sources import Batch
 
 ELEMENTS, BATCHES = 2048, 16
@@ -53,7 +53,7 @@ def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: in
     size, names = 0, [""]
     for one in every:
         own = [str(len(one[1].args)), *sorted(one[1].kwargs)]
-        if not groups or size >= least or own != names:
+        if not groups or size >= least or own != names or not (is_joinable(one[1]) and is_joinable(groups[-1][0][1])):
             groups.append([])
             size, names = 0, own
         groups[-1].append(one)
@@ -62,7 +62,7 @@ def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: in
     for group in groups:
         counts = {part: sum(count for _, _, count, _ in own) for part, own in groupby(group, lambda one: one[0])}
         ends = tuple(zip(counts, accumulate(counts.values()), strict=True))
-        result.append(FitBatch(joined([batch for _, batch, _, _ in group]), ends))
+        result.append(FitBatch(concatenate([replace(batch, labels=None) for _, batch, _, _ in group]), ends))
     return result
 
 
@@ -96,28 +96,6 @@ def keeps_state(model: nn.Module, before: Mapping[str, object]) -> bool:
     """
     after = read_state(model)
     return after.keys() != before.keys() or any(value is not before[name] for name, value in after.items())
-
-
-def joined(batches: Sequence[Batch]) -> Batch:
-    """Concatenate several batches into one.
-
-    Args:
-        batches: The batches; their tensors may differ in the first dimension only.
-
-    >>> joined([Batch((torch.zeros(1, 3),)), Batch((torch.ones(2, 3),))]).args[0].shape
-    torch.Size([3, 3])
-
-    Raises:
-        ValueError: If their inputs differ in a dimension other than the first.
-    """
-    check_lengths(batches)
-
-    def one(values: Sequence[Any]) -> Any:
-        return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
-
-    first = batches[0]
-    args = tuple(one([batch.args[i] for batch in batches]) for i in range(len(first.args)))
-    return Batch(args, {key: one([batch.kwargs[key] for batch in batches]) for key in first.kwargs})
 
 
 def check_lengths(batches: Sequence[Batch]) -> None:

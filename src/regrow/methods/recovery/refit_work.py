@@ -13,6 +13,7 @@ from regrow.methods.recovery.fit_batches import FitBatch
 from regrow.methods.recovery.solve import RidgeCandidates, Sums
 from regrow.methods.recovery.streamed import ChangedTensors
 from regrow.methods.recovery.task import RecoveryTask
+from regrow.sources import visible_positions
 from regrow.surgery.compensate import bias_of
 from regrow.turns import StopRunError
 
@@ -138,10 +139,13 @@ class RefitWork:
         """
         if bias_of(layer.name) in self.own:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        parts = self.batches[number].parts
+        parts, mask = self.batches[number].parts, visible_positions(self.batches[number].batch)
+        mask = mask.flatten().to(inputs.device) if mask is not None and mask.numel() == len(inputs) else None
         ends = [0, *(len(inputs) * end // parts[-1][1] for _, end in parts)]
         for (part, _), (start, end) in zip(parts, pairwise(ends), strict=True):
             x, y, r = (rows[start:end] for rows in (inputs, target, missing))
+            if mask is not None:  # padding
+                x, y, r = (rows[mask[start:end]] for rows in (x, y, r))
             self._sums[part] = self.candidates.sum_rows(x, y, r, self._sums.get(part))
         self._added += 1
 

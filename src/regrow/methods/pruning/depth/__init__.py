@@ -48,7 +48,8 @@ def build(settings: Settings) -> Pruner:
         compensate=pooled_means if settings.compensate else None,
         origin={"method": "depth", "settings": asdict(settings)},
         spare=(settings.spare_first, settings.spare_last),
-        trains=True,
+        runs_network=True,
+        compares_classes=True,
         drop=lambda task: _choose(settings, task),
         check=partial(_check, settings),
     )

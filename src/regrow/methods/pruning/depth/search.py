@@ -19,7 +19,7 @@ from regrow.evaluation.forward import evaluating
 from regrow.methods.pruning.depth.modules import least_cost, score_neurons
 from regrow.methods.pruning.depth.settings import Settings
 from regrow.methods.pruning.pruner import PruningTask, without_modules
-from regrow.methods.pruning.replay import Outputs, Predictions, Replay
+from regrow.methods.pruning.replay import NOT_FINITE, Outputs, Predictions, Replay
 from regrow.scores import Scores
 from regrow.sources import Batch, Source
 from regrow.store.errors import StoreError
@@ -31,7 +31,6 @@ POSITIONS = 2048
 """The most positions that run at a time: their logits are in memory."""
 SECONDS = 30.0
 """The longest time between two checkpoints, in seconds."""
-NOT_FINITE = "the predictions hold NaN or infinity; try float32 or bfloat16"
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ class DepthSearch:
         except BudgetError:
             return None
         cut = {key: units for key, units in kept.items() if len(units) < rest[key].size}
-        moments = self.task.evidence.pooled().moments if self.s.compensate else {}
+        moments = self.task.evidence.pooled(gradients=False).moments if self.s.compensate else {}
         reads = {reader.weight for reader in scoring.readers(rest, [rest[key] for key in cut])}
         fills = {one: moments[one].mean for one in reads if one in moments and scoring.takes_constant(model, one)}
         gates = {key: torch.zeros(rest[key].size) for key in cut}

@@ -74,7 +74,7 @@ class Settings:
     shards: Annotated[int, Range(1)] = 4
     partition: Annotated[str, OneOf(*PARTITIONS)] = "thresholds"
     switch: Annotated[str, OneOf(*SWITCHES)] = "blend"
-    switch_most: float = 0.25
+    switch_most: Annotated[float, Range(0, 1)] = 0.25
     instead: Annotated[str, OneOf(*INSTEAD)] = "peaks"
     scores_from: str = field(default="pooled", metadata=UNRECORDED)
     cross: bool = True
@@ -92,13 +92,13 @@ class Settings:
     held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
     exact_start: bool = field(default=False, metadata=UNRECORDED)
     margin: Annotated[float, Range(0)] = field(default=0.0, metadata=UNRECORDED)
-    lr: float = 0.1
+    lr: Annotated[float, Range(0, above=True)] = 0.1
     width: Annotated[float, Range(0, above=True)] = 0.05
     width_few: Annotated[float, Range(0, above=True)] = 0.1
     most: Annotated[float, Range(0, 1, above=True, below=True)] = 0.95
-    memory: float = 3.0
+    memory: Annotated[float, Range(0)] = 3.0
     compensate: bool = True
-    minimum: int = 1
+    minimum: Annotated[int, Range(1)] = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
