@@ -7,7 +7,8 @@ Perplexities are geometric means over windows. Differences are of the mean negat
 unseen domains, in nats per token: per window, averaged over the calibration samples that both arms have (computed in
 the same dtype), ± standard error over windows. The spread is the standard deviation over samples of the difference.
 ``recovered`` is (baseline − arm) / (baseline − dense), the fraction of the lost nats that is recovered, ± standard
-error by the delta method. The baseline is the one that loses least in this very table, without reconstruction, on the
+error by the delta method [on each sample]. Arms may have other samples: compare rows with ``--against``, which takes
+those that both have. The baseline is the one that loses least in this very table, without reconstruction, on the
 samples that all baselines have: no other choice is harder to beat. ``recovered of reconstructed`` is the same against
 that baseline with ``--reconstruct``. With ``--against`` the differences are to that arm instead.
 """
@@ -113,9 +114,21 @@ def _cells(arm: Arm, baseline: Arm, fitted: Arm | None, dense: Arm) -> Iterator[
     whole = {dtype: values for (_, dtype), values in dense.windows().items()}
     for other in (baseline, fitted):
         known = None if other is None or other is arm else recovered(arm.windows(), other.windows(), whole)
-        yield "" if known is None else f"{100 * known[0]:+.1f} ± {100 * known[1]:.1f}"
+        yield (
+            ""
+            if known is None or other is None
+            else f"{100 * known[0]:+.1f} ± {100 * known[1]:.1f}{_each(arm, other, whole)}"
+        )
     yield "" if own else str(paired(arm.windows(seen=True), baseline.windows(seen=True)) or "")
-    yield from (arm.seconds(), str(len(arm.rows)))
+    yield from (arm.seconds(), ", ".join(str(sample) for sample in sorted(row["sample"] for row in arm.rows)))
+
+
+def _each(arm: Arm, other: Arm, dense: Mapping[str, Sequence[float]]) -> str:
+    """The recovered fraction on each of several calibration samples, in percent, in brackets."""
+    common = sorted(arm.draws & other.draws)
+    values = [recovered({one: arm.windows()[one]}, {one: other.windows()[one]}, dense) for one in common]
+    found = [f"{100 * one[0]:.1f}" for one in values if one is not None]
+    return f" [{', '.join(found)}]" if len(found) > 1 else ""
 
 
 def stages_table(every: Sequence[Row]) -> Iterator[str]:
