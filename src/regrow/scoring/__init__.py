@@ -8,7 +8,7 @@ from regrow.scoring.activations import energy, wanda_sp, wifv
 from regrow.scoring.base import BASES, Base
 from regrow.scoring.collect import collect
 from regrow.scoring.combine import normalise, percentile
-from regrow.scoring.compensate import means, takes_constant, uncompensated, weights_without_bias
+from regrow.scoring.compensate import constant_inputs, means, uncompensated, weights_without_bias
 from regrow.scoring.fisher import fisher
 from regrow.scoring.gradients import taylor
 from regrow.scoring.massive import Massive, massive
@@ -24,6 +24,7 @@ __all__ = [
     "Massive",
     "Metric",
     "collect",
+    "constant_inputs",
     "energy",
     "fisher",
     "magnitude",
@@ -35,7 +36,6 @@ __all__ = [
     "random",
     "readers",
     "scorable",
-    "takes_constant",
     "taylor",
     "uncompensated",
     "wanda_sp",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph
-from regrow.scores import Statistics
+from regrow.scores import Moments, Statistics
 from regrow.scoring.weights import readers
 
 
@@ -125,6 +125,17 @@ def takes_constant(model: nn.Module, name: str, held: Holders | None = None) -> 
     (True, False)
     """
     return not _obstacle(model, name, held)
+
+
+def constant_inputs(model: nn.Module, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+    """Return the means that can stand in for dropped inputs exactly: name of a weight → ``[channels]``.
+
+    Args:
+        model: The network.
+        moments: Name of a weight → the moments of its inputs.
+    """
+    held = holders(model)
+    return {name: one.mean for name, one in moments.items() if takes_constant(model, name, held)}
 
 
 def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:

@@ -34,6 +34,19 @@ def gate_inputs(
         yield
 
 
+def gates_of(axes: AxisGraph, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Return gates of 1 for the units that stay and 0 for the others, axis key → ``[size]``.
+
+    Args:
+        axes: The axes of the network.
+        kept: Axis key → the units that stay.
+    """
+    return {
+        key: torch.zeros(axes[key].size).index_fill(0, torch.tensor(units, dtype=torch.int64), 1.0)
+        for key, units in kept.items()
+    }
+
+
 class _Gate(Feed):
     def __init__(
         self,

@@ -10,10 +10,10 @@ from regrow.allocation import BudgetError
 from regrow.axes import Axis, Mark
 from regrow.methods.pruning.pruner import Kept, PruningTask
 from regrow.objectives import choose_objective
-from regrow.scoring import takes_constant
+from regrow.scoring import constant_inputs
 from regrow.scoring.spaces import inner
 from regrow.sources import device_of
-from regrow.surgery.gate import gate_inputs
+from regrow.surgery.gate import gate_inputs, gates_of
 
 BATCHES = 2
 """How many batches of each source the losses are measured on."""
@@ -52,7 +52,7 @@ def choose_blocks(
     for name, axes in ((INNER, some), (ALL, task.units)):
         own = {axis.key: values[axis.key] for axis in axes if axis.key in values}
         try:
-            masks[name] = {key: _mask(len(own[key]), units) for key, units in allocate(own).items()}
+            masks[name] = gates_of(task.axes, allocate(own))
         except BudgetError:
             if name == ALL:
                 raise
@@ -64,8 +64,7 @@ def choose_blocks(
 
 def _compare(task: PruningTask, masks: Mapping[str, Mapping[str, Tensor]], compensate: bool) -> dict[str, float]:
     """Return the mean loss under each mask over the batches on which one of them is finite; empty if there is none."""
-    moments = task.evidence.pooled(gradients=False).moments if compensate else {}
-    fills = {name: one.mean for name, one in moments.items() if takes_constant(task.model, name)}
+    fills = constant_inputs(task.model, task.evidence.pooled(gradients=False).moments) if compensate else {}
     batches = [batch for source in task.evidence.data.values() for batch in source.batches[:BATCHES]]
     rows: list[dict[str, float]] = []
     for number, batch in enumerate(batches):
@@ -78,9 +77,3 @@ def _compare(task: PruningTask, masks: Mapping[str, Mapping[str, Tensor]], compe
             row[name] = loss if math.isfinite(loss) else math.inf
         rows += [row] if min(row.values()) < math.inf else []
     return {name: math.fsum(row[name] for row in rows) / len(rows) for name in masks} if rows else {}
-
-
-def _mask(size: int, kept: Sequence[int]) -> Tensor:
-    mask = torch.zeros(size)
-    mask[list(kept)] = 1.0
-    return mask

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 
-import torch
 from torch import nn
 
 from regrow import scoring
@@ -24,6 +23,7 @@ from regrow.scores import Scores
 from regrow.sources import Batch, Source
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors
+from regrow.surgery.gate import gates_of
 from regrow.tracing.placeholder import insert_placeholders, set_modules
 from regrow.training.checkpoint import FORMAT
 
@@ -211,10 +211,8 @@ class DepthSearch:
         cut = {key: units for key, units in kept.items() if len(units) < rest[key].size}
         moments = self.task.evidence.pooled(gradients=False).moments if self.s.compensate else {}
         reads = {reader.weight for reader in scoring.readers(rest, [rest[key] for key in cut])}
-        fills = {one: moments[one].mean for one in reads if one in moments and scoring.takes_constant(model, one)}
-        gates = {key: torch.zeros(rest[key].size) for key in cut}
-        for key, units in cut.items():
-            gates[key][list(units)] = 1.0
+        fills = scoring.constant_inputs(model, {one: moments[one] for one in reads & moments.keys()})
+        gates = gates_of(rest, cut)
 
         def measure() -> float:
             with evaluating(model), _without(model, [self.modules[one] for one in dropped]):

@@ -23,6 +23,7 @@ from regrow.methods.pruning.replay import Outputs, Predictions, Replay, lowest, 
 from regrow.sources import Batch
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors
+from regrow.surgery.gate import gates_of
 from regrow.training.checkpoint import FORMAT
 
 SECONDS = 30.0
@@ -311,12 +312,8 @@ class _AllocationSearch:
         return rises
 
     def _gates(self, kept: Kept) -> dict[str, Tensor]:
-        sizes = {key: self.task.axes[key].size for key in self.places}
-        return {
-            key: torch.zeros(size).index_fill(0, torch.tensor(kept[key], dtype=torch.int64), 1.0)
-            for key, size in sizes.items()
-            if len(kept[key]) < size
-        }
+        axes = self.task.axes
+        return gates_of(axes, {key: kept[key] for key in self.places if len(kept[key]) < axes[key].size})
 
     def _take(self, what: str, make: Callable[[], list[float]]) -> list[float]:
         return self.journal.take(self.total, what, make)

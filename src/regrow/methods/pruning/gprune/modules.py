@@ -120,9 +120,7 @@ def order_modules(
     places = [
         rank_in_modules(m, trust, one.scores.values, instead.values) for m, one in zip(every, seen.views, strict=True)
     ]
-    filled = [
-        name for name in seen.views[0].pooled.moments if s.compensate and scoring.takes_constant(task.model, name)
-    ]
+    filled = scoring.constant_inputs(task.model, seen.views[0].pooled.moments) if s.compensate else ()
     return Masks(
         {key: torch.stack([one.labels[key] for one in every]) for key in modules.labels},
         {key: torch.stack([one[key] for one in places]) for key in modules.labels},

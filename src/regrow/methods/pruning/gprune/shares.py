@@ -24,6 +24,7 @@ from regrow.scoring.spaces import spaces, within
 from regrow.sources import Batch, drawn
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header
+from regrow.surgery.gate import gates_of
 from regrow.training.checkpoint import FORMAT, read_checkpoint, write_checkpoint
 from regrow.training.early_stopping import Check, EarlyStopping, Tensors, with_early_stopping
 from regrow.training.fit import fit
@@ -201,10 +202,7 @@ class ModuleShares:
         for i, source in enumerate(task.evidence.data.values()):
             view, batches = self._view(i), source.held_out(s.held_out)[1]
             kept = rank(task.axes, masks.margins(share, view), task.budget, minimum=s.minimum)
-            gates = {
-                key: torch.zeros(task.axes[key].size).index_fill(0, torch.tensor(kept[key]), 1.0)
-                for key in masks.places
-            }
+            gates = gates_of(task.axes, {key: kept[key] for key in masks.places})
             with torch.no_grad():
                 each = [self.compare(task.model, task.axes, batch, gates, masks.filled(view)) for batch in batches]
             losses.append(torch.stack(each))
