@@ -15,8 +15,8 @@ def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torc
     device(type='cpu')
 
     Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on; ``auto``: ``cuda`` if there is one, else ``mps`` if
-            there is one, else ``cpu``.
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on; ``auto``: ``cuda`` if there is one, else
+            ``cpu`` (parts of pruning and growing compute in float64, which ``mps`` does not have).
         ranks: The processes that share the run.
 
     Raises:
@@ -26,8 +26,7 @@ def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torc
     there = devices_here()
     name = choose_rank_device(str(name), ranks, torch.cuda.device_count())
     if name == "auto":
-        kinds = [one.partition(":")[0] for one in there]
-        return torch.device(next((kind for kind in ("cuda", "mps") if kind in kinds), "cpu"))
+        return torch.device("cuda" if any(one.startswith("cuda") for one in there) else "cpu")
     try:
         device = torch.device(name)
     except (RuntimeError, ValueError):

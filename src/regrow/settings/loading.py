@@ -20,7 +20,7 @@ Dtype = Annotated[str, Setting(
     group=LOADING, choices=("float32", "bfloat16", "float16", "float64"),
 )]
 _DEVICE = Setting(
-    "Device on which the network runs: cpu, cuda, cuda:1, mps, or auto: cuda if there is one, else mps, else cpu.",
+    "Device on which the network runs: cpu, cuda, cuda:1, mps, or auto: cuda if there is one, else cpu.",
     group=LOADING, metavar="DEVICE",
 )
 Device = Annotated[str, _DEVICE]
