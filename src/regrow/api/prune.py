@@ -90,8 +90,8 @@ def prune(
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
         reconstruct: Whether layers that read cut units are fitted to their own dense outputs by least squares after the
-            cut, on all of the data, which are in memory with the inputs and outputs of a layer at a time; or settings of
-            ``refit`` that differ from the defaults of this fit.
+            cut, on all of the data, which are in memory with inputs and outputs of one layer; or settings of ``refit``
+            that differ from the defaults of this fit.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (batches done, batches in all, what is being done).
