@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -244,7 +245,12 @@ def test_warnings_point_to_the_call(out: str | None, monkeypatch: pytest.MonkeyP
     measure = prune.calibrate
     monkeypatch.setattr(grow, "plan_growth", lambda *given: (widen(*given)[0], note))
     monkeypatch.setattr(prune, "collect_evidence", lambda *given, **more: replace(cut(*given, **more), notes=note))
-    monkeypatch.setattr(prune, "calibrate", lambda *given: (replace(measure(*given)[0], notes=note), ""))
+
+    def calibrate(*given: Any, **more: Any) -> tuple[Any, str]:
+        evidence, key = measure(*given, **more)
+        return replace(evidence, notes=note), key
+
+    monkeypatch.setattr(prune, "calibrate", calibrate)
     for call in (partial(regrow.grow, mlp="+4", example=INPUTS), partial(regrow.prune, data=INPUTS, keep=0.5)):
         with pytest.warns(UserWarning, match="beware") as seen:
             call(net(), out=out and f"{out}-{call.func.__name__}")
