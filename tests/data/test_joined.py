@@ -30,8 +30,8 @@ def test_batches_of_other_shapes_are_not_joined() -> None:
     shapes = [(1, 3), (1, 3), (1, 4), (2, 4), (5, 4)]
     rows = [Batch((torch.zeros(shape),), {}, torch.zeros(shape)) for shape in shapes]
     assert [tuple(batch.args[0].shape) for batch in join_batches(Source("s", rows), 4)] == [(2, 3), (3, 4), (5, 4)]
-    positions = [Batch((torch.zeros(2, 3),), {"position_ids": torch.arange(3)[None]}) for _ in range(2)]
-    assert len(join_batches(Source("s", positions), 8)) == 2, "position ids of all examples are not per example"
+    positions = [Batch((torch.zeros(n, 3),), {"position_ids": torch.arange(3)[None]}) for n in (2, 2, 1)]
+    assert len(join_batches(Source("s", positions), 8)) == 3, "position ids of all examples are not per example"
     other = [Batch((torch.zeros(1, 3),), {"use_cache": flag}) for flag in (True, False)]
     assert len(join_batches(Source("s", other), 4)) == 2
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from regrow.run_folder import RunFolder
 from regrow.scoring import weights_of
 from regrow.settings.prune import Settings
 from regrow.settings.training import check_combination
+from regrow.sources import preserve_random_state
 from regrow.store.origins import describe_origin
 from regrow.surgery import apply
 
@@ -164,6 +166,7 @@ def _carry_out(
             settings = described(streamed.inputs, precision, None)
             return prune_streamed(streamed, call.pruner, limits, place, settings, str(model), loss, progress)
     inputs = read_inputs(model, data, **given, progress=progress, generates=True)
+    check_objective(call.pruner, (), inputs.objective)
     axes, fit = inputs.trace() if axes is None else axes, _reconstruction(call.reconstruct, inputs)
     axes = with_modules(call.pruner, inputs.model, axes)
     work = _Pruning(inputs, axes, call.pruner, precision, progress, fit)
@@ -203,7 +206,8 @@ def _reconstruction(reconstruct: bool | Mapping[str, Any], inputs: Inputs) -> di
     if not inputs.sources:
         raise InputError("reconstruct fits on data; give data, for example a DataLoader")
     check_batches(inputs.sources, settings)
-    check_lengths([batch for source in inputs.sources for batch in source])
+    with preserve_random_state(*(one for source in inputs.sources for one in source.generators)):
+        check_lengths(chain.from_iterable(inputs.sources))
     return settings
 
 
@@ -223,7 +227,6 @@ def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> t
     """Measure importance, choose the units that stay, and cut the network; return the plan and the new axes."""
     inputs, axes, pruner, progress = work.inputs, work.axes, work.pruner, work.progress
     check_pruning(pruner, axes, limits, inputs.sources)
-    check_objective(pruner, (), inputs.objective)
     more: Any = {"objective": inputs.objective, "units": limits.units(axes)}
     with torch.enable_grad(), autocasting(inputs.model, work.precision):
         if folder is None:

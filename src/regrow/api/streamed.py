@@ -21,7 +21,7 @@ from regrow.commands.pruning import check_pruning
 from regrow.commands.score_summary import write_scores
 from regrow.commands.streamed import StreamedRun, start_streaming
 from regrow.data.batches import to_sources
-from regrow.data.joined import count_examples
+from regrow.data.joined import join_sources
 from regrow.errors import InputError
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.objectives import choose_objective
@@ -91,10 +91,9 @@ def open_within(
         )
     opened = open_network(str(model))
     inputs = _read(opened, data, loss, tokenizer, batch_size)
-    batches = [batch for source in inputs.sources for batch in source]
     products = pruner is not None and pruner.products
-    joined = [max(1, BATCH // count_examples(batch)) if products else 1 for batch in batches]
-    tokens = max((n * _count_positions(batch) for n, batch in zip(joined, batches, strict=True)), default=1)
+    batches = list(join_sources(inputs.sources, BATCH if products else 1))
+    tokens = max(map(_count_positions, batches), default=1)
     plan = plan_memory(opened.network(), parse_bytes(memory), len(batches), tokens, what=what)
     if products:
         plan = with_products(plan, opened.network(), opened.axes, (limits or Budget()).units(opened.axes))

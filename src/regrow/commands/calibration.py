@@ -1,6 +1,7 @@
 """Calibration in a run folder: each finished shard is stored, so that a killed run resumes there."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -57,11 +58,11 @@ def calibrate(
     Returns:
         The measurements, and a digest of everything that they depend on.
     """
-    model, several = loaded.origin.record(), prune.split_sources(sources, pruner.sources)[0]
+    model, (several, notes) = loaded.origin.record(), prune.divide_sources(pruner, sources)
     sums = parameter_sums(loaded.model) if network is None else network.weights.sums()
     more: list[object] = [batch_size] if batch_size > 1 else []
     chosen, usual = ([axis.key for axis in some] for some in (axes.units() if units is None else units, axes.units()))
-    more += [chosen] if chosen != usual else []  # digests of earlier versions stay as they were
+    more += [chosen] if chosen != usual else []  # else as in earlier versions
     keys = {
         source.name: statistics.fingerprint(source, pruner.shards, sorted(pruner.needs), str(model), sums, *more)
         for source in several
@@ -78,8 +79,8 @@ def calibrate(
     if ranks.several:
         broadcast_record(ranks, [list(one) for one in done])
     given: Any = {"done": done, "on_done": keep, "visits": network, "ranks": ranks, "objective": objective}
-    basis = loaded.model, axes, pruner, sources, progress, batch_size
-    evidence = prune.collect_evidence(*basis, units, **given)
+    basis = loaded.model, axes, pruner, several, progress, batch_size
+    evidence = replace(prune.collect_evidence(*basis, units, **given), notes=notes)
     for name, shards in evidence.statistics.items():
         shared.sums.update({(digests[name], i): shard for i, shard in enumerate(shards)})
     return evidence, statistics.fingerprint(Source("", ()), keys)

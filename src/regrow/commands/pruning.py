@@ -62,14 +62,27 @@ def collect_evidence(
     if pruner.needs <= {Need.WEIGHTS}:
         return Evidence()
     report = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
-    several, notes = split_sources(sources, pruner.sources)
-    if pruner.shards > 1 or pruner.sources > 1:  # parts that do not overlap, also of a loader that shuffles
-        several = [replace(source, batches=list(source)) for source in several]
+    several, notes = divide_sources(pruner, sources)
     most = 1 if Need.GRADIENTS in pruner.needs else batch_size
     joined = [join_batches(source, most, pruner.shards) for source in several]
     given: Any = {"shards": pruner.shards, "units": units, "progress": report}
     statistics = collect(model, axes, joined, pruner.needs, **given, **resume)
     return Evidence(statistics, {source.name: source for source in several}, notes=notes)
+
+
+def divide_sources(pruner: Pruner, sources: Sequence[Source]) -> tuple[list[Source], tuple[str, ...]]:
+    """Return the sources that a method compares, and a note if one was split; given again, they are as they are.
+
+    Where a method divides a source further, that of a loader is read once, so that parts do not overlap if it shuffles.
+
+    Args:
+        pruner: The method.
+        sources: The sources.
+    """
+    several, notes = split_sources(sources, pruner.sources)
+    if pruner.shards > 1 or pruner.sources > 1:
+        several = [replace(one, batches=list(one)) if hasattr(one.batches, "loader") else one for one in several]
+    return several, notes
 
 
 def split_sources(sources: Sequence[Source], least: int) -> tuple[list[Source], tuple[str, ...]]:

@@ -179,7 +179,7 @@ def open_streamed(
     counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
     windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
     products = any(one.products for one in (pruner, *(plan.pruner for plan in later)))
-    size = max(settings.batch_size, BATCH) if products else settings.batch_size
+    size = max(settings.batch_size, min(BATCH, windows)) if products else settings.batch_size
     given = opened.network(), limit, -(-windows // size), settings.seq_len * size
     least = plan_memory(*given, held=earlier.held if earlier else None)
     plan = _with_learning(least, settings, pruner, opened)

@@ -91,7 +91,7 @@ def _joined(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
     own: list[Batch] = []
     for batch in batches:
         size = sum(map(count_examples, own)) + count_examples(batch)
-        if own and (size > most or _form(batch) != _form(own[0]) or not is_joinable(batch)):
+        if own and (size > most or form_of(batch) != form_of(own[0]) or not all(map(is_joinable, (batch, own[0])))):
             yield concatenate(own)
             own = []
         own.append(batch)
@@ -108,7 +108,12 @@ def count_examples(batch: Batch) -> int:
     return next((len(one) for one in (*batch.args, *batch.kwargs.values()) if isinstance(one, Tensor) and one.dim()), 1)
 
 
-def _form(batch: Batch) -> list[Any]:
+def form_of(batch: Batch) -> list[Any]:
+    """Return what batches must have in common to be joined; those with inputs other than tensors and numbers never do.
+
+    Args:
+        batch: The batch.
+    """
     values = [*enumerate(batch.args), *batch.kwargs.items(), ("labels", batch.labels)]
     return [(key, _kind(one)) for key, one in values]
 

@@ -130,6 +130,7 @@ def sum_products(
     """
     if not widths:
         return
+    batches = list(batches) if visits is not None else batches  # read once per part of the network
     sums: dict[str, Gram] = {}
     left = set(widths)
 
@@ -200,12 +201,14 @@ class _GramFeed(Feed):
 
     def __init__(self, watched: Mapping[int, str], sums: dict[str, Gram], batch: Batch) -> None:
         super().__init__(watched)
-        self.sums, self.sequences, self.mask = sums, count_sequences(batch), visible_positions(batch)
+        self.sums, self.sequences, mask = sums, count_sequences(batch), visible_positions(batch)
+        self.shape = None if mask is None else mask.shape
+        self.shown = None if mask is None else mask.flatten().nonzero()[:, 0]
 
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
         rows, channels = rows_of(value.detach(), dim, self.sequences)
-        if self.mask is not None and channels == 2 and rows.shape[:2] == self.mask.shape:
-            rows = rows[self.mask.to(rows.device)]
+        if self.shown is not None and channels == 2 and rows.shape[:2] == self.shape:
+            rows = rows.flatten(0, 1).index_select(0, self.shown.to(rows.device))
         else:
             rows = rows.movedim(channels, -1).flatten(0, -2)
         if name not in self.sums:

@@ -55,11 +55,11 @@ def order_layers(
             the layer.
     """
     shapes = {name: one.shape for name, one in model.named_parameters()}
-    inside = _recurrent_weights(model)
+    inside, own = _recurrent_weights(model), dict(model.named_parameters(remove_duplicate=False))
     layers = {
         name: reader
         for name, reader in linear_readers(axes, units, shapes).items()
-        if name not in inside
+        if id(own[name]) not in inside
         and len(moments_of(statistics, name).total) == shapes[name][reader.slot.dim]
         and float(statistics.moments[name].variance.sum()) > 0
     }
@@ -83,11 +83,11 @@ def order_layers(
     return result
 
 
-def _recurrent_weights(model: nn.Module) -> set[str]:
-    """Return the names of weights whose inputs are made inside recurrent layers, where they cannot be watched."""
+def _recurrent_weights(model: nn.Module) -> set[int]:
+    """Return the ``id`` of each weight whose inputs are made inside recurrent layers, where they cannot be watched."""
     return {
-        f"{path}.{name}".removeprefix(".")
-        for path, module in model.named_modules()
+        id(weight)
+        for module in model.modules()
         if isinstance(module, nn.RNNBase | nn.RNNCellBase)
-        for name, _ in module.named_parameters(recurse=False)
+        for weight in module.parameters(recurse=False)
     }

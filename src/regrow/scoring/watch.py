@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from regrow.scores import Moments
 from regrow.scoring.recurrent import RECURRENT
+from regrow.sources import Batch, visible_positions
 
 CHUNK = 1 << 18
 """Entries summed at a time on a CPU: a chunk in float32 fits the cache, so half precision costs no extra memory."""
@@ -184,6 +185,33 @@ def rows_of(value: Tensor, dim: int, sequences: int) -> tuple[Tensor, int]:
         value = value.transpose(0, 1)  # positions first, as nn.MultiheadAttention has it
     share = sequences if value.shape[:-1].numel() % sequences == 0 else 1
     return value.reshape(share, -1, value.shape[-1]), 2
+
+
+def visible_rows(value: Tensor, dim: int, batch: Batch) -> Tensor | None:
+    """Return which positions of an input are no padding, in the order in which it holds them, ``[positions]`` bool.
+
+    Args:
+        value: The input of a weight.
+        dim: The dimension that is contracted, counted from the end.
+        batch: The batch that runs.
+
+    Returns:
+        The positions; ``None`` if nothing is padding, or the input does not have the positions of the batch.
+
+    >>> batch = Batch((), {"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])})
+    >>> visible_rows(torch.zeros(2, 3, 4), -1, batch).tolist()
+    [True, True, True, True, False, False]
+    >>> visible_rows(torch.zeros(3, 2, 4), -1, batch).tolist()  # positions first
+    [True, True, True, False, True, False]
+    """
+    mask = visible_positions(batch)
+    if mask is None or dim != -1 or value.dim() < 2:
+        return None
+    if value.shape[:-1] == mask.shape:
+        return mask.flatten().cpu()
+    if value.shape[:-1] == mask.T.shape:
+        return mask.T.flatten().cpu()
+    return mask.flatten().cpu() if value.dim() == 2 and len(value) == mask.numel() else None
 
 
 def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:

@@ -222,6 +222,8 @@ def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
 def check_objective(pruner: Pruner, sources: Iterable[Source], objective: Objective | None) -> None:
     """Raise ValueError if a method compares probabilities of classes, and the network predicts something else.
 
+    A loss of the user's own says nothing about that, and is taken.
+
     Args:
         pruner: The method.
         sources: The data.
@@ -234,7 +236,7 @@ def check_objective(pruner: Pruner, sources: Iterable[Source], objective: Object
         if own in (MULTI_LABEL, REGRESSION):
             raise ValueError(
                 f"{pruner.origin.get('method', 'this method')} compares probabilities of classes, got {own.name}; "
-                "use another method, for example fisher or obs"
+                "use another method, for example fisher or obs, or loss='classification' if these are classes"
             )
 
 

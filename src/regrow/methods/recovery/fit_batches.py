@@ -1,14 +1,15 @@
 """The data of a refit in a few batches, small enough that what lies between two layers takes little memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.data.joined import concatenate, is_joinable
+from regrow.data.joined import concatenate, form_of, is_joinable
 from regrow.sources import Batch
 
 ELEMENTS, BATCHES = 2048, 16
@@ -46,24 +47,43 @@ def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: in
     Raises:
         ValueError: If inputs differ in a dimension other than the first.
     """
-    every = [(part, batch, *_size(batch)) for part, batches in enumerate(parts) for batch in batches]
+    plain = [(part, replace(batch, labels=None)) for part, batches in enumerate(parts) for batch in batches]
+    every = [(part, batch, *_size(batch)) for part, batch in plain]
     check_lengths([batch for _, batch, _, _ in every])
     least = max(elements, -(-sum(count for *_, count in every) // most))
     groups: list[list[tuple[int, Batch, int, int]]] = []
-    size, names = 0, [""]
+    size, last, joined = 0, list[Any](), False
     for one in every:
-        own = [str(len(one[1].args)), *sorted(one[1].kwargs)]
-        if not groups or size >= least or own != names or not (is_joinable(one[1]) and is_joinable(groups[-1][0][1])):
+        form, joins = form_of(one[1]), is_joinable(one[1])
+        if size >= least or not joins or not joined or form != last:
             groups.append([])
-            size, names = 0, own
+            size, last, joined = 0, form, joins
         groups[-1].append(one)
         size += one[3]
     result = []
     for group in groups:
         counts = {part: sum(count for _, _, count, _ in own) for part, own in groupby(group, lambda one: one[0])}
         ends = tuple(zip(counts, accumulate(counts.values()), strict=True))
-        result.append(FitBatch(concatenate([replace(batch, labels=None) for _, batch, _, _ in group]), ends))
+        result.append(FitBatch(concatenate([batch for _, batch, _, _ in group]), ends))
     return result
+
+
+def in_one(parts: Sequence[Sequence[Batch]]) -> list[FitBatch]:
+    """Return the data as a single batch, for a network that keeps tensors of a forward pass in its modules.
+
+    Args:
+        parts: The batches of each part of the data.
+
+    Raises:
+        ValueError: If they cannot be joined.
+    """
+    batches = regroup(parts, most=1)
+    if len(batches) > 1:
+        raise ValueError(
+            f"this network keeps tensors in its modules, so that all data must run in one batch, and {len(batches)} of "
+            "these cannot be joined; give batches with the same arguments, or recover by distil"
+        )
+    return batches
 
 
 def _size(batch: Batch) -> tuple[int, int]:
@@ -98,7 +118,7 @@ def keeps_state(model: nn.Module, before: Mapping[str, object]) -> bool:
     return after.keys() != before.keys() or any(value is not before[name] for name, value in after.items())
 
 
-def check_lengths(batches: Sequence[Batch]) -> None:
+def check_lengths(batches: Iterable[Batch]) -> None:
     """Raise ValueError if inputs of batches differ in a dimension other than the first.
 
     Args:

@@ -13,7 +13,6 @@ from regrow.methods.recovery.fit_batches import FitBatch
 from regrow.methods.recovery.solve import RidgeCandidates, Sums
 from regrow.methods.recovery.streamed import ChangedTensors
 from regrow.methods.recovery.task import RecoveryTask
-from regrow.sources import visible_positions
 from regrow.surgery.compensate import bias_of
 from regrow.turns import StopRunError
 
@@ -127,7 +126,9 @@ class RefitWork:
             raise LayerOrderError(f"{layer.name} runs where {self._reached[-1]} does on other data")
         self._reached.append(layer.name)
 
-    def add(self, layer: Layer, number: int, inputs: Tensor, target: Tensor, missing: Tensor) -> None:
+    def add(
+        self, layer: Layer, number: int, inputs: Tensor, target: Tensor, missing: Tensor, shown: Tensor | None = None
+    ) -> None:
         """Add the rows of a batch to the sums of a layer.
 
         Args:
@@ -136,16 +137,17 @@ class RefitWork:
             inputs: The inputs of the layer, ``[rows, k]``.
             target: The outputs that it should have, ``[rows, out]``.
             missing: The target minus the current output, ``[rows, out]``.
+            shown: Which rows count, ``[rows]`` bool on the CPU; ``None``: all.
         """
         if bias_of(layer.name) in self.own:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        parts, mask = self.batches[number].parts, visible_positions(self.batches[number].batch)
-        mask = mask.flatten().to(inputs.device) if mask is not None and mask.numel() == len(inputs) else None
+        parts = self.batches[number].parts
         ends = [0, *(len(inputs) * end // parts[-1][1] for _, end in parts)]
         for (part, _), (start, end) in zip(parts, pairwise(ends), strict=True):
             x, y, r = (rows[start:end] for rows in (inputs, target, missing))
-            if mask is not None:  # padding
-                x, y, r = (rows[mask[start:end]] for rows in (x, y, r))
+            if shown is not None:  # without padding
+                where = shown[start:end].nonzero()[:, 0].to(x.device)
+                x, y, r = (rows.index_select(0, where) for rows in (x, y, r))
             self._sums[part] = self.candidates.sum_rows(x, y, r, self._sums.get(part))
         self._added += 1
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, LayerOutputs
 from regrow.methods.recovery.refit_work import Layer, RefitWork
+from regrow.scoring.watch import visible_rows
 from regrow.surgery.compensate import bias_of
 from regrow.turns import Turns
 
@@ -63,7 +64,8 @@ class Refitting(LayerCalls):
     def _add(self, layer: Layer, call: LayerCall) -> None:
         rows = self.rows(layer, call)  # released before the batch waits
         if rows is not None:
-            self.work.add(layer, self.number, *rows)
+            batch = self.work.batches[self.number].batch
+            self.work.add(layer, self.number, *rows, shown=visible_rows(call.value, call.dim, batch))
 
 
 class RefitInDense(Refitting):
