@@ -176,7 +176,9 @@ def level(row: Row, names: Sequence[str] = ()) -> float:
 LEARNED = {"base": "flap", "steps": 12, "every": 12}
 BASE_ORDER = {"partition": "layer", "switch": "never"}
 MEASURED = {"base": "flap", "allocation": "measured", **BASE_ORDER}
-FISHER = "fisher uniform, MLP neurons, outer blocks unpruned"
+FISHER, RANKED = "fisher uniform, MLP neurons, outer blocks unpruned", "fisher ranked, all units"
+HALF = 0.5
+"""The budget from which on one ranking of all units loses less on left-out text than neurons of inner blocks."""
 OBS = "obs uniform, MLP neurons, outer blocks unpruned"
 GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gprune, learned shares": ("mlp", LEARNED),
@@ -208,7 +210,7 @@ UNSCREENED = [
     f"{method} uniform, MLP neurons{outer}"
     for method in ("flap", "fisher", "llm_pruner")
     for outer in ("", ", outer blocks unpruned")
-]
+] + [RANKED]
 """The baselines where none are screened: the strongest of them in the table counts."""
 
 
@@ -220,13 +222,15 @@ def unscreened(keeps: Sequence[float], folds: Sequence[int], samples: int) -> It
         own = [replace(variants[arm], keep=keep, fold=fold, sample=sample) for arm in UNSCREENED]
         mine = fisher_obs(keep, fold, sample)
         yield from (*own[:2], mine, with_prior(mine), *own[2:])
-        yield from (*map(with_prior, own[2:4]), *map(reconstructed, own))
+        yield from (*map(with_prior, (*own[2:4], own[-1])), *map(reconstructed, own))
 
 
 def fisher(keep: float, fold: int = 0, sample: int = 0, on: str = DOMAINS) -> Point:
-    """Fisher pruning with its defaults, of MLP neurons."""
-    settings = {"allocation": "uniform", "compensate": True}
-    return Point(FISHER, "fisher", keep, fold, sample, on, outer=False, settings=settings)
+    """Fisher pruning with its defaults, of MLP neurons; at keep 0.5 and below by one ranking of all units."""
+    half = keep <= HALF
+    settings = {"allocation": "ranked" if half else "uniform", "compensate": True}
+    more: dict[str, Any] = {"only": "" if half else "mlp", "outer": half, "settings": settings}
+    return Point(RANKED if half else FISHER, "fisher", keep, fold, sample, on, **more)
 
 
 def fisher_obs(keep: float, fold: int = 0, sample: int = 0) -> Point:
