@@ -76,6 +76,20 @@ class Ledger:
         else:
             self._write([*map(_line, self._entries()), line])
 
+    def record(self, plan: Plan) -> None:
+        """Write the only plan of a run; that of an attempt that was stopped is replaced if it is another.
+
+        Args:
+            plan: The plan that was applied.
+
+        Raises:
+            StoreError: As :meth:`append`.
+        """
+        known = [_line(one) for one in self._entries()[self.skip :]]
+        if known != [_line(json.loads(plan.to_json()))]:
+            self.truncate(0)
+            self.append(plan)
+
     def truncate(self, many: int) -> None:
         """Remove all but the first ``many`` plans: those whose result a killed process did not store.
 
