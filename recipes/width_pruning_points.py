@@ -178,7 +178,7 @@ BASE_ORDER = {"partition": "layer", "switch": "never"}
 MEASURED = {"base": "flap", "allocation": "measured", **BASE_ORDER}
 FISHER, RANKED = "fisher uniform, MLP neurons, outer blocks unpruned", "fisher ranked, all units"
 HALF = 0.5
-"""The budget from which on one ranking of all units loses less on left-out text than neurons of inner blocks."""
+"""The budget at which one ranking of all units loses less on left-out news (fold 0) than neurons of inner blocks."""
 OBS = "obs uniform, MLP neurons, outer blocks unpruned"
 GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gprune, learned shares": ("mlp", LEARNED),

@@ -214,11 +214,11 @@ def test_a_ledger_keeps_plans_in_order_and_replays_them(tmp_path):
 def test_the_plan_of_a_run_is_that_of_its_last_attempt(tmp_path):
     _, (first, second), _ = plans_for(saved.small())
     ledger = Ledger(tmp_path / "ledger.json")
-    ledger.record(first)
+    ledger.replace(first)
     before = ledger.path.stat().st_mtime_ns
-    ledger.record(first)
+    ledger.replace(first)
     assert ledger.plans() == (first,) and ledger.path.stat().st_mtime_ns == before, "not written again"
-    ledger.record(second)
+    ledger.replace(second)
     assert ledger.plans() == (second,)
 
 

@@ -76,7 +76,7 @@ class Ledger:
         else:
             self._write([*map(_line, self._entries()), line])
 
-    def record(self, plan: Plan) -> None:
+    def replace(self, plan: Plan) -> None:
         """Write the only plan of a run; that of an attempt that was stopped is replaced if it is another.
 
         Args:

@@ -135,7 +135,7 @@ def _grow(work: _Growth, plan: Plan, folder: RunFolder | None = None) -> Plan:
     run_once(net, inputs.example)
     _, after = apply(net, work.axes, plan)
     if folder:
-        folder.own_ledger.record(plan)
+        folder.own_ledger.replace(plan)
         folder.write_axes(rows, log_size(folder, loaded_of(inputs), after, "after"))
     if not training.steps:
         return plan

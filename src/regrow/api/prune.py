@@ -269,7 +269,7 @@ def _prune_in_folder(
             folder.update(timing=limits.timing.record())
         before = log_size(folder, loaded_of(inputs), work.axes, "dense")
         plan, after = _prune(replace(work, progress=shown), limits, folder)
-        folder.own_ledger.record(plan)
+        folder.own_ledger.replace(plan)
         folder.write_axes(before, log_size(folder, loaded_of(inputs), after, "pruned"))
         log_budget(folder, inputs.model, work.axes, after, limits)
         finish(folder, loaded_of(inputs), prune=time.perf_counter() - start)

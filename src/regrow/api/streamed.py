@@ -172,7 +172,7 @@ def prune_streamed(
             folder.write_findings(settings.method, chosen.findings)
         del weights  # its buffers, before the cut needs memory
         cut = run.cut(folder, chosen.plan, proof=False, progress=shown)
-        folder.own_ledger.record(chosen.plan)
+        folder.own_ledger.replace(chosen.plan)
         after = log_size(folder, replace(loaded, model=cut.loaded.model), cut.axes, "pruned")
         folder.write_axes(before, after)
         log_budget(folder, cut.loaded.model, axes, cut.axes, limits)

@@ -182,7 +182,7 @@ def _grown(job: _GrowJob, axes: AxisGraph, plan: Plan) -> None:
     with clock.stage("apply"):
         job.progress(0, 1, "growing")
         traced, (_, axes) = axes, apply(loaded.model, axes, plan)
-        folder.own_ledger.record(plan)
+        folder.own_ledger.replace(plan)
         folder.write_axes(rows, [row.record() for row in inventory(axes)])
     change, largest = output_change(before, outputs_of(loaded.model, example))
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")

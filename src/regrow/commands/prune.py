@@ -305,7 +305,7 @@ def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: 
 
 
 def _record_plan(folder: RunFolder, plan: Plan, before: AxisGraph, after: AxisGraph) -> None:
-    folder.own_ledger.record(plan)
+    folder.own_ledger.replace(plan)
     folder.write_axes([row.record() for row in inventory(before)], [row.record() for row in inventory(after)])
 
 

@@ -14,7 +14,7 @@ from regrow.data.joined import concatenate
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask, bias, distil, fitting, lora, refit, refit_work
-from regrow.methods.recovery.fit_batches import in_one, regroup
+from regrow.methods.recovery.fit_batches import join_all, regroup
 from regrow.methods.recovery.solve import Sums, choose_held_out, choose_left_out, ridged
 from regrow.sources import Batch, Source, logits_in
 from regrow.training.interrupts import defer_interrupts
@@ -248,7 +248,7 @@ def test_networks_that_keep_what_they_compute_run_all_data_in_one_batch(monkeypa
 
     torch.manual_seed(0)
     one, ran = task(Keeping(), trace(Keeping(), torch.ones(2, 4)), {"a.weight:0": range(4)}, rows()), []
-    monkeypatch.setattr(refit, "in_one", lambda parts: ran.append("one") or in_one(parts))
+    monkeypatch.setattr(refit, "join_all", lambda parts: ran.append("one") or join_all(parts))
     monkeypatch.setattr(refit, "regroup", lambda parts: ran.append("several") or regroup(parts))
     refit.refit(one, refit.Settings(target="own"))
     refit.refit(perceptron(), refit.Settings(target="own"))

@@ -196,7 +196,7 @@ def largest_stack(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
     return best[1], best[2]
 
 
-def lowest(losses: Mapping[str, float]) -> str:
+def choose_lowest(losses: Mapping[str, float]) -> str:
     """Return the name with the lowest loss; NaN and infinity are never chosen.
 
     Args:
@@ -205,7 +205,7 @@ def lowest(losses: Mapping[str, float]) -> str:
     Raises:
         RefusedError: If none is finite.
 
-    >>> lowest({"base": float("nan"), "inner": 2.0, "uniform": 3.0})
+    >>> choose_lowest({"base": float("nan"), "inner": 2.0, "uniform": 3.0})
     'inner'
     """
     finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}

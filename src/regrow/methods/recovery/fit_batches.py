@@ -68,7 +68,7 @@ def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: in
     return result
 
 
-def in_one(parts: Sequence[Sequence[Batch]]) -> list[FitBatch]:
+def join_all(parts: Sequence[Sequence[Batch]]) -> list[FitBatch]:
     """Return the data as a single batch, for a network that keeps tensors of a forward pass in its modules.
 
     Args:

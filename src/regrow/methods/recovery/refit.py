@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.errors import ResourceError
 from regrow.methods.recovery.bias import set_bias
-from regrow.methods.recovery.fit_batches import in_one, keeps_state, read_state, regroup
+from regrow.methods.recovery.fit_batches import join_all, keeps_state, read_state, regroup
 from regrow.methods.recovery.paired_forward import CallCounter, run_in_thread
 from regrow.methods.recovery.refit_work import Layer, LayerOrderError, RefitWork
 from regrow.methods.recovery.solve import RidgeCandidates
@@ -137,7 +137,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if task.streamed:
             check_places(task.streamed, layers)
         named = {layer.name: layer for layer in layers}
-        batches = in_one(parts) if keeps_state(task.model, state) else regroup(parts)
+        batches = join_all(parts) if keeps_state(task.model, state) else regroup(parts)
         work = RefitWork(task, named, candidates, batches, dict(task.model.named_parameters()))
         work.changed = task.streamed.changed if task.streamed else None
         problem = "" if settings.target == "dense" else _explain_mismatch(work, left_out, one)

@@ -19,7 +19,7 @@ from regrow.methods.pruning.gprune.masks import Masks
 from regrow.methods.pruning.gprune.modules import Measurement
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.pruner import Kept, PruningTask
-from regrow.methods.pruning.replay import Outputs, Predictions, Replay, lowest, shorten
+from regrow.methods.pruning.replay import Outputs, Predictions, Replay, choose_lowest, shorten
 from regrow.sources import Batch
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors
@@ -90,7 +90,7 @@ def measure_allocation(
     losses = {name: float(one.mean()) for name, one in judged.items()}
     seconds["comparison"] = time.monotonic() - began - sum(seconds.values())
     search.journal.write()
-    best = lowest({name: losses[name] for name in starts})
+    best = choose_lowest({name: losses[name] for name in starts})
     best = "measured" if improves(judged[best], judged["measured"], s.margin) else best
     chosen = [search.ratios(search.keep(orders[name](0))) for name in ("measured", best)]
     rows = [

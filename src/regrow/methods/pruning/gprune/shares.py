@@ -16,7 +16,7 @@ from regrow.methods.pruning.gprune.modules import findings_of, form_modules, mea
 from regrow.methods.pruning.gprune.settings import STARTS, Settings
 from regrow.methods.pruning.gprune.starts import allocate_start
 from regrow.methods.pruning.pruner import Kept, PruningTask, Ranking
-from regrow.methods.pruning.replay import lowest
+from regrow.methods.pruning.replay import choose_lowest
 from regrow.scores import Scores
 from regrow.scoring.reliability import reliability
 from regrow.scoring.sensitivity import share_of
@@ -66,14 +66,14 @@ def score_units(task: PruningTask, settings: Settings, compare: Comparison | Non
     base = kept.get("base") or allocate_start("base", s, task, measured)
     if s.allocation == "measured":
         result = measure_allocation(s, task, masks, measured, given)
-        start, values = lowest({name: result.losses[name] for name in given}), dict(result.order(0))
+        start, values = choose_lowest({name: result.losses[name] for name in given}), dict(result.order(0))
         share = masks.given(rank(task.axes, values, task.budget, minimum=s.minimum))
         report = {"starts": dict(result.losses), "history": [], "best_step": 0, **tables_of(result)}
     else:
         losses, state = _read(task) if s.steps else ({}, None)
         if state is None and (s.steps or len(tried) > 1):
             losses = _compare_starts(shares, given)
-        start = lowest(losses) if losses else s.start
+        start = choose_lowest(losses) if losses else s.start
         if state is None:
             history = (Check(0, losses[start]),) if losses else ()
             own = EarlyStopping(shares.tensors(given[start], len(among)), {"share": _tensor(given[start])}, history)
