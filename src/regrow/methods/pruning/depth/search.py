@@ -88,6 +88,7 @@ def first_batches(source: Source, tokens: int) -> tuple[list[Batch], list[Batch]
         source: The source.
         tokens: The tokens of the first part.
 
+    >>> import torch
     >>> first, others = first_batches(Source("news", [Batch((torch.zeros(3, 1),)) for _ in range(9)]), 7)
     >>> len(first), len(others)
     (2, 4)
