@@ -39,7 +39,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from width_pruning_bench import BATCH, LEFT_OUT_SEED, SEQ_LEN, WidthPruningBench
-from width_pruning_points import FOLDS, OUTER
+from width_pruning_points import FOLDS
 
 from regrow import apply
 from regrow.budget import Budget
@@ -51,6 +51,7 @@ from regrow.data import Half
 from regrow.data.windows import token_windows
 from regrow.evaluation import perplexity
 from regrow.methods.pruning.pruner import plan_cut
+from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.sources import Source
 from regrow.store.versions import versions
 
@@ -112,7 +113,7 @@ def run(bench: WidthPruningBench, cell: dict[str, Any], work: Path) -> dict[str,
     start = time.process_time()
     sources = sources_of(bench, cell, work)
     took = {"sources": time.process_time() - start}
-    pruner = replace(build_pruner(cell["method"], {"allocation": "uniform"}), spare=OUTER)
+    pruner = replace(build_pruner(cell["method"], {"allocation": "uniform"}), spare=OUTER_BLOCKS)
     scored = tuple(cell[name] for name in ("method", "left_out", "select"))
     if cell["select"] != "own":
         scored += (cell["prior"], cell["prior_windows"])

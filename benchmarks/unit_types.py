@@ -42,7 +42,7 @@ from regrow.data import Half, corpora
 from regrow.evidence import Evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.plan import Plan
-from regrow.scoring.spaces import inner
+from regrow.scoring.spaces import OUTER_BLOCKS, inner
 from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.tracing import trace, with_branches
@@ -176,7 +176,7 @@ def cut_head_size(model: Any, axes: AxisGraph, evidence: Evidence, keep: float, 
     kept |= {axis.key: sorted(scores[axis.key].topk(2 * many).indices.tolist()) for axis in values}
     cost = Cost(axes)
     saved = cost.total - cost({key: len(units) for key, units in kept.items()})
-    neurons = list(inner(axes.units(("mlp",)), 0.125, 0.0625))
+    neurons = list(inner(axes.units(("mlp",)), *OUTER_BLOCKS))
     limit = Target(Measure.WEIGHTS, float(Budget(keep).limit(cost.total) + saved))
     kept |= uniform(axes, scoring.wifv(weights, axes, pooled, units=neurons), Budget(target=limit))
     return Plan.keeping(axes, kept, means=scoring.means(model, axes, kept, pooled))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from width_pruning_points import FOLDS, OUTER, Point, Row
+from width_pruning_points import FOLDS, Point, Row
 
 from regrow import apply, trace
 from regrow.allocation import BudgetError
@@ -34,6 +34,7 @@ from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
 from regrow.plan import Plan
 from regrow.process_memory import return_memory
+from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.source_names import GENERATED
 from regrow.sources import Source
 
@@ -131,7 +132,7 @@ class WidthPruningBench:
         """The network after the cut and the least squares of a point."""
         pruner = prune.build_pruner(point.method, point.settings)
         if point.outer is not None:
-            pruner = replace(pruner, spare=(0.0, 0.0) if point.outer else OUTER)
+            pruner = replace(pruner, spare=(0.0, 0.0) if point.outer else OUTER_BLOCKS)
         budget = Budget(point.keep, only=(point.only,) if point.only else ())
         sources = self.sources(point)
         prune.check_pruning(pruner, self.axes, budget, sources)

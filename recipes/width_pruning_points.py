@@ -15,8 +15,6 @@ KEEPS = (0.8, 0.7, 0.9, 0.5)
 METHODS = ("flap", "wanda_sp", "llm_pruner", "fisher", "magnitude", "random")
 TESTED = METHODS[:4]
 """The methods whose best variant goes to the test."""
-OUTER = (0.125, 0.0625)
-"""The fractions of the blocks, at the beginning and at the end, that arms with unpruned outer blocks leave alone."""
 FINALISTS = 3
 """How many variants of each method are judged on all left-out domains."""
 DOMAINS, TASKS = "domains", "tasks"

@@ -9,6 +9,7 @@ from regrow.axes import Axis, AxisGraph
 from regrow.scores import Scores, Statistics
 from regrow.scoring.combine import normalise
 from regrow.scoring.metrics import METRICS
+from regrow.scoring.spaces import OUTER_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Base:
 BASES: Mapping[str, Base] = {
     "flap": Base("wifv", "ranked", {"pool": "standardised"}),
     "wanda_sp": Base("wanda_sp", "uniform", {"pool": "standardised"}),
-    "llm_pruner": Base("taylor", "uniform", spare=(0.125, 0.0625)),
+    "llm_pruner": Base("taylor", "uniform", spare=OUTER_BLOCKS),
     "magnitude": Base("magnitude", "uniform"),
-    "fisher": Base("fisher", "uniform", spare=(0.125, 0.0625)),
+    "fisher": Base("fisher", "uniform", spare=OUTER_BLOCKS),
 }
 """Name of a pruning method → its settings as a baseline that can be wrapped."""

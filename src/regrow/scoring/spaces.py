@@ -14,6 +14,8 @@ Row = dict[str, str | int | float]
 
 FEW = 16
 """Axes with fewer units than this are ranked together with others of their kind: three ranks say little."""
+OUTER_BLOCKS = (0.125, 0.0625)
+"""The fractions of the blocks, at the beginning and at the end, that several methods leave unpruned by default."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from regrow.allocation import cost_of
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
+from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
@@ -39,8 +40,8 @@ class Settings:
 
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = 0.125
-    spare_last: Annotated[float, Range(0, 1, below=True)] = 0.0625
+    spare_first: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[0]
+    spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
     minimum: Annotated[int, Range(1)] = 1
 
     def __post_init__(self) -> None:

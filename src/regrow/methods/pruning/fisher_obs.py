@@ -25,6 +25,7 @@ from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_m
 from regrow.scores import Scores
 from regrow.scoring.activations import energy
 from regrow.scoring.layer_orders import BATCH, order_layers
+from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
@@ -51,8 +52,8 @@ class Settings:
     ridge: Annotated[float, Range(0, above=True)] = 0.001
     spare: Annotated[str, OneOf("measured", "always", "never")] = "measured"
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = 0.125
-    spare_last: Annotated[float, Range(0, 1, below=True)] = 0.0625
+    spare_first: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[0]
+    spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
     minimum: Annotated[int, Range(1)] = 1
 
     def __post_init__(self) -> None:

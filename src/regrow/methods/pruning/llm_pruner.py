@@ -12,6 +12,7 @@ from regrow import scoring
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
+from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
@@ -34,8 +35,8 @@ class Settings:
     form: Annotated[str, OneOf("element1", "vector")] = "element1"
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = 0.125
-    spare_last: Annotated[float, Range(0, 1, below=True)] = 0.0625
+    spare_first: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[0]
+    spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
     minimum: Annotated[int, Range(1)] = 1
 
     def __post_init__(self) -> None:

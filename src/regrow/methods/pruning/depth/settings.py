@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 
@@ -29,8 +30,8 @@ class Settings:
     fill: Annotated[str, OneOf("neurons", "none")] = "neurons"
     tokens: Annotated[int, Range(1)] = 512
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = 0.125
-    spare_last: Annotated[float, Range(0, 1, below=True)] = 0.0625
+    spare_first: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[0]
+    spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
     minimum: Annotated[int, Range(1)] = 1
 
     def __post_init__(self) -> None:

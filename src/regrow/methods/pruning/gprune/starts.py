@@ -5,10 +5,7 @@ from regrow.methods.pruning.gprune.modules import Measurement
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.pruner import Kept, PruningTask
 from regrow.scoring.base import BASES
-from regrow.scoring.spaces import FEW, inner
-
-OUTER = (0.125, 0.0625)
-"""The fractions of the blocks, at the beginning and at the end, that the start ``inner`` does not prune."""
+from regrow.scoring.spaces import FEW, OUTER_BLOCKS, inner
 
 
 def allocate_start(how: str, s: Settings, task: PruningTask, measured: Measurement) -> Kept:
@@ -23,7 +20,7 @@ def allocate_start(how: str, s: Settings, task: PruningTask, measured: Measureme
     """
     base, scores = BASES[s.base], measured.views[0].scores.values
     allocate = allocation(base.allocation) if how == "base" else uniform
-    outer = {"base": base.spare, "inner": OUTER}.get(how, (0.0, 0.0))
+    outer = {"base": base.spare, "inner": OUTER_BLOCKS}.get(how, (0.0, 0.0))
     outer = (0.0, 0.0) if task.budget.regular else outer  # every block gives alike
     some = {axis.key for axis in inner(measured.units, *outer) if how != "inner" or axis.size >= FEW}
     try:
