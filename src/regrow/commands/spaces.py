@@ -203,7 +203,8 @@ def rebuild(config: Mapping[str, Any], model: SpaceNetwork) -> SpaceNetwork:
     found = type(model)(config)
     if isinstance(model, Cells | Mobile):
         found.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too
-    state = {name: value for name, value in model.state_dict().items() if name in found.state_dict()}
+    names = found.state_dict().keys()
+    state = {name: value for name, value in model.state_dict().items() if name in names}
     for path, node in model.named_modules():
         if f"{path}.scale" in state:
             gone = find_placeholders(node)

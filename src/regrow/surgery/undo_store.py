@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.axes import AxisGraph, Dim, size_of
+from regrow.axes import AxisGraph, Dim, axes_in, size_of
 from regrow.branches import Branch
 from regrow.plan import Plan, PlanError
 from regrow.surgery.layout import Layout, lay_out
@@ -283,7 +283,8 @@ def locate_entries(
         next_ids: Axis key → how many places its units have in stored tensors.
         ids: Axis key → the ids of its units.
     """
-    units = {key: Layout.of(torch.tensor(list(own), dtype=torch.long)) for key, own in ids.items()}
+    own = {key for dim in dims for key in axes_in(dim)} & ids.keys()
+    units = {key: Layout.of(torch.tensor(list(ids[key]), dtype=torch.long)) for key in own}
     return [lay_out(dim, next_ids, units).source for dim in dims]
 
 

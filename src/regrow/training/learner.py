@@ -326,7 +326,7 @@ def tensor_along(context: Context, name: str, values: Tensor | None = None, lr: 
         values: The values, of the parameter's shape; ``None``: zeros.
         lr: The learning rate at which the tensor is trained; ``None``: it is not.
     """
-    own = context.parameters()[name]
+    own = context.model.get_parameter(name)
     values = torch.zeros_like(own) if values is None else values.to(own.device)
     return AxisTensor(values, context.axes.shapes[name], lr)
 
@@ -338,4 +338,4 @@ def flags_along(context: Context, name: str) -> AxisTensor:
         context: The network.
         name: The parameter's name.
     """
-    return tensor_along(context, name, torch.zeros_like(context.parameters()[name], dtype=torch.bool))
+    return tensor_along(context, name, torch.zeros_like(context.model.get_parameter(name), dtype=torch.bool))

@@ -17,7 +17,7 @@ from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
-from regrow.methods.pruning.outer_blocks import ALL, INNER
+from regrow.methods.pruning.compared import ALL, INNER, RANKED
 from regrow.methods.pruning.pruner import Cut, plan_cut
 from regrow.sources import Batch, Source
 
@@ -54,10 +54,10 @@ def test_of_two_duplicates_one_goes_and_so_does_what_the_loss_does_not_depend_on
     assert not gone["fisher"] & {0, 1}, "the loss depends on each of them"
 
 
-def certain_texts(model: nn.Module) -> Source:
-    """Texts whose labels are what a network is nearly certain of, so that any change of its outputs raises the loss."""
+def certain_texts(model: nn.Module, sharpen: float = 20.0) -> Source:
+    """Texts whose labels are what a sharpened network predicts, so that any change of its outputs raises the loss."""
     with torch.no_grad():
-        model.head.weight *= 20
+        model.head.weight *= sharpen
         batches = [replace(one, labels=model(*one.args)[0].argmax(-1)) for one in texts("a").batches]
     return Source("a", batches)
 
@@ -75,6 +75,22 @@ def test_the_allocation_of_lower_loss_is_taken(inactive: tuple[int, int], name: 
     assert {key.split(".")[2] for key in found.plan.changes} == ({"1"} if name == INNER else {"0", "1"})
     (note,) = found.plan.origin["notes"]
     assert note.index(name) < note.index(({ALL, INNER} - {name}).pop())
+
+
+def test_fisher_takes_one_ranking_where_its_loss_is_lowest() -> None:
+    """Units that add nothing are unequally many in both blocks."""
+    model, axes = lm(kv=3, rep=2, size=4, ff=64)
+    with torch.no_grad():
+        for block, many in zip(model.decoder.blocks, (12, 28), strict=True):
+            block.down.weight[:, :many] = 0
+    source = certain_texts(model, 5.0)  # of certain predictions the Fisher information is 0
+    found = cut(model, source, "fisher", MLP, axes, **FIRST_HALF, allocation="measured")
+    losses = found.findings["starts"]
+    assert set(losses) == {INNER, ALL, RANKED} and min(losses, key=losses.__getitem__) == RANKED
+    assert losses[RANKED] < 0.1 * min(losses[INNER], losses[ALL])
+    alone = cut(model, source, "fisher", MLP, axes, spare_first=0.0, spare_last=0.0, allocation="ranked")
+    assert found.plan.changes == alone.plan.changes and found.plan.origin["metric"] == alone.plan.origin["metric"]
+    assert [64 - len(change.keep) for _, change in sorted(found.plan.changes.items())] == [12, 24]
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,15 @@ by their mean unless switched off. The first eighth and the last sixteenth of th
 ``llm_pruner``.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated
 
 from regrow import scoring
-from regrow.allocation import cost_of
+from regrow.allocation import cost_of, rank
 from regrow.evidence import Need
-from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
+from regrow.methods.pruning.compared import RANKED, allocate_alike, choose_allocation, describe_losses
+from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, one_score
 from regrow.scores import Scores
 from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.settings.constraints import OneOf, Range, check_constraints
@@ -31,14 +32,16 @@ class Settings:
 
     Args:
         allocation: ``uniform``: the same fraction of each axis; ``ranked``: one ranking of the estimated loss per
-            removed weight.
+            removed weight; ``measured``: ``uniform``, or all blocks so, or all blocks ``ranked``, whichever gives the
+            cut network the lowest loss on two batches of each source.
         compensate: Whether the mean of dropped inputs is added to biases.
-        spare_first: The fraction of the numbered blocks, at the beginning, that is not pruned.
-        spare_last: The fraction of the numbered blocks, at the end, that is not pruned.
+        spare_first: The fraction of the numbered blocks, at the beginning, that is not pruned (``measured``: may stay
+            so).
+        spare_last: The fraction of the numbered blocks, at the end, that is not pruned (``measured``: may stay so).
         minimum: The smallest number of units that stay in an axis.
     """
 
-    allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
+    allocation: Annotated[str, OneOf("uniform", "ranked", "measured")] = "uniform"
     compensate: bool = True
     spare_first: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[0]
     spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
@@ -54,12 +57,28 @@ def build(settings: Settings) -> Pruner:
     Args:
         settings: Its settings.
     """
-    spare = settings.spare_first, settings.spare_last
+    spare, needs = (settings.spare_first, settings.spare_last), {Need.WEIGHTS, Need.FISHER}
+    if settings.allocation == "measured":
+        pruner = one_score("fisher", replace(settings, allocation="uniform"), needs, _score)
+        origin = {"method": "fisher", "settings": asdict(settings)}
+        return replace(pruner, score=partial(_compared, settings=settings), origin=origin, runs_network=True)
     score = partial(_score, per_weight=settings.allocation == "ranked")
-    return one_score("fisher", settings, {Need.WEIGHTS, Need.FISHER}, score, spare)
+    return one_score("fisher", settings, needs, score, spare)
 
 
-def _score(task: PruningTask, per_weight: bool) -> Scores:
+def _compared(task: PruningTask, settings: Settings) -> Ranking:
+    plain, per_weight = (_score(task, by) for by in (False, True))
+    starts = allocate_alike(task, plain.values, (settings.spare_first, settings.spare_last), settings.minimum)
+    starts |= {RANKED: partial(rank, task.axes, per_weight, task.budget, minimum=settings.minimum)}
+    kept, losses = choose_allocation(task, starts, compensate=settings.compensate)
+    scores = per_weight if losses and min(losses, key=losses.__getitem__) == RANKED else plain
+    own = replace(
+        scores, values={key: scores.values[key] for key in kept}, notes=(*scores.notes, *describe_losses(losses))
+    )
+    return Ranking(own, lambda _: {"starts": losses} if losses else {}, kept)
+
+
+def _score(task: PruningTask, per_weight: bool = False) -> Scores:
     scores = scoring.fisher(task.weights, task.axes, task.evidence.pooled(), units=task.units)
     if not per_weight:
         return scores

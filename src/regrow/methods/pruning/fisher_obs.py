@@ -20,7 +20,7 @@ from regrow import scoring
 from regrow.allocation import uniform
 from regrow.data.joined import join_sources
 from regrow.evidence import Need
-from regrow.methods.pruning.outer_blocks import choose_blocks
+from regrow.methods.pruning.compared import allocate_alike, choose_allocation, describe_losses
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
 from regrow.scores import Scores
 from regrow.scoring.activations import energy
@@ -105,15 +105,11 @@ def _score(task: PruningTask, settings: Settings) -> Ranking:
         progress=task.progress,
     )
     values = {key: orders[key].scores() if key in orders else own for key, own in alone.values.items()}
-    findings: dict[str, object] = {}
-    notes: tuple[str, ...] = ()
-    if settings.spare == "measured":
-        allocate = partial(uniform, task.axes, budget=task.budget, minimum=settings.minimum)
-        spare = settings.spare_first, settings.spare_last
-        chosen, losses = choose_blocks(task, values, spare, allocate, compensate=settings.compensate)
-        values = {axis.key: values[axis.key] for axis in chosen if axis.key in values}
-        if losses:
-            findings = {"starts": losses}
-            found = ", ".join(f"{name} {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda one: one[1]))
-            notes = (f"the allocation with the lower loss before any refit was taken: {found}",)
-    return Ranking(Scores(values, "fisher_obs", alone.sources, alone.tokens, notes), lambda kept: findings)
+    make = partial(Scores, metric="fisher_obs", sources=alone.sources, tokens=alone.tokens)
+    if settings.spare != "measured":
+        return Ranking(make(values))
+    spare = settings.spare_first, settings.spare_last
+    starts = allocate_alike(task, values, spare, settings.minimum)
+    kept, losses = choose_allocation(task, starts, compensate=settings.compensate)
+    chosen = make({key: values[key] for key in kept}, notes=describe_losses(losses))
+    return Ranking(chosen, lambda _: {"starts": losses} if losses else {}, kept)

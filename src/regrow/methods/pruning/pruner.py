@@ -85,10 +85,12 @@ class Ranking:
     Args:
         scores: One number per unit; higher for units worth keeping.
         findings: Called with the kept units of every scored axis; returns tables for a report, as JSON data.
+        kept: The units that stay, where scoring has compared allocations; ``None``: the method allocates.
     """
 
     scores: Scores
     findings: Callable[[Kept], Mapping[str, object]] = lambda kept: {}
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,8 @@ def plan_cut(
         if pruner.compensate:  # biases that this makes count too
             budget = replace(budget, compensated=weights_without_bias(model, axes, payers(axes, budget)))
         ranking = pruner.score(replace(task, axes=axes, units=units, budget=budget))
-        scores, every = ranking.scores, pruner.allocate(axes, ranking.scores, budget)
+        scores, every = ranking.scores, ranking.kept
+        every = pruner.allocate(axes, scores, budget) if every is None else every
         kept = {key: keep for key, keep in every.items() if len(keep) < axes[key].size}
         means = pruner.compensate(model, axes, kept, evidence) if pruner.compensate else {}
         notes = [*evidence.notes, *removal.notes, *scores.notes]
