@@ -10,6 +10,6 @@ def test_the_losses_of_both_allocations_are_in_the_plan_and_the_report(regrow, t
     assert code == 0, error
     (plan,) = json.loads((tmp_path / "run" / "ledger.json").read_text("utf-8"))["plans"]
     (note,) = plan["origin"]["notes"]
-    assert note.startswith("the allocation with the lower loss before any refit was taken: ")
+    assert note.startswith("the allocation with the lowest loss before any refit was taken: ")
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert note in page and "unless the loss is lower with these cut, too" in page

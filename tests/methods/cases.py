@@ -37,6 +37,7 @@ CASES = (
     Case(MethodKind.PRUNING, "llm_pruner", {"form": "vector", "allocation": "ranked"}),
     Case(MethodKind.PRUNING, "fisher"),
     Case(MethodKind.PRUNING, "fisher", {"allocation": "ranked", "compensate": False}),
+    Case(MethodKind.PRUNING, "fisher", {"allocation": "measured", "compensate": False}),
     Case(MethodKind.PRUNING, "fisher_obs"),
     Case(MethodKind.PRUNING, "fisher_obs", {"spare": "never", "ridge": 0.01, "compensate": False}),
     Case(MethodKind.PRUNING, "obs"),

@@ -41,6 +41,7 @@ VARIANTS = [
     ("llm_pruner", {"form": "vector", "allocation": "ranked", "compensate": True}),
     ("fisher", {}),
     ("fisher", {"allocation": "ranked", "compensate": False}),
+    ("fisher", {"allocation": "measured", "spare_first": 0.5}),
     ("fisher_obs", {"spare_first": 0.5}),
     ("fisher_obs", {"spare": "never", "compensate": False}),
     ("obs", {}),

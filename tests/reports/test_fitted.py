@@ -108,6 +108,12 @@ def test_divergences_of_layers_and_the_reason_of_each_ratio_are_shown(tmp_path):
         ({"allocation": "ranked"}, "of the standardised scores", "scores below the common threshold", "wifv"),
         ({"allocation": "ranked"}, "loss per removed weight", "scores below the common threshold", "fisher/cost"),
         ({"allocation": "uniform"}, "Every candidate loses the same fraction", "the same fraction as others", "wifv"),
+        (
+            {"allocation": "measured"},
+            "compared by the loss of the cut",
+            "as the allocation with the lowest loss",
+            "fisher",
+        ),
         ({"allocation": "uniform", "spare_first": 0.125}, "outside the first and last blocks", "left whole", "wifv"),
     ],
 )

@@ -59,7 +59,8 @@ def reasons(run: Run) -> dict[str, str]:
             exchange = f"; exchanges: × {q.significant(factor)}" if abs(math.log(factor)) > 1e-9 else ""
             result[key] = f"measured divergence{exchange}"
         else:
-            result[key] = _WORDS.get(mode, {}).get(cut, "")
+            known = {} if mode == "measured" and run["findings"] else _WORDS.get(mode, {})
+            result[key] = known.get(cut, "")
     return result
 
 
@@ -69,6 +70,7 @@ _WORDS = {
     "base": {True: "as the base method", False: "as the base method"},
     "inner": {True: "the same fraction of inner blocks", False: "first or last block, or few units"},
     "learned": {True: "learned ratio", False: "learned ratio"},
+    "measured": {True: "as the allocation with the lowest loss", False: "left whole"},
 }
 
 
@@ -183,6 +185,11 @@ def _rule(run: Run) -> str:
         ends = [number(float(value), 0, 1) for name in ("spare_first", "spare_last") if (value := _number(run, name))]
         rest = " outside the first and last blocks, which stay whole" if any(ends) and not run["regular"] else ""
         return f"Every candidate{rest} loses the same fraction of its units, those with the lowest scores."
+    if mode == "measured" and not found:
+        return (
+            "The same fraction of every candidate, the same outside the first and last blocks, and one ranking of all "
+            "candidates were compared by the loss of the cut network; a note says which of them was taken."
+        )
     if spare := _setting(run, "spare"):
         rest = {
             "always": " outside the first and last blocks, which stay whole,",

@@ -1,4 +1,4 @@
-"""Fisher OBS: it cuts what others can stand in for or the loss does not depend on, in the better of two allocations."""
+"""Fisher OBS cuts what others can stand in for or the loss does not need; it and ``fisher`` compare allocations."""
 
 import math
 import warnings
@@ -13,11 +13,12 @@ from torch import nn
 import regrow
 from hand import lm, texts
 from regrow import trace
+from regrow.allocation import BudgetError
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
-from regrow.methods.pruning.compared import ALL, INNER, RANKED
+from regrow.methods.pruning.compared_allocations import ALL, INNER, RANKED
 from regrow.methods.pruning.pruner import Cut, plan_cut
 from regrow.sources import Batch, Source
 
@@ -88,9 +89,25 @@ def test_fisher_takes_one_ranking_where_its_loss_is_lowest() -> None:
     losses = found.findings["starts"]
     assert set(losses) == {INNER, ALL, RANKED} and min(losses, key=losses.__getitem__) == RANKED
     assert losses[RANKED] < 0.1 * min(losses[INNER], losses[ALL])
-    alone = cut(model, source, "fisher", MLP, axes, spare_first=0.0, spare_last=0.0, allocation="ranked")
+    every = {"spare_first": 0.0, "spare_last": 0.0}
+    alone = cut(model, source, "fisher", MLP, axes, **every, allocation="ranked")
     assert found.plan.changes == alone.plan.changes and found.plan.origin["metric"] == alone.plan.origin["metric"]
+    assert found.plan.origin["settings"]["allocation"] == "measured"
     assert [64 - len(change.keep) for _, change in sorted(found.plan.changes.items())] == [12, 24]
+    all_blocks = cut(model, source, "fisher", MLP, axes, **every, allocation="measured")
+    assert set(all_blocks.findings["starts"]) == {ALL, RANKED}
+    alike = cut(model, source, "fisher", replace(MLP, regular=True), axes, **FIRST_HALF, allocation="measured")
+    assert not alike.findings, "every block loses as much in any allocation"
+
+
+def test_what_cannot_meet_the_budget_is_left_out_of_the_comparison_and_told() -> None:
+    model, axes = lm(kv=3, rep=2, size=4, ff=64)
+    given = {**FIRST_HALF, "allocation": "measured", "compensate": False}
+    found = cut(model, texts("a"), "fisher", replace(MLP, keep=0.4), axes, **given)
+    assert set(found.findings["starts"]) == {ALL, RANKED}
+    assert f"{INNER}: cannot meet the budget" in found.plan.origin["notes"]
+    with pytest.raises(BudgetError):
+        cut(model, texts("a"), "fisher", replace(MLP, keep=0.01), axes, **given)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +138,7 @@ def test_batches_without_labels_are_left_out_and_without_any_other_the_first_blo
     assert all(math.isfinite(loss) for loss in losses.values())
     found = cut(model, Source("a", [*none.batches, *rest]), "fisher_obs", MLP, axes, **FIRST_HALF)
     assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == {"1"}
+    assert "allocations were not compared: no batch has labels" in found.plan.origin["notes"]
 
 
 @pytest.mark.parametrize("loss", [None, F.smooth_l1_loss, lambda output, labels: 5 + F.mse_loss(output, labels)])

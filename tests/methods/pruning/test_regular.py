@@ -27,6 +27,7 @@ METHODS = [
     ("flap", {}),
     ("llm_pruner", {}),
     ("llm_pruner", {"allocation": "ranked", "spare_first": 0.4}),
+    ("fisher", {"allocation": "measured"}),
     ("gprune", {"steps": 4, "every": 2, "shards": 2}),
     ("gprune", {"steps": 2, "shards": 2, "base": "llm_pruner", "start": "base"}),
     ("gprune", {"steps": 0, "shards": 2, "start": "inner"}),

@@ -4,7 +4,7 @@ Like Kwon et al.: the squared gradient of a mask per unit, from one forward and 
 Unlike them: the gradient is taken per token, with labels that are drawn from the network's own predictions (there: per
 example, with the labels of the data); their mask rearrangement and tuning are left out, and dropped inputs are replaced
 by their mean unless switched off. The first eighth and the last sixteenth of the blocks are not pruned, as in
-``llm_pruner``.
+``llm_pruner``, unless ``allocation=measured`` finds a lower loss with them pruned.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +14,7 @@ from typing import Annotated
 from regrow import scoring
 from regrow.allocation import cost_of, rank
 from regrow.evidence import Need
-from regrow.methods.pruning.compared import RANKED, allocate_alike, choose_allocation, describe_losses
+from regrow.methods.pruning.compared_allocations import RANKED, choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, one_score
 from regrow.scores import Scores
 from regrow.scoring.spaces import OUTER_BLOCKS
@@ -32,12 +32,13 @@ class Settings:
 
     Args:
         allocation: ``uniform``: the same fraction of each axis; ``ranked``: one ranking of the estimated loss per
-            removed weight; ``measured``: ``uniform``, or all blocks so, or all blocks ``ranked``, whichever gives the
-            cut network the lowest loss on two batches of each source.
+            removed weight; ``measured``: of the same fraction of each axis outside the first and last blocks, the same
+            in all blocks, and one ranking of all blocks, the one with the lowest loss of the cut network on two batches
+            of each source, before any refit.
         compensate: Whether the mean of dropped inputs is added to biases.
-        spare_first: The fraction of the numbered blocks, at the beginning, that is not pruned (``measured``: may stay
-            so).
-        spare_last: The fraction of the numbered blocks, at the end, that is not pruned (``measured``: may stay so).
+        spare_first: The fraction of the numbered blocks, at the beginning, that is not pruned; with ``measured``, in
+            the first of the three allocations.
+        spare_last: The fraction of the numbered blocks, at the end, that is not pruned; with ``measured`` likewise.
         minimum: The smallest number of units that stay in an axis.
     """
 
@@ -58,33 +59,40 @@ def build(settings: Settings) -> Pruner:
         settings: Its settings.
     """
     spare, needs = (settings.spare_first, settings.spare_last), {Need.WEIGHTS, Need.FISHER}
-    if settings.allocation == "measured":
-        pruner = one_score("fisher", replace(settings, allocation="uniform"), needs, _score)
-        origin = {"method": "fisher", "settings": asdict(settings)}
-        return replace(pruner, score=partial(_compared, settings=settings), origin=origin, runs_network=True)
     score = partial(_score, per_weight=settings.allocation == "ranked")
-    return one_score("fisher", settings, needs, score, spare)
+    if settings.allocation != "measured":
+        return one_score("fisher", settings, needs, score, spare)
+    uniform_of_all = replace(settings, allocation="uniform")  # whose budget is checked before anything is measured
+    pruner = one_score("fisher", uniform_of_all, needs, score)
+    origin = {"method": "fisher", "settings": asdict(settings)}
+    return replace(pruner, score=partial(_compare, settings=settings), origin=origin, runs_network=True)
 
 
-def _compared(task: PruningTask, settings: Settings) -> Ranking:
-    plain, per_weight = (_score(task, by) for by in (False, True))
-    starts = allocate_alike(task, plain.values, (settings.spare_first, settings.spare_last), settings.minimum)
-    starts |= {RANKED: partial(rank, task.axes, per_weight, task.budget, minimum=settings.minimum)}
-    kept, losses = choose_allocation(task, starts, compensate=settings.compensate)
-    scores = per_weight if losses and min(losses, key=losses.__getitem__) == RANKED else plain
-    own = replace(
-        scores, values={key: scores.values[key] for key in kept}, notes=(*scores.notes, *describe_losses(losses))
-    )
-    return Ranking(own, lambda _: {"starts": losses} if losses else {}, kept)
-
-
-def _score(task: PruningTask, per_weight: bool = False) -> Scores:
+def _score(task: PruningTask, per_weight: bool) -> Scores:
     scores = scoring.fisher(task.weights, task.axes, task.evidence.pooled(), units=task.units)
-    if not per_weight:
-        return scores
+    return _per_weight(task, scores) if per_weight else scores
+
+
+def _per_weight(task: PruningTask, scores: Scores) -> Scores:
+    """Return the estimated loss per weight that a unit of the axis removes."""
     cost, values = cost_of(task.axes, task.budget), {}
     for key, own in scores.values.items():
         axis = task.axes[key]
         least = min(axis.least, axis.size - 1)
         values[key] = own * (axis.size - least) / max(1, cost.total - cost({key: least}))
-    return Scores(values, f"{scores.metric}/cost", scores.sources, scores.tokens, scores.notes)
+    return replace(scores, values=values, metric=f"{scores.metric}/cost")
+
+
+def _compare(task: PruningTask, settings: Settings) -> Ranking:
+    """Return the scores of the allocation with the lowest loss, and the units that stay in it."""
+    scores = _score(task, per_weight=False)
+    ranked = _per_weight(task, scores)
+    spare = settings.spare_first, settings.spare_last
+    candidates = uniform_candidates(task, scores.values, spare, settings.minimum)
+    candidates[RANKED] = partial(rank, task.axes, ranked, task.budget, minimum=settings.minimum)
+    chosen = choose_allocation(task, candidates, compensate=settings.compensate)
+    taken = ranked if chosen.name == RANKED else scores
+    values = {key: taken.values[key] for key in chosen.kept}
+    return Ranking(
+        replace(taken, values=values, notes=(*taken.notes, *chosen.notes)), lambda _: chosen.findings, chosen.kept
+    )

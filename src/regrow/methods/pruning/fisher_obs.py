@@ -20,7 +20,7 @@ from regrow import scoring
 from regrow.allocation import uniform
 from regrow.data.joined import join_sources
 from regrow.evidence import Need
-from regrow.methods.pruning.compared import allocate_alike, choose_allocation, describe_losses
+from regrow.methods.pruning.compared_allocations import choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
 from regrow.scores import Scores
 from regrow.scoring.activations import energy
@@ -109,7 +109,7 @@ def _score(task: PruningTask, settings: Settings) -> Ranking:
     if settings.spare != "measured":
         return Ranking(make(values))
     spare = settings.spare_first, settings.spare_last
-    starts = allocate_alike(task, values, spare, settings.minimum)
-    kept, losses = choose_allocation(task, starts, compensate=settings.compensate)
-    chosen = make({key: values[key] for key in kept}, notes=describe_losses(losses))
-    return Ranking(chosen, lambda _: {"starts": losses} if losses else {}, kept)
+    candidates = uniform_candidates(task, values, spare, settings.minimum)
+    chosen = choose_allocation(task, candidates, compensate=settings.compensate)
+    scores = make({key: values[key] for key in chosen.kept}, notes=chosen.notes)
+    return Ranking(scores, lambda _: chosen.findings, chosen.kept)

@@ -85,7 +85,8 @@ class Ranking:
     Args:
         scores: One number per unit; higher for units worth keeping.
         findings: Called with the kept units of every scored axis; returns tables for a report, as JSON data.
-        kept: The units that stay, where scoring has compared allocations; ``None``: the method allocates.
+        kept: Axis key → the units that stay within the budget, for every axis in ``scores``, where scoring has compared
+            allocations; ``None``: ``Pruner.allocate`` chooses them.
     """
 
     scores: Scores
@@ -100,7 +101,8 @@ class Pruner:
     Args:
         needs: What has to be measured before: weights, activations, gradients.
         score: Returns the importance of each unit.
-        allocate: (axes, scores, budget) → axis key → the units that stay.
+        allocate: (axes, scores, budget) → axis key → the units that stay. It is called before anything is measured,
+            too, to see whether the budget can be met; with :attr:`Ranking.kept` only then.
         compensate: (model, axes, kept, evidence) → ``Plan.means``, the means of dropped inputs; ``None`` if they count
             as zero.
         origin: Data recorded in the plan: the method's name and its settings.

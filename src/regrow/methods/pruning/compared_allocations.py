@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -21,7 +22,29 @@ BATCHES = 2
 ALL, INNER, RANKED = "all blocks pruned", "first and last blocks unpruned", "one ranking of all units"
 
 
-def allocate_alike(
+@dataclass(frozen=True)
+class ChosenAllocation:
+    """The allocation that was taken among several.
+
+    Args:
+        name: Its name.
+        kept: Axis key → the units that stay.
+        losses: Name of an allocation → its mean loss on calibration data before any refit; empty if none was compared.
+        notes: What a reader of the plan should know.
+    """
+
+    name: str
+    kept: Kept
+    losses: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def findings(self) -> dict[str, object]:
+        """The losses, for a report; empty if none was compared."""
+        return {"starts": self.losses} if self.losses else {}
+
+
+def uniform_candidates(
     task: PruningTask, values: Mapping[str, Tensor], spare: tuple[float, float], minimum: int
 ) -> dict[str, Callable[[], Kept]]:
     """Return the allocations that cut the same fraction of each axis: outside the first and last blocks, and in all.
@@ -29,32 +52,33 @@ def allocate_alike(
     Args:
         task: The network, the axes that may be cut, and the budget; where it cuts every block alike, all are cut.
         values: Axis key → the importance of its units, ``[size]``.
-        spare: The fractions of the numbered blocks, at the beginning and at the end, that stay unpruned in the first.
+        spare: The fractions of the numbered blocks, at the beginning and at the end, that stay unpruned in the first;
+            where no block is, there is only the second.
         minimum: The smallest number of units that stay in an axis.
 
     Source: ours; leaving outer blocks unpruned is from LLM-Pruner (arXiv 2305.11627).
     """
-    blocks = {ALL: task.units} if task.budget.regular else {INNER: inner(task.units, *spare), ALL: task.units}
-    scored = {name: {one.key: values[one.key] for one in own if one.key in values} for name, own in blocks.items()}
-    return {name: partial(uniform, task.axes, own, task.budget, minimum=minimum) for name, own in scored.items()}
+    some = inner(task.units, *spare)
+    whole = task.budget.regular or len(some) == len(task.units)
+    result: dict[str, Callable[[], Kept]] = {}
+    for name, units in {**({} if whole else {INNER: some}), ALL: task.units}.items():
+        scored = {axis.key: values[axis.key] for axis in units if axis.key in values}
+        result[name] = partial(uniform, task.axes, scored, task.budget, minimum=minimum)
+    return result
 
 
 def choose_allocation(
     task: PruningTask, candidates: Mapping[str, Callable[[], Kept]], *, compensate: bool
-) -> tuple[Kept, dict[str, float]]:
-    """Return the units that stay in the allocation under which the masked network has the lowest loss.
+) -> ChosenAllocation:
+    """Return the allocation under which the masked network has the lowest loss.
 
     Allocations that cannot meet the budget are left out. Where the losses cannot be compared (units at whose mark
-    masking is not cutting, no labelled batch), the first one is taken.
+    masking is not cutting, no labelled batch), the first one is taken. A note says either.
 
     Args:
         task: The network, the axes that may be cut, and the data.
         candidates: Name of an allocation → returns the units that stay, or raises :class:`BudgetError`.
         compensate: Whether the mean of dropped inputs takes their place.
-
-    Returns:
-        The units that stay, and name of an allocation → its mean loss on the data before any refit; empty if none was
-        compared.
 
     Raises:
         BudgetError: If no allocation can meet the budget.
@@ -62,34 +86,36 @@ def choose_allocation(
     Source: ours.
     """
     found: dict[str, Kept] = {}
+    notes: list[str] = []
     for name, allocate in candidates.items():
         try:
             found[name] = allocate()
         except BudgetError:
-            if not found and name == [*candidates][-1]:
+            if not found and len(notes) == len(candidates) - 1:
                 raise
-    several = len({tuple(sorted(kept.items())) for kept in found.values()}) > 1
+            notes.append(f"{name}: cannot meet the budget")
+    first, distinct, cuts = next(iter(found)), dict[str, Kept](), []
+    for name, kept in found.items():
+        cut = {key: units for key, units in kept.items() if len(units) < task.axes[key].size}
+        if cut not in cuts:
+            cuts.append(cut)
+            distinct[name] = kept
+    if len(distinct) == 1:
+        return ChosenAllocation(first, found[first], notes=tuple(notes))
     exact = all(axis.mark is Mark.NEUTRAL for axis in task.units)
-    losses = _compare(task, found, compensate) if several and exact else {}
-    return found[min(losses, key=losses.__getitem__) if losses else next(iter(found))], losses
-
-
-def describe_losses(losses: Mapping[str, float]) -> tuple[str, ...]:
-    """Return the note of a plan on the allocations that were compared, lowest loss first; none if there were none.
-
-    Args:
-        losses: Name of an allocation → its mean loss.
-
-    >>> describe_losses({"a": 2.0, "b": 1.0})
-    ('the allocation with the lowest loss before any refit was taken: b 1.000, a 2.000',)
-    """
-    told = ", ".join(f"{name} {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda one: one[1]))
-    return (f"the allocation with the lowest loss before any refit was taken: {told}",) if losses else ()
+    losses = _compare(task, distinct, compensate) if exact else {}
+    if not losses:
+        why = "no batch has labels" if exact else "a unit that is masked is not one that is cut, with this --mark"
+        return ChosenAllocation(first, found[first], notes=(*notes, f"allocations were not compared: {why}"))
+    ordered = sorted(losses.items(), key=lambda one: one[1])
+    told = ", ".join(f"{name} {loss:.3f}" for name, loss in ordered)
+    notes.append(f"the allocation with the lowest loss before any refit was taken: {told}")
+    return ChosenAllocation(ordered[0][0], found[ordered[0][0]], losses, tuple(notes))
 
 
 def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> dict[str, float]:
     """Return the mean loss under each mask over the batches on which one of them is finite; empty if there is none."""
-    masks: dict[str, dict[str, Tensor]] = {name: gates_of(task.axes, one) for name, one in kept.items()}
+    masks = {name: gates_of(task.axes, units) for name, units in kept.items()}
     fills = constant_inputs(task.model, task.evidence.pooled(gradients=False).moments) if compensate else {}
     batches = [batch for source in task.evidence.data.values() for batch in source.batches[:BATCHES]]
     rows: list[dict[str, float]] = []
