@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from width_pruning_points import DOMAINS, FOLDS, METHODS, Row, level
+from width_pruning_points import DOMAINS, FOLDS, MEASURED_FISHER, METHODS, Row, level
 
 from regrow.evaluation import mean_and_error
 
@@ -102,7 +102,8 @@ class Arm:
     @property
     def baseline(self) -> bool:
         """Whether it can be the baseline: a published method without reconstruction."""
-        return self.rows[0]["method"] in METHODS[:-1] and not self.rows[0]["reconstruct"]
+        row = self.rows[0]
+        return row["method"] in METHODS[:-1] and not row["reconstruct"] and row["arm"] != MEASURED_FISHER
 
     @property
     def draws(self) -> frozenset[Draw]:
