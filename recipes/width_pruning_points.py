@@ -93,10 +93,11 @@ def reconstructed(point: Point) -> Point:
     return replace(point, arm=point.arm + RECONSTRUCTED, reconstruct=True)
 
 
-def with_prior(point: Point, windows: int = WINDOWS) -> Point:
-    """The same with generated text as one more source, and layers fitted to what the dense network has there."""
-    more: dict[str, Any] = {"reconstruct": True, "generated": windows, "fit": {"target": "dense"}}
-    return replace(point, arm=f"{point.arm}, {windows} generated windows{RECONSTRUCTED}", **more)
+def with_prior(point: Point, windows: int = WINDOWS, target: str = "dense") -> Point:
+    """The same with generated text as one more source; the target is that of ``refit``."""
+    more: dict[str, Any] = {"reconstruct": True, "generated": windows, "fit": {"target": target}}
+    words = "" if target == "dense" else f", target {target}"
+    return replace(point, arm=f"{point.arm}, {windows} generated windows{RECONSTRUCTED}{words}", **more)
 
 
 def distilled(point: Point, rate: float) -> Point:
@@ -222,6 +223,7 @@ def unscreened(keeps: Sequence[float], folds: Sequence[int], samples: int) -> It
         mine = fisher_obs(keep, fold, sample)
         yield from (*own[:2], mine, with_prior(mine), *own[2:])
         yield from (*map(with_prior, (*own[2:4], own[-1])), *map(reconstructed, own), measured(keep, fold, sample))
+        yield with_prior(own[-1], target="own")
 
 
 def fisher(keep: float, fold: int = 0, sample: int = 0, on: str = DOMAINS) -> Point:
