@@ -100,7 +100,7 @@ def test_fisher_takes_one_ranking_where_its_loss_is_lowest() -> None:
     assert not alike.findings, "every block loses as much in any allocation"
 
 
-def test_what_cannot_meet_the_budget_is_left_out_of_the_comparison_and_told() -> None:
+def test_what_cannot_meet_the_budget_is_left_out_of_the_comparison_and_noted() -> None:
     model, axes = lm(kv=3, rep=2, size=4, ff=64)
     given = {**FIRST_HALF, "allocation": "measured", "compensate": False}
     found = cut(model, texts("a"), "fisher", replace(MLP, keep=0.4), axes, **given)
@@ -138,7 +138,7 @@ def test_batches_without_labels_are_left_out_and_without_any_other_the_first_blo
     assert all(math.isfinite(loss) for loss in losses.values())
     found = cut(model, Source("a", [*none.batches, *rest]), "fisher_obs", MLP, axes, **FIRST_HALF)
     assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == {"1"}
-    assert "allocations were not compared: no batch has labels" in found.plan.origin["notes"]
+    assert "allocations were not compared: no batch has labels and a finite loss" in found.plan.origin["notes"]
 
 
 @pytest.mark.parametrize("loss", [None, F.smooth_l1_loss, lambda output, labels: 5 + F.mse_loss(output, labels)])
