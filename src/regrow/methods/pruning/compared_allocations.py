@@ -105,7 +105,11 @@ def choose_allocation(
     exact = all(axis.mark is Mark.NEUTRAL for axis in task.units)
     losses = _compare(task, distinct, compensate) if exact else {}
     if not losses:
-        why = "no batch has labels and a finite loss" if exact else "a unit that is masked is not one that is cut, with this --mark"
+        why = (
+            "no batch has labels and a finite loss"
+            if exact
+            else "a unit that is masked is not one that is cut, with this --mark"
+        )
         return ChosenAllocation(first, found[first], notes=(*notes, f"allocations were not compared: {why}"))
     ordered = sorted(losses.items(), key=lambda one: one[1])
     listed = ", ".join(f"{name} {loss:.3f}" for name, loss in ordered)
