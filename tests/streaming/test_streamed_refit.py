@@ -70,12 +70,14 @@ def made(folder, sources, place, scale=1.0):
 
 
 @pytest.mark.parametrize("elements", [1, 2048])
-@pytest.mark.parametrize("target", ["own", "dense"])
+@pytest.mark.parametrize("target", ["own", "dense", "residual"])
 def test_layers_are_those_of_a_refit_in_memory(cut, target, elements, monkeypatch):
     monkeypatch.setattr(refitting, "regroup", partial(regroup, elements=elements))
     settings = Settings(target, choose_on="left_out_source")
     found, changed = cut.refit(settings)
-    assert found["target"] == target
+    after_norms = "gemma3" in type(cut.task.model).__name__.lower()
+    assert found["target"] == {"residual": "own" if after_norms else "dense"}.get(target, target)
+    assert ("residual stream" in found.get("note", "")) == (target == "residual" and after_norms)
     assert len(found["layers"]) == 6
     cut.check(settings, found, changed)
 

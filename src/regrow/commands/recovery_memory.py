@@ -35,6 +35,8 @@ from regrow.streaming.requirements import BLOCKS, MemoryPlan, enough
 
 SPARE = 2**26
 """Bytes that the interpreter and the operations need besides."""
+PAIRED = ("dense", "residual")
+"""The targets of ``refit`` for which the network before the cut may run beside the one after it."""
 
 
 @dataclass(frozen=True)

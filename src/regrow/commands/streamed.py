@@ -18,6 +18,7 @@ from regrow.commands.models import DTYPES, ModelSpec
 from regrow.commands.prune_settings import budget_of
 from regrow.commands.reconstruction import count_tokens
 from regrow.commands.recovery_memory import (
+    PAIRED,
     SPARE,
     count_activations,
     plan_pairing,
@@ -226,7 +227,7 @@ def _with_reconstruction(plan: MemoryPlan, settings: Settings, opened: OpenedNet
     tokens = count_tokens(settings, text=True)
     more = predict_refit(opened.loaded.model, tokens, settings.seq_len, sums=len(settings.sources) + 2)
     plan = replace(plan, least=plan.least + more)
-    if settings.reconstruct_settings.get("target") == "dense":
+    if settings.reconstruct_settings.get("target") in PAIRED:
         plan = plan_pairing(plan, predict_pairing(opened.network(), tokens, settings.seq_len))
     if plan.least > plan.limit:
         raise ResourceError(
@@ -272,7 +273,7 @@ def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork)
             needed = max(needed, predict_later_recovery(settings.recover, model, window, settings.recover_tokens))
         if settings.reconstruct:
             tokens, several = count_tokens(settings, text=True), len(settings.sources) + 2
-            dense = complete_reconstruction(settings.reconstruct_settings, settings.sources).get("target") == "dense"
+            dense = complete_reconstruction(settings.reconstruct_settings, settings.sources).get("target") in PAIRED
             beside = count_activations(model, tokens, window) if dense else 0
             needed = max(needed, beside + predict_later_recovery("refit", model, window, tokens, sums=several))
     except UnpredictableError as error:

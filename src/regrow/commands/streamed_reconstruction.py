@@ -9,7 +9,7 @@ from regrow import store
 from regrow.axes import AxisGraph
 from regrow.commands.models import DTYPES
 from regrow.commands.reconstruction import reconstruct
-from regrow.commands.recovery_memory import explain_lacking, predict_pairing
+from regrow.commands.recovery_memory import PAIRED, explain_lacking, predict_pairing
 from regrow.commands.streamed import StreamedRun
 from regrow.commands.streamed_recovery import StreamedRecovery
 from regrow.plan import Plan
@@ -63,7 +63,7 @@ class StreamedReconstruction:
         cut = open_network(str(self.place), DTYPES.get(self.dtype))
         tokens, windows = (sum(counts) for counts in zip(*((one.tokens, len(one)) for one in sources), strict=True))
         more = predict_pairing(self.run.opened.network(), tokens, -(-tokens // windows))
-        lacking = "" if given.get("target") == "dense" else explain_lacking(self.run.plan, more)
+        lacking = "" if given.get("target") in PAIRED else explain_lacking(self.run.plan, more)
         both = StreamedRecovery(self.run.opened, cut, self.run.plan, lacking)
         pair, (dense, loaded) = both.start(self.folder), both.models()
         reconstruct(loaded.model, dense.model, axes, plan, sources, given, self.folder, progress, streamed=pair)

@@ -16,6 +16,7 @@ from regrow.commands.last_cut import LastCut
 from regrow.commands.models import DTYPES
 from regrow.commands.prune_settings import model_spec
 from regrow.commands.recovery_memory import (
+    PAIRED,
     MemoryTerms,
     count_sums,
     explain_lacking,
@@ -188,7 +189,7 @@ def _plan(settings: Settings, cut: LastCut, dense: OpenedNetwork, terms: MemoryT
     more = predict_refit(dense.loaded.model, windows * window, window, sums=sums) if refit else 0
     plan = replace(plan, limit=terms.limit, whole=terms.needed, least=plan.least + more, decision=True)
     beside = predict_pairing(network, windows * window, window) if refit else 0
-    paired = refit and settings.recovery_settings.get("target") == "dense"
+    paired = refit and settings.recovery_settings.get("target") in PAIRED
     plan = plan_pairing(plan, beside) if paired else plan
     if plan.least > plan.limit:
         raise ResourceError(

@@ -28,16 +28,17 @@ def complete_reconstruction(given: Mapping[str, object], sources: Collection[str
     """Return settings of ``--reconstruct`` with its defaults.
 
     With text that the model generates among the data, layers are fitted to what the dense network has there, so that
-    they make up for the errors of earlier layers; the two are measured together.
+    they make up for the errors of earlier layers, if they write to a residual stream directly; the two are measured
+    together.
 
     Args:
         given: The settings that differ from the defaults: name → value.
         sources: The names of the data.
 
     >>> complete_reconstruction({}, ["news", "generated"])["target"]
-    'dense'
+    'residual'
     """
-    target = {"target": "dense"} if GENERATED in sources else {}
+    target = {"target": "residual"} if GENERATED in sources else {}
     return {**RECONSTRUCTION_DEFAULTS, **target, **given}
 
 

@@ -102,6 +102,15 @@ def test_refit_is_the_closed_form(target):
         torch.testing.assert_close(layer.bias.data, wanted[:, -1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("build", "target"), [(language, "dense"), (perceptron, "own")])
+def test_the_target_residual_is_dense_where_outputs_are_added_to_a_residual_stream(build, target):
+    one, two = build(), build()
+    found, like = refit.refit(one, refit.Settings("residual")), refit.refit(two, refit.Settings(target))
+    assert found["target"] == target and found["layers"] == like["layers"]
+    assert ("residual stream" in found.get("note", "")) == (target == "own")
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
 def test_padding_is_not_fitted():
     mask = torch.ones(3, 6, dtype=torch.int64)
     mask[1:, 4:] = 0

@@ -10,10 +10,12 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -55,6 +57,8 @@ class LayerCall:
 class LayerCalls(TorchFunctionMode, ABC):
     """Calls :meth:`handle` for each watched layer, as soon as its output is first used.
 
+    Another shape of it, and dropout that is off, are not a use: what they return is the output, in the same memory.
+
     Args:
         watched: ``id`` of a weight → its name.
     """
@@ -85,8 +89,11 @@ class LayerCalls(TorchFunctionMode, ABC):
                 answer = func(*args, **kwargs)  # .shape, .dtype; but .T is the tensor itself
                 if not isinstance(answer, Tensor):
                     return answer
+            if used and _keeps_numbers(func, kwargs) and self._follow(used[0], result := func(*args, **kwargs)):
+                return result
             for tensor in reversed(used):
-                self._settle(self.waiting.pop(id(tensor)), func, args, kwargs)
+                if id(tensor) in self.waiting:
+                    self._settle(self._pop(id(tensor)), func, args, kwargs)
         result = func(*args, **kwargs)
         read = CONTRACTIONS.get(func)
         for weight, value, dim in read(*args, **kwargs) if read else ():
@@ -95,6 +102,23 @@ class LayerCalls(TorchFunctionMode, ABC):
                 self.waiting[id(result)] = LayerCall(name, value, dim, result, lambda: func(*args, **kwargs))
                 break
         return result
+
+    def _follow(self, output: Tensor, result: Tensor) -> bool:
+        """Wait for the use of what an operation made of an output, too; returns whether its channels are the same."""
+        call = self.waiting[id(output)]
+        if result is output:
+            return True
+        if call.dim != -1 or result.dtype != output.dtype or result.shape[-1:] != output.shape[-1:]:
+            return False
+        again = partial(_in_shape, call.again, result.shape)
+        self.waiting[id(result)] = replace(call, output=result, again=again)
+        return True
+
+    def _pop(self, key: int) -> LayerCall:
+        """Remove a waiting layer, with all other shapes of its output."""
+        call = self.waiting[key]
+        self.waiting = {at: one for at, one in self.waiting.items() if one.name != call.name}
+        return call
 
     def _settle(
         self, call: LayerCall, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -109,11 +133,19 @@ class LayerCalls(TorchFunctionMode, ABC):
     def finish(self) -> None:
         """Call :meth:`handle` for the watched layers whose outputs were never used, once a forward pass has ended."""
         while self.waiting:
-            self.handle(self.waiting.pop(next(iter(self.waiting))))
+            self.handle(self._pop(next(iter(self.waiting))))
+
+
+def _keeps_numbers(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    return func is torch.Tensor.view or (func is F.dropout and not kwargs.get("training", True))
+
+
+def _in_shape(compute: Callable[[], Tensor], shape: torch.Size) -> Tensor:
+    return compute().view(shape)
 
 
 class CallCounter(LayerCalls):
-    """Counts how often each watched layer runs.
+    """Counts how often each watched layer runs, and how often its output is first used by being added to a tensor.
 
     Args:
         watched: ``id`` of a weight → its name.
@@ -121,7 +153,7 @@ class CallCounter(LayerCalls):
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__(watched)
-        self.times: Counter[str] = Counter()
+        self.times, self.added = Counter[str](), Counter[str]()
 
     def handle(self, call: LayerCall) -> None:
         """Count a layer.
@@ -130,6 +162,7 @@ class CallCounter(LayerCalls):
             call: The layer, its input and its output.
         """
         self.times[call.name] += 1
+        self.added[call.name] += call.other is not None
 
 
 class _Offering(LayerCalls):

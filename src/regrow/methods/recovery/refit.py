@@ -8,7 +8,7 @@ layers before it refitted already. There are two targets:
 * ``own``: y_t is the output that the uncut layer would have, on the stream of the cut network.
 * ``dense``: y_t is the dense network's value, on its own stream, where the output goes. Where that is added to a
   residual stream: (dense output + dense stream) − stream of the cut network, so that a layer makes up for what the
-  layers before it still miss.
+  layers before it still miss. It cannot where a norm stands between (Gemma 3); ``residual`` is ``own`` there.
 
 On SmolLM2-135M ``own`` recovers more from 8,192 tokens, above all on text domains that it was not fitted on: the error
 of the layers before can mostly not be predicted from a layer's inputs. It needs a network that equals the dense one but
@@ -40,13 +40,13 @@ from torch.utils._pytree import tree_leaves
 from regrow.errors import ResourceError
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.fit_batches import join_all, keeps_state, read_state, regroup
-from regrow.methods.recovery.paired_forward import CallCounter, run_in_thread
+from regrow.methods.recovery.paired_forward import run_in_thread
+from regrow.methods.recovery.refit_layers import find_layers
 from regrow.methods.recovery.refit_work import Layer, LayerOrderError, RefitWork
 from regrow.methods.recovery.solve import RidgeCandidates
 from regrow.methods.recovery.streamed_refit import (
     check_places,
     compare_outputs,
-    count_calls,
     refit_blocks,
     refit_paired_blocks,
 )
@@ -55,15 +55,14 @@ from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.settings.declaration import UNRECORDED
 from regrow.sources import Batch, device_of
 from regrow.streaming.network import Around
-from regrow.surgery.compensate import bias_of, read_dim
-from regrow.surgery.layout import plan_layouts
+from regrow.surgery.compensate import bias_of
 from regrow.training.freeze import freeze
 from regrow.turns import StopRunError, Turns
 
 CITATION = (
     "regrow's own; after the least-squares reconstruction of He et al., Channel Pruning, ICCV 2017, arXiv:1707.06168"
 )
-TARGETS = ("auto", "own", "dense")
+TARGETS = ("auto", "own", "dense", "residual")
 CHOICES = ("held_out", "left_out_source")
 CLOSE = 0.01
 """The largest relative root mean square error at which the dense network with the cut layers counts as the cut one."""
@@ -75,7 +74,8 @@ class Settings:
 
     Args:
         target: ``own``: the output that the uncut layer would have on the cut network's stream; ``dense``: the dense
-            network's value there; ``auto``: ``own`` where that can be computed, else ``dense``.
+            network's value there; ``auto``: ``own`` where that can be computed, else ``dense``; ``residual``: ``dense``
+            where a refitted layer's output is added to a residual stream directly, else ``auto``.
         ridges: The candidate ridges, as multiples of the mean diagonal of Σ x xᵀ.
         held_out: The fraction of the text on which the ridge is chosen.
         choose_on: ``held_out``: the ridge is chosen on held-out text of the same sources; ``left_out_source``: on each
@@ -117,8 +117,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     Returns:
         ``layers``: per refitted layer :meth:`RidgeCandidates.record`: the error before and after, relative to the
         target's energy, and the ridge (0: it stayed); ``left_out``: name → why a layer was not refitted; ``target``:
-        which was used; ``note``: why not ``own``, or no left-out source, if not; ``choose_on``, if it was left-out
-        sources. JSON data.
+        which was used; ``note``: why not the wanted one, or no left-out source, if not; ``choose_on``, if it was
+        left-out sources. JSON data.
 
     Raises:
         ValueError: If a setting is of no use, the windows differ in shape, nothing that was cut can be refitted, or
@@ -130,7 +130,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     trains = next(task.model.parameters()).requires_grad
     with freeze(task.model, task.dense), torch.no_grad():
         state = read_state(task.model)
-        layers, left_out = readers_of(task, one)
+        found = find_layers(task, one)
+        layers, left_out = found.layers, found.left_out
         if left_out and not layers:
             name, why = next(iter(left_out.items()))
             raise ValueError(f"{name}, which reads what was cut, cannot be refitted: {why}; recover by distil")
@@ -140,19 +141,21 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         batches = join_all(parts) if keeps_state(task.model, state) else regroup(parts)
         work = RefitWork(task, named, candidates, batches, dict(task.model.named_parameters()))
         work.changed = task.streamed.changed if task.streamed else None
-        problem = "" if settings.target == "dense" else _explain_mismatch(work, left_out, one)
-        if problem and settings.target == "own":
+        normed = settings.target == "residual" and not found.added
+        wanted = "auto" if normed else settings.target.replace("residual", "dense")
+        problem = "" if wanted == "dense" else _explain_mismatch(work, left_out, one)
+        if problem and wanted == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
-        target = "dense" if problem else settings.target.replace("auto", "own")
+        target = "dense" if problem else wanted.replace("auto", "own")
         if task.streamed and target == "dense" and task.streamed.lacking:
             raise ResourceError(f"{problem or 'target=dense'}: {task.streamed.lacking}")
-        added = _with_biases(task.model, layers)
+        biased = _with_biases(task.model, layers)
         work.own = dict(task.model.named_parameters())
         work.resume()
         alone = False
         if not work.done:
-            alone = _refit(work, parts, target, added)
-    for name in added:
+            alone = _refit(work, parts, target, biased)
+    for name in biased:
         path, _, leaf = bias_of(name).rpartition(".")
         if name in work.refitted:
             task.model.get_parameter(bias_of(name)).requires_grad_(trains)
@@ -160,6 +163,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
             setattr(task.model.get_submodule(path), leaf, None)
     notes = ["which layers run depends on the data, so that all of it ran in one batch"] if alone else []
     notes += [f"{problem}; fitted to what the dense network has there"] if problem else []
+    if normed and not problem:
+        notes.append("no refitted layer's output is added to a residual stream directly, so target=own")
     if settings.choose_on == "left_out_source" and not candidates.left_out:
         notes.append("there is one source alone, so the ridge was chosen on its held-out part")
     more: dict[str, object] = {"note": "; ".join(notes)} if notes else {}
@@ -188,34 +193,6 @@ def _check(settings: Settings) -> None:
         raise ValueError(
             f"refit takes choose_on {' or '.join(CHOICES)}, and shrinkages above 0 and up to 1; got {given}"
         )
-
-
-def readers_of(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str]]:
-    """Return the layers that read cut units and can be refitted, sorted by name, and why others are left out.
-
-    Args:
-        task: The two networks and the cut.
-        batch: An input of the cut network, which is run once to count how often each layer runs.
-    """
-    axes, lays = task.axes, plan_layouts(task.axes, task.plan)
-    names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}
-    own = dict(task.model.named_parameters())
-    if task.streamed is None:
-        calls = CallCounter({id(own[name]): name for name in names if name in own})
-        with calls:
-            task.model(*batch.args, **batch.kwargs)
-        calls.finish()
-    times = calls.times if task.streamed is None else count_calls(task.streamed, names, batch)
-    layers, left_out = [], {}
-    for name in sorted(names):
-        dim = read_dim(axes, name)
-        problem = _problem(task, name, dim, times[name])
-        if problem or dim is None:
-            left_out[name] = problem
-            continue
-        rows = [lay.source for at, lay in lays[name].items() if at != dim]
-        layers.append(Layer(name, dim, lays[name][dim].source, rows[0] if rows else None))
-    return layers, left_out
 
 
 def _refit(work: RefitWork, parts: Sequence[Sequence[Batch]], target: str, added: Sequence[str]) -> bool:
@@ -329,21 +306,3 @@ def _with_biases(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
             set_bias(model, bias_of(layer.name), weight.new_zeros(weight.shape[1 - layer.dim]).detach())
             added.append(layer.name)
     return added
-
-
-def _problem(task: RecoveryTask, name: str, dim: int | None, calls: int) -> str:
-    """Say why a layer cannot be refitted; empty if it can."""
-    ties = task.axes.ties
-    if name in ties or name in ties.values() or name not in dict(task.model.named_parameters()):
-        return "its weight is shared"
-    if dim is None:
-        return "it reads several axes, or one in several places"
-    module, weight = task.model.get_submodule(name.rpartition(".")[0]), task.model.get_parameter(name)
-    if calls != 1:
-        return f"its weight is seen at work {calls} times in one pass"
-    if isinstance(module, nn.Conv2d):
-        plain = module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
-        return "" if plain else "a convolution in groups, or padded otherwise than with zeros"
-    if weight.dim() != 2 or dim not in (0, 1) or isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Embedding):
-        return f"a {type(module).__name__} is neither a linear map nor a two-dimensional convolution"
-    return ""

@@ -26,15 +26,15 @@ from regrow.surgery.compensate import bias_of
 from regrow.turns import StopRunError, Turns
 
 
-def count_calls(pair: StreamedPair, names: Collection[str], batch: Batch) -> Counter[str]:
-    """Return how often each of some layers of the cut network runs in one forward pass.
+def count_calls(pair: StreamedPair, names: Collection[str], batch: Batch) -> tuple[Counter[str], Counter[str]]:
+    """Return how often each of some layers of the cut network runs in a forward pass, and how often it is added.
 
     Args:
         pair: The networks.
         names: The names of the layers' weights.
         batch: The input.
     """
-    times = Counter[str]()
+    times, added = Counter[str](), Counter[str]()
 
     @contextmanager
     def counting(number: int, watched: Mapping[int, str]) -> Iterator[None]:
@@ -43,9 +43,10 @@ def count_calls(pair: StreamedPair, names: Collection[str], batch: Batch) -> Cou
             yield
         calls.finish()
         times.update(calls.times)
+        added.update(calls.added)
 
     pair.model.visit([batch], names, counting)
-    return times
+    return times, added
 
 
 def compare_outputs(work: RefitWork, pair: StreamedPair, batch: Batch) -> tuple[Any, Any]:
