@@ -176,7 +176,8 @@ LEARNED = {"base": "flap", "steps": 12, "every": 12}
 BASE_ORDER = {"partition": "layer", "switch": "never"}
 MEASURED = {"base": "flap", "allocation": "measured", **BASE_ORDER}
 FISHER, RANKED = "fisher uniform, MLP neurons, outer blocks unpruned", "fisher ranked, all units"
-MEASURED_FISHER = "fisher, measured allocation, all units"
+MEASURED_FISHER = {"fisher, measured allocation, all units": "", "fisher, measured allocation, MLP neurons": "mlp"}
+"""The arms of Fisher pruning with the best of three allocations: name → the axes that may be cut."""
 HALF = 0.5
 """The budget at which one ranking of all units loses less on left-out news (fold 0) than neurons of inner blocks."""
 OBS = "obs uniform, MLP neurons, outer blocks unpruned"
@@ -222,7 +223,7 @@ def unscreened(keeps: Sequence[float], folds: Sequence[int], samples: int) -> It
         own = [replace(variants[arm], keep=keep, fold=fold, sample=sample) for arm in UNSCREENED]
         mine = fisher_obs(keep, fold, sample)
         yield from (*own[:2], mine, with_prior(mine), *own[2:])
-        yield from (*map(with_prior, (*own[2:4], own[-1])), *map(reconstructed, own), measured(keep, fold, sample))
+        yield from (*map(with_prior, (*own[2:4], own[-1])), *map(reconstructed, own), *measured(keep, fold, sample))
         yield with_prior(own[-1], target="own")
 
 
@@ -234,9 +235,10 @@ def fisher(keep: float, fold: int = 0, sample: int = 0, on: str = DOMAINS) -> Po
     return Point(RANKED if half else FISHER, "fisher", keep, fold, sample, on, **more)
 
 
-def measured(keep: float, fold: int = 0, sample: int = 0) -> Point:
-    """Fisher pruning of all units, with the best of three allocations by the loss on calibration data."""
-    return Point(MEASURED_FISHER, "fisher", keep, fold, sample, only="", settings={"allocation": "measured"})
+def measured(keep: float, fold: int = 0, sample: int = 0) -> Iterator[Point]:
+    """Fisher pruning of all units, and of MLP neurons, with the best of three allocations by the calibration loss."""
+    for arm, only in MEASURED_FISHER.items():
+        yield Point(arm, "fisher", keep, fold, sample, only=only, settings={"allocation": "measured"})
 
 
 def fisher_obs(keep: float, fold: int = 0, sample: int = 0) -> Point:
