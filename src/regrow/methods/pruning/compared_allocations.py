@@ -1,7 +1,7 @@
 """Which of several allocations is taken: the losses of the masked networks are compared on calibration data."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,11 +14,11 @@ from regrow.methods.pruning.pruner import Kept, PruningTask
 from regrow.objectives import choose_objective
 from regrow.scoring import constant_inputs
 from regrow.scoring.spaces import inner
-from regrow.sources import device_of
+from regrow.sources import Batch, device_of
 from regrow.surgery.gate import gate_inputs, gates_of
 
-BATCHES = 2
-"""How many batches of each source the losses are measured on."""
+LABELS = 2000
+"""How many labels of each source the losses are measured on, in whole batches."""
 ALL, INNER, RANKED = "all blocks pruned", "first and last blocks unpruned", "one ranking of all units"
 
 
@@ -121,7 +121,7 @@ def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> d
     """Return the mean loss under each mask over the batches on which one of them is finite; empty if there is none."""
     masks = {name: gates_of(task.axes, units) for name, units in kept.items()}
     fills = constant_inputs(task.model, task.evidence.pooled(gradients=False).moments) if compensate else {}
-    batches = [batch for source in task.evidence.data.values() for batch in source.batches[:BATCHES]]
+    batches = [batch for source in task.evidence.data.values() for batch in _first(source)]
     rows: list[dict[str, float]] = []
     for number, batch in enumerate(batches):
         task.progress(number, len(batches), "comparing allocations")
@@ -133,3 +133,13 @@ def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> d
             row[name] = loss if math.isfinite(loss) else math.inf
         rows += [row] if min(row.values()) < math.inf else []
     return {name: math.fsum(row[name] for row in rows) / len(rows) for name in masks} if rows else {}
+
+
+def _first(source: Iterable[Batch]) -> Iterator[Batch]:
+    """Return the first batches with enough labels, or all."""
+    labels = 0
+    for batch in source:
+        yield batch
+        labels += batch.size
+        if labels >= LABELS:
+            return

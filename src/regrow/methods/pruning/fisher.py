@@ -33,8 +33,8 @@ class Settings:
     Args:
         allocation: ``uniform``: the same fraction of each axis; ``ranked``: one ranking of the estimated loss per
             removed weight; ``measured``: of the same fraction of each axis outside the first and last blocks, the same
-            in all blocks, and one ranking of all blocks, the one with the lowest loss of the cut network on two batches
-            of each source, before any refit.
+            in all blocks, and one ranking of all blocks, the one with the lowest loss of the cut network on 2,000
+            labels of each source, before any refit.
         compensate: Whether the mean of dropped inputs is added to biases.
         spare_first: The fraction of the numbered blocks, at the beginning, that is not pruned; with ``measured``, in
             the first of the three allocations.

@@ -41,8 +41,8 @@ class Settings:
     Args:
         ridge: The ridge of the least squares, as a fraction of each input's Σ x². Removing one of two units that cancel
             costs about 2 · ridge times its energy, so that a large ridge keeps them.
-        spare: ``measured``: the first and last blocks stay unpruned unless the cut network has a lower loss on two
-            batches of each source if they are pruned, too; ``always``; ``never``.
+        spare: ``measured``: the first and last blocks stay unpruned unless the cut network has a lower loss on
+            2,000 labels of each source if they are pruned, too; ``always``; ``never``.
         compensate: Whether the mean of dropped inputs is added to biases.
         spare_first: The fraction of the numbered blocks, at the beginning, that may stay unpruned.
         spare_last: The fraction of the numbered blocks, at the end, that may stay unpruned.
