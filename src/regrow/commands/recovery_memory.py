@@ -236,7 +236,7 @@ def count_activations(model: nn.Module, tokens: int, window: int) -> int:
 
 
 def predict_pairing(network: StreamedNetwork, tokens: int, window: int) -> int:
-    """Return what refit with ``target=dense`` needs besides, where both networks run one block at a time, in bytes.
+    """Return what refit to the dense network needs besides, where both networks run one block at a time, in bytes.
 
     That is the cut network, counted with the shapes before the cut, and its activations, beside those of the dense one.
 
@@ -250,7 +250,7 @@ def predict_pairing(network: StreamedNetwork, tokens: int, window: int) -> int:
 
 
 def plan_pairing(plan: MemoryPlan, more: int) -> MemoryPlan:
-    """Return the prediction for refit with ``target=dense``.
+    """Return the prediction for refit to the dense network (:data:`PAIRED`).
 
     Args:
         plan: The prediction with one of the networks in memory.
@@ -260,7 +260,7 @@ def plan_pairing(plan: MemoryPlan, more: int) -> MemoryPlan:
 
 
 def explain_lacking(plan: MemoryPlan, more: int) -> str:
-    """Say why there is no room for refit with ``target=dense``, and what to do; empty if there is.
+    """Say why there is no room for refit to the dense network, and what to do; empty if there is.
 
     Args:
         plan: The prediction with one of the networks in memory, which says where hidden states are.

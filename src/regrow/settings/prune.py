@@ -28,8 +28,8 @@ def complete_reconstruction(given: Mapping[str, object], sources: Collection[str
     """Return settings of ``--reconstruct`` with its defaults.
 
     With text that the model generates among the data, layers are fitted to what the dense network has there, so that
-    they make up for the errors of earlier layers, if they write to a residual stream directly; the two are measured
-    together.
+    they make up for the errors of earlier layers, if at least one writes to a residual stream directly (``residual``);
+    the two are measured together.
 
     Args:
         given: The settings that differ from the defaults: name → value.
@@ -155,8 +155,8 @@ class Settings:
     )] = 32768
     reconstruct: Annotated[bool, Setting(
         "After the cut, fit every layer that reads cut units to its own dense output by least squares (with --source "
-        "generated: to what the dense network has there), with what is chosen judged on each source in turn, left out "
-        "of the fit (of a single source: on held-out text).",
+        "generated, unless a norm follows it: to what the dense network has there), with what is chosen judged on each "
+        "source in turn, left out of the fit (of a single source: on held-out text).",
         group=AFTER, absent=False,
     )] = False
     reconstruct_tokens: Annotated[int, Setting(

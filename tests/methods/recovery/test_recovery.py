@@ -111,6 +111,27 @@ def test_the_target_residual_is_dense_where_outputs_are_added_to_a_residual_stre
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
 
 
+class Twice(nn.Module):
+    """Runs each layer twice before it uses what the layer returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x), self.first(-x)
+        p, q = self.last(torch.relu(a)), self.last(torch.tanh(b))
+        return p - q
+
+
+@pytest.mark.parametrize("target", refit.TARGETS)
+def test_a_layer_that_runs_twice_is_not_fitted(target):
+    model = Twice()
+    one = task(model, trace(model, torch.randn(2, 4)), {"first.weight:0": range(7)}, rows())
+    with pytest.raises(ValueError, match=r"last\.weight.* seen at work 2 times"):
+        refit.refit(one, refit.Settings(target))
+
+
 def test_padding_is_not_fitted():
     mask = torch.ones(3, 6, dtype=torch.int64)
     mask[1:, 4:] = 0

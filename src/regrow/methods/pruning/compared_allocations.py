@@ -18,7 +18,7 @@ from regrow.sources import Batch, device_of
 from regrow.surgery.gate import gate_inputs, gates_of
 
 LABELS = 2000
-"""How many labels of each source the losses are measured on, in whole batches."""
+"""How many labels of each source (without labels: examples) the losses are measured on, in whole batches."""
 ALL, INNER, RANKED = "all blocks pruned", "first and last blocks unpruned", "one ranking of all units"
 
 
@@ -118,28 +118,32 @@ def choose_allocation(
 
 
 def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> dict[str, float]:
-    """Return the mean loss under each mask over the batches on which one of them is finite; empty if there is none."""
+    """Return the mean loss per label under each mask, of batches on which one of them is finite; empty if none is."""
     masks = {name: gates_of(task.axes, units) for name, units in kept.items()}
     fills = constant_inputs(task.model, task.evidence.pooled(gradients=False).moments) if compensate else {}
-    batches = [batch for source in task.evidence.data.values() for batch in _first(source)]
-    rows: list[dict[str, float]] = []
-    for number, batch in enumerate(batches):
-        task.progress(number, len(batches), "comparing allocations")
+    sums, measured, seen = dict.fromkeys(masks, 0.0), 0, 0
+    sources = list(task.evidence.data.values())
+    for batch in (batch for source in sources for batch in _first(source)):
+        task.progress(seen, max(seen + 1, LABELS * len(sources)), "comparing allocations")
+        seen += batch.size
         objective, here = task.objective or choose_objective(None, batch), batch.to(device_of(task.model))
         row = {}
         for name, gates in masks.items():
             with torch.no_grad(), gate_inputs(task.model, task.axes, gates, fills):
                 loss = float(objective.compute_loss(task.model(*here.args, **here.kwargs), here))
             row[name] = loss if math.isfinite(loss) else math.inf
-        rows += [row] if min(row.values()) < math.inf else []
-    return {name: math.fsum(row[name] for row in rows) / len(rows) for name in masks} if rows else {}
+        if min(row.values()) < math.inf:
+            measured += batch.size
+            sums = {name: sums[name] + row[name] * batch.size for name in masks}
+    return {name: one / measured for name, one in sums.items()} if measured else {}
 
 
 def _first(source: Iterable[Batch]) -> Iterator[Batch]:
-    """Return the first batches with enough labels, or all."""
+    """Return the first batches that have enough labels together, or all; those without any are left out."""
     labels = 0
     for batch in source:
-        yield batch
+        if batch.size:
+            yield batch
         labels += batch.size
         if labels >= LABELS:
             return

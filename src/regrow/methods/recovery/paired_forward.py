@@ -57,7 +57,7 @@ class LayerCall:
 class LayerCalls(TorchFunctionMode, ABC):
     """Calls :meth:`handle` for each watched layer, as soon as its output is first used.
 
-    Another shape of it, and dropout that is off, are not a use: what they return is the output, in the same memory.
+    A view of the output with the same channels, and dropout that is off, do not count as a use.
 
     Args:
         watched: ``id`` of a weight → its name.
@@ -67,6 +67,8 @@ class LayerCalls(TorchFunctionMode, ABC):
         super().__init__()
         self.watched = watched
         self.waiting: dict[int, LayerCall] = {}
+        self.views: dict[int, tuple[int, Tensor]] = {}
+        """``id`` of a view → ``id`` of the output that it is a view of, and the view."""
 
     @abstractmethod
     def handle(self, call: LayerCall) -> None:
@@ -82,18 +84,16 @@ class LayerCalls(TorchFunctionMode, ABC):
         """Call :meth:`handle` for the watched layers whose outputs are operands, then run the operation."""
         kwargs = kwargs or {}
         if self.waiting and getattr(func, "__name__", "") not in _SHAPE_METHODS:
-            used = [
-                leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and id(leaf) in self.waiting
-            ]
+            used = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and self.call_of(one)]
             if used and getattr(func, "__name__", "") == "__get__":
                 answer = func(*args, **kwargs)  # .shape, .dtype; but .T is the tensor itself
                 if not isinstance(answer, Tensor):
                     return answer
-            if used and _keeps_numbers(func, kwargs) and self._follow(used[0], result := func(*args, **kwargs)):
+            if used and _keeps_values(func, kwargs) and self._follow(used[0], result := func(*args, **kwargs)):
                 return result
             for tensor in reversed(used):
-                if id(tensor) in self.waiting:
-                    self._settle(self._pop(id(tensor)), func, args, kwargs)
+                if call := self._pop(tensor):
+                    self._settle(call, func, args, kwargs)
         result = func(*args, **kwargs)
         read = CONTRACTIONS.get(func)
         for weight, value, dim in read(*args, **kwargs) if read else ():
@@ -103,21 +103,34 @@ class LayerCalls(TorchFunctionMode, ABC):
                 break
         return result
 
+    def call_of(self, tensor: Tensor) -> LayerCall | None:
+        """Return the layer whose output a tensor is, in the shape of the tensor; ``None`` if it is no unused output.
+
+        Args:
+            tensor: Any tensor.
+        """
+        first, view = self.views.get(id(tensor), (id(tensor), None))
+        call = self.waiting.get(first)
+        if call is None or view is None:
+            return call
+        return replace(call, output=view, again=partial(_compute_in_shape, call.again, view.shape))
+
     def _follow(self, output: Tensor, result: Tensor) -> bool:
-        """Wait for the use of what an operation made of an output, too; returns whether its channels are the same."""
-        call = self.waiting[id(output)]
+        """Note that a tensor is a view of an output; returns False if its channels are not the same."""
         if result is output:
             return True
-        if call.dim != -1 or result.dtype != output.dtype or result.shape[-1:] != output.shape[-1:]:
+        same = result.dtype == output.dtype and result.shape[-1:] == output.shape[-1:]
+        first = self.views.get(id(output), (id(output), None))[0]
+        if not same or self.waiting[first].dim != -1:
             return False
-        again = partial(_in_shape, call.again, result.shape)
-        self.waiting[id(result)] = replace(call, output=result, again=again)
+        self.views[id(result)] = first, result
         return True
 
-    def _pop(self, key: int) -> LayerCall:
-        """Remove a waiting layer, with all other shapes of its output."""
-        call = self.waiting[key]
-        self.waiting = {at: one for at, one in self.waiting.items() if one.name != call.name}
+    def _pop(self, tensor: Tensor) -> LayerCall | None:
+        """Remove and return the layer whose output a tensor is, with all views of the output."""
+        call, first = self.call_of(tensor), self.views.get(id(tensor), (id(tensor), None))[0]
+        self.waiting.pop(first, None)
+        self.views = {at: one for at, one in self.views.items() if one[0] != first}
         return call
 
     def _settle(
@@ -128,19 +141,21 @@ class LayerCalls(TorchFunctionMode, ABC):
             a, b = args
             other = b if a is call.output else a
         same = isinstance(other, Tensor) and other is not call.output and other.shape == call.output.shape
-        self.handle(LayerCall(call.name, call.value, call.dim, call.output, call.again, other if same else None))
+        self.handle(replace(call, other=other if same else None))
 
     def finish(self) -> None:
         """Call :meth:`handle` for the watched layers whose outputs were never used, once a forward pass has ended."""
         while self.waiting:
-            self.handle(self._pop(next(iter(self.waiting))))
+            first = next(iter(self.waiting))
+            self.views = {at: one for at, one in self.views.items() if one[0] != first}
+            self.handle(self.waiting.pop(first))
 
 
-def _keeps_numbers(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+def _keeps_values(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     return func is torch.Tensor.view or (func is F.dropout and not kwargs.get("training", True))
 
 
-def _in_shape(compute: Callable[[], Tensor], shape: torch.Size) -> Tensor:
+def _compute_in_shape(compute: Callable[[], Tensor], shape: torch.Size) -> Tensor:
     return compute().view(shape)
 
 

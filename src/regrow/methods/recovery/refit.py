@@ -6,9 +6,9 @@ Layers are refitted from the first to the last; x_t is the layer's input at posi
 layers before it refitted already. There are two targets:
 
 * ``own``: y_t is the output that the uncut layer would have, on the stream of the cut network.
-* ``dense``: y_t is the dense network's value, on its own stream, where the output goes. Where that is added to a
-  residual stream: (dense output + dense stream) − stream of the cut network, so that a layer makes up for what the
-  layers before it still miss. It cannot where a norm stands between (Gemma 3); ``residual`` is ``own`` there.
+* ``dense``: y_t is the dense network's value, on its own stream, where the output goes. Where the output is added to
+  another tensor, as to a residual stream: (dense output + dense tensor) − tensor of the cut network, so that a layer
+  makes up for what the layers before it still miss. It cannot where a norm or a factor stands between (Gemma 3).
 
 On SmolLM2-135M ``own`` recovers more from 8,192 tokens, above all on text domains that it was not fitted on: the error
 of the layers before can mostly not be predicted from a layer's inputs. It needs a network that equals the dense one but
@@ -75,7 +75,7 @@ class Settings:
     Args:
         target: ``own``: the output that the uncut layer would have on the cut network's stream; ``dense``: the dense
             network's value there; ``auto``: ``own`` where that can be computed, else ``dense``; ``residual``: ``dense``
-            where a refitted layer's output is added to a residual stream directly, else ``auto``.
+            if the output of at least one fitted layer is added to another tensor directly, else ``auto``.
         ridges: The candidate ridges, as multiples of the mean diagonal of Σ x xᵀ.
         held_out: The fraction of the text on which the ridge is chosen.
         choose_on: ``held_out``: the ridge is chosen on held-out text of the same sources; ``left_out_source``: on each
@@ -141,8 +141,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         batches = join_all(parts) if keeps_state(task.model, state) else regroup(parts)
         work = RefitWork(task, named, candidates, batches, dict(task.model.named_parameters()))
         work.changed = task.streamed.changed if task.streamed else None
-        normed = settings.target == "residual" and not found.added
-        wanted = "auto" if normed else settings.target.replace("residual", "dense")
+        no_stream = settings.target == "residual" and bool(layers) and not found.added
+        wanted = "auto" if no_stream else settings.target.replace("residual", "dense")
         problem = "" if wanted == "dense" else _explain_mismatch(work, left_out, one)
         if problem and wanted == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
@@ -152,19 +152,19 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         biased = _with_biases(task.model, layers)
         work.own = dict(task.model.named_parameters())
         work.resume()
-        alone = False
+        joined = False
         if not work.done:
-            alone = _refit(work, parts, target, biased)
+            joined = _refit(work, parts, target, biased)
     for name in biased:
         path, _, leaf = bias_of(name).rpartition(".")
         if name in work.refitted:
             task.model.get_parameter(bias_of(name)).requires_grad_(trains)
         else:
             setattr(task.model.get_submodule(path), leaf, None)
-    notes = ["which layers run depends on the data, so that all of it ran in one batch"] if alone else []
+    notes = ["which layers run depends on the data, so that all of it ran in one batch"] if joined else []
     notes += [f"{problem}; fitted to what the dense network has there"] if problem else []
-    if normed and not problem:
-        notes.append("no refitted layer's output is added to a residual stream directly, so target=own")
+    if no_stream and not problem:
+        notes.append("no fitted layer's output is added to a residual stream directly, so target=own")
     if settings.choose_on == "left_out_source" and not candidates.left_out:
         notes.append("there is one source alone, so the ridge was chosen on its held-out part")
     more: dict[str, object] = {"note": "; ".join(notes)} if notes else {}
@@ -195,13 +195,13 @@ def _check(settings: Settings) -> None:
         )
 
 
-def _refit(work: RefitWork, parts: Sequence[Sequence[Batch]], target: str, added: Sequence[str]) -> bool:
+def _refit(work: RefitWork, parts: Sequence[Sequence[Batch]], target: str, biased: Sequence[str]) -> bool:
     """Refit all layers; returns whether the data had to run in one batch, since not all of them run every layer."""
     for batches in (work.batches, None):
         if batches is None:
             work.start_again(regroup(parts, most=1))
         try:
-            _refit_batches(work, target, added)
+            _refit_batches(work, target, biased)
         except LayerOrderError as error:
             problem = str(error)
         else:
@@ -209,10 +209,10 @@ def _refit(work: RefitWork, parts: Sequence[Sequence[Batch]], target: str, added
     raise ValueError(f"{problem}, also in one batch; give data with the same arguments, or recover by distil")
 
 
-def _refit_batches(work: RefitWork, target: str, added: Sequence[str]) -> None:
+def _refit_batches(work: RefitWork, target: str, biased: Sequence[str]) -> None:
     if work.task.streamed is not None:
         run = refit_blocks if target == "own" else refit_paired_blocks
-        run(work, work.task.streamed, added)
+        run(work, work.task.streamed, biased)
     elif target == "own":
         _refit_in_dense(work)
     else:

@@ -41,6 +41,7 @@ def count_calls(pair: StreamedPair, names: Collection[str], batch: Batch) -> tup
         calls = CallCounter(watched)
         with calls:
             yield
+        added.update(call.name for call in calls.waiting.values())  # the next block may add it
         calls.finish()
         times.update(calls.times)
         added.update(calls.added)
@@ -202,12 +203,11 @@ def _results_used(pair: StreamedPair) -> Iterator[threading.local]:
     def checked(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
-            waiting = modes.present.waiting
             for one in tree_leaves(result):
-                if isinstance(one, Tensor) and id(one) in waiting:
+                if isinstance(one, Tensor) and (call := modes.present.call_of(one)):
                     raise InputError(
-                        f"{path} returns the output of {waiting[id(one)].name} as it is, so that refit with "
-                        "target=dense needs both networks in memory; give more memory, or target=own"
+                        f"{path} returns the output of {call.name} as it is, so that refit with target=dense needs "
+                        "both networks in memory; give more memory, or target=own"
                     )
             return result
 
