@@ -103,7 +103,7 @@ class Arm:
     def baseline(self) -> bool:
         """Whether it can be the baseline: a published method without reconstruction."""
         row = self.rows[0]
-        return row["method"] in METHODS[:-1] and not row["reconstruct"] and row["arm"] != MEASURED_FISHER
+        return row["method"] in METHODS[:-1] and not row["reconstruct"] and row["arm"] not in MEASURED_FISHER
 
     @property
     def draws(self) -> frozenset[Draw]:

@@ -126,7 +126,9 @@ def test_a_budget_that_the_inner_blocks_cannot_meet_takes_all() -> None:
     assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == {"0", "1"}
 
 
-def test_batches_without_labels_are_left_out_and_without_a_loss_the_first_blocks_stay(monkeypatch) -> None:
+def test_batches_without_labels_are_left_out_and_without_a_loss_the_first_blocks_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, axes = lm(kv=3, rep=2, size=4, ff=64)
     batches = texts("a").batches
     none = [replace(batch, labels=torch.full_like(batch.labels, -100)) for batch in batches]

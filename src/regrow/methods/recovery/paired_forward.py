@@ -57,7 +57,7 @@ class LayerCall:
 class LayerCalls(TorchFunctionMode, ABC):
     """Calls :meth:`handle` for each watched layer, as soon as its output is first used.
 
-    A view of the output with the same channels, and dropout that is off, do not count as a use.
+    A view of the output with the same channels, and dropout in evaluation mode, do not count as a use.
 
     Args:
         watched: ``id`` of a weight → its name.

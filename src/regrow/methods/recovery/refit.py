@@ -8,7 +8,7 @@ layers before it refitted already. There are two targets:
 * ``own``: y_t is the output that the uncut layer would have, on the stream of the cut network.
 * ``dense``: y_t is the dense network's value, on its own stream, where the output goes. Where the output is added to
   another tensor, as to a residual stream: (dense output + dense tensor) − tensor of the cut network, so that a layer
-  makes up for what the layers before it still miss. It cannot where a norm or a factor stands between (Gemma 3).
+  makes up for what the layers before it still miss. It cannot where a norm or a factor follows the layer (Gemma 3).
 
 On SmolLM2-135M ``own`` recovers more from 8,192 tokens, above all on text domains that it was not fitted on: the error
 of the layers before can mostly not be predicted from a layer's inputs. It needs a network that equals the dense one but

@@ -22,7 +22,7 @@ class LayersToRefit:
         layers: Those that can be refitted, sorted by name.
         left_out: The name of each other → why it cannot.
         added: Whether the output of at least one of ``layers`` is added to another tensor as it is, as where a layer
-            writes to a residual stream and no norm stands between.
+            writes to a residual stream directly.
     """
 
     layers: Sequence[Layer]
