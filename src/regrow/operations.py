@@ -1,8 +1,23 @@
 """Records of the operations of a traced network: their MACs, sizes in divisors, and data-dependent decisions."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from regrow.dims import Dim
+
+
+class Tracer(StrEnum):
+    """How the operations of a network are recorded on fake tensors; later ones are slower and assume less."""
+
+    COPY = "copy"
+    """In export mode; the operations of repeated modules are copied from the first."""
+    FULL = "full"
+    """In export mode; every module runs."""
+    PLAIN = "plain"
+    """As the network runs without gradients, outside export mode; every module runs."""
+    EXPORT = "export"
+    """By ``torch.export``."""
+
 
 Number = int | float | str | None
 Numbers = tuple[Number | tuple[Number, ...], ...]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from regrow.operations import Tracer
 from regrow.tracing import form_cache, record
 from regrow.tracing.capture import capture, example_of, in_training
 from regrow.tracing.form_cache import remember_result
@@ -61,7 +62,7 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
     args, kwargs = ZOO[name].example()
     model = ZOO[name].build()
     example = example_of(model, args, kwargs)
-    capture(model, example, exported=False)
+    capture(model, example, tracer=Tracer.COPY)
     assert asked
     form_cache.forget_results()
     asked.clear()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from laws import EXACT, gap, in_double, masked_equals_shrunk, outputs, random_plan, shrunk, smallest_plan, zeroed
 from regrow.axes import AxisGraph, Example, Mark, RecordedStep, Slot, size_of
+from regrow.operations import Tracer
 from regrow.plan import Plan
 from regrow.surgery import verify
 from regrow.surgery.carry import carry_out
@@ -97,10 +98,10 @@ def refuse(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("out of order")
 
 
-def dry(model: nn.Module, example: Example, exported: bool) -> tuple[AxisGraph, tuple[RecordedStep, ...]]:
+def dry(model: nn.Module, example: Example, tracer: Tracer) -> tuple[AxisGraph, tuple[RecordedStep, ...]]:
     """What a record on fake data says, ours or an export: axes before any trial, and what the network does."""
-    recorded = capture(model, example, exported=exported)
-    assert recorded.exported == exported
+    recorded = capture(model, example, tracer=tracer)
+    assert recorded.tracer == tracer
     w = walk(recorded, RULES, POINTWISE)
     axes, names = assemble(model, w, example)
     return axes, steps(w, names)
@@ -112,7 +113,9 @@ def test_our_record_on_fake_data_is_that_of_an_export(name: str) -> None:
     """Operation by operation; what is traced from the one is what is traced from the other, to the last name."""
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
-    (ours, mine), (theirs, other) = (dry(model, example_of(model, args, kwargs), one) for one in (False, True))
+    (ours, mine), (theirs, other) = (
+        dry(model, example_of(model, args, kwargs), one) for one in (Tracer.COPY, Tracer.EXPORT)
+    )
     assert mine == other
     assert list(ours.axes) == list(theirs.axes) and ours.shapes == theirs.shapes and ours.ties == theirs.ties
     assert ours.unreached == theirs.unreached and ours.notes == theirs.notes and ours.folds == theirs.folds
@@ -133,12 +136,12 @@ def test_what_asks_or_reads_what_it_kept_is_not_ours_to_record_on_fake_data() ->
 
     for wire, real in ((keeps, False), (reads, True), (lambda m, x: m.two(m.one(x)) * x.sum().item(), True)):
         model = randomise(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
-        found = capture(model, Example((torch.ones(2, 4),)), exported=False)
+        found = capture(model, Example((torch.ones(2, 4),)), tracer=Tracer.COPY)
         assert (found.decisions is not None) == real
 
 
-def test_a_network_that_asks_whether_it_is_exported_is_told_so() -> None:
-    """It does the same for us as for an export."""
+def test_a_network_that_asks_whether_it_is_exported_is_traced_as_it_runs() -> None:
+    """Our recording answers as an export does; where that changes the outputs, the axes are those of a run."""
     import torch.compiler as asked
 
     def wire(m: Any, x: Tensor) -> Tensor:
@@ -147,8 +150,10 @@ def test_a_network_that_asks_whether_it_is_exported_is_told_so() -> None:
 
     model = randomise(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
     example = Example((torch.ones(2, 4),))
-    assert dry(model, example, exported=False)[1] == dry(model, example, exported=True)[1]
-    assert trace(model, torch.ones(2, 4)).free() and not asked.is_exporting() and not asked.is_compiling()
+    assert dry(model, example, Tracer.COPY)[1] == dry(model, example, Tracer.EXPORT)[1]
+    axes = trace(model, torch.ones(2, 4))
+    assert axes.tracer == Tracer.PLAIN and "flip" in axes["one.weight:0"].reason
+    assert not asked.is_exporting() and not asked.is_compiling()
 
 
 def walked(model: nn.Module, example: Example) -> set[tuple[Mark, frozenset[Slot]]]:
@@ -217,7 +222,7 @@ def test_a_number_made_of_a_size_follows_it() -> None:
 
 def test_an_entry_of_a_row_of_numbers_is_no_question_to_data() -> None:
     _, axes = traced(lambda m, x: m.two(m.one(x)) * (torch.arange(4) + 1)[2].item())
-    assert axes.decisions is None and not axes.exported
+    assert axes.decisions is None and axes.tracer != Tracer.EXPORT
     assert axes["one.weight:0"].mark is not Mark.FROZEN
 
 

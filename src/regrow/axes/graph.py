@@ -10,7 +10,7 @@ from uuid import uuid4
 from regrow.axes.axis import Axis, Example, Mark, Role
 from regrow.branches import Branch, lies_in
 from regrow.dims import Cache, Dim, Product, axes_in
-from regrow.operations import Decision, Fold, RecordedStep, Work
+from regrow.operations import Decision, Fold, RecordedStep, Tracer, Work
 from regrow.tables import format_html, format_text
 
 
@@ -37,7 +37,8 @@ class AxisGraph:
         steps: The operations of the network, in the order in which they ran.
         decisions: The data-dependent values of the example, where one eager run was recorded; ``None`` where
             fake data were enough.
-        exported: Whether the recording on fake data was made by ``torch.export`` and not by regrow's own tracer.
+        tracer: How the network was recorded on fake data.
+        unproven: Why the recording was not compared with the network's own forward pass; empty: it was, and is equal.
         trained: Whether training mode was traced too, since it reaches more parameters.
         declared: The keys of the axes that the user declared instead of tracing.
         example: The traced input, for verifying.
@@ -61,7 +62,8 @@ class AxisGraph:
     branches: Mapping[str, Branch] = field(default_factory=dict)
     steps: tuple[RecordedStep, ...] = field(default=(), compare=False, repr=False)
     decisions: tuple[Decision, ...] | None = field(default=None, compare=False, repr=False)
-    exported: bool = field(default=False, compare=False, repr=False)
+    tracer: Tracer = field(default=Tracer.COPY, compare=False, repr=False)
+    unproven: str = field(default="", compare=False, repr=False)
     trained: bool = False
     declared: tuple[str, ...] = ()
     example: Example = field(default_factory=Example, compare=False, repr=False)

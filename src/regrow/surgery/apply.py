@@ -3,18 +3,19 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, size_of
+from regrow.operations import Tracer
 from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out, commit, prepare
 from regrow.surgery.drop import bring_back, without_branches
 from regrow.surgery.eager import trial_error
+from regrow.surgery.forward_check import NotAsRecordedError, check_own_run, is_numberless
 from regrow.surgery.insert import with_stacks
 from regrow.surgery.output_comparison import max_difference, max_magnitude
 from regrow.surgery.proof import check_blocks, describe_difference
@@ -45,7 +46,8 @@ def apply(
     must give their input unchanged, and the network is traced anew. Everything is computed and tried on a copy first:
     on fake tensors, the cut network must run the same operations on the same operands with the same constants; in
     float64 it must compute what the masked one does, on blocks of each class (:mod:`regrow.surgery.proof`), or as a
-    whole where there are none; for declared axes it is run on the example. Only then is the model changed, in place.
+    whole where there are none; for declared axes it is run on the example. Then the model is changed, in place, and its
+    own forward pass must give what the recording of the planned network gives; otherwise the model is restored.
 
     Args:
         model: The traced model; changed in place.
@@ -74,6 +76,17 @@ def apply(
     if torch.is_inference_mode_enabled():
         raise PlanError("apply would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     check(model, axes, plan)
+    try:
+        return _apply(model, axes, plan, optimizers, undo)
+    except NotAsRecordedError:
+        if axes.tracer != Tracer.COPY:
+            raise
+        return _apply(model, replace(axes, tracer=Tracer.FULL, recording=None), plan, optimizers, undo)
+
+
+def _apply(
+    model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
+) -> tuple[nn.Module, AxisGraph]:
     if plan.insert or plan.remove:
         with with_stacks(model, axes, plan, optimizers, undo) as (left, rest, kept):
             return apply(model, left, rest, undo=kept)
@@ -81,7 +94,7 @@ def apply(
         return bring_back(model, axes, plan, optimizers, undo)
     if plan.drop:
         with without_branches(model, axes, plan, optimizers, undo) as (left, rest, kept):
-            return apply(model, left, rest, optimizers=optimizers, undo=kept)
+            return apply(model, check_own_run(model, left), rest, optimizers=optimizers, undo=kept)
     if undo is None and (lost := next((key for key, change in plan.changes.items() if change.recalled), "")):
         raise PlanError(
             f"axis {lost!r}: what its restored units held is in no undo store; give the one that was there when they "
@@ -95,9 +108,9 @@ def apply(
     if rehearsal is not None:
         change = ProposedChange(model, axes, plan, axes.recording, rehearsal.planned, ready, undo)
         known = _proved(change, rehearsal.present)
-    if known.recording is None and not _is_numberless(model, axes):
+    if known.recording is None and not is_numberless(model, axes):
         _compare(model, axes, plan)
-    return commit(model, known, plan, ready, optimizers, undo)
+    return commit(model, known, plan, ready, optimizers, undo, partial(check_own_run, model))
 
 
 def try_out(
@@ -132,7 +145,7 @@ def _proved(change: ProposedChange, present: Capture | None) -> AxisGraph:
     """Check the planned change on blocks of the network; return the axes with the planned network's recording."""
     model, axes = change.model, change.axes
     known = replace(axes, steps=restate_steps(axes.steps, change.planned), recording=None)
-    if _is_numberless(model, axes) or axes.declared or axes.decisions is not None:
+    if is_numberless(model, axes) or axes.declared or axes.decisions is not None:
         return known
     recording = _recorded(model, axes, present)
     check_blocks(replace(change, recording=recording))
@@ -147,12 +160,7 @@ def _recorded(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Rec
         return Recording(fresh.capture, fresh.reads, code_of(model))
     if present is not None:
         return Recording(present, recording.reads, code_of(model))
-    return recording if recording.fits(model, example) else recording.renew(model, example, axes.exported)
-
-
-def _is_numberless(model: nn.Module, axes: AxisGraph) -> bool:
-    given = (x for x in tree_leaves((axes.example.args, dict(axes.example.kwargs))) if isinstance(x, Tensor))
-    return any(x.is_meta or isinstance(x, FakeTensor) for x in (*model.parameters(), *given))
+    return recording if recording.fits(model, example) else recording.renew(model, example, axes.tracer)
 
 
 def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """Compute what a checked plan makes of every tensor, and write it into the model, its optimisers and its axes."""
 
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,7 @@ from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.widen import resize, resize_moment, roles_of
 from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.kinds import recompute_weights
-from regrow.tracing.model_state import select_state, state_of
+from regrow.tracing.model_state import Snapshot, select_state, state_of
 from regrow.tracing.trial import Resizing, planned_integers
 
 
@@ -161,6 +161,7 @@ def commit(
     ready: Prepared,
     optimizers: Sequence[Optimizer] = (),
     undo: UndoStore | None = None,
+    prove: Callable[[AxisGraph], AxisGraph] = lambda axes: axes,
 ) -> tuple[nn.Module, AxisGraph]:
     """Write a prepared plan into the model, the optimisers and the undo store, in place.
 
@@ -171,6 +172,7 @@ def commit(
         ready: What :func:`prepare` computed for it.
         optimizers: The optimisers that follow.
         undo: The undo store; replaced in place by its state after the plan.
+        prove: Called with the new axes when the model is changed; returns them. If it raises, the model is restored.
 
     Returns:
         The model, and its axes after the plan.
@@ -183,12 +185,19 @@ def commit(
     exchanged = [Exchange(n, parameters[n], lays.get(n, {})) for n in (*done.values, *done.removed) if n in parameters]
     _check_hooks(exchanged)
     remember = follow(optimizers, exchanged, added=[n for n in done.values if n not in axes.shapes])
-    _commit(model, axes, ready, planned_integers(axes, ready.sizes))
+    before = Snapshot(model)
+    try:
+        _commit(model, axes, ready, planned_integers(axes, ready.sizes))
+        after = prove(_after(axes, plan, lays, ready.sizes, done))
+    except BaseException:
+        before.restore()
+        recompute_weights(model)
+        raise
     remember(dict(model.named_parameters()))
     release_pages(one.old for one in exchanged)
     if undo is not None:
         vars(undo).update(vars(ready.undo))
-    return model, _after(axes, plan, lays, ready.sizes, done)
+    return model, after
 
 
 def _check_hooks(exchanged: Sequence[Exchange]) -> None:

@@ -14,6 +14,7 @@ from regrow.axes import Axis, AxisGraph, Example, Mark, Work
 from regrow.branches import Branch, Placeholder
 from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out
+from regrow.surgery.forward_check import check_own_run
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.removed_branch import RemovedBranch
 from regrow.surgery.undo_store import UndoStore
@@ -118,7 +119,7 @@ def bring_back(
     try:
         bare, mode = meta_copy(model, {})
         given = fake_example(cast_example(axes.example, model), mode)
-        left = _described(bare, given, capture(bare, given), left)
+        left = check_own_run(model, _described(bare, given, capture(bare, given, tracer=left.tracer), left))
     except TraceError as error:
         set_modules(model, placeholders)
         raise PlanError(f"the network does not run with {', '.join(plan.back)} again: {error}") from None
@@ -208,7 +209,7 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
     proved = [branch for branch in removed if branch.gives != "nothing"]
     try:
         insert_placeholders(bare, _placeholders(summed))
-        recorded = capture(bare, given)
+        recorded = capture(bare, given, tracer=axes.tracer)
         left, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
         if summed and (idle := [n for n in recorded.unused if n in left.shapes and n not in tied]):
             raise BranchError(f"nothing would use {idle[0]} any more, which stays")
@@ -217,7 +218,7 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
         whole = Effects(recorded)
         replaced = locate_branches(RecordedModules(whole), proved)
         insert_placeholders(bare, _placeholders(proved))
-        small = Effects(capture(bare, given))
+        small = Effects(capture(bare, given, tracer=axes.tracer))
     except (BranchError, TraceError) as error:
         raise PlanError(f"{names} cannot be dropped: {error}") from None
     inside = RecordedModules(small).inside

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import Axis, AxisGraph
+from regrow.axes import Axis, AxisGraph, Example
 from regrow.branches import lies_in
 from regrow.change import Change
 from regrow.insertion import Insertion
 from regrow.plan import Plan, PlanError
+from regrow.surgery.forward_check import is_numberless
 from regrow.surgery.output_comparison import max_difference
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing import TraceError, trace, with_branches
@@ -25,6 +26,7 @@ from regrow.tracing.branches import record_calls
 from regrow.tracing.capture import evaluating, first_line
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
 from regrow.tracing.model_state import preserve_state
+from regrow.tracing.own_run import ROUNDING, is_equal, measure_distance, run_network
 
 Rename = Callable[[str], str]
 """Name of a module or tensor before a change of stacks → its name after it; empty if it is gone."""
@@ -62,9 +64,13 @@ def with_stacks(
         if undo.branches:
             raise PlanError(f"{next(iter(undo.branches))} is dropped; bring it back before blocks are inserted")
     _rehearse(model, axes, plan)
+    example = cast_example(axes.example, model)
+    before = run_network(model, example) if plan.insert and not plan.remove and not is_numberless(model, axes) else None
     restore = _change(model, plan)
     try:
         _check_identity(model, axes, plan.insert)
+        if before is not None:
+            _check_outputs(model, example, before, plan)
         rename = renaming(model, plan)
         left = _retraced(model, axes, rename)
         kept = None if undo is None else _renamed_store(undo, axes, left, rename)
@@ -164,6 +170,20 @@ def _check_identity(model: nn.Module, axes: AxisGraph, insert: Mapping[str, Inse
                 f"the copy of block {copy.of} of stack {path!r} {does}; copy blocks that add to their input, and set "
                 "their last projections to 0 (regrow grow --blocks finds them)"
             )
+
+
+def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor], plan: Plan) -> None:
+    """Raise ``PlanError`` unless the network has the outputs that it had before blocks were inserted."""
+    after = run_network(model, example)
+    if is_equal(before, after):
+        return
+    distance, largest = measure_distance(before, after)
+    rounding = ROUNDING * max(torch.finfo(x.dtype).eps for x in (*before, torch.ones(())) if x.is_floating_point())
+    if not distance <= rounding * largest:
+        raise PlanError(
+            f"inserting blocks into {', '.join(map(repr, plan.insert))} changes the outputs by {distance:.1e} of "
+            f"{largest:.1e}: the network does more with its blocks than run them in turn; grow widths (mlp=, axis=)"
+        )
 
 
 def renaming(model: nn.Module, plan: Plan) -> Rename:

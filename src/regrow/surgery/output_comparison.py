@@ -13,13 +13,13 @@ from regrow.axes import AxisGraph, Example, axes_in
 from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import prepare
 from regrow.surgery.compensate import bias_of
-from regrow.surgery.precision import as_double
 from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, loader, masking, preserve_generators, reseed
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.meta_copy import fake_example
 from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name
+from regrow.tracing.precision import as_double
 from regrow.tracing.readings import Readings
 from regrow.tracing.steps import operations
 from regrow.tracing.trial import Resizing, resize_copy
@@ -52,7 +52,7 @@ def record_planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Exa
     """
     copy, mode = resize_copy(model, axes, to)
     try:
-        return capture(copy, fake_example(example, mode), exported=axes.exported)
+        return capture(copy, fake_example(example, mode), tracer=axes.tracer)
     except TraceError as error:
         raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from error
 

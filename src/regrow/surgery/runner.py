@@ -13,14 +13,14 @@ from torch.fx.node import map_aggregate
 from regrow.axes import Dim, size_of
 from regrow.branches import Branch
 from regrow.surgery.layout import Layout, lay_out
-from regrow.surgery.precision import as_double, grouped_product, made_in_double, widen_dtype
 from regrow.tracing.branch_sites import RecordedModules, locate_branches
 from regrow.tracing.capture import Capture
-from regrow.tracing.decisions import outputs
+from regrow.tracing.decisions import output_tensors
 from regrow.tracing.effects import Effects
 from regrow.tracing.fixed_results import ORDERS
 from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name
+from regrow.tracing.precision import as_double, grouped_product, made_in_double, widen_dtype
 from regrow.tracing.readings import ReadDim, operands
 from regrow.tracing.steps import operations
 
@@ -323,8 +323,9 @@ def loader(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load
 
 
 def floats(value: object) -> Answers:
-    """Return the floating-point tensors in a network's output, in order."""
-    return [leaf for leaf in outputs(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    """Return the floating-point tensors in a network's output, in order; if there are none, all as float64."""
+    tensors = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in output_tensors(value)]
+    return [x for x in tensors if x.is_floating_point()] or [x.double() for x in tensors]
 
 
 def copy_written(value: T) -> T | Tensor:

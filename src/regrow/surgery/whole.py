@@ -13,11 +13,11 @@ from regrow.axes import AxisGraph, Decision, Example
 from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out
 from regrow.surgery.eager import mask_units, replace_parameters
-from regrow.surgery.precision import CastsToDouble, example_in_double, made_in_double
 from regrow.surgery.runner import Answers, Runner, floats, loader, masking
 from regrow.tracing.capture import capture, evaluating
 from regrow.tracing.meta_copy import copy_model
 from regrow.tracing.model_state import preserve_state
+from regrow.tracing.precision import CastsToDouble, example_in_double, made_in_double
 from regrow.tracing.readings import Readings, readings
 
 Decisions = tuple[Decision, ...] | None

@@ -7,12 +7,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Example
+from regrow.operations import Tracer
 from regrow.tracing.branches import candidate_branches, with_branches
 from regrow.tracing.caches import caches
-from regrow.tracing.capture import TraceError, capture, example_of, first_line, without_collection
+from regrow.tracing.capture import (
+    Capture,
+    TraceError,
+    capture,
+    example_of,
+    first_line,
+    holds_numbers,
+    without_collection,
+)
 from regrow.tracing.graph import assemble
 from regrow.tracing.kinds import check_traceable, with_remedies
 from regrow.tracing.model_state import preserve_state
+from regrow.tracing.own_run import compare_with_recording
 from regrow.tracing.readings import recording
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import steps
@@ -67,9 +77,30 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
 
 
 def _traced(model: nn.Module, example: Example) -> AxisGraph:
-    recorded = capture(model, example)
+    recorded, unproven = _recorded(model, example)
     w = walk(recorded, RULES, POINTWISE)
     trained = trace_training(model, example, w)
     axes, names = assemble(model, w, example)
-    axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model))
+    axes = replace(
+        axes, unproven=unproven, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model)
+    )
     return freeze_failing(model, replace(axes, recording=recording(model, w, names)), trained)
+
+
+def _recorded(model: nn.Module, example: Example) -> tuple[Capture, str]:
+    """Return a recording that computes what the network itself does, or a reason why the two were not compared."""
+    recorded = capture(model, example)
+    if not holds_numbers(model, example):
+        return recorded, "the network or its example has no numbers"
+    problem = compare_with_recording(model, recorded, example)
+    tracers = (Tracer.FULL, Tracer.PLAIN) if problem and recorded.tracer == Tracer.COPY else ()
+    for tracer in tracers:
+        again = capture(model, example, tracer=tracer)
+        if not compare_with_recording(model, again, example):
+            return again, ""
+    if problem:
+        raise TraceError(
+            f"{type(model).__name__} does not run as it is recorded: {problem}; remove what its code asks of the mode "
+            "(export, gradients, types of tensors) or of hidden state"
+        )
+    return recorded, ""

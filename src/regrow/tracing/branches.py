@@ -59,7 +59,7 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     'linear in 2 reads it, which is no addition'
     """
     with preserve_state(model, entries=True):
-        recorded = capture(model, axes.example, axes.decisions)
+        recorded = capture(model, axes.example, axes.decisions, tracer=axes.tracer)
     return replace(axes, branches=branches(model, recorded, axes.example) | candidate_branches(model))
 
 

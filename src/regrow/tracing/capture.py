@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 from regrow.axes import Decision, Example
+from regrow.operations import Tracer
 from regrow.tracing.meta_copy import fake_example, meta_copy
 from regrow.tracing.model_state import describe_state, preserve_state
 from regrow.tracing.nodes import shapes_of
@@ -44,7 +45,7 @@ class Capture:
         decisions: The data-dependent values of an eager run; ``None`` where fake data were enough.
         refusal: Why ``torch.export`` failed; empty if it was not needed.
         values: The outputs of an eager run on real tensors, and the values on which its decisions were based.
-        exported: Whether ``torch.export`` made the recording, since regrow's own tracer failed.
+        tracer: How it was recorded on fake data.
         root: The module that holds the attributes named in the graph.
     """
 
@@ -55,7 +56,7 @@ class Capture:
     decisions: tuple[Decision, ...] | None = None
     refusal: str = ""
     values: tuple[Tensor, ...] = ()
-    exported: bool = False
+    tracer: Tracer = Tracer.COPY
     root: nn.Module = field(default_factory=nn.Module)
 
     @cached_property
@@ -76,7 +77,7 @@ def capture(
     example: Example,
     decisions: tuple[Decision, ...] | None = None,
     orders: Iterable[Tensor] = (),
-    exported: bool | None = None,
+    tracer: Tracer | None = None,
     lines: bool = False,
 ) -> Capture:
     """Run a model once and record its operations: on fake data, or on the example where data decide which ones run.
@@ -89,8 +90,7 @@ def capture(
         decisions: Data-dependent values of an earlier eager run, to be replayed in a new one. An empty tuple: run
             eagerly, and let the data decide. ``None``: try fake data first.
         orders: As for :func:`regrow.tracing.record.record`.
-        exported: Whether ``torch.export`` (``True``) or regrow (``False``) records on fake data; ``None``: whichever
-            can.
+        tracer: How to record on fake data; ``None``: regrow copies repeated modules, or ``torch.export`` if that fails.
         lines: Whether to note which line of the model's code ran each operation.
 
     Raises:
@@ -100,10 +100,10 @@ def capture(
     with evaluating(model), torch.enable_grad(), quiet(), lightly(lines), preserve_state(model, outside=True):
         if decisions is None:
             try:
-                return _on_fake_data(model, example, exported)
+                return _on_fake_data(model, example, tracer)
             except Exception as error:
                 refusal, refused = first_line(error), error
-                if not _holds_numbers(model, example):
+                if not holds_numbers(model, example):
                     raise _refused(model, refusal) from error
         try:
             recorded = _eager(model, example, decisions or (), refusal, orders)
@@ -145,32 +145,33 @@ class _KeptError(RuntimeError):
         return "it reads what it kept when it ran before"
 
 
-def _on_fake_data(model: nn.Module, example: Example, exported: bool | None = None) -> Capture:
-    if not exported:
+def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None = None) -> Capture:
+    if tracer != Tracer.EXPORT:
         try:
-            return _dry(model, example)
+            return _dry(model, example, tracer or Tracer.COPY)
         except Exception as error:
-            if exported is not None or isinstance(error, _KeptError):
+            if tracer is not None or isinstance(error, _KeptError):
                 raise
             if isinstance(error.__context__, DynamicOutputShapeException):
                 raise error.__context__ from None  # as torch.export would, for the same reason
     return _exported(model, example)
 
 
-def _dry(model: nn.Module, example: Example) -> Capture:
+def _dry(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
     """Record a run on fake data that leaves the model unchanged and fails where data would decide something."""
     leaves = tree_leaves((example.args, dict(example.kwargs)))
     if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _PLAIN), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
-    known = _holds_numbers(model, example)
+    known = holds_numbers(model, example)
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
         model, mode = meta_copy(model, {})
         example = fake_example(example, mode)
-    with as_exporting():
-        recorded = _eager(model, example, (), "", every_name=True)
+    plain = tracer == Tracer.PLAIN
+    with torch.no_grad() if plain else as_exporting():
+        recorded = _eager(model, example, (), "", every_name=True, copies=tracer == Tracer.COPY)
     if known and any(isinstance(x, FakeTensor) for x in recorded.constants.values()):
         raise _KeptError
-    return replace(recorded, decisions=None)
+    return replace(recorded, decisions=None, tracer=tracer)
 
 
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
@@ -212,7 +213,7 @@ def _exported(model: nn.Module, example: Example) -> Capture:
         states=states,
         unused=tuple(name for node, name in states.items() if not node.users and name in parameters),
         constants={node: program.constants[lifted[node.name]] for node in given if node.name in lifted},
-        exported=True,
+        tracer=Tracer.EXPORT,
         root=program.graph_module,
     )
 
@@ -234,8 +235,9 @@ def _eager(
     refusal: str,
     orders: Iterable[Tensor] = (),
     every_name: bool = False,
+    copies: bool = True,
 ) -> Capture:
-    seen = record(model, example.args, dict(example.kwargs), answers, orders, every_name)
+    seen = record(model, example.args, dict(example.kwargs), answers, orders, every_name, copies)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=not every_name)}
     return Capture(
         graph=seen.graph,
@@ -255,7 +257,8 @@ def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
     """
     try:
         copy, mode = meta_copy(model, {})
-        return _eager(copy, fake_example(example, mode), recorded.decisions or (), recorded.refusal)
+        again = _eager(copy, fake_example(example, mode), recorded.decisions or (), recorded.refusal)
+        return replace(again, values=recorded.values)
     except Exception:
         return recorded
 
@@ -275,7 +278,7 @@ def first_line(error: Exception) -> str:
     return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__
 
 
-def _holds_numbers(model: nn.Module, example: Example) -> bool:
+def holds_numbers(model: nn.Module, example: Example) -> bool:
     """Whether all tensors have real data, which could decide something."""
     tensors = [*model.parameters(), *model.buffers(), *tree_leaves((example.args, dict(example.kwargs)))]
     return not any(isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta) for x in tensors)

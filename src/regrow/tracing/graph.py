@@ -120,7 +120,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             unreached=tuple(n for n in w.capture.unused if not _used_elsewhere(n, ties, w.capture.unused)),
             notes=tuple(dict.fromkeys(w.notes)),
             decisions=w.capture.decisions,
-            exported=w.capture.exported,
+            tracer=w.capture.tracer,
             trained=bool(w.also),
             example=example,
         ),

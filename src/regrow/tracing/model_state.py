@@ -173,6 +173,10 @@ class Snapshot:
         """Whether everything still has its contents."""
         return self._places.is_unchanged()
 
+    def restore(self) -> None:
+        """Restore the contents: the same objects in the same places; the entries of tensors stay."""
+        self._places.restore()
+
 
 @dataclass
 class _Places:
@@ -206,7 +210,7 @@ class _Places:
         """Whether everything that was visited still has its contents."""
         return (
             all(_holds(container, old) for container, old in self.containers)
-            and all(_contents(cell) is value for cell, value in self.cells)
+            and all(contents_of(cell) is value for cell, value in self.cells)
             and all(_holds(_attributes(kind), [*old.items()]) for kind, old in self.classes)
             and all(cache.cache_info().currsize == size for cache, size in self.caches)
         )
@@ -216,9 +220,9 @@ class _Places:
         for container, old in self.containers:
             _refill(container, old)
         for cell, value in self.cells:
-            if value is _UNSET and _contents(cell) is not _UNSET:
+            if value is _UNSET and contents_of(cell) is not _UNSET:
                 del cell.cell_contents
-            elif _contents(cell) is not value:
+            elif contents_of(cell) is not value:
                 cell.cell_contents = value
         for kind, attributes in self.classes:
             now = _attributes(kind)
@@ -257,7 +261,7 @@ class _Places:
 
     def _of_function(self, function: FunctionType) -> Iterator[Any]:
         for cell in function.__closure__ or ():
-            value = _contents(cell)
+            value = contents_of(cell)
             self.cells.append((cell, value))
             yield value
         yield from function.__defaults__ or ()
@@ -311,7 +315,8 @@ def _names(code: CodeType) -> tuple[str, ...]:
 _UNSET = object()
 
 
-def _contents(cell: CellType) -> Any:
+def contents_of(cell: CellType) -> Any:
+    """Return the contents of a closure's cell; a marker if it is empty."""
     try:
         return cell.cell_contents
     except ValueError:

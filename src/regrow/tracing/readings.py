@@ -9,6 +9,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
+from regrow.operations import Tracer
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, capture
 from regrow.tracing.decisions import compared_operands
@@ -88,7 +89,7 @@ class Recording:
             and all(_is_alike(leaf, node.meta.get("val")) for node, leaf in zip(inputs, leaves, strict=True))
         )
 
-    def renew(self, model: nn.Module, example: Example, exported: bool) -> "Recording":
+    def renew(self, model: nn.Module, example: Example, tracer: Tracer) -> "Recording":
         """Return a recording of a model that was cast, moved or changed since; made once for all that are alike.
 
         A new walk would not see axes of which one unit is left, so the dimensions that are read stay.
@@ -96,10 +97,10 @@ class Recording:
         Args:
             model: The model as it is now; it is left unchanged.
             example: The input to record with.
-            exported: Whether ``torch.export`` records.
+            tracer: How to record.
         """
         if not (self._renewed and self._renewed[-1].fits(model, example)):
-            recorded = capture(model, example, exported=exported)
+            recorded = capture(model, example, tracer=tracer)
             self._renewed[:] = [Recording(recorded, self.reads, code_of(model))]
         return self._renewed[-1]
 
@@ -156,7 +157,7 @@ def readings(
         example: The input to record with, and to run on.
         decisions: As for :func:`regrow.tracing.capture.capture`.
     """
-    recorded = capture(model, example, decisions)
+    recorded = capture(model, example, decisions, tracer=axes.tracer)
     w = walk(recorded, RULES, POINTWISE, cautious=False)
     if axes.trained:
         trace_training(model, example, w)

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.axes import Decision
 from regrow.tracing.constant_results import ConstantResults
-from regrow.tracing.decisions import DivergedError, compared_operands, decision, outputs
+from regrow.tracing.decisions import DivergedError, compared_operands, decision, output_tensors
 from regrow.tracing.fixed_results import ORDERS, cast_answer, is_floating, reorder
 from regrow.tracing.form_cache import remember_result
 from regrow.tracing.forms import infer_result, map_arguments
@@ -66,6 +66,7 @@ def record(
     answers: tuple[Decision, ...] = (),
     orders: Iterable[Tensor] = (),
     every_name: bool = False,
+    copies: bool = True,
 ) -> Record:
     """Run a network and record its operations; if its first run caches something, those of its second run.
 
@@ -78,6 +79,7 @@ def record(
             real tensors, which may order equal values differently.
         every_name: Whether a tied tensor is a placeholder under each of its names, and used under the last, as in
             ``torch.export``; otherwise under the first only.
+        copies: Whether the operations of repeated modules are copied from the first.
 
     Raises:
         DivergedError: If a decision is not the next one to replay, or is not given and needs real data.
@@ -96,11 +98,8 @@ def record(
             recorder = _Recorder(seen, answers, orders, running, fake)
             with torch._C.DisableTorchFunction():
                 recorder.begin(model, names, inputs)
-            repeated = (
-                RepeatedCalls(model, recorder)
-                if fake is not None and torch.fx.config.do_not_emit_stack_traces
-                else None
-            )
+            copying = copies and fake is not None and torch.fx.config.do_not_emit_stack_traces
+            repeated = RepeatedCalls(model, recorder) if copying else None
             with SpellOut(), enable_python_dispatcher(), repeated.active() if repeated else nullcontext(), recorder:
                 result = model(*given, **named)
         recorder.end(result)
@@ -162,7 +161,9 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def end(self, result: Any) -> None:
         """Add the output to the graph."""
-        tensors = [leaf for leaf in outputs(result) if isinstance(leaf, Tensor)]
+        tensors = output_tensors(result)
+        if not tensors:
+            raise RuntimeError(f"it returns no tensor (a {type(result).__name__}); return tensors, also inside objects")
         self.seen.graph.output(tuple(map(self._node, tensors)))
         if self.real:
             self.seen.values = [*(x.detach() for x in tensors if is_floating(x)), *self.compared]

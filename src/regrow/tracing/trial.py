@@ -257,7 +257,7 @@ def _line(model: nn.Module, axes: AxisGraph, to: Resizing, deviation: Difference
 def _recorded(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = False) -> Capture:
     copy, mode = resize_copy(model, axes, to)
     example = fake_example(cast_example(axes.example, model), mode)
-    return capture(copy, example, axes.decisions, exported=axes.exported, lines=lines)
+    return capture(copy, example, axes.decisions, tracer=axes.tracer, lines=lines)
 
 
 def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], present: Capture | None = None) -> str:

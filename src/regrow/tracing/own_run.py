@@ -1,0 +1,237 @@
+"""Compare a recording with the network's own forward pass: what is recorded must be what runs.
+
+A recording is made on fake tensors, in export mode, and the operations of repeated modules may be copied. Code that
+asks for any of this, or for state that nobody compares, runs otherwise when users run it.
+"""
+
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from regrow.axes import Example
+from regrow.tracing.capture import Capture, evaluating, quiet
+from regrow.tracing.decisions import output_tensors
+from regrow.tracing.effects import Effects
+from regrow.tracing.interception import follow_modules
+from regrow.tracing.model_state import preserve_state, state_of
+from regrow.tracing.nodes import module_of, op_name
+from regrow.tracing.precision import CastsToDouble, as_double, example_in_double, made_in_double, widen_dtype
+
+BOUND = 1e-9
+"""The largest float64 difference allowed, relative to the largest output."""
+
+ROUNDING = 64
+"""The largest difference that counts as rounding, in units in the last place of the largest output."""
+
+
+def compare_with_recording(model: nn.Module, recorded: Capture, example: Example) -> str:
+    """Run a network itself, and its recording; return how their outputs differ, empty if they do not.
+
+    Both run without gradients in evaluation mode, with the same random numbers. Outputs that are not equal bit for bit
+    are computed once more in float64, with one tensor at a time in memory. The network's state is restored.
+
+    Args:
+        model: The network, with numbers.
+        recorded: Its recording.
+        example: The input to run on, with the shapes of the recording.
+    """
+    written = Effects(recorded).writers
+    with _preserve_parameters(model, [recorded.states[node] for node in written if node in recorded.states]):
+        outputs = run_network(model, example)
+        if recorded.decisions is not None:
+            return _compare_decided(model, recorded, example, outputs)
+        if is_equal(outputs, _replay(model, recorded, example, written)):
+            return ""
+        exact = run_network(model, example, double=True)
+        distance, largest = measure_distance(exact, _replay(model, recorded, example, written, double=True))
+        if distance <= BOUND * largest or not is_equal(outputs, run_network(model, example)):
+            return ""  # a network whose output changes from run to run cannot be compared
+        where = _first_difference(model, recorded, example, written)
+    return f"its outputs differ by {distance:.1e} of {largest:.1e} from what was recorded{where}"
+
+
+def _compare_decided(model: nn.Module, recorded: Capture, example: Example, outputs: list[Tensor]) -> str:
+    """Compare outputs with those of a recorded run on real tensors, in which data decided what ran.
+
+    Other kernels may have run under the recorder, so rounding is allowed: in float64 another decision could be taken.
+    """
+    real = [x for x in outputs if x.is_floating_point()]
+    distance, largest = measure_distance(real, recorded.values[: len(real)])
+    rounding = max((ROUNDING * torch.finfo(x.dtype).eps for x in real), default=0.0)
+    if distance <= rounding * largest or not is_equal(outputs, run_network(model, example)):
+        return ""
+    return f"its outputs differ by {distance:.1e} of {largest:.1e} from those of the recorded run"
+
+
+@contextmanager
+def _in_double() -> Iterator[None]:
+    """Context manager in which every function casts its operands to float64, and casts to shorter floats too."""
+    with made_in_double(True), CastsToDouble(), _OperandsInDouble():
+        yield
+
+
+def run_network(model: nn.Module, example: Example, double: bool = False) -> list[Tensor]:
+    """Return the tensors in the output of a network's own forward pass, in evaluation mode; its state is restored.
+
+    Args:
+        model: The network.
+        example: The input.
+        double: Whether to compute in float64; tensors are cast where they are used.
+    """
+    example = example_in_double(example) if double else example
+    args, kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (example.args, dict(example.kwargs)))
+    with preserve_state(model, entries=True), _same_numbers(), evaluating(model), quiet(), torch.no_grad():
+        with _in_double() if double else nullcontext():
+            result = model(*args, **kwargs)
+        return [x.detach().clone() for x in output_tensors(result)]
+
+
+def _replay(
+    model: nn.Module, recorded: Capture, example: Example, written: Container[Node], double: bool = False
+) -> list[Tensor]:
+    """Return the tensors in the output of a recording, run with a network's parameters and buffers."""
+    with _same_numbers(), torch.no_grad(), made_in_double(double):
+        return [*_Replay(recorded, double).run(*_inputs(model, recorded, example, written))]
+
+
+@contextmanager
+def _preserve_parameters(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Context manager that restores parameters and buffers that operations write into, bit for bit."""
+    state = state_of(model)
+    saved = [(state[name], state[name].detach().clone()) for name in names]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, old in saved:
+                tensor.detach().copy_(old)
+
+
+class _Replay(Interpreter):
+    """Interpreter of a recording; runs in float64 if ``double``, with one cast operand of an operation at a time."""
+
+    def __init__(self, recorded: Capture, double: bool) -> None:
+        super().__init__(recorded.root, garbage_collect_values=True, graph=recorded.graph)
+        self.double = double
+        self.node: Node | None = None
+
+    def run_node(self, n: Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.double:
+            if op_name(self.node).startswith("_assert"):  # type: ignore[arg-type]
+                return None  # it asserts the precision that was recorded
+            args, kwargs = tree_map(_widen, (args, dict(kwargs)))
+        return target(*args, **kwargs)
+
+
+class _OperandsInDouble(TorchFunctionMode):
+    """Torch function mode that casts the operands of every function to float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(as_double, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _widen(value: Any) -> Any:
+    return as_double(widen_dtype(value))
+
+
+@contextmanager
+def _same_numbers() -> Iterator[None]:
+    """Context manager in which torch draws the same random numbers each time."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
+
+
+def _inputs(model: nn.Module, recorded: Capture, example: Example, written: Container[Node]) -> list[object]:
+    """Return the value of each placeholder; what the recording writes into is copied."""
+    state, leaves = state_of(model), iter(tree_leaves((example.args, dict(example.kwargs))))
+    values: list[object] = []
+    for node in recorded.graph.nodes:
+        if node.op == "placeholder":
+            known = node in recorded.states or node in recorded.constants
+            value = state[recorded.states[node]].detach() if node in recorded.states else recorded.constants.get(node)
+            value = value if known else next(leaves)
+            values.append(value.clone() if isinstance(value, Tensor) and node in written else value)
+    return values
+
+
+def is_equal(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether two networks' outputs are equal bit for bit, NaN included.
+
+    Args:
+        outputs: The outputs of one network.
+        others: The outputs of the other.
+    """
+    return len(outputs) == len(others) and all(
+        x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | ((x != x) & (y != y))).all())
+        for x, y in zip(outputs, others, strict=True)
+    )
+
+
+def measure_distance(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the largest difference of two networks' outputs, and the largest output.
+
+    The difference is infinite if shapes or integers differ.
+
+    Args:
+        outputs: The outputs of one network.
+        others: The outputs of the other.
+    """
+    distance, largest = 0.0, 0.0
+    if len(outputs) != len(others):
+        return float("inf"), largest
+    for x, y in zip(outputs, others, strict=True):
+        if x.shape != y.shape or not (x.is_floating_point() or x.is_complex() or torch.equal(x, y)):
+            return float("inf"), largest
+        if x.numel() and (x.is_floating_point() or x.is_complex()):
+            gap = (x - y).abs().masked_fill((x == y) | ((x != x) & (y != y)), 0.0)
+            distance = max(distance, float(gap.masked_fill(gap != gap, float("inf")).max()))
+            largest = max(largest, float(x.abs().masked_fill(~x.isfinite(), 0.0).max()))
+    return distance, largest
+
+
+class _Log(TorchDispatchMode):
+    """Torch dispatch mode that notes each operation with the module that runs it, and a sum of its results."""
+
+    def __init__(self, where: Callable[[], str]) -> None:
+        super().__init__()
+        self.where, self.rows = where, list[tuple[str, str, tuple[float, ...]]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.layout is torch.strided]
+        sums = tuple([float(x.double().nan_to_num().abs().sum()) for x in tensors if not x.is_complex()])
+        self.rows.append((func.__name__.partition(".")[0], self.where(), sums))
+        return result
+
+
+def _first_difference(model: nn.Module, recorded: Capture, example: Example, written: Container[Node]) -> str:
+    """Return the first operation in which a network and its recording differ, and the module that runs it."""
+    with follow_modules(model) as running, _Log(lambda: next(reversed(running()), "")) as ran:
+        run_network(model, example)
+    player = _Replay(recorded, double=False)
+    with _Log(lambda: module_of(player.node) if player.node else "") as played, _same_numbers(), torch.no_grad():
+        player.run(*_inputs(model, recorded, example, written))
+    rows = [[row for row in log.rows if row[0] not in _COPIES] for log in (ran, played)]
+    for row, other in zip_longest(*rows):
+        if row is None or other is None or (row[0], row[2]) != (other[0], other[2]):
+            op, module = (row or other)[:2]
+            return f"; the first difference is {op} in {module or 'the model'}"
+    return ""
+
+
+_COPIES = frozenset(("detach", "clone", "copy_", "alias", "_to_copy"))
