@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import AxisGraph
+from regrow.axes import AxisGraph, Example
 from regrow.plan import PlanError
-from regrow.tracing.capture import TraceError, capture
+from regrow.tracing.capture import Capture, TraceError, capture, first_line
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.own_run import compare_with_recording
 
@@ -32,24 +32,36 @@ def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     if is_numberless(model, axes):
         return replace(axes, unproven="the network or its example has no numbers")
     example = cast_example(axes.example, model)
-    try:
-        if axes.decisions is not None:
+    if axes.decisions is not None:
+        try:
             recorded = capture(model, example, ())
-        elif axes.recording is not None:
-            recorded = axes.recording.capture
-        else:
-            return axes  # declared axes: the network itself was run
+        except TraceError as error:
+            raise NotAsRecordedError(f"the plan cannot be carried out: {error}") from error
+    elif axes.recording is not None:
+        recorded = axes.recording.capture
+    else:
+        return axes  # declared axes: the network itself was run
+    check_recording(model, recorded, example)
+    return replace(axes, unproven="")
+
+
+def check_recording(model: nn.Module, recorded: Capture, example: Example) -> None:
+    """Raise ``NotAsRecordedError`` unless a changed network's own forward pass gives what its recording does.
+
+    Args:
+        model: The changed network; its state is restored.
+        recorded: Its recording.
+        example: The input of both.
+    """
+    try:
         problem = compare_with_recording(model, recorded, example)
-    except TraceError as error:
-        raise NotAsRecordedError(f"the plan cannot be carried out: {error}") from error
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise NotAsRecordedError(f"the plan cannot be carried out: the network does not run: {line:.200}") from error
+        problem = f"the network does not run: {first_line(error)}"
+        raise NotAsRecordedError(f"the plan cannot be carried out: {problem}; plan other sizes") from error
     if problem:
         raise NotAsRecordedError(
             f"the plan cannot be carried out: {problem}; leave the axes of that module out of the plan"
         )
-    return replace(axes, unproven="")
 
 
 def is_numberless(model: nn.Module, axes: AxisGraph) -> bool:

@@ -1,7 +1,8 @@
 """Verify a cut for any network and plan: the cut network must compute what the masked network computes."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 
 from torch import nn
 
@@ -9,11 +10,12 @@ from regrow.axes import AxisGraph, Example
 from regrow.plan import Plan
 from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, resizing
+from regrow.surgery.forward_check import check_recording, is_numberless
 from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude, record_planned, run_pair
 from regrow.surgery.proposed_change import RELATIVE_BOUND
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import Decisions, run_whole_pair, shallow_copy
-from regrow.tracing.capture import Capture
+from regrow.tracing.capture import Capture, capture
 from regrow.tracing.readings import Readings, inputs, readings
 from regrow.tracing.steps import difference, refold_steps
 from regrow.tracing.trial import Resizing
@@ -24,13 +26,15 @@ class Verification:
     """The differences between a network cut by a plan and the same network masked by it.
 
     Args:
-        ok: Whether the float64 difference is within its bound.
+        ok: Whether the float64 difference is within its bound, something was compared, and the cut network's own
+            forward pass gives what its recording does.
         max_abs_diff: The largest absolute difference of an output, in float64.
         bound: The largest difference allowed: 1e-9 of the largest output.
         float32_diff: The largest absolute difference in the network's own precision.
         rounding: The largest difference between the masked network in its own precision and in float64.
         argmax_flips: Positions whose argmax changes in the network's own precision.
-        positions: How many positions there are (the outputs without their last dimension).
+        positions: How many positions were compared (the outputs without their last dimension).
+        unproven: Why the cut network itself was not run, only its recording; empty: it was.
     """
 
     ok: bool
@@ -40,9 +44,17 @@ class Verification:
     rounding: float
     argmax_flips: int
     positions: int
+    unproven: str = ""
 
 
-def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | None = None) -> Verification:
+def verify(
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    example: Example | None = None,
+    *,
+    examples: Iterable[Example] = (),
+) -> Verification:
     """Compare the network cut by a plan with the same network masked by it, in float64 and in its own precision.
 
     Masked means: in every operation that sums over an axis its dropped units count as 0 (or as the plan's means), in
@@ -63,32 +75,49 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
         model: The traced model; it is left unchanged.
         axes: Its axes.
         plan: The plan.
-        example: An input of the same shapes to compare on; the traced one unless given.
+        example: The input to compare on; the traced one unless given.
+        examples: Further inputs to compare on, of any batch size and length.
 
     Returns:
-        The differences, and whether they are within their bound.
+        The differences, and whether they are within their bound; of several inputs, the largest.
 
     Raises:
         PlanError: If the plan does not fit the model, or the model does not run as planned.
     """
     plan.check(axes)
-    example = example or axes.example
+    results = [_verify(model, axes, plan, inputs) for inputs in (example or axes.example, *examples)]
+    worst = max(results, key=lambda result: result.max_abs_diff / (result.bound or 1.0))
+    return replace(
+        worst,
+        ok=all(result.ok for result in results),
+        float32_diff=max(result.float32_diff for result in results),
+        rounding=max(result.rounding for result in results),
+        argmax_flips=sum(result.argmax_flips for result in results),
+        positions=sum(result.positions for result in results),
+    )
+
+
+def _verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example) -> Verification:
     runs = _Runs(model, axes, example)
     _, exact_masked, exact_shrunk, decisions = runs.both(plan, double=True)
     _, masked, shrunk, _ = runs.both(plan, double=False, decisions=decisions)
     difference, largest = max_difference(exact_masked, exact_shrunk), max_magnitude(exact_masked)
     own, rounding = max_difference(masked, shrunk), max_difference(masked, exact_masked)
-    if not difference <= RELATIVE_BOUND * largest:
+    holds = difference <= RELATIVE_BOUND * largest
+    if not holds:
         _refuse(model, axes, plan)  # a plan that is refused is no wrong cut
-    rows = [(a, b) for a, b in common_outputs(masked, shrunk) if a.dim() > 1 and a.shape == b.shape]
+    unproven = runs.check_own_run(plan)
+    rows = [(a, b) for a, b in common_outputs(masked, shrunk) if a.shape == b.shape]
+    positions = sum(a[..., 0].numel() if a.dim() else 1 for a, _ in rows)
     return Verification(
-        ok=difference <= RELATIVE_BOUND * largest,
+        ok=holds and positions > 0,
         max_abs_diff=difference,
         bound=RELATIVE_BOUND * largest,
         float32_diff=own,
         rounding=rounding,
-        argmax_flips=sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in rows),
-        positions=sum(a[..., 0].numel() for a, _ in rows),
+        argmax_flips=sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in rows if a.dim()),
+        positions=positions,
+        unproven=unproven,
     )
 
 
@@ -121,7 +150,8 @@ def distances(
     runs = _Runs(model, axes, example or axes.example)
     for plan in plans:
         _, masked, shrunk, _ = runs.both(plan, double=True)
-        distance = max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0)
+        compared = bool(common_outputs(masked, shrunk))
+        distance = max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0) if compared else inf
         if not distance <= RELATIVE_BOUND:
             _refuse(model, axes, plan)  # a plan that is refused is no wrong cut
         yield plan, distance
@@ -164,6 +194,22 @@ class _Runs:
         assert self.recorded is not None
         masked, shrunk = run_pair(self.model, self.axes, plan, self.recorded, self.planned[1], double)
         return plan, masked, shrunk, None
+
+    def check_own_run(self, plan: Plan) -> str:
+        """Compare the cut network's own forward pass with its recording; return why that could not be done.
+
+        Raises:
+            PlanError: If they differ.
+        """
+        model, axes = self.model, self.axes
+        if is_numberless(model, axes):
+            return "the network or its example has no numbers"
+        if plan.changes_modules or (self.planned is None and axes.decisions is None):
+            return ""  # the cut network itself was run
+        cut, _ = carry_out(shallow_copy(model), axes, plan)
+        recorded = capture(cut, self.example, ()) if self.planned is None else self.planned[1]
+        check_recording(cut, recorded, self.example)
+        return ""
 
     def _present(self, to: Resizing, planned: Capture) -> Readings:
         """Return the recording that the axes have, if the planned network shows that it still holds, or a new one."""

@@ -1,5 +1,7 @@
 """Trace networks: find which tensor dimensions belong together (the axes) by running the network on an example."""
 
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from regrow.tracing.capture import (
 from regrow.tracing.graph import assemble
 from regrow.tracing.kinds import check_traceable, with_remedies
 from regrow.tracing.model_state import preserve_state
+from regrow.tracing.other_sizes import freeze_by_size
 from regrow.tracing.own_run import compare_with_recording
 from regrow.tracing.readings import recording
 from regrow.tracing.rules import POINTWISE, RULES
@@ -33,16 +36,19 @@ from regrow.tracing.walk import walk
 __all__ = ["TraceError", "trace", "with_branches"]
 
 
-def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
+def trace(model: nn.Module, *args: Any, examples: Sequence[Any] = (), **kwargs: Any) -> AxisGraph:
     """Run a network once on an example input and return its axes: the sets of dimensions that change together.
 
     The model is recorded on fake data, as ``torch.export`` does, or, where data decide which operations run, in one
     real run (its weights are not changed). Every dimension of every tensor gets an expression, and a few units of each
-    axis are cut from a copy on trial: an axis whose cut network does not run as planned is frozen, with the reason.
+    axis are cut from a copy on trial: an axis whose cut network does not run as planned is frozen, with the reason. So
+    is one whose cut does not run on an input of another batch size and length. Where the network has numbers, its own
+    forward pass must give what the recording gives.
 
     Args:
         model: Any network that runs. It is traced in evaluation mode.
         *args: Positional inputs, as for ``model(...)``.
+        examples: Inputs of other sizes, each a tensor, a tuple or a dict; none: a larger one is made.
         **kwargs: Inputs by name.
 
     Returns:
@@ -61,7 +67,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     check_traceable(model)
     with preserve_state(model, entries=True), without_collection():
         try:
-            return with_remedies(model, _traced(model, example_of(model, args, kwargs)))
+            others = [example_of(model, *_arguments(other)) for other in examples]
+            return with_remedies(model, _traced(model, example_of(model, args, kwargs), others))
         except TraceError as error:
             if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
                 raise
@@ -76,15 +83,23 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
             raise TraceError(f"{problem}; {remedy}") from error
 
 
-def _traced(model: nn.Module, example: Example) -> AxisGraph:
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return an example as positional inputs and inputs by name."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return example if isinstance(example, tuple) else (example,), {}
+
+
+def _traced(model: nn.Module, example: Example, others: Sequence[Example]) -> AxisGraph:
     recorded, unproven = _recorded(model, example)
     w = walk(recorded, RULES, POINTWISE)
     trained = trace_training(model, example, w)
     axes, names = assemble(model, w, example)
-    axes = replace(
-        axes, unproven=unproven, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model)
-    )
-    return freeze_failing(model, replace(axes, recording=recording(model, w, names)), trained)
+    axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model))
+    axes = replace(axes, recording=recording(model, w, names), unproven=unproven)
+    for other in others:
+        _compare(model, capture(model, other, tracer=axes.tracer), other)
+    return freeze_by_size(model, freeze_failing(model, axes, trained), others)
 
 
 def _recorded(model: nn.Module, example: Example) -> tuple[Capture, str]:
@@ -92,15 +107,30 @@ def _recorded(model: nn.Module, example: Example) -> tuple[Capture, str]:
     recorded = capture(model, example)
     if not holds_numbers(model, example):
         return recorded, "the network or its example has no numbers"
-    problem = compare_with_recording(model, recorded, example)
-    tracers = (Tracer.FULL, Tracer.PLAIN) if problem and recorded.tracer == Tracer.COPY else ()
-    for tracer in tracers:
-        again = capture(model, example, tracer=tracer)
-        if not compare_with_recording(model, again, example):
-            return again, ""
+    try:
+        _compare(model, recorded, example)
+    except TraceError:
+        for tracer in (Tracer.FULL, Tracer.PLAIN) if recorded.tracer == Tracer.COPY else ():
+            recorded = capture(model, example, tracer=tracer)
+            with suppress(TraceError):
+                _compare(model, recorded, example)
+                return recorded, ""
+        raise
+    return recorded, ""
+
+
+def _compare(model: nn.Module, recorded: Capture, example: Example) -> None:
+    """Raise TraceError unless the network's own forward pass gives what its recording does."""
+    name = type(model).__name__
+    try:
+        problem = compare_with_recording(model, recorded, example)
+    except Exception as error:
+        raise TraceError(
+            f"{name} does not run on the example input: {first_line(error)}. "
+            "Give an input of the shape and type that its forward takes"
+        ) from error
     if problem:
         raise TraceError(
-            f"{type(model).__name__} does not run as it is recorded: {problem}; remove what its code asks of the mode "
-            "(export, gradients, types of tensors) or of hidden state"
+            f"{name} does not run as it is recorded: {problem}; remove what its code asks of the mode (export, "
+            "gradients, types of tensors) or of hidden state"
         )
-    return recorded, ""

@@ -8,6 +8,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper, lru_cache, partial
 from types import CellType, CodeType, FunctionType, MethodType
@@ -143,19 +144,37 @@ def preserve_state(model: nn.Module, outside: bool = False, entries: bool = Fals
         outside: Whether to leave out what only the network itself holds, as for a copy that is thrown away.
         entries: Whether to restore the values of buffers and other tensors too (not those of parameters).
     """
-    places = _Places(inside=not outside)
-    places.visit(model)
-    plain = [x for x in places.tensors if entries and not isinstance(x, nn.Parameter) and not x.is_meta]
-    saved = [(x, x._version, x.detach().clone()) for x in plain]
+    active = _PRESERVED.get()
+    known = active if active is not None and (outside or active.model is model) else None
+    preserved = known or _Preserved(model, _Places(inside=not outside), entries)
+    token = _PRESERVED.set(preserved if entries else active)
     try:
         with torch.random.fork_rng(devices=()):
             yield
     finally:
-        places.restore()
+        _PRESERVED.reset(token)
+        preserved.restore()
+
+
+class _Preserved:
+    """A network's state when it was visited. Runs inside that preserve it too restore it without another visit."""
+
+    def __init__(self, model: nn.Module, places: "_Places", entries: bool) -> None:
+        self.model, self.places = model, places
+        places.visit(model)
+        plain = [x for x in places.tensors if entries and not isinstance(x, nn.Parameter) and not x.is_meta]
+        self.saved = [(x, x._version, x.detach().clone()) for x in plain]
+
+    def restore(self) -> None:
+        self.places.restore()
         with torch.no_grad():
-            for tensor, version, old in saved:
+            for i, (tensor, version, old) in enumerate(self.saved):
                 if tensor._version != version:
                     tensor.detach().copy_(old)
+                    self.saved[i] = (tensor, tensor._version, old)
+
+
+_PRESERVED: ContextVar[_Preserved | None] = ContextVar("preserved", default=None)
 
 
 class Snapshot:

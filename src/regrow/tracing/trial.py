@@ -1,7 +1,7 @@
 """Trial cuts: run a resized copy of the network on fake data, and freeze the axes whose cut does not run as planned."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any
@@ -57,7 +57,7 @@ def _one_by_one(model: nn.Module, axes: AxisGraph, trained: Capture | None, grou
     """Return axis key → the problem, for the axes of the classes whose trial cut fails."""
     bad: dict[str, str] = {}
     families: dict[tuple, list[list[Axis]]] = {}
-    for kind, members in _classes(group).items():
+    for kind, members in classes_of(group).items():
         alike = tuple((name, dim, outer > 1, inner > 1) for name, dim, outer, _, inner, *_ in kind[1])
         families.setdefault(alike, []).append(members)
     for classes in families.values():
@@ -89,7 +89,12 @@ def _unnumbered(problem: str) -> str:
     return re.sub(r"\d+", "#", problem)
 
 
-def _classes(axes: Iterable[Axis]) -> dict[tuple, list[Axis]]:
+def classes_of(axes: Iterable[Axis]) -> dict[tuple, list[Axis]]:
+    """Return the axes by class, of which the slots differ in layer numbers only, with those of the same count.
+
+    Args:
+        axes: The axes.
+    """
     classes: dict[tuple, list[Axis]] = {}
     for axis in axes:
         classes.setdefault(_kind(axis), []).append(axis)
@@ -120,6 +125,23 @@ def _problem(model: nn.Module, axes: AxisGraph, trained: Capture | None, cut: li
     return trial_error(model, axes, sizes, trained)
 
 
+def deep_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
+    """Return the sizes of a trial in which some axes keep as few units as they may, two or more.
+
+    Args:
+        axes: The network's axes.
+        cut: The axes that lose units.
+    """
+    sizes = axes.sizes()
+    groups: dict[str, list[Axis]] = {}
+    for axis in cut:
+        groups.setdefault(axis.count or axis.key, []).append(axis)
+    for members in groups.values():
+        steps = min((axis.size - max(axis.least, 2)) // _step(axis, axes) for axis in members)
+        sizes |= {axis.key: axis.size - max(steps, 0) * _step(axis, axes) for axis in members}
+    return sizes
+
+
 def _cut_sizes(axes: AxisGraph, cut: list[Axis]) -> dict[str, int]:
     """Return the sizes of a trial in which some axes lose a few units."""
     sizes = axes.sizes()
@@ -137,7 +159,7 @@ def _cut_line(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> Line | None
     """Return the line of the network's code that makes a trial cut fail, if one is there."""
     to = Resizing(_cut_sizes(axes, cut))
     try:
-        deviation = difference(axes.steps, _recorded(model, axes, to), to.sizes)
+        deviation = difference(axes.steps, record_resized(model, axes, to), to.sizes)
     except (TraceError, RuntimeError):
         return None
     return None if deviation is None else _line(model, axes, to, deviation)
@@ -177,7 +199,7 @@ def trial_error(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], tra
         trained: The network's recording in training mode, if it is known.
     """
     try:
-        deviation = difference(axes.steps, _recorded(model, axes, Resizing(sizes)), sizes)
+        deviation = difference(axes.steps, record_resized(model, axes, Resizing(sizes)), sizes)
     except TraceError as error:
         return _refusal(error)
     return deviation.problem if deviation is not None else _untrained(model, axes, sizes, trained)
@@ -211,15 +233,15 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
         PlanError: If it runs other operations; the message names the line of its code.
     """
     try:
-        planned = _recorded(model, axes, to)
+        planned = record_resized(model, axes, to)
     except TraceError as error:
         line = line_raised(error.__cause__ or error)
         raise PlanError(_cannot(_refusal(error), line)) from error
     present = None
     deviation = difference(refold_steps(axes, to.constants), planned, to.sizes, to.added)
     if deviation is not None and deviation.constant:  # constants differ between precisions too
-        bare = planned if to == to.plain else _recorded(model, axes, to.plain)
-        present = _recorded(model, axes, Resizing(axes.sizes()))
+        bare = planned if to == to.plain else record_resized(model, axes, to.plain)
+        present = record_resized(model, axes, Resizing(axes.sizes()))
         deviation = first_difference(present, bare, axes.steps)
     if deviation is not None and deviation.problem == FIRST_RUN:
         raise PlanError(f"the plan cannot be carried out: {FIRST_RUN} on the example input")
@@ -250,11 +272,19 @@ def _line(model: nn.Module, axes: AxisGraph, to: Resizing, deviation: Difference
         parting = parting_line(one, other, (given[0], given[1]))
     if parting is not None:
         return parting
-    nodes = operations(_recorded(model, axes, to.plain, lines=True))
+    nodes = operations(record_resized(model, axes, to.plain, lines=True))
     return line_of(nodes[deviation.step]) if deviation.step < len(nodes) else None
 
 
-def _recorded(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = False) -> Capture:
+def record_resized(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = False) -> Capture:
+    """Record the network at other sizes, on a copy without numbers, as it was recorded when it was traced.
+
+    Args:
+        model: The network; it is left unchanged.
+        axes: Its axes.
+        to: The sizes, constants and biases of the copy.
+        lines: As for :func:`regrow.tracing.capture.capture`.
+    """
     copy, mode = resize_copy(model, axes, to)
     example = fake_example(cast_example(axes.example, model), mode)
     return capture(copy, example, axes.decisions, tracer=axes.tracer, lines=lines)

@@ -1,0 +1,250 @@
+"""Trace a network on inputs of other batch sizes and lengths: what depends on them must not depend on a width.
+
+One example shows one side of every branch on a length. On a larger input, and on a smaller one where the example is
+longer than a width, other operations may run: they must leave axes as free. And a network cut to few units must differ
+from the uncut one there in nothing in which it does not differ on the traced example.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
+from math import prod
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from regrow.axes import Axis, AxisGraph, Dim, Example, Mark, Product, axes_in, size_of
+from regrow.tracing.capture import Capture, TraceError, capture
+from regrow.tracing.graph import assemble
+from regrow.tracing.meta_copy import fake_example, meta_copy
+from regrow.tracing.nodes import op_name, shapes_of
+from regrow.tracing.rules import POINTWISE, RULES
+from regrow.tracing.steps import calls, first_difference, operations
+from regrow.tracing.trial import Resizing, classes_of, deep_cuts, record_resized
+from regrow.tracing.walk import walk
+
+REASON = "what the network does with it depends on the batch size or length of the input"
+"""Why an axis is frozen that no operation freezes on the traced example."""
+
+NARROW = 8
+"""Axes of fewer units (of heads, mostly) are not taken for the width with which a length is compared."""
+
+
+def freeze_by_size(model: nn.Module, axes: AxisGraph, examples: Sequence[Example] = ()) -> AxisGraph:
+    """Return the graph with every axis frozen that cannot be cut on inputs of other sizes.
+
+    Args:
+        model: The network; it is left unchanged.
+        axes: Its axes, as traced on one example.
+        examples: The inputs to try; none: a larger one that the network takes, and a smaller one.
+    """
+    if axes.decisions is not None or not axes.steps or not axes.free():
+        return axes
+    families = [[example] for example in examples] or [list(_larger(axes)), list(_smaller(axes))]
+    for family in families:
+        for example in family:
+            try:
+                recorded = _record(model, axes, example)
+            except TraceError:
+                continue
+            axes = _freeze_on(_Probe(model, axes, example, recorded))
+            break
+    return axes
+
+
+def _record(model: nn.Module, axes: AxisGraph, example: Example) -> Capture:
+    """Record the network on an example, on fake tensors."""
+    copy, mode = meta_copy(model, {})
+    return capture(copy, fake_example(example, mode), tracer=axes.tracer)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A recording of a network on an example of other sizes than the traced one."""
+
+    model: nn.Module
+    axes: AxisGraph
+    example: Example
+    recorded: Capture
+
+    @cached_property
+    def is_same(self) -> bool:
+        """Whether the network runs the operations and constants of the traced example, sizes of the input aside."""
+        axes, sizes = self.axes, self.axes.sizes()
+        rows = zip_longest(axes.steps, calls(axes.recording.capture, ()), calls(self.recorded, ()))
+        return all(
+            step is not None
+            and before is not None
+            and after is not None
+            and before[0].target == after[0].target
+            and before[1:] == after[1:]
+            and _fits(step.shapes, shapes_of(before[0]), shapes_of(after[0]), sizes, sizes)
+            for step, before, after in rows
+        )
+
+    def depends(self, cut: Sequence[Axis]) -> bool:
+        """Whether a network that keeps few units of some axes differs from the uncut one as it does not when traced."""
+        axes, sizes = self.axes, deep_cuts(self.axes, cut)
+        problem = _trial_problem(self.model, axes, self.example, self.recorded, sizes)
+        if not problem and self.is_same:
+            return False
+        return problem != _trial_problem(self.model, axes, axes.example, axes.recording.capture, sizes)
+
+
+def _freeze_on(probe: _Probe) -> AxisGraph:
+    axes = probe.axes if probe.is_same else _with_marks(probe)
+    free = [*axes.free()]
+    if not free or not (probe := replace(probe, axes=axes)).depends(free):
+        return axes
+    members = [axis for group in classes_of(free).values() if probe.depends(group) for axis in group]
+    return _frozen(axes, {axis.key: REASON for axis in members or free})
+
+
+def _with_marks(probe: _Probe) -> AxisGraph:
+    """Return the graph without the axes to which a trace on the other example gives another mark."""
+    w = walk(probe.recorded, RULES, POINTWISE)
+    other, _ = assemble(probe.model, w, probe.example)
+    marks = {frozenset(axis.slots): axis for axis in other}
+    reasons = {}
+    for axis in probe.axes.free():
+        match = marks.get(frozenset(axis.slots))
+        if match is None or match.mark is not axis.mark:
+            why = match.reason if match is not None and not match.free else REASON
+            reasons[axis.key] = f"{why}, on an input of another size"
+    return _frozen(probe.axes, reasons)
+
+
+def _frozen(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
+    counts = {axes[key].count: reason for key, reason in reasons.items() if axes[key].count}
+
+    def freeze(axis: Axis) -> Axis:
+        reason = reasons.get(axis.key) or (counts.get(axis.count, "") if axis.free else "")
+        return replace(axis, mark=Mark.FROZEN, reason=reason) if reason else axis
+
+    return axes.with_axes({key: freeze(axis) for key, axis in axes.axes.items()}) if reasons else axes
+
+
+def _trial_problem(
+    model: nn.Module, axes: AxisGraph, example: Example, recorded: Capture, sizes: Mapping[str, int]
+) -> str:
+    """Return how a cut network differs from the uncut one on an example; empty if it runs the same."""
+    try:
+        small = record_resized(model, replace(axes, example=example), Resizing(sizes))
+    except TraceError:
+        return "it does not run at that size"
+    before, after = operations(recorded), operations(small)
+    if [op_name(node) for node in before] != [op_name(node) for node in after]:
+        return "it runs other operations at that size"
+    aligned = len(axes.steps) == len(before)
+    if deviation := first_difference(recorded, small, axes.steps if aligned else None):
+        return deviation.problem
+    for step, node, other in zip(axes.steps, before, after, strict=False):
+        if aligned and not _fits(step.shapes, shapes_of(node), shapes_of(other), axes.sizes(), sizes, same_input=True):
+            return f"{step.op} in {step.module or 'the model'} has another shape at that size"
+    return ""
+
+
+def _fits(
+    known: Sequence[tuple[Dim, ...] | None],
+    before: object,
+    after: object,
+    sizes: Mapping[str, int],
+    new_sizes: Mapping[str, int],
+    same_input: bool = False,
+) -> bool:
+    """Whether the shape of a result follows from its shape at other sizes of axes, and of the input unless the same."""
+    several, others = (shape if isinstance(shape, list) else [shape] for shape in (before, after))
+    if len(several) != len(others):
+        return False
+    for dims, shape, other in zip(known, several, others, strict=False):
+        if dims is None or shape is None or other is None:
+            continue
+        if len(shape) != len(other) or not all(
+            (old == new if same_input else True) if not {*axes_in(dim)} else _fits_dim(dim, old, new, sizes, new_sizes)
+            for dim, old, new in zip(dims, shape, other, strict=True)
+        ):
+            return False
+    return True
+
+
+def _fits_dim(dim: Dim, old: int, new: int, sizes: Mapping[str, int], new_sizes: Mapping[str, int]) -> bool:
+    if not isinstance(dim, Product):
+        return new == size_of(dim, new_sizes)
+    parts = [part for part in dim.parts if {*axes_in(part)}]  # the others may be sizes of the input
+    units, new_units = (prod(size_of(part, sized) for part in parts) for sized in (sizes, new_sizes))
+    return not (old % units or new % new_units)
+
+
+def _shapes(example: Example) -> list[tuple[int, ...]]:
+    leaves, _ = tree_flatten((example.args, dict(example.kwargs)))
+    return [tuple(x.shape) for x in leaves if isinstance(x, Tensor)]
+
+
+def _resized(example: Example, shapes: Iterator[tuple[int, ...]]) -> Example:
+    """Return an example with tensors of other shapes, whose entries do not matter."""
+    leaves, spec = tree_flatten((example.args, dict(example.kwargs)))
+    made = [x.new_zeros(()).expand(next(shapes)) if isinstance(x, Tensor) else x for x in leaves]
+    return Example(*tree_unflatten(made, spec))
+
+
+def _larger(axes: AxisGraph) -> Iterator[Example]:
+    """Yield larger examples: batch and length above every width, multiples of the traced ones, then one of them."""
+    main = _main_shape(axes)
+    if not main:
+        return
+    widest = max(axis.size for axis in axes.free())
+    multiples = [n * (widest // n + 1) for n in main]
+    batch, lengths = widest + 1 + main[0], _lengths(axes)
+    tries = [(batch, {d: widest + 1 + main[d] for d in dims}) for dims in lengths]
+    tries += [(batch, {d: multiples[d] for d in dims}) for dims in lengths]
+    tries += [(batch, {d: 2 * main[d] for d in dims}) for dims in lengths]
+    tries += [(multiples[0], {}), *((main[0], {d: multiples[d] for d in dims}) for dims in lengths)]
+    yield from (_grown(axes.example, main, *sizes) for sizes in tries)
+
+
+def _smaller(axes: AxisGraph) -> Iterator[Example]:
+    """Yield smaller examples where the batch or a length of tokens is no smaller than a width."""
+    main = _main_shape(axes)
+    narrowest = min((axis.size for axis in axes.free() if axis.size >= NARROW), default=0)
+    lengths = [dims for dims in _lengths(axes) if len(main) < 4]
+    if not main or not narrowest or max(main[0], *(main[d] for dims in lengths for d in dims), 0) < narrowest:
+        return
+    for dims in lengths:
+        yield _grown(axes.example, main, min(main[0], 3), {d: min(main[d], 4) for d in dims})
+    yield _grown(axes.example, main, min(main[0], 3), {})
+
+
+def _main_shape(axes: AxisGraph) -> tuple[int, ...]:
+    """Return the shape of the first tensor of the example; empty if it has no entries."""
+    shape = next((shape for shape in _shapes(axes.example) if shape), ())
+    return shape if prod(shape) else ()
+
+
+def _lengths(axes: AxisGraph) -> list[tuple[int, ...]]:
+    """Return the dimensions of the first tensor that may be lengths: of tokens, of a sequence, or of an image."""
+    leaves, _ = tree_flatten((axes.example.args, dict(axes.example.kwargs)))
+    main = next(x for x in leaves if isinstance(x, Tensor) and x.dim())
+    if main.dim() == 2:
+        return [] if main.is_floating_point() else [(1,)]
+    if main.dim() == 3:
+        return [(1,), (2,)]
+    return [tuple(range(2, main.dim()))] if main.dim() > 3 else []
+
+
+def _grown(example: Example, main: tuple[int, ...], batch: int, lengths: Mapping[int, int]) -> Example:
+    """Return an example of another batch size and lengths; further tensors follow where they have equal sizes."""
+    by_size = {main[d]: new for d, new in lengths.items()}
+
+    def grow(shape: tuple[int, ...]) -> tuple[int, ...]:
+        result = []
+        for i, n in enumerate(shape):
+            if i == 0 and n == main[0]:
+                result.append(batch)
+            elif len(shape) == len(main):
+                result.append(lengths[i] if i in lengths and n == main[i] else n)
+            else:
+                result.append(by_size.get(n, n) if i > 0 and n > 1 else n)
+        return tuple(result)
+
+    return _resized(example, map(grow, _shapes(example)))
