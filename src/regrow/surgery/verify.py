@@ -1,6 +1,7 @@
 """Verify a cut for any network and plan: the cut network must compute what the masked network computes."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -9,7 +10,7 @@ from torch import nn
 from regrow.axes import AxisGraph, Example
 from regrow.plan import Plan
 from regrow.surgery.apply import apply, check, try_out
-from regrow.surgery.carry import carry_out, resizing
+from regrow.surgery.carry import carry_out, commit, prepare, resizing
 from regrow.surgery.forward_check import check_recording, is_numberless
 from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude, record_planned, run_pair
 from regrow.surgery.proposed_change import RELATIVE_BOUND
@@ -165,6 +166,10 @@ def _refuse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         try_out(model, axes, plan, resizing(model, axes, plan))
 
 
+class _Checked(Exception):  # noqa: N818
+    """Raised when a cut network has been checked, to have the model restored."""
+
+
 Run = tuple[Plan, Answers, Answers, Decisions]
 """A plan, the outputs of the masked network, those of the cut one, and the data-dependent decisions of both."""
 
@@ -198,6 +203,8 @@ class _Runs:
     def check_own_run(self, plan: Plan) -> str:
         """Compare the cut network's own forward pass with its recording; return why that could not be done.
 
+        The model itself is cut for that, and restored: a copy may run otherwise.
+
         Raises:
             PlanError: If they differ.
         """
@@ -206,9 +213,14 @@ class _Runs:
             return "the network or its example has no numbers"
         if plan.changes_modules or (self.planned is None and axes.decisions is None):
             return ""  # the cut network itself was run
-        cut, _ = carry_out(shallow_copy(model), axes, plan)
-        recorded = capture(cut, self.example, ()) if self.planned is None else self.planned[1]
-        check_recording(cut, recorded, self.example)
+
+        def check(after: AxisGraph) -> AxisGraph:
+            recorded = capture(model, self.example, ()) if self.planned is None else self.planned[1]
+            check_recording(model, recorded, self.example)
+            raise _Checked
+
+        with suppress(_Checked):
+            commit(model, axes, plan, prepare(model, axes, plan), prove=check)
         return ""
 
     def _present(self, to: Resizing, planned: Capture) -> Readings:
