@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.axes import Decision, Example
 from regrow.operations import Tracer
+from regrow.tracing.decisions import OutputError
 from regrow.tracing.meta_copy import fake_example, meta_copy
 from regrow.tracing.model_state import describe_state, preserve_state
 from regrow.tracing.nodes import shapes_of
@@ -101,6 +102,8 @@ def capture(
         if decisions is None:
             try:
                 return _on_fake_data(model, example, tracer)
+            except OutputError as error:
+                raise TraceError(f"{type(model).__name__} cannot be traced: {error}") from error
             except Exception as error:
                 refusal, refused = first_line(error), error
                 if not holds_numbers(model, example):
@@ -150,7 +153,7 @@ def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None = No
         try:
             return _dry(model, example, tracer or Tracer.COPY)
         except Exception as error:
-            if tracer is not None or isinstance(error, _KeptError):
+            if tracer is not None or isinstance(error, _KeptError | OutputError):
                 raise
             if isinstance(error.__context__, DynamicOutputShapeException):
                 raise error.__context__ from None  # as torch.export would, for the same reason

@@ -12,6 +12,10 @@ from regrow.tracing.fixed_results import is_floating
 from regrow.tracing.model_state import contents_of, find_tensors
 
 
+class OutputError(TypeError):
+    """Raised for an output of a network in which not every tensor can be found."""
+
+
 class DivergedError(RuntimeError):
     """Raised where a run reaches other data-dependent decisions than those it is to replay."""
 
@@ -41,7 +45,7 @@ def output_tensors(value: object) -> list[Tensor]:
         value: What the network returned.
 
     Raises:
-        TypeError: If it has a part that can be read only once or in no certain order, or a function that holds tensors.
+        OutputError: If it has no tensor, or one in a part without order, that is read only once, or in a function.
 
     >>> import dataclasses
     >>> Pair = dataclasses.make_dataclass("Pair", ["first", "rest"], slots=True)
@@ -50,6 +54,8 @@ def output_tensors(value: object) -> list[Tensor]:
     """
     result: list[Tensor] = []
     _collect_tensors(value, result, set())
+    if not result:
+        raise OutputError(f"it returns no tensor (a {type(value).__name__}); return tensors, also inside of objects")
     return result
 
 
@@ -67,17 +73,17 @@ def _collect_tensors(value: object, result: list[Tensor], visited: set[int]) -> 
     name = type(value).__name__
     parts: Iterable[object]
     if isinstance(value, Iterator):
-        raise TypeError(f"it returns a {name}, which can be read only once; return a list or tuple")
+        raise OutputError(f"it returns a {name}, which can be read only once; return a list or tuple")
     if isinstance(value, FunctionType | MethodType | partial):
         if [*find_tensors([contents_of(cell) for cell in getattr(value, "__closure__", None) or ()])]:
-            raise TypeError("it returns a function that holds tensors; return the tensors")
+            raise OutputError("it returns a function that holds tensors; return the tensors")
         return
     if isinstance(value, Mapping):
         parts = value.values()
     elif isinstance(value, Collection):
         parts = value
         if isinstance(value, Set) and [*find_tensors([*value])]:
-            raise TypeError(f"it returns a {name} of tensors, which has no order; return a list or tuple")
+            raise OutputError(f"it returns a {name} of tensors, which has no order; return a list or tuple")
     else:
         names = [slot for kind in type(value).__mro__ for slot in _slots(kind)]
         parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, slot, None) for slot in names)]

@@ -6,9 +6,9 @@ from the uncut one there in nothing in which it does not differ on the traced ex
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import zip_longest
 from math import prod
 
 from torch import Tensor, nn
@@ -68,34 +68,50 @@ class _Probe:
     example: Example
     recorded: Capture
 
-    @cached_property
-    def is_same(self) -> bool:
-        """Whether the network runs the operations and constants of the traced example, sizes of the input aside."""
-        axes, sizes = self.axes, self.axes.sizes()
-        rows = zip_longest(axes.steps, calls(axes.recording.capture, ()), calls(self.recorded, ()))
-        return all(
-            step is not None
-            and before is not None
-            and after is not None
-            and before[0].target == after[0].target
-            and before[1:] == after[1:]
-            and _fits(step.shapes, shapes_of(before[0]), shapes_of(after[0]), sizes, sizes)
-            for step, before, after in rows
-        )
-
     def depends(self, cut: Sequence[Axis]) -> bool:
         """Whether a network that keeps few units of some axes differs from the uncut one as it does not when traced."""
         axes, sizes = self.axes, deep_cuts(self.axes, cut)
         problem = _trial_problem(self.model, axes, self.example, self.recorded, sizes)
-        if not problem and self.is_same:
+        if not problem and (self.is_as_traced or _is_same(axes, self.near[1], self.recorded)):
             return False
-        return problem != _trial_problem(self.model, axes, axes.example, axes.recording.capture, sizes)
+        return problem != _trial_problem(self.model, axes, *self.near, sizes)
+
+    @cached_property
+    def is_as_traced(self) -> bool:
+        """Whether the network runs the operations that it runs on the traced example."""
+        return _is_same(self.axes, self.axes.recording.capture, self.recorded)
+
+    @cached_property
+    def near(self) -> tuple[Example, Capture]:
+        """The traced example and its recording; where its batch or length is below 3, which no cut is, one of 3."""
+        axes, main = self.axes, _main_shape(self.axes.example)
+        other = _main_shape(self.example)
+        lengths = [d for dims in _lengths(axes) for d in dims if main[d] != other[d]]
+        if main[0] < 3 or any(main[d] < 3 for d in lengths):
+            example = _grown(axes.example, main, max(main[0], 3), {d: max(main[d], 3) for d in lengths})
+            with suppress(TraceError):
+                return example, _record(self.model, axes, example)
+        return axes.example, axes.recording.capture
+
+
+def _is_same(axes: AxisGraph, first: Capture, second: Capture) -> bool:
+    """Whether two recordings of a network have the same operations and constants, sizes of the input aside."""
+    sizes, count = axes.sizes(), len(operations(first))
+    if count != len(operations(second)):
+        return False
+    rows = zip(calls(first, ()), calls(second, ()), strict=True)
+    if any(before[0].target != after[0].target or before[1:] != after[1:] for before, after in rows):
+        return False
+    pairs = zip(axes.steps, operations(first), operations(second), strict=False)
+    return count != len(axes.steps) or all(
+        _fits(step.shapes, shapes_of(before), shapes_of(after), sizes, sizes) for step, before, after in pairs
+    )
 
 
 def _freeze_on(probe: _Probe) -> AxisGraph:
-    axes = probe.axes if probe.is_same else _with_marks(probe)
+    axes = probe.axes if probe.is_as_traced else _with_marks(probe)
     free = [*axes.free()]
-    if not free or not (probe := replace(probe, axes=axes)).depends(free):
+    if not free or not probe.depends(free):
         return axes
     members = [axis for group in classes_of(free).values() if probe.depends(group) for axis in group]
     return _frozen(axes, {axis.key: REASON for axis in members or free})
@@ -190,7 +206,7 @@ def _resized(example: Example, shapes: Iterator[tuple[int, ...]]) -> Example:
 
 def _larger(axes: AxisGraph) -> Iterator[Example]:
     """Yield larger examples: batch and length above every width, multiples of the traced ones, then one of them."""
-    main = _main_shape(axes)
+    main = _main_shape(axes.example)
     if not main:
         return
     widest = max(axis.size for axis in axes.free())
@@ -205,7 +221,7 @@ def _larger(axes: AxisGraph) -> Iterator[Example]:
 
 def _smaller(axes: AxisGraph) -> Iterator[Example]:
     """Yield smaller examples where the batch or a length of tokens is no smaller than a width."""
-    main = _main_shape(axes)
+    main = _main_shape(axes.example)
     narrowest = min((axis.size for axis in axes.free() if axis.size >= NARROW), default=0)
     lengths = [dims for dims in _lengths(axes) if len(main) < 4]
     if not main or not narrowest or max(main[0], *(main[d] for dims in lengths for d in dims), 0) < narrowest:
@@ -215,9 +231,9 @@ def _smaller(axes: AxisGraph) -> Iterator[Example]:
     yield _grown(axes.example, main, min(main[0], 3), {})
 
 
-def _main_shape(axes: AxisGraph) -> tuple[int, ...]:
-    """Return the shape of the first tensor of the example; empty if it has no entries."""
-    shape = next((shape for shape in _shapes(axes.example) if shape), ())
+def _main_shape(example: Example) -> tuple[int, ...]:
+    """Return the shape of the first tensor of an example; empty if it has no entries."""
+    shape = next((shape for shape in _shapes(example) if shape), ())
     return shape if prod(shape) else ()
 
 
