@@ -22,13 +22,16 @@ from regrow.axes import AxisGraph, Example
 from regrow.axes.inventory import inventory
 from regrow.commands.calibration import parameter_sums
 from regrow.commands.example_inputs import record_input
-from regrow.commands.measuring import measure
+from regrow.commands.measuring import can_measure, measure
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.streamed import StreamedRun
 from regrow.commands.trackers import check_tracker, tracking
 from regrow.data.batches import INPUTS
 from regrow.errors import InputError
+from regrow.evaluation import Perplexity
 from regrow.nets import Loaded
+from regrow.nets.precision import autocasting
+from regrow.progress import Progress, silent
 from regrow.reports import ReportError, write_page
 from regrow.run_folder import RunFolder
 from regrow.settings.declaration import record_settings
@@ -211,6 +214,28 @@ def log_size(folder: RunFolder, loaded: Loaded, axes: AxisGraph, name: str) -> l
     """
     measure(folder, loaded, axes, (), frozenset(), name)
     return [row.record() for row in inventory(axes)]
+
+
+def measure_run(
+    folder: RunFolder, inputs: Inputs, axes: AxisGraph, name: str, precision: str, progress: Progress = silent
+) -> dict[str, Perplexity]:
+    """Log size and quality of a network, as the command does, and return its perplexities.
+
+    The random state of loaders that shuffle is restored: a folder changes no result.
+
+    Args:
+        folder: The run.
+        inputs: The network, and the data on which its quality is measured.
+        axes: Its axes.
+        name: What the rows call it: ``"dense"``, ``"pruned"``.
+        precision: The precision of forward passes.
+        progress: Called with (steps done, steps in all, what is being done).
+    """
+    tests = inputs.tests if can_measure(inputs.objective) else ()
+    seen = frozenset(source.name for source in inputs.sources)
+    generators = (one for source in tests for one in source.generators)
+    with preserve_random_state(*generators), autocasting(inputs.model, precision):
+        return measure(folder, loaded_of(inputs), axes, tests, seen, name, progress, objective=inputs.objective)
 
 
 def digest(value: object) -> str:

@@ -173,6 +173,10 @@ class Snapshot:
         """Whether everything still has its contents."""
         return self._places.is_unchanged()
 
+    def restore(self) -> None:
+        """Give everything the contents that it had; values that were written into tensors stay."""
+        self._places.restore()
+
 
 @dataclass
 class _Places:
