@@ -13,6 +13,7 @@ from regrow.axes import AxisGraph
 from regrow.errors import InputError
 from regrow.fills import FILLS
 from regrow.plan import Change, Fill, Plan
+from regrow.sources import preserve_random_state
 from regrow.tracing.stacks import find_stacks
 
 Amount = int | str
@@ -99,7 +100,8 @@ def plan_growth(model: nn.Module, axes: AxisGraph, spec: GrowthSpec) -> tuple[Pl
     """
     pairs = spec.fill.rule == "pair"
     wide = widening(axes, spec.parts, spec.axis, round_to=spec.round_to, regular=spec.regular, even=pairs)
-    insert = deepening(find_stacks(model, axes), spec.blocks) if spec.blocks else {}
+    with preserve_random_state():
+        insert = deepening(find_stacks(model, axes), spec.blocks) if spec.blocks else {}
     plan = Plan(changes_of(axes, wide.grow, spec.fill), origin=spec.record(), insert=insert)
     plan.check(axes)
     return plan, _notes(wide)

@@ -65,7 +65,8 @@ class CheckedGrowth:
             return apply(self.model, self.axes, self.plan)[1], {}
         state = NetworkState.of(self.model)
         try:
-            return self._grow()
+            with preserve_random_state():
+                return self._grow()
         except BaseException:
             state.restore()
             raise

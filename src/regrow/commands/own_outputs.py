@@ -31,7 +31,7 @@ def run_once(model: nn.Module, example: Example) -> None:
         example: The input.
     """
     example = cast_example(example, model)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), preserve_random_state(), preserve_generators():
         if device_of(model).type != "meta":
             model(*example.args, **example.kwargs)
 
