@@ -55,15 +55,12 @@ def grow(
 ) -> tuple[nn.Module, Plan]:
     """Grow a network such that its outputs do not change, and train it afterwards if there are steps.
 
-    Amounts are numbers of units (``32``, ``"+32"``) or percentages of the present width (``"+25%"``), rounded up.
-
     Args:
         model: The network, changed in place; or a model's name or a run folder, which is loaded.
-        mlp: How many hidden neurons every MLP gains.
+        mlp: How many hidden neurons every MLP gains: a number, or a share of the width, rounded up (``"+25%"``).
         heads: How many attention heads every attention gains; whole groups where key-value heads are shared.
         channels: How many channels the convolutions inside of blocks gain.
-        blocks: How many copies of residual blocks every stack gains, or path of a stack (``"layer3"``) → how many. The
-            last projections of a copy are 0, so that it gives its input unchanged.
+        blocks: How many copies of residual blocks, which pass their input on, every stack gains; or path → how many.
         axis: Axis key, or a pattern of keys → how many units such axes gain.
         fill: How new units are initialised: ``"zero_out"``, ``"split"`` or ``"pair"`` (:class:`regrow.Fill`).
         seed: The random seed of the fill.
@@ -88,8 +85,7 @@ def grow(
         The same model, wider, and the plan that was applied. A warning is issued for axes that cannot be widened.
 
     Raises:
-        ValueError: If nothing is to grow or can grow, an amount is not allowed, or the outputs would change; the model
-            is not changed then.
+        ValueError: If nothing can grow, an amount is not allowed, or outputs would change; the model is as it was then.
 
     >>> import torch
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
@@ -103,8 +99,8 @@ def grow(
     spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
     training = _training(data, steps, lr, train, seed)
     more: Any = {"loss": loss, "batch_size": batch_size, "device": device, "precision": precision, "progress": progress}
-    known = example if axes is None else axes.example
-    inputs = read_inputs(model, data, example=known, validation=validation, **more)
+    more |= {"example": example if axes is None else axes.example, "validation": validation}
+    inputs = read_inputs(model, data, **more)
     work = _Growth(inputs, inputs.trace() if axes is None else axes, spec, training, precision, progress)
     plan = work.plan()
     if out is None:

@@ -64,9 +64,7 @@ def prune(
     progress: Progress = silent,
     **budget: Any,
 ) -> tuple[nn.Module, Plan]:
-    """Prune a network in one call: trace it, measure importance, choose units, and cut it.
-
-    The running statistics of BatchNorms are measured again on the data after the cut.
+    """Prune a network in one call: trace it, measure importance, choose units, cut it, and measure BatchNorms again.
 
     Args:
         model: The network, changed in place; or a model's name or a run folder, which is loaded.
@@ -74,9 +72,8 @@ def prune(
             a dict of such by name; several text domains carry over better. Methods that score by weights need none.
         validation: With ``out``: labelled data on which quality is measured before and after; ``None``: ``data``.
         method: One of ``regrow.methods.METHODS``.
-        keep: The fraction, 0.8 or ``"80%"``, of the weights of linear layers and convolutions that stays (of a
-            language model: of its decoder's linear layers), or of another ``measure``; ``None``: 0.8, unless there is a
-            target.
+        keep: The fraction (0.8, ``"80%"``) that stays of the weights of linear layers and convolutions (of a language
+            model: of its decoder), or of another ``measure``; ``None``: 0.8, unless there is a target.
         target: A size instead of a fraction: ``"params=100M"`` (all parameters), ``"macs=2G"``, ``"bytes=200M"``,
             ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share of what the
             network has, ``"params=70%"``.
@@ -94,9 +91,8 @@ def prune(
             numbers, which are in ``out``. Empty: it is loaded whole.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
-        reconstruct: Whether layers that read cut units are fitted to their own dense outputs by least squares after the
-            cut, on all of the data, which are in memory with inputs and outputs of one layer; or settings of ``refit``
-            that differ from the defaults of this fit.
+        reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut, on
+            all of the data, which are in memory; or settings of ``refit`` that differ from the defaults of this fit.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (batches done, batches in all, what is being done).
@@ -104,8 +100,7 @@ def prune(
             ``regular``.
 
     Returns:
-        The same model, smaller, and the plan that was applied. A warning is issued for a source that had to be split,
-        and for BatchNorms whose statistics no data measure again.
+        The same model, smaller, and the plan. Warnings tell of a source that was split, and of BatchNorms without data.
 
     Raises:
         ValueError: If the method is unknown, the budget cannot be met, or there is nothing to trace or measure with.
@@ -122,8 +117,7 @@ def prune(
     pruner, limits = build_pruner(method, settings or {}), _budget(keep, target, smaller, budget)
     check_combination(precision, measure=limits.measure)
     given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
-    given |= {"example": axes.example if axes is not None else example, "precision": precision}
-    given["validation"] = validation
+    given |= {"example": example if axes is None else axes.example, "precision": precision, "validation": validation}
     call = _PruneCall(method, settings or {}, pruner, limits, place, memory, _check_reconstruct(reconstruct), progress)
     return _carry_out(call, model, data, given, axes)
 

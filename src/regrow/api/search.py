@@ -123,9 +123,8 @@ def search(
 ) -> SearchResult:
     """Search a network for the widths and operations that serve its loss best within a target size.
 
-    The network is trained from the weights that it has, while what matters least is removed: units of free axes, of the
-    operations that it marks with :class:`regrow.Candidates`, and single weights under a target in ``nonzero``. The
-    running statistics of BatchNorms are measured again on the data at the end.
+    It is trained from the weights that it has, while what matters least is removed: units of free axes, operations in
+    :class:`regrow.Candidates`, and single weights (target ``nonzero``). At the end, BatchNorms are measured again.
 
     Args:
         model: The network, changed in place; or a model's name or a run folder.

@@ -168,14 +168,11 @@ class Snapshot:
     def __init__(self, value: object) -> None:
         self._places = _Places()
         self._places.visit(value)
+        self.restore = self._places.restore
 
     def is_unchanged(self) -> bool:
         """Whether everything still has its contents."""
         return self._places.is_unchanged()
-
-    def restore(self) -> None:
-        """Give everything the contents that it had; values that were written into tensors stay."""
-        self._places.restore()
 
 
 @dataclass
