@@ -11,7 +11,8 @@ from torch import nn
 
 from regrow.allocation.widening import Part
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
-from regrow.api.runs import Destination, finish, loaded_of, measure_run, name_of, run_of
+from regrow.api.quality import measure_run
+from regrow.api.runs import Destination, describe_inputs, finish, loaded_of, name_of, run_of
 from regrow.axes import AxisGraph
 from regrow.axes.inventory import inventory
 from regrow.commands.growing import Amount, GrowthSpec, plan_growth
@@ -155,7 +156,7 @@ def _grow_in_folder(
 ) -> Plan:
     """Grow and write the run; what was interrupted starts again."""
     inputs, start = work.inputs, time.perf_counter()
-    data = place.describe(inputs.sources)
+    data = describe_inputs(place, inputs)
     with (
         run_of(place, "grow", settings, model, loaded_of(inputs), data=data, loss=name_of(loss)) as folder,
         visible(work.progress) as shown,

@@ -14,7 +14,8 @@ from torch import nn
 
 from regrow.amounts import Measure, Target, parse_share
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, names_generated, read_inputs
-from regrow.api.runs import Destination, complete, loaded_of, measure_run, name_of, run_of
+from regrow.api.quality import measure_run
+from regrow.api.runs import Destination, complete, describe_inputs, loaded_of, name_of, run_of
 from regrow.api.streamed import open_within, prune_streamed
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
@@ -272,7 +273,7 @@ def _prune_in_folder(
     known = RunFolder(begun).run().get("timing") if (begun := place.begun()) else None
     limits = with_timing(inputs.model, work.axes, limits, known=known, progress=work.progress)
     check_pruning(work.pruner, work.axes, limits, inputs.sources)
-    data = place.describe(inputs.sources)
+    data = describe_inputs(place, inputs)
     with (
         run_of(place, "prune", settings, model, loaded_of(inputs), data=data, loss=loss) as folder,
         visible(work.progress) as shown,

@@ -22,16 +22,13 @@ from regrow.axes import AxisGraph, Example
 from regrow.axes.inventory import inventory
 from regrow.commands.calibration import parameter_sums
 from regrow.commands.example_inputs import record_input
-from regrow.commands.measuring import can_measure, measure
+from regrow.commands.measuring import measure
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.streamed import StreamedRun
 from regrow.commands.trackers import check_tracker, tracking
 from regrow.data.batches import INPUTS
 from regrow.errors import InputError
-from regrow.evaluation import Perplexity
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting
-from regrow.progress import Progress, silent
 from regrow.reports import ReportError, write_page
 from regrow.run_folder import RunFolder
 from regrow.settings.declaration import record_settings
@@ -103,10 +100,19 @@ class Destination:
             sources: The sources, which may be read while they are iterated.
         """
         with preserve_random_state(*self.generators):
-            torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
-            random.seed(0)
-            np.random.seed(0)
+            seed_generators()
             return {source.name: fingerprint(Source(source.name, list(islice(source, 1)))) for source in sources}
+
+
+def describe_inputs(destination: Destination, inputs: Inputs) -> dict[str, str]:
+    """Return name of a source → a digest of its first batch, data on which quality is measured included.
+
+    Args:
+        destination: Where the run is written.
+        inputs: What was read.
+    """
+    tests = () if inputs.tests is inputs.sources else inputs.tests
+    return destination.describe([*inputs.sources, *(replace(one, name=f"validation {one.name}") for one in tests)])
 
 
 @contextmanager
@@ -216,26 +222,17 @@ def log_size(folder: RunFolder, loaded: Loaded, axes: AxisGraph, name: str) -> l
     return [row.record() for row in inventory(axes)]
 
 
-def measure_run(
-    folder: RunFolder, inputs: Inputs, axes: AxisGraph, name: str, precision: str, progress: Progress = silent
-) -> dict[str, Perplexity]:
-    """Log size and quality of a network, as the command does, and return its perplexities.
-
-    The random state of loaders that shuffle is restored: a folder changes no result.
+def seed_generators(*generators: Generator) -> None:
+    """Seed the random generators of the CPU, and others, with 0.
 
     Args:
-        folder: The run.
-        inputs: The network, and the data on which its quality is measured.
-        axes: Its axes.
-        name: What the rows call it: ``"dense"``, ``"pruned"``.
-        precision: The precision of forward passes.
-        progress: Called with (steps done, steps in all, what is being done).
+        *generators: The others.
     """
-    tests = inputs.tests if can_measure(inputs.objective) else ()
-    seen = frozenset(source.name for source in inputs.sources)
-    generators = (one for source in tests for one in source.generators)
-    with preserve_random_state(*generators), autocasting(inputs.model, precision):
-        return measure(folder, loaded_of(inputs), axes, tests, seen, name, progress, objective=inputs.objective)
+    torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
+    random.seed(0)
+    np.random.seed(0)
+    for one in generators:
+        one.manual_seed(0)
 
 
 def digest(value: object) -> str:
