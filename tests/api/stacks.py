@@ -314,13 +314,18 @@ def random_block(net: Any, x: Tensor) -> Tensor:
     return net.head(_last(net, x))
 
 
+def masked(net: Any, x: Tensor) -> Tensor:
+    y = net.head(_last(net, x) / len(net.blocks))
+    return y.masked_fill(torch.arange(3) == 2, torch.finfo(y.dtype).min)
+
+
 FINE = (plain, indexed, with_features, as_dict, first_and_last, cached, by_length, largest, noisy)
 UNFIT = (
     *(out_indices, unet, mean, total, dense, scaled, slightly_scaled, factor_of_index, stochastic_depth, decayed),
     *(shifted, activated, normed, mixed, mixed_strictly, by_parity, flipping, exit_early, fixed_count, stored_count),
     *(from_config, second_to_last, penultimate_by_number, all_states, stacked_states, counted, integers, half),
     *(branches, differences, highway, hook_count, by_parameters, batch_at_most, every_other, attention_over_depth),
-    *(reversible, momentum, as_object, random_block),
+    *(reversible, momentum, as_object, random_block, masked),
 )
 
 

@@ -91,15 +91,28 @@ def measure_change(before: Answers, after: Answers) -> tuple[float, float]:
     return max_difference(ours, theirs) if pairs else torch.inf, max_magnitude([a.double() for a, _ in pairs])
 
 
-def measure_exactly(before: Answers, after: Answers) -> tuple[float, float]:
-    """Return what :func:`measure_change` does for outputs that must be the same in number, shape and value.
+def measure_exactly(before: Answers, after: Answers) -> float:
+    """Return the largest change of an entry of outputs that must be the same in number, shape and value.
+
+    It is relative to the entry, or to ten times the median of its output where that is more: values of another order,
+    such as those of masked classes, hide nothing. Infinite if number or shape differ.
 
     Args:
         before: The outputs before a change.
         after: Those after it.
     """
-    largest = max_magnitude([x.double() for x in before if x is not None])
-    return max_difference(before, after), largest
+    if [x is None or x.shape for x in before] != [x is None or x.shape for x in after]:
+        return torch.inf
+    return max((_relative_change(x.double(), y.double()) for x, y in common_outputs(before, after)), default=0.0)
+
+
+def _relative_change(x: Tensor, y: Tensor) -> float:
+    change = (x - y).abs().masked_fill(x == y, 0.0)
+    sizes = x.abs()
+    usual = sizes[(sizes > 0) & sizes.isfinite()]
+    least = 10 * float(usual.median()) if usual.numel() else 0.0
+    scale = torch.maximum(sizes, y.abs()).clamp_min(max(least, 1e-300))
+    return float((change / scale).nan_to_num(torch.inf, torch.inf).max())
 
 
 def examples_of(example: Example) -> list[Example]:
