@@ -46,9 +46,8 @@ class Residual(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(1, 8, 3, padding=1)
         self.blocks = nn.Sequential(*(ResidualBlock(8) for _ in range(2)))
-        self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 10)
-        )
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 10))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of ten classes."""
