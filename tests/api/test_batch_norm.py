@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,15 @@ def test_apply_and_grow_leave_the_statistics(trained: nn.Sequential) -> None:
     axes = regrow.trace(net, x)
     regrow.apply(net, axes, regrow.Plan.keeping(axes, {"0.weight:0": range(8)}))
     assert torch.equal(net[1].running_mean, before[0][:8]) and torch.equal(net[4].running_var, before[3])
+
+
+def test_a_searched_network_has_the_statistics_of_its_data() -> None:
+    inputs, labels = torch.cat([one.args[0] for one in TRAIN])[:256], torch.cat([one.labels for one in TRAIN])[:256]
+    call: dict[str, Any] = {"target": "macs=60%", "epochs": 3, "batch_size": 256}
+    found = regrow.search(network(), (inputs, labels), validation=(inputs, labels), **call)
+    before = statistics(found.model)
+    tune.recalibrate(found.model, [[regrow.Batch((inputs,))]])
+    assert all(map(torch.allclose, statistics(found.model), before))
 
 
 class Partly(nn.Module):

@@ -102,3 +102,21 @@ def test_grow(amounts: dict[str, str], steps: int) -> None:
     assert {"verify", "choice"} <= {*whats} and ("training" in whats) == bool(steps)
     for model in models:
         assert_same_runs(command, RunFolder.open("python"), model)
+
+
+def test_prune_of_a_language_model(tiny_language_model: Path) -> None:
+    given: dict[str, Any] = {"sources": ("news", "code"), "tokens": 512, "eval_tokens": 256, "seq_len": 64}
+    command = prune.run(PruneSettings(str(tiny_language_model), keep=0.7, **given), "command")
+    loaded = load_model(ModelSpec(str(tiny_language_model)))
+    halves = read_sources(SourceSpecs(256, 64, ("news", "code"), (), 512), loaded)
+    model, _ = regrow.prune(
+        loaded.model,
+        halves.calibration,
+        validation=halves.evaluation,
+        keep=0.7,
+        example=loaded.example,
+        tokenizer=loaded.tokenizer,
+        out="python",
+    )
+    assert {"verify", "perplexity", "paired"} <= {row["what"] for row in command.metrics()}
+    assert_same_runs(command, RunFolder.open("python"), model)
