@@ -32,7 +32,7 @@ def measure_run(
     """
     tests = inputs.tests if can_measure(inputs.objective) else ()
     seen = frozenset(source.name for source in inputs.sources)
-    generators = [one for source in tests for one in source.generators]
+    generators = [generator for source in tests for generator in source.generators]
     with preserve_random_state(*generators), autocasting(inputs.model, precision):
         seed_generators(*generators)
         try:

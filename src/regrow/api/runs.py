@@ -112,7 +112,7 @@ def describe_inputs(destination: Destination, inputs: Inputs) -> dict[str, str]:
         inputs: What was read.
     """
     tests = () if inputs.tests is inputs.sources else inputs.tests
-    return destination.describe([*inputs.sources, *(replace(one, name=f"validation {one.name}") for one in tests)])
+    return destination.describe([*inputs.sources, *(replace(test, name=f"validation {test.name}") for test in tests)])
 
 
 @contextmanager
@@ -231,8 +231,8 @@ def seed_generators(*generators: Generator) -> None:
     torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
     random.seed(0)
     np.random.seed(0)
-    for one in generators:
-        one.manual_seed(0)
+    for generator in generators:
+        generator.manual_seed(0)
 
 
 def digest(value: object) -> str:

@@ -10,7 +10,7 @@ from regrow.axes import AxisGraph
 from regrow.axes.inventory import inventory
 from regrow.budget import Budget
 from regrow.commands import measuring
-from regrow.commands.own_outputs import run_once
+from regrow.commands.forward_outputs import run_once
 from regrow.commands.reconstruction import keep_dense, reconstruct
 from regrow.errors import RefusedError
 from regrow.nets import Loaded

@@ -9,7 +9,14 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph, Example
-from regrow.commands.own_outputs import NetworkState, examples_of, measure_change, measure_exactly, outputs_of, run_once
+from regrow.commands.forward_outputs import (
+    NetworkState,
+    examples_of,
+    measure_change,
+    measure_exactly,
+    outputs_of,
+    run_once,
+)
 from regrow.errors import RefusedError
 from regrow.nets.precision import autocasting
 from regrow.objectives import Objective
@@ -75,8 +82,8 @@ class CheckedGrowth:
         model, axes, plan = self.model, self.axes, self.plan
         examples = examples_of(cast_example(axes.example, model))
         run_once(model, examples[0])
-        before = [(one, outputs_of(model, one)) for one in examples[:1]]
-        before += [(one, made) for one in examples[1:] if (made := _try_outputs(model, one)) is not None]
+        before = [(examples[0], outputs_of(model, examples[0]))]
+        before += [(x, made) for x in examples[1:] if (made := _try_outputs(model, x)) is not None]
         if not before[0][1]:
             raise RefusedError("what the network returns has no tensor that could be compared; let it return tensors")
         exact = self._share_of_noise(*before[0]) if plan.insert else 0.0
@@ -95,15 +102,15 @@ class CheckedGrowth:
             _, after = apply(model, axes, plan)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         share = CHANGE * (1 if dtype in ("float32", "float64") else 100) if plan.changes else exact
-        measured = [measure_change(made, self._run(one)) for one, made in before]
+        measured = [measure_change(made, self._run(x)) for x, made in before]
         for change, largest in measured:
             if not change <= share * (largest or 1.0):
                 _refuse(change, share * largest, dtype)
         change, largest = measured[0]
-        own = {"output_change": change, "relative_change": change / (largest or 1.0), "output_dtype": dtype}
+        row = {"output_change": change, "relative_change": change / (largest or 1.0), "output_dtype": dtype}
         if self.proof:
-            return after, {**proof, "dtype": "float64", **own}
-        return after, {"max_abs_diff": change, "bound": share * largest, "ok": True, "dtype": dtype, **own}
+            return after, {**proof, "dtype": "float64", **row}
+        return after, {"max_abs_diff": change, "bound": share * largest, "ok": True, "dtype": dtype, **row}
 
     def _run(self, example: Example) -> Answers:
         try:
@@ -125,7 +132,7 @@ class CheckedGrowth:
         twin = shallow_copy(self.model)
         try:
             insert_copies(twin, path, self.plan.insert[path])
-            measured = [measure_exactly(made, outputs_of(twin, one)) for one, made in before]
+            measured = [measure_exactly(made, outputs_of(twin, x)) for x, made in before]
         except Exception as error:
             raise RefusedError(
                 f"stack {path!r} cannot get further blocks: the network does not run with them: {first_line(error)}; "
@@ -199,5 +206,5 @@ class GrowthData:
 
     def _measure_loss(self, model: nn.Module) -> float:
         """Return the mean loss on the data; the random state of loaders that shuffle is restored."""
-        with preserve_random_state(*(one for source in self.sources for one in source.generators)):
+        with preserve_random_state(*(generator for source in self.sources for generator in source.generators)):
             return mean_loss(model, self.sources, self.objective)

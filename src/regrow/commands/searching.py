@@ -129,7 +129,7 @@ def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> N
     if not tune.find_running(model):
         return
     examples = context.task.train.batches(batch_size, seed=context.seed)
-    tune.recalibrate(model, [(_as_batch(one.inputs) for one in islice(examples, MOST_BATCHES))])
+    tune.recalibrate(model, [(_as_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
 
 
 def _as_batch(inputs: Any) -> Batch:

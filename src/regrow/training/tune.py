@@ -73,7 +73,7 @@ def find_running(model: nn.Module) -> list[_BatchNorm]:
 
 def _copies(layers: Sequence[_BatchNorm]) -> list[tuple[Tensor, Tensor]]:
     """Return the running statistics of layers, each with a copy."""
-    tensors = [x for one in layers for x in (one.running_mean, one.running_var, one.num_batches_tracked)]
+    tensors = [x for layer in layers for x in (layer.running_mean, layer.running_var, layer.num_batches_tracked)]
     return [(x, x.clone()) for x in tensors if x is not None]
 
 

@@ -51,9 +51,9 @@ def outputs_of(model: nn.Module, example: Example) -> Answers:
         reseed(0)
         random.seed(0)
         np.random.seed(0)
-        found = [*_compared(model(*args, **kwargs))]
-        unknown = [x.isnan() for x in found if x.is_floating_point() and bool(x.isnan().any())]
-        return [*(x.nan_to_num(0.0, torch.inf, -torch.inf) for x in found), *unknown]
+        answers = [*_compared(model(*args, **kwargs))]
+        unknown = [x.isnan() for x in answers if x.is_floating_point() and bool(x.isnan().any())]
+        return [*(x.nan_to_num(0.0, torch.inf, -torch.inf) for x in answers), *unknown]
 
 
 def _copied(value: object) -> object:
@@ -121,9 +121,10 @@ def examples_of(example: Example) -> list[Example]:
     Args:
         example: The example.
 
-    >>> [tuple(one.args[0].shape) for one in examples_of(Example((torch.ones(3, 8),)))]
+    >>> [tuple(example.args[0].shape) for example in examples_of(Example((torch.ones(3, 8),)))]
     [(3, 8), (1, 8)]
-    >>> [tuple(one.args[0].shape) for one in examples_of(Example((torch.ones(1, 8, dtype=torch.int64),)))]
+    >>> tokens = torch.ones(1, 8, dtype=torch.int64)
+    >>> [tuple(example.args[0].shape) for example in examples_of(Example((tokens,)))]
     [(1, 8), (2, 8), (1, 4)]
     """
     tensors = [x for x in tree_leaves((example.args, dict(example.kwargs))) if isinstance(x, Tensor) and x.dim()]
@@ -172,17 +173,17 @@ class NetworkState:
         tensors = [x for x in tensors if not isinstance(x, nn.Parameter) or id(x) in written]
         copies = [(x, x._version, x.detach().clone()) for x in tensors]
         objects = [value for module in model.modules() for value in vars(module).values()]
-        return cls(Snapshot(model), copies, [(one, _fields(one)) for one in objects if _has_fields(one)])
+        return cls(Snapshot(model), copies, [(value, _fields(value)) for value in objects if _has_fields(value)])
 
     def restore(self) -> None:
         """Give the network back everything that it had."""
         self.contents.restore()
-        for one, fields in self.fields:
-            for name in _fields(one).keys() - fields.keys():
-                object.__delattr__(one, name)
+        for holder, fields in self.fields:
+            for name in _fields(holder).keys() - fields.keys():
+                object.__delattr__(holder, name)
             for name, value in fields.items():
-                if getattr(one, name, None) is not value:
-                    object.__setattr__(one, name, value)
+                if getattr(holder, name, None) is not value:
+                    object.__setattr__(holder, name, value)
         with torch.no_grad():
             for tensor, version, old in self.tensors:
                 if tensor._version != version:
