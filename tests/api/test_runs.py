@@ -255,3 +255,31 @@ def test_warnings_point_to_the_call(out: str | None, monkeypatch: pytest.MonkeyP
         with pytest.warns(UserWarning, match="beware") as seen:
             call(net(), out=out and f"{out}-{call.func.__name__}")
         assert seen[0].filename == __file__
+
+
+def quality(name: str) -> list[tuple[str, str, float]]:
+    rows = [row for row in RunFolder.open(name).metrics() if row["what"] == "choice"]
+    return [(row["model"], row["task"], row["acc"]) for row in rows]
+
+
+def test_folders_have_the_check_and_the_quality_before_and_after() -> None:
+    torch.manual_seed(5)
+    loader = DataLoader(TensorDataset(*DATA), 16, shuffle=True)
+    pruned, _ = regrow.prune(net(), loader, keep=0.5, out="pruned")
+    score = regrow.evaluate(pruned, DATA)["data"].score
+    assert [row[:2] for row in quality("pruned")] == [("dense", "data"), ("pruned", "data")]
+    assert quality("pruned")[1][2] == pytest.approx(score)
+    regrow.grow(net(), mlp="+4", example=INPUTS, validation={"held out": DATA}, out="grown")
+    assert [row[:2] for row in quality("grown")] == [("before", "held out"), ("after", "held out")]
+    for name in ("pruned", "grown"):
+        (row,) = [row for row in RunFolder.open(name).metrics() if row["what"] == "verify"]
+        assert row["ok"] and row["dtype"] == "float64"
+
+
+def test_labels_that_do_not_fit_are_left_out_unless_they_are_for_validation() -> None:
+    wrong = (INPUTS, DATA[1] + 5)
+    with pytest.warns(UserWarning, match="quality of the network is not measured: .*class"):
+        regrow.prune(net(), wrong, keep=0.5, out="run")
+    assert quality("run") == []
+    with pytest.raises(ValueError, match="class 7"):
+        regrow.prune(net(), DATA, validation=wrong, keep=0.5, out="other")

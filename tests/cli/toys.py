@@ -26,6 +26,34 @@ class Classifier(nn.Module):
         return self.head(self.body(x))
 
 
+class ResidualBlock(nn.Module):
+    """A residual block of convolutions with BatchNorm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(width, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.second, self.second_norm = nn.Conv2d(6, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add to the input, ``[batch, width, height, width]``."""
+        return x + self.second_norm(self.second(self.first_norm(self.first(x)).relu()))
+
+
+class Residual(nn.Module):
+    """A classifier of 8 × 8 grey pictures: a stack of residual blocks, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(ResidualBlock(8) for _ in range(2)))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of ten classes."""
+        return self.head(self.pool(self.blocks(self.stem(x))))
+
+
 class Spectral(nn.Module):
     """Linear layers with a Fourier transform between them, which no rule reads."""
 
@@ -68,6 +96,12 @@ def classifier() -> tuple[nn.Module, torch.Tensor]:
     """A classifier with a fixed seed."""
     torch.manual_seed(0)
     return Classifier(), torch.randn(1, 1, 8, 8)
+
+
+def residual() -> tuple[nn.Module, torch.Tensor]:
+    """A classifier with a stack of blocks."""
+    torch.manual_seed(0)
+    return Residual(), torch.randn(2, 1, 8, 8)
 
 
 def stepping() -> tuple[nn.Module, torch.Tensor]:

@@ -10,21 +10,21 @@ from typing import Any, Literal
 from torch import nn
 
 from regrow.allocation.widening import Part
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs, run_once
-from regrow.api.runs import Destination, finish, loaded_of, log_size, name_of, run_of
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
+from regrow.api.quality import measure_run
+from regrow.api.runs import Destination, describe_inputs, finish, loaded_of, name_of, run_of
 from regrow.axes import AxisGraph
+from regrow.axes.inventory import inventory
 from regrow.commands.growing import Amount, GrowthSpec, plan_growth
+from regrow.commands.growth import CheckedGrowth, GrowthData
 from regrow.errors import InputError
-from regrow.nets.precision import autocasting
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.run_folder import RunFolder
 from regrow.settings.grow import Settings
-from regrow.sources import preserve_random_state
 from regrow.store.origins import describe_origin
-from regrow.surgery import apply
-from regrow.training.grown import GrowthTraining, added_entries, mean_loss, train_grown
+from regrow.training.grown import GrowthTraining
 
 
 def grow(
@@ -40,6 +40,7 @@ def grow(
     round_to: int = 1,
     regular: bool = False,
     data: Any = None,
+    validation: Any = None,
     steps: int = 0,
     train: Literal["new", "all"] = "new",
     lr: float = 1e-3,
@@ -55,21 +56,19 @@ def grow(
 ) -> tuple[nn.Module, Plan]:
     """Grow a network such that its outputs do not change, and train it afterwards if there are steps.
 
-    Amounts are numbers of units (``32``, ``"+32"``) or percentages of the present width (``"+25%"``), rounded up.
-
     Args:
         model: The network, changed in place; or a model's name or a run folder, which is loaded.
-        mlp: How many hidden neurons every MLP gains.
+        mlp: How many hidden neurons every MLP gains: a number, or a share of the width, rounded up (``"+25%"``).
         heads: How many attention heads every attention gains; whole groups where key-value heads are shared.
         channels: How many channels the convolutions inside of blocks gain.
-        blocks: How many copies of residual blocks every stack gains, or path of a stack (``"layer3"``) → how many. The
-            last projections of a copy are 0, so that it gives its input unchanged.
+        blocks: How many copies of residual blocks, which pass their input on, every stack gains; or path → how many.
         axis: Axis key, or a pattern of keys → how many units such axes gain.
         fill: How new units are initialised: ``"zero_out"``, ``"split"`` or ``"pair"`` (:class:`regrow.Fill`).
         seed: The random seed of the fill.
         round_to: Widths become multiples of this, rounded up.
         regular: Whether axes with the same role in several blocks get one width, the largest among them.
         data: What the grown network is trained on, as for :func:`regrow.prune`.
+        validation: With ``out``: labelled data on which quality is measured; ``None``: ``data``.
         steps: The number of training steps, of one batch each; 0: it is not trained.
         train: Whether only what was added is trained (``"new"``; the rest stays bit for bit), or ``"all"``.
         lr: The learning rate of AdamW, which falls to 0.
@@ -87,7 +86,7 @@ def grow(
         The same model, wider, and the plan that was applied. A warning is issued for axes that cannot be widened.
 
     Raises:
-        ValueError: If nothing is to grow or can grow, or an amount is not allowed; the model is not changed then.
+        ValueError: If nothing can grow, an amount is not allowed, or outputs would change; the model is as it was then.
 
     >>> import torch
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
@@ -95,13 +94,14 @@ def grow(
     >>> net[0].out_features, torch.allclose(net(x), before)
     (10, True)
     """
-    place = Destination(out, track).checked(data=data)
+    place = Destination(out, track).checked(data=data, validation=validation)
     parts: dict[Part, Amount] = {"mlp": mlp, "heads": heads, "channels": channels}
     stacks = blocks if isinstance(blocks, Mapping) else {"*": blocks} if blocks else {}
     spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
     training = _training(data, steps, lr, train, seed)
     more: Any = {"loss": loss, "batch_size": batch_size, "device": device, "precision": precision, "progress": progress}
-    inputs = read_inputs(model, data, example=example if axes is None else axes.example, **more)
+    more |= {"example": example if axes is None else axes.example, "validation": validation}
+    inputs = read_inputs(model, data, **more)
     work = _Growth(inputs, inputs.trace() if axes is None else axes, spec, training, precision, progress)
     plan = work.plan()
     if out is None:
@@ -127,34 +127,28 @@ class _Growth:
             warnings.warn(note, stacklevel=3)
         return plan
 
+    def measure(self, folder: RunFolder, axes: AxisGraph, name: str) -> None:
+        """Log size and quality of the network in its present state, under a name."""
+        measure_run(folder, self.inputs, axes, name, self.precision, self.progress)
+
 
 def _grow(work: _Growth, plan: Plan, folder: RunFolder | None = None) -> Plan:
     """Grow the network, and train it if there are steps; in a folder, log its size and the loss of the training."""
-    net, training, inputs = work.inputs.model, work.training, work.inputs
-    rows = log_size(folder, loaded_of(inputs), work.axes, "before") if folder else []
-    run_once(net, inputs.example)
-    _, after = apply(net, work.axes, plan)
+    inputs = work.inputs
+    if folder:
+        work.measure(folder, work.axes, "before")
+    grown, proof = CheckedGrowth(inputs.model, work.axes, plan, folder is not None, progress=work.progress).carry_out()
     if folder:
         folder.own_ledger.replace(plan)
-        folder.write_axes(rows, log_size(folder, loaded_of(inputs), after, "after"))
-    if not training.steps:
-        return plan
-    new, objective = added_entries(net, work.axes, plan), inputs.objective
-    with autocasting(net, work.precision):
-        before = _measure_loss(work) if folder else 0.0
-        train_grown(net, inputs.sources, new, training, objective=objective, progress=work.progress)
-        if folder:
-            row: dict[str, Any] = {"loss_before": before, "loss_after": _measure_loss(work)}
-            row |= {"steps": training.steps, "train": "new" if training.new_only else "all", "lr": training.lr}
-            folder.log("training", **row, parameters=sum(int(entries.sum()) for entries in new.values()))
+        folder.write_axes([row.record() for row in inventory(work.axes)], [row.record() for row in inventory(grown)])
+        if proof:
+            folder.log("verify", **proof)
+    if work.training.steps:
+        data = GrowthData(inputs.sources, work.training, work.precision, inputs.objective)
+        data.train(inputs.model, work.axes, plan, folder, work.progress)
+    if folder:
+        work.measure(folder, grown, "after")
     return plan
-
-
-def _measure_loss(work: _Growth) -> float:
-    """Return the mean loss on the data; the random state of loaders that shuffle is restored."""
-    inputs = work.inputs
-    with preserve_random_state(*(one for source in inputs.sources for one in source.generators)):
-        return mean_loss(inputs.model, inputs.sources, inputs.objective)
 
 
 def _grow_in_folder(
@@ -162,7 +156,7 @@ def _grow_in_folder(
 ) -> Plan:
     """Grow and write the run; what was interrupted starts again."""
     inputs, start = work.inputs, time.perf_counter()
-    data = place.describe(inputs.sources)
+    data = describe_inputs(place, inputs)
     with (
         run_of(place, "grow", settings, model, loaded_of(inputs), data=data, loss=name_of(loss)) as folder,
         visible(work.progress) as shown,

@@ -12,7 +12,6 @@ from regrow.axes import AxisGraph, Example
 from regrow.commands.models import ModelSpec, load_model
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import InputError
-from regrow.evaluation.forward import evaluating
 from regrow.evaluation.generation import generate_source
 from regrow.nets import Origin
 from regrow.nets.devices import choose_device
@@ -23,7 +22,6 @@ from regrow.progress import Progress, silent
 from regrow.source_names import GENERATED
 from regrow.sources import Batch, Source, device_of, moved
 from regrow.tracing import trace
-from regrow.tracing.meta_copy import cast_example
 
 ModelLike = nn.Module | str | Path
 """A network, a name that :func:`regrow.nets.load` takes, or the path of a saved model or run folder."""
@@ -45,6 +43,7 @@ class Inputs:
         sources: The data, as named batches.
         objective: What the network is trained for; ``None`` without data.
         tokenizer: Its tokenizer, or ``None``.
+        tests: The data on which quality is measured.
     """
 
     model: nn.Module
@@ -52,6 +51,7 @@ class Inputs:
     sources: tuple[Source, ...]
     objective: Objective | None
     tokenizer: Any
+    tests: tuple[Source, ...] = ()
 
     def trace(self) -> AxisGraph:
         """Return the axes of the network, traced with the example."""
@@ -70,6 +70,7 @@ def read_inputs(
     precision: str = "float32",
     progress: Progress = silent,
     generates: bool = False,
+    validation: Any = None,
 ) -> Inputs:
     """Load a network if it is named, read the data, and choose an example input and an objective.
 
@@ -85,6 +86,7 @@ def read_inputs(
         precision: The precision of forward passes, which is only checked.
         progress: Called with (steps done, steps in all, what is being done).
         generates: Whether ``"generated"`` among the data is text that the network generates.
+        validation: The data on which quality is measured; ``None``: ``data``.
 
     Raises:
         InputError: If there is neither an example nor data, or no network.
@@ -117,11 +119,13 @@ def read_inputs(
             "there is no input to run the network with; give example=, for example example=torch.ones(1, 3, 224, 224), "
             "or data"
         )
-    objective = choose_objective(loss, first) if first is not None else None
+    tests = sources if validation is None else tuple(to_sources(validation, reading))
+    labelled = first or (tests[0].batches[0] if tests else None)
+    objective = choose_objective(loss, labelled) if labelled is not None else None
     example = given or _first_example(first)
     if (place := device_of(model)).type not in ("cpu", "meta"):
         example = Example(moved(example.args, place), moved(dict(example.kwargs), place))
-    return Inputs(model, example, sources, objective, tokenizer)
+    return Inputs(model, example, sources, objective, tokenizer, tests)
 
 
 def _generate(data: Any, model: nn.Module, reading: ReadOptions, progress: Progress) -> Any:
@@ -188,19 +192,6 @@ def _no_network(model: object, data: object) -> str:
     elif isinstance(data, nn.Module):
         got += "; the network comes first, then the data"
     return f"model must be a torch.nn.Module, a model's name or a run folder, {got}"
-
-
-def run_once(model: nn.Module, example: Example) -> None:
-    """Run a network on its example, so that what it caches when it meets inputs of that shape is known before a cut.
-
-    Args:
-        model: The network; it is run in eval mode, and each module gets its own mode back.
-        example: The input.
-    """
-    example = cast_example(example, model)
-    with evaluating(model) as device:
-        if device.type != "meta":
-            model(*example.args, **example.kwargs)
 
 
 def to_example(example: Any) -> Example:

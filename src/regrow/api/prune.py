@@ -13,18 +13,19 @@ import torch
 from torch import nn
 
 from regrow.amounts import Measure, Target, parse_share
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, names_generated, read_inputs, run_once
-from regrow.api.runs import Destination, finish, loaded_of, log_size, name_of, run_of
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, names_generated, read_inputs
+from regrow.api.quality import measure_run
+from regrow.api.runs import Destination, complete, describe_inputs, loaded_of, name_of, run_of
 from regrow.api.streamed import open_within, prune_streamed
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.calibration import calibrate, open_journal
-from regrow.commands.measuring import log_budget
+from regrow.commands.cutting import CutRun
 from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence, with_timing
-from regrow.commands.reconstruction import build_reconstruction, check_batches, keep_dense
-from regrow.commands.reconstruction import reconstruct as reconstruct_layers
+from regrow.commands.reconstruction import build_reconstruction, check_batches
 from regrow.commands.score_summary import write_scores
 from regrow.errors import InputError
+from regrow.evaluation import Perplexity
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
 from regrow.methods.recovery.fit_batches import check_lengths
@@ -38,13 +39,13 @@ from regrow.settings.prune import Settings
 from regrow.settings.training import check_combination
 from regrow.sources import preserve_random_state
 from regrow.store.origins import describe_origin
-from regrow.surgery import apply
 
 
 def prune(
     model: ModelLike,
     data: Any = None,
     *,
+    validation: Any = None,
     method: str = "flap",
     keep: float | str | None = None,
     target: str | Target = "",
@@ -64,16 +65,16 @@ def prune(
     progress: Progress = silent,
     **budget: Any,
 ) -> tuple[nn.Module, Plan]:
-    """Prune a network in one call: trace it, measure importance, choose units, and cut it.
+    """Prune a network in one call: trace it, measure importance, choose units, cut it, and measure BatchNorms again.
 
     Args:
         model: The network, changed in place; or a model's name or a run folder, which is loaded.
         data: Data to measure importance on: a ``DataLoader``, tensors (inputs, labels), a data set, a path, strings, or
             a dict of such by name; several text domains carry over better. Methods that score by weights need none.
+        validation: With ``out``: labelled data on which quality is measured before and after; ``None``: ``data``.
         method: One of ``regrow.methods.METHODS``.
-        keep: The fraction, 0.8 or ``"80%"``, of the weights of linear layers and convolutions that stays (of a
-            language model: of its decoder's linear layers), or of another ``measure``; ``None``: 0.8, unless there is a
-            target.
+        keep: The fraction (0.8, ``"80%"``) that stays of the weights of linear layers and convolutions (of a language
+            model: of its decoder), or of another ``measure``; ``None``: 0.8, unless there is a target.
         target: A size instead of a fraction: ``"params=100M"`` (all parameters), ``"macs=2G"``, ``"bytes=200M"``,
             ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share of what the
             network has, ``"params=70%"``.
@@ -91,9 +92,8 @@ def prune(
             numbers, which are in ``out``. Empty: it is loaded whole.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
-        reconstruct: Whether layers that read cut units are fitted to their own dense outputs by least squares after the
-            cut, on all of the data, which are in memory with inputs and outputs of one layer; or settings of ``refit``
-            that differ from the defaults of this fit.
+        reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut, on
+            all of the data, which are in memory; or settings of ``refit`` that differ from the defaults of this fit.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (batches done, batches in all, what is being done).
@@ -101,7 +101,7 @@ def prune(
             ``regular``.
 
     Returns:
-        The same model, smaller, and the plan that was applied. A warning is issued for a source that had to be split.
+        The same model, smaller, and the plan. Warnings tell of a source that was split, and of BatchNorms without data.
 
     Raises:
         ValueError: If the method is unknown, the budget cannot be met, or there is nothing to trace or measure with.
@@ -114,11 +114,11 @@ def prune(
     """
     if torch.is_inference_mode_enabled():
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
-    place = Destination(out, track).checked(data=data)
+    place = Destination(out, track).checked(data=data, validation=validation)
     pruner, limits = build_pruner(method, settings or {}), _budget(keep, target, smaller, budget)
     check_combination(precision, measure=limits.measure)
     given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
-    given |= {"example": axes.example if axes is not None else example, "precision": precision}
+    given |= {"example": example if axes is None else axes.example, "precision": precision, "validation": validation}
     call = _PruneCall(method, settings or {}, pruner, limits, place, memory, _check_reconstruct(reconstruct), progress)
     return _carry_out(call, model, data, given, axes)
 
@@ -171,7 +171,7 @@ def _carry_out(
     axes = with_modules(call.pruner, inputs.model, axes)
     work = _Pruning(inputs, axes, call.pruner, precision, progress, fit)
     if place.out is None:
-        return inputs.model, _prune(work, with_timing(inputs.model, axes, limits, progress=progress))[0]
+        return inputs.model, _prune(work, with_timing(inputs.model, axes, limits, progress=progress))
     return inputs.model, _prune_in_folder(work, limits, place, described(inputs, precision, fit), model, loss)
 
 
@@ -191,6 +191,7 @@ def _needs(
         "reconstruct=": reconstruct is not False,
         "a target in ms": limits.measure == Measure.TIME,
         "axes=": axes is not None,
+        "validation=": given["validation"] is not None,
         "example=": axes is None and given["example"] is not None,
         f"device={device}": device not in (None, "cpu"),
         f"precision={precision}": precision != "float32",
@@ -223,33 +224,45 @@ class _Pruning:
     reconstruct: Mapping[str, Any] | None = None
 
 
-def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> tuple[Plan, AxisGraph]:
-    """Measure importance, choose the units that stay, and cut the network; return the plan and the new axes."""
+def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> Plan:
+    """Measure importance, choose the units that stay, and cut the network; return the plan."""
     inputs, axes, pruner, progress = work.inputs, work.axes, work.pruner, work.progress
+    depth = 4 if folder is None else 5  # of the call of prune
     check_pruning(pruner, axes, limits, inputs.sources)
     more: Any = {"objective": inputs.objective, "units": limits.units(axes)}
+    loaded = loaded_of(inputs)
     with torch.enable_grad(), autocasting(inputs.model, work.precision):
         if folder is None:
             evidence, saved = collect_evidence(inputs.model, axes, pruner, inputs.sources, progress, **more), {}
         else:
-            loaded = loaded_of(inputs)
             evidence, key = calibrate(folder, loaded, axes, pruner, inputs.sources, progress, **more)
             saved = open_journal(folder, key)
         for note in evidence.notes:
-            warnings.warn(note, stacklevel=4 if folder is None else 5)  # at the call of prune
+            warnings.warn(note, stacklevel=depth)
         saved |= {"progress": progress, "objective": inputs.objective}
         cut = plan_cut(pruner, inputs.model, axes, limits, evidence, **saved)
     if folder is not None:
         write_scores(folder, weights_of(inputs.model), axes, cut.plan, cut.scores, evidence)
         if cut.findings:
             folder.write_findings(folder.run()["settings"]["method"], cut.findings)
-    run_once(inputs.model, inputs.example)
-    dense = None if work.reconstruct is None else keep_dense(inputs.model)
-    after = apply(inputs.model, axes, cut.plan)[1]
-    if dense is not None and work.reconstruct is not None:
-        given = inputs.model, dense, axes, cut.plan, inputs.sources, work.reconstruct
-        reconstruct_layers(*given, folder, progress)
-    return cut.plan, after
+    run = CutRun(
+        loaded,
+        inputs.sources,
+        work.precision,
+        folder,
+        partial(_measure, work, folder),
+        fit=work.reconstruct,
+        fitted_on=lambda: inputs.sources,
+        progress=progress,
+    )
+    _, note = run.carry_out(axes, cut.plan, limits)
+    if note:
+        warnings.warn(note, stacklevel=depth)
+    return cut.plan
+
+
+def _measure(work: _Pruning, folder: RunFolder | None, axes: AxisGraph, name: str) -> dict[str, Perplexity]:
+    return measure_run(folder, work.inputs, axes, name, work.precision, work.progress) if folder else {}
 
 
 def _prune_in_folder(
@@ -260,19 +273,15 @@ def _prune_in_folder(
     known = RunFolder(begun).run().get("timing") if (begun := place.begun()) else None
     limits = with_timing(inputs.model, work.axes, limits, known=known, progress=work.progress)
     check_pruning(work.pruner, work.axes, limits, inputs.sources)
-    data = place.describe(inputs.sources)
+    data = describe_inputs(place, inputs)
     with (
         run_of(place, "prune", settings, model, loaded_of(inputs), data=data, loss=loss) as folder,
         visible(work.progress) as shown,
     ):
         if limits.timing:  # another measurement would be another plan
             folder.update(timing=limits.timing.record())
-        before = log_size(folder, loaded_of(inputs), work.axes, "dense")
-        plan, after = _prune(replace(work, progress=shown), limits, folder)
-        folder.own_ledger.replace(plan)
-        folder.write_axes(before, log_size(folder, loaded_of(inputs), after, "pruned"))
-        log_budget(folder, inputs.model, work.axes, after, limits)
-        finish(folder, loaded_of(inputs), prune=time.perf_counter() - start)
+        plan = _prune(replace(work, progress=shown), limits, folder)
+        complete(folder, prune=time.perf_counter() - start)
     return plan
 
 

@@ -100,10 +100,19 @@ class Destination:
             sources: The sources, which may be read while they are iterated.
         """
         with preserve_random_state(*self.generators):
-            torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
-            random.seed(0)
-            np.random.seed(0)
+            seed_generators()
             return {source.name: fingerprint(Source(source.name, list(islice(source, 1)))) for source in sources}
+
+
+def describe_inputs(destination: Destination, inputs: Inputs) -> dict[str, str]:
+    """Return name of a source → a digest of its first batch, data on which quality is measured included.
+
+    Args:
+        destination: Where the run is written.
+        inputs: What was read.
+    """
+    tests = () if inputs.tests is inputs.sources else inputs.tests
+    return destination.describe([*inputs.sources, *(replace(test, name=f"validation {test.name}") for test in tests)])
 
 
 @contextmanager
@@ -211,6 +220,19 @@ def log_size(folder: RunFolder, loaded: Loaded, axes: AxisGraph, name: str) -> l
     """
     measure(folder, loaded, axes, (), frozenset(), name)
     return [row.record() for row in inventory(axes)]
+
+
+def seed_generators(*generators: Generator) -> None:
+    """Seed the random generators of the CPU, and others, with 0.
+
+    Args:
+        *generators: The others.
+    """
+    torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
+    random.seed(0)
+    np.random.seed(0)
+    for generator in generators:
+        generator.manual_seed(0)
 
 
 def digest(value: object) -> str:

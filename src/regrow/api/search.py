@@ -18,7 +18,7 @@ from regrow.axes import AxisGraph, Example
 from regrow.candidates import fold_scales
 from regrow.commands import latencies
 from regrow.commands.search_record import SearchRecord
-from regrow.commands.searching import build_method, train_space
+from regrow.commands.searching import build_method, measure_statistics, train_space
 from regrow.commands.targets import target_measure
 from regrow.data.datasets import fix_order, to_examples
 from regrow.errors import InputError
@@ -123,8 +123,8 @@ def search(
 ) -> SearchResult:
     """Search a network for the widths and operations that serve its loss best within a target size.
 
-    The network is trained from the weights that it has, while what matters least is removed: units of free axes, of the
-    operations that it marks with :class:`regrow.Candidates`, and single weights under a target in ``nonzero``.
+    It is trained from the weights that it has, while what matters least is removed: units of free axes, operations in
+    :class:`regrow.Candidates`, and single weights (target ``nonzero``). At the end, BatchNorms are measured again.
 
     Args:
         model: The network, changed in place; or a model's name or a run folder.
@@ -240,6 +240,7 @@ def _run(work: _Searching, file: Path | None, record: SearchRecord | None = None
     now = _at(context, fitted.model, fitted.axes, log, context.epochs)
     fitted, last = finish(search.learner, fitted, now)
     fold_scales(fitted.model)
+    measure_statistics(fitted.model, now, work.schedule.batch_size)
     fitted.model.eval()
     if record:
         record.write(replace(fitted.state, plans=(*fitted.state.plans, *last)))

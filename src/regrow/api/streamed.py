@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.amounts import parse_bytes
 from regrow.api.inputs import Inputs, choose_reading
-from regrow.api.runs import Destination, complete, loaded_of, log_size, run_of
+from regrow.api.quality import measure_run
+from regrow.api.runs import Destination, complete, loaded_of, run_of
 from regrow.budget import Budget
 from regrow.commands.calibration import calibrate, open_journal
-from regrow.commands.measuring import log_budget
+from regrow.commands.cutting import record_plan
+from regrow.commands.measuring import log_budget, log_pairs
 from regrow.commands.pruning import check_pruning
 from regrow.commands.score_summary import write_scores
 from regrow.commands.streamed import StreamedRun, start_streaming
@@ -117,7 +119,7 @@ def _read(opened: OpenedNetwork, data: Any, loss: Any, tokenizer: Any, batch_siz
     tokenizer = tokenizer or loaded.tokenizer
     sources = tuple(to_sources(data, choose_reading(loaded.model, tokenizer, batch_size)))
     objective = choose_objective(loss, sources[0].batches[0]) if sources else None
-    return Inputs(loaded.model, loaded.example, sources, objective, tokenizer)
+    return Inputs(loaded.model, loaded.example, sources, objective, tokenizer, sources)
 
 
 def prune_streamed(
@@ -159,7 +161,7 @@ def prune_streamed(
     given = "prune", settings, model, loaded, streamed.run
     with run_of(place, *given, data=data, loss=loss) as folder, visible(progress) as shown:
         run = streamed.run.with_results(folder.path)
-        network, before = run.network(), log_size(folder, loaded, axes, "dense")
+        network = run.network()
         weights = network.weights.parameters()
         basis = folder, loaded, axes, pruner, inputs.sources, shown, inputs.objective, network
         evidence, key = calibrate(*basis, units=limits.units(axes))
@@ -171,10 +173,12 @@ def prune_streamed(
         if chosen.findings:
             folder.write_findings(settings.method, chosen.findings)
         del weights  # its buffers, before the cut needs memory
-        cut = run.cut(folder, chosen.plan, proof=False, progress=shown)
-        folder.own_ledger.replace(chosen.plan)
-        after = log_size(folder, replace(loaded, model=cut.loaded.model), cut.axes, "pruned")
-        folder.write_axes(before, after)
+        before = measure_run(folder, inputs, axes, "dense", "float32", shown, run.network())
+        cut = run.cut(folder, chosen.plan, proof=True, progress=shown)
+        record_plan(folder, chosen.plan, axes, cut.axes)
+        network = cut.network(folder.path, run.results)
+        after = measure_run(folder, inputs, cut.axes, "pruned", "float32", shown, network)
         log_budget(folder, cut.loaded.model, axes, cut.axes, limits)
+        log_pairs(folder, before, after, {})
         complete(folder, prune=time.perf_counter() - start)
     return cut.loaded.model, chosen.plan

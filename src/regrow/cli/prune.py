@@ -241,5 +241,8 @@ def _tell(folder: "RunFolder") -> None:
             difference, bound = (number(row[name], 2) for name in ("max_abs_diff", "bound"))
             say(f"masked = shrunk: largest difference {difference} in float64 (bound {bound})")
     run = folder.run()
+    for note in run.get("notes", ()):
+        if "BatchNorm" in note:
+            say(f"note: {note}")
     if (memory := run.get("memory")) and not run["settings"].get("recover"):  # the result of a recovery has it
         say_peak(memory)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from regrow.axes.inventory import inventory
 from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import record_input
 from regrow.commands.generated import fill_generated
-from regrow.commands.growing import GrowthSpec, output_change, outputs_of, plan_growth
+from regrow.commands.growing import GrowthSpec, plan_growth
+from regrow.commands.growth import CheckedGrowth, GrowthData
 from regrow.commands.inputs import SourceHalves, SourceSpecs, count_windows, describe_sources, read_sources
 from regrow.commands.measuring import measure
 from regrow.commands.models import ModelSpec, load_model
@@ -20,7 +21,6 @@ from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.trackers import tracking
 from regrow.commands.training_memory import plan_growth_memory
-from regrow.errors import RefusedError
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
@@ -30,12 +30,8 @@ from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.grow import Settings
 from regrow.settings.words import command_line
-from regrow.surgery import apply, verify
 from regrow.tracing import trace
-from regrow.training.grown import GrowthTraining, added_entries, mean_loss, train_grown
-
-CHANGE = 1e-3
-"""The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
+from regrow.training.grown import GrowthTraining
 
 
 @dataclass(frozen=True)
@@ -169,55 +165,15 @@ def _grown(job: _GrowJob, axes: AxisGraph, plan: Plan) -> None:
     """Compare the outputs before and after the growth, grow the model, save it, and measure it."""
     settings, folder, loaded, clock = job.settings, job.folder, job.loaded, job.clock
     job.measure(axes, "before")
-    proof: dict[str, Any] = {}
-    if settings.proof:
-        with clock.stage("verify"):
-            job.progress(0, 1, "comparing the outputs in float64")
-            result = verify(loaded.model, axes, plan)
-            proof = asdict(result)
-            if not result.ok:
-                _refuse(result.max_abs_diff, result.bound, "float64")
-    before, example = outputs_of(loaded.model, axes.example), axes.example
-    rows = [row.record() for row in inventory(axes)]
-    with clock.stage("apply"):
-        job.progress(0, 1, "growing")
-        traced, (_, axes) = axes, apply(loaded.model, axes, plan)
-        folder.own_ledger.replace(plan)
-        folder.write_axes(rows, [row.record() for row in inventory(axes)])
-    change, largest = output_change(before, outputs_of(loaded.model, example))
-    dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    relative = change / (largest or 1.0)
-    if not relative <= CHANGE * (1 if dtype in ("float32", "float64") else 100):
-        _refuse(change, CHANGE * largest, dtype)
-    own: dict[str, Any] = {"output_change": change, "relative_change": relative, "output_dtype": dtype}
-    if settings.proof:
-        folder.log("verify", **proof, dtype="float64", **own)
-    else:
-        folder.log("verify", max_abs_diff=change, bound=CHANGE * largest, ok=True, dtype=dtype, **own)
+    grown, proof = CheckedGrowth(loaded.model, axes, plan, settings.proof, clock.stage, job.progress).carry_out()
+    folder.own_ledger.replace(plan)
+    folder.write_axes([row.record() for row in inventory(axes)], [row.record() for row in inventory(grown)])
+    folder.log("verify", **proof)
     if settings.steps:
         with clock.stage("train"):
-            _train(job, traced, plan)
+            training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
+            data = GrowthData(job.kinds.calibration, training, settings.precision)
+            data.train(loaded.model, axes, plan, folder, job.progress)
     with clock.stage("save"):
         store.write_model(loaded, folder.path)
-    job.measure(axes, "after")
-
-
-def _train(job: _GrowJob, axes: AxisGraph, plan: Plan) -> None:
-    """Train the grown model on the calibration halves of the sources, and log the loss before and after."""
-    settings, model, sources = job.settings, job.loaded.model, job.kinds.calibration
-    training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
-    new = added_entries(model, axes, plan)
-    with autocasting(model, settings.precision):
-        before = mean_loss(model, sources)
-        train_grown(model, sources, new, training, progress=job.progress)
-        after = mean_loss(model, sources)
-    row: dict[str, Any] = {"steps": settings.steps, "train": settings.train, "lr": settings.lr}
-    row |= {"loss_before": before, "loss_after": after}
-    job.folder.log("training", **row, parameters=sum(int(entries.sum()) for entries in new.values()))
-
-
-def _refuse(change: float, bound: float, dtype: str) -> None:
-    raise RefusedError(
-        f"the growth changes the outputs by {change:.3g} in {dtype}, the bound is {bound:.3g}; no model was saved, "
-        "please report this"
-    )
+    job.measure(grown, "after")

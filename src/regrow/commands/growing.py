@@ -1,23 +1,19 @@
-"""Plans of growth from amounts as users write them, and the change of the outputs that a growth makes."""
+"""Plans of growth from amounts as users write them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from regrow.allocation.deepening import deepening
 from regrow.allocation.widening import PARTS, Part, Widening, widening
 from regrow.amounts import Increase
-from regrow.axes import AxisGraph, Example
+from regrow.axes import AxisGraph
 from regrow.errors import InputError
 from regrow.fills import FILLS
 from regrow.plan import Change, Fill, Plan
-from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude
-from regrow.surgery.runner import Answers, floats
-from regrow.tracing.capture import evaluating
-from regrow.tracing.model_state import preserve_state
+from regrow.sources import preserve_random_state
 from regrow.tracing.stacks import find_stacks
 
 Amount = int | str
@@ -104,7 +100,8 @@ def plan_growth(model: nn.Module, axes: AxisGraph, spec: GrowthSpec) -> tuple[Pl
     """
     pairs = spec.fill.rule == "pair"
     wide = widening(axes, spec.parts, spec.axis, round_to=spec.round_to, regular=spec.regular, even=pairs)
-    insert = deepening(find_stacks(model, axes), spec.blocks) if spec.blocks else {}
+    with preserve_random_state():
+        insert = deepening(find_stacks(model, axes), spec.blocks) if spec.blocks else {}
     plan = Plan(changes_of(axes, wide.grow, spec.fill), origin=spec.record(), insert=insert)
     plan.check(axes)
     return plan, _notes(wide)
@@ -121,31 +118,6 @@ def changes_of(axes: AxisGraph, grow: Mapping[str, int], fill: Fill) -> dict[str
     keys = [key for key in grow if grow[key]]
     units = {key: (axes[key].size, tuple(range(axes[key].size)), axes[key].slots, axes[key].ids) for key in keys}
     return {key: Change(*units[key], grow=grow[key], fill=fill) for key in keys}
-
-
-@torch.no_grad()
-def outputs_of(model: nn.Module, example: Example) -> Answers:
-    """Return the floating-point outputs of a network for an example, in eval mode; its state is not changed.
-
-    Args:
-        model: The network.
-        example: The input.
-    """
-    with preserve_state(model, entries=True), evaluating(model):
-        return [None if one is None else one.clone() for one in floats(model(*example.args, **example.kwargs))]
-
-
-def output_change(before: Answers, after: Answers) -> tuple[float, float]:
-    """Return the largest absolute difference of two lists of outputs, and the largest output.
-
-    Args:
-        before: The outputs before a change.
-        after: Those after it; outputs of another shape (caches) are left out.
-    """
-    pairs = [(a, b) for a, b in common_outputs(before, after) if a.shape == b.shape]
-    ours: Answers = [a for a, _ in pairs]
-    theirs: Answers = [b for _, b in pairs]
-    return max_difference(ours, theirs), max_magnitude(ours)
 
 
 def _increase(name: str, amount: Amount) -> Increase:

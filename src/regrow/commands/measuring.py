@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from regrow import evaluation
 from regrow.allocation import cost_of
@@ -12,7 +12,9 @@ from regrow.amounts import STEPS, Measure
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.distributed import SINGLE, ProcessRank
+from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.nets import Loaded
+from regrow.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder
 from regrow.sources import Batch, Source
@@ -32,6 +34,7 @@ def measure(
     network: StreamedNetwork | None = None,
     ranks: ProcessRank = SINGLE,
     known: dict[str, evaluation.Perplexity | evaluation.Accuracy] | None = None,
+    objective: Objective | None = None,
 ) -> dict[str, evaluation.Perplexity]:
     """Log size and quality of a model, and return its perplexities for paired comparison.
 
@@ -48,6 +51,7 @@ def measure(
         network: The model, if it runs one block at a time.
         ranks: The processes that share the evaluation of text; the others call :func:`evaluate_text`.
         known: Source name → result, where this model was measured before; gets the results.
+        objective: What the network is trained for; ``None``: text if it has a tokenizer, otherwise classes.
     """
     columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
@@ -62,10 +66,13 @@ def measure(
     )
     perplexities: dict[str, evaluation.Perplexity] = {}
     complete = [known[source.name] for source in tests if source.name in known] if known else []
-    given = loaded, tests, name, progress, network, ranks
+    given = loaded, tests, name, progress, network, ranks, objective
     for one in complete if tests and len(complete) == len(tests) else _evaluate(*given):
-        if known is not None:
+        if known is not None and not isinstance(one, Evaluation):
             known[one.source] = one
+        if isinstance(one, Evaluation):
+            folder.log("choice", task=one.source, **columns, acc=one.score, acc_se=one.score_error, n=one.count)
+            continue
         if isinstance(one, evaluation.Accuracy):
             folder.log("choice", task=one.source, **columns, **_accuracy(one))
             continue
@@ -104,13 +111,30 @@ def _evaluate(
     progress: Progress,
     network: StreamedNetwork | None,
     ranks: ProcessRank,
-) -> Iterator[evaluation.Perplexity | evaluation.Accuracy]:
-    if loaded.tokenizer is not None:
+    objective: Objective | None,
+) -> Iterator[evaluation.Perplexity | evaluation.Accuracy | Evaluation]:
+    if objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
         yield from evaluate_text(loaded, tests, name, progress, network=network, ranks=ranks)
         return
     for i, source in enumerate(tests):
         progress(i, len(tests), f"evaluating the {name} model on {source.name}")
-        yield evaluation.accuracy(loaded.model, source)
+        if objective is None or (objective is CLASSIFICATION and _one_class_each(source)):
+            yield evaluation.accuracy(loaded.model, source)
+        else:
+            yield evaluate_objective(loaded.model, source, objective)
+
+
+def can_measure(objective: Objective | None) -> bool:
+    """Whether there are rows for the quality of a network: perplexities, or shares of what is right.
+
+    Args:
+        objective: What the network is trained for.
+    """
+    return objective in (CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN)
+
+
+def _one_class_each(source: Source) -> bool:
+    return all(isinstance(batch.labels, Tensor) and batch.labels.dim() == 1 for batch in islice(source, 1))
 
 
 def evaluate_text(

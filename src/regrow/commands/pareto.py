@@ -10,6 +10,7 @@ from torch import nn
 
 from regrow import store
 from regrow.commands import spaces
+from regrow.commands.searching import measure_statistics
 from regrow.evaluation.continual import mean_score
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.importance import copy_state
@@ -30,6 +31,7 @@ def write_passed(
     search: Search,
     state: TrainState[SearchState],
     context: Context,
+    batch_size: int,
     origin: Origin,
     start: Loaded | None = None,
 ) -> None:
@@ -40,6 +42,7 @@ def write_passed(
         search: The method; its state is not changed.
         state: The state of the search at the end of the epoch.
         context: The network at the end of the epoch.
+        batch_size: Examples per batch, with which the statistics of BatchNorms are measured.
         origin: The record of how the space was built.
         start: The network that the search started from, if it is not a new one.
     """
@@ -57,6 +60,7 @@ def write_passed(
     learner = replace(search.learner, plan=partial(_finalize, search))
     fitted, _ = finish(learner, Fitted(model, context.axes, replace(state, learner=copy_state(own))), there)
     net, described = spaces.extract_network(fitted.model, origin)
+    measure_statistics(net, context, batch_size)
     write_network(net, folder.path / FOLDER / f"{epoch:04d}", described, start)
     accuracy = mean_score(net, context.task.test, context.objective)
     folder.log("front", epoch=epoch, size=sizes[-1], accuracy=accuracy, **count_parameters(net))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,12 +10,12 @@ from typing import Any
 
 from regrow import evaluation, store
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
 from regrow.budget import Budget
 from regrow.commands import measuring
 from regrow.commands import pruning as prune
 from regrow.commands.calibration import calibrate, open_journal
 from regrow.commands.clock import Clock
+from regrow.commands.cutting import CutRun, record_plan
 from regrow.commands.example_inputs import record_input
 from regrow.commands.generated import count_generated, fill_generated, generate_in_run
 from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
@@ -24,13 +24,7 @@ from regrow.commands.models import load_model
 from regrow.commands.parents import describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
-from regrow.commands.reconstruction import (
-    check_amount,
-    check_reconstruction,
-    choose_sources,
-    keep_dense,
-    reconstruct,
-)
+from regrow.commands.reconstruction import check_amount, check_reconstruction, choose_sources
 from regrow.commands.recovering import broadcast_recovered, check_recovery, log_differences, recover
 from regrow.commands.same_inputs import check_same_inputs
 from regrow.commands.score_summary import write_scores
@@ -40,7 +34,6 @@ from regrow.commands.streamed_reconstruction import StreamedReconstruction
 from regrow.commands.trackers import tracking
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record, everywhere
-from regrow.errors import RefusedError
 from regrow.methods.pruning.pruner import Pruner, plan_cut, with_modules
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
@@ -53,7 +46,6 @@ from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
 from regrow.streaming.network import StreamedNetwork
-from regrow.surgery import apply, verify
 from regrow.tracing import trace
 from regrow.training import tune
 
@@ -250,30 +242,20 @@ def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
     if job.streamed:
         _cut_streamed(job, job.streamed, axes, plan, budget)
         return
-    before = job.measure(axes, "dense")
-    if settings.proof:
-        with clock.stage("verify"):
-            job.progress(0, 1, "proving that masked = shrunk")
-            _verify(folder, loaded, axes, plan)
-    dense = keep_dense(loaded.model) if settings.reconstruct else None
-    with clock.stage("apply"):
-        traced, (_, axes) = axes, apply(loaded.model, axes, plan)
-        _record_plan(folder, plan, traced, axes)
-    cut: dict[str, evaluation.Perplexity] = {}
-    if dense is not None:
-        cut = job.measure(axes, "cut")
-        with clock.stage("reconstruct"):
-            fitted = choose_sources(settings, loaded, kinds), settings.reconstruct_settings
-            reconstruct(loaded.model, dense, traced, plan, *fitted, folder, job.progress)
-        del dense
-    if loaded.tokenizer is None and kinds.calibration:
-        with clock.stage("tune"), autocasting(loaded.model, settings.precision):
-            _tune(settings, loaded, kinds, job.progress)
-    with clock.stage("save"):
-        store.write_model(loaded, folder.path)
-    after = job.measure(axes, "pruned")
-    measuring.log_budget(folder, loaded.model, traced, axes, budget)
-    measuring.log_pairs(folder, before, after, cut)
+    cut = CutRun(
+        loaded,
+        kinds.calibration,
+        settings.precision,
+        folder,
+        job.measure,
+        settings.proof,
+        settings.reconstruct_settings if settings.reconstruct else None,
+        lambda: choose_sources(settings, loaded, kinds),
+        partial(_finetune, job) if settings.finetune and loaded.tokenizer is None else None,
+        clock.stage,
+        job.progress,
+    )
+    traced, (axes, _) = axes, cut.carry_out(axes, plan, budget)
     if settings.recover:
         with clock.stage("recover"):
             _recover(job, traced, plan)
@@ -290,7 +272,7 @@ def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: 
     with job.clock.stage("apply"):
         place: Any = {"place": fit.place if fit else None, "progress": job.progress}
         cut = streamed.cut(folder, plan, proof=proof, ranks=job.ranks, **place)
-        _record_plan(folder, plan, axes, cut.axes)
+        record_plan(folder, plan, axes, cut.axes)
     network, first = None, {}
     if fit:
         first = job.measure(cut.axes, "cut", cut.network(fit.place, streamed.results))
@@ -304,26 +286,10 @@ def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: 
     measuring.log_pairs(folder, before, after, first)
 
 
-def _record_plan(folder: RunFolder, plan: Plan, before: AxisGraph, after: AxisGraph) -> None:
-    folder.own_ledger.replace(plan)
-    folder.write_axes([row.record() for row in inventory(before)], [row.record() for row in inventory(after)])
-
-
-def _verify(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> None:
-    result = verify(loaded.model, axes, plan)
-    folder.log("verify", **asdict(result), dtype="float64")
-    if not result.ok:
-        raise RefusedError(
-            f"the plan does not hold on this model: masked and shrunk differ by {result.max_abs_diff:.3g} in float64, "
-            f"the bound is {result.bound:.3g}; no model was saved, please report this one"
-        )
-
-
-def _tune(settings: Settings, loaded: Loaded, kinds: SourceHalves, progress: Progress) -> None:
-    if settings.finetune:
-        for source in kinds.calibration:
-            tune.finetune(loaded.model, source, epochs=settings.finetune, seed=settings.seed, progress=progress)
-    tune.recalibrate(loaded.model, kinds.calibration)
+def _finetune(job: _PruneJob) -> None:
+    for source in job.kinds.calibration:
+        epochs, seed = job.settings.finetune, job.settings.seed
+        tune.finetune(job.loaded.model, source, epochs=epochs, seed=seed, progress=job.progress)
 
 
 def _recover(job: _PruneJob, traced: AxisGraph, plan: Plan) -> None:

@@ -21,7 +21,7 @@ from regrow.commands.retraining import retrain
 from regrow.commands.same_inputs import check_same_settings, check_same_tasks
 from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_inputs, read_parts, trace_examples
 from regrow.commands.search_record import SearchRecord
-from regrow.commands.searching import build_method, select_known, train_space
+from regrow.commands.searching import build_method, measure_statistics, select_known, train_space
 from regrow.commands.starting import check_outputs, find_start
 from regrow.commands.targets import find_granularities, target_measure
 from regrow.commands.trackers import tracking
@@ -161,7 +161,7 @@ def _search(
 
     def write(now: TrainState[SearchState], context: Context) -> None:
         if now.epoch:
-            write_passed(folder, search, now, context, origin, inputs.start)
+            write_passed(folder, search, now, context, inputs.batch_size, origin, inputs.start)
         write_rows(now, unfinished=1)  # the last stage may turn out to need more memory
         recomputed = bool(search.rules.space.ends) and cast(Staged, model).recomputed
         own = replace(now.learner, memory=dict(watch.rows), recomputed=recomputed)
@@ -180,7 +180,9 @@ def _search(
     for plan in last[max(0, len(folder.own_ledger) - done) :]:
         folder.own_ledger.append(plan)
     write_rows(replace(fitted.state, plans=(), events=()))
-    return spaces.extract_network(fitted.model, origin)
+    found, found_origin = spaces.extract_network(fitted.model, origin)
+    measure_statistics(found, context, inputs.batch_size)
+    return found, found_origin
 
 
 def end_context(inputs: SearchInputs, parts: Parts, model: nn.Module, axes: AxisGraph, undo: UndoStore) -> Context:

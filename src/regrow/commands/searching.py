@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from itertools import islice
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from regrow.allocation.timed import Prices, spread_times
 from regrow.amounts import Measure
@@ -19,10 +20,15 @@ from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.settings.search import DENSE
+from regrow.sources import Batch
+from regrow.training import tune
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import Fitted
 from regrow.training.learner import Boundary, Context, Event
 from regrow.training.state import TrainState
+
+MOST_BATCHES = 100
+"""How many batches of training examples the statistics of BatchNorms are measured on."""
 
 
 def select_known(entry: MethodEntry, given: Mapping[str, object]) -> dict[str, object]:
@@ -110,3 +116,23 @@ def train_space(
         return learn(model, axes, [task], search.learner, schedule, state=state, undo=context.undo, **more)
     own = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
     return Fitted(model, axes, replace(state, learner=own))
+
+
+def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> None:
+    """Measure the running statistics of a found network's BatchNorms again, on training examples in random order.
+
+    Args:
+        model: The network; changed in place.
+        context: The context of the search, with its data and its seed.
+        batch_size: Examples per batch.
+    """
+    if not tune.find_running(model):
+        return
+    examples = context.task.train.batches(batch_size, seed=context.seed)
+    tune.recalibrate(model, [(_as_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
+
+
+def _as_batch(inputs: Any) -> Batch:
+    if isinstance(inputs, Mapping):
+        return Batch((), inputs)
+    return Batch((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))

@@ -9,7 +9,7 @@ from regrow.commands.retraining import retrain
 from regrow.commands.same_inputs import check_same_settings, check_same_tasks
 from regrow.commands.search import build_search, build_space, end_context
 from regrow.commands.search_inputs import read_inputs, read_parts, trace_examples
-from regrow.commands.searching import train_space
+from regrow.commands.searching import measure_statistics, train_space
 from regrow.commands.starting import find_start
 from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_record
@@ -55,5 +55,6 @@ def share(settings: Settings, ranks: ProcessRank, *, code: str = "") -> None:
     fitted = train_space(search, context, inputs.schedule, **more, parallel=Parallel(ranks, by_rows=True))
     fitted, _ = finish(search.learner, fitted, replace(context, model=fitted.model, axes=fitted.axes))
     found, _ = spaces.extract_network(fitted.model, origin)
+    measure_statistics(found, context, inputs.batch_size)
     if inputs.retraining:
         retrain(None, inputs.retraining, parts, found, ranks=ranks)

@@ -1,17 +1,18 @@
 """BatchNorm recalibration and fine-tuning after a cut, without which a pruned convolutional network is useless."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from regrow.data.batches import BatchStream
 from regrow.objectives import Objective, choose_objective
+from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.sources import Source, device_of
+from regrow.sources import Batch, Source, device_of
 from regrow.tasks import Task
 from regrow.training.fit import fit
 from regrow.training.learner import PLAIN, Context, Loss, Step
@@ -19,39 +20,105 @@ from regrow.training.optimizers import OptimizerSettings
 from regrow.training.schedule import NO_AXES, Phase, Schedule, source_phase
 
 
-def recalibrate(model: nn.Module, sources: Sequence[Source]) -> int:
+def recalibrate(model: nn.Module, sources: Iterable[Iterable[Batch]]) -> int:
     """Measure the running statistics of every BatchNorm again, as plain averages over all batches.
 
-    Everything but the BatchNorms runs in eval mode; modes and momenta are left as they were.
+    Everything but the BatchNorms runs in eval mode; modes and momenta are left as they were. Statistics of layers that
+    the data do not reach are left, too, and batches with a single value per channel, which have no variance.
 
     Args:
         model: A network, changed in place.
         sources: The data; all batches have equal weight. Larger batches give better variances.
 
     Returns:
-        The number of BatchNorm layers (0: nothing was run).
+        The number of BatchNorm layers that were measured (0: nothing was run, or nothing reached them).
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = find_running(model)
     if not layers:
         return 0
     modes = {module: module.training for module in model.modules()}
-    momenta = [layer.momentum for layer in layers]
+    before = [(layer, layer.momentum, layer.num_batches_tracked, _copies([layer])) for layer in layers]
+    measured = [False] * len(layers)
     model.eval()
     for layer in layers:
+        layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device_of(model))
         layer.reset_running_stats()
         layer.momentum = None  # a cumulative average
         layer.train()
     try:
         with torch.no_grad():
             for batch in (batch for source in sources for batch in source):
-                batch = batch.to(device_of(model))
-                model(*batch.args, **batch.kwargs)
+                _measure(model, layers, batch.to(device_of(model)))
+        measured = [bool(layer.num_batches_tracked) for layer in layers]
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+        for new, (layer, momentum, count, copies) in zip(measured, before, strict=True):
+            if new and count is not None and layer.num_batches_tracked is not None:
+                count.copy_(layer.num_batches_tracked)
+            layer.momentum, layer.num_batches_tracked = momentum, count
+            _restore([] if new else copies)
         for module, mode in modes.items():
             module.training = mode
-    return len(layers)
+    return sum(measured)
+
+
+def find_running(model: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorms of a network that keep running statistics.
+
+    Args:
+        model: The network.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    return [layer for layer in layers if layer.running_mean is not None and layer.running_var is not None]
+
+
+def _copies(layers: Sequence[_BatchNorm]) -> list[tuple[Tensor, Tensor]]:
+    """Return the running statistics of layers, each with a copy."""
+    tensors = [x for layer in layers for x in (layer.running_mean, layer.running_var, layer.num_batches_tracked)]
+    return [(x, x.clone()) for x in tensors if x is not None]
+
+
+def _restore(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for tensor, copy in copies:
+        tensor.copy_(copy)
+
+
+def _measure(model: nn.Module, layers: Sequence[_BatchNorm], batch: Batch) -> None:
+    """Run a batch; statistics are left as they were if a layer gets a single value per channel."""
+    copies = _copies(layers)
+    try:
+        model(*batch.args, **batch.kwargs)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        _restore(copies)
+
+
+def recalibrate_changed(model: nn.Module, plan: Plan, sources: Sequence[Source]) -> str:
+    """Measure the running statistics of every BatchNorm again, if a plan has changed the network.
+
+    Args:
+        model: The network after the plan; changed in place.
+        plan: The plan.
+        sources: The data.
+
+    Returns:
+        What a user must know: that there were BatchNorms and nothing to measure them with; empty otherwise.
+    """
+    changed = plan.changes_modules or any(not change.idle for change in plan.changes.values())
+    layers = find_running(model) if changed and device_of(model).type != "meta" else []
+    if not layers:
+        return ""
+    if not sources:
+        return (
+            f"the running statistics of {len(layers)} BatchNorm layers are those of the uncut network, which costs "
+            "accuracy; give data, on which they are measured again"
+        )
+    if recalibrate(model, sources):
+        return ""
+    return (
+        f"the running statistics of {len(layers)} BatchNorm layers are those of the uncut network, which costs "
+        "accuracy: the data do not reach them; give batches of several examples"
+    )
 
 
 def finetune(

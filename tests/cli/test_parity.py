@@ -1,0 +1,122 @@
+"""A command and the Python function of its name give the same plan, the same weights and the same measurements.
+
+Two differences are inherent. Python takes data as they are: where the command splits a source into a calibration and an
+evaluation half, the halves are given as ``data`` and ``validation``. Times are times.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import regrow
+from regrow.commands import grow, prune
+from regrow.commands.inputs import SourceHalves, SourceSpecs, read_sources
+from regrow.commands.models import ModelSpec, load_model
+from regrow.nets import Loaded
+from regrow.run_folder import RunFolder
+from regrow.settings.grow import Settings as GrowSettings
+from regrow.settings.prune import Settings as PruneSettings
+
+TIMES = frozenset(("seconds", "ms"))
+DIGITS = SourceSpecs(128, 256, ("digits",), (), 256)
+AMOUNTS = ({"channels": "+25%"}, {"mlp": "+4"}, {"blocks": "+2"}, {"blocks": "+1", "mlp": "+3"})
+SIZES: Mapping[str, int] = {"tokens": 256, "eval_tokens": 128}
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return tmp_path
+
+
+def read(name: str) -> tuple[Loaded, SourceHalves]:
+    loaded = load_model(ModelSpec(f"toys:{name}"))
+    return loaded, read_sources(DIGITS, loaded)
+
+
+def rows(folder: RunFolder) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in folder.metrics()]
+
+
+def assert_same_runs(command: RunFolder, python: RunFolder, model: torch.nn.Module) -> None:
+    assert python.own_ledger.plans() == command.own_ledger.plans()
+    assert rows(python) == rows(command)
+    ours, theirs = (load_file(one.path / "model.safetensors") for one in (python, command))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("fit", [False, True])
+@pytest.mark.parametrize("method", ["flap", "magnitude", "fisher"])
+@pytest.mark.parametrize("name", ["classifier", "residual"])
+def test_prune(name: str, method: str, fit: bool) -> None:
+    settings = PruneSettings(
+        f"toys:{name}", method, target="macs=60%", keep=None, sources=("digits",), reconstruct=fit, **SIZES
+    )
+    command = prune.run(settings, "command")
+    models = []
+    for out in (None, "python"):
+        loaded, halves = read(name)
+        call: dict[str, Any] = {"validation": halves.evaluation} if out else {}
+        model, plan = regrow.prune(
+            loaded.model,
+            halves.calibration,
+            method=method,
+            target="macs=60%",
+            example=loaded.example,
+            reconstruct=fit,
+            out=out,
+            **call,
+        )
+        assert [plan] == list(command.own_ledger.plans())
+        models.append(model)
+    whats = [row["what"] for row in command.metrics()]
+    assert {"verify", "choice"} <= {*whats} and ("reconstruction" in whats) == fit
+    assert_same_runs(command, RunFolder.open("python"), models[1])
+    assert_same_runs(command, RunFolder.open("python"), models[0])
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(
+    "amounts", [{"channels": "+25%"}, {"mlp": "+4"}, {"blocks": "+2"}, {"blocks": "+1", "mlp": "+3"}]
+)
+def test_grow(amounts: dict[str, str], steps: int) -> None:
+    texts: dict[str, Any] = {**amounts}
+    texts |= {"blocks": (f"*={amounts['blocks']}",)} if "blocks" in amounts else {}
+    training = {"on": ("digits",), "steps": steps} if steps else {"sources": ("digits",)}
+    command = grow.run(GrowSettings("toys:residual", **texts, **training, **SIZES), "command")
+    models = []
+    for out in (None, "python"):
+        loaded, halves = read("residual")
+        call: dict[str, Any] = {"data": halves.calibration, "steps": steps} if steps else {}
+        call |= {"validation": halves.evaluation} if out else {}
+        models.append(regrow.grow(loaded.model, **amounts, **call, example=loaded.example, out=out)[0])
+    whats = [row["what"] for row in command.metrics()]
+    assert {"verify", "choice"} <= {*whats} and ("training" in whats) == bool(steps)
+    for model in models:
+        assert_same_runs(command, RunFolder.open("python"), model)
+
+
+def test_prune_of_a_language_model(tiny_language_model: Path) -> None:
+    given: dict[str, Any] = {"sources": ("news", "code"), "tokens": 512, "eval_tokens": 256, "seq_len": 64}
+    command = prune.run(PruneSettings(str(tiny_language_model), keep=0.7, **given), "command")
+    loaded = load_model(ModelSpec(str(tiny_language_model)))
+    halves = read_sources(SourceSpecs(256, 64, ("news", "code"), (), 512), loaded)
+    model, _ = regrow.prune(
+        loaded.model,
+        halves.calibration,
+        validation=halves.evaluation,
+        keep=0.7,
+        example=loaded.example,
+        tokenizer=loaded.tokenizer,
+        out="python",
+    )
+    assert {"verify", "perplexity", "paired"} <= {row["what"] for row in command.metrics()}
+    assert_same_runs(command, RunFolder.open("python"), model)
