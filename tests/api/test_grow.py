@@ -89,7 +89,7 @@ def test_a_network_that_no_copy_shows_is_restored_after_the_growth() -> None:
     net = BUILD["plain"]()
     net.register_forward_hook(lambda module, given, made: made * len(net.get_submodule("blocks")))  # not the copy's
     before, told = answers(net, EXAMPLES[0]), describe(net)
-    with pytest.raises(RefusedError, match=r"changes the outputs by .* the network is as it was"):
+    with pytest.raises(ValueError, match=r"changes the outputs by"):
         regrow.grow(net, blocks=1, example=EXAMPLES[0])
     assert describe(net) == told and alike(answers(net, EXAMPLES[0]), before)
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from regrow.sources import device_of, preserve_random_state
 from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude
 from regrow.surgery.runner import Answers, preserve_generators, reseed
 from regrow.tracing.capture import evaluating
-from regrow.tracing.decisions import outputs
+from regrow.tracing.decisions import OutputError, output_tensors
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import Snapshot, find_tensors, preserve_state
 
@@ -68,12 +69,12 @@ def _compared(answer: object) -> Iterator[Tensor]:
     elif isinstance(answer, list | tuple):
         for part in answer:
             yield from _compared(part)
+    elif isinstance(answer, int | float):
+        yield torch.tensor(answer)
     elif not type(answer).__name__.endswith("Cache"):
-        for leaf in outputs(answer):
-            if isinstance(leaf, Tensor):
-                yield torch.view_as_real(leaf.resolve_conj()).clone() if leaf.is_complex() else leaf.clone()
-            elif isinstance(leaf, int | float):
-                yield torch.tensor(leaf)
+        with suppress(OutputError):  # a part without tensors
+            for x in output_tensors(answer):
+                yield torch.view_as_real(x.resolve_conj()).clone() if x.is_complex() else x.clone()
 
 
 def measure_change(before: Answers, after: Answers) -> tuple[float, float]:

@@ -187,7 +187,6 @@ class Snapshot:
     def __init__(self, value: object) -> None:
         self._places = _Places()
         self._places.visit(value)
-        self.restore = self._places.restore
 
     def is_unchanged(self) -> bool:
         """Whether everything still has its contents."""
