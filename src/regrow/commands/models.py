@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from regrow.nets.files import check_files
 from regrow.nets.packaged import PACKAGED
 from regrow.nets.weight_files import WeightFile
 from regrow.progress import Progress, silent
+from regrow.store import probe
 from regrow.store.run_record import RUN, read_run
 from regrow.streaming.opening import open_network
 from regrow.tracing import trace
@@ -80,7 +82,8 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
         example = shaped_example(net, read_shape(spec.input))
     if example is None:
         run = read_run(folder) if (folder / RUN).is_file() else {}
-        example = find_input(net, origin, run, spec.sources, tokenizer)
+        probed = partial(probe.read_example, folder / probe.FILE, net) if shapes.probe.file is not None else None
+        example = find_input(net, origin, run, spec.sources, tokenizer, probed)
     return Loaded(net, tokenizer, _move_example(example, device), origin, files=files)
 
 

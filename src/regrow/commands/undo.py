@@ -12,7 +12,8 @@ from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.replacing import clear_leftovers, replace_folder
 from regrow.store.run_record import RUN, read_json, read_run
 from regrow.store.snapshots import check_files, copy_folder
-from regrow.store.weights import check_file, inside, read_weights
+from regrow.store.tensors import read_tensors
+from regrow.store.weights import inside, read_weights
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _check_saved(folder: Path) -> None:
     shapes = store.read_shapes(folder)
     read_weights(folder, shapes)
     if shapes.probe.file is not None:
-        check_file(inside(folder, probe.FILE), shapes.probe.file)
+        read_tensors(inside(folder, probe.FILE), probe.FORMAT)
     for path in sorted(folder.glob("*.json")):
         read_json(path)
     if (folder / RUN).exists():

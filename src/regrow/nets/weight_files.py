@@ -31,8 +31,7 @@ class WeightFile:
     def check(self, handle: int | None = None) -> None:
         """Raise InputError unless the file is the one that was opened, unchanged.
 
-        A file that has the same content, size and inode, but was renamed or linked, counts as unchanged if its digest
-        is recorded.
+        A file with a recorded digest that it still has was touched, linked or copied, not changed.
 
         Args:
             handle: The descriptor of the open file; ``None``: the file that the path leads to now.
@@ -42,13 +41,22 @@ class WeightFile:
         """
         if (now := self._read(handle)) == self.status:
             return
-        if now[:-1] == self.status[:-1] and self.sha256:
+        if self.sha256 and now[2] == self.status[2]:
             with self.path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == self.sha256:
+                if self._read(file.fileno()) == now and hashlib.file_digest(file, "sha256").hexdigest() == self.sha256:
                     self.status = now
                     return
         what = "replaced by another file" if now[:2] != self.status[:2] else "written to"
         raise InputError(f"{self.path} was {what} while it was in use; nothing is saved, start again")
+
+    def unchanged_since(self, status: tuple[int, ...], handle: int) -> bool:
+        """Whether the open file has the given status still, so that what was read meanwhile is of one version.
+
+        Args:
+            status: An earlier :attr:`status`.
+            handle: The descriptor of the open file.
+        """
+        return self._read(handle) == status
 
     @property
     def record(self) -> dict[str, int]:

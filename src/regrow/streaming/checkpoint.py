@@ -5,6 +5,7 @@ Files are read, not memory-mapped: mapped pages count as resident memory, and no
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import TypeGuard
@@ -138,23 +139,29 @@ def read_tensor(
     offset = ((0 if aligned else place.start) - room.data_ptr()) % _LINE
     offset -= offset % place.dtype.itemsize  # an unpadded header puts tensors where torch reads none
     made = room[offset : offset + length]
-    view, done = memoryview(made.numpy().data), 0
+    view = memoryview(made.numpy().data)
     try:
         with place.file.open("rb", buffering=0) as file:
-            if place.opened:
-                place.opened.check(file.fileno())
-            file.seek(place.start)
-            while done < length:
-                many = file.readinto(view[done:])
-                if not many:
-                    raise StoreError(f"{place.file} has become shorter while it was read; copy it again")
-                done += many
-            if place.opened:
-                place.opened.check(file.fileno())
+            while not _read_into(view, place, file):  # touched or linked while it was read
+                pass
     except OSError as error:
         raise StoreError(f"{place.file} cannot be read ({error.strerror}); copy it again") from None
     flat = made.view(place.dtype) if length else torch.empty(0, dtype=place.dtype)
     return flat if most is not None else flat.view(place.shape)
+
+
+def _read_into(view: memoryview, place: TensorPlace, file: FileIO) -> bool:
+    """Fill a buffer from where a tensor lies in an open file; whether nothing happened to the file meanwhile."""
+    if place.opened:
+        place.opened.check(file.fileno())
+    status, done = place.opened.status if place.opened else (), 0
+    file.seek(place.start)
+    while done < len(view):
+        many = file.readinto(view[done:])
+        if not many:
+            raise StoreError(f"{place.file} has become shorter while it was read; copy it again")
+        done += many
+    return place.opened is None or place.opened.unchanged_since(status, file.fileno())
 
 
 def read_places(path: Path, sha256: str = "") -> dict[str, TensorPlace]:
