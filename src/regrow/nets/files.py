@@ -93,9 +93,7 @@ def check_weight_names(folder: Path, config: Mapping[str, object], name: str) ->
     """
     named = config.get("transformers_weights") or ""
     if not isinstance(named, str) or Path(named).name != named:
-        raise ModelError(
-            f"{name}: config.json names the weights {named!r:.60}, which are no file beside it; restore it"
-        )
+        raise ModelError(f"{name}: config.json names the weights {named!r:.60}, which is no file beside it; restore it")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         read_shards(index)
 

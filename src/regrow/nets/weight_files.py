@@ -60,8 +60,8 @@ class WeightFile:
 
     @property
     def record(self) -> dict[str, int]:
-        """What tells a later process whether the file is the same: its size, and when it was written (nanoseconds)."""
-        return {"bytes": self.status[2], "modified": self.status[3]}
+        """What tells a later process whether the file is the same, as JSON data; times in nanoseconds."""
+        return dict(zip(("inode", "bytes", "modified", "changed"), self.status[1:], strict=True))
 
     def leads_to_it(self) -> bool:
         """Whether the path still leads to the file that was opened."""
