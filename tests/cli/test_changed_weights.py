@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from cli.conftest import Run
 from regrow import nets
 from regrow.cli.runs import RunPage
-from regrow.commands import prune
+from regrow.commands import prune, recovery_memory
 from regrow.errors import InputError
 from regrow.nets.weight_files import WeightFile, check_unchanged
 from regrow.streaming import checkpoint, requirements
@@ -78,12 +78,14 @@ def model(tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return tmp_path / "model"
 
 
-def read_then(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def read_then(
+    number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch, folder: str = "model"
+) -> list[int]:
     """Act before a tensor of the model is read; gives how many were read."""
     true, count = checkpoint.read_tensor, [0]
 
     def read(place: checkpoint.TensorPlace, *more: object, **words: object) -> torch.Tensor:
-        if place.file.parent.name == "model":
+        if place.file.parent.name == folder:
             count[0] += 1
             if count[0] == number:
                 act()
@@ -171,6 +173,18 @@ def test_an_evaluation_of_weights_that_change_is_refused(
     read_then(15, lambda: replaced(model / NAME), monkeypatch)
     code, _, err = regrow(*words, *STREAMED)
     assert code == 2 and "was replaced by another file" in err and not Path("rows.json").exists(), err
+
+
+@pytest.mark.parametrize("folder", ["run", "run/before"])
+def test_a_recovery_of_weights_that_change_is_refused(
+    regrow: Run, model: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    assert regrow("prune", "model", *SOURCE, *STREAMED, "--out", "run")[0] == 0
+    monkeypatch.setattr(recovery_memory, "SPARE", 2**40)
+    count = read_then(60, lambda: rewritten(Path(folder, NAME)), monkeypatch, Path(folder).name)
+    code, _, err = regrow("recover", "run", "--by", "refit", "--tokens", "64", *STREAMED, "--out", "out")
+    assert count[0] >= 60 and code == 2 and f"{folder}/{NAME} was written to" in err, err
+    assert not Path("out/run.json").exists()
 
 
 @pytest.mark.parametrize("change", [rewritten, disguised])

@@ -192,7 +192,7 @@ def check_room(model: str, loaded: Loaded, out: str | Path, *, undo: bool = True
     if needed > (free := shutil.disk_usage(disk).free):
         raise ResourceError(
             f"{out}: the copy of {model} for `regrow undo` takes {format_bytes(needed)}, and {format_bytes(free)} are "
-            "free; choose another disk, or leave it out: --no-undo"
+            "free; choose another disk, or leave the copy out (--no-undo)"
         )
 
 

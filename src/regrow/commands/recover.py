@@ -72,8 +72,7 @@ def run(
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
-        ValueError: If the network was not cut, or changed its shape since; if the recovery or a setting is unknown, or
-            ``code`` is missing or not needed.
+        ValueError: If the network was not cut, or changed its shape since, or a setting or ``code`` does not fit.
     """
     check_settings(settings)
     find_method(MethodKind.RECOVERY, settings.by).made(settings.by, settings.recovery_settings)
