@@ -180,6 +180,23 @@ def test_a_copy_shares_no_file_with_a_run(chain: Run) -> None:
     assert load("two", model=_classifier()) and load("new", model=_classifier())
 
 
+def test_a_link_beside_its_file_becomes_a_file(chain: Run) -> None:
+    Path("one/model.safetensors").rename("one/weights.safetensors")
+    Path("one/model.safetensors").symlink_to("weights.safetensors")
+    assert chain("grow", "one", "--channels", "+1", *CODE, "--out", "three")[0] == 0
+    assert not Path("three/before/model.safetensors").is_symlink()
+    undo(Path("three"))
+    assert load("three", model=_classifier())
+
+
+def test_a_new_page_of_the_copy_is_no_damage(chain: Run) -> None:
+    (BEFORE / "report.html").write_text("of another version")
+    undo(Path("two"), Path("new"))
+    (BEFORE / "report.html").unlink()
+    undo(Path("two"))
+    assert load("two", model=_classifier()) and load("new", model=_classifier())
+
+
 def test_a_second_name_from_elsewhere_is_not_kept(chain: Run) -> None:
     os.link(WEIGHTS, "twin")
     undo(Path("two"))

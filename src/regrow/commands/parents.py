@@ -65,7 +65,9 @@ def start_from(
     recorded, files = folder.run().get("parent"), {one.path.name: one.record for one in loaded.files}
     folder.inputs.extend(loaded.files)
     if recorded is not None:
-        if recorded.get("weights") != parent.weights if parent else recorded.get("files", files) != files:
+        known = recorded.get("files") or {}
+        other = any(known.get(name, record) != record for name, record in files.items())
+        if recorded.get("weights") != parent.weights if parent else other:
             raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
         return
     snapshot = _copy(place if parent else None, loaded, folder.path / BEFORE, outside) if undo else None
@@ -208,6 +210,7 @@ def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTen
             copy_folder(source, target)
         files = record_files(target)
     shapes = store.read_shapes(target)
-    if other := next((name for name, one in shapes.files.items() if files[name]["sha256"] != one.sha256), None):
-        raise StoreError(f"{(source or target) / other} was changed while it was copied; run again")
-    return {"bytes": sum(one["bytes"] for one in files.values()), "files": files}
+    for name, expected in shapes.files.items():
+        if name not in files or files[name]["sha256"] != expected.sha256:
+            raise StoreError(f"{(source or target) / name} was changed while it was copied; run again")
+    return {"bytes": count_bytes(target), "files": files}

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from regrow.limits import check_regular, reason
 from regrow.store.atomic import LEFTOVER
 from regrow.store.errors import StoreError, check_readable
+from regrow.store.outputs import PAGE
 from regrow.store.replacing import WORK
 
 try:
@@ -26,7 +27,7 @@ _CLONE = 0x40049409
 
 
 def copy_folder(source: Path, target: Path, *, skip: Collection[str] = (), link: bool = False) -> None:
-    """Copy the regular files of a folder and of those in it; links and unfinished files are left out.
+    """Copy the regular files of a folder and of those in it; unfinished files, and links that lead out, are left out.
 
     Args:
         source: The folder.
@@ -40,28 +41,28 @@ def copy_folder(source: Path, target: Path, *, skip: Collection[str] = (), link:
     """
     for path in sorted(source.iterdir()):
         name = path.name
-        if name in skip or name == WORK or LEFTOVER.fullmatch(name) or path.is_symlink():
+        if name in skip or name == WORK or LEFTOVER.fullmatch(name) or _leads_out(path):
             continue
         if path.is_dir():
             (target / name).mkdir()
             copy_folder(path, target / name, skip=skip, link=link)
             continue
         check_readable(path)
-        if not (link and path.stat().st_nlink == 1 and _link(path, target / name)):
+        if not (link and path.lstat().st_nlink == 1 and not path.is_symlink() and _link(path, target / name)):
             _copy(path, target / name)
 
 
 def record_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return path in a folder → ``bytes`` and ``sha256`` of every file in it, as JSON data.
+    """Return path in a folder → ``bytes`` and ``sha256`` of every file in it but pages, as JSON data.
 
     Args:
         folder: The folder.
     """
-    return {str(path.relative_to(folder).as_posix()): _measure(path) for path in _files(folder)}
+    return {path.relative_to(folder).as_posix(): _measure(path) for path in _files(folder) if path.name != PAGE}
 
 
 def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: Path) -> None:
-    """Raise StoreError unless a folder holds the recorded files and no others.
+    """Raise StoreError unless a folder holds the recorded files and no others but pages, which are made from them.
 
     Args:
         folder: The folder, a copy.
@@ -71,7 +72,7 @@ def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: 
     Raises:
         StoreError: Names the first file that is missing, damaged, or was not recorded.
     """
-    there = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    there = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path.name != PAGE}
     for name, expected in recorded.items():
         if name not in there:
             try:
@@ -89,7 +90,7 @@ def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: 
 
 
 def count_bytes(folder: Path) -> int:
-    """Return how many bytes :func:`copy_folder` copies.
+    """Return how many bytes a copy of a folder takes.
 
     Args:
         folder: The folder.
@@ -120,6 +121,11 @@ def _files(folder: Path) -> Iterator[Path]:
             yield from _files(path)
         elif path.is_file():
             yield path
+
+
+def _leads_out(path: Path) -> bool:
+    """Whether a path is a link to anything but a file beside it."""
+    return path.is_symlink() and not (path.is_file() and path.resolve().parent == path.parent.resolve())
 
 
 def _measure(path: Path) -> dict[str, Any]:
