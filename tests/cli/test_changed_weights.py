@@ -172,7 +172,7 @@ def test_an_evaluation_of_weights_that_change_is_refused(
     words = ("evaluate", "model", "--source", "news", "--eval-tokens", "64", "--seq-len", "32", "--json", "rows.json")
     read_then(15, lambda: replaced(model / NAME), monkeypatch)
     code, _, err = regrow(*words, *STREAMED)
-    assert code == 2 and "was replaced by another file" in err and not Path("rows.json").exists(), err
+    assert code == 2 and "was replaced or written to" in err and not Path("rows.json").exists(), err
 
 
 @pytest.mark.parametrize("folder", ["run", "run/before"])
@@ -183,7 +183,7 @@ def test_a_recovery_of_weights_that_change_is_refused(
     monkeypatch.setattr(recovery_memory, "SPARE", 2**40)
     count = read_then(60, lambda: rewritten(Path(folder, NAME)), monkeypatch, Path(folder).name)
     code, _, err = regrow("recover", "run", "--by", "refit", "--tokens", "64", *STREAMED, "--out", "out")
-    assert count[0] >= 60 and code == 2 and f"{folder}/{NAME} was written to" in err, err
+    assert count[0] >= 60 and code == 2 and f"{folder}/{NAME} was replaced or written to" in err, err
     assert not Path("out/run.json").exists()
 
 
@@ -194,7 +194,7 @@ def test_mapped_weights_that_are_written_to_are_refused(
     shutil.copytree(tiny_language_model, "model")
     at_page(lambda: change(Path("model", NAME)), monkeypatch)
     code, _, err = regrow("prune", "model", *SOURCE, "--out", "out")
-    assert code == 2 and f"model/{NAME} was written to" in err and not Path("out/run.json").exists(), err
+    assert code == 2 and f"model/{NAME} was replaced or written to" in err and not Path("out/run.json").exists(), err
 
 
 def test_weights_that_a_recovery_would_read_again_are_compared(
@@ -214,7 +214,7 @@ def test_weights_that_a_recovery_would_read_again_are_compared(
     shutil.rmtree("model")
     shutil.copytree(tiny_language_model, "model")
     code, _, err = regrow("prune", "model", *SOURCE, "--recover", "refit", "--out", "recovered")
-    assert code == 2 and "was replaced by another file" in err and not Path("recovered/run.json").exists(), err
+    assert code == 2 and "was replaced or written to" in err and not Path("recovered/run.json").exists(), err
 
 
 def test_a_file_that_changes_while_a_model_is_loaded_is_refused(
@@ -226,7 +226,7 @@ def test_a_file_that_changes_while_a_model_is_loaded_is_refused(
     true = nets.load.__globals__["load_folder"]
     late = lambda *given, **more: (replaced(folder / NAME), true(*given, **more))[1]  # noqa: E731
     monkeypatch.setitem(nets.load.__globals__, "load_folder", late)
-    with pytest.raises(InputError, match="was replaced by another file"):
+    with pytest.raises(InputError, match="was replaced or written to"):
         nets.load(str(folder))
 
 
@@ -237,7 +237,7 @@ def test_a_file_is_known_by_its_size_times_and_inode(tmp_path: Path) -> None:
     check_unchanged([kept, read])
     os.utime(path)
     for one in (kept, read):
-        with pytest.raises(InputError, match=r"model\.safetensors was written to while it was in use"):
+        with pytest.raises(InputError, match=r"model\.safetensors was replaced or written to while it was in use"):
             one.check()
     path.rename(tmp_path / "away")
     check_unchanged([kept])  # its content stays mapped

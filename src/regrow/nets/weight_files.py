@@ -46,8 +46,7 @@ class WeightFile:
                 if self._read(file.fileno()) == now and hashlib.file_digest(file, "sha256").hexdigest() == self.sha256:
                     self.status = now
                     return
-        what = "replaced by another file" if now[:2] != self.status[:2] else "written to"
-        raise InputError(f"{self.path} was {what} while it was in use; nothing is saved, start again")
+        raise InputError(f"{self.path} was replaced or written to while it was in use; nothing is saved, start again")
 
     def unchanged_since(self, status: tuple[int, ...], handle: int) -> bool:
         """Whether the open file has the given status still, so that what was read meanwhile is of one version.
