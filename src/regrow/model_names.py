@@ -51,6 +51,11 @@ def find_problem(name: str) -> str:
     if name.startswith("torchvision:") or names_code(name) or name in known or re.fullmatch(HUB, name):
         return ""
     near = difflib.get_close_matches(name.lower(), [*PACKAGED, *known], n=1, cutoff=0.5)
+    if not known and not near and name.isidentifier():
+        return (
+            f"no model {name!r}: no such folder, file or packaged model; if it is one of torchvision, that is not "
+            "installed: pip install 'regrow[vision]'"
+        )
     hint = f"did you mean {near[0]!r}?" if near else f"for a first try: {PACKAGED[0]!r}"
     return f"no model {name!r}: no such folder, file, packaged or torchvision model; {hint}"
 

@@ -6,7 +6,7 @@ for a result. At the end, the complete new folder replaces the old one, which ma
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from regrow.ledger import Ledger, read_undo_store, write_undo_store
+from regrow.nets.weight_files import WeightFile, check_unchanged
 from regrow.store import schemas
 from regrow.store.atomic import write_text
 from regrow.store.convert import convert
@@ -41,6 +42,7 @@ class RunFolder:
         out: The folder that the finished run will have; ``None`` for a folder that is only read.
         owner: The lock on that folder. :meth:`finish` releases it, and so does the end of a ``with`` block.
         send: Called with every row that :meth:`log` adds, such as for a tracker.
+        inputs: The files that the run reads, which :meth:`finish` compares with what they were.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class RunFolder:
     out: Path | None = None
     owner: Lock | None = None
     send: Callable[[Mapping[str, object]], None] | None = None
+    inputs: list[WeightFile] = field(default_factory=list)
 
     @classmethod
     def create(
@@ -204,13 +207,14 @@ class RunFolder:
             The finished run, without the files for resuming; the folder is no longer locked.
 
         Raises:
-            StoreError: If the disk is full; the old folder is not changed, and the run can be resumed.
+            ValueError: If a file of :attr:`inputs` was changed, or the disk is full; the old folder is not changed.
         """
         if self.out is None:
             raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")
         self.update(**fields, **_now("finished"))
         if write_page:
             write_page(self.path)
+        check_unchanged(self.inputs)
         with replace_folder(self.out, self.owner) as new:
             link_tree(self.path, new, skip={"statistics"})
         if self.owner:
@@ -285,8 +289,7 @@ class RunFolder:
         """Write ``axes.json``: the axes of the model before and after the run.
 
         Args:
-            before: One object per axis before the run: ``key``, ``size``, ``mark``, ``reason``, ``block``, ``label``,
-                ``unit_params``, ``unit_macs``.
+            before: An object per axis: ``key``, ``size``, ``mark``, ``reason``, ``block``, ``label``, and its costs.
             after: The same for the axes after the run.
         """
         self._write("axes.json", {"before": [dict(row) for row in before], "after": [dict(row) for row in after]})
@@ -304,8 +307,7 @@ class RunFolder:
 
         Args:
             metric: The name of the importance metric.
-            axes: Axis key → ``quantiles`` (21 ascending numbers), ``kept_min``, ``dropped_max``, and ``massive``: a
-                list of ``{"unit", "ratio", "share"}``.
+            axes: Axis key → ``quantiles`` (21 numbers), ``kept_min``, ``dropped_max`` and ``massive`` (of units).
         """
         self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
 
@@ -338,11 +340,9 @@ class RunFolder:
         write_text(self.path / name, json.dumps(replace_nonfinite(data), indent=1, allow_nan=False) + "\n")
 
     def _record(self, name: str, kind: type[Any]) -> dict[str, Any]:
-        data = read_json(self.path / name)
-        if data is None:
-            return {}
-        convert(data, kind, self.path / name)
-        return dict(data)
+        if (data := read_json(self.path / name)) is not None:
+            convert(data, kind, self.path / name)
+        return dict(data or {})
 
 
 def _now(what: str) -> dict[str, Any]:

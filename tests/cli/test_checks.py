@@ -161,10 +161,14 @@ def test_a_folder_with_a_pipe_for_a_tokenizer_is_refused(tmp_path: Path) -> None
         check_files(tmp_path)
 
 
-def _gguf(pairs: int = 1, tensors: int = 1, length: int = 1, many: int = 2, size: int = 4) -> bytes:
+def _gguf(
+    pairs: int = 1, tensors: int = 1, length: int = 1, many: int = 2, size: int = 4, empty: bool = False
+) -> bytes:
     text = struct.pack("<Q", length) + b"a"
     entry = text + struct.pack("<IIQ", 9, 4, many) + bytes(4 * 2)
     tensor = struct.pack("<Q", 1) + b"w" + struct.pack("<IQIQ", 1, size, 0, 0)
+    if empty:  # and of sizes beyond any memory
+        tensor = struct.pack("<Q", 1) + b"w" + struct.pack("<IQQQIQ", 3, size, size, 0, 0, 0)
     return b"GGUF" + struct.pack("<IQQ", 3, tensors, pairs) + entry + tensor + bytes(64)
 
 
@@ -174,7 +178,7 @@ def test_counts_of_a_gguf_file_that_do_not_fit_it_are_refused(tmp_path: Path) ->
     check_gguf(path, "m.gguf")
     for data in (
         b"GGUX", b"GGUF", _gguf(pairs=2**60), _gguf(tensors=2**60), _gguf(length=2**62), _gguf(many=2**61),
-        _gguf(size=2**60), _gguf()[:40],
+        _gguf(size=2**60), _gguf(size=2**59, empty=True), _gguf()[:40],
     ):  # fmt: skip
         path.write_bytes(data)
         with pytest.raises(ModelError, match=r"m\.gguf"):

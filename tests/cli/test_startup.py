@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from regrow import model_names
 from regrow.methods import TABLES
-from regrow.model_names import PACKAGED, torchvision_names
+from regrow.model_names import PACKAGED, find_problem, torchvision_names
 from regrow.nets import packaged
 from regrow.nets.vision import known_names
 from regrow.source_names import DOMAINS
@@ -100,3 +101,14 @@ def test_names_known_without_torch_are_those_of_the_library():
     from regrow.data import KINDS
 
     assert tuple(KINDS) == DOMAINS
+
+
+def test_a_name_that_torchvision_may_have_says_how_to_install_it(monkeypatch):
+    torchvision_names.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(model_names, "find_spec", lambda name: None)
+        assert "torchvision, that is not installed: pip install 'regrow[vision]'" in find_problem("resnet18")
+        assert "did you mean 'smollm2-135m'?" in find_problem("smolm2-135m")
+        assert find_problem("torchvision:resnet18") == ""  # loading it says what it needs
+    torchvision_names.cache_clear()
+    assert find_problem("resnet18") == "" and "did you mean 'resnet18'?" in find_problem("resnet1")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from regrow.axes import Example
 from regrow.nets import Loaded, ModelError, Origin, build, load
 from regrow.nets import packaged as packaged_module
+from regrow.streaming.opening import open_network
 
 transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
 
@@ -286,3 +288,65 @@ def test_a_faster_process_wins_the_conversion(tmp_path: Path, monkeypatch: pytes
     folder = packaged_module.packaged_folder("smollm2-135m", lambda *_: None)
     assert (folder / "first").exists()
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def outside(folder: Path, what: str) -> None:
+    """Let a file of a folder lie elsewhere."""
+    away = folder.parent / "away"
+    away.mkdir()
+    match what:
+        case "weights" | "config.json" | "tokenizer.json":
+            name = "model.safetensors" if what == "weights" else what
+            (folder / name).touch()
+            (folder / name).rename(away / name)
+            (folder / name).symlink_to(away / name)
+        case "a shard that is a link":
+            shutil.copy(folder / "model.safetensors", away / "one.safetensors")
+            (folder / "model.safetensors").rename(folder / "unused.txt")
+            (folder / "one.safetensors").symlink_to("../away/one.safetensors")
+            write_index(folder, "one.safetensors")
+        case "a path upward":
+            shutil.copy(folder / "model.safetensors", away / "one.safetensors")
+            (folder / "model.safetensors").rename(folder / "spare.safetensors")
+            write_index(folder, "../away/one.safetensors")
+        case "a whole path":
+            (folder / "model.safetensors").rename(folder / "spare.safetensors")
+            shutil.copy(folder / "spare.safetensors", away / "one.safetensors")
+            write_index(folder, str(away / "one.safetensors"))
+        case "a path below":
+            (folder / "sub").symlink_to(away)
+            shutil.copy(folder / "model.safetensors", away / "one.safetensors")
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "sub/one.safetensors"}))
+
+
+def write_index(folder: Path, name: str) -> None:
+    """Write an index of shards in which one file holds every tensor."""
+    from safetensors import safe_open
+
+    with safe_open(folder / ("spare.safetensors" if "/" in name else name), "pt") as file:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+OUTSIDE = ("weights", "config.json", "tokenizer.json", "a shard that is a link", "a path upward", "a whole path")
+
+
+@pytest.mark.parametrize("what", [*OUTSIDE, "a path below"])
+def test_files_that_lie_elsewhere_are_refused(folders: dict[str, Path], tmp_path: Path, what: str) -> None:
+    shutil.copytree(folders["llama"], tmp_path / "model")
+    outside(tmp_path / "model", what)
+    for read in (load, open_network):
+        with pytest.raises(ValueError, match=r"leads out of|which is no|names other weights"):
+            read(str(tmp_path / "model"))
+
+
+def test_links_of_the_cache_of_the_hub_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    blobs, folder = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "0123"
+    shutil.copytree(folders["llama"], blobs)
+    folder.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (folder / path.name).symlink_to(f"../../blobs/{path.name}")
+    (tmp_path / "link").symlink_to(folder)
+    for name in (folder, tmp_path / "link"):
+        assert load(str(name)).files and open_network(str(name)).weights

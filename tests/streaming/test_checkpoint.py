@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from regrow.errors import InputError
+from regrow.nets.errors import ModelError
+from regrow.nets.files import check_safetensors
 from regrow.store.errors import StoreError
 from regrow.streaming.checkpoint import Checkpoint, read_places
 from regrow.streaming.opening import open_network
@@ -38,6 +40,12 @@ def header(**entries):
     return struct.pack("<Q", len(text)) + text + bytes(16)
 
 
+def encoded(name):
+    """A safetensors file with a header in another encoding."""
+    text = json.dumps({"a": ROW}).encode(name)
+    return struct.pack("<Q", len(text)) + text + bytes(16)
+
+
 ROW = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 DAMAGED = {
     "empty": b"",
@@ -55,6 +63,17 @@ DAMAGED = {
     "a text": header(a="F32"),
     "a fraction": header(a={**ROW, "shape": [4.0]}),
     "bytes left": header(a={"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}),
+    "empty and huge": header(a=ROW, b={"dtype": "F32", "shape": [2**59, 2**59, 0], "data_offsets": [16, 16]}),
+    "empty, huge and possible": header(a=ROW, b={"dtype": "F32", "shape": [0, 2**59, 2**9], "data_offsets": [16, 16]}),
+    "a byte order mark": encoded("utf-8-sig"),
+    "UTF-16": encoded("utf-16-le"),
+    "UTF-32": encoded("utf-32"),
+    "metadata of numbers": header(a=ROW, __metadata__={"step": 1}),
+    "metadata of objects": header(a=ROW, __metadata__={"step": {}}),
+    "a list of metadata": header(a=ROW, __metadata__=["format"]),
+    "a text of metadata": header(a=ROW, __metadata__="pt"),
+    "no number": header(a={**ROW, "more": float("nan")}),
+    "half a character": header(a=ROW, **{"\ud800": {**ROW, "shape": [0], "data_offsets": [16, 16]}}),
 }
 
 
@@ -64,6 +83,9 @@ def test_damaged_files_are_refused(what, tmp_path):
     path.write_bytes(DAMAGED[what])
     with pytest.raises(StoreError, match="no complete safetensors file"):
         read_places(path)
+    if what not in ("a gap", "overlap"):  # which the library finds when it reads the tensors
+        with pytest.raises(ModelError):
+            check_safetensors(path)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from regrow.nets import Origin
 from regrow.nets.devices import choose_device
 from regrow.nets.examples import guessed_example
 from regrow.nets.precision import check_precision
+from regrow.nets.weight_files import WeightFile
 from regrow.objectives import LossFunction, Objective, choose_objective
 from regrow.progress import Progress, silent
 from regrow.source_names import GENERATED
@@ -44,6 +45,7 @@ class Inputs:
         objective: What the network is trained for; ``None`` without data.
         tokenizer: Its tokenizer, or ``None``.
         tests: The data on which quality is measured.
+        files: The files of its weights, if it was loaded by name.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Inputs:
     objective: Objective | None
     tokenizer: Any
     tests: tuple[Source, ...] = ()
+    files: tuple[WeightFile, ...] = ()
 
     def trace(self) -> AxisGraph:
         """Return the axes of the network, traced with the example."""
@@ -94,9 +97,10 @@ def read_inputs(
     """
     place = None if device is None else choose_device(device)
     known: Example | None = None
+    files: tuple[WeightFile, ...] = ()
     if isinstance(model, str | Path):
         loaded = load_model(ModelSpec(str(model), device=str(place or "cpu")), progress)
-        model, known = loaded.model, None if loaded.guessed else loaded.example
+        model, known, files = loaded.model, None if loaded.guessed else loaded.example, loaded.files
         for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
             if value is not None and not hasattr(model, name):
                 setattr(model, name, value)  # as regrow.load does, so that save knows how to build it
@@ -125,7 +129,7 @@ def read_inputs(
     example = given or _first_example(first)
     if (place := device_of(model)).type not in ("cpu", "meta"):
         example = Example(moved(example.args, place), moved(dict(example.kwargs), place))
-    return Inputs(model, example, sources, objective, tokenizer, tests)
+    return Inputs(model, example, sources, objective, tokenizer, tests, files)
 
 
 def _generate(data: Any, model: nn.Module, reading: ReadOptions, progress: Progress) -> Any:

@@ -23,7 +23,7 @@ from regrow.axes.inventory import inventory
 from regrow.commands.calibration import parameter_sums
 from regrow.commands.example_inputs import record_input
 from regrow.commands.measuring import measure
-from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.parents import check_room, describe_stage, start_from
 from regrow.commands.streamed import StreamedRun
 from regrow.commands.trackers import check_tracker, tracking
 from regrow.data.batches import INPUTS
@@ -145,6 +145,8 @@ def run_of(
     sums = streamed.opened.weights.sums() if streamed else parameter_sums(loaded.model)
     given = {**inputs, "weights": digest(sums)}
     command = f"regrow.{verb}(…, out={str(out)!r}) in Python"
+    name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
+    check_room(name, loaded, out)
     begun = RunFolder.create(out, verb=verb, settings=record_settings(settings), command=command)
     with begun:
         recorded = begun.run().get("python")
@@ -153,7 +155,6 @@ def run_of(
         elif recorded != given:
             raise StoreError(f"{out} holds another run: {_difference(recorded, given)}, or choose another folder")
         with tracking(begun, destination.track) as folder:
-            name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
             start_from(folder, name, loaded, outside=streamed.unchanged() if streamed else None)
             folder.update(notes=list(loaded.notes) or None, **record_input(loaded))
             yield folder
@@ -196,7 +197,8 @@ def loaded_of(inputs: Inputs) -> Loaded:
     Args:
         inputs: The network, and what was read with it.
     """
-    return Loaded(inputs.model, inputs.tokenizer, _two_examples(inputs.example), describe_origin(inputs.model))
+    example, origin = _two_examples(inputs.example), describe_origin(inputs.model)
+    return Loaded(inputs.model, inputs.tokenizer, example, origin, files=inputs.files)
 
 
 def _two_examples(example: Example) -> Example:

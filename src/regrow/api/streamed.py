@@ -119,7 +119,7 @@ def _read(opened: OpenedNetwork, data: Any, loss: Any, tokenizer: Any, batch_siz
     tokenizer = tokenizer or loaded.tokenizer
     sources = tuple(to_sources(data, choose_reading(loaded.model, tokenizer, batch_size)))
     objective = choose_objective(loss, sources[0].batches[0]) if sources else None
-    return Inputs(loaded.model, loaded.example, sources, objective, tokenizer, sources)
+    return Inputs(loaded.model, loaded.example, sources, objective, tokenizer, sources, loaded.files)
 
 
 def prune_streamed(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from regrow.amounts import format_bytes
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import say, working
@@ -109,5 +110,8 @@ def run_with_page(
     with working() as progress:
         folder = run(*inputs, progress=progress, write_page=page, **more)
     tell(folder)
+    if snapshot := folder.run().get("snapshot"):
+        size = format_bytes(snapshot["bytes"])
+        say(f"{folder.path / 'before'} holds what the run started from, {size}: `regrow undo {folder.path}`")
     page.tell(folder.path)
     return folder

@@ -15,6 +15,7 @@ from regrow.commands.streamed import needs_of_model, start_streaming
 from regrow.data.joined import join_batches
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
+from regrow.nets.weight_files import check_unchanged
 from regrow.process_memory import read_peak, reset_peak
 from regrow.progress import Progress, silent
 from regrow.settings.declaration import check_settings
@@ -56,7 +57,9 @@ def evaluate(
     if not memory:
         loaded = load_model(spec, progress, code)
         with autocasting(loaded.model, settings.precision):
-            return _evaluate(settings, loaded, progress)
+            result = _evaluate(settings, loaded, progress)
+        check_unchanged(loaded.files)
+        return result
     reset_peak()
     opened = open_network(spec.name, DTYPES.get(spec.dtype))
     plan = _plan(settings, opened, parse_bytes(memory))
@@ -67,6 +70,7 @@ def evaluate(
         loaded = opened.loaded if network else load_model(spec, progress, code)
         with autocasting(loaded.model, settings.precision):
             result = _evaluate(settings, loaded, progress, network)
+    check_unchanged(loaded.files)
     return {**result, "memory": PeakMemory(plan.limit, plan.needed, read_peak()).record()}
 
 

@@ -1,6 +1,6 @@
 """The input with which a run traces a model: from ``--input``, an earlier run's record, or the size of its images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,12 @@ def record_input(loaded: Loaded) -> dict[str, str]:
 
 
 def find_input(
-    net: nn.Module, origin: Origin, run: Mapping[str, object], sources: Sequence[str], tokenizer: Any
+    net: nn.Module,
+    origin: Origin,
+    run: Mapping[str, object],
+    sources: Sequence[str],
+    tokenizer: Any,
+    recorded: Callable[[], Example] | None = None,
 ) -> Example:
     """Return an example input for the network of a run folder; a guessed one is logged.
 
@@ -72,6 +77,7 @@ def find_input(
         run: The content of ``run.json``; empty if there is none.
         sources: The sources on which it will be evaluated, as ``--source`` takes them.
         tokenizer: The tokenizer of a language model, or ``None``.
+        recorded: Reads the input that was recorded when it was saved; ``None``: there is none.
 
     Raises:
         ModelError: If no input shape is known and none can be guessed.
@@ -83,6 +89,8 @@ def find_input(
     if shape := origin.input_shape:
         return image_example(net, *shape)
     pixels = find_image_side(sources)
+    if recorded is not None and not pixels:
+        return recorded()
     if (guess := guessed_example(net, pixels)) is None:
         raise ModelError(f"{origin.name}: the model does not say what input it takes; give --input 1x3x32x32")
     if not pixels:

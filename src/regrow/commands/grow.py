@@ -17,7 +17,7 @@ from regrow.commands.growth import CheckedGrowth, GrowthData
 from regrow.commands.inputs import SourceHalves, SourceSpecs, count_windows, describe_sources, read_sources
 from regrow.commands.measuring import measure
 from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.parents import check_room, describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.trackers import tracking
 from regrow.commands.training_memory import plan_growth_memory
@@ -121,6 +121,7 @@ def run(
     with clock.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, spec)
         needs = plan_growth_memory(settings, loaded, axes, plan, memory, announce)
+    check_room(settings.model, loaded, out, undo=settings.undo)
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder

@@ -19,7 +19,7 @@ from regrow.commands.learn_inputs import (
     train_tasks,
 )
 from regrow.commands.learning_record import LearningRecord
-from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.parents import check_room, describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.recovery_memory import MemoryTerms
 from regrow.commands.same_inputs import check_same_settings, check_same_tasks
@@ -103,6 +103,8 @@ def run(
     elif start.tokenizer is None:
         check_outputs(start, tasks[0], count_outputs(inputs, tasks))
     needs = plan_learning(inputs, tasks, settings, memory, announce)
+    if start:
+        check_room(settings.model, start, out, undo=settings.undo)
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         if start:

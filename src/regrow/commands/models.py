@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from regrow.nets.devices import choose_device
 from regrow.nets.examples import read_shape, shaped_example
 from regrow.nets.files import check_files
 from regrow.nets.packaged import PACKAGED
+from regrow.nets.weight_files import WeightFile
 from regrow.progress import Progress, silent
+from regrow.store import probe
 from regrow.store.run_record import RUN, read_run
 from regrow.streaming.opening import open_network
 from regrow.tracing import trace
@@ -62,13 +65,16 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
         given = input_arguments(spec.name, spec.input, spec.sources)
         return nets.load(spec.name, dtype=DTYPES.get(spec.dtype), device=device, **given, progress=progress)
     check_files(folder)
-    recorded = store.read_shapes(folder).origin
+    shapes = store.read_shapes(folder)
+    recorded = shapes.origin
     try:
         check_code(recorded.reference, recorded.kind == "callable", code)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
     builder = import_builder(code) if code else None
     own, example = call_builder(builder, code) if builder else (None, None)
+    stored = {folder / name: one.sha256 for name, one in shapes.files.items()}
+    files = tuple(WeightFile(path, digest, held=True) for path, digest in stored.items() if path.is_file())
     net = store.load(folder, model=own, device=device, dtype=DTYPES.get(spec.dtype))
     tokenizer: Any = getattr(net, "tokenizer", None)
     origin = replace(recorded, name=folder.name, builder=builder)
@@ -76,8 +82,9 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
         example = shaped_example(net, read_shape(spec.input))
     if example is None:
         run = read_run(folder) if (folder / RUN).is_file() else {}
-        example = find_input(net, origin, run, spec.sources, tokenizer)
-    return Loaded(net, tokenizer, _move_example(example, device), origin)
+        probed = partial(probe.read_example, folder / probe.FILE, net) if shapes.probe.file is not None else None
+        example = find_input(net, origin, run, spec.sources, tokenizer, probed)
+    return Loaded(net, tokenizer, _move_example(example, device), origin, files=files)
 
 
 def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> tuple[Loaded, AxisGraph]:

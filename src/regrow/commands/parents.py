@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from regrow import store
+from regrow.amounts import format_bytes
+from regrow.errors import ResourceError
 from regrow.ledger import Ledger
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.run_folder import RunFolder
-from regrow.store.errors import StoreError
-from regrow.store.replacing import WORK, link_tree
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.run_record import RUN, read_run
 from regrow.store.shapes import Kind, Shapes
+from regrow.store.snapshots import copy_folder, count_bytes, record_files, shares_blocks
+from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
 
 BEFORE = "before"
@@ -59,13 +62,15 @@ def start_from(
     """
     place = Path(model)
     parent = read_parent(place) if (place / store.SHAPES).is_file() else None
-    recorded = folder.run().get("parent")
+    recorded, files = folder.run().get("parent"), {one.path.name: one.record for one in loaded.files}
+    folder.inputs.extend(loaded.files)
     if recorded is not None:
-        if parent and recorded.get("weights") != parent.weights:
+        known = recorded.get("files") or {}
+        other = any(known.get(name, record) != record for name, record in files.items())
+        if recorded.get("weights") != parent.weights if parent else other:
             raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
         return
-    if undo:
-        _copy(place if parent else None, loaded, folder.path / BEFORE, outside)
+    snapshot = _copy(place if parent else None, loaded, folder.path / BEFORE, outside) if undo else None
     own = folder.path / "ledger.json"
     if parent and parent.plans:
         own.unlink(missing_ok=True)
@@ -77,7 +82,9 @@ def start_from(
             "weights": parent.weights if parent else "",
             "parameters": sum(one.numel() for one in loaded.model.parameters()),
             "plans": len(parent.plans) if parent else 0,
+            **({} if parent else {"files": files}),
         },
+        snapshot=snapshot,
         stages=list(parent.stages) or None if parent else None,
     )
 
@@ -163,13 +170,47 @@ def count_parameters(shapes: Shapes) -> int:
     return sum(prod(one.shape) for one in shapes.tensors.values() if one.kind is Kind.PARAMETER)
 
 
-def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None) -> None:
-    """Link the files of a saved model into a new folder (copies where links are not possible), or write the model."""
-    if target.exists():
-        shutil.rmtree(target)
-    if source is None:
-        store.write_model(loaded, target, outside=outside)
+def check_room(model: str, loaded: Loaded, out: str | Path, *, undo: bool = True) -> None:
+    """Raise ResourceError unless the disk has room for the copy of the model that a run starts from.
+
+    Args:
+        model: The run folder, saved model or name that was loaded.
+        loaded: The model.
+        out: The folder of the run, which need not exist; one that has such a copy needs no other.
+        undo: Whether the run keeps a copy.
+
+    Raises:
+        ResourceError: If there is less room; says how much is needed.
+    """
+    begun = RunFolder.open_unfinished(out)
+    if not undo or (begun and begun.run().get("parent") is not None):
         return
-    target.mkdir()
-    links = {one.name for one in source.iterdir() if one.is_symlink()}
-    link_tree(source, target, skip={WORK, *links}, copy={"metrics.jsonl"})
+    disk = next(one for one in (Path(out).absolute(), *Path(out).absolute().parents) if one.is_dir())
+    source = Path(model)
+    if (source / store.SHAPES).is_file():
+        needed = 0 if shares_blocks(source / store.SHAPES, disk) else count_bytes(source)
+    else:
+        needed = sum(here.tensor.nbytes for here in named_tensors(loaded.model).values())
+    if needed > (free := shutil.disk_usage(disk).free):
+        raise ResourceError(
+            f"{out}: the copy of {model} for `regrow undo` takes {format_bytes(needed)}, and {format_bytes(free)} are "
+            "free; choose another disk, or leave the copy out (--no-undo)"
+        )
+
+
+def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None) -> dict[str, Any]:
+    """Copy a saved model to a new folder, or write the model there; return the record of its files, as JSON data."""
+    with explain_os_errors(target):
+        if target.exists():
+            shutil.rmtree(target)
+        if source is None:
+            store.write_model(loaded, target, outside=outside)
+        else:
+            target.mkdir()
+            copy_folder(source, target)
+        files = record_files(target)
+    shapes = store.read_shapes(target)
+    for name, expected in shapes.files.items():
+        if name not in files or files[name]["sha256"] != expected.sha256:
+            raise StoreError(f"{(source or target) / name} was changed while it was copied; run again")
+    return {"bytes": count_bytes(target), "files": files}

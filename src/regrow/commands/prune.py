@@ -21,7 +21,7 @@ from regrow.commands.generated import count_generated, fill_generated, generate_
 from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
 from regrow.commands.later_plans import LaterPlan, check_later_plans
 from regrow.commands.models import load_model
-from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.parents import check_room, describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.reconstruction import check_amount, check_reconstruction, choose_sources
@@ -36,6 +36,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record, everywhere
 from regrow.methods.pruning.pruner import Pruner, plan_cut, with_modules
 from regrow.nets import Loaded
+from regrow.nets.loaded import check_same_files
 from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
 from regrow.process_memory import read_peak, reset_peak
@@ -181,6 +182,7 @@ def run(
     prune.check_pruning(method, axes, budget, kinds.calibration)
     check_later_plans(later, loaded.model, axes, budget.timing, kinds.calibration)
     shared.later = ()
+    check_room(settings.model, loaded, out, undo=settings.undo)
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
@@ -298,6 +300,7 @@ def _recover(job: _PruneJob, traced: AxisGraph, plan: Plan) -> None:
     specs = source_specs(settings, settings.recover_tokens)
     texts = read_sources(specs, loaded, job.kinds.generated).calibration
     dense, by, seed = load_model(model_spec(settings), progress, job.code), settings.recover, settings.seed
+    check_same_files(loaded, dense)
     more: Any = {"precision": settings.precision, "progress": progress}
     recover(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, **more)
     store.write_model(loaded, folder.path)

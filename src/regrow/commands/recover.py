@@ -16,7 +16,7 @@ from regrow.commands.inputs import SourceHalves, count_windows, describe_sources
 from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import evaluate_text, measure
 from regrow.commands.models import load_model
-from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.parents import check_room, describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.recovering import log_differences, recover, share_recovery
 from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
@@ -72,8 +72,7 @@ def run(
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
-        ValueError: If the network was not cut, or changed its shape since; if the recovery or a setting is unknown, or
-            ``code`` is missing or not needed.
+        ValueError: If the network was not cut, or changed its shape since, or a setting or ``code`` does not fit.
     """
     check_settings(settings)
     find_method(MethodKind.RECOVERY, settings.by).made(settings.by, settings.recovery_settings)
@@ -95,6 +94,7 @@ def run(
         axes = streamed.dense.axes if streamed else _trace_dense(dense, cut)
         cut.plan.check(axes)
     check_same_inputs(parallel.ranks, [] if streamed else [dense.model, loaded.model], kinds)
+    check_room(settings.run, loaded, out, undo=settings.undo)
     words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         clock.folder = folder
@@ -251,4 +251,5 @@ def _load_models(
         dense = replace(dense, origin=replace(dense.origin, name=Path(spec.name).name))
     else:
         dense = load_model(spec, progress, "" if names_code(spec.name) else code)
-    return dense, replace(dense, model=load_model(own, progress, code).model)
+    loaded = load_model(own, progress, code)
+    return dense, replace(dense, model=loaded.model, files=(*dense.files, *loaded.files))

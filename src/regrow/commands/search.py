@@ -15,7 +15,7 @@ from regrow.candidates import Staged
 from regrow.commands import latencies, spaces, stage_memory
 from regrow.commands.example_inputs import record_input
 from regrow.commands.history import read_history
-from regrow.commands.parents import describe_stage, start_from
+from regrow.commands.parents import check_room, describe_stage, start_from
 from regrow.commands.pareto import write_network, write_passed
 from regrow.commands.retraining import retrain
 from regrow.commands.same_inputs import check_same_settings, check_same_tasks
@@ -102,6 +102,8 @@ def run(
     search.check(Context(model, axes, parts.search, epochs=inputs.epochs, seed=inputs.seed, objective=inputs.objective))
     defaults = {n: v for n, v in search.settings.items() if n not in {*inputs.method_settings, *GIVEN}}
     identity: dict[str, Any] = {"verb": "search", "settings": record_settings(settings), "defaults": defaults}
+    if start:
+        check_room(settings.space, start, out, undo=settings.undo)
     words = (*(("--code", code) if code else ()), "--out", str(out))
     with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
         if start:

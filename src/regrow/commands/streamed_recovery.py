@@ -65,7 +65,8 @@ class StreamedRecovery:
 
     def models(self) -> tuple[Loaded, Loaded]:
         """Return the model before the cut, and the one to recover, both without numbers."""
-        return self.dense.loaded, replace(self.dense.loaded, model=self.cut.loaded.model)
+        dense, cut = self.dense.loaded, self.cut.loaded
+        return dense, replace(dense, model=cut.model, files=(*dense.files, *cut.files))
 
     def start(self, folder: RunFolder) -> StreamedPair:
         """Return both networks, to be run block by block; what hidden states a killed run left is deleted.

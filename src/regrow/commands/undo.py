@@ -7,8 +7,13 @@ from typing import Any
 from regrow import store
 from regrow.commands.parents import BEFORE, describe_stage
 from regrow.run_folder import RunFolder
+from regrow.store import probe
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.replacing import clear_leftovers, link_tree, replace_folder
+from regrow.store.replacing import clear_leftovers, replace_folder
+from regrow.store.run_record import RUN, read_json, read_run
+from regrow.store.snapshots import check_files, copy_folder
+from regrow.store.tensors import read_tensors
+from regrow.store.weights import inside, read_weights
 
 
 @dataclass(frozen=True)
@@ -53,22 +58,46 @@ def undo(run: Path, out: Path | None = None) -> Path:
         The folder written.
 
     Raises:
-        StoreError: If the run kept no copy of the model before it, or ``out`` is not empty; nothing is changed.
+        StoreError: If the run kept no copy of the model before it, a file of that is damaged, or ``out`` is not empty;
+            nothing is changed.
     """
     folder = RunFolder.open(run)
-    before = run / BEFORE
-    if before.is_symlink() or not (before / store.SHAPES).is_file():
+    before, snapshot = run / BEFORE, folder.run().get("snapshot")
+    if snapshot is None and (before.is_symlink() or not (before / store.SHAPES).is_file()):
         why = (
             "it was started with --no-undo, or by an earlier version"
             if "parent" in folder.run()
             else ("the network was new, or the run is of an earlier version")
         )
         raise StoreError(f"{run} holds no model from before the run ({why}); give a run folder with {BEFORE}/")
-    store.read_shapes(before)
+    if before.is_symlink() or not before.is_dir():
+        raise StoreError(f"{before} is no folder any more; put the one of the run there again")
     out = out or run
     clear_leftovers(out)
     if out != run and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError(f"{out} exists and is not empty; choose another folder, or delete it")
+    if snapshot is None:  # of an earlier version
+        _check_saved(before)
     with explain_os_errors(out), replace_folder(out) as new:
-        link_tree(before, new, copy={"metrics.jsonl"})
+        copy_folder(before, new, link=out == run)
+        if snapshot is not None:
+            check_files(new, snapshot["files"], before)
     return out
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise StoreError unless the records, weights and recorded output of a saved model are whole, and of those in it.
+
+    Args:
+        folder: The folder, without a record of its files.
+    """
+    shapes = store.read_shapes(folder)
+    read_weights(folder, shapes)
+    if shapes.probe.file is not None:
+        read_tensors(inside(folder, probe.FILE), probe.FORMAT)
+    for path in sorted(folder.glob("*.json")):
+        read_json(path)
+    if (folder / RUN).exists():
+        read_run(folder)
+    if (folder / BEFORE).exists():
+        _check_saved(folder / BEFORE)

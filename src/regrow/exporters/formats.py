@@ -34,7 +34,7 @@ class Format:
 
 
 FORMATS: Mapping[str, Format] = {
-    "transformers": Format(("", "float32", "bfloat16", "float16")),
+    "transformers": Format(("", "float32", "bfloat16", "float16"), takes=("example",)),
     "gguf": Format(("f16", "f32", "bf16", "q8_0", "q6_k"), ".gguf", ("weights",)),
     "onnx": Format(("float32", "int8"), ".onnx", ("example", "cache")),
     "torchvision": Format(("",)),

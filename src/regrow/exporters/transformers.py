@@ -8,19 +8,21 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from regrow import store
+from regrow.axes import Example
 from regrow.exporters.staging import staging_folder
 from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.blocks import ATTENTION, MLP, DecoderLayer, blocks
-from regrow.nets.examples import guessed_example, text_example
-from regrow.nets.language import origin_of, quiet, require_transformers
+from regrow.nets.errors import first_line
+from regrow.nets.examples import guessed_example, written_shape
+from regrow.nets.language import example_of_transformers, origin_of, quiet, require_transformers
 from regrow.progress import Progress, silent
 from regrow.store import portable
 from regrow.store.pretrained import update_origin
@@ -34,13 +36,16 @@ BIASES = {"attention_bias": ATTENTION, "mlp_bias": MLP}
 """Settings of config.json that add a bias to every linear layer of a kind; missing biases become zeros."""
 
 
-def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = silent) -> Written:
+def write(
+    model: nn.Module, out: Path, *, dtype: str = "", example: Example | None = None, progress: Progress = silent
+) -> Written:
     """Write a folder for ``from_pretrained``, load it with transformers alone, and compare the outputs.
 
     Args:
         model: A transformers network, pruned or widened in any way.
         out: The folder: new, empty, or of an earlier export.
         dtype: The dtype in which weights are stored; unchanged if empty.
+        example: An input for the comparison; ``None``: one that suits the network.
         progress: Called with (steps done, steps in all, description).
 
     Returns:
@@ -71,7 +76,7 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
                 f"transformers cannot build this {origin.reference} from what it records; export it to onnx"
             )
         progress(1, 2, "loading it with transformers")
-        checked = check(model, made, stored, carried=carried)
+        checked = check(model, made, stored, example, carried=carried)
         progress(2, 2, "loading it with transformers")
     note = (
         "no settings of its family give these widths: load it with trust_remote_code=True"
@@ -151,13 +156,16 @@ def _hidden_settings(model: nn.Module, origin: Origin) -> dict[str, Any] | None:
     return {**origin.config, "n_inner": widths.pop()}
 
 
-def check(model: nn.Module, folder: Path, dtype: torch.dtype | None, *, carried: bool) -> dict[str, float | int | str]:
+def check(
+    model: nn.Module, folder: Path, dtype: torch.dtype | None, example: Example | None = None, *, carried: bool
+) -> dict[str, float | int | str]:
     """Load the folder with transformers' Auto class and compare its outputs with those of the network.
 
     Args:
         model: The network.
         folder: The folder that was written.
         dtype: The dtype in which weights were stored, if it was changed.
+        example: An input; ``None``: one that suits the network.
         carried: Whether the folder contains code of this export, which is run; no other code is.
 
     Raises:
@@ -172,7 +180,8 @@ def check(model: nn.Module, folder: Path, dtype: torch.dtype | None, *, carried:
     with quiet():
         again = maker.from_pretrained(str(folder), local_files_only=True, **more).eval()
         again.set_attn_implementation(getattr(model.config, "_attn_implementation", "sdpa"))
-    said, says = _answers(model), _answers(again)
+    example = example or guessed_example(model) or example_of_transformers(cast(Any, model))
+    said, says = (_answers(one, example) for one in (model, again))
     difference = max((float((a - b).abs().max()) for a, b in zip(said, says, strict=True) if a.numel()), default=0.0)
     size = max((float(a.abs().max()) for a in said if a.numel()), default=0.0)
     if difference > (ROUNDING if dtype in (None, next(model.parameters()).dtype) else 0.2) * size:
@@ -181,7 +190,10 @@ def check(model: nn.Module, folder: Path, dtype: torch.dtype | None, *, carried:
 
 
 @torch.no_grad()
-def _answers(model: Any) -> list[torch.Tensor]:
-    example = guessed_example(model) or text_example(model, model.config.get_text_config().vocab_size)
-    leaves = tree_leaves(model(*example.args, **example.kwargs))
+def _answers(model: nn.Module, example: Example) -> list[torch.Tensor]:
+    try:
+        leaves = tree_leaves(model(*example.args, **example.kwargs))
+    except Exception as error:
+        what = f"{type(model).__name__} does not take an input of {written_shape(example)} ({first_line(error)})"
+        raise ExportError(f"{what}, so that the export is not compared; give an input that it takes") from None
     return [leaf.float() for leaf in leaves if isinstance(leaf, torch.Tensor)]

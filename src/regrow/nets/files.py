@@ -2,7 +2,7 @@
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +37,8 @@ def check_safetensors(file: Path) -> dict[str, int]:
         with safe_open(file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118 (it is no dictionary)
                 part = content.get_slice(name)
+                if not is_possible(part.get_shape()):
+                    raise InputError(f"{file}: {name!r:.60} has the shape {part.get_shape()!s:.60}; download it again")
                 counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + prod(part.get_shape())
     except InputError as error:
         raise ModelError(str(error)) from error
@@ -45,21 +47,77 @@ def check_safetensors(file: Path) -> dict[str, int]:
     return counts
 
 
-def check_files(folder: Path) -> None:
-    """Raise ModelError unless the settings, tokenizer and weight files of a folder are regular files.
+def is_possible(shape: Sequence[int]) -> bool:
+    """Whether a tensor can have a shape: an empty one whose other sizes exceed any memory cannot be made.
+
+    >>> is_possible([3, 0]), is_possible([2**59, 2**59, 0])
+    (True, False)
 
     Args:
-        folder: The folder of the model.
+        shape: Its sizes, none of them negative.
+    """
+    return prod(max(1, size) for size in shape) < 2**59
+
+
+def check_files(folder: Path) -> None:
+    """Raise ModelError unless the settings, tokenizer and weight files of a folder are regular files in it.
+
+    Args:
+        folder: The folder of the model. One in the hub's cache has links to the files of its model beside it.
 
     Raises:
         ModelError: If one is not; names the first. Opening a FIFO would block forever.
     """
+    real = folder.resolve()
+    within = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
     for path in sorted(folder.iterdir()):
         if path.suffix in _READ:
             try:
                 check_regular(path)
             except InputError as error:
                 raise ModelError(str(error)) from error
+            if path.resolve().parent not in within:
+                raise ModelError(f"{path} leads out of the folder; put the file itself there")
+
+
+def check_weight_names(folder: Path, config: Mapping[str, object], name: str) -> None:
+    """Raise ModelError if the configuration or an index of a folder names weights that do not lie in it.
+
+    Args:
+        folder: The folder of the model.
+        config: Its configuration.
+        name: The name of the model, for messages.
+
+    Raises:
+        ModelError: Names the file.
+    """
+    named = config.get("transformers_weights") or ""
+    if not isinstance(named, str) or Path(named).name != named:
+        raise ModelError(f"{name}: config.json names the weights {named!r:.60}, which is no file beside it; restore it")
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        read_shards(index)
+
+
+def read_shards(index: Path) -> dict[str, str]:
+    """Return tensor → the name of the file beside an index that holds it.
+
+    Args:
+        index: The index, in JSON.
+
+    Raises:
+        ModelError: If it is no such index, or names a file elsewhere.
+    """
+    try:
+        data = read_json(index)
+    except InputError as error:
+        raise ModelError(str(error)) from None
+    named = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(named, dict) or not named or not all(isinstance(one, str) for one in named.values()):
+        raise ModelError(f"{index} has no weight_map from tensors to files; copy or download it again")
+    for one in sorted(set(named.values())):
+        if Path(one).name != one or not one.endswith(".safetensors"):
+            raise ModelError(f"{index} names the file {one!r:.60}, which is no .safetensors file beside it; restore it")
+    return named
 
 
 def check_weights(files: list[Path], name: str, width: int | None) -> None:
@@ -164,8 +222,10 @@ def _header(file: BinaryIO, size: int) -> int:
         rank = _read(file, "<I")
         if rank > 8:
             raise ValueError(f"a tensor of {rank} dimensions")
-        count = prod(_read(file, "<Q") for _ in range(rank))
-        if count > 64 * size:  # no kind of number takes less than a bit or two
+        shape = [_read(file, "<Q") for _ in range(rank)]
+        if not is_possible(shape):
+            raise ValueError(f"a tensor of the shape {shape!s:.60}")
+        if (count := prod(shape)) > 64 * size:  # no kind of number takes less than a bit or two
             raise ValueError(f"a tensor of {count:,} numbers in a file of {size:,} bytes")
         numbers += count
         _read(file, "<I")

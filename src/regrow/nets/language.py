@@ -17,7 +17,7 @@ from torch import nn
 from regrow.axes import Example
 from regrow.nets.errors import ModelError, first_line, needs
 from regrow.nets.examples import PIXELS, image_example, text_example
-from regrow.nets.files import check_config, check_files, check_gguf, check_weights
+from regrow.nets.files import check_config, check_files, check_gguf, check_weight_names, check_weights
 from regrow.nets.library import check_settings, check_tokenizer, model_class
 from regrow.nets.loaded import Loaded, Origin
 
@@ -295,7 +295,7 @@ def check_folder(folder: Path, name: str, dtype: torch.dtype | None, *, whole: b
     if not (folder / "config.json").exists():
         raise ModelError(f"{name}: not a model folder (it has no config.json); give a transformers folder")
     check_files(folder)
-    check_config(folder / "config.json", name)
+    check_weight_names(folder, check_config(folder / "config.json", name), name)
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{name}: holds an adapter of peft beside the model; merge it first (merge_and_unload)")
     files = sorted(folder.glob("*.safetensors"))

@@ -26,6 +26,7 @@ from regrow.nets.mobile import Mobile
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.small import build_small
 from regrow.nets.vision import build_torchvision, example_of, load_torchvision
+from regrow.nets.weight_files import find_weight_files
 from regrow.references import names_code
 
 Progress = Callable[[int, int, str], None]
@@ -184,20 +185,33 @@ def _found(name: str, dtype: torch.dtype | None, progress: Progress, wanted: Wan
         raise ModelError(problem)
     path = expanded(Path(name))
     if name in PACKAGED:
-        loaded = load_folder(packaged_folder(name, progress), name=name, dtype=dtype)
+        path = packaged_folder(name, progress)
+        loaded = _watched(path, lambda: load_folder(path, name=name, dtype=dtype))
         return replace(loaded, notes=(PACKAGED[name].note, *loaded.notes))
     if path.is_dir():
-        return load_folder(path, name=name, dtype=dtype)
+        return _watched(path, lambda: load_folder(path, name=name, dtype=dtype))
     if path.is_file():
-        return load_gguf(path, name=name, dtype=dtype)
+        return _watched(path, lambda: load_gguf(path, name=name, dtype=dtype))
     if name.startswith("torchvision:"):
         network, _, weights = name.removeprefix("torchvision:").partition(":")
-        return load_torchvision(network, expanded(Path(weights)) if weights else None, pixels)
+        if not weights:
+            return load_torchvision(network, pixels=pixels)
+        path = expanded(Path(weights))
+        return _watched(path, lambda: load_torchvision(network, path, pixels))
     if names_code(name):
         return _from_callable(name, wanted, pixels)
     if re.fullmatch(HUB, name):
         return load_hub(name, dtype=dtype)
     return load_torchvision(name, pixels=pixels)
+
+
+def _watched(path: Path, read: Callable[[], Loaded]) -> Loaded:
+    """Return what a function reads from a folder or file, with its weight files; refuse it if they change meanwhile."""
+    files = find_weight_files(path)
+    loaded = read()
+    for one in files:
+        one.check()
+    return replace(loaded, files=files)
 
 
 def _from_callable(name: str, wanted: Wanted | None, pixels: int) -> Loaded:

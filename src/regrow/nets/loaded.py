@@ -9,6 +9,7 @@ from torch import nn
 
 from regrow.axes import Example
 from regrow.nets.errors import ModelError
+from regrow.nets.weight_files import WeightFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,6 +93,7 @@ class Loaded:
         origin: How to build the architecture again.
         notes: What a reader of results must know about these weights (de-quantised, random).
         guessed: Whether the shape of the example input is a guess.
+        files: The files of its weights, as they were when they were opened.
     """
 
     model: nn.Module
@@ -100,3 +102,18 @@ class Loaded:
     origin: Origin
     notes: tuple[str, ...] = ()
     guessed: bool = False
+    files: tuple[WeightFile, ...] = ()
+
+
+def check_same_files(first: Loaded, second: Loaded) -> None:
+    """Raise InputError if a model that was loaded twice was changed in between.
+
+    Args:
+        first: The model as it was loaded before.
+        second: The model as it was loaded again.
+
+    Raises:
+        InputError: Names the first file that was changed.
+    """
+    for one in (*first.files, *second.files):
+        one.check()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from regrow.axes import Example
 from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attention
 from regrow.nets.load import check_finite
+from regrow.nets.weight_files import check_unchanged
 from regrow.store import portable, probe
 from regrow.store.atomic import write_text
 from regrow.store.attributes import attribute_tensors
@@ -91,6 +92,7 @@ def save(
         The folder.
 
     Raises:
+        InputError: If a file of its weights was changed since it was loaded.
         StoreError: If the model cannot be rebuilt from what would be written, a parameter holds NaN or infinity
             in the dtype it would be stored in (buffers may), the folder holds a model that regrow did not write, or the
             disk is full.
@@ -174,6 +176,8 @@ def write_model(
         _write_pretrained(net, shapes, folder)
     if hasattr(tokenizer, "save_pretrained"):
         write_tokenizer(tokenizer, folder)
+    if isinstance(given, Loaded):
+        check_unchanged(given.files)
     write_text(folder / SHAPES, replace(shapes, probe=kept, versions=versions()).to_json())
 
 

@@ -134,6 +134,25 @@ def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] =
         )
 
 
+def read_example(path: Path, model: nn.Module) -> Example:
+    """Return the input that was recorded when a network was saved, in the network's dtype.
+
+    Args:
+        path: The file that :func:`write_probe` made.
+        model: The loaded network.
+
+    Raises:
+        StoreError: If the file is damaged.
+    """
+    header, inputs, _ = _read(path)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        args, kwargs = _from_json(header.inputs, [x.to(dtype) if x.is_floating_point() else x for x in inputs])
+        return Example(tuple(args), dict(kwargs))
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({error!s:.60}); copy it again") from None
+
+
 _REMEDY = "build it with the code and versions it was saved with, or load it with check=False"
 
 

@@ -24,6 +24,21 @@ class ParentJson(msgspec.Struct, frozen=True):
     weights: str = ""
     parameters: Count = 0
     plans: Count = 0
+    files: dict[str, dict[str, int]] | None = None
+
+
+class CopiedFile(msgspec.Struct, frozen=True):
+    """The size and digest of a file in ``before/``."""
+
+    bytes: Count
+    sha256: Digest
+
+
+class SnapshotJson(msgspec.Struct, frozen=True):
+    """The ``snapshot`` of ``run.json``: the files of ``before/``, to which the run can be undone."""
+
+    bytes: Count
+    files: dict[str, CopiedFile]
 
 
 class StageJson(msgspec.Struct, frozen=True):
@@ -57,6 +72,7 @@ class RunJson(msgspec.Struct, frozen=True):
     sequence: list[Any] = []
     extension: list[str] = []
     parent: ParentJson | None = None
+    snapshot: SnapshotJson | None = None
     stages: list[StageJson] = []
     trackers: dict[str, str] = {}
 

@@ -182,5 +182,5 @@ def _telling(path: Path) -> Iterator[None]:
     """Turn every error of reading a file into one line with a remedy."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise StoreError(f"{path} cannot be used ({' '.join(str(error).split())[:200]}); restore it") from None

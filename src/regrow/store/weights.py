@@ -176,7 +176,7 @@ def read_weights(
                     there.add(key)
                     if shapes.tensors[key].kind in kinds:
                         result[key] = _check(path, key, content.get_tensor(key), shapes.tensors[key], check)
-        except (SafetensorError, OSError, AttributeError) as error:
+        except (SafetensorError, OSError, AttributeError, RuntimeError) as error:
             raise StoreError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); copy it again") from None
     if missing := [name for name in shapes.tensors if name not in there]:
         raise StoreError(f"{folder}: {len(missing)} tensors are missing, {missing[0]!r} first; restore its files")

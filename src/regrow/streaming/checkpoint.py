@@ -5,15 +5,20 @@ Files are read, not memory-mapped: mapped pages count as resident memory, and no
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import TypeGuard
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from regrow.errors import InputError
-from regrow.limits import check_regular, parse_json, read_json
+from regrow.limits import check_regular, parse_json
+from regrow.nets.errors import ModelError
+from regrow.nets.files import is_possible, read_shards
+from regrow.nets.weight_files import WeightFile
 from regrow.store.errors import StoreError
 from regrow.store.tensor_file import DTYPE_NAMES
 from regrow.streaming.buffer_pool import BufferPool
@@ -36,6 +41,7 @@ class TensorPlace:
         shape: Its shape.
         start: The position in the file of its first byte.
         bytes: Its length in bytes.
+        opened: The file as it was when its header was read; ``None``: not compared when the tensor is read.
     """
 
     file: Path
@@ -43,6 +49,7 @@ class TensorPlace:
     shape: tuple[int, ...]
     start: int
     bytes: int
+    opened: WeightFile | None = None
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -55,6 +62,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, places: Mapping[str, TensorPlace], aligned: Collection[str] = ()) -> None:
         self.places, self.aligned = dict(places), frozenset(aligned)
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        """The files as they were when they were opened."""
+        return tuple({id(one.opened): one.opened for one in self.places.values() if one.opened}.values())
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -119,33 +131,45 @@ def read_tensor(
         pool: Where its memory comes from; ``None``: fresh memory.
 
     Raises:
-        StoreError: If the file cannot be read any more.
+        InputError: If the file was changed since it was opened.
+        StoreError: If it cannot be read any more.
     """
     length = place.bytes if most is None else min(place.bytes, most * place.dtype.itemsize)
     room = torch.empty(length + _LINE, dtype=torch.uint8) if pool is None else pool.allocate(length + _LINE)
     offset = ((0 if aligned else place.start) - room.data_ptr()) % _LINE
     offset -= offset % place.dtype.itemsize  # an unpadded header puts tensors where torch reads none
     made = room[offset : offset + length]
-    view, done = memoryview(made.numpy().data), 0
+    view = memoryview(made.numpy().data)
     try:
         with place.file.open("rb", buffering=0) as file:
-            file.seek(place.start)
-            while done < length:
-                many = file.readinto(view[done:])
-                if not many:
-                    raise StoreError(f"{place.file} has become shorter while it was read; copy it again")
-                done += many
+            while not _read_into(view, place, file):  # touched or linked while it was read
+                pass
     except OSError as error:
         raise StoreError(f"{place.file} cannot be read ({error.strerror}); copy it again") from None
     flat = made.view(place.dtype) if length else torch.empty(0, dtype=place.dtype)
     return flat if most is not None else flat.view(place.shape)
 
 
-def read_places(path: Path) -> dict[str, TensorPlace]:
+def _read_into(view: memoryview, place: TensorPlace, file: FileIO) -> bool:
+    """Fill a buffer from where a tensor lies in an open file; whether nothing happened to the file meanwhile."""
+    if place.opened:
+        place.opened.check(file.fileno())
+    status, done = place.opened.status if place.opened else (), 0
+    file.seek(place.start)
+    while done < len(view):
+        many = file.readinto(view[done:])
+        if not many:
+            raise StoreError(f"{place.file} has become shorter while it was read; copy it again")
+        done += many
+    return place.opened is None or place.opened.unchanged_since(status, file.fileno())
+
+
+def read_places(path: Path, sha256: str = "") -> dict[str, TensorPlace]:
     """Read the header of a safetensors file and return where its tensors lie.
 
     Args:
         path: The file.
+        sha256: Its digest, if it is recorded.
 
     Raises:
         StoreError: If the header is not valid: unknown dtypes, lengths that do not fit the shapes, bytes that belong to
@@ -153,22 +177,25 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
     """
     try:
         check_regular(path)
-        size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            opened = WeightFile(path, sha256, file.fileno())
+            with safe_open(path, framework="np"):  # refuses what other programs do not read
+                pass
+            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
             if not 0 < length <= min(_LONGEST, size - 8):
                 raise InputError(f"its header has {length} bytes")
-            header = parse_json(file.read(length), "its header")
-        return _places(path, header, 8 + length, size)
-    except (InputError, OSError, UnicodeDecodeError) as error:
+            header = parse_json(file.read(length).decode(), "its header")
+            opened.check()
+        return _places(opened, header, 8 + length, size)
+    except (InputError, OSError, UnicodeDecodeError, SafetensorError) as error:
         why = " ".join(str(error).split("; ")[0].split())[:120]
         raise StoreError(f"{path} is no complete safetensors file ({why}); copy or download it again") from None
 
 
-def _places(path: Path, header: object, begin: int, size: int) -> dict[str, TensorPlace]:
+def _places(file: WeightFile, header: object, begin: int, size: int) -> dict[str, TensorPlace]:
     if not isinstance(header, dict):
         raise InputError("its header is no object")
-    result = {name: _place(path, name, entry, begin) for name, entry in header.items() if name != "__metadata__"}
+    result = {name: _place(file, name, entry, begin) for name, entry in header.items() if name != "__metadata__"}
     at = begin
     for name, place in sorted(result.items(), key=lambda item: (item[1].start, item[1].bytes)):
         if place.start != at:
@@ -179,7 +206,7 @@ def _places(path: Path, header: object, begin: int, size: int) -> dict[str, Tens
     return result
 
 
-def _place(path: Path, name: str, entry: object, begin: int) -> TensorPlace:
+def _place(file: WeightFile, name: str, entry: object, begin: int) -> TensorPlace:
     if not isinstance(entry, dict):
         raise InputError(f"the entry of {name!r:.60} is no object")
     dtype, shape, ends = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape"), entry.get("data_offsets")
@@ -190,7 +217,9 @@ def _place(path: Path, name: str, entry: object, begin: int) -> TensorPlace:
     length = ends[1] - ends[0]
     if length != prod(shape) * dtype.itemsize:
         raise InputError(f"{name!r:.60} has {length} bytes, and its shape is {shape!s:.60}")
-    return TensorPlace(path, dtype, tuple(shape), begin + ends[0], length)
+    if not is_possible(shape):
+        raise InputError(f"the shape of {name!r:.60} is {shape!s:.60}")
+    return TensorPlace(file.path, dtype, tuple(shape), begin + ends[0], length, file)
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
@@ -200,17 +229,11 @@ def _are_counts(value: object) -> TypeGuard[list[int]]:
 def _read_shards(folder: Path) -> dict[str, TensorPlace]:
     path = folder / INDEX
     try:
-        index = read_json(path)
-    except InputError as error:
+        named = read_shards(path)
+    except ModelError as error:
         raise StoreError(str(error)) from None
-    named = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(named, dict) or not named or not all(isinstance(one, str) for one in named.values()):
-        raise StoreError(f"{path} has no weight_map from tensors to files; copy or download it again")
-    files = sorted(set(named.values()))
-    if odd := next((one for one in files if Path(one).name != one or not one.endswith(".safetensors")), None):
-        raise StoreError(f"{path} names the file {odd!r:.60}, which is no .safetensors file beside it; restore it")
     result: dict[str, TensorPlace] = {}
-    for file in files:
+    for file in sorted(set(named.values())):
         places = read_places(folder / file)
         expected = {name for name, one in named.items() if one == file}
         if other := min(expected ^ places.keys(), default=None):

@@ -1,6 +1,6 @@
 """Open a network for streaming: its architecture without numbers, its axes, and its stored weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from regrow.store.replacing import read_whole
 from regrow.store.shapes import SHAPES
 from regrow.store.skeleton import load_saved_skeleton
 from regrow.store.weights import check_file, inside
-from regrow.streaming.checkpoint import Checkpoint, read_places
+from regrow.streaming.checkpoint import Checkpoint, TensorPlace, read_places
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing import trace
@@ -90,16 +90,20 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
     checkpoint, mode = Checkpoint.open(folder), FakeTensorMode(allow_non_fake_inputs=True)
     stored = next((one.dtype for one in checkpoint.places.values() if one.dtype.is_floating_point), torch.float32)
     loaded = load_skeleton(folder, name=name, dtype=dtype, stored=stored, empty=empty_parameters(mode))
+    loaded = replace(loaded, files=checkpoint.files)
     return OpenedNetwork(loaded, _traced(loaded), StoredWeights(checkpoint, loaded.model, name))
 
 
 def _open_saved(folder: Path, name: str, dtype: torch.dtype | None) -> OpenedNetwork:
     """Open a model that regrow saved; its tensors begin at cache lines, as copies of those in files do."""
     loaded, shapes = load_saved_skeleton(folder, FakeTensorMode(allow_non_fake_inputs=True), dtype)
-    every = {key: place for name in shapes.files for key, place in read_places(inside(folder, name)).items()}
+    every: dict[str, TensorPlace] = {}
+    for file, recorded in shapes.files.items():
+        every |= read_places(inside(folder, file), recorded.sha256)
     places = {key: place for key, place in every.items() if shapes.tensors[key].kind.carried}
     digests = {key: shapes.tensors[key].sha256 for key in places}
     weights = StoredWeights(Checkpoint(places, places), loaded.model, name, digests)
+    loaded = replace(loaded, files=weights.checkpoint.files)
     probe = inside(folder, FILE) if shapes.probe.file is not None else None
     if probe is not None and shapes.probe.file is not None:
         check_file(probe, shapes.probe.file)
