@@ -101,7 +101,7 @@ def grow(
     spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
     training = _training(data, steps, lr, train, seed)
     more: Any = {"loss": loss, "batch_size": batch_size, "device": device, "precision": precision, "progress": progress}
-    inputs = read_inputs(model, data, example=example if axes is None else axes.example, **more)
+    inputs = read_inputs(model, data, example=example if axes is None else axes.example, need=steps, **more)
     work = _Growth(inputs, inputs.trace() if axes is None else axes, spec, training, precision, progress)
     plan = work.plan()
     if out is None:

@@ -18,7 +18,7 @@ from regrow.errors import InputError
 from regrow.evaluation.continual import Matrix
 from regrow.evaluation.forward import evaluating
 from regrow.methods import MethodKind, find_method
-from regrow.objectives import CLASSIFICATION, choose_objective, describe_misfit
+from regrow.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective, describe_misfit
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
@@ -148,6 +148,7 @@ def learn(
     learner, batch = _build(method, settings or {}, seed), first_batch(every[0])
     given: Any = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, **training}
     schedule = build_schedule(optimizer, objective=choose_objective(loss, batch), **given)
+    check_first(net.model, batch, schedule.objective)
     if schedule.objective is CLASSIFICATION:
         _check_classes(net.model, every, batch)
     traced = net.example if example is not None else Example(*move_inputs(batch, device_of(net.model)))
@@ -172,12 +173,29 @@ class _Learning:
     progress: Progress
 
 
+def check_first(model: nn.Module, batch: Batch, objective: Objective) -> None:
+    """Raise InputError if a network cannot take the first examples, or their labels do not fit its outputs.
+
+    Args:
+        model: The network.
+        batch: The examples.
+        objective: What it is trained for; a loss of the user's own may need outputs that come in training mode alone.
+    """
+    if objective is OWN:
+        return
+    with evaluating(model) as device:
+        batch = batch.to(device)
+        output = batch.run(model)
+        if objective.name in OBJECTIVES:
+            objective.compute_loss(output, batch)
+
+
 def _check_classes(model: nn.Module, tasks: list[Task], batch: Batch) -> None:
     """Raise InputError if the network has no output for a class of the tasks."""
     largest = max((label for task in tasks for label in task.classes), default=0)
     with evaluating(model) as device:
         batch = batch.to(device)
-        output = model(*batch.args, **batch.kwargs)
+        output = batch.run(model)
     if problem := describe_misfit(output, torch.full((batch.size,), largest)):
         raise InputError(problem)
 
@@ -228,10 +246,11 @@ def first_batch(task: Task, n: int = 2) -> Batch:
         n: How many.
     """
     first = first_examples(task.train, n)
+    where = f"source {task.name!r}, first examples"
     if isinstance(first.inputs, Mapping):
-        return Batch((), first.inputs, first.labels)
+        return Batch((), first.inputs, first.labels, where)
     inputs = (first.inputs,) if isinstance(first.inputs, torch.Tensor) else tuple(first.inputs)
-    return Batch(inputs, {}, first.labels)
+    return Batch(inputs, {}, first.labels, where)
 
 
 def _fit(

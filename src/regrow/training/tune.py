@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from regrow.data.batches import BatchStream
+from regrow.data.batch_streams import BatchStream
 from regrow.objectives import Objective, choose_objective
 from regrow.progress import Progress, silent
 from regrow.sources import Source, device_of
@@ -45,7 +45,7 @@ def recalibrate(model: nn.Module, sources: Sequence[Source]) -> int:
         with torch.no_grad():
             for batch in (batch for source in sources for batch in source):
                 batch = batch.to(device_of(model))
-                model(*batch.args, **batch.kwargs)
+                batch.run(model)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
@@ -112,7 +112,7 @@ def objective_loss(objective: Objective) -> Callable[[Any, Context, Step], Loss]
 
     def loss(state: object, context: Context, step: Step) -> Loss:
         batch = step.batch
-        return Loss(objective.compute_loss(context.model(*batch.args, **batch.kwargs), batch))
+        return Loss(objective.compute_loss(batch.run(context.model), batch))
 
     return loss
 
