@@ -212,11 +212,14 @@ def run_once(model: nn.Module, example: Example) -> None:
     Args:
         model: The network; it is run in eval mode, and each module gets its own mode back.
         example: The input.
+
+    Raises:
+        InputError: If the network does not take it.
     """
     example = cast_example(example, model)
     with evaluating(model) as device:
         if device.type != "meta":
-            model(*example.args, **example.kwargs)
+            Batch(example.args, example.kwargs, where="the example").run(model)
 
 
 def to_example(example: Any) -> Example:

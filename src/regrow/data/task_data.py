@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from regrow.data.batch_streams import MOST, length_of
+from regrow.data import batch_streams
 from regrow.data.batches import ReadOptions, is_entries
 from regrow.data.datasets import fix_order, to_examples
 from regrow.data.errors import SourceError
@@ -130,11 +130,11 @@ def _named(tasks: Any) -> Iterator[tuple[str, Any]]:
             "[data], of which a tenth is held out for testing"
         )
     every = _pair_streams(tasks) if hasattr(tasks, "train_stream") else tasks
-    if length_of(every) is None:
-        every = list(islice(every, MOST + 1))
-        if len(every) > MOST:
+    if batch_streams.length_of(every) is None:
+        every = list(islice(every, (most := batch_streams.MOST) + 1))
+        if len(every) > most:
             raise SourceError(
-                f"the tasks do not end within {MOST:,}; give a part, for example itertools.islice(tasks, 10)"
+                f"the tasks do not end within {most:,}; give a part, for example itertools.islice(tasks, 10)"
             )
     yield from ((f"task-{i + 1}", task) for i, task in enumerate(every))
 
