@@ -91,6 +91,11 @@ def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, firs
     kwargs = {key: check_input(value, where, dtype, key) for key, value in batch.kwargs.items()}
     size = count_examples(args or tuple(kwargs.values()), where)
     labels = None if batch.labels is None else check_labels(batch.labels, where, size)
+    if labels is not None and len(args) == 1 and _is_row(args[0]) and len(labels) != size:
+        raise SourceError(
+            f"{where}: an input of shape {list(args[0].shape)} with labels of shape {list(labels.shape)} is a single "
+            "example; give DataLoader(data, batch_size=32)"
+        )
     if first is not None:
         _check_alike(labels, first.labels, where)
     return replace(batch, args=args, kwargs=kwargs, labels=labels, where=where)
@@ -116,6 +121,22 @@ def count_examples(inputs: Sequence[Any], where: str) -> int:
     return len(first)
 
 
+def from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
+    """Return an array as a tensor, of any byte order and strides.
+
+    Args:
+        value: The array.
+        where: What messages call the batch.
+
+    Raises:
+        SourceError: If it holds no numbers.
+    """
+    try:
+        return torch.as_tensor(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
+    except TypeError:
+        raise SourceError(f"{where}: an array of {value.dtype} is no tensor; give an array of numbers") from None
+
+
 def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: str = "") -> Any:
     """Return an input with its tensors as networks take them.
 
@@ -130,7 +151,7 @@ def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: 
     """
     match value:
         case np.ndarray():
-            value = _from_array(value, where)
+            value = from_array(value, where)
         case dict():
             return {key: check_input(part, where, dtype, str(key)) for key, part in value.items()}
         case list() | tuple() if any(isinstance(part, Tensor | np.ndarray | dict | list) for part in value):
@@ -164,7 +185,7 @@ def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
     if isinstance(labels, list | tuple) and _are_labels(labels):
         labels = torch.tensor(labels)
     if isinstance(labels, np.ndarray):
-        labels = _from_array(labels, where)
+        labels = from_array(labels, where)
     if not isinstance(labels, Tensor):
         raise SourceError(f"{where}: labels must be a tensor, got a {type(labels).__name__}; give numbers per example")
     labels = _plain(labels, where, "labels are")
@@ -183,12 +204,14 @@ def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
 
 
 def _plain(value: Tensor, where: str, what: str) -> Tensor:
-    """Return a tensor without a gradient, if it has numbers in a dense layout."""
+    """Return a tensor that training can use, without a gradient, if it has numbers in a dense layout."""
     if value.device.type == "meta":
         raise SourceError(f"{where}: {what} on the device meta and has no numbers; give it on the CPU")
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise SourceError(f"{where}: {what} a tensor of layout {layout}; give it dense (.to_dense())")
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        return value.clone()  # which a backward pass can use
     return value.detach() if value.requires_grad else value
 
 
@@ -199,6 +222,11 @@ def _damage(value: Tensor, infinite: bool) -> str:
     if bool(value.isnan().any()):
         return "NaN"
     return "infinity" if not infinite and bool(value.isinf().any()) else ""
+
+
+def _is_row(value: Any) -> bool:
+    """Whether an input is a vector of values, as a single example is; a batch of numbers has a label for each."""
+    return isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point()
 
 
 def _check_alike(labels: Tensor | None, first: Tensor | None, where: str) -> None:
@@ -220,13 +248,6 @@ def _are_labels(value: Any) -> bool:
     """Whether the last part of a batch holds labels: a tensor, an array, or a list of numbers."""
     numbers = isinstance(value, list | tuple) and value and all(isinstance(x, int | float | np.generic) for x in value)
     return bool(numbers) or isinstance(value, Tensor | np.ndarray)
-
-
-def _from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
-    try:
-        return torch.as_tensor(value)
-    except TypeError:
-        raise SourceError(f"{where}: an array of {value.dtype} is no tensor; give an array of numbers") from None
 
 
 def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:

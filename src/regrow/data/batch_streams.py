@@ -174,8 +174,11 @@ def guarded(data: Iterable[Any], name: str) -> Iterator[Any]:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            text = str(error).strip().splitlines()[-1:] if str(error).startswith("Caught ") else [first_line(error)]
-            problem = text[0] if isinstance(error, SourceError) else f"{type(error).__name__}: {text[0]:.200}"
+            problem = f"{type(error).__name__}: {first_line(error):.200}"
+            if isinstance(error, SourceError):
+                problem = first_line(error)
+            elif problem.count("Caught ") and len(lines := str(error).strip().splitlines()) > 1:
+                problem = f"{lines[-1]:.200}"  # of the traceback of a worker
             raise SourceError(f"source {name!r}, batch {i} cannot be read: {problem}; mend the loader") from error
         yield item
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from regrow.data import tables
-from regrow.data.batch_forms import LABELS, check_batch, is_entry, to_batch
+from regrow.data.batch_forms import LABELS, check_batch, from_array, is_entry, to_batch
 from regrow.data.batch_streams import BatchStream, read_stream
 from regrow.data.errors import SourceError
 from regrow.data.halves import Half
@@ -111,17 +111,16 @@ def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions(
         case str() | Path():
             return _read_path(data, name, reading)
         case Tensor():
-            return _in_memory(name, [Batch((part,)) for part in _split([data], name, reading.batch_size)[0]], reading)
+            return _in_memory(name, _split([data], name, reading.batch_size)[0], reading)
         case tuple() if data and all(isinstance(part, Tensor | np.ndarray) for part in data):
-            rows = zip(*_split(data, name, reading.batch_size), strict=True)
-            return _in_memory(name, [to_batch(row) for row in rows], reading)
+            return _in_memory(name, [*zip(*_split(data, name, reading.batch_size), strict=True)], reading)
         case (Tensor() | np.ndarray(), [int() | float() | np.generic(), *_]):
             return to_source((data[0], torch.tensor(data[1])), name, reading)
         case list() if len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             if data[0].dim() != data[1].dim() or data[0].dtype != data[1].dtype:
                 raise SourceError(f"source {name!r}: inputs and labels come as a tuple (inputs, labels), got a list")
     if isinstance(data, Mapping) and _is_batch(data):
-        return _in_memory(name, [to_batch(data, f"source {name!r}", reading.shift)], reading)
+        return _in_memory(name, [data], reading)
     if isinstance(data, Mapping):
         raise SourceError(f"source {name!r} is a dict of {len(data)} sets of data; give one set of data")
     if hasattr(data, "column_names"):
@@ -144,16 +143,17 @@ def _read_source(source: Source, reading: ReadOptions) -> Source:
     """Return a user's source with its batches checked; one that regrow reads itself is left as it is."""
     if isinstance(source.batches, list | tuple):
         return replace(source, batches=_in_memory(source.name, source.batches, reading).batches)
-    if isinstance(source.batches, Sequence):
+    if type(source.batches).__module__.startswith("regrow."):
         return source
     return replace(source, batches=to_source(source.batches, source.name, reading).batches)
 
 
-def _in_memory(name: str, batches: Sequence[Batch], reading: ReadOptions) -> Source:
+def _in_memory(name: str, batches: Sequence[Any], reading: ReadOptions) -> Source:
     """Return batches in memory as a source, after checking them."""
     checked: list[Batch] = []
-    for i, batch in enumerate(batches):
+    for i, item in enumerate(batches):
         where = f"source {name!r}, batch {i}"
+        batch = to_batch(item, where, reading.shift)
         checked.append(check_batch(batch, where, reading.dtype, checked[0] if checked else None))
     return Source(name, checked)
 
@@ -164,9 +164,7 @@ def is_entries(data: Any) -> bool:
     Args:
         data: Any data.
     """
-    if not isinstance(data, list) or not data or not isinstance(data[0], tuple | list) or len(data[0]) < 2:
-        return False
-    return is_entry(data[0])
+    return isinstance(data, list) and bool(data) and is_entry(data[0])
 
 
 def _is_batch(data: Mapping[Any, Any]) -> bool:
@@ -179,12 +177,7 @@ def _is_batch(data: Mapping[Any, Any]) -> bool:
 
 def _split(parts: Sequence[Any], name: str, size: int) -> list[tuple[Tensor, ...]]:
     """Return tensors or arrays, cut into batches."""
-    tensors = []
-    for part in parts:
-        try:
-            tensors.append(torch.as_tensor(part))
-        except TypeError:
-            raise SourceError(f"source {name!r}: an array of {part.dtype} is no tensor; give numbers") from None
+    tensors = [part if isinstance(part, Tensor) else from_array(part, f"source {name!r}") for part in parts]
     if not all(part.dim() for part in tensors):
         raise SourceError(f"source {name!r}: a tensor is a single number; give tensors with an example per row")
     if len({len(part) for part in tensors}) > 1:

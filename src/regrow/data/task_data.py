@@ -1,7 +1,6 @@
 """A user's sequence of tasks: pairs of training and test data, or a benchmark shaped like those of Avalanche."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +129,15 @@ def _named(tasks: Any) -> Iterator[tuple[str, Any]]:
             "[data], of which a tenth is held out for testing"
         )
     every = _pair_streams(tasks) if hasattr(tasks, "train_stream") else tasks
-    if batch_streams.length_of(every) is None:
-        every = list(islice(every, (most := batch_streams.MOST) + 1))
-        if len(every) > most:
-            raise SourceError(
-                f"the tasks do not end within {most:,}; give a part, for example itertools.islice(tasks, 10)"
-            )
-    yield from ((f"task-{i + 1}", task) for i, task in enumerate(every))
+    yield from ((f"task-{i + 1}", task) for i, task in enumerate([*_bounded(every)]))
+
+
+def _bounded(tasks: Iterable[Any]) -> Iterator[Any]:
+    """Yield the tasks of an iterable, which must end."""
+    for i, task in enumerate(tasks):
+        if i == batch_streams.MOST:
+            raise SourceError(f"the tasks do not end within {i:,}; give a part, such as itertools.islice(tasks, 9)")
+        yield task
 
 
 def _holds_experiences(stream: Any) -> bool:
@@ -146,7 +147,7 @@ def _holds_experiences(stream: Any) -> bool:
 
 def _pair_streams(benchmark: Any) -> list[Any]:
     """Return the (training, test) experiences of a benchmark; a single test experience is that of every task."""
-    train, test = list(benchmark.train_stream), list(getattr(benchmark, "test_stream", ()))
+    train, test = list(_bounded(benchmark.train_stream)), list(_bounded(getattr(benchmark, "test_stream", ())))
     if not test:
         return train
     if len(test) not in (1, len(train)):
