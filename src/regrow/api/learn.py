@@ -147,8 +147,7 @@ def learn(
     every = to_tasks(tasks, choose_reading(net.model, net.tokenizer, batch_size))
     learner, batch = _build(method, settings or {}, seed), first_batch(every[0])
     given: Any = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, **training}
-    schedule = build_schedule(optimizer, objective=choose_objective(loss, batch), **given)
-    check_first(net.model, batch, schedule.objective)
+    schedule = build_schedule(optimizer, objective=find_objective(net.model, loss, batch), **given)
     if schedule.objective is CLASSIFICATION:
         _check_classes(net.model, every, batch)
     traced = net.example if example is not None else Example(*move_inputs(batch, device_of(net.model)))
@@ -173,21 +172,25 @@ class _Learning:
     progress: Progress
 
 
-def check_first(model: nn.Module, batch: Batch, objective: Objective) -> None:
-    """Raise InputError if a network cannot take the first examples, or their labels do not fit its outputs.
+def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
+    """Return what a network is trained for, after running it on the first examples.
 
     Args:
         model: The network.
-        batch: The examples.
-        objective: What it is trained for; a loss of the user's own may need outputs that come in training mode alone.
+        loss: The loss, as for :func:`regrow.prune`; a function is not run, as outputs may depend on the mode.
+        batch: The first examples.
+
+    Raises:
+        InputError: If the network cannot take them, or their labels do not fit its outputs.
     """
-    if objective is OWN:
-        return
-    with evaluating(model) as device:
-        batch = batch.to(device)
-        output = batch.run(model)
-        if objective.name in OBJECTIVES:
-            objective.compute_loss(output, batch)
+    objective = choose_objective(loss, batch)
+    if objective is not OWN:
+        with evaluating(model) as device:
+            batch = batch.to(device)
+            output = batch.run(model)
+            if objective.name in OBJECTIVES:
+                objective.compute_loss(output, batch)
+    return objective
 
 
 def _check_classes(model: nn.Module, tasks: list[Task], batch: Batch) -> None:
