@@ -36,6 +36,7 @@ class BatchStream(Sequence[Batch]):
         shift: As :attr:`regrow.data.batches.ReadOptions.shift`.
         dtype: The floating format to which inputs are cast; ``None``: they keep theirs.
         number: The number of batches; ``None``: what the loader says.
+        checked: Whether the loader is a list of batches that were checked.
 
     Raises:
         SourceError: While it is read: if a batch cannot be used, or there are not ``number`` batches.
@@ -46,8 +47,12 @@ class BatchStream(Sequence[Batch]):
     shift: bool = False
     dtype: torch.dtype | None = None
     number: int | None = None
+    checked: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.checked:
+            yield from self.loader
+            return
         first, i = None, -1
         for i, item in enumerate(guarded(self.loader, self.name)):
             if i == self.number:
@@ -115,7 +120,7 @@ def read_stream(
         data = _EntryGroups(data, size)
     stream = BatchStream(data, name, shift, dtype)
     if isinstance(data, list | tuple):
-        return replace(stream, number=sum(1 for _ in stream))
+        return _of_checked(list(stream), name)
     if said is not None and said > MOST_SAID:
         raise _endless(name, f"says that it has {said:,} batches, of at most {MOST_SAID:,}")
     most, once = max(said or 0, need, FEW) if need else max(said or 0, MOST), isinstance(data, Iterator)
@@ -134,7 +139,11 @@ def read_stream(
             f"source {name!r} can be read only once, and its {number} batches do not fit into half of the free memory; "
             "give a DataLoader, or an iterable that starts again"
         )
-    return BatchStream(kept, name, number=len(kept))
+    return _of_checked(kept, name)
+
+
+def _of_checked(batches: list[Batch], name: str) -> BatchStream:
+    return BatchStream(batches, name, number=len(batches), checked=True)
 
 
 def _endless(name: str, problem: str) -> SourceError:
