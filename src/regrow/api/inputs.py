@@ -132,7 +132,7 @@ def read_inputs(
         )
     objective = choose_objective(loss, first) if first is not None else None
     example = given or _first_example(first)
-    if (place := device_of(model)).type not in ("cpu", "meta"):
+    if (place := device_of(model)).type != "meta":
         example = Example(moved(example.args, place), moved(dict(example.kwargs), place))
     where = first.where if given is None and first is not None else ""
     return Inputs(model, example, sources, objective, tokenizer, where)
