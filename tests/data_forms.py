@@ -190,6 +190,11 @@ def records():
     return [Batch((inputs,), labels=labels) for inputs, labels in batches()]
 
 
+def in_inference_mode():
+    with torch.inference_mode():
+        return [(inputs.clone(), labels.clone()) for inputs, labels in batches()]
+
+
 def with_gradient(inputs):
     return inputs.clone().requires_grad_()
 
@@ -232,6 +237,16 @@ KINDS = {
     "dicts": (each(lambda x, y: {"input": x, "labels": y}), batches),
     "other dicts": (each(lambda x, y: UserDict(input=x, labels=y)), batches),
     "arrays in batches": (each(lambda x, y: (x.numpy(), y.numpy())), batches),
+    "source of pairs": (lambda: source(batches()), batches),
+    "source of a queue": (lambda: source(deque(records())), batches),
+    "entries by name": (lambda: [{"input": X[i], "label": int(Y[i])} for i in range(32)], batches),
+    "turned arrays": (
+        lambda: (X.numpy()[::-1], Y.numpy()[::-1].astype(">i4")),
+        lambda: batches(X.flip(0), Y.flip(0)),
+    ),
+    "in inference mode": (in_inference_mode, batches),
+    "numbered": (lambda: enumerate(batches()), REFUSED),
+    "no iterator": (lambda: Again(5, 4), REFUSED),
     "shrinking": (Shrinking, REFUSED),
     "items by number": (Items, REFUSED),
     "empty batch": (lambda: [*batches()[:2], EMPTY, *batches()[2:]], REFUSED),
@@ -322,5 +337,6 @@ INPUTS = {
     "a set in one batch": (third(lambda x, y: {1, 2}), REFUSED),
     "array of objects": (lambda: (np.array([["a"] * 8] * 32, dtype=object), Y.numpy()), REFUSED),
     "an object": (object, REFUSED),
+    "vectors": (lambda: list(zip(X, VALUES, strict=True)), REFUSED),
     "lengths": (lambda: (X, Y[:5]), REFUSED),
 }

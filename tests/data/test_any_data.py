@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
-from data_forms import ENDLESS, INPUTS, KINDS, LABELS, REFUSED, Again, Once, X, Y, batches
+from data_forms import ENDLESS, INPUTS, KINDS, LABELS, REFUSED, Again, Once, Stream, X, Y, batches
 from regrow.data import batch_streams
-from regrow.data.batches import to_source
+from regrow.data.batches import ReadOptions, to_source
 from regrow.data.errors import SourceError
 from regrow.errors import InputError
 from regrow.sources import Batch
@@ -233,6 +233,35 @@ def test_a_loader_that_torch_counts_is_not_read_for_it():
 def test_endless_tasks_are_refused():
     with pytest.raises(SourceError, match="the tasks do not end within 10,000"):
         regrow.learn(net(), iter(lambda: (X, Y), None), method="naive")
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.int, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_tokens_in_any_form_are_labelled_by_the_tokens_that_follow(change):
+    ids, mask = torch.arange(24).reshape(6, 4), torch.ones(6, 4).long().index_fill(1, torch.tensor(3), 0)
+    reading = ReadOptions(2, shift=True)
+    rows = list(zip(ids, mask, strict=True))
+    pairs = zip(ids.split(2), mask.split(2), strict=True)
+    plain = [{"input_ids": tokens, "attention_mask": seen} for tokens, seen in pairs]
+    changed = [{key: change(value) for key, value in batch.items()} for batch in plain]
+    stream = Stream([{"input_ids": tokens, "attention_mask": seen} for tokens, seen in rows])
+    wanted = to_source(plain, reading=reading)
+    assert wanted.batches[0].labels.tolist() == [[1, 2, -100, -100], [5, 6, -100, -100]]
+    for data in (changed, Once(changed), stream):
+        for batch, other in zip(to_source(data, reading=reading), wanted, strict=True):
+            assert torch.equal(batch.labels, other.labels)
+            assert batch.kwargs["input_ids"].tolist() == other.kwargs["input_ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([[1, 2], [3]], "batch 1: lists of numbers are no tensor: .*; pad them to one length"),
+        (torch.arange(4), r"batch 1: input_ids have shape \[4\]; give \[sequences, tokens\]"),
+    ],
+)
+def test_tokens_that_are_no_batch_are_refused(ids, words):
+    with pytest.raises(SourceError, match=words):
+        to_source([{"input_ids": torch.ones(2, 2).long()}, {"input_ids": ids}], reading=ReadOptions(shift=True))
 
 
 def test_infinity_hides_positions_in_a_mask():

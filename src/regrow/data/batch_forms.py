@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from regrow.data.errors import SourceError
+from regrow.errors import first_line
 from regrow.objectives import IGNORED
 from regrow.sources import Batch, describe
 
 LABELS = ("labels", "label", "target", "targets", "y")
 """The keys under which a batch or a row may hold its labels."""
+TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", *LABELS)
+"""The keys under which lists of numbers are a tensor, as tokenizers return them."""
 
 
 def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
@@ -63,6 +66,8 @@ def is_entry(item: Any) -> bool:
     """
     if isinstance(item, Mapping):
         label = next((item[key] for key in LABELS if key in item), None)
+        if isinstance(ids := item.get("input_ids"), Tensor) and ids.dim() == 1:
+            return True
     else:
         label = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
     return isinstance(label, int | float | np.generic) or (isinstance(label, Tensor) and label.dim() == 0)
@@ -251,18 +256,37 @@ def _are_labels(value: Any) -> bool:
 
 
 def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:
+    item = {key: _from_numbers(value, where) if key in TOKENIZED else value for key, value in item.items()}
     key = next((key for key in LABELS if key in item), None)
     labels = item.pop(key) if key else None
     ids = item.get("input_ids")
     if not shift or not isinstance(ids, Tensor):
         return Batch((), item, labels)
+    if ids.dim() != 2:
+        raise SourceError(f"{where}: input_ids have shape {list(ids.shape)}; give [sequences, tokens] in each batch")
     if labels is None:
         mask = item.get("attention_mask")
-        labels = ids if not isinstance(mask, Tensor) or mask.dim() != 2 else ids.masked_fill(mask == 0, IGNORED)
-    labels = check_labels(labels, where, len(ids) if ids.dim() else 1)
+        labels = ids if not isinstance(mask, Tensor) or mask.shape != ids.shape else ids.masked_fill(mask == 0, IGNORED)
+    labels = check_labels(labels, where, len(ids))
     if labels.shape == ids.shape:
         labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
     return Batch((), item, labels)
+
+
+def _from_numbers(value: Any, where: str) -> Any:
+    """Return an array, or lists of numbers as tokenizers return them, as a tensor; anything else as it is."""
+    if isinstance(value, np.ndarray):
+        return from_array(value, where)
+    inner = value
+    while isinstance(inner, list) and inner:
+        inner = inner[0]
+    if not isinstance(value, list) or not isinstance(inner, int | float):
+        return value
+    try:
+        return torch.tensor(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        problem = f"{where}: lists of numbers are no tensor: {first_line(error)}"
+        raise SourceError(f"{problem}; pad them to one length") from error
 
 
 def _describe(item: Any) -> str:
