@@ -163,6 +163,22 @@ def test_verify_apply_and_evaluate(device):
     assert regrow.evaluate(small, DATA) == cpu
 
 
+@pytest.mark.parametrize("home", ["cpu", "device"])
+def test_batches_on_another_device_follow_the_network(device, home):
+    place, other = ("cpu", device) if home == "cpu" else (device, "cpu")
+    batches = list(zip(IMAGES.split(8), LABELS.split(8), strict=True))
+    there = [(images.to(other), labels.to(other)) for images, labels in batches]
+    calls = (
+        lambda net, data: regrow.prune(net, data, keep=0.6)[0],
+        lambda net, data: regrow.grow(net, channels="+25%", data=data, steps=2)[0],
+        lambda net, data: regrow.finetune(net, data),
+        lambda net, data: regrow.learn(net, [data], method="naive", epochs=1).model,
+    )
+    assert regrow.evaluate(Net().to(place), there) == regrow.evaluate(Net().to(place), batches)
+    for call in calls:
+        assert same(*(call(Net().to(place), data) for data in (there, batches)))
+
+
 def test_learn_command(device, tmp_path):
     settings = LearnSettings(("permuted:digits:2",), "mlp:16", epochs=1, train=80, test=40)
     for place in ("cpu", "acc"):

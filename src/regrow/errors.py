@@ -11,3 +11,16 @@ class ResourceError(ValueError):
 
 class RefusedError(ValueError):
     """Raised where a check rejects a result, which is then not kept; its one line has the figure and the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first non-empty line of an error's text, for messages that must stay on one line.
+
+    Args:
+        error: The error.
+
+    >>> first_line(ValueError("\\nsize mismatch:\\n  a long list"))
+    'size mismatch:'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

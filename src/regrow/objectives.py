@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.errors import InputError
-from regrow.sources import Batch, logits_in
+from regrow.errors import InputError, first_line
+from regrow.sources import MISFITS, Batch, describe, logits_in
 
 LossFunction = Callable[[object, object], Tensor]
 """A user's loss: (what the network returned, labels of the batch) → scalar."""
@@ -73,12 +73,19 @@ class Objective:
         Raises:
             InputError: If the labels do not fit the outputs, or the loss is no scalar tensor.
         """
+        at = f"{batch.where}: " if batch.where else ""
         try:
             loss = self.loss(output, batch.labels)
-        except (IndexError, RuntimeError) as error:
-            if self.name in OBJECTIVES and (problem := describe_misfit(output, batch.labels, self.name)):
-                raise InputError(problem) from error
-            raise
+        except InputError as error:
+            raise InputError(f"{at}{error}") from error
+        except MISFITS as error:
+            known = self.name in OBJECTIVES and type(error) is not TypeError
+            problem = describe_misfit(output, batch.labels, self.name) if known else ""
+            if not problem and (not at or type(error) not in MISFITS):
+                raise
+            got, what = describe(batch.labels), f"{type(error).__name__}: {first_line(error):.200}"
+            problem = problem or f"labels ({got}) do not fit the loss: {what}; give labels as the loss takes them"
+            raise InputError(f"{at}{problem}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss must be a scalar tensor, got {shape}; reduce it, for example with .mean()")
@@ -166,8 +173,10 @@ def binary_loss(output: object, labels: object) -> Tensor:
         output: Logits, or an object, dict or tuple that holds them.
         labels: Labels in the shape of the logits, float; a missing last dimension of 1 is added.
     """
-    logits = _precise(logits_in(output))
-    return F.binary_cross_entropy_with_logits(logits, _tensor(labels).to(logits.dtype).reshape(logits.shape))
+    logits, wanted = _precise(logits_in(output)), _tensor(labels)
+    if bool(((wanted < 0) | (wanted > 1)).any()):
+        raise InputError('labels of the loss multi-label are from 0 to 1; give loss="regression" for other values')
+    return F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype).reshape(logits.shape))
 
 
 def binary_score(output: object, labels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Calibration and training data: named sequences of batches, and the logits and labels of a batch."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -9,8 +9,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from regrow.errors import InputError, first_line
 
 R = TypeVar("R")
+MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
+"""The errors that networks and losses raise where inputs do not fit them; subclasses do not count (lack of memory)."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +27,13 @@ class Batch:
         kwargs: Inputs by name.
         labels: Class per position, int64, −100 where the loss ignores the position: ``[batch]`` for images, ``[batch,
             tokens]`` for text (already shifted: ``labels[:, t]`` is the token after ``input[:, t]``).
+        where: What error messages call a batch of a user's data: ``"source 'data', batch 3"``; empty: another batch.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
+    where: str = field(default="", compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -43,10 +50,28 @@ class Batch:
         Args:
             device: The device.
         """
-        if device.type == "cpu":
-            return self
         labels = self.labels if self.labels is None else self.labels.to(device)
-        return Batch(moved(self.args, device), moved(dict(self.kwargs), device), labels)
+        return replace(self, args=moved(self.args, device), kwargs=moved(dict(self.kwargs), device), labels=labels)
+
+    def run(self, model: Callable[..., Any]) -> Any:
+        """Return what a network gives for the inputs.
+
+        Args:
+            model: The network, or a part of it that takes the same inputs.
+
+        Raises:
+            InputError: If the network cannot take the inputs of a user's batch, which the message names.
+        """
+        try:
+            return model(*self.args, **self.kwargs)
+        except MISFITS as error:
+            if not self.where or type(error) not in MISFITS:
+                raise
+            got = ", ".join([*map(describe, self.args), *(f"{key}={describe(x)}" for key, x in self.kwargs.items())])
+            raise InputError(
+                f"{self.where}: the network does not take its inputs ({got}): {type(error).__name__}: "
+                f"{first_line(error):.200}; give batches as the network's forward takes them"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -130,6 +155,20 @@ def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
             generator.set_state(state)
 
 
+def describe(value: object) -> str:
+    """Return the type and shape of an input or of labels, for messages.
+
+    Args:
+        value: The input.
+
+    >>> describe(torch.zeros(2, 3)), describe([torch.tensor(1)])
+    ('float32 [2, 3]', 'list')
+    """
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a network's parameters; the CPU if it has none.
 
@@ -147,13 +186,16 @@ def moved(value: object, device: torch.device) -> Any:
         value: A tensor, or dicts, lists and tuples of them; anything else is returned as it is.
         device: The device.
     """
+    if all(leaf.device == device for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+        return value
     match value:
         case Tensor():
             return value.to(device)
         case dict():
             return {key: moved(part, device) for key, part in value.items()}
         case list() | tuple():
-            return type(value)(moved(part, device) for part in value)
+            parts = [moved(part, device) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 

@@ -1,14 +1,14 @@
 """Tasks of continual learning: labelled examples that a network learns one task after the other."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from regrow.sources import device_of, moved
+from regrow.sources import Batch, device_of, moved
 
 
 @runtime_checkable
@@ -56,6 +56,7 @@ class Examples:
     Args:
         inputs: ``[N, ...]``, as the network takes them; or several such tensors, in a tuple or by name.
         labels: The labels, ``[N, ...]``: classes int64, values float.
+        where: What error messages call a batch of a user's data; empty: other examples.
 
     Raises:
         ValueError: If the numbers of inputs and labels differ, or there are none.
@@ -63,6 +64,7 @@ class Examples:
 
     inputs: Any
     labels: Tensor
+    where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if first_tensor(self.inputs).shape[:1] != self.labels.shape[:1] or not len(self.labels):
@@ -78,7 +80,8 @@ class Examples:
         Args:
             device: The device.
         """
-        return self if device.type == "cpu" else Examples(moved(self.inputs, device), self.labels.to(device))
+        inputs, labels = moved(self.inputs, device), self.labels.to(device)
+        return self if inputs is self.inputs and labels is self.labels else replace(self, inputs=inputs, labels=labels)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
         """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
@@ -101,7 +104,7 @@ class Examples:
         Args:
             indices: Their positions, ``[N]`` int64, or a mask, ``[examples]`` bool.
         """
-        return Examples(select_inputs(self.inputs, indices), self.labels[indices])
+        return Examples(select_inputs(self.inputs, indices), self.labels[indices], self.where)
 
     subset = take
 
@@ -278,20 +281,22 @@ def select_inputs(inputs: Any, indices: Tensor) -> Any:
     return tuple(select_inputs(part, indices) for part in inputs)
 
 
-def run_network(model: nn.Module, inputs: Any, device: torch.device | None = None) -> Any:
+def run_network(model: nn.Module, inputs: Any, device: torch.device | None = None, where: str = "") -> Any:
     """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name.
 
     Args:
         model: The network.
         inputs: The inputs, which are moved to the network's device.
         device: That device, if it is known.
+        where: What error messages call a batch of a user's data.
+
+    Raises:
+        InputError: If the network cannot take the inputs of a user's batch.
     """
-    device = device or device_of(model)
-    if device.type != "cpu":
-        inputs = moved(inputs, device)
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    inputs = moved(inputs, device or device_of(model))
+    if isinstance(inputs, Mapping):
+        return Batch((), inputs, where=where).run(model)
+    return Batch((inputs,) if isinstance(inputs, Tensor) else tuple(inputs), where=where).run(model)
 
 
 def among(logits: Tensor, classes: Tensor | None) -> Tensor:

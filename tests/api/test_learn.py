@@ -50,8 +50,10 @@ def test_an_avalanche_shaped_benchmark_equals_tasks_in_memory(method):
     """Bit for bit, as does a finished network whose data were read from data sets."""
     base = permuted_tasks(digits_task(), 2)
     streams = [
-        [[(x, int(y)) for x, y in zip(*vars(first_examples(part, 200)).values(), strict=True)] for part in parts]
-        for parts in zip(*((task.train, task.test) for task in base), strict=True)
+        [[(x, int(y)) for x, y in zip(some.inputs, some.labels, strict=True)] for some in parts]
+        for parts in zip(
+            *([first_examples(part, 200) for part in (task.train, task.test)] for task in base), strict=True
+        )
     ]
     shaped = benchmark([])
     for name, parts in zip(("train_stream", "test_stream"), streams, strict=True):

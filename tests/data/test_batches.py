@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from regrow.data.batches import ReadOptions, to_batch, to_source, to_sources
+from regrow.data.batch_forms import to_batch
+from regrow.data.batches import ReadOptions, to_source, to_sources
 from regrow.data.errors import SourceError
 from regrow.evidence import Need
 from regrow.scoring import collect

@@ -250,7 +250,7 @@ def test_pictures_as_torchvision_gives_them(mode, channels):
         ([3], "cannot read a int"),
         ((INPUTS, LABELS), "got one tuple; give"),
         ((INPUTS.numpy(), LABELS.numpy()), "got one tuple; give"),
-        ([INPUTS.numpy()], "a batch has none"),
+        ([INPUTS.numpy()], "batch 0 has none"),
         ([[INPUTS, LABELS]], "task-1: a list of two may be"),
         ([[INPUTS.numpy(), LABELS.tolist()]], "give a tuple \\(inputs, labels\\) or"),
         ([[(INPUTS, LABELS)] * 2], "or a DataLoader"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hand import lm, texts
-from regrow.data.batches import BatchStream
+from regrow.data.batch_streams import BatchStream
 from regrow.data.joined import join_batches, join_sources
 from regrow.evidence import Need
 from regrow.scoring import collect

@@ -101,7 +101,7 @@ def grow(
     training = _training(data, steps, lr, train, seed)
     more: Any = {"loss": loss, "batch_size": batch_size, "device": device, "precision": precision, "progress": progress}
     more |= {"example": example if axes is None else axes.example, "validation": validation}
-    inputs = read_inputs(model, data, **more)
+    inputs = read_inputs(model, data, need=steps, **more)
     work = _Growth(inputs, inputs.trace() if axes is None else axes, spec, training, precision, progress)
     plan = work.plan()
     if out is None:

@@ -22,7 +22,7 @@ from regrow.objectives import LossFunction, Objective, choose_objective
 from regrow.progress import Progress, silent
 from regrow.source_names import GENERATED
 from regrow.sources import Batch, Source, device_of, moved
-from regrow.tracing import trace
+from regrow.tracing import TraceError, trace
 
 ModelLike = nn.Module | str | Path
 """A network, a name that :func:`regrow.nets.load` takes, or the path of a saved model or run folder."""
@@ -46,6 +46,7 @@ class Inputs:
         tokenizer: Its tokenizer, or ``None``.
         tests: The data on which quality is measured.
         files: The files of its weights, if it was loaded by name.
+        where: What messages call the batch that the example is; empty: it comes from elsewhere.
     """
 
     model: nn.Module
@@ -55,10 +56,20 @@ class Inputs:
     tokenizer: Any
     tests: tuple[Source, ...] = ()
     files: tuple[WeightFile, ...] = ()
+    where: str = ""
 
     def trace(self) -> AxisGraph:
-        """Return the axes of the network, traced with the example."""
-        return trace(self.model, *self.example.args, **self.example.kwargs)
+        """Return the axes of the network, traced with the example.
+
+        Raises:
+            TraceError: If it cannot be traced; the message names the batch that the example is.
+        """
+        try:
+            return trace(self.model, *self.example.args, **self.example.kwargs)
+        except TraceError as error:
+            if not self.where:
+                raise
+            raise TraceError(f"{self.where}: {error}") from error
 
 
 def read_inputs(
@@ -74,6 +85,7 @@ def read_inputs(
     progress: Progress = silent,
     generates: bool = False,
     validation: Any = None,
+    need: int = 0,
 ) -> Inputs:
     """Load a network if it is named, read the data, and choose an example input and an objective.
 
@@ -90,6 +102,7 @@ def read_inputs(
         progress: Called with (steps done, steps in all, what is being done).
         generates: Whether ``"generated"`` among the data is text that the network generates.
         validation: The data on which quality is measured; ``None``: ``data``.
+        need: How many batches are needed of an iterable that does not end; 0: all, so that it is refused.
 
     Raises:
         InputError: If there is neither an example nor data, or no network.
@@ -115,7 +128,7 @@ def read_inputs(
     given = to_example(example) if example is not None else known
     guess = given or guessed_example(model)
     size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
-    reading = choose_reading(model, tokenizer, batch_size, size)
+    reading = replace(choose_reading(model, tokenizer, batch_size, size), need=need)
     sources = tuple(to_sources(_generate(data, model, reading, progress) if generates else data, reading))
     first = sources[0].batches[0] if sources else None
     if given is None and first is None:
@@ -127,9 +140,10 @@ def read_inputs(
     labelled = first or (tests[0].batches[0] if tests else None)
     objective = choose_objective(loss, labelled) if labelled is not None else None
     example = given or _first_example(first)
-    if (place := device_of(model)).type not in ("cpu", "meta"):
+    if (place := device_of(model)).type != "meta":
         example = Example(moved(example.args, place), moved(dict(example.kwargs), place))
-    return Inputs(model, example, sources, objective, tokenizer, tests, files)
+    where = first.where if given is None and first is not None else ""
+    return Inputs(model, example, sources, objective, tokenizer, tests, files, where)
 
 
 def _generate(data: Any, model: nn.Module, reading: ReadOptions, progress: Progress) -> Any:
@@ -172,7 +186,9 @@ def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int 
     shift = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     origin = getattr(model, "origin", None)
     normalised = not isinstance(origin, Origin) or origin.normalised_images
-    return ReadOptions(batch_size, tokenizer, size=size, shift=shift, normalised=normalised)
+    formats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtype = formats.pop() if len(formats) == 1 else None
+    return ReadOptions(batch_size, tokenizer, size=size, shift=shift, normalised=normalised, dtype=dtype)
 
 
 def require_weights(model: nn.Module) -> None:

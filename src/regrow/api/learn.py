@@ -18,7 +18,7 @@ from regrow.errors import InputError
 from regrow.evaluation.continual import Matrix
 from regrow.evaluation.forward import evaluating
 from regrow.methods import MethodKind, find_method
-from regrow.objectives import CLASSIFICATION, choose_objective, describe_misfit
+from regrow.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective, describe_misfit
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
@@ -147,7 +147,7 @@ def learn(
     every = to_tasks(tasks, choose_reading(net.model, net.tokenizer, batch_size))
     learner, batch = _build(method, settings or {}, seed), first_batch(every[0])
     given: Any = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, **training}
-    schedule = build_schedule(optimizer, objective=choose_objective(loss, batch), **given)
+    schedule = build_schedule(optimizer, objective=find_objective(net.model, loss, batch), **given)
     if schedule.objective is CLASSIFICATION:
         _check_classes(net.model, every, batch)
     traced = net.example if example is not None else Example(*move_inputs(batch, device_of(net.model)))
@@ -172,12 +172,33 @@ class _Learning:
     progress: Progress
 
 
+def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
+    """Return what a network is trained for, after running it on the first examples.
+
+    Args:
+        model: The network.
+        loss: The loss, as for :func:`regrow.prune`; a function is not run, as outputs may depend on the mode.
+        batch: The first examples.
+
+    Raises:
+        InputError: If the network cannot take them, or their labels do not fit its outputs.
+    """
+    objective = choose_objective(loss, batch)
+    if objective is not OWN:
+        with evaluating(model) as device:
+            batch = batch.to(device)
+            output = batch.run(model)
+            if objective.name in OBJECTIVES:
+                objective.compute_loss(output, batch)
+    return objective
+
+
 def _check_classes(model: nn.Module, tasks: list[Task], batch: Batch) -> None:
     """Raise InputError if the network has no output for a class of the tasks."""
     largest = max((label for task in tasks for label in task.classes), default=0)
     with evaluating(model) as device:
         batch = batch.to(device)
-        output = model(*batch.args, **batch.kwargs)
+        output = batch.run(model)
     if problem := describe_misfit(output, torch.full((batch.size,), largest)):
         raise InputError(problem)
 
@@ -228,10 +249,11 @@ def first_batch(task: Task, n: int = 2) -> Batch:
         n: How many.
     """
     first = first_examples(task.train, n)
+    where = f"source {task.name!r}, first examples"
     if isinstance(first.inputs, Mapping):
-        return Batch((), first.inputs, first.labels)
+        return Batch((), first.inputs, first.labels, where)
     inputs = (first.inputs,) if isinstance(first.inputs, torch.Tensor) else tuple(first.inputs)
-    return Batch(inputs, {}, first.labels)
+    return Batch(inputs, {}, first.labels, where)
 
 
 def _fit(

@@ -94,7 +94,7 @@ def recover(
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     if axes is None:
-        axes = with_branches_of([plan], dense, trace(dense, *inputs.example.args, **inputs.example.kwargs))
+        axes = with_branches_of([plan], dense, inputs.trace())
     _check_dense(model, dense)
     model.to(device_of(dense))
     work = find_method(MethodKind.RECOVERY, by).made(by, settings or {})

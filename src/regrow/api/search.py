@@ -11,7 +11,7 @@ from torch import nn
 
 from regrow.amounts import Measure, Target, parse_share, short
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs
-from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, first_batch, move_inputs
+from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, find_objective, first_batch, move_inputs
 from regrow.api.runs import Destination, loaded_of, name_of, run_of
 from regrow.api.runs import finish as finish_run
 from regrow.axes import AxisGraph, Example
@@ -27,7 +27,6 @@ from regrow.evaluation.continual import mean_score
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.space import measure_whole
-from regrow.objectives import choose_objective
 from regrow.plan import Plan
 from regrow.progress import Log, Progress, silent
 from regrow.progress_bar import visible
@@ -166,7 +165,7 @@ def search(
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     task = _read_task(net, data, validation, batch_size, seed)
     given: Any = {"epochs": max(1, epochs), "batch_size": batch_size, "lr": lr, "seed": seed, **training}
-    schedule = build_schedule(optimizer, objective=choose_objective(loss, first_batch(task)), **given)
+    schedule = build_schedule(optimizer, objective=find_objective(net.model, loss, first_batch(task)), **given)
     net = _with_example(net, task) if example is None else net
     axes = net.trace() if axes is None else axes
     table = _time(net.model, task, batch_size, place) if target_measure(text) == Measure.TIME else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.axes import Example
-from regrow.sources import device_of, preserve_random_state
+from regrow.sources import Batch, device_of, preserve_random_state
 from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude
 from regrow.surgery.runner import Answers, preserve_generators, reseed
 from regrow.tracing.capture import evaluating
@@ -30,11 +30,14 @@ def run_once(model: nn.Module, example: Example) -> None:
     Args:
         model: The network; it is run in eval mode, and each module gets its own mode back.
         example: The input.
+
+    Raises:
+        InputError: If the network does not take it.
     """
     example = cast_example(example, model)
     with evaluating(model), torch.no_grad(), preserve_random_state(), preserve_generators():
         if device_of(model).type != "meta":
-            model(*example.args, **example.kwargs)
+            Batch(example.args, example.kwargs, where="the example").run(model)
 
 
 @torch.no_grad()

@@ -308,7 +308,7 @@ def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
         optimizer = optimizers.setdefault(id(model), torch.optim.AdamW(model.parameters()))
         optimizer.zero_grad()
         for _ in range(2):
-            logits = logits_in(model(*batch.args, **batch.kwargs)).flatten(0, -2)
+            logits = logits_in(batch.run(model)).flatten(0, -2)
             loss = F.cross_entropy(logits.float(), batch.labels.flatten())
             if by == "distil":
                 loss = loss + divergence(logits, torch.zeros_like(logits))

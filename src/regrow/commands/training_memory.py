@@ -177,7 +177,7 @@ def _on_inputs(step: Step) -> Step:
 
 def _evaluate(model: nn.Module, batch: Batch) -> None:
     with torch.no_grad():
-        answer = run_network(model, batch.args[0]) if not batch.kwargs else model(*batch.args, **batch.kwargs)
+        answer = run_network(model, batch.args[0]) if not batch.kwargs else batch.run(model)
         logits_in(answer).float().argmax(-1)
 
 

@@ -1,10 +1,9 @@
 """Read users' data as batches: tensors, loaders, data sets, data frames' rows, folders, tables and text."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from regrow.data import tables
+from regrow.data.batch_forms import LABELS, check_batch, from_array, is_entry, to_batch
+from regrow.data.batch_streams import BatchStream, read_stream
 from regrow.data.errors import SourceError
 from regrow.data.halves import Half
 from regrow.data.text import Text, chat_text, read, text
@@ -19,8 +20,6 @@ from regrow.data.vision import images
 from regrow.data.windows import windows
 from regrow.sources import Batch, Source
 
-LABELS = ("labels", "label", "target", "targets", "y")
-"""The keys under which a batch or a row may hold its labels."""
 INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
 """The keys by which a dict of tensors is recognised as a batch, and not as named sources."""
 EXPECTED = (
@@ -42,6 +41,8 @@ class ReadOptions:
             them, so that the labels of a batch are these, shifted by one; and made of ``input_ids`` if missing.
         normalised: Normalise images that are read from files as torchvision's pretrained networks expect; otherwise
             their values are 0 to 1.
+        dtype: The floating format of the network, to which inputs are cast; ``None``: they keep theirs.
+        need: How many batches are needed, if an iterable does not end; 0: all, so that it is refused.
     """
 
     batch_size: int = 32
@@ -50,6 +51,8 @@ class ReadOptions:
     size: int = 224
     shift: bool = False
     normalised: bool = True
+    dtype: torch.dtype | None = None
+    need: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -87,14 +90,14 @@ def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions(
     Args:
         data: A tensor of inputs; a tuple of tensors, the last of which holds labels; a ``DataLoader`` or another
             iterable of batches (tensors, (inputs, labels), dicts, :class:`regrow.Batch`), which is read anew each
-            time; a data set with ``len`` and indices (torch, torchvision, Hugging Face); strings, for a tokenizer; a
-            path to a folder of class folders with images, a ``.csv`` of image paths and labels, a ``.jsonl`` of
-            texts or chats, or a text file; a named text domain.
+            time, or kept in memory if it can be read only once; a data set with ``len`` and indices (torch,
+            torchvision, Hugging Face); strings, for a tokenizer; a path to a folder of class folders with images, a
+            ``.csv`` of image paths and labels, a ``.jsonl`` of texts or chats, or a text file; a named text domain.
         name: The name in results.
         reading: How they are read.
 
     Raises:
-        SourceError: If the data are of no kind that can be read, or empty.
+        SourceError: If the data are of no kind that can be read, empty or endless, or a batch cannot be used.
 
     >>> source = to_source((torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 0])), reading=ReadOptions(batch_size=2))
     >>> len(source), source.batches[2].labels
@@ -102,22 +105,24 @@ def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions(
     """
     match data:
         case Source():
-            return data
+            return _read_source(data, reading)
         case Batch():
-            return Source(name, [data])
+            return _in_memory(name, [data], reading)
         case str() | Path():
             return _read_path(data, name, reading)
         case Tensor():
-            return Source(name, [Batch((part,)) for part in data.split(reading.batch_size)])
+            return _in_memory(name, _split([data], name, reading.batch_size)[0], reading)
         case tuple() if data and all(isinstance(part, Tensor | np.ndarray) for part in data):
-            return Source(name, _split([torch.as_tensor(part) for part in data], name, reading.batch_size))
+            return _in_memory(name, [*zip(*_split(data, name, reading.batch_size), strict=True)], reading)
         case (Tensor() | np.ndarray(), [int() | float() | np.generic(), *_]):
             return to_source((data[0], torch.tensor(data[1])), name, reading)
         case list() if len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             if data[0].dim() != data[1].dim() or data[0].dtype != data[1].dtype:
                 raise SourceError(f"source {name!r}: inputs and labels come as a tuple (inputs, labels), got a list")
     if isinstance(data, Mapping) and _is_batch(data):
-        return Source(name, [to_batch(data, name, reading.shift)])
+        return _in_memory(name, [data], reading)
+    if isinstance(data, Mapping):
+        raise SourceError(f"source {name!r} is a dict of {len(data)} sets of data; give one set of data")
     if hasattr(data, "column_names"):
         return _read_columns(data, name, reading)
     if isinstance(data, Sequence) and data and all(isinstance(part, str) for part in data):
@@ -128,103 +133,29 @@ def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions(
         data = DataLoader(data, batch_size=reading.batch_size)
     if not isinstance(data, Iterable):
         raise SourceError(f"source {name!r}: cannot read a {type(data).__name__}; give {EXPECTED}")
-    if isinstance(data, Iterator):
-        data = list(data)
-    stream = BatchStream(data, name, reading.shift)
-    if next(iter(stream), None) is None:
+    stream = read_stream(data, name, reading.batch_size, reading.shift, reading.dtype, reading.need)
+    if not len(stream):
         raise SourceError(f"source {name!r} is empty: it yields no batch; give one with data")
     return Source(name, stream)
 
 
-def to_batch(item: Any, name: str = "data", shift: bool = False) -> Batch:
-    """Return one batch of a user's loader as inputs and labels.
-
-    Args:
-        item: A :class:`regrow.Batch`; a tensor of inputs; (inputs, labels), where inputs may be a tensor, several, or
-            a dict; a dict with inputs by name, and ``labels``; or, for detection, (list of images, list of targets).
-        name: The name of the source, for the message.
-        shift: As :attr:`ReadOptions.shift`.
-
-    Raises:
-        SourceError: If it is none of these.
-
-    >>> to_batch({"input_ids": torch.tensor([[5, 6, 7]])}, shift=True).labels
-    tensor([[   6,    7, -100]])
-    """
-    if isinstance(item, Batch):
-        return item
-    if isinstance(item, Tensor):
-        return Batch((item,))
-    if isinstance(item, Mapping):
-        return _mapping_batch({str(key): value for key, value in item.items()}, shift)
-    if isinstance(item, tuple | list) and item:
-        if len(item) == 1:
-            return to_batch(item[0], name, shift)
-        *inputs, labels = item
-        if isinstance(labels, Tensor):
-            given = inputs[0] if len(inputs) == 1 else tuple(inputs)
-            if isinstance(given, Mapping):
-                return Batch((), {str(key): value for key, value in given.items()}, labels)
-            return Batch(tuple(given) if isinstance(given, tuple | list) else (given,), {}, labels)
-        if isinstance(labels, Sequence) and labels and isinstance(labels[0], Mapping):
-            return Batch((*inputs, labels))  # detection: the network takes its targets as an input
-    raise SourceError(
-        f"source {name!r}: a batch must be a tensor, (inputs, labels), or a dict of tensors, got "
-        f"{_describe(item)}; give a collate_fn that returns one of these"
-    )
+def _read_source(source: Source, reading: ReadOptions) -> Source:
+    """Return a user's source with its batches checked; one that regrow reads itself is left as it is."""
+    if isinstance(source.batches, list | tuple):
+        return replace(source, batches=_in_memory(source.name, source.batches, reading).batches)
+    if type(source.batches).__module__.startswith("regrow."):
+        return source
+    return replace(source, batches=to_source(source.batches, source.name, reading).batches)
 
 
-@dataclass(frozen=True)
-class BatchStream(Sequence[Batch]):
-    """The batches of a user's loader, read anew each time and never all in memory.
-
-    Args:
-        loader: The iterable of batches, which starts again each time it is read.
-        name: The name of the source.
-        shift: As :attr:`ReadOptions.shift`.
-    """
-
-    loader: Iterable[Any]
-    name: str
-    shift: bool = False
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (to_batch(item, self.name, self.shift) for item in self.loader)
-
-    def __len__(self) -> int:
-        """Return the number of batches; a loader that does not say is counted by reading it."""
-        try:
-            return len(self.loader)  # type: ignore[arg-type]
-        except TypeError:
-            return sum(1 for _ in self.loader)
-
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        """Read up to one batch, or a list of batches for a slice."""
-        if isinstance(index, slice):
-            return list(islice(self, *index.indices(len(self))))
-        place = range(len(self))[index] if index < 0 else index
-        batch = next(islice(iter(self), place, None), None)
-        if batch is None:
-            raise IndexError(f"source {self.name!r} has no batch {index}")
-        return batch
-
-
-def _mapping_batch(item: dict[str, Any], shift: bool) -> Batch:
-    key = next((key for key in LABELS if key in item), None)
-    labels = item.pop(key) if key else None
-    ids = item.get("input_ids")
-    if not shift or not isinstance(ids, Tensor):
-        return Batch((), item, labels)
-    if labels is None:
-        mask = item.get("attention_mask")
-        labels = ids if not isinstance(mask, Tensor) or mask.dim() != 2 else ids.masked_fill(mask == 0, -100)
-    if labels.shape == ids.shape:
-        labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], dim=1)
-    return Batch((), item, labels)
+def _in_memory(name: str, batches: Sequence[Any], reading: ReadOptions) -> Source:
+    """Return batches in memory as a source, after checking them."""
+    checked: list[Batch] = []
+    for i, item in enumerate(batches):
+        where = f"source {name!r}, batch {i}"
+        batch = to_batch(item, where, reading.shift)
+        checked.append(check_batch(batch, where, reading.dtype, checked[0] if checked else None))
+    return Source(name, checked)
 
 
 def is_entries(data: Any) -> bool:
@@ -233,10 +164,7 @@ def is_entries(data: Any) -> bool:
     Args:
         data: Any data.
     """
-    if not isinstance(data, list) or not data or not isinstance(data[0], tuple | list) or len(data[0]) < 2:
-        return False
-    label = data[0][1]
-    return isinstance(label, int | np.generic) or (isinstance(label, Tensor) and label.dim() == 0)
+    return isinstance(data, list) and bool(data) and is_entry(data[0])
 
 
 def _is_batch(data: Mapping[Any, Any]) -> bool:
@@ -247,14 +175,17 @@ def _is_batch(data: Mapping[Any, Any]) -> bool:
     return any(key in data for key in INPUTS) and all(not isinstance(part, str | Path) for part in data.values())
 
 
-def _split(parts: Sequence[Tensor], name: str, size: int) -> list[Batch]:
-    if len({len(part) for part in parts}) > 1:
-        counts = ", ".join(str(len(part)) for part in parts)
+def _split(parts: Sequence[Any], name: str, size: int) -> list[tuple[Tensor, ...]]:
+    """Return tensors or arrays, cut into batches."""
+    tensors = [part if isinstance(part, Tensor) else from_array(part, f"source {name!r}") for part in parts]
+    if not all(part.dim() for part in tensors):
+        raise SourceError(f"source {name!r}: a tensor is a single number; give tensors with an example per row")
+    if len({len(part) for part in tensors}) > 1:
+        counts = ", ".join(str(len(part)) for part in tensors)
         raise SourceError(
             f"source {name!r}: inputs and labels must have the same length, got {counts}; give one label per input"
         )
-    rows = zip(*(part.split(size) for part in parts), strict=True)
-    return [to_batch(row, name) for row in rows]
+    return [part.split(size) for part in tensors]
 
 
 def _read_path(data: str | Path, name: str, reading: ReadOptions) -> Source:
@@ -307,7 +238,8 @@ def _read_columns(data: Any, name: str, reading: ReadOptions) -> Source:
     if set(names) & set(INPUTS) or label:
         first = data[:1]
         numeric = tuple(key for key in names if key == label or _is_numeric(first[key][0]))
-        return Source(name, BatchStream(_ColumnBatches(data, numeric, reading.batch_size), name, reading.shift))
+        rows = _ColumnBatches(data, numeric, reading.batch_size)
+        return Source(name, BatchStream(rows, name, reading.shift, reading.dtype, len(rows)))
     raise SourceError(
         f"source {name!r}: columns {', '.join(map(repr, names))} hold no inputs that are known; name them "
         f"{', '.join(INPUTS[:2])}, 'text', or 'image' with 'label', or give an iterable of batches"
@@ -336,9 +268,3 @@ class _ColumnBatches:
         for start in range(0, len(self.data), self.size):
             rows = self.data[start : start + self.size]
             yield {name: torch.as_tensor(rows[name]) for name in self.columns}
-
-
-def _describe(item: Any) -> str:
-    if isinstance(item, tuple | list):
-        return f"a {type(item).__name__} of {', '.join(type(part).__name__ for part in item[:3]) or 'nothing'}"
-    return f"a {type(item).__name__}"

@@ -1,16 +1,20 @@
 """Examples that stay on disk or in a user's data set, and are read in batches while training."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from regrow.data.batches import BatchStream, ReadOptions, is_entries, to_batch, to_source
+from regrow.data.batch_forms import check_input, check_labels, count_examples, to_batch
+from regrow.data.batch_streams import BatchStream, guarded
+from regrow.data.batches import ReadOptions, is_entries, to_source
 from regrow.data.errors import SourceError
+from regrow.errors import first_line
 from regrow.sources import Batch
 from regrow.tasks import CappedExamples, Examples, ExampleSet, batch_indices
 
@@ -25,13 +29,18 @@ class StreamedExamples:
         dataset: Entries are (input, label), with further parts ignored, or dicts that hold a label.
         indices: The positions that belong to this set, ``[N]`` int64; ``None``: all.
         workers: The number of processes that read ahead; 0: this one reads.
-        collate: (list of entries) → a batch, as :func:`regrow.data.batches.to_batch` takes it; ``None``: torch's way.
+        collate: (list of entries) → a batch, as :func:`regrow.data.batch_forms.to_batch` takes it; ``None``: torch's
+            way.
+        name: What error messages call it.
+        dtype: The floating format to which inputs are cast; ``None``: they keep theirs.
     """
 
     dataset: Any
     indices: Tensor | None = None
     workers: int = 0
     collate: Collate | None = None
+    name: str = "data"
+    dtype: torch.dtype | None = None
 
     def __len__(self) -> int:
         return len(self.dataset) if self.indices is None else len(self.indices)
@@ -51,7 +60,8 @@ class StreamedExamples:
             collate_fn=self._join,
             generator=torch.Generator().manual_seed(seed or 0),
         )
-        return iter(loader)
+        for i, part in enumerate(guarded(loader, self.name)):
+            yield _checked(part, f"source {self.name!r}, batch {i}", self.dtype)
 
     def take(self, indices: Tensor) -> Examples:
         """Return some of the examples, in memory.
@@ -59,7 +69,8 @@ class StreamedExamples:
         Args:
             indices: Their positions.
         """
-        return self._join([self.dataset[i] for i in self._positions(indices)])
+        entries = guarded((self.dataset[i] for i in self._positions(indices)), self.name)
+        return _checked(self._join(list(entries)), f"source {self.name!r}", self.dtype)
 
     def subset(self, indices: Tensor) -> "StreamedExamples":
         """Return some of the examples as a set that is read in the same way.
@@ -68,7 +79,7 @@ class StreamedExamples:
             indices: Their positions.
         """
         chosen = indices if self.indices is None else self.indices[indices]
-        return StreamedExamples(self.dataset, chosen, self.workers, self.collate)
+        return replace(self, indices=chosen)
 
     def labels_of(self) -> Tensor | None:
         """Return the labels of all examples from the data set's ``targets``, if it has them."""
@@ -137,7 +148,7 @@ class LoadedExamples:
         return None
 
 
-def to_examples(data: Any, reading: ReadOptions = ReadOptions()) -> ExampleSet:  # noqa: B008
+def to_examples(data: Any, reading: ReadOptions = ReadOptions(), name: str = "data") -> ExampleSet:  # noqa: B008
     """Return a user's data as labelled examples; what can be read from disk stays there.
 
     Args:
@@ -145,6 +156,7 @@ def to_examples(data: Any, reading: ReadOptions = ReadOptions()) -> ExampleSet: 
             loader that gives each entry of its data set once is read from the data set, in batches and an order of the
             reader; one that samples in another way, or drops the last batch, comes as it comes.
         reading: How they are read.
+        name: What error messages call them.
 
     Raises:
         SourceError: If they are of no kind that can be read, or have no labels.
@@ -152,13 +164,16 @@ def to_examples(data: Any, reading: ReadOptions = ReadOptions()) -> ExampleSet: 
     if isinstance(data, ExampleSet):
         return data
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        return Examples(*data)
+        where = f"source {name!r}"
+        size = count_examples([data[0]], where)
+        return _examples(check_input(data[0], where, reading.dtype), check_labels(data[1], where, size), where)
     if isinstance(data, DataLoader) and _takes_each_once(data):
         default = data.collate_fn is torch.utils.data.default_collate
-        return StreamedExamples(data.dataset, None, data.num_workers, None if default else data.collate_fn)
+        collate = None if default else data.collate_fn
+        return StreamedExamples(data.dataset, None, data.num_workers, collate, name, reading.dtype)
     if _is_indexed(data):
-        return StreamedExamples(data)
-    source = to_source(data, reading=reading)
+        return StreamedExamples(data, name=name, dtype=reading.dtype)
+    source = to_source(data, name, reading)
     if isinstance(source.batches, BatchStream):
         return LoadedExamples(source.batches)
     return join_examples([to_examples_of_batch(batch) for batch in source])
@@ -185,11 +200,11 @@ def to_examples_of_batch(batch: Batch) -> Examples:
         SourceError: If it has no labels.
     """
     if batch.labels is None:
-        raise SourceError("learning needs labels, and a batch has none; give batches as (inputs, labels)")
+        where = batch.where or "a batch"
+        raise SourceError(f"learning needs labels, and {where} has none; give batches as (inputs, labels)")
     named = {name: value for name, value in batch.kwargs.items() if isinstance(value, Tensor)}
-    if named:
-        return Examples(named, batch.labels)
-    return Examples(batch.args[0] if len(batch.args) == 1 else tuple(batch.args), batch.labels)
+    inputs = named or (batch.args[0] if len(batch.args) == 1 else tuple(batch.args))
+    return _examples(inputs, batch.labels, batch.where)
 
 
 def join_examples(parts: Iterable[Examples]) -> Examples:
@@ -197,15 +212,26 @@ def join_examples(parts: Iterable[Examples]) -> Examples:
 
     Args:
         parts: The sets, whose inputs have the same structure.
+
+    Raises:
+        SourceError: If they do not.
     """
     parts = list(parts)
-    first = parts[0].inputs
-    labels = torch.cat([part.labels for part in parts])
-    if isinstance(first, Tensor):
-        return Examples(torch.cat([part.inputs for part in parts]), labels)
-    if isinstance(first, dict):
-        return Examples({name: torch.cat([part.inputs[name] for part in parts]) for name in first}, labels)
-    return Examples(tuple(torch.cat(column) for column in zip(*(part.inputs for part in parts), strict=True)), labels)
+    first, where = parts[0].inputs, parts[0].where.partition(", batch")[0]
+    try:
+        labels = torch.cat([part.labels for part in parts])
+        if isinstance(first, Tensor):
+            return Examples(torch.cat([part.inputs for part in parts]), labels, where)
+        if isinstance(first, dict):
+            return Examples({name: torch.cat([part.inputs[name] for part in parts]) for name in first}, labels, where)
+        columns = zip(*(part.inputs for part in parts), strict=True)
+        return Examples(tuple(torch.cat(column) for column in columns), labels, where)
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        odd = next((part for part in parts if _form(part) != _form(parts[0])), parts[-1])
+        raise SourceError(
+            f"{odd.where or 'a batch'} is unlike the first batch, with which it is joined: {first_line(error):.200}; "
+            "give batches of one form"
+        ) from error
 
 
 def to_input(value: Any) -> Any:
@@ -221,6 +247,25 @@ def to_input(value: Any) -> Any:
         if value.dtype == torch.uint8 and value.dim() in (2, 3):
             value = value.unsqueeze(0) if value.dim() == 2 else value.movedim(-1, 0)
     return value.float() / 255 if value.dtype == torch.uint8 else value
+
+
+def _form(examples: Examples) -> list[Any]:
+    """Return what sets of examples that are joined have in common: the structure and shapes of inputs and labels."""
+    leaves, structure = tree_flatten((examples.inputs, examples.labels))
+    return [structure, *(getattr(leaf, "shape", ())[1:] for leaf in leaves)]
+
+
+def _checked(examples: Examples, where: str, dtype: torch.dtype | None) -> Examples:
+    """Return examples as networks and losses take them."""
+    labels = check_labels(examples.labels, where, len(examples))
+    return _examples(check_input(examples.inputs, where, dtype), labels, where)
+
+
+def _examples(inputs: Any, labels: Tensor, where: str) -> Examples:
+    try:
+        return Examples(inputs, labels, where)
+    except (ValueError, TypeError) as error:
+        raise SourceError(f"{where or 'a batch'} holds {error}") from error
 
 
 def _stack_inputs(inputs: list[Any]) -> Any:

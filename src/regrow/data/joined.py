@@ -154,4 +154,4 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
 
     args = tuple(map(joined, zip(*(one.args for one in batches), strict=True)))
     kwargs = {key: joined([one.kwargs[key] for one in batches]) for key in first.kwargs}
-    return Batch(args, kwargs, joined([one.labels for one in batches]))
+    return Batch(args, kwargs, joined([one.labels for one in batches]), first.where)

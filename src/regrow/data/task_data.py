@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from regrow.data import batch_streams
 from regrow.data.batches import ReadOptions, is_entries
 from regrow.data.datasets import fix_order, to_examples
 from regrow.data.errors import SourceError
@@ -51,8 +52,8 @@ def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.
                 result.append(to_task(name, train, test, reading))
             case _:
                 data, untransformed = _dataset_of(task, "train"), _dataset_of(task, "eval")
-                whole = fix_order(to_examples(data, reading))
-                tested = whole if untransformed is data else to_examples(untransformed, reading)
+                whole = fix_order(to_examples(data, reading, name))
+                tested = whole if untransformed is data else to_examples(untransformed, reading, name)
                 order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(i))
                 test, train = order.split([n := max(1, round(share * len(whole))), len(whole) - n])
                 result.append(to_task(name, whole.subset(train.sort()[0]), tested.subset(test.sort()[0]), reading))
@@ -88,10 +89,13 @@ def to_task(name: str, train: Any, test: Any, reading: ReadOptions = ReadOptions
         test: The test data, never trained on.
         reading: How they are read.
     """
-    learned, tested = to_examples(_dataset_of(train, "train"), reading), to_examples(_dataset_of(test, "eval"), reading)
+    learned = to_examples(_dataset_of(train, "train"), reading, name)
+    tested = to_examples(_dataset_of(test, "eval"), reading, f"{name} (test)")
     classes = getattr(train, "classes_in_this_experience", None)
     if classes is None:
         classes = {label for part in (learned, tested) for label in _classes(part)}
+    if (least := min(classes, default=0)) < 0:
+        raise SourceError(f"source {name!r}: label {least} is no class; give labels from 0, or {IGNORED} to ignore")
     return Task(name, learned, tested, tuple(sorted(map(int, classes))))
 
 
@@ -125,7 +129,15 @@ def _named(tasks: Any) -> Iterator[tuple[str, Any]]:
             "[data], of which a tenth is held out for testing"
         )
     every = _pair_streams(tasks) if hasattr(tasks, "train_stream") else tasks
-    yield from ((f"task-{i + 1}", task) for i, task in enumerate(every))
+    yield from ((f"task-{i + 1}", task) for i, task in enumerate([*_bounded(every)]))
+
+
+def _bounded(tasks: Iterable[Any]) -> Iterator[Any]:
+    """Yield the tasks of an iterable, which must end."""
+    for i, task in enumerate(tasks):
+        if i == batch_streams.MOST:
+            raise SourceError(f"the tasks do not end within {i:,}; give a part, such as itertools.islice(tasks, 9)")
+        yield task
 
 
 def _holds_experiences(stream: Any) -> bool:
@@ -135,7 +147,7 @@ def _holds_experiences(stream: Any) -> bool:
 
 def _pair_streams(benchmark: Any) -> list[Any]:
     """Return the (training, test) experiences of a benchmark; a single test experience is that of every task."""
-    train, test = list(benchmark.train_stream), list(getattr(benchmark, "test_stream", ()))
+    train, test = list(_bounded(benchmark.train_stream)), list(_bounded(getattr(benchmark, "test_stream", ())))
     if not test:
         return train
     if len(test) not in (1, len(train)):

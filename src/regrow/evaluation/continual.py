@@ -14,7 +14,7 @@ from typing import TypedDict
 from torch import Tensor, nn
 
 from regrow.evaluation.forward import evaluating
-from regrow.objectives import CLASSIFICATION, Objective, Score
+from regrow.objectives import CLASSIFICATION, IGNORED, Objective, Score
 from regrow.sources import Batch, logits_in, moved
 from regrow.tasks import ExampleSet, among, run_network
 
@@ -119,13 +119,14 @@ def share_right(
         size: The batch size.
         ask: Function from inputs to logits; calls ``model`` if ``None``.
     """
-    right = 0
-    ask = ask or (lambda inputs: logits_in(run_network(model, inputs)))
+    right = counted = 0
     with evaluating(model) as device:
         for batch in examples.batches(size):
-            logits = among(ask(moved(batch.inputs, device)), classes)
-            right += int((logits.argmax(-1).cpu() == batch.labels).sum())
-    return right / len(examples)
+            inputs = moved(batch.inputs, device)
+            answer = logits_in(run_network(model, inputs, device, batch.where)) if ask is None else ask(inputs)
+            right += int((among(answer, classes).argmax(-1).cpu() == batch.labels.cpu()).sum())
+            counted += int((batch.labels != IGNORED).sum())
+    return right / counted if counted else nan
 
 
 def mean_score(
@@ -146,5 +147,6 @@ def mean_score(
     with evaluating(model) as device:
         for batch in examples.batches(size):
             batch = batch.to(device)
-            total += objective.compute_score(run_network(model, batch.inputs), Batch(labels=batch.labels))
+            output = run_network(model, batch.inputs, device, batch.where)
+            total += objective.compute_score(output, Batch(labels=batch.labels, where=batch.where))
     return total.mean

@@ -147,7 +147,7 @@ def training(
         if model not in optimizers:
             optimizers[model] = optimizer(model.parameters())
         optimizers[model].zero_grad()
-        logits, labels = logits_in(model(*batch.args, **batch.kwargs)), batch.labels
+        logits, labels = logits_in(batch.run(model)), batch.labels
         if labels is None:
             raise ValueError("a step of learning needs a batch with labels")
         if logits.shape[:-1] == labels.shape:

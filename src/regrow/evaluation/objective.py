@@ -85,10 +85,10 @@ def evaluate_objective(
             _set_loss_mode(model)
         for done, batch in enumerate(source, start=1):
             batch = batch.to(device)
-            output = model(*batch.args, **batch.kwargs) if outputs is None else next(outputs)
-            n = batch.size
-            rows.append((float(objective.compute_loss(output, batch)), n))
-            total += objective.compute_score(output, batch)
+            output = batch.run(model) if outputs is None else next(outputs)
+            if n := batch.size:  # of a batch without a label there is no mean
+                rows.append((float(objective.compute_loss(output, batch)), n))
+                total += objective.compute_score(output, batch)
             progress(done, len(source), f"evaluating on {source.name}")
     count = sum(n for _, n in rows)
     if not count:

@@ -218,7 +218,7 @@ class _Walk:
                 self.losses.append(loss)
             else:
                 with torch.no_grad():
-                    run(*here.args, **here.kwargs)
+                    here.run(run)
         return watch
 
 

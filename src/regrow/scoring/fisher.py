@@ -187,7 +187,7 @@ def add_fisher(
     """
     with torch.enable_grad():
         with masks, around:
-            output = model(*batch.args, **batch.kwargs)
+            output = batch.run(model)
         drawn = draw_labels(output, batch, objective, origin)
         loss = objective.compute_loss(output, batch) * batch.size if drawn is None else None
     end = drawn[0] if drawn is not None else loss

@@ -106,7 +106,7 @@ def add_gradients(
         else:
             sums[name].add_(gradient * many)
 
-    loss = objective.compute_loss(model(*batch.args, **batch.kwargs), batch)
+    loss = objective.compute_loss(batch.run(model), batch)
     hooks = [one.register_post_accumulate_grad_hook(partial(add, name)) for name, one in chosen.items()]
     try:
         for parameter in chosen.values():

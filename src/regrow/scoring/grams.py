@@ -160,12 +160,12 @@ def sum_products(
                 for number, batch in enumerate(batches):
                     here = batch.to(device)
                     with _GramFeed(watched, sums, batch):
-                        run(*here.args, **here.kwargs)
+                        here.run(run)
                     if number == 0 and run is not model and len(sums) < len(part):  # the trunk leaves some out
                         sums.clear()
                         run = model
                         with _GramFeed(watched, sums, batch):
-                            run(*here.args, **here.kwargs)
+                            here.run(run)
             finish()
     if left:
         raise ValueError(f"no batch reached the weight {min(left)!r}; give more data, or --exclude {min(left)}")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from regrow.distributed.parallel import ALONE, Parallel
+from regrow.errors import InputError, first_line
+from regrow.sources import MISFITS
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples
 from regrow.training.learner import Context, Learner, Loss, Step
@@ -49,7 +51,7 @@ def compute_gradients(
     Raises:
         ValueError: If the loss is not finite.
     """
-    device, total = context.device, 0.0
+    device, total, damaged = context.device, 0.0, ""
     autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else None
     second = None if second is None else second.to(device)
     many = parallel.divisor(len(batches))
@@ -62,14 +64,16 @@ def compute_gradients(
             if parallel.by_rows:
                 stack.enter_context(sharing_rows(context.model, parallel.ranks))
             loss, mean = _run_backward(learner, state, context, step, autocast, many)
-        step, total = Step(index, here, second, replaced, loss.aux), total + mean.item()
+        value = mean.item()
+        step, total = Step(index, here, second, replaced, loss.aux), total + value
+        damaged = damaged or ("" if math.isfinite(value) else getattr(batch, "where", ""))
     if parallel.ranks.several:
         trained = [*context.parameters().values(), *(one.values for one in axis_tensors(state).values() if one.lr)]
         total = parallel.reduce(trained, total)
     if not math.isfinite(total):
         raise ValueError(
-            f"the loss is {total} in {context.task.name}, epoch {context.epoch + 1}: use a smaller learning rate (lr), "
-            "and check that weights and inputs are finite"
+            f"the loss is {total} in {context.task.name}, epoch {context.epoch + 1}{damaged and f' ({damaged})'}: "
+            "use a smaller learning rate (lr), and check that weights and inputs are finite, and something is labelled"
         )
     return step, total
 
@@ -78,11 +82,17 @@ def _run_backward(
     learner: Learner[S], state: S, context: Context, step: Step, autocast: torch.autocast | None, many: float
 ) -> tuple[Loss, Tensor]:
     """Run the loss and the backward pass of a batch; return the loss, and its part of the mean of ``many``."""
-    if autocast is None:
-        loss = learner.loss(state, context, step)
-    else:
-        with autocast:
+    try:
+        with autocast or NO_CONTEXT:
             loss = learner.loss(state, context, step)
+    except MISFITS as error:
+        where = getattr(step.batch, "where", "")
+        if not where or type(error) not in MISFITS:
+            raise
+        raise InputError(
+            f"{where}: no loss of it can be computed: {type(error).__name__}: {first_line(error):.200}; give batches "
+            "that the network and the loss take"
+        ) from error
     mean = loss.value if many == 1 else loss.value / many
     mean.backward()
     return loss, mean

@@ -124,7 +124,7 @@ def mean_loss(model: nn.Module, sources: Sequence[Source], objective: Objective 
     objective = objective or choose_objective(None, batches[0])
     device = next(model.parameters()).device
     with evaluating(model):
-        losses = [float(objective.compute_loss(model(*b.args, **b.kwargs), b)) for b in (x.to(device) for x in batches)]
+        losses = [float(objective.compute_loss(b.run(model), b)) for b in (x.to(device) for x in batches)]
     return sum(losses) / len(losses)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from regrow.data.batches import BatchStream
+from regrow.data.batch_streams import BatchStream
 from regrow.objectives import Objective, choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -86,7 +86,7 @@ def _measure(model: nn.Module, layers: Sequence[_BatchNorm], batch: Batch) -> No
     """Run a batch; statistics are left as they were if a layer gets a single value per channel."""
     copies = _copies(layers)
     try:
-        model(*batch.args, **batch.kwargs)
+        batch.run(model)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -179,7 +179,7 @@ def objective_loss(objective: Objective) -> Callable[[Any, Context, Step], Loss]
 
     def loss(state: object, context: Context, step: Step) -> Loss:
         batch = step.batch
-        return Loss(objective.compute_loss(context.model(*batch.args, **batch.kwargs), batch))
+        return Loss(objective.compute_loss(batch.run(context.model), batch))
 
     return loss
 

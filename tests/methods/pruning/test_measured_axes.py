@@ -14,7 +14,7 @@ from hand import lm, texts
 from regrow.axes import AxisGraph, Mark
 from regrow.budget import Budget
 from regrow.commands.pruning import build_pruner, collect_evidence, divide_sources, split_sources
-from regrow.data.batches import BatchStream
+from regrow.data.batch_streams import BatchStream
 from regrow.evidence import Evidence, Need
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.scores import Statistics

@@ -130,7 +130,7 @@ def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> d
         row = {}
         for name, gates in masks.items():
             with torch.no_grad(), gate_inputs(task.model, task.axes, gates, fills):
-                loss = float(objective.compute_loss(task.model(*here.args, **here.kwargs), here))
+                loss = float(objective.compute_loss(here.run(task.model), here))
             row[name] = loss if math.isfinite(loss) else math.inf
         if min(row.values()) < math.inf:
             measured += batch.size

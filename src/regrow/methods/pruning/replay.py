@@ -138,7 +138,7 @@ class Replay:
             _replaced(self.blocks[:skipped], cached or ()),
             gate_inputs(self.model, self.axes, gates, fills),
         ):
-            return labelled_logits(logits_in(self.model(*here.args, **here.kwargs)), here.labels)
+            return labelled_logits(logits_in(here.run(self.model)), here.labels)
 
     def record(
         self,

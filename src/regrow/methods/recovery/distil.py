@@ -119,8 +119,8 @@ def cut_tensors(model: nn.Module, axes: AxisGraph, plan: Plan) -> list[str]:
 
 def _loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Tensor:
     with torch.no_grad():
-        wanted = labelled_logits(logits_in(task.dense(*batch.args, **batch.kwargs)), batch.labels)
-    answer = task.model(*batch.args, **batch.kwargs)
+        wanted = labelled_logits(logits_in(batch.run(task.dense)), batch.labels)
+    answer = batch.run(task.model)
     loss = (1 - settings.mix) * divergence(
         labelled_logits(logits_in(answer), batch.labels), wanted, settings.temperature
     )

@@ -79,7 +79,7 @@ def lora(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     """
 
     def loss(task: RecoveryTask, batch: Batch) -> torch.Tensor:
-        return task.loss_of(task.model(*batch.args, **batch.kwargs), batch)
+        return task.loss_of(batch.run(task.model), batch)
 
     with freeze(task.model):
         adapters = adapted(task.model, linear_layers(task.model, task.axes), settings, task.seed)

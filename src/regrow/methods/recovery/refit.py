@@ -266,7 +266,7 @@ def _run(work: RefitWork, model: nn.Module, mode: Callable[[int, Turns], Refitti
 def _run_batch(model: nn.Module, batch: Batch) -> Any:
     """Return what a network gives for a batch, which may be on another device."""
     there = batch.to(device_of(model))
-    return model(*there.args, **there.kwargs)
+    return there.run(model)
 
 
 def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
@@ -281,7 +281,7 @@ def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch
         with mode:
             carried = _run_batch(dense, batch)
         mode.finish()
-        own = model(*batch.args, **batch.kwargs)
+        own = batch.run(model)
     else:
         carried, own = compare_outputs(work, work.task.streamed, batch)
     for a, b in zip(tree_leaves(carried), tree_leaves(own), strict=False):

@@ -43,7 +43,7 @@ def find_layers(task: RecoveryTask, batch: Batch) -> LayersToRefit:
     if task.streamed is None:
         calls = CallCounter({id(own[name]): name for name in names if name in own})
         with calls:
-            task.model(*batch.args, **batch.kwargs)
+            batch.run(task.model)
         calls.finish()
         times, added = calls.times, calls.added
     else:

@@ -1,0 +1,295 @@
+"""One batch of a user's data: told apart into inputs and labels, checked, and cast to what networks and losses take."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regrow.data.errors import SourceError
+from regrow.errors import first_line
+from regrow.objectives import IGNORED
+from regrow.sources import Batch, describe
+
+LABELS = ("labels", "label", "target", "targets", "y")
+"""The keys under which a batch or a row may hold its labels."""
+TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", *LABELS)
+"""The keys under which lists of numbers are a tensor, as tokenizers return them."""
+
+
+def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
+    """Return one batch of a user's loader as inputs and labels.
+
+    Args:
+        item: A :class:`regrow.Batch`; a tensor of inputs; (inputs, labels), where inputs may be a tensor, several, or
+            a dict; a dict with inputs by name, and ``labels``; or, for detection, (list of images, list of targets).
+        where: What the message calls it: ``"source 'data', batch 3"``.
+        shift: As :attr:`regrow.data.batches.ReadOptions.shift`.
+
+    Raises:
+        SourceError: If it is none of these.
+
+    >>> to_batch({"input_ids": torch.tensor([[5, 6, 7]])}, shift=True).labels
+    tensor([[   6,    7, -100]])
+    """
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Tensor | np.ndarray):
+        return Batch((item,))
+    if isinstance(item, Mapping):
+        return _mapping_batch({str(key): value for key, value in item.items()}, where, shift)
+    if isinstance(item, tuple | list) and item:
+        if len(item) == 1:
+            return to_batch(item[0], where, shift)
+        *inputs, last = item
+        if isinstance(last, Sequence) and last and isinstance(last[0], Mapping):
+            return Batch((*inputs, last))  # detection: the network takes its targets as an input
+        if _are_labels(last):
+            parts = inputs[0] if len(inputs) == 1 else tuple(inputs)
+            if isinstance(parts, Mapping):
+                return Batch((), {str(key): value for key, value in parts.items()}, last)
+            return Batch(tuple(parts) if isinstance(parts, tuple | list) else (parts,), {}, last)
+    raise SourceError(
+        f"{where}: a batch must be a tensor, (inputs, labels), or a dict of tensors, got {_describe(item)}; "
+        "give a collate_fn that returns one of these"
+    )
+
+
+def is_entry(item: Any) -> bool:
+    """Whether an item is a single example (input, label) or a dict with a label, rather than a batch.
+
+    Args:
+        item: An item of an iterable.
+    """
+    if isinstance(item, Mapping):
+        label = next((item[key] for key in LABELS if key in item), None)
+        if isinstance(ids := item.get("input_ids"), Tensor) and ids.dim() == 1:
+            return True
+    else:
+        label = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
+    return isinstance(label, int | float | np.generic) or (isinstance(label, Tensor) and label.dim() == 0)
+
+
+def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, first: Batch | None = None) -> Batch:
+    """Return a batch whose tensors networks and losses can take, or say in one line what is wrong with it.
+
+    Inputs of other floating formats are cast, labels of whole numbers become int64, and no tensor has a gradient.
+
+    Args:
+        batch: The batch.
+        where: What messages call it: ``"source 'data', batch 3"``.
+        dtype: The floating format of the network; ``None``: inputs keep theirs.
+        first: The first batch of the source, which has labels of the same kind.
+
+    Raises:
+        SourceError: If it is empty, holds NaN or infinity, or tensors that cannot be read, or its labels are of no use.
+
+    >>> check_batch(Batch((torch.ones(2, 3).double(),), labels=torch.tensor([0, 1], dtype=torch.int32)), "batch 0",
+    ...     torch.float32)
+    Batch(args=(tensor([[1., 1., 1.],
+            [1., 1., 1.]]),), kwargs={}, labels=tensor([0, 1]))
+    """
+    args = tuple(check_input(value, where, dtype) for value in batch.args)
+    kwargs = {key: check_input(value, where, dtype, key) for key, value in batch.kwargs.items()}
+    size = count_examples(args or tuple(kwargs.values()), where)
+    labels = None if batch.labels is None else check_labels(batch.labels, where, size)
+    if labels is not None and len(args) == 1 and _is_row(args[0]) and len(labels) != size:
+        raise SourceError(
+            f"{where}: an input of shape {list(args[0].shape)} with labels of shape {list(labels.shape)} is a single "
+            "example; give DataLoader(data, batch_size=32)"
+        )
+    if first is not None:
+        _check_alike(labels, first.labels, where)
+    return replace(batch, args=args, kwargs=kwargs, labels=labels, where=where)
+
+
+def count_examples(inputs: Sequence[Any], where: str) -> int:
+    """Return how many examples a batch has: the length of its first input.
+
+    Args:
+        inputs: The inputs.
+        where: What messages call the batch.
+
+    Raises:
+        SourceError: If it has none, or the first input has no dimension for them.
+    """
+    first = next((one for one in inputs if isinstance(one, Tensor | list | tuple)), None)
+    if isinstance(first, Tensor) and not first.dim():
+        raise SourceError(f"{where}: the input is a single number; give a tensor whose first dimension is the batch")
+    if first is None:
+        return 1
+    if not len(first):
+        raise SourceError(f"{where} is empty: its first input is {describe(first)}; leave such batches out")
+    return len(first)
+
+
+def from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
+    """Return an array as a tensor, of any byte order and strides.
+
+    Args:
+        value: The array.
+        where: What messages call the batch.
+
+    Raises:
+        SourceError: If it holds no numbers.
+    """
+    try:
+        return torch.as_tensor(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
+    except TypeError:
+        raise SourceError(f"{where}: an array of {value.dtype} is no tensor; give an array of numbers") from None
+
+
+def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: str = "") -> Any:
+    """Return an input with its tensors as networks take them.
+
+    Args:
+        value: A tensor, an array, or lists, tuples and dicts of them; anything else is returned as it is.
+        where: What messages call the batch.
+        dtype: The floating format to which tensors are cast; ``None``: none.
+        name: The name of the input; a mask or bias may hold infinity.
+
+    Raises:
+        SourceError: If a tensor holds NaN or infinity, or has no plain numbers.
+    """
+    match value:
+        case np.ndarray():
+            value = from_array(value, where)
+        case dict():
+            return {key: check_input(part, where, dtype, str(key)) for key, part in value.items()}
+        case list() | tuple() if any(isinstance(part, Tensor | np.ndarray | dict | list) for part in value):
+            parts = [check_input(part, where, dtype, name) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if not isinstance(value, Tensor):
+        return value
+    value = _plain(value, where, "an input")
+    if value.is_floating_point() and dtype is not None:
+        value = value.to(dtype)
+    infinite = any(word in name for word in ("mask", "bias"))  # -inf hides positions
+    if problem := _damage(value, infinite):
+        raise SourceError(f"{where}: an input holds {problem}; leave the example out, or fill it in")
+    return value
+
+
+def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
+    """Return labels as losses take them: whole numbers int64, and bool per output float32.
+
+    Args:
+        labels: A tensor, an array, or a list of numbers.
+        where: What messages call the batch.
+        size: The number of examples, which tells a single label from one that has lost its dimension.
+
+    Raises:
+        SourceError: If they are no numbers, NaN or infinity, or have no dimension for the examples.
+
+    >>> check_labels([True, False], "batch 0"), check_labels(torch.ones(1, 2, dtype=torch.bool), "batch 0")
+    (tensor([1, 0]), tensor([[1., 1.]]))
+    """
+    if isinstance(labels, list | tuple) and _are_labels(labels):
+        labels = torch.tensor(labels)
+    if isinstance(labels, np.ndarray):
+        labels = from_array(labels, where)
+    if not isinstance(labels, Tensor):
+        raise SourceError(f"{where}: labels must be a tensor, got a {type(labels).__name__}; give numbers per example")
+    labels = _plain(labels, where, "labels are")
+    if not labels.dim():
+        if size != 1:
+            raise SourceError(
+                f"{where}: labels have no dimension for the examples; if it is a single example, give the loader a "
+                "batch_size"
+            )
+        labels = labels.reshape(1)
+    if problem := _damage(labels, infinite=False):
+        raise SourceError(f"{where}: labels hold {problem}; leave the example out")
+    if labels.dtype == torch.bool and labels.dim() > 1:
+        return labels.float()
+    return labels if labels.is_floating_point() else labels.long()
+
+
+def _plain(value: Tensor, where: str, what: str) -> Tensor:
+    """Return a tensor that training can use, without a gradient, if it has numbers in a dense layout."""
+    if value.device.type == "meta":
+        raise SourceError(f"{where}: {what} on the device meta and has no numbers; give it on the CPU")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise SourceError(f"{where}: {what} a tensor of layout {layout}; give it dense (.to_dense())")
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        return value.clone()  # which a backward pass can use
+    return value.detach() if value.requires_grad else value
+
+
+def _damage(value: Tensor, infinite: bool) -> str:
+    """Return ``"NaN"`` or ``"infinity"`` if a tensor holds it; a finite sum says that it does not."""
+    if not value.is_floating_point() or math.isfinite(float(value.sum())):
+        return ""
+    if bool(value.isnan().any()):
+        return "NaN"
+    return "infinity" if not infinite and bool(value.isinf().any()) else ""
+
+
+def _is_row(value: Any) -> bool:
+    """Whether an input is a vector of values, as a single example is; a batch of numbers has a label for each."""
+    return isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point()
+
+
+def _check_alike(labels: Tensor | None, first: Tensor | None, where: str) -> None:
+    """Raise SourceError unless labels are of the kind of those of the first batch."""
+    kinds = [_kind(one) for one in (labels, first)]
+    if kinds[0] != kinds[1]:
+        raise SourceError(
+            f"{where} has {kinds[0]}, and the first batch {kinds[1]}; give batches of one kind, each with labels"
+        )
+
+
+def _kind(labels: Tensor | None) -> str:
+    if labels is None:
+        return "no labels"
+    return "labels of floats" if labels.is_floating_point() else "labels of whole numbers"
+
+
+def _are_labels(value: Any) -> bool:
+    """Whether the last part of a batch holds labels: a tensor, an array, or a list of numbers."""
+    numbers = isinstance(value, list | tuple) and value and all(isinstance(x, int | float | np.generic) for x in value)
+    return bool(numbers) or isinstance(value, Tensor | np.ndarray)
+
+
+def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:
+    item = {key: _from_numbers(value, where) if key in TOKENIZED else value for key, value in item.items()}
+    key = next((key for key in LABELS if key in item), None)
+    labels = item.pop(key) if key else None
+    ids = item.get("input_ids")
+    if not shift or not isinstance(ids, Tensor):
+        return Batch((), item, labels)
+    if ids.dim() != 2:
+        raise SourceError(f"{where}: input_ids have shape {list(ids.shape)}; give [sequences, tokens] in each batch")
+    if labels is None:
+        mask = item.get("attention_mask")
+        labels = ids if not isinstance(mask, Tensor) or mask.shape != ids.shape else ids.masked_fill(mask == 0, IGNORED)
+    labels = check_labels(labels, where, len(ids))
+    if labels.shape == ids.shape:
+        labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
+    return Batch((), item, labels)
+
+
+def _from_numbers(value: Any, where: str) -> Any:
+    """Return an array, or lists of numbers as tokenizers return them, as a tensor; anything else as it is."""
+    if isinstance(value, np.ndarray):
+        return from_array(value, where)
+    inner = value
+    while isinstance(inner, list) and inner:
+        inner = inner[0]
+    if not isinstance(value, list) or not isinstance(inner, int | float):
+        return value
+    try:
+        return torch.tensor(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        problem = f"{where}: lists of numbers are no tensor: {first_line(error)}"
+        raise SourceError(f"{problem}; pad them to one length") from error
+
+
+def _describe(item: Any) -> str:
+    if isinstance(item, tuple | list):
+        return f"a {type(item).__name__} of {', '.join(type(part).__name__ for part in item[:3]) or 'nothing'}"
+    return f"a {type(item).__name__}"
