@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import Decision, Example
 from regrow.operations import Tracer
 from regrow.tracing.decisions import OutputError
+from regrow.tracing.interception import as_exporting
 from regrow.tracing.meta_copy import fake_example, meta_copy
 from regrow.tracing.model_state import describe_state, preserve_state
 from regrow.tracing.nodes import shapes_of
@@ -179,22 +180,6 @@ def _dry(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
 
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 """Types that an example may have besides tensors."""
-
-
-@contextmanager
-def as_exporting() -> Iterator[None]:
-    """Context manager in which ``torch.compiler.is_compiling`` and ``is_exporting`` return true."""
-    before = {name: getattr(torch.compiler, name) for name in _ASKED}
-    try:
-        for name in _ASKED:
-            setattr(torch.compiler, name, True)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(torch.compiler, name, value)
-
-
-_ASKED = ("_is_compiling_flag", "_is_exporting_flag")
 
 
 def _exported(model: nn.Module, example: Example) -> Capture:

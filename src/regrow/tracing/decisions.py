@@ -9,7 +9,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from regrow.tracing.fixed_results import is_floating
-from regrow.tracing.model_state import contents_of, find_tensors
+from regrow.tracing.model_state import find_tensors
+from regrow.tracing.reachable import contents_of
 
 
 class OutputError(TypeError):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -58,3 +59,19 @@ def follow_modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[st
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def as_exporting() -> Iterator[None]:
+    """Context manager in which ``torch.compiler.is_compiling`` and ``is_exporting`` return true."""
+    before = {name: getattr(torch.compiler, name) for name in _ASKED}
+    try:
+        for name in _ASKED:
+            setattr(torch.compiler, name, True)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(torch.compiler, name, value)
+
+
+_ASKED = ("_is_compiling_flag", "_is_exporting_flag")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.tracing.block_numbers import FIRST
-from regrow.tracing.model_state import is_plain_object
+from regrow.tracing.reachable import is_plain_object
 
 Numbers = Mapping[nn.Module, Mapping[str, int]]
 """Module → the attributes that number it."""

@@ -21,7 +21,8 @@ from regrow.tracing.meta_copy import fake_example, meta_copy
 from regrow.tracing.nodes import op_name, shapes_of
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import calls, first_difference, operations
-from regrow.tracing.trial import Resizing, classes_of, deep_cuts, record_resized
+from regrow.tracing.trial import Resizing, classes_of, record_resized
+from regrow.tracing.trial_sizes import deep_cuts
 from regrow.tracing.walk import walk
 
 REASON = "what the network does with it depends on the batch size or length of the input"

@@ -1,9 +1,8 @@
 """Trial cuts: run a resized copy of the network on fake data, and freeze the axes whose cut does not run as planned."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import lcm
 from typing import Any
 
 import torch
@@ -12,11 +11,13 @@ from torch import nn
 from regrow.axes import Axis, AxisGraph, Mark, size_of
 from regrow.plan import PlanError
 from regrow.tracing.attributes import get_attribute, set_attribute
-from regrow.tracing.capture import Capture, TraceError, as_exporting, capture, evaluating, in_training, quiet
+from regrow.tracing.capture import Capture, TraceError, capture, evaluating, in_training, quiet
+from regrow.tracing.interception import as_exporting
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy, without_numbers
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.source_lines import Line, format_line, line_of, line_raised, parting_line
 from regrow.tracing.steps import FIRST_RUN, Difference, difference, first_difference, operations, refold_steps
+from regrow.tracing.trial_sizes import cut_sizes
 
 
 def freeze_failing(model: nn.Module, axes: AxisGraph, trained: Capture | None = None) -> AxisGraph:
@@ -119,45 +120,15 @@ def _problem(model: nn.Module, axes: AxisGraph, trained: Capture | None, cut: li
     The first axis loses one unit, the next two, then three: if the network's code uses the size of one axis for
     another, they must not shrink alike.
     """
-    sizes = _cut_sizes(axes, cut)
+    sizes = cut_sizes(axes, cut)
     if any(size < 1 for size in sizes.values()):
         return "it cannot lose what an axis of the same count must lose with it"
     return trial_error(model, axes, sizes, trained)
 
 
-def deep_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
-    """Return the sizes of a trial in which some axes keep as few units as they may, two or more.
-
-    Args:
-        axes: The network's axes.
-        cut: The axes that lose units.
-    """
-    sizes = axes.sizes()
-    groups: dict[str, list[Axis]] = {}
-    for axis in cut:
-        groups.setdefault(axis.count or axis.key, []).append(axis)
-    for members in groups.values():
-        steps = min((axis.size - max(axis.least, 2)) // _step(axis, axes) for axis in members)
-        sizes |= {axis.key: axis.size - max(steps, 0) * _step(axis, axes) for axis in members}
-    return sizes
-
-
-def _cut_sizes(axes: AxisGraph, cut: list[Axis]) -> dict[str, int]:
-    """Return the sizes of a trial in which some axes lose a few units."""
-    sizes = axes.sizes()
-    turns: dict[str, int] = {}
-    for axis in cut:
-        members = [other for other in axes if other.count == axis.count] if axis.count else [axis]
-        many = 1 + turns.setdefault(axis.count or axis.key, len(turns)) % 3
-        if any(other.size - many * _step(other, axes) < max(other.least, 1) for other in members):
-            many = 1
-        sizes[axis.key] = axis.size - many * _step(axis, axes)
-    return sizes
-
-
 def _cut_line(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> Line | None:
     """Return the line of the network's code that makes a trial cut fail, if one is there."""
-    to = Resizing(_cut_sizes(axes, cut))
+    to = Resizing(cut_sizes(axes, cut))
     try:
         deviation = difference(axes.steps, record_resized(model, axes, to), to.sizes)
     except (TraceError, RuntimeError):
@@ -312,13 +283,6 @@ def _refusal(error: TraceError) -> str:
     cause = error.__cause__ or error
     line = next((line for line in str(cause).strip().splitlines() if line.strip()), type(cause).__name__)
     return f"the network does not run at that size: {line.strip()[:200]}"
-
-
-def _step(axis: Axis, axes: AxisGraph) -> int:
-    """Return how many units an axis loses at least, so that its size and those of its group stay valid."""
-    if not axis.count:
-        return axis.multiple
-    return lcm(*(other.times * other.multiple for other in axes if other.count == axis.count)) // axis.times
 
 
 def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, torch._subclasses.FakeTensorMode]:
