@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from cli.conftest import Run
 from regrow import nets
 from regrow.cli.runs import RunPage
-from regrow.commands import prune, recovery_memory
+from regrow.commands import cutting, recovery_memory
 from regrow.errors import InputError
 from regrow.nets.weight_files import WeightFile, check_unchanged
 from regrow.streaming import checkpoint, requirements
@@ -202,13 +202,13 @@ def test_weights_that_a_recovery_would_read_again_are_compared(
 ) -> None:
     shutil.copytree(tiny_language_model, "model")
     assert regrow("prune", "model", *SOURCE, "--out", "untouched")[0] == 0
-    true = prune.apply
+    true = cutting.apply
 
     def late(*given: object) -> object:
         replaced(Path("model", NAME))
         return true(*given)
 
-    monkeypatch.setattr(prune, "apply", late)
+    monkeypatch.setattr(cutting, "apply", late)
     code, _, err = regrow("prune", "model", *SOURCE, "--out", "out")  # what is in memory is that of one version
     assert code == 0 and Path("out", NAME).read_bytes() == Path("untouched", NAME).read_bytes(), err
     shutil.rmtree("model")

@@ -191,7 +191,6 @@ def commit(
         after = prove(_after(axes, plan, lays, ready.sizes, done))
     except BaseException:
         before.restore()
-        recompute_weights(model)
         raise
     remember(dict(model.named_parameters()))
     release_pages(one.old for one in exchanged)

@@ -10,6 +10,7 @@ from regrow.axes import AxisGraph, Example
 from regrow.plan import PlanError
 from regrow.tracing.capture import Capture, TraceError, capture, first_line
 from regrow.tracing.meta_copy import cast_example
+from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import compare_with_recording
 
 
@@ -33,16 +34,30 @@ def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
         return replace(axes, unproven="the network or its example has no numbers")
     example = cast_example(axes.example, model)
     if axes.decisions is not None:
-        try:
-            recorded = capture(model, example, ())
-        except TraceError as error:
-            raise NotAsRecordedError(f"the plan cannot be carried out: {error}") from error
+        recorded = record_run(model, example)
     elif axes.recording is not None:
         recorded = axes.recording.capture
     else:
         return axes  # declared axes: the network itself was run
     check_recording(model, recorded, example)
     return replace(axes, unproven="")
+
+
+def record_run(model: nn.Module, example: Example) -> Capture:
+    """Return a recording of a changed network in which data decide which operations run.
+
+    Args:
+        model: The changed network; its state is restored.
+        example: The input.
+
+    Raises:
+        NotAsRecordedError: If it cannot be recorded.
+    """
+    try:
+        with preserve_state(model, entries=True):
+            return capture(model, example, ())
+    except TraceError as error:
+        raise NotAsRecordedError(f"the plan cannot be carried out: {error}") from error
 
 
 def check_recording(model: nn.Module, recorded: Capture, example: Example) -> None:

@@ -11,12 +11,12 @@ from regrow.axes import AxisGraph, Example
 from regrow.plan import Plan
 from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, commit, prepare, resizing
-from regrow.surgery.forward_check import check_recording, is_numberless
+from regrow.surgery.forward_check import check_recording, is_numberless, record_run
 from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude, record_planned, run_pair
 from regrow.surgery.proposed_change import RELATIVE_BOUND
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import Decisions, run_whole_pair, shallow_copy
-from regrow.tracing.capture import Capture, capture
+from regrow.tracing.capture import Capture
 from regrow.tracing.readings import Readings, inputs, readings
 from regrow.tracing.steps import difference, refold_steps
 from regrow.tracing.trial import Resizing
@@ -215,7 +215,7 @@ class _Runs:
             return ""  # the cut network itself was run
 
         def check(after: AxisGraph) -> AxisGraph:
-            recorded = capture(model, self.example, ()) if self.planned is None else self.planned[1]
+            recorded = record_run(model, self.example) if self.planned is None else self.planned[1]
             check_recording(model, recorded, self.example)
             raise _Checked
 

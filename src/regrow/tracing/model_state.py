@@ -140,37 +140,27 @@ def preserve_state(model: nn.Module, outside: bool = False, entries: bool = Fals
         outside: Whether to leave out what only the network itself holds, as for a copy that is thrown away.
         entries: Whether to restore the values of buffers and other tensors too (not those of parameters).
     """
-    active = _PRESERVED.get()
-    known = active if active is not None and (outside or active.model is model) else None
-    preserved = known or _Preserved(model, Reachable(inside=not outside), entries)
-    token = _PRESERVED.set(preserved if entries else active)
+    known = _REACHED.get() if outside else None
+    reached = known or Reachable(inside=not outside)
+    if known is None:
+        reached.visit(model)
+    plain = [x for x in reached.tensors if entries and not isinstance(x, nn.Parameter) and not x.is_meta]
+    saved = [(x, x._version, x.detach().clone()) for x in plain]
+    token = _REACHED.set(reached)
     try:
         with torch.random.fork_rng(devices=()):
             yield
     finally:
-        _PRESERVED.reset(token)
-        preserved.restore()
-
-
-class _Preserved:
-    """A network's state when it was visited. Runs inside that preserve it too restore it without another visit."""
-
-    def __init__(self, model: nn.Module, places: "Reachable", entries: bool) -> None:
-        self.model, self.places = model, places
-        places.visit(model)
-        plain = [x for x in places.tensors if entries and not isinstance(x, nn.Parameter) and not x.is_meta]
-        self.saved = [(x, x._version, x.detach().clone()) for x in plain]
-
-    def restore(self) -> None:
-        self.places.restore()
+        _REACHED.reset(token)
+        reached.restore(inside=not outside)
         with torch.no_grad():
-            for i, (tensor, version, old) in enumerate(self.saved):
+            for tensor, version, old in saved:
                 if tensor._version != version:
                     tensor.detach().copy_(old)
-                    self.saved[i] = (tensor, tensor._version, old)
 
 
-_PRESERVED: ContextVar[_Preserved | None] = ContextVar("preserved", default=None)
+_REACHED: ContextVar[Reachable | None] = ContextVar("reached", default=None)
+"""What a network reaches whose state is preserved: its copies reach the same outside of themselves."""
 
 
 class Snapshot:

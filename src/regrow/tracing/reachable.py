@@ -29,6 +29,7 @@ class Reachable:
     seen: set[int] = field(default_factory=set)
     tensors: list[Tensor] = field(default_factory=list)
     containers: list[tuple[Any, Any]] = field(default_factory=list)
+    attributes: list[tuple[Any, Any]] = field(default_factory=list)
     cells: list[tuple[CellType, Any]] = field(default_factory=list)
     classes: list[tuple[type, dict[str, Any]]] = field(default_factory=list)
     caches: list[tuple[Any, int]] = field(default_factory=list)
@@ -46,15 +47,15 @@ class Reachable:
     def is_unchanged(self) -> bool:
         """Whether everything that was visited still has its contents."""
         return (
-            all(_holds(container, old) for container, old in self.containers)
+            all(_holds(container, old) for container, old in (*self.containers, *self.attributes))
             and all(contents_of(cell) is value for cell, value in self.cells)
             and all(_holds(_attributes(kind), [*old.items()]) for kind, old in self.classes)
             and all(cache.cache_info().currsize == size for cache, size in self.caches)
         )
 
-    def restore(self) -> None:
-        """Restore everything that has changed."""
-        for container, old in self.containers:
+    def restore(self, inside: bool = True) -> None:
+        """Restore everything that has changed; ``inside``: attributes of objects, too."""
+        for container, old in (*self.containers, *(self.attributes if inside else ())):
             _refill(container, old)
         for cell, value in self.cells:
             if value is _UNSET and contents_of(cell) is not _UNSET:
@@ -89,11 +90,12 @@ class Reachable:
             self.caches.append((one, one.cache_info().currsize))
         elif isinstance(one, nn.Module) or is_plain_object(one):
             yield from self._of_class(type(one)) if self.code else ()
-            yield from self._of_container(vars(one), self.inside)
+            if self.inside:
+                self.attributes.append((vars(one), _contained(vars(one))))
+            yield from vars(one).values()
 
-    def _of_container(self, container: Any, note: bool = True) -> Iterator[Any]:
-        if note:
-            self.containers.append((container, _contained(container)))
+    def _of_container(self, container: Any) -> Iterator[Any]:
+        self.containers.append((container, _contained(container)))
         yield from dict.values(container) if isinstance(container, dict) else container
 
     def _of_function(self, function: FunctionType) -> Iterator[Any]:
