@@ -70,6 +70,19 @@ def test_a_block_that_is_cut_wrongly_is_found_and_nothing_is_left(folder, source
     assert not any((tmp_path / "streamed").iterdir())
 
 
+def test_a_network_that_runs_otherwise_than_it_is_recorded_is_refused(folder, sources, tmp_path, monkeypatch):
+    """It is recorded on fake tensors; only its own forward pass shows what it does to real ones."""
+    _, _, opened, plan = whole_and_streamed(folder, None, sources)
+    kind = type(next(m for path, m in opened.loaded.model.named_modules() if path.endswith(".mlp")))
+    forward = kind.forward
+    monkeypatch.setattr(
+        kind, "forward", lambda module, x: forward(module, x.flip(-1) if type(x) is torch.Tensor else x)
+    )
+    with pytest.raises(PlanError, match="from what was recorded"):
+        propose_cut(open_network(str(folder)), plan).write(tmp_path / "streamed")
+    assert not (tmp_path / "streamed" / store.SHAPES).exists()
+
+
 def test_plans_that_grow_are_refused(folder):
     opened = open_network(str(folder))
     with pytest.raises(PlanError, match="only cuts"):

@@ -18,6 +18,7 @@ from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
 from regrow.streaming.checkpoint import Checkpoint
+from regrow.streaming.forward_check import check_streamed_run
 from regrow.streaming.network import StreamedBlock, StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork
 from regrow.streaming.weights import StoredWeights
@@ -28,7 +29,7 @@ from regrow.surgery.output_comparison import Deviation
 from regrow.surgery.proof import changed_blocks, check_block
 from regrow.surgery.proposed_change import ProposedChange
 from regrow.tracing.blocks import GraphBlock
-from regrow.tracing.meta_copy import copy_model
+from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.steps import restate_steps
 
 
@@ -55,7 +56,8 @@ class StreamedCut:
 
         Args:
             folder: The folder of the model.
-            proof: Whether every changed block is compared with the masked one in float64.
+            proof: Whether every changed block is compared with the masked one in float64, and the cut network's own
+                forward pass with its recording.
             progress: Called with (blocks done, blocks in all, what is being done).
             ranks: The processes that share the blocks; this one is rank 0, and the others call :meth:`share`.
 
@@ -75,7 +77,11 @@ class StreamedCut:
 
         @contextmanager
         def running(place: Path) -> Iterator[nn.Module]:
-            with self.network(place).on_demand() as model:
+            network, change = self.network(place), self.change
+            if proof:
+                example = cast_example(change.axes.example, change.model)
+                check_streamed_run(network, change.planned, change.recording.blocks, example)
+            with network.on_demand() as model:
                 yield model
 
         outside = OutsideTensors(each, running, self._is_aligned(), ahead=self.opened.network().largest_block)
