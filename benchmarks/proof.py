@@ -5,9 +5,10 @@
 Each measurement runs in a process of its own with one thread; the fastest of several counts. ResNet-50 (random weights,
 224 × 224) and Llama-3.2-1B's sizes (1.24 billion parameters, random weights, float32) lose half of each axis whose cut
 is exact, as in speed.py, and for the Llama also half of its MLP neurons alone; SmolLM2-135M keeps an irregular plan, a
-random share of each MLP and of some groups of heads. The share is that of comparing numbers in float64; recording the
-network at its planned size is not part of it, for that was done before too. ``--source FOLDER`` measures the package of
-another checkout in the same run (it has no proof, so no share).
+random share of each MLP and of some groups of heads. The share is that of comparing numbers in float64. It holds no
+recording of the network at its planned size, which was made before too, and no forward pass: ``trace`` and ``apply``
+compare the network's own (``forward_cpu_s`` before the cut) with its recording. ``--source FOLDER`` measures the package
+of another checkout in the same run.
 
 Memory is the most that a process held (``ru_maxrss``) while it verified a Llama of half a billion parameters in
 bfloat16, above what it held once the model was built, and in all.
@@ -76,7 +77,13 @@ def applying(job: str, saved: Path) -> apart.Row:
     from regrow.store import load, save
 
     model, kwargs, args, loading = opened(job)
+    begun = time.process_time()
     axes = trace(model, *args, **kwargs)
+    tracing, traced = time.process_time() - begun, apart.peak()
+    begun = time.process_time()
+    with torch.no_grad():
+        model(*args, **kwargs)
+    forward = time.process_time() - begun
     plan = plan_of(job, model, axes)
     proof = [0.0, 0.0]
     module = sys.modules[apply.__module__]
@@ -100,6 +107,7 @@ def applying(job: str, saved: Path) -> apart.Row:
         "proof_cpu_s": round(proof[1], 2),
         "peak_mib": apart.peak(),
     }
+    row |= {"trace_cpu_s": round(tracing, 2), "forward_cpu_s": round(forward, 2), "traced_mib": traced}
     row["share"] = round(proof[1] / row["cpu_s"], 3)
     if job == "smollm2-135m":
         save(model, saved)
