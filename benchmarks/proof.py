@@ -6,9 +6,9 @@ Each measurement runs in a process of its own with one thread; the fastest of se
 224 × 224) and Llama-3.2-1B's sizes (1.24 billion parameters, random weights, float32) lose half of each axis whose cut
 is exact, as in speed.py, and for the Llama also half of its MLP neurons alone; SmolLM2-135M keeps an irregular plan, a
 random share of each MLP and of some groups of heads. The share is that of comparing numbers in float64. It holds no
-recording of the network at its planned size, which was made before too, and no forward pass: ``trace`` and ``apply``
-compare the network's own (``forward_cpu_s`` before the cut) with its recording. ``--source FOLDER`` measures the package
-of another checkout in the same run.
+recording of the network at its planned size, which was made before too, and no forward pass: ``trace``, ``apply``
+compare the network's own (``forward_cpu_s`` before the cut) with its recording. ``--source FOLDER`` measures another
+checkout's package in the same run.
 
 Memory is the most that a process held (``ru_maxrss``) while it verified a Llama of half a billion parameters in
 bfloat16, above what it held once the model was built, and in all.

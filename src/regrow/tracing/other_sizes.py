@@ -178,19 +178,23 @@ def _fits(
         if dims is None or shape is None or other is None:
             continue
         if len(shape) != len(other) or not all(
-            (old == new if same_input else True) if not {*axes_in(dim)} else _fits_dim(dim, old, new, sizes, new_sizes)
+            _fits_dim(dim, old, new, sizes, new_sizes, same_input)
             for dim, old, new in zip(dims, shape, other, strict=True)
         ):
             return False
     return True
 
 
-def _fits_dim(dim: Dim, old: int, new: int, sizes: Mapping[str, int], new_sizes: Mapping[str, int]) -> bool:
+def _fits_dim(
+    dim: Dim, old: int, new: int, sizes: Mapping[str, int], new_sizes: Mapping[str, int], same_input: bool
+) -> bool:
+    if not {*axes_in(dim)}:
+        return old == new or not same_input
     if not isinstance(dim, Product):
         return new == size_of(dim, new_sizes)
     parts = [part for part in dim.parts if {*axes_in(part)}]  # the others may be sizes of the input
     units, new_units = (prod(size_of(part, sized) for part in parts) for sized in (sizes, new_sizes))
-    return not (old % units or new % new_units)
+    return new * units == old * new_units if same_input else not (old % units or new % new_units)
 
 
 def _shapes(example: Example) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from regrow.axes import Example
 from regrow.tracing.capture import Capture, evaluating, quiet
 from regrow.tracing.decisions import output_tensors
-from regrow.tracing.effects import Effects
+from regrow.tracing.effects import Effects, writes
 from regrow.tracing.interception import follow_modules
 from regrow.tracing.model_state import describe_state, preserve_state, state_of
 from regrow.tracing.nodes import module_of, op_name
@@ -44,7 +44,7 @@ def compare_with_recording(model: nn.Module, recorded: Capture, example: Example
         recorded: Its recording.
         example: The input to run on, with the shapes of the recording.
     """
-    written = Effects(recorded).writers
+    written = Effects(recorded).writers if any(map(writes, recorded.graph.nodes)) else {}
     names = [recorded.states[node] for node in written if node in recorded.states]
     with preserve_state(model, entries=True), _preserve_parameters(model, names):
         before = describe_state(model)
