@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from math import inf
 from typing import Any
 
 import torch
@@ -75,3 +77,21 @@ def as_exporting() -> Iterator[None]:
 
 
 _ASKED = ("_is_compiling_flag", "_is_exporting_flag")
+
+
+most_calls: ContextVar[float] = ContextVar("most_calls", default=inf)
+"""The most operations that a recording may have."""
+
+
+@contextmanager
+def limit_calls(most: int) -> Iterator[None]:
+    """Context manager in which a recording fails that has more than so many operations.
+
+    Args:
+        most: The most operations.
+    """
+    token = most_calls.set(most)
+    try:
+        yield
+    finally:
+        most_calls.reset(token)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from regrow.axes import Axis, AxisGraph, Dim, Example, Mark, Product, axes_in, size_of
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.graph import assemble
+from regrow.tracing.interception import limit_calls
 from regrow.tracing.meta_copy import fake_example, meta_copy
 from regrow.tracing.nodes import op_name, shapes_of
 from regrow.tracing.rules import POINTWISE, RULES
@@ -30,6 +31,10 @@ REASON = "what the network does with it depends on the batch size or length of t
 
 NARROW = 8
 """Axes of fewer units (of heads, mostly) are not taken for the width with which a length is compared."""
+
+
+LONGER = 3
+"""How many times the operations of the traced example another one may run."""
 
 
 def freeze_by_size(model: nn.Module, axes: AxisGraph, examples: Sequence[Example] = ()) -> AxisGraph:
@@ -55,9 +60,10 @@ def freeze_by_size(model: nn.Module, axes: AxisGraph, examples: Sequence[Example
 
 
 def _record(model: nn.Module, axes: AxisGraph, example: Example) -> Capture:
-    """Record the network on an example, on fake tensors."""
+    """Record the network on an example, on fake tensors, unless it runs many more operations (one per token) there."""
     copy, mode = meta_copy(model, {})
-    return capture(copy, fake_example(example, mode), tracer=axes.tracer)
+    with limit_calls(LONGER * len(axes.recording.capture.graph.nodes)):
+        return capture(copy, fake_example(example, mode), tracer=axes.tracer)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from regrow.tracing.decisions import DivergedError, compared_operands, decision,
 from regrow.tracing.fixed_results import ORDERS, cast_answer, is_floating, reorder
 from regrow.tracing.form_cache import remember_result
 from regrow.tracing.forms import infer_result, map_arguments
-from regrow.tracing.interception import SpellOut, follow_modules
+from regrow.tracing.interception import SpellOut, follow_modules, most_calls
 from regrow.tracing.model_state import describe_state
 from regrow.tracing.repeated_calls import RepeatedCalls
 from regrow.tracing.source_lines import LINE, line_here
@@ -252,6 +252,8 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def _add(self, target: Any, args: Any, kwargs: Any) -> Node:
         graph = self.seen.graph
+        if len(self.calls) >= most_calls.get():
+            raise RuntimeError(f"it runs more than {len(self.calls)} operations")
         if target not in self.labels:
             self.labels[target] = graph._target_to_str(target)
         node = graph.create_node("call_function", target, args, kwargs, self.labels[target])
