@@ -1,6 +1,7 @@
 """What the network's own forward pass may change, and what a comparison with it must see or allow."""
 
 import copy
+from itertools import count
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from regrow.axes import Example
 from regrow.operations import Tracer
 from regrow.plan import PlanError
 from regrow.tracing.capture import TraceError, capture
-from regrow.tracing.own_run import compare_with_recording
+from regrow.tracing.own_run import Comparison, compare_with_recording
 from zoo import Wired, randomise
 
 X = torch.randn(3, 4)
+CALLS = count()
 
 
 def mlp(wire: object = None) -> Wired:
@@ -65,6 +67,12 @@ def test_random_operations_get_the_same_numbers() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_network_that_changes_from_run_to_run_is_unproven() -> None:
+    net = mlp(lambda m, x: m.two(m.one(x).relu()) + next(CALLS))
+    axes = trace(net, X)
+    assert "other outputs" in axes.unproven
+
+
 def test_a_network_without_numbers_is_unproven() -> None:
     net = mlp().to("meta")
     axes = trace(net, X.to("meta"))
@@ -100,13 +108,13 @@ def test_rounding_of_other_kernels_is_none() -> None:
     other = copy.deepcopy(net)
     with torch.no_grad():
         other.two.weight.mul_(1 + 1e-3)
-    assert not compare_with_recording(net, recorded, Example((X,)))
+    assert compare_with_recording(net, recorded, Example((X,))) == Comparison()
     true = nn.functional.linear
     try:
         nn.functional.linear = lambda x, w, b=None: (x.double() @ w.double().T + b.double()).to(x.dtype)
-        assert not compare_with_recording(net, recorded, Example((X,)))
+        assert compare_with_recording(net, recorded, Example((X,))) == Comparison()
         nn.functional.linear = lambda x, w, b=None: true(x, w, b) * (1 + 1e-5)
-        assert "outputs differ by" in compare_with_recording(net, recorded, Example((X,)))
+        assert "outputs differ by" in compare_with_recording(net, recorded, Example((X,))).problem
     finally:
         nn.functional.linear = true
 

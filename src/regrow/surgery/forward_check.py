@@ -39,8 +39,7 @@ def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
         recorded = axes.recording.capture
     else:
         return axes  # declared axes: the network itself was run
-    check_recording(model, recorded, example)
-    return replace(axes, unproven="")
+    return replace(axes, unproven=check_recording(model, recorded, example))
 
 
 def record_run(model: nn.Module, example: Example) -> Capture:
@@ -60,23 +59,27 @@ def record_run(model: nn.Module, example: Example) -> Capture:
         raise NotAsRecordedError(f"the plan cannot be carried out: {error}") from error
 
 
-def check_recording(model: nn.Module, recorded: Capture, example: Example) -> None:
-    """Raise ``NotAsRecordedError`` unless a changed network's own forward pass gives what its recording does.
+def check_recording(model: nn.Module, recorded: Capture, example: Example) -> str:
+    """Compare a changed network's own forward pass with its recording; return why that could not be done, or ``""``.
 
     Args:
         model: The changed network; its state is restored.
         recorded: Its recording.
         example: The input of both.
+
+    Raises:
+        NotAsRecordedError: If it does not run, or computes something else.
     """
     try:
-        problem = compare_with_recording(model, recorded, example)
+        result = compare_with_recording(model, recorded, example)
     except Exception as error:
         problem = f"the network does not run: {first_line(error)}"
         raise NotAsRecordedError(f"the plan cannot be carried out: {problem}; plan other sizes") from error
-    if problem:
+    if result.problem:
         raise NotAsRecordedError(
-            f"the plan cannot be carried out: {problem}; leave the axes of that module out of the plan"
+            f"the plan cannot be carried out: {result.problem}; leave the axes of that module out of the plan"
         )
+    return result.unproven
 
 
 def is_numberless(model: nn.Module, axes: AxisGraph) -> bool:

@@ -216,12 +216,13 @@ class _Runs:
 
         def check(after: AxisGraph) -> AxisGraph:
             recorded = record_run(model, self.example) if self.planned is None else self.planned[1]
-            check_recording(model, recorded, self.example)
+            unproven.append(check_recording(model, recorded, self.example))
             raise _Checked
 
+        unproven: list[str] = []
         with suppress(_Checked):
             commit(model, axes, plan, prepare(model, axes, plan), prove=check)
-        return ""
+        return unproven[0]
 
     def _present(self, to: Resizing, planned: Capture) -> Readings:
         """Return the recording that the axes have, if the planned network shows that it still holds, or a new one."""

@@ -108,29 +108,28 @@ def _recorded(model: nn.Module, example: Example) -> tuple[Capture, str]:
     if not holds_numbers(model, example):
         return recorded, "the network or its example has no numbers"
     try:
-        _compare(model, recorded, example)
+        return recorded, _compare(model, recorded, example)
     except TraceError:
         for tracer in (Tracer.FULL, Tracer.PLAIN) if recorded.tracer == Tracer.COPY else ():
             recorded = capture(model, example, tracer=tracer)
             with suppress(TraceError):
-                _compare(model, recorded, example)
-                return recorded, ""
+                return recorded, _compare(model, recorded, example)
         raise
-    return recorded, ""
 
 
-def _compare(model: nn.Module, recorded: Capture, example: Example) -> None:
-    """Raise TraceError unless the network's own forward pass gives what its recording does."""
+def _compare(model: nn.Module, recorded: Capture, example: Example) -> str:
+    """Raise TraceError unless the network's own forward pass gives what its recording does; return what is unproven."""
     name = type(model).__name__
     try:
-        problem = compare_with_recording(model, recorded, example)
+        result = compare_with_recording(model, recorded, example)
     except Exception as error:
         raise TraceError(
             f"{name} does not run on the example input: {first_line(error)}. "
             "Give an input of the shape and type that its forward takes"
         ) from error
-    if problem:
+    if result.problem:
         raise TraceError(
-            f"{name} does not run as it is recorded: {problem}; remove what its code asks of the mode (export, "
+            f"{name} does not run as it is recorded: {result.problem}; remove what its code asks of the mode (export, "
             "gradients, types of tensors) or of hidden state"
         )
+    return result.unproven

@@ -6,6 +6,7 @@ asks for any of this, or for state that nobody compares, runs otherwise when use
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -32,8 +33,21 @@ ROUNDING = 64
 """The largest difference that counts as rounding, in units in the last place of the largest output."""
 
 
-def compare_with_recording(model: nn.Module, recorded: Capture, example: Example) -> str:
-    """Run a network itself, and its recording; return how their outputs differ, empty if they do not.
+@dataclass(frozen=True)
+class Comparison:
+    """The result of running a network itself and its recording.
+
+    Args:
+        problem: How their outputs differ; empty if they do not.
+        unproven: Why they could not be compared; empty if they were.
+    """
+
+    problem: str = ""
+    unproven: str = ""
+
+
+def compare_with_recording(model: nn.Module, recorded: Capture, example: Example) -> Comparison:
+    """Run a network itself, and its recording, and compare their outputs.
 
     Both run without gradients in evaluation mode, with the same random numbers. Outputs that are not equal bit for bit
     may differ by three times the rounding of the recording, and not in float64. In float64 one tensor at a time is in
@@ -46,49 +60,45 @@ def compare_with_recording(model: nn.Module, recorded: Capture, example: Example
     """
     written = Effects(recorded).writers if any(map(writes, recorded.graph.nodes)) else {}
     names = [recorded.states[node] for node in written if node in recorded.states]
-    with preserve_state(model, entries=True), _preserve_parameters(model, names):
+    with _preserve_parameters(model, names):
         before = describe_state(model)
         with preserve_state(model, entries=True):
             outputs = _run(model, example)
             caches = describe_state(model) != before
-        if caches:  # the second run is what is recorded, and what the first one cached stays for it
-            _run(model, example)
-            outputs = run_network(model, example)
-        return _compare(model, recorded, example, written, outputs)
+        if not caches:
+            return _compare(model, recorded, example, written, outputs)
+        with preserve_state(model, entries=True):
+            _run(model, example)  # the second run is what is recorded, and what this one cached stays for it
+            return _compare(model, recorded, example, written, run_network(model, example))
 
 
 def _compare(
     model: nn.Module, recorded: Capture, example: Example, written: Container[Node], outputs: list[Tensor]
-) -> str:
+) -> Comparison:
     if recorded.decisions is not None:
-        return _compare_decided(model, recorded, example, outputs)
-    replayed = _replay(model, recorded, example, written)
-    if is_equal(outputs, replayed):
-        return ""
-    exact = _replay(model, recorded, example, written, double=True)
-    distance, largest = measure_distance(outputs, replayed)
-    rounding, _ = measure_distance([x.double() for x in replayed], [x.double() for x in exact])
-    if distance <= max(3 * rounding, BOUND * largest):
-        distance, largest = measure_distance(run_network(model, example, double=True), exact)
-        if distance <= BOUND * largest:
-            return ""
-    if not is_equal(outputs, run_network(model, example)):
-        return ""  # a network whose output changes from run to run cannot be compared
-    where = _first_difference(model, recorded, example, written)
-    return f"its outputs differ by {distance:.1e} of {largest:.1e} from what was recorded{where}"
-
-
-def _compare_decided(model: nn.Module, recorded: Capture, example: Example, outputs: list[Tensor]) -> str:
-    """Compare outputs with those of a recorded run on real tensors, in which data decided what ran.
-
-    Other kernels may have run under the recorder, so rounding is allowed: in float64 another decision could be taken.
-    """
-    real = [x for x in outputs if x.is_floating_point()]
-    distance, largest = measure_distance(real, recorded.values[: len(real)])
-    rounding = max((ROUNDING * torch.finfo(x.dtype).eps for x in real), default=0.0)
-    if distance <= rounding * largest or not is_equal(outputs, run_network(model, example)):
-        return ""
-    return f"its outputs differ by {distance:.1e} of {largest:.1e} from those of the recorded run"
+        # Other kernels may have run under the recorder, and in float64 another decision could be taken.
+        outputs, replayed = [x for x in outputs if x.is_floating_point()], [*recorded.values]
+        distance, largest = measure_distance(outputs, replayed[: len(outputs)])
+        if distance <= max((ROUNDING * torch.finfo(x.dtype).eps for x in outputs), default=0.0) * largest:
+            return Comparison()
+        again = [x for x in run_network(model, example) if x.is_floating_point()]
+        where = ""
+    else:
+        replayed = _replay(model, recorded, example, written)
+        if is_equal(outputs, replayed):
+            return Comparison()
+        exact = _replay(model, recorded, example, written, double=True)
+        distance, largest = measure_distance(outputs, replayed)
+        rounding, _ = measure_distance([x.double() for x in replayed], [x.double() for x in exact])
+        if distance <= max(3 * rounding, BOUND * largest):
+            distance, largest = measure_distance(run_network(model, example, double=True), exact)
+            if distance <= BOUND * largest:
+                return Comparison()
+        again = run_network(model, example)
+        where = _first_difference(model, recorded, example, written) if is_equal(outputs, again) else ""
+    if not is_equal(outputs, again):
+        return Comparison(unproven="the network gives other outputs when it runs again")
+    return Comparison(f"its outputs differ by {distance:.1e} of {largest:.1e} from what was recorded{where}")
 
 
 @contextmanager
