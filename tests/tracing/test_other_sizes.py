@@ -1,6 +1,7 @@
 """Branches on a batch size or length that the example does not show: the axes are frozen, or every cut is right."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -98,3 +99,14 @@ def test_verify_compares_on_further_examples() -> None:
     one = verify(net, axes, plan)
     three = verify(net, axes, plan, examples=[Example((torch.randn(4, 9, 7).double(),)), Example((x[:1],))])
     assert one.ok and three.ok and three.positions == one.positions + 4 + 1
+
+
+def test_a_function_that_has_cached_the_example_leaves_axes_free() -> None:
+    @lru_cache
+    def factors(batch: int) -> Tensor:
+        return torch.linspace(0.5, 1.5, batch, dtype=torch.float64)[:, None, None]
+
+    net = network(lambda m, x, h: m.b(h) * factors(len(x)))
+    x = torch.randn(3, 4, 7, dtype=torch.float64)
+    net(x)
+    assert trace(net, x)[KEY].free

@@ -84,14 +84,14 @@ class _Probe:
 
     @cached_property
     def near(self) -> tuple[Example, Capture]:
-        """The traced example and its recording; where its batch or length is below 3, which no cut is, one of 3."""
-        axes, main = self.axes, _main_shape(self.axes.example)
+        """An example as traced, recorded again, since caches may be empty now; a batch or length below 3 becomes 3."""
+        axes, example, main = self.axes, self.axes.example, _main_shape(self.axes.example)
         other = _main_shape(self.example)
         lengths = [d for dims in _lengths(axes) for d in dims if main[d] != other[d]]
         if main[0] < 3 or any(main[d] < 3 for d in lengths):
-            example = _grown(axes.example, main, max(main[0], 3), {d: max(main[d], 3) for d in lengths})
-            with suppress(TraceError):
-                return example, _record(self.model, axes, example)
+            example = _grown(example, main, max(main[0], 3), {d: max(main[d], 3) for d in lengths})
+        with suppress(TraceError):
+            return example, _record(self.model, axes, example)
         return axes.example, axes.recording.capture
 
 
