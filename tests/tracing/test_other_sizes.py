@@ -22,6 +22,13 @@ def width(h: Tensor) -> int:
     return h.shape[-1]
 
 
+def in_batch(h: Tensor) -> Tensor:
+    """Units become a part of the batch; an odd length is padded meanwhile."""
+    rows = h.transpose(1, 2).reshape(-1, h.shape[1])
+    rows = F.pad(rows, (0, 1)) if h.shape[1] % 2 else rows
+    return rows.tanh()[:, : h.shape[1]].reshape(len(h), -1, h.shape[1]).transpose(1, 2)
+
+
 DEPENDENT: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "flip above the width": lambda m, x, h: m.b(h.flip(-1) if x.shape[1] > width(h) else h),
     "factor above the width": lambda m, x, h: m.b(h * 2 if x.shape[1] > width(h) else h),
@@ -48,6 +55,7 @@ INDEPENDENT: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "a fixed length": lambda m, x, h: m.b(h * 2 if x.shape[1] > 20 else h),
     "a fixed batch": lambda m, x, h: m.b(h if len(x) < 5 else h * 3),
     "one token": lambda m, x, h: m.b(h if x.shape[1] > 1 else h * 3),
+    "units in the batch": lambda m, x, h: m.b(in_batch(h)),
     "a fixed width": lambda m, x, h: m.b(h * (2 if width(h) > 10 else 1)),
 }
 

@@ -186,8 +186,8 @@ def _fits(
 
 
 def _fits_dim(dim: Dim, old: int, new: int, sizes: Mapping[str, int], new_sizes: Mapping[str, int]) -> bool:
-    if not isinstance(dim, Product):
-        return new == size_of(dim, new_sizes)
+    if not isinstance(dim, Product):  # a batch of 1 may be a factor that the traced example does not show
+        return new * size_of(dim, sizes) == old * size_of(dim, new_sizes)
     parts = [part for part in dim.parts if {*axes_in(part)}]  # the others may be sizes of the input
     units, new_units = (prod(size_of(part, sized) for part in parts) for sized in (sizes, new_sizes))
     return not (old % units or new % new_units)
