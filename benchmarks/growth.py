@@ -23,7 +23,8 @@ from torch import nn
 
 from regrow import apply, trace, verify
 from regrow.axes import Example
-from regrow.commands.growing import GrowthSpec, output_change, outputs_of, plan_growth
+from regrow.commands.forward_outputs import measure_change, outputs_of
+from regrow.commands.growing import GrowthSpec, plan_growth
 from regrow.exporters import torchvision as torchvision_export
 from regrow.exporters import transformers as transformers_export
 from regrow.exporters.written import ExportError
@@ -147,7 +148,7 @@ def row(name: str, amounts: dict[str, str]) -> dict[str, Any]:
     start = time.perf_counter()
     apply(model, axes, plan)
     seconds = time.perf_counter() - start
-    change, size = output_change(before, outputs_of(model, axes.example))
+    change, size = measure_change(before, outputs_of(model, axes.example))
     return {
         "net": name,
         **amounts,

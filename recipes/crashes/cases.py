@@ -12,6 +12,7 @@ from typing import Any
 
 DIGITS = "--source digits --tokens 192 --eval-tokens 64"
 PRUNE = f"prune toys:classifier --method flap --keep 0.6 {DIGITS}"
+GROW = "grow toys:classifier --axis body.0.weight:0=+4 --source digits --eval-tokens 64"
 LEARN = (
     "learn split:digits:2 --model mlp:12-12 --method sparsegrow --epochs 2 --train 200 --test 100 --batch-size 32 "
     "--lr 0.1"
@@ -147,6 +148,8 @@ CASES: dict[str, Case] = {
         (f"{PRUNE} --dry-run ../in/plan.json",),
         read=("regrow",),
     ),
+    "grow": Case(f"{GROW} --out run", "run", read=("regrow",)),
+    "undo": Case("undo ../in/pruned --out net", "net", (f"{PRUNE} --out ../in/pruned",), read=("regrow",)),
     "export transformers": export("transformers", "net", "cut"),
     "export transformers, over another": export("transformers", "net", "cut", over=True),
     "export gguf": export("gguf", "net.gguf", "cut"),

@@ -10,6 +10,7 @@ import torch
 
 from cli.conftest import Run
 from regrow import load
+from regrow.cli.checks import check_folder
 from regrow.errors import InputError, ResourceError
 from regrow.nets import ModelError
 from regrow.nets.devices import choose_device
@@ -17,6 +18,7 @@ from regrow.nets.files import check_config, check_files, check_gguf, check_safet
 from regrow.nets.small import small
 from regrow.settings import evaluate, learn, prune, recover, search
 from regrow.settings.declaration import check_settings, record_settings
+from regrow.store.atomic import atomic_write
 
 LEARN = ("learn", "digits", "--method", "naive", "--model", "mlp:4", "--out", "a/run")
 PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "a/run")
@@ -183,3 +185,15 @@ def test_counts_of_a_gguf_file_that_do_not_fit_it_are_refused(tmp_path: Path) ->
         path.write_bytes(data)
         with pytest.raises(ModelError, match=r"m\.gguf"):
             check_gguf(path, "m.gguf")
+
+
+def test_what_a_killed_check_leaves_is_deleted_by_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", lambda path: None)  # killed before it
+        check_folder(tmp_path / "run")
+    assert len([*tmp_path.iterdir()]) == 1
+    with atomic_write(tmp_path / "run"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

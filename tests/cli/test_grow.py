@@ -1,6 +1,7 @@
 """``regrow grow``: wider models that compute the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,15 @@ def test_the_grown_model_is_trained_on_a_source(regrow: Run, tmp_path: Path) -> 
     ]
     code, out, err = regrow("grow", "toys:classifier", "--channels", "+4", "--on", "digits", "--out", "two")
     assert (code, "add --steps 200" in err) == (2, True)
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_an_error(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deleted(*inputs: object, **options: object) -> RunFolder:
+        folder = run(*inputs, **options)
+        shutil.rmtree(folder.path)
+        return folder
+
+    run = growth.run
+    monkeypatch.setattr(growth, "run", deleted)
+    code, _, err = regrow("grow", "toys:residual", "--mlp", "+4", "--out", "run")
+    assert code == 2 and "run is not a run folder" in err

@@ -1,6 +1,7 @@
 """Branches on a batch size or length that the example does not show: the axes are frozen, or every cut is right."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -19,6 +20,13 @@ KEY = "a.weight:0"
 
 def width(h: Tensor) -> int:
     return h.shape[-1]
+
+
+def in_batch(h: Tensor) -> Tensor:
+    """Units become a part of the batch; an odd length is padded meanwhile."""
+    rows = h.transpose(1, 2).reshape(-1, h.shape[1])
+    rows = F.pad(rows, (0, 1)) if h.shape[1] % 2 else rows
+    return rows.tanh()[:, : h.shape[1]].reshape(len(h), -1, h.shape[1]).transpose(1, 2)
 
 
 DEPENDENT: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
@@ -47,6 +55,7 @@ INDEPENDENT: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "a fixed length": lambda m, x, h: m.b(h * 2 if x.shape[1] > 20 else h),
     "a fixed batch": lambda m, x, h: m.b(h if len(x) < 5 else h * 3),
     "one token": lambda m, x, h: m.b(h if x.shape[1] > 1 else h * 3),
+    "units in the batch": lambda m, x, h: m.b(in_batch(h)),
     "a fixed width": lambda m, x, h: m.b(h * (2 if width(h) > 10 else 1)),
 }
 
@@ -98,3 +107,14 @@ def test_verify_compares_on_further_examples() -> None:
     one = verify(net, axes, plan)
     three = verify(net, axes, plan, examples=[Example((torch.randn(4, 9, 7).double(),)), Example((x[:1],))])
     assert one.ok and three.ok and three.positions == one.positions + 4 + 1
+
+
+def test_a_function_that_has_cached_the_example_leaves_axes_free() -> None:
+    @lru_cache
+    def factors(batch: int) -> Tensor:
+        return torch.linspace(0.5, 1.5, batch, dtype=torch.float64)[:, None, None]
+
+    net = network(lambda m, x, h: m.b(h) * factors(len(x)))
+    x = torch.randn(3, 4, 7, dtype=torch.float64)
+    net(x)
+    assert trace(net, x)[KEY].free

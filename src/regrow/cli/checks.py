@@ -1,8 +1,9 @@
 """Checks of a command line before torch is imported: names of models, methods and data, devices, files and folders."""
 
 import re
-import tempfile
+import secrets
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -260,8 +261,12 @@ def _check_writable(path: Path) -> None:
     """Raise an error unless the nearest folder above a path takes new files: one is made and deleted."""
     from regrow.store.errors import StoreError, explain_os_errors
 
-    parent = next(one for one in expanded(path).resolve().parents if one.exists())
+    place = expanded(path).resolve()
+    parent = next(one for one in place.parents if one.exists())
     if not parent.is_dir():
         raise StoreError(f"{path} cannot be made, since {parent} is a file; choose another place")
+    probe = parent / f".{place.name}.{secrets.token_hex(4)}.partial"  # if killed, the next command deletes it
     with explain_os_errors(path):
-        Path(tempfile.mkdtemp(prefix=".", dir=parent)).rmdir()
+        probe.mkdir()
+        with suppress(FileNotFoundError):  # another command took it for a leftover
+            probe.rmdir()

@@ -109,8 +109,9 @@ def run_with_page(
     page = RunPage(what)
     with working() as progress:
         folder = run(*inputs, progress=progress, write_page=page, **more)
+    snapshot = folder.run().get("snapshot")  # an error if the folder was deleted meanwhile
     tell(folder)
-    if snapshot := folder.run().get("snapshot"):
+    if snapshot:
         size = format_bytes(snapshot["bytes"])
         say(f"{folder.path / 'before'} holds what the run started from, {size}: `regrow undo {folder.path}`")
     page.tell(folder.path)

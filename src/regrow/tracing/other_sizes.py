@@ -90,14 +90,14 @@ class _Probe:
 
     @cached_property
     def near(self) -> tuple[Example, Capture]:
-        """The traced example and its recording; where its batch or length is below 3, which no cut is, one of 3."""
-        axes, main = self.axes, _main_shape(self.axes.example)
+        """An example as traced, recorded again, since caches may be empty now; a batch or length below 3 becomes 3."""
+        axes, example, main = self.axes, self.axes.example, _main_shape(self.axes.example)
         other = _main_shape(self.example)
         lengths = [d for dims in _lengths(axes) for d in dims if main[d] != other[d]]
         if main[0] < 3 or any(main[d] < 3 for d in lengths):
-            example = _grown(axes.example, main, max(main[0], 3), {d: max(main[d], 3) for d in lengths})
-            with suppress(TraceError):
-                return example, _record(self.model, axes, example)
+            example = _grown(example, main, max(main[0], 3), {d: max(main[d], 3) for d in lengths})
+        with suppress(TraceError):
+            return example, _record(self.model, axes, example)
         return axes.example, axes.recording.capture
 
 
@@ -197,7 +197,7 @@ def _fits_dim(
     if not {*axes_in(dim)}:
         return old == new or not same_input
     if not isinstance(dim, Product):
-        return new == size_of(dim, new_sizes)
+        return new * size_of(dim, sizes) == old * size_of(dim, new_sizes)
     parts = [part for part in dim.parts if {*axes_in(part)}]  # the others may be sizes of the input
     units, new_units = (prod(size_of(part, sized) for part in parts) for sized in (sizes, new_sizes))
     return new * units == old * new_units if same_input else not (old % units or new % new_units)
