@@ -1,5 +1,6 @@
 """Trace networks: find which tensor dimensions belong together (the axes) by running the network on an example."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -36,7 +37,7 @@ from regrow.tracing.walk import walk
 __all__ = ["TraceError", "trace", "with_branches"]
 
 
-def trace(model: nn.Module, *args: Any, examples: Sequence[Any] = (), **kwargs: Any) -> AxisGraph:
+def trace(model: nn.Module, *args: Any, examples: Sequence[Any] | None = None, **kwargs: Any) -> AxisGraph:
     """Run a network once on an example input and return its axes: the sets of dimensions that change together.
 
     The model is recorded on fake data, as ``torch.export`` does, or, where data decide which operations run, in one
@@ -65,9 +66,11 @@ def trace(model: nn.Module, *args: Any, examples: Sequence[Any] = (), **kwargs: 
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, got a {type(model).__name__}; load it first (regrow.load)")
     check_traceable(model)
+    if examples is not None and "examples" in inspect.signature(model.forward).parameters:
+        kwargs, examples = {**kwargs, "examples": examples}, None  # an input of this network
     with preserve_state(model, entries=True), without_collection():
         try:
-            others = [example_of(model, *_arguments(other)) for other in examples]
+            others = [example_of(model, *_arguments(other)) for other in examples or ()]
             return with_remedies(model, _traced(model, example_of(model, args, kwargs), others))
         except TraceError as error:
             if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
