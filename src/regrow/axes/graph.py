@@ -83,13 +83,17 @@ class AxisGraph:
         """Return the tables of ``regrow show`` as text: what can be cut, and what is frozen; at most about 40 rows."""
         from regrow.axes.inventory import summary, tables
 
-        return format_text(tables(self), summary(self))
+        return format_text(tables(self), summary(self) + self._caveat)
 
     def _repr_html_(self) -> str:
         """Return the same as HTML, for notebooks."""
         from regrow.axes.inventory import summary, tables
 
-        return format_html(tables(self), summary(self))
+        return format_html(tables(self), summary(self) + self._caveat)
+
+    @property
+    def _caveat(self) -> str:
+        return f"; unproven on the network itself: {self.unproven}" if self.unproven else ""
 
     @property
     def recorded(self) -> str:

@@ -127,7 +127,7 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def summary(axes: AxisGraph) -> str:
-    """Return in one line how many axes can be cut, how many weights there are, and what is unproven.
+    """Return in one line how many axes can be cut, and how many weights and parameters there are.
 
     Args:
         axes: The network's axes.
@@ -139,8 +139,7 @@ def summary(axes: AxisGraph) -> str:
 
     weights, parameters = total(axes.counted), total(name for name in axes.parameters if name not in axes.ties)
     keep = f"--keep counts {weights:,} weights, of {parameters:,} parameters"
-    unproven = f"; unproven: {axes.unproven}, so that it was not run" if axes.unproven else ""
-    return f"{len(axes.free())} of {len(axes)} axes can be cut; {keep}{unproven}"
+    return f"{len(axes.free())} of {len(axes)} axes can be cut; {keep}"
 
 
 def block(names: list[str]) -> str:

@@ -48,7 +48,7 @@ def output_tensors(value: object) -> list[Tensor]:
     Raises:
         OutputError: If it has no tensor, or one in a part without order, that is read only once, or in a function.
 
-    >>> import dataclasses
+    >>> import dataclasses, torch
     >>> Pair = dataclasses.make_dataclass("Pair", ["first", "rest"], slots=True)
     >>> [len(x) for x in output_tensors(Pair(torch.ones(2), {"a": [torch.ones(3)]}))]
     [2, 3]
