@@ -122,5 +122,7 @@ def test_a_half_finished_run_of_an_earlier_version_comes_to_its_end(version, nam
     assert [identity(row) for row in rows(resumed)] == [identity(row) for row in rows(whole)]
     for before, after in zip(rows(whole), rows(resumed), strict=True):
         shared = (before.keys() & after.keys()) - {"measure"}  # which has another name now
+        if name == "search" and before["what"] == "front":
+            shared -= {"accuracy"}  # of networks whose BatchNorms are measured again since
         assert alike({name: before[name] for name in shared}, {name: after[name] for name in shared}), before["what"]
     assert not [path for path in resumed.rglob(".*") if path.name == ".work" or LEFTOVER.fullmatch(path.name)]
