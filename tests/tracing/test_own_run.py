@@ -12,7 +12,7 @@ from regrow.axes import Example
 from regrow.operations import Tracer
 from regrow.plan import PlanError
 from regrow.tracing.capture import TraceError, capture
-from regrow.tracing.own_run import Comparison, compare_with_recording
+from regrow.tracing.own_run import RunComparison, compare_with_recording
 from zoo import Wired, randomise
 
 X = torch.randn(3, 4)
@@ -108,11 +108,11 @@ def test_rounding_of_other_kernels_is_none() -> None:
     other = copy.deepcopy(net)
     with torch.no_grad():
         other.two.weight.mul_(1 + 1e-3)
-    assert compare_with_recording(net, recorded, Example((X,))) == Comparison()
+    assert compare_with_recording(net, recorded, Example((X,))) == RunComparison()
     true = nn.functional.linear
     try:
         nn.functional.linear = lambda x, w, b=None: (x.double() @ w.double().T + b.double()).to(x.dtype)
-        assert compare_with_recording(net, recorded, Example((X,))) == Comparison()
+        assert compare_with_recording(net, recorded, Example((X,))) == RunComparison()
         nn.functional.linear = lambda x, w, b=None: true(x, w, b) * (1 + 1e-5)
         assert "outputs differ by" in compare_with_recording(net, recorded, Example((X,))).problem
     finally:

@@ -120,7 +120,7 @@ def _relative_change(x: Tensor, y: Tensor) -> float:
 
 
 def examples_of(example: Example) -> list[Example]:
-    """Return an example, and others of another batch size and of another length, as far as these can be told.
+    """Return an example, and others of another batch size and of another length, where these can be recognised.
 
     Args:
         example: The example.

@@ -1,4 +1,4 @@
-"""One batch of a user's data: told apart into inputs and labels, checked, and cast to what networks and losses take."""
+"""One batch of a user's data: split into inputs and labels, checked, and cast to what networks and losses take."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -32,7 +32,6 @@ REASON = "what the network does with it depends on the batch size or length of t
 NARROW = 8
 """Axes of fewer units (of heads, mostly) are not taken for the width with which a length is compared."""
 
-
 LONGER = 3
 """How many times the operations of the traced example another one may run."""
 

@@ -34,7 +34,7 @@ ROUNDING = 64
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """The result of running a network itself and its recording.
 
     Args:
@@ -46,7 +46,7 @@ class Comparison:
     unproven: str = ""
 
 
-def compare_with_recording(model: nn.Module, recorded: Capture, example: Example) -> Comparison:
+def compare_with_recording(model: nn.Module, recorded: Capture, example: Example) -> RunComparison:
     """Run a network itself, and its recording, and compare their outputs.
 
     Both run without gradients in evaluation mode, with the same random numbers. Outputs that are not equal bit for bit
@@ -74,31 +74,31 @@ def compare_with_recording(model: nn.Module, recorded: Capture, example: Example
 
 def _compare(
     model: nn.Module, recorded: Capture, example: Example, written: Container[Node], outputs: list[Tensor]
-) -> Comparison:
+) -> RunComparison:
     if recorded.decisions is not None:
         # Other kernels may have run under the recorder, and in float64 another decision could be taken.
         outputs, replayed = [x for x in outputs if x.is_floating_point()], [*recorded.values]
         distance, largest = measure_distance(outputs, replayed[: len(outputs)])
         if distance <= max((ROUNDING * torch.finfo(x.dtype).eps for x in outputs), default=0.0) * largest:
-            return Comparison()
+            return RunComparison()
         again = [x for x in run_network(model, example) if x.is_floating_point()]
         where = ""
     else:
         replayed = _replay(model, recorded, example, written)
         if is_equal(outputs, replayed):
-            return Comparison()
+            return RunComparison()
         exact = _replay(model, recorded, example, written, double=True)
         distance, largest = measure_distance(outputs, replayed)
         rounding, _ = measure_distance([x.double() for x in replayed], [x.double() for x in exact])
         if distance <= max(3 * rounding, BOUND * largest):
             distance, largest = measure_distance(run_network(model, example, double=True), exact)
             if distance <= BOUND * largest:
-                return Comparison()
+                return RunComparison()
         again = run_network(model, example)
         where = _first_difference(model, recorded, example, written) if is_equal(outputs, again) else ""
     if not is_equal(outputs, again):
-        return Comparison(unproven="the network gives other outputs when it runs again")
-    return Comparison(f"its outputs differ by {distance:.1e} of {largest:.1e} from what was recorded{where}")
+        return RunComparison(unproven="the network gives other outputs when it runs again")
+    return RunComparison(f"its outputs differ by {distance:.1e} of {largest:.1e} from what was recorded{where}")
 
 
 @contextmanager
