@@ -5,14 +5,16 @@ for a result. At the end, the complete new folder replaces the old one, which ma
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
+from regrow.axes import AxisGraph
+from regrow.axes.inventory import inventory
 from regrow.ledger import Ledger, read_undo_store, write_undo_store
 from regrow.nets.weight_files import WeightFile, check_unchanged
 from regrow.store import schemas
@@ -51,6 +53,8 @@ class RunFolder:
     owner: Lock | None = None
     send: Callable[[Mapping[str, object]], None] | None = None
     inputs: list[WeightFile] = field(default_factory=list)
+    kept: ClassVar[bool] = True
+    measured: ClassVar[bool] = True
 
     @classmethod
     def create(
@@ -285,14 +289,18 @@ class RunFolder:
     def _metrics(self) -> Metrics:
         return Metrics(self.path / "metrics.jsonl")
 
-    def write_axes(self, before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> None:
+    def write_axes(self, before: AxisGraph, after: AxisGraph) -> None:
         """Write ``axes.json``: the axes of the model before and after the run.
 
         Args:
-            before: An object per axis: ``key``, ``size``, ``mark``, ``reason``, ``block``, ``label``, and its costs.
-            after: The same for the axes after the run.
+            before: The axes before.
+            after: The axes after.
+
+        Raises:
+            StoreError: If the disk is full.
         """
-        self._write("axes.json", {"before": [dict(row) for row in before], "after": [dict(row) for row in after]})
+        rows = {"before": before, "after": after}
+        self._write("axes.json", {name: [row.record() for row in inventory(axes)] for name, axes in rows.items()})
 
     def axes(self) -> dict[str, Any]:
         """Return the content of ``axes.json``; empty if there is no such file.

@@ -155,6 +155,19 @@ def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
             generator.set_state(state)
 
 
+def seed_generators(*generators: torch.Generator) -> None:
+    """Seed the random generators of the CPU, and others, with 0.
+
+    Args:
+        *generators: The others.
+    """
+    torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
+    random.seed(0)
+    np.random.seed(0)
+    for generator in generators:
+        generator.manual_seed(0)
+
+
 def describe(value: object) -> str:
     """Return the type and shape of an input or of labels, for messages.
 

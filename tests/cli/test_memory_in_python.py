@@ -55,7 +55,7 @@ def test_a_streamed_run_is_that_of_a_run_in_memory(tiny_language_model, tmp_path
     ("more", "match"),
     [
         ({}, "give out="),
-        ({"method": "llm_pruner"}, "computes gradients of all weights needs the whole network"),
+        ({"method": "llm_pruner"}, "computes gradients of all weights, needs the whole network"),
         ({"precision": "bfloat16"}, "precision=bfloat16 needs the whole network"),
         ({"memory": "1MiB"}, "use --memory"),
     ],

@@ -6,12 +6,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
-from regrow.api.streamed import StreamedInputs, open_within
+from regrow.api.streamed import open_to_evaluate
 from regrow.errors import InputError
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.nets.precision import autocasting
 from regrow.objectives import Objective
 from regrow.progress import Progress, silent
+from regrow.streaming.opening import OpenedNetwork
 
 
 def evaluate(
@@ -56,10 +57,11 @@ def evaluate(
     """
     if memory:
         needs = {f"device={device}": device not in (None, "cpu"), f"precision={precision}": precision != "float32"}
-        given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size}
-        streamed = open_within(model, data, memory, needs, progress, what="evaluating", **given)
-        if streamed is not None:
-            return _evaluate_streamed(streamed, progress)
+        opened, inputs, plan = open_to_evaluate(
+            model, data, memory, needs, progress, loss=loss, tokenizer=tokenizer, batch_size=batch_size
+        )
+        if plan.streams:
+            return _evaluate_streamed(opened, inputs, plan.on_disk, progress)
     inputs = read_inputs(
         model,
         data,
@@ -78,17 +80,19 @@ def evaluate(
         }
 
 
-def _evaluate_streamed(streamed: StreamedInputs, progress: Progress) -> dict[str, Evaluation]:
+def _evaluate_streamed(
+    opened: OpenedNetwork, inputs: Inputs, on_disk: bool, progress: Progress
+) -> dict[str, Evaluation]:
     """Do what :func:`evaluate` does for a network that is larger than memory."""
-    objective, sources = _objective_of(streamed.inputs), streamed.inputs.sources
-    with TemporaryDirectory(prefix="regrow-") as place:
-        network = streamed.run.with_results(Path(place)).network()
-        walk = network.outputs([batch for source in sources for batch in source])
+    objective = _objective_of(inputs)
+    with TemporaryDirectory(prefix="regrow-") as folder:
+        network = opened.network(Path(folder) if on_disk else None)
+        walk = network.outputs([batch for source in inputs.sources for batch in source])
         return {
-            one.name: evaluate_objective(
-                network.model, one, objective, outputs=islice(walk, len(one)), progress=progress
+            source.name: evaluate_objective(
+                network.model, source, objective, outputs=islice(walk, len(source)), progress=progress
             )
-            for one in sources
+            for source in inputs.sources
         }
 
 

@@ -1,30 +1,26 @@
 """``regrow.grow``: from a network to a wider or deeper one that computes the same, and the plan that made it."""
 
-import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from regrow.allocation.widening import Part
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
-from regrow.api.quality import measure_run
-from regrow.api.runs import Destination, describe_inputs, finish, loaded_of, name_of, run_of
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
+from regrow.api.runs import Destination, describe_inputs, digest, loaded_of, name_of
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
-from regrow.commands.growing import Amount, GrowthSpec, plan_growth
-from regrow.commands.growth import CheckedGrowth, GrowthData
+from regrow.commands.calibration import parameter_sums
+from regrow.commands.clock import Clock
+from regrow.commands.grow import GrowInputs, carry_out
+from regrow.commands.growing import Amount
+from regrow.commands.inputs import SourceHalves
 from regrow.errors import InputError
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
-from regrow.run_folder import RunFolder
 from regrow.settings.grow import Settings
 from regrow.store.origins import describe_origin
-from regrow.training.grown import GrowthTraining
 
 
 def grow(
@@ -95,99 +91,58 @@ def grow(
     (10, True)
     """
     place = Destination(out, track).checked(data=data, validation=validation)
-    parts: dict[Part, Amount] = {"mlp": mlp, "heads": heads, "channels": channels}
+    _check_training(data, steps, train)
     stacks = blocks if isinstance(blocks, Mapping) else {"*": blocks} if blocks else {}
-    spec = GrowthSpec.parse(parts, axis or {}, stacks, fill=fill, seed=seed, round_to=round_to, regular=regular)
-    training = _training(data, steps, lr, train, seed)
-    more: Any = {"loss": loss, "batch_size": batch_size, "device": device, "precision": precision, "progress": progress}
-    more |= {"example": example if axes is None else axes.example, "validation": validation}
-    inputs = read_inputs(model, data, need=steps, **more)
-    work = _Growth(inputs, inputs.trace() if axes is None else axes, spec, training, precision, progress)
-    plan = work.plan()
-    if out is None:
-        return inputs.model, _grow(work, plan)
-    return inputs.model, _grow_in_folder(work, plan, place, _describe(parts, axis or {}, stacks, work), model, loss)
-
-
-@dataclass(frozen=True)
-class _Growth:
-    """What is grown, how much, and how it is trained."""
-
-    inputs: Inputs
-    axes: AxisGraph
-    spec: GrowthSpec
-    training: GrowthTraining
-    precision: str
-    progress: Progress
-
-    def plan(self) -> Plan:
-        """Return the plan, and warn of axes that cannot be widened."""
-        plan, notes = plan_growth(self.inputs.model, self.axes, self.spec)
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
-        return plan
-
-    def measure(self, folder: RunFolder, axes: AxisGraph, name: str) -> None:
-        """Log size and quality of the network in its present state, under a name."""
-        measure_run(folder, self.inputs, axes, name, self.precision, self.progress)
-
-
-def _grow(work: _Growth, plan: Plan, folder: RunFolder | None = None) -> Plan:
-    """Grow the network, and train it if there are steps; in a folder, log its size and the loss of the training."""
-    inputs = work.inputs
-    if folder:
-        work.measure(folder, work.axes, "before")
-    grown, proof = CheckedGrowth(inputs.model, work.axes, plan, folder is not None, progress=work.progress).carry_out()
-    if folder:
-        folder.own_ledger.replace(plan)
-        folder.write_axes([row.record() for row in inventory(work.axes)], [row.record() for row in inventory(grown)])
-        if proof:
-            folder.log("verify", **proof)
-    if work.training.steps:
-        data = GrowthData(inputs.sources, work.training, work.precision, inputs.objective)
-        data.train(inputs.model, work.axes, plan, folder, work.progress)
-    if folder:
-        work.measure(folder, grown, "after")
-    return plan
-
-
-def _grow_in_folder(
-    work: _Growth, plan: Plan, place: Destination, settings: Settings, model: ModelLike, loss: LossLike
-) -> Plan:
-    """Grow and write the run; what was interrupted starts again."""
-    inputs, start = work.inputs, time.perf_counter()
-    data = describe_inputs(place, inputs)
-    with (
-        run_of(place, "grow", settings, model, loaded_of(inputs), data=data, loss=name_of(loss)) as folder,
-        visible(work.progress) as shown,
-    ):
-        _grow(replace(work, progress=shown), plan, folder)
-        finish(folder, loaded_of(inputs), grow=time.perf_counter() - start)
-    return plan
-
-
-def _describe(
-    parts: Mapping[Part, Amount], axis: Mapping[str, Amount], stacks: Mapping[str, Amount], work: _Growth
-) -> Settings:
-    """Return the settings of the command that say what a call does."""
-    spec, training = work.spec, work.training
-    return Settings(
-        describe_origin(work.inputs.model).name,
-        _written(parts["mlp"]),
-        _written(parts["heads"]),
-        _written(parts["channels"]),
+    names = tuple(map(str, data)) if isinstance(data, Mapping) else ("data",)
+    job = Settings(
+        describe_origin(model).name if isinstance(model, nn.Module) else str(model),
+        _written(mlp),
+        _written(heads),
+        _written(channels),
         blocks=tuple(f"{stack}={_written(amount)}" for stack, amount in stacks.items()),
-        axis=tuple(f"{key}={_written(amount)}" for key, amount in axis.items()),
-        fill=spec.fill.rule,
-        round_to=spec.round_to,
-        regular=spec.regular,
-        seed=training.seed,
-        on=tuple(source.name for source in work.inputs.sources),
-        steps=training.steps,
-        train="new" if training.new_only else "all",
-        lr=training.lr,
-        precision=work.precision if work.inputs.sources else "float32",
+        axis=tuple(f"{key}={_written(amount)}" for key, amount in (axis or {}).items()),
+        fill=fill,
+        round_to=round_to,
+        regular=regular,
+        seed=seed,
+        on=names if data is not None else (),
+        steps=steps,
+        train=train,
+        lr=lr,
+        precision=precision if data is not None else "float32",
     )
+
+    def open_inputs(clock: Clock) -> GrowInputs:
+        inputs = read_inputs(
+            model,
+            data,
+            need=steps,
+            example=example if axes is None else axes.example,
+            loss=loss,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            validation=validation,
+            progress=shown,
+        )
+        call: dict[str, object] | None = None
+        if out is not None:
+            weights = digest(parameter_sums(inputs.model))
+            call = {"data": describe_inputs(place, inputs), "loss": name_of(loss), "weights": weights}
+        return GrowInputs(
+            loaded_of(inputs),
+            inputs.trace() if axes is None else axes,
+            SourceHalves(inputs.sources, inputs.tests),
+            inputs.objective,
+            lenient=inputs.tests is inputs.sources,
+            call=call,
+        )
+
+    with visible(progress) as shown:
+        result = carry_out(job, open_inputs, place.recorder("grow", model), progress=shown)
+    for note in result.warnings:
+        warnings.warn(note, stacklevel=2)
+    return result.model, result.plan
 
 
 def _written(amount: Amount) -> str:
@@ -199,9 +154,8 @@ def _written(amount: Amount) -> str:
     return f"+{amount}" if isinstance(amount, int) else str(amount)
 
 
-def _training(data: object, steps: int, lr: float, train: str, seed: int) -> GrowthTraining:
-    """Return how the grown network is trained, after checking that there are data if and only if there are steps."""
+def _check_training(data: object, steps: int, train: str) -> None:
+    """Raise InputError unless there are data if and only if there are steps."""
     if bool(steps) != (data is not None) or train not in ("new", "all"):
         got = f"steps={steps}, train={train!r:.20}"
         raise InputError(f"training takes data=, steps= and train='new' or 'all'; got {got}")
-    return GrowthTraining(steps, lr, train == "new", seed)

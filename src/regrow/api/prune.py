@@ -1,10 +1,8 @@
 """``regrow.prune``: from a network and data to a smaller network and the plan that made it."""
 
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,31 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.amounts import Measure, Target, parse_share
+from regrow.amounts import Target, parse_share
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, names_generated, read_inputs
-from regrow.api.quality import measure_run
-from regrow.api.runs import Destination, complete, describe_inputs, loaded_of, name_of, run_of
-from regrow.api.streamed import open_within, prune_streamed
+from regrow.api.runs import Destination, describe_inputs, digest, loaded_of, name_of
+from regrow.api.streamed import open_to_prune
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
-from regrow.commands.calibration import calibrate, open_journal
-from regrow.commands.cutting import CutRun
-from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence, with_timing
-from regrow.commands.reconstruction import build_reconstruction, check_batches
-from regrow.commands.score_summary import write_scores
+from regrow.commands.clock import Clock
+from regrow.commands.cutting import WholeNetwork
+from regrow.commands.inputs import SourceHalves
+from regrow.commands.prune import PruneInputs, carry_out
+from regrow.commands.prune_settings import seeded_settings
+from regrow.commands.pruning import build_pruner
+from regrow.commands.streamed_run import PrunedNetwork, StreamedRun
 from regrow.errors import InputError
-from regrow.evaluation import Perplexity
-from regrow.evidence import Need
-from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
 from regrow.methods.recovery.fit_batches import check_lengths
-from regrow.nets.precision import autocasting
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
-from regrow.run_folder import RunFolder
-from regrow.scoring import weights_of
 from regrow.settings.prune import Settings
-from regrow.settings.training import check_combination
 from regrow.sources import preserve_random_state
 from regrow.store.origins import describe_origin
 
@@ -115,12 +107,45 @@ def prune(
     if torch.is_inference_mode_enabled():
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     place = Destination(out, track).checked(data=data, validation=validation)
-    pruner, limits = build_pruner(method, settings or {}), _budget(keep, target, smaller, budget)
-    check_combination(precision, measure=limits.measure)
-    given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
-    given |= {"example": example if axes is None else axes.example, "precision": precision, "validation": validation}
-    call = _PruneCall(method, settings or {}, pruner, limits, place, memory, _check_reconstruct(reconstruct), progress)
-    return _carry_out(call, model, data, given, axes)
+    limits, fit = _budget(keep, target, smaller, budget), _check_reconstruct(reconstruct)
+    job = _describe(model, method, settings or {}, limits, precision, fit)
+    call = _PruneCall(job, limits, place, memory, axes, name_of(loss))
+    with visible(progress) as shown:
+
+        def open_inputs(clock: Clock) -> PruneInputs:
+            if memory:
+                needs = {
+                    "data='generated'": names_generated(data),
+                    "axes=": axes is not None,
+                    "example=": axes is None and example is not None,
+                    f"device={device}": device not in (None, "cpu"),
+                    f"precision={precision}": precision != "float32",
+                }
+                texts = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size}
+                streamed = call.open_streamed(model, data, validation, needs, texts, shown)
+                if streamed is not None:
+                    return streamed
+            inputs = read_inputs(
+                model,
+                data,
+                example=example if axes is None else axes.example,
+                loss=loss,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                device=device,
+                precision=precision,
+                validation=validation,
+                progress=shown,
+                generates=True,
+            )
+            with clock.stage("trace"):
+                known = inputs.trace() if axes is None else axes
+            return call.complete(inputs, WholeNetwork(loaded_of(inputs)), known)
+
+        result = carry_out(job, open_inputs, place.recorder("prune", model), progress=shown)
+    for line in result.warnings:
+        warnings.warn(line, stacklevel=2)
+    return result.loaded.model, result.plan
 
 
 def _check_reconstruct(reconstruct: object) -> bool | Mapping[str, Any]:
@@ -136,166 +161,69 @@ def _check_reconstruct(reconstruct: object) -> bool | Mapping[str, Any]:
 class _PruneCall:
     """What a call of :func:`prune` asks for, checked."""
 
-    method: str
-    settings: Mapping[str, Any]
-    pruner: Pruner
+    job: Settings
     limits: Budget
     place: Destination
     memory: str
-    reconstruct: bool | Mapping[str, Any]
-    progress: Progress
+    axes: AxisGraph | None
+    loss: str
 
-
-def _carry_out(
-    call: _PruneCall, model: ModelLike, data: Any, given: dict[str, Any], axes: AxisGraph | None
-) -> tuple[nn.Module, Plan]:
-    """Read the network and the data, as ``given`` says, and prune."""
-    limits, place, progress, precision = call.limits, call.place, call.progress, given["precision"]
-    loss, described = name_of(given["loss"]), partial(_describe, call.method, call.settings, limits)
-    if call.memory:
-        if names_generated(data):
+    def open_streamed(
+        self,
+        model: ModelLike,
+        data: Any,
+        validation: Any,
+        needs: Mapping[str, bool],
+        texts: Mapping[str, Any],
+        progress: Progress,
+    ) -> PruneInputs | None:
+        """Open a network that is read one block at a time; ``None`` if it fits into memory."""
+        pruner = build_pruner(self.job.method, seeded_settings(self.job))
+        opened, inputs, plan = open_to_prune(
+            model, data, validation, self.memory, self.job, pruner, needs, progress, **texts
+        )
+        if not plan.streams:
+            return None
+        if self.place.out is None:
             raise InputError(
-                f"memory={call.memory!r} does not count what generating text needs, got data='generated'; leave out "
-                f"memory, or run `regrow prune --source generated --memory {call.memory}`"
+                "the network does not fit into memory, so that the cut one is written to a folder; give out=, for "
+                "example out='runs/pruned'"
             )
-        needs = _needs(call.pruner, limits, given, axes, call.reconstruct)
-        read = {name: given[name] for name in ("loss", "tokenizer", "batch_size")}
-        read |= {"what": "pruning", "pruner": call.pruner, "limits": limits}
-        streamed = open_within(model, data, call.memory, needs, progress, **read)
-        if streamed is not None:
-            settings = described(streamed.inputs, precision, None)
-            return prune_streamed(streamed, call.pruner, limits, place, settings, str(model), loss, progress)
-    inputs = read_inputs(model, data, **given, progress=progress, generates=True)
-    check_objective(call.pruner, (), inputs.objective)
-    axes, fit = inputs.trace() if axes is None else axes, _reconstruction(call.reconstruct, inputs)
-    axes = with_modules(call.pruner, inputs.model, axes)
-    work = _Pruning(inputs, axes, call.pruner, precision, progress, fit)
-    if place.out is None:
-        return inputs.model, _prune(work, with_timing(inputs.model, axes, limits, progress=progress))
-    return inputs.model, _prune_in_folder(work, limits, place, described(inputs, precision, fit), model, loss)
+        return replace(self.complete(inputs, StreamedRun(opened, plan), opened.axes), memory=plan)
 
-
-def _needs(
-    pruner: Pruner,
-    limits: Budget,
-    given: Mapping[str, Any],
-    axes: AxisGraph | None,
-    reconstruct: bool | Mapping[str, Any],
-) -> dict[str, bool]:
-    """Return what of a call needs the whole network in memory → whether the call has it."""
-    device, precision = given["device"], given["precision"]
-    return {
-        "a method that computes gradients of all weights": Need.GRADIENTS in pruner.needs,
-        "a method that computes gradients of masks": Need.FISHER in pruner.needs,
-        "a method that runs the masked network": pruner.runs_network,
-        "reconstruct=": reconstruct is not False,
-        "a target in ms": limits.measure == Measure.TIME,
-        "axes=": axes is not None,
-        "validation=": given["validation"] is not None,
-        "example=": axes is None and given["example"] is not None,
-        f"device={device}": device not in (None, "cpu"),
-        f"precision={precision}": precision != "float32",
-    }
-
-
-def _reconstruction(reconstruct: bool | Mapping[str, Any], inputs: Inputs) -> dict[str, Any] | None:
-    """Return the settings of the reconstruction that differ from the defaults; ``None`` if none is wanted."""
-    if reconstruct is False:
-        return None
-    settings = dict(reconstruct) if isinstance(reconstruct, Mapping) else {}
-    build_reconstruction(settings, [source.name for source in inputs.sources])
-    if not inputs.sources:
-        raise InputError("reconstruct fits on data; give data, for example a DataLoader")
-    check_batches(inputs.sources, settings)
-    with preserve_random_state(*(one for source in inputs.sources for one in source.generators)):
-        check_lengths(chain.from_iterable(inputs.sources))
-    return settings
-
-
-@dataclass(frozen=True)
-class _Pruning:
-    """What is pruned, and how."""
-
-    inputs: Inputs
-    axes: AxisGraph
-    pruner: Pruner
-    precision: str
-    progress: Progress
-    reconstruct: Mapping[str, Any] | None = None
-
-
-def _prune(work: _Pruning, limits: Budget, folder: RunFolder | None = None) -> Plan:
-    """Measure importance, choose the units that stay, and cut the network; return the plan."""
-    inputs, axes, pruner, progress = work.inputs, work.axes, work.pruner, work.progress
-    depth = 4 if folder is None else 5  # of the call of prune
-    check_pruning(pruner, axes, limits, inputs.sources)
-    more: Any = {"objective": inputs.objective, "units": limits.units(axes)}
-    loaded = loaded_of(inputs)
-    with torch.enable_grad(), autocasting(inputs.model, work.precision):
-        if folder is None:
-            evidence, saved = collect_evidence(inputs.model, axes, pruner, inputs.sources, progress, **more), {}
-        else:
-            evidence, key = calibrate(folder, loaded, axes, pruner, inputs.sources, progress, **more)
-            saved = open_journal(folder, key)
-        for note in evidence.notes:
-            warnings.warn(note, stacklevel=depth)
-        saved |= {"progress": progress, "objective": inputs.objective}
-        cut = plan_cut(pruner, inputs.model, axes, limits, evidence, **saved)
-    if folder is not None:
-        write_scores(folder, weights_of(inputs.model), axes, cut.plan, cut.scores, evidence)
-        if cut.findings:
-            folder.write_findings(folder.run()["settings"]["method"], cut.findings)
-    run = CutRun(
-        loaded,
-        inputs.sources,
-        work.precision,
-        folder,
-        partial(_measure, work, folder),
-        fit=work.reconstruct,
-        fitted_on=lambda: inputs.sources,
-        progress=progress,
-    )
-    _, note = run.carry_out(axes, cut.plan, limits)
-    if note:
-        warnings.warn(note, stacklevel=depth)
-    return cut.plan
-
-
-def _measure(work: _Pruning, folder: RunFolder | None, axes: AxisGraph, name: str) -> dict[str, Perplexity]:
-    return measure_run(folder, work.inputs, axes, name, work.precision, work.progress) if folder else {}
-
-
-def _prune_in_folder(
-    work: _Pruning, limits: Budget, place: Destination, settings: Settings, model: ModelLike, loss: str
-) -> Plan:
-    """Prune and write the run, or resume it."""
-    inputs, start = work.inputs, time.perf_counter()
-    known = RunFolder(begun).run().get("timing") if (begun := place.begun()) else None
-    limits = with_timing(inputs.model, work.axes, limits, known=known, progress=work.progress)
-    check_pruning(work.pruner, work.axes, limits, inputs.sources)
-    data = describe_inputs(place, inputs)
-    with (
-        run_of(place, "prune", settings, model, loaded_of(inputs), data=data, loss=loss) as folder,
-        visible(work.progress) as shown,
-    ):
-        if limits.timing:  # another measurement would be another plan
-            folder.update(timing=limits.timing.record())
-        plan = _prune(replace(work, progress=shown), limits, folder)
-        complete(folder, prune=time.perf_counter() - start)
-    return plan
+    def complete(self, inputs: Inputs, network: PrunedNetwork, axes: AxisGraph) -> PruneInputs:
+        """Return the inputs of the run."""
+        call: dict[str, object] | None = None
+        if self.place.out is not None:
+            weights = digest(network.sums())
+            call = {"data": describe_inputs(self.place, inputs), "loss": self.loss, "weights": weights}
+        if self.job.reconstruct:
+            with preserve_random_state(*(generator for source in inputs.sources for generator in source.generators)):
+                check_lengths(chain.from_iterable(inputs.sources))
+        return PruneInputs(
+            network,
+            axes,
+            SourceHalves(inputs.sources, inputs.tests),
+            lambda tokens, generated: inputs.sources,
+            objective=inputs.objective,
+            lenient=inputs.tests is inputs.sources,
+            call=call,
+            timing=self.limits.timing,
+        )
 
 
 def _describe(
+    model: ModelLike,
     method: str,
     given: Mapping[str, Any],
     limits: Budget,
-    inputs: Inputs,
     precision: str,
-    reconstruct: Mapping[str, Any] | None,
+    reconstruct: bool | Mapping[str, Any],
 ) -> Settings:
     """Return the settings of the command that say what a call does."""
+    name = describe_origin(model).name if isinstance(model, nn.Module) else str(model)
     return Settings(
-        describe_origin(inputs.model).name,
+        name,
         method,
         dict(given),
         keep=None if limits.target else limits.keep,
@@ -304,11 +232,11 @@ def _describe(
         regular=limits.regular,
         only=tuple(limits.only),
         exclude=tuple(limits.exclude),
-        marks=tuple(sorted(limits.marks)),
+        marks=tuple(sorted(map(str, limits.marks))),
         round_to=limits.round_to,
         precision=precision,
-        reconstruct=reconstruct is not None,
-        reconstruct_settings=reconstruct or {},
+        reconstruct=reconstruct is not False,
+        reconstruct_settings=reconstruct if isinstance(reconstruct, Mapping) else {},
     )
 
 

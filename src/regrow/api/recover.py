@@ -1,6 +1,5 @@
 """``regrow.recover``: win back what a cut lost, from the dense network and data."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,17 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, read_inputs
-from regrow.api.runs import Destination, digest, finish, loaded_of, log_size, name_of, run_of
+from regrow.api.inputs import DeviceLike, LossLike, read_inputs
+from regrow.api.runs import Destination, digest, loaded_of, name_of
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
 from regrow.commands.calibration import parameter_sums
-from regrow.commands.recovering import recover as recover_in
-from regrow.commands.recovering import work_in
+from regrow.commands.clock import Clock
+from regrow.commands.inputs import SourceHalves
+from regrow.commands.recover import RecoverInputs, carry_out
 from regrow.errors import InputError
 from regrow.ledger import with_branches_of
-from regrow.methods import MethodKind, find_method
-from regrow.methods.recovery import RecoveryTask
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
@@ -27,7 +24,6 @@ from regrow.settings.declaration import record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.sources import device_of
 from regrow.store.origins import describe_origin
-from regrow.tracing import trace
 
 
 def recover(
@@ -89,24 +85,56 @@ def recover(
     place = Destination(out, track).checked(data=data)
     if precision != "float32" and by in CLOSED_FORM:
         raise InputError(f"{by} solves for weights in their own format; leave out precision={precision!r}, or use lora")
-    given: Any = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
-    inputs = read_inputs(dense, data, example=example, **given, precision=precision, progress=progress, generates=True)
-    if not inputs.sources:
-        raise InputError("recovery learns from data; give data, for example a DataLoader")
-    if axes is None:
-        axes = with_branches_of([plan], dense, inputs.trace())
-    _check_dense(model, dense)
-    model.to(device_of(dense))
-    work = find_method(MethodKind.RECOVERY, by).made(by, settings or {})
-    if place.out is None:
-        task = RecoveryTask(model, dense, axes, plan, inputs.sources, seed, objective=inputs.objective)
-        return work_in(precision, by, work, replace(task, progress=progress))
     name = describe_origin(dense).name
-    pruning = record_settings(prune.Settings(name))
-    described = Settings(f"{name}()", by, 1, settings or {}, pruning, (), name, f"prune+{by}", None, seed)
-    described = replace(described, precision="" if precision == "float32" else precision)
-    inputs = replace(inputs, model=model)
-    return _recover_in_folder(inputs, dense, axes, plan, place, described, name_of(loss), progress)
+    job = Settings(
+        f"{name}()",
+        by,
+        1,
+        settings or {},
+        record_settings(prune.Settings(name)),
+        model=name,
+        method=f"prune+{by}",
+        seed=seed,
+        precision="" if precision == "float32" else precision,
+    )
+
+    def open_inputs(clock: Clock) -> RecoverInputs:
+        inputs = read_inputs(
+            dense,
+            data,
+            example=example,
+            loss=loss,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            progress=shown,
+            generates=True,
+        )
+        if not inputs.sources:
+            raise InputError("recovery learns from data; give data, for example a DataLoader")
+        known = with_branches_of([plan], dense, inputs.trace()) if axes is None else axes
+        _check_dense(model, dense)
+        model.to(device_of(dense))
+        loaded = loaded_of(replace(inputs, model=model))
+        call: dict[str, object] | None = None
+        if out is not None:
+            networks = {"dense": digest(parameter_sums(dense)), "weights": digest(parameter_sums(model))}
+            plan_digest = digest(replace(plan, origin={}).to_json())
+            call = {"data": place.describe(inputs.sources), "plan": plan_digest, "loss": name_of(loss), **networks}
+        return RecoverInputs(
+            replace(loaded, model=dense),
+            loaded,
+            known,
+            plan,
+            SourceHalves(inputs.sources, ()),
+            objective=inputs.objective,
+            call=call,
+        )
+
+    with visible(progress) as shown:
+        result = carry_out(job, open_inputs, place.recorder("recover", model), progress=shown)
+    return {name: value for name, value in result.row.items() if name not in ("by", "tokens", "seconds")}
 
 
 def _check_types(model: object, dense: object, plan: object) -> None:
@@ -135,37 +163,3 @@ def _check_dense(model: nn.Module, dense: nn.Module) -> None:
                 f"dense must be the network before the cut, and its {name!r} has shape {list(large.shape)}, that of "
                 f"model {list(small.shape)}; write recover(model, dense, plan, data)"
             )
-
-
-def _recover_in_folder(
-    inputs: Inputs,
-    dense: nn.Module,
-    axes: AxisGraph,
-    plan: Plan,
-    place: Destination,
-    settings: Settings,
-    loss: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Recover the network of the inputs and write the run, or resume it."""
-    loaded, start, by = loaded_of(inputs), time.perf_counter(), settings.by
-    given = {"dense": digest(parameter_sums(dense)), "plan": digest(replace(plan, origin={}).to_json()), "loss": loss}
-    data = place.describe(inputs.sources)
-    with (
-        run_of(place, "recover", settings, inputs.model, loaded, data=data, **given) as folder,
-        visible(progress) as shown,
-    ):
-        if not len(folder.ledger):  # which begins with the cut that this makes up for
-            folder.ledger.append(plan)
-            folder.update(parent={**folder.run()["parent"], "plans": 1})
-        cut = trace(inputs.model, *inputs.example.args, **inputs.example.kwargs)
-        log_size(folder, replace(loaded, model=dense), axes, "dense")
-        rows = log_size(folder, loaded, cut, "pruned")
-        options: Any = {"settings": settings.recovery_settings, "seed": settings.seed, "objective": inputs.objective}
-        options |= {"precision": settings.precision or "float32", "progress": shown}
-        teaching = replace(loaded, model=dense)
-        row = recover_in(folder, inputs.model, teaching, axes, plan, inputs.sources, by, **options)
-        folder.write_axes([one.record() for one in inventory(axes)], rows)
-        log_size(folder, loaded, cut, "recovered")
-        finish(folder, loaded, recover=time.perf_counter() - start)
-    return {name: value for name, value in row.items() if name not in ("by", "tokens", "seconds")}

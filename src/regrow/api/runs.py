@@ -1,7 +1,6 @@
 """Run folders of calls from Python, ``out=``: what a run records, and how the same call resumes it."""
 
 import hashlib
-import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +11,6 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Generator, Tensor
 
 from regrow import store
@@ -24,7 +21,7 @@ from regrow.commands.calibration import parameter_sums
 from regrow.commands.example_inputs import record_input
 from regrow.commands.measuring import measure
 from regrow.commands.parents import check_room, describe_stage, start_from
-from regrow.commands.streamed import StreamedRun
+from regrow.commands.recording import FolderRecorder, NoRecorder, Recorder, find_difference
 from regrow.commands.trackers import check_tracker, tracking
 from regrow.data.batches import INPUTS
 from regrow.errors import InputError
@@ -32,7 +29,7 @@ from regrow.nets import Loaded
 from regrow.reports import ReportError, write_page
 from regrow.run_folder import RunFolder
 from regrow.settings.declaration import record_settings
-from regrow.sources import Source, generators_of, preserve_random_state
+from regrow.sources import Source, generators_of, preserve_random_state, seed_generators
 from regrow.store.errors import StoreError
 from regrow.store.origins import describe_origin
 from regrow.store.statistics import fingerprint
@@ -91,6 +88,19 @@ class Destination:
         folder = RunFolder.open_unfinished(self.out) if self.out is not None else None
         return folder.path if folder else None
 
+    def recorder(self, verb: str, model: object) -> Recorder:
+        """Return where the run of a call is recorded.
+
+        Args:
+            verb: The name of the function, which is also that of the command.
+            model: The network as it was given: a module, or the name of a model.
+        """
+        if self.out is None:
+            return NoRecorder()
+        name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
+        command = f"regrow.{verb}(…, out={str(self.out)!r}) in Python"
+        return FolderRecorder(self.out, name, command, self.track, write_page=_write_page)
+
     def describe(self, sources: Iterable[Source]) -> dict[str, str]:
         """Return name of a source → a digest of its first batch, which tells most data apart without reading all.
 
@@ -122,7 +132,6 @@ def run_of(
     settings: "DataclassInstance",
     model: object,
     loaded: Loaded,
-    streamed: StreamedRun | None = None,
     /,
     **inputs: object,
 ) -> Iterator[RunFolder]:
@@ -134,7 +143,6 @@ def run_of(
         settings: The settings of the command, as far as they say what the call does.
         model: The network as it was given: a module, or the name of a model.
         loaded: The network before the run.
-        streamed: The network, if it is read one block at a time.
         **inputs: Everything else that the result depends on, as JSON data; the weights are added.
 
     Raises:
@@ -142,8 +150,7 @@ def run_of(
     """
     out = destination.out
     assert out is not None
-    sums = streamed.opened.weights.sums() if streamed else parameter_sums(loaded.model)
-    given = {**inputs, "weights": digest(sums)}
+    given = {**inputs, "weights": digest(parameter_sums(loaded.model))}
     command = f"regrow.{verb}(…, out={str(out)!r}) in Python"
     name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
     check_room(name, loaded, out)
@@ -153,9 +160,9 @@ def run_of(
         if recorded is None:
             begun.update(python=given)
         elif recorded != given:
-            raise StoreError(f"{out} holds another run: {_difference(recorded, given)}, or choose another folder")
+            raise StoreError(f"{out} holds another run: {find_difference(recorded, given)}, or choose another folder")
         with tracking(begun, destination.track) as folder:
-            start_from(folder, name, loaded, outside=streamed.unchanged() if streamed else None)
+            start_from(folder, name, loaded)
             folder.update(notes=list(loaded.notes) or None, **record_input(loaded))
             yield folder
 
@@ -224,19 +231,6 @@ def log_size(folder: RunFolder, loaded: Loaded, axes: AxisGraph, name: str) -> l
     return [row.record() for row in inventory(axes)]
 
 
-def seed_generators(*generators: Generator) -> None:
-    """Seed the random generators of the CPU, and others, with 0.
-
-    Args:
-        *generators: The others.
-    """
-    torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
-    random.seed(0)
-    np.random.seed(0)
-    for generator in generators:
-        generator.manual_seed(0)
-
-
 def digest(value: object) -> str:
     """Return a short digest of JSON data.
 
@@ -293,30 +287,6 @@ def _parts(value: object) -> Iterator[object]:
     if isinstance(value, list | tuple | Mapping):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _parts(part)
-
-
-def _difference(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Return the first input in which a call differs from the interrupted one, and the remedy.
-
-    >>> _difference({"loss": "L1Loss"}, {"loss": "MSELoss"})
-    'loss was L1Loss, here MSELoss; give what the interrupted call had'
-    """
-    name = next(name for name in {**recorded, **given} if recorded.get(name) != given.get(name))
-    was, now = recorded.get(name), given.get(name)
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        part = next(part for part in {**was, **now} if was.get(part) != now.get(part))
-        was, now = was.get(part), now.get(part)
-        if name == "data" and was is not None and now is not None:
-            return (
-                f"the first batch of {part!r} differs (digest {was:.8}, here {now:.8}); the likely cause is a loader "
-                "that shuffles: give prune, grow and recover a loader with shuffle=False"
-            )
-        name = f"{name} {part!r}"
-    if name in ("weights", "dense"):
-        whose = "weights" if name == "weights" else "weights of dense"
-        return f"the {whose} differ (digest {was}, here {now}); build the network with the same seed"
-    was, now = ("not given" if one is None else one for one in (was, now))
-    return f"{name} was {was}, here {now}; give what the interrupted call had"
 
 
 def _write_page(folder: Path) -> None:

@@ -61,11 +61,16 @@ def grow(
 
 
 def _show_plan(settings: Settings, path: Path | None, code: str) -> None:
-    from regrow.commands.grow import plan_only
+    from functools import partial
+
+    from regrow.commands.grow import carry_out, open_named
+    from regrow.commands.recording import NoRecorder
     from regrow.store.outputs import JSON, write_output
 
     with working() as progress:
-        plan, axes = plan_only(settings, progress, code=code)
+        inputs = partial(open_named, settings, code=code, progress=progress)
+        result = carry_out(settings, inputs, NoRecorder(), progress=progress, grows=False)
+    plan, axes = result.plan, result.axes
     rows = [(key, change.size, change.after, f"+{change.grow}") for key, change in plan.changes.items()]
     if rows:
         table("What would grow", ("axis", "units", "after", ""), rows, numbers=(1, 2, 3))

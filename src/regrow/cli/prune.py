@@ -85,11 +85,10 @@ def prune(
         _prune_several(given.build_all(), out, code=code, memory=memory, track=track)
         return
     from regrow.commands.prune import run
-    from regrow.commands.share_pruning import share
 
     with processes() as ranks:
         if not ranks.leads:
-            share(settings, ranks, code=code, memory=memory)
+            run(settings, out, code=code, memory=memory, ranks=ranks)
             return
         more: dict[str, object] = {"track": track, "announce": say, "ranks": ranks}
         run_with_page("model", _show_result, run, settings, out, code=code, memory=memory, **more)
@@ -128,11 +127,11 @@ def _prune_several(runs: list[Settings], out: Path, *, code: str, memory: str, t
 
 
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
-    from regrow.commands.prune import plan_only
+    from regrow.commands.prune import plan_named
     from regrow.store.outputs import JSON, write_output
 
     with working() as progress:
-        plan = plan_only(settings, progress, code=code, memory=memory, announce=say)
+        plan = plan_named(settings, progress, code=code, memory=memory, announce=say)
     write_output(path, plan.to_json() + "\n", JSON)
     for note in plan.notes:
         say(f"note: {note}")

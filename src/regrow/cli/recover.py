@@ -43,7 +43,7 @@ def recover(given: Given[Settings], code: str, memory: str, track: str, fsdp: bo
         raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")
     if fsdp and not ranks.several:
         raise click.UsageError("--fsdp shards among several processes; start them with torchrun, or leave it out")
-    from regrow.commands.recover import run, share
+    from regrow.commands.recover import run
     from regrow.distributed.parallel import Parallel
 
     options.say_code(code, settings.by)
@@ -55,7 +55,7 @@ def recover(given: Given[Settings], code: str, memory: str, track: str, fsdp: bo
     with processes() as ranks:
         parallel = Parallel(ranks, fsdp)
         if not ranks.leads:
-            share(settings, parallel, code=code)
+            run(settings, out, code=code, parallel=parallel)
             return
         more: dict[str, object] = {"memory": memory, "announce": say, "parallel": parallel}
         run_with_page("model", tell, run, settings, out, code=code, track=track, **more)

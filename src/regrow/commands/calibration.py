@@ -2,127 +2,116 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from regrow.axes import Axis, AxisGraph
 from regrow.commands import pruning as prune
+from regrow.commands.recording import Record
 from regrow.commands.shared_work import SharedWork
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.evidence import Evidence
 from regrow.methods.pruning.pruner import Pruner
-from regrow.nets import Loaded
 from regrow.objectives import Objective
-from regrow.progress import Progress
-from regrow.run_folder import RunFolder
+from regrow.progress import Progress, silent
 from regrow.scores import Statistics
 from regrow.sources import Source
 from regrow.store import statistics
 from regrow.store.tensors import open_checkpoint
-from regrow.streaming.network import StreamedNetwork
 from regrow.training.checkpoint import FORMAT
+
+if TYPE_CHECKING:
+    from regrow.commands.streamed_run import PrunedNetwork
 
 
 def calibrate(
-    folder: RunFolder,
-    loaded: Loaded,
+    network: "PrunedNetwork",
     axes: AxisGraph,
     pruner: Pruner,
     sources: Sequence[Source],
-    progress: Progress,
-    objective: Objective | None = None,
-    network: StreamedNetwork | None = None,
-    ranks: ProcessRank = SINGLE,
+    record: Record,
+    *,
+    units: Sequence[Axis],
     batch_size: int = 1,
-    shared: SharedWork | None = None,
-    units: Sequence[Axis] | None = None,
+    objective: Objective | None = None,
+    shared: SharedWork,
+    ranks: ProcessRank = SINGLE,
+    progress: Progress = silent,
 ) -> tuple[Evidence, str]:
     """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
 
     Args:
-        folder: The run folder, where finished shards are stored.
-        loaded: The model.
-        axes: The axes of the model.
+        network: The network.
+        axes: Its axes.
         pruner: The method, which says what is measured.
         sources: The calibration data.
-        progress: Called with (steps done, steps in all, what is being done).
-        objective: What the model is trained for; ``None``: what fits the labels.
-        network: The network, if it runs one block at a time.
-        ranks: The processes that share the batches; the others call :func:`share_calibration`.
+        record: The run, in whose folder finished shards are stored.
+        units: The axes that may be cut, which are measured.
         batch_size: How many examples run at a time, as for :func:`regrow.commands.pruning.collect_evidence`.
+        objective: What the model is trained for; ``None``: what fits the labels.
         shared: What earlier runs of this process measured; gets what this one measures.
-        units: The axes that may be cut, which are measured; ``None``: ``axes.units()``.
+        ranks: The processes that share the batches; rank 0 gets the sums.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
-        The measurements, and a digest of everything that they depend on.
+        The measurements, and a digest of everything that they depend on; empty if nothing is recorded.
     """
-    model, (several, notes) = loaded.origin.record(), prune.divide_sources(pruner, sources)
-    sums = parameter_sums(loaded.model) if network is None else network.weights.sums()
-    more: list[object] = [batch_size] if batch_size > 1 else []
-    chosen, usual = ([axis.key for axis in some] for some in (axes.units() if units is None else units, axes.units()))
-    more += [chosen] if chosen != usual else []  # else as in earlier versions
-    keys = {
-        source.name: statistics.fingerprint(source, pruner.shards, sorted(pruner.needs), str(model), sums, *more)
-        for source in several
-    }
-    done = statistics.read_finished_shards(folder.path, keys, pruner.shards)
-    shared = shared or SharedWork()
-    shared.check_weights(sums)
-    digests = shared.digests(several, pruner.needs, pruner.shards, str(model), sums, *more)
-    done = {**shared.finished(digests, pruner.shards), **done}
+    several, notes = prune.divide_sources(pruner, sources)
+    done: dict[tuple[str, int], Statistics] = {}
+    digests: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    if record.kept:
+        sums, name = network.sums(), str(network.loaded.origin.record())
+        chosen, usual = [axis.key for axis in units], [axis.key for axis in axes.units()]
+        rest = [name, sums, *([batch_size] if batch_size > 1 else []), *([chosen] if chosen != usual else [])]
+        needs = sorted(pruner.needs)
+        keys = {source.name: statistics.fingerprint(source, pruner.shards, needs, *rest) for source in several}
+        shared.check_weights(sums)
+        digests = shared.digests(several, pruner.needs, pruner.shards, *rest)
+        done = shared.finished(digests, pruner.shards)
+        done |= statistics.read_finished_shards(record.path, keys, pruner.shards)
 
     def keep(source: str, shard: int, sums: Statistics) -> None:
-        statistics.save_statistics(folder.path, source, shard, sums, key=keys[source])
+        if record.kept:
+            statistics.save_statistics(record.path, source, shard, sums, key=keys[source])
 
-    if ranks.several:
-        broadcast_record(ranks, [list(one) for one in done])
-    given: Any = {"done": done, "on_done": keep, "visits": network, "ranks": ranks, "objective": objective}
-    basis = loaded.model, axes, pruner, several, progress, batch_size
-    evidence = replace(prune.collect_evidence(*basis, units, **given), notes=notes)
-    for name, shards in evidence.statistics.items():
-        shared.sums.update({(digests[name], i): shard for i, shard in enumerate(shards)})
-    return evidence, statistics.fingerprint(Source("", ()), keys)
-
-
-def share_calibration(
-    model: nn.Module,
-    axes: AxisGraph,
-    pruner: Pruner,
-    sources: Sequence[Source],
-    ranks: ProcessRank,
-    network: StreamedNetwork | None = None,
-    batch_size: int = 1,
-    units: Sequence[Axis] | None = None,
-) -> None:
-    """Measure the share of this rank in a calibration that rank 0 leads and stores.
-
-    Args:
-        model: The network.
-        axes: The axes of the network.
-        pruner: The method, which says what is measured.
-        sources: The calibration data.
-        ranks: The processes.
-        network: The network, if it runs one block at a time.
-        batch_size: As for :func:`calibrate`.
-        units: As for :func:`calibrate`.
-    """
-    done = {(source, shard): Statistics(source) for source, shard in broadcast_record(ranks)}
-    more: Any = {"done": done, "visits": network, "ranks": ranks, "batch_size": batch_size, "units": units}
-    prune.collect_evidence(model, axes, pruner, sources, **more)
+    finished = broadcast_record(ranks, [[*key] for key in done])
+    if not ranks.leads:
+        done = {(source, shard): Statistics(source) for source, shard in finished}
+    evidence = prune.collect_evidence(
+        network.loaded.model,
+        axes,
+        pruner,
+        several,
+        progress,
+        batch_size,
+        units,
+        done=done,
+        on_done=keep,
+        visits=network.visits,
+        ranks=ranks,
+        objective=objective,
+    )
+    for source, shards in evidence.statistics.items() if record.kept else ():
+        shared.sums.update({(digests[source], i): shard for i, shard in enumerate(shards)})
+    return replace(evidence, notes=notes), statistics.fingerprint(Source("", ()), keys) if record.kept else ""
 
 
-def open_journal(folder: RunFolder, key: str) -> dict[str, Any]:
-    """Return the arguments of ``plan_cut`` that let it go on where an interrupted run stopped.
+def open_journal(record: Record, key: str) -> Path | None:
+    """Return the file with which the learning of a plan goes on where an interrupted run stopped, if any is kept.
 
     Args:
-        folder: The run folder.
+        record: The run.
         key: The digest of the measurements, as :func:`calibrate` returns it.
     """
-    path = folder.path / "statistics" / "learned.safetensors"
+    if not record.kept:
+        return None
+    path = record.path / "statistics" / "learned.safetensors"
     open_checkpoint(path, key, FORMAT)
-    return {"checkpoint": path, "header": lambda: {"key": key}}
+    return path
 
 
 def parameter_sums(model: nn.Module) -> list[float]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from regrow.run_folder import RunFolder
+from regrow.commands.recording import Record
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Clock:
         seconds: Stage → seconds so far.
     """
 
-    folder: RunFolder | None
+    folder: Record | None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

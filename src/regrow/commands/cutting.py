@@ -1,132 +1,145 @@
-"""A cut as the command and the Python interface carry it out: proved, repaired, measured and saved."""
+"""A network in memory as a pruning run uses it: cut in place, proved, repaired and saved."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
-from regrow import evaluation, store
+from torch import Tensor, nn
+
+from regrow import store
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
-from regrow.budget import Budget
-from regrow.commands import measuring
+from regrow.commands.calibration import parameter_sums
 from regrow.commands.forward_outputs import run_once
 from regrow.commands.reconstruction import keep_dense, reconstruct
+from regrow.commands.recording import Record
+from regrow.distributed import ProcessRank
 from regrow.errors import RefusedError
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting
 from regrow.plan import Plan
-from regrow.progress import Progress, silent
-from regrow.run_folder import RunFolder
+from regrow.progress import Progress
+from regrow.scoring import weights_of
 from regrow.sources import Source
 from regrow.surgery import apply, verify
-from regrow.training import tune
 
-Measure = Callable[[AxisGraph, str], dict[str, evaluation.Perplexity]]
-"""Function that logs size and quality of the network with these axes under a name, and returns its perplexities."""
+Stage = Callable[[str], AbstractContextManager[None]]
+"""Returns the context manager that times a stage of a run."""
 
 
-@dataclass(frozen=True)
-class CutRun:
-    """What a cut is carried out with, and what is done after it.
+@dataclass
+class WholeNetwork:
+    """A network in memory; it is cut in place.
 
     Args:
         loaded: The network, with what is needed to save it.
-        sources: The data on which the statistics of BatchNorms are measured again.
-        precision: The precision of forward passes.
-        folder: The run folder; ``None``: nothing is proved, measured or saved.
-        measure: Measures the network; not called without a folder.
-        proof: Whether the cut network is compared with the masked one, in a folder.
-        fit: The settings with which layers are fitted to the dense network after the cut; ``None``: they are not.
-        fitted_on: Returns the data on which they are fitted.
-        finetune: Trains the network after the cut.
-        stage: Returns the context manager that times a stage of the run, by its name.
-        progress: Called with (steps done, steps in all, what is being done).
+        dense: After a cut: the network before it, if layers are fitted to that.
     """
 
     loaded: Loaded
-    sources: Sequence[Source]
-    precision: str = "float32"
-    folder: RunFolder | None = None
-    measure: Measure = field(default=lambda axes, name: {})
-    proof: bool = True
-    fit: Mapping[str, Any] | None = None
-    fitted_on: Callable[[], Sequence[Source]] = tuple
-    finetune: Callable[[], None] | None = None
-    stage: Callable[[str], AbstractContextManager[Any]] = nullcontext
-    progress: Progress = silent
+    dense: nn.Module | None = field(default=None, init=False)
+    visits: ClassVar[None] = None
+    outside: ClassVar[None] = None
 
-    def carry_out(self, axes: AxisGraph, plan: Plan, budget: Budget) -> tuple[AxisGraph, str]:
-        """Cut the network in place; in a folder, prove that the plan holds, measure before and after, and save.
+    @property
+    def identity(self) -> nn.Module:
+        """What the processes of a run compare: its weights."""
+        return self.loaded.model
+
+    def sums(self) -> list[float]:
+        """Return a sum of each parameter."""
+        return parameter_sums(self.loaded.model)
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Return the parameters by name, for scores."""
+        return weights_of(self.loaded.model)
+
+    def use_folder(self, folder: Path) -> None:
+        """Do nothing: everything is in memory.
 
         Args:
+            folder: The run folder, or a temporary one.
+        """
+
+    def evaluators(self, ranks: ProcessRank) -> ProcessRank | None:
+        """Return the processes that share an evaluation: all, of text; rank 0 evaluates other data alone.
+
+        Args:
+            ranks: The processes.
+        """
+        return ranks if ranks.leads or self.loaded.tokenizer is not None else None
+
+    def cut(
+        self,
+        record: Record,
+        axes: AxisGraph,
+        plan: Plan,
+        *,
+        proof: bool,
+        fits: bool,
+        ranks: ProcessRank,
+        stage: Stage,
+        progress: Progress,
+    ) -> AxisGraph:
+        """Carry out a plan, and return the axes after it.
+
+        Args:
+            record: The run, which gets a row on the proof.
             axes: The axes of the network.
             plan: The plan.
-            budget: The budget that the plan meets.
-
-        Returns:
-            The axes after the cut, and what a user must know of the statistics of BatchNorms; empty: nothing.
+            proof: Whether the cut network is compared with the masked one in float64 before, if the run is kept.
+            fits: Whether layers are fitted to dense outputs later.
+            ranks: The processes, each of which cuts.
+            stage: Times the stages ``verify`` and ``apply``.
+            progress: Called with (steps done, steps in all, what is being done).
 
         Raises:
             RefusedError: If the cut network does not compute what the masked one does; nothing is changed then.
         """
-        folder, model = self.folder, self.loaded.model
-        before = self._measured(axes, "dense")
-        if folder and self.proof:
-            with self.stage("verify"):
-                self.progress(0, 1, "proving that masked = shrunk")
-                self._verify(axes, plan, folder)
+        model = self.loaded.model
+        if proof and record.kept:
+            with stage("verify"):
+                progress(0, 1, "proving that masked = shrunk")
+                result = verify(model, axes, plan)
+            record.log("verify", **asdict(result), dtype="float64")
+            if not result.ok:
+                raise RefusedError(
+                    f"the plan does not hold on this model: masked and shrunk differ by {result.max_abs_diff:.3g} in "
+                    f"float64, the bound is {result.bound:.3g}; no model was saved, please report this one"
+                )
         run_once(model, axes.example)
-        dense = None if self.fit is None else keep_dense(model)
-        with self.stage("apply"):
+        self.dense = keep_dense(model) if fits else None
+        with stage("apply"):
             _, after = apply(model, axes, plan)
-            if folder:
-                record_plan(folder, plan, axes, after)
-        cut: dict[str, evaluation.Perplexity] = {}
-        if dense is not None and self.fit is not None:
-            cut = self._measured(after, "cut")
-            with self.stage("reconstruct"):
-                reconstruct(model, dense, axes, plan, self.fitted_on(), self.fit, folder, self.progress)
-            del dense
-        note = self._tune(plan) if self.finetune or tune.find_running(model) else ""
-        if folder:
-            with self.stage("save"):
-                store.write_model(self.loaded, folder.path)
-            pruned = self._measured(after, "pruned")
-            measuring.log_budget(folder, model, axes, after, budget)
-            measuring.log_pairs(folder, before, pruned, cut)
-            if note:
-                folder.update(notes=[*folder.run().get("notes", ()), note])
-        return after, note
+        return after
 
-    def _tune(self, plan: Plan) -> str:
-        """Train the network, if that is wanted, and measure the statistics of BatchNorms again."""
-        with self.stage("tune"), autocasting(self.loaded.model, self.precision):
-            if self.finetune:
-                self.finetune()
-            return tune.recalibrate_changed(self.loaded.model, plan, self.sources)
+    def reconstruct(
+        self,
+        record: Record,
+        axes: AxisGraph,
+        plan: Plan,
+        sources: Sequence[Source],
+        settings: Mapping[str, Any],
+        progress: Progress,
+    ) -> None:
+        """Fit layers that read cut units to dense outputs.
 
-    def _measured(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
-        return self.measure(axes, name) if self.folder else {}
+        Args:
+            record: The run, which gets a row.
+            axes: The axes before the cut.
+            plan: The plan.
+            sources: The data to fit on.
+            settings: Settings that differ from the defaults.
+            progress: Called with (steps done, steps in all, what is being done).
+        """
+        dense, self.dense = self.dense, None
+        assert dense is not None
+        reconstruct(self.loaded.model, dense, axes, plan, sources, settings, record, progress)
 
-    def _verify(self, axes: AxisGraph, plan: Plan, folder: RunFolder) -> None:
-        result = verify(self.loaded.model, axes, plan)
-        folder.log("verify", **asdict(result), dtype="float64")
-        if not result.ok:
-            raise RefusedError(
-                f"the plan does not hold on this model: masked and shrunk differ by {result.max_abs_diff:.3g} in "
-                f"float64, the bound is {result.bound:.3g}; no model was saved, please report this one"
-            )
+    def save(self, record: Record) -> None:
+        """Write the network into the folder of a run.
 
-
-def record_plan(folder: RunFolder, plan: Plan, before: AxisGraph, after: AxisGraph) -> None:
-    """Write the plan of a run, and the axes before and after it.
-
-    Args:
-        folder: The run folder.
-        plan: The plan.
-        before: The axes before.
-        after: The axes after.
-    """
-    folder.own_ledger.replace(plan)
-    folder.write_axes([row.record() for row in inventory(before)], [row.record() for row in inventory(after)])
+        Args:
+            record: The run.
+        """
+        store.write_model(self.loaded, record.path)

@@ -64,9 +64,9 @@ def evaluate(
     opened = open_network(spec.name, DTYPES.get(spec.dtype))
     plan = _plan(settings, opened, parse_bytes(memory))
     own = {"--harness": bool(settings.harness), "--speed": settings.speed}
-    streamed = start_streaming(opened, plan, {**own, **needs_of_model(spec, settings.precision, opened)}, announce)
+    streams = start_streaming(opened, plan, {**own, **needs_of_model(spec, settings.precision, opened)}, announce)
     with TemporaryDirectory(prefix="regrow-") as place:
-        network = streamed.with_results(Path(place)).network() if streamed else None
+        network = opened.network(Path(place) if plan.on_disk else None) if streams else None
         loaded = opened.loaded if network else load_model(spec, progress, code)
         with autocasting(loaded.model, settings.precision):
             result = _evaluate(settings, loaded, progress, network)

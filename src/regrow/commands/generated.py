@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from regrow.commands.calibration import parameter_sums
-from regrow.commands.clock import Clock
 from regrow.commands.inputs import PendingWindows, SourceHalves, SourceSpecs, count_windows, generated_source
 from regrow.commands.prune_settings import source_specs
 from regrow.commands.reconstruction import count_calibration, count_tokens
-from regrow.commands.shared_work import SharedWork
 from regrow.data.windows import find_separator, find_start
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_tensors
@@ -42,37 +40,6 @@ def count_generated(settings: Settings) -> int:
     if settings.recover:
         amounts.append(source_specs(settings, settings.recover_tokens).tokens)
     return count_windows(max(amounts), settings.seq_len)
-
-
-def generate_in_run(
-    settings: Settings,
-    kinds: SourceHalves,
-    loaded: Loaded,
-    clock: Clock,
-    shared: SharedWork,
-    progress: Progress = silent,
-    ranks: ProcessRank = SINGLE,
-) -> SourceHalves:
-    """Return the data of a pruning run with the text that its model generates, if that is a source.
-
-    Args:
-        settings: The settings of the run.
-        kinds: The data.
-        loaded: The model before the cut.
-        clock: Times the stage; its run folder gets the windows.
-        shared: Has the windows of earlier runs of this process; gets those of this one.
-        progress: Called with (tokens so far, tokens in all, what is being done).
-        ranks: The processes; this one is rank 0.
-    """
-    if not kinds.pending:
-        return kinds
-    given: Any = {"known": () if shared.generated is None else (shared.generated,), "ranks": ranks}
-    folder = None if clock.folder is None else clock.folder.path
-    with clock.stage("generate"):
-        wanted = source_specs(settings), loaded, count_generated(settings), folder
-        kinds = fill_generated(kinds, *wanted, progress=progress, **given)
-    shared.generated = kinds.generated
-    return kinds
 
 
 def fill_generated(

@@ -1,28 +1,27 @@
-"""``regrow grow``: widen or deepen a model such that its outputs do not change, compare them, and save."""
+"""Grow a network such that its outputs do not change, whether named on the command line or given in Python."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from regrow import store
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
 from regrow.commands.clock import Clock
-from regrow.commands.example_inputs import record_input
 from regrow.commands.generated import fill_generated
 from regrow.commands.growing import GrowthSpec, plan_growth
 from regrow.commands.growth import CheckedGrowth, GrowthData
 from regrow.commands.inputs import SourceHalves, SourceSpecs, count_windows, describe_sources, read_sources
-from regrow.commands.measuring import measure
+from regrow.commands.measuring import measure_run
 from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.parents import check_room, describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
-from regrow.commands.trackers import tracking
+from regrow.commands.recording import FolderRecorder, Record, Recorder, RunStart, record_plan
 from regrow.commands.training_memory import plan_growth_memory
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting, check_precision
+from regrow.nets.precision import check_precision
+from regrow.objectives import Objective
 from regrow.plan import Plan
 from regrow.process_memory import read_peak, reset_peak
 from regrow.progress import Progress, silent
@@ -35,39 +34,161 @@ from regrow.training.grown import GrowthTraining
 
 
 @dataclass(frozen=True)
-class _GrowJob:
-    """The data that the parts of a growth run share."""
+class GrowInputs:
+    """What a run grows, and on which data it is trained and measured.
 
-    settings: Settings
-    folder: RunFolder
+    Args:
+        loaded: The network.
+        axes: Its axes.
+        data: The data for training and evaluation.
+        objective: What the network is trained for; ``None``: what fits the labels.
+        lenient: Whether the data for evaluation are those for training, whose labels need not fit.
+        sources: What is recorded of the data.
+        call: What the result depends on besides settings, for a call from Python.
+    """
+
     loaded: Loaded
-    kinds: SourceHalves
-    clock: Clock
-    progress: Progress
-
-    def measure(self, axes: AxisGraph, name: str) -> None:
-        """Measure and log the model in its present state, under a name."""
-        with self.clock.stage("evaluate"), autocasting(self.loaded.model, self.settings.precision):
-            measure(self.folder, self.loaded, axes, self.kinds.evaluation, self.kinds.seen, name, self.progress)
+    axes: AxisGraph
+    data: SourceHalves
+    objective: Objective | None = None
+    lenient: bool = False
+    sources: Sequence[dict[str, object]] | None = None
+    call: dict[str, object] | None = None
 
 
-def plan_only(settings: Settings, progress: Progress = silent, *, code: str = "") -> tuple[Plan, AxisGraph]:
-    """Return the plan that a growth run would carry out, and the axes of the model, without a run folder.
+@dataclass(frozen=True)
+class GrowResult:
+    """The result of a growth run.
+
+    Args:
+        plan: The plan.
+        axes: The axes before the growth.
+        model: The network, grown unless only the plan was made.
+        folder: The finished run folder; ``None``: nothing was recorded.
+        warnings: Which axes cannot be widened.
+    """
+
+    plan: Plan
+    axes: AxisGraph
+    model: nn.Module
+    folder: RunFolder | None
+    warnings: tuple[str, ...] = ()
+
+
+def carry_out(
+    settings: Settings,
+    inputs: Callable[[Clock], GrowInputs],
+    recorder: Recorder,
+    *,
+    memory: str = "",
+    announce: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
+    grows: bool = True,
+) -> GrowResult:
+    """Grow a network such that its outputs do not change, train it if there are steps, and record it.
+
+    All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
+    settings is resumed where the recorder has its folder.
 
     Args:
         settings: The settings of the run.
+        inputs: Opens the network and the data, and times that.
+        recorder: Where the run is recorded.
+        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted once the model is loaded,
+            and the run is refused if that is more. Empty: it is not predicted.
+        announce: Called with one line that says what the run needs of that memory.
         progress: Called with (steps done, steps in all, what is being done).
-        code: As for :func:`run`.
+        grows: Whether the network is grown; otherwise the run ends with the plan.
 
     Raises:
-        ValueError: As :func:`run`.
+        ValueError: If a setting, the model or a source is not usable, or nothing of the wanted kind can grow; says
+            which, and the remedy.
+        RefusedError: If the outputs change by more than rounding; the network is as it was then.
     """
     check_settings(settings)
-    spec = spec_of(settings)
-    loaded = load_model(_model(settings), progress, code)
-    axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    plan, _ = plan_growth(loaded.model, axes, spec)
-    return plan, axes
+    spec, identity = spec_of(settings), {"verb": "grow", "settings": record_settings(settings)}
+    recorder.check(identity)
+    clock = Clock(None)
+    reset_peak()
+    opened = inputs(clock)
+    loaded, axes, data = opened.loaded, opened.axes, opened.data
+    with clock.stage("plan"):
+        plan, notes = plan_growth(loaded.model, axes, spec)
+        if not grows:
+            return GrowResult(plan, axes, loaded.model, None, (*notes,))
+        needs = plan_growth_memory(settings, loaded, axes, plan, memory, announce)
+    with recorder.begin(RunStart(identity, loaded, call=opened.call)) as record:
+        clock.folder = record
+        if data.pending:
+            with clock.stage("generate"):
+                specs = _sources(settings)
+                windows = count_windows(specs.tokens, specs.seq_len)
+                data = fill_generated(data, specs, loaded, windows, record.path, progress=progress)
+        record.update(notes=[*loaded.notes, *notes] or None, sources=opened.sources)
+        _grow(settings, replace(opened, data=data), record, plan, clock, progress)
+        if needs:
+            record.update(memory=PeakMemory(needs.limit, needs.needed, read_peak()).record())
+        return GrowResult(plan, axes, loaded.model, recorder.finish(record, clock.seconds), (*notes,))
+
+
+def _grow(settings: Settings, inputs: GrowInputs, record: Record, plan: Plan, clock: Clock, progress: Progress) -> None:
+    """Grow the network, train it, and save it; measure it before and after."""
+    loaded, axes = inputs.loaded, inputs.axes
+
+    def measure(axes: AxisGraph, name: str) -> None:
+        with clock.stage("evaluate"):
+            measure_run(
+                record,
+                loaded,
+                axes,
+                inputs.data.evaluation,
+                inputs.data.seen,
+                name,
+                progress,
+                precision=settings.precision,
+                objective=inputs.objective,
+                lenient=inputs.lenient,
+            )
+
+    measure(axes, "before")
+    proof = settings.proof and record.kept
+    grown, row = CheckedGrowth(loaded.model, axes, plan, proof, clock.stage, progress).carry_out()
+    record_plan(record, plan, axes, grown)
+    if row:
+        record.log("verify", **row)
+    if settings.steps:
+        with clock.stage("train"):
+            training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
+            data = GrowthData(inputs.data.calibration, training, settings.precision, inputs.objective)
+            data.train(loaded.model, axes, plan, record, progress)
+    if record.kept:
+        with clock.stage("save"):
+            store.write_model(loaded, record.path)
+    measure(grown, "after")
+
+
+def open_named(settings: Settings, clock: Clock, *, code: str = "", progress: Progress = silent) -> GrowInputs:
+    """Open the network and the data that settings name.
+
+    Args:
+        settings: The settings of the run.
+        clock: Times the stages ``load`` and ``trace``.
+        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
+            recorded name is never imported.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Raises:
+        ValueError: If the model or a source is not usable; says which, and the remedy.
+    """
+    with clock.stage("load"):
+        loaded = load_model(_model(settings), progress, code)
+        check_precision(loaded.model, settings.precision)
+        specs = _sources(settings)
+        data = read_sources(specs, loaded)
+    with clock.stage("trace"):
+        progress(0, 1, "tracing")
+        axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    return GrowInputs(loaded, axes, data, sources=describe_sources(specs, data))
 
 
 def run(
@@ -81,58 +202,29 @@ def run(
     announce: Callable[[str], None] = lambda line: None,
     write_page: WritePage | None = None,
 ) -> RunFolder:
-    """Grow a model and write a run folder with model, plan and measurements.
-
-    All mistakes in the settings are found before the folder is made; an interrupted run with the same settings is
-    resumed.
+    """Grow the model that settings name, as ``regrow grow`` does, and return the folder.
 
     Args:
         settings: The settings of the run.
         out: The run folder: new, empty, or of this very run.
         progress: Called with (steps done, steps in all, what is being done).
-        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
-            recorded name is never imported.
+        code: As for :func:`open_named`.
         track: The name of a tracker that gets every measurement, too; empty: none.
-        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted once the model is loaded,
-            and the run is refused if that is more. Empty: it is not predicted.
-        announce: Called with one line that says what the run needs of that memory.
+        memory: As for :func:`carry_out`.
+        announce: As for :func:`carry_out`.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
-        ValueError: If a setting, the model or a source is not usable, or nothing of the wanted kind can grow; says
-            which, and the remedy.
-        RefusedError: If the outputs change by more than rounding; no model is saved then.
+        ValueError: As :func:`carry_out`.
     """
-    check_settings(settings)
     settings.check_training()
-    spec = spec_of(settings)
-    identity: dict[str, Any] = {"verb": "grow", "settings": record_settings(settings)}
-    RunFolder.check(out, **identity)
-    clock = Clock(None)
-    reset_peak()
-    with clock.stage("load"):
-        loaded = load_model(_model(settings), progress, code)
-        check_precision(loaded.model, settings.precision)
-        specs = _sources(settings)
-        kinds = read_sources(specs, loaded)
-    with clock.stage("trace"):
-        progress(0, 1, "tracing")
-        axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    with clock.stage("plan"):
-        plan, notes = plan_growth(loaded.model, axes, spec)
-        needs = plan_growth_memory(settings, loaded, axes, plan, memory, announce)
-    check_room(settings.model, loaded, out, undo=settings.undo)
-    words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
-    with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
-        clock.folder = folder
-        start_from(folder, settings.model, loaded, undo=settings.undo)
-        with clock.stage("generate") if kinds.pending else nullcontext():
-            windows = count_windows(specs.tokens, specs.seq_len)
-            kinds = fill_generated(kinds, specs, loaded, windows, folder.path, progress=progress)
-        folder.update(notes=[*loaded.notes, *notes], sources=describe_sources(specs, kinds), **record_input(loaded))
-        _grown(_GrowJob(settings, folder, loaded, kinds, clock, progress), axes, plan)
-        peak = PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None
-        return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder), memory=peak)
+    words = [*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out)]
+    command = command_line(settings, *words)
+    recorder = FolderRecorder(out, settings.model, command, track, settings.undo, write_page)
+    inputs = partial(open_named, settings, code=code, progress=progress)
+    result = carry_out(settings, inputs, recorder, memory=memory, announce=announce, progress=progress)
+    assert result.folder is not None
+    return result.folder
 
 
 def spec_of(settings: Settings) -> GrowthSpec:
@@ -160,21 +252,3 @@ def _model(settings: Settings) -> ModelSpec:
 def _sources(settings: Settings) -> SourceSpecs:
     amounts = settings.eval_tokens, settings.seq_len
     return SourceSpecs(*amounts, settings.on, settings.sources, settings.tokens, settings.seed)
-
-
-def _grown(job: _GrowJob, axes: AxisGraph, plan: Plan) -> None:
-    """Compare the outputs before and after the growth, grow the model, save it, and measure it."""
-    settings, folder, loaded, clock = job.settings, job.folder, job.loaded, job.clock
-    job.measure(axes, "before")
-    grown, proof = CheckedGrowth(loaded.model, axes, plan, settings.proof, clock.stage, job.progress).carry_out()
-    folder.own_ledger.replace(plan)
-    folder.write_axes([row.record() for row in inventory(axes)], [row.record() for row in inventory(grown)])
-    folder.log("verify", **proof)
-    if settings.steps:
-        with clock.stage("train"):
-            training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
-            data = GrowthData(job.kinds.calibration, training, settings.precision)
-            data.train(loaded.model, axes, plan, folder, job.progress)
-    with clock.stage("save"):
-        store.write_model(loaded, folder.path)
-    job.measure(grown, "after")

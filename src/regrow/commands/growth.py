@@ -17,12 +17,12 @@ from regrow.commands.forward_outputs import (
     outputs_of,
     run_once,
 )
+from regrow.commands.recording import Record
 from regrow.errors import RefusedError
 from regrow.nets.precision import autocasting
 from regrow.objectives import Objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.run_folder import RunFolder
 from regrow.sources import Source, preserve_random_state
 from regrow.surgery import apply, verify
 from regrow.surgery.runner import Answers
@@ -183,26 +183,24 @@ class GrowthData:
     precision: str = "float32"
     objective: Objective | None = None
 
-    def train(
-        self, model: nn.Module, axes: AxisGraph, plan: Plan, folder: RunFolder | None, progress: Progress
-    ) -> None:
+    def train(self, model: nn.Module, axes: AxisGraph, plan: Plan, record: Record, progress: Progress) -> None:
         """Train a grown network, and log the loss before and after.
 
         Args:
             model: The network after the growth.
             axes: Its axes before.
             plan: The plan of the growth.
-            folder: The run folder that gets the row; ``None``: the loss is not measured.
+            record: The run, which gets the row; the loss is measured where it is kept.
             progress: Called with (steps done, steps in all, what is being done).
         """
         training, new = self.training, added_entries(model, axes, plan)
         with autocasting(model, self.precision):
-            before = self._measure_loss(model) if folder else 0.0
+            before = self._measure_loss(model) if record.kept else 0.0
             train_grown(model, self.sources, new, training, objective=self.objective, progress=progress)
-            if folder:
+            if record.kept:
                 row: dict[str, Any] = {"loss_before": before, "loss_after": self._measure_loss(model)}
                 row |= {"steps": training.steps, "train": "new" if training.new_only else "all", "lr": training.lr}
-                folder.log("training", **row, parameters=sum(int(entries.sum()) for entries in new.values()))
+                record.log("training", **row, parameters=sum(int(entries.sum()) for entries in new.values()))
 
     def _measure_loss(self, model: nn.Module) -> float:
         """Return the mean loss on the data; the random state of loaders that shuffle is restored."""

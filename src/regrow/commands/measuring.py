@@ -1,6 +1,8 @@
 """Measurements of a model before and after a cut: size, quality, and the quantity that its budget counts."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -11,18 +13,20 @@ from regrow.allocation import cost_of
 from regrow.amounts import STEPS, Measure
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
+from regrow.commands.recording import Record
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.nets import Loaded
+from regrow.nets.precision import autocasting
 from regrow.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
 from regrow.progress import Progress, silent
-from regrow.run_folder import RunFolder
-from regrow.sources import Batch, Source
+from regrow.sources import Batch, Source, preserve_random_state, seed_generators
 from regrow.streaming.network import StreamedNetwork
+from regrow.tracing.capture import first_line
 
 
 def measure(
-    folder: RunFolder,
+    folder: Record,
     loaded: Loaded,
     axes: AxisGraph,
     tests: tuple[Source, ...],
@@ -82,8 +86,75 @@ def measure(
     return perplexities
 
 
+def measure_run(
+    record: Record,
+    loaded: Loaded,
+    axes: AxisGraph,
+    tests: tuple[Source, ...],
+    seen: frozenset[str],
+    name: str,
+    progress: Progress = silent,
+    *,
+    precision: str = "float32",
+    objective: Objective | None = None,
+    lenient: bool = False,
+    network: StreamedNetwork | None = None,
+    ranks: ProcessRank = SINGLE,
+    known: dict[str, evaluation.Perplexity | evaluation.Accuracy] | None = None,
+    recoveries: int = 0,
+) -> dict[str, evaluation.Perplexity]:
+    """Log size and quality of a model, as :func:`measure` does; a measurement changes no result.
+
+    Loaders that shuffle give the same order each time, and their random state is restored.
+
+    Args:
+        record: The run; without one that measures, nothing is done.
+        loaded: The model.
+        axes: Its axes.
+        tests: The evaluation sources.
+        seen: The names of the sources that were used for calibration.
+        name: The name of the model in the rows.
+        progress: Called with (steps done, steps in all, what is being done).
+        precision: The precision of forward passes.
+        objective: As for :func:`measure`; of one that has no rows, only the size is measured.
+        lenient: Whether the sources are no validation data, so that labels which do not fit give a warning.
+        network: The model, if it runs one block at a time.
+        ranks: The processes that share the evaluation of text.
+        known: As for :func:`measure`.
+        recoveries: As for :func:`measure`.
+    """
+    if not record.measured:
+        return {}
+    model = loaded if network is None else replace(loaded, model=network.model)
+    tests = tests if objective is None or can_measure(objective) else ()
+    generators = [generator for source in tests for generator in source.generators]
+    with preserve_random_state(*generators), autocasting(loaded.model, precision):
+        seed_generators(*generators)
+        try:
+            return measure(
+                record,
+                model,
+                axes,
+                tests,
+                seen,
+                name,
+                progress,
+                recoveries=recoveries,
+                network=network,
+                ranks=ranks,
+                known=known,
+                objective=objective,
+            )
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if not lenient:
+                raise
+            line = first_line(error)
+    warnings.warn(f"the quality of the network is not measured: {line}; give validation= data", stacklevel=2)
+    return {}
+
+
 def log_pairs(
-    folder: RunFolder,
+    folder: Record,
     before: Mapping[str, evaluation.Perplexity],
     after: Mapping[str, evaluation.Perplexity],
     cut: Mapping[str, evaluation.Perplexity],
@@ -180,7 +251,7 @@ def _accuracy(result: evaluation.Accuracy) -> dict[str, Any]:
     return {"acc": result.accuracy, "acc_se": result.error, "n": len(result.right)}
 
 
-def log_budget(folder: RunFolder, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
+def log_budget(folder: Record, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
     """Log the quantity that a budget counts, before and after a cut, if that is an absolute target or time.
 
     For time, the rows have the prediction and the measured time, the fastest of several passes, before and after.

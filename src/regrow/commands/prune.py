@@ -1,84 +1,425 @@
-"""``regrow prune``: calibrate, plan, cut, measure and save, in a run folder that can be resumed."""
+"""Prune a network, whether named on the command line or given in Python, whole or block by block, on every rank."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-from regrow import evaluation, store
+import torch
+from torch import Tensor
+
+from regrow import evaluation
 from regrow.axes import AxisGraph
-from regrow.budget import Budget
+from regrow.budget import Budget, Timing
 from regrow.commands import measuring
 from regrow.commands import pruning as prune
 from regrow.commands.calibration import calibrate, open_journal
 from regrow.commands.clock import Clock
-from regrow.commands.cutting import CutRun, record_plan
-from regrow.commands.example_inputs import record_input
-from regrow.commands.generated import count_generated, fill_generated, generate_in_run
-from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
+from regrow.commands.cutting import WholeNetwork
+from regrow.commands.generated import count_generated, fill_generated
+from regrow.commands.inputs import SourceHalves, count_windows, describe_sources, read_sources
 from regrow.commands.later_plans import LaterPlan, check_later_plans
-from regrow.commands.models import load_model
-from regrow.commands.parents import check_room, describe_stage, start_from
+from regrow.commands.models import DTYPES, load_model
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.reconstruction import check_amount, check_reconstruction, choose_sources
+from regrow.commands.recording import FolderRecorder, NoRecorder, Record, Recorder, RunStart, record_plan
 from regrow.commands.recovering import broadcast_recovered, check_recovery, log_differences, recover
-from regrow.commands.same_inputs import check_same_inputs
+from regrow.commands.same_inputs import check_same_inputs, check_same_settings
 from regrow.commands.score_summary import write_scores
 from regrow.commands.shared_work import SharedWork
-from regrow.commands.streamed import StreamedRun, open_streamed
-from regrow.commands.streamed_reconstruction import StreamedReconstruction
-from regrow.commands.trackers import tracking
+from regrow.commands.streamed import needs_of_model, plan_streaming
+from regrow.commands.streamed_run import PrunedNetwork, StreamedRun
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_record, everywhere
-from regrow.methods.pruning.pruner import Pruner, plan_cut, with_modules
+from regrow.distributed.exchange import broadcast_record
+from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
 from regrow.nets import Loaded
 from regrow.nets.loaded import check_same_files
 from regrow.nets.precision import autocasting, check_precision
+from regrow.objectives import Objective
 from regrow.plan import Plan
-from regrow.process_memory import read_peak, reset_peak
+from regrow.process_memory import read_peak, reset_peak, return_memory
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
-from regrow.scoring import weights_of
+from regrow.scoring.layer_orders import BATCH
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
-from regrow.streaming.network import StreamedNetwork
-from regrow.tracing import trace
+from regrow.sources import Source
+from regrow.streaming.opening import open_network
+from regrow.streaming.requirements import MemoryPlan
 from regrow.training import tune
 
 
 @dataclass(frozen=True)
-class _PruneJob:
+class PruneInputs:
+    """What a run prunes, and on which data.
+
+    Args:
+        network: The network.
+        axes: Its axes.
+        data: The data for calibration and evaluation.
+        read: Returns calibration data of another amount: (tokens over all sources, generated windows) → sources.
+        load_dense: Loads the network before the cut once more, for a recovery.
+        objective: What the network is trained for; ``None``: what fits the labels.
+        lenient: Whether the data for evaluation are those for calibration, whose labels need not fit.
+        sources: What is recorded of the data.
+        call: What the result depends on besides settings, for a call from Python.
+        memory: How the run stays within a limit of memory; ``None``: there is none.
+        timing: The measured times of the network, if they are known.
+    """
+
+    network: PrunedNetwork
+    axes: AxisGraph
+    data: SourceHalves
+    read: Callable[[int, Tensor | None], Sequence[Source]]
+    load_dense: Callable[[], Loaded] | None = None
+    objective: Objective | None = None
+    lenient: bool = False
+    sources: Sequence[dict[str, object]] | None = None
+    call: dict[str, object] | None = None
+    memory: MemoryPlan | None = None
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """The result of a pruning run.
+
+    Args:
+        plan: The plan.
+        loaded: The cut network; without numbers, if it was read one block at a time.
+        folder: The finished run folder; ``None``: nothing was recorded.
+        warnings: What a user must know of the data.
+    """
+
+    plan: Plan
+    loaded: Loaded
+    folder: RunFolder | None
+    warnings: tuple[str, ...] = ()
+
+
+OpenInputs = Callable[[Clock], PruneInputs]
+"""Opens the inputs of a run, and times that."""
+
+
+def carry_out(
+    settings: Settings,
+    inputs: OpenInputs,
+    recorder: Recorder,
+    ranks: ProcessRank = SINGLE,
+    *,
+    shared: SharedWork | None = None,
+    progress: Progress = silent,
+    cuts: bool = True,
+) -> PruneResult:
+    """Prune a network, and record it.
+
+    All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
+    settings is resumed where the recorder has its folder.
+
+    Args:
+        settings: The settings of the run.
+        inputs: Opens the network and the data.
+        recorder: Where the run is recorded: rank 0 has a folder, or nothing is kept.
+        ranks: The processes that share the run; all of them call this with the same settings.
+        shared: What earlier runs of this process, which differ in method and keep alone, need not do again; gets what
+            this one does. The result is the same. Later runs that it names are checked before this one begins.
+        progress: Called with (steps done, steps in all, what is being done).
+        cuts: Whether the network is cut; otherwise the run ends with the plan.
+
+    Raises:
+        ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
+    """
+    check_settings(settings)
+    method, budget = prune.build_pruner(settings.method, seeded_settings(settings)), budget_of(settings)
+    check_recovery(settings.recover, settings.sources)
+    check_reconstruction(settings, several=ranks.several)
+    identity = {"verb": "prune", "settings": record_settings(settings), "defaults": record_defaults(settings)}
+    recorded, clock, shared = recorder.check(identity), Clock(None), shared or SharedWork()
+    reset_peak()
+    opened = inputs(clock)
+    budget = replace(budget, timing=opened.timing)
+    network, model = opened.network, opened.network.loaded.model
+    check_precision(model, settings.precision)
+    check_amount(settings, opened.data, opened.read, text=network.loaded.tokenizer is not None)
+    axes = with_modules(method, model, opened.axes)
+    check_same_inputs(ranks, [network.identity], opened.data)
+    with clock.stage("time"):
+        budget = prune.with_timing(model, axes, budget, known=recorded.get("timing"), progress=progress)
+    prune.check_pruning(method, axes, budget, opened.data.calibration)
+    check_objective(method, (), opened.objective)
+    check_later_plans(
+        [LaterPlan.of(later) for later in shared.later], model, axes, budget.timing, opened.data.calibration
+    )
+    shared.later = ()
+    with recorder.begin(RunStart(identity, network.loaded, network.outside, opened.call)) as record:
+        clock.folder = record
+        network.use_folder(record.path)
+        record.update(sources=opened.sources, timing=budget.timing.record() if budget.timing else None)
+        job = _PruneRun(settings, method, budget, opened, record, ranks, shared, clock, progress)
+        data = job.generate()
+        job = replace(job, data=data)
+        plan, notes = job.plan(axes)
+        if cuts:
+            notes += job.cut(axes, plan)
+        if opened.memory:
+            record.update(memory=PeakMemory(opened.memory.limit, opened.memory.needed, read_peak()).record())
+        return PruneResult(plan, network.loaded, recorder.finish(record, clock.seconds) if cuts else None, notes)
+
+
+@dataclass(frozen=True)
+class _PruneRun:
     """The data that the parts of a pruning run share."""
 
     settings: Settings
-    folder: RunFolder
-    loaded: Loaded
-    kinds: SourceHalves
+    method: Pruner
+    budget: Budget
+    inputs: PruneInputs
+    record: Record
+    ranks: ProcessRank
+    shared: SharedWork
     clock: Clock
     progress: Progress
-    code: str = ""
-    streamed: StreamedRun | None = None
-    ranks: ProcessRank = SINGLE
-    shared: SharedWork = field(default_factory=SharedWork)
+    data: SourceHalves = field(default=SourceHalves((), ()))
 
-    def measure(
-        self, axes: AxisGraph, name: str, network: StreamedNetwork | None = None, ranks: ProcessRank | None = None
-    ) -> dict[str, evaluation.Perplexity]:
-        """Measure and log the model in its present state, under a name."""
-        kinds = self.kinds
-        loaded = self.loaded if network is None else replace(self.loaded, model=network.model)
-        with self.clock.stage("evaluate"), autocasting(loaded.model, self.settings.precision):
-            given = self.folder, loaded, axes, kinds.evaluation, kinds.seen, name, self.progress
-            known = self.shared.dense if name == "dense" else None
-            return measuring.measure(*given, network=network, ranks=ranks or self.ranks, known=known)
+    @property
+    def network(self) -> PrunedNetwork:
+        """The network, as it is now."""
+        return self.inputs.network
+
+    def generate(self) -> SourceHalves:
+        """Return the data with the text that the network generates, if that is a source."""
+        data, settings, shared = self.inputs.data, self.settings, self.shared
+        if not data.pending:
+            return data
+        with self.clock.stage("generate"):
+            data = fill_generated(
+                data,
+                source_specs(settings),
+                self.network.loaded,
+                count_generated(settings),
+                self.record.path if self.record.kept else None,
+                known=() if shared.generated is None else (shared.generated,),
+                progress=self.progress,
+                ranks=self.ranks,
+            )
+        shared.generated = data.generated
+        return data
+
+    def measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
+        """Measure and log the network in its present state, under a name."""
+        ranks = self.network.evaluators(self.ranks)
+        if ranks is None:
+            return {}
+        with self.clock.stage("evaluate"):
+            return measuring.measure_run(
+                self.record,
+                self.network.loaded,
+                axes,
+                self.data.evaluation,
+                self.data.seen,
+                name,
+                self.progress,
+                precision=self.settings.precision,
+                objective=self.inputs.objective,
+                lenient=self.inputs.lenient,
+                network=self.network.visits,
+                ranks=ranks,
+                known=self.shared.dense if name == "dense" else None,
+            )
+
+    def plan(self, axes: AxisGraph) -> tuple[Plan, tuple[str, ...]]:
+        """Calibrate, choose the units that stay on rank 0, and return the plan and notes on the data."""
+        network, record, progress, settings = self.network, self.record, self.progress, self.settings
+        forward = partial(autocasting, network.loaded.model, settings.precision)
+        with self.clock.stage("calibrate"), torch.enable_grad(), forward():
+            evidence, key = calibrate(
+                network,
+                axes,
+                self.method,
+                self.data.calibration,
+                record,
+                units=self.budget.units(axes),
+                batch_size=settings.batch_size,
+                objective=self.inputs.objective,
+                shared=self.shared,
+                ranks=self.ranks,
+                progress=progress,
+            )
+        if not self.ranks.leads:
+            return Plan.from_json(broadcast_record(self.ranks)), ()
+        weights = self.shared.columns.over(network.parameters())
+        with self.clock.stage("plan"), torch.enable_grad():
+            with forward():
+                cut = plan_cut(
+                    self.method,
+                    network.loaded.model,
+                    axes,
+                    self.budget,
+                    evidence,
+                    weights=weights,
+                    checkpoint=open_journal(record, key),
+                    header=lambda: {"key": key},
+                    progress=progress,
+                    visits=network.visits,
+                    objective=self.inputs.objective,
+                )
+            if cut.plan.notes:
+                record.update(notes=[*network.loaded.notes, *cut.plan.notes])
+            if record.kept:
+                write_scores(record, weights, axes, cut.plan, cut.scores, evidence)
+            if cut.findings:
+                record.write_findings(settings.method, cut.findings)
+        broadcast_record(self.ranks, cut.plan.to_json())
+        return cut.plan, evidence.notes
+
+    def cut(self, axes: AxisGraph, plan: Plan) -> tuple[str, ...]:
+        """Cut the network, repair it, measure it before and after, and save it; return what a user must know."""
+        settings, network, record, stage = self.settings, self.network, self.record, self.clock.stage
+        if not self.ranks.leads and network.loaded.tokenizer is None:
+            return ()  # rank 0 needs no help
+        dense, fitted = self.measure(axes, "dense"), {}
+        after = network.cut(
+            record,
+            axes,
+            plan,
+            proof=settings.proof,
+            fits=settings.reconstruct,
+            ranks=self.ranks,
+            stage=stage,
+            progress=self.progress,
+        )
+        record_plan(record, plan, axes, after)
+        if settings.reconstruct:
+            fitted = self.measure(after, "cut")
+            text = network.loaded.tokenizer is not None
+            with stage("reconstruct"):
+                sources = choose_sources(settings, self.data, self.inputs.read, text=text)
+                network.reconstruct(record, axes, plan, sources, settings.reconstruct_settings, self.progress)
+        note = self._tune(plan)
+        if record.kept:
+            with stage("save"):
+                network.save(record)
+        pruned = self.measure(after, "pruned")
+        measuring.log_budget(record, network.loaded.model, axes, after, self.budget)
+        measuring.log_pairs(record, dense, pruned, fitted)
+        if note:
+            record.update(notes=[*record.run().get("notes", ()), note])
+        if settings.recover:
+            with stage("recover"):
+                if self.ranks.leads:
+                    self._recover(axes, plan)
+                broadcast_recovered(self.ranks, network.loaded.model)
+            log_differences(record, self.measure(after, "recovered"))
+        return (note,) if note else ()
+
+    def _tune(self, plan: Plan) -> str:
+        """Train the network, if that is wanted, and measure the statistics of BatchNorms again."""
+        settings, model = self.settings, self.network.loaded.model
+        trains = settings.finetune and self.network.loaded.tokenizer is None
+        if not trains and not tune.find_running(model):
+            return ""
+        with self.clock.stage("tune"), autocasting(model, settings.precision):
+            for source in self.data.calibration if trains else ():
+                tune.finetune(model, source, epochs=settings.finetune, seed=settings.seed, progress=self.progress)
+            return tune.recalibrate_changed(model, plan, self.data.calibration)
+
+    def _recover(self, axes: AxisGraph, plan: Plan) -> None:
+        """Recover the cut model with the help of the dense one, which is loaded again, and save it."""
+        settings, loaded, record = self.settings, self.network.loaded, self.record
+        assert self.inputs.load_dense is not None
+        dense, texts = self.inputs.load_dense(), self.inputs.read(settings.recover_tokens, self.data.generated)
+        check_same_files(loaded, dense)
+        recover(
+            record,
+            loaded.model,
+            dense,
+            axes,
+            plan,
+            texts,
+            settings.recover,
+            seed=settings.seed,
+            precision=settings.precision,
+            progress=self.progress,
+        )
+        self.network.save(record)
 
 
-def plan_only(
+def open_named(
+    settings: Settings,
+    clock: Clock,
+    *,
+    code: str = "",
+    memory: str = "",
+    announce: Callable[[str], None] = lambda line: None,
+    ranks: ProcessRank = SINGLE,
+    shared: SharedWork | None = None,
+    progress: Progress = silent,
+) -> PruneInputs:
+    """Open the network and the data that settings name.
+
+    Args:
+        settings: The settings of the run.
+        clock: Times the stages ``load`` and ``trace``.
+        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
+            recorded name is never imported.
+        memory: How much memory the run may use, such as ``4GiB``: a network that does not fit is read one block at a
+            time, with the same result. Empty: it is loaded whole.
+        announce: Called with one line that says how the run stays within that memory.
+        ranks: The processes that share the run.
+        shared: What earlier runs of this process have opened.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Raises:
+        ValueError: If the model or a source is not usable; says which, and the remedy.
+    """
+    spec, shared = model_spec(settings), shared or SharedWork()
+    check_same_settings(ranks, settings, memory)
+    streamed = None
+    with clock.stage("load"):
+        if memory:
+            streamed, shared.memory = _open_streamed(settings, memory, announce, ranks, shared)
+        network = streamed or WholeNetwork(load_model(spec, progress, code))
+        loaded = network.loaded
+        check_precision(loaded.model, settings.precision)
+        data = read_sources(source_specs(settings), loaded)
+    with clock.stage("trace"):
+        axes = streamed.opened.axes if streamed else shared.trace(loaded)
+    return PruneInputs(
+        network,
+        axes,
+        data,
+        lambda tokens, generated: read_sources(source_specs(settings, tokens), loaded, generated).calibration,
+        partial(load_model, spec, progress, code),
+        sources=describe_sources(source_specs(settings), data),
+        memory=shared.memory,
+    )
+
+
+def _open_streamed(
+    settings: Settings, memory: str, announce: Callable[[str], None], ranks: ProcessRank, shared: SharedWork
+) -> tuple[StreamedRun | None, MemoryPlan]:
+    """Open a network that is read one block at a time, unless it fits; return the prediction, too."""
+    if shared.memory:
+        gc.collect()
+        return_memory()
+    spec = model_spec(settings)
+    pruner, later = prune.build_pruner(settings.method, seeded_settings(settings)), map(LaterPlan.of, shared.later)
+    opened = open_network(spec.name, DTYPES.get(spec.dtype))
+    sources, plans = (*settings.sources, *settings.unseen), [*later]
+    counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
+    windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
+    products = pruner.products or any(plan.pruner.products for plan in plans)
+    size = max(settings.batch_size, min(BATCH, windows)) if products else settings.batch_size
+    amounts = -(-windows // size), settings.seq_len * size
+    needs = needs_of_model(spec, settings.precision, opened)
+    plan = plan_streaming(opened, memory, settings, pruner, amounts, needs, announce, shared.memory, ranks, plans)
+    return StreamedRun(opened, plan, settings.dtype) if plan.streams else None, plan
+
+
+def plan_named(
     settings: Settings,
     progress: Progress = silent,
     *,
@@ -86,37 +427,20 @@ def plan_only(
     memory: str = "",
     announce: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Return the plan that a pruning run would make, without a run folder.
+    """Return the plan that a pruning run would make, and record nothing.
 
     Args:
         settings: The settings of the run.
         progress: Called with (steps done, steps in all, what is being done).
-        code: As for :func:`run`.
-        memory: As for :func:`run`.
-        announce: As for :func:`run`.
+        code: As for :func:`open_named`.
+        memory: As for :func:`open_named`.
+        announce: As for :func:`open_named`.
 
     Raises:
-        ValueError: As :func:`run`.
+        ValueError: As :func:`carry_out`.
     """
-    check_settings(settings)
-    method = prune.build_pruner(settings.method, seeded_settings(settings))
-    budget = budget_of(settings)
-    streamed, _ = open_streamed(memory, settings, model_spec(settings), method, announce)
-    loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
-    kinds = read_sources(source_specs(settings), loaded)
-    axes = streamed.opened.axes if streamed else trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    axes = with_modules(method, loaded.model, axes)
-    budget = prune.with_timing(loaded.model, axes, budget, progress=progress)
-    prune.check_pruning(method, axes, budget, kinds.calibration)
-    kinds = fill_generated(kinds, source_specs(settings), loaded, count_generated(settings), progress=progress)
-    temporary = TemporaryDirectory(prefix="regrow-") if streamed else nullcontext("")
-    with autocasting(loaded.model, settings.precision), temporary as place:
-        visits = streamed.with_results(Path(place)).network() if streamed else None
-        given = loaded.model, axes, method, kinds.calibration, progress, settings.batch_size
-        evidence = prune.collect_evidence(*given, budget.units(axes), visits=visits)
-        weights = streamed.opened.weights.parameters() if streamed else None
-        basis = method, loaded.model, axes, budget, evidence
-        return plan_cut(*basis, weights=weights, progress=progress, visits=visits).plan
+    inputs = partial(open_named, settings, code=code, memory=memory, announce=announce, progress=progress)
+    return carry_out(settings, inputs, NoRecorder(), progress=progress, cuts=False).plan
 
 
 def run(
@@ -132,175 +456,36 @@ def run(
     shared: SharedWork | None = None,
     write_page: WritePage | None = None,
 ) -> RunFolder:
-    """Prune a model and write a run folder with model, plan and measurements.
-
-    All mistakes in the settings are found before the folder is made; an interrupted run with the same settings is
-    resumed.
+    """Prune the model that settings name, as ``regrow prune`` does, and return the folder; all ranks call this.
 
     Args:
         settings: The settings of the run.
-        out: The run folder: new, empty, or of this very run.
+        out: The run folder, which rank 0 writes: new, empty, or of this very run.
         progress: Called with (steps done, steps in all, what is being done).
-        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
-            recorded name is never imported.
+        code: As for :func:`open_named`.
         track: The name of a tracker that gets every measurement, too; empty: none.
-        memory: How much memory the run may use, such as ``4GiB``: a network that does not fit is read one block at a
-            time, with the same result. Empty: it is loaded whole.
-        announce: Called with one line that says how the run stays within that memory.
-        ranks: The processes that share the work; this one is rank 0, and the others call ``share_pruning.share``.
-        shared: What earlier runs of this process, which differ in method and keep alone, need not do again; gets what
-            this one does. The result is the same. Later runs that it names are checked before this one begins.
+        memory: As for :func:`open_named`.
+        announce: As for :func:`open_named`.
+        ranks: The processes that share the work.
+        shared: As for :func:`carry_out`.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
-        ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
+        ValueError: As :func:`carry_out`.
     """
-    check_settings(settings)
-    method = prune.build_pruner(settings.method, seeded_settings(settings))
-    budget = budget_of(settings)
-    check_recovery(settings.recover, settings.sources)
-    check_reconstruction(settings, several=ranks.several)
-    recorded = {"settings": record_settings(settings), "defaults": record_defaults(settings)}
-    identity: dict[str, Any] = {"verb": "prune", **recorded}
-    RunFolder.check(out, **identity)
-    clock, shared = Clock(None), shared or SharedWork()
-    later = [LaterPlan.of(one) for one in shared.later]
-    reset_peak()
-    with clock.stage("load"):
-        given = memory, settings, model_spec(settings), method, announce
-        streamed, shared.memory = open_streamed(*given, earlier=shared.memory, ranks=ranks, later=later)
-        loaded = streamed.opened.loaded if streamed else load_model(model_spec(settings), progress, code)
-        check_precision(loaded.model, settings.precision)
-        kinds = read_sources(source_specs(settings), loaded)
-        check_amount(settings, loaded, kinds)
-    with clock.stage("trace"):
-        axes = streamed.opened.axes if streamed else shared.trace(loaded)
-        axes = with_modules(method, loaded.model, axes)
-    check_same_inputs(ranks, [streamed.opened.weights if streamed else loaded.model], kinds)
-    with clock.stage("time"):
-        budget = _with_timing(loaded, axes, budget, Path(out), progress)
-    prune.check_pruning(method, axes, budget, kinds.calibration)
-    check_later_plans(later, loaded.model, axes, budget.timing, kinds.calibration)
-    shared.later = ()
-    check_room(settings.model, loaded, out, undo=settings.undo)
-    words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
-    with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
-        clock.folder = folder
-        streamed = streamed.with_results(folder.path) if streamed else None
-        outside = streamed.unchanged() if streamed else None
-        start_from(folder, settings.model, loaded, undo=settings.undo, outside=outside)
-        kinds = generate_in_run(settings, kinds, loaded, clock, shared, progress, ranks)
-        job = _PruneJob(settings, folder, loaded, kinds, clock, progress, code, streamed, ranks, shared)
-        _record_inputs(job, budget)
-        plan = _make_plan(job, axes, method, budget)
-        broadcast_record(ranks, {"plan": plan.to_json(), "folder": str(folder.path.resolve())})
-        _cut(job, axes, plan, budget)
-        if shared.memory:
-            folder.update(memory=PeakMemory(shared.memory.limit, shared.memory.needed, read_peak()).record())
-        return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
-
-
-def _with_timing(loaded: Loaded, axes: AxisGraph, budget: Budget, out: Path, progress: Progress) -> Budget:
-    """Return the budget with the times of the model; a resumed run keeps those recorded, since they decide the plan."""
-    begun = RunFolder.open_unfinished(out)
-    known = begun.run().get("timing") if begun else None
-    return prune.with_timing(loaded.model, axes, budget, known=known, progress=progress)
-
-
-def _record_inputs(job: _PruneJob, budget: Budget) -> None:
-    """Record what the run starts from: notes on the model, the sources, the example input, and times."""
-    sources = describe_sources(source_specs(job.settings), job.kinds)
-    job.folder.update(notes=list(job.loaded.notes), sources=sources, **record_input(job.loaded))
-    if budget.timing:
-        job.folder.update(timing=budget.timing.record())
-
-
-def _make_plan(job: _PruneJob, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan:
-    """Calibrate, choose the units that stay, and return the plan."""
-    folder, loaded, progress = job.folder, job.loaded, job.progress
-    passes = partial(autocasting, loaded.model, job.settings.precision)
-    network = job.streamed.network() if job.streamed else None
-    weights = job.shared.columns.over(network.weights.parameters() if network else weights_of(loaded.model))
-    with job.clock.stage("calibrate"), passes():
-        given = folder, loaded, axes, method, job.kinds.calibration, progress
-        more: Any = {"network": network, "ranks": job.ranks, "batch_size": job.settings.batch_size}
-        more["units"] = budget.units(axes)
-        evidence, key = calibrate(*given, **more, shared=job.shared)
-    with job.clock.stage("plan"):
-        saved: Any = {**open_journal(folder, key), "weights": weights, "visits": network}
-        with passes():
-            cut = plan_cut(method, loaded.model, axes, budget, evidence, **saved, progress=progress)
-        if cut.plan.notes:
-            folder.update(notes=[*loaded.notes, *cut.plan.notes])
-        write_scores(folder, weights, axes, cut.plan, cut.scores, evidence)
-        if cut.findings:
-            folder.write_findings(job.settings.method, cut.findings)
-    return cut.plan
-
-
-def _cut(job: _PruneJob, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
-    """Cut the model, measure it before and after, save it, and recover it if that is asked for."""
-    settings, folder, loaded, kinds, clock = job.settings, job.folder, job.loaded, job.kinds, job.clock
-    if job.streamed:
-        _cut_streamed(job, job.streamed, axes, plan, budget)
-        return
-    cut = CutRun(
-        loaded,
-        kinds.calibration,
-        settings.precision,
-        folder,
-        job.measure,
-        settings.proof,
-        settings.reconstruct_settings if settings.reconstruct else None,
-        lambda: choose_sources(settings, loaded, kinds),
-        partial(_finetune, job) if settings.finetune and loaded.tokenizer is None else None,
-        clock.stage,
-        job.progress,
+    shared = shared or SharedWork()
+    words = [*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out)]
+    command = command_line(settings, *words)
+    recorder: Recorder = FolderRecorder(out, settings.model, command, track, settings.undo, write_page)
+    inputs = partial(
+        open_named,
+        settings,
+        code=code,
+        memory=memory,
+        announce=announce,
+        ranks=ranks,
+        shared=shared,
+        progress=progress,
     )
-    traced, (axes, _) = axes, cut.carry_out(axes, plan, budget)
-    if settings.recover:
-        with clock.stage("recover"):
-            _recover(job, traced, plan)
-            if loaded.tokenizer is not None:  # evaluations of text are shared
-                broadcast_recovered(job.ranks, loaded.model)
-        log_differences(folder, job.measure(axes, "recovered"))
-
-
-def _cut_streamed(job: _PruneJob, streamed: StreamedRun, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
-    """Do what :func:`_cut` does for a network that is larger than memory."""
-    folder, proof = job.folder, job.settings.proof
-    before = job.measure(axes, "dense", streamed.network())
-    fit = StreamedReconstruction(streamed, folder, job.settings.dtype) if job.settings.reconstruct else None
-    with job.clock.stage("apply"):
-        place: Any = {"place": fit.place if fit else None, "progress": job.progress}
-        cut = streamed.cut(folder, plan, proof=proof, ranks=job.ranks, **place)
-        record_plan(folder, plan, axes, cut.axes)
-    network, first = None, {}
-    if fit:
-        first = job.measure(cut.axes, "cut", cut.network(fit.place, streamed.results))
-        with job.clock.stage("reconstruct"):
-            sources = choose_sources(job.settings, job.loaded, job.kinds)
-            network = fit.write(axes, plan, sources, job.settings.reconstruct_settings, job.progress)
-    broadcast_record(job.ranks, {one.name: one.stat().st_size for one in sorted(folder.path.glob("*.safetensors"))})
-    shared = job.ranks if everywhere(job.ranks, True) else SINGLE  # whether the other ranks see these files
-    after = job.measure(cut.axes, "pruned", network or cut.network(folder.path, streamed.results), shared)
-    measuring.log_budget(folder, cut.loaded.model, axes, cut.axes, budget)
-    measuring.log_pairs(folder, before, after, first)
-
-
-def _finetune(job: _PruneJob) -> None:
-    for source in job.kinds.calibration:
-        epochs, seed = job.settings.finetune, job.settings.seed
-        tune.finetune(job.loaded.model, source, epochs=epochs, seed=seed, progress=job.progress)
-
-
-def _recover(job: _PruneJob, traced: AxisGraph, plan: Plan) -> None:
-    """Recover the cut model with the help of the dense one, which is loaded again, and save it."""
-    settings, folder, loaded, progress = job.settings, job.folder, job.loaded, job.progress
-    specs = source_specs(settings, settings.recover_tokens)
-    texts = read_sources(specs, loaded, job.kinds.generated).calibration
-    dense, by, seed = load_model(model_spec(settings), progress, job.code), settings.recover, settings.seed
-    check_same_files(loaded, dense)
-    more: Any = {"precision": settings.precision, "progress": progress}
-    recover(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, **more)
-    store.write_model(loaded, folder.path)
+    recorder = recorder if ranks.leads else NoRecorder(measured=True)
+    return carry_out(settings, inputs, recorder, ranks, shared=shared, progress=progress).folder or RunFolder(Path(out))

@@ -1,26 +1,23 @@
 """Reconstruction in a pruning run: layers that read cut units are fitted to the dense network, which is still there."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
 from regrow.commands.calibration import parameter_sums
-from regrow.commands.inputs import SourceHalves, read_sources
-from regrow.commands.prune_settings import source_specs
+from regrow.commands.inputs import SourceHalves
+from regrow.commands.recording import Record
 from regrow.commands.recovering import work_in
 from regrow.errors import InputError
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
 from regrow.methods.recovery.streamed import REFIT_FIELDS, StreamedPair
-from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.run_folder import RunFolder
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
 from regrow.source_names import GENERATED
 from regrow.sources import Source
@@ -39,13 +36,11 @@ def check_reconstruction(settings: Settings, *, several: bool = False) -> None:
         several: Whether several processes share the run.
 
     Raises:
-        ValueError: If a setting is unknown or of no use, there is no source, or several processes share the run.
+        ValueError: If a setting is unknown or of no use, or several processes share the run.
     """
     if not settings.reconstruct:
         return
     build_reconstruction(settings.reconstruct_settings, settings.sources)
-    if not settings.sources:
-        raise InputError("--reconstruct fits on text or images; give at least one source, like --source news")
     if several:
         raise InputError("--reconstruct runs in one process; leave out --reconstruct, or start without torchrun")
     if settings.recover == "bias":
@@ -95,34 +90,40 @@ def count_calibration(settings: Settings) -> int:
     return sum(generated if name == GENERATED else settings.tokens for name in settings.sources)
 
 
-def choose_sources(settings: Settings, loaded: Loaded, kinds: SourceHalves) -> Sequence[Source]:
-    """Return the data that a run reconstructs on: the calibration data, unless another amount is wanted.
-
-    Args:
-        settings: The settings of the run.
-        loaded: The model.
-        kinds: The data of the run.
-    """
-    tokens = count_tokens(settings, loaded.tokenizer is not None)
-    if tokens == count_calibration(settings):
-        return kinds.calibration
-    return read_sources(source_specs(settings, tokens), loaded, kinds.generated).calibration
-
-
-def check_amount(settings: Settings, loaded: Loaded, kinds: SourceHalves) -> None:
+def check_amount(
+    settings: Settings, data: SourceHalves, read: Callable[[int, Tensor | None], Sequence[Source]], *, text: bool
+) -> None:
     """Raise ValueError, before a run folder is made, if there is too little data to reconstruct on.
 
     Args:
         settings: The settings of the run.
-        loaded: The model.
-        kinds: The data of the run.
+        data: The data of the run.
+        read: Returns calibration data of another amount.
+        text: Whether the model takes text.
 
     Raises:
         ValueError: As :func:`check_batches`.
     """
     given = settings.reconstruct_settings
-    if settings.reconstruct and _holds_out(given, len(settings.sources)):
-        check_batches(choose_sources(settings, loaded, kinds), given)
+    if settings.reconstruct and not data.calibration:
+        raise InputError("reconstruct fits on data, and there are none; give --source news, or data= in Python")
+    if settings.reconstruct and _holds_out(given, len(data.calibration)):
+        check_batches(choose_sources(settings, data, read, text=text), given)
+
+
+def choose_sources(
+    settings: Settings, data: SourceHalves, read: Callable[[int, Tensor | None], Sequence[Source]], *, text: bool
+) -> Sequence[Source]:
+    """Return the data that a run reconstructs on: the calibration data, unless another amount is wanted.
+
+    Args:
+        settings: The settings of the run.
+        data: The data of the run.
+        read: Returns calibration data of another amount.
+        text: Whether the model takes text.
+    """
+    tokens = count_tokens(settings, text)
+    return data.calibration if tokens == count_calibration(settings) else read(tokens, data.generated)
 
 
 def check_batches(sources: Sequence[Source], given: Mapping[str, object]) -> None:
@@ -172,7 +173,7 @@ def reconstruct(
     plan: Plan,
     sources: Sequence[Source],
     given: Mapping[str, object],
-    folder: RunFolder | None = None,
+    record: Record | None = None,
     progress: Progress = silent,
     streamed: StreamedPair | None = None,
 ) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def reconstruct(
         plan: The plan of the cut.
         sources: The data to fit on; layers are judged on each of them in turn, left out of the fit.
         given: Settings of ``recover --by refit`` that differ from the defaults of a reconstruction.
-        folder: The run folder, for the checkpoint and the row; ``None``: nothing is written.
+        record: The run, whose folder gets the checkpoint, and which gets the row; ``None``: nothing is written.
         progress: Called with (steps done, steps in all, what is being done).
         streamed: The two networks one block at a time, where they are larger than memory; the tensors that change are
             kept in its files, and ``model`` has no numbers.
@@ -202,14 +203,14 @@ def reconstruct(
     work, spent, path, start = build_reconstruction(given, names), 0.0, None, time.perf_counter()
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     key = ""
-    if folder is not None:
+    if record is not None and record.kept:
         texts = [fingerprint(source) for source in sources]
         if streamed is None:
             sums = [parameter_sums(net) for net in (model, dense)]
         else:
             sums = [net.weights.sums() for net in (streamed.model, streamed.dense)]
         key = fingerprint(Source("", ()), "reconstruct", complete_reconstruction(given, names), texts, sums)
-        path = Path(folder.path) / "statistics" / "reconstruction.safetensors"
+        path = record.path / "statistics" / "reconstruction.safetensors"
         spent = float(open_checkpoint(path, key, recovery.FORMAT).get("seconds", 0))
         if streamed is not None:
             streamed.changed.open(key, REFIT_FIELDS)
@@ -218,8 +219,8 @@ def reconstruct(
     task = RecoveryTask(model, dense, axes, plan, sources, **more)
     outcome = work_in("float32", RECONSTRUCTION, work, task)
     row = {"tokens": sum(source.tokens for source in sources), "seconds": round(seconds(), 1), **outcome}
-    if folder is not None:
-        folder.log("reconstruction", **row)
+    if record is not None:
+        record.log("reconstruction", **row)
         if "note" in row:
-            folder.update(notes=[*folder.run().get("notes", ()), f"reconstruction: {row['note']}"])
+            record.update(notes=[*record.run().get("notes", ()), f"reconstruction: {row['note']}"])
     return row

@@ -1,35 +1,35 @@
-"""``regrow recover``: recover a pruned model in a run folder of its own, measured on the pruning run's windows."""
+"""Recover a network whose last change of shape was a cut, whether a run folder or given in Python, on every rank."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from regrow import store
 from regrow.amounts import parse_bytes
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
 from regrow.commands import prune_settings as pruning_run
 from regrow.commands.clock import Clock
 from regrow.commands.generated import check_stored, fill_generated
 from regrow.commands.inputs import SourceHalves, count_windows, describe_sources, read_sources
 from regrow.commands.last_cut import LastCut, find_cut
-from regrow.commands.measuring import evaluate_text, measure
+from regrow.commands.measuring import measure_run
 from regrow.commands.models import load_model
-from regrow.commands.parents import check_room, describe_stage, start_from
 from regrow.commands.peak_memory import PeakMemory
-from regrow.commands.recovering import log_differences, recover, share_recovery
+from regrow.commands.recording import FolderRecorder, NoRecorder, Record, Recorder, RunStart
+from regrow.commands.recovering import log_differences, recover
 from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
 from regrow.commands.streamed_recovery import StreamedRecovery, open_recovery
-from regrow.commands.trackers import tracking
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.ledger import with_branches_of
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
-from regrow.nets.precision import autocasting, check_precision
+from regrow.nets.precision import check_precision
+from regrow.objectives import Objective
+from regrow.plan import Plan
 from regrow.process_memory import read_peak, reset_peak
 from regrow.progress import Progress, silent
 from regrow.references import names_code
@@ -39,6 +39,153 @@ from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.settings.words import command_line
 from regrow.streaming.requirements import MemoryPlan
 from regrow.tracing import trace
+
+
+@dataclass(frozen=True)
+class RecoverInputs:
+    """What a run recovers, and on which data.
+
+    Args:
+        dense: The network before the cut.
+        loaded: The network after the cut.
+        axes: The axes of the dense network.
+        plan: The plan of the cut.
+        data: The data to learn from, and for evaluation.
+        evaluated: The precision in which the networks before were evaluated.
+        objective: What the network is trained for; ``None``: what fits the labels.
+        generate: Returns the data with the text that the dense network generates; gets the run.
+        measured: The measurements of the networks before and after the cut; ``None``: only their sizes are measured.
+        sources: What is recorded of the data.
+        call: What the result depends on besides settings, for a call from Python.
+        streamed: Both networks one block at a time; ``None``: they are in memory.
+    """
+
+    dense: Loaded
+    loaded: Loaded
+    axes: AxisGraph
+    plan: Plan
+    data: SourceHalves
+    evaluated: str = "float32"
+    objective: Objective | None = None
+    generate: Callable[[SourceHalves, Record], SourceHalves] = lambda data, record: data
+    measured: Sequence[dict[str, Any]] | None = None
+    sources: Sequence[dict[str, object]] | None = None
+    call: dict[str, object] | None = None
+    streamed: StreamedRecovery | None = None
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """The result of a recovery.
+
+    Args:
+        row: What the method returned, with ``by``, ``tokens`` and ``seconds``.
+        folder: The finished run folder; ``None``: nothing was recorded.
+    """
+
+    row: dict[str, Any]
+    folder: RunFolder | None
+
+
+def carry_out(
+    settings: Settings,
+    inputs: Callable[[Clock], RecoverInputs],
+    recorder: Recorder,
+    parallel: Parallel = ALONE,
+    *,
+    progress: Progress = silent,
+    memory: Callable[[], dict[str, int | None] | None] = lambda: None,
+) -> RecoverResult:
+    """Recover a network whose last change of shape was a cut, and record it. An interrupted run is resumed.
+
+    Args:
+        settings: The settings of the run.
+        inputs: Opens the networks and the data, and times that.
+        recorder: Where the run is recorded: rank 0 has a folder, or nothing is kept.
+        parallel: The processes that train together; all of them call this.
+        progress: Called with (steps done, steps in all, what is being done).
+        memory: Returns what is recorded of a limit of memory, at the end.
+
+    Raises:
+        ValueError: If a setting, a network or the data are not usable; says which, and the remedy.
+    """
+    check_settings(settings)
+    method = find_method(MethodKind.RECOVERY, settings.by)
+    method.made(settings.by, settings.recovery_settings)
+    taken = method.defaults({*settings.recovery_settings, "seed"})
+    identity = {"verb": "recover", "settings": record_settings(settings), "defaults": taken}
+    recorder.check(identity)
+    clock, ranks, number = Clock(None), parallel.ranks, len(settings.before) + 1
+    with clock.stage("load"):
+        opened = inputs(clock)
+        dense, loaded, streamed = opened.dense, opened.loaded, opened.streamed
+        precision = settings.precision or opened.evaluated
+        check_precision(loaded.model, precision)
+        opened.plan.check(opened.axes)
+    check_same_inputs(ranks, [] if streamed else [dense.model, loaded.model], opened.data)
+    with recorder.begin(RunStart(identity, loaded, call=opened.call)) as record:
+        clock.folder = record
+        data = opened.generate(opened.data, record)
+        record.update(notes=list(dense.notes) or None, sources=opened.sources)
+        _record_cut(record, opened, progress)
+        pair = streamed.start(record.path) if streamed else None
+        with clock.stage("recover"):
+            row = recover(
+                record,
+                loaded.model,
+                dense,
+                opened.axes,
+                opened.plan,
+                data.calibration,
+                settings.by,
+                settings=settings.recovery_settings,
+                seed=settings.seed,
+                number=number,
+                precision=precision,
+                objective=opened.objective,
+                progress=progress,
+                parallel=parallel,
+                streamed=pair,
+            )
+        if record.kept:
+            with clock.stage("save"):
+                outside = streamed.outside(loaded, pair.changed) if streamed and pair else None
+                store.write_model(loaded, record.path, outside=outside)
+        if record.measured and (ranks.leads or loaded.tokenizer is not None):
+            with clock.stage("evaluate"):
+                after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+                record.write_axes(opened.axes, after)
+                perplexities = measure_run(
+                    record,
+                    loaded,
+                    after,
+                    data.evaluation,
+                    data.seen,
+                    "recovered",
+                    progress,
+                    precision=opened.evaluated,  # as the models before it were evaluated
+                    objective=opened.objective,
+                    network=streamed.recovered(loaded, after, record.path) if streamed else None,
+                    ranks=ranks,
+                    recoveries=number,
+                )
+                log_differences(record, perplexities, number)
+        record.update(memory=memory())
+        return RecoverResult(row, recorder.finish(record, clock.seconds))
+
+
+def _record_cut(record: Record, inputs: RecoverInputs, progress: Progress) -> None:
+    """Record what is known of the networks before and after the cut; where nothing is, their sizes."""
+    if inputs.call is not None and isinstance(record, RunFolder) and not len(record.ledger):
+        record.ledger.append(inputs.plan)  # the ledger begins with the cut that is made up for
+        record.update(parent={**record.run()["parent"], "plans": 1})
+    if inputs.measured is not None:
+        _copy_measurements(inputs.measured, record)
+    elif record.kept:
+        loaded = inputs.loaded
+        cut = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        for network, axes, name in ((inputs.dense, inputs.axes, "dense"), (loaded, cut, "pruned")):
+            measure_run(record, network, axes, (), frozenset(), name, progress)
 
 
 def run(
@@ -53,14 +200,14 @@ def run(
     parallel: Parallel = ALONE,
     write_page: WritePage | None = None,
 ) -> RunFolder:
-    """Recover the model of a finished run, whose last change of shape was a cut, into a new folder.
+    """Recover the model of a finished run, as ``regrow recover`` does, and return the folder; all ranks call this.
 
     The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
-    are the same, and the measurements of the dense and the pruned model are copied. An interrupted call is resumed.
+    are the same, and the measurements of the dense and the pruned model are copied.
 
     Args:
         settings: The settings of the recovery; those about the pruning run are read from its folder.
-        out: The new run folder: new, empty, or of this very run.
+        out: The new run folder, which rank 0 writes: new, empty, or of this very run.
         progress: Called with (steps done, steps in all, what is being done).
         code: The function ``pkg.mod:fn`` that builds the dense model, if that is the user's own code: the recorded name
             is never imported.
@@ -68,7 +215,7 @@ def run(
         memory: How much memory the run may use, such as ``4GiB``; empty: any. If it is predicted to need more, one that
             trains is refused, and any other reads the networks one block at a time, with the same result.
         announce: Called with one line that says what the run needs of that memory.
-        parallel: The processes that train together; this one is rank 0, and the others call :func:`share`.
+        parallel: The processes that train together.
         write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
@@ -76,51 +223,42 @@ def run(
     """
     check_settings(settings)
     find_method(MethodKind.RECOVERY, settings.by).made(settings.by, settings.recovery_settings)
-    source = RunFolder.open(settings.run)
+    source, ranks = RunFolder.open(settings.run), parallel.ranks
     cut = find_cut(source, code)
-    measured, origin, wanted = cut.folder.metrics(), cut.settings, _complete(settings, source, cut)
+    complete = _complete(settings, source, cut)
     if settings.by == "bias":
-        _check_untrained(settings, source, cut, wanted)
-    taken = find_method(MethodKind.RECOVERY, settings.by).defaults({*wanted.recovery_settings, "seed"})
-    identity: dict[str, Any] = {"verb": "recover", "settings": record_settings(wanted), "defaults": taken}
-    RunFolder.check(out, **identity)
-    check_same_settings(parallel.ranks, settings)
-    needs, streamed = _plan_memory(settings, source, cut, memory, announce)
-    clock, precision = Clock(None), settings.precision or origin.precision
-    with clock.stage("load"):
-        dense, loaded = streamed.models() if streamed else _load_models(source, cut, parallel.ranks, progress, code)
-        check_precision(loaded.model, precision)
-        kinds = _read_data(settings, cut, source, loaded, streamed)
-        axes = streamed.dense.axes if streamed else _trace_dense(dense, cut)
-        cut.plan.check(axes)
-    check_same_inputs(parallel.ranks, [] if streamed else [dense.model, loaded.model], kinds)
-    check_room(settings.run, loaded, out, undo=settings.undo)
-    words = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
-    with tracking(RunFolder.create(out, **identity, command=command_line(settings, *words)), track) as folder:
-        clock.folder = folder
-        start_from(folder, settings.run, loaded, undo=settings.undo)
-        kinds = _generate(kinds, cut, settings, dense, parallel.ranks, progress, folder.path, source.path, streamed)
-        folder.update(notes=list(dense.notes), sources=describe_sources(pruning_run.source_specs(origin), kinds))
-        _copy_measurements(measured, folder)
-        number = len(wanted.before) + 1
-        with clock.stage("recover"):
-            chosen: Any = {"settings": settings.recovery_settings, "seed": settings.seed, "precision": precision}
-            pair = streamed.start(folder) if streamed else None
-            more: Any = {"number": number, "progress": progress, "parallel": parallel, "streamed": pair}
-            recover(folder, loaded.model, dense, axes, cut.plan, kinds.calibration, settings.by, **chosen, **more)
-        with clock.stage("save"):
-            outside = streamed.outside(loaded, pair.changed) if streamed and pair else None
-            store.write_model(loaded, folder.path, outside=outside)
-        with clock.stage("evaluate"):
-            after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-            folder.write_axes(*([row.record() for row in inventory(one)] for one in (axes, after)))
-            network = streamed.recovered(loaded, after, folder) if streamed else None
-            with autocasting(loaded.model, origin.precision):  # as the models before it were evaluated
-                given = folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress
-                perplexities = measure(*given, recoveries=number, ranks=parallel.ranks, network=network)
-            log_differences(folder, perplexities, number)
-        peak = PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None
-        return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder), memory=peak)
+        _check_untrained(settings, source, cut, complete)
+    needs: MemoryTerms | MemoryPlan | None = None
+
+    def open_inputs(clock: Clock) -> RecoverInputs:
+        nonlocal needs
+        check_same_settings(ranks, settings)
+        needs, streamed = _plan_memory(settings, source, cut, memory, announce)
+        dense, loaded = streamed.models() if streamed else _load_models(source, cut, ranks, progress, code)
+        data = _read_data(settings, cut, source, loaded, streamed)
+        return RecoverInputs(
+            dense,
+            loaded,
+            streamed.dense.axes if streamed else _trace_dense(dense, cut),
+            cut.plan,
+            data,
+            cut.settings.precision,
+            generate=lambda data, record: _generate(
+                data, cut, settings, dense, ranks, progress, record, source, streamed
+            ),
+            measured=cut.folder.metrics(),
+            sources=describe_sources(pruning_run.source_specs(cut.settings), data),
+            streamed=streamed,
+        )
+
+    words = [*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out)]
+    command = command_line(settings, *words)
+    recorder: Recorder = FolderRecorder(out, settings.run, command, track, settings.undo, write_page)
+    if not ranks.leads:
+        recorder = NoRecorder(measured=True)
+    peak = lambda: PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None  # noqa: E731
+    result = carry_out(complete, open_inputs, recorder, parallel, progress=progress, memory=peak)
+    return result.folder or RunFolder(Path(out))
 
 
 def _read_data(
@@ -141,16 +279,24 @@ def _generate(
     settings: Settings,
     dense: Loaded,
     ranks: ProcessRank,
-    progress: Progress = silent,
-    folder: Path | None = None,
-    source: Path | None = None,
-    streamed: StreamedRecovery | None = None,
+    progress: Progress,
+    record: Record,
+    source: RunFolder,
+    streamed: StreamedRecovery | None,
 ) -> SourceHalves:
     """Return the data with text that the dense model generates, as far as earlier run folders have none of it."""
     specs = pruning_run.source_specs(cut.settings, settings.tokens)
-    given: Any = {"known": (cut.folder.path, *([source] if source else [])), "progress": progress, "ranks": ranks}
-    given["weights"] = streamed.dense.weights.sums() if streamed and kinds.pending else None
-    return fill_generated(kinds, specs, dense, count_windows(specs.tokens, specs.seq_len), folder, **given)
+    return fill_generated(
+        kinds,
+        specs,
+        dense,
+        count_windows(specs.tokens, specs.seq_len),
+        record.path if record.kept else None,
+        known=(cut.folder.path, source.path),
+        progress=progress,
+        ranks=ranks,
+        weights=streamed.dense.weights.sums() if streamed and kinds.pending else None,
+    )
 
 
 def _plan_memory(
@@ -167,36 +313,6 @@ def _plan_memory(
     terms.check(f"recovery by {settings.by}")
     announce(str(terms))
     return terms, None
-
-
-def share(settings: Settings, parallel: Parallel, *, code: str = "") -> None:
-    """Train and measure the share of this rank in a recovery that rank 0 leads.
-
-    Args:
-        settings: The settings of the recovery, the same on all ranks.
-        parallel: The processes that train together.
-        code: As for :func:`run`.
-
-    Raises:
-        ValueError: As :func:`run`.
-    """
-    check_settings(settings)
-    source = RunFolder.open(settings.run)
-    cut = find_cut(source, code)
-    check_same_settings(parallel.ranks, settings)
-    dense, loaded = _load_models(source, cut, parallel.ranks, silent, code)
-    kinds = read_sources(pruning_run.source_specs(cut.settings, settings.tokens), loaded)
-    axes = _trace_dense(dense, cut)
-    check_same_inputs(parallel.ranks, [dense.model, loaded.model], kinds)
-    kinds = _generate(kinds, cut, settings, dense, parallel.ranks)
-    more: Any = {"settings": settings.recovery_settings, "seed": settings.seed, "parallel": parallel}
-    precision = settings.precision or cut.settings.precision
-    given = loaded.model, dense, axes, cut.plan, kinds.calibration, settings.by
-    share_recovery(*given, **more, precision=precision)
-    if loaded.tokenizer is not None:
-        with autocasting(loaded.model, cut.settings.precision):
-            for _ in evaluate_text(loaded, kinds.evaluation, "recovered", ranks=parallel.ranks):
-                pass
 
 
 def _trace_dense(dense: Loaded, cut: LastCut) -> AxisGraph:
@@ -216,13 +332,13 @@ def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted
         )
 
 
-def _copy_measurements(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
+def _copy_measurements(rows: Sequence[dict[str, Any]], record: Record) -> None:
     """Copy the measurements of the source run into the run that recovers it."""
     recoveries = 0
     for row in rows:
         recoveries += row["what"] == "recovery"
         if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
-            folder.log(**{**({"round": recoveries} if recoveries > 1 else {}), **row})
+            record.log(**{**({"round": recoveries} if recoveries > 1 else {}), **row})
 
 
 def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.commands.calibration import parameter_sums
+from regrow.commands.recording import Record
 from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_file, broadcast_model, broadcast_record
 from regrow.distributed.parallel import ALONE, Parallel
@@ -25,7 +25,6 @@ from regrow.nets.precision import autocasting
 from regrow.objectives import Objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.run_folder import RunFolder
 from regrow.settings.recover import CLOSED_FORM
 from regrow.sources import Source
 from regrow.store.statistics import fingerprint
@@ -34,7 +33,7 @@ from regrow.training import checkpoint as training
 
 
 def recover(
-    folder: RunFolder,
+    record: Record,
     model: nn.Module,
     dense: Loaded,
     axes: AxisGraph,
@@ -54,8 +53,8 @@ def recover(
     """Recover a cut network by a method, or resume an interrupted recovery, and log a ``recovery`` row.
 
     Args:
-        folder: The run folder, for the checkpoint and the ``recovery`` row.
-        model: The network after the cut; changed in place.
+        record: The run, whose folder gets the checkpoint, and which gets the row.
+        model: The network after the cut; changed in place, and on all ranks that of rank 0 afterwards.
         dense: The model before the cut.
         axes: The axes of the dense model.
         plan: The plan of the cut.
@@ -67,7 +66,7 @@ def recover(
         precision: The precision of forward passes of a recovery that trains.
         objective: What the network is trained for; ``None``: what fits the labels.
         progress: Called with (steps done, steps in all, what is being done).
-        parallel: The processes that train together; the others call :func:`share_recovery`.
+        parallel: The processes that train together; all of them call this.
         streamed: The two networks one block at a time, where they are larger than memory; changed tensors are kept in
             its files, and ``model`` has no numbers.
 
@@ -78,61 +77,32 @@ def recover(
         ValueError: If the recovery or a setting is unknown, or the text is of no use for it.
     """
     work = find_method(MethodKind.RECOVERY, by).made(by, settings or {})
-    texts = [fingerprint(source) for source in sources]
-    if streamed is None:
-        weights = [parameter_sums(net) for net in (model, dense.model)]
-    else:
-        weights = [net.weights.sums() for net in (streamed.model, streamed.dense)]
-    key = fingerprint(Source("", ()), by, dict(settings or {}), seed, texts, weights, str(dense.origin.record()))
-    path, start = folder.path / "statistics" / "recovery.safetensors", time.perf_counter()
-    spent = float(open_checkpoint(path, key, training.FORMAT, recovery.FORMAT).get("seconds", 0))
+    key, spent, start = "", 0.0, time.perf_counter()
+    path: Path | None = None
+    if record.kept:
+        texts = [fingerprint(source) for source in sources]
+        if streamed is None:
+            weights = [parameter_sums(net) for net in (model, dense.model)]
+        else:
+            weights = [net.weights.sums() for net in (streamed.model, streamed.dense)]
+        key = fingerprint(Source("", ()), by, dict(settings or {}), seed, texts, weights, str(dense.origin.record()))
+        path = record.path / "statistics" / "recovery.safetensors"
+        spent = float(open_checkpoint(path, key, training.FORMAT, recovery.FORMAT).get("seconds", 0))
+    if parallel.ranks.several:
+        path = broadcast_file(parallel.ranks, path or Path("recovery.safetensors"), record.path)
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
-    broadcast_file(parallel.ranks, path, path.parent)
     if streamed is not None:
         streamed.changed.open(key, REFIT_FIELDS if by == "refit" else ())
-    given = model, dense.model, axes, plan, sources, seed, path, header, progress, objective, parallel, streamed
-    task = RecoveryTask(*given)
+    task = RecoveryTask(
+        model, dense.model, axes, plan, sources, seed, path, header, progress, objective, parallel, streamed
+    )
     outcome = work_in(precision, by, work, task)
     tokens = sum(source.tokens for source in sources)
     row = {"by": by, "tokens": tokens, "seconds": round(seconds(), 1), **outcome}
     row |= {"round": number} if number > 1 else {}
-    folder.log("recovery", **row)
+    record.log("recovery", **row)
     return row
-
-
-def share_recovery(
-    model: nn.Module,
-    dense: Loaded,
-    axes: AxisGraph,
-    plan: Plan,
-    sources: Sequence[Source],
-    by: str,
-    *,
-    settings: Mapping[str, object],
-    seed: int,
-    precision: str,
-    parallel: Parallel,
-) -> None:
-    """Train with rank 0, which calls :func:`recover`; afterwards the network is that of rank 0.
-
-    Args:
-        model: The network after the cut; changed in place.
-        dense: The model before the cut.
-        axes: The axes of the dense model.
-        plan: The plan of the cut.
-        sources: The data to learn from.
-        by: One of ``regrow.methods.RECOVERIES``, which trains.
-        settings: Settings of the recovery that differ from the defaults.
-        seed: Seed of all random choices.
-        precision: The precision of forward passes.
-        parallel: The processes that train together.
-    """
-    work = find_method(MethodKind.RECOVERY, by).made(by, settings)
-    with TemporaryDirectory(prefix="regrow-") as place:
-        path = broadcast_file(parallel.ranks, Path("recovery.safetensors"), Path(place))
-        task = RecoveryTask(model, dense.model, axes, plan, sources, seed, path, parallel=parallel)
-        work_in(precision, by, work, task)
 
 
 def broadcast_recovered(ranks: ProcessRank, model: nn.Module) -> None:
@@ -182,7 +152,7 @@ def check_recovery(by: str, sources: Sequence[str]) -> None:
             raise ValueError(f"--recover {by} learns from text or images; give at least one source, like --source news")
 
 
-def log_differences(folder: RunFolder, perplexities: Mapping[str, Perplexity], number: int = 1) -> None:
+def log_differences(folder: Record, perplexities: Mapping[str, Perplexity], number: int = 1) -> None:
     """Log the paired difference in log-perplexity of the recovered model to the pruned one, and to the dense one.
 
     Args:

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from regrow.axes import AxisGraph
+from regrow.commands.recording import Record
 from regrow.evidence import Evidence
 from regrow.plan import Plan
-from regrow.run_folder import RunFolder
 from regrow.scores import Scores
 from regrow.scoring import energy, massive
 from regrow.scoring.weights import readers
 
 
 def write_scores(
-    folder: RunFolder,
+    folder: Record,
     weights: Mapping[str, Tensor],
     axes: AxisGraph,
     plan: Plan,

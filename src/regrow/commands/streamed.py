@@ -1,20 +1,12 @@
 """Runs of a network that is larger than memory: what differs from a run that loads it whole."""
 
-import gc
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from regrow.amounts import Measure, format_bytes, parse_bytes
 from regrow.commands.generated import count_generated
-from regrow.commands.inputs import count_windows
 from regrow.commands.later_plans import LaterPlan
-from regrow.commands.models import DTYPES, ModelSpec
+from regrow.commands.models import ModelSpec
 from regrow.commands.prune_settings import budget_of
 from regrow.commands.reconstruction import count_tokens
 from regrow.commands.recovery_memory import (
@@ -28,7 +20,6 @@ from regrow.commands.recovery_memory import (
     predict_pairing,
     predict_refit,
 )
-from regrow.commands.same_inputs import check_same_settings
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.errors import InputError, ResourceError
@@ -36,164 +27,61 @@ from regrow.evaluation import UnpredictableError
 from regrow.evaluation.generation import predict_generation
 from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner
-from regrow.plan import Plan
 from regrow.process_memory import return_memory
-from regrow.progress import Progress
-from regrow.run_folder import RunFolder
 from regrow.scoring.collect import differentiated
-from regrow.scoring.layer_orders import BATCH
 from regrow.settings.prune import Settings, complete_reconstruction, folder_name
 from regrow.source_names import GENERATED
-from regrow.store import statistics
-from regrow.store.shapes import Shapes
-from regrow.store.state import named_tensors
-from regrow.store.weights import OutsideTensors
 from regrow.streaming.caches import limit_caches
-from regrow.streaming.cut import StreamedCut, propose_cut
-from regrow.streaming.network import StreamedNetwork
-from regrow.streaming.opening import OpenedNetwork, open_network
+from regrow.streaming.opening import OpenedNetwork
 from regrow.streaming.requirements import MemoryPlan, enough, plan_memory, with_products
 
 RESULTS = "results"
 """The folder, among the files for resuming, with the hidden states for which memory has no room."""
 
 
-@dataclass(frozen=True, eq=False)
-class StreamedRun:
-    """A network that is pruned one block at a time.
-
-    Args:
-        opened: The network without numbers, and its stored weights.
-        plan: How the run stays within its memory.
-        results: Where hidden states are kept that memory has no room for; ``None``: in memory.
-    """
-
-    opened: OpenedNetwork
-    plan: MemoryPlan
-    results: Path | None = None
-
-    def with_results(self, folder: Path) -> "StreamedRun":
-        """Return the run with a place for hidden states, if memory has no room for them.
-
-        Args:
-            folder: The run folder, or a temporary one; what a killed run left in it is deleted.
-        """
-        if not self.plan.on_disk:
-            return self
-        place = folder / statistics.FOLDER / RESULTS
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True, exist_ok=True)
-        return replace(self, results=place)
-
-    def network(self) -> StreamedNetwork:
-        """Return the network before the cut, to be run block by block."""
-        return self.opened.network(self.results)
-
-    def unchanged(self) -> OutsideTensors:
-        """Return the tensors of the network before the cut, as ``store.write_model`` takes them."""
-        network, weights, model = self.opened.network(), self.opened.weights, self.opened.loaded.model
-
-        def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
-            held = named_tensors(model)
-            for name in shapes.tensors:
-                yield name, weights[name] if name in weights else held[name].tensor
-
-        @contextmanager
-        def running(folder: Path) -> Iterator[nn.Module]:
-            with network.on_demand() as running:
-                yield running
-
-        return OutsideTensors(each, running, all(map(weights.is_aligned, weights.stored)))
-
-    def cut(
-        self,
-        folder: RunFolder,
-        plan: Plan,
-        *,
-        proof: bool,
-        progress: Progress,
-        ranks: ProcessRank = SINGLE,
-        place: Path | None = None,
-    ) -> StreamedCut:
-        """Try a plan, write the cut network into a run folder, and log how far its blocks are from the masked ones.
-
-        Args:
-            folder: The run folder.
-            plan: The plan.
-            proof: Whether every changed block is compared.
-            progress: Called with (steps done, steps in all, what is being done).
-            ranks: The processes that share the blocks; the others call :meth:`StreamedCut.share`.
-            place: The folder that gets the network instead of the run folder.
-        """
-        cut = propose_cut(self.opened, plan)
-        return_memory()
-        deviations = cut.write(place or folder.path, proof=proof, progress=progress, ranks=ranks)
-        return_memory()
-        if deviations:
-            worst = max(deviations, key=lambda one: one.largest_difference - one.bound)
-            row: dict[str, Any] = {"ok": True, "max_abs_diff": worst.largest_difference, "bound": worst.bound}
-            folder.log("verify", **row, blocks=len(deviations), dtype="float64")
-        return cut
-
-
-def open_streamed(
+def plan_streaming(
+    opened: OpenedNetwork,
     memory: str,
     settings: Settings,
-    spec: ModelSpec,
     pruner: Pruner,
+    amounts: tuple[int, int],
+    needs: Mapping[str, bool],
     announce: Callable[[str], None],
     earlier: MemoryPlan | None = None,
     ranks: ProcessRank = SINGLE,
     later: Sequence[LaterPlan] = (),
-) -> tuple[StreamedRun | None, MemoryPlan | None]:
-    """Open a network that does not fit into the memory a run may use, and predict what the run needs.
+) -> MemoryPlan:
+    """Predict what a pruning run needs, and decide whether it reads the network one block at a time.
 
     Args:
-        memory: The limit, such as ``4GiB``; empty: none.
+        opened: The network.
+        memory: The limit, such as ``4GiB``.
         settings: The settings of the run.
-        spec: Which model, and in which precision.
         pruner: The method.
+        amounts: How many batches there are at most, and how many positions the longest has.
+        needs: What, besides the plans, needs the whole network in memory → whether the run has it.
         announce: Called with one line that says how the run stays within the limit.
         earlier: The prediction for an earlier run of this process on the same model: what that run left in memory is
             given back, and does not count.
         ranks: The processes that share the run, all with the same limit; rank 0 decides for all.
         later: Plans that follow, which must be possible within the limit too.
 
-    Returns:
-        The run of the network one block at a time, ``None`` if it fits; and the prediction. Both are ``None`` if there
-        is no limit.
-
     Raises:
-        InputError: If the network or the method needs the whole network in memory, and that does not fit; or the
-            processes have different settings.
+        InputError: If the network or the method needs the whole network in memory, and that does not fit.
         ResourceError: If it does not fit even with one block in memory.
     """
-    check_same_settings(ranks, settings, memory)
-    if not memory:
-        return None, None
-    limit = parse_bytes(memory)
-    if earlier:
-        gc.collect()
-        return_memory()
-    opened = open_network(spec.name, DTYPES.get(spec.dtype))
-    sources = (*settings.sources, *settings.unseen)
-    counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
-    windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
-    products = any(one.products for one in (pruner, *(plan.pruner for plan in later)))
-    size = max(settings.batch_size, min(BATCH, windows)) if products else settings.batch_size
-    given = opened.network(), limit, -(-windows // size), settings.seq_len * size
-    least = plan_memory(*given, held=earlier.held if earlier else None)
+    least = plan_memory(opened.network(), parse_bytes(memory), *amounts, held=earlier.held if earlier else None)
     plan = _with_learning(least, settings, pruner, opened)
     if ranks.several:
         plan = replace(plan, decision=broadcast_record(ranks, plan.streams))
-    model_needs = needs_of_model(spec, settings.precision, opened)
     for one in later:
-        needs = {**_needs_of_plan(one.settings, one.pruner), **model_needs}
         try:
-            _check_streamable(_with_learning(least, one.settings, one.pruner, opened), needs)
+            following = _with_learning(least, one.settings, one.pruner, opened)
+            _check_streamable(following, {**_needs_of_plan(one.settings, one.pruner), **needs})
         except (InputError, ResourceError) as error:
             raise type(error)(f"{folder_name(one.settings)}: {error}") from error
-    return start_streaming(opened, plan, {**_needs_of_plan(settings, pruner), **model_needs}, announce), plan
+    start_streaming(opened, plan, {**_needs_of_plan(settings, pruner), **needs}, announce)
+    return plan
 
 
 def _with_learning(plan: MemoryPlan, settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> MemoryPlan:
@@ -240,9 +128,9 @@ def _with_reconstruction(plan: MemoryPlan, settings: Settings, opened: OpenedNet
 def _needs_of_plan(settings: Settings, pruner: Pruner) -> dict[str, bool]:
     """Return what of a plan needs the whole network in memory → whether it is so."""
     return {
-        f"--method {settings.method}, which computes gradients of all weights,": Need.GRADIENTS in pruner.needs,
-        f"--method {settings.method}, which computes gradients of masks,": Need.FISHER in pruner.needs,
-        f"--method {settings.method}, which runs the masked network,": pruner.runs_network,
+        f"method {settings.method}, which computes gradients of all weights,": Need.GRADIENTS in pruner.needs,
+        f"method {settings.method}, which computes gradients of masks,": Need.FISHER in pruner.needs,
+        f"method {settings.method}, which runs the masked network,": pruner.runs_network,
         f"--recover {settings.recover}": bool(settings.recover),
         f"--source {GENERATED}": GENERATED in settings.sources,
         "a target in ms": settings.measure == Measure.TIME,
@@ -299,8 +187,8 @@ def needs_of_model(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> di
 
 def start_streaming(
     opened: OpenedNetwork, plan: MemoryPlan, needs: Mapping[str, bool], announce: Callable[[str], None]
-) -> StreamedRun | None:
-    """Return the run of a network one block at a time, or ``None`` if the network fits into memory.
+) -> bool:
+    """Whether a network is read one block at a time; prepare the process for that.
 
     Args:
         opened: The network.
@@ -314,12 +202,11 @@ def start_streaming(
     """
     _check_streamable(plan, needs)
     announce(str(plan))
-    if not plan.streams:
-        return None
-    limit_caches()
-    return_memory()
-    opened.check_output()
-    return StreamedRun(opened, plan)
+    if plan.streams:
+        limit_caches()
+        return_memory()
+        opened.check_output()
+    return plan.streams
 
 
 def _check_streamable(plan: MemoryPlan, needs: Mapping[str, bool]) -> None:

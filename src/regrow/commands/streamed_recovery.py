@@ -68,13 +68,13 @@ class StreamedRecovery:
         dense, cut = self.dense.loaded, self.cut.loaded
         return dense, replace(dense, model=cut.model, files=(*dense.files, *cut.files))
 
-    def start(self, folder: RunFolder) -> StreamedPair:
+    def start(self, folder: Path) -> StreamedPair:
         """Return both networks, to be run block by block; what hidden states a killed run left is deleted.
 
         Args:
             folder: The run folder.
         """
-        place = folder.path / statistics.FOLDER
+        place = folder / statistics.FOLDER
         shutil.rmtree(place / RESULTS, ignore_errors=True)
         results = self._results(folder)
         if results is not None:
@@ -108,7 +108,7 @@ class StreamedRecovery:
         aligned = all(map(weights.is_aligned, weights.stored))
         return OutsideTensors(each, running, aligned, ahead=self.cut.network().largest_block)
 
-    def recovered(self, model: Loaded, axes: AxisGraph, folder: RunFolder) -> StreamedNetwork:
+    def recovered(self, model: Loaded, axes: AxisGraph, folder: Path) -> StreamedNetwork:
         """Return the recovered network, to be run one block at a time.
 
         Args:
@@ -117,7 +117,7 @@ class StreamedRecovery:
             folder: The run folder in which it was written.
         """
         blocks = axes.recording.blocks if axes.recording is not None else ()
-        return self._written(model.model, folder.path, blocks, self._results(folder))
+        return self._written(model.model, folder, blocks, self._results(folder))
 
     def _written(
         self, model: nn.Module, folder: Path, blocks: tuple[GraphBlock, ...], results: Path | None = None
@@ -126,8 +126,8 @@ class StreamedRecovery:
         weights = StoredWeights(Checkpoint(places, places), model, self.cut.weights.name)
         return StreamedNetwork(model, weights, blocks, results)
 
-    def _results(self, folder: RunFolder) -> Path | None:
-        return folder.path / statistics.FOLDER / RESULTS if self.plan.on_disk else None
+    def _results(self, folder: Path) -> Path | None:
+        return folder / statistics.FOLDER / RESULTS if self.plan.on_disk else None
 
 
 def open_recovery(
