@@ -19,7 +19,7 @@ from regrow.axes import AxisGraph, Example
 from regrow.axes.inventory import inventory
 from regrow.commands.calibration import parameter_sums
 from regrow.commands.example_inputs import record_input
-from regrow.commands.measuring import measure
+from regrow.commands.measuring import measure_run
 from regrow.commands.parents import check_room, describe_stage, start_from
 from regrow.commands.recording import FolderRecorder, NoRecorder, Recorder, find_difference
 from regrow.commands.trackers import check_tracker, tracking
@@ -227,7 +227,7 @@ def log_size(folder: RunFolder, loaded: Loaded, axes: AxisGraph, name: str) -> l
         axes: Its axes.
         name: What the rows call it: ``"dense"``, ``"pruned"``.
     """
-    measure(folder, loaded, axes, (), frozenset(), name)
+    measure_run(folder, loaded, axes, (), frozenset(), name)
     return [row.record() for row in inventory(axes)]
 
 

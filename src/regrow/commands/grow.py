@@ -17,7 +17,7 @@ from regrow.commands.inputs import SourceHalves, SourceSpecs, count_windows, des
 from regrow.commands.measuring import measure_run
 from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.peak_memory import PeakMemory
-from regrow.commands.recording import FolderRecorder, Record, Recorder, RunStart, record_plan
+from regrow.commands.recording import Record, Recorder, RunStart, record_command, record_plan
 from regrow.commands.training_memory import plan_growth_memory
 from regrow.nets import Loaded
 from regrow.nets.precision import check_precision
@@ -28,7 +28,6 @@ from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.grow import Settings
-from regrow.settings.words import command_line
 from regrow.tracing import trace
 from regrow.training.grown import GrowthTraining
 
@@ -218,9 +217,16 @@ def run(
         ValueError: As :func:`carry_out`.
     """
     settings.check_training()
-    words = [*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out)]
-    command = command_line(settings, *words)
-    recorder = FolderRecorder(out, settings.model, command, track, settings.undo, write_page)
+    recorder = record_command(
+        settings,
+        settings.model,
+        out,
+        code=code,
+        memory=memory,
+        track=track,
+        undo=settings.undo,
+        write_page=write_page,
+    )
     inputs = partial(open_named, settings, code=code, progress=progress)
     result = carry_out(settings, inputs, recorder, memory=memory, announce=announce, progress=progress)
     assert result.folder is not None

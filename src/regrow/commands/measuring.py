@@ -25,67 +25,6 @@ from regrow.streaming.network import StreamedNetwork
 from regrow.tracing.capture import first_line
 
 
-def measure(
-    folder: Record,
-    loaded: Loaded,
-    axes: AxisGraph,
-    tests: tuple[Source, ...],
-    seen: frozenset[str],
-    name: str,
-    progress: Progress = silent,
-    *,
-    recoveries: int = 0,
-    network: StreamedNetwork | None = None,
-    ranks: ProcessRank = SINGLE,
-    known: dict[str, evaluation.Perplexity | evaluation.Accuracy] | None = None,
-    objective: Objective | None = None,
-) -> dict[str, evaluation.Perplexity]:
-    """Log size and quality of a model, and return its perplexities for paired comparison.
-
-    Args:
-        folder: The run folder that gets the rows.
-        loaded: The model.
-        axes: The model's axes.
-        tests: The evaluation sources.
-        seen: The names of the sources that were used for calibration.
-        name: The name of the model in the rows: ``dense``, ``cut`` (before layers are fitted), ``pruned`` or
-            ``recovered``.
-        progress: Called with (steps done, steps in all, what is being done).
-        recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
-        network: The model, if it runs one block at a time.
-        ranks: The processes that share the evaluation of text; the others call :func:`evaluate_text`.
-        known: Source name → result, where this model was measured before; gets the results.
-        objective: What the network is trained for; ``None``: text if it has a tokenizer, otherwise classes.
-    """
-    columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
-    size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
-    folder.log(
-        "size",
-        **columns,
-        params_all=size.parameters,
-        params_counted=size.counted,
-        macs=evaluation.macs(axes),
-        bytes=size.bytes,
-        dtype=size.dtype,
-    )
-    perplexities: dict[str, evaluation.Perplexity] = {}
-    complete = [known[source.name] for source in tests if source.name in known] if known else []
-    given = loaded, tests, name, progress, network, ranks, objective
-    for one in complete if tests and len(complete) == len(tests) else _evaluate(*given):
-        if known is not None and not isinstance(one, Evaluation):
-            known[one.source] = one
-        if isinstance(one, Evaluation):
-            folder.log("choice", task=one.source, **columns, acc=one.score, acc_se=one.score_error, n=one.count)
-            continue
-        if isinstance(one, evaluation.Accuracy):
-            folder.log("choice", task=one.source, **columns, **_accuracy(one))
-            continue
-        perplexities[one.source] = one
-        folder.log("perplexity", **columns, source=one.source, seen=one.source in seen, **_perplexity(one))
-    progress(len(tests), len(tests), f"evaluating the {name} model")
-    return perplexities
-
-
 def measure_run(
     record: Record,
     loaded: Loaded,
@@ -103,58 +42,68 @@ def measure_run(
     known: dict[str, evaluation.Perplexity | evaluation.Accuracy] | None = None,
     recoveries: int = 0,
 ) -> dict[str, evaluation.Perplexity]:
-    """Log size and quality of a model, as :func:`measure` does; a measurement changes no result.
+    """Log size and quality of a model, and return its perplexities for paired comparison; no result depends on this.
 
     Loaders that shuffle give the same order each time, and their random state is restored.
 
     Args:
-        record: The run; without one that measures, nothing is done.
+        record: The run that gets the rows; without one that measures, nothing is done.
         loaded: The model.
         axes: Its axes.
         tests: The evaluation sources.
         seen: The names of the sources that were used for calibration.
-        name: The name of the model in the rows.
+        name: The name of the model in the rows: ``dense``, ``cut`` (before layers are fitted), ``pruned`` or
+            ``recovered``.
         progress: Called with (steps done, steps in all, what is being done).
         precision: The precision of forward passes.
-        objective: As for :func:`measure`; of one that has no rows, only the size is measured.
+        objective: What the network is trained for; ``None``: text if it has a tokenizer, otherwise classes. Of one that
+            has no rows, only the size is measured.
         lenient: Whether the sources are no validation data, so that labels which do not fit give a warning.
         network: The model, if it runs one block at a time.
         ranks: The processes that share the evaluation of text.
-        known: As for :func:`measure`.
-        recoveries: As for :func:`measure`.
+        known: Source name → result, where this model was measured before; gets the results.
+        recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
     """
     if not record.measured:
         return {}
-    model = loaded if network is None else replace(loaded, model=network.model)
-    tests = tests if objective is None or can_measure(objective) else ()
+    loaded = loaded if network is None else replace(loaded, model=network.model)
+    columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
+    _log_size(record, loaded.model, axes, columns)
+    tests = tests if objective is None or objective in (CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN) else ()
     generators = [generator for source in tests for generator in source.generators]
+    perplexities: dict[str, evaluation.Perplexity] = {}
     with preserve_random_state(*generators), autocasting(loaded.model, precision):
         seed_generators(*generators)
+        complete = [known[source.name] for source in tests if source.name in known] if known else []
+        whole = len(complete) == len(tests) > 0
+        results = complete if whole else _evaluate(loaded, tests, name, progress, network, ranks, objective)
         try:
-            return measure(
-                record,
-                model,
-                axes,
-                tests,
-                seen,
-                name,
-                progress,
-                recoveries=recoveries,
-                network=network,
-                ranks=ranks,
-                known=known,
-                objective=objective,
-            )
+            for result in results:
+                if isinstance(result, evaluation.Perplexity):
+                    perplexities[result.source] = result
+                    row = {"source": result.source, "seen": result.source in seen, **_perplexity(result)}
+                    record.log("perplexity", **columns, **row)
+                else:
+                    record.log("choice", task=result.source, **columns, **_accuracy(result))
+                if known is not None and not isinstance(result, Evaluation):
+                    known[result.source] = result
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             if not lenient:
                 raise
-            line = first_line(error)
-    warnings.warn(f"the quality of the network is not measured: {line}; give validation= data", stacklevel=2)
-    return {}
+            line = f"the quality of the network is not measured: {first_line(error)}; give validation= data"
+            warnings.warn(line, stacklevel=2)
+    progress(len(tests), len(tests), f"evaluating the {name} model")
+    return perplexities
+
+
+def _log_size(record: Record, model: nn.Module, axes: AxisGraph, columns: dict[str, Any]) -> None:
+    size = evaluation.size(model, axes.counted, next(model.parameters()).dtype)
+    counts = {"params_all": size.parameters, "params_counted": size.counted, "macs": evaluation.macs(axes)}
+    record.log("size", **columns, **counts, bytes=size.bytes, dtype=size.dtype)
 
 
 def log_pairs(
-    folder: Record,
+    record: Record,
     before: Mapping[str, evaluation.Perplexity],
     after: Mapping[str, evaluation.Perplexity],
     cut: Mapping[str, evaluation.Perplexity],
@@ -162,17 +111,17 @@ def log_pairs(
     """Log paired differences in log-perplexity of the model after a run to the one before it; of these a page shows.
 
     Args:
-        folder: The run folder that gets the rows.
+        record: The run that gets the rows.
         before: Source name → the perplexity before the run.
         after: That after the run.
         cut: That after the cut, before layers were fitted; empty if none were.
     """
     for name in (name for name in cut if name in after):
         pair = evaluation.paired_difference(cut[name], after[name])
-        folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error, of=["cut", "pruned"])
+        record.log("paired", source=name, delta_nll=pair.mean, se=pair.error, of=["cut", "pruned"])
     for name in (name for name in before if name in after):
         pair = evaluation.paired_difference(before[name], after[name])
-        folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
+        record.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
 
 
 def _evaluate(
@@ -185,7 +134,7 @@ def _evaluate(
     objective: Objective | None,
 ) -> Iterator[evaluation.Perplexity | evaluation.Accuracy | Evaluation]:
     if objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
-        yield from evaluate_text(loaded, tests, name, progress, network=network, ranks=ranks)
+        yield from _evaluate_text(loaded, tests, name, progress, network, ranks)
         return
     for i, source in enumerate(tests):
         progress(i, len(tests), f"evaluating the {name} model on {source.name}")
@@ -195,38 +144,19 @@ def _evaluate(
             yield evaluate_objective(loaded.model, source, objective)
 
 
-def can_measure(objective: Objective | None) -> bool:
-    """Whether there are rows for the quality of a network: perplexities, or shares of what is right.
-
-    Args:
-        objective: What the network is trained for.
-    """
-    return objective in (CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN)
-
-
 def _one_class_each(source: Source) -> bool:
     return all(isinstance(batch.labels, Tensor) and batch.labels.dim() == 1 for batch in islice(source, 1))
 
 
-def evaluate_text(
+def _evaluate_text(
     loaded: Loaded,
     tests: Sequence[Source],
     name: str,
-    progress: Progress = silent,
-    *,
-    network: StreamedNetwork | None = None,
-    ranks: ProcessRank = SINGLE,
+    progress: Progress,
+    network: StreamedNetwork | None,
+    ranks: ProcessRank,
 ) -> Iterator[evaluation.Perplexity]:
-    """Yield the perplexity of a language model on each source; with several ranks, on rank 0.
-
-    Args:
-        loaded: The model.
-        tests: The evaluation sources.
-        name: The name of the model in progress.
-        progress: Called with (steps done, steps in all, what is being done).
-        network: The model, if it runs one block at a time.
-        ranks: The processes that share the batches.
-    """
+    """Yield the perplexity of a language model on each source; with several ranks, on rank 0."""
     shares = [ranks.share(source.batches) for source in tests]
     walk = network.outputs([batch for share in shares for batch in share]) if network and tests else None
     for i, (source, share) in enumerate(zip(tests, shares, strict=True)):
@@ -247,17 +177,19 @@ def _perplexity(one: evaluation.Perplexity) -> dict[str, Any]:
     }
 
 
-def _accuracy(result: evaluation.Accuracy) -> dict[str, Any]:
+def _accuracy(result: evaluation.Accuracy | Evaluation) -> dict[str, Any]:
+    if isinstance(result, Evaluation):
+        return {"acc": result.score, "acc_se": result.score_error, "n": result.count}
     return {"acc": result.accuracy, "acc_se": result.error, "n": len(result.right)}
 
 
-def log_budget(folder: Record, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
+def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
     """Log the quantity that a budget counts, before and after a cut, if that is an absolute target or time.
 
     For time, the rows have the prediction and the measured time, the fastest of several passes, before and after.
 
     Args:
-        folder: The run folder that gets the row.
+        record: The run that gets the row.
         model: The model after the cut, whose axes are ``after``.
         before: The axes before the cut.
         after: The axes after the cut.
@@ -272,7 +204,7 @@ def log_budget(folder: Record, model: nn.Module, before: AxisGraph, after: AxisG
         row = {name: steps / STEPS[Measure.TIME] for name, steps in row.items()}
     context = budget.target.context if budget.target else 0
     device = budget.timing.device if budget.timing else ""
-    folder.log("budget", measure=str(budget.measure), context=context, device=device, **row)
+    record.log("budget", measure=str(budget.measure), context=context, device=device, **row)
 
 
 def timed_input(axes: AxisGraph, budget: Budget) -> Batch:

@@ -24,7 +24,7 @@ from regrow.commands.models import DTYPES, load_model
 from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.reconstruction import check_amount, check_reconstruction, choose_sources
-from regrow.commands.recording import FolderRecorder, NoRecorder, Record, Recorder, RunStart, record_plan
+from regrow.commands.recording import NoRecorder, Record, Recorder, RunStart, record_command, record_plan
 from regrow.commands.recovering import broadcast_recovered, check_recovery, log_differences, recover
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
 from regrow.commands.score_summary import write_scores
@@ -45,7 +45,6 @@ from regrow.run_folder import RunFolder, WritePage
 from regrow.scoring.layer_orders import BATCH
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
-from regrow.settings.words import command_line
 from regrow.sources import Source
 from regrow.streaming.opening import open_network
 from regrow.streaming.requirements import MemoryPlan
@@ -474,9 +473,17 @@ def run(
         ValueError: As :func:`carry_out`.
     """
     shared = shared or SharedWork()
-    words = [*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out)]
-    command = command_line(settings, *words)
-    recorder: Recorder = FolderRecorder(out, settings.model, command, track, settings.undo, write_page)
+    recorder = record_command(
+        settings,
+        settings.model,
+        out,
+        code=code,
+        memory=memory,
+        track=track,
+        undo=settings.undo,
+        write_page=write_page,
+        ranks=ranks,
+    )
     inputs = partial(
         open_named,
         settings,
@@ -487,5 +494,4 @@ def run(
         shared=shared,
         progress=progress,
     )
-    recorder = recorder if ranks.leads else NoRecorder(measured=True)
     return carry_out(settings, inputs, recorder, ranks, shared=shared, progress=progress).folder or RunFolder(Path(out))

@@ -5,17 +5,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from regrow.axes import AxisGraph
 from regrow.commands.example_inputs import record_input
 from regrow.commands.parents import check_room, describe_stage, start_from
 from regrow.commands.trackers import tracking
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.run_folder import RunFolder, WritePage
+from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.weights import OutsideTensors
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,37 @@ class FolderRecorder:
 
 Recorder = FolderRecorder | NoRecorder
 """Where a run is recorded."""
+
+
+def record_command(
+    settings: "DataclassInstance",
+    model: str,
+    out: str | Path,
+    *,
+    code: str = "",
+    memory: str = "",
+    track: str = "",
+    undo: bool = True,
+    write_page: WritePage | None = None,
+    ranks: ProcessRank = SINGLE,
+) -> Recorder:
+    """Return where a command is recorded: rank 0 has the folder.
+
+    Args:
+        settings: The settings of the command.
+        model: The name of the network.
+        out: The run folder: new, empty, or of this very run.
+        code: The value of ``--code``.
+        memory: The value of ``--memory``.
+        track: As for :class:`FolderRecorder`.
+        undo: As for :class:`FolderRecorder`.
+        write_page: As for :class:`FolderRecorder`.
+        ranks: The processes of the run.
+    """
+    if not ranks.leads:
+        return NoRecorder(measured=True)
+    options = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
+    return FolderRecorder(out, model, command_line(settings, *options), track, undo, write_page)
 
 
 def find_difference(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> str:

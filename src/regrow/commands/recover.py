@@ -16,7 +16,7 @@ from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import measure_run
 from regrow.commands.models import load_model
 from regrow.commands.peak_memory import PeakMemory
-from regrow.commands.recording import FolderRecorder, NoRecorder, Record, Recorder, RunStart
+from regrow.commands.recording import Record, Recorder, RunStart, record_command
 from regrow.commands.recovering import log_differences, recover
 from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
@@ -36,7 +36,6 @@ from regrow.references import names_code
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
-from regrow.settings.words import command_line
 from regrow.streaming.requirements import MemoryPlan
 from regrow.tracing import trace
 
@@ -251,11 +250,17 @@ def run(
             streamed=streamed,
         )
 
-    words = [*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out)]
-    command = command_line(settings, *words)
-    recorder: Recorder = FolderRecorder(out, settings.run, command, track, settings.undo, write_page)
-    if not ranks.leads:
-        recorder = NoRecorder(measured=True)
+    recorder = record_command(
+        settings,
+        settings.run,
+        out,
+        code=code,
+        memory=memory,
+        track=track,
+        undo=settings.undo,
+        write_page=write_page,
+        ranks=ranks,
+    )
     peak = lambda: PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None  # noqa: E731
     result = carry_out(complete, open_inputs, recorder, parallel, progress=progress, memory=peak)
     return result.folder or RunFolder(Path(out))
