@@ -23,7 +23,7 @@ FILE_LINES = 350
 FUNCTION_LINES = 80
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
-CEILINGS = {"code_lines": 47_641, "tokens": 517_846, "files": 525}
+CEILINGS = {"code_lines": 47_629, "tokens": 517_825, "files": 524}
 """Of the whole source, as `benchmarks/code_counts.py` counts; they only fall."""
 
 VAGUE = {"utils", "util", "common", "misc", "helper", "helpers", "tools", "stuff"}

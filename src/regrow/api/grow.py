@@ -14,7 +14,6 @@ from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inpu
 from regrow.api.quality import measure_run
 from regrow.api.runs import Destination, describe_inputs, finish, loaded_of, name_of, run_of
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
 from regrow.commands.growing import Amount, GrowthSpec, plan_growth
 from regrow.commands.growth import CheckedGrowth, GrowthData
 from regrow.errors import InputError
@@ -140,7 +139,7 @@ def _grow(work: _Growth, plan: Plan, folder: RunFolder | None = None) -> Plan:
     grown, proof = CheckedGrowth(inputs.model, work.axes, plan, folder is not None, progress=work.progress).carry_out()
     if folder:
         folder.own_ledger.replace(plan)
-        folder.write_axes([row.record() for row in inventory(work.axes)], [row.record() for row in inventory(grown)])
+        folder.write_axes([row.record() for row in work.axes.inventory()], [row.record() for row in grown.inventory()])
         if proof:
             folder.log("verify", **proof)
     if work.training.steps:

@@ -11,7 +11,6 @@ from torch import nn
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, read_inputs
 from regrow.api.runs import Destination, digest, finish, loaded_of, log_size, name_of, run_of
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
 from regrow.commands.calibration import parameter_sums
 from regrow.commands.recovering import recover as recover_in
 from regrow.commands.recovering import work_in
@@ -165,7 +164,7 @@ def _recover_in_folder(
         options |= {"precision": settings.precision or "float32", "progress": shown}
         teaching = replace(loaded, model=dense)
         row = recover_in(folder, inputs.model, teaching, axes, plan, inputs.sources, by, **options)
-        folder.write_axes([one.record() for one in inventory(axes)], rows)
+        folder.write_axes([one.record() for one in axes.inventory()], rows)
         log_size(folder, loaded, cut, "recovered")
         finish(folder, loaded, recover=time.perf_counter() - start)
     return {name: value for name, value in row.items() if name not in ("by", "tokens", "seconds")}

@@ -19,7 +19,6 @@ from torch import Generator, Tensor
 from regrow import store
 from regrow.api.inputs import Inputs
 from regrow.axes import AxisGraph, Example
-from regrow.axes.inventory import inventory
 from regrow.commands.calibration import parameter_sums
 from regrow.commands.example_inputs import record_input
 from regrow.commands.measuring import measure
@@ -221,7 +220,7 @@ def log_size(folder: RunFolder, loaded: Loaded, axes: AxisGraph, name: str) -> l
         name: What the rows call it: ``"dense"``, ``"pruned"``.
     """
     measure(folder, loaded, axes, (), frozenset(), name)
-    return [row.record() for row in inventory(axes)]
+    return [row.record() for row in axes.inventory()]
 
 
 def seed_generators(*generators: Generator) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from regrow import evaluation, store
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
 from regrow.budget import Budget
 from regrow.commands import measuring
 from regrow.commands.forward_outputs import run_once
@@ -129,4 +128,4 @@ def record_plan(folder: RunFolder, plan: Plan, before: AxisGraph, after: AxisGra
         after: The axes after.
     """
     folder.own_ledger.replace(plan)
-    folder.write_axes([row.record() for row in inventory(before)], [row.record() for row in inventory(after)])
+    folder.write_axes([row.record() for row in before.inventory()], [row.record() for row in after.inventory()])

@@ -8,7 +8,6 @@ from typing import Any
 
 from regrow import store
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
 from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import record_input
 from regrow.commands.generated import fill_generated
@@ -168,7 +167,7 @@ def _grown(job: _GrowJob, axes: AxisGraph, plan: Plan) -> None:
     job.measure(axes, "before")
     grown, proof = CheckedGrowth(loaded.model, axes, plan, settings.proof, clock.stage, job.progress).carry_out()
     folder.own_ledger.replace(plan)
-    folder.write_axes([row.record() for row in inventory(axes)], [row.record() for row in inventory(grown)])
+    folder.write_axes([row.record() for row in axes.inventory()], [row.record() for row in grown.inventory()])
     folder.log("verify", **proof)
     if settings.steps:
         with clock.stage("train"):

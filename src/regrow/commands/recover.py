@@ -8,7 +8,6 @@ from typing import Any
 from regrow import store
 from regrow.amounts import parse_bytes
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
 from regrow.commands import prune_settings as pruning_run
 from regrow.commands.clock import Clock
 from regrow.commands.generated import check_stored, fill_generated
@@ -113,7 +112,7 @@ def run(
             store.write_model(loaded, folder.path, outside=outside)
         with clock.stage("evaluate"):
             after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-            folder.write_axes(*([row.record() for row in inventory(one)] for one in (axes, after)))
+            folder.write_axes(*([row.record() for row in one.inventory()] for one in (axes, after)))
             network = streamed.recovered(loaded, after, folder) if streamed else None
             with autocasting(loaded.model, origin.precision):  # as the models before it were evaluated
                 given = folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress
