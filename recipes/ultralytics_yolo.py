@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import regrow
-from regrow.work import macs
+from regrow.evaluation import macs
 
 VERSION = "8.4.190"
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,6 @@ from hand import lm, mlp
 from regrow.allocation.cost import Cost
 from regrow.amounts import Measure
 from regrow.axes import Mark
-from regrow.axes.inventory import inventory, summary, tables
 from regrow.change import Change
 from regrow.evaluation.objective import Evaluation
 from regrow.plan import Plan
@@ -23,7 +22,7 @@ RUN = Path(__file__).parent / "fixtures" / "0.1" / "prune"
 def test_a_unit_costs_what_the_network_costs_less_without_it() -> None:
     for _, axes in (lm(), mlp(5, 5)):
         parameters, macs = Cost(axes, Measure.PARAMETERS), Cost(axes, Measure.MACS)
-        for row in inventory(axes):
+        for row in axes.inventory():
             less = {row.key: row.size - 1}
             assert row.unit_params == parameters.total - parameters(less)
             assert row.unit_macs == macs.total - macs(less)
@@ -32,8 +31,8 @@ def test_a_unit_costs_what_the_network_costs_less_without_it() -> None:
 def test_printed_axes_are_the_table_of_show_and_short() -> None:
     _, axes = lm(blocks=3)
     text = str(axes)
-    assert text.startswith("What can be cut\nmade by → read by") and text.endswith(summary(axes))
-    assert all(str(row[0]) in text for table in tables(axes) for row in table.rows)
+    assert text.startswith("What can be cut\nmade by → read by") and text.endswith(axes.summary())
+    assert all(str(row[0]) in text for table in axes.tables() for row in table.rows)
     frozen = {
         key: replace(axis, mark=Mark.FROZEN, reason=f"<b>{chr(97 + i)}</b>")
         for i, (key, axis) in enumerate(axes.axes.items())
@@ -46,7 +45,7 @@ def test_printed_axes_are_the_table_of_show_and_short() -> None:
         for key in (f"{'m' * i}.w:0" for i in range(1, 91))
     }
     lines = str(axes.with_axes({**axes.axes, **many})).splitlines()
-    kinds = len(tables(axes)[0].rows) + len(many)
+    kinds = len(axes.tables()[0].rows) + len(many)
     assert len(lines) < MOST_ROWS + 6 and f"… and {kinds - MOST_ROWS} more" in lines
 
 

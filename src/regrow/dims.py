@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,33 @@ def occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[
                 for loops, inner, offset in occurrences(part, key, sizes):
                     around = [(times, size_of(part, sizes) * tail)] if times > 1 else []
                     yield _merged([*around, *((n, s * tail) for n, s in loops)]), inner * tail, offset * tail
+
+
+def divided(dims: tuple[Dim, ...], many: int) -> tuple[Dim, ...]:
+    """Return dimensions divided by ``many`` if their fixed sizes contain that factor; unchanged otherwise.
+
+    >>> divided((128, "a", 3), 64), divided((3, "a"), 64)
+    ((2, 'a', 3), (3, 'a'))
+
+    Args:
+        dims: The dimensions.
+        many: The factor.
+    """
+    left = many
+
+    def without(dim: Dim) -> Dim:
+        nonlocal left
+        match dim:
+            case int():
+                shared = gcd(dim, left)
+                left //= shared
+                return dim // shared
+            case Product(parts):
+                return Product(tuple(without(part) for part in parts))
+        return dim
+
+    result = tuple(without(dim) for dim in dims)
+    return result if left == 1 else dims
 
 
 def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from regrow.axes import AxisGraph
-from regrow.axes.inventory import inventory
 from regrow.ledger import Ledger, read_undo_store, write_undo_store
 from regrow.nets.weight_files import WeightFile, check_unchanged
 from regrow.store import schemas
@@ -300,7 +299,7 @@ class RunFolder:
             StoreError: If the disk is full.
         """
         rows = {"before": before, "after": after}
-        self._write("axes.json", {name: [row.record() for row in inventory(axes)] for name, axes in rows.items()})
+        self._write("axes.json", {name: [row.record() for row in axes.inventory()] for name, axes in rows.items()})
 
     def axes(self) -> dict[str, Any]:
         """Return the content of ``axes.json``; empty if there is no such file.

@@ -9,7 +9,6 @@ import numpy as np
 
 from regrow.amounts import Measure
 from regrow.axes import AxisGraph, Dim, Product, Sum
-from regrow.work import per_example
 
 Monomials = dict[tuple[str, ...], int]
 """A polynomial in axis sizes: axis keys (sorted, with repetition) → integer coefficient."""
@@ -189,7 +188,7 @@ def _tensors(axes: AxisGraph, measure: Measure, tokens: int) -> Iterable[tuple[t
     """Yield the products of dimensions that a measure sums, each with an integer coefficient."""
     match measure:
         case Measure.MACS:
-            yield from ((work.dims, 1) for work in per_example(axes))
+            yield from ((work.dims, 1) for work in axes.work_per_example())
         case Measure.BYTES:
             for name, dims in axes.shapes.items():
                 if name not in axes.ties:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from math import prod
 
 from regrow.axes import AxisGraph, size_of
-from regrow.work import per_example
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
 def _done(axes: AxisGraph) -> dict[str, int]:
     """Return module path → the multiply–accumulates that it does for one example."""
     sizes, done = axes.sizes(), dict[str, int]()
-    for one in per_example(axes):
+    for one in axes.work_per_example():
         done[one.module] = done.get(one.module, 0) + prod(size_of(dim, sizes) for dim in one.dims)
     return done
 

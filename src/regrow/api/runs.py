@@ -16,7 +16,6 @@ from torch import Generator, Tensor
 from regrow import store
 from regrow.api.inputs import Inputs
 from regrow.axes import AxisGraph, Example
-from regrow.axes.inventory import inventory
 from regrow.commands.calibration import parameter_sums
 from regrow.commands.example_inputs import record_input
 from regrow.commands.measuring import measure_run
@@ -228,7 +227,7 @@ def log_size(folder: RunFolder, loaded: Loaded, axes: AxisGraph, name: str) -> l
         name: What the rows call it: ``"dense"``, ``"pruned"``.
     """
     measure_run(folder, loaded, axes, (), frozenset(), name)
-    return [row.record() for row in inventory(axes)]
+    return [row.record() for row in axes.inventory()]
 
 
 def digest(value: object) -> str:

@@ -4,14 +4,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from math import prod
 from typing import Any
 from uuid import uuid4
 
+from torch import Tensor
+
 from regrow.axes.axis import Axis, Example, Mark, Role
+from regrow.axes.inventory import Row, rows_of, tables_of
 from regrow.branches import Branch, lies_in
-from regrow.dims import Cache, Dim, Product, axes_in
+from regrow.dims import Cache, Dim, Product, axes_in, divided, size_of
 from regrow.operations import Decision, Fold, RecordedStep, Tracer, Work
-from regrow.tables import format_html, format_text
+from regrow.tables import Table, format_html, format_text
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,11 @@ class AxisGraph:
 
     def __str__(self) -> str:
         """Return the tables of ``regrow show`` as text: what can be cut, and what is frozen; at most about 40 rows."""
-        from regrow.axes.inventory import summary, tables
-
-        return format_text(tables(self), summary(self) + self._caveat)
+        return format_text(self.tables(), self.summary() + self._caveat)
 
     def _repr_html_(self) -> str:
         """Return the same as HTML, for notebooks."""
-        from regrow.axes.inventory import summary, tables
-
-        return format_html(tables(self), summary(self) + self._caveat)
+        return format_html(self.tables(), self.summary() + self._caveat)
 
     @property
     def _caveat(self) -> str:
@@ -115,6 +115,56 @@ class AxisGraph:
     def sizes(self) -> dict[str, int]:
         """Return axis key → its current number of units."""
         return {axis.key: axis.size for axis in self}
+
+    def batch_size(self) -> int:
+        """Return the batch size of the traced input.
+
+        That is the number of entries of its first list, or the leading size of its first tensor if the network's last
+        result has the same; 1 otherwise.
+        """
+        values = (*self.example.args, *self.example.kwargs.values())
+        first = next((value for value in values if isinstance(value, Tensor | list | tuple)), None)
+        if isinstance(first, list | tuple):
+            return max(1, len(first))
+        if first is None or first.dim() < 2 or not first.shape[0]:
+            return 1
+        results = [shape for step in self.steps[-1:] for shape in step.shapes if shape]
+        last = size_of(results[0][0], self.sizes()) if results else first.shape[0]
+        return first.shape[0] if last == first.shape[0] else 1
+
+    def work_per_example(self) -> tuple[Work, ...]:
+        """Return the contractions for a single example; those that do not depend on the batch stay whole."""
+        many = self.batch_size()
+        return self.work if many == 1 else tuple(replace(work, dims=divided(work.dims, many)) for work in self.work)
+
+    def inventory(self, chosen: Iterable[Axis] | None = None) -> list[Row]:
+        """Return one row per axis, in the order of the network.
+
+        Args:
+            chosen: The axes to list; all if ``None``.
+        """
+        tensors = [dims for name, dims in self.shapes.items() if name in self.parameters and name not in self.ties]
+        work = [work.dims for work in self.work_per_example()]
+        return rows_of(self if chosen is None else chosen, self.sizes(), tensors, work)
+
+    def tables(self, *, everything: bool = False) -> tuple[Table, Table]:
+        """Return the tables of ``regrow show``: the axes that can be cut, by kind, and the frozen ones, by reason.
+
+        Args:
+            everything: Whether every frozen axis has a row of its own.
+        """
+        return tables_of(self.inventory(), everything=everything)
+
+    def summary(self) -> str:
+        """Return in one line how many axes can be cut, and how many weights and parameters there are."""
+        sizes = self.sizes()
+
+        def total(names: Iterable[str]) -> int:
+            return sum(prod(size_of(dim, sizes) for dim in self.shapes[name]) for name in names)
+
+        weights, parameters = total(self.counted), total(name for name in self.parameters if name not in self.ties)
+        keep = f"--keep counts {weights:,} weights, of {parameters:,} parameters"
+        return f"{len(self.free())} of {len(self)} axes can be cut; {keep}"
 
     def free(self) -> tuple[Axis, ...]:
         """Return the axes whose units can be cut."""

@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 from regrow.axes.axis import Axis, Mark
-from regrow.axes.graph import AxisGraph
 from regrow.dims import Dim, axes_in, size_of
 from regrow.tables import Table
-from regrow.work import per_example
 
 
 @dataclass(frozen=True)
@@ -47,21 +45,24 @@ class Row:
         return asdict(self)
 
 
-def inventory(axes: AxisGraph, chosen: Iterable[Axis] | None = None) -> list[Row]:
-    """Return one row per axis, in the order of the network.
+def rows_of(
+    axes: Iterable[Axis], sizes: dict[str, int], tensors: Iterable[tuple[Dim, ...]], work: Iterable[tuple[Dim, ...]]
+) -> list[Row]:
+    """Return one row per axis.
 
     Args:
-        axes: The network's axes.
-        chosen: The axes to list; all if ``None``.
+        axes: The axes.
+        sizes: Axis key → number of units, of every axis of the network.
+        tensors: The dimensions of each parameter.
+        work: The dimensions of each contraction, for one example.
     """
-    tensors = [dims for name, dims in axes.shapes.items() if name in axes.parameters and name not in axes.ties]
-    parameters, macs = _per_unit(axes, tensors), _per_unit(axes, [work.dims for work in per_example(axes)])
-    return [_row(axis, parameters[axis.key], macs[axis.key]) for axis in (axes if chosen is None else chosen)]
+    parameters, macs = _per_unit(sizes, tensors), _per_unit(sizes, work)
+    return [_row(axis, parameters[axis.key], macs[axis.key]) for axis in axes]
 
 
-def _per_unit(axes: AxisGraph, products: Iterable[tuple[Dim, ...]]) -> Counter[str]:
+def _per_unit(sizes: dict[str, int], products: Iterable[tuple[Dim, ...]]) -> Counter[str]:
     """Return by how much a sum of products of sizes falls if an axis loses one unit, by axis key."""
-    sizes, less = axes.sizes(), Counter[str]()
+    less = Counter[str]()
     for dims in products:
         whole = prod(size_of(dim, sizes) for dim in dims)
         for key in {key for dim in dims for key in axes_in(dim)}:
@@ -86,14 +87,13 @@ def _row(axis: Axis, parameters: int, macs: int) -> Row:
     )
 
 
-def tables(axes: AxisGraph, *, everything: bool = False) -> tuple[Table, Table]:
-    """Return the tables of ``regrow show``: the axes that can be cut, by kind, and those that are frozen, by reason.
+def tables_of(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
+    """Return a table of the axes that can be cut, by kind, and one of the frozen axes, by reason.
 
     Args:
-        axes: The network's axes.
+        rows: The axes.
         everything: Whether every frozen axis has a row of its own.
     """
-    rows = inventory(axes)
     kinds: dict[tuple[str, str, bool], list[Row]] = {}
     for row in rows:
         if row.mark != Mark.FROZEN:
@@ -124,22 +124,6 @@ def _kind(label: str, mark: str, inside: bool, members: Sequence[Row]) -> tuple[
 def _span(numbers: Sequence[int]) -> str:
     low, high = min(numbers), max(numbers)
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
-
-
-def summary(axes: AxisGraph) -> str:
-    """Return in one line how many axes can be cut, and how many weights and parameters there are.
-
-    Args:
-        axes: The network's axes.
-    """
-    sizes = axes.sizes()
-
-    def total(names: Iterable[str]) -> int:
-        return sum(prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in names)
-
-    weights, parameters = total(axes.counted), total(name for name in axes.parameters if name not in axes.ties)
-    keep = f"--keep counts {weights:,} weights, of {parameters:,} parameters"
-    return f"{len(axes.free())} of {len(axes)} axes can be cut; {keep}"
 
 
 def block(names: list[str]) -> str:

@@ -22,7 +22,6 @@ def show(
     model: str, json_file: Path | None, everything: bool, branches: bool, code: str, dtype: str, input: str
 ) -> None:
     """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen."""
-    from regrow.axes.inventory import inventory, summary, tables
     from regrow.commands.models import ModelSpec, trace_model
     from regrow.nets.examples import written_shape
     from regrow.tracing import with_branches
@@ -33,8 +32,8 @@ def show(
         if branches:
             axes = with_branches(loaded.model, axes)
     if json_file:
-        _write(json_file, axes, inventory(axes), model)
-    for one in tables(axes, everything=everything):
+        _write(json_file, axes, axes.inventory(), model)
+    for one in axes.tables(everything=everything):
         table(one.title, one.columns, one.rows, one.numbers)
     if branches:
         _branches_table(axes, everything)
@@ -48,7 +47,7 @@ def show(
         say(f"note: {note}")
     if axes.unreached:
         say(f"not reached by the example: {len(axes.unreached)} parameters, {', '.join(axes.unreached[:3])} …")
-    say(summary(axes))
+    say(axes.summary())
 
 
 def _branches_table(axes: Any, everything: bool) -> None:

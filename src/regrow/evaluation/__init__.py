@@ -8,11 +8,10 @@ from regrow.evaluation.language import Paired, Perplexity, mean_and_error, paire
 from regrow.evaluation.latency import Latency, latency
 from regrow.evaluation.memory import Live, Memory, UnpredictableError, measure_memory, predict_memory, training
 from regrow.evaluation.prefixes import prefix_peaks
-from regrow.evaluation.size import Size, dense, size
+from regrow.evaluation.size import Size, dense, macs, size
 from regrow.evaluation.speed import Speed, speed
 from regrow.evaluation.timing import fastest_pass, lengthen, timing
 from regrow.evaluation.vision import Accuracy, accuracy
-from regrow.work import macs
 
 __all__ = [
     "CHOICE_TOKENS",

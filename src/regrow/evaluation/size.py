@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from regrow.axes import AxisGraph
+from regrow.dims import size_of
 from regrow.evaluation.forward import evaluating
 from regrow.sources import moved
 from regrow.tasks import first_tensor, run_network
@@ -60,6 +63,18 @@ def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = tor
         bytes=sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in stored),
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def macs(axes: AxisGraph) -> int:
+    """Return the multiply–accumulates of one example: the sum over contractions of the product of their dimensions.
+
+    Kernels are taken as dense: a weight that is 0 costs as much as any other.
+
+    Args:
+        axes: The network's axes.
+    """
+    sizes = axes.sizes()
+    return sum(prod(size_of(dim, sizes) for dim in work.dims) for work in axes.work_per_example())
 
 
 def dense(model: nn.Module, inputs: Any) -> dict[str, int]:

@@ -16,8 +16,8 @@ from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out
 from regrow.surgery.forward_check import check_own_run
 from regrow.surgery.optimizer import Exchange, follow
-from regrow.surgery.removed_branch import RemovedBranch
-from regrow.surgery.undo_store import UndoStore
+from regrow.surgery.removed_branch import rejoin_axes
+from regrow.surgery.undo_store import RemovedBranch, UndoStore
 from regrow.tracing.branch_sites import BranchError, RecordedModules, locate_branches
 from regrow.tracing.branches import branches, candidate_branches
 from regrow.tracing.caches import caches
@@ -109,7 +109,7 @@ def bring_back(
     for path in plan.back:
         _check_back(model, removed := undo.branches[path])
         back.append(removed := replay_cuts(removed, left))
-        left, again = removed.rejoined(left), again.rejoined(removed)
+        left, again = rejoin_axes(removed.axes, removed.branch, left), again.rejoined(removed)
     modules = {path: module for removed in back for path, module in removed.modules.items()}
     placeholders = {path: model.get_submodule(path) for path in modules}
     like = next(model.parameters())

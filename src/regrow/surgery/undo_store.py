@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Dim, axes_in, size_of
 from regrow.branches import Branch
 from regrow.plan import Plan, PlanError
 from regrow.surgery.layout import Layout, lay_out
-from regrow.surgery.removed_branch import RemovedBranch
 
 FORMAT = "regrow-attic/1"
 
@@ -48,6 +47,23 @@ class Constant:
     own: float | None
     value: float
     size: int
+
+
+@dataclass(frozen=True)
+class RemovedBranch:
+    """A dropped branch with its modules and axes, as needed to restore it.
+
+    Args:
+        branch: The branch.
+        axes: The network's axes before it was dropped.
+        undo: The undo store of the cuts made inside the branch before it was dropped (:class:`regrow.UndoStore`).
+        modules: Path → the module that its placeholder replaced.
+    """
+
+    branch: Branch
+    axes: AxisGraph
+    undo: "UndoStore"
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 @dataclass
