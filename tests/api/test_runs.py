@@ -239,15 +239,13 @@ def test_two_examples_of_named_inputs_are_kept() -> None:
 
 @pytest.mark.parametrize("out", [None, "run"])
 def test_warnings_point_to_the_call(out: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from regrow.api import grow, prune
+    from regrow.commands import grow, prune
 
-    note, widen, cut = ("beware",), grow.plan_growth, prune.collect_evidence
-    measure = prune.calibrate
-    monkeypatch.setattr(grow, "plan_growth", lambda *given: (widen(*given)[0], note))
-    monkeypatch.setattr(prune, "collect_evidence", lambda *given, **more: replace(cut(*given, **more), notes=note))
+    note, widen, measure = ("beware",), grow.plan_growth, prune.calibrate
+    monkeypatch.setattr(grow, "plan_growth", lambda *args: (widen(*args)[0], note))
 
-    def calibrate(*given: Any, **more: Any) -> tuple[Any, str]:
-        evidence, key = measure(*given, **more)
+    def calibrate(*args: Any, **options: Any) -> tuple[Any, str]:
+        evidence, key = measure(*args, **options)
         return replace(evidence, notes=note), key
 
     monkeypatch.setattr(prune, "calibrate", calibrate)

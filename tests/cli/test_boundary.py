@@ -122,7 +122,7 @@ def test_the_machine_behind_an_error_gives_its_exit_code(tmp_path: Path) -> None
 def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regrow.exporters.formats.export_model", failing(KeyboardInterrupt()))
     monkeypatch.setattr("regrow.commands.prune.run", failing(KeyboardInterrupt()))
-    monkeypatch.setattr("regrow.commands.prune.plan_only", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.commands.prune.plan_named", failing(KeyboardInterrupt()))
     prune = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8")
     nothing, resumes = "stopped; nothing was written", "run keeps what was finished, and the same command resumes"
     for words, says in (

@@ -87,7 +87,7 @@ def test_what_cannot_be_several_is_refused_before_anything_is_made(
         (("--method", "gprune", "--tokens", "768", "--mark", "folded"), "gprune-0.8: gprune masks units by 0"),
         (("--method", "gprune", "--tokens", "192"), "gprune-0.8: source 'news/1' has 1 batches"),
         (("--keep", "0.001", "--tokens", "192"), "flap-0.001: keep 0.001 of weights cannot be reached"),
-        (("--method", "gprune", "--tokens", "192", "--memory", "64GiB"), "gprune-0.8: --method gprune, which"),
+        (("--method", "gprune", "--tokens", "192", "--memory", "64GiB"), "gprune-0.8: method gprune, which"),
     ],
 )
 def test_what_a_later_plan_would_be_refused_for_is_found_before_the_first_is_made(

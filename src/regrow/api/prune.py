@@ -114,8 +114,12 @@ def prune(
 
         def open_inputs(clock: Clock) -> PruneInputs:
             if memory:
+                if names_generated(data):
+                    raise InputError(
+                        f"memory={memory!r} does not count what generating text needs, got data='generated'; leave out "
+                        f"memory, or run `regrow prune --source generated --memory {memory}`"
+                    )
                 needs = {
-                    "data='generated'": names_generated(data),
                     "axes=": axes is not None,
                     "example=": axes is None and example is not None,
                     f"device={device}": device not in (None, "cpu"),

@@ -1,6 +1,6 @@
 """Grow a network such that its outputs do not change, whether named on the command line or given in Python."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ class GrowInputs:
         data: The data for training and evaluation.
         objective: What the network is trained for; ``None``: what fits the labels.
         lenient: Whether the data for evaluation are those for training, whose labels need not fit.
-        sources: What is recorded of the data.
+        describe: Returns what is recorded of the data.
         call: What the result depends on besides settings, for a call from Python.
     """
 
@@ -51,7 +51,7 @@ class GrowInputs:
     data: SourceHalves
     objective: Objective | None = None
     lenient: bool = False
-    sources: Sequence[dict[str, object]] | None = None
+    describe: Callable[[SourceHalves], list[dict[str, object]] | None] = lambda data: None
     call: dict[str, object] | None = None
 
 
@@ -123,7 +123,7 @@ def carry_out(
                 specs = _sources(settings)
                 windows = count_windows(specs.tokens, specs.seq_len)
                 data = fill_generated(data, specs, loaded, windows, record.path, progress=progress)
-        record.update(notes=[*loaded.notes, *notes] or None, sources=opened.sources)
+        record.update(notes=[*loaded.notes, *notes], sources=opened.describe(data))
         _grow(settings, replace(opened, data=data), record, plan, clock, progress)
         if needs:
             record.update(memory=PeakMemory(needs.limit, needs.needed, read_peak()).record())
@@ -187,7 +187,7 @@ def open_named(settings: Settings, clock: Clock, *, code: str = "", progress: Pr
     with clock.stage("trace"):
         progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    return GrowInputs(loaded, axes, data, sources=describe_sources(specs, data))
+    return GrowInputs(loaded, axes, data, describe=partial(describe_sources, specs))
 
 
 def run(

@@ -63,7 +63,7 @@ class PruneInputs:
         load_dense: Loads the network before the cut once more, for a recovery.
         objective: What the network is trained for; ``None``: what fits the labels.
         lenient: Whether the data for evaluation are those for calibration, whose labels need not fit.
-        sources: What is recorded of the data.
+        describe: Returns what is recorded of the data.
         call: What the result depends on besides settings, for a call from Python.
         memory: How the run stays within a limit of memory; ``None``: there is none.
         timing: The measured times of the network, if they are known.
@@ -76,7 +76,7 @@ class PruneInputs:
     load_dense: Callable[[], Loaded] | None = None
     objective: Objective | None = None
     lenient: bool = False
-    sources: Sequence[dict[str, object]] | None = None
+    describe: Callable[[SourceHalves], list[dict[str, object]] | None] = lambda data: None
     call: dict[str, object] | None = None
     memory: MemoryPlan | None = None
     timing: Timing | None = None
@@ -156,10 +156,11 @@ def carry_out(
     with recorder.begin(RunStart(identity, network.loaded, network.outside, opened.call)) as record:
         clock.folder = record
         network.use_folder(record.path)
-        record.update(sources=opened.sources, timing=budget.timing.record() if budget.timing else None)
         job = _PruneRun(settings, method, budget, opened, record, ranks, shared, clock, progress)
         data = job.generate()
         job = replace(job, data=data)
+        timing = budget.timing.record() if budget.timing else None
+        record.update(sources=opened.describe(data), timing=timing)
         plan, notes = job.plan(axes)
         if cuts:
             notes += job.cut(axes, plan)
@@ -392,7 +393,7 @@ def open_named(
         data,
         lambda tokens, generated: read_sources(source_specs(settings, tokens), loaded, generated).calibration,
         partial(load_model, spec, progress, code),
-        sources=describe_sources(source_specs(settings), data),
+        describe=partial(describe_sources, source_specs(settings)),
         memory=shared.memory,
     )
 

@@ -175,7 +175,7 @@ class FolderRecorder:
                 difference = find_difference(recorded, start.call or {})
                 raise StoreError(f"{self.out} holds another run: {difference}, or choose another folder")
             start_from(folder, self.model, loaded, undo=self.undo, outside=start.outside)
-            folder.update(notes=list(loaded.notes) or None, **record_input(loaded))
+            folder.update(notes=list(loaded.notes), **record_input(loaded))
             yield folder
 
     def finish(self, record: Record, seconds: Mapping[str, float]) -> RunFolder:

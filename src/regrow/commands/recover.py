@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class RecoverInputs:
         objective: What the network is trained for; ``None``: what fits the labels.
         generate: Returns the data with the text that the dense network generates; gets the run.
         measured: The measurements of the networks before and after the cut; ``None``: only their sizes are measured.
-        sources: What is recorded of the data.
+        describe: Returns what is recorded of the data.
         call: What the result depends on besides settings, for a call from Python.
         streamed: Both networks one block at a time; ``None``: they are in memory.
     """
@@ -68,7 +69,7 @@ class RecoverInputs:
     objective: Objective | None = None
     generate: Callable[[SourceHalves, Record], SourceHalves] = lambda data, record: data
     measured: Sequence[dict[str, Any]] | None = None
-    sources: Sequence[dict[str, object]] | None = None
+    describe: Callable[[SourceHalves], list[dict[str, object]] | None] = lambda data: None
     call: dict[str, object] | None = None
     streamed: StreamedRecovery | None = None
 
@@ -125,7 +126,7 @@ def carry_out(
     with recorder.begin(RunStart(identity, loaded, call=opened.call)) as record:
         clock.folder = record
         data = opened.generate(opened.data, record)
-        record.update(notes=list(dense.notes) or None, sources=opened.sources)
+        record.update(notes=list(dense.notes), sources=opened.describe(data))
         _record_cut(record, opened, progress)
         pair = streamed.start(record.path) if streamed else None
         with clock.stage("recover"):
@@ -224,7 +225,7 @@ def run(
     find_method(MethodKind.RECOVERY, settings.by).made(settings.by, settings.recovery_settings)
     source, ranks = RunFolder.open(settings.run), parallel.ranks
     cut = find_cut(source, code)
-    complete = _complete(settings, source, cut)
+    measured, complete = cut.folder.metrics(), _complete(settings, source, cut)
     if settings.by == "bias":
         _check_untrained(settings, source, cut, complete)
     needs: MemoryTerms | MemoryPlan | None = None
@@ -245,8 +246,8 @@ def run(
             generate=lambda data, record: _generate(
                 data, cut, settings, dense, ranks, progress, record, source, streamed
             ),
-            measured=cut.folder.metrics(),
-            sources=describe_sources(pruning_run.source_specs(cut.settings), data),
+            measured=measured,
+            describe=partial(describe_sources, pruning_run.source_specs(cut.settings)),
             streamed=streamed,
         )
 
