@@ -221,9 +221,9 @@ class ConstantJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UndoStoreHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The header of ``attic.safetensors``, the undo store: the units and modules that were cut."""
+    """The header of ``undo_store.safetensors``, the undo store: the units and modules that were cut."""
 
-    format: Literal["regrow-attic/1"]
+    format: Literal["regrow-undo-store/1"]
     shelves: list[str]
     born: dict[str, Count]
     gone: dict[str, list[Count]]

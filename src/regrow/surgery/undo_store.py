@@ -13,7 +13,7 @@ from regrow.plan import Plan, PlanError
 from regrow.surgery.layout import Layout, lay_out
 from regrow.surgery.removed_branch import RemovedBranch
 
-FORMAT = "regrow-attic/1"
+FORMAT = "regrow-undo-store/1"
 
 
 @dataclass(frozen=True)
