@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regrow.data import SourceError
 from regrow.data.streams import digits_task, fewer, permuted_tasks
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -251,3 +252,27 @@ def test_a_grid_takes_lists_of_values_and_whole_commands(tmp_path: Path, monkeyp
     ]
     (tmp_path / "b.json").write_text('{"rows": [["learn", "digits", "--seed", 1]]}')
     assert recipe.read_rows(tmp_path / "b.json") == [["learn", "digits", "--seed", "1"]]
+
+
+def test_fetched_corpora_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files in the form of the real ones."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    corpora = importlib.import_module("corpora")
+    squad = {"data": [{"paragraphs": [{"context": "one"}, {"context": "one"}, {"context": "two"}]}]}
+    talk = {"examples": [{"input": "agent_A: Hi agent_B: Hello"}]}
+    files = {
+        corpora.wiki: (json.dumps(squad), ("one", "two")),
+        corpora.dialogue: (json.dumps(talk), ("A: Hi \nB: Hello",)),
+        corpora.legal: (json.dumps({"MIT": {"licenseText": "free"}}), ("free",)),
+        corpora.prose: ("Call me Ishmael.\n\n" + "x" * 3000 + "\n\nThe end.", None),
+    }
+    for reader, (content, documents) in files.items():
+        path = tmp_path / f"{reader.__name__}.json"
+        path.write_text(content)
+        found = reader(path).documents
+        assert found == documents if documents else len(found) == 2
+        path.write_bytes(b"\xff{")
+        with pytest.raises(SourceError, match=r"fetch it again"):
+            reader(path)
+        with pytest.raises(SourceError, match=r"does not exist; check the path"):
+            reader(tmp_path / "gone")
