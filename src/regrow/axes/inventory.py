@@ -47,16 +47,15 @@ class Row:
         return asdict(self)
 
 
-def inventory(axes: AxisGraph, chosen: Iterable[Axis] | None = None) -> list[Row]:
+def inventory(axes: AxisGraph) -> list[Row]:
     """Return one row per axis, in the order of the network.
 
     Args:
         axes: The network's axes.
-        chosen: The axes to list; all if ``None``.
     """
     tensors = [dims for name, dims in axes.shapes.items() if name in axes.parameters and name not in axes.ties]
     parameters, macs = _per_unit(axes, tensors), _per_unit(axes, [work.dims for work in per_example(axes)])
-    return [_row(axis, parameters[axis.key], macs[axis.key]) for axis in (axes if chosen is None else chosen)]
+    return [_row(axis, parameters[axis.key], macs[axis.key]) for axis in axes]
 
 
 def _per_unit(axes: AxisGraph, products: Iterable[tuple[Dim, ...]]) -> Counter[str]:

@@ -232,13 +232,6 @@ class UndoStoreHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     added: list[str]
 
 
-class TensorsHeader(msgspec.Struct, frozen=True):
-    """The header of a file of named tensors; other fields depend on the format of the file."""
-
-    names: list[str] | None
-    sha256: Digest
-
-
 class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The progress of continual learning: the present task and epoch, and what was measured so far."""
 
