@@ -255,7 +255,7 @@ def test_the_sums_of_obs_count(regrow, tiny_language_model, monkeypatch, whole, 
     if block < whole:
         assert code == 0 and "with one of 2 blocks at a time" in said
     else:
-        assert code and re.search(r"sums of products within 4 GiB of memory are impossible.*use --memory \d", error)
+        assert code and re.search(r"summing products within 4 GiB of memory is impossible.*use --memory \d", error)
 
 
 @pytest.mark.parametrize(

@@ -18,18 +18,18 @@ from regrow.commands.inputs import SourceHalves, SourceSpecs, count_windows, des
 from regrow.commands.measuring import measure
 from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.parents import check_room, describe_stage, start_from
-from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.trackers import tracking
 from regrow.commands.training_memory import plan_growth_memory
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
-from regrow.process_memory import read_peak, reset_peak
+from regrow.process_memory import reset_peak
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.grow import Settings
 from regrow.settings.words import command_line
+from regrow.streaming.requirements import record_peak
 from regrow.tracing import trace
 from regrow.training.grown import GrowthTraining
 
@@ -131,7 +131,7 @@ def run(
             kinds = fill_generated(kinds, specs, loaded, windows, folder.path, progress=progress)
         folder.update(notes=[*loaded.notes, *notes], sources=describe_sources(specs, kinds), **record_input(loaded))
         _grown(_GrowJob(settings, folder, loaded, kinds, clock, progress), axes, plan)
-        peak = PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None
+        peak = record_peak(needs) if needs else None
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder), memory=peak)
 
 

@@ -22,7 +22,6 @@ from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
 from regrow.commands.later_plans import LaterPlan, check_later_plans
 from regrow.commands.models import load_model
 from regrow.commands.parents import check_room, describe_stage, start_from
-from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.reconstruction import check_amount, check_reconstruction, choose_sources
 from regrow.commands.recovering import broadcast_recovered, check_recovery, log_differences, recover
@@ -39,7 +38,7 @@ from regrow.nets import Loaded
 from regrow.nets.loaded import check_same_files
 from regrow.nets.precision import autocasting, check_precision
 from regrow.plan import Plan
-from regrow.process_memory import read_peak, reset_peak
+from regrow.process_memory import reset_peak
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.scoring import weights_of
@@ -47,6 +46,7 @@ from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
 from regrow.streaming.network import StreamedNetwork
+from regrow.streaming.requirements import record_peak
 from regrow.tracing import trace
 from regrow.training import tune
 
@@ -196,7 +196,7 @@ def run(
         broadcast_record(ranks, {"plan": plan.to_json(), "folder": str(folder.path.resolve())})
         _cut(job, axes, plan, budget)
         if shared.memory:
-            folder.update(memory=PeakMemory(shared.memory.limit, shared.memory.needed, read_peak()).record())
+            folder.update(memory=record_peak(shared.memory))
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder))
 
 

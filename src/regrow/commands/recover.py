@@ -17,9 +17,8 @@ from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import evaluate_text, measure
 from regrow.commands.models import load_model
 from regrow.commands.parents import check_room, describe_stage, start_from
-from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.recovering import log_differences, recover, share_recovery
-from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
+from regrow.commands.recovery_memory import predict_recovery
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
 from regrow.commands.streamed_recovery import StreamedRecovery, open_recovery
 from regrow.commands.trackers import tracking
@@ -30,14 +29,14 @@ from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
 from regrow.nets.precision import autocasting, check_precision
-from regrow.process_memory import read_peak, reset_peak
+from regrow.process_memory import reset_peak
 from regrow.progress import Progress, silent
 from regrow.references import names_code
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.settings.words import command_line
-from regrow.streaming.requirements import MemoryPlan
+from regrow.streaming.requirements import MemoryPlan, MemoryTerms, record_peak
 from regrow.tracing import trace
 
 
@@ -119,7 +118,7 @@ def run(
                 given = folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress
                 perplexities = measure(*given, recoveries=number, ranks=parallel.ranks, network=network)
             log_differences(folder, perplexities, number)
-        peak = PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None
+        peak = record_peak(needs) if needs else None
         return folder.finish(write_page, seconds=clock.seconds, stage=describe_stage(folder), memory=peak)
 
 
