@@ -35,15 +35,13 @@ class Lane:
     """Axes that must be cut together (often a single one), and the steps in which their size may shrink.
 
     Args:
-        keys: The axes, which all have ``size`` units.
-        size: How many units each has.
+        keys: The axes, which all have the same number of units.
         orders: Per axis, its units from lowest to highest score.
         steps: How many units each successive step removes from each axis.
         values: The mean score of the units that each step removes, in non-decreasing order.
     """
 
     keys: tuple[str, ...]
-    size: int
     orders: tuple[np.ndarray, ...]
     steps: np.ndarray
     values: np.ndarray
@@ -129,7 +127,7 @@ def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimu
         starts = np.cumsum(steps) - steps
         sums = np.add.reduceat(mean, np.append(starts, steps.sum()))[:-1] if 0 < steps.sum() < size else np.zeros(0)
         # Rounding errors must not let a later step come before an earlier one.
-        yield Lane(tuple(keys), size, orders, steps, np.maximum.accumulate(sums / steps) if len(steps) else sums)
+        yield Lane(tuple(keys), orders, steps, np.maximum.accumulate(sums / steps) if len(steps) else sums)
 
 
 def _groups(axes: AxisGraph, values: Mapping[str, Tensor], regular: bool) -> list[list[str]]:
