@@ -162,7 +162,8 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
     Raises:
         UnpredictableError: If the size of a tensor depends on data.
 
-    >>> step, batch = training(torch.optim.Adam), Batch((torch.ones(9, 64),), labels=torch.zeros(9, dtype=torch.int64))
+    >>> step = training(partial(torch.optim.SGD, lr=0.1))
+    >>> batch = Batch((torch.ones(9, 64),), labels=torch.zeros(9, dtype=torch.int64))
     >>> predict_memory(nn.Linear(64, 8), batch, step).held
     4456
     """
