@@ -20,6 +20,7 @@ those of what was left to measure (``measured``: divergences).
 import argparse
 import json
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -31,6 +32,9 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import corpora
+
 from regrow import data, evaluation, scoring
 from regrow.allocation import BudgetError, Cost, uniform
 from regrow.amounts import Measure, Target
@@ -38,7 +42,7 @@ from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.pruning import build_pruner, collect_evidence
-from regrow.data import Half, corpora
+from regrow.data import Half
 from regrow.evidence import Evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.plan import Plan

@@ -15,16 +15,18 @@ import csv
 import hashlib
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import IO, Any
 
 import regrow
-from regrow.nets.bench201 import EDGES, Bench201, architecture_string, count_cost, read
+from regrow.nets.bench201 import EDGES, OPERATIONS, Bench201
 
 OUT = Path(__file__).parent / "results" / "analog201.json"
 WHEEL = "f7d4e56e416d249d25555b867a6d7c72886fa9d85a49bd1870708acbf5ee6fe2"
@@ -32,6 +34,70 @@ PLACE = "analognasbench/data.anb"
 CODES = ("skip_connect", "none", "nor_conv_3x3", "nor_conv_1x1", "avg_pool_3x3")
 THEIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 """Their order of edges, which is not NAS-Bench-201's."""
+
+
+def architecture_string(edges: Sequence[str]) -> str:
+    """Return a topology in the notation of NAS-Bench-201.
+
+    Args:
+        edges: The operation on each of ``EDGES``.
+
+    >>> architecture_string(["skip_connect"] * 5 + ["none"])
+    '|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|none~2|'
+    """
+    nodes = [[f"{name}~{a}" for (a, b), name in zip(EDGES, edges, strict=True) if b == node] for node in (1, 2, 3)]
+    return "+".join(f"|{'|'.join(node)}|" for node in nodes)
+
+
+def read(text: str) -> tuple[str, ...]:
+    """Parse a topology in the notation of NAS-Bench-201: the operation on each of ``EDGES``.
+
+    Args:
+        text: The topology.
+
+    Raises:
+        ValueError: If the text is not a topology.
+
+    >>> read(architecture_string(OPERATIONS + ("none",))) == OPERATIONS + ("none",)
+    True
+    """
+    result = tuple(re.findall(r"\|(\w+)(?=~)", text[:400]))
+    if len(result) != len(EDGES) or not {*result} <= {*OPERATIONS} or architecture_string(result) != text:
+        raise ValueError(f"not a topology of NAS-Bench-201: {text[:80]!r}")
+    return result
+
+
+def topologies() -> list[tuple[str, ...]]:
+    """Return all 15,625 topologies: the operation on each of ``EDGES``."""
+    return [*product(OPERATIONS, repeat=len(EDGES))]
+
+
+def count_cost(
+    edges: Sequence[str], *, width: int = 16, cells: int = 5, size: int = 32, classes: int = 10
+) -> dict[str, int]:
+    """Return parameters and multiply–accumulates of a topology on square RGB images, without ``scale``.
+
+    Args:
+        edges: The operation on each of ``EDGES``.
+        width: Channels of the first stage.
+        cells: Cells per stage.
+        size: Height and width of an image; a multiple of 4.
+        classes: The number of logits.
+    """
+    params, macs = 27 * width + 2 * width, 27 * width * size**2
+    for stage in range(3):
+        c, pixels = width << stage, (size >> stage) ** 2
+        if stage:
+            half = c // 2
+            params += 9 * half * c + 9 * c * c + 4 * c + half * c
+            macs += (9 * half * c + 9 * c * c + half * c) * pixels
+        for name in edges:
+            if name.startswith("nor"):
+                inner = int(name[-1]) ** 2 * c * c
+                params += cells * (inner + 2 * c)
+                macs += cells * inner * pixels
+    last = width << 2
+    return {"params": params + 2 * last + (last + 1) * classes, "macs": macs + last * classes}
 
 
 class _Record:

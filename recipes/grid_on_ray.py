@@ -1,148 +1,110 @@
-"""Twelve cells on a Ray cluster of two nodes: one cell fails, one worker is killed; then the fault is removed.
+"""Run every combination of options as a `regrow` command of its own, on a Ray cluster or on this machine.
 
-    pip install 'regrow[cluster]' psutil
-    python recipes/grid_on_ray.py                  about 90 seconds of processor time, on two cores
+    pip install 'ray>=2.40'
+    python recipes/grid_on_ray.py grid.toml --out GRID               on RAY_ADDRESS, or on a cluster that it starts here
+    python recipes/grid_on_ray.py grid.toml --out GRID --local 4     four processes at a time, without Ray
 
-The cells are 2 methods × 2 fractions × 3 seeds on a small convolutional network and pictures of digits. The function
-that builds the network raises in one cell while a file named ``fault`` exists. The worker of another cell is killed
-with SIGKILL when the run in it has begun to write. Expected: 11 rows of finished cells, one of them started twice, and
-one row with an error; after ``fault`` is deleted, the same command runs that cell alone, and all 12 are finished. Their
-weights are compared with those of the same grid on this machine without Ray, byte for byte. One row is appended to
-``results/grid_on_ray.jsonl``.
+The file is TOML or JSON. ``command`` has the words that all runs share, and ``grid`` lists of values for options:
+
+    command = ["prune", "smollm2-135m", "--tokens", "4096"]
+    grid = {method = ["flap", "wanda_sp"], keep = [0.8, 0.7], source = [["news", "code"], ["talk"]]}
+
+Commands that are no product of lists are written out: ``rows = [["learn", "digits", "--seed", "1"], …]``. Each runs in
+a folder of its own below GRID, with a log beside it. The same command skips finished runs and resumes the others. A run
+that fails, or whose worker is lost, leaves the others alone; the exit code is then 1. ``GRID/rows.jsonl`` has a row per
+run: its command, exit code, seconds and the last line of its log. Every machine needs regrow and the same folders.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
-import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import psutil
-import ray
-from ray.cluster_utils import Cluster
 
-from regrow.store.versions import versions
-
-OUT = Path(__file__).parent / "results" / "grid_on_ray.jsonl"
-GRID = """
-base: {source: digits, tokens: 256, eval_tokens: 256}
-grid:
-  method: [magnitude, flap]
-  keep: [0.8, 0.6]
-  seed: [0, 1, 2]
-"""
-FAILING = "method=flap,keep=0.6,seed=1"
-KILLED = "method=flap,keep=0.8,seed=1"
-NET = """
-import sys
-from pathlib import Path
-
-import torch
-from torch import nn
+def read_rows(file: Path) -> list[list[str]]:
+    """Return the command lines of a grid, without the program's name."""
+    data = (json if file.suffix == ".json" else tomllib).loads(file.read_text("utf-8"))
+    rows = [[str(word) for word in row] for row in data.get("rows", ())]
+    lists = data.get("grid", {})
+    for values in itertools.product(*lists.values()) if lists else ():
+        words = list(data["command"])
+        for name, value in zip(lists, values, strict=True):
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                words += [option] * value
+            else:
+                words += [
+                    word for part in (value if isinstance(value, list) else [value]) for word in (option, f"{part}")
+                ]
+        rows.append(words)
+    return rows
 
 
-def net():
-    words = " ".join(sys.argv)
-    if Path("fault").exists() and "--method flap --keep 0.6" in words and "--seed 1" in words:
-        raise RuntimeError("a fault planted in one cell")
-    torch.manual_seed(0)
-    layers = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Flatten()
-    return nn.Sequential(*layers, nn.Linear(24 * 64, 10)), torch.randn(2, 1, 8, 8)
-"""
+def run_row(words: Sequence[str], out: Path, threads: int, cwd: str) -> dict[str, Any]:
+    """Run one command line unless its folder is finished; return its row."""
+    text = " ".join(words)
+    name = re.sub(r"[^\w.=]+", "-", text)[-60:].strip("-.") + "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+    folder, log, began, code = out / name, out / f"{name}.log", time.monotonic(), 0
+    record = folder / "run.json"
+    if not (record.is_file() and json.loads(record.read_text("utf-8")).get("finished")):
+        command = [sys.executable, "-m", "regrow", *words, "--out", str(folder)]
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with log.open("wb") as file:
+            code = subprocess.run(command, cwd=cwd, env=env, stdout=file, stderr=file, check=False).returncode
+    last = log.read_text("utf-8", "replace").strip().rpartition("\n")[2] if code else ""
+    return {"folder": str(folder), "exit_code": code, "error": last, "seconds": round(time.monotonic() - began, 1)}
 
 
-def command(out: str, *more: str) -> list[str]:
-    """Return the command line of the grid."""
-    return [sys.executable, "-P", "-m", "regrow", "grid", "grid.yaml", "--model", "own:net", "--out", out, *more]
+def submit_to_ray(rows: Sequence[Sequence[str]], out: Path, threads: int, cwd: str) -> list[Future[dict[str, Any]]]:
+    """Submit the rows as tasks of a Ray cluster; a row with ``--device cuda`` takes a GPU."""
+    import ray
+
+    ray.init(log_to_driver=False)
+    task = ray.remote(run_row).options
+    gpus = [int("--device cuda" in " ".join(words)) for words in rows]
+    tasks = [task(num_cpus=threads, num_gpus=gpu, max_retries=0) for gpu in gpus]
+    return [task.remote(words, out, threads, cwd).future() for task, words in zip(tasks, rows, strict=True)]
 
 
-def kill_worker(work: Path, grid: subprocess.Popen[bytes]) -> bool:
-    """Kill the worker process of a cell once its run has begun to write; whether there was one."""
-    while grid.poll() is None:
-        if (work / "ray" / KILLED / ".work" / "run.json").is_file():
-            for process in psutil.process_iter(["pid", "cmdline"]):
-                if " ".join(process.info["cmdline"] or ()).startswith(f"ray::{KILLED}"):
-                    os.kill(process.info["pid"], signal.SIGKILL)
-                    return True
-        time.sleep(0.05)
-    return False
-
-
-def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the rows of a grid by the cell's name."""
-    return {row["cell"]: row for row in map(json.loads, (folder / "grid.jsonl").read_text().splitlines())}
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Return the digest of the weights of each cell."""
-    files = sorted(folder.glob("*/model.safetensors"))
-    return {file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def summary(code: int, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return what became of the cells."""
-    failed = {name: row["error"] for name, row in rows.items() if row["state"] == "failed"}
-    again = {name: row["starts"] for name, row in rows.items() if row["starts"] != 1}
-    return {"exit_code": code, "finished": len(rows) - len(failed), "failed": failed, "started_again": again}
-
-
-def main() -> None:
-    """Run the grid with its faults, without them, and on this machine; append a row."""
+def main() -> int:
+    """Run a grid and print a table; return 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--local", type=int, metavar="N", help="run N at a time on this machine, without Ray")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (1)")
     args = parser.parse_args()
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        (work / "grid.yaml").write_text(GRID)
-        (work / "own.py").write_text(NET)
-        (work / "fault").touch()
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        cluster.add_node(num_cpus=1)
-        try:
-            on_ray = command("ray", "--on", "ray", "--address", cluster.address)
-            grid = subprocess.Popen(on_ray, cwd=work)
-            killed = kill_worker(work, grid)
-            first = summary(grid.wait(), rows_of(work / "ray"))
-            times = {name: path.stat().st_mtime_ns for name, path in _results(work / "ray")}
-            (work / "fault").unlink()
-            code = subprocess.run(on_ray, cwd=work, check=False).returncode
-            second = summary(code, rows_of(work / "ray"))
-            ran_again = [name for name, path in _results(work / "ray") if times.get(name) != path.stat().st_mtime_ns]
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
-        subprocess.run(command("local", "--jobs", "2"), cwd=work, check=True)
-        row = {
-            "date": date.today().isoformat(),
-            "cells": len(rows_of(work / "ray")),
-            "nodes": 2,
-            "worker_killed": KILLED if killed else None,
-            "first": first,
-            "second": second | {"ran": ran_again},
-            "same_weights_as_on_one_machine": digests(work / "ray") == digests(work / "local"),
-            "seconds": round(time.monotonic() - began),
-            "versions": versions() | {"ray": version("ray")},
-        }
-    print(json.dumps(row, indent=1))
-    with args.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    if not (killed and first["finished"] == 11 and second["finished"] == 12 and ran_again == [FAILING]):
-        raise SystemExit("not as expected")
-
-
-def _results(folder: Path) -> list[tuple[str, Path]]:
-    return [(path.parent.name, path) for path in sorted(folder.glob("*/run.json"))]
+    rows, out, cwd, failed = read_rows(args.file), args.out.absolute(), str(Path.cwd()), 0
+    out.mkdir(parents=True, exist_ok=True)
+    pool = ThreadPoolExecutor(args.local or 1)
+    if args.local:
+        futures = [pool.submit(run_row, words, out, args.threads, cwd) for words in rows]
+    else:
+        futures = submit_to_ray(rows, out, args.threads, cwd)
+    commands = dict(zip(futures, rows, strict=True))
+    try:
+        with (out / "rows.jsonl").open("w", encoding="utf-8") as file:
+            for future in as_completed(futures):
+                lost = future.exception()
+                row = {"exit_code": None, "error": f"lost: {type(lost).__name__}"} if lost else future.result()
+                failed += row["exit_code"] != 0
+                print(json.dumps({"words": commands[future], **row}), file=file, flush=True)
+                print(f"exit code {row['exit_code']}: {' '.join(commands[future])}  {row['error']}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    print(f"{len(rows)} runs, {failed} failed")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

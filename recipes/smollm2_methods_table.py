@@ -22,12 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import corpora
 import torch
 from rows import add, rows
 
 from regrow import apply, trace
 from regrow.budget import Budget
-from regrow.data import Half, corpora, text, windows
+from regrow.data import Half, text, windows
 from regrow.evaluation import perplexity
 from regrow.evidence import Evidence, Need
 from regrow.methods import METHODS

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import corpora
 import torch
 from torch import nn
 from width_pruning_points import FOLDS, Point, Row
@@ -25,7 +26,7 @@ from regrow.commands.generated import fill_generated
 from regrow.commands.inputs import SourceSpecs, read_sources
 from regrow.commands.reconstruction import reconstruct
 from regrow.commands.recovering import work_in
-from regrow.data import Half, corpora, text, windows
+from regrow.data import Half, text, windows
 from regrow.evaluation import choices, items_in, perplexity
 from regrow.evidence import Evidence, Need
 from regrow.methods import MethodKind, find_method

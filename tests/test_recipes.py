@@ -1,14 +1,19 @@
 """Recipes: what is committed prints its tables, and what a recipe builds on is still there."""
 
 import importlib
+import json
+import os
 import runpy
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from regrow.data import SourceError
 from regrow.data.streams import digits_task, fewer, permuted_tasks
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -206,3 +211,68 @@ def test_random_units_are_compensated_as_the_best_baseline_is(monkeypatch: pytes
         random = next(one for one in points.test([], (0.8,), (0,), 1) if one.arm == "random, as the best baseline")
         assert random.settings == {**best.settings, "seed": 0}
         assert (random.only, random.outer) == (best.only, best.outer)
+
+
+@pytest.mark.slow
+def test_a_grid_goes_on_past_a_failure_and_runs_that_row_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module("grid_on_ray")
+    monkeypatch.chdir(tmp_path)
+    root = Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root / "src"), str(root / "tests" / "cli")]))
+    Path("grid.toml").write_text(
+        'command = ["prune", "toys:classifier", "--method", "magnitude", "--keep", "0.6", "--tokens", "64", '
+        '"--eval-tokens", "64"]\ngrid = {no_verify = [true], source = [["digits"], ["mine=pictures"]]}\n'
+    )
+    monkeypatch.setattr("sys.argv", ["grid_on_ray.py", "grid.toml", "--out", "grid", "--local", "2"])
+    assert recipe.main() == 1 and "2 runs, 1 failed" in capsys.readouterr().out
+    rows = sorted(map(json.loads, Path("grid/rows.jsonl").read_text().splitlines()), key=lambda row: row["exit_code"])
+    assert [row["exit_code"] for row in rows] == [0, 2] and "pictures does not exist" in rows[1]["error"]
+    before = Path(rows[0]["folder"], "run.json").stat().st_mtime_ns
+    for name in ("a", "b"):
+        Path("pictures", name).mkdir(parents=True)
+        for i in range(40):
+            Image.fromarray(np.full((8, 8), i, np.uint8)).save(f"pictures/{name}/{i}.png")
+    assert recipe.main() == 0 and "2 runs, 0 failed" in capsys.readouterr().out
+    assert Path(rows[0]["folder"], "run.json").stat().st_mtime_ns == before
+    assert Path(rows[1]["folder"], "model.safetensors").is_file()
+
+
+def test_a_grid_takes_lists_of_values_and_whole_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module("grid_on_ray")
+    (tmp_path / "a.toml").write_text(
+        'command = ["prune", "m"]\ngrid = {keep = [0.8, 0.5], eval_tokens = [64], regular = [true, false]}\n'
+    )
+    base = ["prune", "m", "--keep"]
+    assert recipe.read_rows(tmp_path / "a.toml") == [
+        [*base, keep, "--eval-tokens", "64", *regular] for keep in ("0.8", "0.5") for regular in (["--regular"], [])
+    ]
+    (tmp_path / "b.json").write_text('{"rows": [["learn", "digits", "--seed", 1]]}')
+    assert recipe.read_rows(tmp_path / "b.json") == [["learn", "digits", "--seed", "1"]]
+
+
+def test_fetched_corpora_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files in the form of the real ones."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    corpora = importlib.import_module("corpora")
+    squad = {"data": [{"paragraphs": [{"context": "one"}, {"context": "one"}, {"context": "two"}]}]}
+    talk = {"examples": [{"input": "agent_A: Hi agent_B: Hello"}]}
+    files = {
+        corpora.wiki: (json.dumps(squad), ("one", "two")),
+        corpora.dialogue: (json.dumps(talk), ("A: Hi \nB: Hello",)),
+        corpora.legal: (json.dumps({"MIT": {"licenseText": "free"}}), ("free",)),
+        corpora.prose: ("Call me Ishmael.\n\n" + "x" * 3000 + "\n\nThe end.", None),
+    }
+    for reader, (content, documents) in files.items():
+        path = tmp_path / f"{reader.__name__}.json"
+        path.write_text(content)
+        found = reader(path).documents
+        assert found == documents if documents else len(found) == 2
+        path.write_bytes(b"\xff{")
+        with pytest.raises(SourceError, match=r"fetch it again"):
+            reader(path)
+        with pytest.raises(SourceError, match=r"does not exist; check the path"):
+            reader(tmp_path / "gone")

@@ -204,7 +204,7 @@ def write_undo_store(path: Path, undo: UndoStore) -> None:
     Raises:
         StoreError: If the disk is full or the file cannot be written; an old file is not changed.
     """
-    write_tensors(path, undo.tensors(), {"attic": undo.record()}, UNDO_FORMAT)
+    write_tensors(path, undo.tensors(), {"undo_store": undo.record()}, UNDO_FORMAT)
 
 
 def read_undo_store(path: Path) -> UndoStore:
@@ -218,7 +218,7 @@ def read_undo_store(path: Path) -> UndoStore:
     """
     try:
         header, tensors = read_tensors(path, UNDO_FORMAT, None)
-        record = convert(header.get("attic"), schemas.UndoStoreHeader)
+        record = convert(header.get("undo_store"), schemas.UndoStoreHeader)
         return UndoStore.read(msgspec.to_builtins(record), tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = " ".join(str(error).removeprefix(f"{path} ").split())[:200]

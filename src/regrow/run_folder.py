@@ -235,12 +235,12 @@ class RunFolder:
         return Ledger(self.path / "ledger.json", int((self.run().get("parent") or {}).get("plans", 0)))
 
     def write_undo_store(self, undo: UndoStore) -> None:
-        """Write ``attic.safetensors``: the units that cuts removed, so that a later run can restore them.
+        """Write ``undo_store.safetensors``: the units that cuts removed, so that a later run can restore them.
 
         Raises:
             StoreError: If the disk is full; the file is then as it was.
         """
-        write_undo_store(self.path / "attic.safetensors", undo)
+        write_undo_store(self.path / "undo_store.safetensors", undo)
 
     def read_undo_store(self) -> UndoStore:
         """Return the store of what cuts removed; an empty store if none was written.
@@ -248,7 +248,7 @@ class RunFolder:
         Raises:
             StoreError: If the file is damaged.
         """
-        path = self.path / "attic.safetensors"
+        path = self.path / "undo_store.safetensors"
         return read_undo_store(path) if path.exists() else UndoStore()
 
     def log(self, what: str, *, number: int | None = None, **values: object) -> None:

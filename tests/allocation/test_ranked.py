@@ -200,7 +200,6 @@ def test_minimum_and_share_hold() -> None:
     _, axes = mlp(20, 10)
     scores = {A: torch.arange(20).double(), B: 100 + torch.arange(10).double()}
     assert len(rank(axes, scores, Budget(0.4))[A]) < 8
-    assert len(rank(axes, scores, Budget(0.5), share=0.4)[A]) == 8
     assert len(rank(axes, scores, Budget(0.5), minimum=9)[A]) == 9
 
 

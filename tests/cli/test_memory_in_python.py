@@ -67,7 +67,7 @@ def test_what_is_not_pruned_block_by_block_is_refused(tiny_language_model, strea
 
 def test_the_sums_of_obs_count(tiny_language_model, streams, monkeypatch):
     monkeypatch.setattr(requirements, "predict_products", lambda layers, together: 2**38)
-    with pytest.raises(ValueError, match="sums of products within 64 GiB of memory are impossible"):
+    with pytest.raises(ValueError, match="summing products within 64 GiB of memory is impossible"):
         regrow.prune(str(tiny_language_model), data(), method="obs", memory="64GiB")
 
 

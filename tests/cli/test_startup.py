@@ -20,7 +20,6 @@ PRUNE = "prune resnet18 --keep 0.5"
 REFUSED = {
     "--help": "",
     "prune --help": "",
-    "grid --help": "",
     "prun": "No such command",
     f"{PRUNE} --oot new": "No such option '--oot'",
     f"{PRUNE}": "--out names the folder",
@@ -41,7 +40,6 @@ REFUSED = {
     "evaluate resnet18 --json full/file": "is not a .json file",
     "chat smollm2-135m none": "no model 'none'",
     "grow resnet18 --out new": "nothing grows",
-    "grid none.yaml --out new": "none.yaml",
     "recover none --by bias --out new": "none is not a run folder",
     "recover run --by bis --out new": "did you mean 'bias'?",
     "learn split:none/:5 --out new": "no data 'none/'",

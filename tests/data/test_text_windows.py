@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from regrow.data import KINDS, Half, SourceError, Text, text, windows
-from regrow.data.corpora import dialogue, legal, prose, wiki
 from regrow.data.halves import PARAGRAPH, half_of
 from regrow.data.text import read
 
@@ -195,25 +194,3 @@ def test_bad_sources_are_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(SourceError, match=part) as caught:
             text(spec)
         assert "\n" not in str(caught.value)
-
-
-def test_fetched_corpora_are_read(tmp_path: Path) -> None:
-    """Small files in the form of the real ones."""
-    squad = {"data": [{"paragraphs": [{"context": "one"}, {"context": "one"}, {"context": "two"}]}]}
-    talk = {"examples": [{"input": "agent_A: Hi agent_B: Hello"}]}
-    files = {
-        wiki: (json.dumps(squad), ("one", "two")),
-        dialogue: (json.dumps(talk), ("A: Hi \nB: Hello",)),
-        legal: (json.dumps({"MIT": {"licenseText": "free"}}), ("free",)),
-        prose: ("Call me Ishmael.\n\n" + "x" * 3000 + "\n\nThe end.", None),
-    }
-    for reader, (content, documents) in files.items():
-        path = tmp_path / f"{reader.__name__}.json"
-        path.write_text(content)
-        found = reader(path).documents
-        assert found == documents if documents else len(found) == 2
-        path.write_bytes(b"\xff{")
-        with pytest.raises(SourceError, match=r"fetch it again"):
-            reader(path)
-        with pytest.raises(SourceError, match=r"does not exist; check the path"):
-            reader(tmp_path / "gone")

@@ -77,7 +77,7 @@ def test_an_undo_store_on_the_disk_is_whole_or_refused(tmp_path: Path) -> None:
     assert folder.read_undo_store() == UndoStore()
     changed("conv_residual", folder)
     again = folder.read_undo_store()
-    path = folder.path / "attic.safetensors"
+    path = folder.path / "undo_store.safetensors"
     assert again.restorable and not [p for p in folder.path.iterdir() if "partial" in p.name]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

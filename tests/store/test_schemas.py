@@ -142,13 +142,13 @@ def test_records_that_inform(tmp_path, name, change, words):
 )
 def test_the_header_of_removed_weights(tmp_path, change, words):
     record = UndoStore().record()
-    write_tensors(tmp_path / "attic.safetensors", {}, {"attic": record}, "regrow-attic/1")
-    assert read_undo_store(tmp_path / "attic.safetensors") == UndoStore()
-    write_tensors(tmp_path / "attic.safetensors", {}, {"attic": record | change}, "regrow-attic/1")
+    write_tensors(tmp_path / "undo_store.safetensors", {}, {"undo_store": record}, "regrow-undo-store/1")
+    assert read_undo_store(tmp_path / "undo_store.safetensors") == UndoStore()
+    write_tensors(tmp_path / "undo_store.safetensors", {}, {"undo_store": record | change}, "regrow-undo-store/1")
     with pytest.raises(StoreError) as caught:
-        read_undo_store(tmp_path / "attic.safetensors")
+        read_undo_store(tmp_path / "undo_store.safetensors")
     line = str(caught.value)
-    assert words in line and "attic.safetensors" in line and "restore" in line and "\n" not in line, line
+    assert words in line and "undo_store.safetensors" in line and "restore" in line and "\n" not in line, line
 
 
 @pytest.mark.parametrize(

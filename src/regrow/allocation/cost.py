@@ -103,16 +103,8 @@ class Cost:
         """The cost of the network at its current sizes."""
         return self.at(self.present)
 
-    def vector(self, sizes: Mapping[str, int]) -> np.ndarray:
-        """Return the sizes of all axes as a vector in the order of ``keys``, with a constant 1 appended.
-
-        Args:
-            sizes: Axis key → size, for every axis.
-        """
-        return np.array([*(sizes[key] for key in self.keys), 1], dtype=np.int64)
-
     def at(self, vector: np.ndarray) -> int:
-        """Return the cost at a vector of sizes, as :meth:`vector` makes it.
+        """Return the cost at sizes of all axes in the order of ``keys``, with a 1 behind them.
 
         Args:
             vector: The sizes, ``[axes + 1]``.

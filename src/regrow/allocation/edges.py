@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from regrow.candidates import Candidates, candidates_in
 
+INPUTS = 2
+"""How many edges into a node DARTS keeps."""
+
 
 @dataclass(frozen=True)
 class Edges:
@@ -100,14 +103,13 @@ class Edges:
         return grown / total.index_select(0, self.node)
 
 
-def select_operations(share: Tensor, edge: Tensor, node: Tensor, most: int = 2) -> Tensor:
+def select_operations(share: Tensor, edge: Tensor, node: Tensor) -> Tensor:
     """Derive the discrete cell of DARTS: keep the best operation of each of the best edges into each node.
 
     Args:
         share: The softmax weight of each operation, ``[operations]``.
         edge: The edge of each operation, ``[operations]``.
         node: The node of each operation, ``[operations]``.
-        most: How many edges into a node are kept.
 
     Returns:
         Whether each operation is kept, ``[operations]`` bool.
@@ -115,7 +117,7 @@ def select_operations(share: Tensor, edge: Tensor, node: Tensor, most: int = 2) 
     >>> select_operations(torch.tensor([0.1, 0.4, 0.3, 0.2]), torch.tensor([0, 0, 1, 2]), torch.zeros(4)).tolist()
     [False, True, True, False]
     """
-    result, seen, left = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), most)
+    result, seen, left = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), INPUTS)
     edges, nodes = edge.tolist(), node.tolist()
     for i in share.argsort(descending=True, stable=True).tolist():
         if edges[i] not in seen and left[nodes[i]]:

@@ -9,7 +9,7 @@ tensor by tensor instead, unless single weights are searched: the same numbers b
 Where there are no gradients, smaller networks with large tensors are priced so too, if prices are whole numbers.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -239,7 +239,6 @@ def levels(
     candidates: Mapping[str, Sequence[str]],
     *,
     measure: Measure = Measure.PARAMETERS,
-    counts: Callable[[str], bool] = lambda name: True,
     timed: Prices | None = None,
 ) -> Levels:
     """Build the index vectors and costs of a network's operations, filters and weights.
@@ -251,10 +250,9 @@ def levels(
             numbered from 0 across all sums.
         measure: What an entry costs: 1, the multiply–accumulates per example that it takes part in, its bytes, or
             milliseconds.
-        counts: Function: whether a parameter counts (a stage of a search runs only a part of the network).
         timed: The milliseconds of entries and operations; required if the measure is time.
     """
-    names = [name for name in parameters if counts(name) and name in axes.shapes]
+    names = [name for name in parameters if name in axes.shapes]
     units = [
         axis
         for axis in axes.units()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import ceil, lcm
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -35,15 +35,13 @@ class Lane:
     """Axes that must be cut together (often a single one), and the steps in which their size may shrink.
 
     Args:
-        keys: The axes, which all have ``size`` units.
-        size: How many units each has.
+        keys: The axes, which all have the same number of units.
         orders: Per axis, its units from lowest to highest score.
         steps: How many units each successive step removes from each axis.
         values: The mean score of the units that each step removes, in non-decreasing order.
     """
 
     keys: tuple[str, ...]
-    size: int
     orders: tuple[np.ndarray, ...]
     steps: np.ndarray
     values: np.ndarray
@@ -55,7 +53,6 @@ def rank(
     budget: Budget,
     *,
     minimum: int = 1,
-    share: float = 0.0,
 ) -> dict[str, tuple[int, ...]]:
     """Keep the best units of all scored axes in one global ranking, so that the network's cost fits the budget.
 
@@ -74,7 +71,6 @@ def rank(
         budget: The limit; of its fields ``keep`` or ``target``, ``measure``, ``round_to`` and ``regular`` are used. The
             axes to cut are those in ``scores``.
         minimum: The least number of units that every axis keeps.
-        share: The least fraction of its units that every axis keeps.
 
     Returns:
         Axis key → the positions of the units kept, ascending, for every scored axis.
@@ -84,7 +80,7 @@ def rank(
         ValueError: If scores do not fit the axes or are not numbers.
     """
     values = scores.values if isinstance(scores, Scores) else scores
-    lanes = list(_lanes(axes, values, budget, minimum, share))
+    lanes = list(_lanes(axes, values, budget, minimum))
     cost = cost_of(axes, budget)
     limit = budget.limit(cost.total)
     members = [np.array([cost.index[key] for key in lane.keys]) for lane in lanes]
@@ -110,7 +106,7 @@ def rank(
     return kept
 
 
-def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimum: int, share: float) -> Iterator[Lane]:
+def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimum: int) -> Iterator[Lane]:
     """Yield the groups of scored axes that are cut together, with their steps."""
     for key, scores in values.items():
         if key not in axes.axes or len(scores) != axes[key].size:
@@ -121,7 +117,7 @@ def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimu
         size = axes[keys[0]].size
         if any(key not in values or axes[key].size != size for key in keys):
             continue
-        floor_ = max(minimum, ceil(share * size - 1e-9), *(axes[key].least for key in keys))
+        floor_ = max(minimum, *(axes[key].least for key in keys))
         own = lcm(*(axes[key].multiple for key in keys))
         rounded = lcm(budget.round_to, own)
         steps = _steps(size, min(floor_, size), rounded if size >= rounded else own)
@@ -131,7 +127,7 @@ def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimu
         starts = np.cumsum(steps) - steps
         sums = np.add.reduceat(mean, np.append(starts, steps.sum()))[:-1] if 0 < steps.sum() < size else np.zeros(0)
         # Rounding errors must not let a later step come before an earlier one.
-        yield Lane(tuple(keys), size, orders, steps, np.maximum.accumulate(sums / steps) if len(steps) else sums)
+        yield Lane(tuple(keys), orders, steps, np.maximum.accumulate(sums / steps) if len(steps) else sums)
 
 
 def _groups(axes: AxisGraph, values: Mapping[str, Tensor], regular: bool) -> list[list[str]]:

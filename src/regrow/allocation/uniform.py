@@ -17,7 +17,6 @@ def uniform(
     budget: Budget,
     *,
     minimum: int = 1,
-    share: float = 0.0,
 ) -> dict[str, tuple[int, ...]]:
     """Keep the same fraction of the units of every scored axis, the best of each, so that the budget is met.
 
@@ -31,7 +30,6 @@ def uniform(
         scores: Axis key → one score per unit, ``[size]``; they need not be comparable between axes.
         budget: The limit, as for :func:`rank`.
         minimum: The least number of units that every axis keeps.
-        share: The least fraction of its units that every axis keeps.
 
     Returns:
         Axis key → the positions of the units kept, ascending.
@@ -42,7 +40,7 @@ def uniform(
     """
     values = scores.values if isinstance(scores, Scores) else scores
     shares = {key: _percentile(value) for key, value in values.items()}
-    return rank(axes, shares, budget, minimum=minimum, share=share)
+    return rank(axes, shares, budget, minimum=minimum)
 
 
 def _percentile(values: Tensor) -> Tensor:

@@ -137,15 +137,11 @@ class AxisGraph:
         many = self.batch_size()
         return self.work if many == 1 else tuple(replace(work, dims=divided(work.dims, many)) for work in self.work)
 
-    def inventory(self, chosen: Iterable[Axis] | None = None) -> list[Row]:
-        """Return one row per axis, in the order of the network.
-
-        Args:
-            chosen: The axes to list; all if ``None``.
-        """
+    def inventory(self) -> list[Row]:
+        """Return one row per axis, in the order of the network."""
         tensors = [dims for name, dims in self.shapes.items() if name in self.parameters and name not in self.ties]
         work = [work.dims for work in self.work_per_example()]
-        return rows_of(self if chosen is None else chosen, self.sizes(), tensors, work)
+        return rows_of(self, self.sizes(), tensors, work)
 
     def tables(self, *, everything: bool = False) -> tuple[Table, Table]:
         """Return the tables of ``regrow show``: the axes that can be cut, by kind, and the frozen ones, by reason.

@@ -8,7 +8,6 @@ from regrow.cli.chat import chat
 from regrow.cli.compare import compare
 from regrow.cli.evaluate import evaluate
 from regrow.cli.export import export
-from regrow.cli.grid import grid
 from regrow.cli.grow import grow
 from regrow.cli.history import history
 from regrow.cli.learn import learn
@@ -45,7 +44,7 @@ def regrow() -> None:
 
 
 VERBS = (
-    *(show, prune, grid, grow, recover, learn, search, apply, history, undo),
+    *(show, prune, grow, recover, learn, search, apply, history, undo),
     *(evaluate, chat, export, compare, report, settings, methods),
 )
 for verb in VERBS:

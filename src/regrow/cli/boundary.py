@@ -26,13 +26,11 @@ from regrow.cli.checks import check_words
 from regrow.cli.flags import Given, parameters_of, take_given, write_options
 from regrow.distributed import read_ranks
 from regrow.errors import RefusedError, ResourceError
-from regrow.settings.grid import ROWS
 from regrow.settings.prune import name_folders
 
-CELLS_FAILED, USAGE, REFUSED, ENVIRONMENT, BUG = 1, 2, 3, 4, 70
+USAGE, REFUSED, ENVIRONMENT, BUG = 2, 3, 4, 70
 EXIT_CODES = {
     0: "success",
-    CELLS_FAILED: "cells of a grid failed; their rows say why",
     USAGE: "an option, a file or a setting cannot be used",
     REFUSED: "a check of the result failed, so it was not kept",
     ENVIRONMENT: "the machine lacks something: disk space, memory, a permission, a device, a package",
@@ -48,7 +46,6 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     **dict.fromkeys(("lm_eval", "datasets"), "harness"),
     "peft": "recover",
-    "ray": "cluster",
     "yaml": "demo",
 }
 """Package → the extra of regrow that installs it, as in ``pip install 'regrow[llm]'``."""
@@ -338,7 +335,7 @@ class Verb(click.Command):
 
         resumable = False
         with contextlib.suppress(ValueError, OSError):
-            resumable = (folders[0] / ROWS).is_file() or RunFolder.open_unfinished(folders[0]) is not None
+            resumable = RunFolder.open_unfinished(folders[0]) is not None
             given = values.get("given")
             names = name_folders(given.build_all()) if isinstance(given, Given) and given.varied else ()
             plans = [folders[0] / name for name in names]

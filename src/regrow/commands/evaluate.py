@@ -10,20 +10,19 @@ from regrow import evaluation
 from regrow.amounts import parse_bytes
 from regrow.commands.inputs import SourceSpecs, read_sources
 from regrow.commands.models import DTYPES, ModelSpec, load_model
-from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.streamed import needs_of_model, start_streaming
 from regrow.data.joined import join_batches
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
 from regrow.nets.weight_files import check_unchanged
-from regrow.process_memory import read_peak, reset_peak
+from regrow.process_memory import reset_peak
 from regrow.progress import Progress, silent
 from regrow.settings.declaration import check_settings
 from regrow.settings.evaluate import Settings
 from regrow.sources import Batch
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork, open_network
-from regrow.streaming.requirements import MemoryPlan, plan_memory
+from regrow.streaming.requirements import MemoryPlan, plan_memory, record_peak
 
 
 def evaluate(
@@ -71,7 +70,7 @@ def evaluate(
         with autocasting(loaded.model, settings.precision):
             result = _evaluate(settings, loaded, progress, network)
     check_unchanged(loaded.files)
-    return {**result, "memory": PeakMemory(plan.limit, plan.needed, read_peak()).record()}
+    return {**result, "memory": record_peak(plan)}
 
 
 def _plan(settings: Settings, opened: OpenedNetwork, limit: int) -> MemoryPlan:

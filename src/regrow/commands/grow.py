@@ -16,18 +16,18 @@ from regrow.commands.growth import CheckedGrowth, GrowthData
 from regrow.commands.inputs import SourceHalves, SourceSpecs, count_windows, describe_sources, read_sources
 from regrow.commands.measuring import measure_run
 from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.recording import Record, Recorder, RunStart, record_command, record_plan
 from regrow.commands.training_memory import plan_growth_memory
 from regrow.nets import Loaded
 from regrow.nets.precision import check_precision
 from regrow.objectives import Objective
 from regrow.plan import Plan
-from regrow.process_memory import read_peak, reset_peak
+from regrow.process_memory import reset_peak
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.grow import Settings
+from regrow.streaming.requirements import record_peak
 from regrow.tracing import trace
 from regrow.training.grown import GrowthTraining
 
@@ -126,7 +126,7 @@ def carry_out(
         record.update(notes=[*loaded.notes, *notes], sources=opened.describe(data))
         _grow(settings, replace(opened, data=data), record, plan, clock, progress)
         if needs:
-            record.update(memory=PeakMemory(needs.limit, needs.needed, read_peak()).record())
+            record.update(memory=record_peak(needs))
         return GrowResult(plan, axes, loaded.model, recorder.finish(record, clock.seconds), (*notes,))
 
 

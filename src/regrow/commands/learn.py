@@ -20,8 +20,6 @@ from regrow.commands.learn_inputs import (
 )
 from regrow.commands.learning_record import LearningRecord
 from regrow.commands.parents import check_room, describe_stage, start_from
-from regrow.commands.peak_memory import PeakMemory
-from regrow.commands.recovery_memory import MemoryTerms
 from regrow.commands.same_inputs import check_same_settings, check_same_tasks
 from regrow.commands.share_learning import announce_end, announce_run
 from regrow.commands.starting import check_outputs, load_start
@@ -35,7 +33,7 @@ from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.devices import choose_device
 from regrow.nets.files import check_files
 from regrow.nets.small import origin_of_small
-from regrow.process_memory import read_peak, reset_peak
+from regrow.process_memory import reset_peak
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
@@ -44,6 +42,7 @@ from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.replacing import clear_leftovers
 from regrow.store.run_record import check_repeatable, convert_settings
+from regrow.streaming.requirements import MemoryTerms, record_peak
 from regrow.tasks import Task, input_shape
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, check_checkpoint, count_tasks, read_checkpoint, write_checkpoint
@@ -283,7 +282,7 @@ def _learn(
         folder.log("gone", tasks=missing)
     folder.log("matrix", tasks=[task.name for task in tasks], **accuracy_matrix(fitted.state).record())
     seconds = {"learn": round(time.perf_counter() - start, 3)}
-    peak = PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None
+    peak = record_peak(needs) if needs else None
     return folder.finish(write_page, seconds=seconds, stage=describe_stage(folder), memory=peak)
 
 

@@ -21,7 +21,6 @@ from regrow.commands.generated import count_generated, fill_generated
 from regrow.commands.inputs import SourceHalves, count_windows, describe_sources, read_sources
 from regrow.commands.later_plans import LaterPlan, check_later_plans
 from regrow.commands.models import DTYPES, load_model
-from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.reconstruction import check_amount, check_reconstruction, choose_sources
 from regrow.commands.recording import NoRecorder, Record, Recorder, RunStart, record_command, record_plan
@@ -39,7 +38,7 @@ from regrow.nets.loaded import check_same_files
 from regrow.nets.precision import autocasting, check_precision
 from regrow.objectives import Objective
 from regrow.plan import Plan
-from regrow.process_memory import read_peak, reset_peak, return_memory
+from regrow.process_memory import reset_peak, return_memory
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.scoring.layer_orders import BATCH
@@ -47,7 +46,7 @@ from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
 from regrow.sources import Source
 from regrow.streaming.opening import open_network
-from regrow.streaming.requirements import MemoryPlan
+from regrow.streaming.requirements import MemoryPlan, record_peak
 from regrow.training import tune
 
 
@@ -165,7 +164,7 @@ def carry_out(
         if cuts:
             notes += job.cut(axes, plan)
         if opened.memory:
-            record.update(memory=PeakMemory(opened.memory.limit, opened.memory.needed, read_peak()).record())
+            record.update(memory=record_peak(opened.memory))
         return PruneResult(plan, network.loaded, recorder.finish(record, clock.seconds) if cuts else None, notes)
 
 

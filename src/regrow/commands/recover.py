@@ -16,10 +16,9 @@ from regrow.commands.inputs import SourceHalves, count_windows, describe_sources
 from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import measure_run
 from regrow.commands.models import load_model
-from regrow.commands.peak_memory import PeakMemory
 from regrow.commands.recording import Record, Recorder, RunStart, record_command
 from regrow.commands.recovering import log_differences, recover
-from regrow.commands.recovery_memory import MemoryTerms, predict_recovery
+from regrow.commands.recovery_memory import predict_recovery
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
 from regrow.commands.streamed_recovery import StreamedRecovery, open_recovery
 from regrow.distributed import ProcessRank
@@ -31,13 +30,13 @@ from regrow.nets.devices import choose_device
 from regrow.nets.precision import check_precision
 from regrow.objectives import Objective
 from regrow.plan import Plan
-from regrow.process_memory import read_peak, reset_peak
+from regrow.process_memory import reset_peak
 from regrow.progress import Progress, silent
 from regrow.references import names_code
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
-from regrow.streaming.requirements import MemoryPlan
+from regrow.streaming.requirements import MemoryPlan, MemoryTerms, record_peak
 from regrow.tracing import trace
 
 
@@ -58,6 +57,7 @@ class RecoverInputs:
         describe: Returns what is recorded of the data.
         call: What the result depends on besides settings, for a call from Python.
         streamed: Both networks one block at a time; ``None``: they are in memory.
+        memory: What the run needs of a limit of memory; ``None``: there is none.
     """
 
     dense: Loaded
@@ -72,6 +72,7 @@ class RecoverInputs:
     describe: Callable[[SourceHalves], list[dict[str, object]] | None] = lambda data: None
     call: dict[str, object] | None = None
     streamed: StreamedRecovery | None = None
+    memory: MemoryTerms | MemoryPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,6 @@ def carry_out(
     parallel: Parallel = ALONE,
     *,
     progress: Progress = silent,
-    memory: Callable[[], dict[str, int | None] | None] = lambda: None,
 ) -> RecoverResult:
     """Recover a network whose last change of shape was a cut, and record it. An interrupted run is resumed.
 
@@ -104,7 +104,6 @@ def carry_out(
         recorder: Where the run is recorded: rank 0 has a folder, or nothing is kept.
         parallel: The processes that train together; all of them call this.
         progress: Called with (steps done, steps in all, what is being done).
-        memory: Returns what is recorded of a limit of memory, at the end.
 
     Raises:
         ValueError: If a setting, a network or the data are not usable; says which, and the remedy.
@@ -170,7 +169,7 @@ def carry_out(
                     recoveries=number,
                 )
                 log_differences(record, perplexities, number)
-        record.update(memory=memory())
+        record.update(memory=record_peak(opened.memory) if opened.memory else None)
         return RecoverResult(row, recorder.finish(record, clock.seconds))
 
 
@@ -228,10 +227,8 @@ def run(
     measured, complete = cut.folder.metrics(), _complete(settings, source, cut)
     if settings.by == "bias":
         _check_untrained(settings, source, cut, complete)
-    needs: MemoryTerms | MemoryPlan | None = None
 
     def open_inputs(clock: Clock) -> RecoverInputs:
-        nonlocal needs
         check_same_settings(ranks, settings)
         needs, streamed = _plan_memory(settings, source, cut, memory, announce)
         dense, loaded = streamed.models() if streamed else _load_models(source, cut, ranks, progress, code)
@@ -249,6 +246,7 @@ def run(
             measured=measured,
             describe=partial(describe_sources, pruning_run.source_specs(cut.settings)),
             streamed=streamed,
+            memory=needs,
         )
 
     recorder = record_command(
@@ -262,8 +260,7 @@ def run(
         write_page=write_page,
         ranks=ranks,
     )
-    peak = lambda: PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None  # noqa: E731
-    result = carry_out(complete, open_inputs, recorder, parallel, progress=progress, memory=peak)
+    result = carry_out(complete, open_inputs, recorder, parallel, progress=progress)
     return result.folder or RunFolder(Path(out))
 
 

@@ -1,23 +1,21 @@
 """The memory of recoveries and of gradients, predicted from shapes before anything is loaded."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from regrow.amounts import format_bytes
 from regrow.commands.generated import count_generated
 from regrow.commands.inputs import count_windows
 from regrow.commands.last_cut import LastCut
 from regrow.commands.models import DTYPES
 from regrow.commands.parents import count_parameters
 from regrow.commands.prune_settings import source_specs
-from regrow.errors import InputError, ResourceError
+from regrow.errors import InputError
 from regrow.evaluation import UnpredictableError, predict_memory
 from regrow.evaluation.generation import predict_generation, sampling_dtype
 from regrow.methods.recovery.distil import divergence
@@ -31,51 +29,12 @@ from regrow.sources import Batch, logits_in
 from regrow.store.errors import StoreError
 from regrow.store.skeleton import load_saved_skeleton
 from regrow.streaming.network import StreamedNetwork
-from regrow.streaming.requirements import BLOCKS, MemoryPlan, enough
+from regrow.streaming.requirements import BLOCKS, MemoryPlan, MemoryTerms, explain_refusal
 
 SPARE = 2**26
 """Bytes that the interpreter and the operations need besides."""
 PAIRED = ("dense", "residual")
 """The targets of ``refit`` for which the network before the cut may run beside the one after it."""
-
-
-@dataclass(frozen=True)
-class MemoryTerms:
-    """What a run is predicted to need of a limit of memory.
-
-    Args:
-        limit: The limit in bytes.
-        terms: What takes memory → how many bytes.
-    """
-
-    limit: int
-    terms: Mapping[str, int]
-
-    @property
-    def needed(self) -> int:
-        """What all terms need together, in bytes."""
-        return sum(self.terms.values())
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {format_bytes(many)}" for name, many in self.terms.items() if many)
-        return f"memory: about {format_bytes(self.needed)} of {format_bytes(self.limit)}: {parts}"
-
-    def check(self, what: str) -> None:
-        """Raise ResourceError if the limit does not suffice.
-
-        Args:
-            what: What is done, for the message.
-
-        Raises:
-            ResourceError: Names the largest term, and an amount that is enough.
-        """
-        if self.needed > self.limit:
-            largest = max(self.terms, key=lambda name: self.terms[name])
-            raise ResourceError(
-                f"{what} within {format_bytes(self.limit)} of memory is impossible: it needs about "
-                f"{format_bytes(self.needed)}, most of it {largest}; use --memory "
-                f"{format_bytes(int(1.05 * self.needed)).replace(' ', '')}"
-            )
 
 
 def predict_recovery(settings: Settings, source: Path, cut: LastCut, limit: int) -> MemoryTerms:
@@ -192,15 +151,13 @@ def predict_gradients(model: nn.Module, names: Sequence[str], window: int, sums:
         UnpredictableError: If its memory depends on data.
     """
     total: dict[str, Tensor] = {}
-    ids = torch.zeros(1, window, dtype=torch.int64)
-    config: Any = {"use_cache": False} if hasattr(model, "config") else {}
 
     def step(model: nn.Module, batch: Batch) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
         add_gradients(model, batch, names, total, NEXT_TOKEN, count=window)
 
-    peak = predict_memory(model, Batch((ids,), config, ids), step).peak
+    peak = predict_memory(model, text_batch(model, window), step).peak
     each, own = sum(4 * model.get_parameter(name).numel() for name in names), _sizes(model)[1]
     return SPARE + max(peak + each * (sums - 1), own + each * (sums + (sums > 1)))
 
@@ -269,11 +226,19 @@ def explain_lacking(plan: MemoryPlan, more: int) -> str:
     both = plan_pairing(plan, more)
     if both.least + (0 if plan.on_disk else both.results) <= plan.limit:
         return ""
-    return (
-        f"fitting to what the dense network has, with a block of both networks in memory, within "
-        f"{format_bytes(plan.limit)} of memory is impossible; use --memory "
-        f"{enough(both.least + both.results)}"
-    )
+    what = "fitting to what the dense network has, with a block of both networks in memory,"
+    return explain_refusal(what, both.least + both.results, plan.limit, "")
+
+
+def text_batch(model: nn.Module, window: int) -> Batch:
+    """Return one window of text, whose shape is all that a prediction needs.
+
+    Args:
+        model: The network that will read it.
+        window: Tokens per window.
+    """
+    ids = torch.zeros(1, window, dtype=torch.int64)
+    return Batch((ids,), {"use_cache": False} if hasattr(model, "config") else {}, ids)
 
 
 def _sizes(model: nn.Module) -> tuple[int, int]:
@@ -299,8 +264,6 @@ def _running_terms(by: str, model: nn.Module, window: int, tokens: int, sums: in
 
 def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
     """Return the peak of a training step of all weights on several batches, in bytes."""
-    config: Any = {"use_cache": False} if hasattr(model, "config") else {}
-    ids = torch.zeros(1, tokens, dtype=torch.int64)
     optimizers: dict[int, torch.optim.Optimizer] = {}
 
     def step(model: nn.Module, batch: Batch) -> None:
@@ -315,7 +278,7 @@ def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
             loss.backward()
         optimizer.step()
 
-    return predict_memory(model, Batch((ids,), config, ids), step).peak
+    return predict_memory(model, text_batch(model, tokens), step).peak
 
 
 def _refit_terms(model: nn.Module, tokens: int, window: int, parts: int = 3) -> dict[str, int]:

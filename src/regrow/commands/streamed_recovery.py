@@ -17,7 +17,6 @@ from regrow.commands.models import DTYPES
 from regrow.commands.prune_settings import model_spec
 from regrow.commands.recovery_memory import (
     PAIRED,
-    MemoryTerms,
     count_sums,
     explain_lacking,
     plan_pairing,
@@ -39,7 +38,7 @@ from regrow.streaming.caches import limit_caches
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork, open_network
-from regrow.streaming.requirements import MemoryPlan, enough, plan_memory
+from regrow.streaming.requirements import MemoryPlan, MemoryTerms, explain_refusal, plan_memory
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing.blocks import GraphBlock
 
@@ -193,8 +192,5 @@ def _plan(settings: Settings, cut: LastCut, dense: OpenedNetwork, terms: MemoryT
     paired = refit and settings.recovery_settings.get("target") in PAIRED
     plan = plan_pairing(plan, beside) if paired else plan
     if plan.least > plan.limit:
-        raise ResourceError(
-            f"recovery by {settings.by} within {format_bytes(plan.limit)} of memory is impossible, even one block at a "
-            f"time; use --memory {enough(plan.least)}"
-        )
+        raise ResourceError(explain_refusal(f"recovery by {settings.by}", plan.least, plan.limit))
     return plan, explain_lacking(plan, beside) if refit and not paired else ""

@@ -12,7 +12,7 @@ from regrow.amounts import parse_bytes
 from regrow.axes import AxisGraph
 from regrow.commands.inputs import count_windows
 from regrow.commands.learn_inputs import LearnInputs, build_network
-from regrow.commands.recovery_memory import SPARE, MemoryTerms
+from regrow.commands.recovery_memory import SPARE, text_batch
 from regrow.errors import InputError
 from regrow.evaluation import UnpredictableError, predict_memory, training
 from regrow.evaluation.generation import predict_generation
@@ -24,6 +24,7 @@ from regrow.settings.grow import Settings
 from regrow.settings.learn import Settings as LearnSettings
 from regrow.source_names import GENERATED
 from regrow.sources import Batch, device_of, logits_in
+from regrow.streaming.requirements import MemoryTerms
 from regrow.tasks import Task, first_examples, run_network
 from regrow.tracing.meta_copy import cast_example
 
@@ -66,8 +67,9 @@ def plan_learning(
     own, adam = _bytes_of(model), inputs.schedule.optimizer == "adamw"
     optimizer = partial(torch.optim.AdamW if adam else partial(torch.optim.SGD, momentum=0.9), lr=inputs.schedule.lr)
     there = [task for task in tasks if not task.gone] or tasks
-    method, replays = settings.method, REPLAYS.get(settings.method, lambda given: False)
-    size = inputs.schedule.batch_size * (2 if replays(settings.method_settings) else 1)
+    method = settings.method
+    replays = method in REPLAYS and REPLAYS[method](settings.method_settings)
+    size = inputs.schedule.batch_size * (2 if replays else 1)
     first = first_examples(there[0].train, size)
     tested = first_examples(there[0].test, EVALUATED)
     trained = _predict(model, Batch((first.inputs,), labels=first.labels), _on_inputs(training(optimizer)))
@@ -106,18 +108,16 @@ def plan_growth_memory(
     if not memory:
         return None
     _check_device(device_of(loaded.model))
-    model, own, added = loaded.model, _bytes_of(loaded.model), _added_bytes(loaded.model, axes, plan)
+    model, own, added = loaded.model, _bytes_of(loaded.model), _added_bytes(loaded.model, plan)
     larger = (own + added) / max(1, own)
-    example = cast_example(axes.example, model)
+    scored = 0
     if loaded.tokenizer is not None:
-        ids = torch.zeros(1, settings.seq_len, dtype=torch.int64)
-        batch = Batch((ids,), {"use_cache": False} if hasattr(model, "config") else {}, ids)
+        batch = text_batch(model, settings.seq_len)
+        widest = max((one.shape[0] for one in model.parameters() if one.dim() == 2), default=1)
+        scored = 3 * settings.seq_len * widest * 4  # logits, and what is made of them
     else:
+        example = cast_example(axes.example, model)
         batch = Batch(example.args, dict(example.kwargs))
-    widest = max((one.shape[0] for one in model.parameters() if one.dim() == 2), default=1)
-    scored = (
-        3 * settings.seq_len * widest * 4 if loaded.tokenizer is not None else 0
-    )  # logits, and what is made of them
     forward = max(scored, larger * (_predict(model, batch, _evaluate) - own))
     blocks = axes.recording.blocks if axes.recording is not None else ()
     sizes = {name: one.numel() for name, one in model.named_parameters()}
@@ -187,7 +187,7 @@ def _changed_bytes(model: nn.Module, plan: Plan) -> int:
     return sum(one.numel() * one.element_size() for name, one in model.named_parameters() if name in touched)
 
 
-def _added_bytes(model: nn.Module, axes: AxisGraph, plan: Plan) -> int:
+def _added_bytes(model: nn.Module, plan: Plan) -> int:
     """Return the bytes that a growth adds to a network."""
     factors: dict[str, dict[int, float]] = {}
     for change in plan.changes.values():

@@ -17,6 +17,9 @@ from regrow.errors import InputError
 from regrow.limits import MAX_PIXELS, check_memory, check_regular, expanded, reason
 from regrow.sources import Batch, Source
 
+SAMPLED = 32
+"""How many images of a folder are looked at to learn their size, spread over all."""
+
 T = TypeVar("T")
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"})
@@ -216,19 +219,18 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
 
 
-def side_of(folder: Path, most: int = 32) -> int:
+def side_of(folder: Path) -> int:
     """Return the side in pixels of the images below a folder, if a sample of them is square and of one size.
 
     Args:
         folder: A folder in any layout.
-        most: The number of images that are looked at, spread over all.
 
     Returns:
         The side; 0 if they differ, are not square, cannot be read, or there are none.
     """
     files = image_files(folder)
     sizes = set()
-    for file in files[:: max(1, len(files) // most)]:
+    for file in files[:: max(1, len(files) // SAMPLED)]:
         try:
             sizes.add(open_image(file).size)
         except SourceError:  # reading the source says what is wrong with it

@@ -134,7 +134,7 @@ def find_separator(tokenizer: Any) -> int:
     return int(separator)
 
 
-def token_windows(name: str, tokens: Tensor, start: Sequence[int], origin: str, batch_size: int = 1) -> Source:
+def token_windows(name: str, tokens: Tensor, start: Sequence[int], origin: str) -> Source:
     """Return a source of windows of given tokens, in the form of :func:`windows`.
 
     Args:
@@ -142,11 +142,8 @@ def token_windows(name: str, tokens: Tensor, start: Sequence[int], origin: str, 
         tokens: ``[windows, length]``, without the tokens of ``start``.
         start: What precedes each window, from :func:`find_start`.
         origin: Where the tokens come from.
-        batch_size: Windows per batch.
     """
-    rows = tokens.tolist()
-    batches = [_batch([*start], rows[i : i + batch_size], _NO_CACHE) for i in range(0, len(rows), batch_size)]
-    return Source(name, batches, origin)
+    return Source(name, [_batch([*start], [row], _NO_CACHE) for row in tokens.tolist()], origin)
 
 
 def _batch(start: list[int], rows: Sequence[list[int]], kwargs: Mapping[str, Any]) -> Batch:

@@ -6,8 +6,7 @@ from regrow.evaluation.generation import generate_source
 from regrow.evaluation.harness import Harnessed, harness
 from regrow.evaluation.language import Paired, Perplexity, mean_and_error, paired_difference, perplexity
 from regrow.evaluation.latency import Latency, latency
-from regrow.evaluation.memory import Live, Memory, UnpredictableError, measure_memory, predict_memory, training
-from regrow.evaluation.prefixes import prefix_peaks
+from regrow.evaluation.memory import Live, Memory, UnpredictableError, predict_memory, prefix_peaks, training
 from regrow.evaluation.size import Size, dense, macs, size
 from regrow.evaluation.speed import Speed, speed
 from regrow.evaluation.timing import fastest_pass, lengthen, timing
@@ -39,7 +38,6 @@ __all__ = [
     "lengthen",
     "macs",
     "mean_and_error",
-    "measure_memory",
     "paired_choices",
     "paired_difference",
     "perplexity",

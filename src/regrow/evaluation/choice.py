@@ -18,6 +18,9 @@ from regrow.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
 from regrow.progress import Progress, silent
 from regrow.sources import Batch, logits_in
 
+LONGEST = 2048
+"""The most tokens per row."""
+
 Item = Mapping[str, Any]
 """``{"query", "choices", "gold"}``, or ``{"context_options", "continuation", "gold"}`` if the beginnings differ."""
 
@@ -59,7 +62,7 @@ def choices(
     items: Sequence[Item],
     *,
     task: str = "choice",
-    longest: int = 2048,
+    longest: int = LONGEST,
     outputs: Outputs | None = None,
     progress: Progress = silent,
     share: bool = False,
@@ -102,20 +105,19 @@ def choices(
     return Choices(task, right, right_per_byte, chance, margins, margins_per_byte)
 
 
-def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item], longest: int = 2048) -> int:
+def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> int:
     """Return how many tokens :func:`choices` runs through a model, padding included.
 
     Args:
         model: The model, as for :func:`choices`.
         tokenizer: Its tokenizer.
         items: The items.
-        longest: The most tokens per row.
 
     Raises:
         ValueError: If an item is malformed.
     """
     pairs = [pair for number, item in enumerate(items) for pair in _pairs(_checked(item, f"item {number}"))]
-    rows = [_encoded(context, ending, tokenizer, longest) for context, ending in pairs]
+    rows = [_encoded(context, ending, tokenizer, LONGEST) for context, ending in pairs]
     return sum(batch.args[0].numel() for _, batch in _batches(model, rows))
 
 

@@ -5,7 +5,7 @@ Entries that could not be measured, for lack of examples, are NaN and left out o
 Lopez-Paz and Ranzato (arXiv 1706.08840) and Chaudhry et al. (arXiv 1801.10112).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isnan, nan
 from statistics import fmean
@@ -17,6 +17,9 @@ from regrow.evaluation.forward import evaluating
 from regrow.objectives import CLASSIFICATION, IGNORED, Objective, Score
 from regrow.sources import Batch, logits_in, moved
 from regrow.tasks import ExampleSet, among, run_network
+
+BATCH = 500
+"""How many examples are evaluated at a time."""
 
 
 class AccuracyRecord(TypedDict):
@@ -107,8 +110,6 @@ def share_right(
     model: nn.Module,
     examples: ExampleSet,
     classes: Tensor | None = None,
-    size: int = 500,
-    ask: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Return the accuracy: the fraction of examples whose greatest logit is that of their label.
 
@@ -116,22 +117,17 @@ def share_right(
         model: Returns logits ``[N, classes]``; evaluated in eval mode.
         examples: Inputs and labels.
         classes: The classes that predictions are chosen among, ``[classes]`` bool; all if ``None``.
-        size: The batch size.
-        ask: Function from inputs to logits; calls ``model`` if ``None``.
     """
     right = counted = 0
     with evaluating(model) as device:
-        for batch in examples.batches(size):
-            inputs = moved(batch.inputs, device)
-            answer = logits_in(run_network(model, inputs, device, batch.where)) if ask is None else ask(inputs)
+        for batch in examples.batches(BATCH):
+            answer = logits_in(run_network(model, moved(batch.inputs, device), device, batch.where))
             right += int((among(answer, classes).argmax(-1).cpu() == batch.labels.cpu()).sum())
             counted += int((batch.labels != IGNORED).sum())
     return right / counted if counted else nan
 
 
-def mean_score(
-    model: nn.Module, examples: ExampleSet, objective: Objective, classes: Tensor | None = None, size: int = 500
-) -> float:
+def mean_score(model: nn.Module, examples: ExampleSet, objective: Objective, classes: Tensor | None = None) -> float:
     """Return the mean score of a network on examples; of classes, the accuracy.
 
     Args:
@@ -139,13 +135,12 @@ def mean_score(
         examples: Inputs and labels.
         objective: What is scored.
         classes: The classes that predictions are chosen among, ``[classes]`` bool; all if ``None``.
-        size: The batch size.
     """
     if objective is CLASSIFICATION:
-        return share_right(model, examples, classes, size)
+        return share_right(model, examples, classes)
     total = Score()
     with evaluating(model) as device:
-        for batch in examples.batches(size):
+        for batch in examples.batches(BATCH):
             batch = batch.to(device)
             output = run_network(model, batch.inputs, device, batch.where)
             total += objective.compute_score(output, Batch(labels=batch.labels, where=batch.where))

@@ -1,9 +1,9 @@
-"""Peak memory of training: the most bytes of live tensors, measured, or predicted without allocating them."""
+"""Peak memory of training: the most bytes of live tensors, predicted without allocating them."""
 
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -29,23 +29,16 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that training steps needed, in bytes.
+    """The memory that training steps need, in bytes.
 
     Args:
         held: Bytes of tensors before the first step: parameters, buffers, gradients, the batch.
         peak: The most bytes of live tensors at one moment, ``held`` included; storage that tensors share counts once.
             Workspace inside an operation is not seen.
-        resident: ``held``, plus the most by which the process grew (on a GPU: what torch allocated); ``None`` if the
-            system does not report it, and if it was predicted.
     """
 
     held: int
     peak: int
-    resident: int | None = None
-
-    def record(self) -> dict[str, int | None]:
-        """Return the numbers as JSON-able data."""
-        return {"held": self.held, "peak": self.peak, "resident": self.resident}
 
 
 class UnpredictableError(ValueError):
@@ -129,14 +122,11 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return result
 
 
-def training(
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-) -> Step:
+def training(optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]) -> Step:
     """Return a plain training step, which keeps one optimizer per network from step to step.
 
     Args:
         optimizer: Function from parameters to their optimizer.
-        loss: Function of logits and labels.
 
     >>> step = training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     >>> step(nn.Linear(2, 3), Batch((torch.ones(4, 2),), labels=torch.tensor([0, 1, 2, 0])))
@@ -152,48 +142,30 @@ def training(
             raise ValueError("a step of learning needs a batch with labels")
         if logits.shape[:-1] == labels.shape:
             logits, labels = logits.flatten(0, -2), labels.flatten()
-        loss(logits, labels).backward()
+        F.cross_entropy(logits, labels).backward()
         optimizers[model].step()
 
     return step
 
 
-def measure_memory(model: nn.Module, batch: Batch, step: Step, rounds: int = 2) -> Memory:
-    """Run training steps and return the bytes that they needed; the network's weights change.
+def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, step: Step) -> Memory:
+    """Predict the memory that two training steps need by running them on tensors without data.
 
-    Args:
-        model: The network, in the mode in which it is trained.
-        batch: The training batch.
-        step: The training step; called with the network and the batch.
-        rounds: The number of steps. Gradients and optimizer state of the first are there during the second.
-    """
-    device = device_of(model)
-    batch = batch.to(device)
-    live = Live(_given(model, batch))
-    resident = peak_meter(device)
-    with live:
-        _repeat(model, batch, step, rounds)
-    extra = resident()
-    return Memory(live.held, live.peak, None if extra is None else extra + live.held)
-
-
-def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, step: Step, rounds: int = 2) -> Memory:
-    """Predict the result of :func:`measure_memory` by running the same step on tensors without data.
-
-    If the step reads a number from a tensor (``loss.item()``), it gets 1.
+    Gradients and optimizer state of the first are there during the second. If a step reads a number from a tensor
+    (``loss.item()``), it gets 1.
 
     Args:
         model: The network, which is not changed; or a function that builds it, without allocating its data.
         batch: The training batch; only its shapes matter, and it may be on the meta device.
         step: The training step, the same function that will train.
-        rounds: The number of steps.
 
     Raises:
         UnpredictableError: If the size of a tensor depends on data.
 
-    >>> step, batch = training(torch.optim.Adam), Batch((torch.ones(9, 64),), labels=torch.zeros(9, dtype=torch.int64))
-    >>> predict_memory(nn.Linear(64, 8), batch, step).peak == measure_memory(nn.Linear(64, 8), batch, step).peak
-    True
+    >>> step = training(partial(torch.optim.SGD, lr=0.1))
+    >>> batch = Batch((torch.ones(9, 64),), labels=torch.zeros(9, dtype=torch.int64))
+    >>> predict_memory(nn.Linear(64, 8), batch, step).held
+    4456
     """
     if isinstance(model, nn.Module):
         copy, mode = meta_copy(model, {})
@@ -213,15 +185,23 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
         live = Live(_given(copy, batch), item=1)
         try:
             with live:
-                _repeat(copy, batch, step, rounds)
+                for _ in range(2):
+                    step(copy, batch)
         except DynamicOutputShapeException as error:
             raise UnpredictableError(f"data decide how much {error.func} gives: no prediction without them") from error
     return Memory(live.held, live.peak)
 
 
-def _repeat(model: nn.Module, batch: Batch, step: Step, rounds: int) -> None:
-    for _ in range(rounds):
-        step(model, batch)
+def prefix_peaks(prefix: Callable[[int, int], nn.Module], batch: Batch, step: Step) -> Callable[[int, int], int]:
+    """Return a function (first whole part, last part that runs) → predicted peak bytes of training; cached.
+
+    Args:
+        prefix: Builds the network that runs: parts before the first keep a fraction of their operations; parts behind
+            the last only have their parameters.
+        batch: The training batch; only its shapes matter.
+        step: The training step, called with such a network and the batch.
+    """
+    return cache(lambda first, last: predict_memory(partial(prefix, first, last), batch, step).peak)
 
 
 def _given(model: nn.Module, batch: Batch) -> list[Tensor]:

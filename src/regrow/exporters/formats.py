@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regrow.amounts import format_bytes
+from regrow.amounts import parse_bytes
 from regrow.exporters.written import ExportError, Written
 from regrow.progress import Progress, silent
 from regrow.store.outputs import check_output
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from regrow.axes import Example
+    from regrow.nets import Loaded
+
+
+SPARE = 2**27
+"""Bytes that the interpreter and the writer need besides one tensor: parts of it that are compared."""
+COPIES = 2.5
+"""The float32 copies of the largest tensor that there are at a time: its numbers, and what they become."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +161,7 @@ def export_model(
         return _export_each(model, to, out, dtype=dtype, memory=memory, announce=announce, progress=progress)
     progress(0, 1, "loading the model")
     loaded = load_model(ModelSpec(str(model), input=input), progress, code)
-    for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
-        if value is not None and not hasattr(loaded.model, name):
-            setattr(loaded.model, name, value)
+    _name_origin(loaded)
     given = loaded.example if example is None else example
     return write_export(loaded.model, to, out, dtype=dtype, cache=cache, example=given, progress=progress)
 
@@ -172,16 +177,33 @@ def _export_each(
     progress: Progress,
 ) -> Written:
     """Export a model whose tensors are read one by one, and record the peak of memory beside the prediction."""
-    from regrow.commands.export_memory import open_export
-    from regrow.commands.peak_memory import PeakMemory
-    from regrow.process_memory import read_peak, reset_peak
+    from regrow.process_memory import read_resident, reset_peak
+    from regrow.streaming.opening import open_network
+    from regrow.streaming.requirements import MemoryTerms, record_peak
 
     if "weights" not in FORMATS[to].takes:
         able = ", ".join(name for name, form in FORMATS.items() if "weights" in form.takes)
         raise ExportError(f"{to} needs the whole network in memory; leave out --memory, or export to {able}")
     reset_peak()
-    opened, limit, needed = open_export(str(model), memory)
-    announce(f"memory: about {format_bytes(needed)} of {format_bytes(limit)}, with one tensor at a time")
+    opened = open_network(str(model))
+    network, loaded = opened.network(), opened.loaded
+    _name_origin(loaded)
+    largest = int(4 * COPIES * max(parameter.numel() for parameter in loaded.model.parameters()))
+    size = {key: network.weights.bytes_of(key) for key in network.weights.stored}
+    block = max(sum(size[key] for key in block.names) for block in network.blocks)
+    checked = sum(size[key] for key in network.outer) + block if opened.probe else 0
+    terms = {"the interpreter": read_resident() + SPARE, "one tensor at a time": max(largest, checked)}
+    needs = MemoryTerms(parse_bytes(memory), terms)
+    needs.check(f"exporting {model}")
+    opened.check_output()
+    announce(str(needs))
     weights = opened.weights.parameters()
-    written = write_export(opened.loaded.model, to, out, dtype=dtype, weights=weights, progress=progress)
-    return replace(written, memory=PeakMemory(limit, needed, read_peak()).record())
+    written = write_export(loaded.model, to, out, dtype=dtype, weights=weights, progress=progress)
+    return replace(written, memory=record_peak(needs))
+
+
+def _name_origin(loaded: "Loaded") -> None:
+    """Hand the origin and the tokenizer of a model on to its network, where exporters find them."""
+    for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
+        if value is not None and not hasattr(loaded.model, name):
+            setattr(loaded.model, name, value)

@@ -5,9 +5,7 @@ between them by a residual block, and a linear classifier. All cells have the sa
 each of six edges.
 """
 
-import re
 from collections.abc import Container, Mapping, Sequence
-from itertools import product
 from typing import Any, TypedDict
 
 import torch
@@ -202,67 +200,3 @@ def check_description(config: Mapping[str, object]) -> Bench201Config:
     if not right:
         raise ModelError(f"each of its {len(EDGES)} edges has one or more of {', '.join(OPERATIONS)}, each once")
     return data
-
-
-def architecture_string(edges: Sequence[str]) -> str:
-    """Return a topology in the notation of NAS-Bench-201.
-
-    Args:
-        edges: The operation on each of ``EDGES``.
-
-    >>> architecture_string(["skip_connect"] * 5 + ["none"])
-    '|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|none~2|'
-    """
-    nodes = [[f"{name}~{a}" for (a, b), name in zip(EDGES, edges, strict=True) if b == node] for node in (1, 2, 3)]
-    return "+".join(f"|{'|'.join(node)}|" for node in nodes)
-
-
-def read(text: str) -> tuple[str, ...]:
-    """Parse a topology in the notation of NAS-Bench-201: the operation on each of ``EDGES``.
-
-    Args:
-        text: The topology.
-
-    Raises:
-        ModelError: If the text is not a topology.
-
-    >>> read(architecture_string(OPERATIONS + ("none",))) == OPERATIONS + ("none",)
-    True
-    """
-    result = tuple(re.findall(r"\|(\w+)(?=~)", text[:400]))
-    if len(result) != len(EDGES) or not {*result} <= {*OPERATIONS} or architecture_string(result) != text:
-        raise ModelError(f"not a topology of NAS-Bench-201: {text[:80]!r}")
-    return result
-
-
-def topologies() -> list[tuple[str, ...]]:
-    """Return all 15,625 topologies: the operation on each of ``EDGES``."""
-    return [*product(OPERATIONS, repeat=len(EDGES))]
-
-
-def count_cost(
-    edges: Sequence[str], *, width: int = 16, cells: int = 5, size: int = 32, classes: int = 10
-) -> dict[str, int]:
-    """Return parameters and multiply–accumulates of a topology on square RGB images, without ``scale``.
-
-    Args:
-        edges: The operation on each of ``EDGES``.
-        width: Channels of the first stage.
-        cells: Cells per stage.
-        size: Height and width of an image; a multiple of 4.
-        classes: The number of logits.
-    """
-    params, macs = 27 * width + 2 * width, 27 * width * size**2
-    for stage in range(3):
-        c, pixels = width << stage, (size >> stage) ** 2
-        if stage:
-            half = c // 2
-            params += 9 * half * c + 9 * c * c + 4 * c + half * c
-            macs += (9 * half * c + 9 * c * c + half * c) * pixels
-        for name in edges:
-            if name.startswith("nor"):
-                inner = int(name[-1]) ** 2 * c * c
-                params += cells * (inner + 2 * c)
-                macs += cells * inner * pixels
-    last = width << 2
-    return {"params": params + 2 * last + (last + 1) * classes, "macs": macs + last * classes}

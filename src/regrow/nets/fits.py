@@ -14,13 +14,12 @@ OPERATION_BYTES = 15_000
 """Bytes of the Python modules of one operation, without weights (measured on networks of 784 to 19,712 operations)."""
 
 
-def check_fits(make: Callable[[], nn.Module], what: str, copies: int = 1) -> None:
+def check_fits(make: Callable[[], nn.Module], what: str) -> None:
     """Raise ResourceError unless a network's weights fit into memory; builds it without allocating them.
 
     Args:
         make: Function that builds the network.
         what: The name of the network, for messages.
-        copies: How many numbers are held per weight (in training: weight, gradient and optimizer state).
 
     Raises:
         ResourceError: If there is not enough memory; says how much is needed and how much there is.
@@ -29,7 +28,7 @@ def check_fits(make: Callable[[], nn.Module], what: str, copies: int = 1) -> Non
         net = make()
     tensors = {id(one): one for one in (*net.parameters(), *net.buffers())}.values()
     needed = sum(one.numel() * one.element_size() for one in tensors)
-    check_memory(copies * needed, what, "take a smaller network")
+    check_memory(needed, what, "take a smaller network")
 
 
 def check_space_fits(config: Mapping[str, object], what: str) -> None:

@@ -10,6 +10,9 @@ from regrow.scores import Scores
 from regrow.scoring.combine import percentile
 from regrow.scoring.spaces import Row, Space, within
 
+SHUFFLES = 20
+"""How often shards are shuffled for the null distribution."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -85,7 +88,7 @@ def share_of(flags: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> 
     return float(torch.cat(gone).double().mean()) if any(len(part) for part in gone) else 0.0
 
 
-def spectrum(ranking: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int = 0) -> list[Row]:
+def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
     """Test per ranking space whether ranks differ between sources more than shuffled shards do; one row each.
 
     The null shuffles shards over sources (one shuffle for all units of a draw). ``exceeds``: fraction of units with F >
@@ -97,17 +100,15 @@ def spectrum(ranking: Ranks, among: Sequence[Space], *, draws: int = 20, seed: i
     Args:
         ranking: The ranks on at least 2 sources of at least 2 shards.
         among: The ranking spaces.
-        draws: How often shards are shuffled for the null distribution.
-        seed: The random seed of the shuffles.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []
     for space in among:
         whole, shards = space.gather(ranking.whole), space.gather(ranking.shards)
         m, s, n = shards.shape
         between, noise, ratio = _effects(shards)
         flat = shards.reshape(m * s, n)
-        shuffled = [flat[torch.randperm(m * s, generator=generator)].reshape(m, s, n) for _ in range(draws)]
+        shuffled = [flat[torch.randperm(m * s, generator=generator)].reshape(m, s, n) for _ in range(SHUFFLES)]
         null = torch.stack([_effects(one)[2] for one in shuffled])
         corner = null.flatten().quantile(0.95) if null.numel() < 2**24 else null[0].quantile(0.95)
         rho = _off_diagonal(torch.corrcoef(whole))

@@ -54,15 +54,14 @@ class Space:
         return dict(zip(self.keys, values.split(self.sizes, dim=-1), strict=True))
 
 
-def spaces(axes: Iterable[Axis], *, parts: int = 1, few: int = FEW) -> tuple[Space, ...]:
+def spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
     """Return the ranking spaces: one per large axis; small axes of one kind are pooled.
 
-    Axes of fewer than ``few`` units are pooled by kind, in ``parts`` consecutive ranges of the depth.
+    Axes of fewer than :data:`FEW` units are pooled by kind, in ``parts`` consecutive ranges of the depth.
 
     Args:
         axes: The axes, in the order of the network.
         parts: Into how many consecutive parts the pooled axes of one kind are divided.
-        few: The number of units from which on an axis is a space of its own.
 
     >>> from regrow.axes import Axis
     >>> [space.keys for space in spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
@@ -71,7 +70,7 @@ def spaces(axes: Iterable[Axis], *, parts: int = 1, few: int = FEW) -> tuple[Spa
     result: list[Space] = []
     small: dict[str, list[Axis]] = {}
     for axis in axes:
-        if axis.size < few:
+        if axis.size < FEW:
             small.setdefault(axis.label, []).append(axis)
         else:
             result.append(Space(axis.label, (axis.key,), (axis.size,)))

@@ -34,23 +34,7 @@ def read_settings(path: Path, kind: "type[DataclassInstance]", elsewhere: Collec
     Raises:
         InputError: If the file cannot be read or is too large, or a setting is unknown, names code, or is not allowed.
     """
-    return check_values(path, parse_file(path), kind, elsewhere)
-
-
-def check_values(
-    path: Path, values: Mapping[str, Any], kind: "type[DataclassInstance]", elsewhere: Collection[str] = ()
-) -> dict[str, Any]:
-    """Check the names and values that a file gives for a command's settings, and return them by field name.
-
-    Args:
-        path: The file, for messages.
-        values: Names as in a settings file, with their values.
-        kind: The dataclass of the command's settings.
-        elsewhere: As for :func:`read_settings`.
-
-    Raises:
-        InputError: If a setting is unknown, names code, or is not allowed.
-    """
+    values = _parse_file(path)
     fields = {field.key: field for field in options_of(kind)}
     parts = {_key(part.option): (field, name) for field in fields.values() for name, part in field.setting.parts}
     settings: dict[str, Any] = {}
@@ -116,15 +100,8 @@ def _checked(path: Path, field: Declared, value: Any, part: str = "") -> Any:
     return means if was and value == was else value
 
 
-def parse_file(path: Path) -> Mapping[str, Any]:
-    """Parse a TOML or YAML file that holds names with values.
-
-    Args:
-        path: The file; its suffix decides between TOML and YAML.
-
-    Raises:
-        InputError: If it cannot be read, is too large, or holds something else.
-    """
+def _parse_file(path: Path) -> Mapping[str, Any]:
+    """Return the names and values that a TOML or YAML file holds."""
     suffix = path.suffix.lower()
     if suffix not in (*TOML, *YAML):
         raise InputError(f"{path}: a settings file is TOML (.toml) or YAML (.yaml, .yml); rename it, or give another")

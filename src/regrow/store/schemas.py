@@ -221,22 +221,15 @@ class ConstantJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UndoStoreHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The header of ``attic.safetensors``, the undo store: the units and modules that were cut."""
+    """The header of ``undo_store.safetensors``, the undo store: the units and modules that were cut."""
 
-    format: Literal["regrow-attic/1"]
+    format: Literal["regrow-undo-store/1"]
     shelves: list[str]
     born: dict[str, Count]
     gone: dict[str, list[Count]]
     means: dict[str, dict[Index, float]]
     constants: dict[str, ConstantJson]
     added: list[str]
-
-
-class TensorsHeader(msgspec.Struct, frozen=True):
-    """The header of a file of named tensors; other fields depend on the format of the file."""
-
-    names: list[str] | None
-    sha256: Digest
 
 
 class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

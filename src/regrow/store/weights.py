@@ -64,16 +64,13 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
     return _write(tensors, shapes, folder, shard)
 
 
-def write_each(
-    tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, shard: int = SHARD, ahead: int = AHEAD
-) -> Shapes:
+def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, ahead: int = AHEAD) -> Shapes:
     """Write the files that :func:`write_weights` writes, from tensors that are given one by one in any order.
 
     Args:
         tensors: (name, tensor) of every recorded tensor; each is released once it is written.
         shapes: The record: which tensors, and in which dtype.
         folder: The model folder; it must exist.
-        shard: The most bytes of tensors in one file.
         ahead: The most bytes of tensors that wait to be written while the next ones are made.
 
     Returns:
@@ -91,7 +88,7 @@ def write_each(
                 raise StoreError(f"{bad} entries of {name!r} would be NaN or infinite; use another dtype")
             yield name, own
 
-    return _write(checked(), shapes, folder, shard, ahead)
+    return _write(checked(), shapes, folder, SHARD, ahead)
 
 
 def _write(

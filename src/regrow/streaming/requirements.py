@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from regrow.amounts import format_bytes
 from regrow.axes import Axis, AxisGraph
 from regrow.errors import ResourceError
-from regrow.process_memory import read_resident
+from regrow.process_memory import read_peak, read_resident
 from regrow.scoring.grams import linear_readers, predict_products
 from regrow.streaming.network import StreamedNetwork
 
@@ -76,6 +76,42 @@ class MemoryPlan:
         )
 
 
+@dataclass(frozen=True)
+class MemoryTerms:
+    """What a run with whole networks in memory is predicted to need of a limit.
+
+    Args:
+        limit: The limit in bytes.
+        terms: What takes memory → how many bytes.
+    """
+
+    limit: int
+    terms: Mapping[str, int]
+
+    @property
+    def needed(self) -> int:
+        """What all terms need together, in bytes."""
+        return sum(self.terms.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {format_bytes(many)}" for name, many in self.terms.items() if many)
+        return f"memory: about {format_bytes(self.needed)} of {format_bytes(self.limit)}: {parts}"
+
+    def check(self, what: str) -> None:
+        """Raise ResourceError if the limit does not suffice.
+
+        Args:
+            what: What is done, for the message.
+
+        Raises:
+            ResourceError: Names the largest term, and an amount that is enough.
+        """
+        if self.needed > self.limit:
+            largest = max(self.terms, key=lambda name: self.terms[name])
+            why = f": it needs about {format_bytes(self.needed)}, most of it {largest}"
+            raise ResourceError(explain_refusal(what, self.needed, self.limit, why))
+
+
 def plan_memory(
     network: StreamedNetwork,
     limit: int,
@@ -116,10 +152,7 @@ def plan_memory(
     least = held + LIBRARIES + outer + max(blocks, outputs)
     plan = MemoryPlan(limit, whole, least, 2 * windows * tokens * hidden * item, len(network.blocks), held)
     if plan.streams and least > limit:
-        raise ResourceError(
-            f"{what} {weights.name} within {format_bytes(limit)} of memory is impossible, even one block at a time; "
-            f"use --memory {enough(least)}"
-        )
+        raise ResourceError(explain_refusal(f"{what} {weights.name}", least, limit))
     return plan
 
 
@@ -149,11 +182,29 @@ def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, u
     blocks = ([every[name] for name in block.names if name in every] for block in network.blocks)
     plan = replace(plan, least=plan.least + max(predict_products(own, together=True) for own in blocks))
     if plan.least > plan.limit:
-        raise ResourceError(
-            f"sums of products within {format_bytes(plan.limit)} of memory are impossible, even one block at a time; "
-            f"use --memory {enough(plan.least)}, or another method"
-        )
+        raise ResourceError(explain_refusal("summing products", plan.least, plan.limit) + ", or another method")
     return plan
+
+
+def explain_refusal(what: str, needed: int, limit: int, why: str = ", even one block at a time") -> str:
+    """Return why a limit of memory does not suffice, with an amount that is enough.
+
+    Args:
+        what: What is done.
+        needed: What it needs, in bytes.
+        limit: The limit in bytes.
+        why: The reason, behind "impossible".
+    """
+    return f"{what} within {format_bytes(limit)} of memory is impossible{why}; use --memory {enough(needed)}"
+
+
+def record_peak(plan: MemoryPlan | MemoryTerms) -> dict[str, int | None]:
+    """Return the limit, the prediction and the most resident memory of this process, as JSON-able data.
+
+    Args:
+        plan: The prediction.
+    """
+    return {"limit": plan.limit, "predicted": plan.needed, "peak": read_peak()}
 
 
 def enough(least: int) -> str:

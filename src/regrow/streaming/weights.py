@@ -117,14 +117,10 @@ class StoredWeights(Mapping[str, Tensor]):
         place = self.checkpoint.places[stored]
         return place.start % 64 == 0 or place.dtype != like.dtype or stored in self.checkpoint.aligned
 
-    def sums(self, many: int = 4096) -> list[float]:
-        """Return the sum of the first entries of every parameter, which tells different weights apart cheaply.
-
-        Args:
-            many: How many entries of each are summed.
-        """
+    def sums(self) -> list[float]:
+        """Return the sum of the first entries of every parameter, which tells different weights apart cheaply."""
         own = (key for key, first in self.first.items() if key == first and isinstance(self.like[key], nn.Parameter))
-        parts = (self.checkpoint.first_entries(self.stored[key], many).to(self.like[key].dtype) for key in own)
+        parts = (self.checkpoint.first_entries(self.stored[key], 4096).to(self.like[key].dtype) for key in own)
         return [float(part.float().double().sum()) for part in parts]
 
 

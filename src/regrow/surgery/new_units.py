@@ -53,7 +53,7 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
     for key in new:
         if axes[key].mark is Mark.FOLDED:
             raise PlanError(f"axis {key!r}: nothing writes its new units yet, so they have no spread to fit")
-    spots = [*_rows(model, axes, new), *_channels(model, axes, new)]
+    spots = [*_rows(model, axes, new), *_channels(axes, new)]
     met = list(_sums(model, spots, batches[:1]))
     for key in new:
         if not any(spot.axis == key for spot in met):
@@ -272,7 +272,7 @@ def _rows(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> list[
     return [_Rows(*place, tuple(own), tuple(old)) for place, (own, old) in places.items()]
 
 
-def _channels(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> list[_Spot]:
+def _channels(axes: AxisGraph, new: Mapping[str, Tensor]) -> list[_Spot]:
     result: dict[tuple[str, str], list[int]] = {}
     for key, units in new.items():
         for slot in axes[key].slots:

@@ -12,7 +12,7 @@ from regrow.branches import Branch
 from regrow.plan import Plan, PlanError
 from regrow.surgery.layout import Layout, lay_out
 
-FORMAT = "regrow-attic/1"
+FORMAT = "regrow-undo-store/1"
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,7 @@ def _verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example) -> 
     )
 
 
-def distances(
-    model: nn.Module, axes: AxisGraph, plans: Iterable[Plan], example: Example | None = None
-) -> Iterator[tuple[Plan, float]]:
+def distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[tuple[Plan, float]]:
     """Yield each of many plans with its relative float64 difference, as :func:`verify` does for one.
 
     d = max |masked − shrunk| / max |masked|
@@ -133,7 +131,6 @@ def distances(
         model: The traced model; it is left unchanged.
         axes: Its axes.
         plans: Any number of plans, each for the unchanged model.
-        example: An input of the same shapes to compare on; the traced one unless given.
 
     Yields:
         Each plan with its d; the cut is exact where d is at most 1e-9.
@@ -148,7 +145,7 @@ def distances(
     >>> [d < 1e-9 for _, d in distances(net, axes, [Plan.keeping(axes, {"0.weight:0": range(n)}) for n in (3, 5)])]
     [True, True]
     """
-    runs = _Runs(model, axes, example or axes.example)
+    runs = _Runs(model, axes, axes.example)
     for plan in plans:
         _, masked, shrunk, _ = runs.both(plan, double=True)
         compared = bool(common_outputs(masked, shrunk))

@@ -53,7 +53,7 @@ def insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
     """
     stack = stack_at(model, path, insertion.size)
     old = list(stack)
-    made = {copy.position: _copied(model, stack, old[copy.of], copy.zeros) for copy in insertion.copies}
+    made = {copy.position: _copied(model, old[copy.of], copy.zeros) for copy in insertion.copies}
     modules = [made[i] if i in made else old[of] for i, of in enumerate(insertion.sources)]
     _replace(stack, modules, insertion.sources)
     if not _deepen(model, path, insertion.size, insertion.sources):
@@ -136,7 +136,7 @@ def _prefix(stack: nn.Sequential | nn.ModuleList) -> tuple[str, int]:
     return first[1], int(first[2])
 
 
-def _copied(model: nn.Module, stack: nn.Module, block: nn.Module, zeros: Sequence[str]) -> nn.Module:
+def _copied(model: nn.Module, block: nn.Module, zeros: Sequence[str]) -> nn.Module:
     """Return a copy of a block that shares what the block shares with the rest of the network (a configuration)."""
     names = dict(block.named_parameters())
     if lost := next((name for name in zeros if name not in names), ""):

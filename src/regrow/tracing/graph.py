@@ -107,7 +107,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             axes=axes,
             shapes=shapes,
             parameters=frozenset(parameters),
-            counted=_counted(w, ties, names, state),
+            counted=_counted(w, ties, state),
             itemsize={name: tensor.element_size() for name, tensor in tensors.items()},
             ties=ties,
             work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
@@ -273,7 +273,7 @@ def _key(slot: Slot, taken: Mapping[str, Axis]) -> str:
     return key
 
 
-def _counted(w: Walk, ties: Mapping[str, str], names: Names, state: Mapping[str, Dims]) -> tuple[str, ...]:
+def _counted(w: Walk, ties: Mapping[str, str], state: Mapping[str, Dims]) -> tuple[str, ...]:
     """Return the weights of which ``keep`` is a fraction: without embeddings and the output head that mirrors them."""
     tables = {ties.get(name, name) for name in w.tables}
     counted = []

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -134,15 +133,3 @@ def _keeps_form(call: ModuleCall) -> bool:
     given = next((x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)), None)
     made = next((x for x in tree_leaves(call.answer) if isinstance(x, Tensor)), None)
     return given is not None and made is not None and (given.shape, given.dtype) == (made.shape, made.dtype)
-
-
-def main_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any], answer: object) -> tuple[Tensor, Tensor]:
-    """Return the first tensor that a module is given, and the first of its output.
-
-    Args:
-        args: Its positional arguments.
-        kwargs: Its arguments by name.
-        answer: Its output.
-    """
-    given = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    return given, next(x for x in tree_leaves(answer) if isinstance(x, Tensor))

@@ -89,7 +89,7 @@ def write_checkpoint(
             elif value is not None:
                 numbers[f"{what} {name}"] = value
     if undo is not None:
-        parts |= {f"attic {name}": value for name, value in undo.contents().items()}
+        parts |= {f"undo_store {name}": value for name, value in undo.contents().items()}
     whole: dict[str, Any] = {
         **(header or {}),
         "along": {name: [_to_json(one.dims), one.lr] for name, one in tensors.items()},
@@ -137,7 +137,7 @@ def read_checkpoint(
         record = convert(header, schemas.CourseHeader)
         plans, measured = _measured(record, history or History())
         model, axes = replay(model, axes, plans, undo)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "undo_store": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(" ")
             parts[part][rest] = value
@@ -145,7 +145,7 @@ def read_checkpoint(
             raise ValueError("it holds other parameters than those that are trained")
         model.load_state_dict(parts["model"], strict=not trained_only)
         removed = undo.contents() if undo is not None else {}
-        for name, value in parts["attic"].items():
+        for name, value in parts["undo_store"].items():
             removed[name].copy_(value)
         device = device_of(model)
         own = {
