@@ -24,7 +24,7 @@ from regrow.store.metrics import Metrics, replace_nonfinite
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, link_tree, replace_folder, settle
 from regrow.store.run_record import FORMAT, RUN, read_json, read_run, run_identity
 from regrow.store.versions import versions
-from regrow.store.working_area import copy_into_area, is_resumable, make_area, move_into_area, unfinished_folder
+from regrow.store.working_area import copy_into_area, is_resumable, make_area, unfinished_folder
 from regrow.surgery import UndoStore
 from regrow.tables import Table, format_html
 
@@ -83,10 +83,9 @@ class RunFolder:
         try:
             resumed = is_resumable(out, wanted)
             if resumed:
-                move_into_area(out)
                 return cls(out / WORK, True, out, owner)
             folder = cls(make_area(out), False, out, owner)
-            folder._write(RUN, {"format": FORMAT, "verb": verb, "command": command, **wanted} | _now("started"))
+            folder._write(RUN, {"format": FORMAT, "command": command, "defaults": {}, **wanted} | _now("started"))
             return folder
         except BaseException:
             owner.release()
@@ -131,9 +130,7 @@ class RunFolder:
         with explain_os_errors(out):
             owner = lock(out)
         try:
-            if unfinished_folder(out):
-                move_into_area(out)
-            else:
+            if not unfinished_folder(out):
                 cls.open(out)
                 copy_into_area(out)
         except BaseException:

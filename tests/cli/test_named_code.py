@@ -12,7 +12,7 @@ import regrow as package
 from regrow.commands.models import load_model
 from regrow.store import save
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "runs"
 
 
 @pytest.fixture

@@ -59,4 +59,4 @@ def _recorded(run: Path) -> tuple[str, dict[str, object]]:
 
     settle(run)
     data = read_run(unfinished_folder(run) or run)
-    return data.get("verb", ""), data["settings"]
+    return data["verb"], data["settings"]

@@ -60,9 +60,7 @@ def calibrate(
     """
     model, (several, notes) = loaded.origin.record(), prune.divide_sources(pruner, sources)
     sums = parameter_sums(loaded.model) if network is None else network.weights.sums()
-    more: list[object] = [batch_size] if batch_size > 1 else []
-    chosen, usual = ([axis.key for axis in some] for some in (axes.units() if units is None else units, axes.units()))
-    more += [chosen] if chosen != usual else []  # else as in earlier versions
+    more: list[object] = [batch_size, [axis.key for axis in (axes.units() if units is None else units)]]
     keys = {
         source.name: statistics.fingerprint(source, pruner.shards, sorted(pruner.needs), str(model), sums, *more)
         for source in several

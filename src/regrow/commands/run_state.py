@@ -23,7 +23,7 @@ def is_finished(settings: Settings, folder: Path) -> bool:
     wanted = run_identity("prune", record_settings(settings), None)
     if (folder / RUN).is_file():
         data = read_run(folder)
-        if data.get("finished") and data.get("verb") == "prune" and data["settings"] == wanted["settings"]:
+        if data.get("finished") and data["verb"] == "prune" and data["settings"] == wanted["settings"]:
             return True
     is_resumable(folder, wanted)
     return False

@@ -247,8 +247,8 @@ def _load(
         dtypes = {DTYPES[one.dtype] for one in shapes.tensors.values()}
         probe.check_probe(net, folder / probe.FILE, stored=dtypes, cast=transformers and dtype is not None)
     elif check:
-        why = shapes.probe.reason or "it is of an earlier version"
-        _log.warning("%s: the output of the model was not recorded, so that it is not checked: %s", folder, why)
+        reason = shapes.probe.reason
+        _log.warning("%s: the output of the model was not recorded, so that it is not checked: %s", folder, reason)
     net.to(device, None if transformers else dtype)
     for name, tensor in attribute_tensors(net).items():  # which `to` leaves where they are
         if name in tensors:

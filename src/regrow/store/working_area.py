@@ -1,7 +1,6 @@
 """The working area of an unfinished run: a hidden folder in the run's own folder, never mistaken for a result.
 
-It has a run if it has a ``run.json``. A folder with a ``run.json`` at its top, without a finishing time, is a run that
-version 0.1 left unfinished.
+It has a run if it has a ``run.json``. The ``run.json`` at the top of a folder is that of a finished run.
 """
 
 import os
@@ -25,8 +24,6 @@ def unfinished_folder(out: Path) -> Path | None:
         StoreError: If a ``run.json`` is damaged, or the working area leads out of the folder.
     """
     check_area(out / WORK)
-    if _of_0_1(out):
-        return out
     return out / WORK if (out / WORK / RUN).is_file() else None
 
 
@@ -45,7 +42,8 @@ def is_resumable(out: Path, wanted: Mapping[str, object]) -> bool:
     names = {one.name for one in out.iterdir() if not LEFTOVER.fullmatch(one.name)}
     if RUN in names:
         check_same(out, read_run(out), wanted)
-    elif names - {WORK}:
+        raise StoreError(f"{out / RUN} has no finishing time; restore it, or delete {out}")
+    if names - {WORK}:
         raise StoreError(f"{out} exists and is not empty; choose another folder, or delete it")
     begun = unfinished_folder(out)
     if begun is None:
@@ -82,23 +80,6 @@ def make_area(out: Path) -> Path:
     return out / WORK
 
 
-def move_into_area(out: Path) -> None:
-    """Move an unfinished run of version 0.1 into the working area; after a killed process the next call completes it.
-
-    Args:
-        out: The folder of the run.
-    """
-    if not _of_0_1(out):
-        return
-    with explain_os_errors(out):
-        (out / WORK).mkdir(exist_ok=True)
-        for one in sorted(out.iterdir()):
-            if one.name not in (WORK, RUN):
-                one.rename(out / WORK / one.name)
-        (out / RUN).rename(out / WORK / RUN)
-    check_area(out / WORK)
-
-
 def copy_into_area(out: Path) -> None:
     """Fill the working area with the files of the finished run in a folder, so that they can be changed there.
 
@@ -109,7 +90,3 @@ def copy_into_area(out: Path) -> None:
     with explain_os_errors(out):
         link_tree(out, area, skip={WORK, RUN}, copy={"metrics.jsonl"})
     write_text(area / RUN, (out / RUN).read_text(encoding="utf-8"))  # last: now there is a run
-
-
-def _of_0_1(out: Path) -> bool:
-    return (out / RUN).is_file() and not read_run(out).get("finished")
