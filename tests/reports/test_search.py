@@ -347,7 +347,10 @@ def test_searches_are_compared_a_row_each(folder, tmp_path):
 
 def test_what_one_search_is_told_another_may_have_by_default(folder, tmp_path):
     runs = []
-    for name, told, taken in (("a", {"pace": 1.0}, {"floor": 1.0}), ("b", {}, {"floor": 0.0, "pace": 0.25})):
+    for name, told, taken in (
+        ("a", {"filter_lr_ratio": 1.0}, {"min_cost": 1.0}),
+        ("b", {}, {"min_cost": 0.0, "filter_lr_ratio": 0.25}),
+    ):
         runs.append(searched(tmp_path / name))
         run = json.loads((runs[-1] / "run.json").read_text())
         run["settings"]["method_settings"], run["defaults"] = told, taken
