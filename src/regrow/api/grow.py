@@ -23,7 +23,7 @@ from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.run_folder import RunFolder
 from regrow.settings.grow import Settings
-from regrow.store.origins import describe_origin
+from regrow.store.building import describe_origin
 from regrow.training.grown import GrowthTraining
 
 

@@ -38,7 +38,7 @@ from regrow.scoring import weights_of
 from regrow.settings.prune import Settings
 from regrow.settings.training import check_combination
 from regrow.sources import preserve_random_state
-from regrow.store.origins import describe_origin
+from regrow.store.building import describe_origin
 
 
 def prune(

@@ -31,7 +31,7 @@ from regrow.progress import Log, Progress, silent
 from regrow.progress_bar import visible
 from regrow.settings.search import Settings, parse_search_target
 from regrow.sources import Batch, Source, device_of
-from regrow.store.origins import describe_origin
+from regrow.store.building import describe_origin
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
 from regrow.tables import Table, format_html, format_text

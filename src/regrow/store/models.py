@@ -20,9 +20,8 @@ from regrow.nets.weight_files import check_unchanged
 from regrow.store import portable, probe
 from regrow.store.atomic import write_text
 from regrow.store.attributes import attribute_tensors
-from regrow.store.building import Builder, build_checked, build_fresh
+from regrow.store.building import Builder, build_checked, build_fresh, describe_origin, unsaved_change
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.origins import describe_origin
 from regrow.store.pretrained import (
     main_dtype,
     read_tokenizer,
@@ -30,7 +29,6 @@ from regrow.store.pretrained import (
     write_configuration,
     write_tokenizer,
 )
-from regrow.store.rebuilding import unsaved_change
 from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, settle
 from regrow.store.shapes import DTYPES, SHAPES, Probe, Shapes
 from regrow.store.state import describe, named_tensors, restore
