@@ -52,6 +52,7 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         ``None`` if that does not suffice: for modules that only regrow has, or large derived buffers.
     """
     found = named_tensors(model)
+    inserted = {path: [one.to_data() for one in several] for path, several in shapes.inserted.items()}
     own = {name: one for name, one in shapes.tensors.items() if one.kind is Kind.DERIVED}
     nothing = any(placeholder.gives == "nothing" for placeholder in shapes.placeholders.values())
     foreign = any(isinstance(module, Attention) for module in model.modules())
@@ -67,7 +68,7 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         "attributes": dict(shapes.attributes),
         "dropped": list(shapes.dropped),
         "stands": {path: placeholder.to_data() for path, placeholder in shapes.placeholders.items()},
-        "inserted": {path: [one.to_data() for one in several] for path, several in shapes.inserted.items()},
+        **({"inserted": inserted} if inserted else {}),
         "derived": {
             name: {"dtype": one.dtype, "shape": list(one.shape), "numbers": found[name].tensor.flatten().tolist()}
             for name, one in own.items()

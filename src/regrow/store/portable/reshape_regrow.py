@@ -62,7 +62,7 @@ def reshape(model: nn.Module, record: dict[str, Any]) -> None:
         model: The newly built network; changed in place.
         record: The recorded differences, as in ``network.json`` or ``config.json``.
     """
-    for path, insertions in record["inserted"].items():
+    for path, insertions in record.get("inserted", {}).items():
         for insertion in insertions:
             insert(model.get_submodule(path), insertion["copies"])
     for path, stand in record["stands"].items():
