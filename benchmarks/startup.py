@@ -132,7 +132,7 @@ def measure(checkout: Path, only: str) -> None:
     env = os.environ | {"PYTHONPATH": str(checkout / "src"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copytree(HERE / "tests" / "fixtures" / "0.1" / "prune", folder / "run")
+        shutil.copytree(HERE / "tests" / "fixtures" / "runs" / "prune", folder / "run")
         (folder / "full").mkdir()
         (folder / "full" / "file").write_text("something else\n")
         (folder / "plan.json").write_text((folder / "run" / "ledger.json").read_text())

@@ -19,11 +19,10 @@ from rows import add, head, line, rows
 import regrow
 from regrow.commands.search import Settings
 from regrow.commands.search_inputs import read_inputs, read_parts
-from regrow.commands.targets import target_measure
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.run_folder import RunFolder
-from regrow.settings.renamed import rename_recorded
+from regrow.settings.search import parse_search_target
 from regrow.store.run_record import convert_settings
 from regrow.tasks import Examples
 
@@ -47,7 +46,7 @@ def asked(folder: RunFolder, data: str, many: int) -> dict[str, Any]:
     unseen = others(settings, learned, many)
     return {
         "space": settings.space,
-        "measure": str(target_measure(settings.target, settings.accounting)),
+        "measure": str(parse_search_target(settings.target).measure),
         "method": settings.method,
         "settings": settings.method_settings,
         "seed": settings.seed,
@@ -72,8 +71,7 @@ def shown(path: Path) -> Iterator[str]:
     """The table in Markdown."""
     yield head(["", "seed", "unseen training pictures, %", "those learned from, %"])
     for row in rows(path):
-        settings = rename_recorded({"method": row["method"], "method_settings": row["settings"]})["method_settings"]
-        told = " ".join(f"{name}={said(value)}" for name, value in settings.items())
+        told = " ".join(f"{name}={said(value)}" for name, value in row["settings"].items())
         right = (f"{100 * row[name]:.1f}" for name in ("unseen", "learned"))
         yield line([f"{row['method']} {told}".strip(), str(row["seed"]), *right])
 

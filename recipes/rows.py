@@ -8,19 +8,10 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
-FORMER_ARMS = {
-    "without floor, press and pace": "without the three additions",
-    "shares without floor, press and pace, blind": "random units, shares without the three additions",
-    "MGAS's shares of levels, blind": "random units, MGAS's shares",
-    "filters at the full pace": "filters at the full learning rate",
-}
-"""Name of an arm in rows that were recorded earlier → its name today."""
-
 
 def rows(path: Path) -> list[dict[str, Any]]:
     """What is there."""
-    there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row | {"arm": FORMER_ARMS.get(row["arm"], row["arm"])} if "arm" in row else row for row in there]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def add(path: Path, row: dict[str, Any]) -> None:

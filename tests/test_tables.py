@@ -16,7 +16,7 @@ from regrow.plan import Plan
 from regrow.run_folder import RunFolder
 from regrow.tables import MOST_ROWS
 
-RUN = Path(__file__).parent / "fixtures" / "0.1" / "prune"
+RUN = Path(__file__).parent / "fixtures" / "runs" / "prune"
 
 
 def test_a_unit_costs_what_the_network_costs_less_without_it() -> None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrow.store.shapes import content_digest
+
 TESTS = Path(__file__).parents[2] / "tests"
-FIXTURES = TESTS / "fixtures" / "0.1"
+FIXTURES = TESTS / "fixtures" / "runs"
 TARGETS = (
     "pwned:boom",
     "os:abort",
@@ -45,9 +47,9 @@ def edit(name: str, change: Callable[[Any, str, str], Any]) -> Callable[[Path, s
     def changed(folder: Path, target: str, named: str) -> None:
         path = folder / name
         data = json.loads(path.read_text()) if path.exists() else {}
-        if name == SHAPES:
-            data.pop("sha256", None)  # whoever changes it can leave the digest out
         change(data, target, named)
+        if name == SHAPES:
+            data["sha256"] = content_digest(data)  # whoever changes it can write the digest anew
         path.write_text(json.dumps(data))
 
     return changed

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from regrow.store.shapes import content_digest
+
 VALUES = (
     "", " ", "-1", "0", "1.5", "nan", "inf", "-inf", "1e999", "1e-400", "9" * 30, "9" * 5000, "0x10", "1_000", "½",
     "٣", "abc", "true", "null", "{}", "[]", "[" * 2000, "[/x]", "[red]x[/red]", "\x1b[31mred", "a\u202eb", "a\nb",
@@ -84,8 +86,6 @@ def json_value(path: Path, draw: random.Random) -> None:
     except (ValueError, IndexError):
         path.write_text("{}")
         return
-    if isinstance(data, dict):
-        data.pop("sha256", None)  # a digest of the rest would hide everything behind it
     places: list[tuple[Any, Any]] = []
     level = [data]
     while level:
@@ -103,6 +103,8 @@ def json_value(path: Path, draw: random.Random) -> None:
             holder[key] = draw.choice(JSON_VALUES)
     else:
         data = draw.choice(JSON_VALUES)
+    if isinstance(data, dict) and "sha256" in data and draw.random() < 0.9:
+        data["sha256"] = content_digest(data)  # the digest of what it was would hide everything behind it
     parts[at] = json.dumps(data)
     path.write_text("\n".join(parts) + "\n" * lines, "utf-8", errors="replace")
 

@@ -47,11 +47,11 @@ class Placeholder:
         >>> Placeholder.from_data(Placeholder("zero", "x").to_data())
         Placeholder(gives='zero', takes='x', of=0, at=0)
         """
-        if not isinstance(data, dict) or not data.keys() <= {"gives", "takes", "of", "at"}:
+        if not isinstance(data, dict) or data.keys() != {"gives", "takes", "of", "at"}:
             raise ValueError(
                 f"a placeholder has the fields gives, takes, of and at; got {str(data)[:60]}; restore the file"
             )
-        gives, takes, of, at = (data.get(name, 0) for name in ("gives", "takes", "of", "at"))
+        gives, takes, of, at = (data[name] for name in ("gives", "takes", "of", "at"))
         if gives not in ("zero", "input", "nothing"):
             raise ValueError(f"a dropped module gives 'zero', 'input' or 'nothing'; got {str(gives)[:40]!r}")
         if type(takes) not in (int, str) or (isinstance(takes, int) and not 0 <= takes < 256):

@@ -105,16 +105,16 @@ class Change:
             )
             for slot in data["slots"]
         )
-        fill = data.get("fill", {})
+        fill = data["fill"]
         return cls(
             size=whole(data["size"], "size"),
             keep=tuple(whole(unit, "keep") for unit in data["keep"]),
             slots=slots,
-            ids=tuple(whole(one, "ids") for one in data.get("ids", ())),
-            grow=whole(data.get("grow", 0), "grow"),
-            fill=Fill(str(fill.get("rule", "zero_out")), whole(fill.get("seed", 0), "seed")),
-            restore=tuple(whole(one, "restore") for one in data.get("restore", ())),
-            fresh=_flag(data.get("fresh", False), "fresh"),
+            ids=tuple(whole(one, "ids") for one in data["ids"]),
+            grow=whole(data["grow"], "grow"),
+            fill=Fill(str(fill["rule"]), whole(fill["seed"], "seed")),
+            restore=tuple(whole(one, "restore") for one in data["restore"]),
+            fresh=_flag(data["fresh"], "fresh"),
         )
 
 

@@ -114,7 +114,7 @@ class Insertion:
         """
         copies = []
         for one in data["copies"]:
-            zeros = tuple(str(name) for name in one.get("zeros", ()))
+            zeros = tuple(str(name) for name in one["zeros"])
             copies.append(BlockCopy(whole(one["position"], "position"), whole(one["of"], "of"), zeros))
         return cls(whole(data["size"], "size"), tuple(copies))
 

@@ -1,6 +1,6 @@
 """The ledger of a run: every plan applied to the network, in order, so that it can be replayed, and what cuts removed.
 
-Format 2 writes unit ids as intervals (:mod:`regrow.store.intervals`); format 1, of version 0.1, lists each.
+Unit ids are written as intervals (:mod:`regrow.store.intervals`).
 """
 
 import json
@@ -19,7 +19,7 @@ from regrow.plan import FORMAT as PLAN_FORMAT
 from regrow.plan import Plan, PlanError
 from regrow.store import plan_schemas, schemas
 from regrow.store.atomic import write_text
-from regrow.store.convert import convert
+from regrow.store.convert import check_format, convert
 from regrow.store.errors import StoreError, check_readable
 from regrow.store.intervals import expand_plans, shorten_plan
 from regrow.store.tensors import read_tensors, write_tensors
@@ -28,7 +28,6 @@ from regrow.surgery.undo_store import FORMAT as UNDO_FORMAT
 from regrow.tracing import with_branches
 
 FORMAT = "regrow-ledger/2"
-FORMATS = (FORMAT, "regrow-ledger/1")
 _LONGEST = 2**30
 _HEAD, _TAIL = f'{{"format": "{FORMAT}", "plans": [\n', "\n]}\n"
 
@@ -124,11 +123,8 @@ class Ledger:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"{self.path} cannot be read ({problem(error)}); restore it") from None
-        if not isinstance(data, dict) or data.get("format") not in FORMATS:
-            raise StoreError(f"{self.path} is not of the format {FORMAT!r}; restore it")
+        check_format(data, FORMAT, self.path)
         plans = convert(data, schemas.LedgerJson, self.path).plans
-        if data["format"] != FORMAT:
-            return plans
         try:
             return expand_plans(plans, len(text))
         except StoreError as error:
@@ -217,7 +213,7 @@ def read_undo_store(path: Path) -> UndoStore:
         StoreError: If there is no such file, it is no undo store, or it is damaged.
     """
     try:
-        header, tensors = read_tensors(path, UNDO_FORMAT, None)
+        header, tensors = read_tensors(path, UNDO_FORMAT)
         record = convert(header.get("undo_store"), schemas.UndoStoreHeader)
         return UndoStore.read(msgspec.to_builtins(record), tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from regrow.axes import Axis, AxisGraph, Role, Slot
+from regrow.axes import Axis, AxisGraph
 from regrow.branches import Branch, Placeholder, lies_in
 from regrow.change import MOST, Change, PlanError, growth_problem, unit_positions, whole
 from regrow.errors import InputError
@@ -193,7 +193,8 @@ class Plan:
                 raise PlanError(f"axis {key!r} cannot be widened: {problem}")
             if not axis.free:
                 raise PlanError(f"axis {key!r} is frozen: {axis.reason}")
-            if axis.size != change.size or _places(axis.slots) != _places(change.slots):
+            # Sets: a bias that a cut adds comes last in the axes after it, and beside its weight when traced anew.
+            if axis.size != change.size or {*axis.slots} != {*change.slots}:
                 raise PlanError(
                     f"axis {key!r} has {axis.size} units here, the plan was made for {change.size}"
                     if axis.size != change.size
@@ -273,19 +274,17 @@ class Plan:
             raise PlanError(f"not a plan: expected the format {FORMAT!r}")
         try:
             changes = {str(key): Change.from_data(value) for key, value in data["changes"].items()}
-            means = {
-                str(name): {int(i): float(v) for i, v in row.items()} for name, row in data.get("means", {}).items()
-            }
+            means = {str(name): {int(i): float(v) for i, v in row.items()} for name, row in data["means"].items()}
             drop = {
                 str(path): Branch(str(path), {str(at): Placeholder.from_data(one) for at, one in placeholders.items()})
-                for path, placeholders in data.get("drop", {}).items()
+                for path, placeholders in data["drop"].items()
             }
-            back = tuple(str(path) for path in data.get("back", ()))
+            back = tuple(str(path) for path in data["back"])
             insert, remove = (
                 {str(path): Insertion.from_data(one) for path, one in data.get(name, {}).items()}
                 for name in ("insert", "remove")
             )
-            return cls(changes, means, dict(data.get("origin", {})), drop, back, insert, remove)
+            return cls(changes, means, dict(data["origin"]), drop, back, insert, remove)
         except PlanError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -322,14 +321,6 @@ def _check_branches(drop: Mapping[str, Branch], back: tuple[str, ...]) -> None:
         raise PlanError("the plan brings a module back twice")
     if back and drop:
         raise PlanError("one plan drops branches or brings them back; make two")
-
-
-def _places(slots: Iterable[Slot]) -> frozenset[Slot]:
-    """Return slots with SHIFTS read as SCALES, so that plans from before the two were distinguished still fit.
-
-    In no order: a bias that a cut adds comes last in the axes after it, and beside its weight in those traced anew.
-    """
-    return frozenset(replace(slot, role=Role.SCALES) if slot.role is Role.SHIFTS else slot for slot in slots)
 
 
 def _check_restore(axis: Axis, change: Change) -> None:

@@ -16,16 +16,14 @@ from typing import Any, ClassVar
 from regrow.axes import AxisGraph
 from regrow.ledger import Ledger, read_undo_store, write_undo_store
 from regrow.nets.weight_files import WeightFile, check_unchanged
-from regrow.store import schemas
+from regrow.store import run_record, schemas
 from regrow.store.atomic import write_text
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.locks import Lock, lock
 from regrow.store.metrics import Metrics, replace_nonfinite
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, link_tree, replace_folder, settle
-from regrow.store.run_record import FORMAT, RUN, read_json, read_run, run_identity
 from regrow.store.versions import versions
-from regrow.store.working_area import copy_into_area, is_resumable, make_area, move_into_area, unfinished_folder
 from regrow.surgery import UndoStore
 from regrow.tables import Table, format_html
 
@@ -78,18 +76,20 @@ class RunFolder:
             StoreError: If the folder holds something else, another run, or this one finished, or if another process is
                 writing there; nothing is touched.
         """
-        out, wanted = Path(out), run_identity(verb, settings, defaults)
+        out, wanted = Path(out), run_record.run_identity(verb, settings, defaults)
         cls.check(out, verb=verb, settings=settings, defaults=defaults)
         with explain_os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             owner = lock(out)
         try:
-            resumed = is_resumable(out, wanted)
+            resumed = run_record.is_resumable(out, wanted)
             if resumed:
-                move_into_area(out)
                 return cls(out / WORK, True, out, owner)
-            folder = cls(make_area(out), False, out, owner)
-            folder._write(RUN, {"format": FORMAT, "verb": verb, "command": command, **wanted} | _now("started"))
+            folder = cls(run_record.make_area(out), False, out, owner)
+            folder._write(
+                run_record.RUN,
+                {"format": run_record.FORMAT, "command": command, "defaults": {}, **wanted} | _now("started"),
+            )
             return folder
         except BaseException:
             owner.release()
@@ -116,7 +116,7 @@ class RunFolder:
         clear_leftovers(out)
         if out.is_dir():
             lock(out).release()
-        if not is_resumable(out, run_identity(verb, settings, defaults)):
+        if not run_record.is_resumable(out, run_record.run_identity(verb, settings, defaults)):
             return False
         if begun := cls.open_unfinished(out):
             begun.metrics()  # what goes on with damaged measurements ends with them
@@ -134,11 +134,9 @@ class RunFolder:
         with explain_os_errors(out):
             owner = lock(out)
         try:
-            if unfinished_folder(out):
-                move_into_area(out)
-            else:
+            if not run_record.unfinished_folder(out):
                 cls.open(out)
-                copy_into_area(out)
+                run_record.copy_into_area(out)
         except BaseException:
             owner.release()
             raise
@@ -154,7 +152,7 @@ class RunFolder:
         path = Path(path)
         settle(path)
         found = cls(path)
-        if not (path / RUN).is_file() or not found.run().get("finished"):
+        if not (path / run_record.RUN).is_file() or not found.run().get("finished"):
             begun = cls.open_unfinished(path)
             if begun is not None:
                 raise StoreError(f"{path}: the run is not finished; resume it first: {begun.run().get('command')}")
@@ -164,7 +162,7 @@ class RunFolder:
     @classmethod
     def open_unfinished(cls, path: str | Path) -> "RunFolder | None":
         """Open the unfinished run in a folder for reading; ``None`` if there is none."""
-        place = unfinished_folder(Path(path))
+        place = run_record.unfinished_folder(Path(path))
         return cls(place) if place else None
 
     def _repr_html_(self) -> str:
@@ -189,7 +187,7 @@ class RunFolder:
         Raises:
             StoreError: If it is missing or damaged.
         """
-        return read_run(self.path)
+        return run_record.read_run(self.path)
 
     def update(self, **fields: object) -> None:
         """Set fields of ``run.json`` to JSON data, such as ``seconds`` or ``notes``; fields set to None are removed.
@@ -197,7 +195,7 @@ class RunFolder:
         Raises:
             StoreError: If the disk is full; the file is then as it was.
         """
-        self._write(RUN, {name: value for name, value in (self.run() | fields).items() if value is not None})
+        self._write(run_record.RUN, {name: value for name, value in (self.run() | fields).items() if value is not None})
 
     def finish(self, write_page: WritePage | None = None, **fields: object) -> "RunFolder":
         """Complete the run: its files replace the folder for which it was started, atomically.
@@ -347,7 +345,7 @@ class RunFolder:
         write_text(self.path / name, json.dumps(replace_nonfinite(data), indent=1, allow_nan=False) + "\n")
 
     def _record(self, name: str, kind: type[Any]) -> dict[str, Any]:
-        if (data := read_json(self.path / name)) is not None:
+        if (data := run_record.read_json(self.path / name)) is not None:
             convert(data, kind, self.path / name)
         return dict(data or {})
 

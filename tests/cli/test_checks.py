@@ -69,7 +69,8 @@ def test_mistyped_settings_of_a_run_folder_are_refused(regrow: Run) -> None:
     base = record_settings(prune.Settings("resnet18", method="magnitude"))
     for name, value in (("keep", "much"), ("sources", "digits"), ("sources", [1]), ("tokens", 0.5), ("proof", "no"),
                         ("model", 3), ("seed", -1), ("target", ["x"]), ("device", "x"), ("dtype", "x")):  # fmt: skip
-        told = {"format": "regrow-run/1", "verb": "prune", "settings": json.loads(json.dumps(base | {name: value}))}
+        told = {"format": "regrow-run/2", "verb": "prune", "command": "", "defaults": {}, "versions": {}, "started": ""}
+        told["settings"] = json.loads(json.dumps(base | {name: value}))
         Path("run/run.json").write_text(json.dumps(told))
         code, _, err = regrow("prune", "--again", "run", "--out", "out")
         assert code == 2 and "Traceback" not in err and len(err.splitlines()) == 1, (name, value, err)

@@ -17,8 +17,8 @@ from regrow.evaluation.generation import predict_generation
 from regrow.run_folder import RunFolder
 from regrow.settings.recover import Settings
 from regrow.sources import Batch, Source
+from regrow.store.run_record import unfinished_folder
 from regrow.store.tensors import read_tensors, write_tensors
-from regrow.store.working_area import unfinished_folder
 from regrow.streaming.opening import open_network
 
 WORDS = (

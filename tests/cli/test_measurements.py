@@ -11,7 +11,7 @@ from regrow.store.errors import StoreError
 from regrow.store.journal import read
 from regrow.store.measurements import KINDS
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "runs"
 LEARN = ("learn", "permuted:digits:1", "--model", "mlp:8", "--epochs", "1", "--train", "64", "--test", "32")
 TASK = {"what": "task", "name": "a", "task": 0, "accuracy": [0.5], "parameters": 9}
 
@@ -83,12 +83,16 @@ def test_a_learning_run_does_not_go_on_with_damaged_measurements(
 def test_a_pruning_run_does_not_go_on_with_damaged_measurements(
     regrow: Run, tmp_path: Path, row: dict[str, object], says: str
 ) -> None:
-    run = Path(shutil.copytree(FIXTURES / "prune-unfinished", tmp_path / "run"))
-    words = json.loads((run / "run.json").read_text())["command"].split()[1:-1]
-    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    run = tmp_path / "run"
+    begun = Path(shutil.copytree(FIXTURES / "prune", run / ".work"))
+    record = json.loads((begun / "run.json").read_text())
+    del record["finished"]
+    (begun / "run.json").write_text(json.dumps(record))
+    words = record["command"].split()[1:-1]
+    (begun / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     before = contents(run)
     code, _, err = regrow(*words, "run")
-    assert code == 2 and f"run/metrics.jsonl: {says}" in err, err
+    assert code == 2 and f"run/.work/metrics.jsonl: {says}" in err, err
     assert contents(run) == before
 
 
@@ -103,7 +107,7 @@ def test_damaged_measurements_are_told_before_a_run_is_evaluated(regrow: Run, tm
 @pytest.mark.parametrize(
     "folder", [path.parent for path in sorted(FIXTURES.glob("*/metrics.jsonl"))], ids=lambda p: p.name
 )
-def test_measurements_of_older_runs_hold_what_is_needed(folder: Path) -> None:
+def test_measurements_of_runs_hold_what_is_needed(folder: Path) -> None:
     assert read(folder / "metrics.jsonl", KINDS)
 
 

@@ -12,7 +12,7 @@ from regrow.run_folder import RunFolder
 from regrow.settings.recover import Settings
 from regrow.store import StoreError
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "runs" / "prune"
 
 
 def row(model, source, **more):

@@ -15,7 +15,7 @@ from regrow.nets import packaged
 from regrow.nets.vision import known_names
 from regrow.source_names import DOMAINS
 
-RUN = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
+RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "prune"
 PRUNE = "prune resnet18 --keep 0.5"
 REFUSED = {
     "--help": "",

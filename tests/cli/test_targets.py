@@ -93,14 +93,16 @@ def test_times_are_measured_once_for_a_run(
     assert "predicted" in out
 
 
-def test_settings_of_older_runs_are_read_and_gone_on_with() -> None:
-    old = {"model": "m", "keep": 0.7, "measure": "macs", "sources": ["news"]}
+def test_recorded_settings_are_read_and_gone_on_with() -> None:
+    settings = Settings("m", keep=0.7, measure="macs", sources=("news",))
+    recorded = json.loads(json.dumps(record_settings(settings)))
     with pytest.raises(StoreError, match="'something' is unknown here; use the version"):
-        read_pruning_settings(old | {"something": 1})
-    settings = read_pruning_settings(old)
+        read_pruning_settings(recorded | {"something": 1})
+    with pytest.raises(StoreError, match=r"settings: 'regular' is missing; restore run\.json"):
+        read_pruning_settings({name: value for name, value in recorded.items() if name != "regular"})
+    assert read_pruning_settings(recorded) == settings
     budget = budget_of(settings)
     assert budget.target is None and not budget.regular and budget.keep == 0.7
-    assert not {"target", "regular"} & record_settings(settings).keys()
     new = Settings("m", target="kv_cache=5M@64", regular=True, round_to=8)
     assert read_pruning_settings(json.loads(json.dumps(record_settings(new)))) == new
     again = "regrow prune m --method flap --target kv_cache=5M@64 --regular --round 8 --out o"

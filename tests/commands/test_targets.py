@@ -1,6 +1,5 @@
 """Targets are met by what is stored and computed: counted on the network itself, not by what priced it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,13 @@ from regrow.budget import Budget
 from regrow.commands import search as searching
 from regrow.commands.search import Settings, run
 from regrow.commands.search_inputs import read_inputs, read_parts
-from regrow.commands.targets import parse_target, target_measure
+from regrow.commands.targets import parse_target
 from regrow.data.vision import side_of
 from regrow.evaluation import dense, macs, size
 from regrow.run_folder import RunFolder
-from regrow.settings.declaration import record_settings
-from regrow.settings.words import command_line
+from regrow.settings.search import parse_search_target
 from regrow.sources import Batch, Source
 from regrow.store import save
-from regrow.store.atomic import StoreError
-from regrow.store.run_record import convert_settings
 from regrow.tracing import trace
 
 TINY: dict[str, Any] = {"train": 120, "test": 60, "batch_size": 48, "epochs": 2, "retrain": 0, "stride": 1, "stages": 1}
@@ -91,22 +87,6 @@ def test_a_target_in_macs_counts_masked_weights_like_others(tmp_path: Path) -> N
         run(Settings("cells:4-2-1", "digits", "macs=20k", method_settings=wrong, **TINY), tmp_path / "other")
 
 
-def test_a_run_of_version_0_1_keeps_what_its_target_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = record_settings(Settings("cells:4-2-1", "digits", "params=3k"))
-    assert told["accounting"] == "dense"
-    former = convert_settings({name: value for name, value in told.items() if name != "accounting"}, Settings)
-    assert target_measure(former.target, former.accounting) == "nonzero" and "accounting" not in record_settings(former)
-    assert "accounting" not in command_line(former)
-    assert convert_settings(told, Settings).accounting == "dense"
-    begun = {"format": "regrow-run/1", "verb": "search", "settings": record_settings(former) | {"target": "macs=20k"}}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps(begun))
-    with pytest.raises(ValueError, match=r"version 0\.1 began this run"):
-        run(Settings("cells:4-2-1", "digits", "macs=20k"), tmp_path / "run")
-    with pytest.raises(StoreError, match="another run"):
-        run(Settings("cells:4-2-1", "digits", "params=20k"), tmp_path / "run")
-
-
 @pytest.mark.slow
 def test_a_share_is_of_stored_parameters_or_of_what_it_names() -> None:
     parts = read_parts(read_inputs(Settings("cells:4-2-1", "digits", "0.2", **TINY)).data)
@@ -120,7 +100,7 @@ def test_a_share_is_of_stored_parameters_or_of_what_it_names() -> None:
         ("bytes=25%", "bytes"),
     ):
         measure, most = parse_target(text, one)
-        assert (measure, most) == parse_target(text, two) and measure == target_measure(text)
+        assert (measure, most) == parse_target(text, two) and measure == parse_search_target(text).measure
         assert most == counted[name] / 4 or name == "macs"  # which counts classifiers of earlier stages too
 
 

@@ -15,7 +15,7 @@ from regrow.distributed.watch import Watch
 from regrow.errors import InputError, ResourceError
 from regrow.nets.devices import choose_device
 
-RUN = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
+RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "prune"
 
 EXCHANGE = """
 import os, sys

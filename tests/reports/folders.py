@@ -39,7 +39,7 @@ def write_run(folder: Path, method="flap", keep=0.9, seed=0, loss=1.0, kinds=KIN
         kept[mlp(layer)] = (NEURONS, sorted(must | set(rng.sample(others, n - len(must)))))
         kept[groups(layer)] = (GROUPS, [0, 2] if layer in (9, 14) else [0, 1, 2])
     _dump(folder / "run.json", _run(method, keep, seed, kinds))
-    _dump(folder / "ledger.json", {"format": "regrow-ledger/1", "plans": [_plan(kept)]})
+    _dump(folder / "ledger.json", {"format": "regrow-ledger/2", "plans": [_plan(kept)]})
     _dump(folder / "axes.json", _axes(kept))
     _dump(folder / "scores.json", {"metric": "wifv", "axes": _scores(kept, rng)})
     if method == "gprune":
@@ -70,7 +70,7 @@ def _run(method, keep, seed, kinds):
         for name, _, _, seen in kinds
     ]
     return {
-        "format": "regrow-run/1",
+        "format": "regrow-run/2",
         "verb": "prune",
         "command": f"regrow prune smollm2-135m --method {method} --keep {keep} --source news=news.txt "
         f"--source code=code.txt --seed {seed} --tokens 4096 --seq-len 256 --out runs/{method}-{keep}",

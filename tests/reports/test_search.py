@@ -56,12 +56,12 @@ COMMIT |= {"accuracy_before": [0.45], "accuracy_after": [0.45], "logits_moved": 
 MEMORY = ((0, 3_100_000, 3_000_000), (1, 3_900_000, 4_000_000))
 
 
-def searched(path, plan=CELLS, target="params=500", budget="4MB", **change):
+def searched(path, plan=CELLS, target="nonzero=500", budget="4MB", **change):
     """A run folder of a search; ``change`` replaces or leaves out records by what they are."""
     path.mkdir(parents=True)
     settings = {"space": "cells:8-2-2", "data": "digits", "target": target, "method": "mgas", "method_settings": {}}
     settings |= {"stages": 2, "memory": budget, "epochs": 4, "retrain": 2, "train": 0, "test": 0, "seed": 0}
-    told = {"format": "regrow-run/1", "verb": "search", "command": "regrow search cells:8-2-2", "settings": settings}
+    told = {"format": "regrow-run/2", "verb": "search", "command": "regrow search cells:8-2-2", "settings": settings}
     told |= {"versions": {"regrow": "0.1.0"}, "started": "2026-11-25T20:00:00+00:00", "seconds": {"search": 60.0}}
     told |= {"finished": "2026-11-25T20:02:00+00:00"}
     told["seconds"]["retrain"] = 15.0
@@ -73,14 +73,14 @@ def searched(path, plan=CELLS, target="params=500", budget="4MB", **change):
         "commit": [COMMIT, COMMIT | {"cut": {}, "dropped": [], "back": ["x"], "logits_moved": 0.5}],
         "front": [{"epoch": 3, "size": 800.0, "parameters": 900, "nonzero": 790, "accuracy": 0.7}],
         "memory": [{"stage": i, "held": 10**6, "peak": peak, "resident": peak + 10**5} for i, peak, _ in MEMORY],
-        "levels": [levels | {"measure": "params", "asked": 500.0, "size": 495.0}],
+        "levels": [levels | {"measure": "nonzero", "asked": 500.0, "size": 495.0}],
         "found": [{"accuracy": 0.66, "parameters": 610, "nonzero": 495}],
         "test": [{"accuracy": 0.7125, "images": 450, "parameters": 610, "nonzero": 493}],
     }
     rows = [{"what": what, **row} for what, many in (records | change).items() for row in many]
     (path / "run.json").write_text(json.dumps(told))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (path / "shapes.json").write_text(json.dumps({"format": "regrow-shapes/1", "origin": {"config": {"cells": plan}}}))
+    (path / "shapes.json").write_text(json.dumps({"format": "regrow-shapes/2", "origin": {"config": {"cells": plan}}}))
     return path
 
 
@@ -139,7 +139,7 @@ def test_kinds_are_those_of_the_networks():
 
 def found_as(path, **config):
     """A run folder of a search that found what a description says."""
-    told = {"format": "regrow-shapes/1", "origin": {"config": config}}
+    told = {"format": "regrow-shapes/2", "origin": {"config": config}}
     (searched(path) / "shapes.json").write_text(json.dumps(told))
     return path
 
@@ -227,9 +227,9 @@ def only(kinds):
             "missed: the final network has 3.00\xa0M MACs per example",
         ),
         ({"levels": []}, ""),
-        ({"levels": [], "target": "params=0.6k"}, ""),
+        ({"levels": [], "target": "nonzero=0.6k"}, ""),
         (
-            {"levels": [], "target": "params=2k"},
+            {"levels": [], "target": "nonzero=2k"},
             "overshot: the final network has 495 nonzero parameters, the target is 2,000",
         ),
         ({"levels": [], "target": "macs=2k"}, ""),
@@ -253,7 +253,7 @@ def only(kinds):
         ({"commit": [{**COMMIT, "logits_moved": 0.25, "stood": True}]}, ""),  # it was not masked before, as told
         ({"commit": [{**COMMIT, "logits_moved": 0.0009}]}, ""),
         ({"memory": [{"stage": 1, "peak": 4_200_000}]}, "budget of 4.00\xa0MB was exceeded: stage 2 needed 4.20"),
-        ({"memory": [{"stage": 1, "peak": 4_200_000}], "target": "params=500"}, "memory budget"),
+        ({"memory": [{"stage": 1, "peak": 4_200_000}], "target": "nonzero=500"}, "memory budget"),
     ],
 )
 def test_what_must_not_be_overlooked_is_said(tmp_path, change, said):
@@ -331,12 +331,12 @@ def test_where_results_stand_it_is_said_that_a_method_is_reconstructed(method, f
 
 def test_searches_are_compared_a_row_each(folder, tmp_path):
     test = {"accuracy": 0.5, "images": 450, "parameters": 700, "nonzero": 600}
-    other = searched(tmp_path / "other", target="params=600", test=[test])
+    other = searched(tmp_path / "other", target="nonzero=600", test=[test])
     text = write_page([folder, other], tmp_path / "page.html").read_text(encoding="utf-8")
     page = check_self_contained(text)
     assert {"searches", "setup", "remarks"} <= set(page.ids) and not {"runs", "front"} & set(page.ids)
-    first = '<td>params=500</td><td class="best">71.2\xa0%</td><td>66.0\xa0%</td><td>610</td><td>493</td>'
-    second = "<td>params=600</td><td>50.0\xa0%</td><td>66.0\xa0%</td><td>700</td><td>600</td><td>75.0</td>"
+    first = '<td>nonzero=500</td><td class="best">71.2\xa0%</td><td>66.0\xa0%</td><td>610</td><td>493</td>'
+    second = "<td>nonzero=600</td><td>50.0\xa0%</td><td>66.0\xa0%</td><td>700</td><td>600</td><td>75.0</td>"
     assert first in text and second in text and "2 searches of cells:8-2-2." in text and "reconstructed" in text
     told = to_markdown(summarise([folder, other]))
     assert (
@@ -347,7 +347,10 @@ def test_searches_are_compared_a_row_each(folder, tmp_path):
 
 def test_what_one_search_is_told_another_may_have_by_default(folder, tmp_path):
     runs = []
-    for name, told, taken in (("a", {"pace": 1.0}, {"floor": 1.0}), ("b", {}, {"floor": 0.0, "pace": 0.25})):
+    for name, told, taken in (
+        ("a", {"filter_lr_ratio": 1.0}, {"min_cost": 1.0}),
+        ("b", {}, {"min_cost": 0.0, "filter_lr_ratio": 0.25}),
+    ):
         runs.append(searched(tmp_path / name))
         run = json.loads((runs[-1] / "run.json").read_text())
         run["settings"]["method_settings"], run["defaults"] = told, taken

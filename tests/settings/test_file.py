@@ -122,7 +122,7 @@ def test_a_size_is_recorded_in_one_way(tmp_path: Path) -> None:
     for text, means in (
         ('smaller = "30%"', target),
         (format_settings(target, ".toml"), target),
-        ('keep = 0.7\nmeasure = "params"', prune.Settings("m", keep=0.7)),  # as version 0.1 wrote and meant it
+        ('keep = 0.7\nmeasure = "params"', target),
         ('keep = 0.7\nmeasure = "macs"', prune.Settings("m", keep=0.7, measure="macs")),
     ):
         path.write_text(text)

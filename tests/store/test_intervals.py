@@ -54,22 +54,6 @@ def test_a_plan_takes_as_much_room_for_a_wide_layer(tmp_path):
     assert sizes[0] == sizes[1]
 
 
-def test_a_ledger_of_version_0_1_is_read_and_goes_on(tmp_path):
-    plans, path = plans_of(30), tmp_path / "ledger.json"
-    path.write_text(json.dumps({"format": "regrow-ledger/1", "plans": [json.loads(plans[0].to_json())]}))
-    ledger = Ledger(path)
-    assert list(ledger.plans()) == plans[:1]
-    ledger.append(plans[1])
-    assert list(ledger.plans()) == plans[:2]
-
-
-def test_intervals_have_no_place_in_a_ledger_of_version_0_1(tmp_path):
-    path = written(tmp_path, plans_of(30)[:1]).path
-    path.write_text(path.read_text().replace("regrow-ledger/2", "regrow-ledger/1"))
-    with pytest.raises(StoreError, match="restore the file"):
-        Ledger(path).plans()
-
-
 @pytest.mark.parametrize("interval", [[5, 2], [-1, 3], [0, 1, 2], [0], ["0", 3], [0, 2.0], [True, 4], [[0, 3]], {}])
 def test_what_is_no_interval_is_refused(tmp_path, interval):
     path = written(tmp_path, plans_of(30)[:1]).path
@@ -84,20 +68,24 @@ def test_a_short_file_does_not_stand_for_very_many_units(tmp_path):
     with pytest.raises(StoreError, match="which is no plan of a network") as caught:
         Ledger(path).plans()
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    (tmp_path / "run.json").write_text('{"format": "regrow-run/1", "settings": {}, "verb": "prune"}')
+    (tmp_path / "run.json").write_text('{"format": "regrow-run/2", "settings": {}, "verb": "prune"}')
     found = read_run(tmp_path)
     assert not found.plans and any("no plan of a network" in problem for problem in found.problems)
 
 
-def test_a_report_reads_units_of_both_formats(tmp_path):
+def test_a_report_reads_units(tmp_path):
     plans = plans_of(30)
-    path = written(tmp_path, plans).path
-    (tmp_path / "run.json").write_text('{"format": "regrow-run/1", "settings": {}, "verb": "prune"}')
-    both = [read_run(tmp_path).plans]
-    old = {"format": "regrow-ledger/1", "plans": [json.loads(plan.to_json()) for plan in plans]}
-    path.write_text(json.dumps(old))
-    both.append(read_run(tmp_path).plans)
-    assert both[0] == both[1] == old["plans"]
+    written(tmp_path, plans)
+    (tmp_path / "run.json").write_text('{"format": "regrow-run/2", "settings": {}, "verb": "prune"}')
+    assert read_run(tmp_path).plans == [json.loads(plan.to_json()) for plan in plans]
+
+
+def test_a_ledger_of_another_version_is_refused(tmp_path):
+    path = written(tmp_path, plans_of(30)[:1]).path
+    path.write_text(path.read_text().replace("regrow-ledger/2", "regrow-ledger/1"))
+    says = r"written by another version of regrow \(format regrow-ledger/1, this version reads regrow-ledger/2\)"
+    with pytest.raises(StoreError, match=says):
+        Ledger(path).plans()
 
 
 def test_what_is_no_plan_stays_as_it_is():

@@ -17,7 +17,7 @@ from regrow.store.convert import convert
 from regrow.store.tensors import write_tensors
 from regrow.surgery import UndoStore
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "runs"
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def edited(path, change):
         (lambda d: d.update(versions=["x"]), ("run.json: versions is ['x']", "restore it")),
         (lambda d: d.update(seconds={"load": "long"}), ("run.json: seconds.load is 'long'", "float", "restore it")),
         (lambda d: d.update(notes=[1]), ("notes.0 is 1",)),
-        (lambda d: d.update(format="regrow-run/9"), ("'regrow-run/1'", "restore it")),
+        (lambda d: d.update(format="regrow-run/9"), ("regrow-run/9, this version reads regrow-run/2", "run it again")),
     ],
 )
 def test_run_json(run, change, words):
@@ -87,7 +87,7 @@ def test_the_entry_of_a_mapping_is_named():
 
 
 def test_depth_and_rows(run):
-    (run / "ledger.json").write_text('{"format": "regrow-ledger/1", "plans": [' + "[" * 2000 + "]" * 2000 + "]}")
+    (run / "ledger.json").write_text('{"format": "regrow-ledger/2", "plans": [' + "[" * 2000 + "]" * 2000 + "]}")
     with pytest.raises(StoreError, match="nested deeper than 100 levels"):
         Ledger(run / "ledger.json").plans()
     path = run / "metrics.jsonl"

@@ -84,22 +84,6 @@ def test_folders_of_unfinished_work_that_link_elsewhere(tmp_path, name):
     assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
 
 
-def test_an_unfinished_run_of_0_1_does_not_move_through_a_link(tmp_path):
-    outside, work = tmp_path / "outside", begun(tmp_path / "run")
-    outside.mkdir()
-    for file in work.iterdir():
-        file.rename(tmp_path / "run" / file.name)
-    work.rmdir()
-    work.symlink_to(outside)
-    with pytest.raises(StoreError, match="is not a folder of its own"):
-        go_on(tmp_path / "run")
-    assert not list(outside.iterdir()) and (tmp_path / "run" / "run.json").is_file()
-    work.unlink()
-    (tmp_path / "run" / "statistics").symlink_to(outside)
-    with pytest.raises(StoreError, match="is not a folder of its own"):
-        go_on(tmp_path / "run")
-
-
 def test_a_tokenizer_is_not_written_through_links(tmp_path):
     from regrow.store.pretrained import write_tokenizer
 

@@ -16,6 +16,7 @@ from regrow.axes import AxisGraph
 from regrow.ledger import read_plan, replay
 from regrow.plan import PlanError
 from regrow.store import StoreError
+from regrow.store.shapes import content_digest
 from regrow.tracing.stacks import find_stacks
 
 
@@ -198,7 +199,6 @@ def test_hostile_records_of_insertions_are_refused(tmp_path: Path) -> None:
     save(net, tmp_path / "saved", example=x)
     path = tmp_path / "saved" / "shapes.json"
     record = json.loads(path.read_text())
-    del record["sha256"]  # as in folders of 0.1
     ((place, (insertion,)),) = record["inserted"].items()
     for change, line in (
         ({place: [insertion | {"copies": [{"position": 0, "of": 1}]}]}, "within 1"),
@@ -207,6 +207,7 @@ def test_hostile_records_of_insertions_are_refused(tmp_path: Path) -> None:
         ({place: [insertion] * 4000}, "inserted: 4000 blocks, but only"),
         ({}, "no place for the tensor"),
     ):
-        path.write_text(json.dumps(record | {"inserted": change}))
+        changed = record | {"inserted": change}
+        path.write_text(json.dumps(changed | {"sha256": content_digest(changed)}))
         with pytest.raises(StoreError, match=line):
             load(tmp_path / "saved", model=lambda: convolutional()[0])

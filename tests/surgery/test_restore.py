@@ -285,9 +285,11 @@ def test_a_plan_that_restores_survives_json() -> None:
         plan = Plan.restoring(axes, {A: (5, 1)}, fill)
         assert plan.changes[A].restore == (1, 5) and plan.sizes(axes)[A] == 4
         assert Plan.from_json(plan.to_json()) == plan
-    old = json.loads(plan.to_json())
-    del old["changes"][A]["restore"], old["changes"][A]["fresh"]
-    assert Plan.from_json(json.dumps(old)).changes[A].restore == (), "plans from before restoring can be read"
+    for what in ("restore", "fresh"):
+        lacking = json.loads(plan.to_json())
+        del lacking["changes"][A][what]
+        with pytest.raises(PlanError, match=f"a damaged plan: .*{what}"):
+            Plan.from_json(json.dumps(lacking))
     for what, wrong in (("restore", [1.5]), ("fresh", 1)):
         bad = json.loads(plan.to_json())
         bad["changes"][A][what] = wrong

@@ -23,7 +23,7 @@ from regrow.training.learner import Learner
 from regrow.training.state import axis_tensors
 
 SHAPE, SPECS = (1, 8, 8), {"sparsegrow": "mlp:24-16", "mgas": "resnet:4-2"}
-MASKS = {"sparsegrow": "owned ", "mgas": "gone "}
+MASKS = {"sparsegrow": "owned ", "mgas": "zeros "}
 
 
 def network(method: str) -> nn.Module:

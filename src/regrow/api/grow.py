@@ -20,7 +20,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.settings.grow import Settings
-from regrow.store.origins import describe_origin
+from regrow.store.building import describe_origin
 
 
 def grow(

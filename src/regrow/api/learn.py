@@ -24,7 +24,7 @@ from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.settings.learn import Settings
 from regrow.sources import Batch, Source, device_of
-from regrow.store.origins import describe_origin
+from regrow.store.building import describe_origin
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.tables import Table, format_html
 from regrow.tasks import Task, first_examples

@@ -30,7 +30,7 @@ from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.settings.prune import Settings
 from regrow.sources import preserve_random_state
-from regrow.store.origins import describe_origin
+from regrow.store.building import describe_origin
 
 
 def prune(

@@ -23,7 +23,7 @@ from regrow.settings import prune
 from regrow.settings.declaration import record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.sources import device_of
-from regrow.store.origins import describe_origin
+from regrow.store.building import describe_origin
 
 
 def recover(

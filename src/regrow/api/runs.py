@@ -29,8 +29,8 @@ from regrow.reports import ReportError, write_page
 from regrow.run_folder import RunFolder
 from regrow.settings.declaration import record_settings
 from regrow.sources import Source, generators_of, preserve_random_state, seed_generators
+from regrow.store.building import describe_origin
 from regrow.store.errors import StoreError
-from regrow.store.origins import describe_origin
 from regrow.store.statistics import fingerprint
 
 if TYPE_CHECKING:

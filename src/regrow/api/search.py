@@ -19,7 +19,6 @@ from regrow.candidates import fold_scales
 from regrow.commands import latencies
 from regrow.commands.search_record import SearchRecord
 from regrow.commands.searching import build_method, measure_statistics, train_space
-from regrow.commands.targets import target_measure
 from regrow.data.datasets import fix_order, to_examples
 from regrow.errors import InputError
 from regrow.evaluation import Latency, dense, latency
@@ -30,9 +29,9 @@ from regrow.methods.search.space import measure_whole
 from regrow.plan import Plan
 from regrow.progress import Log, Progress, silent
 from regrow.progress_bar import visible
-from regrow.settings.search import Settings
+from regrow.settings.search import Settings, parse_search_target
 from regrow.sources import Batch, Source, device_of
-from regrow.store.origins import describe_origin
+from regrow.store.building import describe_origin
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
 from regrow.tables import Table, format_html, format_text
@@ -168,7 +167,7 @@ def search(
     schedule = build_schedule(optimizer, objective=find_objective(net.model, loss, first_batch(task)), **given)
     net = _with_example(net, task) if example is None else net
     axes = net.trace() if axes is None else axes
-    table = _time(net.model, task, batch_size, place) if target_measure(text) == Measure.TIME else None
+    table = _time(net.model, task, batch_size, place) if parse_search_target(text).measure == Measure.TIME else None
     found = build_method(method, own, net.model, axes, text, seed=seed, epochs=epochs, table=table)
     work = _begin(found, Context(net.model, axes, task, epochs=epochs, seed=seed), schedule, table, progress)
     if place.out is None:

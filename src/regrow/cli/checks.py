@@ -136,8 +136,7 @@ def check_runs(folders: Iterable[object]) -> None:
         folders: The folders.
     """
     from regrow.store.replacing import settle
-    from regrow.store.run_record import read_run
-    from regrow.store.working_area import unfinished_folder
+    from regrow.store.run_record import read_run, unfinished_folder
 
     for folder in map(Path, map(str, folders)):
         settle(folder)

@@ -19,15 +19,15 @@ def history(run: Path) -> None:
     rows = [
         (
             stage.record["name"],
-            stage.record.get("verb", ""),
-            stage.record.get("changed", ""),
-            number(stage.record.get("before") or None),
-            number(stage.record.get("parameters")),
+            stage.record["verb"],
+            stage.record["changed"],
+            number(stage.record["before"] or None),
+            number(stage.record["parameters"]),
         )
         for stage in stages
     ]
     columns = ("run", "command", "changed", "parameters before", "after")
     table("History of the network", columns, rows, numbers=(3, 4))
     for stage in stages:
-        say(f"{stage.record['name']}: {stage.record.get('command', '')}")
+        say(f"{stage.record['name']}: {stage.record['command']}")
         say(f"  the model before it: {stage.snapshot or 'not kept'}")

@@ -31,7 +31,7 @@ def report(run: Path, out: Path | None, markdown: bool) -> None:
 
 def _place(run: Path) -> Path:
     """Return where the page of a run is written; for an unfinished run, in its working area."""
-    from regrow.store.working_area import unfinished_folder
+    from regrow.store.run_record import unfinished_folder
 
     begun = unfinished_folder(run) if not (run / "run.json").is_file() else None
     return (begun or run) / PAGE

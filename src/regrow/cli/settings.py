@@ -29,7 +29,7 @@ Examples
 """
 
 
-@click.command(cls=Verb, needs="regrow.store.working_area", epilog=EPILOG)
+@click.command(cls=Verb, needs="regrow.store.run_record", epilog=EPILOG)
 @click.argument("run", type=options.PATH)
 @click.option("--out", type=options.PATH, help="The file to write, .toml or .yaml; default: print as TOML.")
 def settings(run: Path, out: Path | None) -> None:
@@ -54,9 +54,8 @@ def settings(run: Path, out: Path | None) -> None:
 
 def _recorded(run: Path) -> tuple[str, dict[str, object]]:
     from regrow.store.replacing import settle
-    from regrow.store.run_record import read_run
-    from regrow.store.working_area import unfinished_folder
+    from regrow.store.run_record import read_run, unfinished_folder
 
     settle(run)
     data = read_run(unfinished_folder(run) or run)
-    return data.get("verb", ""), data["settings"]
+    return data["verb"], data["settings"]

@@ -65,8 +65,7 @@ def calibrate(
     keys: dict[str, str] = {}
     if record.kept:
         sums, name = network.sums(), str(network.loaded.origin.record())
-        chosen, usual = [axis.key for axis in units], [axis.key for axis in axes.units()]
-        rest = [name, sums, *([batch_size] if batch_size > 1 else []), *([chosen] if chosen != usual else [])]
+        rest = [name, sums, batch_size, [axis.key for axis in units]]
         needs = sorted(pruner.needs)
         keys = {source.name: statistics.fingerprint(source, pruner.shards, needs, *rest) for source in several}
         shared.check_weights(sums)

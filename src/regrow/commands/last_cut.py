@@ -9,9 +9,10 @@ from regrow.commands.prune_settings import read_pruning_settings
 from regrow.nets import ModelError
 from regrow.plan import Plan
 from regrow.run_folder import RunFolder
+from regrow.settings import recover
 from regrow.settings.prune import Settings
 from regrow.store.errors import StoreError
-from regrow.store.run_record import RUN, check_repeatable
+from regrow.store.run_record import RUN, check_repeatable, convert_settings
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def find_cut(source: RunFolder, code: str = "") -> LastCut:
         folder = RunFolder(folder.path / BEFORE)
     data = folder.run()
     check_repeatable(folder.path, data)
-    values = data["settings"] if verb == "prune" else data["settings"]["pruning"]
+    values = data["settings"] if verb == "prune" else convert_settings(data["settings"], recover.Settings).pruning
     try:
         settings = read_pruning_settings(values, code)
     except ModelError as error:

@@ -154,11 +154,11 @@ def extend(
     clear_leftovers(Path(out))
     folder = RunFolder.open_unfinished(out) or RunFolder.open(out)
     run_record = folder.run()
-    if run_record.get("verb") != "learn":
-        raise StoreError(f"{out} holds a run of {run_record.get('verb')!r}; give the folder of `regrow learn`")
+    if run_record["verb"] != "learn":
+        raise StoreError(f"{out} holds a run of {run_record['verb']!r}; give the folder of `regrow learn`")
     check_repeatable(Path(out), run_record)
     was = convert_settings(run_record["settings"], Settings)
-    refuse_recorded_code(was.method, str(run_record.get("command")))
+    refuse_recorded_code(was.method, run_record["command"])
     check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
     added = _added(run_record.get("extension"), was.tasks, tuple(more), total)
     if run_record.get("finished") and folder.path == Path(out) and not added:
@@ -171,7 +171,7 @@ def extend(
         return folder
     settings = replace(was, tasks=(*was.tasks, *added))
     # Defaults of this version may differ from those with which the run was begun.
-    recorded = run_record.get("defaults", {})
+    recorded = run_record["defaults"]
     start = load_start(was.model, was.tasks, was.input, run=folder.path, code=code, progress=progress)
     effective = replace(settings, method_settings={**recorded, **was.method_settings})
     inputs, recorded_tasks = read_inputs(effective, start, ranks), run_record.get("sequence") if without_old else None
@@ -270,7 +270,6 @@ def _learn(
         record.write(now)
         write_checkpoint(place, context.model, now, logged=record.events)
 
-    record.write(state)  # version 0.1 stores before it logs
     fitted = train_tasks(inputs, tasks, model, axes, state, parallel, checkpoint=keep, progress=progress)
     plain = clone_model(fitted.model)
     write_replacements(learner, fitted.state.learner, Context(plain, fitted.axes, tasks[-1], len(tasks) - 1))

@@ -65,9 +65,9 @@ def start_from(
     recorded, files = folder.run().get("parent"), {one.path.name: one.record for one in loaded.files}
     folder.inputs.extend(loaded.files)
     if recorded is not None:
-        known = recorded.get("files") or {}
+        known = recorded.get("files", {})
         other = any(known.get(name, record) != record for name, record in files.items())
-        if recorded.get("weights") != parent.weights if parent else other:
+        if recorded["weights"] != parent.weights if parent else other:
             raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
         return
     snapshot = _copy(place if parent else None, loaded, folder.path / BEFORE, outside) if undo else None
@@ -101,7 +101,7 @@ def read_parent(folder: Path) -> Parent:
     shapes = store.read_shapes(folder)
     ledger = Ledger(folder / "ledger.json")
     run = read_run(folder) if (folder / RUN).is_file() else None
-    rebuilt = run is not None and run.get("verb") == "search" and shapes.origin.kind in _REBUILT
+    rebuilt = run is not None and run["verb"] == "search" and shapes.origin.kind in _REBUILT
     stages = () if run is None else (*run.get("stages", ()), describe_stage(RunFolder(folder)))
     return Parent(folder.resolve().name, digest_weights(shapes), () if rebuilt else ledger.plans(), stages)
 
@@ -115,14 +115,12 @@ def describe_stage(folder: RunFolder) -> dict[str, Any]:
     shapes = store.read_shapes(folder.path)
     run = folder.run()
     plans = folder.own_ledger.plans()
-    sizes = [row for row in folder.metrics() if row["what"] == "size"]
-    before = (run.get("parent") or {}).get("parameters") or (sizes[0].get("params_all", 0) if sizes else 0)
     return {
         "name": (folder.out or folder.path).resolve().name,
-        "verb": run.get("verb", ""),
-        "command": run.get("command", ""),
+        "verb": run["verb"],
+        "command": run["command"],
         "changed": describe_plans(plans) or "weights",
-        "before": before,
+        "before": run["parent"]["parameters"] if "parent" in run else 0,
         "parameters": count_parameters(shapes),
         "plans": len(plans),
         "weights": digest_weights(shapes),
@@ -151,14 +149,13 @@ def describe_plans(plans: Sequence[Plan]) -> str:
 
 
 def digest_weights(shapes: Shapes) -> str:
-    """Return the SHA-256 of the digests of all tensors of a saved model, by name; of its files in old folders.
+    """Return the SHA-256 of the digests of all tensors of a saved model, by name.
 
     Args:
         shapes: Its ``shapes.json``.
     """
-    known = all(one.sha256 for one in shapes.tensors.values())
-    digests = {name: one.sha256 for name, one in (shapes.tensors if known else shapes.files).items()}
-    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+    lines = (f"{name} {stored.sha256}\n" for name, stored in sorted(shapes.tensors.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def count_parameters(shapes: Shapes) -> int:

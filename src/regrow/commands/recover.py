@@ -349,9 +349,9 @@ def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
     data = cut.folder.run()
     known = data["settings"]
     inner = known if data["verb"] == "prune" else known["pruning"]
-    before = [*known.get("before", ()), known["by"]] if data["verb"] == "recover" else [inner.get("recover", "")]
+    before = [*known["before"], known["by"]] if data["verb"] == "recover" else [inner["recover"]]
     done = tuple(name for name in before if name)
-    method, keep = "+".join([inner["method"], *done, settings.by]), inner.get("keep")
+    method, keep = "+".join([inner["method"], *done, settings.by]), inner["keep"]
     name = source.path.resolve().name
     return replace(settings, run=name, pruning=inner, before=done, model=inner["model"], method=method, keep=keep)
 

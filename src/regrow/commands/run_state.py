@@ -5,8 +5,7 @@ from pathlib import Path
 from regrow.settings.declaration import record_settings
 from regrow.settings.prune import Settings
 from regrow.store.replacing import settle
-from regrow.store.run_record import RUN, read_run, run_identity
-from regrow.store.working_area import is_resumable
+from regrow.store.run_record import RUN, is_resumable, read_run, run_identity
 
 
 def is_finished(settings: Settings, folder: Path) -> bool:
@@ -23,7 +22,7 @@ def is_finished(settings: Settings, folder: Path) -> bool:
     wanted = run_identity("prune", record_settings(settings), None)
     if (folder / RUN).is_file():
         data = read_run(folder)
-        if data.get("finished") and data.get("verb") == "prune" and data["settings"] == wanted["settings"]:
+        if data.get("finished") and data["verb"] == "prune" and data["settings"] == wanted["settings"]:
             return True
     is_resumable(folder, wanted)
     return False

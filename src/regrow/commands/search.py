@@ -23,7 +23,7 @@ from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_
 from regrow.commands.search_record import SearchRecord
 from regrow.commands.searching import build_method, measure_statistics, select_known, train_space
 from regrow.commands.starting import check_outputs, find_start
-from regrow.commands.targets import find_granularities, target_measure
+from regrow.commands.targets import find_granularities
 from regrow.commands.trackers import tracking
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
@@ -37,10 +37,9 @@ from regrow.nets.loaded import Origin
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
-from regrow.settings.search import FORMER, Settings
+from regrow.settings.search import Settings, parse_search_target
 from regrow.settings.words import command_line
 from regrow.sources import Batch, moved
-from regrow.store.run_record import RUN
 from regrow.surgery import UndoStore
 from regrow.tasks import Task, first_examples, input_shape
 from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
@@ -80,7 +79,6 @@ def run(
     """
     check_settings(settings)
     check_same_settings(ranks, settings)
-    settings = _restore_accounting(settings, Path(out))
     RunFolder.check(out, verb="search", settings=record_settings(settings))
     start = find_start(settings.space, settings.data, settings.input, code, progress)
     inputs = read_inputs(settings, start, ranks)
@@ -94,9 +92,9 @@ def run(
     started = RunFolder.open_unfinished(out)
     place = started.path if started else Path(out)
     begun = (place / CHECKPOINT).is_file()
-    timed_target = target_measure(inputs.target, inputs.accounting) == Measure.TIME
+    timed_target = parse_search_target(inputs.target).measure == Measure.TIME
     table = latencies.read_or_measure(place, model, batch, begun) if timed_target else None
-    broadcast_record(ranks, {"accounting": settings.accounting, "table": asdict(table) if table else None})
+    broadcast_record(ranks, asdict(table) if table else None)
     check_same_tasks(ranks, model, parts.tasks)
     search = build_search(inputs, model, axes, plan, table)
     search.check(Context(model, axes, parts.search, epochs=inputs.epochs, seed=inputs.seed, objective=inputs.objective))
@@ -153,7 +151,7 @@ def _search(
         cast(Staged, model).recomputed = True
     watch = stage_memory.MemoryWatch(search, inputs.memory, inputs.batch_size)
     watch.rows.update(state.learner.memory)
-    record = SearchRecord(folder, len(folder.own_ledger), rows=[("epoch", dict(row)) for row in state.learner.history])
+    record = SearchRecord(folder, len(folder.own_ledger))
 
     def write_rows(now: TrainState[SearchState], unfinished: int = 0) -> None:
         record.write(now)
@@ -169,7 +167,6 @@ def _search(
         own = replace(now.learner, memory=dict(watch.rows), recomputed=recomputed)
         write_checkpoint(place, model, replace(now, learner=own), undo, logged=record.events)
 
-    write_rows(state, unfinished=1)  # version 0.1 wrote checkpoints before rows
     context = end_context(inputs, parts, model, axes, undo)
     more: dict[str, Any] = {"state": state, "checkpoint": write, "log": record.log, "progress": progress}
     if inputs.memory:
@@ -207,12 +204,6 @@ def _check_cutout(retraining: Retraining | None, parts: Parts) -> None:
         raise ValueError(f"--cutout {side} of pictures of {most} pixels: take 0, for none, to {most - 1}")
 
 
-def _restore_accounting(settings: Settings, out: Path) -> Settings:
-    """Return the settings with the definition of size that the run in the folder was started with."""
-    there = RunFolder.open_unfinished(out) or (RunFolder.open(out) if (out / RUN).is_file() else None)
-    return replace(settings, accounting=there.run()["settings"].get("accounting", FORMER)) if there else settings
-
-
 def build_space(inputs: SearchInputs, task: Task) -> tuple[nn.Module, Origin, MemoryStages | None]:
     """Return the search space as a network with random weights, its origin, and its stages under a memory budget.
 
@@ -226,7 +217,7 @@ def build_space(inputs: SearchInputs, task: Task) -> tuple[nn.Module, Origin, Me
             check_outputs(inputs.start, task, 1 + max(task.classes))
         return inputs.start.model, inputs.start.origin, None
     entry = find_method(MethodKind.SEARCH, inputs.method)
-    measure = target_measure(inputs.target, inputs.accounting)
+    measure = parse_search_target(inputs.target).measure
     given = {"measure": str(measure), "levels": find_granularities(measure)}
     search: Search = entry.made(inputs.method, select_known(entry, given) | dict(inputs.method_settings))
     return spaces.build_network(
@@ -261,7 +252,7 @@ def build_search(
     Raises:
         ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.
     """
-    given: dict[str, Any] = {"accounting": inputs.accounting, "seed": inputs.seed, "epochs": inputs.epochs}
+    given: dict[str, Any] = {"seed": inputs.seed, "epochs": inputs.epochs}
     search = build_method(inputs.method, inputs.method_settings, model, axes, inputs.target, table=table, **given)
     space = search.rules.space
     if plan is not None and space.ends != plan.ends:

@@ -17,7 +17,6 @@ from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
 from regrow.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from regrow.references import names_code
-from regrow.settings.renamed import rename_recorded
 from regrow.settings.search import Settings
 from regrow.sources import device_of, moved
 from regrow.tasks import CappedExamples, ExampleSet, Task, first_examples
@@ -82,7 +81,6 @@ class SearchInputs:
         stride: The stride of the stem.
         memory: The largest memory of a stage in bytes; 0: no budget.
         target: The target as text (:func:`regrow.commands.targets.parse_target`).
-        accounting: How weights that are 0 count in a size.
         method: The name of the method.
         method_settings: Its settings that differ from the defaults.
         data: The data.
@@ -101,7 +99,6 @@ class SearchInputs:
     stride: int
     memory: int
     target: str
-    accounting: str
     method: str
     method_settings: Mapping[str, object]
     data: DataSpec
@@ -153,7 +150,7 @@ def read_inputs(settings: Settings, start: Loaded | None = None, ranks: ProcessR
     for name in ("cutout", "inherit"):
         if getattr(settings, name) and not settings.retrain:
             raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
-    own = ("space", "stages", "stride", "target", "accounting", "method", "method_settings", "batch_size", "epochs")
+    own = ("space", "stages", "stride", "target", "method", "method_settings", "batch_size", "epochs")
     data = DataSpec(settings.data, settings.train, settings.test, settings.validation, settings.seed)
     data = replace(data, normalised=names_code(settings.space))
     if start and start.tokenizer is not None:
@@ -168,7 +165,7 @@ def read_inputs(settings: Settings, start: Loaded | None = None, ranks: ProcessR
     retrained = _schedule(settings, settings.retrain, "cosine", objective) if settings.retrain else None
     retraining = Retraining(retrained, inherit, settings.cutout) if retrained else None
     return SearchInputs(
-        **rename_recorded({name: getattr(settings, name) for name in own}),
+        **{name: getattr(settings, name) for name in own},
         memory=parse_bytes(settings.memory) if settings.memory else 0,
         data=data,
         schedule=_schedule(settings, settings.epochs, "constant", objective) if settings.epochs else None,

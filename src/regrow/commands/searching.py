@@ -19,7 +19,6 @@ from regrow.methods.search.state import SearchState
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
-from regrow.settings.search import DENSE
 from regrow.sources import Batch
 from regrow.training import tune
 from regrow.training.continual import TaskSchedule, learn
@@ -48,7 +47,6 @@ def build_method(
     axes: AxisGraph,
     target: str,
     *,
-    accounting: str = DENSE,
     seed: int = 0,
     epochs: int = 0,
     table: Latency | None = None,
@@ -61,7 +59,6 @@ def build_method(
         model: The whole space as a network.
         axes: The axes of the space.
         target: The target as text (:func:`regrow.commands.targets.parse_target`).
-        accounting: How weights that are 0 count in a size.
         seed: Seed of everything random.
         epochs: Epochs of the search.
         table: The measured latencies, for a target in ms.
@@ -70,7 +67,7 @@ def build_method(
         ValueError: If there is no such method, a setting of it is wrong, or the target cannot be met.
     """
     entry = find_method(MethodKind.SEARCH, method)
-    measure, most = parse_target(target, axes, table, accounting)
+    measure, most = parse_target(target, axes, table)
     given: dict[str, object] = {
         "target": most,
         "measure": str(measure),

@@ -38,13 +38,12 @@ def share(settings: Settings, ranks: ProcessRank, *, code: str = "") -> None:
     start = find_start(settings.space, settings.data, settings.input, code)
     inputs = read_inputs(settings, start, ranks)
     parts = read_parts(inputs.data)
-    message: dict[str, Any] = broadcast_record(ranks)
-    inputs = replace(inputs, accounting=message["accounting"])
+    times = broadcast_record(ranks)
     model, origin, plan = build_space(inputs, parts.search)
     model.to(inputs.device)
     axes = trace_examples(model, parts.search, parts.kwargs)
     check_same_tasks(ranks, model, parts.tasks)
-    table = Latency(**message["table"]) if message["table"] else None
+    table = Latency(**times) if times else None
     search, undo = build_search(inputs, model, axes, plan, table), UndoStore()
     model, axes, state = receive_start(ranks, model, axes, search.learner.state, undo)
     if state.learner.recomputed:

@@ -5,29 +5,7 @@ from regrow.amounts import Measure
 from regrow.axes import AxisGraph
 from regrow.evaluation import Latency
 from regrow.methods.search.space import GRANULARITIES
-from regrow.settings.search import DENSE, FORMER, parse_search_target
-
-
-def target_measure(text: str, accounting: str = DENSE) -> Measure:
-    """Return the measure that a target names, such as parameters for ``params=50k``.
-
-    >>> target_measure("macs=3M"), target_measure("0.2"), target_measure("0.2", FORMER)
-    (<Measure.MACS: 'macs'>, <Measure.PARAMETERS: 'params'>, <Measure.NONZERO: 'nonzero'>)
-
-    Args:
-        text: The target.
-        accounting: ``dense``; or ``0.1`` for a run of that version, where params counted what is not 0.
-
-    Raises:
-        ValueError: If it names no measure that a search can use, or one that version 0.1 counted differently.
-    """
-    found = parse_search_target(text).measure
-    if accounting == FORMER and found in (Measure.MACS, Measure.BYTES):
-        raise ValueError(
-            f"version 0.1 began this run, for which weights that are 0 cost no {found}; got {text}: finish it with "
-            "that version, or choose another folder"
-        )
-    return Measure.NONZERO if accounting == FORMER and found == Measure.PARAMETERS else found
+from regrow.settings.search import parse_search_target
 
 
 def find_granularities(measure: Measure) -> tuple[str, ...]:
@@ -39,9 +17,7 @@ def find_granularities(measure: Measure) -> tuple[str, ...]:
     return GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
 
 
-def parse_target(
-    text: str, axes: AxisGraph, table: Latency | None = None, accounting: str = DENSE
-) -> tuple[Measure, float]:
+def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
     """Return a target as a measure and a number.
 
     Args:
@@ -49,12 +25,12 @@ def parse_target(
             cost, ``macs=20%``; or a fraction of its parameters, ``0.2``.
         axes: The axes of the whole space.
         table: The measured latencies of the whole space, for a target in ms.
-        accounting: As in :func:`target_measure`.
 
     Raises:
         ValueError: If it is none of these, or more than the whole space has.
     """
-    target, measure = parse_search_target(text), target_measure(text, accounting)
+    target = parse_search_target(text)
+    measure = target.measure
     if measure == Measure.TIME and table is None:
         raise ValueError("how long the space takes was not measured: evaluation.latency(…) does it")
     dense = Measure.PARAMETERS if measure == Measure.NONZERO else measure

@@ -7,13 +7,9 @@ from typing import Any
 from regrow import store
 from regrow.commands.parents import BEFORE, describe_stage
 from regrow.run_folder import RunFolder
-from regrow.store import probe
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.replacing import clear_leftovers, replace_folder
-from regrow.store.run_record import RUN, read_json, read_run
 from regrow.store.snapshots import check_files, copy_folder
-from regrow.store.tensors import read_tensors
-from regrow.store.weights import inside, read_weights
 
 
 @dataclass(frozen=True)
@@ -63,12 +59,8 @@ def undo(run: Path, out: Path | None = None) -> Path:
     """
     folder = RunFolder.open(run)
     before, snapshot = run / BEFORE, folder.run().get("snapshot")
-    if snapshot is None and (before.is_symlink() or not (before / store.SHAPES).is_file()):
-        why = (
-            "it was started with --no-undo, or by an earlier version"
-            if "parent" in folder.run()
-            else ("the network was new, or the run is of an earlier version")
-        )
+    if snapshot is None:
+        why = "it was started with --no-undo" if "parent" in folder.run() else "the network was new"
         raise StoreError(f"{run} holds no model from before the run ({why}); give a run folder with {BEFORE}/")
     if before.is_symlink() or not before.is_dir():
         raise StoreError(f"{before} is no folder any more; put the one of the run there again")
@@ -76,28 +68,7 @@ def undo(run: Path, out: Path | None = None) -> Path:
     clear_leftovers(out)
     if out != run and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError(f"{out} exists and is not empty; choose another folder, or delete it")
-    if snapshot is None:  # of an earlier version
-        _check_saved(before)
     with explain_os_errors(out), replace_folder(out) as new:
         copy_folder(before, new, link=out == run)
-        if snapshot is not None:
-            check_files(new, snapshot["files"], before)
+        check_files(new, snapshot["files"], before)
     return out
-
-
-def _check_saved(folder: Path) -> None:
-    """Raise StoreError unless the records, weights and recorded output of a saved model are whole, and of those in it.
-
-    Args:
-        folder: The folder, without a record of its files.
-    """
-    shapes = store.read_shapes(folder)
-    read_weights(folder, shapes)
-    if shapes.probe.file is not None:
-        read_tensors(inside(folder, probe.FILE), probe.FORMAT)
-    for path in sorted(folder.glob("*.json")):
-        read_json(path)
-    if (folder / RUN).exists():
-        read_run(folder)
-    if (folder / BEFORE).exists():
-        _check_saved(folder / BEFORE)

@@ -8,7 +8,7 @@ that builds it from them, and the paper to cite. Packages add methods by entry p
 import ast
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from enum import StrEnum
 from importlib.metadata import EntryPoint, entry_points
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from regrow.references import names_code
-from regrow.settings.renamed import SETTINGS, rename_settings
 
 GROUP = "regrow.methods"
 """The group of entry points by which packages add methods."""
@@ -41,7 +40,6 @@ class MethodEntry:
         build: Returns the method; called with the settings, and with the keyword arguments of :meth:`made`.
         citation: The paper to cite.
         about: The docstring of the method's module: what the paper does, and where this implementation differs.
-        renamed: Old name of a setting → present name; :meth:`made` takes both.
     """
 
     kind: MethodKind
@@ -49,13 +47,9 @@ class MethodEntry:
     build: Callable[..., Any]
     citation: str
     about: str
-    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def defaults(self, given: Collection[str]) -> dict[str, Any]:
         """Return the default of every setting not in ``given``; a run records them, since another version may differ.
-
-        Settings that a method got later are left out, as long as their default is what the method did before; those
-        that act only where another of them is given are left out only while that is not given.
 
         Args:
             given: The names of the settings that the user gave.
@@ -63,13 +57,7 @@ class MethodEntry:
         >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(given={"compensate"})
         {'allocation': 'uniform', 'minimum': 1}
         """
-        stated = {self.renamed.get(name, name) for name in given}
-        wanted = [one for one in fields(self.settings) if one.name not in stated]
-        return {
-            one.name: one.default
-            for one in wanted
-            if not one.metadata.get("unrecorded") or one.metadata.get("recorded_with") in stated
-        }
+        return {one.name: one.default for one in fields(self.settings) if one.name not in given}
 
     def made(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
         """Build the method with the given settings, after checking their names and types.
@@ -85,7 +73,7 @@ class MethodEntry:
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings must be a dict from names to values, got {settings!r:.60}")
         defaults = {field.name: field.default for field in fields(self.settings)}
-        given = rename_settings(self.renamed, settings, note=True)
+        given = dict(settings)
         for key, value in list(given.items()):
             if key not in defaults:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults) or 'none'}")
@@ -121,8 +109,7 @@ class MethodTable(Mapping[str, MethodEntry]):
 
     def __getitem__(self, name: str) -> MethodEntry:
         module = importlib.import_module(f"regrow.methods.{self._modules[name]}")
-        about, former = module.__doc__ or "", SETTINGS.get(name, {})
-        return MethodEntry(self._kind, module.Settings, module.build, module.CITATION, about, former)
+        return MethodEntry(self._kind, module.Settings, module.build, module.CITATION, module.__doc__ or "")
 
     def settings_of(self, name: str) -> tuple[str, ...] | None:
         """Return the names of a method's settings, read from its source without importing it; ``None`` if not found.
@@ -258,7 +245,7 @@ def check_setting_names(kind: MethodKind, name: str, settings: Collection[str]) 
     table = TABLES[kind]
     known = table.settings_of(name) if name in table else None
     for key in settings:
-        if known is not None and key not in known and key not in SETTINGS.get(name, {}):
+        if known is not None and key not in known:
             raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
 
 

@@ -73,7 +73,7 @@ class Origin:
         try:
             data = json.loads(text)
             kind, reference, config = data["kind"], data["reference"], data["config"]
-            name = data.get("name", "")
+            name = data["name"]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"not the origin of a model: {error!r}; restore the run's origin file") from None
         texts = all(isinstance(value, str) for value in (kind, reference, name))

@@ -9,15 +9,14 @@ from pathlib import Path
 from regrow.errors import InputError, ResourceError
 from regrow.limits import check_regular
 from regrow.reports.records import MissingFile
-from regrow.settings.renamed import rename_recorded
-from regrow.store.convert import convert
+from regrow.store.convert import check_format, convert
 from regrow.store.errors import StoreError
 from regrow.store.intervals import expand_plans
 from regrow.store.replacing import WORK, settle
 from regrow.store.schemas import AxisRows, Findings, ScoreSummary
 
-RUN_FORMAT = "regrow-run/1"
-LEDGER_FORMATS = ("regrow-ledger/2", "regrow-ledger/1")
+RUN_FORMAT = "regrow-run/2"
+LEDGER_FORMAT = "regrow-ledger/2"
 PLAN_FORMAT = "regrow-plan/1"
 
 MAX_BYTES = {
@@ -115,15 +114,14 @@ def read_run(path: Path) -> RunRecord:
         raise ReportError(str(error)) from error
     problems: list[str] = []
     run = _json(path / "run.json", problems)
-    if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
-        why = f"expected the format {RUN_FORMAT!r}"
-        if problems:
-            why = problems[0].removeprefix("run.json: ").removesuffix("; left out")
+    if problems:
+        why = problems[0].removeprefix("run.json: ").removesuffix("; left out")
         raise ReportError(f"{path / 'run.json'} cannot be read ({why}); restore it")
     try:
-        run = rename_recorded(run)
-    except InputError as error:
-        raise ReportError(f"{path / 'run.json'} cannot be read ({error}); restore it") from error
+        check_format(run, RUN_FORMAT, path / "run.json")
+    except StoreError as error:
+        raise ReportError(str(error)) from error
+    assert isinstance(run, dict)
     folder = RunRecord(path, run, problems=problems)
     searched = run.get("verb") == "search"
     needed = {"search": ABSENT_SEARCHING, "learn": ABSENT_LEARNING, "grow": ABSENT_GROWING}.get(
@@ -147,12 +145,10 @@ def read_run(path: Path) -> RunRecord:
 def _plans(path: Path, problems: list[str]) -> list[JsonObject]:
     """Return the plans of a ledger, with ranges of units expanded."""
     ledger = _object(path, problems)
-    if ledger and ledger.get("format") not in LEDGER_FORMATS:
-        problems.append(f"{path.name}: expected the format {LEDGER_FORMATS[0]!r}; left out")
+    if ledger.get("format") != LEDGER_FORMAT:
+        problems += [f"{path.name}: expected the format {LEDGER_FORMAT!r}; left out"] if ledger else []
         return []
-    plans = [plan for plan in objects(ledger.get("plans")) if plan.get("format", PLAN_FORMAT) == PLAN_FORMAT]
-    if ledger.get("format") != LEDGER_FORMATS[0]:
-        return plans
+    plans = [plan for plan in objects(ledger.get("plans")) if plan.get("format") == PLAN_FORMAT]
     try:
         return expand_plans(plans, path.stat().st_size)
     except (StoreError, ResourceError) as error:

@@ -65,8 +65,6 @@ def search(folder: RunRecord) -> dict[str, Any] | None:
     last = {what: mapping((lines.get(what) or [{}])[-1]) for what in ("levels", "found", "test", "stages", "latency")}
     target, levels = text(settings.get("target"), 40), last["levels"]
     measure = text(levels.get("measure")) or (target.partition("=")[0] if "=" in target else "params")
-    if measure == "params" and "accounting" not in settings:
-        measure = "nonzero"  # version 0.1 called it so
     sizes = {name: size(last["found"].get(name)) for name in _SIZES}
     counted, recorded = sizes.get({"params": "parameters"}.get(measure, measure)), number(levels.get("size"), 0)
     reached = recorded if counted is None or (measure == "nonzero" and recorded is not None) else counted

@@ -30,7 +30,6 @@ from regrow.reports.records import (
 )
 from regrow.reports.search import search
 from regrow.reports.widths import scores, widths
-from regrow.store.run_record import restate_settings
 
 FORMAT = "regrow-summary/1"
 MAX_RUNS = 64
@@ -73,7 +72,7 @@ def summarise(folders: list[Path]) -> Summary:
 
 
 def _run(folder: RunRecord) -> Run:
-    run, settings = folder.run, restate_settings(mapping(folder.run.get("settings")))
+    run, settings = folder.run, mapping(folder.run.get("settings"))
     kinds, frozen = widths(folder)
     metrics: dict[str, list[JsonObject]] = {}
     for row in folder.metrics:

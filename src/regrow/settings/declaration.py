@@ -28,18 +28,6 @@ MANY = 2**31 - 1
 
 SEED = Range(0, 2**63 - 1)
 
-UNRECORDED: Mapping[str, bool] = {"unrecorded": True}
-"""Metadata of a field of a method's settings whose default is what earlier versions did, and is not recorded."""
-
-
-def recorded_with(name: str) -> Mapping[str, object]:
-    """Return metadata of a field of a method's settings whose default is recorded where another setting is given.
-
-    Args:
-        name: The name of the other setting, which earlier versions did not have.
-    """
-    return {**UNRECORDED, "recorded_with": name}
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -62,10 +50,7 @@ class Setting:
         varied: Whether its option may be repeated, for one run with each value.
         shown: Whether command lines that are printed state it even if it has its default.
         one_of: The name of a group of settings of which exactly one must be given.
-        absent: The value that its absence from a ``run.json`` means, if that is not the default; a setting with this
-            value is not written. For settings that were added after version 0.1.
         parts: For a mapping: options that set one entry each, with the entry's name.
-        former: For a text whose meaning changed after version 0.1: the text in a settings file, and what it means now.
     """
 
     help: str
@@ -83,9 +68,7 @@ class Setting:
     varied: bool = False
     shown: bool = False
     one_of: str = ""
-    absent: Any = ...
     parts: tuple[tuple[str, "Setting"], ...] = ()
-    former: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
@@ -231,28 +214,12 @@ def check_settings(settings: "DataclassInstance") -> None:
 
 
 def record_settings(settings: "DataclassInstance") -> dict[str, Any]:
-    """Return the settings as ``run.json`` stores them; newer settings only where they change the run.
-
-    A setting that was added after version 0.1 is left out if its value is what older versions always did
-    (:attr:`Setting.absent`), so that their runs are still equal.
+    """Return the settings as ``run.json`` stores them.
 
     Args:
         settings: A command's settings.
     """
-    known = declared(type(settings))
-    values = asdict(settings)
-    return {name: value for name, value in values.items() if value != known[name].setting.absent}
-
-
-def complete_settings(values: Mapping[str, Any], kind: "type[DataclassInstance]") -> dict[str, Any]:
-    """Return the settings of a ``run.json`` with the values that the absence of newer settings means.
-
-    Args:
-        values: The settings in the file.
-        kind: The dataclass of the settings.
-    """
-    absent = {name: one.setting.absent for name, one in declared(kind).items()}
-    return {name: value for name, value in absent.items() if value is not ...} | dict(values)
+    return asdict(settings)
 
 
 def words_of(hint: Any) -> str:

@@ -96,8 +96,7 @@ def _checked(path: Path, field: Declared, value: Any, part: str = "") -> Any:
             f"{path}: {field.key} is {value!r:.80}, which names code, and only the command line names code; leave it "
             f"out of the file, and add {word} to the command if you trust it"
         )
-    was, means = field.setting.former
-    return means if was and value == was else value
+    return value
 
 
 def _parse_file(path: Path) -> Mapping[str, Any]:

@@ -63,6 +63,6 @@ class Settings:
     input: Input = ""
     seq_len: Annotated[int, Setting(
         "Length of a text window in tokens; --train and --test count windows then.",
-        range=Range(2, 2**20), absent=256,
+        range=Range(2, 2**20),
     )] = 256
     undo: Undo = True

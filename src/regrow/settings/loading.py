@@ -24,14 +24,14 @@ _DEVICE = Setting(
     group=LOADING, metavar="DEVICE",
 )
 Device = Annotated[str, _DEVICE]
-ForwardPrecision = Annotated[str, replace(PRECISION, group=LOADING, absent="float32")]
-TrainingDevice = Annotated[str, replace(_DEVICE, group=TRAINING, absent="cpu")]
+ForwardPrecision = Annotated[str, replace(PRECISION, group=LOADING)]
+TrainingDevice = Annotated[str, replace(_DEVICE, group=TRAINING)]
 Input = Annotated[str, Setting(
     "Input shape of an image model, batch first, such as 1x3x32x32. Default: the shape recorded in the run folder, "
     "given by the function that builds the model, or of the images in --source; otherwise a guess, which is printed.",
-    metavar="SHAPE", group=LOADING, absent="",
+    metavar="SHAPE", group=LOADING,
 )]
 Undo = Annotated[bool, Setting(
     "Keep no copy of the model as it was before this run; `regrow undo` cannot return to it then.",
-    option="--no-undo", absent=True,
+    option="--no-undo",
 )]

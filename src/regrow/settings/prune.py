@@ -72,23 +72,23 @@ class Settings:
     measure: Annotated[str, Setting(
         "The quantity of which --keep is a fraction: weights (of linear and convolution layers; of a language model, "
         "of its decoder's linear layers), params (all parameters), macs, bytes, kv_cache or ms.",
-        group=AMOUNT, choices=("weights", "params", "macs", "bytes", "kv_cache", "ms"), former=("params", "weights"),
+        group=AMOUNT, choices=("weights", "params", "macs", "bytes", "kv_cache", "ms"),
     )] = "weights"
     target: Annotated[str, Setting(
         "The largest allowed size, instead of --keep: params=100M (all parameters), macs=2G (of one example), "
         "bytes=200M (of the weight file, in the dtype given by --dtype), kv_cache=50M@4096 (bytes of the key-value "
         "cache at 4096 tokens), ms=120 or ms=120@512 (a forward pass, of 512 tokens, measured on this device); or a "
         "share of what the model has: params=70%, macs=50%.",
-        metavar="UNIT=AMOUNT", group=AMOUNT, example="bytes=200M", one_of="how much stays", absent="",
+        metavar="UNIT=AMOUNT", group=AMOUNT, example="bytes=200M", one_of="how much stays",
     )] = ""
     smaller: Annotated[float | None, Setting(
         "How much smaller the model gets, as a share of all its parameters: 30% is --target params=70%.",
         metavar="SHARE", group=AMOUNT, range=Range(0, 1, above=True, below=True), example="30%",
-        one_of="how much stays", absent=None,
+        one_of="how much stays",
     )] = None
     regular: Annotated[bool, Setting(
         "Give every block the same widths, as in an ordinary model; which units each block keeps is still its own.",
-        group=AMOUNT, absent=False,
+        group=AMOUNT,
     )] = False
     sources: Annotated[tuple[str, ...], Setting(
         "A text domain: news, code, manual or talk (included), or NAME=PATH for your own file or folder of text; or "
@@ -132,12 +132,12 @@ class Settings:
     )] = 4096
     generated_tokens: Annotated[int, Setting(
         "Tokens of --source generated; 0: as many as of other sources.",
-        group=DATA, range=Range(0, MANY), example="8192", absent=12288,
+        group=DATA, range=Range(0, MANY), example="8192",
     )] = 12288
     batch_size: Annotated[int, Setting(
         "Windows of text (image models: images) that calibration runs at a time; 8 is faster than 1 and takes more "
         "memory. Methods that need gradients of weights run one at a time.",
-        group=DATA, range=Range(1, 2**16), example="8", absent=1,
+        group=DATA, range=Range(1, 2**16), example="8",
     )] = 1
     eval_tokens: EvalTokens = 2048
     seq_len: SeqLen = 256
@@ -147,26 +147,26 @@ class Settings:
     )] = 0
     recover: Annotated[str, Setting(
         "Recover quality after pruning by this method: bias, refit, lora or distil.",
-        metavar="NAME", group=AFTER, code=True, absent="",
+        metavar="NAME", group=AFTER, code=True,
     )] = ""
     recover_tokens: Annotated[int, Setting(
         "Tokens (image models: images) that --recover trains on, over all sources together.",
-        group=AFTER, range=Range(1, MANY), absent=32768,
+        group=AFTER, range=Range(1, MANY),
     )] = 32768
     reconstruct: Annotated[bool, Setting(
         "After the cut, fit every layer that reads cut units to its own dense output by least squares (with --source "
         "generated, unless a norm follows it: to what the dense network has there), with what is chosen judged on each "
         "source in turn, left out of the fit (of a single source: on held-out text).",
-        group=AFTER, absent=False,
+        group=AFTER,
     )] = False
     reconstruct_tokens: Annotated[int, Setting(
         "Tokens (image models: images) that --reconstruct fits on, over all sources together. Default: those of the "
         "calibration; of text at least 8192.",
-        group=AFTER, range=Range(0, MANY), example="16384", absent=0,
+        group=AFTER, range=Range(0, MANY), example="16384",
     )] = 0
     reconstruct_settings: Annotated[Mapping[str, Any], Setting(
         "A setting of --reconstruct; `regrow methods refit` lists them. Repeatable.",
-        option="--reconstruct-set", metavar="NAME=VALUE", group=AFTER, absent={},
+        option="--reconstruct-set", metavar="NAME=VALUE", group=AFTER,
     )] = field(default_factory=dict)
     proof: Annotated[bool, Setting(
         "Skip the check that the cut model computes what the masked one computes (16 bytes per parameter of a block).",

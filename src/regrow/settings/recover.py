@@ -49,7 +49,7 @@ class Settings:
     seed: Annotated[int, Setting("Random seed of the text windows and their order.", range=SEED, shown=True)] = 0
     precision: Annotated[str, replace(
         PRECISION, help="As for `regrow prune`, of a recovery that trains (lora, distil); default: that of the run.",
-        group="", absent="",
+        group="",
     )] = ""
     undo: Undo = True
     # fmt: on

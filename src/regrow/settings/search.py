@@ -1,6 +1,6 @@
 """The settings of ``regrow search``."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from regrow.amounts import Measure, Target, parse_share
@@ -9,19 +9,16 @@ from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting, declared
 from regrow.settings.loading import Input, TrainingDevice, Undo
 from regrow.settings.training import (
-    PRECISION,
     TRAINING,
     BatchSize,
     LearningRate,
     MethodSettings,
+    Precision,
     Seed,
     Test,
     Train,
     WeightDecay,
 )
-
-DENSE, FORMER = "dense", "0.1"
-"""How weights that are 0 count in a size: as stored and computed, or (version 0.1) not at all."""
 
 SEARCH, RETRAIN = "Search", "Training of the final network"
 
@@ -93,7 +90,7 @@ class Settings:
     smaller: Annotated[float | None, Setting(
         "How much smaller than the whole space the result is, in parameters: 80% is --target params=20%.",
         metavar="SHARE", range=Range(0, 1, above=True, below=True), example="80%",
-        one_of="how large the result may be", absent=None,
+        one_of="how large the result may be",
     )] = None
     method: Annotated[str, Setting("The search method; `regrow methods` lists all.", code=True)] = "mgas"
     method_settings: MethodSettings = field(default_factory=dict)
@@ -117,7 +114,7 @@ class Settings:
     )] = 30
     inherit: Annotated[bool, Setting(
         "Start this training from the weights of the search instead of new ones.",
-        group=RETRAIN, absent=False,
+        group=RETRAIN,
     )] = False
     cutout: Annotated[int, Setting(
         "Side in pixels of the square that is blanked in each training image (cutout); 0: none.",
@@ -133,17 +130,13 @@ class Settings:
         group="Data", range=Range(0, 1, above=True, below=True),
     )] = 0.2
     stride: Annotated[int, Setting("Stride of the first convolution.", group=TRAINING, range=Range(1, 4))] = 2
-    precision: Annotated[str, replace(PRECISION, absent="float32")] = "float32"
+    precision: Precision = "float32"
     device: TrainingDevice = "cpu"
     seed: Seed = 0
-    accounting: Annotated[str, Setting(
-        "dense; 0.1 for a run of that version, whose target in parameters counted what is not 0.",
-        hidden=True, absent=FORMER,
-    )] = DENSE
     input: Input = ""
     seq_len: Annotated[int, Setting(
         "Length of a text window in tokens; --train and --test count windows then.",
-        range=Range(2, 2**20), absent=256,
+        range=Range(2, 2**20),
     )] = 256
     undo: Undo = True
     # fmt: on

@@ -3,12 +3,10 @@
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from regrow.errors import InputError
 from regrow.settings.declaration import Declared, declared, options_of
-from regrow.settings.renamed import rename_recorded
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -103,8 +101,7 @@ def build_settings(kind: type[Settings], given: Mapping[str, Any], file: Mapping
         file: Field name → value from the file.
 
     Raises:
-        InputError: If a required setting is missing, several of a group are given of which only one is allowed, or a
-            setting of the method is given by its old and its present name.
+        InputError: If a required setting is missing, or several of a group are given of which only one is allowed.
     """
     options = options_of(kind)
     rivals = [one for one in options if one.setting.one_of]
@@ -120,6 +117,4 @@ def build_settings(kind: type[Settings], given: Mapping[str, Any], file: Mapping
     if rivals and sum(one.name in values for one in rivals) != 1:
         *others, last = (one.example for one in rivals)
         raise InputError(f"say {rivals[0].setting.one_of}, by one of {', '.join(others)} or {last}")
-    settings = kind(**values)
-    own = {name: getattr(settings, name) for name in ("method", "method_settings") if hasattr(settings, name)}
-    return replace(settings, **rename_recorded(own, note=True))
+    return kind(**values)

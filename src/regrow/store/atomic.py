@@ -136,25 +136,23 @@ def staging_folder(path: Path) -> Iterator[Path]:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """Return the unfinished files and folders beside ``path`` that were to become it, of live processes too.
+    """Return the unfinished folders beside ``path`` that were to become it, of live processes too.
 
     Args:
         path: The file or folder.
     """
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(partial|old)")
-    return sorted(one for one in path.parent.iterdir() if name.fullmatch(one.name)) if path.parent.is_dir() else []
+    entries = path.parent.iterdir() if path.parent.is_dir() else ()
+    return sorted(one for one in entries if name.fullmatch(one.name) and one.is_dir() and not one.is_symlink())
 
 
 def sweep(path: Path) -> None:
-    """Delete the unfinished files and folders that killed processes left beside ``path``.
+    """Delete the unfinished folders that killed processes left beside ``path``.
 
     Args:
         path: The file or folder that they were to become.
     """
     for one in leftovers(path):
-        if one.is_symlink() or not one.is_dir():  # of version 0.1
-            one.unlink(missing_ok=True)
-            continue
         with contextlib.suppress(LockedError, FileNotFoundError), lock(one) as owner:
             if owner.sure:
                 shutil.rmtree(one, ignore_errors=True)

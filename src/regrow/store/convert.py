@@ -39,6 +39,29 @@ def convert(data: object, kind: type[Record], where: str | Path = "", remedy: st
         raise StoreError(f"{where}: {told}; {remedy}" if where else f"{told}; {remedy}") from None
 
 
+def check_format(data: object, known: str, where: str | Path, remedy: str = "run it again") -> None:
+    """Raise StoreError unless JSON data name the format that this version reads.
+
+    Args:
+        data: The parsed JSON.
+        known: The format with its number, such as ``"regrow-run/2"``.
+        where: The file, for the error message.
+        remedy: What the error message tells the user to do about a file of another version.
+
+    Raises:
+        StoreError: If they name another number, or no such format.
+    """
+    written = data.get("format") if isinstance(data, Mapping) else None
+    if written == known:
+        return
+    if isinstance(written, str) and written.startswith(known.partition("/")[0] + "/"):
+        raise StoreError(
+            f"{where} was written by another version of regrow (format {written:.40}, this version reads {known}); "
+            f"{remedy}"
+        )
+    raise StoreError(f"{where} is not of the format {known!r}; restore it")
+
+
 def _locate(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
     """Return the field that an error of msgspec is about, with the dict keys that it leaves out, and its value."""
     place: list[Any] = []

@@ -263,13 +263,13 @@ class LevelsRow(msgspec.Struct, frozen=True):
 
 
 class SearchResultRow(msgspec.Struct, frozen=True):
-    """The network that a search found; version 0.1 recorded neither multiply–accumulates nor bytes."""
+    """The network that a search found."""
 
     accuracy: Share
     parameters: Count
     nonzero: Count
-    macs: Count | None = None
-    bytes: Count | None = None
+    macs: Count
+    bytes: Count
 
 
 class ScoreRow(msgspec.Struct, frozen=True):
@@ -279,8 +279,8 @@ class ScoreRow(msgspec.Struct, frozen=True):
     score: Figure
     parameters: Count
     nonzero: Count
-    macs: Count | None = None
-    bytes: Count | None = None
+    macs: Count
+    bytes: Count
 
 
 class TestRow(msgspec.Struct, frozen=True):

@@ -20,9 +20,8 @@ from regrow.nets.weight_files import check_unchanged
 from regrow.store import portable, probe
 from regrow.store.atomic import write_text
 from regrow.store.attributes import attribute_tensors
-from regrow.store.building import Builder, build_checked, build_fresh
+from regrow.store.building import Builder, build_checked, build_fresh, describe_origin, unsaved_change
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.origins import describe_origin
 from regrow.store.pretrained import (
     main_dtype,
     read_tokenizer,
@@ -30,7 +29,6 @@ from regrow.store.pretrained import (
     write_configuration,
     write_tokenizer,
 )
-from regrow.store.rebuilding import unsaved_change
 from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, settle
 from regrow.store.shapes import DTYPES, SHAPES, Probe, Shapes
 from regrow.store.state import describe, named_tensors, restore
@@ -247,8 +245,8 @@ def _load(
         dtypes = {DTYPES[one.dtype] for one in shapes.tensors.values()}
         probe.check_probe(net, folder / probe.FILE, stored=dtypes, cast=transformers and dtype is not None)
     elif check:
-        why = shapes.probe.reason or "it is of an earlier version"
-        _log.warning("%s: the output of the model was not recorded, so that it is not checked: %s", folder, why)
+        reason = shapes.probe.reason
+        _log.warning("%s: the output of the model was not recorded, so that it is not checked: %s", folder, reason)
     net.to(device, None if transformers else dtype)
     for name, tensor in attribute_tensors(net).items():  # which `to` leaves where they are
         if name in tensors:

@@ -23,8 +23,8 @@ class SlotJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FillJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How new units are initialised: the rule, and the random seed."""
 
-    rule: str = "zero_out"
-    seed: Count = 0
+    rule: str
+    seed: Count
 
 
 class ChangeJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,11 +33,11 @@ class ChangeJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: Count
     keep: list[Count]
     slots: list[SlotJson]
-    ids: list[Count] = []
-    grow: Count = 0
-    fill: FillJson = FillJson()
-    restore: list[Count] = []
-    fresh: bool = False
+    ids: list[Count]
+    grow: Count
+    fill: FillJson
+    restore: list[Count]
+    fresh: bool
 
 
 class PlaceholderJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,8 +45,8 @@ class PlaceholderJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     gives: Literal["zero", "input", "nothing"]
     takes: Annotated[int, msgspec.Meta(ge=0, lt=256)] | str
-    of: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
-    at: Annotated[int, msgspec.Meta(ge=0, lt=256)] = 0
+    of: Annotated[int, msgspec.Meta(ge=0, le=256)]
+    at: Annotated[int, msgspec.Meta(ge=0, lt=256)]
 
 
 class BlockCopyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,7 +54,7 @@ class BlockCopyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     position: Size
     of: Size
-    zeros: list[str] = []
+    zeros: list[str]
 
 
 class InsertionJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,9 +69,9 @@ class PlanJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: Literal["regrow-plan/1"]
     changes: dict[str, ChangeJson]
-    origin: dict[str, Any] = {}
-    means: dict[str, dict[str, float]] = {}
-    drop: dict[str, dict[str, PlaceholderJson]] = {}
-    back: list[str] = []
+    origin: dict[str, Any]
+    means: dict[str, dict[str, float]]
+    drop: dict[str, dict[str, PlaceholderJson]]
+    back: list[str]
     insert: dict[str, InsertionJson] = {}
     remove: dict[str, InsertionJson] = {}

@@ -1,6 +1,12 @@
-"""``run.json``: the settings that identify a run, so that a folder resumes the same run and no other."""
+"""``run.json``: the settings that identify a run, so that a folder resumes the same run and no other.
+
+The files of an unfinished run lie in a working area: a hidden folder in the folder of the run, never mistaken for a
+result. The ``run.json`` at the top of a folder is that of a finished run.
+"""
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -8,23 +14,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from regrow.errors import InputError
 from regrow.limits import parse_json, problem
-from regrow.settings.declaration import check_settings, complete_settings
-from regrow.settings.renamed import rename_recorded
+from regrow.settings.declaration import check_settings
 from regrow.store import schemas
-from regrow.store.convert import convert
-from regrow.store.errors import StoreError, check_readable
+from regrow.store.atomic import LEFTOVER, write_text
+from regrow.store.convert import check_format, convert
+from regrow.store.errors import StoreError, check_readable, explain_os_errors
+from regrow.store.replacing import WORK, link_tree
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 RUN = "run.json"
-FORMAT = "regrow-run/1"
+FORMAT = "regrow-run/2"
 _LONGEST = 2**28
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read and check the ``run.json`` of a run folder; settings that were renamed since have their present names.
+    """Read and check the ``run.json`` of a run folder.
 
     Args:
         folder: The folder.
@@ -35,28 +42,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     data = read_json(folder / RUN)
     if data is None:
         raise StoreError(f"{folder} is not a run folder (no {RUN}); give the folder of a run")
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise StoreError(f"{folder / RUN} is not of the format {FORMAT!r}; restore it")
+    check_format(data, FORMAT, folder / RUN)
     convert(data, schemas.RunJson, folder / RUN)
-    try:
-        return rename_recorded(data | {"settings": restate_settings(data["settings"])})
-    except InputError as error:
-        raise StoreError(f"{folder / RUN} cannot be read ({error}); restore it") from None
-
-
-def restate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return recorded settings in present terms: the weights that ``keep`` counts were ``params`` in version 0.1.
-
-    >>> restate_settings({"keep": 0.6, "measure": "params"})
-    {'keep': 0.6, 'measure': 'weights'}
-
-    Args:
-        settings: The settings in a ``run.json``; today none has both ``keep`` and ``params``.
-    """
-    if isinstance(settings.get("pruning"), dict):  # of a recovery
-        settings = {**settings, "pruning": restate_settings(settings["pruning"])}
-    former = settings.get("measure") == "params" and settings.get("keep") is not None
-    return {**settings, "measure": "weights"} if former else dict(settings)
+    run: dict[str, Any] = data
+    return run
 
 
 def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Settings:
@@ -71,10 +60,12 @@ def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Sett
             run.
         InputError: If a setting is out of its range.
     """
-    if unknown := sorted(values.keys() - {one.name for one in fields(kind)}):
+    known = {one.name for one in fields(kind)}
+    if unknown := sorted(values.keys() - known):
         raise StoreError(f"settings: {unknown[0]!r:.60} is unknown here; use the version of regrow that wrote the run")
-    complete = complete_settings(values, kind)
-    settings: Settings = convert({"settings": complete}, dict[str, kind], "run.json")["settings"]  # type: ignore[valid-type]
+    if missing := sorted(known - values.keys()):
+        raise StoreError(f"settings: {missing[0]!r} is missing; restore run.json")
+    settings: Settings = convert({"settings": values}, dict[str, kind], "run.json")["settings"]  # type: ignore[valid-type]
     check_settings(settings)
     return settings
 
@@ -125,7 +116,8 @@ def run_identity(verb: str, settings: Mapping[str, object], defaults: Mapping[st
         defaults: The method's defaults of all other settings.
     """
     told = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
-    return rename_recorded(json.loads(json.dumps(told)))
+    identity: dict[str, Any] = json.loads(json.dumps(told))
+    return identity
 
 
 def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -139,8 +131,8 @@ def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     Raises:
         StoreError: Names the first difference.
     """
-    if run.get("verb") != wanted["verb"]:
-        raise StoreError(f"{path} holds a run of {run.get('verb')!r}; choose another folder, or delete it")
+    if run["verb"] != wanted["verb"]:
+        raise StoreError(f"{path} holds a run of {run['verb']!r}; choose another folder, or delete it")
     old, new = run["settings"], wanted["settings"]
     if other := [key for key in {**new, **old} if old.get(key) != new.get(key)]:
         was, now = (json.dumps(settings.get(other[0]))[:60] for settings in (old, new))
@@ -149,13 +141,90 @@ def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) ->
         )
     if run.get("finished"):
         raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
-    old, new = run.get("defaults"), wanted.get("defaults")
-    if old is None or new is None:  # nothing was noted
+    if "defaults" not in wanted:
         return
+    old, new = run["defaults"], wanted["defaults"]
     if other := [key for key in {**new, **old} if key not in old or old[key] != new.get(key)]:
         was, now = (json.dumps(values[other[0]])[:60] if other[0] in values else "unknown" for values in (old, new))
-        version = run.get("versions", {}).get("regrow", "of another version")
         raise StoreError(
-            f"{path} was begun by regrow {version}, where {other[0]} was {was} unless told, here {now}: finish it with "
-            "that version, or choose another folder"
+            f"{path} was begun by regrow {run['versions'].get('regrow')}, where {other[0]} was {was} unless told, "
+            f"here {now}: finish it with that version, or choose another folder"
         )
+
+
+def unfinished_folder(out: Path) -> Path | None:
+    """Return the folder that has the files of the unfinished run in ``out``; ``None`` if there is none.
+
+    Args:
+        out: The folder of the run.
+
+    Raises:
+        StoreError: If a ``run.json`` is damaged, or the working area leads out of the folder.
+    """
+    check_area(out / WORK)
+    return out / WORK if (out / WORK / RUN).is_file() else None
+
+
+def is_resumable(out: Path, wanted: Mapping[str, object]) -> bool:
+    """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing, else it is refused.
+
+    Args:
+        out: The folder.
+        wanted: The result of :func:`run_identity` for the wanted run.
+
+    Raises:
+        StoreError: If the folder holds anything else: another run, this one finished, or files of something else.
+    """
+    if not out.is_dir():
+        return False
+    names = {one.name for one in out.iterdir() if not LEFTOVER.fullmatch(one.name)}
+    if RUN in names:
+        check_same(out, read_run(out), wanted)
+        raise StoreError(f"{out / RUN} has no finishing time; restore it, or delete {out}")
+    if names - {WORK}:
+        raise StoreError(f"{out} exists and is not empty; choose another folder, or delete it")
+    begun = unfinished_folder(out)
+    if begun is None:
+        return False
+    check_same(out, read_run(begun) | {"finished": None}, wanted)
+    return True
+
+
+def check_area(area: Path) -> None:
+    """Raise StoreError if the working area or a folder in it is a symbolic link, so that all writes stay inside it.
+
+    Args:
+        area: The working area.
+
+    Raises:
+        StoreError: If one is a symbolic link, or the working area is a file.
+    """
+    inside = (Path(at) / name for at, names, _ in os.walk(area) for name in names)
+    for one in (area, *inside):
+        if one.is_symlink() or (one.exists() and not one.is_dir()):
+            raise StoreError(f"{one} is not a folder of its own, as unfinished work needs it; delete {area}")
+
+
+def make_area(out: Path) -> Path:
+    """Create an empty working area in a folder, and return its path.
+
+    Args:
+        out: The folder of the run.
+    """
+    with explain_os_errors(out):
+        if (out / WORK).exists():
+            shutil.rmtree(out / WORK)
+        (out / WORK).mkdir()
+    return out / WORK
+
+
+def copy_into_area(out: Path) -> None:
+    """Fill the working area with the files of the finished run in a folder, so that they can be changed there.
+
+    Args:
+        out: The folder of the run.
+    """
+    area = make_area(out)
+    with explain_os_errors(out):
+        link_tree(out, area, skip={WORK, RUN}, copy={"metrics.jsonl"})
+    write_text(area / RUN, (out / RUN).read_text(encoding="utf-8"))  # last: now there is a run

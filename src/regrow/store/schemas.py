@@ -21,10 +21,10 @@ class ParentJson(msgspec.Struct, frozen=True):
     """The ``parent`` of ``run.json``: the model that a run started from."""
 
     name: str
-    weights: str = ""
-    parameters: Count = 0
-    plans: Count = 0
-    files: dict[str, dict[str, int]] | None = None
+    weights: str
+    parameters: Count
+    plans: Count
+    files: dict[str, dict[str, int]] = {}
 
 
 class CopiedFile(msgspec.Struct, frozen=True):
@@ -45,24 +45,25 @@ class StageJson(msgspec.Struct, frozen=True):
     """An entry of ``stages`` in ``run.json``: an earlier run on the same network."""
 
     name: str
-    verb: str = ""
-    command: str = ""
-    changed: str = ""
-    before: Count = 0
-    parameters: Count = 0
-    plans: Count = 0
+    verb: str
+    command: str
+    changed: str
+    before: Count
+    parameters: Count
+    plans: Count
+    weights: Digest
 
 
 class RunJson(msgspec.Struct, frozen=True):
     """``run.json``: the settings, versions, times and notes of a run; it may have further fields."""
 
-    format: Literal["regrow-run/1"]
+    format: Literal["regrow-run/2"]
+    verb: str
+    command: str
     settings: dict[str, Any]
-    verb: str = ""
-    command: str = ""
-    defaults: dict[str, Any] = {}
-    versions: dict[str, str] = {}
-    started: str = ""
+    defaults: dict[str, Any]
+    versions: dict[str, str]
+    started: str
     finished: str | None = None
     notes: list[str] = []
     sources: list[dict[str, Any]] = []
@@ -86,7 +87,7 @@ class MetricsRow(msgspec.Struct, frozen=True):
 class LedgerJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``ledger.json``: the plans that were applied to a network, in order."""
 
-    format: Literal["regrow-ledger/1", "regrow-ledger/2"]
+    format: Literal["regrow-ledger/2"]
     plans: list[Any]
 
 
@@ -96,7 +97,7 @@ class OriginJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable"]
     reference: str
     config: dict[str, Any]
-    name: str = ""
+    name: str
 
 
 class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,19 +105,19 @@ class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dtype: str
     shape: Shape
+    sha256: Digest
     kind: Literal["parameter", "buffer", "derived", "attribute"] = "parameter"
     trains: bool = True
     was: Shape | None = None
     added: bool = False
-    sha256: Digest | Literal[""] = ""
 
 
 class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An entry of ``shapes.json``: the size and digest of a file of the model folder."""
 
     bytes: Count
-    sha256: str
-    header: str = ""
+    sha256: Digest
+    header: Digest | Literal[""]
 
 
 class NoProbe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,19 +129,19 @@ class NoProbe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ShapesJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``shapes.json``: how a saved network differs from its architecture, and its files."""
 
-    format: Literal["regrow-shapes/1"]
+    format: Literal["regrow-shapes/2"]
     origin: OriginJson
     tensors: dict[str, StoredTensor]
     attributes: dict[str, Whole | float | Annotated[tuple[Whole, ...], msgspec.Meta(max_length=64)]]
     ties: dict[str, str]
     files: dict[str, StoredFile]
     dropped: list[str]
-    versions: dict[str, str] = {}
-    compared: bool = True
-    stands: dict[str, PlaceholderJson] = {}
-    inserted: dict[str, list[InsertionJson]] = {}
-    probe: dict[str, Any] | None = None
-    sha256: Digest | None = None
+    versions: dict[str, str]
+    compared: bool
+    stands: dict[str, PlaceholderJson]
+    inserted: dict[str, list[InsertionJson]]
+    probe: dict[str, Any]
+    sha256: Digest
 
 
 class LatencyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -237,10 +238,10 @@ class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     number: Count
     epoch: Count
+    step: Count
     before: list[Any]
-    step: Count = 0
-    loss: float | None = None
-    validation: list[float] = []
+    loss: float | None
+    validation: list[float]
     rows: list[list[Any]] = []
     events: list[dict[str, Any]] = []
     sizes: list[dict[str, Any]] = []
@@ -254,8 +255,8 @@ class CourseHeader(msgspec.Struct, frozen=True):
     numbers: dict[str, float]
     course: ProgressJson
     plans: list[dict[str, Any]] | Count
-    logged: Count | None = None
-    open: list[dict[str, Any]] = []
+    logged: Count | None
+    open: list[dict[str, Any]]
 
 
 class StatisticsHeader(msgspec.Struct, frozen=True):
@@ -267,7 +268,7 @@ class StatisticsHeader(msgspec.Struct, frozen=True):
     tokens: Count
     moments: list[tuple[str, Count, Count]]
     gradients: list[str]
-    fisher: list[str] = []
+    fisher: list[str]
 
 
 class RecoveryHeader(msgspec.Struct, frozen=True):

@@ -17,11 +17,11 @@ from regrow.insertion import BlockCopy, Insertion
 from regrow.limits import parse_json
 from regrow.nets import Origin
 from regrow.store import schemas
-from regrow.store.convert import convert
+from regrow.store.convert import check_format, convert
 from regrow.store.errors import StoreError
 from regrow.store.plan_schemas import InsertionJson, PlaceholderJson
 
-FORMAT = "regrow-shapes/1"
+FORMAT = "regrow-shapes/2"
 DTYPES: Mapping[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -68,7 +68,7 @@ class Stored:
         trains: Whether it requires gradients.
         was: Its shape in a newly built network, if it differs; ``None`` if it is the same.
         added: Whether a newly built network has no such tensor (a bias that compensates for dropped units).
-        sha256: The digest of its bytes; empty in folders of version 0.1.
+        sha256: The digest of its bytes; empty until they are written.
     """
 
     dtype: str
@@ -93,7 +93,7 @@ class File:
         bytes: Its size in bytes.
         sha256: The SHA-256 of its contents.
         header: The SHA-256 of the header of a safetensors file (names, dtypes, shapes and offsets of its tensors), by
-            which it is checked without reading all of it; empty for other files, and in folders of version 0.1.
+            which it is checked without reading all of it; empty for other files.
     """
 
     bytes: int
@@ -107,7 +107,7 @@ class Probe:
 
     Args:
         file: The size and SHA-256 of ``probe.st``.
-        reason: Why there is no probe; empty if there is one, and in folders of version 0.1.
+        reason: Why there is no probe; empty if there is one.
     """
 
     file: File | None = None
@@ -159,9 +159,8 @@ class Shapes:
             "dropped": list(self.dropped),
             "stands": {path: placeholder.to_data() for path, placeholder in self.placeholders.items()},
             "tensors": {name: _tensor_to_json(stored) for name, stored in self.tensors.items()},
+            "inserted": {path: [one.to_data() for one in several] for path, several in self.inserted.items()},
         }
-        if self.inserted:
-            data["inserted"] = {path: [one.to_data() for one in several] for path, several in self.inserted.items()}
         data["sha256"] = content_digest(data)
         return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()) + "\n}\n"
 
@@ -171,26 +170,25 @@ class Shapes:
 
         Args:
             text: The output of :meth:`to_json`.
-            check: Whether to compare the content with its digest; records of earlier versions have none.
+            check: Whether to compare the content with its digest.
 
         Raises:
             StoreError: If the text is not such a record, or was changed; the message says what is wrong.
         """
         try:
-            data = parse_json(text, "it")
+            data: Any = parse_json(text, "it")
         except InputError as error:
             raise StoreError(str(error)) from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise StoreError(f"not of the format {FORMAT!r}; save the model again with this version of regrow")
+        check_format(data, FORMAT, "it", "save the model again")
         record = convert(data, schemas.ShapesJson)
-        if check and record.sha256 is not None and record.sha256 != content_digest(data):
+        if check and record.sha256 != content_digest(data):
             raise StoreError("it does not have the SHA-256 that it names: it is damaged or was changed; copy it again")
         copies = sum(len(one.copies) for several in record.inserted.values() for one in several)
         if copies > len(record.tensors):
             raise StoreError(
                 f"inserted: {copies} blocks, but only {len(record.tensors)} tensors are stored; restore it"
             )
-        origin, probe = record.origin, record.probe or {"reason": ""}
+        origin, probe = record.origin, record.probe
         return cls(
             Origin(origin.kind, origin.reference, origin.config, origin.name),
             {name: _tensor(name, one) for name, one in record.tensors.items()},

@@ -16,7 +16,7 @@ from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
 FOLDER = "statistics"
 """Where a run keeps what it needs to resume; not part of a finished run."""
-FORMAT = "regrow-statistics/1"
+FORMAT = "regrow-statistics/2"
 _SUMS = ("total", "square", "mean_total", "mean_square")
 
 
@@ -82,8 +82,8 @@ def write_statistics(path: Path, source: str, shard: int, statistics: Statistics
         "tokens": statistics.tokens,
         "moments": [[name, m.count, m.sequences] for name, m in statistics.moments.items()],
         "gradients": list(statistics.gradients),
+        "fisher": list(statistics.fisher),
     }
-    header |= {"fisher": list(statistics.fisher)} if statistics.fisher else {}
     write_tensors(path, tensors, header, FORMAT)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from regrow.distributed.parallel import whole
 from regrow.sources import to_host
 from regrow.store.atomic import atomic_write
+from regrow.store.convert import check_format
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.tensor_file import TensorFile, as_bytes
 
@@ -57,12 +58,12 @@ def write_tensors(
             file.write(name, whole(here[name]))
 
 
-def read_header(path: Path, *kinds: str | None) -> dict[str, Any]:
+def read_header(path: Path, *kinds: str) -> dict[str, Any]:
     """Read the header of a file written by :func:`write_tensors`, without its tensors.
 
     Args:
         path: The file.
-        *kinds: The formats that are accepted; ``None`` accepts files of version 0.1, which name none.
+        *kinds: The formats that are accepted.
 
     Raises:
         StoreError: If there is no such file, or it is damaged or of another format.
@@ -97,7 +98,7 @@ def open_checkpoint(path: Path, key: str, *kinds: str) -> dict[str, Any]:
     return {}
 
 
-def read_tensors(path: Path, *kinds: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a file written by :func:`write_tensors`, and check its digest.
 
     Args:
@@ -117,8 +118,6 @@ def read_tensors(path: Path, *kinds: str | None) -> tuple[dict[str, Any], dict[s
         if digest(tensors) != header["sha256"]:
             raise ValueError("its numbers do not have the recorded SHA-256")
         names = header["names"]
-        if names is None:
-            return header, tensors
         if len(names) != len(tensors):
             raise ValueError(f"it names {len(names)} tensors and holds {len(tensors)}")
         return header, {name: tensors[f"t{i}"] for i, name in enumerate(names)}
@@ -160,21 +159,16 @@ def add_to_digest(hasher: Any, value: Any) -> None:
             hasher.update(f"{value!r};".encode())
 
 
-def _header(content: Any, kinds: tuple[str | None, ...]) -> dict[str, Any]:
+def _header(content: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
     header = json.loads((content.metadata() or {}).get("regrow", "null"))
     if not isinstance(header, dict) or header.get("format") not in kinds:
-        raise ValueError(f"it is not of the format {kinds[0]!r}")
-    # Version 0.1 has the names under "tensors", some of them as [part, name], or the tensors under their own.
-    names = header.get("names", header.get("tensors"))
-    if isinstance(names, list):
-        names = [" ".join(name) if isinstance(name, list) else name for name in names]
-        if not all(isinstance(name, str) for name in names) or len({*names}) != len(names):
-            raise ValueError("its names of tensors are damaged")
-    elif names is not None:
+        check_format(header, kinds[0], "it")
+    names = header.get("names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) != len(names):
         raise ValueError("its names of tensors are damaged")
     if not isinstance(header.get("sha256"), str):
         raise ValueError("it has no SHA-256")
-    return header | {"names": names}
+    return header
 
 
 @contextmanager

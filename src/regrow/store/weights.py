@@ -17,8 +17,7 @@ from regrow.store.attributes import unregistered_tensors
 from regrow.store.errors import check_readable
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
 from regrow.store.state import named_tensors
-from regrow.store.tensor_file import TensorFile, as_bytes
-from regrow.store.tensor_writer import TensorWriter
+from regrow.store.tensor_file import TensorFile, TensorWriter, as_bytes
 
 SHARD = 5 * 10**9
 """The most bytes of tensors in one file; more are split into several files."""

@@ -27,8 +27,8 @@ from regrow.training.state import TrainState, axis_tensors, restore_state, value
 S = TypeVar("S")
 
 CHECKPOINT = "course.safetensors"
-FORMAT, FORMAT_1 = "regrow-course/2", "regrow-course/1"
-_COUNTED = ("number", "epoch", "before", "loss")
+FORMAT = "regrow-course/3"
+_COUNTED = ("number", "epoch", "step", "before", "loss", "validation")
 _GROWING = ("rows", "sizes", "events")
 
 
@@ -100,10 +100,6 @@ def write_checkpoint(
         "logged": logged,
         "open": state.events[logged:] if logged is not None else [],
     }
-    if state.step:
-        whole["course"]["step"] = state.step
-    if state.validation:
-        whole["course"]["validation"] = state.validation
     write_tensors(path, parts, whole, FORMAT, writes=writes)
 
 
@@ -133,7 +129,7 @@ def read_checkpoint(
         StoreError: If the file is damaged or was written for another network or method.
     """
     try:
-        header, tensors = read_tensors(path, FORMAT, FORMAT_1)
+        header, tensors = read_tensors(path, FORMAT)
         record = convert(header, schemas.CourseHeader)
         plans, measured = _measured(record, history or History())
         model, axes = replay(model, axes, plans, undo)
@@ -173,7 +169,7 @@ def check_checkpoint(path: Path, history: History) -> None:
     if not path.is_file():
         return
     try:
-        _, known = _measured(convert(read_header(path, FORMAT, FORMAT_1), schemas.CourseHeader), history)
+        _, known = _measured(convert(read_header(path, FORMAT), schemas.CourseHeader), history)
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
     if len(known["rows"]) < known["number"]:
@@ -195,7 +191,7 @@ def count_tasks(path: Path) -> int:
     if not path.is_file():
         return 0
     try:
-        return convert(read_header(path, FORMAT, FORMAT_1), schemas.CourseHeader).course.number
+        return convert(read_header(path, FORMAT), schemas.CourseHeader).course.number
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
 

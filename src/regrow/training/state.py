@@ -3,11 +3,11 @@
 A field of type ``AxisTensor``, ``AxisTensor | None`` or ``Mapping[str, AxisTensor]`` holds tensors: they follow every
 plan, those with a learning rate are trained, and all are stored by the name of the field (and the key). A field made by
 :func:`derived` is neither stored nor changed: the learner computes it again on ``Event.RESUME``. Every other field is
-JSON data. A field made by :func:`stored_as` is stored by another name.
+JSON data.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -37,16 +37,6 @@ def derived(make: Callable[[], Any]) -> Any:
     return field(default_factory=make, repr=False, compare=False, metadata={"derived": True})
 
 
-def stored_as(key: str, make: Callable[[], Any]) -> Any:
-    """Declare a field of a state that is stored by another name, such as one used by earlier versions.
-
-    Args:
-        key: The name in checkpoints.
-        make: Returns the initial value.
-    """
-    return field(default_factory=make, metadata={"key": key})
-
-
 def axis_tensors(state: Any) -> dict[str, AxisTensor]:
     """Return the tensors of a state by name: that of the field, followed by the key if it is a mapping.
 
@@ -62,9 +52,9 @@ def axis_tensors(state: Any) -> dict[str, AxisTensor]:
     ['anchor weight']
     """
     tensors: dict[str, Any] = {}
-    for key, (name, single) in _tensor_fields(_kind(state)).items():
+    for name, single in _tensor_fields(_kind(state)).items():
         value = getattr(state, name)
-        tensors |= {key: value} if single else {f"{key} {rest}": one for rest, one in value.items()}
+        tensors |= {name: value} if single else {f"{name} {rest}": one for rest, one in value.items()}
     return {name: one for name, one in tensors.items() if one is not None}
 
 
@@ -79,13 +69,13 @@ def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
         ValueError: If the state has no field for a tensor, or a required tensor is missing.
     """
     known = _tensor_fields(_kind(state))
-    values: dict[str, Any] = {name: None if single else {} for name, single in known.values()}
+    values: dict[str, Any] = {name: None if single else {} for name, single in known.items()}
     for key, one in tensors.items():
         first, _, rest = key.partition(" ")
-        if known.get(key, ("", False))[1]:
-            values[known[key][0]] = one
-        elif rest and not known.get(first, ("", True))[1]:
-            values[known[first][0]][rest] = one
+        if known.get(key, False):
+            values[key] = one
+        elif rest and not known.get(first, True):
+            values[first][rest] = one
         else:
             raise ValueError(f"the method has no tensor {key!r}")
     missing = [name for name, value in values.items() if value is None and getattr(state, name) is not None]
@@ -108,12 +98,12 @@ def follow_plan(state: S, axes: AxisGraph, plan: Plan) -> S:
 
 
 def values_of(state: Any) -> dict[str, Any]:
-    """Return the fields of a state that are JSON data, by their names in checkpoints.
+    """Return the fields of a state that are JSON data, by name.
 
     Args:
         state: The state.
     """
-    return {_key(one): msgspec.to_builtins(getattr(state, one.name)) for one in _value_fields(_kind(state))}
+    return {name: msgspec.to_builtins(getattr(state, name)) for name in _value_fields(_kind(state))}
 
 
 def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[str, Any]) -> S:
@@ -122,44 +112,37 @@ def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[s
     Args:
         state: The learner's initial state.
         tensors: The result of :func:`axis_tensors`.
-        values: The result of :func:`values_of`; fields that are missing stay as they are.
+        values: The result of :func:`values_of`.
 
     Raises:
-        ValueError: If a tensor is unknown or a value is of another type.
+        ValueError: If a tensor is unknown, or a value is missing or of another type.
     """
-    hints = get_type_hints(type(state))
-    known = {
-        one.name: convert(values[_key(one)], hints[one.name])
-        for one in _value_fields(_kind(state))
-        if _key(one) in values
-    }
+    hints, names = get_type_hints(type(state)), _value_fields(_kind(state))
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"the value {missing[0]!r} is missing")
+    known = {name: convert(values[name], hints[name]) for name in names}
     return with_axis_tensors(replace(state, **known), tensors)  # type: ignore[type-var]
 
 
 @cache
-def _tensor_fields(kind: Any) -> dict[str, tuple[str, bool]]:
-    """Return the fields that hold tensors: name in checkpoints → name, and whether it holds a single one."""
+def _tensor_fields(kind: Any) -> dict[str, bool]:
+    """Return the fields that hold tensors: name → whether it holds a single one."""
     hints = get_type_hints(kind)
     known = (*_ONE, *_SEVERAL)
-    return {_key(one): (one.name, hints[one.name] in _ONE) for one in _stored(kind) if hints[one.name] in known}
+    return {name: hints[name] in _ONE for name in _stored(kind) if hints[name] in known}
 
 
 @cache
-def _value_fields(kind: Any) -> tuple[Field[Any], ...]:
-    tensors = {name for name, _ in _tensor_fields(kind).values()}
-    return tuple(one for one in _stored(kind) if one.name not in tensors)
-
-
-def _key(one: Field[Any]) -> str:
-    return str(one.metadata.get("key", one.name))
+def _value_fields(kind: Any) -> tuple[str, ...]:
+    return tuple(name for name in _stored(kind) if name not in _tensor_fields(kind))
 
 
 def _kind(state: Any) -> Any:
     return type(state)
 
 
-def _stored(kind: Any) -> Iterator[Field[Any]]:
-    return (one for one in fields(kind) if not one.metadata.get("derived"))
+def _stored(kind: Any) -> list[str]:
+    return [one.name for one in fields(kind) if not one.metadata.get("derived")]
 
 
 @dataclass(frozen=True)

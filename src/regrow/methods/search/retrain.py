@@ -5,7 +5,7 @@ and mirrored.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from regrow.axis_tensor import AxisTensor
 from regrow.data.augment import cut_out, is_images, shift_and_flip
 from regrow.tasks import Examples
 from regrow.training.learner import Context, Learner, Loss, Replacements, Step, task_loss
-from regrow.training.state import stored_as
 
 CITATION = "Liu et al., MG-DARTS (arXiv 2310.15074), code"
 
@@ -42,7 +41,7 @@ class RetrainState:
         masks: Weight name → which entries may differ from 0; weights without zeros have no mask.
     """
 
-    masks: Mapping[str, AxisTensor] = stored_as("stays", dict)
+    masks: Mapping[str, AxisTensor] = field(default_factory=dict)
 
 
 def build(settings: Settings, context: Context, found: Mapping[str, Tensor]) -> Learner[RetrainState]:

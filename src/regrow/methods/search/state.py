@@ -11,7 +11,7 @@ from regrow.allocation.edges import Edges
 from regrow.allocation.gates import Gates
 from regrow.allocation.levels import Levels
 from regrow.axis_tensor import AxisTensor
-from regrow.training.state import derived, stored_as
+from regrow.training.state import derived
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class SearchState:
         pending: The reduction of the size by operations in the plan that is about to be applied.
         dropped: Operations that were dropped in this stage.
         cut: Axis → the ids of the filters that were cut in this stage.
-        history: The measurements of the last epoch (of all, in checkpoints of version 0.1).
+        history: The measurements of the last epoch.
         multiplier: μ, the weight of the size in the loss.
         penalty: λ, the weight of the regulariser of α in the loss.
         penalty_step: The last increase of λ.
@@ -113,28 +113,28 @@ class SearchState:
 
     alpha: AxisTensor = field(default_factory=_empty)
     kappa: Mapping[str, AxisTensor] = field(default_factory=dict)
-    operation_thresholds: AxisTensor = stored_as("threshold ops", _empty)
-    filter_thresholds: AxisTensor = stored_as("threshold filters", _empty)
-    weight_thresholds: AxisTensor = stored_as("threshold weights", _empty)
-    zeros: Mapping[str, AxisTensor] = stored_as("gone", dict)
+    operation_thresholds: AxisTensor = field(default_factory=_empty)
+    filter_thresholds: AxisTensor = field(default_factory=_empty)
+    weight_thresholds: AxisTensor = field(default_factory=_empty)
+    zeros: Mapping[str, AxisTensor] = field(default_factory=dict)
     drift: AxisTensor | None = None
     beta: AxisTensor | None = None
     axes: tuple[str, ...] = ()
     stage: int = 0
     whole: float = 0.0
     saved: Savings = Savings()
-    pending: float = stored_as("going", float)
+    pending: float = 0.0
     dropped: tuple[str, ...] = ()
-    cut: Mapping[str, tuple[int, ...]] = stored_as("fallen", dict)
+    cut: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     history: tuple[Mapping[str, int | float], ...] = ()
-    multiplier: float = stored_as("mu", float)
-    penalty: float = stored_as("lambda", float)
-    penalty_step: float = stored_as("step", lambda: 1e-5)
-    penalty_cap: float = stored_as("cap", lambda: 100.0)
-    losses: tuple[float, float] = stored_as("loss", lambda: (0.0, 0.0))
+    multiplier: float = 0.0
+    penalty: float = 0.0
+    penalty_step: float = 1e-5
+    penalty_cap: float = 100.0
+    losses: tuple[float, float] = (0.0, 0.0)
     start: float = 0.0
     goal: float = 0.0
-    removal: float = stored_as("goes", float)
+    removal: float = 0.0
     memory: Mapping[str, StageMemory] = field(default_factory=dict)
     recomputed: bool = False
     layout: Gates = derived(_no_layout)

@@ -1,20 +1,19 @@
 """Settings of GPrune-LLM."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from regrow.scoring.base import BASES
 from regrow.scoring.partition import PARTITIONS
 from regrow.scoring.reliability import SWITCHES
 from regrow.settings.constraints import OneOf, Range, check_constraints
-from regrow.settings.declaration import UNRECORDED, recorded_with
 
 STARTS = ("base", "inner", "uniform")
 """The allocations from which learning may start."""
 INSTEAD = ("peaks", "weights")
 """The metrics that order switched modules."""
-MEASURED = recorded_with("allocation")
-"""Metadata of the settings of measured allocation."""
+MEASURED = ("levels", "level_windows", "level_tokens", "risk", "exchanges", "exchange_windows")
+"""The settings that only a measured allocation uses."""
 LEARNING = ("steps", "windows", "every", "exact_start", "lr", "width", "width_few")
 """The settings that a measured allocation does not use."""
 
@@ -76,22 +75,22 @@ class Settings:
     switch: Annotated[str, OneOf(*SWITCHES)] = "blend"
     switch_most: Annotated[float, Range(0, 1)] = 0.25
     instead: Annotated[str, OneOf(*INSTEAD)] = "peaks"
-    scores_from: str = field(default="pooled", metadata=UNRECORDED)
+    scores_from: str = "pooled"
     cross: bool = True
     start: Annotated[str, OneOf(*STARTS, "best")] = "best"
-    allocation: Annotated[str, OneOf("learned", "measured")] = field(default="learned", metadata=UNRECORDED)
-    levels: Annotated[int, Range(1)] = field(default=2, metadata=MEASURED)
-    level_windows: Annotated[int, Range(1)] = field(default=1, metadata=MEASURED)
-    level_tokens: Annotated[int, Range(0)] = field(default=128, metadata=MEASURED)
-    risk: Annotated[str, OneOf("worst", "mean")] = field(default="worst", metadata=MEASURED)
-    exchanges: Annotated[int, Range(0)] = field(default=2, metadata=MEASURED)
-    exchange_windows: Annotated[int, Range(1)] = field(default=2, metadata=MEASURED)
+    allocation: Annotated[str, OneOf("learned", "measured")] = "learned"
+    levels: Annotated[int, Range(1)] = 2
+    level_windows: Annotated[int, Range(1)] = 1
+    level_tokens: Annotated[int, Range(0)] = 128
+    risk: Annotated[str, OneOf("worst", "mean")] = "worst"
+    exchanges: Annotated[int, Range(0)] = 2
+    exchange_windows: Annotated[int, Range(1)] = 2
     steps: Annotated[int, Range(0)] = 40
     windows: Annotated[int, Range(1)] = 2
     every: Annotated[int, Range(1)] = 10
     held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
-    exact_start: bool = field(default=False, metadata=UNRECORDED)
-    margin: Annotated[float, Range(0)] = field(default=0.0, metadata=UNRECORDED)
+    exact_start: bool = False
+    margin: Annotated[float, Range(0)] = 0.0
     lr: Annotated[float, Range(0, above=True)] = 0.1
     width: Annotated[float, Range(0, above=True)] = 0.05
     width_few: Annotated[float, Range(0, above=True)] = 0.1
@@ -104,9 +103,9 @@ class Settings:
     def __post_init__(self) -> None:
         check_constraints(self)
         measured = self.allocation == "measured"
+        ignored = LEARNING if measured else MEASURED
         for one in fields(self):
-            ignored = one.name in LEARNING if measured else "recorded_with" in one.metadata
-            if ignored and getattr(self, one.name) != one.default:
+            if one.name in ignored and getattr(self, one.name) != one.default:
                 other = "learned" if measured else "measured"
                 raise ValueError(
                     f"gprune: allocation={self.allocation} does not use {one.name}, got {getattr(self, one.name)!r}; "
