@@ -36,8 +36,7 @@ from rows import add, difference, head, line, rows, spread
 import regrow
 from regrow.allocation.regrowth import kind_of
 from regrow.candidates import candidates_in
-from regrow.commands.retraining import retrain
-from regrow.commands.search import Settings, run
+from regrow.commands.search import Settings, retrain, run
 from regrow.commands.search_inputs import read_parts
 from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right

@@ -26,8 +26,7 @@ from rows import add, head, line, rows, spread
 from torch import nn
 
 import regrow
-from regrow.commands.retraining import retrain
-from regrow.commands.search import Settings
+from regrow.commands.search import Settings, retrain
 from regrow.commands.search_inputs import Parts, read_parts
 from regrow.data import streams
 from regrow.evaluation.continual import share_right

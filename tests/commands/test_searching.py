@@ -17,10 +17,8 @@ from regrow.allocation.regrowth import kind_of
 from regrow.allocation.stages import MemoryStages
 from regrow.amounts import Measure
 from regrow.candidates import Candidates, candidates_in
-from regrow.commands import retraining
 from regrow.commands import search as searching
-from regrow.commands.retraining import retrain
-from regrow.commands.search import Settings, build_search, build_space, run
+from regrow.commands.search import Settings, build_search, build_space, retrain, run
 from regrow.commands.search_inputs import read_parts
 from regrow.commands.targets import parse_target
 from regrow.data.augment import cut_out
@@ -66,8 +64,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
         if next(seen) in writes:
             raise KeyboardInterrupt
 
-    for module in (searching, retraining):
-        monkeypatch.setattr(module, "write_checkpoint", stopping)
+    monkeypatch.setattr(searching, "write_checkpoint", stopping)
 
 
 def test_the_folder_holds_the_network_that_was_tested(done: Any) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 import regrow
 from commands.results import rows, same_parameters
 from regrow.allocation.stages import MemoryBudgetError
-from regrow.commands import retraining, search, stage_memory
+from regrow.commands import search, stage_memory
 from regrow.commands.search import Settings, build_search, build_space, run
 from regrow.commands.search_inputs import make_schedule, read_parts
 from regrow.commands.stage_memory import MemoryWatch
@@ -49,8 +49,7 @@ def run_and_watch(settings: Settings, place: Path) -> tuple[Any, list[bool]]:
         return learn(model, *given, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (search, retraining):
-            patch.setattr(module, "learn", watched)
+        patch.setattr(search, "learn", watched)
         return run(settings, place), recomputed
 
 

@@ -120,13 +120,7 @@ def search(
         first = first_batch(task)
         objective = find_objective(net.model, loss, first)
         schedule = build_schedule(
-            optimizer,
-            objective=objective,
-            epochs=max(1, epochs),
-            batch_size=batch_size,
-            lr=lr,
-            seed=seed,
-            **training,
+            optimizer, objective=objective, epochs=max(1, epochs), batch_size=batch_size, lr=lr, seed=seed, **training
         )
         if example is None:
             net = replace(net, example=Example(*move_inputs(first, device_of(net.model))))

@@ -5,20 +5,24 @@ from dataclasses import asdict, replace
 from functools import partial
 from math import nan
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from regrow.amounts import Measure, parse_bytes
-from regrow.candidates import Staged
+import torch
+from torch import nn
+
+from regrow.amounts import parse_bytes
+from regrow.candidates import Staged, fold_scales
 from regrow.commands.clock import Clock
 from regrow.commands.history import read_history
 from regrow.commands.recording import FolderRecorder, NoRecorder, Record, Recorder, RunStart
-from regrow.commands.retraining import retrain
 from regrow.commands.same_inputs import check_same_settings, check_same_tasks
 from regrow.commands.search_inputs import (
+    Parts,
     SearchInputs,
     build_search,
     make_schedule,
     measure_statistics,
+    measure_times,
     read_parts,
     trace_examples,
 )
@@ -26,13 +30,14 @@ from regrow.commands.search_record import SearchRecord, SearchResult, write_netw
 from regrow.commands.spaces import build_space, extract_network
 from regrow.commands.stage_memory import MemoryWatch
 from regrow.commands.starting import find_start
-from regrow.commands.targets import target_measure
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.distributed.parallel import Parallel
-from regrow.evaluation import Latency, dense, fastest_pass, latency
+from regrow.evaluation import dense, fastest_pass
 from regrow.evaluation.continual import mean_score
 from regrow.methods.search.assembly import Search
+from regrow.methods.search.retrain import RetrainState, build
+from regrow.methods.search.retrain import Settings as RetrainSettings
 from regrow.methods.search.space import measure_whole
 from regrow.methods.search.state import SearchState
 from regrow.nets import Loaded
@@ -43,18 +48,20 @@ from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.renamed import rename_recorded
 from regrow.settings.search import FORMER, Settings
 from regrow.settings.words import command_line
-from regrow.sources import Batch, device_of, preserve_random_state
+from regrow.sources import preserve_random_state
 from regrow.store.run_record import RUN
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
-from regrow.tasks import first_examples, input_shape, to_batch
+from regrow.tasks import first_examples, input_shape
+from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, History, write_checkpoint
 from regrow.training.continual import learn
 from regrow.training.fit import Fitted, finish
-from regrow.training.learner import Boundary, Context, Event
+from regrow.training.learner import Boundary, Context, Event, write_replacements
 from regrow.training.resuming import read_start
 from regrow.training.state import TrainState
 
+RETRAINING = "retraining.safetensors"
 GIVEN = ("target", "measure", "stages", "seed")
 """Names of method settings that the run sets from its own settings."""
 
@@ -70,13 +77,10 @@ def carry_out(
 ) -> SearchResult:
     """Search a network within the target size, train it if there are epochs for that, test it, and record it.
 
-    All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
-    settings is resumed where the recorder has its folder, or from the checkpoint.
-
     Args:
         settings: The settings of the run.
         inputs: Opens the network and the data.
-        recorder: Where the run is recorded: rank 0 has a folder, or nothing is kept.
+        recorder: Where the run is recorded, and resumed if it was interrupted: rank 0 has a folder, or nothing is kept.
         ranks: The processes that train together; all of them call this with the same settings.
         checkpoint: A file to resume from, for a run without a folder.
         progress: Called with (steps done, steps in all, what is being done).
@@ -88,11 +92,11 @@ def carry_out(
     identity = {"verb": "search", "settings": record_settings(settings)}
     recorded, clock = recorder.check(identity), Clock(None)
     opened = inputs(clock)
-    model, parts = opened.model, opened.parts
-    batch, table = _measure_times(settings, opened, recorded.get("latency"), ranks)
-    check_same_tasks(ranks, model, parts.tasks)
-    search = build_search(settings, model, opened.axes, opened.stages, table, augments=not opened.in_place)
-    context = Context(model, opened.axes, parts.search, epochs=settings.epochs, seed=settings.seed)
+    parts = opened.parts
+    batch, table = measure_times(settings, opened, recorded.get("latency"), ranks)
+    check_same_tasks(ranks, opened.model, (parts.search, parts.whole))
+    search = build_search(settings, opened.model, opened.axes, opened.stages, table, augments=not opened.in_place)
+    context = Context(opened.model, opened.axes, parts.search, epochs=settings.epochs, seed=settings.seed)
     context = replace(context, undo=UndoStore(), objective=parts.objective)
     search.check(context)
     taken = {name: value for name, value in search.settings.items() if name not in {*settings.method_settings, *GIVEN}}
@@ -111,11 +115,10 @@ def carry_out(
             score = mean_score(found, parts.search.test, parts.objective) if ranks.leads else nan
             if record.kept:
                 write_network(found, record.path / "found", origin, opened)
-                sizes = dense(found, example)
                 if 0 <= score <= 1:
-                    record.log("found", accuracy=score, **sizes)
+                    record.log("found", accuracy=score, **dense(found, example))
                 else:  # such as a negative loss
-                    record.log("result", metric=parts.objective.metric, score=score, **sizes)
+                    record.log("result", metric=parts.objective.metric, score=score, **dense(found, example))
         if settings.retrain:
             inherit = settings.inherit or opened.start is not None
             with clock.stage("retrain"):
@@ -127,8 +130,7 @@ def carry_out(
                     record.log("latency", whole=table.total, found=fastest_pass(found, batch) / 1e6)
                 if parts.test is not None:
                     accuracy = mean_score(found, parts.test, parts.objective)
-                    sizes = dense(found, example)
-                    record.log("test", accuracy=accuracy, images=len(parts.test), **sizes)
+                    record.log("test", accuracy=accuracy, images=len(parts.test), **dense(found, example))
         recorder.finish(record, clock.seconds)
         (levels,) = log.of("levels")
         return SearchResult(
@@ -209,25 +211,61 @@ def _search(
     return fitted, log
 
 
-def _measure_times(
-    settings: Settings, inputs: SearchInputs, known: dict[str, Any] | None, ranks: ProcessRank
-) -> tuple[Batch | None, Latency | None]:
-    """Return a batch and the times of a pass, known or measured on rank 0, if the target is a time."""
-    if target_measure(settings.target, settings.accounting) != Measure.TIME:
-        return None, None
-    first = first_examples(inputs.parts.search.train, settings.batch_size)
-    batch = to_batch(first.inputs).to(device_of(inputs.model))
-    table = None if known or not ranks.leads else asdict(latency(inputs.model, batch))
-    return batch, Latency(**broadcast_record(ranks, known or table))
+def retrain(
+    record: Record,
+    settings: Settings,
+    parts: Parts,
+    searched: nn.Module,
+    progress: Progress = silent,
+    ranks: ProcessRank = SINGLE,
+) -> nn.Module:
+    """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0.
+
+    Args:
+        record: The run, for the checkpoint.
+        settings: The settings of the search.
+        parts: The data.
+        searched: The found network; it is not changed.
+        progress: Called with (steps done, steps in all, what is being done).
+        ranks: The processes that train together; all of them call this.
+    """
+    model, schedule = clone_model(searched), make_schedule(settings, parts.objective, settings.retrain, "cosine")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if not settings.inherit and callable(reset):
+                reset()
+    axes = trace_examples(model, parts.whole, parts.kwargs)
+    context = Context(model, axes, parts.whole, objective=parts.objective)
+    learner = build(RetrainSettings(cutout=settings.cutout), context, dict(searched.named_parameters()))
+    place = record.path / STATISTICS / RETRAINING
+    place.parent.mkdir(exist_ok=True)
+
+    def write(now: TrainState[RetrainState], there: Context) -> None:
+        if record.kept:
+            write_checkpoint(place, there.model, now)
+
+    begun = History() if place.is_file() else None
+    model, axes, state = read_start(ranks, begun, place, model, axes, learner.state)
+    fitted = learn(
+        model,
+        axes,
+        [parts.whole],
+        learner,
+        schedule,
+        state=state,
+        checkpoint=write,
+        progress=progress,
+        parallel=Parallel(ranks, by_rows=True),
+    )
+    write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))
+    fold_scales(fitted.model)
+    return fitted.model.eval()
 
 
 def open_named(
-    settings: Settings,
-    clock: Clock,
-    *,
-    code: str = "",
-    ranks: ProcessRank = SINGLE,
-    progress: Progress = silent,
+    settings: Settings, clock: Clock, *, code: str = "", ranks: ProcessRank = SINGLE, progress: Progress = silent
 ) -> SearchInputs:
     """Open the network and the data that settings name.
 

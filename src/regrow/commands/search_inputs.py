@@ -1,7 +1,7 @@
 """What a search starts from: a network and its axes, data split by purpose, and the method."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from typing import Any
 
@@ -14,10 +14,12 @@ from regrow.amounts import Measure, format_bytes, parse_bytes
 from regrow.axes import AxisGraph
 from regrow.candidates import candidates_in
 from regrow.commands.starting import image_shape
-from regrow.commands.targets import find_granularities, parse_target
+from regrow.commands.targets import find_granularities, parse_target, target_measure
 from regrow.commands.task_sequences import TaskSpecs, read_text
 from regrow.data import streams
-from regrow.evaluation import Latency
+from regrow.distributed import ProcessRank
+from regrow.distributed.exchange import broadcast_record
+from regrow.evaluation import Latency, latency
 from regrow.methods import MethodEntry, MethodKind, find_method
 from regrow.methods.search.assembly import Search
 from regrow.nets import Loaded
@@ -28,7 +30,7 @@ from regrow.nets.mobile import Mobile
 from regrow.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from regrow.references import names_code
 from regrow.settings.search import Settings
-from regrow.sources import device_of, moved
+from regrow.sources import Batch, device_of, moved
 from regrow.tasks import CappedExamples, ExampleSet, Task, first_examples, to_batch
 from regrow.tracing import trace
 from regrow.training import tune
@@ -59,12 +61,6 @@ class Parts:
     test: ExampleSet | None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     objective: Objective = CLASSIFICATION
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """All data as tasks: of the search, of retraining, and the test examples."""
-        test = self.test or self.search.test
-        return self.search, self.whole, Task("test", test, test, self.whole.classes)
 
 
 @dataclass(frozen=True)
@@ -252,3 +248,22 @@ def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> N
     if tune.find_running(model):
         examples = context.task.train.batches(batch_size, seed=context.seed)
         tune.recalibrate(model, [(to_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
+
+
+def measure_times(
+    settings: Settings, inputs: SearchInputs, known: dict[str, Any] | None, ranks: ProcessRank
+) -> tuple[Batch | None, Latency | None]:
+    """Return a batch and the times of a pass, known or measured on rank 0, if the target is a time.
+
+    Args:
+        settings: The settings of the run.
+        inputs: What is searched.
+        known: The times that the interrupted run has recorded.
+        ranks: The processes of the run.
+    """
+    if target_measure(settings.target, settings.accounting) != Measure.TIME:
+        return None, None
+    first = first_examples(inputs.parts.search.train, settings.batch_size)
+    batch = to_batch(first.inputs).to(device_of(inputs.model))
+    table = None if known or not ranks.leads else asdict(latency(inputs.model, batch))
+    return batch, Latency(**broadcast_record(ranks, known or table))
