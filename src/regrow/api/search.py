@@ -22,7 +22,7 @@ from regrow.data.datasets import fix_order, to_examples
 from regrow.errors import InputError
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
-from regrow.settings.search import Settings, parse_search_target
+from regrow.settings.search import Settings
 from regrow.sources import Source, device_of
 from regrow.store.origins import describe_origin
 from regrow.tasks import CappedExamples, Task
@@ -158,9 +158,7 @@ def _target(target: str | Target, smaller: str | float | None) -> str:
     if bool(target) == (smaller is not None):
         given = f"target={target!s} and smaller={smaller}" if target else "neither"
         raise InputError(f'give one of target= and smaller=, got {given}; for example smaller="30%"')
-    text = str(target) if smaller is None else str(Target.smaller(parse_share(str(smaller))))
-    parse_search_target(text)
-    return text
+    return str(target) if smaller is None else str(Target.smaller(parse_share(str(smaller))))
 
 
 def _read_task(net: Inputs, data: Any, validation: Any, batch_size: int, seed: int) -> Task:
