@@ -18,6 +18,7 @@ from regrow.allocation.stages import MemoryStages
 from regrow.amounts import Measure
 from regrow.candidates import Candidates, candidates_in
 from regrow.commands import search as searching
+from regrow.commands import search_inputs
 from regrow.commands.search import Settings, build_search, build_space, retrain, run
 from regrow.commands.search_inputs import read_parts
 from regrow.commands.targets import parse_target
@@ -524,7 +525,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
         )[0]
     )
     settings = Settings("cells:4-2-1", "digits", f" ms={0.5 * table.total:.4f}", **given)
-    monkeypatch.setattr(searching, "latency", lambda *_: table)
+    monkeypatch.setattr(search_inputs, "latency", lambda *_: table)
     done = run(settings, tmp_path / "run")
     told, levels = rows(done, "latency")[0], rows(done, "levels")[0]
     assert told["whole"] == table.total and told["found"] > 0
@@ -535,7 +536,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")
-    monkeypatch.setattr(searching, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
+    monkeypatch.setattr(search_inputs, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
     kept = tmp_path / "killed" / ".work" / "run.json"
     text = kept.read_text()
     for damaged in ('"total": -', '"wrong": '):
@@ -551,7 +552,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
 def test_a_time_that_cannot_be_reached_is_refused_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(searching, "latency", lambda model, *_: invented(model))
+    monkeypatch.setattr(search_inputs, "latency", lambda model, *_: invented(model))
     for target_, message in (("ms=1.9", "left whatever goes"), ("ms=1000", "not below")):
         with pytest.raises(ValueError, match=message):
             run(Settings("cells:4-2-1", "digits", target_, **SMALL), tmp_path / "run")

@@ -246,8 +246,8 @@ def retrain(
         if record.kept:
             write_checkpoint(place, there.model, now)
 
-    begun = History() if place.is_file() else None
-    model, axes, state = read_start(ranks, begun, place, model, axes, learner.state)
+    history = History() if place.is_file() else None
+    model, axes, state = read_start(ranks, history, place, model, axes, learner.state)
     fitted = learn(
         model,
         axes,
@@ -278,8 +278,7 @@ def open_named(
         progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
-        ValueError: If the network or the data are not usable, or a setting is for the training after the search, and
-            there is none.
+        ValueError: If the network, the data or a setting of the training after the search are not usable.
         ResourceError: If this machine does not have the device.
     """
     with clock.stage("load"):
@@ -338,8 +337,7 @@ def run(
     settings = replace(settings, accounting=broadcast_record(ranks, settings.accounting))
     current = rename_recorded({"method": settings.method, "method_settings": settings.method_settings})
     settings = replace(settings, method_settings=current["method_settings"])
-    words = (*(("--code", code) if code else ()), "--out", str(out))
-    command = command_line(settings, *words)
+    command = command_line(settings, *(("--code", code) if code else ()), "--out", str(out))
     recorder: Recorder = FolderRecorder(out, settings.space, command, track, settings.undo, write_page)
     inputs = partial(open_named, settings, code=code, ranks=ranks, progress=progress)
     carry_out(settings, inputs, recorder if ranks.leads else NoRecorder(), ranks, progress=progress)
