@@ -20,7 +20,7 @@ import torch
 
 import regrow
 from regrow.commands.search import Settings, build_space, run
-from regrow.commands.search_inputs import read_inputs, read_parts
+from regrow.commands.search_inputs import read_parts
 from regrow.evaluation import fastest_pass, latency
 from regrow.sources import Batch
 from regrow.store.versions import versions
@@ -41,9 +41,9 @@ def main() -> None:
     torch.set_num_threads(1)
     given: dict[str, Any] = {"stages": 1, "retrain": 0, "train": args.train, "test": 100, "epochs": args.epochs}
     settings = Settings(args.space, str(args.cifar), "0.5", **given)
-    task = read_parts(read_inputs(settings).data).search
+    task = read_parts(settings).search
     batch = Batch((task.train.inputs[: settings.batch_size],))
-    whole = latency(build_space(read_inputs(settings), task)[0], batch).total
+    whole = latency(build_space(settings, task)[0], batch).total
     rows = []
     for chosen, share in product((("operations",), ("operations", "filters")), args.shares):
         given["method_settings"] = {"levels": chosen}

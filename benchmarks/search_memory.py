@@ -22,7 +22,7 @@ from search_step import in_turns, step_of
 
 from regrow import trace
 from regrow.commands.search import Settings, build_search, build_space, run
-from regrow.commands.search_inputs import read_inputs, read_parts
+from regrow.commands.search_inputs import read_parts
 from regrow.store.versions import versions
 from regrow.tasks import Examples
 from regrow.training.learner import Context
@@ -58,17 +58,15 @@ def searched(settings: Settings, whole: int, work: Path) -> dict[str, Any]:
 
 def anew(settings: Settings, repeats: int) -> dict[str, Any]:
     """A step of the whole super-network, masks and all, with its parts computed anew or kept."""
-    task = read_parts(read_inputs(settings).data).search
+    task = read_parts(settings).search
     size = settings.batch_size
     batch = Examples(task.train.inputs[:size], task.train.labels[:size])
-    net, _, _ = build_space(read_inputs(Settings(**{**vars(settings), "memory": "", "stages": 1})), task)
+    net, _, _ = build_space(Settings(**{**vars(settings), "memory": "", "stages": 1}), task)
     axes, steps = trace(net, batch.inputs[:2]), {}
     for name in ("kept", "anew"):
         model = copy.deepcopy(net)
         model.recomputed = name == "anew"  # type: ignore[assignment]
-        own = build_search(
-            read_inputs(Settings(settings.space, "", settings.target, method_settings={"warm": 0})), model, axes
-        )
+        own = build_search(Settings(settings.space, "", settings.target, method_settings={"warm": 0}), model, axes)
         steps[name] = step_of(own.learner, Context(model, axes, task, epochs=10, steps=100), batch)
     found = in_turns(steps, repeats)
     return {"repeats": repeats, **{f"{name}_s": round(wall, 3) for name, (wall, _) in found.items()}} | {
@@ -99,9 +97,7 @@ def main() -> None:
         "test": 100,
     }
     settings = Settings(args.space, str(args.cifar), epochs=args.epochs, **given)
-    _, _, plan = build_space(
-        read_inputs(Settings(**{**vars(settings), "memory": "1TiB"})), read_parts(read_inputs(settings).data).search
-    )
+    _, _, plan = build_space(Settings(**{**vars(settings), "memory": "1TiB"}), read_parts(settings).search)
     assert plan is not None
     whole, budgets = plan.peak, {}
     for share in args.shares:

@@ -23,9 +23,7 @@ import torch
 from torch import nn
 
 from regrow import trace
-from regrow.commands import spaces
-from regrow.commands.search import Settings, build_search
-from regrow.commands.search_inputs import read_inputs
+from regrow.commands.search import Settings, build_search, build_space
 from regrow.store.versions import versions
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
@@ -89,11 +87,12 @@ def measured(space: str, batch_size: int, size: int, stride: int, repeats: int) 
     pictures = torch.randn(batch_size, 3, size, size, generator=generator)
     batch = Examples(pictures, torch.arange(batch_size) % 10)
     task = Task("noise", batch, batch, tuple(range(10)))
-    net, _, _ = spaces.build_network(space, task, stages=1, memory=0, batch_size=batch_size, stride=stride, seed=0)
-    axes = trace(net, pictures[:2])
-    own = build_search(
-        read_inputs(Settings(space, "", "nonzero=30%", method_settings={"warm": 0, "augment": False})), net, axes
+    settings = Settings(
+        space, "", "nonzero=30%", method_settings={"warm": 0, "augment": False}, stages=1, stride=stride
     )
+    net, _, _ = build_space(settings, task)
+    axes = trace(net, pictures[:2])
+    own = build_search(settings, net, axes)
     steps = {
         name: step_of(learner, Context(copy.deepcopy(net), axes, task, epochs=10, steps=100), batch)
         for name, learner in (("plain", PLAIN), ("masked", own.learner))

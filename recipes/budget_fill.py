@@ -24,7 +24,7 @@ from torch import nn
 import regrow
 from regrow.api.prune import prune
 from regrow.commands.search import Settings, run
-from regrow.commands.search_inputs import read_inputs, read_parts
+from regrow.commands.search_inputs import read_parts
 from regrow.evaluation import dense
 from regrow.sources import Batch, Source
 
@@ -48,7 +48,7 @@ def searched(space: str, measure: str, share: int, levels: str, seed: int, epoch
     with tempfile.TemporaryDirectory() as place:
         folder = run(settings, Path(place) / "run")
         asked = next(row["asked"] for row in folder.metrics() if row["what"] == "levels")
-        found = dense(regrow.load(folder.path / "found"), read_parts(read_inputs(settings).data).test.inputs[:1])
+        found = dense(regrow.load(folder.path / "found"), read_parts(settings).test.inputs[:1])
     return {"asked": asked, **found}
 
 

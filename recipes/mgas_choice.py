@@ -18,7 +18,7 @@ from rows import add, head, line, rows
 
 import regrow
 from regrow.commands.search import Settings
-from regrow.commands.search_inputs import read_inputs, read_parts
+from regrow.commands.search_inputs import read_parts
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.run_folder import RunFolder
@@ -42,7 +42,7 @@ def others(settings: Settings, learned: Examples, many: int) -> Examples:
 def asked(folder: RunFolder, data: str, many: int) -> dict[str, Any]:
     """A row."""
     settings = convert_settings(folder.run()["settings"] | {"data": data, "test": 1}, Settings)
-    learned, net = read_parts(read_inputs(settings).data).whole.train, regrow.load(folder.path)
+    learned, net = read_parts(settings).whole.train, regrow.load(folder.path)
     unseen = others(settings, learned, many)
     return {
         "space": settings.space,

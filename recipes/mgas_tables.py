@@ -36,9 +36,8 @@ from rows import add, difference, head, line, rows, spread
 import regrow
 from regrow.allocation.regrowth import kind_of
 from regrow.candidates import candidates_in
-from regrow.commands.retraining import retrain
-from regrow.commands.search import Settings, run
-from regrow.commands.search_inputs import read_inputs, read_parts
+from regrow.commands.search import Settings, retrain, run
+from regrow.commands.search_inputs import read_parts
 from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
 from regrow.progress import silent
@@ -106,14 +105,14 @@ def once(settings: Settings, place: Path) -> RunFolder:
 
 def best(settings: Settings, place: Path, draws: int) -> Settings:
     """Of some networks drawn at random the one that, trained on the training part, is best on the validation part."""
-    parts, found = read_parts(read_inputs(settings).data), {}
+    parts, found = read_parts(settings), {}
     for i in range(draws):
         # Others than the one draw of *random operations*, whose seed is the run's.
         drawn = replace(settings, method_settings={**settings.method_settings, "seed": 1000 + 100 * settings.seed + i})
         folder = once(replace(drawn, retrain=0, cutout=0, test=1), place.with_name(f"{place.name}-{i}"))
         trained = retrain(
             folder,
-            read_inputs(drawn).retraining,
+            drawn,
             replace(parts, whole=parts.search),
             regrow.load(folder.path / "found"),
             silent,
@@ -150,7 +149,7 @@ def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> di
     folder = once(settings, place)
     seconds = time.perf_counter() - start if arm.draws > 1 else sum(folder.run()["seconds"].values())
     by = {row["what"]: row for row in folder.metrics()}
-    one, net = read_parts(read_inputs(settings).data).test.inputs[:1], regrow.load(folder.path)
+    one, net = read_parts(settings).test.inputs[:1], regrow.load(folder.path)
     return {
         "accuracy": by["test"]["accuracy"],
         "found": by["found"]["accuracy"],

@@ -26,9 +26,8 @@ from rows import add, head, line, rows, spread
 from torch import nn
 
 import regrow
-from regrow.commands.retraining import retrain
-from regrow.commands.search import Settings
-from regrow.commands.search_inputs import Parts, read_inputs, read_parts
+from regrow.commands.search import Settings, retrain
+from regrow.commands.search_inputs import Parts, read_parts
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.exporters.onnx import write
@@ -61,10 +60,10 @@ def for_grey(folder: Path, shape: list[int]) -> Cells:
 def again(folder: RunFolder, fashion: Path, work: Path) -> dict[str, Any]:
     """Accuracy on Fashion-MNIST after training anew."""
     settings = replace(convert_settings(folder.run()["settings"], Settings), data=str(fashion))
-    parts: Parts = read_parts(read_inputs(settings).data)
+    parts: Parts = read_parts(settings)
     net = for_grey(folder.path / "found", [*parts.test.inputs.shape[1:]])
     scratch = RunFolder.create(work, verb="transfer", settings={"of": folder.path.name}, command="")
-    trained = retrain(scratch, read_inputs(settings).retraining, parts, net, lambda *_: None)
+    trained = retrain(scratch, settings, parts, net, lambda *_: None)
     many = sum(int(p.count_nonzero()) for p in trained.parameters())
     return {"accuracy": share_right(trained, parts.test), "images": len(parts.test), "nonzero": many}
 

@@ -13,13 +13,14 @@ from torch import nn
 import regrow
 from pretend import counting, pretending
 from regrow.commands import learn, search
-from regrow.commands.search_inputs import read_inputs, read_parts
+from regrow.commands.search_inputs import make_schedule, read_parts
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.errors import ResourceError
 from regrow.evidence import Need
 from regrow.methods import LEARNERS, METHODS, RECOVERIES, SEARCHERS
 from regrow.nets import devices
 from regrow.nets.devices import choose_device
+from regrow.objectives import CLASSIFICATION
 from regrow.scoring import collect
 from regrow.settings.learn import Settings as LearnSettings
 from regrow.settings.search import Settings as SearchSettings
@@ -194,14 +195,14 @@ def test_search(device, method):
     states = []
     for place in ("cpu", "acc"):
         settings = SearchSettings("cells:2-1-1", "digits", target="params=60%", method=method, device=place, **quick)
-        inputs = read_inputs(settings)
-        parts = read_parts(inputs.data)
-        model = search.build_space(inputs, parts.search)[0].to(inputs.device)
-        axes = regrow.trace(model, parts.search.train.take(torch.arange(2)).inputs.to(inputs.device))
-        found = search.build_search(inputs, model, axes)
+        parts, where = read_parts(settings), choose_device(place)
+        model = search.build_space(settings, parts.search)[0].to(where)
+        axes = regrow.trace(model, parts.search.train.take(torch.arange(2)).inputs.to(where))
+        found = search.build_search(settings, model, axes)
+        schedule = make_schedule(settings, CLASSIFICATION, settings.epochs)
         state = TrainState(found.learner.state)
         fitted = learn_tasks(
-            model, axes, [parts.search], found.learner, inputs.schedule, state=state, undo=UndoStore(), around=around
+            model, axes, [parts.search], found.learner, schedule, state=state, undo=UndoStore(), around=around
         )
         states.append({f"{name} alpha": one.values for name, one in axis_tensors(fitted.state.learner).items()})
         states[-1] |= fitted.model.state_dict()

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from regrow.api.learn import Learned, learn
     from regrow.api.prune import prune
     from regrow.api.recover import recover
-    from regrow.api.search import SearchResult, search
+    from regrow.api.search import search
     from regrow.axes import Example
     from regrow.axis_tensor import AxisTensor
     from regrow.candidates import Candidates
+    from regrow.commands.search_record import SearchResult
     from regrow.plan import Fill, Plan
     from regrow.sources import Batch, Source
     from regrow.store import load, save
@@ -53,11 +54,12 @@ __all__ = [
 
 _MODULES = {
     **{name: f"regrow.api.{name}" for name in ("evaluate", "export", "finetune", "grow", "learn", "prune", "recover")},
-    **dict.fromkeys(("SearchResult", "search"), "regrow.api.search"),
+    "search": "regrow.api.search",
     "AxisTensor": "regrow.axis_tensor",
     "Candidates": "regrow.candidates",
     "Example": "regrow.axes",
     "Learned": "regrow.api.learn",
+    "SearchResult": "regrow.commands.search_record",
     **dict.fromkeys(("Batch", "Source"), "regrow.sources"),
     **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),
     **dict.fromkeys(("load", "save"), "regrow.store"),

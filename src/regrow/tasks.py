@@ -281,6 +281,19 @@ def select_inputs(inputs: Any, indices: Tensor) -> Any:
     return tuple(select_inputs(part, indices) for part in inputs)
 
 
+def to_batch(inputs: Any, labels: Tensor | None = None, where: str = "") -> Batch:
+    """Return inputs as a batch: a tensor, a tuple of positional inputs, or a dict of inputs by name.
+
+    Args:
+        inputs: The inputs.
+        labels: The labels.
+        where: What error messages call a batch of a user's data.
+    """
+    if isinstance(inputs, Mapping):
+        return Batch((), inputs, labels, where)
+    return Batch((inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}, labels, where)
+
+
 def run_network(model: nn.Module, inputs: Any, device: torch.device | None = None, where: str = "") -> Any:
     """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name.
 
@@ -293,10 +306,7 @@ def run_network(model: nn.Module, inputs: Any, device: torch.device | None = Non
     Raises:
         InputError: If the network cannot take the inputs of a user's batch.
     """
-    inputs = moved(inputs, device or device_of(model))
-    if isinstance(inputs, Mapping):
-        return Batch((), inputs, where=where).run(model)
-    return Batch((inputs,) if isinstance(inputs, Tensor) else tuple(inputs), where=where).run(model)
+    return to_batch(moved(inputs, device or device_of(model)), where=where).run(model)
 
 
 def among(logits: Tensor, classes: Tensor | None) -> Tensor:

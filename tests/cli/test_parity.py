@@ -1,7 +1,8 @@
 """A command and the Python function of its name give the same plan, the same weights and the same measurements.
 
-Two differences are inherent. Python takes data as they are: where the command splits a source into a calibration and an
-evaluation half, the halves are given as ``data`` and ``validation``. Times are times.
+Three differences are inherent. Python takes data as they are: where the command splits a source into a calibration and
+an evaluation half, the halves are given as ``data`` and ``validation``. The command ``search`` has test data, too, and
+trains the network that it found. Times are times.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 import regrow
-from regrow.commands import grow, prune
+from regrow.commands import grow, prune, search
 from regrow.commands.inputs import SourceHalves, SourceSpecs, read_sources
 from regrow.commands.models import ModelSpec, load_model
+from regrow.commands.search_inputs import read_parts
 from regrow.nets import Loaded
 from regrow.run_folder import RunFolder
 from regrow.settings.grow import Settings as GrowSettings
 from regrow.settings.prune import Settings as PruneSettings
+from regrow.settings.search import Settings as SearchSettings
 
 TIMES = frozenset(("seconds", "ms"))
 DIGITS = SourceSpecs(128, 256, ("digits",), (), 256)
@@ -43,9 +46,9 @@ def rows(folder: RunFolder) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in folder.metrics()]
 
 
-def assert_same_runs(command: RunFolder, python: RunFolder, model: torch.nn.Module) -> None:
+def assert_same_runs(command: RunFolder, python: RunFolder, model: torch.nn.Module, besides: str = "") -> None:
     assert python.own_ledger.plans() == command.own_ledger.plans()
-    assert rows(python) == rows(command)
+    assert rows(python) == [row for row in rows(command) if row["what"] != besides]
     ours, theirs = (load_file(one.path / "model.safetensors") for one in (python, command))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -120,3 +123,36 @@ def test_prune_of_a_language_model(tiny_language_model: Path) -> None:
     )
     assert {"verify", "perplexity", "paired"} <= {row["what"] for row in command.metrics()}
     assert_same_runs(command, RunFolder.open("python"), model)
+
+
+@pytest.mark.parametrize("method", ["mgas", "blind"])
+@pytest.mark.parametrize("target", ["macs=60%", "nonzero=60%"])
+def test_search(target: str, method: str) -> None:
+    import toys
+
+    regrow.save(read("residual")[0], Path("saved"))
+    steps: dict[str, Any] = {"method": method, "epochs": 3 if method == "mgas" else 0, "batch_size": 16}
+    known = {"warm": 0, "every": 1, "augment": True} if method == "mgas" else {"what": "filters"}
+    settings = SearchSettings("saved", "digits", target, method_settings=known, retrain=0, train=96, test=32, **steps)
+    command = search.run(settings, "command", code="toys:residual")
+    parts = read_parts(settings, load_model(ModelSpec("saved"), code="toys:residual")).search
+    for out in (None, "python"):
+        result = regrow.search(
+            regrow.load("saved", model=toys.residual),
+            (parts.train.inputs, parts.train.labels),
+            validation=(parts.test.inputs, parts.test.labels),
+            target=target,
+            settings=known,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            out=out,
+            **steps,
+        )
+        assert result.plans == command.own_ledger.plans()
+        (found,) = (row for row in rows(command) if row["what"] == "found")
+        assert result.score == found["accuracy"]
+    python, whats = RunFolder.open("python"), {row["what"] for row in rows(command)}
+    assert ("front" in whats) == (method == "mgas") and "levels" in whats
+    assert_same_runs(command, python, result.model, besides="test")
+    for path in sorted(command.path.rglob("*.safetensors")):
+        assert path.read_bytes() == (python.path / path.relative_to(command.path)).read_bytes(), path

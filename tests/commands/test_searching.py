@@ -17,11 +17,10 @@ from regrow.allocation.regrowth import kind_of
 from regrow.allocation.stages import MemoryStages
 from regrow.amounts import Measure
 from regrow.candidates import Candidates, candidates_in
-from regrow.commands import latencies, retraining
 from regrow.commands import search as searching
-from regrow.commands.retraining import retrain
-from regrow.commands.search import Settings, build_search, build_space, run
-from regrow.commands.search_inputs import read_inputs, read_parts
+from regrow.commands import search_inputs
+from regrow.commands.search import Settings, build_search, build_space, retrain, run
+from regrow.commands.search_inputs import read_parts
 from regrow.commands.targets import parse_target
 from regrow.data.augment import cut_out
 from regrow.evaluation import Latency
@@ -66,13 +65,12 @@ def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
         if next(seen) in writes:
             raise KeyboardInterrupt
 
-    for module in (searching, retraining):
-        monkeypatch.setattr(module, "write_checkpoint", stopping)
+    monkeypatch.setattr(searching, "write_checkpoint", stopping)
 
 
 def test_the_folder_holds_the_network_that_was_tested(done: Any) -> None:
     net = regrow.load(done.path)
-    parts = read_parts(read_inputs(SETTINGS).data)
+    parts = read_parts(SETTINGS)
     told = rows(done, "test")[0]
     assert told["accuracy"] == share_right(net, parts.test) and told["images"] == 100
     assert told["nonzero"] <= 3000
@@ -95,15 +93,15 @@ def test_what_is_told_of_it_fits(done: Any) -> None:
 def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     """What the levels left out and what is left make the whole space, but for classifiers of earlier stages."""
     more = QUICK | {"regrow": 0.9, "regrow_filters": 0.5, "warm": 0}
-    model, _, _ = build_space(read_inputs(SETTINGS), read_parts(read_inputs(SETTINGS).data).search)
+    model, _, _ = build_space(SETTINGS, read_parts(SETTINGS).search)
     assert isinstance(model, Cells)
-    axes = trace(model, read_parts(read_inputs(SETTINGS).data).search.train.inputs[:2])
+    axes = trace(model, read_parts(SETTINGS).search.train.inputs[:2])
     target = f"{measure}={'3k' if measure == 'nonzero' else '30k'}"
     own = replace(SETTINGS, target=target, epochs=6, retrain=0, cutout=0, method_settings=more)
     folder = run(own, tmp_path / "run")
     assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
-    space = build_search(read_inputs(own), model, axes).rules.space
-    whole = measure_whole(space, (), Context(model, axes, read_parts(read_inputs(own).data).search))
+    space = build_search(own, model, axes).rules.space
+    whole = measure_whole(space, (), Context(model, axes, read_parts(own).search))
     levels = rows(folder, "levels")[-1]
     assert sum(levels["saved"].values()) + levels["size"] == pytest.approx(whole, rel=1e-9)
     assert min(levels["saved"].values()) >= 0
@@ -133,7 +131,7 @@ def test_networks_on_the_way_are_left(done: Any, tmp_path: Path) -> None:
     (row,) = rows(folder, "front")
     assert row["epoch"] == 3 and row["size"] == row["nonzero"] > rows(folder, "found")[-1]["nonzero"]
     net = regrow.load(folder.path / "front" / "0003")
-    assert share_right(net, read_parts(read_inputs(own).data).search.test) == row["accuracy"]
+    assert share_right(net, read_parts(own).search.test) == row["accuracy"]
     assert sum(int(p.count_nonzero()) for p in net.parameters()) == row["nonzero"]
     assert row["size"] >= rows(folder, "epoch")[2]["size"]
     assert not rows(done, "front"), (
@@ -166,21 +164,19 @@ def test_squares_are_cut_out_in_the_training_anew(done: Any, monkeypatch: pytest
         return cut_out(pictures, side)
 
     monkeypatch.setattr("regrow.methods.search.retrain.cut_out", watched)
-    parts = read_parts(read_inputs(SETTINGS).data)
+    parts = read_parts(SETTINGS)
     net = regrow.load(done.path / "found")
-    retrain(
-        RunFolder.create(tmp_path / "run", verb="t", settings={}), read_inputs(SETTINGS).retraining, parts, net, silent
-    )
+    retrain(RunFolder.create(tmp_path / "run", verb="t", settings={}), SETTINGS, parts, net, silent)
     assert set(sides) == {3}
 
 
 def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, tmp_path: Path) -> None:
-    parts, net, began = read_parts(read_inputs(SETTINGS).data), regrow.load(done.path / "found"), []
+    parts, net, began = read_parts(SETTINGS), regrow.load(done.path / "found"), []
     for inherit in (True, False):
         # At a rate this low it ends as it begins.
         own = replace(SETTINGS, inherit=inherit, retrain=1, lr=1e-9, weight_decay=0.0)
         folder = RunFolder.create(tmp_path / f"{inherit}", verb="t", settings={})
-        began.append(retrain(folder, read_inputs(own).retraining, parts, net, silent))
+        began.append(retrain(folder, own, parts, net, silent))
     for name, value in net.named_parameters():
         assert torch.allclose(began[0].get_parameter(name), value, rtol=0, atol=1e-6)
     weights = [(name, value) for name, value in net.named_parameters() if value.dim() > 1 and bool(value.any())]
@@ -216,7 +212,7 @@ def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:
 
 
 def test_parts_are_disjoint() -> None:
-    parts = read_parts(read_inputs(SETTINGS).data)
+    parts = read_parts(SETTINGS)
     learned, held, test = (
         {tuple(one.flatten().tolist()) for one in part.inputs}
         for part in (parts.search.train, parts.search.test, parts.test)
@@ -258,14 +254,14 @@ def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_space_is_searched_in_three_stages_or_as_many_as_it_has_parts() -> None:
-    task = read_parts(read_inputs(SETTINGS).data).search
+    task = read_parts(SETTINGS).search
     for space, given, heads in (("cells:4-2-1", 0, 2), ("cells:4-4-1", 0, 3), ("cells:4-4-1", 4, 4)):
-        model, _, _ = build_space(read_inputs(replace(SETTINGS, space=space, stages=given)), task)
+        model, _, _ = build_space(replace(SETTINGS, space=space, stages=given), task)
         assert isinstance(model, Cells) and len(model.heads) == heads
     for space in ("resnet:4-2", "bench201:4-1"):
-        assert build_space(read_inputs(replace(SETTINGS, space=space, stages=0)), task)[2] is None
+        assert build_space(replace(SETTINGS, space=space, stages=0), task)[2] is None
         with pytest.raises(ValueError, match="one stage: no --stages 2"):
-            build_space(read_inputs(replace(SETTINGS, space=space, stages=2)), task)
+            build_space(replace(SETTINGS, space=space, stages=2), task)
 
 
 def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None:
@@ -297,10 +293,7 @@ def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
     given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": {"what": what}}
     folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), tmp_path / "run")
     told = rows(folder, "found")[0]
-    whole = sum(
-        p.numel()
-        for p in build_space(read_inputs(SETTINGS), read_parts(read_inputs(SETTINGS).data).search)[0].parameters()
-    )
+    whole = sum(p.numel() for p in build_space(SETTINGS, read_parts(SETTINGS).search)[0].parameters())
     assert 0.3 * whole < told["nonzero"] <= 0.4 * whole
 
 
@@ -358,7 +351,7 @@ def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, mo
 
     net = regrow.load(folder.path, model=own_nets.tiny)
     assert (
-        share_right(net, read_parts(read_inputs(Settings("own_nets:tiny", "digits", "0.3", **given)).data).test)
+        share_right(net, read_parts(Settings("own_nets:tiny", "digits", "0.3", **given)).test)
         == (rows(folder, "test")[0]["accuracy"])
     )
     with pytest.raises(ValueError, match=r"own_nets:wrong answers \(2, 3\) to two images of 10 classes"):
@@ -383,10 +376,10 @@ def test_one_topology_for_all_cells_is_left(method: str, epochs: int, given: dic
     assert isinstance(found, Bench201) and all(len(ops) == 1 for ops in found.config["edges"])
     gone = {tuple(path.split(".")[-4:]) for plan in folder.ledger.plans() for path in plan.drop}
     assert len(gone) == 6 * 4 and sum(len(plan.drop) for plan in folder.ledger.plans()) == 3 * 6 * 4
-    told, parts = rows(folder, "found")[0], read_parts(read_inputs(settings).data)
+    told, parts = rows(folder, "found")[0], read_parts(settings)
     assert told["parameters"] == sum(p.numel() for p in found.parameters()) <= 14_000
     assert told["accuracy"] == share_right(found, parts.search.test)
-    whole = sum(p.numel() for p in build_space(read_inputs(settings), parts.search)[0].parameters())
+    whole = sum(p.numel() for p in build_space(settings, parts.search)[0].parameters())
     assert rows(folder, "levels")[0]["saved"]["operations"] == whole - told["parameters"]
 
 
@@ -402,15 +395,15 @@ def test_widths_of_a_fixed_skeleton_are_not_searched(tmp_path: Path) -> None:
 
 
 def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:
-    inputs = read_inputs(Settings("cells:4-3-1", "digits", "0.3", memory="8MiB", **SMALL))
-    model, _, plan = build_space(inputs, read_parts(inputs.data).search)
+    settings = Settings("cells:4-3-1", "digits", "0.3", memory="8MiB", **SMALL)
+    model, _, plan = build_space(settings, read_parts(settings).search)
     assert isinstance(model, Cells) and plan is not None
     assert plan.peak <= 8 * 2**20 and plan.ends[-1] == 2 and sorted(map(int, model.heads)) == list(plan.ends)
     assert not plan.recomputed and not model.recomputed
     with pytest.raises(ValueError, match="do not suffice"):
         build_space(
-            read_inputs(Settings("cells:4-3-1", "digits", "0.3", memory="100KiB", **SMALL)),
-            read_parts(read_inputs(SETTINGS).data).search,
+            Settings("cells:4-3-1", "digits", "0.3", memory="100KiB", **SMALL),
+            read_parts(SETTINGS).search,
         )
 
 
@@ -422,7 +415,7 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
     }
     plain = run(Settings("cells:4-4-1", "digits", "0.3", **given), tmp_path / "plain")
     ample = Settings("cells:4-4-1", "digits", "0.3", memory="64MiB", **given)
-    _, _, plan = build_space(read_inputs(ample), read_parts(read_inputs(ample).data).search)
+    _, _, plan = build_space(ample, read_parts(ample).search)
     assert plan is not None and not plan.recomputed
     small = run(Settings("cells:4-4-1", "digits", "0.3", memory="17MiB", **given), tmp_path / "small")
     (planned,) = rows(small, "stages")
@@ -459,11 +452,11 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
         run(Settings("resnet:4-2", "digits", "0.3", **given), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     model, parts = (
-        build_space(read_inputs(Settings(space, "digits", "0.3")), read_parts(read_inputs(SETTINGS).data).search)[0],
-        read_parts(read_inputs(SETTINGS).data),
+        build_space(Settings(space, "digits", "0.3"), read_parts(SETTINGS).search)[0],
+        read_parts(SETTINGS),
     )
     axes, one_stage = trace(model, parts.search.train.inputs[:2]), MemoryStages(tuple(plan["ends"]), (1,))
-    build_search(read_inputs(Settings(space, "digits", "0.3", method=method)), model, axes, one_stage)
+    build_search(Settings(space, "digits", "0.3", method=method), model, axes, one_stage)
 
 
 def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,7 +470,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     )
     done = run(settings, tmp_path / "run")
     net, told = regrow.load(done.path), rows(done, "test")[0]
-    assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, read_parts(read_inputs(settings).data).test)
+    assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, read_parts(settings).test)
     assert told["nonzero"] <= 70_000 and all(n > 0 for n in rows(done, "levels")[0]["saved"].values())
     assert [row["stage"] for row in rows(done, "epoch")] == [0, 0, 1, 1]
     page = (write_page([done.path], tmp_path / "page.html")).read_text(encoding="utf-8")
@@ -504,8 +497,8 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     ],
 )
 def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
-    parts = read_parts(read_inputs(SETTINGS).data)
-    model = build_space(read_inputs(SETTINGS), parts.search)[0]
+    parts = read_parts(SETTINGS)
+    model = build_space(SETTINGS, parts.search)[0]
     with pytest.raises(ValueError, match=message):
         parse_target(text, trace(model, parts.search.train.inputs[:2]))
 
@@ -527,12 +520,12 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     given: dict[str, Any] = {"method_settings": QUICK, **SMALL, "retrain": 0}
     table = invented(
         build_space(
-            read_inputs(Settings("cells:4-2-1", "digits", "0.3", **given)),
-            read_parts(read_inputs(SETTINGS).data).search,
+            Settings("cells:4-2-1", "digits", "0.3", **given),
+            read_parts(SETTINGS).search,
         )[0]
     )
     settings = Settings("cells:4-2-1", "digits", f" ms={0.5 * table.total:.4f}", **given)
-    monkeypatch.setattr(latencies, "latency", lambda *_: table)
+    monkeypatch.setattr(search_inputs, "latency", lambda *_: table)
     done = run(settings, tmp_path / "run")
     told, levels = rows(done, "latency")[0], rows(done, "levels")[0]
     assert told["whole"] == table.total and told["found"] > 0
@@ -543,12 +536,12 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")
-    monkeypatch.setattr(latencies, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
-    kept = tmp_path / "killed" / ".work" / "latency.json"
+    monkeypatch.setattr(search_inputs, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
+    kept = tmp_path / "killed" / ".work" / "run.json"
     text = kept.read_text()
-    for damaged in ("{}", text.replace('"total": ', '"total": -'), None):
-        kept.unlink() if damaged is None else kept.write_text(damaged)
-        with pytest.raises(StoreError, match=r"latency\.json.*take a new folder"):
+    for damaged in ('"total": -', '"wrong": '):
+        kept.write_text(text.replace('"total": ', damaged))
+        with pytest.raises(StoreError, match=r"run\.json.*latency"):
             run(settings, tmp_path / "killed")
     kept.write_text(text)
     again = run(settings, tmp_path / "killed")
@@ -559,7 +552,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
 def test_a_time_that_cannot_be_reached_is_refused_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latencies, "latency", lambda model, *_: invented(model))
+    monkeypatch.setattr(search_inputs, "latency", lambda model, *_: invented(model))
     for target_, message in (("ms=1.9", "left whatever goes"), ("ms=1000", "not below")):
         with pytest.raises(ValueError, match=message):
             run(Settings("cells:4-2-1", "digits", target_, **SMALL), tmp_path / "run")

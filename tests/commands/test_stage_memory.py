@@ -10,11 +10,12 @@ from torch import nn
 import regrow
 from commands.results import rows, same_parameters
 from regrow.allocation.stages import MemoryBudgetError
-from regrow.commands import retraining, search, searching, stage_memory
+from regrow.commands import search, stage_memory
 from regrow.commands.search import Settings, build_search, build_space, run
-from regrow.commands.search_inputs import read_inputs, read_parts
+from regrow.commands.search_inputs import make_schedule, read_parts
 from regrow.commands.stage_memory import MemoryWatch
 from regrow.methods import MethodKind, find_method
+from regrow.objectives import CLASSIFICATION
 from regrow.reports import write_page
 from regrow.tracing import trace
 from regrow.training.continual import learn
@@ -48,8 +49,7 @@ def run_and_watch(settings: Settings, place: Path) -> tuple[Any, list[bool]]:
         return learn(model, *given, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (searching, retraining):
-            patch.setattr(module, "learn", watched)
+        patch.setattr(search, "learn", watched)
         return run(settings, place), recomputed
 
 
@@ -71,13 +71,14 @@ def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, b
     """Masks cost by the weight: where those are many, a plan without them would be far off."""
     more = {"batch_size": batch, "epochs": 1, "method_settings": {"warm": 0}}
     settings = replace(TIGHT, space=space, memory=memory, **more)
-    parts = read_parts(read_inputs(settings).data)
-    model, _, plan = build_space(read_inputs(settings), parts.search)
+    parts = read_parts(settings)
+    model, _, plan = build_space(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:2])
-    own = build_search(read_inputs(settings), model, axes, plan)
+    own = build_search(settings, model, axes, plan)
     assert plan is not None and len(plan.ends) == 1 and plan.recomputed == recomputed
     watch = MemoryWatch(own, plan.peak, batch)
-    learn(model, axes, [parts.search], own.learner, read_inputs(settings).schedule, around=watch)
+    schedule = make_schedule(settings, CLASSIFICATION, settings.epochs)
+    learn(model, axes, [parts.search], own.learner, schedule, around=watch)
     assert watch.rows["0"].joint
     assert 0.85 * plan.peak < watch.rows["0"].peak <= plan.peak
 

@@ -16,7 +16,7 @@ from regrow.axes import Example
 from regrow.budget import Budget
 from regrow.commands import search as searching
 from regrow.commands.search import Settings, run
-from regrow.commands.search_inputs import read_inputs, read_parts
+from regrow.commands.search_inputs import read_parts
 from regrow.commands.targets import parse_target
 from regrow.data.vision import side_of
 from regrow.evaluation import dense, macs, size
@@ -60,7 +60,7 @@ def test_no_target_of_a_search_is_exceeded(
     settings = Settings(space, "digits", f"{measure}={share}%", method_settings=own, seed=seed, **TINY)
     folder = run(settings, tmp_path / "run")
     levels_row, net = row(folder, "levels"), regrow.load(folder.path / "found")
-    counted = dense(net, read_parts(read_inputs(settings).data).test.inputs[:1])
+    counted = dense(net, read_parts(settings).test.inputs[:1])
     assert levels_row["measure"] == measure
     assert counted[FIELD.get(measure, measure)] <= levels_row["asked"]
     told = row(folder, "found")
@@ -89,8 +89,8 @@ def test_a_target_in_macs_counts_masked_weights_like_others(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_share_is_of_stored_parameters_or_of_what_it_names() -> None:
-    parts = read_parts(read_inputs(Settings("cells:4-2-1", "digits", "0.2", **TINY)).data)
-    model, _, _ = searching.build_space(read_inputs(Settings("cells:4-2-1", "digits", "0.2", **TINY)), parts.search)
+    parts = read_parts(Settings("cells:4-2-1", "digits", "0.2", **TINY))
+    model, _, _ = searching.build_space(Settings("cells:4-2-1", "digits", "0.2", **TINY), parts.search)
     one, two = (trace(model, parts.search.train.inputs[:n]) for n in (1, 2))
     counted = dense(model, parts.search.train.inputs[:2])
     for text, name in (

@@ -82,11 +82,6 @@ class Destination:
             generators += (found for one in _parts(value) for found in generators_of(one))
         return replace(self, generators=tuple(generators))
 
-    def begun(self) -> Path | None:
-        """Return the folder with the files of the interrupted run, if there is one."""
-        folder = RunFolder.open_unfinished(self.out) if self.out is not None else None
-        return folder.path if folder else None
-
     def recorder(self, verb: str, model: object) -> Recorder:
         """Return where the run of a call is recorded.
 

@@ -1,97 +1,36 @@
 """``regrow.search``: search the widths and candidate operations of a network for one of a given size."""
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from regrow.amounts import Measure, Target, parse_share, short
+from regrow.amounts import Target, parse_share
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs
 from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, find_objective, first_batch, move_inputs
-from regrow.api.runs import Destination, loaded_of, name_of, run_of
-from regrow.api.runs import finish as finish_run
+from regrow.api.runs import Destination, digest, loaded_of, name_of
 from regrow.axes import AxisGraph, Example
-from regrow.candidates import fold_scales
-from regrow.commands import latencies
-from regrow.commands.search_record import SearchRecord
-from regrow.commands.searching import build_method, measure_statistics, train_space
+from regrow.commands.calibration import parameter_sums
+from regrow.commands.clock import Clock
+from regrow.commands.search import carry_out
+from regrow.commands.search_inputs import Parts, SearchInputs
+from regrow.commands.search_record import SearchResult
 from regrow.data.datasets import fix_order, to_examples
 from regrow.errors import InputError
-from regrow.evaluation import Latency, dense, latency
-from regrow.evaluation.continual import mean_score
-from regrow.methods import MethodKind, find_method
-from regrow.methods.search.assembly import Search
-from regrow.methods.search.space import measure_whole
-from regrow.plan import Plan
-from regrow.progress import Log, Progress, silent
+from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
-from regrow.settings.search import Settings, parse_search_target
-from regrow.sources import Batch, Source, device_of
+from regrow.settings.search import Settings
+from regrow.sources import Source, device_of
 from regrow.store.building import describe_origin
-from regrow.store.statistics import FOLDER as STATISTICS
-from regrow.surgery import UndoStore
-from regrow.tables import Table, format_html, format_text
-from regrow.tasks import CappedExamples, Task, first_examples
-from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from regrow.training.continual import TaskSchedule
-from regrow.training.fit import finish
-from regrow.training.learner import Context
-from regrow.training.state import TrainState
+from regrow.tasks import CappedExamples, Task
 
 HELD_OUT = 0.2
 """The fraction of the data that is held out where no validation data are given."""
 MORE = ("weight_decay", "decay", "precision")
 """The further arguments of :func:`search`."""
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The network that a search found.
-
-    Args:
-        model: The network, without any part of the method: the one that was given, changed in place.
-        axes: Its axes.
-        plans: Every change of shape, in order.
-        measure: What the target counts: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
-        target: The largest allowed size.
-        before: The size before the search.
-        size: The size now.
-        saved: ``operations``, ``filters`` and ``weights`` → how much of the size each of them saved.
-        metric: The name of the score, such as ``accuracy``.
-        score: The score on the validation data; higher is better.
-        rows: One row per epoch: validation score (``accuracy``), size, allowed size, kept fractions.
-    """
-
-    model: nn.Module
-    axes: AxisGraph
-    plans: tuple[Plan, ...]
-    measure: str
-    target: float
-    before: float
-    size: float
-    saved: Mapping[str, float]
-    metric: str
-    score: float
-    rows: tuple[Mapping[str, Any], ...]
-
-    def __str__(self) -> str:
-        return format_text([self._table()], self._summary())
-
-    def _repr_html_(self) -> str:
-        """Return the sizes as an HTML table, for notebooks."""
-        return format_html([self._table()], self._summary())
-
-    def _table(self) -> Table:
-        rows = [(name, short(value)) for name, value in self.saved.items() if value]
-        return Table("", ("removed", self.measure), rows, (1,))
-
-    def _summary(self) -> str:
-        sizes = f"{short(self.before)} → {short(self.size)} {self.measure} (target {short(self.target)})"
-        return f"{sizes}, validation {self.metric} {self.score:.3f}"
 
 
 def search(
@@ -159,145 +98,59 @@ def search(
     """
     check_arguments("search", training, MORE, "the size is given by target='macs=50%' or smaller='30%'; ")
     place = Destination(out, track, checkpoint).checked(data=data, validation=validation)
-    text, own = _target(target, smaller), _settings(method, settings or {})
-    known = Example() if example is None else example
-    net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
-    task = _read_task(net, data, validation, batch_size, seed)
-    given: Any = {"epochs": max(1, epochs), "batch_size": batch_size, "lr": lr, "seed": seed, **training}
-    schedule = build_schedule(optimizer, objective=find_objective(net.model, loss, first_batch(task)), **given)
-    net = _with_example(net, task) if example is None else net
-    axes = net.trace() if axes is None else axes
-    table = _time(net.model, task, batch_size, place) if parse_search_target(text).measure == Measure.TIME else None
-    found = build_method(method, own, net.model, axes, text, seed=seed, epochs=epochs, table=table)
-    work = _begin(found, Context(net.model, axes, task, epochs=epochs, seed=seed), schedule, table, progress)
-    if place.out is None:
-        return _run(work, Path(checkpoint) if checkpoint is not None else None)
-    inputs = {"loss": name_of(loss), "optimizer": name_of(optimizer), "training": training}
-    return _run_in_folder(net, work, place, _describe(net.model, method, settings or {}, text, work), model, inputs)
-
-
-@dataclass(frozen=True)
-class _Searching:
-    """What is searched, and how."""
-
-    search: Search
-    context: Context
-    schedule: TaskSchedule
-    table: Latency | None
-    progress: Progress
-
-
-def _begin(
-    search: Search, context: Context, schedule: TaskSchedule, table: Latency | None, progress: Progress
-) -> _Searching:
-    """Return what is searched, after checking that the method can search it."""
-    context = replace(context, undo=UndoStore(), objective=schedule.objective)
-    search.check(context)
-    return _Searching(search, context, schedule, table, progress)
-
-
-def _with_example(net: Inputs, task: Task) -> Inputs:
-    """Return the inputs with two training examples as the example."""
-    return replace(net, example=Example(*move_inputs(first_batch(task), device_of(net.model))))
-
-
-def _settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a method, which changes no images unless they say so: a user's data do that themselves."""
-    entry = find_method(MethodKind.SEARCH, method)
-    plain = {"augment": False} if any(one.name == "augment" for one in fields(entry.settings)) else {}
-    return {**plain, **given}
-
-
-def _run(work: _Searching, file: Path | None, record: SearchRecord | None = None) -> SearchResult:
-    """Search, resuming from the checkpoint if there is one; what is reached goes to the record, too."""
-    search, context = work.search, work.context
-    rows: dict[str, list[dict[str, Any]]] = {"epoch": [], "levels": []}
-
-    def log(kind: str, /, **row: Any) -> None:
-        if record:
-            record.log(kind, **row)
-        if kind in rows:
-            rows[kind].append(row)
-
-    state = TrainState(search.learner.state)
-    before = measure_whole(search.rules.space, (), context)
-    model, axes, undo = context.model, context.axes, context.undo
-    if file is not None and file.is_file():
-        model, axes, state = read_checkpoint(file, model, axes, search.learner.state, None, undo)
-        rows["epoch"] += map(dict, state.learner.history)
-
-    def write(now: TrainState[Any], there: Context) -> None:
-        if record:
-            record.write(now)
-        if file is not None:
-            write_checkpoint(file, there.model, now, undo)
-
-    now = _at(context, model, axes, log, 0)
-    more: Any = {"state": state, "checkpoint": write, "log": log, "progress": work.progress}
-    fitted = train_space(search, now, work.schedule if context.epochs else None, **more)
-    now = _at(context, fitted.model, fitted.axes, log, context.epochs)
-    fitted, last = finish(search.learner, fitted, now)
-    fold_scales(fitted.model)
-    measure_statistics(fitted.model, now, work.schedule.batch_size)
-    fitted.model.eval()
-    if record:
-        record.write(replace(fitted.state, plans=(*fitted.state.plans, *last)))
-    (levels,) = rows["levels"]
-    return SearchResult(
-        fitted.model,
-        fitted.axes,
-        (*fitted.state.plans, *last),
-        str(search.rules.space.measure),
-        search.rules.space.target,
-        before,
-        levels["size"],
-        levels["saved"],
-        context.objective.metric,
-        mean_score(fitted.model, context.task.test, context.objective),
-        tuple(rows["epoch"]),
+    job = Settings(
+        describe_origin(model).name if isinstance(model, nn.Module) else str(model),
+        "data",
+        _target(target, smaller),
+        method=method,
+        method_settings=dict(settings or {}),
+        epochs=epochs,
+        retrain=0,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=training.get("weight_decay", 0.0),
+        precision=training.get("precision", "float32"),
+        seed=seed,
     )
 
+    def open_inputs(clock: Clock) -> SearchInputs:
+        known = Example() if example is None else example
+        net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=shown)
+        task = _read_task(net, data, validation, batch_size, seed)
+        first = first_batch(task)
+        objective = find_objective(net.model, loss, first)
+        schedule = build_schedule(
+            optimizer, objective=objective, epochs=max(1, epochs), batch_size=batch_size, lr=lr, seed=seed, **training
+        )
+        if example is None:
+            net = replace(net, example=Example(*move_inputs(first, device_of(net.model))))
+        loaded = loaded_of(net)
+        call: dict[str, object] | None = None
+        traced = net.trace() if axes is None else axes
+        if out is not None:
+            both = {"data": task, "validation": replace(task, train=task.test)}
+            call = {
+                "data": place.describe(Source(name, [first_batch(part)]) for name, part in both.items()),
+                "loss": name_of(loss),
+                "optimizer": name_of(optimizer),
+                "training": training,
+                "weights": digest(parameter_sums(net.model)),
+            }
+        return SearchInputs(
+            net.model,
+            loaded.origin,
+            traced,
+            Parts(task, task, None, objective=objective),
+            schedule,
+            loaded,
+            in_place=True,
+            generators=place.generators,
+            call=call,
+        )
 
-def _run_in_folder(
-    net: Inputs,
-    work: _Searching,
-    place: Destination,
-    settings: Settings,
-    model: ModelLike,
-    inputs: Mapping[str, object],
-) -> SearchResult:
-    """Search and write the run, or resume it."""
-    start, loaded, task = time.perf_counter(), loaded_of(net), work.context.task
-    both = {"data": task, "validation": replace(task, train=task.test)}
-    data = place.describe(Source(name, [first_batch(part)]) for name, part in both.items())
-    with (
-        run_of(place, "search", settings, model, loaded, data=data, **inputs) as folder,
-        visible(work.progress) as shown,
-    ):
-        if work.table:
-            latencies.write(folder.path, work.table)
-        (folder.path / STATISTICS).mkdir(exist_ok=True)
-        record = SearchRecord(folder, len(folder.own_ledger))
-        result = _run(replace(work, progress=shown), folder.path / STATISTICS / CHECKPOINT, record)
-        size = dense(result.model, first_examples(task.test, 1).inputs)
-        if 0 <= result.score <= 1:
-            folder.log("found", accuracy=result.score, **size)
-        else:  # such as a negative loss
-            folder.log("result", metric=result.metric, score=result.score, **size)
-        finish_run(folder, replace(loaded, model=result.model), search=time.perf_counter() - start)
-    return result
-
-
-def _describe(model: nn.Module, method: str, given: Mapping[str, Any], target: str, work: _Searching) -> Settings:
-    """Return the settings of the command that say what a call does."""
-    shared = {one: getattr(work.schedule, one) for one in ("batch_size", "lr", "weight_decay", "precision", "seed")}
-    more: Any = {"method": method, "method_settings": dict(given), "epochs": work.context.epochs, "retrain": 0}
-    return Settings(describe_origin(model).name, "data", target, **more, **shared)
-
-
-def _at(context: Context, model: nn.Module, axes: AxisGraph, log: Log, epoch: int) -> Context:
-    """Return the context at an epoch of the search."""
-    return replace(context, model=model, axes=axes, log=log, epoch=epoch)
+    with visible(progress) as shown:
+        file = None if checkpoint is None else Path(checkpoint)
+        return carry_out(job, open_inputs, place.recorder("search", model), checkpoint=file, progress=shown)
 
 
 def _target(target: str | Target, smaller: str | float | None) -> str:
@@ -323,10 +176,3 @@ def _read_task(net: Inputs, data: Any, validation: Any, batch_size: int, seed: i
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         test, train = (train.subset(part.sort()[0]) for part in order.split([many, n - many]))
     return Task("search", CappedExamples(train, batch_size), CappedExamples(test, batch_size), ())
-
-
-def _time(model: nn.Module, task: Task, batch_size: int, place: Destination) -> Latency:
-    """Return the measured times of the network's operations and layers on a batch, or those of an interrupted run."""
-    batch = Batch(*move_inputs(first_batch(task, batch_size), device_of(model)))
-    begun = place.begun()
-    return latencies.read_or_measure(begun, model, batch, False) if begun else latency(model, batch)

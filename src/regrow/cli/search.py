@@ -37,11 +37,10 @@ def search(given: Given[Settings], code: str, track: str, out: Path) -> None:
     settings = given.build()
     options.say_code(settings.space, code, settings.method)
     from regrow.commands.search import run
-    from regrow.commands.share_searching import share
 
     with processes() as ranks:
         if not ranks.leads:
-            share(settings, ranks, code=code)
+            run(settings, out, code=code, ranks=ranks)
             return
         folder = run_with_page("network", _tell, run, settings, out, code=code, track=track, ranks=ranks)
     say(f"load it with regrow.load({str(folder.path)!r})")

@@ -87,13 +87,13 @@ class RunStart:
 
     Args:
         identity: ``verb``, ``settings`` and ``defaults``, as JSON data.
-        loaded: The network before the run.
+        loaded: The network before the run; ``None``: it is new.
         outside: Its tensors, where it has no numbers.
         call: What the result of a call from Python depends on besides settings, as JSON data; ``None``: a command.
     """
 
     identity: Mapping[str, Any]
-    loaded: Loaded
+    loaded: Loaded | None
     outside: OutsideTensors | None = None
     call: Mapping[str, object] | None = None
 
@@ -166,7 +166,8 @@ class FolderRecorder:
             StoreError: If the folder holds something else, or a run with other inputs or weights.
         """
         loaded = start.loaded
-        check_room(self.model, loaded, self.out, undo=self.undo)
+        if loaded is not None:
+            check_room(self.model, loaded, self.out, undo=self.undo)
         with tracking(RunFolder.create(self.out, **start.identity, command=self.command), self.track) as folder:
             recorded = folder.run().get("python")
             if recorded is None and start.call is not None:
@@ -174,8 +175,9 @@ class FolderRecorder:
             elif recorded is not None and recorded != start.call:
                 difference = find_difference(recorded, start.call or {})
                 raise StoreError(f"{self.out} holds another run: {difference}, or choose another folder")
-            start_from(folder, self.model, loaded, undo=self.undo, outside=start.outside)
-            folder.update(notes=list(loaded.notes), **record_input(loaded))
+            if loaded is not None:
+                start_from(folder, self.model, loaded, undo=self.undo, outside=start.outside)
+                folder.update(notes=list(loaded.notes), **record_input(loaded))
             yield folder
 
     def finish(self, record: Record, seconds: Mapping[str, float]) -> RunFolder:

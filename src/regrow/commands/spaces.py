@@ -11,10 +11,15 @@ from torch import nn
 
 from regrow.allocation.stages import MemoryBudgetError, MemoryStages
 from regrow.allocation.stages import stages as cut
+from regrow.amounts import parse_bytes
 from regrow.candidates import Prefix, Staged, fold_scales
+from regrow.commands.search_inputs import select_known
 from regrow.commands.stage_memory import predict_peaks
-from regrow.methods.search.space import GRANULARITIES
-from regrow.nets import bench201, cells, mobile
+from regrow.commands.starting import check_outputs
+from regrow.commands.targets import find_granularities
+from regrow.methods import MethodKind, find_method
+from regrow.methods.search.assembly import Search
+from regrow.nets import Loaded, bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.code import Builder, call_builder, import_builder
@@ -23,74 +28,70 @@ from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
 from regrow.references import names_code
+from regrow.settings.search import Settings, parse_search_target
 from regrow.sources import Batch, logits_in
-from regrow.tasks import Task, first_examples, input_shape
+from regrow.tasks import Task, first_examples, input_shape, to_batch
 from regrow.tracing.placeholder import find_placeholders
 
 SpaceNetwork = Cells | Mobile | Bench201
 """A network of one of the built-in search spaces."""
 
 
-def build_network(
-    space: str,
-    task: Task,
-    *,
-    stages: int,
-    memory: int,
-    batch_size: int,
-    stride: int,
-    seed: int,
-    stage_share: float = 1.0,
-    masked: Collection[str] = GRANULARITIES,
+def build_space(
+    settings: Settings, task: Task, start: Loaded | None = None
 ) -> tuple[nn.Module, Origin, MemoryStages | None]:
     """Return a search space as a network with random weights, its origin, and its stages if a memory budget sets them.
 
     Args:
-        space: The name of the space, or ``pkg.mod:fn``.
+        settings: The settings of the search.
         task: The data of the search.
-        stages: The number of stages of the search; 0: three, or as many as the space has parts if these are fewer.
-        memory: The largest memory that a stage may need, in bytes; 0: no budget.
-        batch_size: Examples per step.
-        stride: The stride of the stem.
-        seed: Seed of the weights.
-        stage_share: The fraction of its operations that a part is expected to have after its stage.
-        masked: The granularities whose masks need memory in a step.
+        start: The network with its weights that is searched instead of a new one.
 
     Raises:
         ValueError: If there is no such space, the budget is too small for any stages, or there are none to cut.
     """
+    space, stages, memory = settings.space, settings.stages, settings.memory
+    if start:
+        refuse_stages(space, stages, memory)
+        if start.tokenizer is None:
+            check_outputs(start, task, 1 + max(task.classes))
+        return start.model, start.origin, None
+    entry = find_method(MethodKind.SEARCH, settings.method)
+    measure = parse_search_target(settings.target).measure
+    known = {"measure": str(measure), "levels": find_granularities(measure)}
+    search: Search = entry.made(settings.method, select_known(entry, known) | dict(settings.method_settings))
     shape, classes = list(input_shape(task.train)), 1 + max(task.classes)
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
         refuse_stages(f"{space} has one topology for all cells, so it", stages, memory)
-        edges = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
+        edges = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=settings.stride)
         check_space_fits(edges, f"a search of {space}")
-        return _initialise(Bench201, edges, seed), Origin("bench201", "bench201", edges, space), None
-    found = _find_staged(space, shape, classes, stride)
+        return _initialise(Bench201, edges, settings.seed), Origin("bench201", "bench201", edges, space), None
+    found = _find_staged(space, shape, classes, settings.stride)
     if found is None:
         refuse_stages(space, stages, memory)
         if names_code(space):
             builder = import_builder(space)
-            return _build_own(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
-        return *small(space, shape, classes, seed), None
+            return _build_own(space, builder, task, settings.seed), Origin("callable", space, {}, space, builder), None
+        return *small(space, shape, classes, settings.seed), None
     check_space_fits(found.whole(), f"a search of {space}")
     plan = None
     if memory:
-        first = first_examples(task.train, batch_size)
-        batch = Batch((first.inputs,), labels=first.labels)
-        plan = _plan_stages(found, batch, memory, stage_share, masked)
+        first = first_examples(task.train, settings.batch_size)
+        batch = to_batch(first.inputs, first.labels)
+        plan = _plan_stages(found, batch, parse_bytes(memory), search.stage_share, search.masked)
     config = found.whole(heads=plan.ends if plan else stage_ends(found.parts, stages or min(3, found.parts)))
-    net = _initialise(found.net, config, seed)
+    net = _initialise(found.net, config, settings.seed)
     net.recomputed = plan is not None and plan.recomputed
     return net, Origin(found.kind, found.kind, config, space), plan
 
 
-def refuse_stages(what: str, stages: int, memory: int) -> None:
+def refuse_stages(what: str, stages: int, memory: str) -> None:
     """Raise ValueError if stages or a memory budget are asked for of a network that is searched in one stage.
 
     Args:
         what: The network, for the message.
         stages: The number of stages that is asked for; 0: none.
-        memory: The memory budget in bytes; 0: none.
+        memory: The memory budget; empty: none.
 
     Raises:
         ValueError: Names the option.
@@ -171,17 +172,20 @@ def stage_ends(parts: int, stages: int) -> tuple[int, ...]:
     return tuple(round(parts * (i + 1) / stages) - 1 for i in range(stages))
 
 
-def extract_network(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
+def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False) -> tuple[nn.Module, Origin]:
     """Return what a search left of a space as a plain network with folded scales, and the record of how to build it.
 
     Args:
         model: The network, cut by plans; its scales are folded in place.
         origin: The record of how the space was built.
+        in_place: Whether the network is returned as it is, with placeholders, even if it is of a built-in space.
     """
     gone = find_placeholders(model).keys()
     fold_scales(model)
     config: Mapping[str, object]
     match model:
+        case _ if in_place:
+            return model.eval(), origin
         case Cells():
             config = cells.describe(model, origin.config, gone)
         case Mobile():

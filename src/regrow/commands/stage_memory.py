@@ -17,7 +17,7 @@ from regrow.evaluation.memory import peak_meter
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.state import SearchState, StageMemory
 from regrow.sources import Batch, device_of
-from regrow.tasks import first_examples
+from regrow.tasks import first_examples, to_batch
 from regrow.training.learner import Context
 
 MASKS, WEIGHT, GRANULARITY = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
@@ -72,7 +72,7 @@ class MemoryWatch:
 
     Args:
         search: The method.
-        budget: The budget in bytes.
+        budget: The budget in bytes; 0: none, and nothing is measured.
         size: Examples per step.
         rows: Stage → its measured memory.
         predictions: Stage that started in this process → its predicted peak, in bytes.
@@ -95,6 +95,8 @@ class MemoryWatch:
         Raises:
             MemoryBudgetError: If the stage needs more than the budget, even with recomputed parts.
         """
+        if not self.budget:
+            return nullcontext()
         stage = state.stage
         if stage and stage not in self.predictions:
             self.predictions[stage] = self._fit(state, context)
@@ -109,7 +111,7 @@ class MemoryWatch:
         """Return a stage's predicted peak in bytes; turn recomputation on if it exceeds the budget."""
         train, net = context.task.train, cast(Staged, context.model)
         first = first_examples(train, self.size)
-        batch = Batch((first.inputs,), labels=first.labels)
+        batch = to_batch(first.inputs, first.labels)
         needed = predict_stage(self.search, state, context, batch)
         if needed > self.budget and not net.recomputed:
             net.recomputed = True

@@ -54,6 +54,15 @@ class StageJson(msgspec.Struct, frozen=True):
     weights: Digest
 
 
+class LatencyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The times in the ``run.json`` of a search: measured milliseconds of operations, sums and layers."""
+
+    total: Milliseconds
+    ops: dict[str, Milliseconds]
+    sums: dict[str, Milliseconds]
+    layers: dict[str, Milliseconds]
+
+
 class RunJson(msgspec.Struct, frozen=True):
     """``run.json``: the settings, versions, times and notes of a run; it may have further fields."""
 
@@ -69,6 +78,7 @@ class RunJson(msgspec.Struct, frozen=True):
     sources: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     timing: dict[str, Any] | None = None
+    latency: LatencyJson | None = None
     memory: dict[str, int | None] = {}
     sequence: list[Any] = []
     extension: list[str] = []
@@ -142,15 +152,6 @@ class ShapesJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inserted: dict[str, list[InsertionJson]]
     probe: dict[str, Any]
     sha256: Digest
-
-
-class LatencyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``latency.json``: measured milliseconds of operations, sums and layers."""
-
-    total: Milliseconds
-    ops: dict[str, Milliseconds]
-    sums: dict[str, Milliseconds]
-    layers: dict[str, Milliseconds]
 
 
 class AxisRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
