@@ -85,12 +85,14 @@ class RunStart:
         loaded: The network before the run.
         outside: Its tensors, where it has no numbers.
         call: What the result of a call from Python depends on besides settings, as JSON data; ``None``: a command.
+        new: Whether the network is built anew, so that nothing is recorded of it.
     """
 
     identity: Mapping[str, Any]
     loaded: Loaded
     outside: OutsideTensors | None = None
     call: Mapping[str, object] | None = None
+    new: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class FolderRecorder:
             StoreError: If the folder holds something else, or a run with other inputs or weights.
         """
         loaded = start.loaded
-        check_room(self.model, loaded, self.out, undo=self.undo)
+        check_room(self.model, loaded, self.out, undo=self.undo and not start.new)
         with tracking(RunFolder.create(self.out, **start.identity, command=self.command), self.track) as folder:
             recorded = folder.run().get("python")
             if recorded is None and start.call is not None:
@@ -169,8 +171,9 @@ class FolderRecorder:
             elif recorded is not None and recorded != start.call:
                 difference = find_difference(recorded, start.call or {})
                 raise StoreError(f"{self.out} holds another run: {difference}, or choose another folder")
-            start_from(folder, self.model, loaded, undo=self.undo, outside=start.outside)
-            folder.update(notes=list(loaded.notes) or None, **record_input(loaded))
+            if not start.new:
+                start_from(folder, self.model, loaded, undo=self.undo, outside=start.outside)
+                folder.update(notes=list(loaded.notes) or None, **record_input(loaded))
             yield folder
 
     def finish(self, record: Record, seconds: Mapping[str, float]) -> RunFolder:
