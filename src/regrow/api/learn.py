@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from regrow.data.task_data import to_tasks
 from regrow.errors import InputError
 from regrow.evaluation.continual import Matrix
 from regrow.evaluation.forward import evaluating
-from regrow.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective, describe_misfit
+from regrow.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
+from regrow.settings.declaration import declared
 from regrow.settings.learn import Settings
 from regrow.sources import Batch, Source, device_of
 from regrow.store.origins import describe_origin
@@ -32,6 +34,7 @@ from regrow.tables import Table, format_html
 from regrow.tasks import Task, first_examples
 from regrow.training.checkpoint import CHECKPOINT
 from regrow.training.continual import TaskSchedule, accuracy_matrix
+from regrow.training.learner import Learner
 from regrow.training.schedule import NO_AXES
 
 OptimizerLike = str | Callable[[Any], torch.optim.Optimizer]
@@ -144,48 +147,46 @@ def learn(
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     require_weights(net.model)
     every = to_tasks(tasks, choose_reading(net.model, net.tokenizer, batch_size))
-    learner, batch = build_learner(method, settings or {}, seed), first_batch(every[0])
-    given: Any = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, **training}
-    schedule = build_schedule(optimizer, objective=find_objective(net.model, loss, batch), **given)
-    if schedule.objective is CLASSIFICATION:
-        _check_classes(net.model, every, batch)
-    if example is None:
-        net = replace(net, example=Example(*move_inputs(batch, device_of(net.model))))
-    job = Settings(
-        tuple(task.name for task in every),
-        describe_origin(net.model).name,
-        method,
-        dict(settings or {}),
-        schedule.scenario,
-        int(epochs),
-        int(batch_size),
-        schedule.optimizer,
-        float(lr),
-        float(schedule.weight_decay),
-        precision=schedule.precision,
-        seed=int(seed),
-    )
-
-    def open_inputs(clock: Clock) -> LearnInputs:
-        call, file = None, None if checkpoint is None else Path(checkpoint).absolute()
-        if out is not None:
-            call = {
-                "data": place.describe(_first_batches(every)),
-                "loss": name_of(loss),
-                "optimizer": name_of(optimizer),
-                "training": training,
-                "weights": digest(parameter_sums(net.model)),
-            }
-            file = Path(STATISTICS, CHECKPOINT)  # not part of the finished run, whose data have no names
-        traced = axes
-        if traced is None:
-            traced = _trace(net, method) if learner.uses_axes else NO_AXES
-        return LearnInputs(loaded_of(net), traced, every, learner, schedule, file, call=call)
-
+    learner, told = build_learner(method, settings or {}, seed), {"optimizer": name_of(optimizer), "training": training}
+    schedule = build_schedule(optimizer, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **training)
+    names = tuple(task.name for task in every)
+    job = Settings(names, describe_origin(net.model).name, method, dict(settings or {}), **_shared_settings(schedule))
+    open_inputs = partial(_open, job, place, net, every, learner, schedule, loss, example is None, axes, told)
     with nullcontext(progress) if out is None else visible(progress) as shown:
-        fitted, _ = carry_out(job, open_inputs, place.recorder("learn", model), progress=shown)
+        fitted = carry_out(job, open_inputs, place.recorder("learn", model), progress=shown)
     state = fitted.state
-    return Learned(fitted.model, fitted.axes, job.tasks, accuracy_matrix(state), state.plans, state.sizes)
+    return Learned(fitted.model, fitted.axes, names, accuracy_matrix(state), state.plans, state.sizes)
+
+
+def _open(
+    settings: Settings,
+    place: Destination,
+    net: Inputs,
+    tasks: list[Task],
+    learner: Learner[Any],
+    schedule: TaskSchedule,
+    loss: LossLike,
+    takes_example: bool,
+    axes: AxisGraph | None,
+    call: Mapping[str, object],
+    clock: Clock,
+) -> LearnInputs:
+    """Return the inputs of a run, checked, with what is recorded of them, and where its checkpoint is."""
+    batch = first_batch(tasks[0])
+    objective = find_objective(net.model, loss, batch)
+    if objective is CLASSIFICATION and (classes := [number for task in tasks for number in task.classes]):
+        find_objective(net.model, loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
+    if takes_example:
+        net = replace(net, example=Example(*move_inputs(batch, device_of(net.model))))
+    file = None if place.checkpoint is None else Path(place.checkpoint).absolute()
+    if place.out is not None:
+        data, weights = place.describe(_first_batches(tasks)), digest(parameter_sums(net.model))
+        call = {"data": data, "loss": name_of(loss), **call, "weights": weights}
+        file = Path(STATISTICS, CHECKPOINT)  # not part of the finished run, whose data have no names
+    if axes is None:
+        axes = _trace(net, settings.method) if learner.uses_axes else NO_AXES
+    schedule = replace(schedule, objective=objective)
+    return LearnInputs(loaded_of(net), axes, tasks, learner, schedule, file, call=call)
 
 
 def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
@@ -207,16 +208,6 @@ def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
             if objective.name in OBJECTIVES:
                 objective.compute_loss(output, batch)
     return objective
-
-
-def _check_classes(model: nn.Module, tasks: list[Task], batch: Batch) -> None:
-    """Raise InputError if the network has no output for a class of the tasks."""
-    largest = max((label for task in tasks for label in task.classes), default=0)
-    with evaluating(model) as device:
-        batch = batch.to(device)
-        output = batch.run(model)
-    if problem := describe_misfit(output, torch.full((batch.size,), largest)):
-        raise InputError(problem)
 
 
 def check_arguments(name: str, given: Mapping[str, object], known: Sequence[str], remedy: str = "") -> None:
@@ -262,6 +253,12 @@ def first_batch(task: Task, n: int = 2) -> Batch:
         return Batch((), first.inputs, first.labels, where)
     inputs = (first.inputs,) if isinstance(first.inputs, torch.Tensor) else tuple(first.inputs)
     return Batch(inputs, {}, first.labels, where)
+
+
+def _shared_settings(schedule: TaskSchedule) -> dict[str, Any]:
+    """Return the settings of the command that a schedule has, too; numbers of numpy as those of Python."""
+    known = declared(Settings).items()
+    return {name: one.type(getattr(schedule, name)) for name, one in known if hasattr(schedule, name)}
 
 
 def _first_batches(tasks: list[Task]) -> Iterator[Source]:

@@ -27,38 +27,30 @@ Examples
   torchrun --no-python --nproc-per-node 2 regrow learn split:fashion/:5 --method ewc --out RUN
   regrow learn --resume RUN --task rotated:digits:3          add tasks to a finished run
 """
-RESUME = "Resuming a run"
+_resumed = partial(click.option, cls=Flag, heading="Resuming a run")
 
 
 @click.command(
     cls=Verb, resumed=("resume", "out"), settings=Settings, instead="resume", distributed=True, epilog=EPILOG
 )
 @options.run_folder()
-@click.option(
-    "--resume", type=options.PATH, help="Resume the run in this folder, or add tasks to it.", cls=Flag, heading=RESUME
-)
-@click.option(
+@_resumed("--resume", type=options.PATH, help="Resume the run in this folder, or add tasks to it.")
+@_resumed(
     "--task",
     "more",
     multiple=True,
     metavar="TASKS",
     help="With --resume: further sequences of tasks to learn. Repeatable.",
-    cls=Flag,
-    heading=RESUME,
 )
-@click.option(
+@_resumed(
     "--total",
     type=int,
     help="With --resume: the total number of task sequences after this call; allows a sequence to be learned again.",
-    cls=Flag,
-    heading=RESUME,
 )
-@click.option(
+@_resumed(
     "--without-old",
     is_flag=True,
     help="With --resume: continue if data of earlier tasks are missing; accuracy on those tasks is then not measured.",
-    cls=Flag,
-    heading=RESUME,
 )
 @options.code
 @options.memory(

@@ -7,10 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from regrow import store
-from regrow.axes import AxisGraph
 from regrow.commands.clock import Clock
 from regrow.commands.history import read_history
 from regrow.commands.learn_inputs import BegunRun, LearnInputs, open_named
@@ -33,12 +30,12 @@ from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.replacing import clear_leftovers
 from regrow.store.run_record import check_repeatable, convert_settings
-from regrow.training.checkpoint import CHECKPOINT, check_checkpoint, count_tasks, read_checkpoint, write_checkpoint
+from regrow.training.checkpoint import CHECKPOINT, History, check_checkpoint, count_tasks, write_checkpoint
 from regrow.training.continual import accuracy_matrix, untrained_accuracies
 from regrow.training.continual import learn as train_tasks
 from regrow.training.fit import Fitted
 from regrow.training.learner import Context, write_replacements
-from regrow.training.resuming import broadcast_start, receive_start
+from regrow.training.resuming import read_start
 from regrow.training.state import TrainState
 
 
@@ -49,8 +46,8 @@ def carry_out(
     ranks: ProcessRank = SINGLE,
     *,
     progress: Progress = silent,
-) -> tuple[Fitted[Any], RunFolder | None]:
-    """Learn tasks one after the other, and record it; return the result, and the folder if there is one.
+) -> Fitted[Any]:
+    """Learn tasks one after the other, and record it; return the network and what was measured.
 
     All mistakes in the settings and inputs are found before anything is recorded. An interrupted run is resumed.
 
@@ -73,7 +70,7 @@ def carry_out(
     opened = inputs(clock)
     loaded, tasks, needs = opened.loaded, opened.tasks, opened.memory
     check_same_tasks(ranks, loaded.model, tasks)
-    with recorder.begin(RunStart(identity, loaded, call=opened.call, new=opened.new)) as record:
+    with recorder.begin(RunStart(identity, None if opened.new else loaded, call=opened.call)) as record:
         clock.folder = record
         record.update(sequence=opened.sequence)
         with clock.stage("learn"):
@@ -86,52 +83,35 @@ def carry_out(
             record.log("gone", tasks=missing)
         record.log("matrix", tasks=[task.name for task in tasks], **record_matrix(accuracy_matrix(fitted.state)))
         record.update(memory=PeakMemory(needs.limit, needs.needed, read_peak()).record() if needs else None)
-        return fitted, recorder.finish(record, clock.seconds)
+        recorder.finish(record, clock.seconds)
+        return fitted
 
 
 def _learn(inputs: LearnInputs, record: Record, ranks: ProcessRank, progress: Progress) -> Fitted[Any]:
     """Train the network on all tasks, or resume."""
-    learner, tasks = inputs.learner, inputs.tasks
-    file = record.path / inputs.checkpoint if inputs.checkpoint and ranks.leads else None
-    model, axes, state = _resume(inputs, record, ranks, file)
-    rows = LearningRecord(record, tasks)
+    learner, tasks, schedule, history = inputs.learner, inputs.tasks, inputs.schedule, None
+    file = record.path / (inputs.checkpoint or CHECKPOINT)
+    if record.kept:
+        file.parent.mkdir(exist_ok=True)
+    if file.is_file():
+        history = read_history(record) if isinstance(record, RunFolder) else History()
+    model, axes, state = read_start(ranks, history, file, inputs.loaded.model, inputs.axes, learner.state)
+    rows, parallel = LearningRecord(record, tasks), Parallel(ranks, by_rows=True)
     rows.resume(state)
     if inputs.untrained and 0 < len(state.before) < len(tasks):  # tasks have been added since
-        before = untrained_accuracies(inputs.untrained().model, tasks, inputs.schedule, ranks)
+        before = untrained_accuracies(inputs.untrained().model, tasks, schedule, ranks)
         state = replace(state, before=state.before + before[len(state.before) :])
 
     def keep(now: TrainState[Any], context: Context) -> None:
         rows.write(now)
-        if file:
-            file.parent.mkdir(exist_ok=True)
+        if ranks.leads and inputs.checkpoint:
             write_checkpoint(file, context.model, now, logged=rows.events if record.kept else None)
 
     fitted = train_tasks(
-        model,
-        axes,
-        tasks,
-        learner,
-        inputs.schedule,
-        state=state,
-        checkpoint=keep,
-        progress=progress,
-        parallel=Parallel(ranks, by_rows=True),
+        model, axes, tasks, learner, schedule, state=state, checkpoint=keep, progress=progress, parallel=parallel
     )
     write_replacements(learner, fitted.state.learner, Context(fitted.model, fitted.axes, tasks[-1], len(tasks) - 1))
     return fitted
-
-
-def _resume(
-    inputs: LearnInputs, record: Record, ranks: ProcessRank, file: Path | None
-) -> tuple[nn.Module, AxisGraph, TrainState[Any]]:
-    """Return network, axes and training state as the checkpoint of rank 0 has them, if there is one."""
-    model, axes, state = inputs.loaded.model, inputs.axes, inputs.learner.state
-    if not ranks.leads:
-        return receive_start(ranks, model, axes, state)
-    begun = file if file and file.is_file() else None
-    history = read_history(record) if begun and isinstance(record, RunFolder) else None
-    broadcast_start(ranks, history, begun or record.path)
-    return read_checkpoint(begun, model, axes, state, history) if begun else (model, axes, TrainState(state))
 
 
 def run(
@@ -170,8 +150,8 @@ def run(
             check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
         return open_named(settings, clock, code=code, memory=memory, announce=announce, ranks=ranks, progress=progress)
 
-    _, folder = carry_out(settings, open_inputs, recorder if ranks.leads else NoRecorder(), ranks, progress=progress)
-    return folder or RunFolder(Path(out))
+    carry_out(settings, open_inputs, recorder if ranks.leads else NoRecorder(), ranks, progress=progress)
+    return RunFolder(Path(out))
 
 
 def extend(
@@ -210,29 +190,21 @@ def extend(
         ValueError: If the folder is no learning run, a sequence is not usable, or this very call was completed.
     """
     known = broadcast_record(ranks, _read_begun(Path(out), tuple(more), total) if ranks.leads else None)
-    folder = RunFolder.open_unfinished(out) or RunFolder(Path(out))
     if known is None:
-        return folder
-    record, over, added = known
+        return RunFolder(Path(out))
+    (record, over, added), folder = known, RunFolder.open_unfinished(out) or RunFolder(Path(out))
     was = convert_settings(record["settings"], Settings)
     settings = replace(was, tasks=(*was.tasks, *added))
     # Defaults of this version may differ from those with which the run was begun.
-    effective = replace(settings, method_settings={**record.get("defaults", {}), **was.method_settings})
+    whole = replace(settings, method_settings={**record.get("defaults", {}), **was.method_settings})
+    begun = BegunRun(folder.path, was.tasks, over, without_old, record.get("sequence"))
     inputs = partial(
-        open_named,
-        effective,
-        begun=BegunRun(folder.path, record, over, without_old),
-        code=code,
-        memory=memory,
-        announce=announce,
-        ranks=ranks,
-        progress=progress,
+        open_named, whole, begun=begun, code=code, memory=memory, announce=announce, ranks=ranks, progress=progress
     )
-    recorder: Recorder = NoRecorder()
-    if ranks.leads:
-        command = _command(settings, out, code, memory)
-        recorder = ExtensionRecorder(out, was.model, command, track, False, write_page, record, tuple(more))
-    return carry_out(settings, inputs, recorder, ranks, progress=progress)[1] or folder
+    command = _command(settings, out, code, memory)
+    recorder = ExtensionRecorder(out, was.model, command, track, False, write_page, record, tuple(more))
+    carry_out(settings, inputs, recorder if ranks.leads else NoRecorder(), ranks, progress=progress)
+    return RunFolder(Path(out))
 
 
 @dataclass(frozen=True)
@@ -264,13 +236,9 @@ class ExtensionRecorder(FolderRecorder):
         with tracking(RunFolder.reopen(self.out), self.track) as folder:
             if folder.run() != self.known:
                 raise StoreError(f"{self.out} was changed by another process meanwhile; run this again")
-            folder.update(
-                settings=start.identity["settings"],
-                defaults={**start.identity["defaults"], **self.known.get("defaults", {})},
-                command=self.command,
-                finished=None,
-                extension=list(self.more) or None,
-            )
+            defaults = {**start.identity["defaults"], **self.known.get("defaults", {})}
+            settings, more = start.identity["settings"], list(self.more) or None
+            folder.update(settings=settings, defaults=defaults, command=self.command, finished=None, extension=more)
             yield folder
 
 

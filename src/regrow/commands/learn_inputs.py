@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from regrow.axes import AxisGraph
+from regrow.axes import AxisGraph, Example
 from regrow.commands.clock import Clock
 from regrow.commands.recovery_memory import MemoryTerms
 from regrow.commands.same_inputs import check_same_settings
@@ -69,20 +69,17 @@ class BegunRun:
 
     Args:
         path: The folder that has its files.
-        record: The content of its ``run.json``.
+        sequences: The sequences of tasks that it has had.
         over: How many of its tasks are over.
         without_old: Whether data of these may be missing.
+        recorded: What it has recorded of its tasks.
     """
 
     path: Path
-    record: Mapping[str, Any]
+    sequences: tuple[str, ...]
     over: int
     without_old: bool
-
-    @property
-    def sequences(self) -> tuple[str, ...]:
-        """The sequences of tasks that the run has had."""
-        return tuple(self.record["settings"]["tasks"])
+    recorded: object
 
 
 def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
@@ -146,24 +143,15 @@ def open_named(
 
         network = start.model if start else None
         needs = plan_learning(settings, lambda: network or build().model, tasks, device, memory, announce)
-        loaded, axes = build(), NO_AXES
+        loaded, new = build(), start is None
     with clock.stage("trace"):
-        if start is None:
-            axes = trace(loaded.model, moved(first_examples(tasks[0].train, 2).inputs, device))
-        elif learner.uses_axes:
-            args, kwargs = moved((start.example.args, dict(start.example.kwargs)), device)
-            axes = trace(loaded.model, *args, **kwargs)
-    return LearnInputs(
-        loaded,
-        axes,
-        tasks,
-        learner,
-        _schedule_of(settings, text=loaded.tokenizer is not None),
-        untrained=build,
-        new=start is None,
-        sequence=record_tasks(settings.tasks, tasks),
-        memory=needs,
-    )
+        example = start.example if start else Example((first_examples(tasks[0].train, 2).inputs,))
+        args, kwargs = moved((example.args, dict(example.kwargs)), device)
+        axes = trace(loaded.model, *args, **kwargs) if new or learner.uses_axes else NO_AXES
+    shared: Any = {one.name: getattr(settings, one.name) for one in fields(TaskSchedule) if hasattr(settings, one.name)}
+    schedule = TaskSchedule(**shared, objective=CLASSIFICATION if loaded.tokenizer is None else NEXT_TOKEN)
+    told = record_tasks(settings.tasks, tasks)
+    return LearnInputs(loaded, axes, tasks, learner, schedule, untrained=build, new=new, sequence=told, memory=needs)
 
 
 def specs_of(settings: Settings, start: Loaded | None = None) -> TaskSpecs:
@@ -177,20 +165,6 @@ def specs_of(settings: Settings, start: Loaded | None = None) -> TaskSpecs:
     if start and start.tokenizer is not None:
         return replace(specs, tokenizer=start.tokenizer, seq_len=settings.seq_len)
     return replace(specs, shape=image_shape(start), normalised=start.origin.normalised_images) if start else specs
-
-
-def _schedule_of(settings: Settings, *, text: bool) -> TaskSchedule:
-    return TaskSchedule(
-        settings.scenario,
-        settings.epochs,
-        settings.batch_size,
-        settings.optimizer,
-        settings.lr,
-        settings.weight_decay,
-        settings.seed,
-        precision=settings.precision,
-        objective=NEXT_TOKEN if text else CLASSIFICATION,
-    )
 
 
 def _read_named(
@@ -217,9 +191,8 @@ def _read_named(
 
 def _read_old(begun: BegunRun, specs: TaskSpecs, method: str, learner: Learner[Any]) -> list[Task]:
     """Return the tasks that a run has had, without data where these may be missing."""
-    recorded = begun.record.get("sequence") if begun.without_old else None
     try:
-        old = read_tasks(replace(specs, sequences=begun.sequences), recorded)
+        old = read_tasks(replace(specs, sequences=begun.sequences), begun.recorded if begun.without_old else None)
     except MissingError as error:
         if begun.without_old:
             raise SourceError(f"{error}; this run did not note what its tasks were like") from None

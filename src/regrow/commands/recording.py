@@ -82,17 +82,15 @@ class RunStart:
 
     Args:
         identity: ``verb``, ``settings`` and ``defaults``, as JSON data.
-        loaded: The network before the run.
+        loaded: The network before the run; ``None``: it is new.
         outside: Its tensors, where it has no numbers.
         call: What the result of a call from Python depends on besides settings, as JSON data; ``None``: a command.
-        new: Whether the network is built anew, so that nothing is recorded of it.
     """
 
     identity: Mapping[str, Any]
-    loaded: Loaded
+    loaded: Loaded | None
     outside: OutsideTensors | None = None
     call: Mapping[str, object] | None = None
-    new: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,8 @@ class FolderRecorder:
             StoreError: If the folder holds something else, or a run with other inputs or weights.
         """
         loaded = start.loaded
-        check_room(self.model, loaded, self.out, undo=self.undo and not start.new)
+        if loaded is not None:
+            check_room(self.model, loaded, self.out, undo=self.undo)
         with tracking(RunFolder.create(self.out, **start.identity, command=self.command), self.track) as folder:
             recorded = folder.run().get("python")
             if recorded is None and start.call is not None:
@@ -171,7 +170,7 @@ class FolderRecorder:
             elif recorded is not None and recorded != start.call:
                 difference = find_difference(recorded, start.call or {})
                 raise StoreError(f"{self.out} holds another run: {difference}, or choose another folder")
-            if not start.new:
+            if loaded is not None:
                 start_from(folder, self.model, loaded, undo=self.undo, outside=start.outside)
                 folder.update(notes=list(loaded.notes) or None, **record_input(loaded))
             yield folder

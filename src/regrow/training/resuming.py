@@ -58,3 +58,31 @@ def receive_start(
     with TemporaryDirectory(prefix="regrow-") as folder:
         place = broadcast_file(ranks, Path("checkpoint.safetensors"), Path(folder))
         return read_checkpoint(place, model, axes, learner, history, undo)
+
+
+def read_start(
+    ranks: ProcessRank,
+    history: History | None,
+    checkpoint: Path,
+    model: nn.Module,
+    axes: AxisGraph,
+    learner: S,
+    undo: UndoStore | None = None,
+) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
+    """Return network, axes and training state that training goes on from; all ranks call this, and rank 0 reads them.
+
+    Args:
+        ranks: The processes.
+        history: As for :func:`broadcast_start`; only that of rank 0 counts.
+        checkpoint: The checkpoint, on rank 0.
+        model: As for :func:`receive_start`.
+        axes: As for :func:`receive_start`.
+        learner: As for :func:`receive_start`.
+        undo: As for :func:`receive_start`.
+    """
+    if not ranks.leads:
+        return receive_start(ranks, model, axes, learner, undo)
+    broadcast_start(ranks, history, checkpoint)
+    if history is None:
+        return model, axes, TrainState(learner)
+    return read_checkpoint(checkpoint, model, axes, learner, history, undo)
