@@ -14,13 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 import regrow
-from regrow.commands import grow, prune, search
+from regrow.commands import grow, learn, prune, search
 from regrow.commands.inputs import SourceHalves, SourceSpecs, read_sources
+from regrow.commands.learn_inputs import specs_of
 from regrow.commands.models import ModelSpec, load_model
 from regrow.commands.search_inputs import read_parts
+from regrow.commands.task_sequences import read_tasks
 from regrow.nets import Loaded
+from regrow.nets.small import small
 from regrow.run_folder import RunFolder
 from regrow.settings.grow import Settings as GrowSettings
+from regrow.settings.learn import Settings as LearnSettings
 from regrow.settings.prune import Settings as PruneSettings
 from regrow.settings.search import Settings as SearchSettings
 
@@ -105,6 +109,29 @@ def test_grow(amounts: dict[str, str], steps: int) -> None:
     assert {"verify", "choice"} <= {*whats} and ("training" in whats) == bool(steps)
     for model in models:
         assert_same_runs(command, RunFolder.open("python"), model)
+
+
+@pytest.mark.parametrize("method", ["sparsegrow", "ewc", "replay", "packnet"])
+@pytest.mark.parametrize("model", ["mlp:12-12", "toys:classifier"])
+def test_learn(model: str, method: str) -> None:
+    given = {"grow": "always", "width": 0.5, "multiple": 1, "cap": 3.0} if method == "sparsegrow" else {}
+    tasks = ("permuted:digits:2",) if model.startswith("mlp") else ("digits", "rotated:digits:1")
+    more: dict[str, Any] = {"method": method, "epochs": 2, "batch_size": 32, "lr": 0.05}
+    settings = LearnSettings(tasks, model, method_settings=given, train=128, test=64, **more)
+    command = learn.run(settings, "command")
+    for out in (None, "python"):
+        start = None if model.startswith("mlp") else load_model(ModelSpec(model))
+        every = read_tasks(specs_of(settings, start))
+        net = start.model if start else small(model, (1, 8, 8), 10)[0]
+        learned = regrow.learn(net, every, settings=given, example=start and start.example, out=out, **more)
+        assert [*learned.plans] == [*command.own_ledger.plans()] and bool(learned.plans) == bool(given)
+        assert [*map(list, learned.scores.rows)] == command.last("matrix")["matrix"]
+    assert {"task", "matrix"} <= {row["what"] for row in command.metrics()}
+    assert_same_runs(command, RunFolder.open("python"), learned.model)
+    same = ("method", "method_settings", "epochs", "batch_size", "lr", "seed", "scenario", "precision", "optimizer")
+    recorded = [folder.run() for folder in (command, RunFolder.open("python"))]
+    assert recorded[0]["defaults"] == recorded[1]["defaults"]
+    assert all(recorded[0]["settings"].get(name) == recorded[1]["settings"].get(name) for name in same)
 
 
 def test_prune_of_a_language_model(tiny_language_model: Path) -> None:

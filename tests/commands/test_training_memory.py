@@ -1,10 +1,12 @@
 """The memory of learning: what a step of a method takes of the data."""
 
 import pytest
+import torch
 
 from regrow.commands import training_memory
-from regrow.commands.learn_inputs import read_inputs
+from regrow.commands.learn_inputs import specs_of
 from regrow.commands.task_sequences import read_tasks
+from regrow.nets.small import small
 from regrow.settings.learn import Settings
 
 
@@ -28,6 +30,7 @@ def test_replayed_examples_count_in_a_step(monkeypatch, method, given, examples)
     monkeypatch.setattr(training_memory, "_predict", predict)
     more = {"method": method, "method_settings": given, "batch_size": 16, "train": 80, "test": 40}
     settings = Settings(("permuted:digits:2",), "mlp:16", **more)
-    inputs = read_inputs(settings)
-    training_memory.plan_learning(inputs, read_tasks(inputs.tasks), settings, "64GiB", lambda line: None)
+    model, _ = small("mlp:16", (1, 8, 8), 10)
+    tasks, device = read_tasks(specs_of(settings)), torch.device("cpu")
+    training_memory.plan_learning(settings, lambda: model, tasks, device, "64GiB", lambda line: None)
     assert counts == [examples, 40]

@@ -1,8 +1,9 @@
 """``regrow.learn``: train a network on one task after the other, with any data, loss and method."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +11,31 @@ import torch
 from torch import nn
 
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs, require_weights
-from regrow.api.runs import Destination, finish, loaded_of, name_of, run_of
+from regrow.api.runs import Destination, digest, loaded_of, name_of
 from regrow.axes import AxisGraph, Example
-from regrow.commands.learning_record import LearningRecord, record_matrix
+from regrow.commands.calibration import parameter_sums
+from regrow.commands.clock import Clock
+from regrow.commands.learn import carry_out
+from regrow.commands.learn_inputs import LearnInputs, build_learner
 from regrow.data.task_data import to_tasks
 from regrow.errors import InputError
 from regrow.evaluation.continual import Matrix
 from regrow.evaluation.forward import evaluating
-from regrow.methods import MethodKind, find_method
-from regrow.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective, describe_misfit
+from regrow.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
+from regrow.settings.declaration import declared
 from regrow.settings.learn import Settings
 from regrow.sources import Batch, Source, device_of
 from regrow.store.building import describe_origin
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.tables import Table, format_html
 from regrow.tasks import Task, first_examples
-from regrow.tracing import trace
-from regrow.training import continual
-from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from regrow.training.learner import Context, Learner, write_replacements
+from regrow.training.checkpoint import CHECKPOINT
+from regrow.training.continual import TaskSchedule, accuracy_matrix
+from regrow.training.learner import Learner
 from regrow.training.schedule import NO_AXES
-from regrow.training.state import TrainState
 
 OptimizerLike = str | Callable[[Any], torch.optim.Optimizer]
 """``"sgd"``, ``"adamw"``, or a function (parameter groups) → optimizer."""
@@ -145,31 +147,46 @@ def learn(
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     require_weights(net.model)
     every = to_tasks(tasks, choose_reading(net.model, net.tokenizer, batch_size))
-    learner, batch = _build(method, settings or {}, seed), first_batch(every[0])
-    given: Any = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, **training}
-    schedule = build_schedule(optimizer, objective=find_objective(net.model, loss, batch), **given)
-    if schedule.objective is CLASSIFICATION:
-        _check_classes(net.model, every, batch)
-    traced = net.example if example is not None else Example(*move_inputs(batch, device_of(net.model)))
+    learner, told = build_learner(method, settings or {}, seed), {"optimizer": name_of(optimizer), "training": training}
+    schedule = build_schedule(optimizer, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **training)
+    names = tuple(task.name for task in every)
+    job = Settings(names, describe_origin(net.model).name, method, dict(settings or {}), **_shared_settings(schedule))
+    open_inputs = partial(_open, job, place, net, every, learner, schedule, loss, example is None, axes, told)
+    with nullcontext(progress) if out is None else visible(progress) as shown:
+        fitted = carry_out(job, open_inputs, place.recorder("learn", model), progress=shown)
+    state = fitted.state
+    return Learned(fitted.model, fitted.axes, names, accuracy_matrix(state), state.plans, state.sizes)
+
+
+def _open(
+    settings: Settings,
+    place: Destination,
+    net: Inputs,
+    tasks: list[Task],
+    learner: Learner[Any],
+    schedule: TaskSchedule,
+    loss: LossLike,
+    takes_example: bool,
+    axes: AxisGraph | None,
+    call: Mapping[str, object],
+    clock: Clock,
+) -> LearnInputs:
+    """Return the inputs of a run, checked, with what is recorded of them, and where its checkpoint is."""
+    batch = first_batch(tasks[0])
+    objective = find_objective(net.model, loss, batch)
+    if objective is CLASSIFICATION and (classes := [number for task in tasks for number in task.classes]):
+        find_objective(net.model, loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
+    if takes_example:
+        net = replace(net, example=Example(*move_inputs(batch, device_of(net.model))))
+    file = None if place.checkpoint is None else Path(place.checkpoint).absolute()
+    if place.out is not None:
+        data, weights = place.describe(_first_batches(tasks)), digest(parameter_sums(net.model))
+        call = {"data": data, "loss": name_of(loss), **call, "weights": weights}
+        file = Path(STATISTICS, CHECKPOINT)  # not part of the finished run, whose data have no names
     if axes is None:
-        axes = _trace(net.model, traced, method) if learner.uses_axes else NO_AXES
-    work = _Learning(axes, every, learner, schedule, progress)
-    if place.out is None:
-        return _fit(net.model, work, Path(checkpoint) if checkpoint is not None else None)
-    inputs = {"loss": name_of(loss), "optimizer": name_of(optimizer), "training": training}
-    described = _describe(describe_origin(net.model).name, method, settings or {}, work)
-    return _learn_in_folder(replace(net, example=traced), work, place, described, model, inputs)
-
-
-@dataclass(frozen=True)
-class _Learning:
-    """What is learned, and how."""
-
-    axes: AxisGraph
-    tasks: list[Task]
-    learner: Learner[Any]
-    schedule: continual.TaskSchedule
-    progress: Progress
+        axes = _trace(net, settings.method) if learner.uses_axes else NO_AXES
+    schedule = replace(schedule, objective=objective)
+    return LearnInputs(loaded_of(net), axes, tasks, learner, schedule, file, call=call)
 
 
 def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
@@ -193,16 +210,6 @@ def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
     return objective
 
 
-def _check_classes(model: nn.Module, tasks: list[Task], batch: Batch) -> None:
-    """Raise InputError if the network has no output for a class of the tasks."""
-    largest = max((label for task in tasks for label in task.classes), default=0)
-    with evaluating(model) as device:
-        batch = batch.to(device)
-        output = batch.run(model)
-    if problem := describe_misfit(output, torch.full((batch.size,), largest)):
-        raise InputError(problem)
-
-
 def check_arguments(name: str, given: Mapping[str, object], known: Sequence[str], remedy: str = "") -> None:
     """Raise TypeError, as Python does, for an argument that a function does not have.
 
@@ -216,7 +223,7 @@ def check_arguments(name: str, given: Mapping[str, object], known: Sequence[str]
         raise TypeError(f"{name} has no argument {min(unknown)!r}; {remedy}further arguments are {', '.join(known)}")
 
 
-def build_schedule(optimizer: OptimizerLike, **given: Any) -> continual.TaskSchedule:
+def build_schedule(optimizer: OptimizerLike, **given: Any) -> TaskSchedule:
     """Return how each task is trained.
 
     Args:
@@ -229,16 +236,8 @@ def build_schedule(optimizer: OptimizerLike, **given: Any) -> continual.TaskSche
             f"a {type(optimizer).__name__}; write functools.partial(torch.optim.{type(optimizer).__name__}, lr=0.1)"
         )
     if isinstance(optimizer, str):
-        return continual.TaskSchedule(optimizer=optimizer, **given)
-    return continual.TaskSchedule(build_optimizer=optimizer, **given)
-
-
-def _build(method: str, settings: Mapping[str, Any], seed: int) -> Learner[Any]:
-    """Return the learner of a method; one with a seed gets the given one, unless the settings have their own."""
-    entry = find_method(MethodKind.CONTINUAL, method)
-    own = {"seed": seed} if any(one.name == "seed" for one in fields(entry.settings)) else {}
-    learner: Learner[Any] = entry.made(method, {**own, **settings})
-    return learner
+        return TaskSchedule(optimizer=optimizer, **given)
+    return TaskSchedule(build_optimizer=optimizer, **given)
 
 
 def first_batch(task: Task, n: int = 2) -> Batch:
@@ -256,57 +255,10 @@ def first_batch(task: Task, n: int = 2) -> Batch:
     return Batch(inputs, {}, first.labels, where)
 
 
-def _fit(
-    model: nn.Module,
-    work: _Learning,
-    file: Path | None,
-    record: Callable[[TrainState[Any]], None] = lambda state: None,
-) -> Learned:
-    """Learn the tasks, resuming from the checkpoint if there is one."""
-    learner, tasks, axes = work.learner, work.tasks, work.axes
-    state = TrainState(learner.state)
-    if file is not None and file.is_file():
-        model, axes, state = read_checkpoint(file, model, axes, learner.state)
-    record(state)
-
-    def write(now: TrainState[Any], context: Context) -> None:
-        record(now)
-        if file is not None:
-            write_checkpoint(file, context.model, now)
-
-    resume: Any = {"state": state, "checkpoint": write}
-    fitted = continual.learn(model, axes, tasks, learner, work.schedule, **resume, progress=work.progress)
-    last = len(tasks) - 1
-    write_replacements(learner, fitted.state.learner, Context(fitted.model, fitted.axes, tasks[last], last))
-    record(fitted.state)
-    names = tuple(task.name for task in tasks)
-    fitted.model.eval()
-    matrix = continual.accuracy_matrix(fitted.state)
-    return Learned(fitted.model, fitted.axes, names, matrix, fitted.state.plans, fitted.state.sizes)
-
-
-def _learn_in_folder(
-    net: Inputs,
-    work: _Learning,
-    place: Destination,
-    settings: Settings,
-    model: ModelLike,
-    inputs: Mapping[str, object],
-) -> Learned:
-    """Learn and write the run, or resume it."""
-    start, loaded = time.perf_counter(), loaded_of(net)
-    data = place.describe(_first_batches(work.tasks))
-    with (
-        run_of(place, "learn", settings, model, loaded, data=data, **inputs) as folder,
-        visible(work.progress) as shown,
-    ):
-        (folder.path / STATISTICS).mkdir(exist_ok=True)
-        file = folder.path / STATISTICS / CHECKPOINT  # not part of the finished run
-        record = LearningRecord(folder, work.tasks, len(folder.own_ledger))
-        learned = _fit(net.model, replace(work, progress=shown), file, record.write)
-        folder.log("matrix", tasks=list(learned.tasks), **record_matrix(learned.scores))
-        finish(folder, replace(loaded, model=learned.model), learn=time.perf_counter() - start)
-    return learned
+def _shared_settings(schedule: TaskSchedule) -> dict[str, Any]:
+    """Return the settings of the command that a schedule has, too; numbers of numpy as those of Python."""
+    known = declared(Settings).items()
+    return {name: one.type(getattr(schedule, name)) for name, one in known if hasattr(schedule, name)}
 
 
 def _first_batches(tasks: list[Task]) -> Iterator[Source]:
@@ -316,17 +268,10 @@ def _first_batches(tasks: list[Task]) -> Iterator[Source]:
         yield Source(f"{task.name} (test)", [first_batch(replace(task, train=task.test))])
 
 
-def _describe(name: str, method: str, given: Mapping[str, Any], work: _Learning) -> Settings:
-    """Return the settings of the command that say what a call does."""
-    schedule = work.schedule
-    shared: Any = {one.name: getattr(schedule, one.name) for one in fields(Settings) if hasattr(schedule, one.name)}
-    return Settings(tuple(task.name for task in work.tasks), name, method, dict(given), **shared)
-
-
-def _trace(model: nn.Module, example: Example, method: str) -> AxisGraph:
+def _trace(net: Inputs, method: str) -> AxisGraph:
     """Trace a network, and say which method needs its axes if that fails."""
     try:
-        return trace(model, *example.args, **example.kwargs)
+        return net.trace()
     except ValueError as error:
         raise InputError(f"{method} needs the network's axes, and it cannot be traced: {error}") from error
 

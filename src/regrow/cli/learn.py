@@ -1,5 +1,6 @@
 """``regrow learn``: train a network on one task after the other (continual learning)."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,38 +27,30 @@ Examples
   torchrun --no-python --nproc-per-node 2 regrow learn split:fashion/:5 --method ewc --out RUN
   regrow learn --resume RUN --task rotated:digits:3          add tasks to a finished run
 """
-RESUME = "Resuming a run"
+_resumed = partial(click.option, cls=Flag, heading="Resuming a run")
 
 
 @click.command(
     cls=Verb, resumed=("resume", "out"), settings=Settings, instead="resume", distributed=True, epilog=EPILOG
 )
 @options.run_folder()
-@click.option(
-    "--resume", type=options.PATH, help="Resume the run in this folder, or add tasks to it.", cls=Flag, heading=RESUME
-)
-@click.option(
+@_resumed("--resume", type=options.PATH, help="Resume the run in this folder, or add tasks to it.")
+@_resumed(
     "--task",
     "more",
     multiple=True,
     metavar="TASKS",
     help="With --resume: further sequences of tasks to learn. Repeatable.",
-    cls=Flag,
-    heading=RESUME,
 )
-@click.option(
+@_resumed(
     "--total",
     type=int,
     help="With --resume: the total number of task sequences after this call; allows a sequence to be learned again.",
-    cls=Flag,
-    heading=RESUME,
 )
-@click.option(
+@_resumed(
     "--without-old",
     is_flag=True,
     help="With --resume: continue if data of earlier tasks are missing; accuracy on those tasks is then not measured.",
-    cls=Flag,
-    heading=RESUME,
 )
 @options.code
 @options.memory(
@@ -79,6 +72,7 @@ def learn(
     """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
     if memory and read_ranks().several:
         raise click.UsageError("--memory predicts for one process alone; leave it out, or start without torchrun")
+    call: partial[RunFolder]
     if resume:
         if "tasks" in given.values or out:
             raise click.UsageError(
@@ -88,15 +82,8 @@ def learn(
             raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(given.options)}")
         options.say_code(code)
         from regrow.commands.learn import extend
-        from regrow.commands.share_learning import share
 
-        given_more: dict[str, object] = {"without_old": without_old, "total": total, "code": code, "track": track}
-        given_more |= {"memory": memory, "announce": say}
-        with processes() as ranks:
-            if not ranks.leads:
-                share(ranks, None, code=code)
-                return
-            folder = run_with_page("network", _tell, extend, resume, more, **given_more, ranks=ranks)
+        call = partial(extend, resume, more, without_old=without_old, total=total, code=code, memory=memory)
     else:
         if more or without_old or total is not None:
             raise click.UsageError(
@@ -106,15 +93,14 @@ def learn(
         options.say_code(settings.model, code, settings.method)
         if out is None:
             raise click.UsageError("--out names the folder of the run, for example --out run")
-        more_given: dict[str, object] = {"code": code, "track": track, "memory": memory, "announce": say}
         from regrow.commands.learn import run
-        from regrow.commands.share_learning import share
 
-        with processes() as ranks:
-            if not ranks.leads:
-                share(ranks, settings, code=code)
-                return
-            folder = run_with_page("network", _tell, run, settings, out, **more_given, ranks=ranks)
+        call = partial(run, settings, out, code=code, memory=memory)
+    with processes() as ranks:
+        if not ranks.leads:
+            call(ranks=ranks)
+            return
+        folder = run_with_page("network", _tell, call, track=track, announce=say, ranks=ranks)
     say(f"to add tasks: regrow learn --resume {folder.path} --task TASKS")
 
 

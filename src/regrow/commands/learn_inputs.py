@@ -1,81 +1,85 @@
-"""The typed inputs of a learning run, converted from its settings, and the network that it trains."""
+"""The inputs of a learning run that settings name: the network, and the tasks with their data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from regrow.axes import AxisGraph
-from regrow.commands.starting import image_shape
-from regrow.commands.task_sequences import TaskSpecs
+from regrow.axes import AxisGraph, Example
+from regrow.commands.clock import Clock
+from regrow.commands.same_inputs import check_same_settings
+from regrow.commands.starting import check_outputs, image_shape, load_start
+from regrow.commands.task_sequences import TaskSpecs, fit_tasks, read_sequence, read_tasks, record_tasks
+from regrow.commands.training_memory import plan_learning
+from regrow.data import MissingError, SourceError
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.parallel import ALONE, Parallel
 from regrow.methods import MethodKind, find_method
 from regrow.nets.devices import choose_device
-from regrow.nets.loaded import Loaded, Origin
+from regrow.nets.examples import image_example
+from regrow.nets.loaded import Loaded
 from regrow.nets.small import small
-from regrow.objectives import NEXT_TOKEN
+from regrow.objectives import CLASSIFICATION, NEXT_TOKEN
+from regrow.progress import Progress, silent
 from regrow.settings.learn import Settings
 from regrow.sources import moved
+from regrow.streaming.requirements import MemoryTerms
 from regrow.tasks import Task, first_examples, input_shape
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.continual import TaskSchedule, learn, untrained_accuracies
-from regrow.training.fit import Fitted
+from regrow.training.checkpoint import CHECKPOINT
+from regrow.training.continual import TaskSchedule
 from regrow.training.learner import Learner
 from regrow.training.schedule import NO_AXES
-from regrow.training.state import TrainState
 
 
 @dataclass(frozen=True)
 class LearnInputs:
-    """Everything that a sequence of tasks is learned with.
+    """What a run learns, and with which network.
 
     Args:
-        tasks: The sequences of tasks.
-        model: The name of the network.
-        classes: The least number of outputs.
+        loaded: The network, changed in place.
+        axes: Its axes.
+        tasks: All tasks.
         learner: The method.
-        schedule: How each task is trained, with the seed.
-        device: The device that it is trained on.
-        start: The network with its weights; ``None``: a new one is built.
+        schedule: How each task is trained.
+        checkpoint: The file with the state of the training, relative to the run folder; ``None``: there is none.
+        untrained: Returns the network before the run once more; ``None``: no tasks are added to the run.
+        new: Whether the network is new, so that nothing is recorded of it.
+        sequence: What is recorded of the tasks.
+        call: What the result depends on besides settings, for a call from Python.
+        memory: What the run needs of a limit of memory; ``None``: there is none.
     """
 
-    tasks: TaskSpecs
-    model: str
-    classes: int
+    loaded: Loaded
+    axes: AxisGraph
+    tasks: Sequence[Task]
     learner: Learner[Any]
     schedule: TaskSchedule
-    device: torch.device
-    start: Loaded | None = None
+    checkpoint: Path | None = Path(CHECKPOINT)
+    untrained: Callable[[], Loaded] | None = None
+    new: bool = False
+    sequence: Sequence[object] | None = None
+    call: Mapping[str, object] | None = None
+    memory: MemoryTerms | None = None
 
 
-def read_inputs(settings: Settings, start: Loaded | None = None, ranks: ProcessRank = SINGLE) -> LearnInputs:
-    """Return the typed inputs that the settings of a run describe.
+@dataclass(frozen=True)
+class BegunRun:
+    """A run to which tasks are added.
 
     Args:
-        settings: The settings.
-        start: The network with its weights; ``None``: a new one is built.
-        ranks: The processes that share the run.
-
-    Raises:
-        ValueError: If there is no such method, or a setting of it is wrong.
-        ResourceError: If this machine does not have the device.
+        path: The folder that has its files.
+        sequences: The sequences of tasks that it has had.
+        over: How many of its tasks are over.
+        without_old: Whether data of these may be missing.
+        recorded: What it has recorded of its tasks.
     """
-    shared: dict[str, Any] = {
-        one.name: getattr(settings, one.name) for one in fields(TaskSchedule) if hasattr(settings, one.name)
-    }
-    specs = TaskSpecs(settings.tasks, settings.train, settings.test, settings.scenario, settings.seed)
-    learner = build_learner(settings.method, settings.method_settings, settings.seed)
-    if start and start.tokenizer is not None:
-        specs = replace(specs, tokenizer=start.tokenizer, seq_len=settings.seq_len)
-        shared["objective"] = NEXT_TOKEN
-    elif start:
-        specs = replace(specs, shape=image_shape(start), normalised=start.origin.normalised_images)
-    schedule, device = TaskSchedule(**shared), choose_device(settings.device, ranks)
-    return LearnInputs(specs, settings.model, settings.classes, learner, schedule, device, start)
+
+    path: Path
+    sequences: tuple[str, ...]
+    over: int
+    without_old: bool
+    recorded: object
 
 
 def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
@@ -95,65 +99,106 @@ def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Lea
     return learner
 
 
-def build_network(inputs: LearnInputs, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:
-    """Return the network before the run, new or with its weights, and the record of how it was built.
+def open_named(
+    settings: Settings,
+    clock: Clock,
+    *,
+    begun: BegunRun | None = None,
+    code: str = "",
+    memory: str = "",
+    announce: Callable[[str], None] = lambda line: None,
+    ranks: ProcessRank = SINGLE,
+    progress: Progress = silent,
+) -> LearnInputs:
+    """Open the network and the tasks that settings name.
 
     Args:
-        inputs: The inputs of the run.
-        tasks: All tasks.
+        settings: The settings of the run.
+        clock: Times the stages ``load`` and ``trace``.
+        begun: The run to which the last tasks are added; ``None``: all are those of a new run.
+        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
+            recorded name is never imported.
+        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted once model and data are
+            read, and the run is refused if that is more. Empty: it is not predicted.
+        announce: Called with one line that says what the run needs of that memory.
+        ranks: The processes that train together.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Raises:
+        ValueError: If the network or a sequence is not usable; says which, and the remedy.
     """
-    if inputs.start:
-        return clone_model(inputs.start.model).to(inputs.device), inputs.start.origin
-    model, origin = small(inputs.model, input_shape(tasks[0].train), count_outputs(inputs, tasks), inputs.tasks.seed)
-    return model.to(inputs.device), origin
+    check_same_settings(ranks, settings)
+    device = choose_device(settings.device, ranks)
+    learner = build_learner(settings.method, settings.method_settings, settings.seed)
+    with clock.stage("load"):
+        known, folder = (begun.sequences, begun.path) if begun else (settings.tasks, None)
+        start = load_start(settings.model, known, settings.input, run=folder, code=code, progress=progress)
+        tasks, outputs = _read_named(settings, start, learner, begun)
+
+        def build() -> Loaded:
+            if start:
+                return replace(start, model=clone_model(start.model).to(device))
+            model, origin = small(settings.model, input_shape(tasks[0].train), outputs, settings.seed)
+            return Loaded(model.to(device), None, image_example(model, *origin.input_shape), origin)
+
+        network = start.model if start else None
+        needs = plan_learning(settings, lambda: network or build().model, tasks, device, memory, announce)
+        loaded, new = build(), start is None
+    with clock.stage("trace"):
+        example = start.example if start else Example((first_examples(tasks[0].train, 2).inputs,))
+        args, kwargs = moved((example.args, dict(example.kwargs)), device)
+        axes = trace(loaded.model, *args, **kwargs) if new or learner.uses_axes else NO_AXES
+    shared: Any = {one.name: getattr(settings, one.name) for one in fields(TaskSchedule) if hasattr(settings, one.name)}
+    schedule = TaskSchedule(**shared, objective=CLASSIFICATION if loaded.tokenizer is None else NEXT_TOKEN)
+    told = record_tasks(settings.tasks, tasks)
+    return LearnInputs(loaded, axes, tasks, learner, schedule, untrained=build, new=new, sequence=told, memory=needs)
 
 
-def trace_network(inputs: LearnInputs, model: nn.Module, tasks: Sequence[Task]) -> AxisGraph:
-    """Return the axes of the network; none for a loaded network whose method needs none.
+def specs_of(settings: Settings, start: Loaded | None = None) -> TaskSpecs:
+    """Return the sequences of tasks of a run, and how much of their data is used.
 
     Args:
-        inputs: The inputs of the run.
-        model: The network.
-        tasks: All tasks.
+        settings: The settings of the run.
+        start: The network with its weights; ``None``: a new one is built.
     """
-    if inputs.start is None:
-        return trace(model, moved(first_examples(tasks[0].train, 2).inputs, inputs.device))
-    args, kwargs = moved((inputs.start.example.args, dict(inputs.start.example.kwargs)), inputs.device)
-    return trace(model, *args, **kwargs) if inputs.learner.uses_axes else NO_AXES
+    specs = TaskSpecs(settings.tasks, settings.train, settings.test, settings.scenario, settings.seed)
+    if start and start.tokenizer is not None:
+        return replace(specs, tokenizer=start.tokenizer, seq_len=settings.seq_len)
+    return replace(specs, shape=image_shape(start), normalised=start.origin.normalised_images) if start else specs
 
 
-def count_outputs(inputs: LearnInputs, tasks: Sequence[Task]) -> int:
-    """Return the number of outputs of the network: the classes of all tasks, or as many as are asked for.
+def _read_named(
+    settings: Settings, start: Loaded | None, learner: Learner[Any], begun: BegunRun | None
+) -> tuple[list[Task], int]:
+    """Return all tasks, and the number of the network's outputs; raise ValueError if it has fewer."""
+    specs = specs_of(settings, start)
+    old = _read_old(begun, specs, settings.method, learner) if begun else read_tasks(specs)
+    more = settings.tasks[len(begun.sequences) :] if begun else ()
+    added = [task for spec in more for task in read_sequence(spec, specs)]
+    tasks = fit_tasks([*old, *added], specs)
+    had, outputs = (
+        max(settings.classes, 1 + max((c for task in some for c in task.classes), default=0)) for some in (old, tasks)
+    )
+    if start and start.tokenizer is None:
+        check_outputs(start, tasks[0], outputs)
+    elif outputs > had:
+        raise ValueError(
+            f"{', '.join(task.name for task in added)} has classes up to {outputs - 1}, and the network of the run has "
+            f"outputs for {had}: begin a run with --classes {outputs}"
+        )
+    return tasks, outputs
 
-    Args:
-        inputs: The inputs of the run.
-        tasks: All tasks.
-    """
-    return max(inputs.classes, 1 + max((c for task in tasks for c in task.classes), default=0))
 
-
-def train_tasks(
-    inputs: LearnInputs,
-    tasks: Sequence[Task],
-    model: nn.Module,
-    axes: AxisGraph,
-    state: TrainState[Any],
-    parallel: Parallel = ALONE,
-    **more: Any,
-) -> Fitted[Any]:
-    """Train a network on all tasks, or resume; all ranks that share the work call this.
-
-    Args:
-        inputs: The inputs of the run.
-        tasks: All tasks.
-        model: The network, as ``state`` left it.
-        axes: Its present axes.
-        state: The state of the training.
-        parallel: The processes that train together.
-        **more: Further arguments of :func:`regrow.training.continual.learn`.
-    """
-    if len(state.before) < len(tasks):
-        # Tasks have been added since: what an untrained network knows of them is measured again.
-        row = untrained_accuracies(build_network(inputs, tasks)[0], tasks, inputs.schedule, parallel.ranks)
-        state = replace(state, before=state.before + row[len(state.before) :])
-    return learn(model, axes, tasks, inputs.learner, inputs.schedule, state=state, parallel=parallel, **more)
+def _read_old(begun: BegunRun, specs: TaskSpecs, method: str, learner: Learner[Any]) -> list[Task]:
+    """Return the tasks that a run has had, without data where these may be missing."""
+    try:
+        old = read_tasks(replace(specs, sequences=begun.sequences), begun.recorded if begun.without_old else None)
+    except MissingError as error:
+        if begun.without_old:
+            raise SourceError(f"{error}; this run did not note what its tasks were like") from None
+        raise MissingError(f"{error}; with --without-old, tasks that are over need no data any more") from None
+    if late := [task.name for task in old[begun.over :] if task.gone]:
+        raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
+    if learner.trains_on_past and (gone := [task.name for task in old if task.gone]):
+        raise SourceError(f"{method} learns from all examples, and those of {', '.join(gone)} are not there")
+    return old

@@ -11,7 +11,6 @@ from torch import nn
 from regrow.amounts import parse_bytes
 from regrow.axes import AxisGraph
 from regrow.commands.inputs import count_windows
-from regrow.commands.learn_inputs import LearnInputs, build_network
 from regrow.commands.recovery_memory import SPARE, text_batch
 from regrow.errors import InputError
 from regrow.evaluation import UnpredictableError, predict_memory, training
@@ -41,14 +40,20 @@ EVALUATED = 500
 
 
 def plan_learning(
-    inputs: LearnInputs, tasks: Sequence[Task], settings: LearnSettings, memory: str, announce: Callable[[str], None]
+    settings: LearnSettings,
+    network: Callable[[], nn.Module],
+    tasks: Sequence[Task],
+    device: torch.device,
+    memory: str,
+    announce: Callable[[str], None],
 ) -> MemoryTerms | None:
     """Predict and announce what learning needs of a limit of memory, or refuse it.
 
     Args:
-        inputs: The inputs of the run, read already.
+        settings: The settings of the run.
+        network: Returns the network that is trained, or a copy of it.
         tasks: All tasks.
-        settings: The settings of the run, which name the method.
+        device: The device that it is trained on.
         memory: The limit, such as ``4GiB``; empty: nothing is predicted.
         announce: Called with one line that says what the run needs.
 
@@ -61,15 +66,15 @@ def plan_learning(
     """
     if not memory:
         return None
-    _check_device(inputs.device)
+    _check_device(device)
     held, limit = read_resident(), parse_bytes(memory)
-    model = inputs.start.model if inputs.start else build_network(inputs, tasks)[0]
-    own, adam = _bytes_of(model), inputs.schedule.optimizer == "adamw"
-    optimizer = partial(torch.optim.AdamW if adam else partial(torch.optim.SGD, momentum=0.9), lr=inputs.schedule.lr)
+    model = network()
+    own, adam = _bytes_of(model), settings.optimizer == "adamw"
+    optimizer = partial(torch.optim.AdamW if adam else partial(torch.optim.SGD, momentum=0.9), lr=settings.lr)
     there = [task for task in tasks if not task.gone] or tasks
     method = settings.method
     replays = method in REPLAYS and REPLAYS[method](settings.method_settings)
-    size = inputs.schedule.batch_size * (2 if replays else 1)
+    size = settings.batch_size * (2 if replays else 1)
     first = first_examples(there[0].train, size)
     tested = first_examples(there[0].test, EVALUATED)
     trained = _predict(model, Batch((first.inputs,), labels=first.labels), _on_inputs(training(optimizer)))

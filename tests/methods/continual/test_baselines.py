@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import regrow
 from regrow.commands.learn import Settings, run
-from regrow.commands.learn_inputs import read_inputs
+from regrow.commands.learn_inputs import specs_of
 from regrow.commands.task_sequences import read_tasks
 from regrow.data.streams import digits_task, fewer, permuted_tasks, split
 from regrow.evaluation.continual import share_right
@@ -104,7 +104,7 @@ def test_lwf_asks_the_network_as_it_was() -> None:
 def test_what_is_saved_is_what_was_measured(method: str, tmp_path: Any) -> None:
     folder = run(Settings(("permuted:digits:2",), "mlp:16", method, epochs=3, train=200, test=80, lr=0.05), tmp_path)
     rows = [row for row in folder.metrics() if row["what"] == "matrix"][-1]["matrix"]
-    tasks = read_tasks(read_inputs(convert_settings(folder.run()["settings"], Settings)).tasks)
+    tasks = read_tasks(specs_of(convert_settings(folder.run()["settings"], Settings)))
     assert [share_right(regrow.load(folder.path), task.test) for task in tasks] == rows[-1]
 
 
