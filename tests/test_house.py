@@ -20,6 +20,8 @@ SOURCES = sorted(HOUSE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in SOURCES}
 
 FILE_LINES = 350
+RUN_LINES = 450
+"""Of a file that is one whole run."""
 FUNCTION_LINES = 80
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
@@ -155,7 +157,9 @@ def test_every_public_name_says_what_it_is():
 
 def test_files_stay_short():
     lengths = {inside(path): len(path.read_text("utf-8").splitlines()) for path in SOURCES}
-    shrinking({name: n for name, n in lengths.items() if n > FILE_LINES}, LONG_FILES, FILE_LINES)
+    runs = {inside(path) for path in SOURCES if any(name == "carry_out" for name, _ in functions(TREES[path]))}
+    limits = {name: RUN_LINES if name in runs else FILE_LINES for name in lengths}
+    shrinking({name: n for name, n in lengths.items() if n > limits[name]}, LONG_FILES, FILE_LINES)
 
 
 def test_functions_stay_short():

@@ -86,10 +86,8 @@ class RunFolder:
             if resumed:
                 return cls(out / WORK, True, out, owner)
             folder = cls(run_record.make_area(out), False, out, owner)
-            folder._write(
-                run_record.RUN,
-                {"format": run_record.FORMAT, "command": command, "defaults": {}, **wanted} | _now("started"),
-            )
+            record = {"format": run_record.FORMAT, "command": command, "defaults": {}, **wanted}
+            folder._write(run_record.RUN, record | _now("started"))
             return folder
         except BaseException:
             owner.release()
@@ -292,9 +290,6 @@ class RunFolder:
         Args:
             before: The axes before.
             after: The axes after.
-
-        Raises:
-            StoreError: If the disk is full.
         """
         rows = {"before": before, "after": after}
         self._write("axes.json", {name: [row.record() for row in axes.inventory()] for name, axes in rows.items()})

@@ -75,11 +75,7 @@ class Examples:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Examples":
-        """Return the examples on a device.
-
-        Args:
-            device: The device.
-        """
+        """Return the examples on a device."""
         inputs, labels = moved(self.inputs, device), self.labels.to(device)
         return self if inputs is self.inputs and labels is self.labels else replace(self, inputs=inputs, labels=labels)
 
@@ -281,14 +277,8 @@ def select_inputs(inputs: Any, indices: Tensor) -> Any:
     return tuple(select_inputs(part, indices) for part in inputs)
 
 
-def to_batch(inputs: Any, labels: Tensor | None = None, where: str = "") -> Batch:
-    """Return inputs as a batch: a tensor, a tuple of positional inputs, or a dict of inputs by name.
-
-    Args:
-        inputs: The inputs.
-        labels: The labels.
-        where: What error messages call a batch of a user's data.
-    """
+def pack_batch(inputs: Any, labels: Tensor | None = None, where: str = "") -> Batch:
+    """Return inputs as a batch: a tensor, a tuple of positional inputs, or a dict of inputs by name."""
     if isinstance(inputs, Mapping):
         return Batch((), inputs, labels, where)
     return Batch((inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}, labels, where)
@@ -306,7 +296,7 @@ def run_network(model: nn.Module, inputs: Any, device: torch.device | None = Non
     Raises:
         InputError: If the network cannot take the inputs of a user's batch.
     """
-    return to_batch(moved(inputs, device or device_of(model)), where=where).run(model)
+    return pack_batch(moved(inputs, device or device_of(model)), where=where).run(model)
 
 
 def among(logits: Tensor, classes: Tensor | None) -> Tensor:

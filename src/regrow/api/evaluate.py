@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, read_inputs
+from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike
 from regrow.api.streamed import open_to_evaluate
 from regrow.errors import InputError
 from regrow.evaluation.objective import Evaluation, evaluate_objective
@@ -55,23 +55,12 @@ def evaluate(
     >>> print(evaluate(torch.nn.Identity(), (inputs, labels))["data"])
     data: loss 0.8848, accuracy 0.6667 ± 0.27 (3 examples)
     """
+    given = Arguments(model, data, None, None, loss, tokenizer, batch_size, device, precision)
     if memory:
-        needs = {f"device={device}": device not in (None, "cpu"), f"precision={precision}": precision != "float32"}
-        opened, inputs, plan = open_to_evaluate(
-            model, data, memory, needs, progress, loss=loss, tokenizer=tokenizer, batch_size=batch_size
-        )
+        opened, inputs, plan = open_to_evaluate(given, memory, progress)
         if plan.streams:
             return _evaluate_streamed(opened, inputs, plan.on_disk, progress)
-    inputs = read_inputs(
-        model,
-        data,
-        loss=loss,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        progress=progress,
-    )
+    inputs = given.read(progress)
     objective = _objective_of(inputs)
     with autocasting(inputs.model, precision):
         return {

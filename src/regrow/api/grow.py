@@ -2,13 +2,15 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
-from regrow.api.runs import Destination, describe_inputs, digest, loaded_of, name_of
+from regrow.api.inputs import Arguments, DeviceLike, LossLike, ModelLike
+from regrow.api.runs import Destination, loaded_of, record_call
 from regrow.axes import AxisGraph
 from regrow.commands.calibration import parameter_sums
 from regrow.commands.clock import Clock
@@ -20,7 +22,6 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.settings.grow import Settings
-from regrow.store.building import describe_origin
 
 
 def grow(
@@ -92,57 +93,46 @@ def grow(
     """
     place = Destination(out, track).checked(data=data, validation=validation)
     _check_training(data, steps, train)
-    stacks = blocks if isinstance(blocks, Mapping) else {"*": blocks} if blocks else {}
-    names = tuple(map(str, data)) if isinstance(data, Mapping) else ("data",)
-    job = Settings(
-        describe_origin(model).name if isinstance(model, nn.Module) else str(model),
-        _written(mlp),
-        _written(heads),
-        _written(channels),
-        blocks=tuple(f"{stack}={_written(amount)}" for stack, amount in stacks.items()),
-        axis=tuple(f"{key}={_written(amount)}" for key, amount in (axis or {}).items()),
-        fill=fill,
-        round_to=round_to,
-        regular=regular,
-        seed=seed,
-        on=names if data is not None else (),
-        steps=steps,
-        train=train,
-        lr=lr,
-        precision=precision if data is not None else "float32",
-    )
-
-    def open_inputs(clock: Clock) -> GrowInputs:
-        inputs = read_inputs(
-            model,
-            data,
-            need=steps,
-            example=example if axes is None else axes.example,
-            loss=loss,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            validation=validation,
-            progress=shown,
-        )
-        call: dict[str, object] | None = None
-        if out is not None:
-            weights = digest(parameter_sums(inputs.model))
-            call = {"data": describe_inputs(place, inputs), "loss": name_of(loss), "weights": weights}
-        return GrowInputs(
-            loaded_of(inputs),
-            inputs.trace() if axes is None else axes,
-            SourceHalves(inputs.sources, inputs.tests),
-            inputs.objective,
-            lenient=inputs.tests is inputs.sources,
-            call=call,
-        )
-
+    given = Arguments(model, data, validation, example, loss, None, batch_size, device, precision, axes)
+    parts = Settings(given.name, _written(mlp), _written(heads), _written(channels), seed=seed)
+    parts = replace(parts, blocks=_name_stacks(blocks), axis=_name_axes(axis or {}), fill=fill, round_to=round_to)
+    job = replace(parts, regular=regular, on=_name_data(data), steps=steps, train=train, lr=lr)
+    job = replace(job, precision=precision if data is not None else "float32")
     with visible(progress) as shown:
-        result = carry_out(job, open_inputs, place.recorder("grow", model), progress=shown)
+        inputs = partial(_open, given, place, steps, shown)
+        result = carry_out(job, inputs, place.recorder("grow", model), progress=shown)
     for note in result.warnings:
         warnings.warn(note, stacklevel=2)
     return result.model, result.plan
+
+
+def _open(given: Arguments, place: Destination, steps: int, progress: Progress, clock: Clock) -> GrowInputs:
+    """Open the network and read the data."""
+    inputs = given.read(progress, need=steps)
+    return GrowInputs(
+        loaded_of(inputs),
+        inputs.trace() if given.axes is None else given.axes,
+        SourceHalves(inputs.sources, inputs.tests),
+        inputs.objective,
+        lenient=inputs.tests is inputs.sources,
+        call=record_call(place, inputs, given.loss, partial(parameter_sums, inputs.model)),
+    )
+
+
+def _name_data(data: Any) -> tuple[str, ...]:
+    """Return what the settings call the data."""
+    return () if data is None else tuple(map(str, data)) if isinstance(data, Mapping) else ("data",)
+
+
+def _name_stacks(blocks: Amount | Mapping[str, Amount]) -> tuple[str, ...]:
+    """Return which stacks get more blocks, as the command line takes it."""
+    stacks = blocks if isinstance(blocks, Mapping) else {"": blocks} if blocks else {}
+    return tuple(f"{stack}={_written(amount)}".removeprefix("=") for stack, amount in stacks.items())
+
+
+def _name_axes(amounts: Mapping[str, Amount]) -> tuple[str, ...]:
+    """Return which axes get more units, as the command line takes it."""
+    return tuple(f"{key}={_written(amount)}" for key, amount in amounts.items())
 
 
 def _written(amount: Amount) -> str:

@@ -22,6 +22,7 @@ from regrow.objectives import LossFunction, Objective, choose_objective
 from regrow.progress import Progress, silent
 from regrow.source_names import GENERATED
 from regrow.sources import Batch, Source, device_of, moved
+from regrow.store.building import describe_origin
 from regrow.tracing import TraceError, trace
 
 ModelLike = nn.Module | str | Path
@@ -70,6 +71,66 @@ class Inputs:
             if not self.where:
                 raise
             raise TraceError(f"{self.where}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a call is given to read its network and its data from; as for :func:`regrow.prune`.
+
+    Args:
+        model: The network, or its name.
+        data: The data.
+        validation: The data on which quality is measured; ``None``: ``data``.
+        example: An input to trace the network with.
+        loss: The loss.
+        tokenizer: The tokenizer, for text.
+        batch_size: Examples per batch, where the data do not come in batches.
+        device: The device to which the network is moved.
+        precision: The precision of forward passes.
+        axes: The axes of the network, whose example then counts; ``None``: it is traced.
+    """
+
+    model: ModelLike
+    data: Any = None
+    validation: Any = None
+    example: Any = None
+    loss: LossLike = None
+    tokenizer: Any = None
+    batch_size: int = 32
+    device: DeviceLike = None
+    precision: str = "float32"
+    axes: AxisGraph | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the network in the settings of a run."""
+        return describe_origin(self.model).name if isinstance(self.model, nn.Module) else str(self.model)
+
+    def read(self, progress: Progress, *, generates: bool = False, need: int = 0) -> Inputs:
+        """Load the network if it is named, and read the data, as :func:`read_inputs` does.
+
+        Args:
+            progress: Called with (steps done, steps in all, what is being done).
+            generates: Whether ``"generated"`` among the data is text that the network generates.
+            need: How many batches are needed of an iterable that does not end; 0: all, so that it is refused.
+
+        Raises:
+            InputError: If there is neither an example nor data, or no network.
+        """
+        return read_inputs(
+            self.model,
+            self.data,
+            example=self.example if self.axes is None else self.axes.example,
+            loss=self.loss,
+            tokenizer=self.tokenizer,
+            batch_size=self.batch_size,
+            device=self.device,
+            precision=self.precision,
+            progress=progress,
+            generates=generates,
+            validation=self.validation,
+            need=need,
+        )
 
 
 def read_inputs(

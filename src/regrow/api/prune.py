@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 
 from regrow.amounts import Target, parse_share
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, names_generated, read_inputs
-from regrow.api.runs import Destination, describe_inputs, digest, loaded_of, name_of
+from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike, names_generated
+from regrow.api.runs import Destination, loaded_of, record_call
 from regrow.api.streamed import open_to_prune
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
@@ -30,7 +31,6 @@ from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.settings.prune import Settings
 from regrow.sources import preserve_random_state
-from regrow.store.building import describe_origin
 
 
 def prune(
@@ -62,7 +62,7 @@ def prune(
     Args:
         model: The network, changed in place; or a model's name or a run folder, which is loaded.
         data: Data to measure importance on: a ``DataLoader``, tensors (inputs, labels), a data set, a path, strings, or
-            a dict of such by name; several text domains carry over better. Methods that score by weights need none.
+            a dict of such by name. Methods that score by weights need none.
         validation: With ``out``: labelled data on which quality is measured before and after; ``None``: ``data``.
         method: One of ``regrow.methods.METHODS``.
         keep: The fraction (0.8, ``"80%"``) that stays of the weights of linear layers and convolutions (of a language
@@ -73,8 +73,7 @@ def prune(
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
         example: The input with which the network is traced: a tensor, a tuple or a dict; ``None``: the first batch.
         loss: The loss of methods that measure gradients: a function (what the network returned, labels) → scalar, or
-            ``"classification"``, ``"next-token"``, ``"multi-label"``, ``"regression"``, ``"own"``; ``None``: what fits
-            the labels.
+            one of ``regrow.objectives.OBJECTIVES`` by name, such as ``"next-token"``; ``None``: what fits the labels.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
@@ -85,12 +84,11 @@ def prune(
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut, on
-            all of the data, which are in memory; or settings of ``refit`` that differ from the defaults of this fit.
+            all of the data, in memory; or settings of ``refit`` that differ from the defaults of this fit.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (batches done, batches in all, what is being done).
-        **budget: More fields of :class:`regrow.budget.Budget`: ``measure``, ``only``, ``exclude``, ``round_to``,
-            ``regular``.
+        **budget: More fields of :class:`regrow.budget.Budget`: ``measure``, ``only``, ``exclude``, ``round_to`` ….
 
     Returns:
         The same model, smaller, and the plan. Warnings tell of a source that was split, and of BatchNorms without data.
@@ -108,45 +106,10 @@ def prune(
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     place = Destination(out, track).checked(data=data, validation=validation)
     limits, fit = _budget(keep, target, smaller, budget), _check_reconstruct(reconstruct)
-    job = _describe(model, method, settings or {}, limits, precision, fit)
-    call = _PruneCall(job, limits, place, memory, axes, name_of(loss))
+    given = Arguments(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes)
+    call = _PruneCall(given, _describe(given, method, settings or {}, limits, fit), limits, place, memory)
     with visible(progress) as shown:
-
-        def open_inputs(clock: Clock) -> PruneInputs:
-            if memory:
-                if names_generated(data):
-                    raise InputError(
-                        f"memory={memory!r} does not count what generating text needs, got data='generated'; leave out "
-                        f"memory, or run `regrow prune --source generated --memory {memory}`"
-                    )
-                needs = {
-                    "axes=": axes is not None,
-                    "example=": axes is None and example is not None,
-                    f"device={device}": device not in (None, "cpu"),
-                    f"precision={precision}": precision != "float32",
-                }
-                texts = {"loss": loss, "tokenizer": tokenizer, "batch_size": batch_size}
-                streamed = call.open_streamed(model, data, validation, needs, texts, shown)
-                if streamed is not None:
-                    return streamed
-            inputs = read_inputs(
-                model,
-                data,
-                example=example if axes is None else axes.example,
-                loss=loss,
-                tokenizer=tokenizer,
-                batch_size=batch_size,
-                device=device,
-                precision=precision,
-                validation=validation,
-                progress=shown,
-                generates=True,
-            )
-            with clock.stage("trace"):
-                known = inputs.trace() if axes is None else axes
-            return call.complete(inputs, WholeNetwork(loaded_of(inputs)), known)
-
-        result = carry_out(job, open_inputs, place.recorder("prune", model), progress=shown)
+        result = carry_out(call.job, partial(call.open, shown), place.recorder("prune", model), progress=shown)
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan
@@ -165,27 +128,37 @@ def _check_reconstruct(reconstruct: object) -> bool | Mapping[str, Any]:
 class _PruneCall:
     """What a call of :func:`prune` asks for, checked."""
 
+    given: Arguments
     job: Settings
     limits: Budget
     place: Destination
     memory: str
-    axes: AxisGraph | None
-    loss: str
 
-    def open_streamed(
-        self,
-        model: ModelLike,
-        data: Any,
-        validation: Any,
-        needs: Mapping[str, bool],
-        texts: Mapping[str, Any],
-        progress: Progress,
-    ) -> PruneInputs | None:
+    def open(self, progress: Progress, clock: Clock) -> PruneInputs:
+        """Open the network and read the data."""
+        if self.memory and (streamed := self._open_streamed(progress)) is not None:
+            return streamed
+        inputs = self.given.read(progress, generates=True)
+        with clock.stage("trace"):
+            axes = inputs.trace() if self.given.axes is None else self.given.axes
+        return self._complete(inputs, WholeNetwork(loaded_of(inputs)), axes)
+
+    def _open_streamed(self, progress: Progress) -> PruneInputs | None:
         """Open a network that is read one block at a time; ``None`` if it fits into memory."""
+        given, memory = self.given, self.memory
+        if names_generated(given.data):
+            raise InputError(
+                f"memory={memory!r} does not count what generating text needs, got data='generated'; leave out memory, "
+                f"or run `regrow prune --source generated --memory {memory}`"
+            )
+        needs = {
+            "axes=": given.axes is not None,
+            "example=": given.axes is None and given.example is not None,
+            f"device={given.device}": given.device not in (None, "cpu"),
+            f"precision={given.precision}": given.precision != "float32",
+        }
         pruner = build_pruner(self.job.method, seeded_settings(self.job))
-        opened, inputs, plan = open_to_prune(
-            model, data, validation, self.memory, self.job, pruner, needs, progress, **texts
-        )
+        opened, inputs, plan = open_to_prune(given, memory, self.job, pruner, needs, progress)
         if not plan.streams:
             return None
         if self.place.out is None:
@@ -193,14 +166,10 @@ class _PruneCall:
                 "the network does not fit into memory, so that the cut one is written to a folder; give out=, for "
                 "example out='runs/pruned'"
             )
-        return replace(self.complete(inputs, StreamedRun(opened, plan), opened.axes), memory=plan)
+        return replace(self._complete(inputs, StreamedRun(opened, plan), opened.axes), memory=plan)
 
-    def complete(self, inputs: Inputs, network: PrunedNetwork, axes: AxisGraph) -> PruneInputs:
+    def _complete(self, inputs: Inputs, network: PrunedNetwork, axes: AxisGraph) -> PruneInputs:
         """Return the inputs of the run."""
-        call: dict[str, object] | None = None
-        if self.place.out is not None:
-            weights = digest(network.sums())
-            call = {"data": describe_inputs(self.place, inputs), "loss": self.loss, "weights": weights}
         if self.job.reconstruct:
             with preserve_random_state(*(generator for source in inputs.sources for generator in source.generators)):
                 check_lengths(chain.from_iterable(inputs.sources))
@@ -211,25 +180,19 @@ class _PruneCall:
             lambda tokens, generated: inputs.sources,
             objective=inputs.objective,
             lenient=inputs.tests is inputs.sources,
-            call=call,
+            call=record_call(self.place, inputs, self.given.loss, network.sums),
             timing=self.limits.timing,
         )
 
 
 def _describe(
-    model: ModelLike,
-    method: str,
-    given: Mapping[str, Any],
-    limits: Budget,
-    precision: str,
-    reconstruct: bool | Mapping[str, Any],
+    given: Arguments, method: str, settings: Mapping[str, Any], limits: Budget, reconstruct: bool | Mapping[str, Any]
 ) -> Settings:
     """Return the settings of the command that say what a call does."""
-    name = describe_origin(model).name if isinstance(model, nn.Module) else str(model)
     return Settings(
-        name,
+        given.name,
         method,
-        dict(given),
+        dict(settings),
         keep=None if limits.target else limits.keep,
         measure=str(limits.measure),
         target=str(limits.target or ""),
@@ -238,7 +201,7 @@ def _describe(
         exclude=tuple(limits.exclude),
         marks=tuple(sorted(map(str, limits.marks))),
         round_to=limits.round_to,
-        precision=precision,
+        precision=given.precision,
         reconstruct=reconstruct is not False,
         reconstruct_settings=reconstruct if isinstance(reconstruct, Mapping) else {},
     )

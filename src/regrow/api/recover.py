@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from regrow.api.inputs import DeviceLike, LossLike, read_inputs
-from regrow.api.runs import Destination, digest, loaded_of, name_of
+from regrow.api.inputs import Arguments, DeviceLike, LossLike
+from regrow.api.runs import Destination, digest, loaded_of, record_call
 from regrow.axes import AxisGraph
 from regrow.commands.calibration import parameter_sums
 from regrow.commands.clock import Clock
@@ -23,7 +24,6 @@ from regrow.settings import prune
 from regrow.settings.declaration import record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.sources import device_of
-from regrow.store.building import describe_origin
 
 
 def recover(
@@ -85,56 +85,53 @@ def recover(
     place = Destination(out, track).checked(data=data)
     if precision != "float32" and by in CLOSED_FORM:
         raise InputError(f"{by} solves for weights in their own format; leave out precision={precision!r}, or use lora")
-    name = describe_origin(dense).name
+    given = Arguments(dense, data, None, example, loss, tokenizer, batch_size, device, precision, axes)
     job = Settings(
-        f"{name}()",
+        f"{given.name}()",
         by,
         1,
         settings or {},
-        record_settings(prune.Settings(name)),
-        model=name,
+        record_settings(prune.Settings(given.name)),
+        model=given.name,
         method=f"prune+{by}",
         seed=seed,
         precision="" if precision == "float32" else precision,
     )
-
-    def open_inputs(clock: Clock) -> RecoverInputs:
-        inputs = read_inputs(
-            dense,
-            data,
-            example=example,
-            loss=loss,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            progress=shown,
-            generates=True,
-        )
-        if not inputs.sources:
-            raise InputError("recovery learns from data; give data, for example a DataLoader")
-        known = with_branches_of([plan], dense, inputs.trace()) if axes is None else axes
-        _check_dense(model, dense)
-        model.to(device_of(dense))
-        loaded = loaded_of(replace(inputs, model=model))
-        call: dict[str, object] | None = None
-        if out is not None:
-            networks = {"dense": digest(parameter_sums(dense)), "weights": digest(parameter_sums(model))}
-            plan_digest = digest(replace(plan, origin={}).to_json())
-            call = {"data": place.describe(inputs.sources), "plan": plan_digest, "loss": name_of(loss), **networks}
-        return RecoverInputs(
-            replace(loaded, model=dense),
-            loaded,
-            known,
-            plan,
-            SourceHalves(inputs.sources, ()),
-            objective=inputs.objective,
-            call=call,
-        )
-
     with visible(progress) as shown:
-        result = carry_out(job, open_inputs, place.recorder("recover", model), progress=shown)
+        inputs = partial(_open, given, model, plan, place, shown)
+        result = carry_out(job, inputs, place.recorder("recover", model), progress=shown)
     return {name: value for name, value in result.row.items() if name not in ("by", "tokens", "seconds")}
+
+
+def _open(
+    given: Arguments,
+    model: nn.Module,
+    plan: Plan,
+    place: Destination,
+    progress: Progress,
+    clock: Clock,
+) -> RecoverInputs:
+    """Read the data, and trace the dense network."""
+    inputs = given.read(progress, generates=True)
+    if not inputs.sources:
+        raise InputError("recovery learns from data; give data, for example a DataLoader")
+    dense = inputs.model
+    known = with_branches_of([plan], dense, inputs.trace()) if given.axes is None else given.axes
+    _check_dense(model, dense)
+    model.to(device_of(dense))
+    loaded = loaded_of(replace(inputs, model=model))
+    call = record_call(place, inputs, given.loss, partial(parameter_sums, model))
+    if call is not None:
+        call |= {"dense": digest(parameter_sums(dense)), "plan": digest(replace(plan, origin={}).to_json())}
+    return RecoverInputs(
+        replace(loaded, model=dense),
+        loaded,
+        known,
+        plan,
+        SourceHalves(inputs.sources, ()),
+        objective=inputs.objective,
+        call=call,
+    )
 
 
 def _check_types(model: object, dense: object, plan: object) -> None:

@@ -2,39 +2,31 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Generator, Tensor
 
-from regrow import store
 from regrow.api.inputs import Inputs
-from regrow.axes import AxisGraph, Example
-from regrow.commands.calibration import parameter_sums
-from regrow.commands.example_inputs import record_input
-from regrow.commands.measuring import measure_run
-from regrow.commands.parents import check_room, describe_stage, start_from
-from regrow.commands.recording import FolderRecorder, NoRecorder, Recorder, find_difference
-from regrow.commands.trackers import check_tracker, tracking
+from regrow.axes import Example
+from regrow.commands.recording import FolderRecorder, NoRecorder, Recorder
+from regrow.commands.trackers import check_tracker
 from regrow.data.batches import INPUTS
 from regrow.errors import InputError
 from regrow.nets import Loaded
 from regrow.reports import ReportError, write_page
-from regrow.run_folder import RunFolder
-from regrow.settings.declaration import record_settings
 from regrow.sources import Source, generators_of, preserve_random_state, seed_generators
 from regrow.store.building import describe_origin
 from regrow.store.errors import StoreError
 from regrow.store.statistics import fingerprint
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    pass
 
 PAGE = "report.html"
 
@@ -119,74 +111,21 @@ def describe_inputs(destination: Destination, inputs: Inputs) -> dict[str, str]:
     return destination.describe([*inputs.sources, *(replace(test, name=f"validation {test.name}") for test in tests)])
 
 
-@contextmanager
-def run_of(
-    destination: Destination,
-    verb: str,
-    settings: "DataclassInstance",
-    model: object,
-    loaded: Loaded,
-    /,
-    **inputs: object,
-) -> Iterator[RunFolder]:
-    """Begin or resume the run of a call, inside the ``with`` block; finish it with :func:`finish`.
+def record_call(
+    destination: Destination, inputs: Inputs, loss: object, weights: Callable[[], Sequence[float]]
+) -> dict[str, object] | None:
+    """Return what the result of a call depends on besides settings, as JSON data; ``None`` if nothing is recorded.
 
     Args:
-        destination: Where it is written.
-        verb: The name of the function, which is also that of the command.
-        settings: The settings of the command, as far as they say what the call does.
-        model: The network as it was given: a module, or the name of a model.
-        loaded: The network before the run.
-        **inputs: Everything else that the result depends on, as JSON data; the weights are added.
-
-    Raises:
-        StoreError: If the folder holds something else, this run finished, or a run with other inputs or weights.
+        destination: Where the run is written.
+        inputs: What was read.
+        loss: The loss, as it was given.
+        weights: Returns a sum of each parameter.
     """
-    out = destination.out
-    assert out is not None
-    given = {**inputs, "weights": digest(parameter_sums(loaded.model))}
-    command = f"regrow.{verb}(…, out={str(out)!r}) in Python"
-    name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
-    check_room(name, loaded, out)
-    begun = RunFolder.create(out, verb=verb, settings=record_settings(settings), command=command)
-    with begun:
-        recorded = begun.run().get("python")
-        if recorded is None:
-            begun.update(python=given)
-        elif recorded != given:
-            raise StoreError(f"{out} holds another run: {find_difference(recorded, given)}, or choose another folder")
-        with tracking(begun, destination.track) as folder:
-            start_from(folder, name, loaded)
-            folder.update(notes=list(loaded.notes) or None, **record_input(loaded))
-            yield folder
-
-
-def finish(folder: RunFolder, loaded: Loaded, **seconds: float) -> RunFolder:
-    """Save the network of a run, write its page, and complete it.
-
-    Args:
-        folder: The run.
-        loaded: The network after the run.
-        **seconds: Name of a stage → how long it took.
-
-    Raises:
-        StoreError: If the disk is full; the run can be resumed.
-    """
-    store.write_model(loaded, folder.path)
-    return complete(folder, **seconds)
-
-
-def complete(folder: RunFolder, **seconds: float) -> RunFolder:
-    """Write the page of a run whose network is saved, and complete it.
-
-    Args:
-        folder: The run.
-        **seconds: Name of a stage → how long it took.
-
-    Raises:
-        StoreError: If the disk is full; the run can be resumed.
-    """
-    return folder.finish(_write_page, seconds=seconds, stage=describe_stage(folder))
+    if destination.out is None:
+        return None
+    data = describe_inputs(destination, inputs)
+    return {"data": data, "loss": name_of(loss), "weights": digest(weights())}
 
 
 def loaded_of(inputs: Inputs) -> Loaded:
@@ -210,19 +149,6 @@ def _two_examples(example: Example) -> Example:
     if not all(isinstance(one, Tensor) and one.dim() > 1 for one in parts) or len({len(one) for one in parts}) > 1:
         return example
     return Example(tuple(one[:2] for one in example.args), {name: one[:2] for name, one in example.kwargs.items()})
-
-
-def log_size(folder: RunFolder, loaded: Loaded, axes: AxisGraph, name: str) -> list[dict[str, Any]]:
-    """Log the size of a network, and return the rows about its axes.
-
-    Args:
-        folder: The run.
-        loaded: The network.
-        axes: Its axes.
-        name: What the rows call it: ``"dense"``, ``"pruned"``.
-    """
-    measure_run(folder, loaded, axes, (), frozenset(), name)
-    return [row.record() for row in axes.inventory()]
 
 
 def digest(value: object) -> str:

@@ -1,7 +1,8 @@
 """``regrow.search``: search the widths and candidate operations of a network for one of a given size."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from regrow.amounts import Target, parse_share
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs
+from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike, choose_reading
 from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, find_objective, first_batch, move_inputs
 from regrow.api.runs import Destination, digest, loaded_of, name_of
 from regrow.axes import AxisGraph, Example
@@ -24,7 +25,6 @@ from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.settings.search import Settings
 from regrow.sources import Source, device_of
-from regrow.store.building import describe_origin
 from regrow.tasks import CappedExamples, Task
 
 HELD_OUT = 0.2
@@ -98,59 +98,71 @@ def search(
     """
     check_arguments("search", training, MORE, "the size is given by target='macs=50%' or smaller='30%'; ")
     place = Destination(out, track, checkpoint).checked(data=data, validation=validation)
-    job = Settings(
-        describe_origin(model).name if isinstance(model, nn.Module) else str(model),
-        "data",
-        _target(target, smaller),
-        method=method,
-        method_settings=dict(settings or {}),
-        epochs=epochs,
-        retrain=0,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=training.get("weight_decay", 0.0),
-        precision=training.get("precision", "float32"),
-        seed=seed,
-    )
+    given = Arguments(model, data, validation, Example() if example is None else example, loss, tokenizer, batch_size)
+    given = replace(given, device=device)
+    job = Settings(given.name, "data", _target(target, smaller), method=method, method_settings=dict(settings or {}))
+    job = replace(job, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
+    job = replace(job, **{name: training[name] for name in ("weight_decay", "precision") if name in training})
+    call = _SearchCall(given, job, optimizer, training, place, axes, example is None)
+    with visible(progress) as shown:
+        file = None if checkpoint is None else Path(checkpoint)
+        recorder = place.recorder("search", model)
+        return carry_out(job, partial(call.open, shown), recorder, checkpoint=file, progress=shown)
 
-    def open_inputs(clock: Clock) -> SearchInputs:
-        known = Example() if example is None else example
-        net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=shown)
-        task = _read_task(net, data, validation, batch_size, seed)
+
+@dataclass(frozen=True)
+class _SearchCall:
+    """What a call of :func:`search` asks for, checked."""
+
+    given: Arguments
+    job: Settings
+    optimizer: OptimizerLike
+    training: Mapping[str, Any]
+    place: Destination
+    axes: AxisGraph | None
+    traces_data: bool
+
+    def open(self, progress: Progress, clock: Clock) -> SearchInputs:
+        """Open the network and read the data."""
+        given, job = self.given, self.job
+        net = replace(given, data=None, validation=None, loss=None).read(progress)
+        task = _read_task(net, given.data, given.validation, given.batch_size, job.seed)
         first = first_batch(task)
-        objective = find_objective(net.model, loss, first)
+        objective = find_objective(net.model, given.loss, first)
         schedule = build_schedule(
-            optimizer, objective=objective, epochs=max(1, epochs), batch_size=batch_size, lr=lr, seed=seed, **training
+            self.optimizer,
+            objective=objective,
+            epochs=max(1, job.epochs),
+            batch_size=job.batch_size,
+            lr=job.lr,
+            seed=job.seed,
+            **self.training,
         )
-        if example is None:
+        if self.traces_data:
             net = replace(net, example=Example(*move_inputs(first, device_of(net.model))))
         loaded = loaded_of(net)
-        call: dict[str, object] | None = None
-        traced = net.trace() if axes is None else axes
-        if out is not None:
-            both = {"data": task, "validation": replace(task, train=task.test)}
-            call = {
-                "data": place.describe(Source(name, [first_batch(part)]) for name, part in both.items()),
-                "loss": name_of(loss),
-                "optimizer": name_of(optimizer),
-                "training": training,
-                "weights": digest(parameter_sums(net.model)),
-            }
         return SearchInputs(
             net.model,
             loaded.origin,
-            traced,
+            net.trace() if self.axes is None else self.axes,
             Parts(task, task, None, objective=objective),
             schedule,
             loaded,
             in_place=True,
-            generators=place.generators,
-            call=call,
+            generators=self.place.generators,
+            call=None if self.place.out is None else self._record(net.model, task),
         )
 
-    with visible(progress) as shown:
-        file = None if checkpoint is None else Path(checkpoint)
-        return carry_out(job, open_inputs, place.recorder("search", model), checkpoint=file, progress=shown)
+    def _record(self, model: nn.Module, task: Task) -> dict[str, object]:
+        """Return what the result depends on besides settings."""
+        both = {"data": task, "validation": replace(task, train=task.test)}
+        return {
+            "data": self.place.describe(Source(name, [first_batch(part)]) for name, part in both.items()),
+            "loss": name_of(self.given.loss),
+            "optimizer": name_of(self.optimizer),
+            "training": self.training,
+            "weights": digest(parameter_sums(model)),
+        }
 
 
 def _target(target: str | Target, smaller: str | float | None) -> str:

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from regrow.amounts import parse_bytes
-from regrow.api.inputs import Inputs, choose_reading
+from regrow.api.inputs import Arguments, Inputs, choose_reading
 from regrow.commands.streamed import plan_streaming, start_streaming
 from regrow.data.batches import to_sources
 from regrow.data.joined import join_sources
@@ -20,7 +19,7 @@ from regrow.objectives import choose_objective
 from regrow.progress import Progress
 from regrow.scoring.layer_orders import BATCH
 from regrow.settings.prune import Settings
-from regrow.sources import Batch, Source
+from regrow.sources import Batch
 from regrow.streaming.opening import OpenedNetwork, open_network
 from regrow.streaming.requirements import MemoryPlan, plan_memory
 
@@ -29,40 +28,23 @@ Opened = tuple[OpenedNetwork, Inputs, MemoryPlan]
 
 
 def open_to_prune(
-    model: object,
-    data: Any,
-    validation: Any,
-    memory: str,
-    settings: Settings,
-    pruner: Pruner,
-    needs: Mapping[str, bool],
-    progress: Progress,
-    *,
-    loss: Any,
-    tokenizer: Any,
-    batch_size: int,
+    given: Arguments, memory: str, settings: Settings, pruner: Pruner, needs: Mapping[str, bool], progress: Progress
 ) -> Opened:
     """Open a network and read its data, and predict what pruning needs.
 
     Args:
-        model: A model's name or a run folder.
-        data: The data; all batches are in memory.
-        validation: The data on which quality is measured; ``None``: ``data``.
+        given: The name of the network, and the data, all batches of which are in memory.
         memory: The limit, such as ``"4GiB"``.
         settings: The settings of the run.
         pruner: The method.
         needs: What needs the whole network in memory → whether the call has it.
         progress: Called with one line that says how the call stays within the limit.
-        loss: The loss, as for :func:`regrow.prune`.
-        tokenizer: The tokenizer; ``None``: that of the model.
-        batch_size: Examples per batch.
 
     Raises:
         InputError: If the network was given as a module, or something needs the whole network and that does not fit.
         ResourceError: If it does not fit even with one block in memory.
     """
-    opened = _open(model, memory)
-    inputs = _read(opened, data, validation, loss, tokenizer, batch_size)
+    opened, inputs = _open(given, memory)
     batches = list(join_sources(inputs.sources, BATCH if pruner.products else 1))
     positions, total = max(map(_count_positions, batches), default=1), sum(map(_count_positions, batches))
     names = tuple(f"data{i}" for i in range(len(inputs.sources)))
@@ -73,49 +55,49 @@ def open_to_prune(
     return opened, inputs, plan
 
 
-def open_to_evaluate(
-    model: object,
-    data: Any,
-    memory: str,
-    needs: Mapping[str, bool],
-    progress: Progress,
-    *,
-    loss: Any,
-    tokenizer: Any,
-    batch_size: int,
-) -> Opened:
+def open_to_evaluate(given: Arguments, memory: str, progress: Progress) -> Opened:
     """Open a network and read its data, and predict what an evaluation needs.
 
     Args:
-        model: As for :func:`open_to_prune`.
-        data: As for :func:`open_to_prune`.
+        given: As for :func:`open_to_prune`.
         memory: As for :func:`open_to_prune`.
-        needs: As for :func:`open_to_prune`.
         progress: As for :func:`open_to_prune`.
-        loss: As for :func:`open_to_prune`.
-        tokenizer: As for :func:`open_to_prune`.
-        batch_size: As for :func:`open_to_prune`.
 
     Raises:
         ValueError: As :func:`open_to_prune`.
     """
-    opened = _open(model, memory)
-    inputs = _read(opened, data, None, loss, tokenizer, batch_size)
+    opened, inputs = _open(given, memory)
     batches = list(join_sources(inputs.sources, 1))
     positions = max(map(_count_positions, batches), default=1)
     plan = plan_memory(opened.network(), parse_bytes(memory), len(batches), positions, what="evaluating")
-    needs = {**needs, "a model without text": opened.loaded.tokenizer is None}
+    needs = {
+        f"device={given.device}": given.device not in (None, "cpu"),
+        f"precision={given.precision}": given.precision != "float32",
+        "a model without text": opened.loaded.tokenizer is None,
+    }
     start_streaming(opened, plan, needs, lambda line: progress(0, 1, line))
     return opened, inputs, plan
 
 
-def _open(model: object, memory: str) -> OpenedNetwork:
-    if not isinstance(model, str | Path):
+def _open(given: Arguments, memory: str) -> tuple[OpenedNetwork, Inputs]:
+    """Open the network, and read the data with its tokenizer."""
+    if not isinstance(given.model, str | Path):
         raise InputError(
-            f"memory={memory!r} reads a network from its files, got a {type(model).__name__}; give the name of a model "
-            "or a folder, or leave memory out"
+            f"memory={memory!r} reads a network from its files, got a {type(given.model).__name__}; give the name of a "
+            "model or a folder, or leave memory out"
         )
-    return open_network(str(model))
+    opened = open_network(str(given.model))
+    loaded = opened.loaded
+    for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
+        if value is not None and not hasattr(loaded.model, name):
+            setattr(loaded.model, name, value)  # as in a network that is loaded whole
+    tokenizer = given.tokenizer or loaded.tokenizer
+    reading = choose_reading(loaded.model, tokenizer, given.batch_size)
+    sources = tuple(to_sources(given.data, reading))
+    tests = sources if given.validation is None else tuple(to_sources(given.validation, reading))
+    labelled = next((source.batches[0] for source in (*sources, *tests)), None)
+    objective = choose_objective(given.loss, labelled) if labelled is not None else None
+    return opened, Inputs(loaded.model, loaded.example, sources, objective, tokenizer, tests, loaded.files)
 
 
 def _count_positions(batch: Batch) -> int:
@@ -123,17 +105,3 @@ def _count_positions(batch: Batch) -> int:
     inputs = (leaf for leaf in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(leaf, Tensor))
     ids = next((leaf for leaf in inputs if leaf.dtype in (torch.int32, torch.int64)), None)
     return batch.size if ids is None else ids.numel()
-
-
-def _read(opened: OpenedNetwork, data: Any, validation: Any, loss: Any, tokenizer: Any, batch_size: int) -> Inputs:
-    loaded = opened.loaded
-    for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
-        if value is not None and not hasattr(loaded.model, name):
-            setattr(loaded.model, name, value)  # as in a network that is loaded whole
-    tokenizer = tokenizer or loaded.tokenizer
-    reading = choose_reading(loaded.model, tokenizer, batch_size)
-    sources = tuple(to_sources(data, reading))
-    tests: tuple[Source, ...] = sources if validation is None else tuple(to_sources(validation, reading))
-    labelled = next((source.batches[0] for source in (*sources, *tests)), None)
-    objective = choose_objective(loss, labelled) if labelled is not None else None
-    return Inputs(loaded.model, loaded.example, sources, objective, tokenizer, tests, loaded.files)

@@ -1,6 +1,5 @@
 """Prune a network, whether named on the command line or given in Python, whole or block by block, on every rank."""
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,9 +17,9 @@ from regrow.commands.calibration import calibrate, open_journal
 from regrow.commands.clock import Clock
 from regrow.commands.cutting import WholeNetwork
 from regrow.commands.generated import count_generated, fill_generated
-from regrow.commands.inputs import SourceHalves, count_windows, describe_sources, read_sources
+from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
 from regrow.commands.later_plans import LaterPlan, check_later_plans
-from regrow.commands.models import DTYPES, load_model
+from regrow.commands.models import load_model
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.reconstruction import check_amount, check_reconstruction, choose_sources
 from regrow.commands.recording import NoRecorder, Record, Recorder, RunStart, record_command, record_plan
@@ -28,8 +27,7 @@ from regrow.commands.recovering import broadcast_recovered, check_recovery, log_
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
 from regrow.commands.score_summary import write_scores
 from regrow.commands.shared_work import SharedWork
-from regrow.commands.streamed import needs_of_model, plan_streaming
-from regrow.commands.streamed_run import PrunedNetwork, StreamedRun
+from regrow.commands.streamed_run import PrunedNetwork, open_streamed
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
@@ -38,14 +36,12 @@ from regrow.nets.loaded import check_same_files
 from regrow.nets.precision import autocasting, check_precision
 from regrow.objectives import Objective
 from regrow.plan import Plan
-from regrow.process_memory import reset_peak, return_memory
+from regrow.process_memory import reset_peak
 from regrow.progress import Progress, silent
 from regrow.run_folder import RunFolder, WritePage
-from regrow.scoring.layer_orders import BATCH
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
 from regrow.sources import Source
-from regrow.streaming.opening import open_network
 from regrow.streaming.requirements import MemoryPlan, record_peak
 from regrow.training import tune
 
@@ -98,13 +94,9 @@ class PruneResult:
     warnings: tuple[str, ...] = ()
 
 
-OpenInputs = Callable[[Clock], PruneInputs]
-"""Opens the inputs of a run, and times that."""
-
-
 def carry_out(
     settings: Settings,
-    inputs: OpenInputs,
+    inputs: Callable[[Clock], PruneInputs],
     recorder: Recorder,
     ranks: ProcessRank = SINGLE,
     *,
@@ -119,7 +111,7 @@ def carry_out(
 
     Args:
         settings: The settings of the run.
-        inputs: Opens the network and the data.
+        inputs: Opens the network and the data, and times that.
         recorder: Where the run is recorded: rank 0 has a folder, or nothing is kept.
         ranks: The processes that share the run; all of them call this with the same settings.
         shared: What earlier runs of this process, which differ in method and keep alone, need not do again; gets what
@@ -379,7 +371,7 @@ def open_named(
     streamed = None
     with clock.stage("load"):
         if memory:
-            streamed, shared.memory = _open_streamed(settings, memory, announce, ranks, shared)
+            streamed, shared.memory = open_streamed(settings, memory, announce, ranks, shared)
         network = streamed or WholeNetwork(load_model(spec, progress, code))
         loaded = network.loaded
         check_precision(loaded.model, settings.precision)
@@ -397,27 +389,6 @@ def open_named(
     )
 
 
-def _open_streamed(
-    settings: Settings, memory: str, announce: Callable[[str], None], ranks: ProcessRank, shared: SharedWork
-) -> tuple[StreamedRun | None, MemoryPlan]:
-    """Open a network that is read one block at a time, unless it fits; return the prediction, too."""
-    if shared.memory:
-        gc.collect()
-        return_memory()
-    spec = model_spec(settings)
-    pruner, later = prune.build_pruner(settings.method, seeded_settings(settings)), map(LaterPlan.of, shared.later)
-    opened = open_network(spec.name, DTYPES.get(spec.dtype))
-    sources, plans = (*settings.sources, *settings.unseen), [*later]
-    counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
-    windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
-    products = pruner.products or any(plan.pruner.products for plan in plans)
-    size = max(settings.batch_size, min(BATCH, windows)) if products else settings.batch_size
-    amounts = -(-windows // size), settings.seq_len * size
-    needs = needs_of_model(spec, settings.precision, opened)
-    plan = plan_streaming(opened, memory, settings, pruner, amounts, needs, announce, shared.memory, ranks, plans)
-    return StreamedRun(opened, plan, settings.dtype) if plan.streams else None, plan
-
-
 def plan_named(
     settings: Settings,
     progress: Progress = silent,
@@ -426,18 +397,7 @@ def plan_named(
     memory: str = "",
     announce: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Return the plan that a pruning run would make, and record nothing.
-
-    Args:
-        settings: The settings of the run.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: As for :func:`open_named`.
-        memory: As for :func:`open_named`.
-        announce: As for :func:`open_named`.
-
-    Raises:
-        ValueError: As :func:`carry_out`.
-    """
+    """Return the plan that a pruning run would make, and record nothing; arguments are as for :func:`open_named`."""
     inputs = partial(open_named, settings, code=code, memory=memory, announce=announce, progress=progress)
     return carry_out(settings, inputs, NoRecorder(), progress=progress, cuts=False).plan
 

@@ -147,30 +147,38 @@ def carry_out(
                 streamed=pair,
             )
         if record.kept:
+            outside = streamed.outside(loaded, pair.changed) if streamed and pair else None
             with clock.stage("save"):
-                outside = streamed.outside(loaded, pair.changed) if streamed and pair else None
                 store.write_model(loaded, record.path, outside=outside)
         if record.measured and (ranks.leads or loaded.tokenizer is not None):
             with clock.stage("evaluate"):
-                after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-                record.write_axes(opened.axes, after)
-                perplexities = measure_run(
-                    record,
-                    loaded,
-                    after,
-                    data.evaluation,
-                    data.seen,
-                    "recovered",
-                    progress,
-                    precision=opened.evaluated,  # as the models before it were evaluated
-                    objective=opened.objective,
-                    network=streamed.recovered(loaded, after, record.path) if streamed else None,
-                    ranks=ranks,
-                    recoveries=number,
-                )
-                log_differences(record, perplexities, number)
+                _measure_recovered(record, opened, data, number, ranks, progress)
         record.update(memory=record_peak(opened.memory) if opened.memory else None)
         return RecoverResult(row, recorder.finish(record, clock.seconds))
+
+
+def _measure_recovered(
+    record: Record, inputs: RecoverInputs, data: SourceHalves, number: int, ranks: ProcessRank, progress: Progress
+) -> None:
+    """Log size and quality of the recovered network, and how far it is from the networks before."""
+    loaded, streamed = inputs.loaded, inputs.streamed
+    after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    record.write_axes(inputs.axes, after)
+    perplexities = measure_run(
+        record,
+        loaded,
+        after,
+        data.evaluation,
+        data.seen,
+        "recovered",
+        progress,
+        precision=inputs.evaluated,  # as the models before it were evaluated
+        objective=inputs.objective,
+        network=streamed.recovered(loaded, after, record.path) if streamed else None,
+        ranks=ranks,
+        recoveries=number,
+    )
+    log_differences(record, perplexities, number)
 
 
 def _record_cut(record: Record, inputs: RecoverInputs, progress: Progress) -> None:

@@ -31,7 +31,7 @@ from regrow.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from regrow.references import names_code
 from regrow.settings.search import Settings, parse_search_target
 from regrow.sources import Batch, device_of, moved
-from regrow.tasks import CappedExamples, ExampleSet, Task, first_examples, to_batch
+from regrow.tasks import CappedExamples, ExampleSet, Task, first_examples, pack_batch
 from regrow.tracing import trace
 from regrow.training import tune
 from regrow.training.continual import TaskSchedule
@@ -247,7 +247,7 @@ def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> N
     """
     if tune.find_running(model):
         examples = context.task.train.batches(batch_size, seed=context.seed)
-        tune.recalibrate(model, [(to_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
+        tune.recalibrate(model, [(pack_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
 
 
 def measure_times(
@@ -264,6 +264,6 @@ def measure_times(
     if parse_search_target(settings.target).measure != Measure.TIME:
         return None, None
     first = first_examples(inputs.parts.search.train, settings.batch_size)
-    batch = to_batch(first.inputs).to(device_of(inputs.model))
+    batch = pack_batch(first.inputs).to(device_of(inputs.model))
     table = None if known or not ranks.leads else asdict(latency(inputs.model, batch))
     return batch, Latency(**broadcast_record(ranks, known or table))

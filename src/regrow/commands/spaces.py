@@ -30,7 +30,7 @@ from regrow.nets.small import small
 from regrow.references import names_code
 from regrow.settings.search import Settings, parse_search_target
 from regrow.sources import Batch, logits_in
-from regrow.tasks import Task, first_examples, input_shape, to_batch
+from regrow.tasks import Task, first_examples, input_shape, pack_batch
 from regrow.tracing.placeholder import find_placeholders
 
 SpaceNetwork = Cells | Mobile | Bench201
@@ -77,7 +77,7 @@ def build_space(
     plan = None
     if memory:
         first = first_examples(task.train, settings.batch_size)
-        batch = to_batch(first.inputs, first.labels)
+        batch = pack_batch(first.inputs, first.labels)
         plan = _plan_stages(found, batch, parse_bytes(memory), search.stage_share, search.masked)
     config = found.whole(heads=plan.ends if plan else stage_ends(found.parts, stages or min(3, found.parts)))
     net = _initialise(found.net, config, settings.seed)

@@ -17,7 +17,7 @@ from regrow.evaluation.memory import peak_meter
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.state import SearchState, StageMemory
 from regrow.sources import Batch, device_of
-from regrow.tasks import first_examples, to_batch
+from regrow.tasks import first_examples, pack_batch
 from regrow.training.learner import Context
 
 MASKS, WEIGHT, GRANULARITY = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
@@ -111,7 +111,7 @@ class MemoryWatch:
         """Return a stage's predicted peak in bytes; turn recomputation on if it exceeds the budget."""
         train, net = context.task.train, cast(Staged, context.model)
         first = first_examples(train, self.size)
-        batch = to_batch(first.inputs, first.labels)
+        batch = pack_batch(first.inputs, first.labels)
         needed = predict_stage(self.search, state, context, batch)
         if needed > self.budget and not net.recomputed:
             net.recomputed = True

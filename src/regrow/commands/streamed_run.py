@@ -1,5 +1,6 @@
 """A network that is pruned one block at a time: it is cut, repaired and written without ever being whole in memory."""
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,12 +12,17 @@ from torch import Tensor, nn
 
 from regrow import store
 from regrow.axes import AxisGraph
+from regrow.commands import pruning as prune
 from regrow.commands.cutting import Stage, WholeNetwork
+from regrow.commands.inputs import count_windows
+from regrow.commands.later_plans import LaterPlan
 from regrow.commands.models import DTYPES
+from regrow.commands.prune_settings import model_spec, seeded_settings
 from regrow.commands.reconstruction import reconstruct
 from regrow.commands.recording import Record
 from regrow.commands.recovery_memory import PAIRED, explain_lacking, predict_pairing
-from regrow.commands.streamed import RESULTS
+from regrow.commands.shared_work import SharedWork
+from regrow.commands.streamed import RESULTS, needs_of_model, plan_streaming
 from regrow.commands.streamed_recovery import StreamedRecovery
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record, everywhere
@@ -24,6 +30,8 @@ from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.process_memory import return_memory
 from regrow.progress import Progress
+from regrow.scoring.layer_orders import BATCH
+from regrow.settings.prune import Settings
 from regrow.sources import Source
 from regrow.store import statistics
 from regrow.store.shapes import Shapes
@@ -218,3 +226,32 @@ def _log_deviations(record: Record, deviations: Sequence[Deviation]) -> None:
 
 PrunedNetwork = WholeNetwork | StreamedRun
 """The network of a pruning run: in memory, or read one block at a time."""
+
+
+def open_streamed(
+    settings: Settings, memory: str, announce: Callable[[str], None], ranks: ProcessRank, shared: SharedWork
+) -> tuple[StreamedRun | None, MemoryPlan]:
+    """Open the network that settings name, to be read one block at a time unless it fits, and predict what it needs.
+
+    Args:
+        settings: The settings of the run.
+        memory: How much memory the run may use, such as ``4GiB``.
+        announce: Called with one line that says how the run stays within that memory.
+        ranks: The processes that share the run.
+        shared: What earlier runs of this process have opened.
+    """
+    if shared.memory:
+        gc.collect()
+        return_memory()
+    spec = model_spec(settings)
+    pruner, later = prune.build_pruner(settings.method, seeded_settings(settings)), map(LaterPlan.of, shared.later)
+    opened = open_network(spec.name, DTYPES.get(spec.dtype))
+    sources, plans = (*settings.sources, *settings.unseen), [*later]
+    counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
+    windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
+    products = pruner.products or any(plan.pruner.products for plan in plans)
+    size = max(settings.batch_size, min(BATCH, windows)) if products else settings.batch_size
+    amounts = -(-windows // size), settings.seq_len * size
+    needs = needs_of_model(spec, settings.precision, opened)
+    plan = plan_streaming(opened, memory, settings, pruner, amounts, needs, announce, shared.memory, ranks, plans)
+    return StreamedRun(opened, plan, settings.dtype) if plan.streams else None, plan
