@@ -104,12 +104,7 @@ def recover(
 
 
 def _open(
-    given: Arguments,
-    model: nn.Module,
-    plan: Plan,
-    place: Destination,
-    progress: Progress,
-    clock: Clock,
+    given: Arguments, model: nn.Module, plan: Plan, place: Destination, progress: Progress, clock: Clock
 ) -> RecoverInputs:
     """Read the data, and trace the dense network."""
     inputs = given.read(progress, generates=True)

@@ -218,14 +218,7 @@ def run(
     """
     settings.check_training()
     recorder = record_command(
-        settings,
-        settings.model,
-        out,
-        code=code,
-        memory=memory,
-        track=track,
-        undo=settings.undo,
-        write_page=write_page,
+        settings, settings.model, out, code=code, memory=memory, track=track, undo=settings.undo, write_page=write_page
     )
     inputs = partial(open_named, settings, code=code, progress=progress)
     result = carry_out(settings, inputs, recorder, memory=memory, announce=announce, progress=progress)

@@ -445,13 +445,6 @@ def run(
         ranks=ranks,
     )
     inputs = partial(
-        open_named,
-        settings,
-        code=code,
-        memory=memory,
-        announce=announce,
-        ranks=ranks,
-        shared=shared,
-        progress=progress,
+        open_named, settings, code=code, memory=memory, announce=announce, ranks=ranks, shared=shared, progress=progress
     )
     return carry_out(settings, inputs, recorder, ranks, shared=shared, progress=progress).folder or RunFolder(Path(out))

@@ -16,12 +16,7 @@ from regrow.scoring.weights import readers
 
 
 def write_scores(
-    folder: Record,
-    weights: Mapping[str, Tensor],
-    axes: AxisGraph,
-    plan: Plan,
-    scores: Scores,
-    evidence: Evidence,
+    folder: Record, weights: Mapping[str, Tensor], axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
 ) -> None:
     """Write a summary of the scores from which a plan was made into a run folder.
 

@@ -330,14 +330,7 @@ def run(
     check_settings(settings)
     check_same_settings(ranks, settings)
     recorder = record_command(
-        settings,
-        settings.space,
-        out,
-        code=code,
-        track=track,
-        undo=settings.undo,
-        write_page=write_page,
-        ranks=ranks,
+        settings, settings.space, out, code=code, track=track, undo=settings.undo, write_page=write_page, ranks=ranks
     )
     inputs = partial(open_named, settings, code=code, ranks=ranks, progress=progress)
     carry_out(settings, inputs, recorder, ranks, progress=progress)
