@@ -54,22 +54,13 @@ class MethodEntry:
     def defaults(self, given: Collection[str]) -> dict[str, Any]:
         """Return the default of every setting not in ``given``; a run records them, since another version may differ.
 
-        Settings that a method got later are left out, as long as their default is what the method did before; those
-        that act only where another of them is given are left out only while that is not given.
-
         Args:
             given: The names of the settings that the user gave.
 
         >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(given={"compensate"})
         {'allocation': 'uniform', 'minimum': 1}
         """
-        stated = {self.renamed.get(name, name) for name in given}
-        wanted = [one for one in fields(self.settings) if one.name not in stated]
-        return {
-            one.name: one.default
-            for one in wanted
-            if not one.metadata.get("unrecorded") or one.metadata.get("recorded_with") in stated
-        }
+        return {one.name: one.default for one in fields(self.settings) if one.name not in given}
 
     def made(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
         """Build the method with the given settings, after checking their names and types.

@@ -28,18 +28,6 @@ MANY = 2**31 - 1
 
 SEED = Range(0, 2**63 - 1)
 
-UNRECORDED: Mapping[str, bool] = {"unrecorded": True}
-"""Metadata of a field of a method's settings whose default is what earlier versions did, and is not recorded."""
-
-
-def recorded_with(name: str) -> Mapping[str, object]:
-    """Return metadata of a field of a method's settings whose default is recorded where another setting is given.
-
-    Args:
-        name: The name of the other setting, which earlier versions did not have.
-    """
-    return {**UNRECORDED, "recorded_with": name}
-
 
 @dataclass(frozen=True)
 class Setting:

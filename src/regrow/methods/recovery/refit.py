@@ -29,7 +29,7 @@ block and the next one are in memory instead. A resumed run repeats the forward 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,6 @@ from regrow.methods.recovery.streamed_refit import (
 )
 from regrow.methods.recovery.streams import RefitInDense, RefitPaired, Refitting
 from regrow.methods.recovery.task import Recovery, RecoveryTask
-from regrow.settings.declaration import UNRECORDED
 from regrow.sources import Batch, device_of
 from regrow.streaming.network import Around
 from regrow.surgery.compensate import bias_of
@@ -89,9 +88,9 @@ class Settings:
     target: str = "auto"
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
     held_out: float = 0.125
-    choose_on: str = field(default="held_out", metadata=UNRECORDED)
-    shrinkages: tuple[float, ...] = field(default=(1.0,), metadata=UNRECORDED)
-    standardize: bool = field(default=False, metadata=UNRECORDED)
+    choose_on: str = "held_out"
+    shrinkages: tuple[float, ...] = (1.0,)
+    standardize: bool = False
 
 
 def build(settings: Settings) -> Recovery:

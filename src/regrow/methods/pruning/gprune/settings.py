@@ -1,22 +1,17 @@
 """Settings of GPrune-LLM."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Annotated
 
 from regrow.scoring.base import BASES
 from regrow.scoring.partition import PARTITIONS
 from regrow.scoring.reliability import SWITCHES
 from regrow.settings.constraints import OneOf, Range, check_constraints
-from regrow.settings.declaration import UNRECORDED, recorded_with
 
 STARTS = ("base", "inner", "uniform")
 """The allocations from which learning may start."""
 INSTEAD = ("peaks", "weights")
 """The metrics that order switched modules."""
-MEASURED = recorded_with("allocation")
-"""Metadata of the settings of measured allocation."""
-LEARNING = ("steps", "windows", "every", "exact_start", "lr", "width", "width_few")
-"""The settings that a measured allocation does not use."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +37,10 @@ class Settings:
         start: Where learning starts: ``base`` (the base method's own allocation), ``inner`` (the same fraction of every
             axis outside the first and last blocks; axes of few units are not pruned), ``uniform`` (the same fraction of
             every axis), or the ``best`` of these three on held-out text.
-        allocation: How the pruning ratios are chosen: ``learned`` from the start by gradients, per module; or
-            ``measured``, per axis, by forward passes alone; the start is returned if it is better on held-out text.
-        levels: ``measured``: the number of pruning ratios at which each axis alone is measured.
-        level_windows: ``measured``: the number of windows of each source on which axes are measured.
-        level_tokens: ``measured``: how many tokens of each of these windows are used; 0: all.
-        risk: ``measured``: the divergence of an axis alone that counts: ``worst``: on the source where it is largest;
-            ``mean``: over the sources. Last blocks may matter on few kinds of text, and much there.
-        exchanges: ``measured``: the largest number of rounds in which cost is exchanged between axes.
-        exchange_windows: ``measured``: the number of windows of each source on which an exchange is judged.
-        steps: ``learned``: steps of learning; 0 keeps the start.
+        steps: Steps of learning; 0 keeps the start.
         windows: Calibration windows per step.
         every: The number of steps between two evaluations of the allocation on held-out text.
         held_out: The fraction of each source's windows that is used for evaluation only.
-        exact_start: Whether learning starts exactly at the start, ratios of 0 and 1 too; otherwise these are moved to
-            2 % and 98 % of ``most``.
-        margin: By how many paired standard errors over held-out windows a learned or measured allocation must be better
-            than the start; otherwise the start is returned. The step of learning is chosen on the same windows, which
-            favours a learned allocation; the exchanges of a measured one are chosen on others.
         lr: Learning rate of the modules' logits.
         width: The range of relative ranks in a module, around the pruning ratio, that has a gradient.
         width_few: As ``width``, for modules of several small axes that are pooled.
@@ -76,22 +57,13 @@ class Settings:
     switch: Annotated[str, OneOf(*SWITCHES)] = "blend"
     switch_most: Annotated[float, Range(0, 1)] = 0.25
     instead: Annotated[str, OneOf(*INSTEAD)] = "peaks"
-    scores_from: str = field(default="pooled", metadata=UNRECORDED)
+    scores_from: str = "pooled"
     cross: bool = True
     start: Annotated[str, OneOf(*STARTS, "best")] = "best"
-    allocation: Annotated[str, OneOf("learned", "measured")] = field(default="learned", metadata=UNRECORDED)
-    levels: Annotated[int, Range(1)] = field(default=2, metadata=MEASURED)
-    level_windows: Annotated[int, Range(1)] = field(default=1, metadata=MEASURED)
-    level_tokens: Annotated[int, Range(0)] = field(default=128, metadata=MEASURED)
-    risk: Annotated[str, OneOf("worst", "mean")] = field(default="worst", metadata=MEASURED)
-    exchanges: Annotated[int, Range(0)] = field(default=2, metadata=MEASURED)
-    exchange_windows: Annotated[int, Range(1)] = field(default=2, metadata=MEASURED)
     steps: Annotated[int, Range(0)] = 40
     windows: Annotated[int, Range(1)] = 2
     every: Annotated[int, Range(1)] = 10
     held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
-    exact_start: bool = field(default=False, metadata=UNRECORDED)
-    margin: Annotated[float, Range(0)] = field(default=0.0, metadata=UNRECORDED)
     lr: Annotated[float, Range(0, above=True)] = 0.1
     width: Annotated[float, Range(0, above=True)] = 0.05
     width_few: Annotated[float, Range(0, above=True)] = 0.1
@@ -103,12 +75,3 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_constraints(self)
-        measured = self.allocation == "measured"
-        for one in fields(self):
-            ignored = one.name in LEARNING if measured else "recorded_with" in one.metadata
-            if ignored and getattr(self, one.name) != one.default:
-                other = "learned" if measured else "measured"
-                raise ValueError(
-                    f"gprune: allocation={self.allocation} does not use {one.name}, got {getattr(self, one.name)!r}; "
-                    f"leave {one.name} out, or give allocation={other}"
-                )
