@@ -1,7 +1,6 @@
 """What GPrune costs beside FLAP on SmolLM2-135M: CPU seconds and peak memory, each in a process of its own.
 
-    python benchmarks/gprune_cost.py                       # flap, gprune measured, and measured with fewer passes
-    python benchmarks/gprune_cost.py --methods flap learned
+    python benchmarks/gprune_cost.py
 
 All measure on the same windows of four kinds of text and make a plan for keep 0.8, of all units or (``--only mlp``) of
 MLP neurons; nothing is cut or evaluated. One row for each call is appended to benchmarks/results/gprune_cost.jsonl;
@@ -28,15 +27,9 @@ from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.store.versions import versions
 
-MEASURED_LESS = {"exchanges": 0, "level_tokens": 64, "start": "inner"}
 KINDS = ("news", "code", "manual", "talk")
-METHODS: dict[str, tuple[str, dict[str, object]]] = {
-    "flap": ("flap", {}),
-    "measured": ("gprune", {"allocation": "measured"}),
-    "measured, fewer passes": ("gprune", {"allocation": "measured", **MEASURED_LESS}),
-    "learned": ("gprune", {}),
-}
-"""Name → method and settings."""
+METHODS = {"flap": "flap", "learned": "gprune"}
+"""Name in the rows → method, with its defaults."""
 
 
 def one(name: str, n: int, only: str) -> dict[str, Any]:
@@ -44,8 +37,7 @@ def one(name: str, n: int, only: str) -> dict[str, Any]:
     loaded = load("smollm2-135m")
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     sources = [windows(text(kind), loaded.tokenizer, n=n, seq_len=256, half=Half.CALIBRATION) for kind in KINDS]
-    method, settings = METHODS[name]
-    chosen, resting = build_pruner(method, settings), _peak()
+    chosen, resting = build_pruner(METHODS[name], {}), _peak()
     start = time.process_time()
     evidence = collect_evidence(loaded.model, axes, chosen, sources)
     middle = time.process_time()
@@ -69,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gprune_cost.jsonl"))
     parser.add_argument("--windows", type=int, default=16, help="calibration windows of 256 tokens per kind")
     parser.add_argument("--only", default="", help="units that may be cut, such as mlp; all if not given")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:3])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

@@ -20,7 +20,7 @@ dropped inputs, and judged by the KL divergence from its dense outputs on seen a
 
 Arms: "flap" is the base of all others (its score, uniform in every block). GPrune's modules ("partition") × the order
 in them ("switch") × their pruning ratios ("shares": the same in all modules, ``equal``; those that the base's own
-selection has, ``base``; learned by gradients; measured per block). OBS at two ridges, and with ``GENERIC`` inputs, of
+selection has, ``base``; learned by gradients). OBS at two ridges, and with ``GENERIC`` inputs, of
 which every part is active; least squares (``reconstruct``) on the calibration domains after some of them.
 
 One row per seed and arm goes to benchmarks/results/planted_networks.jsonl. Differences are paired over seeds.
@@ -150,8 +150,6 @@ def modules(partition: str, switch: str, shares: str, fit: bool = False) -> Arm:
     """Return an arm of GPrune."""
     settings: dict[str, Any] = {"partition": partition, "switch": switch, "instead": "weights", "start": "uniform"}
     settings["steps"] = 100 if shares == "learned" else 0
-    if shares == "measured":
-        settings = {k: v for k, v in settings.items() if k != "steps"} | {"allocation": "measured"}
     name = f"{partition}, {switch}, {shares}" + (", least squares" if fit else "")
     return Arm(name, "gprune", settings, equal=shares == "equal", fit=fit)
 
@@ -167,8 +165,6 @@ ARMS = (
     *(modules(one, "never", shares) for one in ("thresholds", "random", "layer") for shares in SHARES),
     *(modules(one, how, shares) for one in ("thresholds", "random") for how in ("blend",) for shares in SHARES),
     *(modules("thresholds", how, shares) for how in ("always", "reversed") for shares in SHARES),
-    modules("thresholds", "never", "measured"),
-    modules("thresholds", "blend", "measured"),
     modules("thresholds", "blend", "learned", fit=True),
     *(
         Arm(f"obs, ridge {ridge:g}{', generic inputs' * generic}{', least squares' * fit}", "obs", {"ridge": ridge},
@@ -258,14 +254,12 @@ QUESTIONS: Mapping[str, Sequence[tuple[str, str]]] = {
     "shares against those of the base": [
         (f"thresholds, {how}, {shares}", f"thresholds, {how}, base")
         for how in ("never", "blend")
-        for shares in ("equal", "learned", "measured")
+        for shares in ("equal", "learned")
     ],
     "all stages, least squares, OBS": [
         ("flap", "flap, one source"),
         ("thresholds, blend, learned", "flap, one source"),
         ("thresholds, never, learned", "flap, one source"),
-        ("thresholds, never, measured", "flap, one source"),
-        ("thresholds, blend, measured", "thresholds, never, measured"),
         ("thresholds, blend, learned", "flap"),
         ("thresholds, blend, learned", "magnitude"),
         ("thresholds, blend, learned, least squares", "flap, least squares"),

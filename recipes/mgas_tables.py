@@ -85,7 +85,6 @@ ARMS = (
     Arm("operations alone", {"levels": ("operations",)}),
     Arm("filters alone", {"levels": ("filters",)}),
     Arm("weights alone", {"levels": ("weights",)}),
-    Arm("hand-set ratios per level", {"controller": "ratios", "ratios": (0.6, 0.7, 0.85)}),
     Arm("one stage", {}, {"stages": 1}),
     Arm("filters at the full learning rate", {"filter_lr_ratio": 1.0}),
     Arm("nothing regrown", {"regrow": 0.0}),

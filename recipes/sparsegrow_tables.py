@@ -106,8 +106,6 @@ ABLATIONS = (
     Arm("thresholds as in AdaptCL", "sparsegrow", {"threshold": "adaptcl"}),
     Arm("alpha 5e-4", "sparsegrow", {"alpha": 5e-4}),
     Arm("gate hard", "sparsegrow", {"gate": "hard"}),
-    Arm("gate block", "sparsegrow", {"gate": "block"}),
-    Arm("gate soft (SPG)", "sparsegrow", {"gate": "soft"}),
     Arm("no gate", "sparsegrow", {"gate": "none"}),
     Arm("no damping", "sparsegrow", {"damping": 0.0}),
     Arm("strength 20, no damping", "sparsegrow", {"strength": 20.0, "damping": 0.0}),

@@ -174,17 +174,13 @@ def level(row: Row, names: Sequence[str] = ()) -> float:
 
 LEARNED = {"base": "flap", "steps": 12, "every": 12}
 BASE_ORDER = {"partition": "layer", "switch": "never"}
-MEASURED = {"base": "flap", "allocation": "measured", **BASE_ORDER}
 FISHER, RANKED = "fisher uniform, MLP neurons, outer blocks unpruned", "fisher ranked, all units"
 MEASURED_FISHER = {"fisher, measured allocation, all units": "", "fisher, measured allocation, MLP neurons": "mlp"}
 """The arms of Fisher pruning with the best of three allocations: name → the axes that may be cut."""
 HALF = 0.5
 """The budget at which one ranking of all units loses less on left-out news (fold 0) than neurons of inner blocks."""
 OBS = "obs uniform, MLP neurons, outer blocks unpruned"
-GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "gprune, learned shares": ("mlp", LEARNED),
-    "gprune, measured shares": ("mlp", MEASURED),
-}
+GPRUNE: Mapping[str, tuple[str, Mapping[str, Any]]] = {"gprune, learned shares": ("mlp", LEARNED)}
 """The arms of GPrune: name → axes that may be cut, settings."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from width_pruning_points import BASE_ORDER, DOMAINS, FOLDS, LEARNED, MEASURED, Point, dense
+from width_pruning_points import BASE_ORDER, DOMAINS, FOLDS, LEARNED, Point, dense
 
 NO_STAGE = "no stage (base order, outer blocks unpruned)"
 UNLEARNED: Mapping[str, Any] = {"base": "flap", "steps": 0, "start": "inner"}
@@ -27,8 +27,6 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
 STAGE_ARMS: Mapping[str, Mapping[str, Any]] = {
     **{arm: {**UNLEARNED, **change} for arm, change in STAGES.items()},
     "learned shares": LEARNED,
-    "measured shares": {"base": "flap", "allocation": "measured"},
-    "measured shares, base order": MEASURED,
 }
 """Name of an arm of the stages, all on MLP neurons → its settings."""
 
@@ -49,11 +47,7 @@ CONTRASTS = (
     ("shares: base against inner", "shares of the base method", "modules, switch"),
     ("shares: uniform against inner", "uniform shares", "modules, switch"),
     ("shares: learned against inner", "learned shares", "modules, switch"),
-    ("shares: measured against inner", "measured shares", "modules, switch"),
-    ("shares: measured against learned", "measured shares", "learned shares"),
-    ("shares: measured alone", "measured shares, base order", NO_STAGE),
     ("all stages, learned, against none", "learned shares", NO_STAGE),
-    ("all stages, measured, against none", "measured shares", NO_STAGE),
 )
 """The stage, the arm with it, and the arm that it is compared with."""
 

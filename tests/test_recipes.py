@@ -178,7 +178,7 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
     assert dense[0].level(seen=True) == dense[1].level(seen=True) and dense[0].level() < dense[1].level()
     one_fold = sum("alone" in name for _, name, _ in stages.CONTRASTS)  # scores of one domain, a calibration one
     lines = [line for line in show.stages_table(rows) if line.startswith("| ")]
-    assert len(lines) == 1 + 2 * len(stages.CONTRASTS) - one_fold == 1 + 2 * 17 + 2
+    assert len(lines) == 1 + 2 * len(stages.CONTRASTS) - one_fold == 1 + 2 * 13 + 2
     ratios = [line.split(" | ")[-2] for line in show.bases_table(rows) if line.startswith("| 0.8 | 0 |")]
     assert ratios == ["1.259", "1.122", "1.122"]  # exp(0.2 · 1.15) and exp(0.1 · 1.15): the means over windows
     assert any(chosen[0][0].arm in line and "| 0.8 | 0 |" in line for line in show.screen_table(rows))
@@ -186,7 +186,7 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
     for name, unit in (("margins", show.MARGIN), ("margins_per_byte", show.PER_BYTE)):
         packed[name] = importlib.import_module("width_pruning_bench").pack([0.5, -0.25], unit)
     tasks = [{**row, "on": "tasks", "tasks": [packed]} for row in rows if row["on"] == "domains"]
-    table = [line for line in show.zero_shot_table(tasks) if line.startswith("| 0.8 | 1 | gprune, measured shares |")]
+    table = [line for line in show.zero_shot_table(tasks) if line.startswith("| 0.8 | 1 | gprune, learned shares |")]
     [cells] = [line.split(" | ")[3:] for line in table]
     assert cells == ["50.00", "100.00", *["+0.00 ± 0.00"] * 2, *["+0.0000 ± 0.0000 [0.0000]"] * 2, "2 |"]
 

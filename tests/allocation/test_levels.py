@@ -14,7 +14,6 @@ from regrow.allocation.commits import (
     limit_removal,
     protect_cheapest,
     select_removed,
-    threshold_for,
 )
 from regrow.allocation.gates import gates
 from regrow.allocation.regrowth import sample_operations
@@ -288,12 +287,6 @@ def test_a_commit_keeps_what_a_target_will_need_and_no_more(traced):
             for at in (later.ops > ops).nonzero()
         )
     assert many[0] > many[1] > many[2] == 0
-
-
-def test_a_share_is_kept_by_its_threshold():
-    values = torch.rand(50, generator=torch.Generator().manual_seed(0))
-    assert int((values >= threshold_for(0.3, values, 50)).sum()) == 15
-    assert threshold_for(1.0, values, 50) == 0.0
 
 
 def test_what_comes_back_is_drawn_by_kind_and_cell():

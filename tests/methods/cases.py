@@ -59,7 +59,7 @@ CASES = (
     Case(MethodKind.CONTINUAL, "wsn", {"use_task_id": True}),
     Case(MethodKind.CONTINUAL, "sparsegrow", {"multiple": 1, "late_phase": 0.5}),
     Case(MethodKind.CONTINUAL, "sparsegrow", {"multiple": 1, "gate": "hard", "threshold": "adaptcl"}),
-    Case(MethodKind.CONTINUAL, "sparsegrow", {"multiple": 1, "gate": "soft", "memory": 40}),
+    Case(MethodKind.CONTINUAL, "sparsegrow", {"multiple": 1, "gate": "none", "memory": 40}),
     Case(MethodKind.SEARCH, "blind"),
     Case(MethodKind.SEARCH, "blind", {"what": ("operations", "filters"), "split": (0.5, 0.5)}),
     Case(MethodKind.SEARCH, "mgas", {"levels": ("operations", "filters"), "warm": 1, "every": 1}),

@@ -134,11 +134,11 @@ def test_several_words_of_a_setting_come_with_commas() -> None:
     )
     with pytest.raises(ValueError, match="levels are some of"):
         find_method(MethodKind.SEARCH, "mgas").made("mgas", {"levels": "operations,kernels"})
-    given = {"controller": "ratios", "ratios": "0.6, 0.7, 0.85", "stages": "0,1"}
-    made = find_method(MethodKind.SEARCH, "mgas").made("mgas", given).settings
-    assert made["ratios"] == (0.6, 0.7, 0.85) and made["stages"] == (0, 1)
-    with pytest.raises(ValueError, match="ratios is several of type float; got 'a,b,c'"):
-        find_method(MethodKind.SEARCH, "mgas").made("mgas", {"controller": "ratios", "ratios": "a,b,c"})
+    assert find_method(MethodKind.SEARCH, "mgas").made("mgas", {"stages": "0,1"}).settings["stages"] == (0, 1)
+    made = find_method(MethodKind.SEARCH, "blind").made("blind", {"what": "operations,filters", "split": "0.6, 0.4"})
+    assert made.settings["split"] == (0.6, 0.4)
+    with pytest.raises(ValueError, match="split is several of type float; got 'a,b'"):
+        find_method(MethodKind.SEARCH, "blind").made("blind", {"split": "a,b"})
 
 
 def test_needs_are_no_more_than_what_is_used() -> None:

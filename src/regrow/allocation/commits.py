@@ -3,7 +3,6 @@
 from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import replace
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -143,23 +142,6 @@ def _cheapest(gates: Gates) -> Tensor:
         if not ops[own].any():
             ops[gates.together(int(own[prices[own].argmin()]))] = 1.0
     return torch.where(gates.runs, ops, gates.alive.float())
-
-
-def threshold_for(share: float, importance: Tensor, whole: int) -> float:
-    """Return the importance below which units are cut so that ``share`` of the original ``whole`` units stay.
-
-    It is 0 if no more than that many units remain.
-
-    Args:
-        share: The fraction of ``whole`` that stays, in [0, 1]; at least one unit stays.
-        importance: The importance of each unit that remains, ``[n]``.
-        whole: How many units there were at first.
-
-    >>> threshold_for(0.5, torch.tensor([0.1, 0.4, 0.2, 0.3]), 4)
-    0.30000001192092896
-    """
-    many = len(importance) - max(1, ceil(share * whole))
-    return float(importance.sort().values[many]) if many > 0 else 0.0
 
 
 def fit_to_budget(

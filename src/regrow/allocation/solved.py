@@ -10,9 +10,7 @@ from regrow.axes import AxisGraph
 from regrow.budget import Budget
 
 
-def ratios(
-    logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95, offset: Tensor | None = None
-) -> Tensor:
+def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
     """Return the fraction that each module removes, from learned logits, so that a budget is met exactly.
 
     p = most · σ(logits + b), with the shift b such that Σ cost · p = removed.
@@ -25,8 +23,6 @@ def ratios(
         costs: The cost of all units of each module together, ``[modules]``, in any unit.
         removed: The total cost to remove, in the same unit.
         most: The largest fraction that any module may remove.
-        offset: Added to p, ``[modules]``, which is then limited to 0..1 with the gradient passed through: so that any
-            ratios, 0 and 1 too, can be where learning starts. ``None``: nothing is added.
 
     Raises:
         ValueError: If more must be removed than all modules together may remove.
@@ -44,24 +40,16 @@ def ratios(
     costs = costs.to(logits)
     values, exact = logits.detach().double(), costs.double()
     low, high = -60.0 - float(values.max()), 60.0 - float(values.min())
-    moved = None if offset is None else offset.double()
     for _ in range(80):
         shift = (low + high) / 2
-        total = exact * most * torch.sigmoid(values + shift)
-        if moved is not None:
-            total = exact * (most * torch.sigmoid(values + shift) + moved).clamp(0, 1)
-        if float(total.sum()) > removed:
+        if float((exact * most * torch.sigmoid(values + shift)).sum()) > removed:
             high = shift
         else:
             low = shift
     slope = torch.sigmoid(values + shift)
     weights = exact * slope * (1 - slope)
     weights = (weights / weights.sum().clamp_min(1e-300)).to(logits)
-    p = most * torch.sigmoid(logits + shift - (weights * (logits - logits.detach())).sum())
-    if offset is None:
-        return p
-    p = p + offset.to(p)
-    return p + (p.clamp(0, 1) - p).detach()
+    return most * torch.sigmoid(logits + shift - (weights * (logits - logits.detach())).sum())
 
 
 def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, budget: Budget) -> tuple[Tensor, float]:

@@ -1,4 +1,4 @@
-"""GPrune: scores from one source, inactive units, and learning that starts at the start and must improve on it."""
+"""GPrune: scores from one source, and inactive units."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hand import lm, texts
-from regrow.allocation import ratios
 from regrow.budget import Budget
 from regrow.commands.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
@@ -53,30 +52,3 @@ def test_units_that_do_nothing_on_any_source_are_told_from_robust_ones() -> None
     dropped = sum(len(change.dropped) for change in cut.plan.changes.values())
     assert cut.findings["inactive_among_cut"]["gprune"] == pytest.approx(9 / dropped)
     assert run(BASE).findings["inactive_among_cut"] == {"base": 0.0, "gprune": 0.0}
-
-
-def test_learning_starts_exactly_at_the_start() -> None:
-    start, costs = torch.tensor([0.0, 1.0, 0.3, 0.7]).double(), torch.tensor([3.0, 1.0, 2.0, 2.0]).double()
-    logits = torch.logit((start / 0.95).clamp(0.02, 0.98)).requires_grad_()
-    offset = start - 0.95 * logits.detach().sigmoid()
-    removed = float((start * costs).sum())
-    p = ratios(logits, costs, removed, offset=offset)
-    torch.testing.assert_close(p, start, atol=1e-9, rtol=0)
-    (p * torch.tensor([1.0, -1.0, 0.5, 2.0])).sum().backward()
-    assert bool((logits.grad != 0).all())
-    moved = ratios(
-        logits.detach() + torch.tensor([1.0, -2.0, 0.5, 0.0]), costs, float((start * costs).sum()), offset=offset
-    )
-    assert float((moved * costs).sum()) == pytest.approx(float((start * costs).sum())) and moved[0] > 0 and moved[1] < 1
-    first = run({"exact_start": True, "steps": 1, "every": 1, "lr": 1e-9, "shards": 2}).findings["history"]
-    assert first[0]["held_out"] == pytest.approx(first[1]["held_out"], rel=1e-6)
-
-
-def test_an_improvement_within_noise_keeps_the_start() -> None:
-    settings = {"steps": 4, "every": 2, "shards": 2, "start": "uniform"}
-    learned, start = run(settings), run(settings | {"steps": 0})
-    kept = run(settings | {"margin": 1e3})
-    assert kept.findings["best_step"] == 0 and kept.plan.changes == start.plan.changes
-    assert kept.findings["history"] == learned.findings["history"]
-    measured = {"allocation": "measured", "margin": 1e3, "exchanges": 0, "start": "uniform"}
-    assert run(measured).plan.changes == start.plan.changes

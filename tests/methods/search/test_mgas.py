@@ -35,7 +35,6 @@ from regrow.methods.search.space import (
     GRANULARITIES,
     build_layout,
     iterate_spans,
-    measure_shares,
     set_zeros,
     update_layout,
 )
@@ -263,17 +262,6 @@ def test_commits_of_operations_alone_keep_what_a_tight_target_needs(task, axes, 
 
 
 @pytest.mark.slow
-def test_told_shares_are_kept_to_the_unit(task, axes):
-    given = {"controller": "ratios", "ratios": (0.6, 0.75, 0.8), "stages": (1,), "target": 9000.0, "regrow": 0.0}
-    search = search_with(**given)
-    context, trained = train(search, network(), axes, task, SCHEDULE)
-    state = trained.learner
-    shares = measure_shares(state, masks_of(search, state, context))
-    assert shares["weights"] == pytest.approx(0.8, abs=0.02)
-    assert len(context.axes.branches) <= 0.75 * 28
-
-
-@pytest.mark.slow
 def test_the_authors_controller_raises_its_pressure(task, axes):
     search = search_with(controller="feedback", levels=("operations",), stages=(1,), regrow=0.0)
     _, trained = train(search, network(), axes, task, TaskSchedule(epochs=4, batch_size=75))
@@ -392,12 +380,11 @@ def test_settings_that_say_nothing_are_refused():
         {"levels": ("ops",)},
         {"controller": "pid"},
         {"stages": (3, 1)},
-        {"controller": "ratios"},
         {"lr": -3.0},
         {"clip": 0.0},
         {"min_cost": -1.0},
         {"min_cost": 0.5, "controller": "feedback"},
-        {"sparsity_penalty": 0.1, "controller": "ratios", "ratios": (0.5, 0.5, 0.5)},
+        {"sparsity_penalty": 0.1, "controller": "feedback"},
         {"filter_lr_ratio": -0.5},
     ):
         with pytest.raises(ValueError):

@@ -6,16 +6,15 @@ The outputs of the blocks before it are cached, the dense network's predictions 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph
 from regrow.errors import RefusedError
-from regrow.scoring.weights import readers
 from regrow.sources import Batch, device_of, labelled_logits, logits_in
 from regrow.surgery.gate import gate_inputs
 
@@ -73,14 +72,12 @@ class Replay:
         axes: Its axes.
         memory: GiB of outputs of blocks that may be cached.
         stack: The path of the container of the blocks that can be skipped; ``None``: whole passes alone.
-        homes: Name of a parameter → the number of its block.
     """
 
     model: nn.Module
     axes: AxisGraph
     memory: float = 1.0
     stack: str | None = None
-    homes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -98,21 +95,8 @@ class Replay:
             memory: GiB of outputs of blocks that may be cached.
         """
         path, stack = largest_stack(model)
-        homes = {
-            f"{path}.{i}.{name}".lstrip("."): i
-            for i, block in enumerate(stack)
-            for name, _ in block.named_parameters(remove_duplicate=False)
-        }
-        found = cls(model, axes, memory, path if stack else None, homes)
+        found = cls(model, axes, memory, path if stack else None)
         return found if found._is_exact(batch) else cls(model, axes, 0.0)
-
-    def first_block(self, key: str) -> int:
-        """Return the number of the first block that reads an axis; 0 if a weight outside the blocks does.
-
-        Args:
-            key: The key of the axis.
-        """
-        return min(self.homes.get(reader.weight, 0) for reader in readers(self.axes, [self.axes[key]]))
 
     def run(
         self,
@@ -212,27 +196,6 @@ def choose_lowest(losses: Mapping[str, float]) -> str:
     if not finite:
         raise RefusedError(NOT_FINITE)
     return min(finite, key=lambda name: finite[name])
-
-
-def shorten(batch: Batch, positions: int) -> Batch:
-    """Return the first positions of every sequence of a batch; the batch itself if its inputs are no sequences.
-
-    Args:
-        batch: The batch.
-        positions: How many positions stay; 0: all.
-
-    >>> shorten(Batch((torch.zeros(2, 9),), labels=torch.zeros(2, 9, dtype=torch.int64)), 4).args[0].shape
-    torch.Size([2, 4])
-    """
-    labels = batch.labels
-    if not positions or labels is None or labels.dim() != 2 or labels.shape[1] <= positions:
-        return batch
-    tensors = [one for one in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(one, Tensor)]
-    if not tensors or any(one.shape != labels.shape for one in tensors):
-        return batch
-    cut = lambda one: one[:, :positions]  # noqa: E731
-    args, kwargs = tree_map_only(Tensor, cut, (batch.args, dict(batch.kwargs)))
-    return replace(batch, args=args, kwargs=kwargs, labels=cut(labels))
 
 
 @contextmanager

@@ -1,17 +1,14 @@
 """The controller of MGAS: the allowed size at each step, and the strength of the penalties that enforce it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from regrow.allocation.commits import threshold_for
 from regrow.allocation.gates import GateMasks
-from regrow.axis_tensor import AxisTensor
-from regrow.methods.search.commit import Commit, cut_masked, fit_to_budget
-from regrow.methods.search.importance import measure_relative
-from regrow.methods.search.space import MaskRule, Rules, measure_masked
+from regrow.methods.search.commit import Commit, cut_masked
+from regrow.methods.search.space import Rules, measure_masked
 from regrow.methods.search.stages import Stages
 from regrow.methods.search.state import SearchState
 from regrow.sources import to_host
@@ -20,14 +17,12 @@ from regrow.training.learner import Context, Loss, Step
 
 @dataclass(frozen=True)
 class Controller:
-    """The controller of MGAS, which makes a network smaller by one of three rules.
+    """The controller of MGAS, which makes a network smaller by one of two rules.
 
     Args:
         kind: ``dual``: the weight μ of the size in the loss follows the excess over the allowed size; ``feedback``: the
-            weight λ of the regulariser follows the number of dropped operations; ``ratios``: each granularity keeps a
-            given fraction.
+            weight λ of the regulariser follows the number of dropped operations.
         stages: When masks are trained and the network is cut.
-        shares: Under ``ratios``: granularity → the fraction that it keeps.
         gain: How fast μ follows the excess.
         min_cost: The least cost at which an operation counts in the size, as a fraction of the mean cost in its node;
             0: operations count at their cost.
@@ -36,7 +31,6 @@ class Controller:
 
     kind: str
     stages: Stages
-    shares: Mapping[str, float]
     gain: float
     min_cost: float
     thins: bool
@@ -48,8 +42,6 @@ class Controller:
             state: The state of the search.
             context: The network and the progress of training.
         """
-        if self.kind == "ratios" and context.epoch < context.epochs:
-            return 0.0  # the given share of each granularity is removed, whatever size that leaves
         if self.kind == "feedback":
             return state.goal  # this controller has no schedule
         return float(state.start * (state.goal / state.start) ** self.stages.progress(state, context))
@@ -84,7 +76,7 @@ def add_pressure(controller: Controller, state: SearchState, context: Context, s
         plain: The cross-entropy.
     """
     loss, masks, excess, layout = plain, step.replaced.aux, None, state.layout
-    if not controller.stages.trains(state, context) or controller.kind == "ratios":
+    if not controller.stages.trains(state, context):
         return Loss(loss, Pressure())
     if controller.kind == "dual":
         state = replace(state, examples=state.examples + len(step.batch))
@@ -178,32 +170,6 @@ def add_losses(state: SearchState, losses: Sequence[float]) -> SearchState:
     return replace(state, losses=(state.losses[0] + losses[0], state.losses[1] + losses[1]))
 
 
-def set_thresholds(controller: Controller, masks: MaskRule, state: SearchState, context: Context) -> None:
-    """Under ``ratios``, set thresholds, in place, at which each granularity keeps the fraction scheduled by now.
-
-    Args:
-        controller: The controller; others than ``ratios`` change nothing.
-        masks: How importances and thresholds become masks.
-        state: The state of the search.
-        context: The network.
-    """
-    if controller.kind != "ratios":
-        return
-    layout, progress = state.layout, controller.stages.progress(state, context)
-    kappa = torch.cat([state.kappa[key].values.detach() for key in layout.levels.axes])
-    whole = sum(context.axes[key].next_id for key in layout.levels.axes)
-    alpha = state.alpha.values.detach()[layout.alive & layout.runs]
-
-    def fill(one: AxisTensor, granularity: str, values: Tensor, units: int) -> None:
-        share = controller.shares.get(granularity, 1.0) ** progress
-        one.values.data.fill_(threshold_for(share, values, units))
-
-    fill(state.operation_thresholds, "operations", alpha.sigmoid(), int(layout.runs.sum()))
-    fill(state.filter_thresholds, "filters", kappa.sigmoid(), whole)
-    relative = measure_relative(state, context, masks(state, context, None, False))
-    fill(state.weight_thresholds, "weights", relative.masked_fill(state.zero_mask, 0.0), len(relative))
-
-
 def slow_filters(controller: Controller, state: SearchState, ratio: float) -> SearchState:
     """Return the state in which filter thresholds have a lower learning rate, if the regulariser acts on some node.
 
@@ -228,21 +194,6 @@ def cut_due(controller: Controller, rules: Rules, state: SearchState, context: C
         context: The network.
     """
     before = len(state.dropped)
-    set_thresholds(controller, rules.masks, state, context)
     masks = rules.masks(state, context, None, False)
     plan, state = cut_masked(rules, state, context, masks, rules.space.target)
     return plan, raise_penalty(state, len(state.dropped) - before) if controller.kind == "feedback" else state
-
-
-def fit_due(controller: Controller, rules: Rules, state: SearchState, context: Context, target: float) -> Commit:
-    """Plan the removal of what is masked, and of what the target requires besides.
-
-    Args:
-        controller: The controller.
-        rules: The choices of the method.
-        state: The state of the search.
-        context: The network.
-        target: The largest allowed size of the network.
-    """
-    set_thresholds(controller, rules.masks, state, context)
-    return fit_to_budget(rules, state, context, target)

@@ -17,8 +17,8 @@ replace the network's own parameters, while everything, thresholds included, lea
 size is the size under the masks, and allowed falls until the target is reached. Under ``dual`` μ follows the excess of
 size over allowed (ours), lifted is by how much kept operations cost less than ``min_cost`` (ours), and λ is constant,
 without its second sum, since μ raises thresholds; nodes of which only one operation may remain are in neither term.
-Under ``feedback`` μ is 0 and λ follows the authors' controller; under ``ratios`` each granularity keeps a given
-fraction (a control). Filters are the units of an axis, so what is masked can always be cut.
+Under ``feedback`` μ is 0 and λ follows the authors' controller. Filters are the units of an axis, so what is masked can
+always be cut.
 
 Every other epoch, what is masked is cut from the network. A stage runs the network up to one of its classifiers; when
 the next one begins, thresholds start at 0, and a fraction of the operations dropped in the stage is restored, sampled
@@ -37,7 +37,7 @@ from regrow.amounts import Measure
 from regrow.methods.search import commit
 from regrow.methods.search.assembly import Search, compute_loss, follow_training, log_status
 from regrow.methods.search.commit import Commit
-from regrow.methods.search.controller import Controller, add_pressure, cut_due, fit_due, follow_step, slow_filters
+from regrow.methods.search.controller import Controller, add_pressure, cut_due, follow_step, slow_filters
 from regrow.methods.search.importance import mask_by_thresholds, smooth_gradient, start_drift
 from regrow.methods.search.space import GRANULARITIES, Rules, SearchSpace
 from regrow.methods.search.stages import Stages, check_stages, protect_earlier, start_stage, take_turns
@@ -62,8 +62,7 @@ class Settings:
         warm: The number of epochs at the start of a stage in which only weights are trained.
         every: The number of epochs between two commits, which cut what is masked, after the ``warm`` ones.
         controller: ``dual``: the weight μ of the size in the loss follows the excess; ``feedback``: λ follows the
-            number of dropped operations, as in the authors' code; ``ratios``: each granularity keeps a given fraction.
-        ratios: Under ``ratios``: the fraction of each granularity that stays, in the order of ``levels``.
+            number of dropped operations, as in the authors' code.
         gain: How fast μ follows the excess: the value that it would reach in a stage at a constant excess of 1.
         sparsity_penalty: Under ``dual``, λ, the weight of the regulariser that favours few operations per node.
         min_cost: Under ``dual``, the least cost at which an operation counts in the size term of the loss, as a
@@ -93,8 +92,7 @@ class Settings:
     share: Annotated[float, Range(0, 1)] = 0.5
     warm: Annotated[int, Range(0)] = 2
     every: Annotated[int, Range(1)] = 2
-    controller: Annotated[str, OneOf("dual", "feedback", "ratios")] = "dual"
-    ratios: tuple[float, ...] = ()
+    controller: Annotated[str, OneOf("dual", "feedback")] = "dual"
     gain: Annotated[float, Range(0)] = 40.0
     sparsity_penalty: Annotated[float, Range(0)] = 0.05
     min_cost: Annotated[float, Range(0)] = 1.0
@@ -114,12 +112,6 @@ class Settings:
         if not self.levels or not set(self.levels) <= set(GRANULARITIES):
             raise ValueError(f"levels are some of {', '.join(GRANULARITIES)}; got {', '.join(self.levels) or 'none'}")
         check_constraints(self)
-        if self.controller == "ratios" and len(self.ratios) != len(self.levels):
-            raise ValueError(f"ratios has one share per level, {len(self.levels)}; got {len(self.ratios)}")
-        if self.controller == "ratios" and not self.reprune:
-            raise ValueError(
-                "under controller=ratios every level is cut to its own share, so reprune=false is unused; drop it"
-            )
         for name, off in (("sparsity_penalty", 0), ("min_cost", 0), ("filter_lr_ratio", 1)):
             if self.controller != "dual" and getattr(self, name) not in (off, getattr(Settings, name)):
                 raise ValueError(f"{name} applies to controller=dual, got controller={self.controller}; drop {name}")
@@ -140,11 +132,10 @@ def build(settings: Settings, prices: Prices | None = None) -> Search:
     space = SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices)
     penalty = s.sparsity_penalty if thins else 0.0
     stages = Stages(max(1, len(s.stages)), s.warm, s.every, s.share, penalty, s.reprune)
-    shares = dict(zip(s.levels, s.ratios, strict=False))
-    controller = Controller(s.controller, stages, shares, s.gain, s.min_cost if thins else 0.0, thins)
+    controller = Controller(s.controller, stages, s.gain, s.min_cost if thins else 0.0, thins)
     rules = Rules(
         space,
-        masks=partial(mask_by_thresholds, space, s.controller != "ratios"),
+        masks=partial(mask_by_thresholds, space, True),
         rates=lambda context: (s.lr / stages.steps(context), s.lr_threshold / stages.steps(context)),
         trains=stages.trains,
         allowed=lambda state, context, target: controller.allow(state, context),
@@ -168,7 +159,7 @@ def build(settings: Settings, prices: Prices | None = None) -> Search:
     return Search(
         rules,
         learner,
-        partial(fit_due, controller, rules),
+        partial(commit.fit_to_budget, rules),
         asdict(s),
         shrinks=True,
         check=partial(check_stages, stages, space),
@@ -212,7 +203,7 @@ def _project(s: Settings, state: SearchState, context: Context, step: Step) -> S
 def _plan(own: _Mgas, state: SearchState, context: Context) -> Commit:
     """Cut what is masked; at the end of a stage also restore a part of what it removed, and start the next stage."""
     if context.epoch == context.epochs:
-        return fit_due(own.controller, own.rules, state, context, own.settings.target)
+        return commit.fit_to_budget(own.rules, state, context, own.settings.target)
     over = context.epoch == own.controller.stages.bounds(context.epochs, state.stage)[1]
     steps = [partial(cut_due, own.controller, own.rules)]
     if over:

@@ -19,8 +19,8 @@ The default gate ``kronecker`` multiplies a layer's step Δ by  (1 + s A ⊗ (B 
 inputs in earlier tasks and B those of the gradients of its outputs. It is the preconditioner of Natural Continual
 Learning (Kao et al., NeurIPS 2021) with the Kronecker factors of Ritter et al., but without their penalty on the
 distance to earlier parameters; the damping d is ours. No examples are stored, directions that earlier tasks did not use
-stay free, and widening adds such directions. The other gates act on single entries; ``hard`` restores protected entries
-after each step. Parameters that no gate covers, such as scales and shifts of norms, are frozen.
+stay free, and widening adds such directions. The gate ``hard`` restores protected entries after each step. Parameters
+that no gate covers, such as scales and shifts of norms, are frozen.
 """
 
 from regrow.methods.continual.sparsegrow.learner import build

@@ -32,8 +32,6 @@ from regrow.training.learner import (
     Step,
     flags_along,
     set_train_mode,
-    task_loss,
-    tensor_along,
 )
 from regrow.training.norms import freeze_norms
 
@@ -152,14 +150,11 @@ def _compute_loss(state: SparseGrowState, context: Context, step: Step, settings
 
 
 def _mask_gradients(state: SparseGrowState, context: Context) -> SparseGrowState:
-    """Frozen entries get no gradient; under a soft gate entries get less, the more they mattered."""
+    """Frozen entries get no gradient."""
     parameters = context.parameters()
     for name, (held, _) in state.frozen.items():
         if (gradient := parameters[name].grad) is not None:
             gradient.masked_fill_(held, 0.0)
-    for name, one in state.importance.items():
-        if (gradient := parameters[name].grad) is not None:
-            gradient.mul_(1 - one.values)
     return state
 
 
@@ -250,8 +245,6 @@ def _end_task(state: SparseGrowState, context: Context, settings: Settings) -> S
                 new[len(context.classes) :] = False  # rows of classes to come stay free
                 new[: len(context.classes)] &= context.classes.to(new.device).view(-1, *[1] * (new.dim() - 1))
             owned |= new
-    if settings.gate == "soft":
-        state = replace(state, importance=_measure_importance(state, context))
     if settings.gate == "kronecker":
         state = gate.add_factors(state, context, settings.samples)
     shares = {name: round(float(owned_by_name[name].double().mean()), 4) for name in context.weights}
@@ -259,30 +252,9 @@ def _end_task(state: SparseGrowState, context: Context, settings: Settings) -> S
     return replace(state, old={}, frozen={}, gates={}, last={})
 
 
-def _measure_importance(state: SparseGrowState, context: Context) -> dict[str, AxisTensor]:
-    """Return the importance of each entry: |tanh| of its standardised gradient, the largest over all tasks."""
-    model, parameters = context.model, context.parameters()
-    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    model.eval()
-    for i, batch in enumerate(context.task.train.batches(256)):
-        model.zero_grad(set_to_none=True)
-        task_loss(state, context, Step(i, batch.to(device_of(model)))).value.backward()
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                sums[name] += parameter.grad
-    model.train()
-    model.zero_grad(set_to_none=True)
-    importance = {}
-    for name, total in sums.items():
-        now = ((total - total.mean()) / total.std().clamp_min(1e-12)).tanh().abs() if total.numel() > 1 else total
-        before = state.importance.get(name)
-        importance[name] = tensor_along(context, name, now if before is None else before.values.maximum(now))
-    return importance
-
-
 def _freeze(state: SparseGrowState, context: Context, settings: Settings) -> SparseGrowState:
     """Decide what is not trained in this task, and through which gates the rest is."""
-    if not context.number or settings.gate in ("none", "soft"):
+    if not context.number or settings.gate == "none":
         return replace(state, frozen={}, gates={})
     relief = settings.strength_factor if _has_memory_of_classes(context, settings) else 1.0
     alone = context.head if relief < 1 else ()
@@ -298,8 +270,6 @@ def _freeze(state: SparseGrowState, context: Context, settings: Settings) -> Spa
         if name in gated or name in alone:
             continue
         held = state.owned[name].values
-        if settings.gate == "block" and name in context.weights and name not in context.head:
-            held = held | held.flatten(1).any(1).view(-1, *[1] * (held.dim() - 1))
         if bool(held.any()):
             frozen[name] = held, parameter.detach().clone()
     return replace(state, frozen=frozen, gates=gates, last=last, free=free)

@@ -26,8 +26,7 @@ class Settings:
         alpha: α, the strength of the penalty Σ exp(−t), which raises thresholds.
         new_unit_penalty: The factor on the penalty for new units, where they have thresholds of their own (``dst``).
         gate: How earlier tasks are protected: ``kronecker``: layers move little in directions that earlier tasks used;
-            ``hard``: owned entries are frozen; ``block``: so are the free entries of hidden units with owned ones;
-            ``soft``: gradients are reduced by importance; ``none``.
+            ``hard``: owned entries are frozen; ``none``.
         strength: The strength of the gate ``kronecker``.
         damping: Under that gate, the importance of a hidden unit that earlier tasks did not use, as a fraction of the
             mean: trained freely, it could become active on their inputs.
@@ -59,7 +58,7 @@ class Settings:
     threshold: Annotated[str, OneOf("dst", "adaptcl", "none")] = "dst"
     alpha: float = 1e-4
     new_unit_penalty: float = 10.0
-    gate: Annotated[str, OneOf("kronecker", "hard", "block", "soft", "none")] = "kronecker"
+    gate: Annotated[str, OneOf("kronecker", "hard", "none")] = "kronecker"
     strength: Annotated[float, Range(0)] = 15.0
     damping: Annotated[float, Range(0)] = 0.1
     group_norm_damping: Annotated[float, Range(0)] = 0.1

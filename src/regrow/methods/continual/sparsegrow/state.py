@@ -18,7 +18,6 @@ class SparseGrowState:
     Args:
         owned: Which entries earlier tasks own.
         threshold: The thresholds t below which entries of a weight are masked.
-        importance: Under the gate ``soft``: the importance of each entry to earlier tasks, 0 to 1.
         old: Which units of a weight existed before the last growth in this task.
         read: Under the gate ``kronecker``: the second moments of a layer's inputs in earlier tasks, summed over tasks.
         bias: The products of these inputs with the constant input of the layer's bias.
@@ -38,7 +37,6 @@ class SparseGrowState:
 
     owned: Mapping[str, AxisTensor] = field(default_factory=dict)
     threshold: Mapping[str, AxisTensor] = field(default_factory=dict)
-    importance: Mapping[str, AxisTensor] = field(default_factory=dict)
     old: Mapping[str, AxisTensor] = field(default_factory=dict)
     read: Mapping[str, AxisTensor] = field(default_factory=dict)
     bias: Mapping[str, AxisTensor] = field(default_factory=dict)

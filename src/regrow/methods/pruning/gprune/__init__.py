@@ -38,7 +38,7 @@ def build(settings: Settings, compare: Comparison | None = None) -> Pruner:
         settings: Its settings.
         compare: Returns the loss of a masked network; ``None``: a :class:`Comparison` as the settings say.
     """
-    runs = settings.steps > 0 or settings.start == "best" or settings.allocation == "measured"
+    runs = settings.steps > 0 or settings.start == "best"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, scoring.METRICS[BASES[settings.base].metric][1]}),
         score=partial(score_units, settings=settings, compare=compare),

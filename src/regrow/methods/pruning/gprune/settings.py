@@ -1,6 +1,6 @@
 """Settings of GPrune-LLM."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
 from regrow.scoring.base import BASES
@@ -12,10 +12,6 @@ STARTS = ("base", "inner", "uniform")
 """The allocations from which learning may start."""
 INSTEAD = ("peaks", "weights")
 """The metrics that order switched modules."""
-MEASURED = ("levels", "level_windows", "level_tokens", "risk", "exchanges", "exchange_windows")
-"""The settings that only a measured allocation uses."""
-LEARNING = ("steps", "windows", "every", "exact_start", "lr", "width", "width_few")
-"""The settings that a measured allocation does not use."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +37,10 @@ class Settings:
         start: Where learning starts: ``base`` (the base method's own allocation), ``inner`` (the same fraction of every
             axis outside the first and last blocks; axes of few units are not pruned), ``uniform`` (the same fraction of
             every axis), or the ``best`` of these three on held-out text.
-        allocation: How the pruning ratios are chosen: ``learned`` from the start by gradients, per module; or
-            ``measured``, per axis, by forward passes alone; the start is returned if it is better on held-out text.
-        levels: ``measured``: the number of pruning ratios at which each axis alone is measured.
-        level_windows: ``measured``: the number of windows of each source on which axes are measured.
-        level_tokens: ``measured``: how many tokens of each of these windows are used; 0: all.
-        risk: ``measured``: the divergence of an axis alone that counts: ``worst``: on the source where it is largest;
-            ``mean``: over the sources. Last blocks may matter on few kinds of text, and much there.
-        exchanges: ``measured``: the largest number of rounds in which cost is exchanged between axes.
-        exchange_windows: ``measured``: the number of windows of each source on which an exchange is judged.
-        steps: ``learned``: steps of learning; 0 keeps the start.
+        steps: Steps of learning; 0 keeps the start.
         windows: Calibration windows per step.
         every: The number of steps between two evaluations of the allocation on held-out text.
         held_out: The fraction of each source's windows that is used for evaluation only.
-        exact_start: Whether learning starts exactly at the start, ratios of 0 and 1 too; otherwise these are moved to
-            2 % and 98 % of ``most``.
-        margin: By how many paired standard errors over held-out windows a learned or measured allocation must be better
-            than the start; otherwise the start is returned. The step of learning is chosen on the same windows, which
-            favours a learned allocation; the exchanges of a measured one are chosen on others.
         lr: Learning rate of the modules' logits.
         width: The range of relative ranks in a module, around the pruning ratio, that has a gradient.
         width_few: As ``width``, for modules of several small axes that are pooled.
@@ -78,19 +60,10 @@ class Settings:
     scores_from: str = "pooled"
     cross: bool = True
     start: Annotated[str, OneOf(*STARTS, "best")] = "best"
-    allocation: Annotated[str, OneOf("learned", "measured")] = "learned"
-    levels: Annotated[int, Range(1)] = 2
-    level_windows: Annotated[int, Range(1)] = 1
-    level_tokens: Annotated[int, Range(0)] = 128
-    risk: Annotated[str, OneOf("worst", "mean")] = "worst"
-    exchanges: Annotated[int, Range(0)] = 2
-    exchange_windows: Annotated[int, Range(1)] = 2
     steps: Annotated[int, Range(0)] = 40
     windows: Annotated[int, Range(1)] = 2
     every: Annotated[int, Range(1)] = 10
     held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
-    exact_start: bool = False
-    margin: Annotated[float, Range(0)] = 0.0
     lr: Annotated[float, Range(0, above=True)] = 0.1
     width: Annotated[float, Range(0, above=True)] = 0.05
     width_few: Annotated[float, Range(0, above=True)] = 0.1
@@ -102,12 +75,3 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_constraints(self)
-        measured = self.allocation == "measured"
-        ignored = LEARNING if measured else MEASURED
-        for one in fields(self):
-            if one.name in ignored and getattr(self, one.name) != one.default:
-                other = "learned" if measured else "measured"
-                raise ValueError(
-                    f"gprune: allocation={self.allocation} does not use {one.name}, got {getattr(self, one.name)!r}; "
-                    f"leave {one.name} out, or give allocation={other}"
-                )

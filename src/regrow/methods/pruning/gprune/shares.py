@@ -1,17 +1,15 @@
 """Stage 4 of GPrune: learn the pruning ratio of each module under the exact budget."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regrow.allocation import module_costs, rank, ratios
-from regrow.allocation.measured import improves
 from regrow.axis_tensor import AxisTensor
 from regrow.methods.pruning.gprune.masks import Comparison, Masks
-from regrow.methods.pruning.gprune.measured import measure_allocation, tables_of
 from regrow.methods.pruning.gprune.modules import findings_of, form_modules, measure, order_modules
 from regrow.methods.pruning.gprune.settings import STARTS, Settings
 from regrow.methods.pruning.gprune.starts import allocate_start
@@ -64,37 +62,28 @@ def score_units(task: PruningTask, settings: Settings, compare: Comparison | Non
     kept = {name: allocate_start(name, s, task, measured) for name in tried}
     given = {name: masks.given(units) for name, units in kept.items() if name == tried[0] or units != kept["base"]}
     base = kept.get("base") or allocate_start("base", s, task, measured)
-    if s.allocation == "measured":
-        result = measure_allocation(s, task, masks, measured, given)
-        start, values = choose_lowest({name: result.losses[name] for name in given}), dict(result.order(0))
-        share = masks.given(rank(task.axes, values, task.budget, minimum=s.minimum))
-        report = {"starts": dict(result.losses), "history": [], "best_step": 0, **tables_of(result)}
-    else:
-        losses, state = _read(task) if s.steps else ({}, None)
-        if state is None and (s.steps or len(tried) > 1):
-            losses = _compare_starts(shares, given)
-        start = choose_lowest(losses) if losses else s.start
-        if state is None:
-            history = (Check(0, losses[start]),) if losses else ()
-            own = EarlyStopping(shares.tensors(given[start], len(among)), {"share": _tensor(given[start])}, history)
-            state = TrainState(own)
-        if s.steps:
-            state = _learn(shares.starting_at(given[start]), state, losses)
-        own = state.learner
-        share, checks = own.best["share"].values, [asdict(check) for check in own.history]
-        step = own.best_check.step if checks else 0
-        if s.margin and step and not _is_better(shares, share, given[start]):
-            share, step = given[start], 0
-        values, report = masks.margins(share), {"starts": losses, "history": checks, "best_step": step}
+    losses, state = _read(task) if s.steps else ({}, None)
+    if state is None and (s.steps or len(tried) > 1):
+        losses = _compare_starts(shares, given)
+    start = choose_lowest(losses) if losses else s.start
+    if state is None:
+        history = (Check(0, losses[start]),) if losses else ()
+        own = EarlyStopping(shares.tensors(given[start], len(among)), {"share": _tensor(given[start])}, history)
+        state = TrainState(own)
+    if s.steps:
+        state = _learn(shares, state, losses)
+    own = state.learner
+    share, checks = own.best["share"].values, [asdict(check) for check in own.history]
+    values = masks.margins(share)
+    report = {"starts": losses, "history": checks, "best_step": own.best_check.step if checks else 0}
 
-    column = "chosen" if s.allocation == "measured" else "learned"
     robust = within(first.spread.sigma, measured.spaces, lambda sigma: (sigma <= sigma.median()).double())
     tables = findings_of(measured, among, modules, trusted, costs[0], given[start])
 
     def findings(every: Kept) -> dict[str, Any]:
         last = masks.given(every)
         rows = [
-            {**row, column: float(one), "given": float(end)}
+            {**row, "learned": float(one), "given": float(end)}
             for row, one, end in zip(tables["modules"], share, last, strict=True)
         ]
         cut = {"base": share_of(robust, base), "gprune": share_of({key: robust[key] for key in every}, every)}
@@ -126,7 +115,6 @@ class ModuleShares:
         removed: The cost that must be removed.
         home: The number of the set of axes that each module belongs to, ``[modules]`` int64.
         compare: Returns the loss of a masked network.
-        offset: Added to the pruning ratios, ``[modules]``, so that learning starts exactly at the start; or ``None``.
     """
 
     settings: Settings
@@ -136,18 +124,6 @@ class ModuleShares:
     removed: float
     home: Tensor
     compare: Comparison
-    offset: Tensor | None = None
-
-    def starting_at(self, share: Tensor) -> "ModuleShares":
-        """Return the pruning ratios that are exactly ``share`` before learning, if the settings say so.
-
-        Args:
-            share: The pruning ratio of each module, ``[modules]``.
-        """
-        if not self.settings.exact_start:
-            return self
-        logits = self.tensors(share, 1)["logits"].values
-        return replace(self, offset=share - self.settings.most * logits.sigmoid())
 
     def tensors(self, share: Tensor, spaces: int) -> Tensors:
         """Return the trained tensors that give the pruning ratios ``share``.
@@ -169,7 +145,7 @@ class ModuleShares:
             view: Which ranking of the units is used.
         """
         logits = tensors["logits"].values + tensors["shared"].values.index_select(0, self.home)
-        return ratios(logits, self.costs[view], self.removed, most=self.settings.most, offset=self.offset)
+        return ratios(logits, self.costs[view], self.removed, most=self.settings.most)
 
     def loss(self, tensors: Tensors, batch: Batch, view: int) -> Tensor:
         """Return the loss of the network under soft masks, as a scalar with a gradient to the trained tensors.
@@ -189,24 +165,16 @@ class ModuleShares:
         Args:
             share: The pruning ratio of each module, ``[modules]``.
         """
-        losses = [float(each.mean()) for each in self.held_out_losses(share)]
-        return sum(losses) / len(losses)
-
-    def held_out_losses(self, share: Tensor) -> list[Tensor]:
-        """Return the loss on the held-out windows of each source, ``[windows]``, of the network cut to the budget.
-
-        Args:
-            share: The pruning ratio of each module, ``[modules]``.
-        """
-        s, task, masks, losses = self.settings, self.task, self.masks, []
+        s, task, masks = self.settings, self.task, self.masks
+        losses: list[float] = []
         for i, source in enumerate(task.evidence.data.values()):
             view, batches = self._view(i), source.held_out(s.held_out)[1]
             kept = rank(task.axes, masks.margins(share, view), task.budget, minimum=s.minimum)
             gates = gates_of(task.axes, {key: kept[key] for key in masks.places})
             with torch.no_grad():
                 each = [self.compare(task.model, task.axes, batch, gates, masks.filled(view)) for batch in batches]
-            losses.append(torch.stack(each))
-        return losses
+            losses.append(float(torch.stack(each).mean()))
+        return sum(losses) / len(losses)
 
     def windows(self, step: int) -> list["Window"]:
         """Return the windows of text that a training step uses.
@@ -250,12 +218,6 @@ def _compare_starts(shares: ModuleShares, given: Mapping[str, Tensor]) -> dict[s
         shares.task.progress(i, len(given), f"evaluating the start {name}")
         losses[name] = shares.held_out_loss(share)
     return losses
-
-
-def _is_better(shares: ModuleShares, share: Tensor, start: Tensor) -> bool:
-    """Whether ratios are better than others on held-out windows by more than ``margin`` paired standard errors."""
-    both = [torch.cat(shares.held_out_losses(one)).double() for one in (share, start)]
-    return improves(both[1], both[0], shares.settings.margin)
 
 
 def _learn(
