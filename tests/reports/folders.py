@@ -84,11 +84,12 @@ def _run(method, keep, seed, kinds):
             "device": "cpu",
             "tokens": 4096,
             "seq_len": 256,
-            "sources": sources,
+            "sources": [name for name, *_ in kinds],
             "only": [],
             "exclude": [],
             "round": 1,
         },
+        "sources": sources,
         "versions": {"regrow": "0.1.0", "torch": "2.9.1", "transformers": "5.15.0", "python": "3.11.7"},
         "started": "2026-11-24T15:02:11+00:00",
         "finished": "2026-11-24T15:07:05+00:00",
@@ -245,10 +246,6 @@ def _metrics(keep, loss, kinds):
             "macs": 256 * (counted + 28_311_552),
             "bytes": 4 * (counted + rest) + 60_000,
             "dtype": "float32",
-        }
-        yield {"what": "speed", "model": model, "tokens_per_s": 520 / (0.3 + 0.7 * share), "spread": 14.0} | {
-            "latency_ms": 1.9 * (0.3 + 0.7 * share),
-            "peak_bytes": 1.2e9 * (0.4 + 0.6 * share),
         }
     yield {"what": "verify", "max_abs_diff": 3.1e-14, "bound": 2.8e-8, "dtype": "float64", "argmax_flips": 0}
     yield {"what": "verify", "max_abs_diff": 2.2e-4, "bound": 1.9e-3, "dtype": "float32", "argmax_flips": 1}

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from regrow.commands.learn import extend
-from regrow.reports import courses, summarise, to_html, to_markdown, write_page
+from regrow.reports import comparison, summarise, to_html, to_markdown, write_page
 from reports.test_course import learned, rows
 from reports.test_page import check_self_contained
 from reports.test_summary import ODD

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from regrow.reports import choices, summarise, to_html, to_markdown
+from regrow.reports import findings, summarise, to_html, to_markdown
+from regrow.reports.summary import read_summary
 from reports.folders import KINDS, LAYERS, mlp, write_run
 
 FITS = [

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from regrow.reports import ReportError, behaviour, figures, summarise, to_html, to_markdown, write_page
+from regrow.reports import ReportError, figures, summarise, to_html, to_markdown, write_page
 from regrow.reports.page import _environment
 from regrow.reports.reading import ABSENT
 from regrow.store.errors import StoreError

@@ -13,7 +13,8 @@ from regrow.cli.app import regrow
 from regrow.nets import bench201, mobile
 from regrow.nets.cell_operations import OPERATIONS
 from regrow.nets.cells import supernet
-from regrow.reports import ReportError, blocks, cells, epochs, summarise, to_html, to_markdown, topology, write_page
+from regrow.reports import ReportError, cells, figures, summarise, to_html, to_markdown, write_page
+from regrow.reports.summary import read_summary
 from regrow.reports.search import RECONSTRUCTED
 from reports.test_page import check_self_contained
 from reports.test_summary import ODD
