@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-MAX_ROWS, MAX_PANELS, MAX_CELLS = 40, 6, 40
+MAX_ROWS, MAX_PANELS, MAX_CELLS, MAX_LAYERS = 40, 6, 40, 500
 
 Line = tuple[str, Sequence[float | None]]
 """A label, and its values."""
@@ -80,9 +80,10 @@ def widths(run: Run) -> Drawing | None:
 
     def paint(figure: "Figure", narrow: bool) -> None:
         for axes, kind, words in zip(_rows(figure, len(kinds)), kinds, counts, strict=True):
-            depth = [row.depth for row in kind.rows]
-            _bars(axes, depth, [row.before for row in kind.rows], FAINT, narrow, "cut")
-            _bars(axes, depth, [row.after for row in kind.rows], ACCENT, narrow, "kept")
+            rows = kind.rows[:MAX_LAYERS]
+            depth = [row.depth for row in rows]
+            _bars(axes, depth, [row.before for row in rows], FAINT, narrow, "cut")
+            _bars(axes, depth, [row.after for row in rows], ACCENT, narrow, "kept")
             axes.set_title(f"{q.shorten(kind.kind, 40)}{chr(10) if narrow else ': '}{words}")
             _depth(axes, kind.numbered)
             axes.set_ylim(0)
@@ -103,7 +104,7 @@ def spectrum(found: Findings | None) -> Drawing | None:
     if found is None or not means:
         return None
     spaces = [
-        [row for row in found.spectrum if row.axes == 1 and kind_of(row.space, row.label) == kind.name]
+        [row for row in found.spectrum if row.axes == 1 and kind_of(row.space, row.label) == kind.name][:MAX_LAYERS]
         for kind in means
     ]
     correlations = {

@@ -156,7 +156,8 @@ def reconstruction(run: Run) -> list[str]:
     layers = "1 layer" if len(fit.layers) == 1 else f"{len(fit.layers)} layers"
     outputs = "what they would return uncut, with the network before them as it is after the cut"
     goal = "what they return in the network before the cut" if fit.target == "dense" else outputs
-    lines = [f"After the cut, {layers} that read removed units were fitted to {goal}, on {fit.tokens:,} tokens."]
+    lines = [f"After the cut, {layers} that read removed units were fitted to {goal}."]
+    lines.append(f"The fit used {fit.tokens:,} tokens.")
     for name, where in (("after", fit.where), ("seen", SEEN)):
         known = [row for row in fit.layers if row.before is not None and getattr(row, name) is not None]
         before, after = q.mean([row.before for row in known]), q.mean([getattr(row, name) for row in known])
