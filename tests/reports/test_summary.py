@@ -13,7 +13,7 @@ from regrow.reports.summary import read_summary
 from reports.folders import GROUPS, LAYERS, MASSIVE, NEURONS, mlp, write_run
 
 ODD = (None, True, -1, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 10_000, "<script>alert(1)</script>")
-ODD += ([], {}, [[[]]], {"": None}, [None, 3, "a"], "\x00\x1b[31m\u202e", {"a": {"b": [1]}})
+ODD += ("\ud800", [], {}, [[[]]], {"": None}, [None, 3, "a"], "\x00\x1b[31m\u202e", {"a": {"b": [1]}})
 
 
 @pytest.fixture

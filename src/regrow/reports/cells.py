@@ -113,22 +113,22 @@ def notation(topology: Sequence[Cell]) -> str:
     return "+".join("|" + "".join(f"{BENCH_NAMES[op.kind]}~{op.source}|" for op in ops) for ops in nodes)
 
 
-def operations(found: Sequence[Cell]) -> list[Operation]:
+def operations(parts: Sequence[Cell]) -> list[Operation]:
     """Return all operations of some cells in one list.
 
     Args:
-        found: The cells.
+        parts: The cells.
     """
-    return [op for cell in found for node in cell.nodes for op in node.ops]
+    return [op for cell in parts for node in cell.nodes for op in node.ops]
 
 
-def count_kinds(found: Sequence[Cell]) -> dict[str, list[int]]:
+def count_kinds(parts: Sequence[Cell]) -> dict[str, list[int]]:
     """Return kind of operation → how many of it each cell keeps.
 
     Args:
-        found: The cells.
+        parts: The cells.
     """
-    return {kind: [sum(op.kind == kind for op in operations([cell])) for cell in found] for kind in KINDS}
+    return {kind: [sum(op.kind == kind for op in operations([cell])) for cell in parts] for kind in KINDS}
 
 
 def count_skipped(blocks: Sequence[Cell]) -> int:

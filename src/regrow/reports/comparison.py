@@ -56,9 +56,9 @@ def compare(summary: Summary) -> Comparison:
     """
     courses, searches = [run.course for run in summary.runs], [run.search for run in summary.runs]
     if all(courses):
-        return _compare_courses(summary, [found for found in courses if found])
+        return _compare_courses(summary, [course for course in courses if course])
     if all(searches):
-        return _compare_searches(summary, [found for found in searches if found])
+        return _compare_searches(summary, [result for result in searches if result])
     return _compare_pruning(summary)
 
 
@@ -113,35 +113,33 @@ def compared_sizes(summary: Summary) -> Drawing | None:
 
 
 def _compare_pruning(summary: Summary) -> Comparison:
-    runs, kinds = summary.runs, summary.kinds
+    runs, sources = summary.runs, summary.kinds
     domains = [{row.source: row for row in run.perplexity} for run in runs]
-    means = [geometric_mean([table[kind] for kind in kinds]) for table in domains]
-    seen = [{table[kind].seen for table in domains} for kind in kinds]
+    means = [geometric_mean([table[source] for source in sources]) for table in domains]
+    seen = [{table[source].seen for table in domains} for source in sources]
     heads = [
-        f"{kind}{' (seen)' if s == {True} else ' (unseen)' if s == {False} else ''}"
-        for kind, s in zip(kinds, seen, strict=True)
+        f"{source}{' (seen)' if s == {True} else ' (unseen)' if s == {False} else ''}"
+        for source, s in zip(sources, seen, strict=True)
     ]
     columns: list[list[tuple[float | None, float | None, float | None]]] = []
-    if kinds:
+    if sources:
         columns.append([(mean.after, mean.ratio, None) if mean else (None, None, None) for mean in means])
-    for kind in kinds:
-        columns.append([(table[kind].ppl("after"), table[kind].ratio, table[kind].error) for table in domains])
+    for source in sources:
+        columns.append([(table[source].ppl("after"), table[source].ratio, table[source].error) for table in domains])
     rows: list[tuple[str, list[TableCell]]] = [(run.label, [TableCell(q.percent(run.kept))]) for run in runs]
     for column in columns:
         leads = q.leaders([run.kept or 1.0 for run in runs], [None if ppl is None else -ppl for ppl, _, _ in column])
         for (_, cells), (ppl, ratio, error), lead in zip(rows, column, leads, strict=True):
             spread = f" ± {q.spread(error, ratio)}" * (error is not None)
             cells.append(TableCell(q.significant(ppl), lead, f"{q.factor(ratio)}{spread}" if ratio else ""))
-    dense = [[ppl for table in domains if (ppl := table[kind].ppl("before"))] for kind in kinds]
+    dense = [[ppl for table in domains if (ppl := table[source].ppl("before"))] for source in sources]
     same = all(len(values) == len(runs) and max(values) / min(values) < 1.001 for values in dense)
-    if kinds and same:
+    if sources and same:
         first = [values[0] for values in dense]
         before = [math.exp(q.mean([math.log(ppl) for ppl in first]) or 0.0), *first]
         rows.insert(0, ("before", [TableCell(q.percent(1)), *(TableCell(q.significant(ppl)) for ppl in before)]))
     who = f"{len(runs)} runs of {_one_of({run.model for run in runs}, 'models')}"
-    shared = (
-        f"compared on {words.domains(len(kinds))}" if kinds else "there is no text domain on which all were evaluated"
-    )
+    shared = f", compared on {words.domains(len(sources))}." if sources else "; no text domain is common to all."
     best: dict[int, tuple[float, str]] = {}
     for run, mean in zip(runs, means, strict=True):
         if mean and run.kept:
@@ -153,11 +151,11 @@ def _compare_pruning(summary: Summary) -> Comparison:
     ]
     leading = f"Lowest perplexity, as a geometric mean over the text domains. {'; '.join(parts[:5])}."
     return Comparison(
-        f"{who}, {shared}." if kinds else f"{who}; {shared}.",
+        f"{who}{shared}",
         [leading] if parts else [],
         "Perplexity on the text domains on which all runs were evaluated; lower is better. A value is marked if no run "
         "that keeps as little has a lower one. The factor below it is after ÷ before.",
-        ["Kept", *(["Geometric mean"] if kinds else []), *heads],
+        ["Kept", *(["Geometric mean"] if sources else []), *heads],
         rows,
         "± is half the 95 % interval of differences paired per window. Seen and unseen: by all runs in calibration."
         + " The runs did not measure the same perplexity before: compare factors, not values." * (not same),
@@ -168,10 +166,10 @@ def _compare_pruning(summary: Summary) -> Comparison:
 def _compare_courses(summary: Summary, courses: list[Course]) -> Comparison:
     runs = summary.runs
     scenarios = [next((pair.value for pair in run.settings if pair.name == "scenario"), "") for run in runs]
-    ends = [(found.matrix.matrix or [[]])[-1] for found in courses]
+    ends = [(course.matrix.matrix or [[]])[-1] for course in courses]
     evaluated = {
-        (tuple(found.matrix.tasks[: len(found.matrix.matrix)]), tuple(v is None for v in end), scenario)
-        for found, end, scenario in zip(courses, ends, scenarios, strict=True)
+        (tuple(course.matrix.tasks[: len(course.matrix.matrix)]), tuple(v is None for v in end), scenario)
+        for course, end, scenario in zip(courses, ends, scenarios, strict=True)
     }
     figures: list[tuple[str, str, Callable[[float | None], str], int]] = [
         ("Final average", "average", q.percent, 1),
@@ -183,24 +181,24 @@ def _compare_courses(summary: Summary, courses: list[Course]) -> Comparison:
     ]
     rows: list[tuple[str, list[TableCell]]] = [(run.label, []) for run in runs]
     for _, name, write, sign in figures:
-        values = [getattr(found.matrix, name) for found in courses]
-        leads = q.leaders([found.parameters for found in courses], [None if v is None else sign * v for v in values])
+        values = [getattr(course.matrix, name) for course in courses]
+        leads = q.leaders([course.parameters for course in courses], [None if v is None else sign * v for v in values])
         for (_, cells), value, lead in zip(rows, values, leads, strict=True):
             cells.append(TableCell(write(value), lead))
-    for (_, cells), found, end in zip(rows, courses, ends, strict=True):
-        shocks = [abs(e.after - e.before) for e in found.events if e.after is not None and e.before is not None]
-        seconds = [row.seconds for row in found.records if row.seconds is not None]
-        first = found.records[0].parameters if found.records else None
-        rest = [q.count(found.parameters), q.count(first), q.count(len(found.events))]
+    for (_, cells), course, end in zip(rows, courses, ends, strict=True):
+        shocks = [abs(e.after - e.before) for e in course.events if e.after is not None and e.before is not None]
+        seconds = [row.seconds for row in course.records if row.seconds is not None]
+        first = course.records[0].parameters if course.records else None
+        rest = [q.count(course.parameters), q.count(first), q.count(len(course.events))]
         rest += [q.percent(max(shocks, default=None)), q.significant(sum(seconds) if seconds else None)]
         cells.extend(TableCell(value) for value in [*rest, *(q.percent(value) for value in end[:20])])
-    counts = sorted({len(found.matrix.matrix) for found in courses})
+    counts = sorted({len(course.matrix.matrix) for course in courses})
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     tasks = f"{n} task{'s' * (counts[-1] != 1)}{' in sequence' * (counts[-1] > 1)}"
     known = [
-        (v, run.label, found.parameters)
-        for run, found in zip(runs, courses, strict=True)
-        if (v := found.matrix.average) is not None
+        (v, run.label, course.parameters)
+        for run, course in zip(runs, courses, strict=True)
+        if (v := course.matrix.average) is not None
     ]
     details = []
     if len(known) > 1 and len(evaluated) == 1:
@@ -209,7 +207,7 @@ def _compare_courses(summary: Summary, courses: list[Course]) -> Comparison:
             f"{best} has the highest final average accuracy, {q.percent(most)}, with {q.count(size)} parameters; "
             f"{worst} the lowest, {q.percent(least)}."
         )
-    longest = max(courses, key=lambda found: len(found.matrix.tasks)).matrix.tasks
+    longest = max(courses, key=lambda course: len(course.matrix.tasks)).matrix.tasks
     columns = ["Parameters", "After the first task", "Growths", "Largest change by growth", "Seconds", *longest[:20]]
     return Comparison(
         f"{len(runs)} runs of {_one_of({run.model for run in runs}, 'networks')}, each trained on {tasks}.",
@@ -230,16 +228,16 @@ def _compare_courses(summary: Summary, courses: list[Course]) -> Comparison:
 def _compare_searches(summary: Summary, searches: list[Search]) -> Comparison:
     runs, names = summary.runs, ("data", "train", "test", "validation")
     data = {tuple(pair.value for pair in run.settings if pair.name in names) for run in runs}
-    leads = q.leaders([found.test.nonzero for found in searches], [found.test.accuracy for found in searches])
+    leads = q.leaders([result.test.nonzero for result in searches], [result.test.accuracy for result in searches])
     rows = []
-    for run, found, lead in zip(runs, searches, leads, strict=True):
-        cells = [TableCell(found.target or q.NONE), TableCell(q.percent(found.test.accuracy), lead)]
-        sizes = [q.percent(found.found.accuracy), q.count(found.test.parameters), q.count(found.test.nonzero)]
+    for run, result, lead in zip(runs, searches, leads, strict=True):
+        cells = [TableCell(result.target or q.NONE), TableCell(q.percent(result.test.accuracy), lead)]
+        sizes = [q.percent(result.network.accuracy), q.count(result.test.parameters), q.count(result.test.nonzero)]
         seconds = q.significant(sum(run.seconds.values()) if run.seconds else None)
         rows.append((run.label, cells + [TableCell(value) for value in (*sizes, seconds)]))
     details = [note for method, note in search.RECONSTRUCTED.items() if any(run.method == method for run in runs)]
     known = [
-        (v, run.label) for run, found in zip(runs, searches, strict=True) if (v := found.test.accuracy) is not None
+        (v, run.label) for run, result in zip(runs, searches, strict=True) if (v := result.test.accuracy) is not None
     ]
     if len(known) > 1 and len(data) == 1:
         most, best = max(known, key=lambda pair: pair[0])

@@ -149,10 +149,10 @@ def _inline(svg: str, prefix: str, title: str, description: str) -> str:
             node.attrib.pop("id", None)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    for place, (tag, words) in enumerate((("title", title), ("desc", description))):
+    for index, (tag, words) in enumerate((("title", title), ("desc", description))):
         note = ElementTree.Element(tag, {"id": f"{prefix}-{tag}"})
         note.text = words
-        root.insert(place, note)
+        root.insert(index, note)
     root.set("role", "img")
     root.set("aria-labelledby", f"{prefix}-title {prefix}-desc")
     return ElementTree.tostring(root, encoding="unicode")

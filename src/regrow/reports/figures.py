@@ -73,13 +73,13 @@ def widths(run: Run) -> Drawing | None:
     Args:
         run: The run.
     """
-    kinds = [kind for kind in run.widths if kind.changed][:MAX_PANELS]
-    if not kinds:
+    groups = [kind for kind in run.widths if kind.changed][:MAX_PANELS]
+    if not groups:
         return None
-    counts = [f"{kind.before:,} → {kind.after:,} units, {q.percent(kind.after / kind.before)} kept" for kind in kinds]
+    counts = [f"{kind.before:,} → {kind.after:,} units, {q.percent(kind.after / kind.before)} kept" for kind in groups]
 
     def paint(figure: "Figure", narrow: bool) -> None:
-        for axes, kind, words in zip(_rows(figure, len(kinds)), kinds, counts, strict=True):
+        for axes, kind, words in zip(_rows(figure, len(groups)), groups, counts, strict=True):
             rows = kind.rows[:MAX_LAYERS]
             depth = [row.depth for row in rows]
             _bars(axes, depth, [row.before for row in rows], FAINT, narrow, "cut")
@@ -90,21 +90,21 @@ def widths(run: Run) -> Drawing | None:
             _format(axes.yaxis, q.count, narrow)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
-    description = "; ".join(f"{kind.kind}: {words}" for kind, words in zip(kinds, counts, strict=True))
-    return draw("fig-widths", "Units per layer, before and after", description, 60 + 170 * len(kinds), paint)
+    description = "; ".join(f"{kind.kind}: {words}" for kind, words in zip(groups, counts, strict=True))
+    return draw("fig-widths", "Units per layer, before and after", description, 60 + 170 * len(groups), paint)
 
 
-def spectrum(found: Findings | None) -> Drawing | None:
+def spectrum(findings: Findings | None) -> Drawing | None:
     """Draw, per layer, how many units change rank between text domains beyond noise, and how similar the orders are.
 
     Args:
-        found: The findings of a pruning method.
+        findings: The findings of a pruning method.
     """
-    means = [row for row in rank_means(found) if not row.pooled][:3] if found else []
-    if found is None or not means:
+    means = [row for row in rank_means(findings) if not row.pooled][:3] if findings else []
+    if findings is None or not means:
         return None
     spaces = [
-        [row for row in found.spectrum if row.axes == 1 and kind_of(row.space, row.label) == kind.name][:MAX_LAYERS]
+        [row for row in findings.spectrum if row.axes == 1 and kind_of(row.space, row.label) == kind.name][:MAX_LAYERS]
         for kind in means
     ]
     correlations = {
@@ -153,12 +153,12 @@ def matrix(run: Run) -> Drawing | None:
     Args:
         run: The run.
     """
-    found = run.course.matrix if run.course else None
-    if not found or not any(value is not None for row in (*found.matrix, found.before) for value in row):
+    learned = run.course.matrix if run.course else None
+    if not learned or not any(value is not None for row in (*learned.matrix, learned.before) for value in row):
         return None
-    table = [*([("none", found.before)] if found.before else []), *zip(found.tasks, found.matrix, strict=False)]
+    table = [*([("none", learned.before)] if learned.before else []), *zip(learned.tasks, learned.matrix, strict=False)]
     table = [(name, row[:MAX_CELLS]) for name, row in table[: MAX_CELLS + 1]]
-    wide, first = max(len(row) for _, row in table), len(table) - min(len(found.matrix), MAX_CELLS)
+    wide, first = max(len(row) for _, row in table), len(table) - min(len(learned.matrix), MAX_CELLS)
     cells = [(x, y, v) for y, (_, row) in enumerate(table) for x, v in enumerate(row) if v is not None]
 
     def paint(figure: "Figure", narrow: bool) -> None:
@@ -230,7 +230,7 @@ def search_front(run: Run) -> Drawing | None:
     if run.search is None or not run.search.front:
         return None
     points: list[Point] = [(f"epoch {row.epoch}", row.size, row.accuracy) for row in run.search.front]
-    points.append(("final", run.search.reached, run.search.found.accuracy))
+    points.append(("final", run.search.reached, run.search.network.accuracy))
     title = "Validation accuracy against size during the search"
     return draw_front("fig-search-front", title, points, unit(run.search), "validation accuracy, before training")
 

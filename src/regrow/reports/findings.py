@@ -47,14 +47,14 @@ class MeanRow:
     means: dict[str, float | None]
 
 
-def rank_means(found: Findings) -> list[MeanRow]:
+def rank_means(findings: Findings) -> list[MeanRow]:
     """Return the means of the rank changes, one row per kind of axis.
 
     Args:
-        found: The findings.
+        findings: The findings.
     """
     groups: dict[tuple[str, bool], list[RankVariation]] = {}
-    for row in found.spectrum:
+    for row in findings.spectrum:
         groups.setdefault((kind_of(row.space, row.label), row.axes > 1), []).append(row)
     return [
         _mean_row(name, pooled, sum(row.axes for row in rows), rows, {k: [getattr(r, k) for r in rows] for k in _RANKS})
@@ -62,14 +62,14 @@ def rank_means(found: Findings) -> list[MeanRow]:
     ]
 
 
-def module_means(found: Findings) -> list[tuple[str, list[MeanRow]]]:
+def module_means(findings: Findings) -> list[tuple[str, list[MeanRow]]]:
     """Return the means of the modules, per kind of axis one row per cell, and one of all if there are several.
 
     Args:
-        found: The findings.
+        findings: The findings.
     """
     groups: dict[str, list[ModuleRatio]] = {}
-    for row in found.modules:
+    for row in findings.modules:
         kind = kind_of(row.space if row.name.startswith(row.space) else row.name, row.label)
         groups.setdefault(f"{kind}{', ranked together' * row.cell[0]}", []).append(row)
     result = []
@@ -81,16 +81,16 @@ def module_means(found: Findings) -> list[tuple[str, list[MeanRow]]]:
     return result
 
 
-def explain_modules(found: Findings | None) -> str:
+def explain_modules(findings: Findings | None) -> str:
     """Return an explanation of modules of units, and of switched ones; empty without modules.
 
     Args:
-        found: The findings.
+        findings: The findings.
     """
-    if found is None or not found.modules:
+    if findings is None or not findings.modules:
         return ""
     lines = ["Units compete only within their module, and each module has its own pruning ratio."]
-    if any(row.cell[1] in GRID for row in found.modules):
+    if any(row.cell[1] in GRID for row in findings.modules):
         lines.append(
             "Sensitive units change rank between text domains more than the median unit, robust units do not. "
             "Strong units score above the median, weak units do not."
@@ -102,25 +102,25 @@ def explain_modules(found: Findings | None) -> str:
     return " ".join(lines)
 
 
-def describe_learning(found: Findings | None) -> list[str]:
+def describe_learning(findings: Findings | None) -> list[str]:
     """Return sentences on what learning or measuring the modules' ratios improved.
 
     Args:
-        found: The findings.
+        findings: The findings.
     """
-    if found is None:
+    if findings is None:
         return []
     lines = []
-    if starts := ", ".join(f"{name} {q.significant(loss)}" for name, loss in found.starts.items()):
-        taken = f"; {found.allocation} was taken" * bool(found.allocation)
-        what = "allocations compared" if found.allocation else "possible starting points"
+    if starts := ", ".join(f"{name} {q.significant(loss)}" for name, loss in findings.starts.items()):
+        taken = f"; {findings.allocation} was taken" * bool(findings.allocation)
+        what = "allocations compared" if findings.allocation else "possible starting points"
         lines.append(f"Loss on held-out text of the {what}: {starts}{taken}.")
-    if len(found.history) > 1:
-        first, last, best = found.history[0], found.history[-1].step, _best(found)
+    if len(findings.history) > 1:
+        first, last, best = findings.history[0], findings.history[-1].step, _best(findings)
         moved = f"Learning moved it from {q.significant(first.held_out)} to {q.significant(best[1])}"
         moved += f", at step {best[0]} of {last}."
         lines.append(moved if best[0] > first.step else f"None of {last} steps improved on the start.")
-    robust, base = (found.robust_among_cut.get(name) for name in ("gprune", "base"))
+    robust, base = (findings.robust_among_cut.get(name) for name in ("gprune", "base"))
     if robust is not None:
         than = "" if base is None else f"; the base method alone: {q.percent(base)}"
         lines.append(
@@ -190,39 +190,39 @@ def _order(cell: str) -> tuple[int, int, str]:
     return GRID.index(cell) if cell in GRID else len(GRID), int(digits.group()[:9]) if digits else 0, cell
 
 
-def _best(found: Findings) -> tuple[int, float]:
+def _best(findings: Findings) -> tuple[int, float]:
     """Return the step of learning that was kept, and its loss on held-out text; so far, the step of the lowest."""
-    steps = [(row.step, row.held_out) for row in found.history if row.held_out is not None] or [(0, 0.0)]
-    kept = [step for step in steps if step[0] == found.best_step]
+    steps = [(row.step, row.held_out) for row in findings.history if row.held_out is not None] or [(0, 0.0)]
+    kept = [step for step in steps if step[0] == findings.best_step]
     return kept[0] if kept else min(steps, key=lambda step: step[1])
 
 
 def _mode(run: Run, settings: dict[str, str]) -> str:
     """Return how the fractions were decided: ``ranked``, ``uniform``, ``measured``, ``learned`` or a start's name."""
-    found, mode = run.findings, settings.get("allocation", "")
-    if found is None or mode not in ("learned", "measured", ""):
+    findings, mode = run.findings, settings.get("allocation", "")
+    if findings is None or mode not in ("learned", "measured", ""):
         return mode
-    if found.allocation:
-        return found.allocation
-    losses = {name: loss for name, loss in found.starts.items() if loss is not None}
-    if found.history and _best(found)[0]:
+    if findings.allocation:
+        return findings.allocation
+    losses = {name: loss for name, loss in findings.starts.items() if loss is not None}
+    if findings.history and _best(findings)[0]:
         return "learned"
     return min(losses, key=lambda name: losses[name]) if losses else settings.get("start", "")
 
 
 def _rule(run: Run, settings: dict[str, str]) -> str:
-    found, mode, spare = run.findings, _mode(run, settings), settings.get("spare")
-    if found and mode == "measured":
+    findings, mode, spare = run.findings, _mode(run, settings), settings.get("spare")
+    if findings and mode == "measured":
         return (
             "How much of each layer is cut was measured: each layer was cut alone to a few ratios. The divergence of "
             "the network's predictions from the dense ones was taken on sources that were left out of its scores. "
-            f"Layers whose loss does little lose more. {_exchanges(found)}The result was better on held-out text than "
-            "every start."
+            f"Layers whose loss does little lose more. {_exchanges(findings)}The result was better on held-out text "
+            "than every start."
         )
-    if found and mode in STARTS:
-        tried = "measured" if found.allocation else "learned"
+    if findings and mode in STARTS:
+        tried = "measured" if findings.allocation else "learned"
         return f"The {tried} allocation was not better on held-out text than its best start, {mode} ({STARTS[mode]})."
-    if found and mode == "learned":
+    if findings and mode == "learned":
         return "The fraction that each module loses was learned by gradients, and judged on held-out text."
     if mode == "ranked":
         per_weight = run.scores and run.scores.metric.endswith("/cost")
@@ -246,10 +246,10 @@ def _rule(run: Run, settings: dict[str, str]) -> str:
     return ""
 
 
-def _exchanges(found: Findings) -> str:
-    rounds, taken = len({row.round for row in found.exchanges}), sum(row.accepted for row in found.exchanges)
+def _exchanges(findings: Findings) -> str:
+    rounds, taken = len({row.round for row in findings.exchanges}), sum(row.accepted for row in findings.exchanges)
     times = "1 round" if rounds == 1 else f"{rounds} rounds"
-    judged = f"each judged on the whole pruned network: {taken} of {len(found.exchanges)} judgements accepted one. "
+    judged = f"each judged on the whole pruned network: {taken} of {len(findings.exchanges)} judgements accepted one. "
     return f"Then cost was exchanged between layers in {times}, {judged}" if rounds else ""
 
 

@@ -202,10 +202,10 @@ def moment(stamp: str) -> str:
     >>> moment("2026-11-24T15:02:11.5+00:00"), moment("yesterday")
     ('2026-11-24 15:02 UTC', 'yesterday')
     """
-    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)(?::[\d.]+)?(Z|[+-]\d\d:?\d\d)?", stamp)
-    if not found:
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)(?::[\d.]+)?(Z|[+-]\d\d:?\d\d)?", stamp)
+    if not match:
         return stamp
-    day, clock, zone = found.groups()
+    day, clock, zone = match.groups()
     return f"{day} {clock}" + (" UTC" if zone in ("Z", "+00:00", "+0000") else f" {zone}" if zone else "")
 
 

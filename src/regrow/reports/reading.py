@@ -247,27 +247,27 @@ def widths(folder: RunRecord) -> tuple[list[AxisKind], dict[str, int]]:
             left = last.get(axis.key, after.get(axis.key, axis.size))
             width = AxisWidth(axis.key, axis.block or block_of(axis.key), axis.size, left)
             rows.setdefault(kind_of(axis.key, axis.label), []).append(width)
-    kinds = []
+    groups = []
     for kind, members in rows.items():
         depths, numbered = depths_of([row.block for row in members])
         ordered = [
             AxisWidth(row.key, row.block, row.before, row.after, at) for row, at in zip(members, depths, strict=True)
         ]
-        kinds.append(AxisKind(kind, numbered, sorted(ordered, key=lambda row: row.depth)))
-    return kinds, dict(frozen.most_common())
+        groups.append(AxisKind(kind, numbered, sorted(ordered, key=lambda row: row.depth)))
+    return groups, dict(frozen.most_common())
 
 
-def scores(folder: RunRecord, kinds: Sequence[AxisKind]) -> Scores | None:
+def scores(folder: RunRecord, groups: Sequence[AxisKind]) -> Scores | None:
     """Return where each axis was cut, and the units with massive activations; ``None`` without ``scores.json``.
 
     Args:
         folder: A run folder.
-        kinds: Its :func:`widths`, for the kind and the block of each axis.
+        groups: Its :func:`widths`, for the kind and the block of each axis.
     """
     if folder.scores is None or not folder.scores.axes:
         return None
     survivors, bounds, massive = _survivors(folder.plans), {}, []
-    for kind in kinds:
+    for kind in groups:
         for row in kind.rows:
             if (entry := folder.scores.axes.get(row.key)) is None:
                 continue
@@ -303,8 +303,8 @@ def block_of(key: str) -> str:
     >>> block_of("layers.3.mlp.w:0"), block_of("head.weight:0")
     ('layers.3', 'head')
     """
-    found = re.match(r".*?\.\d+(?=\.)", key)
-    return found.group() if found else key.rpartition(".")[0] or key
+    match = re.match(r".*?\.\d+(?=\.)", key)
+    return match.group() if match else key.rpartition(".")[0] or key
 
 
 def depths_of(blocks: Sequence[str]) -> tuple[list[int], bool]:
@@ -317,7 +317,7 @@ def depths_of(blocks: Sequence[str]) -> tuple[list[int], bool]:
     (([1, 7], True), ([0, 1], False))
     """
     numbers = [re.search(r"\d+", block) for block in blocks]
-    depths = [int(found.group()[:9]) for found in numbers if found]
+    depths = [int(match.group()[:9]) for match in numbers if match]
     numbered = len(set(depths)) == len(blocks) and max(depths, default=0) < 10 * len(blocks) + 10
     return (depths if numbered else list(range(len(blocks)))), numbered
 

@@ -228,7 +228,7 @@ class Search(msgspec.Struct, frozen=True):
     budget: Count | None
     clock: dict[str, Amount]
     levels: list[Level]
-    found: FoundNetwork
+    network: FoundNetwork
     test: FoundNetwork
     cells: list[Cell]
     topology: list[Cell]

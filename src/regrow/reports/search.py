@@ -81,8 +81,8 @@ def search(folder: RunRecord) -> Search | None:
     measure = totals.measure or (target.partition("=")[0] if "=" in target else "params")
     if measure == "params" and "accounting" not in settings:
         measure = "nonzero"  # version 0.1 called it so
-    found = folder.last("found", FoundNetwork) or FoundNetwork()
-    counted = getattr(found, {"params": "parameters"}.get(measure, measure), None)
+    network = folder.last("found", FoundNetwork) or FoundNetwork()
+    counted = getattr(network, {"params": "parameters"}.get(measure, measure), None)
     planned, memory = folder.last("stages", PlannedStages) or PlannedStages(), folder.rows("memory", StageMemory)
     return Search(
         target=target,
@@ -99,7 +99,7 @@ def search(folder: RunRecord) -> Search | None:
         budget=_budget(settings.get("memory")),
         clock={"whole": latency.whole, "found": latency.found},
         levels=[Level(name, totals.saved.get(name), totals.kept.get(name)) for name in LEVELS if levels],
-        found=found,
+        network=network,
         test=folder.last("test", FoundNetwork) or FoundNetwork(),
         cells=cells.read_cells(folder.origin.config),
         topology=(topology := cells.read_topology(folder.origin.config)),
@@ -108,31 +108,31 @@ def search(folder: RunRecord) -> Search | None:
     )
 
 
-def unit(found: Search) -> str:
+def unit(result: Search) -> str:
     """Return the unit in which a search counts sizes, in words.
 
     Args:
-        found: The search.
+        result: The search.
     """
-    return _UNITS.get(found.measure, "parameters")
+    return _UNITS.get(result.measure, "parameters")
 
 
-def headline(run: Run, found: Search) -> str:
+def headline(run: Run, result: Search) -> str:
     """Return one sentence on the network that a run found, and its test accuracy.
 
     Args:
         run: The run.
-        found: Its measurements.
+        result: Its measurements.
     """
-    deed, left = f"{run.method or 'regrow search'} searched {run.model}", found.found
+    deed, left = f"{run.method or 'regrow search'} searched {run.model}", result.network
     if left.parameters is None:
         return f"{deed}. The search is not finished."
     some = "" if left.nonzero in (None, left.parameters) else f", {q.count(left.nonzero)} of them nonzero"
     deed += f" and found a network of {q.count(left.parameters)} parameters{some}."
-    if found.test.accuracy is None:
+    if result.test.accuracy is None:
         return f"{deed} It was not tested."
-    state = _trained(found).capitalize() if found.retrained else "With the weights of the search"
-    return f"{deed} {state}, it has a test accuracy of {q.percent(found.test.accuracy)}."
+    state = _trained(result).capitalize() if result.retrained else "With the weights of the search"
+    return f"{deed} {state}, it has a test accuracy of {q.percent(result.test.accuracy)}."
 
 
 def explain_unsearched(run: Run) -> str:
@@ -141,56 +141,56 @@ def explain_unsearched(run: Run) -> str:
     Args:
         run: The run.
     """
-    found = run.search
-    if found is None or run.method != "mgas" or found.measure not in ("params", "macs", "bytes") or found.topology:
+    result = run.search
+    if result is None or run.method != "mgas" or result.measure not in ("params", "macs", "bytes") or result.topology:
         return ""
-    return f"Weights were not searched, since a target in {found.measure} counts weights that are 0; nonzero does not."
+    return f"Weights were not searched, since a target in {result.measure} counts weights that are 0; nonzero does not."
 
 
-def details(run: Run, found: Search) -> list[str]:
+def details(run: Run, result: Search) -> list[str]:
     """Return the sentences below a run's headline: the origin of the method, and what was done.
 
     Args:
         run: The run.
-        found: Its measurements.
+        result: Its measurements.
     """
     lines = [line for line in (RECONSTRUCTED.get(run.method), explain_unsearched(run)) if line]
-    if found.epochs:
-        n, m = len(found.epochs), len({row.stage for row in found.epochs})
-        after = "further training" if found.inherited else "training from scratch"
-        anew = f", and {found.retrained} of {after}" if found.retrained and run.finished else ""
+    if result.epochs:
+        n, m = len(result.epochs), len({row.stage for row in result.epochs})
+        after = "further training" if result.inherited else "training from scratch"
+        anew = f", and {result.retrained} of {after}" if result.retrained and run.finished else ""
         lines.append(f"{n} epoch{'s' * (n != 1)} of search in {m} stage{'s' * (m != 1)}{anew}.")
-    if found.test.accuracy is not None:
+    if result.test.accuracy is not None:
         lines.append("A part of the training data was held out for validation; the test set was used once, at the end.")
     return lines
 
 
-def key_numbers(found: Search) -> list[KeyNumber]:
+def key_numbers(result: Search) -> list[KeyNumber]:
     """Return the figures at the head of the page.
 
     Args:
-        found: The measurements of a search.
+        result: The measurements of a search.
     """
-    test, left, ops = found.test, found.found, cells.operations(found.cells or found.topology)
-    state = _trained(found) if found.retrained else "after the search"
+    test, left, ops = result.test, result.network, cells.operations(result.cells or result.topology)
+    state = _trained(result) if result.retrained else "after the search"
     shown: list[tuple[str, Any, Any, str]] = [
         ("Test accuracy", test.accuracy, q.percent, f"{state}, on {q.count(test.images)} examples"),
         ("Validation accuracy", left.accuracy, q.percent, "after the search"),
         ("Parameters", left.parameters, q.count, f"stored; {q.count(left.nonzero)} nonzero"),
         ("MACs", left.macs, q.count, "of dense kernels, for one example"),
     ]
-    if found.asked:
-        shown.append(("Size", found.reached, q.count, f"of at most {q.count(found.asked)} {unit(found)}"))
-    if whole := found.clock["whole"]:
+    if result.asked:
+        shown.append(("Size", result.reached, q.count, f"of at most {q.count(result.asked)} {unit(result)}"))
+    if whole := result.clock["whole"]:
         below = f"ms per pass, measured; the whole space took {q.significant(whole)}"
-        shown.append(("Time", found.clock["found"], q.significant, below))
+        shown.append(("Time", result.clock["found"], q.significant, below))
     if ops:
         skips, bare = sum(op.kind == "skip" for op in ops), sum(op.bare for op in ops)
-        kinds = "none, skips and pools" if found.topology else "skips and pools"
+        kinds = "none, skips and pools" if result.topology else "skips and pools"
         shown.append(("Skips", skips / len(ops), q.percent, f"of operations, {skips} of {len(ops)}"))
         shown.append(("Without weights", bare / len(ops), q.percent, f"of operations, {bare} of {len(ops)}: {kinds}"))
-    if many := len(found.blocks):
-        shown.append(("Blocks", many - cells.count_skipped(found.blocks), q.count, f"of {many}"))
+    if many := len(result.blocks):
+        shown.append(("Blocks", many - cells.count_skipped(result.blocks), q.count, f"of {many}"))
     return [KeyNumber(label, write(value), below) for label, value, write, below in shown if value is not None]
 
 
@@ -204,10 +204,10 @@ def alarms(run: Run) -> list[str]:
     return [line for warn in warnings if run.search and (line := warn(run.search))]
 
 
-def _collapse(found: Search) -> str:
-    ops, many = cells.operations(found.cells or found.topology), len(found.blocks)
-    if many and cells.count_skipped(found.blocks) >= COLLAPSE * many:
-        return f"The search may have collapsed: {cells.count_skipped(found.blocks)} of {many} blocks do nothing."
+def _collapse(result: Search) -> str:
+    ops, many = cells.operations(result.cells or result.topology), len(result.blocks)
+    if many and cells.count_skipped(result.blocks) >= COLLAPSE * many:
+        return f"The search may have collapsed: {cells.count_skipped(result.blocks)} of {many} blocks do nothing."
     if not ops:
         return ""
     skips, bare = sum(op.kind == "skip" for op in ops) / len(ops), sum(op.bare for op in ops) / len(ops)
@@ -218,10 +218,10 @@ def _collapse(found: Search) -> str:
     return ""
 
 
-def _thin(found: Search) -> str:
+def _thin(result: Search) -> str:
     thin = [
         f"node {j + 1} of cell {i + 1} ({node.ops[0].kind})"
-        for i, cell in enumerate(found.cells)
+        for i, cell in enumerate(result.cells)
         for j, node in enumerate(cell.nodes)
         if len(node.ops) == 1
     ]
@@ -229,22 +229,22 @@ def _thin(found: Search) -> str:
     return f"Only one operation is left in {', '.join(thin[:12])}{rest}." if thin else ""
 
 
-def _off(found: Search) -> str:
-    if not found.asked or found.reached is None:
+def _off(result: Search) -> str:
+    if not result.asked or result.reached is None:
         return ""
-    sizes = f"the final network has {q.count(found.reached)} {unit(found)}, the target is {q.count(found.asked)}"
-    if found.reached > found.asked * (1.01 if found.measure == "ms" else 1):
+    sizes = f"the final network has {q.count(result.reached)} {unit(result)}, the target is {q.count(result.asked)}"
+    if result.reached > result.asked * (1.01 if result.measure == "ms" else 1):
         return f"The target was missed: {sizes}."
-    return f"The target was overshot: {sizes}." if found.reached < OVERSHOT * found.asked else ""
+    return f"The target was overshot: {sizes}." if result.reached < OVERSHOT * result.asked else ""
 
 
-def _overshot(found: Search) -> str:
+def _overshot(result: Search) -> str:
     """Return a warning about stages that ended with less than their allowed size.
 
     The final commit restores as much as the target allows, so the final size may hide that masks had removed too much.
     """
-    ends = list({row.stage: row for row in found.epochs}.values())
-    last_open = not found.levels or _off(found)  # the last stage is unfinished, or warned about already
+    ends = list({row.stage: row for row in result.epochs}.values())
+    last_open = not result.levels or _off(result)  # the last stage is unfinished, or warned about already
     over = [row for row in (ends[:-1] if last_open else ends) if row.allowed and row.size is not None]
     over = [row for row in over if row.size < OVERSHOT * row.allowed][:12]  # type: ignore[operator]
     sizes = [f"{q.count(row.size)} of {q.count(row.allowed)} in stage {row.stage + 1}" for row in over]
@@ -252,22 +252,22 @@ def _overshot(found: Search) -> str:
     return f"Thresholds removed too much: at the end, {', '.join(sizes)} was left.{back}" if sizes else ""
 
 
-def _moved(found: Search) -> str:
-    still = [row for row in found.commits if not (row.back or row.added or row.stood)]
+def _moved(result: Search) -> str:
+    still = [row for row in result.commits if not (row.back or row.added or row.stood)]
     moved = [row for row in still if (row.logits_moved or 0) > MOVED]
     if not moved:
         return ""
     at = ", ".join(dict.fromkeys(q.count(row.epoch) for row in moved[:12]))
     return (
-        f"A commit should not change outputs, but {len(moved)} of {len(found.commits)} did (after epoch {at}): "
+        f"A commit should not change outputs, but {len(moved)} of {len(result.commits)} did (after epoch {at}): "
         f"logits changed by up to {q.significant(max(row.logits_moved or 0 for row in moved))}."
     )
 
 
-def _memory(found: Search) -> str:
-    over = [row for row in found.stages if found.budget and (row.peak or 0) > found.budget]
+def _memory(result: Search) -> str:
+    over = [row for row in result.stages if result.budget and (row.peak or 0) > result.budget]
     peaks = [f"stage {row.stage + 1} needed {q.octets(row.peak)}" for row in over]
-    return f"The memory budget of {q.octets(found.budget)} was exceeded: {', '.join(peaks)}." if peaks else ""
+    return f"The memory budget of {q.octets(result.budget)} was exceeded: {', '.join(peaks)}." if peaks else ""
 
 
 def _last_of_each(rows: list[SearchEpoch]) -> list[SearchEpoch]:
@@ -284,8 +284,8 @@ def _stages(planned: PlannedStages, measured: list[StageMemory]) -> list[StageMe
     return [rows[stage] for stage in sorted(rows)]
 
 
-def _trained(found: Search) -> str:
-    return "trained further" if found.inherited else "retrained from scratch"
+def _trained(result: Search) -> str:
+    return "trained further" if result.inherited else "retrained from scratch"
 
 
 def _budget(asked: object) -> int | None:

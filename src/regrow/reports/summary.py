@@ -75,12 +75,12 @@ def read_summary(folders: Sequence[Path]) -> Summary:
     labels = _labels(runs)
     runs = [msgspec.structs.replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
     measured = [[row.source for row in run.perplexity if row.after] for run in runs]
-    return Summary(FORMAT, runs, [kind for kind in measured[0] if all(kind in kinds for kinds in measured)])
+    return Summary(FORMAT, runs, [kind for kind in measured[0] if all(kind in names for names in measured)])
 
 
 def _run(folder: RunRecord) -> Run:
     run, settings = folder.run, folder.run.settings
-    kinds, frozen = widths(folder)
+    groups, frozen = widths(folder)
     model = q.in_words(settings.get("model", settings.get("space"))).rstrip("/\\").replace("\\", "/")
     keep = settings.get("keep")
     return Run(
@@ -110,9 +110,9 @@ def _run(folder: RunRecord) -> Run:
         size=Sizes(**_by_side(folder.rows("size", SizeRow), ("before", "after"))),
         verify=folder.rows("verify", MaskingCheck)[-8:],
         reconstruction=folder.last("reconstruction", Reconstruction),
-        widths=kinds,
+        widths=groups,
         frozen=frozen,
-        scores=scores(folder, kinds),
+        scores=scores(folder, groups),
         findings=folder.findings if folder.findings and (folder.findings.spectrum or folder.findings.modules) else None,
         course=_course(folder),
         search=search(folder),
@@ -148,18 +148,18 @@ def _course(folder: RunRecord) -> Course | None:
 
 def _domains(folder: RunRecord) -> list[Domain]:
     """Return one row per text domain: perplexity before and after, and of the cut if a fit or recovery followed it."""
-    found: dict[str, dict[str, Any]] = {}
+    by_source: dict[str, dict[str, Any]] = {}
     for row in folder.rows("perplexity", Perplexity):
-        sides = found.setdefault(row.source, {"seen": False})
+        sides = by_source.setdefault(row.source, {"seen": False})
         if row.model == "recovered" and "after" in sides:
             sides.setdefault("fitted" if "cut" in sides else "cut", sides["after"])
         if side := _SIDES.get(row.model):
             sides |= {side: row, "seen": row.seen}
     pairs = {row.source: row for row in folder.rows("paired", PairedDifference)}
-    for source, sides in found.items():
+    for source, sides in by_source.items():
         if source in pairs:
             sides |= {"delta_nll": pairs[source].delta_nll, "delta_se": pairs[source].se}
-    return [Domain(source, **sides) for source, sides in found.items()]
+    return [Domain(source, **sides) for source, sides in by_source.items()]
 
 
 def _tasks(folder: RunRecord) -> list[Task]:

@@ -196,49 +196,49 @@ def domains(count: int) -> str:
     return f"{count} text domain{'s' * (count != 1)}"
 
 
-def learned_headline(run: Run, found: Course) -> str:
+def learned_headline(run: Run, course: Course) -> str:
     """Return one sentence on what was learned, and the accuracy at the end.
 
     Args:
         run: The run.
-        found: Its measurements.
+        course: Its measurements.
     """
-    n = len(found.matrix.matrix)
+    n = len(course.matrix.matrix)
     deed = f"{run.method or 'regrow learn'} trained {run.model} on {n} task{'s' * (n != 1)}{' in sequence' * (n > 1)}."
-    if found.matrix.average is None:
+    if course.matrix.average is None:
         return f"{deed} Its accuracy on all of them was not measured."
-    over = f", on average over {'all' if found.measured == n else f'the {found.measured} that could be evaluated'}"
-    return f"{deed} Final accuracy: {q.percent(found.matrix.average)}{over * (n > 1)}."
+    over = f", on average over {'all' if course.measured == n else f'the {course.measured} that could be evaluated'}"
+    return f"{deed} Final accuracy: {q.percent(course.matrix.average)}{over * (n > 1)}."
 
 
-def learned_details(run: Run, found: Course) -> list[str]:
+def learned_details(run: Run, course: Course) -> list[str]:
     """Return sentences below the headline: the origin of the method, and how the network grew.
 
     Args:
         run: The run.
-        found: Its measurements.
+        course: Its measurements.
     """
     lines = [RECONSTRUCTED] if run.method == "sparsegrow" else []
-    if found.gone:
-        lines.append(f"Data of {', '.join(found.gone)} were missing, so the figures are means over the other tasks.")
-    first, n = found.records[0].parameters if found.records else None, len(found.events)
-    if n and first and found.parameters:
+    if course.gone:
+        lines.append(f"Data of {', '.join(course.gone)} were missing, so the figures are means over the other tasks.")
+    first, n = course.records[0].parameters if course.records else None, len(course.events)
+    if n and first and course.parameters:
         lines.append(
             f"The network grew {n} time{'s' * (n != 1)}; it had {q.count(first)} parameters after the first task, "
-            f"{q.count(found.parameters)} after the last."
+            f"{q.count(course.parameters)} after the last."
         )
     elif not n:
         lines.append("The network did not grow.")
     return lines
 
 
-def learned_numbers(found: Course) -> list[KeyNumber]:
+def learned_numbers(course: Course) -> list[KeyNumber]:
     """Return the six figures of the accuracy matrix.
 
     Args:
-        found: The measurements of a run.
+        course: The measurements of a run.
     """
-    matrix, n, k = found.matrix, len(found.matrix.matrix), found.measured
+    matrix, n, k = course.matrix, len(course.matrix.matrix), course.measured
     over = "all tasks" if k == n else f"the {k} of {n} tasks that could be evaluated"
     shown: list[tuple[str, float | None, Any, str]] = [
         ("Final average accuracy", matrix.average, q.percent, f"over {over}, after the last"),
