@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS, MAX_PANELS, MAX_CELLS, MAX_LAYERS = 40, 6, 40, 500
 
-Line = tuple[str, Sequence[float | None]]
-"""A label, and its values."""
-Panel = tuple[str, Callable[[float | None], str], Sequence[Line]]
-"""A title, the format of its values, and its lines."""
+Panel = tuple[str, Callable[[float | None], str], Sequence[tuple[str, Sequence[float | None]]]]
+"""A title, the format of its values, and its lines: a label and values each."""
 Point = tuple[str, float | None, float | None]
 """A label, a horizontal and a vertical value."""
 
@@ -79,7 +77,7 @@ def widths(run: Run) -> Drawing | None:
     counts = [f"{kind.before:,} → {kind.after:,} units, {q.percent(kind.after / kind.before)} kept" for kind in groups]
 
     def paint(figure: "Figure", narrow: bool) -> None:
-        for axes, kind, words in zip(_rows(figure, len(groups)), groups, counts, strict=True):
+        for axes, kind, words in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups, counts, strict=True):
             rows = kind.rows[:MAX_LAYERS]
             depth = [row.depth for row in rows]
             _bars(axes, depth, [row.before for row in rows], FAINT, narrow, "cut")
@@ -119,7 +117,7 @@ def spectrum(findings: Findings | None) -> Drawing | None:
     ]
 
     def paint(figure: "Figure", narrow: bool) -> None:
-        panels = _rows(figure, 2 * len(means))
+        panels = figure.subplots(2 * len(means), squeeze=False)[:, 0]
         for moved, alike, rows, title in zip(panels[::2], panels[1::2], spaces, titles, strict=True):
             depth, numbered = depths_of([block_of(row.space) for row in rows])
             _bars(moved, depth, [row.exceeds or 0 for row in rows], FAINT, narrow, "F above 1")
@@ -179,9 +177,7 @@ def matrix(run: Run) -> Drawing | None:
         axes.xaxis.tick_top()
         every = max(1, wide // 20)
         axes.set_xticks([x + 0.5 for x in range(0, wide, every)], labels=[f"{x + 1}" for x in range(0, wide, every)])
-        names = [
-            f"{y - first + 1}" if narrow else f"{y - first + 1}  {q.shorten(n, 16)}" for y, (n, _) in enumerate(table)
-        ]
+        names = [f"{y - first + 1}{'' if narrow else f'  {q.shorten(n, 16)}'}" for y, (n, _) in enumerate(table)]
         axes.set_yticks([y + 0.5 for y in range(len(table))], labels=names, color=INK)
         axes.set_title("after learning ↓   evaluated task →   per cent", color=MUTED)
 
@@ -215,10 +211,8 @@ def search_size(run: Run) -> Drawing | None:
         ("Validation accuracy", q.percent_tick, [("accuracy", [row.accuracy for row in rows])]),
     ]
     begins = [row.epoch for i, row in enumerate(rows) if i and row.stage != rows[i - 1].stage]
-    title = "Size and validation accuracy over epochs"
-    return draw_lines(
-        "fig-search-size", title, "epoch; a dashed line is a new stage", panels, [r.epoch for r in rows], begins
-    )
+    title, below = "Size and validation accuracy over epochs", "epoch; a dashed line is a new stage"
+    return draw_lines("fig-search-size", title, below, panels, [row.epoch for row in rows], begins)
 
 
 def search_front(run: Run) -> Drawing | None:
@@ -306,7 +300,7 @@ def draw_lines(
     def paint(figure: "Figure", narrow: bool) -> None:
         from cycler import cycler
 
-        for axes, (head, write, lines) in zip(_rows(figure, len(known)), known, strict=True):
+        for axes, (head, write, lines) in zip(figure.subplots(len(known), squeeze=False)[:, 0], known, strict=True):
             axes.set_prop_cycle(cycler(ls=["-", "--", ":", "-."]) * cycler(color=[ACCENT, INK, COOL, WARM, MUTED]))
             for label, values in lines:
                 shown = [math.nan if v is None else v for v in values]
@@ -328,10 +322,6 @@ def draw_lines(
     )
     labels = sum(len(lines) for _, _, lines in known)
     return draw(name, title, description, 200 * len(known) + 40 + 10 * labels, paint)
-
-
-def _rows(figure: "Figure", count: int) -> "list[Axes]":
-    return [row[0] for row in figure.subplots(count, squeeze=False)]
 
 
 def _bars(axes: "Axes", at: Sequence[int], heights: Sequence[float], colour: str, narrow: bool, label: str) -> None:
