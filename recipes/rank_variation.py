@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rows import head, line
 from width_pruning_bench import WidthPruningBench
 from width_pruning_points import FOLDS, Row
 
 from regrow.evidence import Need
-from regrow.reports import behaviour
-from regrow.reports.findings import findings
-from regrow.reports.reading import RunRecord
+from regrow.reports import figures
+from regrow.reports.runs import Findings
 from regrow.scoring import METRICS, collect, weights_of
 from regrow.scoring.sensitivity import ranks, spectrum
 from regrow.scoring.spaces import spaces
@@ -82,10 +82,8 @@ def _cells(rows: Sequence[Row]) -> Iterator[str]:
 
 def draw(out: Path, result: Mapping[str, Any]) -> None:
     """Draw how far ranks vary in each layer (``wifv``), beside the result."""
-    rows = {"spectrum": result["rows"]["wifv"]}
-    found = findings(RunRecord(Path(), {}, axes={"before": []}, findings=rows))
-    drawing = behaviour.spectrum({"findings": found})
-    if drawing is not None:
+    found = msgspec.convert({"method": "", "spectrum": result["rows"]["wifv"]}, Findings)
+    if drawing := figures.spectrum(found):
         out.with_suffix(".svg").write_text(drawing.file())
 
 

@@ -126,7 +126,7 @@ def test_a_report_reads_what_is_written(run):
     axis = {"key": "a.0.w:0", "size": 9, "mark": "neutral", "reason": "", "block": "a.0", "label": "neurons"}
     run.write_axes([axis], [axis | {"size": 7}])
     run.write_scores("wifv", {"a.0.w:0": {"quantiles": list(range(21)), "kept_min": 2.0, "dropped_max": math.inf}})
-    run.log("size", model="dense", params_all=9, bytes=36)
+    run.log("size", model="dense", params_all=9, params_counted=8, macs=8, bytes=36)
     run.log("perplexity", model="pruned", source="news", ppl=math.inf, nll=1.0)
     axes, scores = run.axes(), run.scores()
     assert summarise([run.out])["runs"][0]["name"] == "run", "also while it goes on"

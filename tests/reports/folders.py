@@ -71,6 +71,7 @@ def _run(method, keep, seed, kinds):
     ]
     return {
         "format": "regrow-run/2",
+        "defaults": {},
         "verb": "prune",
         "command": f"regrow prune smollm2-135m --method {method} --keep {keep} --source news=news.txt "
         f"--source code=code.txt --seed {seed} --tokens 4096 --seq-len 256 --out runs/{method}-{keep}",
@@ -84,11 +85,12 @@ def _run(method, keep, seed, kinds):
             "device": "cpu",
             "tokens": 4096,
             "seq_len": 256,
-            "sources": sources,
+            "sources": [name for name, *_ in kinds],
             "only": [],
             "exclude": [],
             "round": 1,
         },
+        "sources": sources,
         "versions": {"regrow": "0.1.0", "torch": "2.9.1", "transformers": "5.15.0", "python": "3.11.7"},
         "started": "2026-11-24T15:02:11+00:00",
         "finished": "2026-11-24T15:07:05+00:00",
@@ -105,12 +107,16 @@ def _run(method, keep, seed, kinds):
     }
 
 
+NOTHING_ADDED = {"grow": 0, "fill": {"rule": "zero_out", "seed": 0}, "restore": [], "fresh": False}
+
+
 def _plan(kept):
     changes = {
-        key: {"size": total, "keep": keep, "slots": [], "ids": list(range(total))}
+        key: {"size": total, "keep": keep, "slots": [], "ids": list(range(total)), **NOTHING_ADDED}
         for key, (total, keep) in kept.items()
     }
-    return {"format": "regrow-plan/1", "origin": {"method": "flap"}, "changes": changes, "means": {}}
+    plan = {"format": "regrow-plan/1", "origin": {"method": "flap"}, "changes": changes, "means": {}}
+    return plan | {"drop": {}, "back": []}
 
 
 def _axes(kept):
@@ -245,10 +251,6 @@ def _metrics(keep, loss, kinds):
             "macs": 256 * (counted + 28_311_552),
             "bytes": 4 * (counted + rest) + 60_000,
             "dtype": "float32",
-        }
-        yield {"what": "speed", "model": model, "tokens_per_s": 520 / (0.3 + 0.7 * share), "spread": 14.0} | {
-            "latency_ms": 1.9 * (0.3 + 0.7 * share),
-            "peak_bytes": 1.2e9 * (0.4 + 0.6 * share),
         }
     yield {"what": "verify", "max_abs_diff": 3.1e-14, "bound": 2.8e-8, "dtype": "float64", "argmax_flips": 0}
     yield {"what": "verify", "max_abs_diff": 2.2e-4, "bound": 1.9e-3, "dtype": "float32", "argmax_flips": 1}

@@ -7,11 +7,13 @@ import sys
 import pytest
 
 from regrow.reports import ReportError, summarise, to_html, to_markdown
+from regrow.reports.findings import module_means, rank_means
 from regrow.reports.reading import ABSENT
+from regrow.reports.summary import read_summary
 from reports.folders import GROUPS, LAYERS, MASSIVE, NEURONS, mlp, write_run
 
 ODD = (None, True, -1, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 10_000, "<script>alert(1)</script>")
-ODD += ([], {}, [[[]]], {"": None}, [None, 3, "a"], "\x00\x1b[31m\u202e", {"a": {"b": [1]}})
+ODD += ("\ud800", [], {}, [[[]]], {"": None}, [None, 3, "a"], "\x00\x1b[31m\u202e", {"a": {"b": [1]}})
 
 
 @pytest.fixture
@@ -26,47 +28,40 @@ def edit(path, change):
 
 
 def test_a_complete_run(folder):
-    summary = summarise([folder])
-    (run,) = summary["runs"]
-    assert not run["missing"] and not run["problems"]
-    assert [row["source"] for row in run["perplexity"]] == ["news", "code", "manual", "talk"] == summary["kinds"]
-    news = run["perplexity"][0]
-    assert news["before"]["ppl"] == 33.2 and news["ratio"] == pytest.approx(41.0 / 33.2) and news["seen"]
-    assert news["before"]["low"] == pytest.approx(33.2 * math.exp(-1.96 * 0.028))
-    assert run["means"]["unseen"]["before"] == pytest.approx(math.sqrt(14.1 * 26.4))
-    neurons, groups = run["widths"]
-    assert neurons["kind"] == "MLP neurons" and neurons["before"] == LAYERS * NEURONS > neurons["after"]
-    assert groups["before"] == LAYERS * GROUPS and groups["changed"] == 2
-    assert [row["depth"] for row in neurons["rows"]] == list(range(LAYERS))
-    assert run["frozen"] == [{"reason": "the vocabulary: the model's output", "count": 1}]
-    assert {(unit["unit"], unit["kept"]) for unit in run["scores"]["massive"]} == {
-        (unit, True) for _, unit, _ in MASSIVE
-    }
-    assert run["size"]["after"]["params_counted"] == round(106_168_320 * 0.9)
-    assert [row["holds"] for row in run["verify"]] == [True, True]
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    summary = read_summary([folder])
+    (run,) = summary.runs
+    assert not run.missing and not run.problems
+    assert [row.source for row in run.perplexity] == ["news", "code", "manual", "talk"] == summary.kinds
+    news = run.perplexity[0]
+    assert news.ppl("before") == 33.2 and news.ratio == pytest.approx(41.0 / 33.2) and news.seen
+    assert news.before.ends[0] == pytest.approx(33.2 * math.exp(-1.96 * 0.028))
+    assert run.means["unseen"].before == pytest.approx(math.sqrt(14.1 * 26.4))
+    neurons, groups = run.widths
+    assert neurons.kind == "MLP neurons" and neurons.before == LAYERS * NEURONS > neurons.after
+    assert groups.before == LAYERS * GROUPS and groups.changed == 2
+    assert [row.depth for row in neurons.rows] == list(range(LAYERS))
+    assert run.frozen == {"the vocabulary: the model's output": 1}
+    assert {(unit.unit, unit.kept) for unit in run.scores.massive} == {(unit, True) for _, unit, _ in MASSIVE}
+    assert run.size.after.params_counted == round(106_168_320 * 0.9)
+    assert [row.holds for row in run.verify] == [True, True]
+    plain = summarise([folder])
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain and plain["kinds"] == summary.kinds
 
 
 def test_what_a_method_saw(tmp_path):
-    summary = summarise([write_run(tmp_path / "run", "gprune", 0.8)])
-    (run,) = summary["runs"]
-    found = run["findings"]
-    assert not run["missing"] and not run["problems"] and found["sources"] == ["news", "code", "manual", "talk"]
-    for kinds in (found["spectrum"], found["modules"]):
-        (kind,) = kinds
-        assert kind["numbered"] and [row["depth"] for row in kind["rows"]] == list(range(LAYERS))
-    neurons, heads = found["tested"]
-    assert (neurons["units"], neurons["axes"], neurons["pooled"]) == (LAYERS * NEURONS, LAYERS, False)
-    assert (heads["units"], heads["axes"], heads["pooled"]) == (LAYERS * GROUPS, LAYERS, True)
-    assert heads["spearman"] == pytest.approx(0.8)
-    cells = {(kind["pooled"], row["cell"]): row for kind in found["cells"] for row in kind["rows"]}
-    grid = [(False, f"{a} {b}") for a in ("robust", "sensitive") for b in ("weak", "strong")]
-    assert list(cells) == [*grid, (True, "robust"), (True, "sensitive")]
-    weak = cells[False, "sensitive weak"]
-    assert weak["units"] == LAYERS * NEURONS // 4 and weak["switched"] == pytest.approx(2 / 3)
-    assert found["cells"][0]["all"]["units"] == LAYERS * NEURONS
-    assert found["best"] == {"step": 60, "held_out": 0.5277} and found["robust"] == {"base": 0.47, "cut": 0.56}
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    (run,) = read_summary([write_run(tmp_path / "run", "gprune", 0.8)]).runs
+    found = run.findings
+    assert not run.missing and not run.problems and found.sources == ["news", "code", "manual", "talk"]
+    neurons, heads = rank_means(found)
+    assert (neurons.units, neurons.axes, neurons.pooled) == (LAYERS * NEURONS, LAYERS, False)
+    assert (heads.units, heads.axes, heads.pooled) == (LAYERS * GROUPS, LAYERS, True)
+    assert heads.means["spearman"] == pytest.approx(0.8)
+    (_, cells), (pooled, others) = module_means(found)
+    grid = [f"{a} {b}" for a in ("robust", "sensitive") for b in ("weak", "strong")]
+    assert [row.name for row in cells] == [*grid, "All"] and [row.name for row in others][:2] == ["robust", "sensitive"]
+    assert pooled.endswith(", ranked together")
+    assert cells[2].units == LAYERS * NEURONS // 4 and cells[2].means["switched"] == pytest.approx(2 / 3)
+    assert cells[-1].units == LAYERS * NEURONS
 
 
 def test_modules_of_whole_axes_and_an_interrupted_run(tmp_path):
@@ -80,26 +75,17 @@ def test_modules_of_whole_axes_and_an_interrupted_run(tmp_path):
         del found["best_step"]
 
     edit(folder / "findings.json", whole)
-    found = summarise([folder])["runs"][0]["findings"]
-    ((row,),) = (kind["rows"] for kind in found["cells"])
-    assert row["cell"] == "" and row["start"] is not None and row["chosen"] is None
-    assert [len(axis["cells"]) for axis in found["modules"][0]["rows"]] == [1] * LAYERS
-    assert found["best"]["step"] == 60  # the lowest so far
+    ((_, (row,)),) = module_means(read_summary([folder]).runs[0].findings)
+    assert row.name == "One module per layer" and row.means["start"] is not None and row.means["chosen"] is None
+    assert "at step 60 of 100" in to_markdown(summarise([folder]))  # the lowest so far
 
 
-def test_rows_of_findings_that_cannot_be_used_are_counted(tmp_path):
+def test_findings_that_do_not_fit_are_left_out_and_named(tmp_path):
     folder = write_run(tmp_path / "run", "gprune")
-    odd = [{"step": float("nan"), "held_out": 1}, {"step": 3, "held_out": -1}, {"step": 3}, "x"]
-    edit(folder / "findings.json", lambda found: found["history"].extend(odd))
-    edit(folder / "findings.json", lambda found: found["modules"][0].update(start=1.5, sensitivity="much"))
-    edit(folder / "findings.json", lambda found: found.update(spectrum=5))
-    (run,) = summarise([folder])["runs"]
-    assert run["problems"] == [
-        "findings.json: spectrum is 5: Expected `array`, got `int`; what does not fit is left out",
-        "findings.json: 1 of 128 rows of modules left out",
-        "findings.json: 4 of 10 rows of history left out",
-    ]
-    assert len(run["findings"]["history"]) == 6 and not run["findings"]["tested"]
+    edit(folder / "findings.json", lambda found: found["modules"][0].update(start=1.5))
+    (run,) = read_summary([folder]).runs
+    assert run.findings is None and len(run.problems) == 1 and len(run.perplexity) == 4
+    assert run.problems[0].startswith("findings.json: modules.0.start is 1.5: ") and "left out" in run.problems[0]
 
 
 def test_a_target_and_a_regular_plan_are_told(folder):
@@ -116,9 +102,6 @@ def test_a_target_and_a_regular_plan_are_told(folder):
     found = to_markdown(summary)
     assert "The plan is regular" in found and "at 4,096 tokens" in found
     assert "allowed at most 50.0\N{NO-BREAK SPACE}MB, before 94.0\N{NO-BREAK SPACE}MB" in found
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row | {"measure": "ms", "context": 0, "after": "fast"}) + "\n")
-    assert summarise([folder])["runs"][0]["budget"] is None, "a row without figures says nothing"
 
 
 def test_figures_and_templates_are_loaded_only_when_asked_for():
@@ -135,12 +118,12 @@ def test_a_missing_file_is_said(folder, name):
 
 
 def test_without_axes_the_plan_gives_the_widths(folder):
-    whole = summarise([folder])["runs"][0]
+    whole = read_summary([folder]).runs[0]
     (folder / "axes.json").unlink()
-    run = summarise([folder])["runs"][0]
-    assert [kind["after"] for kind in run["widths"]] == [kind["after"] for kind in whole["widths"]]
-    assert run["widths"][0]["kind"] == "model.layers.*.mlp.gate_proj.weight:0"
-    assert [row["depth"] for row in run["widths"][0]["rows"]] == list(range(LAYERS))
+    run = read_summary([folder]).runs[0]
+    assert [kind.after for kind in run.widths] == [kind.after for kind in whole.widths]
+    assert run.widths[0].kind == "model.layers.*.mlp.gate_proj.weight:0"
+    assert [row.depth for row in run.widths[0].rows] == list(range(LAYERS))
 
 
 def test_only_run_json(folder):
@@ -179,8 +162,8 @@ def test_units_are_followed_through_two_plans(folder):
         change = ledger["plans"][0]["changes"][mlp(layer)]
         ids = [change["ids"][i] for i in change["keep"]]
         keep = [i for i, birth in enumerate(ids) if birth != unit]
-        second = {mlp(layer): {"size": len(ids), "keep": keep, "slots": [], "ids": ids}}
-        ledger["plans"].append({"format": "regrow-plan/1", "changes": second})
+        second = {mlp(layer): change | {"size": len(ids), "keep": keep, "ids": ids}}
+        ledger["plans"].append(ledger["plans"][0] | {"changes": second})
 
     edit(folder / "ledger.json", again)
     run = summarise([folder])["runs"][0]
@@ -197,9 +180,9 @@ def test_units_that_came_back_and_newborn_ones_count(folder):
             first = ledger["plans"][0]["changes"][mlp(layer)]
             first["keep"] = [i for i in first["keep"] if i != unit]
             ids = [first["ids"][i] for i in first["keep"]]
-            second = {"size": len(ids), "keep": list(range(len(ids))), "slots": [], "ids": ids}
+            second = first | {"size": len(ids), "keep": list(range(len(ids))), "ids": ids}
             second |= {"restore": [unit], "fresh": fresh, "grow": 3}
-            ledger["plans"][1:] = [{"format": "regrow-plan/1", "changes": {mlp(layer): second}}]
+            ledger["plans"][1:] = [ledger["plans"][0] | {"changes": {mlp(layer): second}}]
 
         return change
 
@@ -232,28 +215,38 @@ def test_damaged_files_are_left_out_and_named(folder):
     (folder / "ledger.json").write_text('{"format": "regrow-led')
     (folder / "scores.json").write_text("[1, 2]")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"what": "perpl')
-    (run,) = summarise([folder])["runs"]
-    assert [problem.split(":")[0] for problem in run["problems"]] == ["ledger.json", "scores.json", "metrics.jsonl"]
-    assert len(run["perplexity"]) == 4
+        file.write('{"what": "perpl')  # cut short by a crash
+    (run,) = read_summary([folder]).runs
+    assert [problem.split(" ")[0].strip(":") for problem in run.problems] == ["ledger.json", "scores.json"]
+    assert len(run.perplexity) == 4 and str(folder) not in "".join(run.problems)
 
 
-def test_absurd_values_are_refused(folder):
-    lines = [
-        {"what": "perplexity", "model": "pruned", "source": "news", "ppl": float("nan"), "se": -3},
-        {"what": "perplexity", "model": "pruned", "source": "code", "ppl": "9.1", "tokens": -5},
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"what": "perplexity", "model": "pruned", "source": "news", "ppl": 9.0, "nll": 1.0, "se": -3},
+        {"what": "perplexity", "model": "pruned", "source": "code", "ppl": "9.1", "nll": 1.0},
         {"what": "paired", "source": "talk", "delta_nll": 1e9},
         {"what": "size", "model": "pruned", "params_all": 10**99, "macs": True},
-    ]
+    ],
+)
+def test_measurements_that_do_not_fit_are_left_out_and_named(folder, row):
     with (folder / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.write(json.dumps(row) + "\n")
+    (run,) = read_summary([folder]).runs
+    (problem,) = run.problems
+    assert problem.startswith("metrics.jsonl: ") and run.widths
+    assert problem.split(":")[1].strip() in ("perplexity", "paired", f"line {len(list(_lines(folder)))}")
+
+
+def _lines(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_an_axis_of_absurd_size_is_named(folder):
     edit(folder / "axes.json", lambda axes: axes["before"].append({"key": "huge", "size": 10**30}))
-    (run,) = summarise([folder])["runs"]
-    news, code, _, talk = run["perplexity"]
-    assert news["after"]["ppl"] is None and code["after"]["ppl"] is None and code["after"]["tokens"] is None
-    assert talk["delta_nll"] is None and talk["ratio"] == pytest.approx(37.7 / 26.4)
-    assert run["size"]["after"]["params_all"] is None and run["size"]["after"]["macs"] is None
-    assert any("huge" in problem for problem in run["problems"])
+    (run,) = read_summary([folder]).runs
+    assert any(problem.startswith("axes.json: before.") for problem in run.problems) and run.perplexity
 
 
 def test_nothing_in_a_folder_can_break_the_summary(tmp_path, monkeypatch):
@@ -311,4 +304,4 @@ def test_a_measured_allocation_is_not_called_learned(tmp_path):
     rows = [[line for line in text.splitlines() if "sensitive weak" in line] for text in (learned, lines)]
     assert rows[0] == rows[1] != []
     page = to_html(summarise([folder]))
-    assert ">Chosen</th>" in page and ">Learned</th>" not in page and "by the best start and as chosen" in page
+    assert ">Chosen</th>" in page and ">Learned</th>" not in page

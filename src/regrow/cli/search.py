@@ -47,8 +47,8 @@ def search(given: Given[Settings], code: str, track: str, out: Path) -> None:
 
 
 def _tell(folder: "RunFolder") -> None:
-    from regrow.reports import summarise
     from regrow.reports.search import alarms, explain_unsearched
+    from regrow.reports.summary import read_summary
 
     found, tested, levels = map(folder.last, ("found", "test", "levels"))
     table(
@@ -64,6 +64,6 @@ def _tell(folder: "RunFolder") -> None:
         f"validation accuracy {found['accuracy']:.3f} after the search; "
         f"test accuracy{after} {tested['accuracy']:.3f} on {tested['images']} examples"
     )
-    (run,) = summarise([folder.path])["runs"]
+    (run,) = read_summary([folder.path]).runs
     for note in [*alarms(run), *filter(None, [explain_unsearched(run)])]:
         say(f"note: {note}")

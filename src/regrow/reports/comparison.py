@@ -1,143 +1,258 @@
-"""Figures of a page that compares pruning runs."""
+"""The page that compares runs: its table, its sentences, and the settings in which the runs differ."""
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import SMALL, Canvas, Drawing, draw, log_axis, log_ticks
-from regrow.reports.fronts import draw_front
-from regrow.reports.records import Run, Summary
-from regrow.reports.words import same_dense
+from regrow.reports import search, words
+from regrow.reports.drawing import Drawing
+from regrow.reports.figures import draw_front, draw_lines
+from regrow.reports.records import geometric_mean
+from regrow.reports.runs import Course, Run, Search, Summary
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-MAX_KINDS = 12
+MAX_LINES = 24
 
 
-def perplexity(summary: Summary) -> Drawing | None:
-    """Draw the perplexity of each run, one panel per text domain; the best runs at their size are marked.
+@dataclass(frozen=True)
+class TableCell:
+    """A cell of the table: its value, whether no run of the same size or less is better, and a line below it."""
 
-    Args:
-        summary: A summary of several runs.
-    """
-    runs, kinds = summary["runs"], summary["kinds"][:MAX_KINDS]
-    found = [(kind, [v for run in runs if (v := _value(run, kind))]) for kind in kinds]
-    table = [(kind, values) for kind, values in found if len(values) == len(runs)]
-    if not table:
-        return None
-    dense = same_dense(summary) or {}
-    labels = [run["label"] for run in runs]
-    description = "; ".join(
-        f"{kind}: " + ", ".join(f"{label} {q.significant(v)}" for label, v in zip(labels, values, strict=True))
-        for kind, values in table[:6]
-    )
-
-    def paint(canvas: Canvas) -> None:
-        columns = 1 if canvas.narrow else 2
-        gap, step, head, foot = 44, 25, 40, 44
-        width = (canvas.width - gap * (columns - 1)) / columns
-        height = step * len(runs)
-        canvas.start(math.ceil(len(table) / columns) * (head + height + foot) + 8)
-        for i, (kind, values) in enumerate(table):
-            x, top = (i % columns) * (width + gap), (i // columns) * (head + height + foot)
-            canvas.text(x, top + 18, kind[:30])
-            left = 112
-            axes = canvas.panel(top + head, height, left=x + left, width=width - left)
-            axes.set_ylim(len(runs) - 0.5, -0.5)
-            known = [*values, dense[kind]] if kind in dense else values
-            log_axis(axes, known, width - left, 36, "")
-            if kind in dense:
-                axes.axvline(dense[kind], color=palette.MUTED, linewidth=1.2, linestyle=(0, (3, 3)))
-                canvas.text(
-                    x + width, top + 18, f"before {q.significant(dense[kind])}", color=palette.MUTED, ha="right"
-                )
-            for place, (value, best) in enumerate(zip(values, leaders(runs, values), strict=True)):
-                face = palette.ACCENT if best else palette.FAINT
-                axes.plot([value], [place], "o", markersize=9, markerfacecolor=face, markeredgecolor=palette.PAPER)
-                axes.annotate(
-                    q.significant(value),
-                    (value, place),
-                    xytext=(8, 0),
-                    textcoords="offset points",
-                    va="center",
-                    color=palette.INK if best else palette.MUTED,
-                    fontsize=SMALL,
-                    annotation_clip=False,
-                )
-                label = runs[place]["label"]
-                label = label if len(label) < 16 else label[:14] + "…"
-                canvas.text(
-                    x,
-                    top + head + (place + 0.5) * step,
-                    label,
-                    fontsize=SMALL,
-                    color=palette.INK if best else palette.MUTED,
-                )
-
-    return draw("fig-kinds", "Perplexity per text domain and run", description, paint)
+    value: str
+    best: bool = False
+    below: str = ""
 
 
-def front(summary: Summary) -> Drawing | None:
-    """Draw the geometric mean of perplexity over the shared text domains against the fraction of weights kept.
+@dataclass(frozen=True)
+class Comparison:
+    """What the page of several runs says.
 
     Args:
-        summary: A summary of several runs.
+        headline: What is compared.
+        details: Which run leads.
+        alarms: Why the runs cannot be compared.
+        lede: What the table shows.
+        columns: The heads of its columns.
+        rows: A run's label and its cells each.
+        note: The meaning of the columns.
+        means: The mean perplexity of each pruning run over the shared text domains.
     """
-    points = [(run["label"], kept_share(run), (run["means"]["shared"] or {}).get("after")) for run in summary["runs"]]
-    known = [(label, x, y) for label, x, y in points if x and y]
-    if len({x for _, x, _ in known}) < 2:
-        return None
-    description = "; ".join(f"{label}: {q.percent(x)} kept, perplexity {q.significant(y)}" for label, x, y in known)
-    best = [not any(o[1] <= p[1] and o[2] <= p[2] and o[1:] != p[1:] for o in known) for p in known]
 
-    def scale(canvas: Canvas, axes: "Axes", ys: list[float]) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        low, high = math.log10(min(ys)), math.log10(max(ys))
-        room = max(high - low, 0.1) * 0.18
-        axes.set_yscale("log")
-        axes.set_ylim(10 ** (low - room), 10 ** (high + room))
-        log_ticks(axes.yaxis, 10 ** (low - room), 10 ** (high + room), 6)
-        axes.xaxis.set_major_locator(MaxNLocator(4 if canvas.narrow else 8))
-        axes.xaxis.set_major_formatter(lambda value, _: q.percent_tick(value))
-
-    title = "Perplexity against the fraction of weights kept"
-    above = "perplexity, geometric mean (log scale)"
-    return draw_front("fig-front", title, description, known, best, "weights kept", above, scale)
+    headline: str
+    details: list[str]
+    lede: str
+    columns: list[str]
+    rows: list[tuple[str, list[TableCell]]]
+    note: str
+    alarms: list[str] = field(default_factory=list)
+    means: list[float | None] = field(default_factory=list)
 
 
-def kept_share(run: Run) -> float | None:
-    """Return the fraction of the weights that a run kept: the measured one, or else the requested one.
+def compare(summary: Summary) -> Comparison:
+    """Return what the page of several runs says: of pruning, of learning, or of searches.
 
     Args:
-        run: A run of the summary.
+        summary: The runs.
     """
-    before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
-    if before.get("params_counted") and after.get("params_counted"):
-        return float(after["params_counted"] / before["params_counted"])
-    return run["keep"] if run["measure"] in ("", "weights") else None
+    courses, searches = [run.course for run in summary.runs], [run.search for run in summary.runs]
+    if all(courses):
+        return _compare_courses(summary, [course for course in courses if course])
+    if all(searches):
+        return _compare_searches(summary, [result for result in searches if result])
+    return _compare_pruning(summary)
 
 
-def leaders(runs: list[Run], values: Sequence[float | None]) -> list[bool]:
-    """Return which runs have the lowest perplexity among all that keep as little or less (within half a per cent).
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return the settings in which runs differ: name → one value per run, the default where none was given.
 
     Args:
         runs: The runs.
-        values: Their perplexities.
-
-    Returns:
-        One bool per run; ``False`` where the perplexity is unknown.
     """
-    shares = [kept_share(run) or 1.0 for run in runs]
-    known = [(value, share) for value, share in zip(values, shares, strict=True) if value]
-    return [
-        value is not None and not any(v < value and s <= share + 0.005 for v, s in known)
-        for value, share in zip(values, shares, strict=True)
+    told = [{pair.name: pair.value for pair in (*run.settings, *run.method_settings)} for run in runs]
+    whole = [{p.name: p.value for p in run.defaults} | table for run, table in zip(runs, told, strict=True)]
+    names = dict.fromkeys(name for table in told for name in table)
+    if len({run.method for run in runs}) == 1:
+        names |= dict.fromkeys(name for name in whole[0] if all(name in table for table in whole))
+    columns = {name: [table.get(name, q.NONE) for table in whole] for name in names}
+    return {name: values for name, values in columns.items() if len(set(values)) > 1}
+
+
+def compared_perplexity(summary: Summary, means: Sequence[float | None]) -> Drawing | None:
+    """Draw the mean perplexity of pruning runs against the fraction of weights kept.
+
+    Args:
+        summary: The runs.
+        means: The geometric mean of the perplexity of each over the shared text domains.
+    """
+    points = [(run.label, run.kept, after) for run, after in zip(summary.runs, means, strict=True)]
+    title, below = "Perplexity against the fraction of weights kept", "perplexity, geometric mean (log scale)"
+    return draw_front("fig-front", title, points, "weights kept", below, lower=True)
+
+
+def compared_accuracy(summary: Summary) -> Drawing | None:
+    """Draw the mean accuracy of learning runs over the tasks learned so far, after each task.
+
+    Args:
+        summary: The runs.
+    """
+    courses = [(run.label, run.course) for run in summary.runs[:MAX_LINES] if run.course]
+    lines = [(label, [q.mean(row[: i + 1]) for i, row in enumerate(course.matrix.matrix)]) for label, course in courses]
+    title = "Average accuracy over the tasks learned, after each task"
+    return draw_lines("fig-courses", title, "tasks learned", [("", q.percent_tick, lines)], floor=None)
+
+
+def compared_sizes(summary: Summary) -> Drawing | None:
+    """Draw the final average accuracy of learning runs against parameters.
+
+    Args:
+        summary: The runs.
+    """
+    points = [(run.label, run.course.parameters, run.course.matrix.average) for run in summary.runs if run.course]
+    title, words = "Final average accuracy against parameters", ("parameters at the end", "final average accuracy")
+    return draw_front("fig-courses-size", title, points, *words)
+
+
+def _compare_pruning(summary: Summary) -> Comparison:
+    runs, sources = summary.runs, summary.kinds
+    domains = [{row.source: row for row in run.perplexity} for run in runs]
+    means = [geometric_mean([table[source] for source in sources]) for table in domains]
+    seen = [{table[source].seen for table in domains} for source in sources]
+    heads = [
+        f"{source}{' (seen)' if s == {True} else ' (unseen)' if s == {False} else ''}"
+        for source, s in zip(sources, seen, strict=True)
     ]
+    columns: list[list[tuple[float | None, float | None, float | None]]] = []
+    if sources:
+        columns.append([(mean.after, mean.ratio, None) if mean else (None, None, None) for mean in means])
+    for source in sources:
+        columns.append([(table[source].ppl("after"), table[source].ratio, table[source].error) for table in domains])
+    rows: list[tuple[str, list[TableCell]]] = [(run.label, [TableCell(q.percent(run.kept))]) for run in runs]
+    for column in columns:
+        leads = q.leaders([run.kept or 1.0 for run in runs], [None if ppl is None else -ppl for ppl, _, _ in column])
+        for (_, cells), (ppl, ratio, error), lead in zip(rows, column, leads, strict=True):
+            spread = f" ± {q.spread(error, ratio)}" * (error is not None)
+            cells.append(TableCell(q.significant(ppl), lead, f"{q.factor(ratio)}{spread}" if ratio else ""))
+    dense = [[ppl for table in domains if (ppl := table[source].ppl("before"))] for source in sources]
+    same = all(len(values) == len(runs) and max(values) / min(values) < 1.001 for values in dense)
+    if sources and same:
+        first = [values[0] for values in dense]
+        before = [math.exp(q.mean([math.log(ppl) for ppl in first]) or 0.0), *first]
+        rows.insert(0, ("before", [TableCell(q.percent(1)), *(TableCell(q.significant(ppl)) for ppl in before)]))
+    who = f"{len(runs)} runs of {_one_of({run.model for run in runs}, 'models')}"
+    shared = f", compared on {words.domains(len(sources))}." if sources else "; no text domain is common to all."
+    best: dict[int, tuple[float, str]] = {}
+    for run, mean in zip(runs, means, strict=True):
+        if mean and run.kept:
+            level = round(100 * run.kept)
+            best[level] = min(best.get(level, (math.inf, "")), (mean.after, run.label))
+    parts = [
+        f"{at}{q.SPACE}% of the weights kept: {q.significant(p)} ({label})"
+        for at, (p, label) in sorted(best.items())[::-1]
+    ]
+    leading = f"Lowest perplexity, as a geometric mean over the text domains. {'; '.join(parts[:5])}."
+    return Comparison(
+        f"{who}{shared}",
+        [leading] if parts else [],
+        "Perplexity on the text domains on which all runs were evaluated; lower is better. A value is marked if no run "
+        "that keeps as little has a lower one. The factor below it is after ÷ before.",
+        ["Kept", *(["Geometric mean"] if sources else []), *heads],
+        rows,
+        "± is half the 95 % interval of differences paired per window. Seen and unseen: by all runs in calibration."
+        + " The runs did not measure the same perplexity before: compare factors, not values." * (not same),
+        means=[mean.after if mean else None for mean in means],
+    )
 
 
-def _value(run: Run, kind: str) -> float | None:
-    return next((row["after"]["ppl"] for row in run["perplexity"] if row["source"] == kind and row["after"]), None)
+def _compare_courses(summary: Summary, courses: list[Course]) -> Comparison:
+    runs = summary.runs
+    scenarios = [next((pair.value for pair in run.settings if pair.name == "scenario"), "") for run in runs]
+    ends = [(course.matrix.matrix or [[]])[-1] for course in courses]
+    evaluated = {
+        (tuple(course.matrix.tasks[: len(course.matrix.matrix)]), tuple(v is None for v in end), scenario)
+        for course, end, scenario in zip(courses, ends, scenarios, strict=True)
+    }
+    figures: list[tuple[str, str, Callable[[float | None], str], int]] = [
+        ("Final average", "average", q.percent, 1),
+        ("Average during learning", "average_along", q.percent, 1),
+        ("Learning", "learning", q.percent, 1),
+        ("Forgetting", "forgetting", q.points, -1),
+        ("Backward transfer", "backward_transfer", q.points, 1),
+        ("Forward transfer", "forward_transfer", q.points, 1),
+    ]
+    rows: list[tuple[str, list[TableCell]]] = [(run.label, []) for run in runs]
+    for _, name, write, sign in figures:
+        values = [getattr(course.matrix, name) for course in courses]
+        leads = q.leaders([course.parameters for course in courses], [None if v is None else sign * v for v in values])
+        for (_, cells), value, lead in zip(rows, values, leads, strict=True):
+            cells.append(TableCell(write(value), lead))
+    for (_, cells), course, end in zip(rows, courses, ends, strict=True):
+        shocks = [abs(e.after - e.before) for e in course.events if e.after is not None and e.before is not None]
+        seconds = [row.seconds for row in course.records if row.seconds is not None]
+        first = course.records[0].parameters if course.records else None
+        rest = [q.count(course.parameters), q.count(first), q.count(len(course.events))]
+        rest += [q.percent(max(shocks, default=None)), q.significant(sum(seconds) if seconds else None)]
+        cells.extend(TableCell(value) for value in [*rest, *(q.percent(value) for value in end[:20])])
+    counts = sorted({len(course.matrix.matrix) for course in courses})
+    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    tasks = f"{n} task{'s' * (counts[-1] != 1)}{' in sequence' * (counts[-1] > 1)}"
+    known = [
+        (v, run.label, course.parameters)
+        for run, course in zip(runs, courses, strict=True)
+        if (v := course.matrix.average) is not None
+    ]
+    details = []
+    if len(known) > 1 and len(evaluated) == 1:
+        (most, best, size), (least, worst, _) = max(known, key=lambda k: k[0]), min(known, key=lambda k: k[0])
+        details.append(
+            f"{best} has the highest final average accuracy, {q.percent(most)}, with {q.count(size)} parameters; "
+            f"{worst} the lowest, {q.percent(least)}."
+        )
+    longest = max(courses, key=lambda course: len(course.matrix.tasks)).matrix.tasks
+    columns = ["Parameters", "After the first task", "Growths", "Largest change by growth", "Seconds", *longest[:20]]
+    return Comparison(
+        f"{len(runs)} runs of {_one_of({run.model for run in runs}, 'networks')}, each trained on {tasks}.",
+        details,
+        "Accuracy of each network, as means over the tasks. A value is marked if no run with as few parameters is "
+        "better.",
+        [*(label for label, *_ in figures), *columns],
+        rows,
+        "Final average: over all tasks, after the last. Average during learning: over the tasks learned, after each. "
+        "Learning: of each task just after learning it. Forgetting: best earlier accuracy minus final. Backward "
+        "transfer: final minus just after learning. Forward transfer: before a task is learned, minus the untrained "
+        "network. Largest change by growth: of the mean accuracy. The last columns: final accuracy of each task.",
+        ["The runs differ in tasks or in what was evaluated: their accuracies cannot be compared."]
+        * (len(evaluated) > 1),
+    )
+
+
+def _compare_searches(summary: Summary, searches: list[Search]) -> Comparison:
+    runs, names = summary.runs, ("data", "train", "test", "validation")
+    data = {tuple(pair.value for pair in run.settings if pair.name in names) for run in runs}
+    leads = q.leaders([result.test.nonzero for result in searches], [result.test.accuracy for result in searches])
+    rows = []
+    for run, result, lead in zip(runs, searches, leads, strict=True):
+        cells = [TableCell(result.target or q.NONE), TableCell(q.percent(result.test.accuracy), lead)]
+        sizes = [q.percent(result.network.accuracy), q.count(result.test.parameters), q.count(result.test.nonzero)]
+        seconds = q.significant(sum(run.seconds.values()) if run.seconds else None)
+        rows.append((run.label, cells + [TableCell(value) for value in (*sizes, seconds)]))
+    details = [note for method, note in search.RECONSTRUCTED.items() if any(run.method == method for run in runs)]
+    known = [
+        (v, run.label) for run, result in zip(runs, searches, strict=True) if (v := result.test.accuracy) is not None
+    ]
+    if len(known) > 1 and len(data) == 1:
+        most, best = max(known, key=lambda pair: pair[0])
+        details.append(f"{best} has the highest test accuracy: {q.percent(most)}.")
+    return Comparison(
+        f"{len(runs)} searches of {_one_of({run.model for run in runs}, 'spaces')}.",
+        details,
+        "The final network of each search. A test accuracy is marked if no network with as few nonzero parameters "
+        "has a higher one.",
+        ["Target", "Test", "Validation", "Parameters", "Nonzero", "Seconds"],
+        rows,
+        "Test: the final network, after further training if there was any. Validation: at the end of the search.",
+        ["The searches used different data: their accuracies cannot be compared."] * (len(data) > 1),
+    )
+
+
+def _one_of(names: set[str], plural: str) -> str:
+    return next(iter(names)) if len(names) == 1 else f"{len(names)} {plural}"

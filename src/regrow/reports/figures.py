@@ -1,268 +1,349 @@
-"""Figures of a pruning run's page: each takes a run of the summary, and returns ``None`` if data are missing."""
+"""The figures of pages; each returns ``None`` if its data are missing."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import SMALL, Canvas, Drawing, columns, draw, legend, log_axis, log_ticks
-from regrow.reports.panels import shorten, stack_panels
-from regrow.reports.records import Run
+from regrow.reports.drawing import ACCENT, COOL, FAINT, INK, MUTED, PAPER, WARM, Drawing, draw
+from regrow.reports.findings import rank_means
+from regrow.reports.reading import block_of, depths_of, kind_of
+from regrow.reports.runs import Findings, Run
+from regrow.reports.search import unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
-MAX_ROWS = 40
-MAX_PANELS = 6
+MAX_ROWS, MAX_PANELS, MAX_CELLS, MAX_LAYERS = 40, 6, 40, 500
+
+Panel = tuple[str, Callable[[float | None], str], Sequence[tuple[str, Sequence[float | None]]]]
+"""A title, the format of its values, and its lines: a label and values each."""
+Point = tuple[str, float | None, float | None]
+"""A label, a horizontal and a vertical value."""
 
 
 def perplexity(run: Run) -> Drawing | None:
-    """Draw perplexity per text domain before and after, with 95 % intervals; calibration domains and unseen ones apart.
+    """Draw perplexity per text domain before and after, with 95 % intervals; domains seen in calibration come first.
 
     Args:
-        run: A run of the summary.
+        run: The run.
     """
-    rows = [row for row in run["perplexity"] if (row["after"] or row["before"] or {}).get("ppl")][:MAX_ROWS]
+    rows = [row for row in run.perplexity if row.ppl("after") or row.ppl("before")]
+    rows = sorted(rows, key=lambda row: not row.seen)[:MAX_ROWS]
     if not rows:
         return None
-    groups = [
-        (words, [row for row in rows if row["seen"] is seen])
-        for words, seen in (("Seen in calibration", True), ("Unseen", False), ("Text domains", None))
-    ]
-    groups = [(words, members) for words, members in groups if members]
-    description = "; ".join(
-        f"{row['source']} {' to '.join(q.significant(side['ppl']) for side in _sides(row))}" for row in rows[:12]
+    sides = {"before": MUTED, "cut": INK, "after": ACCENT}
+    ends = ((row.source, [q.significant(row.ppl(side)) for side in ("before", "after")]) for row in rows[:12])
+    description = "; ".join(f"{source} {' to '.join(values)}" for source, values in ends)
+
+    def paint(figure: "Figure", narrow: bool) -> None:
+        axes = figure.subplots()
+        for y, row in enumerate(rows):
+            known = [ppl for side in sides if (ppl := row.ppl(side))]
+            axes.plot(known, [y] * len(known), color=FAINT, zorder=1)
+        for side, colour in sides.items():
+            known = [row.ppl(side) or math.nan for row in rows]
+            mark: dict[str, Any] = {"marker": "|", "ms": 14, "mec": INK} if side == "cut" else {"marker": "o", "ms": 9}
+            label = run.outcome.lower() if side == "after" else side
+            if any(row.ppl(side) for row in rows):
+                axes.plot(known, range(len(rows)), ls="", color=colour, label=label, **mark)
+            for y, row in enumerate(rows if side != "cut" else []):
+                span = getattr(row, side) and getattr(row, side).ends
+                axes.hlines([y], *(span or (math.nan, math.nan)), color=colour, lw=6, alpha=0.26)
+        axes.set_xscale("log")
+        _format(axes.xaxis, q.tick, narrow)
+        names = [f"{q.shorten(row.source, 20)}{'' if row.seen else ' (unseen)'}" for row in rows]
+        axes.set_yticks(range(len(rows)), labels=names, color=INK)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel("perplexity (log scale), lower is better")
+        figure.legend(loc="outside upper left", ncols=3)
+
+    return draw(
+        "fig-perplexity", "Perplexity per text domain, before and after", description, 90 + 34 * len(rows), paint
     )
-
-    def paint(canvas: Canvas) -> None:
-        step, head, top = (52 if canvas.narrow else 38), 40, 30
-        places, y = [], 0.0
-        headings = []
-        for words, members in groups:
-            headings.append((words, top + y + head / 2 + 4))
-            y += head
-            for row in members:
-                places.append((row, y + step * (0.66 if canvas.narrow else 0.5)))
-                y += step
-            y += 8
-        canvas.start(top + y + 44)
-        left = 12 if canvas.narrow else 130
-        axes = canvas.panel(top, y, left=left, right=12)
-        axes.set_ylim(y, 0)
-        values = [v for row in rows for side in _sides(row) for v in (side["ppl"], side["low"], side["high"]) if v]
-        cuts = [value for row in rows if (value := _cut_of(row))]
-        values += cuts
-        log_axis(axes, values, canvas.width - left - 12, 58, "perplexity (log scale), lower is better")
-        for words, at in headings:
-            canvas.text(0, at, words, color=palette.MUTED, fontsize=SMALL)
-        for row, at in places:
-            _dumbbell(axes, row, at)
-            canvas.text(0, top + at - (24 if canvas.narrow else 0), shorten(row["source"], 40 if canvas.narrow else 17))
-        legend(
-            canvas,
-            12,
-            [
-                ("before", palette.MUTED, "o", 1.0),
-                (run["outcome"].lower(), palette.ACCENT, "o", 1.0),
-                *([("cut", palette.INK, "|", 1.0)] if cuts else []),
-                ("95 % interval", palette.MUTED, "s", 0.26),
-            ],
-        )
-
-    return draw("fig-perplexity", "Perplexity per text domain, before and after", description, paint)
 
 
 def widths(run: Run) -> Drawing | None:
     """Draw the units left per layer over depth, one panel per kind of axis.
 
     Args:
-        run: A run of the summary.
+        run: The run.
     """
-    kinds = [kind for kind in run["widths"] if kind["changed"]][:MAX_PANELS]
-    if not kinds:
+    groups = [kind for kind in run.widths if kind.changed][:MAX_PANELS]
+    if not groups:
         return None
-    description = "; ".join(
-        f"{kind['kind']}: {kind['before']:,} units before, {kind['after']:,} after" for kind in kinds
-    )
+    counts = [f"{kind.before:,} → {kind.after:,} units, {q.percent(kind.after / kind.before)} kept" for kind in groups]
 
-    def panel(axes: "Axes", kind: dict[str, Any]) -> None:
-        depth = [row["depth"] for row in kind["rows"]]
-        before, after = ([row[side] for row in kind["rows"]] for side in ("before", "after"))
-        columns(axes, depth, [0] * len(depth), before, color=palette.FAINT)
-        columns(axes, depth, [0] * len(depth), after, color=palette.ACCENT)
-        top = max(*before, *after)
-        axes.set_ylim(0, top * 1.02)
-        axes.set_yticks(sorted({0, top / 2 if top % 2 == 0 or top > 20 else 0, top}))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    def paint(figure: "Figure", narrow: bool) -> None:
+        for axes, kind, words in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups, counts, strict=True):
+            rows = kind.rows[:MAX_LAYERS]
+            depth = [row.depth for row in rows]
+            _bars(axes, depth, [row.before for row in rows], FAINT, narrow, "cut")
+            _bars(axes, depth, [row.after for row in rows], ACCENT, narrow, "kept")
+            axes.set_title(f"{q.shorten(kind.kind, 40)}{chr(10) if narrow else ': '}{words}")
+            _depth(axes, kind.numbered)
+            axes.set_ylim(0)
+            _format(axes.yaxis, q.count, narrow)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
-    def heading(kind: dict[str, Any]) -> str:
-        return f"{kind['before']:,} → {kind['after']:,} units, {q.percent(kind['after'] / kind['before'])} kept"
-
-    legend_of = [("kept", palette.ACCENT, "s", 1.0), ("cut", palette.FAINT, "s", 1.0)]
-
-    def paint(canvas: Canvas) -> None:
-        stack_panels(canvas, kinds, 128, panel, heading, legend_of)
-
-    return draw("fig-widths", "Units per layer, before and after", description, paint)
+    description = "; ".join(f"{kind.kind}: {words}" for kind, words in zip(groups, counts, strict=True))
+    return draw("fig-widths", "Units per layer, before and after", description, 60 + 170 * len(groups), paint)
 
 
-def spectra(run: Run) -> Drawing | None:
-    """Draw the quantiles of the units' scores in each layer, and where the cut lies.
+def spectrum(findings: Findings | None) -> Drawing | None:
+    """Draw, per layer, how many units change rank between text domains beyond noise, and how similar the orders are.
 
     Args:
-        run: A run of the summary.
+        findings: The findings of a pruning method.
     """
-    scores: dict[str, Any] = run["scores"] or {"kinds": [], "metric": ""}
-    kinds = scores["kinds"]
-    changed = {kind["kind"] for kind in run["widths"] if kind["changed"]}
-    kinds = sorted(kinds, key=lambda kind: kind["kind"] not in changed)[: min(MAX_PANELS, max(1, len(changed)))]
-    if not kinds:
+    means = [row for row in rank_means(findings) if not row.pooled][:3] if findings else []
+    if findings is None or not means:
         return None
-    description = "; ".join(
-        f"{kind['kind']}: median score {q.significant(min(row['quantiles'][10] for row in kind['rows']))} to "
-        f"{q.significant(max(row['quantiles'][10] for row in kind['rows']))} over {len(kind['rows'])} axes"
-        for kind in kinds
-    )
-
-    def panel(axes: "Axes", kind: dict[str, Any]) -> None:
-        depth = [row["depth"] for row in kind["rows"]]
-        positive = [v for row in kind["rows"] for v in row["quantiles"] if v > 0]
-        logarithmic = bool(positive) and min(v for row in kind["rows"] for v in row["quantiles"]) >= 0
-        floor = min(positive) if logarithmic else -math.inf
-        for span, strength in (((0, 20), 0.14), ((1, 19), 0.16), ((5, 15), 0.26)):
-            bottom, top = ([max(row["quantiles"][at], floor) for row in kind["rows"]] for at in span)
-            columns(axes, depth, bottom, top, color=palette.MUTED, alpha=strength)
-        medians = [max(row["quantiles"][10], floor) for row in kind["rows"]]
-        axes.hlines(medians, [d - 0.37 for d in depth], [d + 0.37 for d in depth], color=palette.INK, linewidth=1.3)
-        if logarithmic:
-            axes.set_yscale("log")
-            room = (max(positive) / floor) ** 0.04 * 1.02
-            axes.set_ylim(floor / room, max(positive) * room)
-            log_ticks(axes.yaxis, floor / room, max(positive) * room, 4)
-        else:
-            low, high = (pick(v for row in kind["rows"] for v in row["quantiles"]) for pick in (min, max))
-            room = 0.04 * (high - low) or 1.0
-            axes.set_ylim(low - room, high + room)
-        cuts = [(row["depth"], [max(v, floor) for v in _bounds(row)]) for row in kind["rows"] if _bounds(row)]
-        for d, bounds in cuts:
-            if bounds[0] > bounds[-1]:
-                axes.vlines([d], bounds[-1], bounds[0], color=palette.ACCENT, linewidth=1.4)
-            middle = math.sqrt(bounds[0] * bounds[-1]) if logarithmic else (bounds[0] + bounds[-1]) / 2
-            axes.hlines([middle], d - 0.48, d + 0.48, color=palette.ACCENT, linewidth=2.4)
-
-    metric = scores["metric"] or "score"
-    entries = [("cut", palette.ACCENT, "_", 1.0), ("median", palette.INK, "_", 1.0)]
-    entries += [
-        ("half", palette.MUTED, "s", 0.47),
-        ("90 %", palette.MUTED, "s", 0.28),
-        ("all units", palette.MUTED, "s", 0.14),
+    spaces = [
+        [row for row in findings.spectrum if row.axes == 1 and kind_of(row.space, row.label) == kind.name][:MAX_LAYERS]
+        for kind in means
+    ]
+    correlations = {
+        "spearman": ("between domains", INK, "_"),
+        "spearman_shards": ("between parts of different domains", ACCENT, "o"),
+        "spearman_within": ("between parts of one domain", MUTED, "o"),
+    }
+    titles = [
+        f"{kind.name}: {q.percent(kind.means['significant'])} of the units change rank beyond noise, "
+        f"mean rank correlation {q.significant(kind.means['spearman'])}"
+        for kind in means
     ]
 
-    def paint(canvas: Canvas) -> None:
-        stack_panels(canvas, kinds, 150, panel, lambda kind: f"{metric} per unit", entries)
+    def paint(figure: "Figure", narrow: bool) -> None:
+        panels = figure.subplots(2 * len(means), squeeze=False)[:, 0]
+        for moved, alike, rows, title in zip(panels[::2], panels[1::2], spaces, titles, strict=True):
+            depth, numbered = depths_of([block_of(row.space) for row in rows])
+            _bars(moved, depth, [row.exceeds or 0 for row in rows], FAINT, narrow, "F above 1")
+            _bars(moved, depth, [row.significant or 0 for row in rows], ACCENT, narrow, "beyond noise")
+            chance = [math.nan if row.exceeds_null is None else row.exceeds_null for row in rows]
+            moved.plot(depth, chance, "_", mec=INK, ms=10, label="F above 1 by chance")
+            moved.axhline(0.05, color=INK, lw=1, ls="--")
+            moved.set_ylim(0, 1)
+            moved.set_title(q.shorten(title, 44 if narrow else 110))
+            _format(moved.yaxis, q.percent_tick, narrow)
+            for name, (label, colour, marker) in correlations.items():
+                values = [math.nan if (v := getattr(row, name)) is None else v for row in rows]
+                alike.plot(
+                    depth, values, marker, color=colour, mec=colour if marker == "_" else PAPER, ms=9, label=label
+                )
+            alike.set_title("rank correlations")
+            _format(alike.yaxis, q.tick, narrow)
+            for axes in (moved, alike):
+                _depth(axes, numbered)
 
-    return draw("fig-spectra", f"Scores ({metric}) of the units per layer, and the cut", description, paint)
+        handles = [line for axes in panels[:2] for line in axes.get_legend_handles_labels()[0]]
+        figure.legend(handles=handles, loc="outside lower left", ncols=1 if narrow else 3)
+
+    title = "Rank changes between text domains, per layer"
+    return draw("fig-spectrum", title, "; ".join(titles), 400 * len(means) + 90, paint)
 
 
-def cost(run: Run) -> Drawing | None:
-    """Draw parameters, multiply–accumulates and bytes, before and after.
+def matrix(run: Run) -> Drawing | None:
+    """Draw the accuracy matrix as a heat map: rows are tasks learned, columns are tasks evaluated.
 
     Args:
-        run: A run of the summary.
+        run: The run.
     """
-    before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
-    measures = (
-        ("Weights (of linear and convolution layers)", "params_counted", q.count),
-        ("All parameters", "params_all", q.count),
-        ("Multiply–accumulates (MACs)", "macs", q.count),
-        ("Bytes on disk", "bytes", q.octets),
+    learned = run.course.matrix if run.course else None
+    if not learned or not any(value is not None for row in (*learned.matrix, learned.before) for value in row):
+        return None
+    table = [*([("none", learned.before)] if learned.before else []), *zip(learned.tasks, learned.matrix, strict=False)]
+    table = [(name, row[:MAX_CELLS]) for name, row in table[: MAX_CELLS + 1]]
+    wide, first = max(len(row) for _, row in table), len(table) - min(len(learned.matrix), MAX_CELLS)
+    cells = [(x, y, v) for y, (_, row) in enumerate(table) for x, v in enumerate(row) if v is not None]
+
+    def paint(figure: "Figure", narrow: bool) -> None:
+        from matplotlib.collections import PolyCollection
+
+        axes = figure.subplots()
+        corners = [[(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)] for x, y, _ in cells]
+        # Half the colour at most, so that numbers can be read on it by light and by dark.
+        strengths = [0.02 + 0.48 * min(v, 1) for _, _, v in cells]
+        axes.add_collection(PolyCollection(corners, facecolors=ACCENT, edgecolors=PAPER, alpha=strengths))
+        for x, y, v in cells if wide <= (9 if narrow else 25) else []:
+            axes.text(x + 0.5, y + 0.5, f"{100 * v:.{int(wide <= 16)}f}", ha="center", va="center")
+        steps = range(min(wide, len(table) - first) + 1)
+        axes.step(steps, [first + step for step in steps], color=INK, lw=1.2)
+        axes.grid(visible=False)
+        axes.set_xlim(0, wide)
+        axes.set_ylim(len(table), 0)
+        axes.xaxis.tick_top()
+        every = max(1, wide // 20)
+        axes.set_xticks([x + 0.5 for x in range(0, wide, every)], labels=[f"{x + 1}" for x in range(0, wide, every)])
+        names = [f"{y - first + 1}{'' if narrow else f'  {q.shorten(n, 16)}'}" for y, (n, _) in enumerate(table)]
+        axes.set_yticks([y + 0.5 for y in range(len(table))], labels=names, color=INK)
+        axes.set_title("after learning ↓   evaluated task →   per cent", color=MUTED)
+
+    description = "; ".join(f"after {name}: {', '.join(q.percent(v) for v in row[:12])}" for name, row in table[:12])
+    return draw("fig-matrix", "Accuracy on every task after each task", description, 60 + 27 * len(table), paint)
+
+
+def learned_size(run: Run) -> Drawing | None:
+    """Draw the number of parameters, and of non-zero parameters, after each task.
+
+    Args:
+        run: The run.
+    """
+    records = run.course.records if run.course else []
+    lines = [("parameters", [row.parameters for row in records]), ("nonzero", [row.nonzero for row in records])]
+    return draw_lines("fig-course-size", "Parameters after each task", "tasks learned", [("", q.count, lines)])
+
+
+def search_size(run: Run) -> Drawing | None:
+    """Draw size, allowed size and validation accuracy over the epochs of a search.
+
+    Args:
+        run: The run.
+    """
+    rows = run.search.epochs if run.search else []
+    if run.search is None or not rows:
+        return None
+    sizes = [("allowed", [row.allowed for row in rows]), ("active", [row.size for row in rows])]
+    panels: list[Panel] = [
+        (f"Size of the active part, {unit(run.search)}", q.count, sizes),
+        ("Validation accuracy", q.percent_tick, [("accuracy", [row.accuracy for row in rows])]),
+    ]
+    begins = [row.epoch for i, row in enumerate(rows) if i and row.stage != rows[i - 1].stage]
+    title, below = "Size and validation accuracy over epochs", "epoch; a dashed line is a new stage"
+    return draw_lines("fig-search-size", title, below, panels, [row.epoch for row in rows], begins)
+
+
+def search_front(run: Run) -> Drawing | None:
+    """Draw validation accuracy against size for the networks at the epochs of the last stage.
+
+    Args:
+        run: The run.
+    """
+    if run.search is None or not run.search.front:
+        return None
+    points: list[Point] = [(f"epoch {row.epoch}", row.size, row.accuracy) for row in run.search.front]
+    points.append(("final", run.search.reached, run.search.network.accuracy))
+    title = "Validation accuracy against size during the search"
+    return draw_front("fig-search-front", title, points, unit(run.search), "validation accuracy, before training")
+
+
+def draw_front(
+    name: str, title: str, points: Sequence[Point], below: str, above: str, lower: bool = False
+) -> Drawing | None:
+    """Draw labelled points, and a line through those that no smaller one beats.
+
+    Args:
+        name: Prefix of the drawing's ids.
+        title: The title of the figure.
+        points: A label, a horizontal and a vertical value each.
+        below: The label of the horizontal axis.
+        above: The label of the vertical axis.
+        lower: Whether values are perplexities, lower is better, against a fraction; else accuracies against a size.
+    """
+    known = [(label, x, y) for label, x, y in points if x is not None and y is not None]
+    if len({x for _, x, _ in known}) < 2:
+        return None
+    xs, ys = [x for _, x, _ in known], [y for _, _, y in known]
+    leads = q.leaders(xs, [-y if lower else y for y in ys])
+    front = sorted((x, y) for x, y, lead in zip(xs, ys, leads, strict=True) if lead)
+
+    def paint(figure: "Figure", narrow: bool) -> None:
+        axes = figure.subplots()
+        axes.plot([x for x, _ in front], [y for _, y in front], color=ACCENT)
+        for (label, x, y), lead in zip(known, leads, strict=True):
+            axes.plot([x], [y], "o", ms=9, color=ACCENT if lead else FAINT)
+            axes.annotate(
+                q.shorten(label, 18), (x, y), (8, 3), textcoords="offset points", color=INK if lead else MUTED
+            )
+        axes.margins(0.2, 0.12)
+        axes.set_xlabel(below)
+        axes.set_ylabel(above)
+        if lower:
+            axes.set_yscale("log")
+        _format(axes.xaxis, q.percent_tick if lower else q.count, narrow)
+        _format(axes.yaxis, q.tick if lower else q.percent_tick, narrow)
+
+    write = (q.percent, q.significant) if lower else (q.count, q.percent)
+    description = "; ".join(f"{label}: {write[0](x)} {below}, {write[1](y)}" for label, x, y in known)
+    return draw(name, title, description, 340, paint)
+
+
+def draw_lines(
+    name: str,
+    title: str,
+    below: str,
+    panels: Sequence[Panel],
+    xs: Sequence[int] = (),
+    begins: Sequence[int] = (),
+    floor: float | None = 0,
+) -> Drawing | None:
+    """Draw panels of lines over tasks or epochs.
+
+    Args:
+        name: Prefix of the drawing's ids.
+        title: The title of the figure.
+        below: The label of the horizontal axis.
+        panels: The panels.
+        xs: The places of the values on the horizontal axis; empty: from 1.
+        begins: The epochs at which a stage begins.
+        floor: The least vertical value; ``None``: that of the values.
+    """
+    known = [
+        (head, write, [line for line in lines if any(v is not None for v in line[1])]) for head, write, lines in panels
+    ]
+    known = [panel for panel in known if panel[2]]
+    if not known:
+        return None
+
+    def paint(figure: "Figure", narrow: bool) -> None:
+        from cycler import cycler
+
+        for axes, (head, write, lines) in zip(figure.subplots(len(known), squeeze=False)[:, 0], known, strict=True):
+            axes.set_prop_cycle(cycler(ls=["-", "--", ":", "-."]) * cycler(color=[ACCENT, INK, COOL, WARM, MUTED]))
+            for label, values in lines:
+                shown = [math.nan if v is None else v for v in values]
+                axes.plot(xs or range(1, len(shown) + 1), shown, marker="o", label=q.shorten(label, 22))
+            for begin in begins:
+                axes.axvline(begin - 0.5, color=MUTED, lw=1, ls="--")
+            axes.set_title(head)
+            axes.set_xlabel(below)
+            axes.set_ylim(bottom=floor)
+            axes.locator_params(axis="x", integer=True)
+            _format(axes.yaxis, write, narrow)
+        if labels > 1:
+            figure.legend(loc="outside lower left", ncols=2 if narrow else 4)
+
+    description = "; ".join(
+        f"{head}{': ' * bool(head)}{label}: {', '.join(map(write, values[:12]))}"
+        for head, write, lines in known
+        for label, values in lines[:12]
     )
-    rows = [(w, before[n], after[n], unit) for w, n, unit in measures if before.get(n) and after.get(n) is not None]
-    if not rows:
-        return None
-    description = "; ".join(f"{words}: {unit(a)} before, {unit(b)} after" for words, a, b, unit in rows)
-
-    def paint(canvas: Canvas) -> None:
-        step = 72 if canvas.narrow else 54
-        canvas.start(step * len(rows))
-        for i, (words, a, b, unit) in enumerate(rows):
-            top = i * step + 12
-            figures = f"{unit(a)} → {unit(b)}, {q.percent(b / a)}"
-            canvas.text(0, top, words)
-            canvas.note(figures, top + 19 if canvas.narrow else top)
-            axes = canvas.panel(top + (33 if canvas.narrow else 14), 12)
-            axes.set_axis_off()
-            axes.set_xlim(0, max(a, b))
-            axes.barh([0, 0], [a, b], color=[palette.FAINT, palette.ACCENT], height=1)
-            axes.set_ylim(-0.5, 0.5)
-
-    return draw("fig-cost", "Size before and after", description, paint)
+    labels = sum(len(lines) for _, _, lines in known)
+    return draw(name, title, description, 200 * len(known) + 40 + 10 * labels, paint)
 
 
-def times(run: Run) -> Drawing | None:
-    """Draw the time that each stage of the run took.
-
-    Args:
-        run: A run of the summary.
-    """
-    rows = run["seconds"][:20]
-    if not rows or not any(row["seconds"] for row in rows):
-        return None
-    description = "; ".join(f"{row['stage']} {q.duration(row['seconds'])}" for row in rows)
-
-    def paint(canvas: Canvas) -> None:
-        step, left, right = 26, 104, 96
-        canvas.start(step * len(rows) + 4)
-        axes = canvas.panel(0, step * len(rows), left=left, right=right)
-        axes.set_axis_off()
-        axes.barh(range(len(rows)), [row["seconds"] for row in rows], height=0.42, color=palette.FAINT)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(0, max(row["seconds"] for row in rows))
-        for i, row in enumerate(rows):
-            canvas.text(0, (i + 0.5) * step, shorten(row["stage"], 13))
-            canvas.text(canvas.width, (i + 0.5) * step, q.duration(row["seconds"]), ha="right", color=palette.MUTED)
-
-    return draw("fig-times", "Time spent per stage", description, paint)
+def _bars(axes: "Axes", at: Sequence[int], heights: Sequence[float], colour: str, narrow: bool, label: str) -> None:
+    """Draw vertical bars as one collection; hundreds of separate bars take seconds."""
+    thick = min(24.0, 0.7 * (280 if narrow else 660) / max(max(at) - min(at) + 1, 1))
+    axes.vlines(at, 0, heights, color=colour, lw=thick, label=label)
 
 
-def _dumbbell(axes: "Axes", row: dict[str, Any], y: float) -> None:
-    sides = {side: row[side] for side in ("before", "after") if (row[side] or {}).get("ppl")}
-    points, cut = [side["ppl"] for side in sides.values()], _cut_of(row)
-    every = [*points, cut] if cut else points
-    axes.plot(every, [y] * len(every), color=palette.FAINT, linewidth=1.6, zorder=2)
-    if cut:
-        axes.plot([cut], [y], "|", markersize=15, markeredgewidth=2.2, color=palette.INK, zorder=3.5)
-    for name, side in sides.items():
-        colour = palette.ACCENT if name == "after" else palette.MUTED
-        if side["low"] and side["high"]:
-            axes.plot([side["low"], side["high"]], [y, y], color=colour, linewidth=6, alpha=0.26, zorder=3)
-        axes.plot([side["ppl"]], [y], "o", markersize=10.5, color=colour, markeredgecolor=palette.PAPER, zorder=4)
-        outer = side["ppl"] == max(points) and (len(points) == 1 or name == "after" or points[0] > points[-1])
-        at = max(side["high"] or side["ppl"], cut or 0) if outer else min(side["low"] or side["ppl"], cut or math.inf)
-        axes.annotate(
-            q.significant(side["ppl"]),
-            (at, y),
-            xytext=(9 if outer else -9, 0),
-            textcoords="offset points",
-            ha="left" if outer else "right",
-            va="center",
-            color=palette.INK if name == "after" else palette.MUTED,
-            annotation_clip=False,
-        )
+def _depth(axes: "Axes", numbered: bool) -> None:
+    axes.set_xlabel("layer" if numbered else "place in the network")
+    axes.locator_params(axis="x", integer=True)
+    axes.margins(x=0.05)
+    axes.grid(visible=False, axis="x")
 
 
-def _cut_of(row: dict[str, Any]) -> float | None:
-    """Return the perplexity after the cut, where it is not the last one."""
-    ppl: float | None = (row["cut"] or {}).get("ppl")
-    return ppl
+def _format(axis: "Axis", write: Callable[[Any], str], narrow: bool) -> None:
+    """Write the ticks of a matplotlib axis in the page's format; few on a narrow screen and on log axes."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-
-def _sides(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row[side] for side in ("before", "after") if (row[side] or {}).get("ppl")]
-
-
-def _bounds(row: dict[str, Any]) -> list[float]:
-    """Return the scores on both sides of the cut; empty if nothing was cut."""
-    if row["dropped_max"] is None or row["before"] == row["after"]:
-        return []
-    return [v for v in (row["dropped_max"], row["kept_min"]) if v is not None]
+    most = 4 if narrow else 7
+    axis.set_major_locator(
+        LogLocator(subs=(1, 2, 5), numticks=most) if axis.get_scale() == "log" else MaxNLocator(most)
+    )
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: write(value))

@@ -1,177 +1,187 @@
-"""The findings of GPrune (``findings.json``): rank changes between text domains, and the ratios of modules."""
+"""What a pruning method found out: rank changes between text domains, ratios of modules, and the allocation."""
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from regrow.reports.choices import levels
-from regrow.reports.reading import JsonObject, RunRecord, items, mapping, number, objects, size, text
-from regrow.reports.widths import block_of, group_rows, kind_of
+from regrow.reports import quantities as q
+from regrow.reports.reading import kind_of
+from regrow.reports.records import ModuleRatio, RankVariation, Values
+from regrow.reports.runs import Findings, Run
 
-MAX_ROWS = 1000
-MAX_CELLS = 24
 GRID = ("robust weak", "robust strong", "sensitive weak", "sensitive strong")
+MAX_CELLS = 24
+STARTS = {
+    "base": "the base method's own allocation",
+    "inner": "the same fraction of every layer outside the first and last blocks",
+    "uniform": "the same fraction of every layer",
+}
+_REASONS = {
+    "ranked": ("scores below the common threshold", "all scores above the common threshold"),
+    "uniform": ("the same fraction as others", "left whole"),
+    "base": ("as the base method", "as the base method"),
+    "inner": ("the same fraction of inner blocks", "first or last block, or few units"),
+    "learned": ("learned ratio", "learned ratio"),
+    "measured": ("as the allocation with the lowest loss", "left whole"),
+}
+"""How the fractions were decided → why an axis was cut, and why it was not."""
+_RANKS = ("significant", "exceeds", "exceeds_null", "spearman", "spearman_shards", "spearman_within")
 
-Row = dict[str, Any]
 
-_SHARES = ("significant", "exceeds", "exceeds_null")
-_CORRELATIONS = ("spearman", "spearman_shards", "spearman_within")
-_CUT = ("start", "chosen", "given")
-_MEASURED = ("sensitivity", "activity", "switched", *_CUT)
-
-
-def findings(folder: RunRecord) -> Row | None:
-    """Return the tables of a method's findings that the page knows, checked; others are left out.
+@dataclass(frozen=True)
+class MeanRow:
+    """Means over the units of some ranking spaces or modules.
 
     Args:
-        folder: A run folder.
-
-    Returns:
-        ``method`` and ``sources``; ``allocation`` (the name of the one that was taken; empty if ratios were learned);
-        ``spectrum`` (ranking spaces of one axis, as
-        :func:`regrow.reports.widths.group_rows` has them) and ``tested`` (their means, one row per kind, pooled ones
-        too); ``modules`` (axes with their ``cells``, likewise) and ``cells`` (the means, per kind and cell);
-        ``starts``, ``history``, ``best`` (losses on held-out text); ``levels`` and ``exchanges`` of a measured
-        allocation; ``robust`` (their share among the units cut) and ``notes``. ``None`` without the tables on
-        behaviour.
+        name: The kind of axis, or the module.
+        pooled: Whether units of several axes are ranked together.
+        axes: The number of axes.
+        units: The number of units.
+        means: The mean of each value over the units for which it is known.
     """
-    data = folder.findings
-    spaces, modules = _table(folder, "spectrum", _space), _table(folder, "modules", _module)
-    history = sorted({row["step"]: row for row in _table(folder, "history", _judged)}.values(), key=lambda r: r["step"])
-    if not spaces and not modules:
-        return None
-    chosen = [row for row in history if row["step"] == size(data.get("best_step"))]
-    robust = mapping(data.get("robust_among_cut"))
-    return {
-        "method": text(data.get("method"), 40),
-        "allocation": text(data.get("allocation"), 20),
-        "sources": [name for source in items(data.get("sources")) if (name := text(source, 60))],
-        "spectrum": group_rows([space for space in spaces if not space["pooled"]]),
-        "tested": _tested(spaces),
-        "modules": group_rows(_axes(modules)),
-        "cells": _cells(modules),
-        "starts": [
-            {"name": text(name, 20), "held_out": loss}
-            for name, value in list(mapping(data.get("starts")).items())[:10]
-            if (loss := _loss(value)) is not None
-        ],
-        "history": history,
-        "levels": group_rows(_levels(folder)),
-        "exchanges": [row for row in map(_exchange, objects(data.get("exchanges"))[:MAX_ROWS]) if row],
-        "best": next(iter(chosen or sorted(history, key=lambda row: row["held_out"])), None),
-        "robust": {"base": _share(robust.get("base")), "cut": _share(robust.get("gprune"))},
-        "notes": [line for note in items(data.get("notes")) if (line := text(note, 1000))],
-    }
+
+    name: str
+    pooled: bool
+    axes: int
+    units: int
+    means: dict[str, float | None]
 
 
-def _table(folder: RunRecord, name: str, read: Callable[[JsonObject], Row | None]) -> list[Row]:
-    """Return the valid rows of a table; rows that are left out are recorded as a problem."""
-    given = folder.findings.get(name, [])
-    rows = [row for item in objects(given)[:MAX_ROWS] if (row := read(item))]
-    if isinstance(given, list) and len(rows) < len(given):
-        folder.problems.append(f"findings.json: {len(given) - len(rows):,} of {len(given):,} rows of {name} left out")
-    return rows
+def rank_means(findings: Findings) -> list[MeanRow]:
+    """Return the means of the rank changes, one row per kind of axis.
 
-
-def _space(item: JsonObject) -> Row | None:
-    """Return a row of the spectrum; spaces of several axes are called "30 × label"."""
-    key, units = text(item.get("space"), 300), size(item.get("units"), 10**9)
-    shares = {name: _share(item.get(name)) for name in _SHARES}
-    if not key or not units or shares["significant"] is None:
-        return None
-    pooled = re.match(r"(\d{1,6}) × ", key)
-    place = {"key": key, "kind": kind_of(item, key), "block": block_of({}, key), "pooled": bool(pooled)}
-    correlations = {name: number(item.get(name), -1.001, 1.001) for name in _CORRELATIONS}
-    return place | {"axes": int(pooled[1]) if pooled else 1, "units": units} | shares | correlations
-
-
-def _module(item: JsonObject) -> Row | None:
-    """Return a row of modules, named "axis cell", "axis and 29 more cell", or "axis" if every axis is one module."""
-    name, space, units = text(item.get("name"), 400), text(item.get("space"), 300), size(item.get("units"), 10**9)
-    shares = {part: _share(item.get(part)) for part in _CUT}
-    if shares["chosen"] is None:
-        shares["chosen"] = _share(item.get("learned"))
-    if not name or not units or shares["start"] is None:
-        return None
-    rest = re.fullmatch(r"( and \d+ more)?(?: (.*))?", name.removeprefix(space)) if name.startswith(space) else None
-    key = space if rest else name
-    trust = _share(item.get("trust"))
-    return {
-        "key": key,
-        "kind": kind_of(item, key),
-        "block": block_of({}, key),
-        "pooled": bool(rest and rest[1]),
-        "cell": text(rest[2], 40) if rest else "",
-        "units": units,
-        "sensitivity": number(item.get("sensitivity"), 0),
-        "activity": _share(item.get("activity")),
-        "switched": None if trust is None else 1 - min(trust, 1),
-    } | shares
-
-
-def _levels(folder: RunRecord) -> list[Row]:
-    """Return what was measured of each axis alone, with the kind that it has in the other tables."""
-    given = objects(folder.findings.get("levels"))[:MAX_ROWS]
-    axes = {text(axis.get("key"), 300): axis for axis in folder.axes["before"]}
-    return [row | {"kind": kind_of(axes.get(row["key"], {}), row["key"])} for row in levels(given)]
-
-
-def _exchange(item: JsonObject) -> Row | None:
-    losses = {name: _loss(item.get(name)) for name in ("before", "after")}
-    if None in losses.values():
-        return None
-    row = {name: size(item.get(name)) for name in ("round", "windows")} | losses
-    return row | {"fraction": _share(item.get("fraction")), "accepted": item.get("accepted") is True}
-
-
-def _judged(item: JsonObject) -> Row | None:
-    step, loss = size(item.get("step"), 10**9), _loss(item.get("held_out"))
-    return None if step is None or loss is None else {"step": step, "held_out": loss}
-
-
-def _tested(spaces: list[Row]) -> list[Row]:
+    Args:
+        findings: The findings.
+    """
+    groups: dict[tuple[str, bool], list[RankVariation]] = {}
+    for row in findings.spectrum:
+        groups.setdefault((kind_of(row.space, row.label), row.axes > 1), []).append(row)
     return [
-        {"kind": kind, "pooled": pooled, "axes": sum(row["axes"] for row in rows)}
-        | _means(rows, _SHARES + _CORRELATIONS)
-        for (kind, pooled), rows in _by_kind(spaces)
+        _mean_row(name, pooled, sum(row.axes for row in rows), rows, {k: [getattr(r, k) for r in rows] for k in _RANKS})
+        for (name, pooled), rows in groups.items()
     ]
 
 
-def _axes(modules: list[Row]) -> list[Row]:
-    """Return one row per axis that has modules of its own."""
-    axes: dict[tuple[str, str], Row] = {}
-    for module in modules:
-        if not module["pooled"]:
-            place = {name: module[name] for name in ("key", "kind", "block")}
-            axis = axes.setdefault((module["kind"], module["key"]), place | {"cells": []})
-            axis["cells"].append({name: module[name] for name in ("cell", "units", "switched", *_CUT)})
-    return list(axes.values())
+def module_means(findings: Findings) -> list[tuple[str, list[MeanRow]]]:
+    """Return the means of the modules, per kind of axis one row per cell, and one of all if there are several.
 
-
-def _cells(modules: list[Row]) -> list[Row]:
-    """Return, per kind of axis, the means over the modules of the same cell in all layers."""
-    kinds = []
-    for (kind, pooled), members in _by_kind(modules):
-        words = sorted({row["cell"] for row in members}, key=_order)[:MAX_CELLS]
-        rows = [{"cell": word} | _means([row for row in members if row["cell"] == word], _MEASURED) for word in words]
-        kinds.append({"kind": kind, "pooled": pooled, "rows": rows, "all": _means(members, _MEASURED)})
-    return kinds
-
-
-def _by_kind(rows: list[Row]) -> list[tuple[tuple[str, bool], list[Row]]]:
-    result: dict[tuple[str, bool], list[Row]] = {}
-    for row in rows:
-        result.setdefault((row["kind"], row["pooled"]), []).append(row)
-    return list(result.items())
-
-
-def _means(rows: list[Row], names: Sequence[str]) -> Row:
-    """Return the number of units, and the mean of each value over the units for which it is known."""
-    result: Row = {"units": sum(row["units"] for row in rows)}
-    for name in names:
-        known = [(row[name], row["units"]) for row in rows if row[name] is not None]
-        result[name] = sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+    Args:
+        findings: The findings.
+    """
+    groups: dict[str, list[ModuleRatio]] = {}
+    for row in findings.modules:
+        kind = kind_of(row.space if row.name.startswith(row.space) else row.name, row.label)
+        groups.setdefault(f"{kind}{', ranked together' * row.cell[0]}", []).append(row)
+    result = []
+    for kind, rows in groups.items():
+        cells = sorted({row.cell[1] for row in rows}, key=_order)[:MAX_CELLS]
+        parts = [(cell or "One module per layer", [row for row in rows if row.cell[1] == cell]) for cell in cells]
+        parts += [("All", rows)] * (len(parts) > 1)
+        result.append((kind, [_module_row(name, members) for name, members in parts]))
     return result
+
+
+def explain_modules(findings: Findings | None) -> str:
+    """Return an explanation of modules of units, and of switched ones; empty without modules.
+
+    Args:
+        findings: The findings.
+    """
+    if findings is None or not findings.modules:
+        return ""
+    lines = ["Units compete only within their module, and each module has its own pruning ratio."]
+    if any(row.cell[1] in GRID for row in findings.modules):
+        lines.append(
+            "Sensitive units change rank between text domains more than the median unit, robust units do not. "
+            "Strong units score above the median, weak units do not."
+        )
+    lines.append(
+        "The less reliable activations are in a module, the more weight a second metric gets, by default one without "
+        "activations. A module in which it has more than half of the weight is called switched."
+    )
+    return " ".join(lines)
+
+
+def describe_learning(findings: Findings | None) -> list[str]:
+    """Return sentences on what learning or measuring the modules' ratios improved.
+
+    Args:
+        findings: The findings.
+    """
+    if findings is None:
+        return []
+    lines = []
+    if starts := ", ".join(f"{name} {q.significant(loss)}" for name, loss in findings.starts.items()):
+        taken = f"; {findings.allocation} was taken" * bool(findings.allocation)
+        what = "allocations compared" if findings.allocation else "possible starting points"
+        lines.append(f"Loss on held-out text of the {what}: {starts}{taken}.")
+    if len(findings.history) > 1:
+        first, last, best = findings.history[0], findings.history[-1].step, _best(findings)
+        moved = f"Learning moved it from {q.significant(first.held_out)} to {q.significant(best[1])}"
+        moved += f", at step {best[0]} of {last}."
+        lines.append(moved if best[0] > first.step else f"None of {last} steps improved on the start.")
+    robust, base = (findings.robust_among_cut.get(name) for name in ("gprune", "base"))
+    if robust is not None:
+        than = "" if base is None else f"; the base method alone: {q.percent(base)}"
+        lines.append(
+            f"Robust units (sensitivity at most the median of their layer) are {q.percent(robust)} of the units "
+            f"cut{than}."
+        )
+    return lines
+
+
+def describe_allocation(run: Run) -> list[str]:
+    """Return sentences on how it was decided how much of each layer is cut; empty if that is not known.
+
+    Args:
+        run: The run.
+    """
+    if run.verb != "prune" or not run.scores:
+        return []
+    settings = _settings(run)
+    chosen = [f"--{name} {value}" for name in ("only", "exclude") if (value := settings.get(name))]
+    restricted = [f"Candidates were restricted by {' and '.join(chosen)}."] if chosen else []
+    return [*filter(None, [_rule(run, settings)]), *restricted]
+
+
+def explain_widths(run: Run) -> dict[str, str]:
+    """Return axis key → why as much of it was cut as was, in a few words; empty if that is not known.
+
+    Args:
+        run: The run.
+    """
+    if run.verb != "prune" or not run.scores:
+        return {}
+    mode, result = _mode(run, _settings(run)), {}
+    factors = {row.axis: row.factor for row in run.findings.levels} if run.findings else {}
+    for row in (row for kind in run.widths for row in kind.rows):
+        if row.key not in run.scores.bounds:
+            result[row.key] = "not a candidate"
+        elif mode == "measured" and row.key in factors:
+            moved = abs(factors[row.key] - 1) > 1e-9
+            result[row.key] = "measured divergence" + f"; exchanges: × {q.significant(factors[row.key])}" * moved
+        elif not (mode == "measured" and run.findings):
+            result[row.key] = _REASONS.get(mode, ("", ""))[row.after == row.before]
+    return result
+
+
+def _mean_row(
+    name: str, pooled: bool, axes: int, rows: Sequence[RankVariation | ModuleRatio], values: dict[str, Values]
+) -> MeanRow:
+    units, means = [row.units for row in rows], dict[str, float | None]()
+    for key, column in values.items():
+        known = [(value, n) for value, n in zip(column, units, strict=True) if value is not None and n]
+        means[key] = sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+    return MeanRow(name, pooled, axes, sum(units), means)
+
+
+def _module_row(name: str, rows: list[ModuleRatio]) -> MeanRow:
+    values: dict[str, Values] = {
+        k: [getattr(r, k) for r in rows] for k in ("sensitivity", "activity", "start", "given")
+    }
+    values["switched"] = [None if row.trust is None else 1 - min(row.trust, 1) for row in rows]
+    values["chosen"] = [row.learned if row.chosen is None else row.chosen for row in rows]
+    return _mean_row(name, False, len(rows), rows, values)
 
 
 def _order(cell: str) -> tuple[int, int, str]:
@@ -180,9 +190,68 @@ def _order(cell: str) -> tuple[int, int, str]:
     return GRID.index(cell) if cell in GRID else len(GRID), int(digits.group()[:9]) if digits else 0, cell
 
 
-def _share(value: object) -> float | None:
-    return number(value, 0, 1.001)
+def _best(findings: Findings) -> tuple[int, float]:
+    """Return the step of learning that was kept, and its loss on held-out text; so far, the step of the lowest."""
+    steps = [(row.step, row.held_out) for row in findings.history if row.held_out is not None] or [(0, 0.0)]
+    kept = [step for step in steps if step[0] == findings.best_step]
+    return kept[0] if kept else min(steps, key=lambda step: step[1])
 
 
-def _loss(value: object) -> float | None:
-    return number(value, 0, 1e9)
+def _mode(run: Run, settings: dict[str, str]) -> str:
+    """Return how the fractions were decided: ``ranked``, ``uniform``, ``measured``, ``learned`` or a start's name."""
+    findings, mode = run.findings, settings.get("allocation", "")
+    if findings is None or mode not in ("learned", "measured", ""):
+        return mode
+    if findings.allocation:
+        return findings.allocation
+    losses = {name: loss for name, loss in findings.starts.items() if loss is not None}
+    if findings.history and _best(findings)[0]:
+        return "learned"
+    return min(losses, key=lambda name: losses[name]) if losses else settings.get("start", "")
+
+
+def _rule(run: Run, settings: dict[str, str]) -> str:
+    findings, mode, spare = run.findings, _mode(run, settings), settings.get("spare")
+    if findings and mode == "measured":
+        return (
+            "How much of each layer is cut was measured: each layer was cut alone to a few ratios. The divergence of "
+            "the network's predictions from the dense ones was taken on sources that were left out of its scores. "
+            f"Layers whose loss does little lose more. {_exchanges(findings)}The result was better on held-out text "
+            "than every start."
+        )
+    if findings and mode in STARTS:
+        tried = "measured" if findings.allocation else "learned"
+        return f"The {tried} allocation was not better on held-out text than its best start, {mode} ({STARTS[mode]})."
+    if findings and mode == "learned":
+        return "The fraction that each module loses was learned by gradients, and judged on held-out text."
+    if mode == "ranked":
+        per_weight = run.scores and run.scores.metric.endswith("/cost")
+        ranking = "the estimated loss per removed weight" if per_weight else "the standardised scores"
+        return f"One ranking of {ranking} of all candidates decides: the lowest go until the budget is met."
+    if mode == "uniform":
+        ends = any(settings.get(name, "0").strip("0.") for name in ("spare_first", "spare_last")) and not run.regular
+        rest = " outside the first and last blocks, which stay whole," * ends
+        return f"Every candidate{rest} loses the same fraction of its units, those with the lowest scores."
+    if mode == "measured":
+        return (
+            "Three allocations were compared by the loss of the cut network: the same fraction of every candidate, the "
+            "same outside the first and last blocks, and one ranking. A note says which was taken."
+        )
+    if spare:
+        rest = {
+            "always": " outside the first and last blocks, which stay whole,",
+            "measured": " (outside the first and last blocks, unless the loss is lower with these cut, too)",
+        }.get("" if run.regular else spare, "")
+        return f"Every candidate{rest} loses the same fraction of its units, those whose removal adds least loss."
+    return ""
+
+
+def _exchanges(findings: Findings) -> str:
+    rounds, taken = len({row.round for row in findings.exchanges}), sum(row.accepted for row in findings.exchanges)
+    times = "1 round" if rounds == 1 else f"{rounds} rounds"
+    judged = f"each judged on the whole pruned network: {taken} of {len(findings.exchanges)} judgements accepted one. "
+    return f"Then cost was exchanged between layers in {times}, {judged}" if rounds else ""
+
+
+def _settings(run: Run) -> dict[str, str]:
+    return {pair.name: pair.value for pair in (*run.defaults, *run.settings, *run.method_settings)}

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 SPACE = "\N{NO-BREAK SPACE}"
 NONE = "–"
@@ -109,6 +110,21 @@ def octets(value: float | None) -> str:
     return f"{value:,.0f}{SPACE}B"
 
 
+def measured(value: float | None, measure: str) -> str:
+    """Format an amount of what a budget counts.
+
+    Args:
+        value: The amount; ``None`` becomes a dash.
+        measure: What is counted.
+
+    >>> measured(5e7, "kv_cache"), measured(7.5, "ms"), measured(1536, "macs")
+    ('50.0\\xa0MB', '7.50 ms', '1,536')
+    """
+    if measure == "ms":
+        return f"{significant(value)} ms"
+    return octets(value) if measure in ("bytes", "kv_cache") else count(value)
+
+
 def percent(fraction: float | None) -> str:
     """Format a fraction as a percentage.
 
@@ -121,16 +137,16 @@ def percent(fraction: float | None) -> str:
     return NONE if fraction is None else f"{100 * fraction:.1f}{SPACE}%"
 
 
-def percent_tick(fraction: float) -> str:
+def percent_tick(fraction: float | None) -> str:
     """Format a fraction at a figure's axis as a percentage, as short as possible.
 
     Args:
-        fraction: The fraction.
+        fraction: The fraction; ``None`` becomes a dash.
 
     >>> percent_tick(0.25), percent_tick(0.125)
     ('25\\xa0%', '12.5\\xa0%')
     """
-    return f"{100 * fraction:.3g}{SPACE}%"
+    return NONE if fraction is None else f"{100 * fraction:.3g}{SPACE}%"
 
 
 def points(difference: float | None) -> str:
@@ -186,11 +202,77 @@ def moment(stamp: str) -> str:
     >>> moment("2026-11-24T15:02:11.5+00:00"), moment("yesterday")
     ('2026-11-24 15:02 UTC', 'yesterday')
     """
-    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)(?::[\d.]+)?(Z|[+-]\d\d:?\d\d)?", stamp)
-    if not found:
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)(?::[\d.]+)?(Z|[+-]\d\d:?\d\d)?", stamp)
+    if not match:
         return stamp
-    day, clock, zone = found.groups()
+    day, clock, zone = match.groups()
     return f"{day} {clock}" + (" UTC" if zone in ("Z", "+00:00", "+0000") else f" {zone}" if zone else "")
+
+
+def in_words(value: object) -> str:
+    """Return the value of a setting as a short text; empty for objects and nothing.
+
+    Args:
+        value: The value, as JSON data.
+
+    >>> in_words(True), in_words(0.30000000000000004), in_words(["a", 2]), in_words(None)
+    ('yes', '0.3', 'a, 2', '')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(in_words, value[:20])))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)[:300] if isinstance(value, int | str) else ""
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the known values; ``None`` if there is none.
+
+    Args:
+        values: The values.
+    """
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def won_back(before: float | None, cut: float | None, after: float | None) -> float | None:
+    """Return the fraction of the log-perplexity lost by a cut that was won back; ``None`` if nothing was lost.
+
+    Args:
+        before: The perplexity before the cut.
+        cut: That after it.
+        after: That after recovery.
+    """
+    if not before or not cut or not after or cut <= before:
+        return None
+    return math.log(cut / after) / math.log(cut / before)
+
+
+def leaders(sizes: Sequence[float | None], values: Sequence[float | None]) -> list[bool]:
+    """Return which values are not beaten by any at the same size or less (within half a per cent).
+
+    Args:
+        sizes: The size of each; ``None`` if unknown.
+        values: The accuracy of each, or another value of which more is better; ``None`` if unknown.
+
+    >>> leaders([100, 100, 200], [0.7, 0.6, 0.8])
+    [True, False, True]
+    """
+    known = [(v, s) for v, s in zip(values, sizes, strict=True) if v is not None and s is not None]
+    return [
+        v is not None and s is not None and not any(other > v and size <= 1.005 * s for other, size in known)
+        for v, s in zip(values, sizes, strict=True)
+    ]
+
+
+def shorten(words: str, most: int) -> str:
+    """Return words cut to a length, with an ellipsis if they are longer.
+
+    Args:
+        words: The words.
+        most: The largest number of characters.
+    """
+    return words if len(words) <= most else words[: most - 1] + "…"
 
 
 def _decimals(value: float) -> int:

@@ -1,86 +1,102 @@
-"""Read a run folder that may be hostile or incomplete: every value is checked, and problems are collected."""
+"""Read a run folder that may be hostile or incomplete, and the widths of its axes.
 
-import json
+A file that does not fit its schema is left out, and named.
+"""
+
+import contextlib
 import math
 import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
-from regrow.errors import InputError, ResourceError
-from regrow.limits import check_regular
-from regrow.reports.records import MissingFile
-from regrow.store.convert import check_format, convert
+import msgspec
+
+from regrow.errors import ResourceError
+from regrow.reports.records import AxisKind, AxisWidth, Bounds, MassiveActivation, MissingFile, Scores
+from regrow.reports.runs import Findings
+from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.intervals import expand_plans
+from regrow.store.metrics import Metrics
+from regrow.store.plan_schemas import PlanJson
 from regrow.store.replacing import WORK, settle
-from regrow.store.schemas import AxisRows, Findings, ScoreSummary
-
-RUN_FORMAT = "regrow-run/2"
-LEDGER_FORMAT = "regrow-ledger/2"
-PLAN_FORMAT = "regrow-plan/1"
-
-MAX_BYTES = {
-    "run.json": 2**24,
-    "ledger.json": 2**30,
-    "axes.json": 2**28,
-    "scores.json": 2**28,
-    "metrics.jsonl": 2**27,
-    "findings.json": 2**26,
-    "shapes.json": 2**26,
-}
-MAX_ITEMS = 20_000
-MAX_SIZE = 10**15
+from regrow.store.run_record import read_json
+from regrow.store.run_record import read_run as read_settings
+from regrow.store.schemas import AxisRow, AxisRows, LedgerJson, RunJson, ScoreSummary, StageJson
 
 ABSENT = {
     "ledger.json": "the plan: which units stayed",
     "axes.json": "the widths before and after",
     "scores.json": "the scores and the massive-activation units",
-    "metrics.jsonl": "every measurement: perplexity, size, speed, proof",
+    "metrics.jsonl": "every measurement: perplexity, size, proof",
 }
-ABSENT_GROWING = {name: meaning for name, meaning in ABSENT.items() if name != "scores.json"}
-ABSENT_LEARNING = {"metrics.jsonl": "every measurement: the accuracy matrix, sizes, growth"}
-ABSENT_SEARCHING = {
+"""Files of a pruning run → what a page lacks without them."""
+_ABSENT_GROWING = {name: meaning for name, meaning in ABSENT.items() if name != "scores.json"}
+_ABSENT_LEARNING = {"metrics.jsonl": "every measurement: the accuracy matrix, sizes, growth"}
+_ABSENT_SEARCHING = {
     "metrics.jsonl": "every measurement: size and accuracy over epochs, levels, memory, the test",
     "shapes.json": "the final network",
 }
-
-JsonObject = dict[str, object]
-"""A JSON object of a file, whose values may be of any type."""
+_NEEDED = {"grow": _ABSENT_GROWING, "learn": _ABSENT_LEARNING, "search": _ABSENT_SEARCHING}
+_LONGEST, _LONGEST_COMMAND = 300, 8000
+"""Characters of a name, and of a command or a note."""
 
 _CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufffe\uffff]+"
 )
+Kind = TypeVar("Kind")
 
 
 class ReportError(ValueError):
     """Raised for a folder that is not a run folder, or a page that cannot be written."""
 
 
+class RunFile(RunJson, frozen=True):
+    """``run.json`` with the present run as a stage of its network."""
+
+    stage: StageJson | None = None
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """How to build the network that a search found."""
+
+    config: dict[str, Any] = {}
+
+
+class FoundShapes(msgspec.Struct, frozen=True):
+    """``shapes.json`` of a search, as far as a page shows it."""
+
+    origin: Origin = Origin()
+
+
 @dataclass
 class RunRecord:
-    """The content of a run folder's files, checked only down to "an object" and "a list of objects".
+    """The validated content of a run folder; what is missing or damaged is empty.
 
     Args:
         path: The folder.
-        run: The content of ``run.json``.
+        run: ``run.json``.
         plans: The plans of this run in ``ledger.json``, in order; of a recovery, the plan of the cut.
-        axes: ``axes.json``: ``"before"`` and ``"after"`` → one object per axis.
-        scores: The content of ``scores.json``.
-        metrics: The lines of ``metrics.jsonl``.
-        findings: The content of ``findings.json``, which most methods do not write.
-        origin: The record of how to build the network that a search found, from ``shapes.json``.
+        axes: ``axes.json``: the axes before and after.
+        scores: ``scores.json``.
+        metrics: The rows of ``metrics.jsonl`` by kind.
+        findings: ``findings.json``, which most methods do not write.
+        origin: How to build the network that a search found, from ``shapes.json``.
         missing: Files that do not exist, with what the page lacks without them.
-        problems: Problems found while reading, in words.
+        problems: What is left out, and why.
     """
 
     path: Path
-    run: JsonObject
-    plans: list[JsonObject] = field(default_factory=list)
-    axes: dict[str, list[JsonObject]] = field(default_factory=dict)
-    scores: JsonObject = field(default_factory=dict)
-    metrics: list[JsonObject] = field(default_factory=list)
-    findings: JsonObject = field(default_factory=dict)
-    origin: JsonObject = field(default_factory=dict)
+    run: RunFile
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    axes: AxisRows | None = None
+    scores: ScoreSummary | None = None
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    findings: Findings | None = None
+    origin: Origin = field(default_factory=Origin)
     missing: list[MissingFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -88,7 +104,57 @@ class RunRecord:
     def name(self) -> str:
         """The name of the run folder, also for an unfinished run in its working area."""
         path = self.path.resolve()
-        return path.parent.name if path.name == WORK else path.name
+        return clean(path.parent.name if path.name == WORK else path.name) or "run"
+
+    def rows(self, what: str, kind: type[Kind]) -> list[Kind]:
+        """Return the measurements of a kind as records; none, and a problem, if one does not fit.
+
+        Args:
+            what: The kind of measurement.
+            kind: The record.
+        """
+        return self.each(f"metrics.jsonl: {what}", self.metrics.get(what, []), kind)
+
+    def each(self, where: str, rows: Sequence[object], kind: type[Kind]) -> list[Kind]:
+        """Return JSON data as records; none, and a problem, if one does not fit.
+
+        Args:
+            where: The file and the part of it, for the problem.
+            rows: The data.
+            kind: The record.
+        """
+        with self.leave_out():
+            return [convert(row, kind, where, "left out") for row in rows]
+        return []
+
+    def last(self, what: str, kind: type[Kind]) -> Kind | None:
+        """Return the last measurement of a kind; ``None`` if there is none that fits.
+
+        Args:
+            what: The kind of measurement.
+            kind: The record.
+        """
+        return next(reversed(self.rows(what, kind)), None)
+
+    def table(self, file: str, kind: type[Kind]) -> Kind | None:
+        """Return the content of a JSON file as a record; ``None`` if it is missing, or, with a problem, damaged.
+
+        Args:
+            file: The name of the file.
+            kind: The record.
+        """
+        with self.leave_out():
+            if (data := read_json(self.path / file)) is not None:
+                return convert(clean(data), kind, file, "left out")
+        return None
+
+    @contextlib.contextmanager
+    def leave_out(self) -> Iterator[None]:
+        """Record an error of reading in the block as a problem."""
+        try:
+            yield
+        except (StoreError, ResourceError) as error:
+            self.problems.append(clean(str(error).replace(f"{self.path}/", "")))
 
 
 def read_run(path: Path) -> RunRecord:
@@ -101,204 +167,170 @@ def read_run(path: Path) -> RunRecord:
         The content of its files.
 
     Raises:
-        ReportError: If there is no readable ``run.json`` of the expected format.
+        ReportError: If there is no valid ``run.json``.
     """
     settle(path)
     if not (path / "run.json").is_file() and (path / WORK / "run.json").is_file():
         path = path / WORK  # it is not finished
-    if not (path / "run.json").is_file():
-        raise ReportError(f"{path} is not a run folder (no run.json); give the folder of a run")
     try:
-        check_regular(path / "run.json")
-    except InputError as error:
-        raise ReportError(str(error)) from error
-    problems: list[str] = []
-    run = _json(path / "run.json", problems)
-    if problems:
-        why = problems[0].removeprefix("run.json: ").removesuffix("; left out")
-        raise ReportError(f"{path / 'run.json'} cannot be read ({why}); restore it")
-    try:
-        check_format(run, RUN_FORMAT, path / "run.json")
+        run = convert(clean(read_settings(path), _LONGEST_COMMAND), RunFile, path / "run.json")
     except StoreError as error:
         raise ReportError(str(error)) from error
-    assert isinstance(run, dict)
-    folder = RunRecord(path, run, problems=problems)
-    searched = run.get("verb") == "search"
-    needed = {"search": ABSENT_SEARCHING, "learn": ABSENT_LEARNING, "grow": ABSENT_GROWING}.get(
-        str(run.get("verb")), ABSENT
-    )
-    for name, meaning in needed.items():
-        if not (path / name).is_file():
-            folder.missing.append({"file": name, "means": meaning})
-    plans, earlier = _plans(path / "ledger.json", problems), size(mapping(run.get("parent")).get("plans")) or 0
-    folder.plans = plans[-1:] if run.get("verb") == "recover" else plans[earlier:]
-    axes = _object(path / "axes.json", problems, AxisRows)
-    folder.axes = {when: objects(axes.get(when)) for when in ("before", "after")}
-    folder.scores = _object(path / "scores.json", problems, ScoreSummary)
-    folder.metrics = _lines(path / "metrics.jsonl", problems)
-    folder.findings = _object(path / "findings.json", problems, Findings)
-    if searched:
-        folder.origin = mapping(_object(path / "shapes.json", problems).get("origin"))
+    folder = RunRecord(path, run)
+    needed = _NEEDED.get(run.verb, ABSENT)
+    folder.missing = [MissingFile(name, words) for name, words in needed.items() if not (path / name).is_file()]
+    if not run.finished:
+        folder.problems.append("run.json has no finishing time: the run was interrupted or is still in progress")
+    with folder.leave_out():
+        folder.plans = _read_plans(folder)
+    folder.axes = folder.table("axes.json", AxisRows)
+    folder.scores = folder.table("scores.json", ScoreSummary)
+    folder.findings = folder.table("findings.json", Findings)
+    if run.verb == "search" and (shapes := folder.table("shapes.json", FoundShapes)):
+        folder.origin = shapes.origin
+    with folder.leave_out():
+        for row in Metrics(path / "metrics.jsonl").rows():
+            folder.metrics.setdefault(row["what"], []).append(clean(row))
     return folder
 
 
-def _plans(path: Path, problems: list[str]) -> list[JsonObject]:
+def _read_plans(folder: RunRecord) -> list[dict[str, Any]]:
     """Return the plans of a ledger, with ranges of units expanded."""
-    ledger = _object(path, problems)
-    if ledger.get("format") != LEDGER_FORMAT:
-        problems += [f"{path.name}: expected the format {LEDGER_FORMAT!r}; left out"] if ledger else []
-        return []
-    plans = [plan for plan in objects(ledger.get("plans")) if plan.get("format") == PLAN_FORMAT]
-    try:
-        return expand_plans(plans, path.stat().st_size)
-    except (StoreError, ResourceError) as error:
-        problems.append(f"{path.name}: {error}; left out")
-        return []
+    path, plans = folder.path / "ledger.json", []
+    if (data := read_json(path)) is not None:
+        plans = expand_plans(convert(data, LedgerJson, path.name).plans, path.stat().st_size)
+        convert({"plans": plans}, dict[str, list[PlanJson]], path.name)
+    earlier = folder.run.parent.plans if folder.run.parent else 0
+    return list(clean(plans[-1:] if folder.run.verb == "recover" else plans[earlier:]))
 
 
-def objects(value: object) -> list[JsonObject]:
-    """Return the objects of a JSON list, at most ``MAX_ITEMS``; empty if the value is not a list.
+def clean(value: Any, longest: int = _LONGEST) -> Any:
+    """Return JSON data in which every text is one printable line, and numbers that are not finite are ``None``.
 
     Args:
-        value: The JSON value.
+        value: The data.
+        longest: The largest number of characters of a text.
 
-    >>> objects([{"a": 1}, 2, None]), objects("abc")
-    ([{'a': 1}], [])
+    >>> clean({"a\\n\\x00b": ["abcdef", float("nan")]}, longest=4)
+    {'a b': ['abc…', None]}
     """
-    return [item for item in items(value, MAX_ITEMS) if isinstance(item, dict)]
+    if isinstance(value, str):
+        line = _CONTROL.sub(" ", value[: 4 * longest]).strip()
+        return line if len(line) <= longest else line[: longest - 1] + "…"
+    if isinstance(value, Mapping):
+        return {clean(key, longest): clean(part, longest) for key, part in value.items()}
+    if isinstance(value, Sequence):
+        return [clean(part, longest) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def items(value: object, most: int = 100) -> list[object]:
-    """Return the first values of a JSON list; empty if the value is not a list.
+def widths(folder: RunRecord) -> tuple[list[AxisKind], dict[str, int]]:
+    """Return the widths of the axes that can change, per kind of axis, and reason → number of the frozen ones.
 
     Args:
-        value: The JSON value.
-        most: The largest number of values.
-
-    >>> items([1, "a", None], 2), items("abc")
-    ([1, 'a'], [])
+        folder: A run folder; without its ``axes.json`` the plans alone are read.
     """
-    return value[:most] if isinstance(value, list) else []
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for key, change in _changes(folder.plans):
+        first.setdefault(key, change["size"])
+        last[key] = len(change["keep"]) + len(change.get("restore", ())) + change.get("grow", 0)
+    after = {axis.key: axis.size for axis in folder.axes.after} if folder.axes else {}
+    before = (folder.axes.before if folder.axes else []) or [AxisRow(key, size) for key, size in first.items()]
+    rows: dict[str, list[AxisWidth]] = {}
+    frozen: Counter[str] = Counter()
+    for axis in before:
+        if axis.mark == "frozen" and axis.key not in last:
+            frozen[axis.reason or "no reason given"] += 1
+        elif axis.size:
+            left = last.get(axis.key, after.get(axis.key, axis.size))
+            width = AxisWidth(axis.key, axis.block or block_of(axis.key), axis.size, left)
+            rows.setdefault(kind_of(axis.key, axis.label), []).append(width)
+    groups = []
+    for kind, members in rows.items():
+        depths, numbered = depths_of([row.block for row in members])
+        ordered = [
+            AxisWidth(row.key, row.block, row.before, row.after, at) for row, at in zip(members, depths, strict=True)
+        ]
+        groups.append(AxisKind(kind, numbered, sorted(ordered, key=lambda row: row.depth)))
+    return groups, dict(frozen.most_common())
 
 
-def mapping(value: object) -> JsonObject:
-    """Return the value if it is a JSON object, with at most ``MAX_ITEMS`` entries; else an empty one.
+def scores(folder: RunRecord, groups: Sequence[AxisKind]) -> Scores | None:
+    """Return where each axis was cut, and the units with massive activations; ``None`` without ``scores.json``.
 
     Args:
-        value: The JSON value.
+        folder: A run folder.
+        groups: Its :func:`widths`, for the kind and the block of each axis.
     """
-    return dict(list(value.items())[:MAX_ITEMS]) if isinstance(value, dict) else {}
-
-
-def number(value: object, low: float = -1e30, high: float = 1e30) -> float | None:
-    """Return the value if it is a finite number within the bounds, else ``None``.
-
-    Args:
-        value: The JSON value.
-        low: The lower bound.
-        high: The upper bound.
-
-    >>> number(1.5), number(True), number("3"), number(float("nan")), number(-1, low=0)
-    (1.5, None, None, None, None)
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if folder.scores is None or not folder.scores.axes:
         return None
-    try:
-        result = float(value)
-    except OverflowError:
-        return None
-    return result if math.isfinite(result) and low <= result <= high else None
+    survivors, bounds, massive = _survivors(folder.plans), {}, []
+    for kind in groups:
+        for row in kind.rows:
+            if (entry := folder.scores.axes.get(row.key)) is None:
+                continue
+            bounds[row.key] = Bounds(entry.dropped_max, entry.kept_min)
+            for unit in entry.massive:
+                whole = True if row.after == row.before else None
+                kept = unit.unit in survivors[row.key] if row.key in survivors else whole
+                if unit.ratio is not None:
+                    massive.append(MassiveActivation(row.key, row.block, kind.kind, unit.unit, unit.ratio, kept))
+    massive.sort(key=lambda unit: -abs(unit.ratio))
+    return Scores(folder.scores.metric, bounds, massive)
 
 
-def size(value: object, high: int = MAX_SIZE) -> int | None:
-    """Return the value if it is a whole number from 0 to ``high``, else ``None``.
-
-    Args:
-        value: The JSON value.
-        high: The upper bound.
-
-    >>> size(3), size(3.0), size(-1), size(10**99)
-    (3, 3, None, None)
-    """
-    result = number(value, 0, high)
-    return int(result) if result is not None and result == int(result) else None
-
-
-def text(value: object, limit: int = 120) -> str:
-    """Return the value as one printable line of at most ``limit`` characters; empty for other types.
+def kind_of(key: str, label: str = "") -> str:
+    """Return the name that axes of one kind share in all blocks: the label, or the key with ``*`` for block numbers.
 
     Args:
-        value: The JSON value.
-        limit: The largest number of characters.
+        key: The axis's key.
+        label: The axis's label.
 
-    >>> text("a\\n\\x00b"), text(["a"]), text("abcdef", limit=4)
-    ('a b', '', 'abc…')
+    >>> kind_of("layers.3.mlp.w:0"), kind_of("layers.3.mlp.w:0", "MLP neurons")
+    ('layers.*.mlp.w:0', 'MLP neurons')
     """
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        value = format(value, ".6g")
-    if isinstance(value, int) and abs(value) <= MAX_SIZE:
-        value = str(value)
-    if not isinstance(value, str):
-        return ""
-    line = _CONTROL.sub(" ", value[: 4 * limit]).strip()
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", label or key)
 
 
-def _object(path: Path, problems: list[str], kind: type[object] | None = None) -> JsonObject:
-    """Return the JSON object in a file; the first field that does not fit its schema is recorded as a problem."""
-    if not path.is_file():
-        return {}
-    data = _json(path, problems)
-    if data is not None and not isinstance(data, dict):
-        problems.append(f"{path.name}: not a JSON object; left out")
-    if not isinstance(data, dict):
-        return {}
-    if kind is not None:
-        try:
-            convert(data, kind, path.name, "what does not fit is left out")
-        except StoreError as error:
-            problems.append(text(str(error), 300))
-    return data
+def block_of(key: str) -> str:
+    """Return the block of an axis whose block is not recorded: its key up to the first number.
+
+    Args:
+        key: The axis's key.
+
+    >>> block_of("layers.3.mlp.w:0"), block_of("head.weight:0")
+    ('layers.3', 'head')
+    """
+    match = re.match(r".*?\.\d+(?=\.)", key)
+    return match.group() if match else key.rpartition(".")[0] or key
 
 
-def _json(path: Path, problems: list[str]) -> object:
-    raw = _content(path, problems)
-    try:
-        return None if raw is None else json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{path.name}: not JSON ({text(str(error), 80)}); left out")
-        return None
+def depths_of(blocks: Sequence[str]) -> tuple[list[int], bool]:
+    """Return the depth of each block, and whether that is its number; else it is its place.
+
+    Args:
+        blocks: The names of the blocks.
+
+    >>> depths_of(["layers.1", "layers.7"]), depths_of(["stem", "layers.1"])
+    (([1, 7], True), ([0, 1], False))
+    """
+    numbers = [re.search(r"\d+", block) for block in blocks]
+    depths = [int(match.group()[:9]) for match in numbers if match]
+    numbered = len(set(depths)) == len(blocks) and max(depths, default=0) < 10 * len(blocks) + 10
+    return (depths if numbered else list(range(len(blocks)))), numbered
 
 
-def _lines(path: Path, problems: list[str]) -> list[JsonObject]:
-    raw = _content(path, problems) if path.is_file() else None
-    rows: list[JsonObject] = []
-    unread = 0
-    for line in (raw or "").split("\n")[: 5 * MAX_ITEMS]:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            unread += 1
-    if unread:
-        problems.append(f"{path.name}: {unread} line{'s' * (unread > 1)} could not be read; left out")
-    return rows
+def _changes(plans: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return [(key, change) for plan in plans for key, change in plan["changes"].items()]
 
 
-def _content(path: Path, problems: list[str]) -> str | None:
-    try:
-        length = path.stat().st_size
-        if length > MAX_BYTES[path.name]:
-            problems.append(f"{path.name}: {length:,} bytes, more than a report reads; left out")
-            return None
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        problems.append(f"{path.name}: cannot be read ({error.strerror}); left out")
-        return None
+def _survivors(plans: Sequence[Mapping[str, Any]]) -> dict[str, set[int]]:
+    """Return axis key → the ids of the units that every plan kept, or that were restored with their weights."""
+    left: dict[str, set[int]] = {}
+    for key, change in _changes(plans):
+        ids = change.get("ids") or range(change["size"])
+        kept = {ids[unit] for unit in change["keep"] if unit < len(ids)}
+        restored = set() if change.get("fresh") else set(change.get("restore", ()))
+        left[key] = (left[key] & kept if key in left else kept) | restored
+    return left

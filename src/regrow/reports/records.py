@@ -1,12 +1,25 @@
-"""Rows of a report as plain dictionaries that can be written as JSON, with the types of their values."""
+"""What a page shows of a run, as frozen records; msgspec validates and bounds what they hold."""
 
-from typing import Any, TypedDict
+import math
+import re
+from collections.abc import Sequence
+from typing import Annotated
 
-Values = list[float | None]
+import msgspec
+
+from regrow.reports import quantities
+from regrow.store.measurements import Figure, SizeRow
+from regrow.store.plan_schemas import Count
+
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1.001)] | None
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)] | None
+LogRatio = Annotated[float, msgspec.Meta(ge=-60, le=60)] | None
+Spread = Annotated[float, msgspec.Meta(ge=0, le=60)] | None
+Values = Sequence[float | None]
 """One value after each task, or on each task; ``None`` where it was not measured."""
 
 
-class KeyNumber(TypedDict):
+class KeyNumber(msgspec.Struct, frozen=True):
     """A number at the head of a page, with a line below it."""
 
     label: str
@@ -14,294 +27,312 @@ class KeyNumber(TypedDict):
     below: str
 
 
-class FrozenAxes(TypedDict):
-    """A reason for which axes are frozen, and the number of such axes."""
-
-    reason: str
-    count: int
-
-
-class Operation(TypedDict):
-    """An operation of a cell: its kind, its input, channels inside a ``sep``, and whether it has no weights."""
-
-    kind: str
-    source: int
-    mid: int | None
-    bare: bool
-
-
-class Node(TypedDict):
-    """A node of a cell: its width, and the operations that it sums."""
-
-    width: int | None
-    ops: list[Operation]
-
-
-class CellRow(TypedDict):
-    """A cell: whether it halves the resolution, the widths of its inputs inside it, and its nodes."""
-
-    reduce: bool
-    inputs: list[int | None]
-    nodes: list[Node]
-
-
-class KindCount(TypedDict):
-    """How many operations of a kind each cell keeps, and all together."""
-
-    kind: str
-    cells: list[int]
-    all: int
-
-
-class NodeText(TypedDict):
-    """What a node sums, in words."""
-
-    name: str
-    width: int | None
-    sums: str
-
-
-class CourseSize(TypedDict):
-    """The network after a task: its size, the bytes stored beside it, and the seconds that the task took."""
-
-    parameters: int | None
-    nonzero: int | None
-    macs: int | None
-    remembered: int | None
-    seconds: float | None
-
-
-class GrowthRow(TypedDict):
-    """One growth: when, how many new units, accuracy just before and after, and how the loss recovered."""
-
-    task: int | None
-    epoch: int | None
-    grown: dict[str, int]
-    logits_moved: float | None
-    parameters: int | None
-    newborn_gradient: float | None
-    newborn_entries: float | None
-    recovery: str
-    before: float | None
-    after: float | None
-
-
-class Course(TypedDict):
-    """The measurements of a continual-learning run.
-
-    ``rows`` is the accuracy matrix, one row per task learned; ``before`` the accuracy of the untrained network;
-    ``gone`` the tasks whose data are missing; ``widths``, ``owned`` and ``free`` map a name to its value after each
-    task.
-    """
-
-    tasks: list[str]
-    rows: list[Values]
-    before: Values
-    gone: list[str]
-    figures: dict[str, float | None]
-    sizes: list[CourseSize]
-    widths: dict[str, Values]
-    owned: dict[str, Values]
-    free: dict[str, Values]
-    events: list[GrowthRow]
-
-
-class CourseCell(TypedDict):
-    """A figure of a learning run in words, and whether no run with as few parameters has a better one."""
-
-    value: str
-    best: bool
-
-
-class CourseLine(TypedDict):
-    """A row of the table that compares learning runs."""
-
-    label: str
-    cells: list[CourseCell]
-    parameters: int | None
-    first: int | None
-    growths: int
-    shock: float | None
-    owned: float | None
-    known: Values
-    seconds: float | None
-
-
-class SearchLine(TypedDict):
-    """A row of the table that compares searches."""
-
-    label: str
-    target: str
-    test: float | None
-    best: bool
-    validation: float | None
-    parameters: int | None
-    nonzero: int | None
-    seconds: float | None
-
-
-class Pair(TypedDict):
+class Pair(msgspec.Struct, frozen=True):
     """A setting or a version in words."""
 
     name: str
     value: str
 
 
-class StageTime(TypedDict):
-    """The time that a stage of a run took."""
-
-    stage: str
-    seconds: float
-
-
-class MissingFile(TypedDict):
-    """A file that a run folder lacks, and what the report lacks without it."""
+class MissingFile(msgspec.Struct, frozen=True):
+    """A file that a run folder lacks, and what the page lacks without it."""
 
     file: str
     means: str
 
 
-class BudgetFigures(TypedDict):
-    """The quantity that a target counts: requested, before, after, and predicted (time only)."""
-
-    asked: float
-    before: float | None
-    after: float
-    predicted: float | None
-    measure: str
-    context: int
-
-
-class MaskingCheck(TypedDict):
-    """A check of masked = shrunk."""
-
-    max_abs_diff: float | None
-    bound: float | None
-    dtype: str
-    argmax_flips: int | None
-    holds: bool | None
-
-
-class FittedLayer(TypedDict):
-    """A layer that least squares fitted after a cut: its relative errors, and what was chosen."""
-
-    weight: str
-    before: float | None
-    after: float | None
-    seen: float | None
-    recovered: float | None
-    recovered_seen: float | None
-    ridge: float | None
-    shrinkage: float | None
-
-
-class ReconstructionTable(TypedDict):
-    """The least squares after a cut: on how many tokens, to what, where it was judged, and the layers, also by kind."""
-
-    tokens: int | None
-    dense: bool
-    where: str
-    layers: list[FittedLayer]
-    kinds: list[dict[str, Any]]
-    recovered: dict[str, float | None]
-    left_out: list[str]
-
-
-class SourceRow(TypedDict):
+class SourceRow(msgspec.Struct, frozen=True):
     """A source of data, and how much of it was read."""
 
     name: str
-    origin: str
-    calibration_tokens: int | None
-    evaluation_tokens: int | None
+    origin: str = ""
+    calibration_tokens: Count | None = None
+    evaluation_tokens: Count | None = None
 
 
-class StageRow(TypedDict):
-    """A run among those that made a network; what is not known is ``None`` or empty."""
+class Perplexity(msgspec.Struct, frozen=True):
+    """The perplexity of a model on a text domain, with the standard error of its logarithm."""
 
-    name: str
-    verb: str
-    command: str
-    changed: str
-    before: int | None
-    parameters: int | None
-
-
-class Run(TypedDict):
-    """What a report shows of one run; what is not known is ``None`` or empty."""
-
-    name: str
-    label: str
-    verb: str
-    command: str
     model: str
-    method: str
-    keep: float | None
-    measure: str
-    target: str
-    regular: bool
-    budget: BudgetFigures | None
-    settings: list[Pair]
-    method_settings: list[Pair]
-    defaults: list[Pair]
-    sources: list[SourceRow]
-    versions: list[Pair]
-    started: str
-    finished: str
-    seconds: list[StageTime]
-    notes: list[str]
-    perplexity: list[dict[str, Any]]
-    outcome: str
-    means: dict[str, dict[str, Any] | None]
-    choice: list[dict[str, Any]]
-    size: dict[str, dict[str, Any] | None]
-    speed: dict[str, dict[str, Any] | None]
-    verify: list[MaskingCheck]
-    reconstruction: ReconstructionTable | None
-    widths: list[dict[str, Any]]
-    frozen: list[FrozenAxes]
-    scores: dict[str, Any] | None
-    findings: dict[str, Any] | None
-    course: Course | None
-    search: dict[str, Any] | None
-    stages: list[StageRow]
-    missing: list[MissingFile]
-    problems: list[str]
+    source: str
+    ppl: Annotated[float, msgspec.Meta(gt=0, le=1e300)] | None
+    seen: bool = False
+    se: Spread = None
+    tokens: Count | None = None
+    bits_per_byte: Figure = None
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """The ends of the 95 % interval."""
+        if self.ppl is None or self.se is None:
+            return None
+        factor = math.exp(min(1.96 * self.se, 60))
+        return self.ppl / factor, self.ppl * factor
 
 
-class Summary(TypedDict):
-    """Several runs, and the text domains on which all were evaluated."""
+class PairedDifference(msgspec.Struct, frozen=True):
+    """The difference of the log-perplexities of two models on a text domain, paired per window."""
 
-    format: str
-    runs: list[Run]
-    kinds: list[str]
+    source: str
+    delta_nll: LogRatio = None
+    se: Spread = None
 
 
-def course_of(run: Run) -> Course:
-    """Return the measurements of a continual-learning run.
+class Domain(msgspec.Struct, frozen=True):
+    """The perplexities of a run on a text domain: of the model before it, after the cut, after the fit and at the end.
 
     Args:
-        run: A run of the summary.
-
-    Raises:
-        ValueError: If it is a run of another kind.
+        source: The name of the text domain.
+        seen: Whether it was seen in calibration.
+        before: Of the model before the run.
+        cut: After the cut, if a reconstruction or recovery followed.
+        fitted: After the reconstruction, if a recovery followed.
+        after: Of the model that the run wrote.
+        delta_nll: The difference of the log-perplexities, paired per window.
+        delta_se: Its standard error.
     """
-    if run["course"] is None:
-        raise ValueError(
-            f"{run['name']} is a run of {run['verb']!r}, which has no accuracy matrix; give a run of 'learn'"
-        )
-    return run["course"]
+
+    source: str
+    seen: bool = False
+    before: Perplexity | None = None
+    cut: Perplexity | None = None
+    fitted: Perplexity | None = None
+    after: Perplexity | None = None
+    delta_nll: LogRatio = None
+    delta_se: Spread = None
+
+    def ppl(self, side: str) -> float | None:
+        """Return the perplexity of one of the models; ``None`` if it was not measured.
+
+        Args:
+            side: ``before``, ``cut``, ``fitted`` or ``after``.
+        """
+        measured: Perplexity | None = getattr(self, side)
+        return measured.ppl if measured else None
+
+    @property
+    def ratio(self) -> float | None:
+        """Perplexity after ÷ before."""
+        before, after = self.ppl("before"), self.ppl("after")
+        if self.delta_nll is not None:
+            return math.exp(self.delta_nll)
+        return after / before if before and after else None
+
+    @property
+    def error(self) -> float | None:
+        """Half the 95 % interval of the ratio."""
+        ratio, error = self.ratio, self.delta_se
+        return None if ratio is None or error is None else 1.96 * ratio * error
+
+    @property
+    def recovered(self) -> float | None:
+        """The fraction of the log-perplexity lost by the cut that was won back."""
+        return quantities.won_back(self.ppl("before"), self.ppl("cut"), self.ppl("after"))
 
 
-def search_of(run: Run) -> dict[str, Any]:
-    """Return the measurements of a search.
+class Mean(msgspec.Struct, frozen=True):
+    """Geometric means of perplexities over text domains that were measured on both sides, or only after the run."""
+
+    count: int
+    before: float | None
+    cut: float | None
+    after: float
+
+    @property
+    def ratio(self) -> float | None:
+        """After ÷ before."""
+        return self.after / self.before if self.before else None
+
+    @property
+    def recovered(self) -> float | None:
+        """The fraction of the log-perplexity lost by the cut that was won back."""
+        return quantities.won_back(self.before, self.cut, self.after)
+
+
+class Accuracy(msgspec.Struct, frozen=True):
+    """The accuracy of a model on a task."""
+
+    task: str
+    model: str
+    acc: Fraction
+    n: Count
+    acc_se: Spread = None
+    acc_norm: Fraction = None
+
+
+class Task(msgspec.Struct, frozen=True):
+    """The accuracies of a run on a task: before it, after the cut if it was fitted, and at the end."""
+
+    task: str
+    before: Accuracy | None = None
+    cut: Accuracy | None = None
+    after: Accuracy | None = None
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """The size of the model before and after a run."""
+
+    before: SizeRow | None = None
+    after: SizeRow | None = None
+
+
+class MaskingCheck(msgspec.Struct, frozen=True):
+    """A check of masked = shrunk."""
+
+    max_abs_diff: Amount
+    bound: Amount
+    dtype: str = ""
+    argmax_flips: Count | None = None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the difference is within the bound; ``None`` if it was not finite."""
+        return None if self.max_abs_diff is None or self.bound is None else self.max_abs_diff <= self.bound
+
+
+class FittedLayer(msgspec.Struct, frozen=True):
+    """A layer that least squares fitted after a cut: its relative errors, and what was chosen."""
+
+    weight: str
+    before: Amount = None
+    after: Amount = None
+    seen: Amount = None
+    ridge: Amount = None
+    shrinkage: Amount = None
+
+
+class Reconstruction(msgspec.Struct, frozen=True):
+    """The least squares after a cut: the tokens, what layers were fitted to, and where that was judged."""
+
+    tokens: Count
+    layers: list[FittedLayer] = []
+    left_out: dict[str, str] = {}
+    target: str = ""
+    choose_on: str | None = None
+
+    @property
+    def where(self) -> str:
+        """The text on which the fit was judged."""
+        return "held-out text" if self.choose_on is None else "left-out sources"
+
+
+class AxisWidth(msgspec.Struct, frozen=True):
+    """The width of an axis before and after a run; depth is its block's number, or its place."""
+
+    key: str
+    block: str
+    before: int
+    after: int
+    depth: int = 0
+
+
+class AxisKind(msgspec.Struct, frozen=True):
+    """The axes of one kind in all blocks, in order of depth."""
+
+    kind: str
+    numbered: bool
+    rows: list[AxisWidth]
+
+    @property
+    def before(self) -> int:
+        """The units before."""
+        return sum(row.before for row in self.rows)
+
+    @property
+    def after(self) -> int:
+        """The units after."""
+        return sum(row.after for row in self.rows)
+
+    @property
+    def changed(self) -> int:
+        """The number of axes whose width changed."""
+        return sum(row.before != row.after for row in self.rows)
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """The scores on both sides of the cut of an axis."""
+
+    dropped_max: float | None = None
+    kept_min: float | None = None
+
+
+class MassiveActivation(msgspec.Struct, frozen=True):
+    """A unit with massive activations, and whether it was kept."""
+
+    key: str
+    block: str
+    kind: str
+    unit: int
+    ratio: float
+    kept: bool | None
+
+
+class Scores(msgspec.Struct, frozen=True):
+    """The metric of the scores, where each axis was cut, and the units with massive activations."""
+
+    metric: str
+    bounds: dict[str, Bounds]
+    massive: list[MassiveActivation]
+
+
+class RankVariation(msgspec.Struct, frozen=True):
+    """How far the ranks of units of a ranking space move between text domains; of several axes, of all pooled."""
+
+    space: str
+    units: Count
+    label: str = ""
+    significant: Fraction = None
+    exceeds: Fraction = None
+    exceeds_null: Fraction = None
+    spearman: Figure = None
+    spearman_shards: Figure = None
+    spearman_within: Figure = None
+
+    @property
+    def axes(self) -> int:
+        """The number of axes whose units were ranked together."""
+        return int(pooled[1]) if (pooled := re.match(r"(\d{1,6}) × ", self.space)) else 1
+
+
+class ModuleRatio(msgspec.Struct, frozen=True):
+    """A module of units of an axis, and the fraction of it that is cut at the start, as learned or chosen, and as cut.
+
+    It is named "axis cell", "axis and 29 more cell" where axes are pooled, or "axis" if every axis is one module.
+    """
+
+    name: str
+    space: str
+    units: Count
+    label: str = ""
+    start: Fraction = None
+    learned: Fraction = None
+    chosen: Fraction = None
+    given: Fraction = None
+    trust: Fraction = None
+    sensitivity: Amount = None
+    activity: Fraction = None
+
+    @property
+    def cell(self) -> tuple[bool, str]:
+        """Whether the module is of pooled axes, and its words."""
+        fit = re.fullmatch(r"( and \d+ more)?(?: (.*))?", self.name.removeprefix(self.space))
+        return (bool(fit[1]), fit[2] or "") if fit else (False, "")
+
+
+def geometric_mean(domains: Sequence[Domain]) -> Mean | None:
+    """Return geometric means over the text domains measured on both sides, or after the run only.
 
     Args:
-        run: A run of the summary.
-
-    Raises:
-        ValueError: If it is a run of another kind.
+        domains: The perplexities on each text domain.
     """
-    if run["search"] is None:
-        raise ValueError(f"{run['name']} is a run of {run['verb']!r}, not a search; give one of 'search'")
-    return run["search"]
+    after = [row for row in domains if row.ppl("after")]
+    both = [row for row in after if row.ppl("before")]
+    rows = both or after
+    if not rows:
+        return None
+
+    def over(side: str) -> float | None:
+        logs = [math.log(ppl) for row in rows if (ppl := row.ppl(side))]
+        return math.exp(sum(logs) / len(logs)) if len(logs) == len(rows) else None
+
+    return Mean(len(rows), over("before"), over("cut"), over("after") or 0.0)

@@ -3,18 +3,18 @@
 import re
 from typing import Any
 
-from regrow.amounts import parse_bytes
-from regrow.reports import blocks, cells, topology
-from regrow.reports import quantities as q
-from regrow.reports.reading import MAX_ITEMS, JsonObject, RunRecord, items, mapping, number, size, text
-from regrow.reports.records import KeyNumber, Run, search_of
+import msgspec
+from msgspec.structs import replace
 
-Lines = dict[str, list[JsonObject]]
+from regrow.amounts import parse_bytes
+from regrow.reports import cells
+from regrow.reports import quantities as q
+from regrow.reports.reading import RunRecord
+from regrow.reports.records import Amount, Fraction, KeyNumber
+from regrow.reports.runs import FoundNetwork, Level, Run, Search, SearchEpoch, ShapeChange, StageMemory
+from regrow.store.plan_schemas import Count
 
 LEVELS = ("operations", "filters", "weights")
-MAX_EPOCHS = 5_000
-MAX_COMMITS = 2_000
-MAX_STAGES = 64
 
 COLLAPSE, BARE = 0.5, 0.75
 """The fractions of skips, and of operations without weights, from which on a warning of collapse is shown."""
@@ -39,170 +39,176 @@ _UNITS = {
     "bytes": "bytes",
     "ms": "ms per pass",
 }
-_SIZES = ("parameters", "nonzero", "macs", "bytes")
 
 
-def search(folder: RunRecord) -> dict[str, Any] | None:
-    """Return the measurements of a search for its page.
+class PlannedStages(msgspec.Struct, frozen=True):
+    """The stages that a memory budget planned: the last part of each, and its peak of memory."""
+
+    ends: list[Count] = []
+    peaks: list[Count] = []
+    recomputed: bool = False
+
+
+class LevelTotals(msgspec.Struct, frozen=True):
+    """The size that each level removed, and what the target asked for."""
+
+    saved: dict[str, float] = {}
+    kept: dict[str, Fraction] = {}
+    measure: str = ""
+    asked: Amount = None
+    size: Amount = None
+
+
+class Latency(msgspec.Struct, frozen=True):
+    """Measured milliseconds of a pass through the whole space, and through the found network."""
+
+    whole: Amount = None
+    found: Amount = None
+
+
+def search(folder: RunRecord) -> Search | None:
+    """Return the measurements of a search; ``None`` if it is a run of another kind.
 
     Args:
         folder: A run folder.
-
-    Returns:
-        ``target`` (as requested), ``measure``, ``unit``, ``asked`` and ``reached`` (in that unit, counted on
-        the found network where a row says so), ``retrained``,
-        ``trained`` (in words), ``epochs``, ``commits``, ``front`` (networks that the last stage passed), ``stages``
-        (memory of each), ``recomputed``, ``clock`` (ms), ``budget``, ``levels``, ``found``, ``test``, ``cells``,
-        ``topology``, ``notation`` and
-        ``blocks``; ``None`` if it is a run of another kind.
     """
-    if folder.run.get("verb") != "search":
+    if folder.run.verb != "search":
         return None
-    settings = mapping(folder.run.get("settings"))
-    lines: Lines = {}
-    for line in folder.metrics:
-        lines.setdefault(text(line.get("what")), []).append(line)
-    last = {what: mapping((lines.get(what) or [{}])[-1]) for what in ("levels", "found", "test", "stages", "latency")}
-    target, levels = text(settings.get("target"), 40), last["levels"]
-    measure = text(levels.get("measure")) or (target.partition("=")[0] if "=" in target else "params")
-    sizes = {name: size(last["found"].get(name)) for name in _SIZES}
-    counted, recorded = sizes.get({"params": "parameters"}.get(measure, measure)), number(levels.get("size"), 0)
-    reached = recorded if counted is None or (measure == "nonzero" and recorded is not None) else counted
-    return {
-        "target": target,
-        "unit": _UNITS.get(measure, "parameters"),
-        "asked": number(levels.get("asked"), 0) or _target_number(target),
-        "measure": measure,
-        "reached": reached,
-        "retrained": size(settings.get("retrain")),
-        "trained": "trained further" if settings.get("inherit") is True else "retrained from scratch",
-        "epochs": _epochs(lines.get("epoch", [])),
-        "commits": [_commit(line) for line in lines.get("commit", [])[:MAX_COMMITS]],
-        "front": _front(lines.get("front", [])),
-        "stages": _stages(last["stages"], lines.get("memory", [])),
-        "recomputed": any(line.get("recomputed") is True for line in [last["stages"], *lines.get("memory", [])]),
-        "clock": {name: number(last["latency"].get(name), 0) for name in ("whole", "found")},
-        "budget": _budget(settings.get("memory")),
-        "levels": [
-            {
-                "level": level,
-                "saved": number(mapping(levels.get("saved")).get(level), 0),
-                "kept": number(mapping(levels.get("kept")).get(level), 0, 1),
-            }
-            for level in LEVELS
-        ]
-        if levels
-        else [],
-        "found": {"accuracy": number(last["found"].get("accuracy"), 0, 1)} | sizes,
-        "test": {
-            "accuracy": number(last["test"].get("accuracy"), 0, 1),
-            "images": size(last["test"].get("images")),
-            **{name: size(last["test"].get(name)) for name in _SIZES},
-        },
-        "cells": cells.cells(folder.origin),
-        "topology": (topologies := topology.topology(folder.origin)),
-        "notation": topology.notation(topologies),
-        "blocks": blocks.blocks(folder.origin),
-    }
+    settings = folder.run.settings
+    target, retrain = q.in_words(settings.get("target")), settings.get("retrain")
+    levels, latency = folder.last("levels", LevelTotals), folder.last("latency", Latency) or Latency()
+    totals = levels or LevelTotals()
+    measure = totals.measure or (target.partition("=")[0] if "=" in target else "params")
+    network = folder.last("found", FoundNetwork) or FoundNetwork()
+    counted = getattr(network, {"params": "parameters"}.get(measure, measure), None)
+    planned, memory = folder.last("stages", PlannedStages) or PlannedStages(), folder.rows("memory", StageMemory)
+    return Search(
+        target=target,
+        measure=measure,
+        asked=totals.asked or _target_number(target),
+        reached=totals.size if counted is None or (measure == "nonzero" and totals.size is not None) else counted,
+        retrained=retrain if isinstance(retrain, int) and retrain > 0 else 0,
+        inherited=settings.get("inherit") is True,
+        epochs=_last_of_each(folder.rows("epoch", SearchEpoch)),
+        front=_last_of_each(folder.rows("front", SearchEpoch)),
+        commits=folder.rows("commit", ShapeChange),
+        stages=_stages(planned, memory),
+        recomputed=planned.recomputed or any(row.recomputed for row in memory),
+        budget=_budget(settings.get("memory")),
+        clock={"whole": latency.whole, "found": latency.found},
+        levels=[Level(name, totals.saved.get(name), totals.kept.get(name)) for name in LEVELS if levels],
+        network=network,
+        test=folder.last("test", FoundNetwork) or FoundNetwork(),
+        cells=cells.read_cells(folder.origin.config),
+        topology=(topology := cells.read_topology(folder.origin.config)),
+        notation=cells.notation(topology),
+        blocks=cells.read_blocks(folder.origin.config),
+    )
 
 
-def headline(run: Run) -> str:
-    """Return one sentence on the network that a run found, and its test accuracy."""
-    found = search_of(run)
-    deed = f"{run['method'] or 'regrow search'} searched {run['model']}"
-    if (many := found["found"]["parameters"]) is None:
+def unit(result: Search) -> str:
+    """Return the unit in which a search counts sizes, in words.
+
+    Args:
+        result: The search.
+    """
+    return _UNITS.get(result.measure, "parameters")
+
+
+def headline(run: Run, result: Search) -> str:
+    """Return one sentence on the network that a run found, and its test accuracy.
+
+    Args:
+        run: The run.
+        result: Its measurements.
+    """
+    deed, left = f"{run.method or 'regrow search'} searched {run.model}", result.network
+    if left.parameters is None:
         return f"{deed}. The search is not finished."
-    nonzero = found["found"]["nonzero"]
-    some = "" if nonzero in (None, many) else f", {q.count(nonzero)} of them nonzero"
-    deed += f" and found a network of {q.count(many)} parameters{some}."
-    if (right := found["test"]["accuracy"]) is None:
+    some = "" if left.nonzero in (None, left.parameters) else f", {q.count(left.nonzero)} of them nonzero"
+    deed += f" and found a network of {q.count(left.parameters)} parameters{some}."
+    if result.test.accuracy is None:
         return f"{deed} It was not tested."
-    state = found["trained"].capitalize() if found["retrained"] else "With the weights of the search"
-    return f"{deed} {state}, it has a test accuracy of {q.percent(right)}."
+    state = _trained(result).capitalize() if result.retrained else "With the weights of the search"
+    return f"{deed} {state}, it has a test accuracy of {q.percent(result.test.accuracy)}."
 
 
 def explain_unsearched(run: Run) -> str:
-    """Return a note if a run did not search weights because its target counts zeroed ones; else an empty text."""
-    measure = search_of(run)["measure"]
-    if run["method"] != "mgas" or measure not in ("params", "macs", "bytes") or search_of(run)["topology"]:
+    """Return a note if a run did not search weights because its target counts zeroed ones; else an empty text.
+
+    Args:
+        run: The run.
+    """
+    result = run.search
+    if result is None or run.method != "mgas" or result.measure not in ("params", "macs", "bytes") or result.topology:
         return ""
-    return f"Weights were not searched, since a target in {measure} counts weights that are 0; nonzero does not."
+    return f"Weights were not searched, since a target in {result.measure} counts weights that are 0; nonzero does not."
 
 
-def details(run: Run) -> list[str]:
-    """Return the sentences below a run's headline: the origin of the method, and what was done."""
-    found, lines = search_of(run), []
-    if run["method"] in RECONSTRUCTED:
-        lines.append(RECONSTRUCTED[run["method"]])
-    if note := explain_unsearched(run):
-        lines.append(note)
-    if found["epochs"]:
-        n, m = len(found["epochs"]), len({row["stage"] for row in found["epochs"]})
-        after = "further training" if found["trained"] == "trained further" else "training from scratch"
-        anew = f", and {found['retrained']} of {after}" if found["retrained"] and run["finished"] else ""
+def details(run: Run, result: Search) -> list[str]:
+    """Return the sentences below a run's headline: the origin of the method, and what was done.
+
+    Args:
+        run: The run.
+        result: Its measurements.
+    """
+    lines = [line for line in (RECONSTRUCTED.get(run.method), explain_unsearched(run)) if line]
+    if result.epochs:
+        n, m = len(result.epochs), len({row.stage for row in result.epochs})
+        after = "further training" if result.inherited else "training from scratch"
+        anew = f", and {result.retrained} of {after}" if result.retrained and run.finished else ""
         lines.append(f"{n} epoch{'s' * (n != 1)} of search in {m} stage{'s' * (m != 1)}{anew}.")
-    if found["test"]["accuracy"] is not None:
+    if result.test.accuracy is not None:
         lines.append("A part of the training data was held out for validation; the test set was used once, at the end.")
     return lines
 
 
-def key_numbers(run: Run) -> list[KeyNumber]:
-    """Return the figures at the head of the page, as ``label``, ``value`` and a line ``below`` each.
+def key_numbers(result: Search) -> list[KeyNumber]:
+    """Return the figures at the head of the page.
 
     Args:
-        run: A run of the summary.
+        result: The measurements of a search.
     """
-    found, ops = search_of(run), cells.kept_operations(cells.cells_of(run))
-    rows: list[KeyNumber] = []
-
-    def add(label: str, value: Any, unit: Any, below: str) -> None:
-        if value is not None:
-            rows.append({"label": label, "value": unit(value), "below": below})
-
-    test, left = found["test"], found["found"]
-    state = found["trained"] if found["retrained"] else "after the search"
-    add("Test accuracy", test["accuracy"], q.percent, f"{state}, on {q.count(test['images'])} examples")
-    add("Validation accuracy", left["accuracy"], q.percent, "after the search")
-    add("Parameters", left["parameters"], q.count, f"stored; {q.count(left['nonzero'])} nonzero")
-    add("MACs", left["macs"], q.count, "of dense kernels, for one example")
-    if found["asked"]:
-        add("Size", found["reached"], q.count, f"of at most {q.count(found['asked'])} {found['unit']}")
-    if found["clock"]["whole"]:
-        below = f"ms per pass, measured; the whole space took {q.significant(found['clock']['whole'])}"
-        add("Time", found["clock"]["found"], q.significant, below)
+    test, left, ops = result.test, result.network, cells.operations(result.cells or result.topology)
+    state = _trained(result) if result.retrained else "after the search"
+    shown: list[tuple[str, Any, Any, str]] = [
+        ("Test accuracy", test.accuracy, q.percent, f"{state}, on {q.count(test.images)} examples"),
+        ("Validation accuracy", left.accuracy, q.percent, "after the search"),
+        ("Parameters", left.parameters, q.count, f"stored; {q.count(left.nonzero)} nonzero"),
+        ("MACs", left.macs, q.count, "of dense kernels, for one example"),
+    ]
+    if result.asked:
+        shown.append(("Size", result.reached, q.count, f"of at most {q.count(result.asked)} {unit(result)}"))
+    if whole := result.clock["whole"]:
+        below = f"ms per pass, measured; the whole space took {q.significant(whole)}"
+        shown.append(("Time", result.clock["found"], q.significant, below))
     if ops:
-        skips = sum(op["kind"] == "skip" for op in ops)
-        add("Skips", skips / len(ops), q.percent, f"of operations, {skips} of {len(ops)}")
-        bare = sum(op["bare"] for op in ops)
-        kinds = "none, skips and pools" if found["topology"] else "skips and pools"
-        add("Without weights", bare / len(ops), q.percent, f"of operations, {bare} of {len(ops)}: {kinds}")
-    if found["blocks"]:
-        add(
-            "Blocks",
-            len(found["blocks"]) - blocks.count_skipped(found["blocks"]),
-            q.count,
-            f"of {len(found['blocks'])}",
-        )
-    return rows
+        skips, bare = sum(op.kind == "skip" for op in ops), sum(op.bare for op in ops)
+        kinds = "none, skips and pools" if result.topology else "skips and pools"
+        shown.append(("Skips", skips / len(ops), q.percent, f"of operations, {skips} of {len(ops)}"))
+        shown.append(("Without weights", bare / len(ops), q.percent, f"of operations, {bare} of {len(ops)}: {kinds}"))
+    if many := len(result.blocks):
+        shown.append(("Blocks", many - cells.count_skipped(result.blocks), q.count, f"of {many}"))
+    return [KeyNumber(label, write(value), below) for label, value, write, below in shown if value is not None]
 
 
 def alarms(run: Run) -> list[str]:
     """Return warnings: collapse, nodes with one operation, missed size or memory, commits that changed outputs.
 
     Args:
-        run: A run of the summary.
+        run: The run of a search.
     """
-    found = search_of(run)
-    return [line for made in (_collapse, _thin, _off, _overshot, _moved, _memory) if (line := made(found))]
+    warnings = (_collapse, _thin, _off, _overshot, _moved, _memory)
+    return [line for warn in warnings if run.search and (line := warn(run.search))]
 
 
-def _collapse(found: dict[str, Any]) -> str:
-    ops, left = cells.kept_operations(found["cells"] or found["topology"]), found["blocks"]
-    if left and blocks.count_skipped(left) >= COLLAPSE * len(left):
-        return f"The search may have collapsed: {blocks.count_skipped(left)} of {len(left)} blocks do nothing."
+def _collapse(result: Search) -> str:
+    ops, many = cells.operations(result.cells or result.topology), len(result.blocks)
+    if many and cells.count_skipped(result.blocks) >= COLLAPSE * many:
+        return f"The search may have collapsed: {cells.count_skipped(result.blocks)} of {many} blocks do nothing."
     if not ops:
         return ""
-    skips, bare = (sum(kind) / len(ops) for kind in ([op["kind"] == "skip" for op in ops], [op["bare"] for op in ops]))
+    skips, bare = sum(op.kind == "skip" for op in ops) / len(ops), sum(op.bare for op in ops) / len(ops)
     if skips >= COLLAPSE:
         return f"The search may have collapsed: {q.percent(skips)} of the kept operations are skips."
     if bare >= BARE:
@@ -210,128 +216,79 @@ def _collapse(found: dict[str, Any]) -> str:
     return ""
 
 
-def _thin(found: dict[str, Any]) -> str:
+def _thin(result: Search) -> str:
     thin = [
-        f"node {j + 1} of cell {i + 1} ({node['ops'][0]['kind']})"
-        for i, cell in enumerate(found["cells"])
-        for j, node in enumerate(cell["nodes"])
-        if len(node["ops"]) == 1
+        f"node {j + 1} of cell {i + 1} ({node.ops[0].kind})"
+        for i, cell in enumerate(result.cells)
+        for j, node in enumerate(cell.nodes)
+        if len(node.ops) == 1
     ]
-    many = f" and {len(thin) - 12} more" if len(thin) > 12 else ""
-    return f"Only one operation is left in {', '.join(thin[:12])}{many}." if thin else ""
+    rest = f" and {len(thin) - 12} more" if len(thin) > 12 else ""
+    return f"Only one operation is left in {', '.join(thin[:12])}{rest}." if thin else ""
 
 
-def _off(found: dict[str, Any]) -> str:
-    asked, reached = found["asked"], found["reached"]
-    if not asked or reached is None:
+def _off(result: Search) -> str:
+    if not result.asked or result.reached is None:
         return ""
-    sizes = f"the final network has {q.count(reached)} {found['unit']}, the target is {q.count(asked)}"
-    if reached > asked * (1.01 if found["measure"] == "ms" else 1):
+    sizes = f"the final network has {q.count(result.reached)} {unit(result)}, the target is {q.count(result.asked)}"
+    if result.reached > result.asked * (1.01 if result.measure == "ms" else 1):
         return f"The target was missed: {sizes}."
-    return f"The target was overshot: {sizes}." if reached < OVERSHOT * asked else ""
+    return f"The target was overshot: {sizes}." if result.reached < OVERSHOT * result.asked else ""
 
 
-def _overshot(found: dict[str, Any]) -> str:
+def _overshot(result: Search) -> str:
     """Return a warning about stages that ended with less than their allowed size.
 
     The final commit restores as much as the target allows, so the final size may hide that masks had removed too much.
     """
-    ends = list({row["stage"]: row for row in found["epochs"]}.values())
-    last_open = not found["levels"] or _off(found)  # the last stage is unfinished, or warned about already
-    over = [row for row in (ends[:-1] if last_open else ends) if row["allowed"] and row["size"] is not None]
-    over = [row for row in over if row["size"] < OVERSHOT * row["allowed"]][:12]
-    sizes = [f"{q.count(row['size'])} of {q.count(row['allowed'])} in stage {row['stage'] + 1}" for row in over]
+    ends = list({row.stage: row for row in result.epochs}.values())
+    last_open = not result.levels or _off(result)  # the last stage is unfinished, or warned about already
+    over = [row for row in (ends[:-1] if last_open else ends) if row.allowed and row.size is not None]
+    over = [row for row in over if row.size < OVERSHOT * row.allowed][:12]  # type: ignore[operator]
+    sizes = [f"{q.count(row.size)} of {q.count(row.allowed)} in stage {row.stage + 1}" for row in over]
     back = " What was restored at the end had not been trained." * (bool(over) and over[-1] is ends[-1])
     return f"Thresholds removed too much: at the end, {', '.join(sizes)} was left.{back}" if sizes else ""
 
 
-def _moved(found: dict[str, Any]) -> str:
-    moved = [
-        row
-        for row in found["commits"]
-        if not (row["back"] or row["grown"] or row["stood"]) and (row["logits_moved"] or 0) > MOVED
-    ]
+def _moved(result: Search) -> str:
+    still = [row for row in result.commits if not (row.back or row.added or row.stood)]
+    moved = [row for row in still if (row.logits_moved or 0) > MOVED]
     if not moved:
         return ""
-    most = max(moved, key=lambda row: row["logits_moved"])
-    at = ", ".join(dict.fromkeys(q.count(row["epoch"]) for row in moved[:12]))
+    at = ", ".join(dict.fromkeys(q.count(row.epoch) for row in moved[:12]))
     return (
-        f"A commit should not change outputs, but {len(moved)} of {len(found['commits'])} did (after epoch {at}): "
-        f"logits changed by up to {q.significant(most['logits_moved'])}."
+        f"A commit should not change outputs, but {len(moved)} of {len(result.commits)} did (after epoch {at}): "
+        f"logits changed by up to {q.significant(max(row.logits_moved or 0 for row in moved))}."
     )
 
 
-def _memory(found: dict[str, Any]) -> str:
-    budget = found["budget"]
-    over = [row for row in found["stages"] if budget and (row["peak"] or 0) > budget]
-    peaks = [f"stage {row['stage'] + 1} needed {q.octets(row['peak'])}" for row in over]
-    return f"The memory budget of {q.octets(budget)} was exceeded: {', '.join(peaks)}." if peaks else ""
+def _memory(result: Search) -> str:
+    over = [row for row in result.stages if result.budget and (row.peak or 0) > result.budget]
+    peaks = [f"stage {row.stage + 1} needed {q.octets(row.peak)}" for row in over]
+    return f"The memory budget of {q.octets(result.budget)} was exceeded: {', '.join(peaks)}." if peaks else ""
 
 
-def _epochs(lines: list[JsonObject]) -> list[dict[str, Any]]:
-    """Return one entry per epoch; of an epoch that was run twice, the last."""
-    rows: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        epoch, stage = size(line.get("epoch"), MAX_EPOCHS), size(line.get("stage"), MAX_STAGES - 1)
-        if epoch is not None and stage is not None:
-            rows[epoch] = {"epoch": epoch, "stage": stage, "accuracy": number(line.get("accuracy"), 0, 1)}
-            rows[epoch] |= {name: number(line.get(name), 0) for name in ("size", "allowed")}
-            rows[epoch] |= {level: number(line.get(level), 0, 1) for level in LEVELS}
-    return [rows[epoch] for epoch in sorted(rows)]
+def _last_of_each(rows: list[SearchEpoch]) -> list[SearchEpoch]:
+    """Return one row per epoch, in order; of an epoch that was run twice, the last."""
+    last = {row.epoch: row for row in rows}
+    return [last[epoch] for epoch in sorted(last)]
 
 
-def _front(lines: list[JsonObject]) -> list[dict[str, Any]]:
-    """Return one entry per network, smallest last; of a network that was written twice, the last."""
-    rows: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        if (epoch := size(line.get("epoch"), MAX_EPOCHS)) is not None:
-            rows[epoch] = {"epoch": epoch, "accuracy": number(line.get("accuracy"), 0, 1)}
-            rows[epoch] |= {"size": number(line.get("size"), 0), "nonzero": size(line.get("nonzero"))}
-    return [rows[epoch] for epoch in sorted(rows)]
+def _stages(planned: PlannedStages, measured: list[StageMemory]) -> list[StageMemory]:
+    """Return the memory of each stage, and the last cell that it runs, counted from 1."""
+    rows = {row.stage: row for row in measured}
+    for i, (end, peak) in enumerate(zip(planned.ends, planned.peaks, strict=False)):
+        rows[i] = replace(rows.get(i, StageMemory(i)), last=end + 1, planned=peak)
+    return [rows[stage] for stage in sorted(rows)]
 
 
-def _commit(line: JsonObject) -> dict[str, Any]:
-    """Return the data of one change of the network for the page; ``epoch`` is the one before it."""
-
-    def units(name: str) -> int:
-        return sum(n for value in mapping(line.get(name)).values() if (n := size(value)))
-
-    def mean(name: str) -> float | None:
-        known = [v for value in items(line.get(name), MAX_STAGES) if (v := number(value, 0, 1)) is not None]
-        return sum(known) / len(known) if known else None
-
-    return {
-        "epoch": size(line.get("epoch"), MAX_EPOCHS),
-        "dropped": len(items(line.get("dropped"), MAX_ITEMS)),
-        "back": len(items(line.get("back"), MAX_ITEMS)),
-        "cut": units("cut"),
-        "grown": units("grown") + units("restored"),
-        "stood": line.get("stood") is True,
-        "before": mean("accuracy_before"),
-        "after": mean("accuracy_after"),
-        "logits_moved": number(line.get("logits_moved"), 0),
-        "parameters": size(line.get("parameters")),
-    }
-
-
-def _stages(planned: JsonObject, measured: list[JsonObject]) -> list[dict[str, Any]]:
-    """Return the memory of each stage in bytes, and the last cell that it runs, counted from 1."""
-    ends, peaks = (items(planned.get(name), MAX_STAGES) for name in ("ends", "peaks"))
-    rows = {
-        i: {"stage": i, "last": None if (last := size(end)) is None else last + 1, "planned": size(peak)}
-        for i, (end, peak) in enumerate(zip(ends, peaks, strict=False))
-    }
-    for line in measured:
-        if (stage := size(line.get("stage"), MAX_STAGES - 1)) is not None:
-            row = rows.setdefault(stage, {"stage": stage, "last": None, "planned": None})
-            row |= {name: size(line.get(name)) for name in ("held", "peak", "resident", "predicted")}
-    none = dict.fromkeys(("held", "peak", "resident", "predicted"))
-    return [none | rows[stage] for stage in sorted(rows)]
+def _trained(result: Search) -> str:
+    return "trained further" if result.inherited else "retrained from scratch"
 
 
 def _budget(asked: object) -> int | None:
     try:
-        return size(parse_bytes(text(asked, 40)))
+        return parse_bytes(asked) if isinstance(asked, str) else None
     except ValueError:
         return None
 

@@ -1,214 +1,143 @@
-"""Sentences and key numbers of a pruning run's page: what was done, and what it cost."""
+"""Sentences and key numbers of the pages of pruning and learning runs: what was done, and what it cost."""
 
-from collections.abc import Callable
 from typing import Any
 
 from regrow.reports import quantities as q
-from regrow.reports.findings import GRID
-from regrow.reports.records import KeyNumber, Run, Summary
+from regrow.reports.records import FittedLayer, KeyNumber
+from regrow.reports.runs import Course, Run, ShapeChange
 
-_UNITS: dict[str, Callable[[float | None], str]] = {
-    "bytes": q.octets,
-    "kv_cache": q.octets,
-    "ms": lambda value: f"{q.significant(value)} ms",
-}
-_DONE = {"prune": "removed", "apply": "removed"}
+SEEN = "fitted sources"
+RECONSTRUCTED = (
+    "SparseGrow is reconstructed: the paper's body was not available, so it follows the abstracts and the public code "
+    "of a predecessor. What these leave open is ours."
+)
+_DOMAINS = {"seen": "on text domains seen in calibration", "unseen": "on unseen ones"}
 
 
 def headline(run: Run) -> str:
-    """Return one sentence on what was done to the model, and what it cost in perplexity.
+    """Return one sentence on what was done to the model, and what it cost in quality.
 
     Args:
-        run: A run of the summary.
-
-    Returns:
-        The sentence; without measurements it states only the requested fraction.
+        run: The run.
     """
-    return f"{_deed(run)} {_price(run)}"
+    who, before, after = run.method or f"regrow {run.verb}", run.size.before, run.size.after
+    if before and after and before.params_counted:
+        left = after.params_counted / before.params_counted
+        deed = "removed {} of" if left <= 1 else "added {} to"
+        weights = "linear weights" if run.perplexity else "convolution and linear weights"
+        deed = f"{who} {deed.format(q.percent(abs(1 - left)))} the {weights} of {run.model}."
+    elif run.keep is not None:
+        deed = f"{who} was to keep {q.percent(run.keep)} of the {run.measure or 'weights'} of {run.model}."
+    else:
+        deed = f"{who} on {run.model}."
+    return f"{deed} {_price(run)}"
 
 
 def details(run: Run) -> list[str]:
     """Return sentences with the figures behind the headline.
 
     Args:
-        run: A run of the summary.
+        run: The run.
     """
-    before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
-    lines = []
-    if _both(before, after, "params_all"):
-        share = q.percent(after["params_all"] / before["params_all"])
-        lines.append(
-            f"All parameters together went from {q.count(before['params_all'])} to "
-            f"{q.count(after['params_all'])}, which is {share}."
-        )
-    if run["regular"]:
+    before, after, lines = run.size.before, run.size.after, []
+    if before and after and before.params_all:
+        share = q.percent(after.params_all / before.params_all)
+        sizes = f"{q.count(before.params_all)} to {q.count(after.params_all)}"
+        lines.append(f"All parameters together went from {sizes}, which is {share}.")
+    if run.regular:
         lines.append(
             "The plan is regular: axes of one kind keep equally many units in every block, each block its own best. "
             "To see what this costs, compare with the same run without --regular."
         )
     parts = [
-        f"from {q.significant(mean['before'])} to {q.significant(mean['after'])} over {_kinds(mean['count'])}{words}"
-        for which, words in (("seen", " seen in calibration"), ("unseen", " not seen in calibration"), ("all", ""))
-        if (mean := run["means"][which]) and mean["before"]
+        f"from {q.significant(means.before)} to {q.significant(means.after)} {where}"
+        for which, where in _DOMAINS.items()
+        if (means := run.means[which]) and means.before
     ]
     if parts:
-        parts = (
-            parts[:-1] if len(parts) > 1 else parts
-        )  # the mean over all only if seen and unseen domains are not distinguished
         lines.append(f"Perplexity, as a geometric mean, went {' and '.join(parts)}.")
     return lines
 
 
 def key_numbers(run: Run) -> list[KeyNumber]:
-    """Return the numbers at the head of the page, as ``label``, ``value`` and a line ``below`` each.
+    """Return the numbers at the head of the page.
 
     Args:
-        run: A run of the summary.
+        run: The run.
     """
-    before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
-    result: list[KeyNumber] = []
-
-    def add(label: str, value: str, below: str) -> None:
-        result.append({"label": label, "value": value, "below": below})
-
-    if _both(before, after, "params_counted"):
-        share = after["params_counted"] / before["params_counted"]
-        figures = f"{q.count(after['params_counted'])} of {q.count(before['params_counted'])}"
-        add("Weights" if run["verb"] == "grow" else "Weights kept", q.percent(share), figures)
-    elif run["keep"] is not None:
-        add("Requested fraction", q.percent(run["keep"]), f"of {run['measure'] or 'weights'}")
-    if budget := run["budget"]:
-        unit = _UNITS.get(budget["measure"], q.count)
-        label = f"{budget['measure']} at {budget['context']:,} tokens" if budget["context"] else budget["measure"]
-        was = f", before {unit(budget['before'])}" if budget["before"] else ""
-        guess = f"; predicted {unit(budget['predicted'])}" if budget["predicted"] else ""
-        add(label, unit(budget["after"]), f"allowed at most {unit(budget['asked'])}{was}{guess}")
-    named = [(which, run["means"][which]) for which in ("seen", "unseen") if run["means"][which]]
-    for which, mean in named or [("all domains", run["means"]["all"])]:
-        if mean and mean["ratio"]:
-            figures = f"{q.significant(mean['before'])} → {q.significant(mean['after'])}, {_kinds(mean['count'])}"
-            add(f"Perplexity, {which}", q.factor(mean["ratio"]), figures)
-        elif mean:
-            add(f"Perplexity, {which}", q.significant(mean["after"]), _kinds(mean["count"]))
-    accuracy = _accuracy(run)
-    if accuracy and not run["perplexity"]:
-        add("Accuracy", q.percent(accuracy[1]), f"before {q.percent(accuracy[0])}{_tasks(accuracy[2])}")
-    if _both(before, after, "bytes"):
-        formats = " → ".join(dict.fromkeys(side["dtype"] for side in (before, after) if side["dtype"]))
-        add(
-            "Size on disk",
-            q.octets(after["bytes"]),
-            f"before {q.octets(before['bytes'])}{', ' * bool(formats)}{formats}",
-        )
-    elif _both(before, after, "macs"):
-        figures = f"{q.count(after['macs'])} of {q.count(before['macs'])}"
-        add("MACs left", q.percent(after["macs"] / before["macs"]), figures)
-    fast, slow = run["speed"]["after"] or {}, run["speed"]["before"] or {}
-    if fast.get("tokens_per_s"):
-        rate = f"{q.significant(fast['tokens_per_s'])} tokens/s"
-        if slow.get("tokens_per_s"):
-            ratio = q.factor(fast["tokens_per_s"] / slow["tokens_per_s"])
-            add("Throughput", ratio, f"{q.significant(slow['tokens_per_s'])} → {rate}")
-        else:
-            add("Throughput", rate, "after")
-    proof = next((row for row in run["verify"] if row["holds"] is not None), None)
-    if proof:
-        figures = f"max difference {q.power(proof['max_abs_diff'])}, {proof['dtype']}"
-        law = "Grown = original" if run["verb"] == "grow" else "Masked = shrunk"
-        add(law, "holds" if proof["holds"] else "broken", figures)
+    before, after, budget, result = run.size.before, run.size.after, run.budget, list[KeyNumber]()
+    if before and after and before.params_counted:
+        figures = f"{q.count(after.params_counted)} of {q.count(before.params_counted)}"
+        share = q.percent(after.params_counted / before.params_counted)
+        result.append(KeyNumber("Weights" if run.verb == "grow" else "Weights kept", share, figures))
+    elif run.keep is not None:
+        result.append(KeyNumber("Requested fraction", q.percent(run.keep), f"of {run.measure or 'weights'}"))
+    if budget and budget.asked is not None and budget.after is not None:
+        label = budget.measure + f" at {budget.context:,} tokens" * bool(budget.context)
+        was = f", before {q.measured(budget.before, budget.measure)}" * bool(budget.before)
+        guess = f"; predicted {q.measured(budget.predicted, budget.measure)}" * bool(budget.predicted)
+        allowed = f"allowed at most {q.measured(budget.asked, budget.measure)}{was}{guess}"
+        result.append(KeyNumber(label, q.measured(budget.after, budget.measure), allowed))
+    for which in _DOMAINS:
+        if means := run.means[which]:
+            sides = f"{q.significant(means.before)} → {q.significant(means.after)}, " * bool(means.before)
+            value = q.factor(means.ratio) if means.ratio else q.significant(means.after)
+            result.append(KeyNumber(f"Perplexity, {which}", value, f"{sides}{domains(means.count)}"))
+    if (accuracy := _accuracy(run)) and not run.perplexity:
+        result.append(KeyNumber("Accuracy", q.percent(accuracy[1]), f"before {q.percent(accuracy[0])}{accuracy[2]}"))
+    if before and after and before.bytes:
+        formats = " → ".join(dict.fromkeys(side.dtype for side in (before, after) if side.dtype))
+        below = f"before {q.octets(before.bytes)}{', ' * bool(formats)}{formats}"
+        result.append(KeyNumber("Size on disk", q.octets(after.bytes), below))
+    if proof := next((row for row in run.verify if row.holds is not None), None):
+        below = f"max difference {q.power(proof.max_abs_diff)}, {proof.dtype}"
+        result.append(KeyNumber(law(run), "holds" if proof.holds else "broken", below))
     return result
+
+
+def law(run: Run) -> str:
+    """Return the name of the equality that a run checks.
+
+    Args:
+        run: The run.
+    """
+    return "Grown = original" if run.verb == "grow" else "Masked = shrunk"
 
 
 def massive(run: Run) -> str:
     """Return what became of the units with massive activations, in words; empty if there are none.
 
     Args:
-        run: A run of the summary.
+        run: The run.
     """
-    units = (run["scores"] or {"massive": []})["massive"]
+    units = run.scores.massive if run.scores else []
     if not units:
         return ""
-    cut = [unit for unit in units if unit["kept"] is False]
-    unknown = [unit for unit in units if unit["kept"] is None]
-    which = "1 unit has a massive activation" if len(units) == 1 else f"{len(units)} units have massive activations"
-    if unknown and not cut:
-        return f"{which}, far above the rest of the layer. Whether they were cut is unknown without the plan."
-    fate = (
-        ("It was kept." if len(units) == 1 else f"All {len(units)} were kept.")
-        if not cut
-        else f"Of these, {len(cut)} {'was' if len(cut) == 1 else 'were'} cut, which may explain part of the loss."
-    )
+    cut, n = sum(unit.kept is False for unit in units), len(units)
+    which = "1 unit has a massive activation" if n == 1 else f"{n} units have massive activations"
+    if cut:
+        fate = f"Of these, {cut} {'was' if cut == 1 else 'were'} cut, which may explain part of the loss."
+    elif any(unit.kept is None for unit in units):
+        fate = "Whether they were cut is unknown without the plan."
+    else:
+        fate = "It was kept." if n == 1 else f"All {n} were kept."
     return f"{which}, far above the rest of the layer. {fate}"
-
-
-def modules(run: Run) -> str:
-    """Return an explanation of modules of units, and of switched ones; empty without modules.
-
-    Args:
-        run: A run of the summary.
-    """
-    found = run["findings"]
-    if not found or not found["cells"]:
-        return ""
-    grid = any(row["cell"] in GRID for kind in found["cells"] for row in kind["rows"])
-    what = "Units compete only within their module, and each module has its own pruning ratio."
-    if grid:
-        what += (
-            " Sensitive units change rank between text domains more than the median unit, robust units do not; "
-            "strong units score above the median, weak units do not."
-        )
-    return (
-        f"{what} The less reliable activations are in a module, the more weight a second metric gets, by default one "
-        "without activations; a module in which the second metric has more than half of the weight is called switched."
-    )
-
-
-def learning(run: Run) -> list[str]:
-    """Return sentences on what learning or measuring the modules' ratios improved.
-
-    Args:
-        run: A run of the summary.
-    """
-    found = run["findings"]
-    if not found:
-        return []
-    lines = []
-    if found["starts"]:
-        starts = ", ".join(f"{row['name']} {q.significant(row['held_out'])}" for row in found["starts"])
-        taken = found["allocation"]
-        what = "allocations compared" if taken else "possible starting points"
-        lines.append(f"Loss on held-out text of the {what}: {starts}{f'; {taken} was taken' if taken else ''}.")
-    if len(found["history"]) > 1:
-        first, last, best = found["history"][0], found["history"][-1], found["best"]
-        lines.append(
-            f"Learning moved it from {q.significant(first['held_out'])} to {q.significant(best['held_out'])}, at step "
-            f"{best['step']} of {last['step']}."
-            if best["step"] > first["step"]
-            else f"None of {last['step']} steps improved on the start."
-        )
-    if found["robust"]["cut"] is not None:
-        share, base = (found["robust"][name] for name in ("cut", "base"))
-        lines.append(
-            f"Robust units (sensitivity at most the median of their layer) are {q.percent(share)} of the units cut"
-            f"{'' if base is None else f'; the base method alone: {q.percent(base)}'}."
-        )
-    return lines
 
 
 def proof(run: Run) -> str:
     """Return the result of the masked = shrunk check, in words.
 
     Args:
-        run: A run of the summary.
+        run: The run.
     """
-    rows = [row for row in run["verify"] if row["holds"] is not None]
-    if run["verb"] == "grow":
-        same = bool(rows) and all(row["holds"] for row in rows)
-        return f"The grown model {'computes' if same else 'was not shown to compute'} what the model computed before."
+    rows = [row for row in run.verify if row.holds is not None]
+    whole = bool(rows) and all(row.holds for row in rows)
+    if run.verb == "grow":
+        return f"The grown model {'computes' if whole else 'was not shown to compute'} what the model computed before."
     if not rows:
         return "This run did not check that the cut model computes what the masked model computes."
-    if all(row["holds"] for row in rows):
-        before = "Before its layers were fitted, the" if run["reconstruction"] else "The"
+    if whole:
+        before = "Before its layers were fitted, the" if run.reconstruction else "The"
         return (
             f"{before} cut model computes what the full-size model computes with the removed units masked: "
             "the outputs differ by no more than rounding."
@@ -216,110 +145,146 @@ def proof(run: Run) -> str:
     return "The cut model does not compute what the masked model computes: this cut is not exact. Do not use it."
 
 
-def comparison(summary: Summary) -> str:
-    """Return the headline of a page that compares pruning runs.
+def reconstruction(run: Run) -> list[str]:
+    """Return sentences on what the least squares recovered, per layer and in perplexity; empty if there was none.
 
     Args:
-        summary: A summary of several runs.
+        run: The run.
     """
-    runs, kinds = summary["runs"], summary["kinds"]
-    models = sorted({run["model"] for run in runs})
-    what = f"{len(runs)} runs of {models[0]}" if len(models) == 1 else f"{len(runs)} runs of {len(models)} models"
-    if not kinds:
-        return f"{what}; there is no text domain on which all were evaluated."
-    return f"{what}, compared on {_kinds(len(kinds))}."
-
-
-def leading(summary: Summary, kept: Callable[[Run], float | None]) -> list[str]:
-    """Return a sentence on the run of lowest perplexity at each size, at most five sizes.
-
-    Args:
-        summary: A summary of several runs.
-        kept: Returns the fraction of weights that a run kept.
-    """
-    best: dict[int, tuple[float, str]] = {}
-    for run in summary["runs"]:
-        mean, share = run["means"]["shared"], kept(run)
-        if mean and share:
-            level = round(100 * share)
-            best[level] = min(best.get(level, (float("inf"), "")), (mean["after"], run["label"]))
+    if (fit := run.reconstruction) is None:
+        return []
+    layers = "1 layer" if len(fit.layers) == 1 else f"{len(fit.layers)} layers"
+    outputs = "what they would return uncut, with the network before them as it is after the cut"
+    goal = "what they return in the network before the cut" if fit.target == "dense" else outputs
+    lines = [f"After the cut, {layers} that read removed units were fitted to {goal}."]
+    lines.append(f"The fit used {fit.tokens:,} tokens.")
+    for name, where in (("after", fit.where), ("seen", SEEN)):
+        known = [row for row in fit.layers if row.before is not None and getattr(row, name) is not None]
+        before, after = q.mean([row.before for row in known]), q.mean([getattr(row, name) for row in known])
+        share = f" ({q.percent(fitted_share(known, name))} less)" * bool(before)
+        if before is not None:
+            went = f"{q.significant(before)} to {q.significant(after)}"
+            lines.append(f"Their mean relative error on {where} went from {went}{share}.")
     parts = [
-        f"{level}{q.SPACE}% of the weights kept: {q.significant(ppl)} ({label})"
-        for level, (ppl, label) in sorted(best.items(), reverse=True)[:5]
+        f"{q.percent(means.recovered)} on text domains {where}"
+        for which, where in (("seen", "seen in calibration"), ("unseen", "not seen in calibration"))
+        if (means := run.means[which]) and means.recovered is not None
     ]
-    return [f"Lowest perplexity, as a geometric mean over the text domains. {'; '.join(parts)}."] if parts else []
+    if parts and run.outcome == "Reconstructed":
+        lines.append(f"Of the log-perplexity that the cut lost, this recovered {' and '.join(parts)}.")
+    return lines
 
 
-def same_dense(summary: Summary) -> dict[str, float] | None:
-    """Return text domain → perplexity before pruning, if all runs measured the same; else ``None``.
+def fitted_share(layers: list[FittedLayer], name: str) -> float | None:
+    """Return by which fraction the sum of the layers' errors fell; ``None`` if that was not measured.
 
     Args:
-        summary: A summary of several runs.
+        layers: The layers.
+        name: Which error after the fit: ``after`` or ``seen``.
     """
-    result: dict[str, float] = {}
-    for run in summary["runs"]:
-        for row in run["perplexity"]:
-            value = (row["before"] or {}).get("ppl")
-            if value and abs(result.setdefault(row["source"], value) / value - 1) > 1e-3:
-                return None
-    return result
+    known = [row for row in layers if row.before is not None and getattr(row, name) is not None]
+    before = sum(row.before or 0.0 for row in known)
+    return 1 - sum(getattr(row, name) for row in known) / before if before else None
 
 
-def _deed(run: Run) -> str:
-    before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
-    who = run["method"] or f"regrow {run['verb']}"
-    if _both(before, after, "params_counted"):
-        left = after["params_counted"] / before["params_counted"]
-        deed = _DONE.get(run["verb"], "removed") if left <= 1 else "added"
-        preposition = "of" if left <= 1 else "to"
-        share = q.percent(abs(1 - left))
-        weights = "linear weights" if run["perplexity"] else "convolution and linear weights"
-        return f"{who} {deed} {share} {preposition} the {weights} of {run['model']}."
-    if run["keep"] is not None:
-        return f"{who} was to keep {q.percent(run['keep'])} of the {run['measure'] or 'weights'} of {run['model']}."
-    return f"{who} on {run['model']}."
+def domains(count: int) -> str:
+    """Return a number of text domains in words.
+
+    Args:
+        count: The number.
+    """
+    return f"{count} text domain{'s' * (count != 1)}"
+
+
+def learned_headline(run: Run, course: Course) -> str:
+    """Return one sentence on what was learned, and the accuracy at the end.
+
+    Args:
+        run: The run.
+        course: Its measurements.
+    """
+    n = len(course.matrix.matrix)
+    deed = f"{run.method or 'regrow learn'} trained {run.model} on {n} task{'s' * (n != 1)}{' in sequence' * (n > 1)}."
+    if course.matrix.average is None:
+        return f"{deed} Its accuracy on all of them was not measured."
+    over = f", on average over {'all' if course.measured == n else f'the {course.measured} that could be evaluated'}"
+    return f"{deed} Final accuracy: {q.percent(course.matrix.average)}{over * (n > 1)}."
+
+
+def learned_details(run: Run, course: Course) -> list[str]:
+    """Return sentences below the headline: the origin of the method, and how the network grew.
+
+    Args:
+        run: The run.
+        course: Its measurements.
+    """
+    lines = [RECONSTRUCTED] if run.method == "sparsegrow" else []
+    if course.gone:
+        lines.append(f"Data of {', '.join(course.gone)} were missing, so the figures are means over the other tasks.")
+    first, n = course.records[0].parameters if course.records else None, len(course.events)
+    if n and first and course.parameters:
+        lines.append(
+            f"The network grew {n} time{'s' * (n != 1)}; it had {q.count(first)} parameters after the first task, "
+            f"{q.count(course.parameters)} after the last."
+        )
+    elif not n:
+        lines.append("The network did not grow.")
+    return lines
+
+
+def learned_numbers(course: Course) -> list[KeyNumber]:
+    """Return the six figures of the accuracy matrix.
+
+    Args:
+        course: The measurements of a run.
+    """
+    matrix, n, k = course.matrix, len(course.matrix.matrix), course.measured
+    over = "all tasks" if k == n else f"the {k} of {n} tasks that could be evaluated"
+    shown: list[tuple[str, float | None, Any, str]] = [
+        ("Final average accuracy", matrix.average, q.percent, f"over {over}, after the last"),
+        ("Average during learning", matrix.average_along, q.percent, "over the tasks learned, after each"),
+        ("Learning accuracy", matrix.learning, q.percent, "of each task, just after learning it"),
+        ("Backward transfer", matrix.backward_transfer, q.points, "at the end, minus just after learning"),
+        ("Forgetting", matrix.forgetting, q.points, "best earlier accuracy minus final"),
+        ("Forward transfer", matrix.forward_transfer, q.points, "before learning the task, minus untrained"),
+    ]
+    return [KeyNumber(label, unit(value), below) for label, value, unit, below in shown if value is not None]
+
+
+def loss_recovery(event: ShapeChange) -> str:
+    """Return after how many steps the loss had recovered from a growth, in words.
+
+    Args:
+        event: The growth.
+    """
+    if event.recovery_steps is not None:
+        return q.count(event.recovery_steps)
+    return f"not in {q.count(event.steps_watched)}" if event.steps_watched else q.NONE
 
 
 def _price(run: Run) -> str:
-    seen, unseen, every = (run["means"][which] for which in ("seen", "unseen", "all"))
-    parts = [
-        (mean["ratio"], f"{q.factor(mean['ratio'])}{words}")
-        for mean, words in ((seen, " on text domains seen in calibration"), (unseen, " on unseen ones"))
-        if mean and mean["ratio"]
-    ]
-    if not parts and every and every["ratio"]:
-        parts = [(every["ratio"], q.factor(every["ratio"]))]
+    parts = [(m.ratio, where) for which, where in _DOMAINS.items() if (m := run.means[which]) and m.ratio]
     if parts:
         rose = [ratio >= 1 for ratio, _ in parts]
         verb = "rose" if all(rose) else "changed" if any(rose) else "fell"
-        return f"Perplexity {verb} {' and '.join(words for _, words in parts)}."
-    if every:
-        return f"Perplexity is now {q.significant(every['after'])}."
-    accuracy = _accuracy(run)
-    if accuracy:
-        return f"Accuracy went from {q.percent(accuracy[0])} to {q.percent(accuracy[1])}{_tasks(accuracy[2])}."
-    if run["verb"] == "grow" and any(row["holds"] for row in run["verify"]):
+        return f"Perplexity {verb} {' and '.join(f'{q.factor(ratio)} {where}' for ratio, where in parts)}."
+    if means := run.means["all"]:
+        return f"Perplexity is now {q.significant(means.after)}."
+    if accuracy := _accuracy(run):
+        return f"Accuracy went from {q.percent(accuracy[0])} to {q.percent(accuracy[1])}{accuracy[2]}."
+    if run.verb == "grow" and any(row.holds for row in run.verify):
         return "Its outputs are unchanged."
     return "The loss in quality was not measured."
 
 
-def _accuracy(run: Run) -> tuple[float, float, int] | None:
-    """Return mean accuracy before and after over the tasks measured on both sides, and the number of these tasks."""
-    sides = [[(row[side] or {}).get("acc") for side in ("before", "after")] for row in run["choice"]]
-    both = [pair for pair in sides if None not in pair]
+def _accuracy(run: Run) -> tuple[float, float, str] | None:
+    """Return mean accuracy before and after over the tasks measured on both sides, and on how many if on several."""
+    both = [
+        (row.before.acc, row.after.acc)
+        for row in run.choice
+        if row.before and row.after and row.before.acc is not None and row.after.acc is not None
+    ]
     if not both:
         return None
     before, after = (sum(column) / len(both) for column in zip(*both, strict=True))
-    return before, after, len(both)
-
-
-def _tasks(count: int) -> str:
-    return f", the mean of {count} tasks" if count > 1 else ""
-
-
-def _kinds(count: int) -> str:
-    return f"{count} text domain{'s' * (count != 1)}"
-
-
-def _both(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
-    return bool(before.get(name)) and after.get(name) is not None
+    return before, after, f", the mean of {len(both)} tasks" * (len(both) > 1)

@@ -32,7 +32,7 @@ def convert(data: object, kind: type[Record], where: str | Path = "", remedy: st
     """
     try:
         return msgspec.convert(data, kind, strict=True)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:
         text, _, path = str(error).rpartition(" - at `") if " - at `" in str(error) else (str(error), "", "")
         place, value = _locate(data, kind, path.rstrip("`"), str(error))
         told = f"{place} is {_short(value)}: {text}" if place else text
