@@ -153,6 +153,16 @@ def digest_tensors(folder: Path) -> str:
     return found.hexdigest()
 
 
+def onnx_graph(path: Path) -> bytes:
+    """Return an ONNX file without the lines of code that each node comes from."""
+    import onnx
+
+    model = onnx.load(path)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    return model.SerializeToString(deterministic=True)
+
+
 def digest(path: Path) -> dict[str, str]:
     """Return the digests of a run folder, or of what was exported or printed, by kind."""
     if not (path / "run.json").is_file():
@@ -160,6 +170,8 @@ def digest(path: Path) -> dict[str, str]:
         parts = [[one.name, short(one.read_bytes())] for one in files if one.name != "model.safetensors"]
         if path.suffix == ".json":
             parts = without_times(json.loads(path.read_text()))
+        if path.suffix == ".onnx":
+            parts = [["graph", short(onnx_graph(path))]]
         weights = {"digests": digest_tensors(path)} if path.is_dir() else {}
         return {**weights, "files": short(parts)}
     digests = {"digests": digest_tensors(path)}
