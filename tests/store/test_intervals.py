@@ -14,6 +14,10 @@ from regrow.store.errors import StoreError
 from regrow.store.intervals import expand_plans, from_intervals, to_intervals
 
 
+RUN = {"format": "regrow-run/2", "verb": "prune", "command": "regrow prune m", "settings": {}, "defaults": {}}
+RUN |= {"versions": {}, "started": "2026-11-30T00:00:00+00:00"}
+
+
 def plans_of(width):
     """A plan that grows, one that cuts, and one that brings units back, of one network."""
     net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
@@ -68,7 +72,7 @@ def test_a_short_file_does_not_stand_for_very_many_units(tmp_path):
     with pytest.raises(StoreError, match="which is no plan of a network") as caught:
         Ledger(path).plans()
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    (tmp_path / "run.json").write_text('{"format": "regrow-run/2", "settings": {}, "verb": "prune"}')
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
     found = read_run(tmp_path)
     assert not found.plans and any("no plan of a network" in problem for problem in found.problems)
 
@@ -76,7 +80,7 @@ def test_a_short_file_does_not_stand_for_very_many_units(tmp_path):
 def test_a_report_reads_units(tmp_path):
     plans = plans_of(30)
     written(tmp_path, plans)
-    (tmp_path / "run.json").write_text('{"format": "regrow-run/2", "settings": {}, "verb": "prune"}')
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
     assert read_run(tmp_path).plans == [json.loads(plan.to_json()) for plan in plans]
 
 
