@@ -13,7 +13,6 @@ from regrow.reports.reading import read_run
 from regrow.store.errors import StoreError
 from regrow.store.intervals import expand_plans, from_intervals, to_intervals
 
-
 RUN = {"format": "regrow-run/2", "verb": "prune", "command": "regrow prune m", "settings": {}, "defaults": {}}
 RUN |= {"versions": {}, "started": "2026-11-30T00:00:00+00:00"}
 
