@@ -35,7 +35,7 @@ PRUNE_FILES = {
     "commands/prune.py", "commands/prune_settings.py", "commands/pruning.py", "commands/share_pruning.py",
     "commands/streamed.py", "commands/cutting.py", "commands/calibration.py", "commands/generated.py",
     "commands/reconstruction.py", "commands/streamed_reconstruction.py", "commands/later_plans.py",
-    "commands/score_summary.py", "commands/shared_work.py", "commands/run_state.py",
+    "commands/score_summary.py", "commands/shared_work.py", "commands/run_state.py", "commands/streamed_run.py",
 }  # fmt: skip
 """Files of a prune run: flags, settings, Python, whole and streamed, other ranks, and the steps that they share.
 

@@ -12,7 +12,6 @@ from torch import nn
 from regrow.api.inputs import Arguments, DeviceLike, LossLike, ModelLike
 from regrow.api.runs import Destination, loaded_of, record_call
 from regrow.axes import AxisGraph
-from regrow.commands.calibration import parameter_sums
 from regrow.commands.clock import Clock
 from regrow.commands.grow import GrowInputs, carry_out
 from regrow.commands.growing import Amount
@@ -22,6 +21,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.settings.grow import Settings
+from regrow.store.statistics import parameter_sums
 
 
 def grow(

@@ -13,7 +13,6 @@ from torch import nn
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs, require_weights
 from regrow.api.runs import Destination, digest, loaded_of, name_of
 from regrow.axes import AxisGraph, Example
-from regrow.commands.calibration import parameter_sums
 from regrow.commands.clock import Clock
 from regrow.commands.learn import carry_out
 from regrow.commands.learn_inputs import LearnInputs, build_learner
@@ -30,6 +29,7 @@ from regrow.settings.learn import Settings
 from regrow.sources import Batch, Source, device_of
 from regrow.store.building import describe_origin
 from regrow.store.statistics import FOLDER as STATISTICS
+from regrow.store.statistics import parameter_sums
 from regrow.tables import Table, format_html
 from regrow.tasks import Task, first_examples
 from regrow.training.checkpoint import CHECKPOINT

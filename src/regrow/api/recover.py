@@ -11,7 +11,6 @@ from torch import nn
 from regrow.api.inputs import Arguments, DeviceLike, LossLike
 from regrow.api.runs import Destination, digest, loaded_of, record_call
 from regrow.axes import AxisGraph
-from regrow.commands.calibration import parameter_sums
 from regrow.commands.clock import Clock
 from regrow.commands.inputs import SourceHalves
 from regrow.commands.recover import RecoverInputs, carry_out
@@ -24,6 +23,7 @@ from regrow.settings import prune
 from regrow.settings.declaration import record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.sources import device_of
+from regrow.store.statistics import parameter_sums
 
 
 def recover(

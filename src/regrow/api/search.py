@@ -14,7 +14,6 @@ from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike
 from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, find_objective, first_batch, move_inputs
 from regrow.api.runs import Destination, digest, loaded_of, name_of
 from regrow.axes import AxisGraph, Example
-from regrow.commands.calibration import parameter_sums
 from regrow.commands.clock import Clock
 from regrow.commands.search import carry_out
 from regrow.commands.search_inputs import Parts, SearchInputs
@@ -25,6 +24,7 @@ from regrow.progress import Progress, silent
 from regrow.progress_bar import visible
 from regrow.settings.search import Settings
 from regrow.sources import Source, device_of
+from regrow.store.statistics import parameter_sums
 from regrow.tasks import CappedExamples, Task
 
 HELD_OUT = 0.2

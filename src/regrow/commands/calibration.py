@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from torch import nn
 
 from regrow.axes import Axis, AxisGraph
 from regrow.commands import pruning as prune
 from regrow.commands.recording import Record
 from regrow.commands.shared_work import SharedWork
+from regrow.commands.streamed_run import PrunedNetwork
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.evidence import Evidence
@@ -23,12 +21,9 @@ from regrow.store import statistics
 from regrow.store.tensors import open_checkpoint
 from regrow.training.checkpoint import FORMAT
 
-if TYPE_CHECKING:
-    from regrow.commands.streamed_run import PrunedNetwork
-
 
 def calibrate(
-    network: "PrunedNetwork",
+    network: PrunedNetwork,
     axes: AxisGraph,
     pruner: Pruner,
     sources: Sequence[Source],
@@ -111,12 +106,3 @@ def open_journal(record: Record, key: str) -> Path | None:
     path = record.path / "statistics" / "learned.safetensors"
     open_checkpoint(path, key, FORMAT)
     return path
-
-
-def parameter_sums(model: nn.Module) -> list[float]:
-    """Return one sum per parameter, which tells different weights apart cheaply.
-
-    Args:
-        model: The network.
-    """
-    return [float(p.detach().flatten()[:4096].float().double().sum()) for p in model.parameters()]

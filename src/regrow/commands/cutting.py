@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from regrow import store
 from regrow.axes import AxisGraph
-from regrow.commands.calibration import parameter_sums
 from regrow.commands.forward_outputs import run_once
 from regrow.commands.reconstruction import keep_dense, reconstruct
 from regrow.commands.recording import Record
@@ -21,6 +20,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress
 from regrow.scoring import weights_of
 from regrow.sources import Source
+from regrow.store.statistics import parameter_sums
 from regrow.surgery import apply, verify
 
 Stage = Callable[[str], AbstractContextManager[None]]

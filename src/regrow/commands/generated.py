@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.commands.calibration import parameter_sums
 from regrow.commands.inputs import PendingWindows, SourceHalves, SourceSpecs, count_windows, generated_source
 from regrow.commands.prune_settings import source_specs
 from regrow.commands.reconstruction import count_calibration, count_tokens
@@ -21,6 +20,7 @@ from regrow.nets import Loaded
 from regrow.progress import Progress, silent
 from regrow.settings.prune import Settings
 from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.statistics import parameter_sums
 from regrow.store.tensors import read_tensors, write_tensors
 
 FILE = "generated/windows.safetensors"

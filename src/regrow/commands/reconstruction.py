@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
-from regrow.commands.calibration import parameter_sums
 from regrow.commands.inputs import SourceHalves
 from regrow.commands.recording import Record
 from regrow.commands.recovering import work_in
@@ -21,7 +20,7 @@ from regrow.progress import Progress, silent
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
 from regrow.source_names import GENERATED
 from regrow.sources import Source
-from regrow.store.statistics import fingerprint
+from regrow.store.statistics import fingerprint, parameter_sums
 from regrow.store.tensors import open_checkpoint
 
 LEAST = 8192

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from regrow.axes import AxisGraph
-from regrow.commands.calibration import parameter_sums
 from regrow.commands.recording import Record
 from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_file, broadcast_model, broadcast_record
@@ -27,7 +26,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.settings.recover import CLOSED_FORM
 from regrow.sources import Source
-from regrow.store.statistics import fingerprint
+from regrow.store.statistics import fingerprint, parameter_sums
 from regrow.store.tensors import open_checkpoint
 from regrow.training import checkpoint as training
 

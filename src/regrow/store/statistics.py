@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow.scores import Moments, Statistics
 from regrow.sources import Source, preserve_random_state
@@ -150,3 +150,12 @@ def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) ->
 
 def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
     return tensors[f"m{i}.mean_total"], tensors[f"m{i}.mean_square"]
+
+
+def parameter_sums(model: nn.Module) -> list[float]:
+    """Return one sum per parameter, which tells different weights apart cheaply.
+
+    Args:
+        model: The network.
+    """
+    return [float(p.detach().flatten()[:4096].float().double().sum()) for p in model.parameters()]
