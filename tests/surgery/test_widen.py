@@ -373,12 +373,6 @@ def test_only_whole_numbers_are_read_from_a_plan(value: str) -> None:
             Plan.from_json(text.replace(field, f"{field.split(':')[0]}: {value}"))
 
 
-def test_a_plan_from_before_roles_were_told_apart_still_fits() -> None:
-    model, axes = mlp()
-    plan = Plan.from_json(Plan.keeping(axes, {KEY: range(3)}).to_json().replace('"shifts"', '"scales"'))
-    apply(model, axes, plan)
-
-
 def test_an_average_of_the_weights_follows() -> None:
     """The plan fits a moving average as well: each keeps its own numbers, and averaging goes on."""
     model, axes = mlp()
