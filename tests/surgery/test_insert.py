@@ -201,7 +201,7 @@ def test_hostile_records_of_insertions_are_refused(tmp_path: Path) -> None:
     record = json.loads(path.read_text())
     ((place, (insertion,)),) = record["inserted"].items()
     for change, line in (
-        ({place: [insertion | {"copies": [{"position": 0, "of": 1}]}]}, "within 1"),
+        ({place: [insertion | {"copies": [insertion["copies"][0] | {"position": 0, "of": 1}]}]}, "within 1"),
         ({place: [insertion | {"size": 9}]}, "has 3 modules here, not 9"),
         ({"nothing": [insertion]}, "no nn.Sequential or nn.ModuleList 'nothing'"),
         ({place: [insertion] * 4000}, "inserted: 4000 blocks, but only"),
