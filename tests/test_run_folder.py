@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from regrow import Plan, apply, trace
 from regrow.budget import Budget
@@ -123,9 +124,11 @@ def test_finishing(run):
 
 
 def test_a_report_reads_what_is_written(run):
-    axis = {"key": "a.0.w:0", "size": 9, "mark": "neutral", "reason": "", "block": "a.0", "label": "neurons"}
-    run.write_axes([axis], [axis | {"size": 7}])
-    run.write_scores("wifv", {"a.0.w:0": {"quantiles": list(range(21)), "kept_min": 2.0, "dropped_max": math.inf}})
+    net = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 2))
+    before = trace(net, torch.zeros(1, 4))
+    _, after = apply(net, before, Plan.keeping(before, {"0.weight:0": range(7)}))
+    run.write_axes(before, after)
+    run.write_scores("wifv", {"0.weight:0": {"quantiles": list(range(21)), "kept_min": 2.0, "dropped_max": math.inf}})
     run.log("size", model="dense", params_all=9, params_counted=8, macs=8, bytes=36)
     run.log("perplexity", model="pruned", source="news", ppl=math.inf, nll=1.0)
     axes, scores = run.axes(), run.scores()
@@ -135,7 +138,7 @@ def test_a_report_reads_what_is_written(run):
     page = summarise([run.path])["runs"][0]
     assert not page["problems"] and page["size"]["before"]["params_all"] == 9
     assert page["widths"][0]["rows"][0]["after"] == 7
-    assert run.axes()["after"][0]["size"] == 7 and run.scores()["axes"]["a.0.w:0"]["dropped_max"] is None
+    assert run.axes()["after"][0]["size"] == 7 and run.scores()["axes"]["0.weight:0"]["dropped_max"] is None
     assert [missing["file"] for missing in page["missing"]] == ["ledger.json"]
 
 
