@@ -25,7 +25,7 @@ RUN_LINES = 450
 FUNCTION_LINES = 80
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
-CEILINGS = {"code_lines": 47_629, "tokens": 517_825, "files": 524}
+CEILINGS = {"code_lines": 44_804, "tokens": 480_300, "files": 489}
 """Of the whole source, as `benchmarks/code_counts.py` counts; they only fall."""
 
 VAGUE = {"utils", "util", "common", "misc", "helper", "helpers", "tools", "stuff"}
