@@ -52,7 +52,7 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     assert accuracy[1][0] == accuracy[0][0] and weights(folder) != weights(plain)
     record, taken = folder.run(), {"reconstruct choose_on": "left_out_source"}
     assert record["settings"]["reconstruct"] is True and record["defaults"].items() >= taken.items()
-    assert "reconstruct" not in plain.run()["settings"] and "--reconstruct" in record["command"]
+    assert not plain.run()["settings"]["reconstruct"] and "--reconstruct" in record["command"]
     with pytest.raises(ValueError, match="trained by reconstruction since its cut"):
         recovery_run.run(recover.Settings(str(folder.path), "bias"), tmp_path / "out", code=PRUNING.model)
     settings = recover.Settings(str(folder.path), "refit", tokens=256)

@@ -98,7 +98,11 @@ def test_an_origin_holds_no_path(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("nonsense", "not the origin"), ("[]", "not the origin"), ('{"kind": "x", "reference": "", "config": {}}', "'x'")],
+    [
+        ("nonsense", "not the origin"),
+        ("[]", "not the origin"),
+        ('{"kind": "x", "reference": "", "config": {}, "name": ""}', "'x'"),
+    ],
 )
 def test_a_damaged_origin_is_refused(text: str, part: str) -> None:
     """Whatever stands in the file, the error is ours."""
