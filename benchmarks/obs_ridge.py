@@ -27,7 +27,7 @@ from regrow.data import text, windows
 from regrow.data.joined import join_batches
 from regrow.nets import load
 from regrow.scoring.grams import Gram, sum_products
-from regrow.scoring.second_order import eliminate
+from regrow.scoring.layer_orders import eliminate
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "obs_ridge.jsonl"

@@ -18,7 +18,7 @@ from regrow.evaluation import items_in
 from regrow.ledger import Ledger
 from regrow.nets.files import check_gguf, check_safetensors
 from regrow.plan import Plan, PlanError
-from regrow.store import journal
+from regrow.store import metrics
 from regrow.store.run_record import read_run
 
 
@@ -186,7 +186,7 @@ def test_a_file_that_may_not_be_read_is_told_as_such(tmp_path, monkeypatch):
         "a.txt": limits.read_text,
         "a.txt.gz": lambda path: limits.read_content(path, 9),
         "run.json": lambda path: read_run(path.parent),
-        "metrics.jsonl": journal.read,
+        "metrics.jsonl": metrics.read,
         "ledger.json": lambda path: Ledger(path).plans(),
         "m.gguf": lambda path: check_gguf(path, "m"),
         "model.safetensors": check_safetensors,

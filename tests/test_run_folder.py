@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(run, monkeypatch):
         return real(handle, bytes(data[:5]))
 
     with monkeypatch.context() as patch, pytest.raises(StoreError, match="disk is full"):
-        patch.setattr("regrow.store.journal.os.write", fills_up)
+        patch.setattr("regrow.store.metrics.os.write", fills_up)
         run.log("b", text="x" * 40)
     assert (run.path / "metrics.jsonl").read_bytes() == before
 

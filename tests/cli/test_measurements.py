@@ -8,8 +8,8 @@ import pytest
 
 from cli.conftest import Run
 from regrow.store.errors import StoreError
-from regrow.store.journal import read
 from regrow.store.measurements import KINDS
+from regrow.store.metrics import read
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "runs"
 LEARN = ("learn", "permuted:digits:1", "--model", "mlp:8", "--epochs", "1", "--train", "64", "--test", "32")

@@ -16,13 +16,13 @@ GROWTH = ("--set", "grow=always", "--set", "width=0.5", "--set", "multiple=1", "
 KILLED = """
 import os, signal, sys
 from regrow.cli import code_of
-from regrow.distributed import watch
+from regrow.distributed import group
 from regrow.training import fit
 port, *words = sys.argv[1:]
 if code_of([*words, "--out", "two"]):
     sys.exit(1)
 os.environ["MASTER_PORT"] = port
-watch.SILENCE = 3.0
+group.SILENCE = 3.0
 epochs, broadcast = [], fit.broadcast_tensors
 
 def kill(*given):

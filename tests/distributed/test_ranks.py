@@ -10,8 +10,8 @@ import torch
 
 from distributed.processes import finish, free_port, start
 from regrow.distributed import SINGLE, ProcessRank, read_ranks
+from regrow.distributed.group import Watch
 from regrow.distributed.ranks import choose_backend, choose_rank_device
-from regrow.distributed.watch import Watch
 from regrow.errors import InputError, ResourceError
 from regrow.nets.devices import choose_device
 
@@ -114,10 +114,10 @@ with connected(ranks, print):
 
 KILLED = """
 import os, signal, sys, time
-from regrow.distributed import exchange, read_ranks, watch
+from regrow.distributed import exchange, group, read_ranks
 from regrow.distributed.group import connected
 
-watch.SILENCE = 3.0
+group.SILENCE = 3.0
 ranks = read_ranks()
 
 def lost(line):

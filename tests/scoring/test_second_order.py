@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hand import lm
 from regrow.methods.pruning.obs import Settings
 from regrow.scoring.grams import Gram, sum_products
-from regrow.scoring.second_order import eliminate
+from regrow.scoring.layer_orders import eliminate
 from regrow.sources import Batch
 
 

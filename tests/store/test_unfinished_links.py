@@ -8,7 +8,7 @@ import pytest
 
 from regrow.run_folder import RunFolder
 from regrow.store.errors import StoreError
-from regrow.store.journal import append, mend, read
+from regrow.store.metrics import append, mend, read
 
 SETTINGS = {"keep": 0.5}
 

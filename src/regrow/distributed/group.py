@@ -1,19 +1,180 @@
 """The connection of the processes that share a run."""
 
+import os
 import re
+import select
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from regrow.distributed.ranks import ProcessRank, choose_backend
-from regrow.distributed.watch import RESUME, SILENCE, Watch, watching
 from regrow.errors import ResourceError
+
+INTERVAL = 1.0
+"""Seconds between two signs of life."""
+SILENCE = 18.0
+"""Seconds without a sign of life after which a rank counts as ended."""
+START = 300.0
+"""Seconds that a rank may take to give its first sign of life."""
+NOTICE = 4.0
+"""Seconds between SIGTERM and the end, in which it is found out which rank ended before."""
+
+RESUME = "the same command resumes the run"
+
+
+class Store(Protocol):
+    """What all processes share: bytes by name, as ``torch.distributed.Store`` has them."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Set a value.
+
+        Args:
+            key: Its name.
+            value: The value.
+        """
+
+    def get(self, key: str, /) -> bytes:
+        """Return a value, waiting until it is set.
+
+        Args:
+            key: Its name.
+        """
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all values are set.
+
+        Args:
+            keys: Their names.
+        """
+
+
+@dataclass
+class Watch:
+    """Watches the other ranks from a thread of its own.
+
+    Args:
+        ranks: The processes.
+        store: The store that all share.
+        lost: Called in the watching thread, once, with one line that says which rank has ended; ends the process.
+    """
+
+    ranks: ProcessRank
+    store: Store
+    lost: Callable[[str], None]
+    closing: threading.Event = field(default_factory=threading.Event)
+    terminated: float = 0.0
+    """When SIGTERM came; 0: not yet."""
+
+    def run(self, wake: int) -> None:
+        """Give signs of life and look for those of the others, until ``closing`` is set or a rank has ended.
+
+        Args:
+            wake: A file descriptor that gives a byte for each signal that the process gets.
+        """
+        try:
+            self._run(wake)
+        except Exception as error:
+            if not self.closing.is_set():
+                self.lost(f"{self.ranks} cannot watch the others ({type(error).__name__}: {error}); {RESUME}")
+
+    def _run(self, wake: int) -> None:
+        now, beats = time.monotonic(), 0
+        seen = {rank: (b"", now) for rank in range(self.ranks.size) if rank != self.ranks.rank}
+        while not self.closing.is_set():
+            beats += 1
+            try:
+                self.store.set(f"beat/{self.ranks.rank}", str(beats))
+                line = self._failure() or self._silence(seen)
+            except RuntimeError:
+                line = f"{self._keeper()} has ended, killed or out of memory; {RESUME}"
+                if self.closing.wait(INTERVAL):
+                    return
+            if line and not self.closing.is_set():
+                self.lost(line)
+                return
+            self._sleep(wake)
+
+    def report(self, line: str) -> None:
+        """Tell the other ranks why this one ends, and wait until they know, or a few seconds.
+
+        Args:
+            line: Which rank it is, the problem and the remedy.
+        """
+        self.closing.set()
+        others = [f"known/{rank}" for rank in range(self.ranks.size) if rank != self.ranks.rank]
+        with suppress(RuntimeError):
+            if self.store.check(["failed"]):
+                return
+            self.store.set("failed", line)
+            for _ in range(int(NOTICE / 0.1)):
+                if self.store.check(others):
+                    return
+                time.sleep(0.1)
+
+    def _failure(self) -> str:
+        if not self.store.check(["failed"]):
+            return ""
+        self.store.set(f"known/{self.ranks.rank}", "")
+        return self.store.get("failed").decode()
+
+    def _silence(self, seen: dict[int, tuple[bytes, float]]) -> str:
+        """Return a line about a rank that gave no sign of life for too long; empty if all did."""
+        now = time.monotonic()
+        ended = self.terminated and now - self.terminated > NOTICE
+        for rank, (last, since) in seen.items():
+            value = self.store.get(f"beat/{rank}") if self.store.check([f"beat/{rank}"]) else b""
+            if value != last:
+                seen[rank] = value, now
+            elif now - since > (NOTICE - INTERVAL if ended else SILENCE if last else START):
+                return f"rank {rank} of {self.ranks.size} has ended, killed or out of memory; {RESUME}"
+        return f"{self.ranks} was stopped by SIGTERM; {RESUME}" if ended else ""
+
+    def _keeper(self) -> str:
+        return (
+            "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else f"rank 0 of {self.ranks.size}"
+        )
+
+    def _sleep(self, wake: int) -> None:
+        ready, _, _ = select.select([wake], [], [], INTERVAL)
+        if ready and signal.SIGTERM in os.read(wake, 64) and not self.terminated:
+            self.terminated = time.monotonic()
+
+
+@contextmanager
+def watching(ranks: ProcessRank, store: Store, lost: Callable[[str], None]) -> Iterator[Watch]:
+    """Watch the other ranks inside the ``with`` block.
+
+    SIGTERM, by which torchrun ends all ranks once one has failed, ends the process through ``lost``, with the reason.
+
+    Args:
+        ranks: The processes.
+        store: The store that all share; another connection to it than the one that the work uses.
+        lost: As for :class:`Watch`.
+    """
+    watch = Watch(ranks, store, lost)
+    wake, woken = os.pipe()
+    os.set_blocking(woken, False)
+    before, handler = signal.set_wakeup_fd(woken, warn_on_full_buffer=False), signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    thread = threading.Thread(target=watch.run, args=(wake,), name="regrow-watch", daemon=True)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        watch.closing.set()
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, handler)
+        thread.join(2 * INTERVAL)
+
 
 MEETING = timedelta(minutes=5)
 """How long the processes wait for one another at the start."""

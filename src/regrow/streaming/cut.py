@@ -1,14 +1,16 @@
 """Cut a network that is larger than memory: block by block its tensors are cut, checked in float64 and written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from regrow import store
-from regrow.axes import AxisGraph
+from regrow.axes import AxisGraph, Example
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import Outbox, receive
 from regrow.nets import Loaded
@@ -18,19 +20,71 @@ from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
 from regrow.streaming.checkpoint import Checkpoint
-from regrow.streaming.forward_check import check_streamed_run
 from regrow.streaming.network import StreamedBlock, StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork
 from regrow.streaming.weights import StoredWeights
 from regrow.surgery.apply import check, try_out
 from regrow.surgery.carry import commit, prepare
 from regrow.surgery.compensate import bias_of
-from regrow.surgery.output_comparison import Deviation
+from regrow.surgery.output_comparison import Deviation, max_difference, max_magnitude
 from regrow.surgery.proof import changed_blocks, check_block
 from regrow.surgery.proposed_change import ProposedChange
+from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, reseed
 from regrow.tracing.blocks import GraphBlock
+from regrow.tracing.capture import Capture, evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model
-from regrow.tracing.steps import restate_steps
+from regrow.tracing.steps import operations, restate_steps
+
+
+def check_streamed_run(
+    network: StreamedNetwork, recorded: Capture, blocks: Sequence[GraphBlock], example: Example
+) -> None:
+    """Raise ``PlanError`` unless a network's own forward pass gives what its recording gives.
+
+    Outputs that are not equal bit for bit may differ by three times the rounding of the recording.
+
+    Args:
+        network: The network; its blocks are loaded as they are needed, twice.
+        recorded: Its recording.
+        blocks: The blocks of the recording.
+        example: The input of both.
+    """
+    with network.on_demand() as model, preserve_generators(), evaluating(model), torch.no_grad():
+        reseed(0)
+        outputs = floats(model(*example.args, **example.kwargs))
+    replayed = _replay(network, recorded, blocks, example)
+    distance = max_difference(outputs, replayed)
+    if distance == 0:
+        return
+    rounding = max_difference(replayed, _replay(network, recorded, blocks, example, double=True))
+    if not distance <= 3 * rounding:
+        raise PlanError(
+            f"the plan cannot be carried out: outputs of the cut network differ by {distance:.1e} of "
+            f"{max_magnitude(outputs):.1e} from what was recorded; load the model whole, without --memory"
+        )
+
+
+def _replay(
+    network: StreamedNetwork, recorded: Capture, blocks: Sequence[GraphBlock], example: Example, double: bool = False
+) -> Answers:
+    """Return the outputs of a recording, with one block in memory at a time."""
+
+    def load(name: str, double: bool) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        tensor = getattr(network.model.get_submodule(path), leaf).detach()
+        return tensor.double() if double and tensor.is_floating_point() else tensor
+
+    nodes = operations(recorded)
+    names = {block.path: block.names for block in network.blocks}
+    leaves = tree_leaves((example.args, dict(example.kwargs)))
+    with network.resident(network.outer), preserve_generators():
+        reseed(0)
+        runner = Runner(recorded, leaves, load, double)
+        for block in blocks:
+            with network.resident(names.get(block.path, ())):
+                runner.run_until(nodes[block.stop] if block.stop < len(nodes) else None)
+        runner.run_until()
+    return runner.answers
 
 
 @dataclass(frozen=True, eq=False)

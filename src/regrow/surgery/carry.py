@@ -1,11 +1,17 @@
 """Compute what a checked plan makes of every tensor, and write it into the model, its optimisers and its axes."""
 
+import ctypes
+import sys
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from mmap import PAGESIZE
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from regrow.axes import Axis, AxisGraph, Role, Slot, axes_in, size_of
@@ -13,7 +19,6 @@ from regrow.plan import Plan, PlanError
 from regrow.surgery.compensate import bias_dim, bias_of, offsets
 from regrow.surgery.fold import Outcome, divisor_size, fold_constants, fold_values
 from regrow.surgery.layout import Layout, places, plan_layouts, slots_after, unit_ids_after
-from regrow.surgery.mapped_pages import release_pages
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.restore import plan_with_undo
 from regrow.surgery.undo_store import UndoStore
@@ -22,6 +27,46 @@ from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.kinds import recompute_weights
 from regrow.tracing.model_state import Snapshot, select_state, state_of
 from regrow.tracing.trial import Resizing, planned_integers
+
+LEAST = 2**26
+"""The fewest bytes for which it is worth asking."""
+_MADV_PAGEOUT = 21
+
+
+def release_pages(tensors: Iterable[Tensor]) -> None:
+    """Let Linux reclaim the pages of tensors in memory-mapped files; they are read again from there if they are used.
+
+    A checkpoint stays mapped while any of its tensors is in use, and its pages count as memory of the process.
+
+    Args:
+        tensors: Tensors that are not expected to be read again; those in other memory are left alone.
+    """
+    large = [one for one in tensors if _is_plain(one) and one.nbytes >= 2 * PAGESIZE]
+    if sys.platform != "linux" or sum(one.nbytes for one in large) < LEAST:
+        return
+    ranges = _mapped_ranges()
+    starts = [start for start, _ in ranges]
+    advise = ctypes.CDLL(None).madvise
+    for one in large:
+        begin, end = -(-one.data_ptr() // PAGESIZE) * PAGESIZE, (one.data_ptr() + one.nbytes) // PAGESIZE * PAGESIZE
+        place = bisect_right(starts, begin) - 1
+        if place >= 0 and end <= ranges[place][1]:  # advice: where the kernel does not know it, nothing happens
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    strided = tensor.layout is torch.strided and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+    return strided and tensor.is_contiguous()
+
+
+def _mapped_ranges() -> list[tuple[int, int]]:
+    """Return the address ranges of this process that files are mapped to, in ascending order."""
+    try:
+        rows = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    except OSError:
+        return []
+    files = [row[0].split("-") for row in rows if row[4] != "0"]
+    return sorted((int(start, 16), int(stop, 16)) for start, stop in files)
 
 
 @dataclass(frozen=True)

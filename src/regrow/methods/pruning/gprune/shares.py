@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.allocation import module_costs, rank, ratios
+from regrow.allocation import BudgetError, allocation, module_costs, rank, ratios, uniform
 from regrow.axis_tensor import AxisTensor
 from regrow.methods.pruning.gprune.masks import Comparison, Masks
-from regrow.methods.pruning.gprune.modules import findings_of, form_modules, measure, order_modules
+from regrow.methods.pruning.gprune.modules import Measurement, findings_of, form_modules, measure, order_modules
 from regrow.methods.pruning.gprune.settings import STARTS, Settings
-from regrow.methods.pruning.gprune.starts import allocate_start
 from regrow.methods.pruning.pruner import Kept, PruningTask, Ranking
 from regrow.methods.pruning.replay import choose_lowest
 from regrow.scores import Scores
+from regrow.scoring.base import BASES
 from regrow.scoring.reliability import reliability
 from regrow.scoring.sensitivity import share_of
-from regrow.scoring.spaces import spaces, within
+from regrow.scoring.spaces import FEW, OUTER_BLOCKS, inner, spaces, within
 from regrow.sources import Batch, drawn
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header
@@ -30,6 +30,30 @@ from regrow.training.learner import Learner, Loss
 from regrow.training.optimizers import OptimizerSettings
 from regrow.training.schedule import NO_AXES, Schedule, source_phase
 from regrow.training.state import TrainState
+
+
+def allocate_start(how: str, s: Settings, task: PruningTask, measured: Measurement) -> Kept:
+    """Return the units of every axis that stay at the start of learning.
+
+    Args:
+        how: ``base``: as the base method allocates; ``inner``: the same fraction of every large axis outside the outer
+            blocks; ``uniform``: the same fraction of every axis.
+        s: The settings.
+        task: The network and the budget.
+        measured: The units and their scores.
+    """
+    base, scores = BASES[s.base], measured.views[0].scores.values
+    allocate = allocation(base.allocation) if how == "base" else uniform
+    outer = {"base": base.spare, "inner": OUTER_BLOCKS}.get(how, (0.0, 0.0))
+    outer = (0.0, 0.0) if task.budget.regular else outer  # every block gives alike
+    some = {axis.key for axis in inner(measured.units, *outer) if how != "inner" or axis.size >= FEW}
+    try:
+        chosen = {axis.key: scores[axis.key] for axis in measured.units if axis.key in some}
+        kept = allocate(task.axes, chosen, task.budget, minimum=s.minimum)
+    except BudgetError:  # what is spared has to give, too
+        kept = allocate(task.axes, scores, task.budget, minimum=s.minimum)
+    return {key: kept.get(key, tuple(range(len(row)))) for key, row in scores.items()}
+
 
 SECONDS = 120.0
 """The longest time between two checkpoints, in seconds; one is also written after every evaluation."""
