@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from regrow import data
 from regrow.commands import prune
-from regrow.commands.clock import Clock
 from regrow.commands.models import ModelSpec, load_model
+from regrow.commands.recording import Clock
 from regrow.commands.shared_work import SharedWork
 from regrow.data.joined import join_batches
 from regrow.settings.prune import Settings, folder_name

@@ -25,7 +25,7 @@ RUN = """
 import json, sys, time
 from contextlib import contextmanager
 import regrow.cli
-from regrow.commands.clock import Clock
+from regrow.commands.recording import Clock
 from regrow.commands.prune import run
 from regrow.settings.prune import Settings
 surgery = sys.modules["regrow.surgery.apply"]

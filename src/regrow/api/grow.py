@@ -12,10 +12,10 @@ from torch import nn
 from regrow.api.inputs import Arguments, DeviceLike, LossLike, ModelLike
 from regrow.api.runs import Destination, loaded_of, record_call
 from regrow.axes import AxisGraph
-from regrow.commands.clock import Clock
 from regrow.commands.grow import GrowInputs, carry_out
 from regrow.commands.growing import Amount
 from regrow.commands.inputs import SourceHalves
+from regrow.commands.recording import Clock
 from regrow.errors import InputError
 from regrow.plan import Plan
 from regrow.progress import Progress, silent

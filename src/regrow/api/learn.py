@@ -13,9 +13,9 @@ from torch import nn
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs, require_weights
 from regrow.api.runs import Destination, digest, loaded_of, name_of
 from regrow.axes import AxisGraph, Example
-from regrow.commands.clock import Clock
 from regrow.commands.learn import carry_out
 from regrow.commands.learn_inputs import LearnInputs, build_learner
+from regrow.commands.recording import Clock
 from regrow.data.task_data import to_tasks
 from regrow.errors import InputError
 from regrow.evaluation.continual import Matrix

@@ -17,12 +17,12 @@ from regrow.api.runs import Destination, loaded_of, record_call
 from regrow.api.streamed import open_to_prune
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
-from regrow.commands.clock import Clock
 from regrow.commands.cutting import WholeNetwork
 from regrow.commands.inputs import SourceHalves
 from regrow.commands.prune import PruneInputs, carry_out
 from regrow.commands.prune_settings import seeded_settings
 from regrow.commands.pruning import build_pruner
+from regrow.commands.recording import Clock
 from regrow.commands.streamed_run import PrunedNetwork, StreamedRun
 from regrow.errors import InputError
 from regrow.methods.recovery.fit_batches import check_lengths

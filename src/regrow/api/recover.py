@@ -11,8 +11,8 @@ from torch import nn
 from regrow.api.inputs import Arguments, DeviceLike, LossLike
 from regrow.api.runs import Destination, digest, loaded_of, record_call
 from regrow.axes import AxisGraph
-from regrow.commands.clock import Clock
 from regrow.commands.inputs import SourceHalves
+from regrow.commands.recording import Clock
 from regrow.commands.recover import RecoverInputs, carry_out
 from regrow.errors import InputError
 from regrow.ledger import with_branches_of

@@ -14,7 +14,7 @@ from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike
 from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, find_objective, first_batch, move_inputs
 from regrow.api.runs import Destination, digest, loaded_of, name_of
 from regrow.axes import AxisGraph, Example
-from regrow.commands.clock import Clock
+from regrow.commands.recording import Clock
 from regrow.commands.search import carry_out
 from regrow.commands.search_inputs import Parts, SearchInputs
 from regrow.commands.search_record import SearchResult

@@ -5,21 +5,19 @@ import click
 from regrow.cli import INTERRUPTED, boundary
 from regrow.cli.apply import apply
 from regrow.cli.chat import chat
-from regrow.cli.compare import compare
 from regrow.cli.evaluate import evaluate
 from regrow.cli.export import export
 from regrow.cli.grow import grow
-from regrow.cli.history import history
+from regrow.cli.history import history, undo
 from regrow.cli.learn import learn
 from regrow.cli.methods import methods
 from regrow.cli.prune import prune
 from regrow.cli.recover import recover
-from regrow.cli.report import report
+from regrow.cli.report import compare, report
 from regrow.cli.screen import failure, prepare
 from regrow.cli.search import search
 from regrow.cli.settings import settings
 from regrow.cli.show import show
-from regrow.cli.undo import undo
 from regrow.process_memory import limit_arenas
 
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())

@@ -11,7 +11,7 @@ import click
 from regrow.cli import flags, options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import beside, say, working
-from regrow.settings.training import check_combination
+from regrow.settings.shared import check_combination
 
 if TYPE_CHECKING:
     from regrow.nets import Loaded

@@ -107,8 +107,8 @@ def _check_several(given: Given[Settings], dry_run: Path | None) -> None:
 
 def _prune_several(runs: list[Settings], out: Path, *, code: str, memory: str, track: str) -> None:
     """Prune with several methods or fractions: one calibration, and one run folder per plan below ``out``."""
+    from regrow.commands.later_plans import is_finished
     from regrow.commands.prune import run
-    from regrow.commands.run_state import is_finished
     from regrow.commands.shared_work import SharedWork
     from regrow.store.errors import StoreError
 

@@ -1,8 +1,12 @@
 """Calibration in a run folder: each finished shard is stored, so that a killed run resumes there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from regrow.axes import Axis, AxisGraph
 from regrow.commands import pruning as prune
@@ -14,12 +18,49 @@ from regrow.distributed.exchange import broadcast_record
 from regrow.evidence import Evidence
 from regrow.methods.pruning.pruner import Pruner
 from regrow.objectives import Objective
+from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.scores import Statistics
+from regrow.scores import Scores, Statistics
+from regrow.scoring import energy, massive
+from regrow.scoring.weights import readers
 from regrow.sources import Source
 from regrow.store import statistics
 from regrow.store.tensors import open_checkpoint
 from regrow.training.checkpoint import FORMAT
+
+
+def write_scores(
+    folder: Record, weights: Mapping[str, Tensor], axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
+) -> None:
+    """Write a summary of the scores from which a plan was made into a run folder.
+
+    Args:
+        folder: The run folder.
+        weights: The parameters of the model by name.
+        axes: Its axes.
+        plan: The plan.
+        scores: The scores of the units.
+        evidence: The measured activations.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for key, values in scores.values.items():
+        steps = torch.quantile(values.double(), torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
+        keep = list(plan.changes[key].keep) if key in plan.changes else list(range(len(values)))
+        dropped = list(plan.changes[key].dropped) if key in plan.changes else []
+        entries[key] = {
+            "quantiles": steps,
+            "kept_min": float(values[keep].min()),
+            "dropped_max": float(values[dropped].max()) if dropped else None,
+            "massive": [],
+        }
+    if evidence.statistics and (measured := evidence.pooled(gradients=False)).moments:
+        some = [axes[key] for key in scores.values if key in axes.axes]
+        some = [one for one in some if all(read.weight in measured.moments for read in readers(axes, [one]))]
+        units = massive(axes, energy(weights, axes, measured, units=some))
+        for one in units:
+            if one.axis in entries:
+                entries[one.axis]["massive"].append({"unit": one.unit, "ratio": one.ratio, "share": one.share})
+    folder.write_scores(scores.metric, entries)
 
 
 def calibrate(

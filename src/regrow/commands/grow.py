@@ -9,14 +9,13 @@ from torch import nn
 
 from regrow import store
 from regrow.axes import AxisGraph
-from regrow.commands.clock import Clock
 from regrow.commands.generated import fill_generated
 from regrow.commands.growing import GrowthSpec, plan_growth
 from regrow.commands.growth import CheckedGrowth, GrowthData
 from regrow.commands.inputs import SourceHalves, SourceSpecs, count_windows, describe_sources, read_sources
 from regrow.commands.measuring import measure_run
 from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.recording import Record, Recorder, RunStart, record_command, record_plan
+from regrow.commands.recording import Clock, Record, Recorder, RunStart, record_command, record_plan
 from regrow.commands.training_memory import plan_growth_memory
 from regrow.nets import Loaded
 from regrow.nets.precision import check_precision

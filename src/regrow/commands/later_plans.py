@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import nn
 
@@ -11,8 +12,31 @@ from regrow.commands import pruning as prune
 from regrow.commands.prune_settings import budget_of, seeded_settings
 from regrow.errors import InputError
 from regrow.methods.pruning.pruner import Pruner, with_modules
+from regrow.settings.declaration import record_settings
 from regrow.settings.prune import Settings, folder_name
 from regrow.sources import Source
+from regrow.store.replacing import settle
+from regrow.store.run_record import RUN, is_resumable, read_run, run_identity
+
+
+def is_finished(settings: Settings, folder: Path) -> bool:
+    """Whether a folder holds the finished pruning run of these settings; ``False`` if it is to be run or resumed.
+
+    Args:
+        settings: The settings of the run.
+        folder: Its folder; it need not exist.
+
+    Raises:
+        StoreError: If the folder holds something else, such as a run with other settings.
+    """
+    settle(folder)
+    wanted = run_identity("prune", record_settings(settings), None)
+    if (folder / RUN).is_file():
+        data = read_run(folder)
+        if data.get("finished") and data["verb"] == "prune" and data["settings"] == wanted["settings"]:
+            return True
+    is_resumable(folder, wanted)
+    return False
 
 
 @dataclass(frozen=True)

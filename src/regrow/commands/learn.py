@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from regrow import store
-from regrow.commands.clock import Clock
-from regrow.commands.history import read_history
 from regrow.commands.learn_inputs import BegunRun, LearnInputs, open_named
 from regrow.commands.learning_record import LearningRecord, record_matrix
-from regrow.commands.recording import FolderRecorder, NoRecorder, Record, Recorder, RunStart
+from regrow.commands.recording import Clock, FolderRecorder, NoRecorder, Record, Recorder, RunStart, read_history
 from regrow.commands.same_inputs import check_same_tasks
 from regrow.commands.trackers import tracking
 from regrow.distributed import SINGLE, ProcessRank

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.axes import AxisGraph, Example
-from regrow.commands.clock import Clock
+from regrow.commands.recording import Clock
 from regrow.commands.same_inputs import check_same_settings
 from regrow.commands.starting import check_outputs, image_shape, load_start
 from regrow.commands.task_sequences import TaskSpecs, fit_tasks, read_sequence, read_tasks, record_tasks

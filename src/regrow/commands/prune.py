@@ -13,8 +13,7 @@ from regrow.axes import AxisGraph
 from regrow.budget import Budget, Timing
 from regrow.commands import measuring
 from regrow.commands import pruning as prune
-from regrow.commands.calibration import calibrate, open_journal
-from regrow.commands.clock import Clock
+from regrow.commands.calibration import calibrate, open_journal, write_scores
 from regrow.commands.cutting import WholeNetwork
 from regrow.commands.generated import count_generated, fill_generated
 from regrow.commands.inputs import SourceHalves, describe_sources, read_sources
@@ -22,10 +21,9 @@ from regrow.commands.later_plans import LaterPlan, check_later_plans
 from regrow.commands.models import load_model
 from regrow.commands.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
 from regrow.commands.reconstruction import check_amount, check_reconstruction, choose_sources
-from regrow.commands.recording import NoRecorder, Record, Recorder, RunStart, record_command, record_plan
+from regrow.commands.recording import Clock, NoRecorder, Record, Recorder, RunStart, record_command, record_plan
 from regrow.commands.recovering import broadcast_recovered, check_recovery, log_differences, recover
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings
-from regrow.commands.score_summary import write_scores
 from regrow.commands.shared_work import SharedWork
 from regrow.commands.streamed_run import PrunedNetwork, open_streamed
 from regrow.distributed import SINGLE, ProcessRank

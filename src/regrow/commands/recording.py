@@ -1,8 +1,10 @@
 """Where a run is recorded: in a folder that can be resumed, or nowhere."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +20,31 @@ from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.weights import OutsideTensors
+from regrow.training.checkpoint import History
+
+
+def read_history(folder: RunFolder, events: str = "growth") -> History:
+    """Read the plans, the accuracy matrix, the task rows and the growth events of a run, for its checkpoint.
+
+    Args:
+        folder: The run folder.
+        events: The kind of rows about changes of shape: ``"growth"`` (learning) or ``"commit"`` (search).
+
+    Raises:
+        StoreError: If a file is damaged.
+    """
+    metrics = folder.metrics()
+    tasks = [dict(row) for row in metrics if row["what"] == "task"]
+    if wrong := [i for i, row in enumerate(tasks) if row["task"] != i]:
+        raise StoreError(
+            f"{folder.path / 'metrics.jsonl'}: row {wrong[0] + 1} of the kind 'task' is of task "
+            f"{tasks[wrong[0]]['task']}, not {wrong[0]}; restore it"
+        )
+    rows = [tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks]
+    sizes = [{name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks]
+    changes = [{k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events]
+    return History(folder.own_ledger.plans(), rows, sizes, changes)
+
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -62,6 +89,32 @@ class EmptyRecord:
 
 Record = RunFolder | EmptyRecord
 """A run while it is carried out."""
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each stage of a run, written to the run folder after every stage.
+
+    Args:
+        folder: The run folder; ``None``: nothing is written.
+        seconds: Stage → seconds so far.
+    """
+
+    folder: Record | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is done inside the ``with`` block, and add it to the seconds of the stage.
+
+        Args:
+            name: The stage.
+        """
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
+        if self.folder:
+            self.folder.update(seconds=self.seconds)
 
 
 def record_plan(record: Record, plan: Plan, before: AxisGraph, after: AxisGraph) -> None:

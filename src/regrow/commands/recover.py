@@ -10,13 +10,12 @@ from regrow import store
 from regrow.amounts import parse_bytes
 from regrow.axes import AxisGraph
 from regrow.commands import prune_settings as pruning_run
-from regrow.commands.clock import Clock
 from regrow.commands.generated import check_stored, fill_generated
 from regrow.commands.inputs import SourceHalves, count_windows, describe_sources, read_sources
 from regrow.commands.last_cut import LastCut, find_cut
 from regrow.commands.measuring import measure_run
 from regrow.commands.models import load_model
-from regrow.commands.recording import Record, Recorder, RunStart, record_command
+from regrow.commands.recording import Clock, Record, Recorder, RunStart, record_command
 from regrow.commands.recovering import log_differences, recover
 from regrow.commands.recovery_memory import predict_recovery
 from regrow.commands.same_inputs import check_same_inputs, check_same_settings

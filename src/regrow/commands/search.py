@@ -12,9 +12,7 @@ from torch import nn
 
 from regrow.amounts import parse_bytes
 from regrow.candidates import Staged, fold_scales
-from regrow.commands.clock import Clock
-from regrow.commands.history import read_history
-from regrow.commands.recording import Record, Recorder, RunStart, record_command
+from regrow.commands.recording import Clock, Record, Recorder, RunStart, read_history, record_command
 from regrow.commands.same_inputs import check_same_settings, check_same_tasks
 from regrow.commands.search_inputs import (
     Parts,

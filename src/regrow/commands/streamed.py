@@ -31,8 +31,7 @@ from regrow.process_memory import return_memory
 from regrow.scoring.collect import differentiated
 from regrow.settings.prune import Settings, complete_reconstruction, folder_name
 from regrow.source_names import GENERATED
-from regrow.streaming.caches import limit_caches
-from regrow.streaming.opening import OpenedNetwork
+from regrow.streaming.opening import OpenedNetwork, limit_caches
 from regrow.streaming.requirements import MemoryPlan, enough, plan_memory, with_products
 
 RESULTS = "results"

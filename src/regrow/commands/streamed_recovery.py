@@ -34,10 +34,9 @@ from regrow.store import statistics
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
-from regrow.streaming.caches import limit_caches
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
-from regrow.streaming.opening import OpenedNetwork, open_network
+from regrow.streaming.opening import OpenedNetwork, limit_caches, open_network
 from regrow.streaming.requirements import MemoryPlan, MemoryTerms, explain_refusal, plan_memory
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing.blocks import GraphBlock

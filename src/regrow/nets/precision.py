@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from regrow.errors import InputError
-from regrow.settings.training import PRECISION
+from regrow.settings.shared import PRECISION
 from regrow.sources import device_of
 
 

@@ -5,8 +5,7 @@ from typing import Annotated
 
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, Setting
-from regrow.settings.loading import DATA, Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen
-from regrow.settings.training import check_combination
+from regrow.settings.shared import DATA, Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, check_combination
 
 TASKS = "Tasks"
 

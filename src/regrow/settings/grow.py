@@ -7,8 +7,7 @@ from regrow.amounts import Increase
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
-from regrow.settings.loading import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo
-from regrow.settings.training import check_combination
+from regrow.settings.shared import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo, check_combination
 
 AMOUNT, NEW, DATA, TRAINING, AFTER = "What grows", "New units", "Data", "Training", "After the growth"
 

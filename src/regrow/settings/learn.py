@@ -5,16 +5,18 @@ from typing import Annotated
 
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting
-from regrow.settings.loading import Input, TrainingDevice, Undo
-from regrow.settings.training import (
+from regrow.settings.shared import (
     TRAINING,
     BatchSize,
+    Input,
     LearningRate,
     MethodSettings,
     Precision,
     Seed,
     Test,
     Train,
+    TrainingDevice,
+    Undo,
     WeightDecay,
 )
 

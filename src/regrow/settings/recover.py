@@ -7,8 +7,7 @@ from typing import Annotated, Any
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
-from regrow.settings.loading import Undo
-from regrow.settings.training import PRECISION
+from regrow.settings.shared import PRECISION, Undo
 
 CLOSED_FORM = ("bias", "refit")
 """Recoveries that solve for weights instead of training them; their passes run in the format of the weights."""

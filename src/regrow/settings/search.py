@@ -7,16 +7,18 @@ from regrow.amounts import Measure, Target, parse_share
 from regrow.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting, declared
-from regrow.settings.loading import Input, TrainingDevice, Undo
-from regrow.settings.training import (
+from regrow.settings.shared import (
     TRAINING,
     BatchSize,
+    Input,
     LearningRate,
     MethodSettings,
     Precision,
     Seed,
     Test,
     Train,
+    TrainingDevice,
+    Undo,
     WeightDecay,
 )
 

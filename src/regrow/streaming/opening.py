@@ -1,5 +1,6 @@
 """Open a network for streaming: its architecture without numbers, its axes, and its stored weights."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from regrow.nets import Loaded
 from regrow.nets.files import check_config
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.skeleton import load_skeleton
+from regrow.process_memory import set_mmap_threshold
 from regrow.store.probe import FILE, check_probe
 from regrow.store.replacing import read_whole
 from regrow.store.shapes import SHAPES
@@ -23,6 +25,25 @@ from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import empty_parameters
+
+KERNELS = 32
+"""How many compiled kernels oneDNN keeps: those of a block. It would keep 1024, and each width of a cut network has its
+own."""
+
+
+MAPPED, KEPT = 2**25, 2**26
+"""From how many bytes on memory is mapped: freed, it goes back to the system, as weights do. The C library keeps that
+many bytes of smaller pieces, as of activations: it would give them back after every operation, and fresh memory costs
+several times what most operations do. Between blocks it gives back all."""
+
+
+def limit_caches() -> None:
+    """Let oneDNN keep few compiled kernels, and the C library no more than some freed memory.
+
+    The first has no effect once a kernel was compiled, or where the user has set the variable.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+    set_mmap_threshold(MAPPED, KEPT)
 
 
 @dataclass(frozen=True, eq=False)
