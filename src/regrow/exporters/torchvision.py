@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from regrow import store
-from regrow.exporters.written import CheckError, ExportError, Written, staging_folder
+from regrow.exporters.staging import staging_folder
+from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets import Origin
 from regrow.nets.vision import example_of, unweighted_arguments
 from regrow.progress import Progress, silent

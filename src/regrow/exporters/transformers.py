@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from regrow import store
 from regrow.axes import Example
-from regrow.exporters.written import CheckError, ExportError, Written, staging_folder
+from regrow.exporters.staging import staging_folder
+from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.blocks import ATTENTION, MLP, DecoderLayer, blocks
 from regrow.nets.errors import first_line
