@@ -188,14 +188,14 @@ def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: An
     taken = done.run()["defaults"]
     assert taken["filter_lr_ratio"] == 0.25 and taken["lr"] == 8.0 and taken["levels"] == [*GRANULARITIES]
     assert not {*QUICK, "target", "stages", "seed"} & {*taken}
-    place = tmp_path / "run"
-    place.mkdir()
+    place, area = tmp_path / "run", tmp_path / "run" / ".work"
+    area.mkdir(parents=True)
     told = {name: value for name, value in done.run().items() if name != "finished"}
-    (place / "run.json").write_text(json.dumps(told | {"defaults": taken | {"filter_lr_ratio": 1.0}}))
+    (area / "run.json").write_text(json.dumps(told | {"defaults": taken | {"filter_lr_ratio": 1.0}}))
     with pytest.raises(StoreError, match=r"filter_lr_ratio was 1\.0 unless told, here 0\.25"):
         run(SETTINGS, place)
-    assert [one.name for one in place.iterdir()] == ["run.json"]
-    (place / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"inherit": True}}))
+    assert [one.name for one in area.iterdir()] == ["run.json"]
+    (area / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"inherit": True}}))
     with pytest.raises(StoreError, match="inherit was true, here false"):
         run(SETTINGS, place)
 
