@@ -33,13 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow import data
-from regrow.commands import prune
-from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.recording import Clock
-from regrow.commands.shared_work import SharedWork
+from regrow.core.sources import Batch
 from regrow.data.joined import join_batches
+from regrow.jobs import prune
+from regrow.jobs.models import ModelSpec, load_model
+from regrow.jobs.recording import Clock
+from regrow.jobs.shared_work import SharedWork
 from regrow.settings.prune import Settings, folder_name
-from regrow.sources import Batch
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "calibration.jsonl"

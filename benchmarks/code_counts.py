@@ -31,11 +31,15 @@ VAGUE_NAMES = ("one", "own", "given", "place", "kinds", "more", "found")
 MANY_ARGUMENTS = 8
 SIMILAR_LINES = 6
 PRUNE_FILES = {
-    "cli/prune.py", "settings/prune.py", "api/prune.py", "api/streamed.py", "jobs/prune.py", "streaming/cut.py",
-    "commands/prune.py", "commands/prune_settings.py", "commands/pruning.py", "commands/share_pruning.py",
-    "commands/streamed.py", "commands/cutting.py", "commands/calibration.py", "commands/generated.py",
-    "commands/reconstruction.py", "commands/streamed_reconstruction.py", "commands/later_plans.py",
-    "commands/score_summary.py", "commands/shared_work.py", "commands/run_state.py", "commands/streamed_run.py",
+    "api/prune.py", "api/streamed.py", "cli/prune.py", "commands/calibration.py", "commands/cutting.py",
+    "commands/generated.py", "commands/later_plans.py", "commands/prune.py", "commands/prune_settings.py",
+    "commands/pruning.py", "commands/reconstruction.py", "commands/run_state.py", "commands/score_summary.py",
+    "commands/share_pruning.py", "commands/shared_work.py", "commands/streamed.py",
+    "commands/streamed_reconstruction.py", "commands/streamed_run.py", "jobs/calibration.py", "jobs/cutting.py",
+    "jobs/generated.py", "jobs/later_plans.py", "jobs/prune.py", "jobs/prune_settings.py", "jobs/pruning.py",
+    "jobs/reconstruction.py", "jobs/run_state.py", "jobs/score_summary.py", "jobs/share_pruning.py",
+    "jobs/shared_work.py", "jobs/streamed.py", "jobs/streamed_reconstruction.py", "jobs/streamed_run.py",
+    "settings/prune.py", "streaming/cut.py",
 }  # fmt: skip
 """Files of a prune run: flags, settings, Python, whole and streamed, other ranks, and the steps that they share.
 

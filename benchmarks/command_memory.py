@@ -20,7 +20,7 @@ from pathlib import Path
 
 import apart
 
-from regrow.amounts import parse_bytes
+from regrow.core.amounts import parse_bytes
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "command_memory.jsonl"

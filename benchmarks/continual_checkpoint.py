@@ -25,9 +25,9 @@ import torch
 from continual_peer import OURS, SCHEDULE, VERSION, environment, network, strategy_of
 from torch import nn
 
+from regrow.core.tasks import Task
 from regrow.data.streams import fewer, idx, permuted_tasks
 from regrow.methods import LEARNERS
-from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import learn

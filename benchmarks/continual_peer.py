@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from regrow.core.tasks import Task
 from regrow.data.streams import fewer, idx, permuted_tasks
 from regrow.evaluation.continual import share_right
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
-from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
 

@@ -37,11 +37,11 @@ import torch
 import transformers
 from torch import nn
 
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, collect_evidence
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.sources import Batch, Source
+from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
-from regrow.sources import Batch, Source
 from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.tracing import trace

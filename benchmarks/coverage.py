@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nets import KINDS, Net, nets
-from regrow.axes import AxisGraph, Mark, size_of
+from regrow.core.axes import AxisGraph, Mark, size_of
+from regrow.core.plan import Plan, PlanError
 from regrow.nets import Origin, replace_attention
-from regrow.plan import Plan, PlanError
 from regrow.store import load, save
 from regrow.surgery import apply
 from regrow.surgery.verify import RELATIVE_BOUND, distances

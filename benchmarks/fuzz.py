@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from regrow.axes import Mark
-from regrow.fills import FILLS
-from regrow.plan import PlanError
+from regrow.core.axes import Mark
+from regrow.core.fills import FILLS
+from regrow.core.plan import PlanError
 from regrow.store.versions import versions
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace

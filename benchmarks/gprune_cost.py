@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from regrow import trace
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, collect_evidence
+from regrow.core.budget import Budget
 from regrow.data import Half, text, windows
+from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.store.versions import versions

@@ -23,11 +23,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import regrow
-from regrow.evidence import Need
+from regrow.core.evidence import Need
+from regrow.core.sources import Batch, Source
 from regrow.methods import LEARNERS, METHODS, RECOVERIES
 from regrow.nets.devices import choose_device
 from regrow.scoring import collect
-from regrow.sources import Batch, Source
 
 SMALL, LARGE = (64, 192, 4, 4, 512), (4096, 14336, 32, 32, 128256)
 """Width, hidden neurons, layers, heads and vocabulary."""

@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from regrow import apply, trace, verify
-from regrow.axes import Example
-from regrow.commands.forward_outputs import measure_change, outputs_of
-from regrow.commands.growing import GrowthSpec, plan_growth
+from regrow.core.axes import Example
 from regrow.exporters import torchvision as torchvision_export
 from regrow.exporters import transformers as transformers_export
 from regrow.exporters.written import ExportError
+from regrow.jobs.forward_outputs import measure_change, outputs_of
+from regrow.jobs.growing import GrowthSpec, plan_growth
 from regrow.nets import load
 from regrow.store.versions import versions
 

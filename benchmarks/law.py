@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from regrow import Plan, trace, verify
-from regrow.axes import Axis, AxisGraph
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, collect_evidence
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.budget import Budget
 from regrow.data import Half, text, windows
+from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.store.versions import versions

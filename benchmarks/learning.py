@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from regrow.core.tasks import Examples, Task
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
 from regrow.store.versions import versions
-from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from regrow import apply, trace
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, collect_evidence
+from regrow.core.budget import Budget
+from regrow.core.evidence import Need
 from regrow.data import Half, text, windows
-from regrow.evidence import Need
+from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.scoring import collect

@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_map
 
 from nets import KINDS, nets
 from regrow import scoring
-from regrow.axes import AxisGraph, Mark
+from regrow.core.axes import AxisGraph, Mark
+from regrow.core.plan import Plan
 from regrow.nets import replace_attention
-from regrow.plan import Plan
 from regrow.surgery import apply
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace

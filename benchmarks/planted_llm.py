@@ -48,14 +48,14 @@ from torch import nn
 
 import regrow
 from regrow import apply, trace
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, collect_evidence
-from regrow.commands.reconstruction import reconstruct
+from regrow.core.budget import Budget
+from regrow.core.plan import Plan
 from regrow.data import Half, text, windows
 from regrow.evaluation import Perplexity, paired_difference, perplexity
+from regrow.jobs.pruning import build_pruner, collect_evidence
+from regrow.jobs.reconstruction import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
-from regrow.plan import Plan
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "planted_llm.jsonl"

@@ -43,17 +43,17 @@ import torch
 from torch import Tensor, nn
 
 from regrow import apply, trace
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, collect_evidence
-from regrow.commands.reconstruction import reconstruct
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.scores import Scores
+from regrow.core.sources import Batch, Source
+from regrow.jobs.pruning import build_pruner, collect_evidence
+from regrow.jobs.reconstruction import reconstruct
 from regrow.methods.pruning.gprune import Settings
 from regrow.methods.pruning.gprune.modules import form_modules, measure, order_modules
 from regrow.methods.pruning.pruner import PruningTask, Ranking, plan_cut
-from regrow.scores import Scores
 from regrow.scoring.reliability import reliability
 from regrow.scoring.spaces import spaces
-from regrow.sources import Batch, Source
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "planted_networks.jsonl"

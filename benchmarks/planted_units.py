@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow.sources import Batch
+from regrow.core.sources import Batch
 
 KEPT, LARGE = 16, 3.0
 

@@ -42,17 +42,17 @@ from width_pruning_bench import BATCH, LEFT_OUT_SEED, SEQ_LEN, WidthPruningBench
 from width_pruning_points import FOLDS
 
 from regrow import apply
-from regrow.budget import Budget
-from regrow.commands.generated import fill_generated
-from regrow.commands.inputs import SourceSpecs, read_sources
-from regrow.commands.pruning import build_pruner, collect_evidence
-from regrow.commands.reconstruction import reconstruct
+from regrow.core.budget import Budget
+from regrow.core.sources import Source
 from regrow.data import Half
 from regrow.data.windows import token_windows
 from regrow.evaluation import perplexity
+from regrow.jobs.generated import fill_generated
+from regrow.jobs.inputs import SourceSpecs, read_sources
+from regrow.jobs.pruning import build_pruner, collect_evidence
+from regrow.jobs.reconstruction import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.scoring.spaces import OUTER_BLOCKS
-from regrow.sources import Source
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "prior_sources.jsonl"

@@ -25,8 +25,8 @@ RUN = """
 import json, sys, time
 from contextlib import contextmanager
 import regrow.cli
-from regrow.commands.recording import Clock
-from regrow.commands.prune import run
+from regrow.jobs.recording import Clock
+from regrow.jobs.prune import run
 from regrow.settings.prune import Settings
 surgery = sys.modules["regrow.surgery.apply"]
 def peak():

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 
 from regrow import data, evaluation
-from regrow.budget import Budget
-from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.pruning import build_pruner, collect_evidence
+from regrow.core.budget import Budget
 from regrow.data import Half
+from regrow.jobs.models import ModelSpec, load_model
+from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask, refit
 from regrow.settings.prune import RECONSTRUCTION_DEFAULTS

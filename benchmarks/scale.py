@@ -21,7 +21,7 @@ from typing import Any, cast
 import apart
 import torch
 
-from regrow.amounts import format_bytes
+from regrow.core.amounts import format_bytes
 from regrow.store.versions import versions
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.requirements import plan_memory

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import regrow
-from regrow.commands.search import Settings, build_space, run
-from regrow.commands.search_inputs import read_parts
+from regrow.core.sources import Batch
 from regrow.evaluation import fastest_pass, latency
-from regrow.sources import Batch
+from regrow.jobs.search import Settings, build_space, run
+from regrow.jobs.search_inputs import read_parts
 from regrow.store.versions import versions
 
 

@@ -21,10 +21,10 @@ from typing import Any
 from search_step import in_turns, step_of
 
 from regrow import trace
-from regrow.commands.search import Settings, build_search, build_space, run
-from regrow.commands.search_inputs import read_parts
+from regrow.core.tasks import Examples
+from regrow.jobs.search import Settings, build_search, build_space, run
+from regrow.jobs.search_inputs import read_parts
 from regrow.store.versions import versions
-from regrow.tasks import Examples
 from regrow.training.learner import Context
 
 

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from regrow import trace
-from regrow.commands.search import Settings, build_search, build_space
+from regrow.core.tasks import Examples, Task
+from regrow.jobs.search import Settings, build_search, build_space
 from regrow.store.versions import versions
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples, Task
 from regrow.training.learner import Boundary, Context, Event, Learner, NoState, Step
 from regrow.training.optimizers import Optimizers, OptimizerSettings
 from regrow.training.state import axis_tensors

@@ -19,8 +19,8 @@ import apart
 import peer
 import torch
 
-from regrow.axes import Axis, AxisGraph
-from regrow.plan import Plan
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.plan import Plan
 from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.surgery.verify import RELATIVE_BOUND, distances

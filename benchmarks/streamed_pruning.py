@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from regrow.amounts import parse_bytes
+from regrow.core.amounts import parse_bytes
 from regrow.nets.packaged import packaged_folder
 from regrow.store.tensor_file import TensorFile
 from regrow.store.versions import versions
@@ -107,8 +107,8 @@ RUN = """
 import json, sys, time, torch
 from pathlib import Path
 import transformers, regrow.cli
-from regrow.commands.prune import run
-from regrow.commands import streamed
+from regrow.jobs.prune import run
+from regrow.jobs import streamed
 from regrow.settings.prune import Settings
 def peak():
     return next(1024 * int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
@@ -132,7 +132,7 @@ PLAIN = """
 import json, sys, time
 from contextlib import contextmanager
 from regrow import data
-from regrow.commands.models import DTYPES
+from regrow.jobs.models import DTYPES
 from regrow.streaming.opening import open_network
 folder, tokens, seq, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 opened = open_network(folder, DTYPES.get(dtype))
@@ -157,7 +157,7 @@ EQUAL = """
 import json, sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from regrow.commands.prune import run
+from regrow.jobs.prune import run
 from regrow.settings.prune import Settings
 from regrow.streaming import requirements
 model, tokens = sys.argv[1], int(sys.argv[2])

@@ -37,15 +37,15 @@ import corpora
 
 from regrow import data, evaluation, scoring
 from regrow.allocation import BudgetError, Cost, uniform
-from regrow.amounts import Measure, Target
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
-from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.pruning import build_pruner, collect_evidence
+from regrow.core.amounts import Measure, Target
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.evidence import Evidence
+from regrow.core.plan import Plan
 from regrow.data import Half
-from regrow.evidence import Evidence
+from regrow.jobs.models import ModelSpec, load_model
+from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
-from regrow.plan import Plan
 from regrow.scoring.spaces import OUTER_BLOCKS, inner
 from regrow.store.versions import versions
 from regrow.surgery import apply

@@ -20,7 +20,7 @@ from typing import Any
 from bench201_table import Table, table_of, topology
 from rows import add, difference, head, line, rows, spread
 
-from regrow.commands.search import Settings, run
+from regrow.jobs.search import Settings, run
 
 OUT = Path(__file__).parent / "results" / "bench201.jsonl"
 ARMS: dict[str, dict[str, Any]] = {

@@ -23,10 +23,10 @@ from torch import nn
 
 import regrow
 from regrow.api.prune import prune
-from regrow.commands.search import Settings, run
-from regrow.commands.search_inputs import read_parts
+from regrow.core.sources import Batch, Source
 from regrow.evaluation import dense
-from regrow.sources import Batch, Source
+from regrow.jobs.search import Settings, run
+from regrow.jobs.search_inputs import read_parts
 
 OUT = Path(__file__).parent / "results" / "budget_fill.jsonl"
 MEASURES = ("params", "nonzero", "macs", "bytes")

@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from regrow.core.errors import InputError
+from regrow.core.limits import expanded, read_json, read_text
 from regrow.data.errors import SourceError
 from regrow.data.text import Text
-from regrow.errors import InputError
-from regrow.limits import expanded, read_json, read_text
 
 
 def wiki(path: Path) -> Text:

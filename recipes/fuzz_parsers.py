@@ -84,21 +84,21 @@ SEEDS: dict[str, list[bytes]] = {
 
 def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     """What parses: each takes any bytes."""
-    from regrow.amounts import Target, parse_bytes
-    from regrow.commands import learn as learning_run
-    from regrow.commands import prune_settings as pruning_run
-    from regrow.commands.task_sequences import parse_sequence
+    from regrow.core.amounts import Target, parse_bytes
+    from regrow.core.limits import parse_json
+    from regrow.core.plan import Plan
     from regrow.data import streams
     from regrow.data.text import read
     from regrow.evaluation import items_in
-    from regrow.ledger import Ledger
-    from regrow.limits import parse_json
+    from regrow.jobs import learn as learning_run
+    from regrow.jobs import prune_settings as pruning_run
+    from regrow.jobs.task_sequences import parse_sequence
     from regrow.nets.files import check_config, check_gguf
-    from regrow.plan import Plan
     from regrow.reports import summarise, to_markdown
-    from regrow.run_folder import RunFolder
     from regrow.settings.file import read_settings
+    from regrow.store.ledger import Ledger
     from regrow.store.metrics import Metrics
+    from regrow.store.run_folder import RunFolder
     from regrow.store.run_record import convert_settings
     from regrow.store.shapes import Shapes
 

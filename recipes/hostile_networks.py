@@ -41,8 +41,8 @@ from hostile_nets.masking import Double, Masks, answers, kept_entries, masked
 from hostile_nets.zeros import NOT_BY_ZEROS, zero
 from rows import add, rows
 
-from regrow.axes import AxisGraph
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import AxisGraph
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery import apply
 from regrow.surgery.carry import carry_out
 from regrow.tracing import TraceError, trace

@@ -34,11 +34,11 @@ import torch
 from rows import head, line, rows
 
 from regrow import nets, trace
-from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.undo import read_stages
 from regrow.evaluation.size import dense
-from regrow.ledger import Ledger, replay
-from regrow.run_folder import RunFolder
+from regrow.jobs.models import ModelSpec, load_model
+from regrow.jobs.undo import read_stages
+from regrow.store.ledger import Ledger, replay
+from regrow.store.run_folder import RunFolder
 
 OUT = Path(__file__).parent / "results" / "life_cycles.jsonl"
 

@@ -264,8 +264,8 @@ LOADED = (
     "tokenizers.implementations", "torch", "torchvision.models", "toys", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "regrow.cli.app",
     "regrow.exporters.formats", "regrow.exporters.gguf", "regrow.exporters.onnx", "regrow.exporters.transformers",
-    "regrow.reports", "regrow.commands.evaluate", "regrow.commands.learn", "regrow.commands.prune",
-    "regrow.commands.recover", "regrow.commands.search",
+    "regrow.reports", "regrow.jobs.evaluate", "regrow.jobs.learn", "regrow.jobs.prune",
+    "regrow.jobs.recover", "regrow.jobs.search",
 )  # fmt: skip
 """What is imported once, before anything is forked."""
 

@@ -17,14 +17,14 @@ from typing import Any
 from rows import add, head, line, rows
 
 import regrow
-from regrow.commands.search import Settings
-from regrow.commands.search_inputs import read_parts
+from regrow.core.tasks import Examples
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
-from regrow.run_folder import RunFolder
+from regrow.jobs.search import Settings
+from regrow.jobs.search_inputs import read_parts
 from regrow.settings.search import parse_search_target
+from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import convert_settings
-from regrow.tasks import Examples
 
 OUT = Path(__file__).parent / "results" / "mgas_choice.jsonl"
 

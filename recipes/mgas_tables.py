@@ -35,13 +35,13 @@ from rows import add, difference, head, line, rows, spread
 
 import regrow
 from regrow.allocation.regrowth import kind_of
-from regrow.candidates import candidates_in
-from regrow.commands.search import Settings, retrain, run
-from regrow.commands.search_inputs import read_parts
+from regrow.core.candidates import candidates_in
+from regrow.core.progress import silent
 from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
-from regrow.progress import silent
-from regrow.run_folder import RunFolder
+from regrow.jobs.search import Settings, retrain, run
+from regrow.jobs.search_inputs import read_parts
+from regrow.store.run_folder import RunFolder
 
 OUT = Path(__file__).parent / "results" / "mgas.jsonl"
 

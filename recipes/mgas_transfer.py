@@ -26,14 +26,14 @@ from rows import add, head, line, rows, spread
 from torch import nn
 
 import regrow
-from regrow.commands.search import Settings, retrain
-from regrow.commands.search_inputs import Parts, read_parts
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.exporters.onnx import write
+from regrow.jobs.search import Settings, retrain
+from regrow.jobs.search_inputs import Parts, read_parts
 from regrow.nets.cells import Cells
-from regrow.run_folder import RunFolder
 from regrow.store.models import read_shapes
+from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import convert_settings
 
 OUT = Path(__file__).parent / "results" / "mgas_transfer.jsonl"

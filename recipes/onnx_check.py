@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from regrow.commands.models import ModelSpec, load_model
 from regrow.data import Half, text, windows
 from regrow.exporters.onnx import OPSET, write
 from regrow.exporters.onnx.calls import describe_call
 from regrow.exporters.onnx.reading import OnnxSession, start_inputs
+from regrow.jobs.models import ModelSpec, load_model
 from regrow.nets.examples import text_example
 
 KINDS, PROMPTS, TOKENS = ("news", "code", "manual", "talk"), 50, 32

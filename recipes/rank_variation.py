@@ -18,7 +18,7 @@ from rows import head, line
 from width_pruning_bench import WidthPruningBench
 from width_pruning_points import FOLDS, Row
 
-from regrow.evidence import Need
+from regrow.core.evidence import Need
 from regrow.reports import figures
 from regrow.reports.runs import Findings
 from regrow.scoring import METRICS, collect, weights_of

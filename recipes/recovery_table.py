@@ -22,12 +22,12 @@ import torch
 from rows import add, rows
 
 from regrow.cli.screen import working
-from regrow.commands import recover as recovery_run
-from regrow.commands.prune import Settings
-from regrow.commands.prune import run as prune
-from regrow.run_folder import RunFolder
+from regrow.jobs import recover as recovery_run
+from regrow.jobs.prune import Settings
+from regrow.jobs.prune import run as prune
 from regrow.settings import recover
 from regrow.settings.words import parse_pairs
+from regrow.store.run_folder import RunFolder
 
 SEEN, UNSEEN = ("news", "code"), ("manual", "talk")
 SIDES = ("dense", "pruned", "recovered")

@@ -50,7 +50,7 @@ MAKERS = {
     + """
 import regrow
 from regrow.nets import load
-from regrow.plan import Plan
+from regrow.core.plan import Plan
 from regrow.store import save
 from regrow.tracing import trace
 loaded = load(dense)

@@ -27,14 +27,14 @@ import torch
 from rows import add, rows
 
 from regrow import apply, trace
-from regrow.budget import Budget
+from regrow.core.budget import Budget
+from regrow.core.evidence import Evidence, Need
+from regrow.core.scores import Statistics
 from regrow.data import Half, text, windows
 from regrow.evaluation import perplexity
-from regrow.evidence import Evidence, Need
 from regrow.methods import METHODS
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
-from regrow.scores import Statistics
 from regrow.scoring import collect
 
 SEEN = ("news", "code", "manual", "talk")

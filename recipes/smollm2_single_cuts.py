@@ -19,16 +19,16 @@ import torch
 from torch import nn
 
 from regrow import trace
-from regrow.axes import Axis
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner
+from regrow.core.axes import Axis
+from regrow.core.budget import Budget
+from regrow.core.evidence import Evidence, Need
+from regrow.core.sources import Source
 from regrow.data import Half, text, windows
 from regrow.evaluation import perplexity
-from regrow.evidence import Evidence, Need
+from regrow.jobs.pruning import build_pruner
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.scoring import collect, energy, massive, weights_of
-from regrow.sources import Source
 
 KINDS = ("news", "code", "manual", "talk")
 

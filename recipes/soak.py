@@ -180,7 +180,7 @@ def learn(many: int, folder: Path, width: float = 0.01, cap: float = 1000) -> li
         width: How much wider each task makes a layer, as a share of its first size.
         cap: How many times its first parameters the network may have.
     """
-    from regrow.commands.learn import Settings, run
+    from regrow.jobs.learn import Settings, run
 
     settings = Settings(
         (f"permuted:digits:{many}",), "mlp:100-100", "sparsegrow", {"width": width, "multiple": 1, "cap": cap},
@@ -198,7 +198,7 @@ def fixed(many: int, folder: Path) -> list[Row]:
 
 def search(many: int, folder: Path) -> list[Row]:
     """A search that changes the network's shape so many times."""
-    from regrow.commands.search import Settings, run
+    from regrow.jobs.search import Settings, run
 
     settings = Settings(
         "mlp:400-400", "digits", "0.1", method_settings={"warm": 1, "every": 1, "levels": ["filters"]},

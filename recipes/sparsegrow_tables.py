@@ -35,10 +35,10 @@ import torch
 from rows import add, difference, head, line, rows, spread
 from torch import nn
 
+from regrow.core.tasks import Examples, Task
 from regrow.data.streams import alike, digits_task, fewer, idx, permuted_tasks, pictures, rotated_tasks, split
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
-from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
 

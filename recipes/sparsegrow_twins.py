@@ -27,19 +27,19 @@ import torch
 from rows import add, difference, head, line, rows, spread
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
-from regrow.axis_tensor import AxisTensor
-from regrow.change import Fill
+from regrow.core.axes import AxisGraph
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.change import Fill
+from regrow.core.plan import Plan
+from regrow.core.sources import Batch
+from regrow.core.tasks import Task
 from regrow.data.streams import fewer, idx, permuted_tasks, rotated_tasks
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import weigh_new_units
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.nets.small import small
-from regrow.plan import Plan
-from regrow.sources import Batch
 from regrow.surgery.align import align_new_units
 from regrow.surgery.new_units import new_units, split_entries
-from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import Boundary, Context, Event, Learner, flags_along

@@ -20,24 +20,24 @@ from width_pruning_points import FOLDS, Point, Row
 
 from regrow import apply, trace
 from regrow.allocation import BudgetError
-from regrow.budget import Budget
-from regrow.commands import pruning as prune
-from regrow.commands.generated import fill_generated
-from regrow.commands.inputs import SourceSpecs, read_sources
-from regrow.commands.reconstruction import reconstruct
-from regrow.commands.recovering import work_in
+from regrow.core.budget import Budget
+from regrow.core.evidence import Evidence, Need
+from regrow.core.plan import Plan
+from regrow.core.process_memory import return_memory
+from regrow.core.source_names import GENERATED
+from regrow.core.sources import Source
 from regrow.data import Half, text, windows
 from regrow.evaluation import choices, items_in, perplexity
-from regrow.evidence import Evidence, Need
+from regrow.jobs import pruning as prune
+from regrow.jobs.generated import fill_generated
+from regrow.jobs.inputs import SourceSpecs, read_sources
+from regrow.jobs.reconstruction import reconstruct
+from regrow.jobs.recovering import work_in
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
-from regrow.plan import Plan
-from regrow.process_memory import return_memory
 from regrow.scoring.spaces import OUTER_BLOCKS
-from regrow.source_names import GENERATED
-from regrow.sources import Source
 
 SEQ_LEN, BATCH = 256, 8
 LEFT_OUT_SEED = 1000

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from regrow.sources import Batch, Source
+from regrow.core.sources import Batch, Source
 
 DRAW = torch.Generator().manual_seed(1)
 X = torch.randn(32, 8, generator=DRAW).half().float()

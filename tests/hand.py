@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.axes import Axis, AxisGraph, Cache, Dim, Product, Role, Slot, Work
-from regrow.budget import Timing
-from regrow.sources import Batch, Source
+from regrow.core.axes import Axis, AxisGraph, Cache, Dim, Product, Role, Slot, Work
+from regrow.core.budget import Timing
+from regrow.core.sources import Batch, Source
 
 P, C, S = Role.PRODUCES, Role.CONSUMES, Role.SCALES
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from regrow.axes import Axis, AxisGraph, Example, Mark
-from regrow.plan import Change, Fill, Plan, PlanError
+from regrow.core.axes import Axis, AxisGraph, Example, Mark
+from regrow.core.plan import Change, Fill, Plan, PlanError
 
 EXACT = 1e-9
 """The float64 bound of masked = shrunk, as a part of the largest output."""
@@ -275,7 +275,7 @@ def newborn_units_learn(wide: nn.Module, axes: AxisGraph, left: AxisGraph, plan:
 
 def fitting_keeps_function(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     """New units fitted to data leave the network's answers as they are, bit for bit."""
-    from regrow.sources import Batch
+    from regrow.core.sources import Batch
     from regrow.surgery import align_new_units, apply, fit_new_units
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
@@ -313,7 +313,7 @@ def permuting_units_keeps_function(model: nn.Module, axes: AxisGraph, axis: Axis
 
 def runs_with_its_ties(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     """The cut network runs, answers something finite, has tensors of the planned shapes, and ties as before."""
-    from regrow.axes import size_of
+    from regrow.core.axes import size_of
 
     small, left = shrunk(model, axes, plan)
     ties_stay_ties(model, small)

@@ -12,15 +12,15 @@ from torch import nn
 
 import regrow
 from pretend import counting, pretending
-from regrow.commands import learn, search
-from regrow.commands.search_inputs import make_schedule, read_parts
+from regrow.core.errors import ResourceError
+from regrow.core.evidence import Need
+from regrow.core.objectives import CLASSIFICATION
 from regrow.data.batches import ReadOptions, to_sources
-from regrow.errors import ResourceError
-from regrow.evidence import Need
+from regrow.jobs import learn, search
+from regrow.jobs.search_inputs import make_schedule, read_parts
 from regrow.methods import LEARNERS, METHODS, RECOVERIES, SEARCHERS
 from regrow.nets import devices
 from regrow.nets.devices import choose_device
-from regrow.objectives import CLASSIFICATION
 from regrow.scoring import collect
 from regrow.settings.learn import Settings as LearnSettings
 from regrow.settings.search import Settings as SearchSettings

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from regrow import store
-from regrow.candidates import Candidates
+from regrow.core.candidates import Candidates
 from regrow.nets.bench201 import Bench201, supernet
 from regrow.nets.loaded import Origin
 

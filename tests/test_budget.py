@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regrow.amounts import IN_CONTEXT, Measure, Target, parse_amount
-from regrow.budget import Budget, Timing
+from regrow.core.amounts import IN_CONTEXT, Measure, Target, parse_amount
+from regrow.core.budget import Budget, Timing
 
 
 @given(st.sampled_from(list(Measure)), st.integers(1, 10**13), st.integers(1, 10**6))

@@ -8,7 +8,7 @@ from torch import nn
 
 import laws
 from fuzz import network
-from regrow.axes import AxisGraph, Mark
+from regrow.core.axes import AxisGraph, Mark
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace
 

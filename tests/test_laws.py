@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import laws
-from regrow.axes import Axis, AxisGraph, Example, Mark, Role, Slot
-from regrow.fills import FILLS
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import Axis, AxisGraph, Example, Mark, Role, Slot
+from regrow.core.fills import FILLS
+from regrow.core.plan import Plan, PlanError
 from zoo import ZOO, Net, Wired, lying_at, randomise, trace_zoo
 
 EACH = [

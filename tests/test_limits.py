@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow import limits
-from regrow.change import Change
 from regrow.cli.boundary import ENVIRONMENT, failure_of
+from regrow.core import limits
+from regrow.core.change import Change
+from regrow.core.errors import InputError, ResourceError
+from regrow.core.plan import Plan, PlanError
 from regrow.data import SourceError, streams, text
 from regrow.data.vision import image_tensor, images, read_images
-from regrow.errors import InputError, ResourceError
 from regrow.evaluation import items_in
-from regrow.ledger import Ledger
 from regrow.nets.files import check_gguf, check_safetensors
-from regrow.plan import Plan, PlanError
 from regrow.store import metrics
+from regrow.store.ledger import Ledger
 from regrow.store.run_record import read_run
 
 
@@ -181,7 +181,7 @@ def test_a_file_that_may_not_be_read_is_told_as_such(tmp_path, monkeypatch):
     """By every reader, before it takes the file for a damaged one; root may read all, so the system is asked alone."""
     for name in ("a.txt", "a.txt.gz", "run.json", "metrics.jsonl", "ledger.json", "m.gguf", "model.safetensors"):
         (tmp_path / name).write_bytes(b"{}")
-    monkeypatch.setattr("regrow.limits.os.access", lambda path, mode: False)
+    monkeypatch.setattr("regrow.core.limits.os.access", lambda path, mode: False)
     readers = {
         "a.txt": limits.read_text,
         "a.txt.gz": lambda path: limits.read_content(path, 9),

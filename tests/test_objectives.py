@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regrow.errors import InputError
-from regrow.objectives import OBJECTIVES, Score, choose_objective
-from regrow.sources import Batch
+from regrow.core.errors import InputError
+from regrow.core.objectives import OBJECTIVES, Score, choose_objective
+from regrow.core.sources import Batch
 
 X, LOGITS = torch.ones(4, 3), torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 3.0]])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from regrow.plan import Plan, PlanError
+from regrow.core.plan import Plan, PlanError
 from zoo import trace_zoo
 
 

@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from regrow import Plan, apply, trace
-from regrow.budget import Budget
-from regrow.evidence import Evidence, Need
-from regrow.ledger import Ledger, replay
+from regrow.core.budget import Budget
+from regrow.core.evidence import Evidence, Need
+from regrow.core.plan import PlanError
+from regrow.core.sources import Batch, Source
 from regrow.methods.pruning import flap
 from regrow.methods.pruning.pruner import plan_cut
-from regrow.plan import PlanError
 from regrow.reports.summary import summarise
-from regrow.run_folder import RunFolder
 from regrow.scoring import collect
-from regrow.sources import Batch, Source
 from regrow.store import StoreError
+from regrow.store.ledger import Ledger, replay
+from regrow.store.run_folder import RunFolder
 from regrow.store.statistics import file_name, fingerprint, read_finished_shards, save_statistics
 from store import saved
 

@@ -8,13 +8,13 @@ import torch
 import regrow
 from hand import lm, mlp
 from regrow.allocation.cost import Cost
-from regrow.amounts import Measure
-from regrow.axes import Mark
-from regrow.change import Change
+from regrow.core.amounts import Measure
+from regrow.core.axes import Mark
+from regrow.core.change import Change
+from regrow.core.plan import Plan
+from regrow.core.tables import MOST_ROWS
 from regrow.evaluation.objective import Evaluation
-from regrow.plan import Plan
-from regrow.run_folder import RunFolder
-from regrow.tables import MOST_ROWS
+from regrow.store.run_folder import RunFolder
 
 RUN = Path(__file__).parent / "fixtures" / "runs" / "prune"
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from regrow.turns import StopRunError, Turns
+from regrow.core.turns import StopRunError, Turns
 
 
 def test_runs_that_end_early_are_left_out_of_the_turns():

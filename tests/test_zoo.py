@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.axes import Role, size_of
+from regrow.core.axes import Role, size_of
 from regrow.tracing import TraceError, trace
 from zoo import NETS, ZOO, Fact, Hoped, Wired, trace_zoo
 

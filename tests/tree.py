@@ -29,6 +29,7 @@ TOP = {
     "tests/": "mirrors src/regrow; zoo/: networks, laws.py: the laws, test_house.py: the rules of this house",
 }
 ORDER = [
+    "core",
     "settings",
     "tracing",
     "scoring",
@@ -40,7 +41,7 @@ ORDER = [
     "store",
     "training",
     "methods",
-    "commands",
+    "jobs",
     "exporters",
     "reports",
     "cli",

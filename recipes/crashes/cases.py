@@ -53,7 +53,7 @@ def llama(folder: str, width: int = 40, *, cut: bool = False, seed: int = 0) -> 
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from regrow import apply, trace
-    from regrow.plan import Plan
+    from regrow.core.plan import Plan
     from regrow.store import save
 
     made = Tokenizer(models.BPE())

@@ -24,7 +24,7 @@ CLOCK = {
 LOADED = (
     "accelerate", "jinja2", "matplotlib.backends.backend_svg", "sklearn.datasets", "tokenizers.implementations",
     "torchvision.models", "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama",
-    "regrow.cli.app", "regrow.reports.page", "regrow.commands.learn", "regrow.commands.prune",
+    "regrow.cli.app", "regrow.reports.page", "regrow.jobs.learn", "regrow.jobs.prune",
 )  # fmt: skip
 """What is imported once, before anything is forked."""
 Contents = Mapping[str, str]

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from regrow.api.prune import prune
     from regrow.api.recover import recover
     from regrow.api.search import search
-    from regrow.axes import Example
-    from regrow.axis_tensor import AxisTensor
-    from regrow.candidates import Candidates
-    from regrow.commands.search_record import SearchResult
-    from regrow.plan import Fill, Plan
-    from regrow.sources import Batch, Source
+    from regrow.core.axes import Example
+    from regrow.core.axis_tensor import AxisTensor
+    from regrow.core.candidates import Candidates
+    from regrow.core.plan import Fill, Plan
+    from regrow.core.sources import Batch, Source
+    from regrow.jobs.search_record import SearchResult
     from regrow.store import load, save
     from regrow.surgery import UndoStore, align_new_units, apply, declare, fit_new_units, verify
     from regrow.tracing import trace, with_branches
@@ -55,13 +55,13 @@ __all__ = [
 _MODULES = {
     **{name: f"regrow.api.{name}" for name in ("evaluate", "export", "finetune", "grow", "learn", "prune", "recover")},
     "search": "regrow.api.search",
-    "AxisTensor": "regrow.axis_tensor",
-    "Candidates": "regrow.candidates",
-    "Example": "regrow.axes",
+    "AxisTensor": "regrow.core.axis_tensor",
+    "Candidates": "regrow.core.candidates",
+    "Example": "regrow.core.axes",
     "Learned": "regrow.api.learn",
-    "SearchResult": "regrow.commands.search_record",
-    **dict.fromkeys(("Batch", "Source"), "regrow.sources"),
-    **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),
+    "SearchResult": "regrow.jobs.search_record",
+    **dict.fromkeys(("Batch", "Source"), "regrow.core.sources"),
+    **dict.fromkeys(("Fill", "Plan"), "regrow.core.plan"),
     **dict.fromkeys(("load", "save"), "regrow.store"),
     **dict.fromkeys(("UndoStore", "align_new_units", "apply", "declare", "fit_new_units", "verify"), "regrow.surgery"),
     **dict.fromkeys(("trace", "with_branches"), "regrow.tracing"),

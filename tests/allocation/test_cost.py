@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from hand import conv, graph, lm, mlp
 from regrow.allocation import Cost
-from regrow.amounts import Measure
-from regrow.axes import Axis, AxisGraph, Product, Sum, size_of
+from regrow.core.amounts import Measure
+from regrow.core.axes import Axis, AxisGraph, Product, Sum, size_of
 
 
 def long_way(axes: AxisGraph, names: tuple[str, ...], sizes: dict[str, int]) -> int:

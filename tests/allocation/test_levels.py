@@ -18,8 +18,8 @@ from regrow.allocation.commits import (
 from regrow.allocation.gates import gates
 from regrow.allocation.regrowth import sample_operations
 from regrow.allocation.timed import spread_times
-from regrow.amounts import Measure
-from regrow.candidates import Candidates, candidates_in, single_in, tied_in
+from regrow.core.amounts import Measure
+from regrow.core.candidates import Candidates, candidates_in, single_in, tied_in
 from regrow.evaluation import macs
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201

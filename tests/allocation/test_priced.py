@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hand import lm, mlp, timed
 from regrow.allocation import cost_of, payers
-from regrow.amounts import Measure, Target
-from regrow.budget import Budget, Timing
+from regrow.core.amounts import Measure, Target
+from regrow.core.budget import Budget, Timing
 
 A, B = "0.weight:0", "2.weight:0"
 

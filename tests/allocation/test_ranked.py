@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from hand import conv, graph, lm, mlp, slot, timed
 from regrow.allocation import BudgetError, Cost, allocation, cost_of, rank, uniform
-from regrow.amounts import IN_CONTEXT, STEPS, Measure, Target
-from regrow.axes import Axis, AxisGraph, Role
-from regrow.budget import Budget
-from regrow.plan import Plan
+from regrow.core.amounts import IN_CONTEXT, STEPS, Measure, Target
+from regrow.core.axes import Axis, AxisGraph, Role
+from regrow.core.budget import Budget
+from regrow.core.plan import Plan
 from regrow.scoring import random
 
 A, B = "0.weight:0", "2.weight:0"

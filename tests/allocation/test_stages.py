@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regrow.allocation import MemoryBudgetError, stages
-from regrow.amounts import format_bytes, parse_bytes
+from regrow.core.amounts import format_bytes, parse_bytes
 
 SIZES = st.lists(st.integers(1, 100), min_size=1, max_size=7)
 

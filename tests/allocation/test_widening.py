@@ -3,7 +3,7 @@
 import pytest
 
 from regrow.allocation.widening import classify, widening
-from regrow.amounts import Increase
+from regrow.core.amounts import Increase
 from zoo import trace_zoo
 
 

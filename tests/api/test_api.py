@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
 from regrow.api.inputs import read_inputs
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.nets.small import small
 from regrow.store import StoreError
 from regrow.tracing import TraceError

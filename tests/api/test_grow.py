@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import regrow
 from api.stacks import DEPTH, STACKS, WIDTH, Block, Stack
-from regrow.errors import RefusedError
+from regrow.core.errors import RefusedError
 
 EXAMPLES = [torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n)) for n in (3, 1)]
 BUILD: dict[str, Callable[[], nn.Module]] = {stack.name: stack.build for stack in STACKS}

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
+from regrow.core.tasks import first_examples
 from regrow.data.streams import digits_task, permuted_tasks
 from regrow.nets.small import small
-from regrow.tasks import first_examples
 
 INPUTS = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
 

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import regrow
 from regrow.api.inputs import Inputs
 from regrow.api.runs import loaded_of
-from regrow.errors import InputError
-from regrow.run_folder import RunFolder
+from regrow.core.errors import InputError
 from regrow.store.errors import StoreError
 from regrow.store.metrics import Metrics
+from regrow.store.run_folder import RunFolder
 
 INPUTS = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 DATA = (INPUTS, torch.arange(64) % 3)
@@ -239,7 +239,7 @@ def test_two_examples_of_named_inputs_are_kept() -> None:
 
 @pytest.mark.parametrize("out", [None, "run"])
 def test_warnings_point_to_the_call(out: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from regrow.commands import grow, prune
+    from regrow.jobs import grow, prune
 
     note, widen, measure = ("beware",), grow.plan_growth, prune.calibrate
     monkeypatch.setattr(grow, "plan_growth", lambda *args: (widen(*args)[0], note))

@@ -6,10 +6,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
+from regrow.core.objectives import CLASSIFICATION
+from regrow.core.tasks import Examples
 from regrow.evaluation import dense
 from regrow.evaluation.continual import mean_score
-from regrow.objectives import CLASSIFICATION
-from regrow.tasks import Examples
 
 
 def network():

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from cli.conftest import Run
 from regrow.cli import boundary, screen
 from regrow.cli.app import regrow as commands
-from regrow.errors import RefusedError, ResourceError
+from regrow.core.errors import RefusedError, ResourceError
 from regrow.nets.errors import ModelError
-from regrow.run_folder import RunFolder
 from regrow.store.atomic import StoreError, explain_os_errors
+from regrow.store.run_folder import RunFolder
 
 
 def failing(error: BaseException):
@@ -64,7 +64,7 @@ def test_a_bug_leaves_a_report_without_secrets_and_without_values(
     regrow: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("regrow.commands.evaluate.evaluate", failing(KeyError("x")))
+    monkeypatch.setattr("regrow.jobs.evaluate.evaluate", failing(KeyError("x")))
     monkeypatch.setattr(boundary, "_foreign", lambda tb: None)
     Path(tmp_path, "private").mkdir()
     Path(tmp_path, "my", "model").mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: 
         __import__("mynets").net()
 
     monkeypatch.syspath_prepend(".")
-    monkeypatch.setattr("regrow.commands.models.load_model", call)
+    monkeypatch.setattr("regrow.jobs.models.load_model", call)
     code, _, err = regrow("show", "mynets:net")
     assert code == 2 and "mynets.py:2 in net failed: KeyError: 'mine'" in err and "bug in regrow" not in err, err
 
@@ -121,8 +121,8 @@ def test_the_machine_behind_an_error_gives_its_exit_code(tmp_path: Path) -> None
 
 def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regrow.exporters.formats.export_model", failing(KeyboardInterrupt()))
-    monkeypatch.setattr("regrow.commands.prune.run", failing(KeyboardInterrupt()))
-    monkeypatch.setattr("regrow.commands.prune.plan_named", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.jobs.prune.run", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.jobs.prune.plan_named", failing(KeyboardInterrupt()))
     prune = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8")
     nothing, resumes = "stopped; nothing was written", "run keeps what was finished, and the same command resumes"
     for words, says in (
@@ -132,7 +132,7 @@ def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeyp
         ((*prune, "--out", "made"), resumes.replace("run", "made")),
     ):
         monkeypatch.setattr(
-            "regrow.run_folder.RunFolder.open_unfinished", lambda out: out if out.name == "made" else None
+            "regrow.store.run_folder.RunFolder.open_unfinished", lambda out: out if out.name == "made" else None
         )
         code, _, err = regrow(*words)
         assert (code, says in err) == (130, True), err
@@ -150,7 +150,7 @@ def test_ctrl_c_is_told_as_such_where_what_it_interrupted_fails_in_its_own_way(
         except RuntimeError as error:
             raise ValueError("the plan cannot be carried out") from error
 
-    monkeypatch.setattr("regrow.commands.prune.run", cleaned_up)
+    monkeypatch.setattr("regrow.jobs.prune.run", cleaned_up)
     code, _, err = regrow("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "run")
     assert code == 130 and "stopped; nothing was written" in err
 

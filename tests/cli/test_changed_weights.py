@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from cli.conftest import Run
 from regrow import nets
 from regrow.cli.runs import RunPage
-from regrow.commands import cutting, recovery_memory
-from regrow.errors import InputError
+from regrow.core.errors import InputError
+from regrow.jobs import cutting, recovery_memory
 from regrow.nets.weight_files import WeightFile, check_unchanged
 from regrow.streaming import checkpoint, requirements
 

@@ -11,7 +11,7 @@ import torch
 from cli.conftest import Run
 from regrow import load
 from regrow.cli.checks import check_folder
-from regrow.errors import InputError, ResourceError
+from regrow.core.errors import InputError, ResourceError
 from regrow.nets import ModelError
 from regrow.nets.devices import choose_device
 from regrow.nets.files import check_config, check_files, check_gguf, check_safetensors
@@ -130,7 +130,7 @@ def test_devices_are_checked_by_name() -> None:
 
 
 def test_widths_are_compared_with_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow.limits.available_memory", lambda: 1000)
+    monkeypatch.setattr("regrow.core.limits.available_memory", lambda: 1000)
     with pytest.raises(ResourceError, match=r"mlp:64 needs .* of memory, and .* are free; take a smaller network"):
         small("mlp:64", (1, 8, 8), 10)
 

@@ -11,8 +11,8 @@ import torch
 
 from cli.conftest import Run
 from regrow import Plan, load, trace, with_branches
-from regrow.ledger import Ledger, replay
-from regrow.plan import PlanError
+from regrow.core.plan import PlanError
+from regrow.store.ledger import Ledger, replay
 
 PRUNE = (
     "prune",

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cli.conftest import Run
-from regrow.commands import recovery_memory
-from regrow.commands.models import ModelSpec, load_model
-from regrow.run_folder import RunFolder
+from regrow.jobs import recovery_memory
+from regrow.jobs.models import ModelSpec, load_model
+from regrow.store.run_folder import RunFolder
 
 DATA = ("--source", "news", "--source", "code", "--tokens", "128", "--eval-tokens", "64", "--seq-len", "32")
 DEPTH = ("--method", "depth", "--set", "unit=block", "--set", "fill=none", "--keep", "0.6")

@@ -9,14 +9,14 @@ import torch
 from cli.conftest import Run
 from regrow import prune
 from regrow.api import inputs
-from regrow.commands import generated, recovery_memory, training_memory
-from regrow.commands.generated import FILE
-from regrow.commands.last_cut import find_cut
-from regrow.errors import InputError
+from regrow.core.errors import InputError
+from regrow.core.sources import Batch, Source
 from regrow.evaluation.generation import predict_generation
-from regrow.run_folder import RunFolder
+from regrow.jobs import generated, recovery_memory, training_memory
+from regrow.jobs.generated import FILE
+from regrow.jobs.last_cut import find_cut
 from regrow.settings.recover import Settings
-from regrow.sources import Batch, Source
+from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import unfinished_folder
 from regrow.store.tensors import read_tensors, write_tensors
 from regrow.streaming.opening import open_network
@@ -42,7 +42,7 @@ def test_windows_are_stored_and_used_again(
     fit = ("--reconstruct", "--reconstruct-tokens", "256")
     command = ("prune", str(tiny_language_model), "--keep", "0.8", *WORDS, *fit, "--out", "one")
     with monkeypatch.context() as patch:
-        patch.setattr("regrow.commands.prune.calibrate", stop)
+        patch.setattr("regrow.jobs.prune.calibrate", stop)
         assert regrow(*command)[0] == 130
     first = tokens(str(unfinished_folder(Path("one"))))
     assert first.shape == (4, 32) and first.min() >= 0  # the reconstruction needs a window more

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cli.conftest import Run
-from regrow.commands import grow as growth
-from regrow.run_folder import RunFolder
+from regrow.jobs import grow as growth
 from regrow.settings.grow import Settings
 from regrow.store import load
+from regrow.store.run_folder import RunFolder
 
 
 def test_a_grown_model_loads_computes_the_same_and_grows_again(regrow: Run, tmp_path: Path) -> None:

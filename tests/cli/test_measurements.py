@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unfinished learning run of one task that is over."""
-    from regrow.commands.learn import Settings, run
+    from regrow.jobs.learn import Settings, run
 
     out = tmp_path_factory.mktemp("learned") / "learned"
     run(Settings(("permuted:digits:1",), model="mlp:8", epochs=1, train=64, test=32), out)

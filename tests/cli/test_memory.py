@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from regrow.commands import models, recovery_memory, streamed
 from regrow.evaluation import choice
+from regrow.jobs import models, recovery_memory, streamed
 from regrow.streaming import requirements
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork

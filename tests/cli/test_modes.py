@@ -23,15 +23,15 @@ from safetensors.torch import load_file
 import regrow
 from distributed.processes import finish, start
 from regrow.cli import code_of
-from regrow.commands import recovery_memory
-from regrow.commands.inputs import SourceHalves, SourceSpecs, read_sources
-from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.prune_settings import read_pruning_settings, source_specs
-from regrow.commands.search_inputs import read_parts
-from regrow.commands.starting import find_start
-from regrow.commands.task_sequences import TaskSpecs, read_tasks
-from regrow.run_folder import RunFolder
+from regrow.jobs import recovery_memory
+from regrow.jobs.inputs import SourceHalves, SourceSpecs, read_sources
+from regrow.jobs.models import ModelSpec, load_model
+from regrow.jobs.prune_settings import read_pruning_settings, source_specs
+from regrow.jobs.search_inputs import read_parts
+from regrow.jobs.starting import find_start
+from regrow.jobs.task_sequences import TaskSpecs, read_tasks
 from regrow.settings.search import Settings as SearchSettings
+from regrow.store.run_folder import RunFolder
 from regrow.streaming import requirements
 
 WORDS = ("--source", "news", "--source", "code", "--tokens", "256", "--eval-tokens", "128", "--seq-len", "32")

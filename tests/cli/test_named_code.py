@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import regrow as package
-from regrow.commands.models import load_model
+from regrow.jobs.models import load_model
 from regrow.store import save
 from regrow.store.shapes import content_digest
 
@@ -110,9 +110,9 @@ def test_a_run_is_repeated_and_recovered_with_code_from_the_command_line(run, ca
 
 
 def test_settings_from_a_file_give_no_code(run):
-    from regrow.commands.prune_settings import model_spec, read_pruning_settings
+    from regrow.jobs.prune_settings import model_spec, read_pruning_settings
     from regrow.nets import ModelError
-    from regrow.run_folder import RunFolder
+    from regrow.store.run_folder import RunFolder
 
     values = RunFolder.open(run).run()["settings"]
     with pytest.raises(ModelError, match="never imported"):

@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import load_file
 
 import regrow
-from regrow.commands import grow, learn, prune, search
-from regrow.commands.inputs import SourceHalves, SourceSpecs, read_sources
-from regrow.commands.learn_inputs import specs_of
-from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.search_inputs import read_parts
-from regrow.commands.task_sequences import read_tasks
+from regrow.jobs import grow, learn, prune, search
+from regrow.jobs.inputs import SourceHalves, SourceSpecs, read_sources
+from regrow.jobs.learn_inputs import specs_of
+from regrow.jobs.models import ModelSpec, load_model
+from regrow.jobs.search_inputs import read_parts
+from regrow.jobs.task_sequences import read_tasks
 from regrow.nets import Loaded
 from regrow.nets.small import small
-from regrow.run_folder import RunFolder
 from regrow.settings.grow import Settings as GrowSettings
 from regrow.settings.learn import Settings as LearnSettings
 from regrow.settings.prune import Settings as PruneSettings
 from regrow.settings.search import Settings as SearchSettings
+from regrow.store.run_folder import RunFolder
 
 TIMES = frozenset(("seconds", "ms"))
 DIGITS = SourceSpecs(128, 256, ("digits",), (), 256)

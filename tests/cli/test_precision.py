@@ -10,7 +10,7 @@ from torch import nn
 
 import regrow as library
 from cli.conftest import Run
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 
 MAIL = "mail=mail.txt"
 AMOUNTS = ("--eval-tokens", "64", "--seq-len", "16")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from cli.conftest import Run
-from regrow.commands.inputs import read_sources
-from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.prune_settings import read_pruning_settings, source_specs
 from regrow.evaluation import perplexity
-from regrow.run_folder import RunFolder
+from regrow.jobs.inputs import read_sources
+from regrow.jobs.models import ModelSpec, load_model
+from regrow.jobs.prune_settings import read_pruning_settings, source_specs
+from regrow.store.run_folder import RunFolder
 
 DATA = ("--source", "news", "--source", "code", "--tokens", "128", "--eval-tokens", "64", "--seq-len", "32")
 WORDS = ("--method", "wanda_sp", "--reconstruct", "--reconstruct-tokens", "512", "--reconstruct-set", "ridges=[0.1,1]")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from regrow.cli.recover import tell
-from regrow.commands import recover as recovery_run
-from regrow.run_folder import RunFolder
+from regrow.jobs import recover as recovery_run
 from regrow.settings.recover import Settings
 from regrow.store import StoreError
+from regrow.store.run_folder import RunFolder
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "runs" / "prune"
 

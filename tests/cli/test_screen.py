@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from regrow import progress_bar
 from regrow.cli import screen
+from regrow.jobs import progress_bar
 
 HOW = "stage 2, 41.2k of 33.6k params, validation 0.31, operations 62%, filters 80%, weights 91%"
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from cli.conftest import Run
-from regrow.errors import InputError
-from regrow.run_folder import RunFolder
+from regrow.core.errors import InputError
 from regrow.scoring.collect import InputSums
 from regrow.settings.declaration import record_settings
 from regrow.settings.prune import Settings, name_folders
+from regrow.store.run_folder import RunFolder
 from regrow.streaming import requirements
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -190,7 +190,7 @@ def test_a_stopped_command_says_whether_a_plan_was_begun(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("regrow.commands.prune.run", stop)
+    monkeypatch.setattr("regrow.jobs.prune.run", stop)
     Path("plans").mkdir()
     Path("plans/notes.txt").write_text("mine")
     model = str(tiny_language_model)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from regrow import model_names
+from regrow.core import model_names
+from regrow.core.model_names import PACKAGED, find_problem, torchvision_names
+from regrow.core.source_names import DOMAINS
 from regrow.methods import TABLES
-from regrow.model_names import PACKAGED, find_problem, torchvision_names
 from regrow.nets import packaged
 from regrow.nets.vision import known_names
-from regrow.source_names import DOMAINS
 
 RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "prune"
 PRUNE = "prune resnet18 --keep 0.5"

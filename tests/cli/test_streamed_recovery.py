@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from regrow.commands import recovery_memory, streamed_recovery
+from regrow.jobs import recovery_memory, streamed_recovery
 from regrow.methods.recovery import refit
 from regrow.methods.recovery.refit_work import RefitWork
 from regrow.methods.recovery.streamed import FORMAT, REFIT_FIELDS, ChangedTensors

@@ -9,13 +9,13 @@ import torch
 
 from cli.conftest import Run
 from regrow import load
-from regrow.commands import pruning as prune
-from regrow.commands.prune_settings import budget_of, read_pruning_settings
-from regrow.run_folder import RunFolder
+from regrow.jobs import pruning as prune
+from regrow.jobs.prune_settings import budget_of, read_pruning_settings
 from regrow.settings.declaration import record_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
 from regrow.store import StoreError
+from regrow.store.run_folder import RunFolder
 
 SMALL = ("--tokens", "512", "--eval-tokens", "128", "--seq-len", "64", "--no-verify")
 

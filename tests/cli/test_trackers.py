@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cli.conftest import Run
-from regrow.commands.trackers import tracking
-from regrow.errors import ResourceError
-from regrow.run_folder import RunFolder
+from regrow.core.errors import ResourceError
+from regrow.jobs.trackers import tracking
+from regrow.store.run_folder import RunFolder
 
 LEARN = ("learn", "digits", "--model", "mlp:8", "--method", "naive", "--epochs", "1", "--train", "64", "--test", "64")
 
@@ -53,10 +53,8 @@ def test_rows_go_to_tensorboard(regrow: Run, monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_a_tracker_that_is_missing_or_unknown_is_refused_first(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "regrow.commands.trackers.find_spec", lambda name: None if name == "wandb" else ModuleType(name)
-    )
-    monkeypatch.setattr("regrow.commands.learn.run", lambda *inputs, **more: pytest.fail("it ran"))
+    monkeypatch.setattr("regrow.jobs.trackers.find_spec", lambda name: None if name == "wandb" else ModuleType(name))
+    monkeypatch.setattr("regrow.jobs.learn.run", lambda *inputs, **more: pytest.fail("it ran"))
     for name, says, wanted in (("wandb", "pip install 'regrow[wandb]'", 4), ("paper", "one of tensorboard, mlflow", 2)):
         code, _, err = regrow(*LEARN, "--out", "run", "--track", name)
         assert code == wanted and says in err and err.count("\n") == 1, err
@@ -90,7 +88,7 @@ class Ids:
 
 @pytest.fixture
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> type[Ids]:
-    monkeypatch.setattr("regrow.commands.trackers.find_spec", ModuleType)
+    monkeypatch.setattr("regrow.jobs.trackers.find_spec", ModuleType)
     monkeypatch.setattr("accelerate.tracking.MLflowTracker", Ids)
     monkeypatch.setattr(Ids, "fails", "")
     return Ids

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import Run, RunOnce
-from regrow.commands import parents
-from regrow.commands.undo import undo
+from regrow.jobs import parents
+from regrow.jobs.undo import undo
 from regrow.store import load, snapshots
 from regrow.store.errors import StoreError
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from regrow.candidates import Prefix
-from regrow.commands import stage_memory
+from regrow.core.candidates import Prefix
+from regrow.core.sources import Batch
 from regrow.evaluation import prefix_peaks
 from regrow.evaluation.memory import Step
-from regrow.sources import Batch
+from regrow.jobs import stage_memory
 
 PEAKS: dict[tuple[str, bool, tuple[int, ...], int, int], int] = {}
 """Modules, whether they recompute, shape of the batch, first and last part → the predicted peak in bytes."""

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import regrow
-from regrow.commands import learn as learning_run
-from regrow.commands.learn import Settings, run
-from regrow.run_folder import RunFolder
+from regrow.jobs import learn as learning_run
+from regrow.jobs.learn import Settings, run
+from regrow.store.run_folder import RunFolder
 from regrow.training.continual import PROBED, probed_tasks
 
 GROWING = {"width": 0.05, "multiple": 1, "cap": 100.0}

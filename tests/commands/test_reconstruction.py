@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 import regrow
-from regrow.commands import recover as recovery_run
-from regrow.commands.prune import run
-from regrow.commands.reconstruction import check_reconstruction, count_tokens
-from regrow.commands.undo import undo
-from regrow.errors import InputError
+from regrow.core.errors import InputError
+from regrow.jobs import recover as recovery_run
+from regrow.jobs.prune import run
+from regrow.jobs.reconstruction import check_reconstruction, count_tokens
+from regrow.jobs.undo import undo
 from regrow.reports import summarise, to_html, to_markdown
-from regrow.run_folder import RunFolder
 from regrow.settings import recover
 from regrow.settings.prune import Settings
+from regrow.store.run_folder import RunFolder
 
 PRUNING = Settings(
     "toys:classifier", method="magnitude", keep=0.5, sources=("digits",), tokens=256, eval_tokens=200, reconstruct=True

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from regrow.cli import code_of
-from regrow.commands import recover as recovery_run
-from regrow.commands.prune import Settings, run
+from regrow.core.plan import Plan
+from regrow.jobs import recover as recovery_run
+from regrow.jobs.prune import Settings, run
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.methods.recovery.task import FORMAT
-from regrow.plan import Plan
 from regrow.reports.summary import summarise
-from regrow.run_folder import RunFolder
 from regrow.settings import recover
 from regrow.store import StoreError
+from regrow.store.run_folder import RunFolder
 from regrow.store.tensors import open_checkpoint
 from regrow.training.schedule import NO_AXES
 

@@ -12,28 +12,28 @@ import torch
 
 import regrow
 from commands.results import rows, same_parameters
-from regrow import amounts
 from regrow.allocation.regrowth import kind_of
 from regrow.allocation.stages import MemoryStages
-from regrow.amounts import Measure
-from regrow.candidates import Candidates, candidates_in
-from regrow.commands import search as searching
-from regrow.commands import search_inputs
-from regrow.commands.search import Settings, build_search, build_space, retrain, run
-from regrow.commands.search_inputs import read_parts
-from regrow.commands.targets import parse_target
+from regrow.core import amounts
+from regrow.core.amounts import Measure
+from regrow.core.candidates import Candidates, candidates_in
+from regrow.core.progress import silent
 from regrow.data.augment import cut_out
 from regrow.evaluation import Latency
 from regrow.evaluation.continual import share_right
+from regrow.jobs import search as searching
+from regrow.jobs import search_inputs
+from regrow.jobs.search import Settings, build_search, build_space, retrain, run
+from regrow.jobs.search_inputs import read_parts
+from regrow.jobs.targets import parse_target
 from regrow.methods.search.space import GRANULARITIES, measure_whole
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
-from regrow.progress import silent
 from regrow.reports import write_page
-from regrow.run_folder import RunFolder
 from regrow.settings.words import command_line
 from regrow.store.atomic import StoreError
+from regrow.store.run_folder import RunFolder
 from regrow.tracing import trace
 from regrow.training.learner import Context
 

@@ -10,12 +10,12 @@ from torch import nn
 import regrow
 from commands.results import rows, same_parameters
 from regrow.allocation.stages import MemoryBudgetError
-from regrow.commands import search, stage_memory
-from regrow.commands.search import Settings, build_search, build_space, run
-from regrow.commands.search_inputs import make_schedule, read_parts
-from regrow.commands.stage_memory import MemoryWatch
+from regrow.core.objectives import CLASSIFICATION
+from regrow.jobs import search, stage_memory
+from regrow.jobs.search import Settings, build_search, build_space, run
+from regrow.jobs.search_inputs import make_schedule, read_parts
+from regrow.jobs.stage_memory import MemoryWatch
 from regrow.methods import MethodKind, find_method
-from regrow.objectives import CLASSIFICATION
 from regrow.reports import write_page
 from regrow.tracing import trace
 from regrow.training.continual import learn
@@ -162,5 +162,5 @@ def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
     for _ in range(2):
         with pytest.raises(MemoryBudgetError, match=r"stage 2 needs 5\.342 MiB \(5601024 bytes\).*more --memory"):
             run(TIGHT, tmp_path / "run")
-    found = regrow.run_folder.RunFolder.open_unfinished(tmp_path / "run")
+    found = regrow.store.run_folder.RunFolder.open_unfinished(tmp_path / "run")
     assert [row["epoch"] for row in rows(found, "epoch")] == [1, 2]

@@ -10,20 +10,20 @@ from torch import nn
 
 import regrow
 from regrow import nets
-from regrow.amounts import Target
 from regrow.api.prune import prune
-from regrow.axes import Example
-from regrow.budget import Budget
-from regrow.commands import search as searching
-from regrow.commands.search import Settings, run
-from regrow.commands.search_inputs import read_parts
-from regrow.commands.targets import parse_target
+from regrow.core.amounts import Target
+from regrow.core.axes import Example
+from regrow.core.budget import Budget
+from regrow.core.sources import Batch, Source
 from regrow.data.vision import side_of
 from regrow.evaluation import dense, macs, size
-from regrow.run_folder import RunFolder
+from regrow.jobs import search as searching
+from regrow.jobs.search import Settings, run
+from regrow.jobs.search_inputs import read_parts
+from regrow.jobs.targets import parse_target
 from regrow.settings.search import parse_search_target
-from regrow.sources import Batch, Source
 from regrow.store import save
+from regrow.store.run_folder import RunFolder
 from regrow.tracing import trace
 
 TINY: dict[str, Any] = {"train": 120, "test": 60, "batch_size": 48, "epochs": 2, "retrain": 0, "stride": 1, "stages": 1}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from regrow.commands import training_memory
-from regrow.commands.learn_inputs import specs_of
-from regrow.commands.task_sequences import read_tasks
+from regrow.jobs import training_memory
+from regrow.jobs.learn_inputs import specs_of
+from regrow.jobs.task_sequences import read_tasks
 from regrow.nets.small import small
 from regrow.settings.learn import Settings
 

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
 from data_forms import ENDLESS, INPUTS, KINDS, LABELS, REFUSED, Again, Once, Stream, X, Y, batches
+from regrow.core.errors import InputError
+from regrow.core.sources import Batch
 from regrow.data import batch_streams
 from regrow.data.batches import ReadOptions, to_source
 from regrow.data.errors import SourceError
-from regrow.errors import InputError
-from regrow.sources import Batch
 
 SECONDS = 10
 """How long a call may take before it counts as one that hangs."""

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+from regrow.core.evidence import Need
+from regrow.core.sources import Batch, Source
 from regrow.data.batch_forms import to_batch
 from regrow.data.batches import ReadOptions, to_source, to_sources
 from regrow.data.errors import SourceError
-from regrow.evidence import Need
 from regrow.scoring import collect
-from regrow.sources import Batch, Source
 from regrow.tracing import trace
 from regrow.training.tune import finetune
 

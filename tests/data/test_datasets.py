@@ -16,11 +16,11 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from regrow.core.tasks import CappedExamples, Examples, first_examples
 from regrow.data.datasets import LoadedExamples, StreamedExamples, fix_order, to_examples
 from regrow.data.errors import SourceError
 from regrow.data.streams import permuted_tasks
 from regrow.data.task_data import to_tasks
-from regrow.tasks import CappedExamples, Examples, first_examples
 
 INPUTS, LABELS = torch.arange(33.0).reshape(11, 3), torch.arange(11) % 2
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from hand import lm, texts
+from regrow.core.evidence import Need
+from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import BatchStream
 from regrow.data.joined import join_batches, join_sources
-from regrow.evidence import Need
 from regrow.scoring import collect
-from regrow.sources import Batch, Source
 
 
 @pytest.mark.parametrize(("windows", "most", "shards"), [(7, 3, 2), (16, 4, 4), (5, 8, 3), (6, 1, 2)])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from regrow.core.tasks import Examples, Task
 from regrow.data import SourceError, streams
 from regrow.data.datasets import StreamedExamples
 from regrow.data.streams import (
@@ -18,7 +19,6 @@ from regrow.data.streams import (
     rotated_tasks,
     split,
 )
-from regrow.tasks import Examples, Task
 
 
 @pytest.mark.parametrize("test", [0.1, 0.25, 0.4, 0.75])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from distributed.processes import finish, free_port, start
+from regrow.core.errors import InputError, ResourceError
 from regrow.distributed import SINGLE, ProcessRank, read_ranks
 from regrow.distributed.group import Watch
 from regrow.distributed.ranks import choose_backend, choose_rank_device
-from regrow.errors import InputError, ResourceError
 from regrow.nets.devices import choose_device
 
 RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "prune"
@@ -21,7 +21,7 @@ EXCHANGE = """
 import os, sys
 import torch
 from torch import nn
-from regrow.commands.recovering import broadcast_recovered
+from regrow.jobs.recovering import broadcast_recovered
 from regrow.distributed import read_ranks
 from regrow.distributed import exchange
 from regrow.distributed.group import connected
@@ -57,13 +57,13 @@ with connected(ranks, print):
 
 DIFFERENT = """
 os.environ["MASTER_PORT"] = sys.argv[1]  # the same processes meet for the second time
-from regrow.commands.inputs import SourceHalves
-from regrow.commands.same_inputs import check_same_inputs, check_same_settings, check_same_tasks
+from regrow.jobs.inputs import SourceHalves
+from regrow.jobs.same_inputs import check_same_inputs, check_same_settings, check_same_tasks
 from regrow.distributed.parallel import Parallel
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.settings.prune import Settings
-from regrow.sources import Batch, Source
-from regrow.tasks import Examples, Task
+from regrow.core.sources import Batch, Source
+from regrow.core.tasks import Examples, Task
 
 def refuse(function, *inputs):
     try:

@@ -15,8 +15,8 @@ from regrow import trace
 from regrow.distributed import SINGLE, read_ranks
 from regrow.distributed.parallel import Parallel
 from regrow.methods.recovery import RecoveryTask, distil
-from regrow.plan import Plan
-from regrow.sources import Batch, Source
+from regrow.core.plan import Plan
+from regrow.core.sources import Batch, Source
 
 class Block(nn.Module):
     def __init__(self):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.evaluation import generation
 from regrow.evaluation.generation import check_generation, generate_tokens, predict_generation, sample, sampling_dtype
 

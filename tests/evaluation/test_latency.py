@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.candidates import Candidates
+from regrow.core.candidates import Candidates
+from regrow.core.sources import Batch
 from regrow.evaluation import latency
-from regrow.sources import Batch
 
 
 class Unused(nn.Module):

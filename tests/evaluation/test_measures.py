@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Axis, AxisGraph, Product, Work
-from regrow.errors import InputError
+from regrow.core.axes import Axis, AxisGraph, Product, Work
+from regrow.core.errors import InputError
+from regrow.core.sources import Batch, Source
 from regrow.evaluation import (
     Choices,
     accuracy,
@@ -26,7 +27,6 @@ from regrow.evaluation import (
     speed,
 )
 from regrow.evaluation.language import Perplexity, token_losses
-from regrow.sources import Batch, Source
 
 VOCABULARY = 97
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.evaluation import choice, choices
 
 WORDS = 40

@@ -7,12 +7,12 @@ from torch import nn
 from hand import lm, texts
 from regrow import trace
 from regrow.allocation import cost_of, payers
-from regrow.amounts import Measure, Target
 from regrow.api.prune import prune
-from regrow.budget import Budget
-from regrow.commands.pruning import with_timing
+from regrow.core.amounts import Measure, Target
+from regrow.core.budget import Budget
+from regrow.core.sources import Batch
 from regrow.evaluation import fastest_pass, lengthen, timing
-from regrow.sources import Batch
+from regrow.jobs.pruning import with_timing
 
 
 class Deep(nn.Module):

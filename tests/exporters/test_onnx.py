@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import laws
 from regrow import Plan, apply, load, trace, with_branches
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.exporters.onnx import write
 from regrow.exporters.onnx import writer as format
 from regrow.exporters.onnx.placing import clear_abandoned, place_file

@@ -7,15 +7,15 @@ import torch
 
 from hand import conv, lm, texts
 from regrow.allocation import BudgetError, Cost
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
-from regrow.commands.pruning import collect_evidence
-from regrow.evidence import Evidence, Need
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.evidence import Evidence, Need
+from regrow.core.plan import Plan
+from regrow.core.sources import Batch, Source
+from regrow.jobs.pruning import collect_evidence
 from regrow.methods import METHODS, MethodKind, find_method
 from regrow.methods.pruning.pruner import check_pruner, plan_cut
-from regrow.plan import Plan
 from regrow.scoring import collect
-from regrow.sources import Batch, Source
 
 
 def proposed(name: str, keep: float = 0.7, **settings: object) -> tuple[Plan, AxisGraph]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.candidates import Candidates, candidates_in, tied_in
+from regrow.core.candidates import Candidates, candidates_in, tied_in
 from regrow.nets.bench201 import (
     EDGES,
     OPERATIONS,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.candidates import Candidates, fold_scales
+from regrow.core.candidates import Candidates, fold_scales
 from regrow.nets import bench201, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cell_operations import OPERATIONS, operation

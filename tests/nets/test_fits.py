@@ -2,9 +2,9 @@
 
 import pytest
 
-from regrow import limits
-from regrow.candidates import Candidates
-from regrow.errors import ResourceError
+from regrow.core import limits
+from regrow.core.candidates import Candidates
+from regrow.core.errors import ResourceError
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.errors import ModelError
 from regrow.nets.fits import OPERATION_BYTES, check_space_fits

@@ -8,8 +8,8 @@ import torch
 
 from regrow import Plan, apply, trace
 from regrow.allocation.regrowth import cell_of, kind_of
-from regrow.candidates import candidates_in
-from regrow.commands.spaces import rebuild
+from regrow.core.candidates import candidates_in
+from regrow.jobs.spaces import rebuild
 from regrow.nets.errors import ModelError
 from regrow.nets.load import build
 from regrow.nets.loaded import Origin

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.nets import Loaded, ModelError, Origin, build, load
 from regrow.nets import packaged as packaged_module
 from regrow.streaming.opening import open_network

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from regrow.commands.learn import Settings, extend, run
+from regrow.jobs.learn import Settings, extend, run
 from regrow.reports import summarise, to_html, to_markdown, write_page
 from regrow.reports.summary import read_summary
 from reports.test_page import check_self_contained

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from regrow.commands.learn import extend
+from regrow.jobs.learn import extend
 from regrow.reports import comparison, summarise, to_html, to_markdown, write_page
 from regrow.reports.summary import read_summary
 from reports.test_course import learned, rows

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hand import lm, texts
-from regrow.axes import Axis
-from regrow.evidence import Need
-from regrow.scores import Scores
+from regrow.core.axes import Axis
+from regrow.core.evidence import Need
+from regrow.core.scores import Scores
 from regrow.scoring import METRICS, collect, percentile, weights_of
 from regrow.scoring.partition import LEAST, PARTITIONS, Modules, partition
 from regrow.scoring.paths import peak_to_peak

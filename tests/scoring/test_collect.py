@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
-from regrow.axes import Axis, Role
+from regrow.core.axes import Axis, Role
+from regrow.core.evidence import Need
+from regrow.core.scores import Moments, Statistics
+from regrow.core.sources import Batch, Source
 from regrow.evaluation.memory import Live
-from regrow.evidence import Need
-from regrow.scores import Moments, Statistics
 from regrow.scoring import collect, watch
 from regrow.scoring.gradients import add_gradients
-from regrow.sources import Batch, Source
 
 ACTIVATIONS = {Need.ACTIVATIONS}
 

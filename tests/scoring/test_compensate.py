@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from hand import conv, lm, stored, texts
-from regrow.budget import Budget
-from regrow.commands.pruning import collect_evidence
-from regrow.evidence import Need
+from regrow.core.budget import Budget
+from regrow.core.evidence import Need
+from regrow.core.sources import Batch, Source
+from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.scoring import collect, means, uncompensated
-from regrow.sources import Batch, Source
 
 
 def test_the_mean_output_of_a_compensated_weight_is_unchanged() -> None:

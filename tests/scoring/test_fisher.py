@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from hand import conv, lm, texts
 from regrow import trace
-from regrow.axes import AxisGraph
-from regrow.evidence import Need
-from regrow.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective, choose_objective
+from regrow.core.axes import AxisGraph
+from regrow.core.evidence import Need
+from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective, choose_objective
+from regrow.core.sources import Batch, Source, logits_in
 from regrow.scoring import collect, fisher, weights_of
 from regrow.scoring.fisher import draw_labels
-from regrow.sources import Batch, Source, logits_in
 from regrow.surgery.gate import gate_inputs
 
 KV, FF = "decoder.blocks.1.q.weight:0", "decoder.blocks.1.gate.weight:0"

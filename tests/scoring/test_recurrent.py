@@ -8,10 +8,10 @@ from torch import nn
 
 import laws
 import regrow
-from regrow.evidence import Need
+from regrow.core.evidence import Need
+from regrow.core.sources import Batch, Source
 from regrow.scoring import collect, means, wanda_sp
 from regrow.scoring.weights import weights_of
-from regrow.sources import Batch, Source
 from regrow.surgery.gate import gate_inputs
 from zoo import ZOO, Wired, randomise
 

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
-from regrow.axes import Axis, AxisGraph, Role
-from regrow.evidence import Need
-from regrow.scores import Scores, Statistics
+from regrow.core.axes import Axis, AxisGraph, Role
+from regrow.core.evidence import Need
+from regrow.core.scores import Scores, Statistics
+from regrow.core.sources import Batch, Source
 from regrow.scoring import collect, magnitude, normalise, random, taylor, wanda_sp, weights_of, wifv
 from regrow.scoring.combine import standardise
-from regrow.sources import Batch, Source
 
 KV, FF = "decoder.blocks.1.q.weight:0", "decoder.blocks.1.gate.weight:0"
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from hand import lm
+from regrow.core.sources import Batch
 from regrow.methods.pruning.obs import Settings
 from regrow.scoring.grams import Gram, sum_products
 from regrow.scoring.layer_orders import eliminate
-from regrow.sources import Batch
 
 
 def refit_each(

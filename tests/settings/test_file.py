@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.settings import evaluate, learn, prune, recover, search
 from regrow.settings.declaration import options_of
 from regrow.settings.file import MAX_BYTES, format_settings, left_out, read_settings

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow import Plan, apply, trace
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
 from regrow.nets import Origin
 from regrow.nets.language import origin_of
 from zoo import ZOO, images, randomise

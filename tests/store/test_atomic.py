@@ -97,7 +97,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     if done.returncode:
         pytest.skip("this machine does not let us mount")
     code = (
-        "import sys, torch; from torch import nn; from regrow.run_folder import RunFolder\n"
+        "import sys, torch; from torch import nn; from regrow.store.run_folder import RunFolder\n"
         "from regrow.store import save, StoreError\n"
         "try: save(nn.Linear(400, 400), sys.argv[1])\n"
         "except StoreError as error: sys.exit(str(error))"

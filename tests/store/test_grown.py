@@ -10,10 +10,10 @@ from torch import nn
 
 import laws
 from regrow import Fill, Plan, UndoStore, apply, trace
-from regrow.axes import AxisGraph
-from regrow.ledger import replay
-from regrow.run_folder import RunFolder
+from regrow.core.axes import AxisGraph
 from regrow.store import StoreError, save
+from regrow.store.ledger import replay
+from regrow.store.run_folder import RunFolder
 from store.fresh import answers, answers_in_a_fresh_process, assert_same, origin
 from zoo import ZOO
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from regrow import Plan, trace
-from regrow.ledger import Ledger
 from regrow.reports.reading import read_run
 from regrow.store.errors import StoreError
 from regrow.store.intervals import expand_plans, from_intervals, to_intervals
+from regrow.store.ledger import Ledger
 
 RUN = {"format": "regrow-run/2", "verb": "prune", "command": "regrow prune m", "settings": {}, "defaults": {}}
 RUN |= {"versions": {}, "started": "2026-11-30T00:00:00+00:00"}

@@ -12,10 +12,10 @@ from torch import nn
 
 from regrow import export, load
 from regrow.cli import code_of
-from regrow.commands.prune import Settings, run
-from regrow.run_folder import RunFolder
+from regrow.jobs.prune import Settings, run
 from regrow.store import save
 from regrow.store.errors import explain_os_errors
+from regrow.store.run_folder import RunFolder
 
 CLOCK = {"seconds", "started", "finished"}
 PRUNE = "prune toys:classifier --method magnitude --keep 0.6 --source digits --tokens 128 --eval-tokens 64 --no-verify"

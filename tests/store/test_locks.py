@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from regrow.run_folder import RunFolder
 from regrow.store import StoreError, save
 from regrow.store.locks import lock
+from regrow.store.run_folder import RunFolder
 
 HOLDER = """
 import sys, time

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from regrow.core.plan import Plan
 from regrow.exporters import torchvision as to_torchvision
 from regrow.exporters import transformers as to_transformers
 from regrow.exporters.written import ExportError
 from regrow.nets import Origin
 from regrow.nets.language import origin_of
-from regrow.plan import Plan
 from regrow.store import StoreError, load, save
 from regrow.surgery import apply
 from regrow.tracing import trace, with_branches

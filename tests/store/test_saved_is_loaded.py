@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from regrow import Plan, apply, trace
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.nets import ModelError, Origin, replace_attention
 from regrow.nets import load as load_by_name
 from regrow.store import load, save

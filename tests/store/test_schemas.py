@@ -8,12 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from regrow.commands.prune_settings import read_pruning_settings
-from regrow.ledger import Ledger, read_undo_store
-from regrow.run_folder import RunFolder
+from regrow.jobs.prune_settings import read_pruning_settings
 from regrow.store import StoreError, plan_schemas, schemas
 from regrow.store import convert as convert_module
 from regrow.store.convert import convert
+from regrow.store.ledger import Ledger, read_undo_store
+from regrow.store.run_folder import RunFolder
 from regrow.store.tensors import write_tensors
 from regrow.surgery import UndoStore
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from regrow.run_folder import RunFolder
 from regrow.store.errors import StoreError
 from regrow.store.metrics import append, mend, read
+from regrow.store.run_folder import RunFolder
 
 SETTINGS = {"keep": 0.5}
 

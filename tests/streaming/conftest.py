@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regrow.sources import Batch, Source
+from regrow.core.sources import Batch, Source
 
 
 def configurations():

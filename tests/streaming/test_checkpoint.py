@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.nets.errors import ModelError
 from regrow.nets.files import check_safetensors
 from regrow.store.errors import StoreError

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from regrow.amounts import parse_bytes
-from regrow.errors import ResourceError
+from regrow.core.amounts import parse_bytes
+from regrow.core.errors import ResourceError
 from regrow.streaming import requirements
 from regrow.streaming.opening import open_network
 from regrow.streaming.requirements import plan_memory

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.streaming.results import BlockResults
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from regrow import nets, store
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, collect_evidence
+from regrow.core.budget import Budget
+from regrow.core.plan import Plan, PlanError
 from regrow.evaluation import perplexity
+from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
-from regrow.plan import Plan, PlanError
 from regrow.streaming.cut import propose_cut
 from regrow.streaming.opening import open_network
 from regrow.surgery import apply, carry, proof

@@ -3,8 +3,8 @@
 import pytest
 
 from regrow import nets
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, collect_evidence
+from regrow.core.budget import Budget
+from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.streaming.opening import open_network
 from regrow.tracing import trace

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from regrow import nets, store
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, collect_evidence
-from regrow.errors import InputError, ResourceError
+from regrow.core.budget import Budget
+from regrow.core.errors import InputError, ResourceError
+from regrow.core.progress import silent
+from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.methods.recovery import refit as refitting
@@ -18,7 +19,6 @@ from regrow.methods.recovery.fit_batches import regroup
 from regrow.methods.recovery.refit import Settings, refit
 from regrow.methods.recovery.refit_work import RefitWork
 from regrow.methods.recovery.streamed import REFIT_FIELDS, ChangedTensors, StreamedPair
-from regrow.progress import silent
 from regrow.streaming.opening import open_network
 from regrow.streaming.weights import StoredWeights
 from regrow.surgery import apply

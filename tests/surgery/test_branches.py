@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import laws
 from regrow.allocation.cost import Cost
-from regrow.amounts import Measure
-from regrow.axes import AxisGraph, Example
-from regrow.branches import Branch, Placeholder
-from regrow.plan import Plan, PlanError
+from regrow.core.amounts import Measure
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.branches import Branch, Placeholder
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery import UndoStore, apply, verify
 from regrow.tracing import trace, with_branches
 from zoo import ZOO, Wired, randomise, trace_zoo

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from regrow import Candidates, Plan, UndoStore, apply, trace, verify
-from regrow.candidates import candidates_in
+from regrow.core.candidates import candidates_in
+from regrow.core.plan import PlanError
 from regrow.nets.cells import Cells, supernet
-from regrow.plan import PlanError
 from zoo import randomise
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import regrow
-from regrow.axes import AxisGraph
-from regrow.plan import Fill, Plan, PlanError
+from regrow.core.axes import AxisGraph
+from regrow.core.plan import Fill, Plan, PlanError
 from regrow.surgery.carry import commit, prepare
 
 UNITS = (0, 2, 5)

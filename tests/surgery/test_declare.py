@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import laws
 import regrow
-from regrow.axes import AxisGraph, Example, Mark, Role
-from regrow.plan import Fill, Plan, PlanError
-from regrow.sources import Batch, Source
+from regrow.core.axes import AxisGraph, Example, Mark, Role
+from regrow.core.plan import Fill, Plan, PlanError
+from regrow.core.sources import Batch, Source
 from regrow.store import load, save
 from regrow.surgery import DeclarationError, UndoStore, declare
 from regrow.tracing import TraceError

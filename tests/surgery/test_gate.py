@@ -8,11 +8,11 @@ import torch
 import regrow
 from hand import lm
 from regrow.allocation import rank
-from regrow.budget import Budget
-from regrow.evidence import Evidence, Need
-from regrow.plan import Plan
+from regrow.core.budget import Budget
+from regrow.core.evidence import Evidence, Need
+from regrow.core.plan import Plan
+from regrow.core.sources import Batch, Source
 from regrow.scoring import collect, means, random
-from regrow.sources import Batch, Source
 from regrow.surgery.gate import gate_inputs
 
 

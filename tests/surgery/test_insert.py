@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from regrow import Plan, UndoStore, apply, grow, load, save, trace, verify
 from regrow.allocation.deepening import deepening
-from regrow.amounts import Increase
-from regrow.axes import AxisGraph
-from regrow.ledger import read_plan, replay
-from regrow.plan import PlanError
+from regrow.core.amounts import Increase
+from regrow.core.axes import AxisGraph
+from regrow.core.plan import PlanError
 from regrow.store import StoreError
+from regrow.store.ledger import read_plan, replay
 from regrow.store.shapes import content_digest
 from regrow.tracing.stacks import find_stacks
 

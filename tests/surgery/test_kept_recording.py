@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import laws
-from regrow.axes import AxisGraph, Example
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery import apply
 from regrow.tracing import readings, trace
 from regrow.tracing.capture import capture

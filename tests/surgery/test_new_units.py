@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import laws
 from regrow import Fill, Plan, align_new_units, apply, fit_new_units
-from regrow.axes import AxisGraph
-from regrow.plan import PlanError
-from regrow.sources import Batch
+from regrow.core.axes import AxisGraph
+from regrow.core.plan import PlanError
+from regrow.core.sources import Batch
 from regrow.surgery.new_units import new_units, split_entries
 from regrow.tracing import trace
 from zoo import Wired, trace_zoo

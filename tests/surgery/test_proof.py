@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import laws
-from regrow.axes import AxisGraph
-from regrow.plan import Fill, Plan, PlanError
+from regrow.core.axes import AxisGraph
+from regrow.core.plan import Fill, Plan, PlanError
 from regrow.surgery import UndoStore, apply
 from regrow.surgery import carry as carry_module
 from regrow.surgery.carry import prepare

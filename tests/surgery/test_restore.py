@@ -12,8 +12,8 @@ from torch import nn
 
 import laws
 from regrow import UndoStore
-from regrow.axes import AxisGraph, Example
-from regrow.plan import Change, Fill, Plan, PlanError
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.plan import Change, Fill, Plan, PlanError
 from regrow.surgery import apply
 from regrow.tracing import trace
 from zoo import Wired, trace_zoo

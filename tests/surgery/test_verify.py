@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import laws
-from regrow.plan import Change, Plan, PlanError
+from regrow.core.plan import Change, Plan, PlanError
 from regrow.surgery import verify
 from regrow.surgery.carry import prepare
 from regrow.surgery.output_comparison import CutTensors

@@ -10,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hand
 import laws
-from regrow.axes import Axis
-from regrow.plan import MOST, Change, Fill, Plan, PlanError
+from regrow.core.axes import Axis
+from regrow.core.plan import MOST, Change, Fill, Plan, PlanError
 from regrow.surgery import apply
 from regrow.tracing import trace
 from zoo import Wired

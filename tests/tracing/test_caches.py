@@ -9,10 +9,10 @@ from torch import nn
 from hand import lm
 from regrow import apply, prune, trace
 from regrow.allocation import BudgetError, cost_of
-from regrow.amounts import Measure, Target
-from regrow.axes import Example
-from regrow.budget import Budget
-from regrow.plan import Plan
+from regrow.core.amounts import Measure, Target
+from regrow.core.axes import Example
+from regrow.core.budget import Budget
+from regrow.core.plan import Plan
 from zoo import ZOO
 
 TOKENS = torch.arange(1, 9)[None]

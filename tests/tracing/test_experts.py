@@ -9,9 +9,9 @@ from torch import nn
 import laws
 from regrow import Plan, apply, trace, verify
 from regrow.allocation import rank
-from regrow.axes import Mark
-from regrow.budget import Budget
-from regrow.plan import PlanError
+from regrow.core.axes import Mark
+from regrow.core.budget import Budget
+from regrow.core.plan import PlanError
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from zoo import GROUPED, SMALL, randomise
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow import Plan, apply, trace, verify
-from regrow.plan import PlanError
+from regrow.core.plan import PlanError
 from regrow.tracing.capture import TraceError
 
 WIDTH = 12

@@ -15,7 +15,7 @@ from torch.ao.quantization import get_default_qat_qconfig, prepare_qat, quantize
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from laws import masked_equals_shrunk, random_plan, smallest_plan
-from regrow.plan import PlanError
+from regrow.core.plan import PlanError
 from regrow.surgery import apply
 from regrow.surgery.verify import verify
 from regrow.tracing import TraceError, trace, with_branches

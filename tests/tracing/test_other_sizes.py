@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow import Plan, apply, trace, verify
-from regrow.axes import Example
-from regrow.plan import PlanError
+from regrow.core.axes import Example
+from regrow.core.plan import PlanError
 from zoo import Wired, randomise
 
 WIDTH = 12

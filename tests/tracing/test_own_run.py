@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow import Plan, apply, trace, verify
-from regrow.axes import Example
-from regrow.operations import Tracer
-from regrow.plan import PlanError
+from regrow.core.axes import Example
+from regrow.core.operations import Tracer
+from regrow.core.plan import PlanError
 from regrow.tracing.capture import TraceError, capture
 from regrow.tracing.own_run import RunComparison, compare_with_recording
 from zoo import Wired, randomise

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from laws import EXACT, gap, in_double, masked_equals_shrunk, outputs, random_plan, shrunk, smallest_plan, zeroed
-from regrow.axes import AxisGraph, Example, Mark, RecordedStep, Slot, size_of
-from regrow.operations import Tracer
-from regrow.plan import Plan
+from regrow.core.axes import AxisGraph, Example, Mark, RecordedStep, Slot, size_of
+from regrow.core.operations import Tracer
+from regrow.core.plan import Plan
 from regrow.surgery import verify
 from regrow.surgery.carry import carry_out
 from regrow.tracing import TraceError, trace

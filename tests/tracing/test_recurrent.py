@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import laws
 import regrow
-from regrow.axes import Role
+from regrow.core.axes import Role
 from regrow.tracing import TraceError
 from zoo import Wired, lying_at, randomise
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.tracing import trace
 from regrow.tracing.capture import Capture, capture
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.axes import Mark
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import Mark
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery import apply
 from regrow.tracing import trace
 from zoo import Wired, randomise

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import laws
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
 from regrow.data.streams import digits_task, fewer, permuted_tasks
-from regrow.ledger import Ledger, replay
 from regrow.methods.continual import sparsegrow
 from regrow.methods.search import mgas
 from regrow.nets.small import small
+from regrow.store.ledger import Ledger, replay
 from regrow.surgery import UndoStore
 from regrow.tracing import trace
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint

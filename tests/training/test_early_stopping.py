@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.axis_tensor import AxisTensor
-from regrow.sources import Batch
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.sources import Batch
 from regrow.training.early_stopping import EarlyStopping, Tensors, restore_best, with_early_stopping
 from regrow.training.fit import fit
 from regrow.training.learner import Context, Learner, Loss, Step

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from regrow.axes import AxisGraph
-from regrow.commands import learn as learning_run
-from regrow.commands.learn import Settings, run
+from regrow.core.axes import AxisGraph
+from regrow.core.plan import Fill, Plan
 from regrow.data.streams import digits_task, permuted_tasks, split
+from regrow.jobs import learn as learning_run
+from regrow.jobs.learn import Settings, run
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
-from regrow.plan import Fill, Plan
-from regrow.run_folder import RunFolder
+from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import regrow
-from regrow.commands import learn as learning_run
-from regrow.commands import learn_inputs
-from regrow.commands.learn import Settings, extend, run
-from regrow.commands.task_sequences import TaskSpecs, read_tasks
 from regrow.data import SourceError
 from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.evaluation.continual import Matrix, share_right
+from regrow.jobs import learn as learning_run
+from regrow.jobs import learn_inputs
+from regrow.jobs.learn import Settings, extend, run
+from regrow.jobs.task_sequences import TaskSpecs, read_tasks
 from regrow.methods import LEARNERS, MethodKind, find_method
 from regrow.nets.small import small
 from regrow.reports import write_page
@@ -86,7 +86,7 @@ def test_killed_and_resumed_is_never_stopped(
     if model == "mlp:16-16":
         run(settings, tmp_path / "killed")
     else:  # a fresh process
-        call = f"from regrow.commands.learn import Settings, run; run({settings!r}, {str(tmp_path / 'killed')!r})"
+        call = f"from regrow.jobs.learn import Settings, run; run({settings!r}, {str(tmp_path / 'killed')!r})"
         subprocess.run([sys.executable, "-c", call], check=True, timeout=300)
     again = regrow.load(tmp_path / "killed")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
@@ -119,7 +119,7 @@ def test_what_is_remembered_is_chosen_among_the_classes_of_its_own_task(method: 
 
 
 def regrow_rows(path: Path) -> list[dict[str, Any]]:
-    from regrow.run_folder import RunFolder
+    from regrow.store.run_folder import RunFolder
 
     return RunFolder.open(path).metrics()
 

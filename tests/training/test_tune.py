@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hand import conv, mlp
-from regrow.sources import Batch, Source
+from regrow.core.sources import Batch, Source
 from regrow.training.tune import finetune, recalibrate
 
 

@@ -8,7 +8,7 @@ from functools import cache
 
 from torch import nn
 
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
 from regrow.tracing import trace
 from zoo.attention import ATTENTION
 from zoo.channel_order import CHANNEL_ORDER

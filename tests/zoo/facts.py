@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol
 
-from regrow.axes import Axis, AxisGraph, Mark
+from regrow.core.axes import Axis, AxisGraph, Mark
 
 N, C, F_ = Mark.NEUTRAL, Mark.COMPETED, Mark.FOLDED
 

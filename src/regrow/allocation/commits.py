@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.gates import GateMasks, Gates
-from regrow.axes import AxisGraph
-from regrow.branches import lies_in
+from regrow.core.axes import AxisGraph
+from regrow.core.branches import lies_in
 
 
 def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from regrow.amounts import Measure
-from regrow.axes import AxisGraph, Dim, Product, Sum
+from regrow.core.amounts import Measure
+from regrow.core.axes import AxisGraph, Dim, Product, Sum
 
 Monomials = dict[tuple[str, ...], int]
 """A polynomial in axis sizes: axis keys (sorted, with repetition) → integer coefficient."""

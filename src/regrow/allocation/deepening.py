@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from regrow.amounts import Increase
-from regrow.insertion import BlockCopy, Insertion, Stack
+from regrow.core.amounts import Increase
+from regrow.core.insertion import BlockCopy, Insertion, Stack
 
 
 def deepening(stacks: Mapping[str, Stack], increases: Mapping[str, Increase]) -> dict[str, Insertion]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow.candidates import Candidates, candidates_in
+from regrow.core.candidates import Candidates, candidates_in
 
 INPUTS = 2
 """How many edges into a node DARTS keeps."""

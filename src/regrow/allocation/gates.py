@@ -9,8 +9,8 @@ from torch import Tensor
 from regrow.allocation.levels import Levels, levels
 from regrow.allocation.thresholds import step_mask
 from regrow.allocation.timed import Prices
-from regrow.amounts import Measure
-from regrow.axes import AxisGraph
+from regrow.core.amounts import Measure
+from regrow.core.axes import AxisGraph
 
 NEVER = -2.0
 """A margin so far below 0 that the surrogate gradient of the step function vanishes there."""

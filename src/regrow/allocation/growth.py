@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from math import ceil, prod
 
-from regrow.axes import Axis, AxisGraph, Role, size_of
+from regrow.core.axes import Axis, AxisGraph, Role, size_of
 
 
 def growable_axes(axes: AxisGraph) -> tuple[Axis, ...]:

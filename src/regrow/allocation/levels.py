@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from regrow.allocation.tensor_layout import TensorLayout
 from regrow.allocation.thresholds import keep_above
 from regrow.allocation.timed import Prices, above, count_macs
-from regrow.amounts import Measure
-from regrow.axes import AxisGraph, Role
+from regrow.core.amounts import Measure
+from regrow.core.axes import AxisGraph, Role
 
 ENTRYWISE = 2**24
 """The most entries of a network that is priced and masked entry by entry where only operations and filters are."""

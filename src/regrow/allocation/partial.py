@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from regrow.candidates import Candidates, candidates_in
+from regrow.core.candidates import Candidates, candidates_in
 
 
 def partial_channels(model: nn.Module, many: int, weights: Callable[[], list[Tensor]]) -> list[RemovableHandle]:

@@ -6,9 +6,9 @@ from math import prod
 import numpy as np
 
 from regrow.allocation.cost import Cost, CostTerm, SizeIndex, SizePolynomial, expand
-from regrow.amounts import Measure
-from regrow.axes import Axis, AxisGraph, Role, axes_in
-from regrow.budget import Budget, Timing
+from regrow.core.amounts import Measure
+from regrow.core.axes import Axis, AxisGraph, Role, axes_in
+from regrow.core.budget import Budget, Timing
 
 
 class TimeTable:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from regrow.allocation.cost import Cost
 from regrow.allocation.priced import cost_of
-from regrow.amounts import STEPS
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
-from regrow.scores import Scores
+from regrow.core.amounts import STEPS
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.scores import Scores
 
 
 class BudgetError(ValueError):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.priced import cost_of
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
 
 
 def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:

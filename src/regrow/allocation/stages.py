@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from regrow.amounts import format_bytes
+from regrow.core.amounts import format_bytes
 
 Peak = Callable[[int, int], int]
 """Function: (first cell with all candidates, last cell that runs) → peak memory in bytes."""

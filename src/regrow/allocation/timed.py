@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from regrow.axes import AxisGraph, size_of
+from regrow.core.axes import AxisGraph, size_of
 
 
 @dataclass(frozen=True)

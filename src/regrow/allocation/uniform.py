@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.ranked import rank
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
-from regrow.scores import Scores
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.scores import Scores
 
 
 def uniform(

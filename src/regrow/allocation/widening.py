@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 from math import lcm
 from typing import Literal
 
-from regrow.amounts import Increase
-from regrow.axes import Axis, AxisGraph, RecordedStep, Role, axes_in, matches
-from regrow.axes.inventory import block
+from regrow.core.amounts import Increase
+from regrow.core.axes import Axis, AxisGraph, RecordedStep, Role, axes_in, matches
+from regrow.core.axes.inventory import block
 
 Part = Literal["mlp", "heads", "channels"]
 PARTS: tuple[Part, ...] = ("mlp", "heads", "channels")

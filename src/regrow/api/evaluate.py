@@ -7,11 +7,11 @@ from typing import Any
 
 from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike
 from regrow.api.streamed import open_to_evaluate
-from regrow.errors import InputError
+from regrow.core.errors import InputError
+from regrow.core.objectives import Objective
+from regrow.core.progress import Progress, silent
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.nets.precision import autocasting
-from regrow.objectives import Objective
-from regrow.progress import Progress, silent
 from regrow.streaming.opening import OpenedNetwork
 
 

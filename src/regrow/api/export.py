@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from regrow.api.inputs import ModelLike, to_example
-from regrow.errors import InputError
+from regrow.core.errors import InputError
+from regrow.core.progress import Progress, silent
 from regrow.exporters.formats import export_model, write_export
 from regrow.exporters.written import Written
-from regrow.progress import Progress, silent
 
 
 def export(

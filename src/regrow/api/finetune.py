@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
-from regrow.errors import InputError
+from regrow.core.errors import InputError
+from regrow.core.progress import Progress, silent
 from regrow.nets.precision import autocasting
-from regrow.progress import Progress, silent
 from regrow.training import tune
 
 

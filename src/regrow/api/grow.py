@@ -11,15 +11,15 @@ from torch import nn
 
 from regrow.api.inputs import Arguments, DeviceLike, LossLike, ModelLike
 from regrow.api.runs import Destination, loaded_of, record_call
-from regrow.axes import AxisGraph
-from regrow.commands.grow import GrowInputs, carry_out
-from regrow.commands.growing import Amount
-from regrow.commands.inputs import SourceHalves
-from regrow.commands.recording import Clock
-from regrow.errors import InputError
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
-from regrow.progress_bar import visible
+from regrow.core.axes import AxisGraph
+from regrow.core.errors import InputError
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.jobs.grow import GrowInputs, carry_out
+from regrow.jobs.growing import Amount
+from regrow.jobs.inputs import SourceHalves
+from regrow.jobs.progress_bar import visible
+from regrow.jobs.recording import Clock
 from regrow.settings.grow import Settings
 from regrow.store.statistics import parameter_sums
 

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Example
-from regrow.commands.models import ModelSpec, load_model
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.errors import InputError
+from regrow.core.objectives import LossFunction, Objective, choose_objective
+from regrow.core.progress import Progress, silent
+from regrow.core.source_names import GENERATED
+from regrow.core.sources import Batch, Source, device_of, moved
 from regrow.data.batches import ReadOptions, to_sources
-from regrow.errors import InputError
 from regrow.evaluation.generation import generate_source
+from regrow.jobs.models import ModelSpec, load_model
 from regrow.nets import Origin
 from regrow.nets.devices import choose_device
 from regrow.nets.examples import guessed_example
 from regrow.nets.precision import check_precision
 from regrow.nets.weight_files import WeightFile
-from regrow.objectives import LossFunction, Objective, choose_objective
-from regrow.progress import Progress, silent
-from regrow.source_names import GENERATED
-from regrow.sources import Batch, Source, device_of, moved
 from regrow.store.building import describe_origin
 from regrow.tracing import TraceError, trace
 

@@ -12,26 +12,26 @@ from torch import nn
 
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs, require_weights
 from regrow.api.runs import Destination, digest, loaded_of, name_of
-from regrow.axes import AxisGraph, Example
-from regrow.commands.learn import carry_out
-from regrow.commands.learn_inputs import LearnInputs, build_learner
-from regrow.commands.recording import Clock
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.errors import InputError
+from regrow.core.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Batch, Source, device_of
+from regrow.core.tables import Table, format_html
+from regrow.core.tasks import Task, first_examples
 from regrow.data.task_data import to_tasks
-from regrow.errors import InputError
 from regrow.evaluation.continual import Matrix
 from regrow.evaluation.forward import evaluating
-from regrow.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
-from regrow.progress_bar import visible
+from regrow.jobs.learn import carry_out
+from regrow.jobs.learn_inputs import LearnInputs, build_learner
+from regrow.jobs.progress_bar import visible
+from regrow.jobs.recording import Clock
 from regrow.settings.declaration import declared
 from regrow.settings.learn import Settings
-from regrow.sources import Batch, Source, device_of
 from regrow.store.building import describe_origin
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.store.statistics import parameter_sums
-from regrow.tables import Table, format_html
-from regrow.tasks import Task, first_examples
 from regrow.training.checkpoint import CHECKPOINT
 from regrow.training.continual import TaskSchedule, accuracy_matrix
 from regrow.training.learner import Learner

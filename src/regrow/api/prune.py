@@ -11,26 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.amounts import Target, parse_share
 from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike, names_generated
 from regrow.api.runs import Destination, loaded_of, record_call
 from regrow.api.streamed import open_to_prune
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
-from regrow.commands.cutting import WholeNetwork
-from regrow.commands.inputs import SourceHalves
-from regrow.commands.prune import PruneInputs, carry_out
-from regrow.commands.prune_settings import seeded_settings
-from regrow.commands.pruning import build_pruner
-from regrow.commands.recording import Clock
-from regrow.commands.streamed_run import PrunedNetwork, StreamedRun
-from regrow.errors import InputError
+from regrow.core.amounts import Target, parse_share
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.errors import InputError
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import preserve_random_state
+from regrow.jobs.cutting import WholeNetwork
+from regrow.jobs.inputs import SourceHalves
+from regrow.jobs.progress_bar import visible
+from regrow.jobs.prune import PruneInputs, carry_out
+from regrow.jobs.prune_settings import seeded_settings
+from regrow.jobs.pruning import build_pruner
+from regrow.jobs.recording import Clock
+from regrow.jobs.streamed_run import PrunedNetwork, StreamedRun
 from regrow.methods.recovery.fit_batches import check_lengths
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
-from regrow.progress_bar import visible
 from regrow.settings.prune import Settings
-from regrow.sources import preserve_random_state
 
 
 def prune(
@@ -73,7 +73,7 @@ def prune(
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
         example: The input with which the network is traced: a tensor, a tuple or a dict; ``None``: the first batch.
         loss: The loss of methods that measure gradients: a function (what the network returned, labels) → scalar, or
-            one of ``regrow.objectives.OBJECTIVES`` by name, such as ``"next-token"``; ``None``: what fits the labels.
+            the name of one of ``regrow.core.objectives.OBJECTIVES`` (``"next-token"``); ``None``: what fits the labels.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
@@ -88,7 +88,7 @@ def prune(
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (batches done, batches in all, what is being done).
-        **budget: More fields of :class:`regrow.budget.Budget`: ``measure``, ``only``, ``exclude``, ``round_to`` ….
+        **budget: More fields of :class:`regrow.core.budget.Budget`: ``measure``, ``only``, ``exclude``, ``round_to`` ….
 
     Returns:
         The same model, smaller, and the plan. Warnings tell of a source that was split, and of BatchNorms without data.

@@ -10,19 +10,19 @@ from torch import nn
 
 from regrow.api.inputs import Arguments, DeviceLike, LossLike
 from regrow.api.runs import Destination, digest, loaded_of, record_call
-from regrow.axes import AxisGraph
-from regrow.commands.inputs import SourceHalves
-from regrow.commands.recording import Clock
-from regrow.commands.recover import RecoverInputs, carry_out
-from regrow.errors import InputError
-from regrow.ledger import with_branches_of
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
-from regrow.progress_bar import visible
+from regrow.core.axes import AxisGraph
+from regrow.core.errors import InputError
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import device_of
+from regrow.jobs.inputs import SourceHalves
+from regrow.jobs.progress_bar import visible
+from regrow.jobs.recording import Clock
+from regrow.jobs.recover import RecoverInputs, carry_out
 from regrow.settings import prune
 from regrow.settings.declaration import record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
-from regrow.sources import device_of
+from regrow.store.ledger import with_branches_of
 from regrow.store.statistics import parameter_sums
 
 

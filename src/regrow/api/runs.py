@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from torch import Generator, Tensor
 
 from regrow.api.inputs import Inputs
-from regrow.axes import Example
-from regrow.commands.recording import FolderRecorder, NoRecorder, Recorder
-from regrow.commands.trackers import check_tracker
+from regrow.core.axes import Example
+from regrow.core.errors import InputError
+from regrow.core.sources import Source, generators_of, preserve_random_state, seed_generators
 from regrow.data.batches import INPUTS
-from regrow.errors import InputError
+from regrow.jobs.recording import FolderRecorder, NoRecorder, Recorder
+from regrow.jobs.trackers import check_tracker
 from regrow.nets import Loaded
 from regrow.reports import ReportError, write_page
-from regrow.sources import Source, generators_of, preserve_random_state, seed_generators
 from regrow.store.building import describe_origin
 from regrow.store.errors import StoreError
 from regrow.store.statistics import fingerprint

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.amounts import Target, parse_share
 from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike, choose_reading
 from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, find_objective, first_batch, move_inputs
 from regrow.api.runs import Destination, digest, loaded_of, name_of
-from regrow.axes import AxisGraph, Example
-from regrow.commands.recording import Clock
-from regrow.commands.search import carry_out
-from regrow.commands.search_inputs import Parts, SearchInputs
-from regrow.commands.search_record import SearchResult
+from regrow.core.amounts import Target, parse_share
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.errors import InputError
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Source, device_of
+from regrow.core.tasks import CappedExamples, Task
 from regrow.data.datasets import fix_order, to_examples
-from regrow.errors import InputError
-from regrow.progress import Progress, silent
-from regrow.progress_bar import visible
+from regrow.jobs.progress_bar import visible
+from regrow.jobs.recording import Clock
+from regrow.jobs.search import carry_out
+from regrow.jobs.search_inputs import Parts, SearchInputs
+from regrow.jobs.search_record import SearchResult
 from regrow.settings.search import Settings
-from regrow.sources import Source, device_of
 from regrow.store.statistics import parameter_sums
-from regrow.tasks import CappedExamples, Task
 
 HELD_OUT = 0.2
 """The fraction of the data that is held out where no validation data are given."""

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from regrow.amounts import parse_bytes
 from regrow.api.inputs import Arguments, Inputs, choose_reading
-from regrow.commands.streamed import plan_streaming, start_streaming
+from regrow.core.amounts import parse_bytes
+from regrow.core.errors import InputError
+from regrow.core.objectives import choose_objective
+from regrow.core.progress import Progress
+from regrow.core.sources import Batch
 from regrow.data.batches import to_sources
 from regrow.data.joined import join_sources
-from regrow.errors import InputError
+from regrow.jobs.streamed import plan_streaming, start_streaming
 from regrow.methods.pruning.pruner import Pruner
-from regrow.objectives import choose_objective
-from regrow.progress import Progress
 from regrow.scoring.layer_orders import BATCH
 from regrow.settings.prune import Settings
-from regrow.sources import Batch
 from regrow.streaming.opening import OpenedNetwork, open_network
 from regrow.streaming.requirements import MemoryPlan, plan_memory
 

@@ -18,7 +18,7 @@ from regrow.cli.screen import failure, prepare
 from regrow.cli.search import search
 from regrow.cli.settings import settings
 from regrow.cli.show import show
-from regrow.process_memory import limit_arenas
+from regrow.core.process_memory import limit_arenas
 
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
 EPILOG = f"""\b

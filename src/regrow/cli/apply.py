@@ -22,10 +22,10 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
 
     A plan may cut, grow or restore units. To restore, pass the ledger.json that also holds the cut.
     """
-    from regrow.commands.models import ModelSpec, load_model
-    from regrow.commands.parents import read_parent
-    from regrow.ledger import Ledger, replay
+    from regrow.jobs.models import ModelSpec, load_model
+    from regrow.jobs.parents import read_parent
     from regrow.store import SHAPES, write_model
+    from regrow.store.ledger import Ledger, replay
     from regrow.store.replacing import clear_leftovers, replace_folder
     from regrow.tracing import trace
 
@@ -49,8 +49,8 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
 
 
 def _plans(path: Path) -> list[Any]:
-    from regrow.ledger import Ledger, read_plan
-    from regrow.limits import parse_json, read_text
+    from regrow.core.limits import parse_json, read_text
+    from regrow.store.ledger import Ledger, read_plan
 
     try:
         text = read_text(path, 2**30)

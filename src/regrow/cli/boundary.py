@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 from regrow.cli import INTERRUPTED, stop_at_once
 from regrow.cli.checks import check_words
 from regrow.cli.flags import Given, parameters_of, take_given, write_options
+from regrow.core.errors import RefusedError, ResourceError
 from regrow.distributed import read_ranks
-from regrow.errors import RefusedError, ResourceError
 from regrow.settings.prune import name_folders
 
 USAGE, REFUSED, ENVIRONMENT, BUG = 2, 3, 4, 70
@@ -246,7 +246,7 @@ class Verb(click.Command):
     def __init__(
         self,
         *,
-        needs: str = "regrow.commands.prune",
+        needs: str = "regrow.jobs.prune",
         resumed: tuple[str, ...] = (),
         settings: type["DataclassInstance"] | None = None,
         instead: str = "",
@@ -330,7 +330,7 @@ class Verb(click.Command):
         folders = [Path(str(values[name])) for name in self.resumed if values.get(name) and not values.get("dry_run")]
         if not folders:
             return NOTHING_YET
-        from regrow.run_folder import RunFolder
+        from regrow.store.run_folder import RunFolder
         from regrow.store.run_record import RUN
 
         resumable = False

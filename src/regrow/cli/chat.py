@@ -61,8 +61,8 @@ def chat(
     Each is a run folder, or any model that `regrow prune` takes.
     """
     from regrow import store
-    from regrow.commands.models import ModelSpec, load_model
     from regrow.evaluation.replies import reply
+    from regrow.jobs.models import ModelSpec, load_model
     from regrow.nets.precision import autocasting
 
     check_combination(precision, dtype=dtype)

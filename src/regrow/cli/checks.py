@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from regrow.amounts import parse_bytes
-from regrow.errors import InputError
-from regrow.limits import expanded
-from regrow.model_names import find_problem
+from regrow.core.amounts import parse_bytes
+from regrow.core.errors import InputError
+from regrow.core.limits import expanded
+from regrow.core.model_names import find_problem
+from regrow.core.source_names import DOMAINS, check_evaluated, find_data_problem, find_source_problem
 from regrow.settings import grow, prune
 from regrow.settings.declaration import options_of
-from regrow.source_names import DOMAINS, check_evaluated, find_data_problem, find_source_problem
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -93,7 +93,7 @@ def check_words(
     if command != "search" and (memory := given.get("memory")):  # a setting of a search, which checks it
         check_memory(str(memory))
     if track := given.get("track"):
-        from regrow.commands.trackers import check_tracker
+        from regrow.jobs.trackers import check_tracker
 
         check_tracker(str(track), str(given.get("out") or given.get("resume") or ""))
     if command == "methods" and given.get("name"):

@@ -24,8 +24,8 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: 
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
     settings = given.build()
     options.say_code(settings.model, code)
-    from regrow.commands import evaluate as evaluation
-    from regrow.run_folder import RunFolder
+    from regrow.jobs import evaluate as evaluation
+    from regrow.store.run_folder import RunFolder
 
     folder = Path(settings.model)
     run = RunFolder(folder) if (folder / "run.json").is_file() else None

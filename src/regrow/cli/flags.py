@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from regrow.cli.options import PATH, Decorator
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.settings import prune
 from regrow.settings.declaration import Declared, declared, options_of
 from regrow.settings.file import read_settings

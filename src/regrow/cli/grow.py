@@ -13,7 +13,7 @@ from regrow.cli.screen import number, say, say_peak, table, working
 from regrow.settings.grow import Settings
 
 if TYPE_CHECKING:
-    from regrow.run_folder import RunFolder
+    from regrow.store.run_folder import RunFolder
 
 EPILOG = """\b
 Examples
@@ -55,7 +55,7 @@ def grow(
         return
     if out is None:
         raise click.UsageError("--out names the folder of the run, for example --out run")
-    from regrow.commands.grow import run
+    from regrow.jobs.grow import run
 
     run_with_page("model", _tell, run, settings, out, code=code, memory=memory, announce=say, track=track)
 
@@ -63,8 +63,8 @@ def grow(
 def _show_plan(settings: Settings, path: Path | None, code: str) -> None:
     from functools import partial
 
-    from regrow.commands.grow import carry_out, open_named
-    from regrow.commands.recording import NoRecorder
+    from regrow.jobs.grow import carry_out, open_named
+    from regrow.jobs.recording import NoRecorder
     from regrow.store.outputs import JSON, write_output
 
     with working() as progress:

@@ -16,7 +16,7 @@ from regrow.distributed import read_ranks
 from regrow.settings.learn import Settings
 
 if TYPE_CHECKING:
-    from regrow.run_folder import RunFolder
+    from regrow.store.run_folder import RunFolder
 
 EPILOG = """\b
 Examples
@@ -81,7 +81,7 @@ def learn(
         if given.options:
             raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(given.options)}")
         options.say_code(code)
-        from regrow.commands.learn import extend
+        from regrow.jobs.learn import extend
 
         call = partial(extend, resume, more, without_old=without_old, total=total, code=code, memory=memory)
     else:
@@ -93,7 +93,7 @@ def learn(
         options.say_code(settings.model, code, settings.method)
         if out is None:
             raise click.UsageError("--out names the folder of the run, for example --out run")
-        from regrow.commands.learn import run
+        from regrow.jobs.learn import run
 
         call = partial(run, settings, out, code=code, memory=memory)
     with processes() as ranks:

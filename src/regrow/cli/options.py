@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from regrow.cli.screen import err
-from regrow.errors import InputError
-from regrow.limits import expanded
-from regrow.references import names_code
+from regrow.core.errors import InputError
+from regrow.core.limits import expanded
+from regrow.core.references import names_code
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -14,12 +14,12 @@ from regrow.cli.processes import processes
 from regrow.cli.recover import tell
 from regrow.cli.runs import run_with_page
 from regrow.cli.screen import number, say, say_peak, table, working
+from regrow.core.references import names_code
 from regrow.distributed import read_ranks
-from regrow.references import names_code
 from regrow.settings.prune import Settings, name_folders
 
 if TYPE_CHECKING:
-    from regrow.run_folder import RunFolder
+    from regrow.store.run_folder import RunFolder
 
 EPILOG = """\b
 Examples
@@ -84,7 +84,7 @@ def prune(
     if given.varied:
         _prune_several(given.build_all(), out, code=code, memory=memory, track=track)
         return
-    from regrow.commands.prune import run
+    from regrow.jobs.prune import run
 
     with processes() as ranks:
         if not ranks.leads:
@@ -107,9 +107,9 @@ def _check_several(given: Given[Settings], dry_run: Path | None) -> None:
 
 def _prune_several(runs: list[Settings], out: Path, *, code: str, memory: str, track: str) -> None:
     """Prune with several methods or fractions: one calibration, and one run folder per plan below ``out``."""
-    from regrow.commands.later_plans import is_finished
-    from regrow.commands.prune import run
-    from regrow.commands.shared_work import SharedWork
+    from regrow.jobs.later_plans import is_finished
+    from regrow.jobs.prune import run
+    from regrow.jobs.shared_work import SharedWork
     from regrow.store.errors import StoreError
 
     if (out / "run.json").exists():
@@ -127,7 +127,7 @@ def _prune_several(runs: list[Settings], out: Path, *, code: str, memory: str, t
 
 
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
-    from regrow.commands.prune import plan_named
+    from regrow.jobs.prune import plan_named
     from regrow.store.outputs import JSON, write_output
 
     with working() as progress:
@@ -140,10 +140,10 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
 
 
 def _again(folder: Path, code: str) -> Settings:
-    from regrow.commands.prune_settings import read_pruning_settings
+    from regrow.jobs.prune_settings import read_pruning_settings
     from regrow.methods import refuse_recorded_code
     from regrow.nets import ModelError
-    from regrow.run_folder import RunFolder
+    from regrow.store.run_folder import RunFolder
     from regrow.store.run_record import check_repeatable
 
     data = (RunFolder.open_unfinished(folder) or RunFolder.open(folder)).run()

@@ -14,7 +14,7 @@ from regrow.distributed import ProcessRank, read_ranks
 from regrow.settings.recover import TRAINED, Settings
 
 if TYPE_CHECKING:
-    from regrow.run_folder import RunFolder
+    from regrow.store.run_folder import RunFolder
 
 EPILOG = """\b
 Examples
@@ -43,8 +43,8 @@ def recover(given: Given[Settings], code: str, memory: str, track: str, fsdp: bo
         raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")
     if fsdp and not ranks.several:
         raise click.UsageError("--fsdp shards among several processes; start them with torchrun, or leave it out")
-    from regrow.commands.recover import run
     from regrow.distributed.parallel import Parallel
+    from regrow.jobs.recover import run
 
     options.say_code(code, settings.by)
     _check_windows(settings, ranks)

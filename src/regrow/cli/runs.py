@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from regrow.amounts import format_bytes
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import say, working
+from regrow.core.amounts import format_bytes
 
 if TYPE_CHECKING:
-    from regrow.run_folder import RunFolder
+    from regrow.store.run_folder import RunFolder
 
 PAGE = "report.html"
 

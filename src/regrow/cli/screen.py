@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from regrow.amounts import format_bytes
-from regrow.progress import Progress
+from regrow.core.amounts import format_bytes
+from regrow.core.progress import Progress
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -123,7 +123,7 @@ def working() -> Iterator[Progress]:
     if not err.is_terminal:
         yield _plain()
         return
-    from regrow.progress_bar import progress_bar
+    from regrow.jobs.progress_bar import progress_bar
 
     with progress_bar(err) as tell:
         yield lambda done, total, what: tell(done, total, printable(what))

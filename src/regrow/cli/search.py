@@ -11,7 +11,7 @@ from regrow.cli.screen import number, say, table
 from regrow.settings.search import Settings
 
 if TYPE_CHECKING:
-    from regrow.run_folder import RunFolder
+    from regrow.store.run_folder import RunFolder
 
 EPILOG = """\b
 Examples
@@ -36,7 +36,7 @@ def search(given: Given[Settings], code: str, track: str, out: Path) -> None:
     """
     settings = given.build()
     options.say_code(settings.space, code, settings.method)
-    from regrow.commands.search import run
+    from regrow.jobs.search import run
 
     with processes() as ranks:
         if not ranks.leads:

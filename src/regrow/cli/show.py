@@ -22,7 +22,7 @@ def show(
     model: str, json_file: Path | None, everything: bool, branches: bool, code: str, dtype: str, input: str
 ) -> None:
     """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen."""
-    from regrow.commands.models import ModelSpec, trace_model
+    from regrow.jobs.models import ModelSpec, trace_model
     from regrow.nets.examples import written_shape
     from regrow.tracing import with_branches
 
@@ -67,7 +67,7 @@ def _branches_table(axes: Any, everything: bool) -> None:
 def _numel(axes: Any, name: str) -> int:
     from math import prod
 
-    from regrow.axes import size_of
+    from regrow.core.axes import size_of
 
     sizes = axes.sizes()
     return prod(size_of(dim, sizes) for dim in axes.shapes[name])

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regrow.core.errors import first_line
+from regrow.core.objectives import IGNORED
+from regrow.core.sources import Batch, describe
 from regrow.data.errors import SourceError
-from regrow.errors import first_line
-from regrow.objectives import IGNORED
-from regrow.sources import Batch, describe
 
 LABELS = ("labels", "label", "target", "targets", "y")
 """The keys under which a batch or a row may hold its labels."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, default_collate
 
+from regrow.core.errors import first_line
+from regrow.core.limits import available_memory
+from regrow.core.sources import Batch, generators_of, preserve_random_state
 from regrow.data.batch_forms import check_batch, is_entry, to_batch
 from regrow.data.errors import SourceError
-from regrow.errors import first_line
-from regrow.limits import available_memory
-from regrow.sources import Batch, generators_of, preserve_random_state
 
 MOST = 10_000
 """How many batches of an iterable without a length are read before it is taken for endless."""

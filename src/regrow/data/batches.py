@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from regrow.core.sources import Batch, Source
 from regrow.data import tables
 from regrow.data.batch_forms import LABELS, check_batch, from_array, is_entry, to_batch
 from regrow.data.batch_streams import BatchStream, read_stream
@@ -18,7 +19,6 @@ from regrow.data.halves import Half
 from regrow.data.text import Text, chat_text, read, text
 from regrow.data.vision import images
 from regrow.data.windows import windows
-from regrow.sources import Batch, Source
 
 INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
 """The keys by which a dict of tensors is recognised as a batch, and not as named sources."""

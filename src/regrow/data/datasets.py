@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from regrow.core.errors import first_line
+from regrow.core.sources import Batch
+from regrow.core.tasks import CappedExamples, Examples, ExampleSet, batch_indices
 from regrow.data.batch_forms import check_input, check_labels, count_examples, to_batch
 from regrow.data.batch_streams import BatchStream, guarded
 from regrow.data.batches import ReadOptions, is_entries, to_source
 from regrow.data.errors import SourceError
-from regrow.errors import first_line
-from regrow.sources import Batch
-from regrow.tasks import CappedExamples, Examples, ExampleSet, batch_indices
 
 Collate = Callable[[list[Any]], Any]
 
@@ -46,7 +46,7 @@ class StreamedExamples:
         return len(self.dataset) if self.indices is None else len(self.indices)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
-        """Yield all examples in batches, in the order of :meth:`regrow.tasks.Examples.batches`.
+        """Yield all examples in batches, in the order of :meth:`regrow.core.tasks.Examples.batches`.
 
         Args:
             size: Examples per batch.
@@ -152,7 +152,7 @@ def to_examples(data: Any, reading: ReadOptions = ReadOptions(), name: str = "da
     """Return a user's data as labelled examples; what can be read from disk stays there.
 
     Args:
-        data: As for :func:`regrow.data.batches.to_source`, with labels; or an :class:`regrow.tasks.ExampleSet`. A
+        data: As for :func:`regrow.data.batches.to_source`, with labels; or an :class:`regrow.core.tasks.ExampleSet`. A
             loader that gives each entry of its data set once is read from the data set, in batches and an order of the
             reader; one that samples in another way, or drops the last batch, comes as it comes.
         reading: How they are read.

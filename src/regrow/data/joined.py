@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from regrow.sources import Batch, Source
+from regrow.core.sources import Batch, Source
 
 
 def join_batches(source: Source, most: int, shards: int = 1) -> Source:

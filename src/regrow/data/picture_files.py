@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regrow.core.limits import check_regular
 from regrow.data.vision import image_tensor, normalise_, open_image
-from regrow.limits import check_regular
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regrow.core.errors import InputError
+from regrow.core.limits import check_memory, expanded, read_content
+from regrow.core.source_names import find_data_problem
+from regrow.core.tasks import ChangedExamples, Examples, ExampleSet, Task, input_shape
 from regrow.data.datasets import StreamedExamples
 from regrow.data.errors import MissingError, SourceError
 from regrow.data.picture_files import PictureFiles, image_size
 from regrow.data.vision import image_files, normalise_, read_images
-from regrow.errors import InputError
-from regrow.limits import check_memory, expanded, read_content
-from regrow.source_names import find_data_problem
-from regrow.tasks import ChangedExamples, Examples, ExampleSet, Task, input_shape
 
 _MOST = 2**28
 """The largest file that is read, in bytes."""

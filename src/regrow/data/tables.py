@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from regrow.core.sources import Source
 from regrow.data.errors import SourceError
 from regrow.data.vision import ImageFiles, image_tensor, picture_tensor
-from regrow.sources import Source
 
 PATHS = ("path", "file", "filename", "image", "image_path", "img")
 CLASSES = ("label", "class", "target", "y", "category")

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from regrow.core.objectives import IGNORED
+from regrow.core.sources import Batch
+from regrow.core.tasks import ExampleSet, Task
 from regrow.data import batch_streams
 from regrow.data.batches import ReadOptions, is_entries
 from regrow.data.datasets import fix_order, to_examples
 from regrow.data.errors import SourceError
-from regrow.objectives import IGNORED
-from regrow.sources import Batch
-from regrow.tasks import ExampleSet, Task
 
 
 def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.1) -> list[Task]:  # noqa: B008
@@ -24,7 +24,7 @@ def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.
     Args:
         tasks: An Avalanche-shaped benchmark, with ``train_stream`` and ``test_stream`` of experiences that have a
             ``dataset``; or an iterable of tasks: pairs (training data, test data), dicts with ``train``, ``test`` and
-            perhaps ``name``, :class:`regrow.tasks.Task`, or training data alone; or a dict from names to such.
+            perhaps ``name``, :class:`regrow.core.tasks.Task`, or training data alone; or a dict from names to such.
         reading: How data are read.
         share: The fraction of training data alone that is held out for testing.
 

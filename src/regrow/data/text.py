@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrow.core.errors import InputError
+from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
+from regrow.core.source_names import find_source_problem
 from regrow.data.errors import SourceError
-from regrow.errors import InputError
-from regrow.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
-from regrow.source_names import find_source_problem
 
 _PROSE = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".log", ".jsonl")
 _CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")

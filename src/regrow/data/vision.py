@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regrow.core.errors import InputError
+from regrow.core.limits import MAX_PIXELS, check_memory, check_regular, expanded, reason
+from regrow.core.sources import Batch, Source
 from regrow.data.errors import SourceError
 from regrow.data.halves import Half
-from regrow.errors import InputError
-from regrow.limits import MAX_PIXELS, check_memory, check_regular, expanded, reason
-from regrow.sources import Batch, Source
 
 SAMPLED = 32
 """How many images of a folder are looked at to learn their size, spread over all."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.core.sources import Batch, Source
 from regrow.data.errors import SourceError
 from regrow.data.halves import Half, half_of
 from regrow.data.text import Text
-from regrow.sources import Batch, Source
 
 _NO_CACHE: Mapping[str, Any] = MappingProxyType({"use_cache": False})
 

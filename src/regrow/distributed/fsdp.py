@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from regrow.core.process_memory import set_mmap_threshold
 from regrow.distributed.parallel import whole
-from regrow.process_memory import set_mmap_threshold
 
 
 def return_freed_memory() -> None:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from regrow.core.errors import ResourceError
 from regrow.distributed.ranks import ProcessRank, choose_backend
-from regrow.errors import ResourceError
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""

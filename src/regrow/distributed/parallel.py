@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from regrow.core.errors import ResourceError
 from regrow.distributed.exchange import broadcast_record, checksum, everywhere
 from regrow.distributed.ranks import SINGLE, ProcessRank
-from regrow.errors import ResourceError
 
 T = TypeVar("T")
 BUCKET = 2**25

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from regrow.errors import InputError, ResourceError
+from regrow.core.errors import InputError, ResourceError
 
 T = TypeVar("T")
 

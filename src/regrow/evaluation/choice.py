@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
+from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Batch, logits_in
 from regrow.evaluation.choice_results import Choices
 from regrow.evaluation.forward import evaluating, logits_of
 from regrow.evaluation.language import token_losses
 from regrow.evaluation.replies import CacheArguments, empty_cache
-from regrow.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
-from regrow.progress import Progress, silent
-from regrow.sources import Batch, logits_in
 
 Row = tuple[list[int], int]
 """Tokens, and where the part begins whose likelihood is wanted."""

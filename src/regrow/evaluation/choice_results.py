@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.evaluation.language import finite, mean_and_error
 
 

@@ -13,10 +13,10 @@ from typing import TypedDict
 
 from torch import Tensor, nn
 
+from regrow.core.objectives import CLASSIFICATION, IGNORED, Objective, Score
+from regrow.core.sources import Batch, logits_in, moved
+from regrow.core.tasks import ExampleSet, among, run_network
 from regrow.evaluation.forward import evaluating
-from regrow.objectives import CLASSIFICATION, IGNORED, Objective, Score
-from regrow.sources import Batch, logits_in, moved
-from regrow.tasks import ExampleSet, among, run_network
 
 BATCH = 500
 """How many examples are evaluated at a time."""

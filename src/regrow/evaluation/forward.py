@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from regrow.sources import Batch, device_of, logits_in, moved
+from regrow.core.sources import Batch, device_of, logits_in, moved
 
 
 @contextmanager

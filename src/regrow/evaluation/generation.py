@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regrow.core.errors import InputError, RefusedError
+from regrow.core.progress import Progress, silent
+from regrow.core.source_names import GENERATED
+from regrow.core.sources import Source, device_of
 from regrow.data.windows import find_separator, find_start, token_windows
-from regrow.errors import InputError, RefusedError
-from regrow.progress import Progress, silent
-from regrow.source_names import GENERATED
-from regrow.sources import Source, device_of
 from regrow.tracing.meta_copy import copy_model
 
 ROWS, ROWS_ON_CPU = 128, 32

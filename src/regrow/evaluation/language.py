@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Source, logits_in
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import gather_rows
 from regrow.evaluation.forward import evaluating, logits_of
-from regrow.progress import Progress, silent
-from regrow.sources import Source, logits_in
 
 _ENTRIES = 2**22
 """Entries of logits turned into float32 at a time (16 MB): 32 rows of a 131,072-token vocabulary."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.candidates import candidates_in
+from regrow.core.candidates import candidates_in
+from regrow.core.sources import Batch, moved
 from regrow.evaluation.forward import evaluating
 from regrow.evaluation.speed import waiting_for
 from regrow.evaluation.timing import pause_collection
-from regrow.sources import Batch, moved
 
 
 @dataclass(frozen=True)

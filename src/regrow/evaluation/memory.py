@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from regrow.process_memory import read_peak, reset_peak, return_memory
-from regrow.sources import Batch, device_of, logits_in
+from regrow.core.process_memory import read_peak, reset_peak, return_memory
+from regrow.core.sources import Batch, device_of, logits_in
 from regrow.tracing.capture import quiet
 from regrow.tracing.meta_copy import meta_copy
 

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from regrow.core.objectives import NEXT_TOKEN, OWN, Objective, Score
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Source
+from regrow.core.tables import Table, format_html
 from regrow.evaluation.forward import evaluating
-from regrow.objectives import NEXT_TOKEN, OWN, Objective, Score
-from regrow.progress import Progress, silent
-from regrow.sources import Source
-from regrow.tables import Table, format_html
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import nn
 
-from regrow.sources import device_of
+from regrow.core.sources import device_of
 
 if TYPE_CHECKING:
     from transformers import DynamicCache

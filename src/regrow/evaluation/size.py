@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from regrow.axes import AxisGraph
-from regrow.dims import size_of
+from regrow.core.axes import AxisGraph
+from regrow.core.dims import size_of
+from regrow.core.sources import moved
+from regrow.core.tasks import first_tensor, run_network
 from regrow.evaluation.forward import evaluating
-from regrow.sources import moved
-from regrow.tasks import first_tensor, run_network
 
 
 @dataclass(frozen=True)

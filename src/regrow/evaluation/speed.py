@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Batch, moved
 from regrow.evaluation.forward import evaluating
 from regrow.evaluation.memory import peak_meter
-from regrow.progress import Progress, silent
-from regrow.sources import Batch, moved
 
 
 @dataclass(frozen=True)

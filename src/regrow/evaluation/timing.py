@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from regrow.axes import Axis, AxisGraph
-from regrow.budget import Timing
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.budget import Timing
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Batch, moved
 from regrow.evaluation.forward import evaluating
 from regrow.evaluation.speed import positions_of, waiting_for
-from regrow.progress import Progress, silent
-from regrow.sources import Batch, moved
 from regrow.tracing.trial import Resizing, resize_copy
 
 SHARES = (0.25, 0.5, 0.75)

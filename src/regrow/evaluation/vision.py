@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Source
 from regrow.evaluation.choice_results import share_error
 from regrow.evaluation.forward import evaluating, logits_of
-from regrow.progress import Progress, silent
-from regrow.sources import Source
 
 
 @dataclass(frozen=True)

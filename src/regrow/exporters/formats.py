@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regrow.amounts import parse_bytes
+from regrow.core.amounts import parse_bytes
+from regrow.core.progress import Progress, silent
 from regrow.exporters.written import ExportError, Written
-from regrow.progress import Progress, silent
 from regrow.store.outputs import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from regrow.axes import Example
+    from regrow.core.axes import Example
     from regrow.nets import Loaded
 
 
@@ -154,7 +154,7 @@ def export_model(
         ExportError: As :func:`write_export`.
         ValueError: If the model cannot be loaded or the disk is full.
     """
-    from regrow.commands.models import ModelSpec, load_model
+    from regrow.jobs.models import ModelSpec, load_model
 
     check_export(model, to, Path(out), dtype=dtype, cache=cache)
     if memory:
@@ -177,7 +177,7 @@ def _export_each(
     progress: Progress,
 ) -> Written:
     """Export a model whose tensors are read one by one, and record the peak of memory beside the prediction."""
-    from regrow.process_memory import read_resident, reset_peak
+    from regrow.core.process_memory import read_resident, reset_peak
     from regrow.streaming.opening import open_network
     from regrow.streaming.requirements import MemoryTerms, record_peak
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from regrow import store
+from regrow.core.progress import Progress, silent
 from regrow.exporters.staging import staging_folder
 from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets import Origin
 from regrow.nets.vision import example_of, unweighted_arguments
-from regrow.progress import Progress, silent
 from regrow.store import portable
 from regrow.store.atomic import write_text
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from regrow import store
-from regrow.axes import Example
+from regrow.core.axes import Example
+from regrow.core.progress import Progress, silent
 from regrow.exporters.staging import staging_folder
 from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets import ModelError, Origin, build
@@ -23,7 +24,6 @@ from regrow.nets.blocks import ATTENTION, MLP, DecoderLayer, blocks
 from regrow.nets.errors import first_line
 from regrow.nets.examples import guessed_example, written_shape
 from regrow.nets.language import example_of_transformers, origin_of, quiet, require_transformers
-from regrow.progress import Progress, silent
 from regrow.store import portable
 from regrow.store.pretrained import update_origin
 from regrow.store.shapes import Number

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regrow.errors import RefusedError
+from regrow.core.errors import RefusedError
 
 
 class ExportError(ValueError):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.candidates import Candidates, Prefix, candidates_in
+from regrow.core.candidates import Candidates, Prefix, candidates_in
 from regrow.nets.cell_operations import OPERATIONS, Pointwise, operation
 from regrow.nets.errors import ModelError
 from regrow.nets.recomputed import again

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from regrow.axes import Example
+from regrow.core.axes import Example
+from regrow.core.references import names_code
 from regrow.nets.errors import ModelError, first_line
-from regrow.references import names_code
 
 Builder = Callable[[], object]
 """A function that returns a network, or a network and its example input."""

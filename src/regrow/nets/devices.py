@@ -2,8 +2,8 @@
 
 import torch
 
+from regrow.core.errors import InputError, ResourceError
 from regrow.distributed.ranks import SINGLE, ProcessRank, choose_rank_device
-from regrow.errors import InputError, ResourceError
 
 
 def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torch.device:

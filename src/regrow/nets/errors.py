@@ -1,6 +1,6 @@
 """Errors of finding, reading and building models."""
 
-from regrow.errors import first_line
+from regrow.core.errors import first_line
 
 __all__ = ["ModelError", "first_line", "needs"]
 

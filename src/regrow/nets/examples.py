@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.axes import Example
+from regrow.core.axes import Example
+from regrow.core.sources import device_of
 from regrow.nets.errors import ModelError
-from regrow.sources import device_of
 
 TOKENS = 16
 PIXELS = 224

@@ -7,8 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from regrow.errors import InputError
-from regrow.limits import MAX_LAYERS, MAX_WIDTH, check_memory, check_regular, read_json
+from regrow.core.errors import InputError
+from regrow.core.limits import MAX_LAYERS, MAX_WIDTH, check_memory, check_regular, read_json
 from regrow.nets.errors import ModelError, first_line
 
 _SIZES = re.compile(r"(size|dim|dims|width|widths|heads?|hidden|channels|embd|experts|inner|positions|groups|labels)$")

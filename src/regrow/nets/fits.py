@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.limits import check_memory
+from regrow.core.limits import check_memory
 
 COPIES = 3
 """How many numbers a search holds per weight: the weight, its gradient and its momentum."""

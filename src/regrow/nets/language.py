@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.nets.errors import ModelError, first_line, needs
 from regrow.nets.examples import PIXELS, image_example, text_example
 from regrow.nets.files import check_config, check_files, check_gguf, check_weight_names, check_weights

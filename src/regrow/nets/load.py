@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from regrow.axes import Example
-from regrow.limits import expanded
-from regrow.model_names import HUB, find_problem
+from regrow.core.axes import Example
+from regrow.core.limits import expanded
+from regrow.core.model_names import HUB, find_problem
+from regrow.core.references import names_code
 from regrow.nets.attention import replace_attention
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
@@ -27,7 +28,6 @@ from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.small import build_small
 from regrow.nets.vision import build_torchvision, example_of, load_torchvision
 from regrow.nets.weight_files import find_weight_files
-from regrow.references import names_code
 
 Progress = Callable[[int, int, str], None]
 Wanted = Callable[[nn.Module], Example]

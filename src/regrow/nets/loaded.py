@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.nets.errors import ModelError
 from regrow.nets.weight_files import WeightFile
 

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from regrow.candidates import Candidates, Prefix, candidates_in
+from regrow.core.candidates import Candidates, Prefix, candidates_in
 from regrow.nets.errors import ModelError
 from regrow.nets.recomputed import again
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
+from regrow.core.sources import device_of
 from regrow.settings.shared import PRECISION
-from regrow.sources import device_of
 
 
 def check_precision(model: nn.Module, precision: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.nets.errors import ModelError, first_line, needs
 from regrow.nets.examples import PIXELS, image_example, takes
 from regrow.nets.files import check_weights

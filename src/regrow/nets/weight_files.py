@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from regrow.errors import InputError
-from regrow.limits import reason
+from regrow.core.errors import InputError
+from regrow.core.limits import reason
 
 _SUFFIXES = (".safetensors", ".gguf")
 

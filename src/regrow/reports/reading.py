@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from regrow.errors import ResourceError
+from regrow.core.errors import ResourceError
 from regrow.reports.records import AxisKind, AxisWidth, Bounds, MassiveActivation, MissingFile, Scores
 from regrow.reports.runs import Findings
 from regrow.store.convert import convert

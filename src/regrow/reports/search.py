@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from regrow.amounts import parse_bytes
+from regrow.core.amounts import parse_bytes
 from regrow.reports import cells
 from regrow.reports import quantities as q
 from regrow.reports.reading import RunRecord

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from regrow.axes import Axis, AxisGraph
-from regrow.scores import Moments, Scores, Statistics
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.scores import Moments, Scores, Statistics
 from regrow.scoring.combine import to_units
 from regrow.scoring.weights import CachedColumns, check_scores, readers, scorable
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from regrow.axes import Axis, AxisGraph
-from regrow.scores import Scores, Statistics
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.scores import Scores, Statistics
 from regrow.scoring.combine import normalise
 from regrow.scoring.metrics import METRICS
 from regrow.scoring.spaces import OUTER_BLOCKS

@@ -12,18 +12,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Axis, AxisGraph
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.evidence import Need
+from regrow.core.objectives import Objective, choose_objective
+from regrow.core.scores import Moments, Statistics
+from regrow.core.sources import Batch, Source, to_host, visible_positions
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.evidence import Need
-from regrow.objectives import Objective, choose_objective
-from regrow.scores import Moments, Statistics
 from regrow.scoring.fisher import MaskGradients, add_fisher
 from regrow.scoring.gradients import add_gradients, evaluation_mode
 from regrow.scoring.shares import add, add_batches, gather_sums
 from regrow.scoring.trunk import trunk_of
 from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import Reader, readers, scorable, tensors
-from regrow.sources import Batch, Source, to_host, visible_positions
 
 Key = tuple[str, int]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from regrow.scores import Scores
+from regrow.core.scores import Scores
 from regrow.scoring.weights import Reader
 
 

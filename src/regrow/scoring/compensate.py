@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Axis, AxisGraph
-from regrow.scores import Moments, Statistics
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.scores import Moments, Statistics
 from regrow.scoring.weights import readers
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from regrow.sources import logits_in
-from regrow.tasks import Examples, among, run_network
+from regrow.core.sources import logits_in
+from regrow.core.tasks import Examples, among, run_network
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import Axis, AxisGraph
-from regrow.objectives import CLASSIFICATION, IGNORED, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective
-from regrow.scores import Scores, Statistics
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.objectives import CLASSIFICATION, IGNORED, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective
+from regrow.core.scores import Scores, Statistics
+from regrow.core.sources import Batch, logits_in
 from regrow.scoring.combine import to_units
 from regrow.scoring.watch import Feed, rows_of
 from regrow.scoring.weights import CachedColumns, Reader, check_scores, readers, scorable
-from regrow.sources import Batch, logits_in
 
 ENTRIES = 1 << 22
 """Entries of the logits whose probabilities are in memory at a time, in float32."""

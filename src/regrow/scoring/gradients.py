@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Axis, AxisGraph
-from regrow.objectives import CLASSIFICATION, Objective
-from regrow.scores import Scores, Statistics
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.objectives import CLASSIFICATION, Objective
+from regrow.core.scores import Scores, Statistics
+from regrow.core.sources import Batch
 from regrow.scoring.weights import check_scores, scorable, tensors
-from regrow.sources import Batch
 
 
 def taylor(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Axis, AxisGraph
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.sources import Batch, device_of, visible_positions
 from regrow.scoring.collect import BlockVisits, count_sequences
 from regrow.scoring.gradients import evaluation_mode
 from regrow.scoring.trunk import trunk_of
 from regrow.scoring.watch import Feed, rows_of
 from regrow.scoring.weights import Reader, readers, scorable
-from regrow.sources import Batch, device_of, visible_positions
 
 ROWS = 4096
 """The number of rows summed at a time in float32."""

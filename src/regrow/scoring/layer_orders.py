@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Axis, AxisGraph
-from regrow.progress import Progress, silent
-from regrow.scores import Statistics
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.progress import Progress, silent
+from regrow.core.scores import Statistics
+from regrow.core.sources import Batch
 from regrow.scoring.activations import moments_of
 from regrow.scoring.collect import BlockVisits
 from regrow.scoring.grams import Gram, linear_readers, sum_products
-from regrow.sources import Batch
 
 PART = 128
 """The part of the units that are left, 1 / PART, that is eliminated in a step, where a unit is a single channel."""

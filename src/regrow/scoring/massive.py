@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from regrow.axes import AxisGraph
-from regrow.scores import Scores
+from regrow.core.axes import AxisGraph
+from regrow.core.scores import Scores
 
 SHARE = 0.1
 """The least fraction of its axis's total energy from which a unit is called massive."""

@@ -5,9 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from regrow.axes import Axis, AxisGraph
-from regrow.evidence import Need
-from regrow.scores import Scores, Statistics
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.evidence import Need
+from regrow.core.scores import Scores, Statistics
 from regrow.scoring.activations import wanda_sp, wifv
 from regrow.scoring.fisher import fisher
 from regrow.scoring.gradients import taylor

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from regrow.axes import Axis, AxisGraph, Role
-from regrow.scores import Scores
+from regrow.core.axes import Axis, AxisGraph, Role
+from regrow.core.scores import Scores
 from regrow.scoring.weights import check_scores, scorable, tensors
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regrow.scores import Scores
+from regrow.core.scores import Scores
 from regrow.scoring.combine import percentile
 from regrow.scoring.spaces import Row, Space, within
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.core.scores import Moments, Statistics
+from regrow.core.sources import Batch, to_host
 from regrow.distributed import ProcessRank, exchange
-from regrow.scores import Moments, Statistics
-from regrow.sources import Batch, to_host
 
 SUMS = ("total", "square", "mean_total", "mean_square")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regrow.axes import Axis
+from regrow.core.axes import Axis
 
 Row = dict[str, str | int | float]
 """A row of a table in a report: column → value."""
@@ -63,7 +63,7 @@ def spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
         axes: The axes, in the order of the network.
         parts: Into how many consecutive parts the pooled axes of one kind are divided.
 
-    >>> from regrow.axes import Axis
+    >>> from regrow.core.axes import Axis
     >>> [space.keys for space in spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
     [('a',), ('b', 'c')]
     """
@@ -92,7 +92,7 @@ def inner(units: Sequence[Axis], first: float, last: float) -> list[Axis]:
         first: The fraction of the blocks at the beginning that is left out.
         last: The fraction of the blocks at the end that is left out.
 
-    >>> from regrow.axes import Axis
+    >>> from regrow.core.axes import Axis
     >>> [axis.key for axis in inner([Axis(key, 4, ()) for key in ("h.0.w", "h.1.w", "h.2.w", "head")], 0.4, 0.0)]
     ['h.1.w', 'h.2.w', 'head']
     """

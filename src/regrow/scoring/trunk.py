@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from regrow.sources import Batch
+from regrow.core.sources import Batch
 
 
 def trunk_of(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from regrow.scores import Scores, Statistics, merged
+from regrow.core.scores import Scores, Statistics, merged
 from regrow.scoring.sensitivity import Ranks, Sensitivity, ranks, sensitivity
 from regrow.scoring.spaces import Space
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from regrow.scores import Moments
-from regrow.sources import Batch, visible_positions
+from regrow.core.scores import Moments
+from regrow.core.sources import Batch, visible_positions
 
 Fed = tuple[Tensor, Tensor, int]
 """A weight, the input it is contracted with, and which dimension of the input that is."""
@@ -174,7 +174,7 @@ class Feed(TorchFunctionMode, ABC):
 
 
 class InputSums(TorchFunctionMode):
-    """A torch-function mode that sums the inputs of watched weights into :class:`~regrow.scores.Moments`.
+    """A torch-function mode that sums the inputs of watched weights into :class:`~regrow.core.scores.Moments`.
 
     Args:
         watched: ``id`` of a weight → its name.

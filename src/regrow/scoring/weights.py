@@ -7,8 +7,8 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Axis, AxisGraph, Slot
-from regrow.scores import Scores, Statistics
+from regrow.core.axes import Axis, AxisGraph, Slot
+from regrow.core.scores import Scores, Statistics
 
 PART, STRIP = 2**18, 64
 """About how many entries of a matrix are in float64 at a time, in columns of a multiple of STRIP: they fit the cache.

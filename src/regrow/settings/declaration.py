@@ -6,7 +6,7 @@
 ...     epochs: Annotated[int, Setting("Passes over each task.", range=Range(1, 100))] = 5
 >>> check_settings(Settings(("digits",), epochs=0))
 Traceback (most recent call last):
-regrow.errors.InputError: --epochs must be 1 to 100, got 0; for example --epochs 5
+regrow.core.errors.InputError: --epochs must be 1 to 100, got 0; for example --epochs 5
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from functools import cache
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
-from regrow.amounts import parse_share
-from regrow.errors import InputError
+from regrow.core.amounts import parse_share
+from regrow.core.errors import InputError
 from regrow.settings.constraints import Range
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow.amounts import Increase
-from regrow.errors import InputError
+from regrow.core.amounts import Increase
+from regrow.core.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
 from regrow.settings.shared import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo, check_combination

@@ -4,12 +4,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from regrow.amounts import Measure, Target
-from regrow.errors import InputError
+from regrow.core.amounts import Measure, Target
+from regrow.core.errors import InputError
+from regrow.core.source_names import GENERATED
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting, declared
 from regrow.settings.shared import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo, check_combination
-from regrow.source_names import GENERATED
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
 

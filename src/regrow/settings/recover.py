@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
 from regrow.settings.shared import PRECISION, Undo

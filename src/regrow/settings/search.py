@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regrow.amounts import Measure, Target, parse_share
-from regrow.errors import InputError
+from regrow.core.amounts import Measure, Target, parse_share
+from regrow.core.errors import InputError
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting, declared
 from regrow.settings.shared import (

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.settings.declaration import Declared, declared, options_of
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from regrow.errors import InputError
-from regrow.limits import check_regular
+from regrow.core.errors import InputError
+from regrow.core.limits import check_regular
 
 
 class StoreError(ValueError):

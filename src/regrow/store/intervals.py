@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from regrow.limits import check_memory
+from regrow.core.limits import check_memory
 from regrow.store.errors import StoreError
 
 _LISTS = ("keep", "ids", "restore")

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from regrow.errors import InputError
-from regrow.limits import parse_json
+from regrow.core.errors import InputError
+from regrow.core.limits import parse_json
 from regrow.store import schemas
 from regrow.store.atomic import write_bytes
 from regrow.store.convert import convert

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attention
 from regrow.nets.load import check_finite
 from regrow.nets.weight_files import check_unchanged

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from regrow.branches import Placeholder, lies_in
-from regrow.insertion import Insertion
+from regrow.core.branches import Placeholder, lies_in
+from regrow.core.insertion import Insertion
 from regrow.store.errors import StoreError
 from regrow.tracing.block_copies import StackError, insert_copies
 from regrow.tracing.placeholder import insert_placeholders

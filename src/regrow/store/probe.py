@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import Example
+from regrow.core.axes import Example
+from regrow.core.sources import device_of
 from regrow.nets.errors import first_line
-from regrow.sources import device_of
 from regrow.store.atomic import StoreError
 from regrow.store.convert import convert
 from regrow.store.schemas import ProbeHeader

@@ -12,8 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from regrow.errors import InputError
-from regrow.limits import parse_json, problem
+from regrow.core.errors import InputError
+from regrow.core.limits import parse_json, problem
 from regrow.settings.declaration import check_settings
 from regrow.store import schemas
 from regrow.store.atomic import LEFTOVER, write_text

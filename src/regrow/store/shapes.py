@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from regrow.branches import Placeholder
-from regrow.errors import InputError
-from regrow.insertion import BlockCopy, Insertion
-from regrow.limits import parse_json
+from regrow.core.branches import Placeholder
+from regrow.core.errors import InputError
+from regrow.core.insertion import BlockCopy, Insertion
+from regrow.core.limits import parse_json
 from regrow.nets import Origin
 from regrow.store import schemas
 from regrow.store.convert import check_format, convert

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from regrow.limits import check_regular, reason
+from regrow.core.limits import check_regular, reason
 from regrow.store.atomic import LEFTOVER
 from regrow.store.errors import StoreError, check_readable
 from regrow.store.outputs import PAGE

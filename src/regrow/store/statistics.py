@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from regrow.scores import Moments, Statistics
-from regrow.sources import Source, preserve_random_state
+from regrow.core.scores import Moments, Statistics
+from regrow.core.sources import Source, preserve_random_state
 from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, explain_os_errors
@@ -46,7 +46,7 @@ def fingerprint(source: Source, *more: object) -> str:
         more: Further data that count: the number of shards, what is measured, the digest of the model.
 
     >>> import torch
-    >>> from regrow.sources import Batch
+    >>> from regrow.core.sources import Batch
     >>> one, two = (Source("s", [Batch((torch.tensor([i]),))]) for i in (1, 2))
     >>> fingerprint(one) == fingerprint(one), fingerprint(one) == fingerprint(two)
     (True, False)

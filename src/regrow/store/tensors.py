@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from regrow.core.sources import to_host
 from regrow.distributed.parallel import whole
-from regrow.sources import to_host
 from regrow.store.atomic import atomic_write
 from regrow.store.convert import check_format
 from regrow.store.errors import StoreError, explain_os_errors

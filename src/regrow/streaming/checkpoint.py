@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from regrow.errors import InputError
-from regrow.limits import check_regular, parse_json
+from regrow.core.errors import InputError
+from regrow.core.limits import check_regular, parse_json
 from regrow.nets.errors import ModelError
 from regrow.nets.files import is_possible, read_shards
 from regrow.nets.weight_files import WeightFile

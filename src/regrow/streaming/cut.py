@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow import store
-from regrow.axes import AxisGraph, Example
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.plan import Plan, PlanError
+from regrow.core.progress import Progress, silent
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import Outbox, receive
 from regrow.nets import Loaded
-from regrow.plan import Plan, PlanError
-from regrow.progress import Progress, silent
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.errors import InputError
-from regrow.process_memory import return_memory
-from regrow.sources import Batch
+from regrow.core.errors import InputError
+from regrow.core.process_memory import return_memory
+from regrow.core.sources import Batch
+from regrow.core.turns import Turns
 from regrow.streaming.read_ahead import ReadAhead
 from regrow.streaming.results import BlockResults
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing.blocks import GraphBlock
-from regrow.turns import Turns
 
 Around = Callable[[int, Mapping[int, str]], AbstractContextManager[object]]
 """Function of a batch's number and ``id`` of a loaded weight → its name: the context in which the batch runs."""

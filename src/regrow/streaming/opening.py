@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from regrow.axes import AxisGraph
-from regrow.errors import InputError
-from regrow.limits import expanded
+from regrow.core.axes import AxisGraph
+from regrow.core.errors import InputError
+from regrow.core.limits import expanded
+from regrow.core.process_memory import set_mmap_threshold
 from regrow.nets import Loaded
 from regrow.nets.files import check_config
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.skeleton import load_skeleton
-from regrow.process_memory import set_mmap_threshold
 from regrow.store.probe import FILE, check_probe
 from regrow.store.replacing import read_whole
 from regrow.store.shapes import SHAPES

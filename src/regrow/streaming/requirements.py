@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from regrow.amounts import format_bytes
-from regrow.axes import Axis, AxisGraph
-from regrow.errors import ResourceError
-from regrow.process_memory import read_peak, read_resident
+from regrow.core.amounts import format_bytes
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.errors import ResourceError
+from regrow.core.process_memory import read_peak, read_resident
 from regrow.scoring.grams import linear_readers, predict_products
 from regrow.streaming.network import StreamedNetwork
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.store.tensor_file import as_bytes
 from regrow.streaming.checkpoint import TensorPlace, read_tensor
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
 from regrow.nets.load import count_nonfinite
 from regrow.store.errors import StoreError
 from regrow.store.weights import digest

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Mark
-from regrow.objectives import class_loss
-from regrow.plan import Plan, PlanError
-from regrow.sources import Batch
+from regrow.core.axes import AxisGraph, Mark
+from regrow.core.objectives import class_loss
+from regrow.core.plan import Plan, PlanError
+from regrow.core.sources import Batch
 from regrow.surgery.new_units import Entries, fit_new_units, new_units, split_entries
 from regrow.tracing.capture import evaluating
 

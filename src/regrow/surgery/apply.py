@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from regrow.axes import AxisGraph, size_of
-from regrow.operations import Tracer
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import AxisGraph, size_of
+from regrow.core.operations import Tracer
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out, commit, prepare
 from regrow.surgery.drop import bring_back, without_branches
 from regrow.surgery.eager import trial_error

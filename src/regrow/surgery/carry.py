@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from regrow.axes import Axis, AxisGraph, Role, Slot, axes_in, size_of
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import Axis, AxisGraph, Role, Slot, axes_in, size_of
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery.compensate import bias_dim, bias_of, offsets
 from regrow.surgery.fold import Outcome, divisor_size, fold_constants, fold_values
 from regrow.surgery.layout import Layout, places, plan_layouts, slots_after, unit_ids_after

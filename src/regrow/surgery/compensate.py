@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Dim
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import AxisGraph, Dim
+from regrow.core.plan import Plan, PlanError
 from regrow.scoring.compensate import holders, sharing_module
 from regrow.surgery.layout import Layout
 

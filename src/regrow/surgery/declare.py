@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
+from regrow.core.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
 from regrow.surgery.layout import places
 from regrow.tracing.attributes import get_attribute, restated_sizes
 from regrow.tracing.capture import example_of

@@ -11,9 +11,9 @@ from torch import nn
 from torch.fx import Node
 from torch.optim import Optimizer
 
-from regrow.axes import Axis, AxisGraph, Example, Mark, Work, axes_in
-from regrow.branches import Branch, Placeholder
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import Axis, AxisGraph, Example, Mark, Work, axes_in
+from regrow.core.branches import Branch, Placeholder
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out
 from regrow.surgery.forward_check import check_own_run
 from regrow.surgery.optimizer import Exchange, follow

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import AxisGraph
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.tracing.capture import evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model

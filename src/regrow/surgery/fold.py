@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Fold, size_of
+from regrow.core.axes import AxisGraph, Fold, size_of
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import AxisGraph, Example
-from regrow.plan import PlanError
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.plan import PlanError
 from regrow.tracing.capture import Capture, TraceError, capture, first_line
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import preserve_state

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
 from regrow.scoring.watch import Feed
 from regrow.scoring.weights import Reader, readers
 

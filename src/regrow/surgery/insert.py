@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import Axis, AxisGraph, Example
-from regrow.branches import lies_in
-from regrow.change import Change
-from regrow.insertion import Insertion
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import Axis, AxisGraph, Example
+from regrow.core.branches import lies_in
+from regrow.core.change import Change
+from regrow.core.insertion import Insertion
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery.forward_check import is_numberless
 from regrow.surgery.output_comparison import max_difference
 from regrow.surgery.undo_store import UndoStore

@@ -7,10 +7,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from regrow.axes import Axis, AxisGraph, Dim, Mark, Product, Slot, Sum, axes_in, size_of
-from regrow.dims import occurrences
-from regrow.fills import FILLS, Growth
-from regrow.plan import Change, Plan
+from regrow.core.axes import Axis, AxisGraph, Dim, Mark, Product, Slot, Sum, axes_in, size_of
+from regrow.core.dims import occurrences
+from regrow.core.fills import FILLS, Growth
+from regrow.core.plan import Change, Plan
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def slots_after(
 def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, int, int, int]]:
     """Yield ``(outer, stride, inner, offset)`` of every place where the units of an axis lie in a dimension.
 
-    The numbers mean the same as in :class:`~regrow.axes.Slot`.
+    The numbers mean the same as in :class:`~regrow.core.axes.Slot`.
 
     Args:
         dim: The dimension.

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
-from regrow.axes import AxisGraph, Mark, Role
-from regrow.fills import FILLS
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import AxisGraph, Mark, Role
+from regrow.core.fills import FILLS
+from regrow.core.plan import Plan, PlanError
+from regrow.core.sources import Batch, device_of, moved
 from regrow.scoring.watch import CONTRACTIONS, watched_name
-from regrow.sources import Batch, device_of, moved
 from regrow.tracing.capture import evaluating
 
 

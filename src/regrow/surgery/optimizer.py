@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow.plan import PlanError
+from regrow.core.plan import PlanError
 from regrow.surgery.layout import Layout
 from regrow.surgery.widen import resize_moment
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from regrow.axes import AxisGraph, Example, axes_in
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import AxisGraph, Example, axes_in
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import prepare
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, loader, masking, preserve_generators, reseed

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
-from regrow.axis_tensor import AxisTensor
-from regrow.plan import Plan
+from regrow.core.axes import AxisGraph
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.plan import Plan
 from regrow.surgery.layout import lay_out, units_after
 from regrow.surgery.widen import resize_moment
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import Role, axes_in
-from regrow.plan import PlanError
+from regrow.core.axes import Role, axes_in
+from regrow.core.plan import PlanError
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.output_comparison import (
     CutTensors,

@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from regrow.axes import AxisGraph, Dim, axes_in
-from regrow.plan import Plan
+from regrow.core.axes import AxisGraph, Dim, axes_in
+from regrow.core.plan import Plan
 from regrow.surgery.carry import Prepared
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import Layout, lay_out, unit_ids_after, units_after

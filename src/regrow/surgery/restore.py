@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Dim, Fold, Role, size_of
-from regrow.plan import Plan
+from regrow.core.axes import AxisGraph, Dim, Fold, Role, size_of
+from regrow.core.plan import Plan
 from regrow.surgery.compensate import bias_dim, bias_of, read_dim
 from regrow.surgery.fold import Outcome, divisor_size, rescale
 from regrow.surgery.layout import Layout, unit_ids_after

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_aggregate
 
-from regrow.axes import Dim, size_of
-from regrow.branches import Branch
+from regrow.core.axes import Dim, size_of
+from regrow.core.branches import Branch
 from regrow.surgery.layout import Layout, lay_out
 from regrow.tracing.branch_sites import RecordedModules, locate_branches
 from regrow.tracing.capture import Capture

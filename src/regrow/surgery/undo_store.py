@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Dim, axes_in, size_of
-from regrow.branches import Branch
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import AxisGraph, Dim, axes_in, size_of
+from regrow.core.branches import Branch
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery.layout import Layout, lay_out
 
 FORMAT = "regrow-undo-store/1"
@@ -82,7 +82,7 @@ class UndoStore:
         constants: ``module:attribute`` → the constant before any cut.
         added: Names of biases that only compensation has added.
         branches: Path of a dropped module → the removed branch. Its modules live in memory only; no file keeps them.
-        network: The :attr:`regrow.axes.AxisGraph.network` whose weights it has; empty before the first change, and
+        network: The :attr:`regrow.core.axes.AxisGraph.network` whose weights it has; empty before the first change, and
             after reading from a file, since a replay traces the network anew.
 
     >>> from torch import nn

@@ -7,8 +7,8 @@ from math import inf
 
 from torch import nn
 
-from regrow.axes import AxisGraph, Example
-from regrow.plan import Plan
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.plan import Plan
 from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, commit, prepare, resizing
 from regrow.surgery.forward_check import check_recording, is_numberless, record_run

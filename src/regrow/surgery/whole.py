@@ -9,8 +9,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Decision, Example
-from regrow.plan import Plan, PlanError
+from regrow.core.axes import AxisGraph, Decision, Example
+from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out
 from regrow.surgery.eager import mask_units, replace_parameters
 from regrow.surgery.runner import Answers, Runner, floats, loader, masking

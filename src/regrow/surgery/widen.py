@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from regrow.axes import Role
+from regrow.core.axes import Role
 from regrow.surgery.layout import Layout
 
 Roles = Mapping[int, frozenset[Role]]

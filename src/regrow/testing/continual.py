@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
-from regrow.dims import size_of
+from regrow.core.axes import AxisGraph
+from regrow.core.dims import size_of
+from regrow.core.plan import Plan
+from regrow.core.tasks import Examples, Task, first_examples
 from regrow.methods import MethodEntry
 from regrow.nets.small import small
-from regrow.plan import Plan
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples, Task, first_examples
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.apply_plan import apply_plan

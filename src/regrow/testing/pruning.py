@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow.allocation import Cost
-from regrow.axes import AxisGraph, Example
-from regrow.budget import Budget
-from regrow.commands.pruning import collect_evidence
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.budget import Budget
+from regrow.core.plan import Plan
+from regrow.core.sources import Batch, Source
+from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodEntry
 from regrow.methods.pruning.pruner import Pruner, plan_cut
-from regrow.plan import Plan
-from regrow.sources import Batch, Source
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Batch, Source
 from regrow.methods import MethodEntry
 from regrow.methods.recovery.task import RecoveryTask
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
-from regrow.sources import Batch, Source
 from regrow.surgery import apply
 from regrow.testing.continual import StoppedError, assert_equal_tensors
 from regrow.testing.pruning import make_network, make_sources

@@ -12,9 +12,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
-from regrow.commands.spaces import extract_network
+from regrow.core.axes import AxisGraph
+from regrow.core.tasks import Task, first_examples
 from regrow.evaluation import dense
+from regrow.jobs.spaces import extract_network
 from regrow.methods import MethodEntry
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.state import SearchState
@@ -22,7 +23,6 @@ from regrow.nets.cells import Cells, supernet
 from regrow.nets.loaded import Origin
 from regrow.surgery import UndoStore
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Task, first_examples
 from regrow.testing.continual import StoppedError, assert_equal_tensors, make_tasks
 from regrow.tracing import trace
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint

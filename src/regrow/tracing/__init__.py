@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import AxisGraph, Example
-from regrow.operations import Tracer
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.operations import Tracer
 from regrow.tracing.branches import candidate_branches, with_branches
 from regrow.tracing.caches import caches
 from regrow.tracing.capture import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from regrow.operations import Numbers
+from regrow.core.operations import Numbers
 from regrow.tracing.capture import Capture
 from regrow.tracing.nodes import op_name, shape_of, shapes_of
 from regrow.tracing.steps import calls
@@ -20,8 +20,7 @@ from regrow.tracing.steps import calls
 class GraphBlock:
     """A contiguous run of operations in a recording, with the values that cross its boundaries.
 
-    Operations are numbered as in :attr:`regrow.axes.AxisGraph.steps`, so that a block of a network is one of its cut
-    copy too.
+    Operations are numbered as in ``AxisGraph.steps``, so that a block of a network is one of its cut copy too.
 
     Args:
         path: The module whose operations they are; empty between repeated modules.

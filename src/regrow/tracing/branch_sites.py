@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.branches import Branch
+from regrow.core.branches import Branch
 from regrow.tracing.effects import Effects
 from regrow.tracing.nodes import ALIASES, op_name
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from regrow.axes import AxisGraph, Example
-from regrow.branches import Branch, Placeholder, lies_in
-from regrow.candidates import Candidates, candidates_in
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.branches import Branch, Placeholder, lies_in
+from regrow.core.candidates import Candidates, candidates_in
 from regrow.tracing.block_numbers import FIRST
 from regrow.tracing.branch_sites import (
     BranchError,

@@ -4,7 +4,7 @@ from collections.abc import Container, Iterator
 
 from torch.fx import Node
 
-from regrow.axes import Cache
+from regrow.core.axes import Cache
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.graph import Names

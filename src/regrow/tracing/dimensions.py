@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from math import lcm, prod
 
-from regrow.axes import Mark
+from regrow.core.axes import Mark
 
 _numbers = count()
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from regrow.axes import Mark
+from regrow.core.axes import Mark
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
@@ -23,7 +23,7 @@ class FoldSite:
     Args:
         over: The dimensions whose size is the divisor.
         weight: The parameter that compensates for a change of the size.
-        kind: ``"norm"`` or ``"scale"``, as in :class:`regrow.axes.Fold`.
+        kind: ``"norm"`` or ``"scale"``, as in :class:`regrow.core.axes.Fold`.
         plus: The constant that the network adds to the parameter before it multiplies.
         epsilon: ``module:attribute`` that holds the constant under the root; empty for ``"scale"``.
         value: The constant under the root.

@@ -1,4 +1,4 @@
-"""Turn a finished walk into an :class:`~regrow.axes.AxisGraph`: slots, keys, marks and reasons as plain data."""
+"""Turn a finished walk into an :class:`~regrow.core.axes.AxisGraph`: slots, keys, marks and reasons as plain data."""
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -7,8 +7,8 @@ from math import prod
 
 from torch import nn
 
-from regrow.axes import Axis, AxisGraph, Dim, Example, Fold, Mark, Product, Role, Slot, Sum, Work
-from regrow.dims import occurrences
+from regrow.core.axes import Axis, AxisGraph, Dim, Example, Fold, Mark, Product, Role, Slot, Sum, Work
+from regrow.core.dims import occurrences
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf

@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
 from regrow.tracing.capture import TraceError
 
 _SCRIPTED = "torch.jit fixed its code and its shapes; trace the Python module that it was made from"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.tracing.model_state import find_tensors, state_of
 
 M = TypeVar("M", bound=nn.Module)

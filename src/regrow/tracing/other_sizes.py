@@ -14,7 +14,7 @@ from math import prod
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from regrow.axes import Axis, AxisGraph, Dim, Example, Mark, Product, axes_in, size_of
+from regrow.core.axes import Axis, AxisGraph, Dim, Example, Mark, Product, axes_in, size_of
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.graph import assemble
 from regrow.tracing.interception import limit_calls

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.tracing.capture import Capture, evaluating, quiet
 from regrow.tracing.decisions import output_tensors
 from regrow.tracing.effects import Effects, writes

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.branches import Placeholder
+from regrow.core.branches import Placeholder
 
 
 class PlaceholderModule(nn.Module):

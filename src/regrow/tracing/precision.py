@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 
 
 @contextmanager

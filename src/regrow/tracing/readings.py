@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
-from regrow.operations import Tracer
+from regrow.core.axes import AxisGraph, Decision, Dim, Example, Product, Sum
+from regrow.core.operations import Tracer
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, capture
 from regrow.tracing.decisions import compared_operands
@@ -28,7 +28,7 @@ class ReadDim:
     """A dimension that an operation sums, compares or normalises over, so that dropped units must be masked there.
 
     Args:
-        step: The number of the operation in :attr:`regrow.axes.AxisGraph.steps`.
+        step: The number of the operation in :attr:`regrow.core.axes.AxisGraph.steps`.
         operand: Which of the tensors that the operation takes.
         axis: The index of the dimension in that tensor.
         dim: That dimension written in axes.

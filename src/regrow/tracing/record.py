@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKey
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from regrow.axes import Decision
+from regrow.core.axes import Decision
 from regrow.tracing.constant_results import ConstantResults
 from regrow.tracing.decisions import DivergedError, compared_operands, decision, output_tensors
 from regrow.tracing.fixed_results import ORDERS, cast_answer, is_floating, reorder

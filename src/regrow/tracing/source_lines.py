@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 
 Line = tuple[str, int]
 """A file name and a line number."""

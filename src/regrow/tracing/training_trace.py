@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.axes import Example
+from regrow.core.axes import Example
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture, TraceError, in_training
 from regrow.tracing.folds import size_divided_by

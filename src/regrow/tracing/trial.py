@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.axes import Axis, AxisGraph, Mark, size_of
-from regrow.plan import PlanError
+from regrow.core.axes import Axis, AxisGraph, Mark, size_of
+from regrow.core.plan import PlanError
 from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.capture import Capture, TraceError, capture, evaluating, in_training, quiet
 from regrow.tracing.interception import as_exporting

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import lcm
 
-from regrow.axes import Axis, AxisGraph
+from regrow.core.axes import Axis, AxisGraph
 
 
 def deep_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from itertools import takewhile
 import torch
 from torch.fx import Node
 
-from regrow.axes import Role
+from regrow.core.axes import Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
 from regrow.tracing.dimensions import Expr

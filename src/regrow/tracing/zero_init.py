@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.fx import Node
 
-from regrow.axes import Mark, Role
+from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, op_name, operand_of, shapes_of
 from regrow.tracing.walk import Reading, Value, Walk, all_dims

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import TypeVar
 
-from regrow.candidates import run_whole
-from regrow.plan import Plan
+from regrow.core.candidates import run_whole
+from regrow.core.plan import Plan
 from regrow.surgery import apply
 from regrow.training.learner import Boundary, Context, Event, Learner
 from regrow.training.optimizers import Optimizers

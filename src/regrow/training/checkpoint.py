@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Dim, Product, Sum
-from regrow.axis_tensor import AxisTensor
-from regrow.ledger import replay
-from regrow.plan import Plan
-from regrow.sources import device_of
+from regrow.core.axes import AxisGraph, Dim, Product, Sum
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.plan import Plan
+from regrow.core.sources import device_of
 from regrow.store import plan_schemas, schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
+from regrow.store.ledger import replay
 from regrow.store.tensors import read_header, read_tensors, write_tensors
 from regrow.surgery import UndoStore
 from regrow.training.state import TrainState, axis_tensors, restore_state, values_of

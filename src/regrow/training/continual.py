@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
+from regrow.core.objectives import CLASSIFICATION, Objective
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.core.tasks import Examples, ExampleSet, Task
 from regrow.data.datasets import fix_order
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.evaluation.continual import Matrix, mean_score
-from regrow.objectives import CLASSIFICATION, Objective
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples, ExampleSet, Task
 from regrow.training.fit import Around, Fitted, Observer, fit
 from regrow.training.gradients import NO_CONTEXT
 from regrow.training.learner import PLAIN, Context, Learner

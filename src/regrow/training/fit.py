@@ -13,11 +13,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
 from regrow.distributed.exchange import broadcast_tensors
 from regrow.distributed.parallel import ALONE, Parallel
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore
 from regrow.training.apply_plan import apply_plan
 from regrow.training.gradients import NO_CONTEXT, compute_gradients

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from regrow.core.errors import InputError, first_line
+from regrow.core.sources import MISFITS
+from regrow.core.tasks import Examples
 from regrow.distributed.parallel import ALONE, Parallel
-from regrow.errors import InputError, first_line
-from regrow.sources import MISFITS
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples
 from regrow.training.learner import Context, Learner, Loss, Step
 from regrow.training.shared_rows import sharing_rows
 from regrow.training.state import axis_tensors

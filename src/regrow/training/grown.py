@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from regrow.axes import AxisGraph, size_of
-from regrow.axis_tensor import AxisTensor
-from regrow.errors import InputError
-from regrow.objectives import Objective, choose_objective
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
-from regrow.sources import Batch, Source
+from regrow.core.axes import AxisGraph, size_of
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.errors import InputError
+from regrow.core.objectives import Objective, choose_objective
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Batch, Source
 from regrow.surgery.insert import renaming
 from regrow.surgery.parametrize import resize_axis_tensor
 from regrow.tracing.capture import evaluating

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.axes import AxisGraph
-from regrow.axis_tensor import AxisTensor
-from regrow.plan import Plan
-from regrow.sources import to_host
+from regrow.core.axes import AxisGraph
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.plan import Plan
+from regrow.core.sources import to_host
 from regrow.surgery.parametrize import resize_axis_tensor
 from regrow.training.learner import Context, tensor_along
 from regrow.training.state import GrowthEvent

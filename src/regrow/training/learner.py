@@ -12,14 +12,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, axes_in
-from regrow.axis_tensor import AxisTensor
-from regrow.objectives import CLASSIFICATION, Objective
-from regrow.plan import Plan
-from regrow.progress import Log, discard
-from regrow.sources import device_of, logits_in
+from regrow.core.axes import AxisGraph, axes_in
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.objectives import CLASSIFICATION, Objective
+from regrow.core.plan import Plan
+from regrow.core.progress import Log, discard
+from regrow.core.sources import device_of, logits_in
+from regrow.core.tasks import Examples, Task, among, run_network
 from regrow.surgery import UndoStore
-from regrow.tasks import Examples, Task, among, run_network
 
 S = TypeVar("S")
 

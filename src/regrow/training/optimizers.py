@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
-from regrow.axis_tensor import AxisTensor
-from regrow.plan import Plan
+from regrow.core.axes import AxisGraph
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.plan import Plan
 from regrow.surgery.parametrize import resize_axis_tensor
 
 Moments = Mapping[str, Mapping[str, Any]]

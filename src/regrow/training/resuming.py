@@ -6,10 +6,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
+from regrow.core.plan import Plan
 from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_file, broadcast_record
-from regrow.plan import Plan
 from regrow.surgery import UndoStore
 from regrow.training.checkpoint import History, read_checkpoint
 from regrow.training.state import TrainState

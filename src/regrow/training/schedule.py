@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from regrow.axes import AxisGraph
-from regrow.objectives import CLASSIFICATION, Objective
-from regrow.tasks import Examples, Task
+from regrow.core.axes import AxisGraph
+from regrow.core.objectives import CLASSIFICATION, Objective
+from regrow.core.tasks import Examples, Task
 from regrow.training.learner import Context
 from regrow.training.optimizers import OptimizerSettings
 

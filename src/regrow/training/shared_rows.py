@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from regrow.core.errors import InputError
+from regrow.core.sources import device_of, logits_in
+from regrow.core.tasks import first_tensor
 from regrow.distributed import ProcessRank
-from regrow.errors import InputError
-from regrow.sources import device_of, logits_in
-from regrow.tasks import first_tensor
 
 
 class SynchronisedBatchNorm(TorchFunctionMode):

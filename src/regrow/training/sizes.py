@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from regrow.axis_tensor import AxisTensor
-from regrow.tasks import first_examples, run_network
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.tasks import first_examples, run_network
 from regrow.training.learner import Context
 
 

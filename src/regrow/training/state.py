@@ -13,9 +13,9 @@ from typing import Any, Generic, TypeVar, get_type_hints
 
 import msgspec
 
-from regrow.axes import AxisGraph
-from regrow.axis_tensor import AxisTensor
-from regrow.plan import Plan
+from regrow.core.axes import AxisGraph
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.plan import Plan
 from regrow.store.convert import convert
 from regrow.surgery.parametrize import resize_axis_tensor
 from regrow.training.optimizers import Moments

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regrow.core.objectives import Objective, choose_objective
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Batch, Source, device_of
+from regrow.core.tasks import Task
 from regrow.data.batch_streams import BatchStream
-from regrow.objectives import Objective, choose_objective
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
-from regrow.sources import Batch, Source, device_of
-from regrow.tasks import Task
 from regrow.training.fit import fit
 from regrow.training.learner import PLAIN, Context, Loss, Step
 from regrow.training.optimizers import OptimizerSettings

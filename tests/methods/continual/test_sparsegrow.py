@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from regrow.core.tasks import Task
 from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.methods import LEARNERS
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import build_gates
 from regrow.nets.small import small
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import PLAIN, Boundary, Context, Event, Learner, Step, task_loss

@@ -12,15 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from regrow import apply, load, trace
 from regrow.allocation import BudgetError, Cost
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence
-from regrow.errors import RefusedError
-from regrow.evidence import Evidence
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.errors import RefusedError
+from regrow.core.evidence import Evidence
+from regrow.core.sources import Batch, Source, labelled_logits
+from regrow.jobs.pruning import build_pruner, check_pruning, collect_evidence
 from regrow.methods.pruning import depth, replay
 from regrow.methods.pruning.depth.modules import modules_of
 from regrow.methods.pruning.pruner import Cut, plan_cut, with_modules
-from regrow.sources import Batch, Source, labelled_logits
 from regrow.store import save
 from regrow.surgery import verify
 from regrow.tracing.placeholder import PlaceholderModule

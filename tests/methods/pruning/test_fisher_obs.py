@@ -14,14 +14,14 @@ import regrow
 from hand import lm, texts
 from regrow import trace
 from regrow.allocation import BudgetError
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
-from regrow.commands.pruning import collect_evidence
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.sources import Batch, Source
+from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning import compared_allocations
 from regrow.methods.pruning.compared_allocations import ALL, INNER, RANKED
 from regrow.methods.pruning.pruner import Cut, plan_cut
-from regrow.sources import Batch, Source
 
 MLP = Budget(0.8, only=("gate", "up", "down"))
 FIRST_HALF = {"spare_first": 0.5, "spare_last": 0.0}

@@ -10,11 +10,11 @@ import torch
 from hand import lm, texts
 from regrow.allocation import Cost
 from regrow.api.prune import prune
-from regrow.budget import Budget
-from regrow.commands.pruning import check_pruning, collect_evidence
+from regrow.core.budget import Budget
+from regrow.core.plan import Plan
+from regrow.jobs.pruning import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Cut, plan_cut
-from regrow.plan import Plan
 from regrow.store.tensors import open_checkpoint
 from regrow.training.checkpoint import FORMAT
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hand import lm, texts
-from regrow.budget import Budget
-from regrow.commands.pruning import collect_evidence
+from regrow.core.budget import Budget
+from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Cut, plan_cut
 

@@ -11,16 +11,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import regrow
 from hand import lm, texts
-from regrow.axes import AxisGraph, Mark
-from regrow.budget import Budget
-from regrow.commands.pruning import build_pruner, collect_evidence, divide_sources, split_sources
+from regrow.core.axes import AxisGraph, Mark
+from regrow.core.budget import Budget
+from regrow.core.evidence import Evidence, Need
+from regrow.core.scores import Statistics
+from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import BatchStream
-from regrow.evidence import Evidence, Need
+from regrow.jobs.pruning import build_pruner, collect_evidence, divide_sources, split_sources
 from regrow.methods.pruning.pruner import plan_cut
-from regrow.scores import Statistics
 from regrow.scoring import collect
 from regrow.scoring.layer_orders import order_layers
-from regrow.sources import Batch, Source
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -60,7 +60,7 @@ def test_what_may_be_cut_is_measured(llama: tuple[nn.Module, AxisGraph, Source],
 
 
 def test_a_call_measures_what_it_may_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    from regrow.commands import pruning
+    from regrow.jobs import pruning
 
     model, _ = lm(kv=3, rep=2, size=4, ff=24)
     data: Any = {"a": [(one.args[0], one.labels) for one in texts("a").batches]}

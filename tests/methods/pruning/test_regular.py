@@ -9,14 +9,14 @@ from torch import nn
 from hand import lm, texts, timed
 from regrow import apply, trace
 from regrow.allocation import cost_of
-from regrow.amounts import STEPS, Measure, Target
-from regrow.axes import AxisGraph
-from regrow.budget import Budget
-from regrow.commands.pruning import check_pruning, collect_evidence
-from regrow.evidence import Evidence
+from regrow.core.amounts import STEPS, Measure, Target
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.evidence import Evidence
+from regrow.core.sources import Source
+from regrow.jobs.pruning import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
-from regrow.sources import Source
 
 pytestmark = pytest.mark.slow
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from hand import lm, mlp, texts
 from regrow import Plan, apply, trace
+from regrow.core.sources import Batch, Source, logits_in
 from regrow.data.joined import concatenate
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask, bias, distil, fitting, lora, refit, refit_work
 from regrow.methods.recovery.fit_batches import join_all, regroup
 from regrow.methods.recovery.solve import Sums, choose_held_out, choose_left_out, ridged
-from regrow.sources import Batch, Source, logits_in
 from regrow.training.interrupts import defer_interrupts
 
 
@@ -414,7 +414,7 @@ def test_a_network_that_was_trained_since_is_refitted_to_the_dense_one():
 
 
 def test_bias_is_what_the_plan_could_have_refit_in_dense():
-    from regrow.evidence import Need
+    from regrow.core.evidence import Need
     from regrow.scoring import collect, means
 
     one = language()

@@ -2,8 +2,8 @@
 
 import pytest
 
+from regrow.core.tasks import Task
 from regrow.data import streams
-from regrow.tasks import Task
 
 
 @pytest.fixture(scope="module")

@@ -22,14 +22,14 @@ from methods.search.searches import (
 from regrow import trace
 from regrow.allocation.edges import Edges
 from regrow.allocation.partial import partial_channels
-from regrow.candidates import candidates_in
+from regrow.core.candidates import candidates_in
+from regrow.core.tasks import Examples, Task
 from regrow.methods.search.darts import Settings, build
 from regrow.methods.search.importance import choose_operations, weigh_operations
 from regrow.nets.cell_operations import operation
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples, Task
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import Context, Event, Step
 

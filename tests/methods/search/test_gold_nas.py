@@ -7,7 +7,8 @@ import torch
 
 from methods.search.searches import change, compute_loss, draw, finalize, replace_parameters, size, start, train, write
 from regrow import trace
-from regrow.candidates import candidates_in
+from regrow.core.candidates import candidates_in
+from regrow.core.tasks import Examples
 from regrow.methods.search.commit import drop_operations
 from regrow.methods.search.gold_nas import Settings, build
 from regrow.nets import bench201
@@ -15,7 +16,6 @@ from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples
 from regrow.training.continual import TaskSchedule
 from regrow.training.learner import Context
 

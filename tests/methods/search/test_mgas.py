@@ -24,7 +24,9 @@ from methods.search.searches import (
     write,
 )
 from regrow import trace
-from regrow.candidates import Candidates
+from regrow.core.candidates import Candidates
+from regrow.core.plan import Plan
+from regrow.core.tasks import Examples, Task
 from regrow.data import streams
 from regrow.methods.search import commit
 from regrow.methods.search.commit import cut_masked, restore_filters
@@ -42,10 +44,8 @@ from regrow.nets import bench201
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
-from regrow.plan import Plan
 from regrow.surgery import UndoStore
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples, Task
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import PLAIN, Boundary, Context, Event, Step
 from regrow.training.optimizers import Optimizers

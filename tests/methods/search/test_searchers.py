@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from regrow import trace
+from regrow.core.tasks import Task
 from regrow.data import streams
 from regrow.methods import SEARCHERS, MethodKind, find_method
 from regrow.nets.cells import Cells, supernet
 from regrow.surgery import UndoStore
-from regrow.tasks import Task
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.state import axis_tensors, values_of

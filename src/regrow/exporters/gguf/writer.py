@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from regrow.core.progress import Progress, silent
 from regrow.exporters.gguf.network import NORMS, PARTS, Decoder, GgufLayer, describe_decoder, parts_present
 from regrow.exporters.gguf.quants import BLOCK, KINDS, Floats, allowed_error, encode, kind_for
 from regrow.exporters.gguf.tokens import Vocabulary, vocabulary, write_vocabulary
 from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets.blocks import ATTENTION, MLP
 from regrow.nets.errors import needs
-from regrow.progress import Progress, silent
 from regrow.store.atomic import atomic_write
 from regrow.store.errors import StoreError
 from regrow.store.outputs import check_output

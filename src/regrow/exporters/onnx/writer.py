@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import Example
+from regrow.core.axes import Example
+from regrow.core.progress import Progress, silent
 from regrow.evaluation.forward import evaluating
 from regrow.exporters.onnx.calls import (
     BATCH,
@@ -37,7 +38,6 @@ from regrow.exporters.onnx.reading import OnnxSession, compare_predictions, diff
 from regrow.exporters.written import ExportError, Written
 from regrow.nets.errors import first_line, needs
 from regrow.nets.examples import guessed_example, image_example
-from regrow.progress import Progress, silent
 from regrow.store.atomic import staging_folder
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.outputs import check_output

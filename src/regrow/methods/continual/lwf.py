@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.axis_tensor import AxisTensor
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.sources import logits_in
+from regrow.core.tasks import among, run_network
 from regrow.settings.constraints import Range, check_constraints
-from regrow.sources import logits_in
-from regrow.tasks import among, run_network
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode
 from regrow.training.parameters import copy_parameters
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
+from regrow.core.tasks import Examples
 from regrow.settings.constraints import OneOf, check_constraints
-from regrow.tasks import Examples
 from regrow.training.learner import Context, Learner, Loss, Step, set_train_mode, task_loss
 from regrow.training.norms import train_with_frozen_norms
 

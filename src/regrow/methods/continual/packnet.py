@@ -13,8 +13,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from regrow.axis_tensor import AxisTensor
-from regrow.plan import Plan
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.plan import Plan
 from regrow.settings.constraints import Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step
 from regrow.training.norms import train_with_frozen_norms

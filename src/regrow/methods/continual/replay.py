@@ -14,9 +14,9 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
-from regrow.axis_tensor import AxisTensor
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.tasks import among
 from regrow.settings.constraints import Range, check_constraints
-from regrow.tasks import among
 from regrow.training import reservoir
 from regrow.training.learner import Context, Learner, Loss, Step
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from regrow.allocation import BudgetError, uniform
-from regrow.axes import Mark
+from regrow.core.axes import Mark
+from regrow.core.objectives import choose_objective
+from regrow.core.sources import Batch, device_of
 from regrow.methods.pruning.pruner import Kept, PruningTask
-from regrow.objectives import choose_objective
 from regrow.scoring import constant_inputs
 from regrow.scoring.spaces import inner
-from regrow.sources import Batch, device_of
 from regrow.surgery.gate import gate_inputs, gates_of
 
 LABELS = 2000

@@ -13,10 +13,10 @@ from typing import Annotated
 
 from regrow import scoring
 from regrow.allocation import cost_of, rank
-from regrow.evidence import Need
+from regrow.core.evidence import Need
+from regrow.core.scores import Scores
 from regrow.methods.pruning.compared_allocations import RANKED, choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, one_score
-from regrow.scores import Scores
 from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.settings.constraints import OneOf, Range, check_constraints
 

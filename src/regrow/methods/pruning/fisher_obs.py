@@ -18,11 +18,11 @@ import torch
 
 from regrow import scoring
 from regrow.allocation import uniform
+from regrow.core.evidence import Need
+from regrow.core.scores import Scores
 from regrow.data.joined import join_sources
-from regrow.evidence import Need
 from regrow.methods.pruning.compared_allocations import choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
-from regrow.scores import Scores
 from regrow.scoring.activations import energy
 from regrow.scoring.layer_orders import BATCH, order_layers
 from regrow.scoring.spaces import OUTER_BLOCKS

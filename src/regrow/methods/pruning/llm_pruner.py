@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from regrow import scoring
-from regrow.evidence import Need
+from regrow.core.evidence import Need
+from regrow.core.scores import Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
-from regrow.scores import Scores
 from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.settings.constraints import OneOf, Range, check_constraints
 

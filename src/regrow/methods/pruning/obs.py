@@ -12,10 +12,10 @@ from functools import partial
 from typing import Annotated
 
 from regrow import scoring
+from regrow.core.evidence import Need
+from regrow.core.scores import Scores
 from regrow.data.joined import join_sources
-from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
-from regrow.scores import Scores
 from regrow.scoring.activations import energy
 from regrow.scoring.layer_orders import BATCH, order_layers
 from regrow.settings.constraints import OneOf, Range, check_constraints

@@ -13,18 +13,18 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from regrow.allocation import allocation, cost_of, payers
-from regrow.amounts import Measure, Target
-from regrow.axes import Axis, AxisGraph
-from regrow.budget import Budget
-from regrow.evidence import Evidence, Need
-from regrow.objectives import MULTI_LABEL, REGRESSION, Objective, choose_objective
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
-from regrow.scores import Scores
+from regrow.core.amounts import Measure, Target
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.evidence import Evidence, Need
+from regrow.core.objectives import MULTI_LABEL, REGRESSION, Objective, choose_objective
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.core.scores import Scores
+from regrow.core.sources import Source
 from regrow.scoring import means, random, uncompensated, weights_of, weights_without_bias
 from regrow.scoring.collect import BlockVisits
 from regrow.scoring.spaces import inner
-from regrow.sources import Source
 from regrow.tracing import with_branches
 from regrow.training.freeze import freeze
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import AxisGraph
-from regrow.errors import RefusedError
-from regrow.sources import Batch, device_of, labelled_logits, logits_in
+from regrow.core.axes import AxisGraph
+from regrow.core.errors import RefusedError
+from regrow.core.sources import Batch, device_of, labelled_logits, logits_in
 from regrow.surgery.gate import gate_inputs
 
 NOT_FINITE = "the predictions hold NaN or infinity; try float32 or bfloat16"

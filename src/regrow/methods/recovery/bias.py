@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from regrow.evidence import Need
+from regrow.core.evidence import Need
+from regrow.core.plan import Plan
+from regrow.core.scores import Moments, Statistics
 from regrow.methods.recovery.streamed import StreamedPair
 from regrow.methods.recovery.task import Recovery, RecoveryTask
-from regrow.plan import Plan
-from regrow.scores import Moments, Statistics
 from regrow.scoring import collect, means, uncompensated
 from regrow.surgery.compensate import bias_of, offsets
 from regrow.surgery.layout import plan_layouts

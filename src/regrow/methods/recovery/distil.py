@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
+from regrow.core.plan import Plan
+from regrow.core.sources import Batch, labelled_logits, logits_in
 from regrow.methods.recovery.fitting import fit_recovery
 from regrow.methods.recovery.task import Recovery, RecoveryTask, precise
-from regrow.plan import Plan
-from regrow.sources import Batch, labelled_logits, logits_in
 from regrow.training.freeze import freeze
 
 CITATION = "Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"

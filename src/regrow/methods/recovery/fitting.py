@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from regrow.core.sources import Batch, device_of, drawn
 from regrow.distributed.exchange import everywhere
 from regrow.methods.recovery.task import RecoveryTask
-from regrow.sources import Batch, device_of, drawn
 from regrow.store.errors import StoreError
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.early_stopping import EarlyStopping, Tensors, restore_best, with_early_stopping

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
+from regrow.core.sources import Batch
 from regrow.methods.recovery.fitting import fit_recovery
 from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.nets.errors import needs
-from regrow.sources import Batch
 from regrow.tracing.placeholder import set_modules
 from regrow.training.freeze import freeze
 

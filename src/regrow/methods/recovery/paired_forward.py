@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from regrow.core.turns import StopRunError, Turns, capture_state
 from regrow.scoring.watch import CONTRACTIONS, watched_name
 from regrow.streaming.network import Around
-from regrow.turns import StopRunError, Turns, capture_state
 
 ADDITIONS = frozenset(
     {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}

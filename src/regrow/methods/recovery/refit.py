@@ -37,7 +37,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.errors import ResourceError
+from regrow.core.errors import ResourceError
+from regrow.core.sources import Batch, device_of
+from regrow.core.turns import StopRunError, Turns
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.fit_batches import join_all, keeps_state, read_state, regroup
 from regrow.methods.recovery.paired_forward import run_in_thread
@@ -52,11 +54,9 @@ from regrow.methods.recovery.streamed_refit import (
 )
 from regrow.methods.recovery.streams import RefitInDense, RefitPaired, Refitting
 from regrow.methods.recovery.task import Recovery, RecoveryTask
-from regrow.sources import Batch, device_of
 from regrow.streaming.network import Around
 from regrow.surgery.compensate import bias_of
 from regrow.training.freeze import freeze
-from regrow.turns import StopRunError, Turns
 
 CITATION = (
     "regrow's own; after the least-squares reconstruction of He et al., Channel Pruning, ICCV 2017, arXiv:1707.06168"

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from regrow.core.sources import Batch
 from regrow.methods.recovery.paired_forward import CallCounter
 from regrow.methods.recovery.refit_work import Layer
 from regrow.methods.recovery.streamed_refit import count_calls
 from regrow.methods.recovery.task import RecoveryTask
-from regrow.sources import Batch
 from regrow.surgery.compensate import read_dim
 from regrow.surgery.layout import plan_layouts
 

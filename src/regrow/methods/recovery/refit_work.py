@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.core.turns import StopRunError
 from regrow.methods.recovery.fit_batches import FitBatch
 from regrow.methods.recovery.solve import RidgeCandidates, Sums
 from regrow.methods.recovery.streamed import ChangedTensors
 from regrow.methods.recovery.task import RecoveryTask
 from regrow.surgery.compensate import bias_of
-from regrow.turns import StopRunError
 
 SECONDS = 60.0
 """The longest time between two checkpoints, in seconds, as long as layers are handled."""

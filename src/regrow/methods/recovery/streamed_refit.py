@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.errors import InputError
+from regrow.core.errors import InputError
+from regrow.core.sources import Batch
+from regrow.core.turns import StopRunError, Turns
 from regrow.methods.recovery.paired_forward import CallCounter, run_in_thread
 from regrow.methods.recovery.refit_work import Layer, RefitWork
 from regrow.methods.recovery.streamed import StreamedPair
 from regrow.methods.recovery.streams import RefitInDense, RefitPaired
-from regrow.sources import Batch
 from regrow.streaming.network import Around
 from regrow.surgery.compensate import bias_of
-from regrow.turns import StopRunError, Turns
 
 
 def count_calls(pair: StreamedPair, names: Collection[str], batch: Batch) -> tuple[Counter[str], Counter[str]]:

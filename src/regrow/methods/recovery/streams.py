@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regrow.core.turns import Turns
 from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, LayerOutputs
 from regrow.methods.recovery.refit_work import Layer, RefitWork
 from regrow.scoring.watch import visible_rows
 from regrow.surgery.compensate import bias_of
-from regrow.turns import Turns
 
 
 class Refitting(LayerCalls):

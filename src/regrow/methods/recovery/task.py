@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph
+from regrow.core.axes import AxisGraph
+from regrow.core.objectives import Objective, choose_objective
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Batch, Source
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.methods.recovery.streamed import StreamedPair
-from regrow.objectives import Objective, choose_objective
-from regrow.plan import Plan
-from regrow.progress import Progress, silent
-from regrow.sources import Batch, Source
 from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from regrow.amounts import short
+from regrow.core.amounts import short
+from regrow.core.tasks import Examples
 from regrow.data.augment import is_images, shift_and_flip
 from regrow.evaluation.continual import mean_score
 from regrow.methods.search.commit import Commit, account_plan
@@ -20,7 +21,6 @@ from regrow.methods.search.space import (
 )
 from regrow.methods.search.state import SearchState
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples
 from regrow.training.learner import Boundary, Context, Event, Learner, Step, task_loss
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.levels import check_levels
 from regrow.allocation.timed import Prices
-from regrow.amounts import Measure
+from regrow.core.amounts import Measure
 from regrow.methods.search.assembly import Search, compute_loss, follow_training
 from regrow.methods.search.commit import Commit, fit_to_budget
 from regrow.methods.search.importance import mask_by_thresholds, rank_evenly

@@ -10,7 +10,9 @@ from regrow.allocation import commits
 from regrow.allocation.commits import least, limit_removal, protect_cheapest, savings, select_removed
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.regrowth import sample_operations
-from regrow.candidates import single_in
+from regrow.core.candidates import single_in
+from regrow.core.plan import Plan
+from regrow.core.tasks import Examples
 from regrow.methods.search.importance import differentiate_weights, measure_relative, score_cut_filters
 from regrow.methods.search.space import (
     Rules,
@@ -22,8 +24,6 @@ from regrow.methods.search.space import (
     update_layout,
 )
 from regrow.methods.search.state import Savings, SearchState
-from regrow.plan import Plan
-from regrow.tasks import Examples
 from regrow.training.learner import Context
 
 Commit = tuple[Plan | None, SearchState]

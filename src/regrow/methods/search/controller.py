@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.gates import GateMasks
+from regrow.core.sources import to_host
 from regrow.methods.search.commit import Commit, cut_masked
 from regrow.methods.search.space import Rules, measure_masked
 from regrow.methods.search.stages import Stages
 from regrow.methods.search.state import SearchState
-from regrow.sources import to_host
 from regrow.training.learner import Context, Loss, Step
 
 

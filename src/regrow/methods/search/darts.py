@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.partial import partial_channels
 from regrow.allocation.timed import Prices
-from regrow.amounts import Measure
+from regrow.core.amounts import Measure
 from regrow.methods.search.assembly import Search, compute_loss, follow_training
 from regrow.methods.search.commit import Commit, cut_masked, fit_to_budget
 from regrow.methods.search.importance import (

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.timed import Prices
-from regrow.amounts import Measure
-from regrow.candidates import candidates_in
+from regrow.core.amounts import Measure
+from regrow.core.candidates import candidates_in
+from regrow.core.sources import to_host
 from regrow.methods.search.assembly import Search, compute_loss, follow_training
 from regrow.methods.search.commit import Commit, drop_operations, fit_to_budget, select_lowest
 from regrow.methods.search.controller import add_losses, raise_penalty
@@ -34,7 +35,6 @@ from regrow.methods.search.importance import mask_by_thresholds, scale_by_import
 from regrow.methods.search.space import Rules, SearchSpace, check_space, measure_size
 from regrow.methods.search.state import SearchState
 from regrow.settings.constraints import Range, check_constraints
-from regrow.sources import to_host
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step
 
 CITATION = "Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331); reconstructed"

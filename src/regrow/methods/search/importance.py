@@ -10,8 +10,12 @@ from torch import Tensor
 
 from regrow.allocation.edges import Edges, select_operations
 from regrow.allocation.gates import GateMasks
-from regrow.axis_tensor import AxisTensor
-from regrow.candidates import run_whole
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.candidates import run_whole
+from regrow.core.objectives import CLASSIFICATION
+from regrow.core.plan import Plan
+from regrow.core.sources import device_of, move_tensors
+from regrow.core.tasks import Examples
 from regrow.methods.search.space import (
     Rules,
     SearchSpace,
@@ -24,12 +28,8 @@ from regrow.methods.search.space import (
 )
 from regrow.methods.search.state import SearchState
 from regrow.nets.cells import Cells
-from regrow.objectives import CLASSIFICATION
-from regrow.plan import Plan
-from regrow.sources import device_of, move_tensors
 from regrow.surgery import apply
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.learner import Context, Replacements, Step, task_loss
 from regrow.training.state import axis_tensors, follow_plan, with_axis_tensors

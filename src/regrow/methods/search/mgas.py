@@ -33,7 +33,7 @@ from torch import nn
 
 from regrow.allocation.levels import check_levels
 from regrow.allocation.timed import Prices
-from regrow.amounts import Measure
+from regrow.core.amounts import Measure
 from regrow.methods.search import commit
 from regrow.methods.search.assembly import Search, compute_loss, follow_training, log_status
 from regrow.methods.search.commit import Commit

@@ -10,9 +10,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from regrow.axis_tensor import AxisTensor
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.tasks import Examples
 from regrow.data.augment import cut_out, is_images, shift_and_flip
-from regrow.tasks import Examples
 from regrow.training.learner import Context, Learner, Loss, Replacements, Step, task_loss
 
 CITATION = "Liu et al., MG-DARTS (arXiv 2310.15074), code"

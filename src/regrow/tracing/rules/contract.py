@@ -3,7 +3,7 @@
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from regrow.axes import Mark, Role
+from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, whole

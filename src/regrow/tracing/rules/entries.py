@@ -2,7 +2,7 @@
 
 from torch.fx import Node
 
-from regrow.axes import Role
+from regrow.core.axes import Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import ALIASES, op_name, operand_of, shapes_of

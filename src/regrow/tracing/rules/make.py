@@ -5,7 +5,7 @@ from math import inf
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from regrow.axes import Mark, Role
+from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import ALIASES, argument, module_of, op_name, operand_of, shape_of, shapes_of, uncast, whole

@@ -2,7 +2,7 @@
 
 from torch.fx import Node
 
-from regrow.axes import Mark, Role
+from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import module_of, op_name, operand_of, whole, wholes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from regrow.axes import Role
+from regrow.core.axes import Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import ALIASES, module_of, op_name, operand_of, operands_in, uncast, whole

@@ -5,7 +5,7 @@ from math import inf
 
 from torch.fx import Node
 
-from regrow.axes import Mark
+from regrow.core.axes import Mark
 from regrow.tracing import dimensions as d
 from regrow.tracing.nodes import argument, op_name, operand_of, result_shapes, shapes_of, wholes
 from regrow.tracing.rules.entries import pointwise

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from regrow.allocation.growth import growable_axes, growth, makers
 from regrow.allocation.thresholds import apply_threshold, margin
-from regrow.axes import Axis
-from regrow.axis_tensor import AxisTensor
+from regrow.core.axes import Axis
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.plan import Fill, Plan
+from regrow.core.sources import Batch, device_of
+from regrow.core.tasks import among
 from regrow.methods.continual.sparsegrow import gate
 from regrow.methods.continual.sparsegrow.settings import Settings
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
-from regrow.plan import Fill, Plan
 from regrow.scoring.factors import join_bias, part
-from regrow.sources import Batch, device_of
 from regrow.surgery import fit_new_units
 from regrow.surgery.new_units import new_units, sparsify_new_units, split_entries
-from regrow.tasks import among
 from regrow.training import reservoir
 from regrow.training.learner import (
     Boundary,

@@ -15,10 +15,10 @@ from functools import partial
 from typing import Any
 
 from regrow.allocation import BudgetError, cost_of, uniform
-from regrow.amounts import Measure
-from regrow.axes import Axis, AxisGraph
-from regrow.budget import Budget
-from regrow.evidence import Need
+from regrow.core.amounts import Measure
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.evidence import Need
 from regrow.methods.pruning.depth.modules import candidates, least_cost, score_neurons
 from regrow.methods.pruning.depth.search import DepthSearch
 from regrow.methods.pruning.depth.settings import Settings

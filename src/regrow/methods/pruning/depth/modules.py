@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from regrow import scoring
 from regrow.allocation import cost_of
-from regrow.axes import Axis, AxisGraph
-from regrow.axes.graph import matches
-from regrow.branches import Branch, lies_in
-from regrow.budget import Budget
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.axes.graph import matches
+from regrow.core.branches import Branch, lies_in
+from regrow.core.budget import Budget
+from regrow.core.scores import Scores
 from regrow.methods.pruning.depth.settings import Settings
 from regrow.methods.pruning.pruner import PruningTask
-from regrow.scores import Scores
 
 
 def modules_of(axes: AxisGraph, unit: str) -> dict[str, Branch]:

@@ -10,17 +10,17 @@ from torch import nn
 
 from regrow import scoring
 from regrow.allocation import BudgetError, cost_of, uniform
-from regrow.axes import AxisGraph
-from regrow.branches import Branch, lies_in
+from regrow.core.axes import AxisGraph
+from regrow.core.branches import Branch, lies_in
+from regrow.core.errors import RefusedError
+from regrow.core.scores import Scores
+from regrow.core.sources import Batch, Source
 from regrow.data.joined import join_batches
-from regrow.errors import RefusedError
 from regrow.evaluation.forward import evaluating
 from regrow.methods.pruning.depth.modules import least_cost, score_neurons
 from regrow.methods.pruning.depth.settings import Settings
 from regrow.methods.pruning.pruner import PruningTask, without_modules
 from regrow.methods.pruning.replay import NOT_FINITE, Outputs, Predictions, Replay
-from regrow.scores import Scores
-from regrow.sources import Batch, Source
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors
 from regrow.surgery.gate import gates_of

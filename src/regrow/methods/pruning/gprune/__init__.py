@@ -17,9 +17,9 @@ import torch
 
 from regrow import scoring
 from regrow.allocation import module_costs, rank, ratios
-from regrow.axes import Axis, AxisGraph, Mark
-from regrow.budget import Budget
-from regrow.evidence import Need
+from regrow.core.axes import Axis, AxisGraph, Mark
+from regrow.core.budget import Budget
+from regrow.core.evidence import Need
 from regrow.methods.pruning.gprune.masks import Comparison
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.gprune.shares import score_units

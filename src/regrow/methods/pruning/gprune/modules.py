@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from regrow import scoring
-from regrow.axes import Axis
+from regrow.core.axes import Axis
+from regrow.core.scores import Scores, Statistics, merged
 from regrow.methods.pruning.gprune.masks import Masks
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.pruner import PruningTask
-from regrow.scores import Scores, Statistics, merged
 from regrow.scoring.base import BASES
 from regrow.scoring.partition import Modules, partition
 from regrow.scoring.reliability import Reliability, rank_in_modules

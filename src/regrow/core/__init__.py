@@ -1,0 +1,1 @@
+"""Records and pure functions that everything else is made of: axes, plans, scores, sources, budgets, errors."""

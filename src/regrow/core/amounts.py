@@ -1,0 +1,271 @@
+"""Parse and format amounts as people write them (2G, 100M, 16GiB, 7.5, 20%, +32), and size targets."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from math import ceil, floor
+
+from regrow.core.errors import InputError
+
+
+class Measure(StrEnum):
+    """The quantity that a budget or target limits: parameters, MACs, bytes, key-value cache or milliseconds.
+
+    ``params`` are all parameters, tied ones once; ``weights`` are those of ``AxisGraph.counted`` alone (linear and
+    convolution layers). ``params``, ``weights``, ``macs`` and ``bytes`` are those of dense kernels and of the stored
+    file: an entry that is 0 counts like any other. ``nonzero`` counts the parameters that masks leave.
+    """
+
+    PARAMETERS = "params"
+    WEIGHTS = "weights"
+    NONZERO = "nonzero"
+    MACS = "macs"
+    BYTES = "bytes"
+    CACHE = "kv_cache"
+    TIME = "ms"
+
+
+STEPS = {Measure.TIME: 10**6}
+"""Measure → whole steps per unit of it, where that is not 1: milliseconds are counted in nanoseconds."""
+IN_CONTEXT = frozenset({Measure.CACHE, Measure.TIME})
+"""The measures whose value depends on the number of tokens, so that a target may name it (``@4096``)."""
+
+_AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?))?(b|\s*bytes?)?", re.IGNORECASE)
+_INCREASE = re.compile(r"\+?\s*(?:(\d+)|(\d+(?:\.\d*)?|\.\d+)\s*%)")
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_EXAMPLES = {
+    Measure.BYTES: "200M, 64MiB, 1.5 GB or 4096 bytes",
+    Measure.CACHE: "50M, 64MiB or 50000",
+    Measure.TIME: "120 or 7.5",
+}
+
+
+def parse_amount(text: str, measure: Measure) -> float:
+    """Parse an amount such as ``0.5M`` or ``50MiB`` into a number in units of the measure.
+
+    >>> parse_amount("0.5M", Measure.PARAMETERS), parse_amount("50MiB", Measure.CACHE)
+    (500000.0, 52428800.0)
+
+    Args:
+        text: A number; K, M, G or T multiply it by powers of 1000; of bytes, Ki, Mi, Gi or Ti by powers of 1024, and
+            ``B`` or ``bytes`` may follow.
+        measure: What the amount counts; it decides which suffixes are allowed.
+
+    Raises:
+        ValueError: If it is no such amount, or 0; names the forms that are.
+    """
+    match, number = _AMOUNT.fullmatch(text.strip()), 0.0
+    of_bytes = measure in (Measure.BYTES, Measure.CACHE)
+    if match and not ((match[3] or match[4]) and not of_bytes) and not (match[2] and measure == Measure.TIME):
+        number = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[(match[2] or "").lower()]
+    if not 0 < number < 2**63:
+        forms = _EXAMPLES.get(measure, "2G, 0.5M, 50k or 500000")
+        raise ValueError(f"an amount of {measure} is above 0 and is written like {forms}; got {text!r:.40}")
+    return number
+
+
+def parse_bytes(text: str | int) -> int:
+    """Parse an amount of memory such as ``2GiB`` into a whole number of bytes, at least 1.
+
+    >>> parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes("2G"), parse_bytes("4096 bytes")
+    (2147483648, 1500000000, 2000000000, 4096)
+
+    Args:
+        text: The amount, as for :func:`parse_amount`; an integer counts bytes.
+
+    Raises:
+        ValueError: If it is no amount of bytes.
+    """
+    number = parse_amount(str(text), Measure.BYTES)
+    if number < 1:
+        raise ValueError(f"an amount of memory is at least 1 byte, like 64MiB, 2G or 4096 bytes; got {text!r:.40}")
+    return int(number)
+
+
+def parse_share(text: str) -> float:
+    """Parse a fraction written as ``0.2`` or ``20%`` into a float; its range is not checked.
+
+    >>> parse_share("0.2"), parse_share("20 %")
+    (0.2, 0.2)
+
+    Args:
+        text: A decimal number, or one in percent.
+
+    Raises:
+        ValueError: If it is no number.
+    """
+    number = text.strip()
+    try:
+        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        raise ValueError(f"a share is written like 0.2 or 20%; got {text!r:.40}") from None
+
+
+def format_bytes(number: int) -> str:
+    """Format a number of bytes in powers of 1024, in a form that :func:`parse_bytes` reads.
+
+    >>> format_bytes(1_610_612_736), format_bytes(7)
+    ('1.5 GiB', '7 bytes')
+
+    Args:
+        number: Bytes.
+    """
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number >= 1024**power:
+            return f"{number / 1024**power:.4g} {unit}"
+    return f"{number} bytes"
+
+
+def short(number: float) -> str:
+    """Format a number with three significant digits and a suffix (k, M, G, T) that :func:`parse_amount` reads.
+
+    >>> short(33_640), short(999_700), short(950.4), short(7.25), short(2e13)
+    ('33.6k', '1M', '950', '7.25', '20T')
+
+    Args:
+        number: Any finite number.
+    """
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Upper limit on one measure of a network: the size it may have at most after pruning or search.
+
+    Args:
+        measure: What is counted: all parameters, the weights of linear and convolution layers, parameters that are not
+            masked, multiply–accumulates of one example, bytes of the file in the dtype as loaded, bytes of the cache of
+            keys and values of one sequence, or milliseconds of a forward pass on this device.
+        amount: The limit, in units of the measure; 0 where a share is given.
+        context: The number of tokens for which it holds; 0: that of the traced example.
+        share: The limit as a fraction of what the unpruned network has, in (0, 1]; 0 where an amount is given.
+    """
+
+    measure: Measure
+    amount: float = 0.0
+    context: int = 0
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.amount > 0) != (0 < self.share <= 1) or self.context < 0:
+            raise ValueError(
+                f"a target is an amount above 0 or a share of at most 100 %, for at least 1 token; got {self}"
+            )
+        if self.context and self.measure not in IN_CONTEXT:
+            raise ValueError(f"only kv_cache and ms are for a number of tokens (@); got {self}")
+        if self.measure == Measure.CACHE and self.amount and not self.context:
+            raise ValueError(f"a cache grows with the text: say for how many tokens, like {self}@4096")
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """Parse a target as users write it: ``MEASURE=AMOUNT`` or ``MEASURE=SHARE%``, and ``@TOKENS`` if need be.
+
+        >>> Target.parse("kv_cache=50M@4096")
+        Target(measure=<Measure.CACHE: 'kv_cache'>, amount=50000000.0, context=4096, share=0.0)
+        >>> str(Target.parse("params=70 %"))
+        'params=70%'
+
+        Args:
+            text: The target, such as ``params=100M``, ``macs=50%`` or ``kv_cache=50M@4096``.
+
+        Raises:
+            ValueError: If the text is no target; the message shows the form of one.
+        """
+        unit, equals, rest = text.strip().partition("=")
+        much, at, context = rest.partition("@")
+        if not equals or unit not in tuple(Measure):
+            raise ValueError(
+                f"a target is like params=100M, macs=50%, bytes=200M, kv_cache=50M@4096 or ms=120; got {text!r:.60}"
+            )
+        if at and not (context.isdecimal() and int(context)):
+            raise ValueError(f"what follows @ is a number of tokens, like @4096; got {text!r:.60}")
+        if not much.strip().endswith("%"):
+            return cls(Measure(unit), parse_amount(much, Measure(unit)), int(context or 0))
+        share = parse_share(much)
+        if not 0 < share <= 1:
+            raise ValueError(f"a share of a size is above 0% and at most 100%, like {unit}=70%; got {text!r:.60}")
+        return cls(Measure(unit), context=int(context or 0), share=share)
+
+    @classmethod
+    def smaller(cls, by: float) -> "Target":
+        """Return the target of a network that loses a share of all its parameters.
+
+        >>> str(Target.smaller(0.3))
+        'params=70%'
+
+        Args:
+            by: The share that is removed, between 0 and 1.
+
+        Raises:
+            InputError: If it is not between 0 and 1.
+        """
+        if not 0 < by < 1:
+            raise InputError(f"smaller must be between 0 and 1, got {by:g}; to remove 30 %, use 0.3 or 30%")
+        return cls(Measure.PARAMETERS, share=1 - by)
+
+    def limit(self, total: int) -> int:
+        """Return the limit in whole steps of the measure (milliseconds in nanoseconds).
+
+        >>> Target.parse("macs=50%").limit(301), Target.parse("ms=2").limit(0)
+        (150, 2000000)
+
+        Args:
+            total: What the unpruned network has, in the same steps.
+        """
+        steps = self.share * total if self.share else self.amount * STEPS.get(self.measure, 1)
+        return floor(steps + 1e-6)
+
+    def __str__(self) -> str:
+        number = f"{self.amount:.0f}" if self.amount == int(self.amount) else f"{self.amount!r}"
+        number = f"{100 * self.share:.12g}%" if self.share else number
+        return f"{self.measure}={number}" + (f"@{self.context}" if self.context else "")
+
+
+@dataclass(frozen=True)
+class Increase:
+    """How much is added to a size: a number of units, or a fraction of the size.
+
+    Args:
+        units: The number of units; 0 where a fraction is given.
+        share: The fraction of the size; 0 where a number is given.
+    """
+
+    units: int = 0
+    share: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str | int) -> "Increase":
+        """Parse an increase as users write it: ``+25%``, ``25%``, ``+32`` or ``32``.
+
+        >>> Increase.parse("+25%"), Increase.parse(32)
+        (Increase(units=0, share=0.25), Increase(units=32, share=0.0))
+
+        Args:
+            text: A whole number, or a percentage; a plus sign may precede it.
+
+        Raises:
+            ValueError: If it is no such amount, or 0; names the forms that are.
+        """
+        match = _INCREASE.fullmatch(str(text).strip()) if type(text) in (str, int) else None
+        increase = cls(int(match[1] or 0), float(match[2] or 0) / 100) if match else cls()
+        if not (0 < increase.units < 2**31 or 0 < increase.share <= 1000):
+            raise ValueError(f"an increase is above 0 and is written like +25%, +32 or 32; got {text!r:.40}")
+        return increase
+
+    def of(self, size: int) -> int:
+        """Return how many units a size gains; a fraction is rounded up.
+
+        >>> Increase(share=0.25).of(10), Increase(units=4).of(10)
+        (3, 4)
+
+        Args:
+            size: The size.
+        """
+        return self.units or ceil(round(self.share * size, 6))
+
+    def __str__(self) -> str:
+        return f"+{self.units}" if self.units else f"+{100 * self.share:g}%"

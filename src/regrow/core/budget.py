@@ -1,0 +1,130 @@
+"""Budgets: how large a network may be after pruning, in parameters, MACs, bytes or time, and which axes are cut."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, floor
+from typing import Any
+
+from regrow.core.amounts import Measure, Target
+from regrow.core.axes import Axis, AxisGraph, Mark
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured time of a forward pass on one device, as a function of the width of each axis.
+
+    Args:
+        device: The name of the device.
+        positions: How many tokens (or images) one pass handles.
+        total: Nanoseconds of one pass of the unchanged network.
+        curves: Curve name → (width, nanoseconds) pairs of one axis, widths rising, time never falling.
+        names: Axis key → the name of its curve; axes with the same role in several blocks share a curve.
+    """
+
+    device: str
+    positions: int
+    total: int
+    curves: Mapping[str, tuple[tuple[int, int], ...]]
+    names: Mapping[str, str]
+
+    def record(self) -> dict[str, object]:
+        """Return the timing as JSON data."""
+        curves = {name: [list(point) for point in curve] for name, curve in self.curves.items()}
+        plain = {"device": self.device, "positions": self.positions, "total": self.total}
+        return {**plain, "curves": curves, "names": dict(self.names)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object]) -> "Timing":
+        """Read a timing back from what :meth:`record` returned.
+
+        Args:
+            record: The JSON data.
+        """
+        data: Any = record
+        curves = {name: tuple((int(w), int(t)) for w, t in curve) for name, curve in data["curves"].items()}
+        return cls(data["device"], int(data["positions"]), int(data["total"]), curves, dict(data["names"]))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a network stays when it is pruned, by which measure, and which axes may be cut for it.
+
+    Args:
+        keep: The fraction of the measure that stays, in (0, 1].
+        measure: What is counted; replaced by the target's measure if there is a target.
+        only: Patterns; cut only axes all of whose tensors match one; empty: all axes.
+        exclude: Patterns; leave out axes with a tensor that matches one.
+        marks: Which marks of axes may be cut.
+        round_to: Units left per axis are a multiple of this, as far as an axis has that many.
+        regular: Whether axes with the same role in several blocks keep equally many units, each axis its own best.
+        target: An upper limit on a measure, in its units or as a share, instead of a fraction.
+        compensated: Weights of layers without a bias, which get one once an input is dropped (bias compensation); it
+            counts.
+        timing: The measured time of the network, where milliseconds are limited (:func:`regrow.evaluation.timing`).
+    """
+
+    keep: float = 1.0
+    measure: Measure = Measure.WEIGHTS
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    marks: frozenset[Mark] = frozenset({Mark.NEUTRAL})
+    round_to: int = 1
+    regular: bool = False
+    target: Target | None = None
+    compensated: tuple[str, ...] = ()
+    timing: Timing | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            remedy = f"; to keep {self.keep:g} %, use {self.keep / 100:g}" if 1 < self.keep <= 100 else ""
+            raise ValueError(f"keep is the fraction that stays, above 0 and at most 1; got {self.keep:g}{remedy}")
+        if self.round_to < 1:
+            raise ValueError(f"round is a number of units, at least 1; got {self.round_to}")
+        if self.target is not None:
+            if self.keep != 1:
+                raise ValueError(f"give keep or target, not both; got keep {self.keep:g} and target {self.target}")
+            object.__setattr__(self, "measure", self.target.measure)
+        if self.measure == Measure.NONZERO:
+            raise ValueError(
+                "nonzero counts weights that a search masks, and pruning removes whole units; got measure nonzero: "
+                "use params"
+            )
+
+    def units(self, axes: AxisGraph) -> tuple[Axis, ...]:
+        """Return the axes that may be cut for the budget.
+
+        Args:
+            axes: The network's axes.
+        """
+        return axes.units(self.only, self.exclude, self.marks)
+
+    def limit(self, total: int) -> int:
+        """Return how much of the measure may be left at most, in whole steps (milliseconds in nanoseconds).
+
+        Args:
+            total: The measure of the unpruned network, in the same steps.
+        """
+        return self.target.limit(total) if self.target else floor(self.keep * total + 1e-6)
+
+    def least(self, steps: int, total: int) -> float:
+        """Return the smallest ``keep``, share or amount that allows a network of a given size, for error messages.
+
+        Args:
+            steps: The smallest size that can be reached, in whole steps of the measure.
+            total: The measure of the unpruned network, in the same steps.
+        """
+        if self.target is None or self.target.share:
+            return min(1.0, ceil(steps / total * 1e4) / 1e4)
+        return ceil(steps / 1000) / 1000 if self.measure == Measure.TIME else steps
+
+    def record(self) -> dict[str, object]:
+        """Return the budget as JSON data, as plans and reports store it."""
+        return {
+            **({"keep": self.keep} if self.target is None else {"target": str(self.target)}),
+            "measure": str(self.measure),
+            "round_to": self.round_to,
+            **({"regular": True} if self.regular else {}),
+            "only": list(self.only),
+            "exclude": list(self.exclude),
+            **({} if self.marks == {Mark.NEUTRAL} else {"marks": sorted(str(mark) for mark in self.marks)}),
+        }

@@ -1,0 +1,256 @@
+"""Limits on untrusted input, checked before it is read: file type and size, JSON depth, decompression, memory."""
+
+import errno
+import gzip
+import json
+import os
+import stat
+import zlib
+from pathlib import Path
+
+from regrow.core.errors import InputError, ResourceError
+
+MAX_JSON_BYTES = 2**28
+"""The largest JSON file that is read; a ledger has its own, larger limit."""
+MAX_JSON_DEPTH = 100
+"""How deep lists and objects may be nested in JSON."""
+MAX_TEXT_BYTES = 64_000_000
+"""How much of a text file or folder is read; the rest is ignored."""
+MAX_GZIP_RATIO = 200
+"""Most decompressed bytes per byte of a ``.gz`` above a mebibyte; text has 3 to 20, a bomb about 1,000."""
+MAX_PIXELS = 2**26
+"""Most pixels of one image, as stored and as scaled: 8,192 × 8,192."""
+MAX_LAYERS = 1024
+"""Most layers of a network that a configuration file describes."""
+MAX_WIDTH = 2**24
+"""The largest size in a configuration file: hidden units, vocabulary, positions."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_MIB = 2**20
+_DENIED = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def check_regular(path: Path) -> None:
+    """Raise ``InputError`` unless a path is a readable regular file; opening a FIFO or a device might never return.
+
+    Args:
+        path: The path to check; links are followed.
+
+    Raises:
+        InputError: If it is missing, a folder, FIFO, socket or device, a loop of links, or may not be read.
+    """
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (Path.stat fails alike; this takes any name)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); check the path") from None
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "not a file")
+        raise InputError(f"{path} is {kind}; give a regular file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} may not be read; check its permissions") from _DENIED
+
+
+def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """Read a regular file, or raise ``InputError`` if it is longer than ``most`` bytes.
+
+    Args:
+        path: The file.
+        most: The largest size in bytes that is read.
+
+    Raises:
+        InputError: If it is no regular file, longer, or not readable.
+    """
+    check_regular(path)
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise InputError(f"{path} has {size:,} bytes, and at most {most:,} are read; give the right file")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); check its permissions") from error
+
+
+def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
+    """Read a regular file as UTF-8 text, or raise ``InputError`` if it is longer than ``most`` bytes.
+
+    Args:
+        path: The file; a byte order mark is removed.
+        most: The largest size in bytes that is read.
+
+    Raises:
+        InputError: As :func:`read_bytes`, or if it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8; fetch it again, or convert it") from None
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> object:
+    """Read and parse a JSON file that may be hostile: one too long or too deeply nested raises ``InputError``.
+
+    Args:
+        path: The file.
+        most: The largest size in bytes that is read.
+
+    Raises:
+        InputError: As :func:`read_text`, or if it is not JSON, or nested too deeply.
+    """
+    return parse_json(read_text(path, most), str(path))
+
+
+def parse_json(text: str | bytes, name: str = "the text") -> object:
+    """Parse JSON that may be hostile: like ``json.loads``, but invalid or deeply nested text raises ``InputError``.
+
+    >>> parse_json("[1, [2]]")
+    [1, [2]]
+    >>> parse_json("[" * 200 + "]" * 200)
+    Traceback (most recent call last):
+    regrow.core.errors.InputError: the text is JSON nested deeper than 100 levels; restore it
+
+    Args:
+        text: The JSON text.
+        name: What error messages call it.
+
+    Raises:
+        InputError: If it is not JSON, holds a number of thousands of digits, or is nested too deeply.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{name} is JSON nested deeper than {MAX_JSON_DEPTH} levels; restore it") from None
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON ({reason(error)}); restore it or fetch it again") from None
+    level, depth = [value], 0
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        if depth > MAX_JSON_DEPTH:
+            raise InputError(f"{name} is JSON nested deeper than {MAX_JSON_DEPTH} levels; restore it")
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+    return value
+
+
+def read_content(path: Path, most: int) -> bytes:
+    """Return the first ``most + 1`` bytes of a regular file, decompressed if its name ends in ``.gz``.
+
+    Args:
+        path: The file.
+        most: How many bytes the caller uses; one more shows that the file is longer.
+
+    Raises:
+        InputError: If it is no regular file, not readable, a damaged ``.gz``, or a decompression bomb.
+    """
+    check_regular(path)
+    if path.suffix != ".gz":
+        try:
+            with path.open("rb") as file:
+                return file.read(most + 1)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({reason(error)}); check its permissions") from error
+    parts, total, packed = [], 0, path.stat().st_size
+    try:
+        with gzip.open(path) as file:
+            while total <= most and (part := file.read(min(_MIB, most + 1 - total))):
+                parts.append(part)
+                total += len(part)
+                if total > max(_MIB, MAX_GZIP_RATIO * packed):
+                    raise InputError(
+                        f"{path} swells to more than {MAX_GZIP_RATIO} times its size, as no text or image data do; "
+                        "unpack it yourself if you trust it"
+                    )
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is not a whole gzip file ({reason(error)}); fetch or pack it again") from error
+    return b"".join(parts)
+
+
+def expanded(path: Path) -> Path:
+    """Return a path with a leading ``~`` or ``~user`` replaced by the home folder.
+
+    Args:
+        path: Any path.
+
+    Raises:
+        InputError: If there is no such user.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: there is no such user's home folder; write the path out") from None
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that this process can still allocate (system and control group); ``None``: unknown."""
+    known = [1024 * value for value in _figures("/proc/meminfo", "MemAvailable:")]
+    for group, limit, used, cached in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    ):
+        limits, taken = _figures(f"{group}/{limit}"), _figures(f"{group}/{used}")
+        # Memory used as file cache is released when processes allocate more.
+        returned = _figures(f"{group}/memory.stat", cached)
+        known += [max(0, most - now + sum(returned)) for most, now in zip(limits, taken, strict=False)]
+    return min(known, default=None)
+
+
+def _figures(path: str, name: str = "") -> list[int]:
+    """Return the numbers in a file of the system, or those behind ``name`` in it; empty if there are none."""
+    try:
+        lines = [line.split() for line in Path(path).read_text("ascii").splitlines()]
+        return [int(words[bool(name)]) for words in lines if not name or words[0] == name]
+    except (OSError, ValueError, IndexError):
+        return []
+
+
+def check_memory(needed: int, what: str, remedy: str) -> None:
+    """Raise ``ResourceError`` if fewer than ``needed`` bytes of memory are available; pass if that is unknown.
+
+    Args:
+        needed: The bytes that are needed.
+        what: What needs them, for the message.
+        remedy: What the user can do, for the message.
+
+    Raises:
+        ResourceError: If there are fewer.
+    """
+    there = available_memory()
+    if there is not None and needed > there:
+        raise ResourceError(f"{what} needs {gigabytes(needed)} of memory, and {gigabytes(there)} are free; {remedy}")
+
+
+def gigabytes(number: int) -> str:
+    """Format a number of bytes in gigabytes (powers of 1000).
+
+    >>> gigabytes(1_500_000_000), gigabytes(20_000_000)
+    ('1.5 GB', '0.02 GB')
+
+    Args:
+        number: Bytes.
+    """
+    return f"{number / 1e9:.2g} GB" if number < 1e10 else f"{number / 1e9:,.0f} GB"
+
+
+def problem(error: BaseException) -> str:
+    """Return the problem that an error states, on one line, without the remedy behind its first semicolon.
+
+    Args:
+        error: Any exception.
+    """
+    return reason(error).partition("; ")[0]
+
+
+def reason(error: BaseException) -> str:
+    """Return an exception's message on one line of at most 100 characters.
+
+    Args:
+        error: Any exception; one without a message gives the name of its class.
+    """
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:100]

@@ -1,0 +1,309 @@
+"""Objectives: what a network's outputs are trained for and scored by, chosen from labels and outputs or by the user."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regrow.core.errors import InputError, first_line
+from regrow.core.sources import MISFITS, Batch, describe, logits_in
+
+LossFunction = Callable[[object, object], Tensor]
+"""A user's loss: (what the network returned, labels of the batch) → scalar."""
+IGNORED = -100
+"""The class label of a position that is not counted."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of a network on some examples, as sums, so that batches can be added.
+
+    Args:
+        total: The sum of the per-example scores; higher is better.
+        squares: The sum of their squares.
+        count: The number of examples (labelled positions) scored.
+    """
+
+    total: float = 0.0
+    squares: float = 0.0
+    count: int = 0
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.total + other.total, self.squares + other.squares, self.count + other.count)
+
+    @property
+    def mean(self) -> float:
+        """The mean score."""
+        return self.total / self.count if self.count else float("nan")
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean, √((mean of squares − mean²) / n)."""
+        if not self.count:
+            return float("nan")
+        return (max(self.squares / self.count - self.mean**2, 0.0) / self.count) ** 0.5
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a network is trained for: a loss of its outputs, and a score per example.
+
+    Args:
+        name: Its name: one of ``OBJECTIVES``, or ``custom``.
+        loss: (what the network returned, labels) → the mean loss over the labelled positions, a scalar.
+        metric: The name of the score.
+        score: (what the network returned, labels) → the score of each labelled position, ``[positions]``; higher is
+            better. ``None``: the negative loss serves as the score.
+    """
+
+    name: str
+    loss: LossFunction
+    metric: str = "negative loss"
+    score: Callable[[object, Tensor], Tensor] | None = None
+
+    def compute_loss(self, output: object, batch: Batch) -> Tensor:
+        """Return the loss of a batch, a scalar.
+
+        Args:
+            output: What the network returned for the batch.
+            batch: The batch, with its labels.
+
+        Raises:
+            InputError: If the labels do not fit the outputs, or the loss is no scalar tensor.
+        """
+        at = f"{batch.where}: " if batch.where else ""
+        try:
+            loss = self.loss(output, batch.labels)
+        except InputError as error:
+            raise InputError(f"{at}{error}") from error
+        except MISFITS as error:
+            known = self.name in OBJECTIVES and type(error) is not TypeError
+            problem = describe_misfit(output, batch.labels, self.name) if known else ""
+            if not problem and (not at or type(error) not in MISFITS):
+                raise
+            got, what = describe(batch.labels), f"{type(error).__name__}: {first_line(error):.200}"
+            problem = problem or f"labels ({got}) do not fit the loss: {what}; give labels as the loss takes them"
+            raise InputError(f"{at}{problem}") from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(f"the loss must be a scalar tensor, got {shape}; reduce it, for example with .mean()")
+        return loss.reshape(())
+
+    def compute_score(self, output: object, batch: Batch) -> Score:
+        """Return the summed score of a batch.
+
+        Args:
+            output: What the network returned for the batch.
+            batch: The batch, with its labels.
+        """
+        if self.score is None or not isinstance(batch.labels, Tensor):
+            value = -float(self.compute_loss(output, batch))
+            return Score(value * (n := batch.size), value**2 * n, n)
+        scores = self.score(output, batch.labels).double()
+        return Score(float(scores.sum()), float(scores.square().sum()), scores.numel())
+
+
+def describe_misfit(output: object, labels: object, name: str = "classification") -> str:
+    """Return why labels do not fit what a network returned, and what would; empty if nothing is known against them.
+
+    Args:
+        output: What the network returned.
+        labels: The labels.
+        name: The name of the objective.
+
+    >>> describe_misfit(torch.zeros(2, 3), torch.tensor([0, 3]))
+    'label 3 is no class of a network with 3 outputs; give labels from 0 to 2, or a network with more outputs'
+    """
+    logits = logits_in(output)
+    if not isinstance(labels, Tensor) or not logits.dim():
+        return ""
+    shapes = f"labels of shape {list(labels.shape)} do not fit outputs of shape {list(logits.shape)}"
+    if labels.is_floating_point():
+        misfit = labels.numel() != logits.numel()
+        return f"{shapes}; give a value per output, or whole numbers (labels.long()) for classes" if misfit else ""
+    if labels.dim() > 1 and labels.shape == logits.shape:
+        return f"{shapes}; give class numbers (labels.argmax(-1)), or floats for labels of which several may hold"
+    if name != "multi-label" and labels.dim() == 2 and labels.shape[1] == 1:
+        return f"{shapes}; give one class number per example (labels.squeeze(1))"
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))]
+    if not len(wrong) or logits.dim() > 2:
+        return ""
+    return (
+        f"label {int(wrong[0])} is no class of a network with {logits.shape[-1]} outputs; "
+        f"give labels from 0 to {logits.shape[-1] - 1}, or a network with more outputs"
+    )
+
+
+def class_loss(output: object, labels: object) -> Tensor:
+    """Return the mean cross-entropy of class labels, in float32 or float64; the label −100 is not counted.
+
+    Args:
+        output: Logits ``[..., classes]`` or ``[batch, classes, ...]``, or an object, dict or tuple that holds them.
+        labels: Class per position, int64.
+
+    >>> round(float(class_loss(torch.zeros(2, 4), torch.tensor([1, -100]))), 4)
+    1.3863
+    """
+    logits, wanted = logits_in(output), _tensor(labels)
+    if logits.dim() > 2 and logits.shape[:-1] == wanted.shape:
+        logits, wanted = logits.flatten(0, -2), wanted.flatten()
+    return F.cross_entropy(_precise(logits), wanted, ignore_index=IGNORED)
+
+
+def class_score(output: object, labels: Tensor) -> Tensor:
+    """Return per labelled position whether the greatest logit is that of its class, ``[positions]``.
+
+    Args:
+        output: As for :func:`class_loss`.
+        labels: Class per position, int64.
+    """
+    logits = logits_in(output)
+    if logits.shape[:-1] != labels.shape:
+        logits = logits.movedim(1, -1)
+    counted = labels != IGNORED
+    return logits.argmax(-1)[counted] == labels[counted]
+
+
+def binary_loss(output: object, labels: object) -> Tensor:
+    """Return the mean binary cross-entropy of labels between 0 and 1, one per output.
+
+    Args:
+        output: Logits, or an object, dict or tuple that holds them.
+        labels: Labels in the shape of the logits, float; a missing last dimension of 1 is added.
+    """
+    logits, wanted = _precise(logits_in(output)), _tensor(labels)
+    if bool(((wanted < 0) | (wanted > 1)).any()):
+        raise InputError('labels of the loss multi-label are from 0 to 1; give loss="regression" for other values')
+    return F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype).reshape(logits.shape))
+
+
+def binary_score(output: object, labels: Tensor) -> Tensor:
+    """Return per label whether the sign of its logit is right, ``[labels]``.
+
+    Args:
+        output: As for :func:`binary_loss`.
+        labels: As for :func:`binary_loss`.
+    """
+    return (logits_in(output).flatten() > 0) == (labels.flatten() > 0.5)
+
+
+def squared_loss(output: object, labels: object) -> Tensor:
+    """Return the mean squared error.
+
+    Args:
+        output: Predictions, or an object, dict or tuple that holds them.
+        labels: Values in the shape of the predictions; a missing last dimension of 1 is added.
+    """
+    values = _precise(logits_in(output))
+    return F.mse_loss(values, _tensor(labels).to(values.dtype).reshape(values.shape))
+
+
+def squared_score(output: object, labels: Tensor) -> Tensor:
+    """Return per value the negative squared error, ``[values]``.
+
+    Args:
+        output: As for :func:`squared_loss`.
+        labels: As for :func:`squared_loss`.
+    """
+    return -(logits_in(output).flatten().double() - labels.flatten().double()).square()
+
+
+def own_loss(output: object, labels: object) -> Tensor:
+    """Return the loss that a network computed itself: ``.loss``, ``["loss"]``, or the sum of a dict of losses.
+
+    Detection models of torchvision return such a dict in training mode; transformers models return ``.loss`` if the
+    batch holds their labels.
+
+    Args:
+        output: What the network returned.
+        labels: Not used: the network has seen them among its inputs.
+
+    Raises:
+        InputError: If the output holds no loss.
+    """
+    own = getattr(output, "loss", None)
+    if own is None and isinstance(output, Mapping):
+        own = output.get("loss")
+        scalars = [part for part in output.values() if isinstance(part, Tensor) and part.numel() == 1]
+        if own is None and scalars and len(scalars) == len(output):
+            own = torch.stack([part.reshape(()) for part in scalars]).sum()
+    if not isinstance(own, Tensor):
+        raise InputError(
+            f"there are no labels, and the network returned no loss but a {type(output).__name__}; give batches as "
+            "(inputs, labels), or loss=, a function of the output and the labels"
+        )
+    return own
+
+
+CLASSIFICATION = Objective("classification", class_loss, "accuracy", class_score)
+NEXT_TOKEN = Objective("next-token", class_loss, "token accuracy", class_score)
+MULTI_LABEL = Objective("multi-label", binary_loss, "label accuracy", binary_score)
+REGRESSION = Objective("regression", squared_loss, "negative squared error", squared_score)
+OWN = Objective("own", own_loss)
+
+OBJECTIVES: Mapping[str, Objective] = {
+    one.name: one for one in (CLASSIFICATION, NEXT_TOKEN, MULTI_LABEL, REGRESSION, OWN)
+}
+"""Name → objective."""
+
+
+def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch) -> Objective:
+    """Return the objective that a user named, or the one that fits the labels of a batch.
+
+    Class labels (integers) mean ``classification``, or ``next-token`` where each position of a sequence of integers
+    has one; values of 0 and 1 (floats) mean ``multi-label``; other floats ``regression``; no labels mean that the
+    network returns its loss itself (``own``).
+
+    Args:
+        loss: An objective, its name, or a function (what the network returned, labels) → scalar; ``None``: by the
+            labels.
+        batch: A batch of the data.
+
+    Raises:
+        InputError: If there is no objective of that name.
+
+    >>> choose_objective(None, Batch((torch.ones(2, 3),), labels=torch.tensor([0, 1]))).name
+    'classification'
+    >>> choose_objective(torch.nn.L1Loss(), Batch((torch.ones(2, 3),), labels=torch.ones(2, 1))).name
+    'custom'
+    """
+    if isinstance(loss, Objective):
+        return loss
+    if isinstance(loss, str):
+        if loss not in OBJECTIVES:
+            raise InputError(f"loss must be one of {', '.join(OBJECTIVES)}, or a function, got {loss!r}")
+        return OBJECTIVES[loss]
+    labels = batch.labels
+    if loss is not None:
+        return Objective("custom", loss)
+    if not isinstance(labels, Tensor):
+        return OWN
+    if not labels.is_floating_point():
+        return NEXT_TOKEN if _is_sequence(batch) else CLASSIFICATION
+    binary = labels.dim() > 1 and bool(((labels == 0) | (labels == 1)).all())
+    return MULTI_LABEL if binary else REGRESSION
+
+
+def _is_sequence(batch: Batch) -> bool:
+    """Whether each position of an integer input ``[batch, tokens]`` has a label."""
+    inputs = [*batch.args, *batch.kwargs.values()]
+    return any(
+        isinstance(one, Tensor) and not one.is_floating_point() and one.dim() == 2 and one.shape == batch.labels.shape
+        for one in inputs
+        if batch.labels is not None
+    )
+
+
+def _precise(values: Tensor) -> Tensor:
+    """Return values in float32; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _tensor(labels: object) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise InputError(
+            f"the batch has no tensor of labels but {type(labels).__name__}; give batches as (inputs, labels)"
+        )
+    return labels

@@ -1,0 +1,335 @@
+"""Plans: every change that is to be made to a network, as plain data that can be checked, stored and applied."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from regrow.core.axes import Axis, AxisGraph
+from regrow.core.branches import Branch, Placeholder, lies_in
+from regrow.core.change import MOST, Change, PlanError, growth_problem, unit_positions, whole
+from regrow.core.errors import InputError
+from regrow.core.fills import Fill
+from regrow.core.insertion import Insertion, check_insertions
+from regrow.core.limits import parse_json
+from regrow.core.tables import Table, format_html
+
+__all__ = ["MOST", "Change", "Fill", "Plan", "PlanError"]
+
+FORMAT = "regrow-plan/1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A set of changes to a network: units cut, added or restored per axis, and whole modules dropped or restored.
+
+    Args:
+        changes: Axis key → its change. Axes not named are unchanged.
+        means: Name of a consuming weight → position in its contracted dimension → the constant that replaces that
+            dropped input (bias compensation). Without it a dropped input counts as the axis's neutral element (0 or
+            −∞).
+        origin: What made the plan (method, settings, budget, seed); informative.
+        drop: Path of a module that is dropped → its branch.
+        back: Paths of modules dropped earlier that are restored, with the weights they had.
+        insert: Path of a stack of blocks → the copies inserted into it. Other changes of the plan only add units; a
+            copy gets those of the block that it copies.
+        remove: Path of a stack of blocks → the insertion that is undone.
+
+    Raises:
+        PlanError: If a change keeps no unit, a unit twice, or one that does not exist, or a branch lies in another.
+    """
+
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    means: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    origin: Mapping[str, object] = field(default_factory=dict)
+    drop: Mapping[str, Branch] = field(default_factory=dict)
+    back: tuple[str, ...] = ()
+    insert: Mapping[str, Insertion] = field(default_factory=dict)
+    remove: Mapping[str, Insertion] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, change in self.changes.items():
+            change.check(key)
+        _check_branches(self.drop, self.back)
+        check_insertions(self.insert, self.remove, self._besides())
+
+    def _repr_html_(self) -> str:
+        """Return the changes as an HTML table, for notebooks."""
+        changes = self.changes.items()
+        rows = [(key, one.size, one.after, len(one.dropped), one.after - len(one.keep)) for key, one in changes]
+        modules = [*((path, "dropped") for path in self.drop), *((path, "restored") for path in self.back)]
+        axes = Table("", ("axis", "units", "after", "removed", "added"), rows, (1, 2, 3, 4))
+        return format_html([axes, Table("", ("module", "change"), modules)], str(self.origin.get("method", "")))
+
+    @classmethod
+    def keeping(cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], **more: object) -> "Plan":
+        """Return a plan that cuts the named axes to the given units and leaves all other axes unchanged.
+
+        Args:
+            axes: The network's axes.
+            keep: Axis key → the positions of the units to keep, in any order.
+            **more: Further fields of :class:`Plan`, such as ``origin``.
+
+        Raises:
+            PlanError: If an axis does not exist, is frozen (with its reason), or the units are no positions in it.
+        """
+        kept = {key: {"keep": unit_positions(key, units)} for key, units in keep.items()}
+        return cls._made(axes, kept, more)
+
+    @classmethod
+    def growing(cls, axes: AxisGraph, grow: Mapping[str, int], fill: Fill | None = None, **more: object) -> "Plan":
+        """Return a plan that adds units to the named axes.
+
+        Args:
+            axes: The network's axes.
+            grow: Axis key → how many units are added.
+            fill: How the new units are initialised; ``zero_out`` unless given.
+            **more: Further fields of :class:`Plan`.
+
+        Raises:
+            PlanError: If an axis does not exist or cannot be widened (with the reason).
+        """
+        fill = fill or Fill()
+        return cls._made(axes, {key: {"grow": whole(n, "grow"), "fill": fill} for key, n in grow.items()}, more)
+
+    @classmethod
+    def restoring(
+        cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], fill: Fill | None = None, **more: object
+    ) -> "Plan":
+        """Return a plan that restores units that were cut (for whole modules use ``Plan(back=[path])``).
+
+        Args:
+            axes: The network's current axes.
+            restore: Axis key → the ids of the units to restore (``Axis.ids`` has those that were not cut).
+            fill: Initialise the restored units like new ones; ``None``: with the weights that the undo store has of
+                them.
+            **more: Further fields of :class:`Plan`.
+
+        Raises:
+            PlanError: If an axis does not exist or is frozen, or a unit is alive or never existed.
+        """
+        back = {key: unit_positions(key, ids) for key, ids in restore.items()}
+        fresh = {"fresh": fill is not None, "fill": fill or Fill()}
+        return cls._made(axes, {key: {"restore": ids, **fresh} for key, ids in back.items()}, more)
+
+    @classmethod
+    def dropping(
+        cls, axes: AxisGraph, modules: Iterable[str], keep: Mapping[str, Iterable[int]] | None = None, **more: object
+    ) -> "Plan":
+        """Return a plan that drops whole modules, and optionally cuts units elsewhere.
+
+        Args:
+            axes: The network's axes.
+            modules: Their paths; ``axes.branches`` says of each whether it can be dropped, and what is removed with it.
+            keep: Axis key → the units to keep, as in :meth:`keeping`.
+            **more: Further fields of :class:`Plan`.
+
+        Raises:
+            PlanError: If there is no such module or it cannot be dropped (with the reason), or as :meth:`keeping`.
+        """
+        drop = {path: _droppable(axes, path) for path in modules}
+        return cls.keeping(axes, keep or {}, drop=drop, **more)
+
+    @classmethod
+    def _made(cls, axes: AxisGraph, changes: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any]) -> "Plan":
+        made = {}
+        for key, change in changes.items():
+            if key not in axes.axes:
+                raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
+            axis = axes[key]
+            keep = () if "keep" in change else tuple(range(axis.size))
+            made[key] = Change(axis.size, **{"keep": keep, "slots": axis.slots, "ids": axis.ids, **change})
+        plan = cls(made, **more)
+        plan.check(axes)
+        return plan
+
+    @property
+    def changes_modules(self) -> bool:
+        """Whether modules are dropped, restored, inserted or removed."""
+        return bool(self.drop or self.back or self.insert or self.remove)
+
+    def _besides(self) -> list[str]:
+        """Return what the plan does that cannot be combined with an insertion, in words."""
+        parts = {
+            "cuts or restores units": any(change.dropped or change.restore for change in self.changes.values()),
+            "drops branches or restores them": self.drop or self.back,
+            "compensates for what is dropped": self.means,
+            "adds units": self.remove and any(change.grow for change in self.changes.values()),
+        }
+        return [what for what, does in parts.items() if does]
+
+    def check(self, axes: AxisGraph) -> None:
+        """Raise ``PlanError`` unless the plan fits the network.
+
+        Args:
+            axes: The network's current axes.
+
+        Raises:
+            PlanError: If an axis is missing, frozen, of another size or lies elsewhere, or if axes that must keep
+                equally many units would not.
+        """
+        grows = any(change.new_units for change in self.changes.values())
+        recalls = any(change.recalled for change in self.changes.values())
+        if self.means and (grows or recalls):
+            raise PlanError("one plan compensates for what it drops, or brings units; make two")
+        if grows and recalls:
+            raise PlanError("one plan brings units back with what they held, or adds units; make two")
+        if self.drop:
+            self._check_drop(axes)
+        for key, change in self.changes.items():
+            axis = axes.axes.get(key)
+            if axis is None:
+                raise PlanError(f"the plan changes axis {key!r}, which this network does not have")
+            if change.idle:
+                continue
+            staying = len(change.keep) + len(change.recalled)
+            if staying < min(axis.least, axis.size):
+                raise PlanError(f"axis {key!r} must keep at least {axis.least} units; the plan keeps {staying}")
+            if change.after % axis.multiple and axis.free:
+                raise PlanError(
+                    f"axis {key!r} must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
+                )
+            if change.new_units and axis.free and (problem := growth_problem(axis, change, axes.parameters)):
+                raise PlanError(f"axis {key!r} cannot be widened: {problem}")
+            if not axis.free:
+                raise PlanError(f"axis {key!r} is frozen: {axis.reason}")
+            # Sets: a bias that a cut adds comes last in the axes after it, and beside its weight when traced anew.
+            if axis.size != change.size or {*axis.slots} != {*change.slots}:
+                raise PlanError(
+                    f"axis {key!r} has {axis.size} units here, the plan was made for {change.size}"
+                    if axis.size != change.size
+                    else f"the units of axis {key!r} lie elsewhere in this network than in the plan"
+                )
+            if change.restore:
+                _check_restore(axis, change)
+        counts: dict[str, tuple[str, int]] = {}
+        for axis in axes:
+            if axis.count and axis.free:
+                left = axis.times * (self.changes[axis.key].after if axis.key in self.changes else axis.size)
+                other, expected = counts.setdefault(axis.count, (axis.key, left))
+                if left != expected:
+                    raise PlanError(
+                        f"axes {other!r} and {axis.key!r} must keep equal sizes; the plan leaves {expected} and {left}"
+                    )
+
+    def _check_drop(self, axes: AxisGraph) -> None:
+        for path, branch in self.drop.items():
+            if _droppable(axes, path) != branch:
+                raise PlanError(f"what goes with {path} here is not what the plan says; make it for these axes")
+        left = axes.without(self.drop.values())
+        if lost := next((key for key, change in self.changes.items() if not change.idle and key not in left.axes), ""):
+            raise PlanError(f"axis {lost!r} goes with a branch that the plan drops, and it changes it; leave one out")
+        if lost := next((weight for weight in self.means if weight not in left.shapes), ""):
+            raise PlanError(f"{lost} goes with a branch that the plan drops, and it compensates for it; leave one out")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know about how the plan was made."""
+        notes = self.origin.get("notes", ())
+        return tuple(map(str, notes)) if isinstance(notes, list | tuple) else ()
+
+    def sizes(self, axes: AxisGraph) -> dict[str, int]:
+        """Return axis key → its number of units after the plan, for every axis.
+
+        Args:
+            axes: The network's axes before the plan.
+        """
+        return axes.sizes() | {key: change.after for key, change in self.changes.items()}
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "origin": dict(self.origin),
+                "changes": {key: asdict(change) for key, change in self.changes.items()},
+                "means": {name: {str(i): v for i, v in means.items()} for name, means in self.means.items()},
+                "drop": {
+                    path: {at: s.to_data() for at, s in one.placeholders.items()} for path, one in self.drop.items()
+                },
+                "back": list(self.back),
+            }
+            | {
+                name: {path: one.to_data() for path, one in stacks.items()}
+                for name, stacks in (("insert", self.insert), ("remove", self.remove))
+                if stacks
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read a plan from JSON text that may be hostile; every value is checked.
+
+        Args:
+            text: What :meth:`to_json` returned.
+
+        Raises:
+            PlanError: If the text is not a valid plan; the message names the wrong value.
+        """
+        try:
+            data = parse_json(text, "the plan")
+        except InputError as error:
+            raise PlanError(str(error)) from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise PlanError(f"not a plan: expected the format {FORMAT!r}")
+        try:
+            changes = {str(key): Change.from_data(value) for key, value in data["changes"].items()}
+            means = {str(name): {int(i): float(v) for i, v in row.items()} for name, row in data["means"].items()}
+            drop = {
+                str(path): Branch(str(path), {str(at): Placeholder.from_data(one) for at, one in placeholders.items()})
+                for path, placeholders in data["drop"].items()
+            }
+            back = tuple(str(path) for path in data["back"])
+            insert, remove = (
+                {str(path): Insertion.from_data(one) for path, one in data.get(name, {}).items()}
+                for name in ("insert", "remove")
+            )
+            return cls(changes, means, dict(data["origin"]), drop, back, insert, remove)
+        except PlanError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"a damaged plan: {error!r}") from None
+
+
+def _droppable(axes: AxisGraph, path: str) -> Branch:
+    """Return the branch of a module that can be dropped.
+
+    Raises:
+        PlanError: If it has none or cannot be dropped; the message says why, and which module inside it can be.
+    """
+    branch = axes.branches.get(path)
+    inner = [name for name, one in axes.branches.items() if one.free and lies_in(name, path)]
+    remedy = f"; in it, {inner[0]} can" if inner else ""
+    if axes.decisions is not None:
+        raise PlanError(f"{path} cannot be dropped: data decide what this network does, and only one way was seen")
+    if branch is None and all(one.gives == "nothing" for one in axes.branches.values()):
+        raise PlanError(f"whether {path} can be dropped was not looked for: axes = regrow.with_branches(model, axes)")
+    if branch is None:
+        raise PlanError(f"no module {path!r} runs in this network{remedy}; `regrow show --branches` lists them")
+    if not branch.free:
+        raise PlanError(f"{path} cannot be dropped: {branch.reason}{remedy}")
+    return branch
+
+
+def _check_branches(drop: Mapping[str, Branch], back: tuple[str, ...]) -> None:
+    for path, branch in drop.items():
+        if branch.module != path or path not in branch.placeholders:
+            raise PlanError(f"the plan drops {path} without a placeholder for it")
+        if other := next((o for o, b in drop.items() if o != path and any(map(b.holds, branch.placeholders))), ""):
+            raise PlanError(f"{path} goes with {other}, which the plan drops too; leave it out")
+    if len(set(back)) != len(back):
+        raise PlanError("the plan brings a module back twice")
+    if back and drop:
+        raise PlanError("one plan drops branches or brings them back; make two")
+
+
+def _check_restore(axis: Axis, change: Change) -> None:
+    if change.alive != axis.ids:
+        raise PlanError(
+            f"axis {axis.key!r}: the plan restores units among others than those alive here; make it for these axes"
+        )
+    if change.restore[-1] >= axis.next_id:
+        raise PlanError(
+            f"axis {axis.key!r}: no unit {change.restore[-1]} ever existed; its units are numbered from 0 to "
+            f"{axis.next_id - 1}"
+        )

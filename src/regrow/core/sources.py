@@ -1,0 +1,325 @@
+"""Calibration and training data: named sequences of batches, and the logits and labels of a batch."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from regrow.core.errors import InputError, first_line
+
+R = TypeVar("R")
+MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
+"""The errors that networks and losses raise where inputs do not fit them; subclasses do not count (lack of memory)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward pass and the labels of its outputs.
+
+    Args:
+        args: Positional inputs.
+        kwargs: Inputs by name.
+        labels: Class per position, int64, −100 where the loss ignores the position: ``[batch]`` for images, ``[batch,
+            tokens]`` for text (already shifted: ``labels[:, t]`` is the token after ``input[:, t]``).
+        where: What error messages call a batch of a user's data: ``"source 'data', batch 3"``; empty: another batch.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None
+    where: str = field(default="", compare=False, repr=False)
+
+    @property
+    def size(self) -> int:
+        """The number of labelled positions; without labels, of examples."""
+        if self.labels is not None:
+            counted = self.labels.numel() if self.labels.is_floating_point() else int((self.labels != -100).sum())
+            return counted if self.labels.dim() else 1
+        inputs = [*self.args, *self.kwargs.values()]
+        return next((len(one) for one in inputs if isinstance(one, Tensor | list | tuple)), 1)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with every tensor on a device.
+
+        Args:
+            device: The device.
+        """
+        labels = self.labels if self.labels is None else self.labels.to(device)
+        return replace(self, args=moved(self.args, device), kwargs=moved(dict(self.kwargs), device), labels=labels)
+
+    def run(self, model: Callable[..., Any]) -> Any:
+        """Return what a network gives for the inputs.
+
+        Args:
+            model: The network, or a part of it that takes the same inputs.
+
+        Raises:
+            InputError: If the network cannot take the inputs of a user's batch, which the message names.
+        """
+        try:
+            return model(*self.args, **self.kwargs)
+        except MISFITS as error:
+            if not self.where or type(error) not in MISFITS:
+                raise
+            got = ", ".join([*map(describe, self.args), *(f"{key}={describe(x)}" for key, x in self.kwargs.items())])
+            raise InputError(
+                f"{self.where}: the network does not take its inputs ({got}): {type(error).__name__}: "
+                f"{first_line(error):.200}; give batches as the network's forward takes them"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named sequence of batches from one data source, such as a text domain, a data set or a task.
+
+    Args:
+        name: What results and settings call it: ``"wiki"``, ``"task-3"``.
+        batches: The batches, in order; the same each time they are read.
+        origin: Where the data came from, for reports (path, package, calibration or evaluation half).
+    """
+
+    name: str
+    batches: Sequence[Batch]
+    origin: str = ""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def held_out(self, share: float) -> tuple[list[Batch], list[Batch]]:
+        """Split the batches into (training, held-out): the last ones are held out; a single batch serves as both.
+
+        Args:
+            share: The fraction of the batches that is held out, at least one batch.
+        """
+        n, batches = max(1, round(len(self.batches) * share)), list(self.batches)
+        return batches[:-n] or batches, batches[-n:]
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The random generators of the loader that the batches come from, if there is one."""
+        return generators_of(getattr(self.batches, "loader", None))
+
+    @property
+    def tokens(self) -> int:
+        """The number of positions that carry a label (tokens of text, or images)."""
+        return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
+
+
+def visible_positions(batch: Batch) -> Tensor | None:
+    """Return which positions of a batch count, ``[sequences, tokens]`` bool; ``None`` if nothing is padding.
+
+    Args:
+        batch: The batch; a two-dimensional ``attention_mask`` says what is padding.
+    """
+    mask = batch.kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool((mask != 0).all()):
+        return None
+    return mask != 0
+
+
+def generators_of(loader: object) -> list[torch.Generator]:
+    """Return the random generators of a ``DataLoader`` and its sampler; none for anything else.
+
+    Args:
+        loader: The loader.
+    """
+    owned = (getattr(one, "generator", None) for one in (loader, getattr(loader, "sampler", None)))
+    return [one for one in owned if isinstance(one, torch.Generator)]
+
+
+@contextmanager
+def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
+    """Leave the random generators of Python, numpy and torch on the CPU as they were before the ``with`` block.
+
+    Args:
+        *generators: Further generators that are left as they were.
+    """
+    states = [(one, one.get_state()) for one in generators]
+    plain, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(arrays)
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def seed_generators(*generators: torch.Generator) -> None:
+    """Seed the random generators of the CPU, and others, with 0.
+
+    Args:
+        *generators: The others.
+    """
+    torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
+    random.seed(0)
+    np.random.seed(0)
+    for generator in generators:
+        generator.manual_seed(0)
+
+
+def describe(value: object) -> str:
+    """Return the type and shape of an input or of labels, for messages.
+
+    Args:
+        value: The input.
+
+    >>> describe(torch.zeros(2, 3)), describe([torch.tensor(1)])
+    ('float32 [2, 3]', 'list')
+    """
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a network's parameters; the CPU if it has none.
+
+    Args:
+        model: The network.
+    """
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def moved(value: object, device: torch.device) -> Any:
+    """Return a nested structure of inputs with every tensor on a device.
+
+    Args:
+        value: A tensor, or dicts, lists and tuples of them; anything else is returned as it is.
+        device: The device.
+    """
+    if all(leaf.device == device for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+        return value
+    match value:
+        case Tensor():
+            return value.to(device)
+        case dict():
+            return {key: moved(part, device) for key, part in value.items()}
+        case list() | tuple():
+            parts = [moved(part, device) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors on the CPU; those of one device are copied together, so that the host waits for it once.
+
+    Args:
+        tensors: The tensors, on any devices; those on the CPU are returned as they are.
+
+    >>> [one.tolist() for one in to_host([torch.ones(2), torch.tensor(3)])]
+    [[1.0, 1.0], 3]
+    """
+    result = list(tensors)
+    there = [i for i, one in enumerate(result) if one.device.type != "cpu" and one.numel()]
+    there.sort(key=lambda i: -result[i].itemsize)  # so that each begins at a multiple of its own size
+    chunks: list[list[int]] = []
+    size = _CHUNK
+    for i in there:
+        if size + result[i].nbytes > _CHUNK or result[i].device != result[chunks[-1][0]].device:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(i)
+        size += result[i].nbytes
+    for chunk in chunks:
+        parts = [result[i].contiguous().reshape(-1).view(torch.uint8) for i in chunk]
+        joined = torch.cat(parts).cpu()
+        for i, part in zip(chunk, joined.split([len(one) for one in parts]), strict=True):
+            result[i] = part.view(result[i].dtype).view(result[i].shape).clone()
+    return [one.cpu() for one in result]
+
+
+_CHUNK = 2**28
+"""The most bytes that are copied to the CPU together, since they are in the device's memory twice."""
+
+
+def move_tensors(record: R, device: torch.device) -> R:
+    """Return a frozen record with the tensors of its fields, also those in tuples and records, on a device.
+
+    Args:
+        record: An instance of a dataclass.
+        device: The device.
+    """
+
+    def part(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if is_dataclass(value) and not isinstance(value, type):
+            return move_tensors(value, device)
+        return tuple(map(part, value)) if type(value) is tuple else value
+
+    values = {one.name: part(getattr(record, one.name)) for one in fields(record)}  # type: ignore[arg-type]
+    return replace(record, **values)  # type: ignore[type-var]
+
+
+def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:
+    """Return the batches of one training step: from the sources in turn, each source shuffled anew in every pass.
+
+    The result depends on the step's number alone, so that training can be stopped and resumed.
+
+    Args:
+        sources: The batches of each source.
+        n: How many batches a step takes.
+        step: The index of the step, from 0.
+        seed: Seed of the shuffling.
+
+    Returns:
+        (index of the source, batch) pairs.
+
+    >>> sorted((i, word) for step in (0, 1) for i, word in drawn([["a", "b"], ["c"]], 2, step))
+    [(0, 'a'), (0, 'b'), (1, 'c'), (1, 'c')]
+    """
+    result = []
+    for i in range(step * n, (step + 1) * n):
+        source, turn = i % len(sources), i // len(sources)
+        many = len(sources[source])
+        order = torch.randperm(many, generator=torch.Generator().manual_seed(seed * 65537 + turn // many))
+        result.append((source, sources[source][int(order[turn % many])]))
+    return result
+
+
+def logits_in(answer: Any) -> Tensor:
+    """Return the logits in a model's output: the output itself, ``.logits``, ``["logits"]``, ``["out"]`` or its first.
+
+    Args:
+        answer: What the model returned.
+
+    Raises:
+        TypeError: If there is no tensor of logits.
+    """
+    result = getattr(answer, "logits", answer)
+    if isinstance(result, dict):
+        result = result.get("logits", result.get("out"))
+    if isinstance(result, tuple | list) and result:
+        result = result[0]
+    if not isinstance(result, Tensor):
+        raise TypeError(f"expected logits from the model, got {type(answer).__name__}")
+    return result
+
+
+def labelled_logits(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the logits of the labelled positions, ``[positions, classes]``.
+
+    Args:
+        logits: ``[..., classes]``, or ``[batch, classes, ...]`` where that fits the labels.
+        labels: Class per position, −100 where a position is ignored; ``None``: all positions are returned.
+
+    >>> labels = torch.tensor([[0, -100]])
+    >>> labelled_logits(torch.zeros(1, 2, 5), labels).shape, labelled_logits(torch.zeros(1, 5, 2), labels).shape
+    (torch.Size([1, 5]), torch.Size([1, 5]))
+    """
+    if labels is not None and logits.shape[:-1] != labels.shape and logits.movedim(1, -1).shape[:-1] == labels.shape:
+        logits = logits.movedim(1, -1)
+    rows = logits.flatten(0, -2)
+    return rows if labels is None or labels.numel() != len(rows) else rows[labels.flatten() != -100]

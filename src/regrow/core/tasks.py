@@ -1,0 +1,349 @@
+"""Tasks of continual learning: labelled examples that a network learns one task after the other."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from regrow.core.sources import Batch, device_of, moved
+
+
+@runtime_checkable
+class ExampleSet(Protocol):
+    """Labelled examples in memory or elsewhere, read in batches."""
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        ...
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
+        """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
+
+        Args:
+            size: Examples per batch; the last batch may have fewer.
+            seed: Seed of the shuffling; ``None``: in order.
+        """
+        ...
+
+    def take(self, indices: Tensor) -> "Examples":
+        """Return some examples, in memory.
+
+        Args:
+            indices: Their positions, ``[N]`` int64.
+        """
+        ...
+
+    def subset(self, indices: Tensor) -> "ExampleSet":
+        """Return some examples as a set that is read like this one.
+
+        Args:
+            indices: Their positions, ``[N]`` int64.
+        """
+        ...
+
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples, ``[N]``, if they are known without reading the examples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled examples in memory.
+
+    Args:
+        inputs: ``[N, ...]``, as the network takes them; or several such tensors, in a tuple or by name.
+        labels: The labels, ``[N, ...]``: classes int64, values float.
+        where: What error messages call a batch of a user's data; empty: other examples.
+
+    Raises:
+        ValueError: If the numbers of inputs and labels differ, or there are none.
+    """
+
+    inputs: Any
+    labels: Tensor
+    where: str = field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if first_tensor(self.inputs).shape[:1] != self.labels.shape[:1] or not len(self.labels):
+            n = len(first_tensor(self.inputs))
+            raise ValueError(f"{n} inputs and {len(self.labels)} labels: one label each, at least one")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Examples":
+        """Return the examples on a device."""
+        inputs, labels = moved(self.inputs, device), self.labels.to(device)
+        return self if inputs is self.inputs and labels is self.labels else replace(self, inputs=inputs, labels=labels)
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
+        """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
+
+        BatchNorm cannot train on a single example; with ``size`` 1, or one example in all, none is left out.
+
+        Args:
+            size: Examples per batch; the last batch may have fewer.
+            seed: Seed of the shuffling; ``None``: in order.
+
+        >>> parts = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
+        >>> [len(batch) for batch in parts]
+        [2, 2]
+        """
+        return (self.take(part) for part in batch_indices(len(self), size, seed))
+
+    def take(self, indices: Tensor) -> "Examples":
+        """Return some of the examples.
+
+        Args:
+            indices: Their positions, ``[N]`` int64, or a mask, ``[examples]`` bool.
+        """
+        return Examples(select_inputs(self.inputs, indices), self.labels[indices], self.where)
+
+    subset = take
+
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples."""
+        return self.labels
+
+
+@dataclass(frozen=True)
+class ChangedExamples:
+    """Examples whose inputs are changed when they are read, so that many tasks share the memory of one.
+
+    Args:
+        base: The examples.
+        change: (inputs ``[N, ...]``) → the changed inputs.
+    """
+
+    base: ExampleSet
+    change: Callable[[Any], Any]
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs of all examples, in memory."""
+        return first_examples(self, len(self)).inputs
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels of all examples."""
+        return first_examples(self, len(self)).labels
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
+        """Yield all examples in batches, as :meth:`Examples.batches`.
+
+        Args:
+            size: Examples per batch.
+            seed: Seed of the shuffling; ``None``: in order.
+        """
+        return (Examples(self.change(batch.inputs), batch.labels) for batch in self.base.batches(size, seed))
+
+    def take(self, indices: Tensor) -> Examples:
+        """Return some of the examples, in memory.
+
+        Args:
+            indices: Their positions.
+        """
+        some = self.base.take(indices)
+        return Examples(self.change(some.inputs), some.labels)
+
+    def subset(self, indices: Tensor) -> "ChangedExamples":
+        """Return some of the examples, which are changed when they are read.
+
+        Args:
+            indices: Their positions.
+        """
+        return ChangedExamples(self.base.subset(indices), self.change)
+
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples, if they are known without reading the examples."""
+        return self.base.labels_of()
+
+
+@dataclass(frozen=True)
+class CappedExamples:
+    """Examples that come in batches of at most ``most``, for networks whose outputs are large.
+
+    Args:
+        base: The examples.
+        most: The largest batch.
+    """
+
+    base: ExampleSet
+    most: int
+
+    def __len__(self) -> int:
+        return self._number
+
+    @cached_property
+    def _number(self) -> int:
+        return len(self.base)  # which may take a pass over them
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
+        """Yield all examples in batches, as :meth:`Examples.batches`.
+
+        Args:
+            size: Examples per batch; no more than ``most`` come.
+            seed: Seed of the shuffling; ``None``: in order.
+        """
+        return self.base.batches(min(size, self.most), seed)
+
+    def take(self, indices: Tensor) -> Examples:
+        """Return some of the examples, in memory.
+
+        Args:
+            indices: Their positions.
+        """
+        return self.base.take(indices)
+
+    def subset(self, indices: Tensor) -> "CappedExamples":
+        """Return some of the examples as a set that is read in the same way.
+
+        Args:
+            indices: Their positions.
+        """
+        return CappedExamples(self.base.subset(indices), self.most)
+
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples, if they are known without reading the examples."""
+        return self.base.labels_of()
+
+
+def first_examples(examples: ExampleSet, n: int) -> Examples:
+    """Return the first examples, in memory.
+
+    Args:
+        examples: The examples.
+        n: How many; all if there are no more.
+    """
+    return examples.take(torch.arange(min(n, len(examples))))
+
+
+def input_shape(examples: ExampleSet) -> tuple[int, ...]:
+    """Return the shape of one input, without the batch dimension.
+
+    Args:
+        examples: The examples.
+    """
+    return tuple(first_tensor(first_examples(examples, 1).inputs).shape[1:])
+
+
+def batch_indices(n: int, size: int, seed: int | None = None) -> Iterator[Tensor]:
+    """Yield the positions of ``n`` examples in batches, ``[size]`` int64; the order of :meth:`Examples.batches`.
+
+    Args:
+        n: The number of examples.
+        size: Examples per batch; the last batch may have fewer.
+        seed: Seed of the shuffling; ``None``: in order.
+    """
+    order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    parts = order.split(size)
+    single = seed is not None and n % size == 1 < min(n, size)  # the last part
+    return iter(parts[:-1] if single else parts)
+
+
+def first_tensor(inputs: Any) -> Tensor:
+    """Return the first tensor of an input: itself, or of a tuple or dict of tensors.
+
+    Args:
+        inputs: The input.
+
+    Raises:
+        TypeError: If it holds no tensor.
+    """
+    while not isinstance(inputs, Tensor):
+        if not isinstance(inputs, Mapping | Sequence) or isinstance(inputs, str) or not inputs:
+            raise TypeError(f"an input is a tensor, or a tuple or dict of tensors, got a {type(inputs).__name__}")
+        inputs = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs[0]
+    return inputs
+
+
+def select_inputs(inputs: Any, indices: Tensor) -> Any:
+    """Return the inputs of some examples.
+
+    Args:
+        inputs: ``[N, ...]``, or a tuple or dict of such tensors.
+        indices: Their positions.
+    """
+    if isinstance(inputs, Tensor):
+        return inputs[indices]
+    if isinstance(inputs, Mapping):
+        return {name: select_inputs(part, indices) for name, part in inputs.items()}
+    return tuple(select_inputs(part, indices) for part in inputs)
+
+
+def pack_batch(inputs: Any, labels: Tensor | None = None, where: str = "") -> Batch:
+    """Return inputs as a batch: a tensor, a tuple of positional inputs, or a dict of inputs by name."""
+    if isinstance(inputs, Mapping):
+        return Batch((), inputs, labels, where)
+    return Batch((inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}, labels, where)
+
+
+def run_network(model: nn.Module, inputs: Any, device: torch.device | None = None, where: str = "") -> Any:
+    """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name.
+
+    Args:
+        model: The network.
+        inputs: The inputs, which are moved to the network's device.
+        device: That device, if it is known.
+        where: What error messages call a batch of a user's data.
+
+    Raises:
+        InputError: If the network cannot take the inputs of a user's batch.
+    """
+    return pack_batch(moved(inputs, device or device_of(model)), where=where).run(model)
+
+
+def among(logits: Tensor, classes: Tensor | None) -> Tensor:
+    """Mask logits with −∞ for every class that may not be predicted.
+
+    Args:
+        logits: ``[N, outputs]``.
+        classes: Which of the first outputs may be predicted, ``[classes]`` or ``[N, classes]`` bool; all further
+            outputs are masked. ``None``: nothing is masked.
+
+    >>> among(torch.zeros(1, 3), torch.tensor([True, False])).tolist()
+    [[0.0, -inf, -inf]]
+    """
+    if classes is None:
+        return logits
+    shape = (*classes.shape[:-1], logits.shape[-1])
+    chosen = torch.zeros(shape, dtype=torch.bool, device=logits.device)
+    chosen[..., : classes.shape[-1]] = classes.to(logits.device)
+    return logits.masked_fill(~chosen, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a continual-learning sequence: its training and test examples and its classes.
+
+    Args:
+        name: What results call it.
+        train: The training examples.
+        test: The test examples, never trained on.
+        classes: The class indices of the task, ascending.
+        gone: Whether its data are no longer available, so that a few zeros replace them and it is not evaluated.
+    """
+
+    name: str
+    train: ExampleSet
+    test: ExampleSet
+    classes: tuple[int, ...]
+    gone: bool = False
+
+    @classmethod
+    def of_gone(cls, name: str, shape: tuple[int, ...], classes: tuple[int, ...]) -> "Task":
+        """Return a task whose data are no longer available: zeros in the shape of its inputs replace its examples.
+
+        Args:
+            name: What results call it.
+            shape: The shape of one input, without the batch dimension.
+            classes: The class indices of the task, ascending.
+        """
+        none = Examples(torch.zeros(2, *shape), torch.full((2,), classes[0]))
+        return cls(name, none, none, classes, gone=True)

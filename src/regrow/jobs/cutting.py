@@ -1,0 +1,145 @@
+"""A network in memory as a pruning run uses it: cut in place, proved, repaired and saved."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from regrow import store
+from regrow.core.axes import AxisGraph
+from regrow.core.errors import RefusedError
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress
+from regrow.core.sources import Source
+from regrow.distributed import ProcessRank
+from regrow.jobs.forward_outputs import run_once
+from regrow.jobs.reconstruction import keep_dense, reconstruct
+from regrow.jobs.recording import Record
+from regrow.nets import Loaded
+from regrow.scoring import weights_of
+from regrow.store.statistics import parameter_sums
+from regrow.surgery import apply, verify
+
+Stage = Callable[[str], AbstractContextManager[None]]
+"""Returns the context manager that times a stage of a run."""
+
+
+@dataclass
+class WholeNetwork:
+    """A network in memory; it is cut in place.
+
+    Args:
+        loaded: The network, with what is needed to save it.
+        dense: After a cut: the network before it, if layers are fitted to that.
+    """
+
+    loaded: Loaded
+    dense: nn.Module | None = field(default=None, init=False)
+    visits: ClassVar[None] = None
+    outside: ClassVar[None] = None
+
+    @property
+    def identity(self) -> nn.Module:
+        """What the processes of a run compare: its weights."""
+        return self.loaded.model
+
+    def sums(self) -> list[float]:
+        """Return a sum of each parameter."""
+        return parameter_sums(self.loaded.model)
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Return the parameters by name, for scores."""
+        return weights_of(self.loaded.model)
+
+    def use_folder(self, folder: Path) -> None:
+        """Do nothing: everything is in memory.
+
+        Args:
+            folder: The run folder, or a temporary one.
+        """
+
+    def evaluators(self, ranks: ProcessRank) -> ProcessRank | None:
+        """Return the processes that share an evaluation: all, of text; rank 0 evaluates other data alone.
+
+        Args:
+            ranks: The processes.
+        """
+        return ranks if ranks.leads or self.loaded.tokenizer is not None else None
+
+    def cut(
+        self,
+        record: Record,
+        axes: AxisGraph,
+        plan: Plan,
+        *,
+        proof: bool,
+        fits: bool,
+        ranks: ProcessRank,
+        stage: Stage,
+        progress: Progress,
+    ) -> AxisGraph:
+        """Carry out a plan, and return the axes after it.
+
+        Args:
+            record: The run, which gets a row on the proof.
+            axes: The axes of the network.
+            plan: The plan.
+            proof: Whether the cut network is compared with the masked one in float64 before, if the run is kept.
+            fits: Whether layers are fitted to dense outputs later.
+            ranks: The processes, each of which cuts.
+            stage: Times the stages ``verify`` and ``apply``.
+            progress: Called with (steps done, steps in all, what is being done).
+
+        Raises:
+            RefusedError: If the cut network does not compute what the masked one does; nothing is changed then.
+        """
+        model = self.loaded.model
+        if proof and record.kept:
+            with stage("verify"):
+                progress(0, 1, "proving that masked = shrunk")
+                result = verify(model, axes, plan)
+            record.log("verify", **asdict(result), dtype="float64")
+            if not result.ok:
+                raise RefusedError(
+                    f"the plan does not hold on this model: masked and shrunk differ by {result.max_abs_diff:.3g} in "
+                    f"float64, the bound is {result.bound:.3g}; no model was saved, please report this one"
+                )
+        run_once(model, axes.example)
+        self.dense = keep_dense(model) if fits else None
+        with stage("apply"):
+            _, after = apply(model, axes, plan)
+        return after
+
+    def reconstruct(
+        self,
+        record: Record,
+        axes: AxisGraph,
+        plan: Plan,
+        sources: Sequence[Source],
+        settings: Mapping[str, Any],
+        progress: Progress,
+    ) -> None:
+        """Fit layers that read cut units to dense outputs.
+
+        Args:
+            record: The run, which gets a row.
+            axes: The axes before the cut.
+            plan: The plan.
+            sources: The data to fit on.
+            settings: Settings that differ from the defaults.
+            progress: Called with (steps done, steps in all, what is being done).
+        """
+        dense, self.dense = self.dense, None
+        assert dense is not None
+        reconstruct(self.loaded.model, dense, axes, plan, sources, settings, record, progress)
+
+    def save(self, record: Record) -> None:
+        """Write the network into the folder of a run.
+
+        Args:
+            record: The run.
+        """
+        store.write_model(self.loaded, record.path)

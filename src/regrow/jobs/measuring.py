@@ -1,0 +1,219 @@
+"""Measurements of a model before and after a cut: size, quality, and the quantity that its budget counts."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow import evaluation
+from regrow.allocation import cost_of
+from regrow.core.amounts import STEPS, Measure
+from regrow.core.axes import AxisGraph
+from regrow.core.budget import Budget
+from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Batch, Source, preserve_random_state, seed_generators
+from regrow.distributed import SINGLE, ProcessRank
+from regrow.evaluation.objective import Evaluation, evaluate_objective
+from regrow.jobs.recording import Record
+from regrow.nets import Loaded
+from regrow.nets.precision import autocasting
+from regrow.streaming.network import StreamedNetwork
+from regrow.tracing.capture import first_line
+
+
+def measure_run(
+    record: Record,
+    loaded: Loaded,
+    axes: AxisGraph,
+    tests: tuple[Source, ...],
+    seen: frozenset[str],
+    name: str,
+    progress: Progress = silent,
+    *,
+    precision: str = "float32",
+    objective: Objective | None = None,
+    lenient: bool = False,
+    network: StreamedNetwork | None = None,
+    ranks: ProcessRank = SINGLE,
+    known: dict[str, evaluation.Perplexity | evaluation.Accuracy] | None = None,
+    recoveries: int = 0,
+) -> dict[str, evaluation.Perplexity]:
+    """Log size and quality of a model, and return its perplexities for paired comparison; no result depends on this.
+
+    Loaders that shuffle give the same order each time, and their random state is restored.
+
+    Args:
+        record: The run that gets the rows; without one that measures, nothing is done.
+        loaded: The model.
+        axes: Its axes.
+        tests: The evaluation sources.
+        seen: The names of the sources that were used for calibration.
+        name: The name of the model in the rows: ``dense``, ``cut`` (before layers are fitted), ``pruned`` or
+            ``recovered``.
+        progress: Called with (steps done, steps in all, what is being done).
+        precision: The precision of forward passes.
+        objective: What the network is trained for; ``None``: text if it has a tokenizer, otherwise classes. Of one that
+            has no rows, only the size is measured.
+        lenient: Whether the sources are no validation data, so that labels which do not fit give a warning.
+        network: The model, if it runs one block at a time.
+        ranks: The processes that share the evaluation of text.
+        known: Source name → result, where this model was measured before; gets the results.
+        recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
+    """
+    if not record.measured:
+        return {}
+    loaded = loaded if network is None else replace(loaded, model=network.model)
+    columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
+    _log_size(record, loaded.model, axes, columns)
+    tests = tests if objective is None or objective in (CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN) else ()
+    generators = [generator for source in tests for generator in source.generators]
+    perplexities: dict[str, evaluation.Perplexity] = {}
+    with preserve_random_state(*generators), autocasting(loaded.model, precision):
+        seed_generators(*generators)
+        complete = [known[source.name] for source in tests if source.name in known] if known else []
+        whole = len(complete) == len(tests) > 0
+        results = complete if whole else _evaluate(loaded, tests, name, progress, network, ranks, objective)
+        try:
+            for result in results:
+                if isinstance(result, evaluation.Perplexity):
+                    perplexities[result.source] = result
+                    row = {"source": result.source, "seen": result.source in seen, **_perplexity(result)}
+                    record.log("perplexity", **columns, **row)
+                else:
+                    record.log("choice", task=result.source, **columns, **_accuracy(result))
+                if known is not None and not isinstance(result, Evaluation):
+                    known[result.source] = result
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if not lenient:
+                raise
+            line = f"the quality of the network is not measured: {first_line(error)}; give validation= data"
+            warnings.warn(line, stacklevel=2)
+    progress(len(tests), len(tests), f"evaluating the {name} model")
+    return perplexities
+
+
+def _log_size(record: Record, model: nn.Module, axes: AxisGraph, columns: dict[str, Any]) -> None:
+    size = evaluation.size(model, axes.counted, next(model.parameters()).dtype)
+    counts = {"params_all": size.parameters, "params_counted": size.counted, "macs": evaluation.macs(axes)}
+    record.log("size", **columns, **counts, bytes=size.bytes, dtype=size.dtype)
+
+
+def log_pairs(
+    record: Record,
+    before: Mapping[str, evaluation.Perplexity],
+    after: Mapping[str, evaluation.Perplexity],
+    cut: Mapping[str, evaluation.Perplexity],
+) -> None:
+    """Log paired differences in log-perplexity of the model after a run to the one before it; of these a page shows.
+
+    Args:
+        record: The run that gets the rows.
+        before: Source name → the perplexity before the run.
+        after: That after the run.
+        cut: That after the cut, before layers were fitted; empty if none were.
+    """
+    for name in (name for name in cut if name in after):
+        pair = evaluation.paired_difference(cut[name], after[name])
+        record.log("paired", source=name, delta_nll=pair.mean, se=pair.error, of=["cut", "pruned"])
+    for name in (name for name in before if name in after):
+        pair = evaluation.paired_difference(before[name], after[name])
+        record.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
+
+
+def _evaluate(
+    loaded: Loaded,
+    tests: Sequence[Source],
+    name: str,
+    progress: Progress,
+    network: StreamedNetwork | None,
+    ranks: ProcessRank,
+    objective: Objective | None,
+) -> Iterator[evaluation.Perplexity | evaluation.Accuracy | Evaluation]:
+    if objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
+        yield from _evaluate_text(loaded, tests, name, progress, network, ranks)
+        return
+    for i, source in enumerate(tests):
+        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
+        if objective is None or (objective is CLASSIFICATION and _one_class_each(source)):
+            yield evaluation.accuracy(loaded.model, source)
+        else:
+            yield evaluate_objective(loaded.model, source, objective)
+
+
+def _one_class_each(source: Source) -> bool:
+    return all(isinstance(batch.labels, Tensor) and batch.labels.dim() == 1 for batch in islice(source, 1))
+
+
+def _evaluate_text(
+    loaded: Loaded,
+    tests: Sequence[Source],
+    name: str,
+    progress: Progress,
+    network: StreamedNetwork | None,
+    ranks: ProcessRank,
+) -> Iterator[evaluation.Perplexity]:
+    """Yield the perplexity of a language model on each source; with several ranks, on rank 0."""
+    shares = [ranks.share(source.batches) for source in tests]
+    walk = network.outputs([batch for share in shares for batch in share]) if network and tests else None
+    for i, (source, share) in enumerate(zip(tests, shares, strict=True)):
+        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
+        outputs = None if walk is None else islice(walk, len(share))
+        yield evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer, outputs=outputs, ranks=ranks)
+
+
+def _perplexity(one: evaluation.Perplexity) -> dict[str, Any]:
+    record = one.record()
+    return {
+        "ppl": one.ppl,
+        "nll": one.mean,
+        "se": one.error,
+        "tokens": record["tokens"],
+        "bits_per_byte": one.bits_per_byte,
+        "nll_per_window": record["nll_per_window"],
+    }
+
+
+def _accuracy(result: evaluation.Accuracy | Evaluation) -> dict[str, Any]:
+    if isinstance(result, Evaluation):
+        return {"acc": result.score, "acc_se": result.score_error, "n": result.count}
+    return {"acc": result.accuracy, "acc_se": result.error, "n": len(result.right)}
+
+
+def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
+    """Log the quantity that a budget counts, before and after a cut, if that is an absolute target or time.
+
+    For time, the rows have the prediction and the measured time, the fastest of several passes, before and after.
+
+    Args:
+        record: The run that gets the row.
+        model: The model after the cut, whose axes are ``after``.
+        before: The axes before the cut.
+        after: The axes after the cut.
+        budget: The budget.
+    """
+    if budget.target is None and budget.measure != Measure.TIME:
+        return
+    was, now = (cost_of(axes, budget).total for axes in (before, after))
+    row: dict[str, Any] = {"asked": budget.limit(was), "before": was, "after": now}
+    if budget.measure == Measure.TIME:
+        row |= {"predicted": now, "after": evaluation.fastest_pass(model, timed_input(before, budget))}
+        row = {name: steps / STEPS[Measure.TIME] for name, steps in row.items()}
+    context = budget.target.context if budget.target else 0
+    device = budget.timing.device if budget.timing else ""
+    record.log("budget", measure=str(budget.measure), context=context, device=device, **row)
+
+
+def timed_input(axes: AxisGraph, budget: Budget) -> Batch:
+    """Return the input of a timed pass: the traced example, or as many tokens as a target names.
+
+    Args:
+        axes: The axes, with the traced example.
+        budget: The budget, with the target.
+    """
+    batch = Batch(axes.example.args, axes.example.kwargs)
+    tokens = budget.target.context if budget.target else 0
+    return evaluation.lengthen(batch, tokens) if tokens else batch

@@ -1,0 +1,213 @@
+"""The model that a run starts from: a record in its ``run.json``, its plans in the ledger, and a copy to return to."""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from regrow import store
+from regrow.core.amounts import format_bytes
+from regrow.core.errors import ResourceError
+from regrow.core.plan import Plan
+from regrow.nets import Loaded
+from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.ledger import Ledger
+from regrow.store.run_folder import RunFolder
+from regrow.store.run_record import RUN, read_run
+from regrow.store.shapes import Kind, Shapes
+from regrow.store.snapshots import copy_folder, count_bytes, record_files, shares_blocks
+from regrow.store.state import named_tensors
+from regrow.store.weights import OutsideTensors
+
+BEFORE = "before"
+"""Name of the folder, inside a run folder, with the model that the run started from."""
+_REBUILT = ("cells", "mobile", "bench201")
+"""Kinds of networks that a search builds again from what is left of its space, so that its plans do not fit them."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The saved model that a run starts from.
+
+    Args:
+        name: The name of its folder.
+        weights: The digest of its weights (:func:`digest_weights`).
+        plans: Every plan that led to it from the architecture in its ``shapes.json``.
+        stages: One record per run that led to it, in order, as ``run.json`` stores them.
+    """
+
+    name: str
+    weights: str
+    plans: tuple[Plan, ...]
+    stages: tuple[dict[str, Any], ...]
+
+
+def start_from(
+    folder: RunFolder, model: str, loaded: Loaded, *, undo: bool = True, outside: OutsideTensors | None = None
+) -> None:
+    """Record the model that a run starts from, copy it, and begin the ledger with the plans that led to it.
+
+    Args:
+        folder: The new run.
+        model: The run folder, saved model or name that was loaded.
+        loaded: The model, not yet changed.
+        undo: Whether to keep a copy, so that the run can be undone.
+        outside: Its tensors, where it has no numbers.
+
+    Raises:
+        StoreError: If an interrupted run is resumed from another model than it was started from.
+    """
+    place = Path(model)
+    parent = read_parent(place) if (place / store.SHAPES).is_file() else None
+    recorded, files = folder.run().get("parent"), {one.path.name: one.record for one in loaded.files}
+    folder.inputs.extend(loaded.files)
+    if recorded is not None:
+        known = recorded.get("files", {})
+        other = any(known.get(name, record) != record for name, record in files.items())
+        if recorded["weights"] != parent.weights if parent else other:
+            raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
+        return
+    snapshot = _copy(place if parent else None, loaded, folder.path / BEFORE, outside) if undo else None
+    own = folder.path / "ledger.json"
+    if parent and parent.plans:
+        own.unlink(missing_ok=True)
+        for plan in parent.plans:
+            Ledger(own).append(plan)
+    folder.update(
+        parent={
+            "name": parent.name if parent else Path(model).name,
+            "weights": parent.weights if parent else "",
+            "parameters": sum(one.numel() for one in loaded.model.parameters()),
+            "plans": len(parent.plans) if parent else 0,
+            **({} if parent else {"files": files}),
+        },
+        snapshot=snapshot,
+        stages=list(parent.stages) or None if parent else None,
+    )
+
+
+def read_parent(folder: Path) -> Parent:
+    """Return what a run records of the saved model that it starts from.
+
+    Args:
+        folder: A finished run folder, or another saved model.
+
+    Raises:
+        StoreError: If a file is damaged.
+    """
+    shapes = store.read_shapes(folder)
+    ledger = Ledger(folder / "ledger.json")
+    run = read_run(folder) if (folder / RUN).is_file() else None
+    rebuilt = run is not None and run["verb"] == "search" and shapes.origin.kind in _REBUILT
+    stages = () if run is None else (*run.get("stages", ()), describe_stage(RunFolder(folder)))
+    return Parent(folder.resolve().name, digest_weights(shapes), () if rebuilt else ledger.plans(), stages)
+
+
+def describe_stage(folder: RunFolder) -> dict[str, Any]:
+    """Return the record of a run among the stages of its network, as JSON data; its model is saved.
+
+    Args:
+        folder: The run.
+    """
+    shapes = store.read_shapes(folder.path)
+    run = folder.run()
+    plans = folder.own_ledger.plans()
+    return {
+        "name": (folder.out or folder.path).resolve().name,
+        "verb": run["verb"],
+        "command": run["command"],
+        "changed": describe_plans(plans) or "weights",
+        "before": run["parent"]["parameters"] if "parent" in run else 0,
+        "parameters": count_parameters(shapes),
+        "plans": len(plans),
+        "weights": digest_weights(shapes),
+    }
+
+
+def describe_plans(plans: Sequence[Plan]) -> str:
+    """Return what plans changed, in words; empty if nothing.
+
+    Args:
+        plans: The plans.
+
+    >>> from regrow.core.plan import Change
+    >>> describe_plans([Plan({"fc.weight:0": Change(8, (0, 1, 2), ())})])
+    '5 units cut'
+    """
+    changes = [change for plan in plans for change in plan.changes.values()]
+    counts = {
+        "units cut": sum(change.size - len(change.keep) for change in changes),
+        "units added": sum(change.grow for change in changes),
+        "units restored": sum(len(change.restore) for change in changes),
+        "modules removed": sum(len(plan.drop) for plan in plans),
+        "modules restored": sum(len(plan.back) for plan in plans),
+    }
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+
+
+def digest_weights(shapes: Shapes) -> str:
+    """Return the SHA-256 of the digests of all tensors of a saved model, by name.
+
+    Args:
+        shapes: Its ``shapes.json``.
+    """
+    lines = (f"{name} {stored.sha256}\n" for name, stored in sorted(shapes.tensors.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def count_parameters(shapes: Shapes) -> int:
+    """Return the number of parameters of a saved model.
+
+    Args:
+        shapes: Its ``shapes.json``.
+    """
+    return sum(prod(one.shape) for one in shapes.tensors.values() if one.kind is Kind.PARAMETER)
+
+
+def check_room(model: str, loaded: Loaded, out: str | Path, *, undo: bool = True) -> None:
+    """Raise ResourceError unless the disk has room for the copy of the model that a run starts from.
+
+    Args:
+        model: The run folder, saved model or name that was loaded.
+        loaded: The model.
+        out: The folder of the run, which need not exist; one that has such a copy needs no other.
+        undo: Whether the run keeps a copy.
+
+    Raises:
+        ResourceError: If there is less room; says how much is needed.
+    """
+    begun = RunFolder.open_unfinished(out)
+    if not undo or (begun and begun.run().get("parent") is not None):
+        return
+    disk = next(one for one in (Path(out).absolute(), *Path(out).absolute().parents) if one.is_dir())
+    source = Path(model)
+    if (source / store.SHAPES).is_file():
+        needed = 0 if shares_blocks(source / store.SHAPES, disk) else count_bytes(source)
+    else:
+        needed = sum(here.tensor.nbytes for here in named_tensors(loaded.model).values())
+    if needed > (free := shutil.disk_usage(disk).free):
+        raise ResourceError(
+            f"{out}: the copy of {model} for `regrow undo` takes {format_bytes(needed)}, and {format_bytes(free)} are "
+            "free; choose another disk, or leave the copy out (--no-undo)"
+        )
+
+
+def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None) -> dict[str, Any]:
+    """Copy a saved model to a new folder, or write the model there; return the record of its files, as JSON data."""
+    with explain_os_errors(target):
+        if target.exists():
+            shutil.rmtree(target)
+        if source is None:
+            store.write_model(loaded, target, outside=outside)
+        else:
+            target.mkdir()
+            copy_folder(source, target)
+        files = record_files(target)
+    shapes = store.read_shapes(target)
+    for name, expected in shapes.files.items():
+        if name not in files or files[name]["sha256"] != expected.sha256:
+            raise StoreError(f"{(source or target) / name} was changed while it was copied; run again")
+    return {"bytes": count_bytes(target), "files": files}

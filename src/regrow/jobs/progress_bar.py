@@ -1,0 +1,75 @@
+"""The progress bar in a terminal or notebook, in a module of its own: the command line imports it to show one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich import progress as rich
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from regrow.core.progress import Progress, silent
+
+
+class Bar(rich.Progress):
+    """A progress bar with the name of the present work, and below it a line or more on its state, such as the loss."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Yield the table with the bar, and the lines below it."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if how := task.fields.get("how"):
+                yield Text(how, no_wrap=False, overflow="fold")
+
+
+def columns() -> tuple[ProgressColumn, ...]:
+    """Return the columns of a bar: the present work, the amount done, the time so far, and the time left."""
+    description = TextColumn("{task.description}", markup=False)
+    return description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """Show a progress bar with the time left, which is gone after the ``with`` block.
+
+    Yields a function (steps done, steps in all, what is being done). The part of the text behind its first comma is
+    shown below the bar; a new part before the comma restarts the bar.
+
+    Args:
+        console: Where it is shown.
+    """
+    with Bar(*columns(), console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=1)
+        shown = ""
+
+        def tell(done: int, total: int, what: str) -> None:
+            nonlocal shown
+            what, _, how = what.partition(", ")
+            if what != shown:
+                progress.reset(task)
+            shown = what
+            progress.update(task, description=what, completed=done, total=max(total, 1), how=how)
+
+        yield tell
+
+
+@contextmanager
+def visible(progress: Progress) -> Iterator[Progress]:
+    """Show a progress bar on the error stream in place of a callback that shows nothing, if someone can see it.
+
+    Args:
+        progress: The callback; any but :func:`regrow.core.progress.silent` is returned as it is.
+    """
+    console = Console(stderr=True)
+    if progress is not silent or not (console.is_terminal or console.is_jupyter):
+        yield progress
+        return
+    with progress_bar(console) as bar:
+        yield bar

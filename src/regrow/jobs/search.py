@@ -1,0 +1,335 @@
+"""Search a space for a network of a given size, whether named on the command line or given in Python, on every rank."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from math import nan
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from regrow.core.amounts import parse_bytes
+from regrow.core.candidates import Staged, fold_scales
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import preserve_random_state
+from regrow.core.tasks import first_examples, input_shape
+from regrow.distributed import SINGLE, ProcessRank
+from regrow.distributed.parallel import Parallel
+from regrow.evaluation import dense, fastest_pass
+from regrow.evaluation.continual import mean_score
+from regrow.jobs.recording import Clock, Record, Recorder, RunStart, read_history, record_command
+from regrow.jobs.same_inputs import check_same_settings, check_same_tasks
+from regrow.jobs.search_inputs import (
+    Parts,
+    SearchInputs,
+    build_search,
+    make_schedule,
+    measure_statistics,
+    measure_times,
+    read_parts,
+    trace_examples,
+)
+from regrow.jobs.search_record import SearchRecord, SearchResult, write_network, write_passed
+from regrow.jobs.spaces import build_space, extract_network
+from regrow.jobs.stage_memory import MemoryWatch
+from regrow.jobs.starting import find_start
+from regrow.methods.search.assembly import Search
+from regrow.methods.search.retrain import RetrainState, build
+from regrow.methods.search.retrain import Settings as RetrainSettings
+from regrow.methods.search.space import measure_whole
+from regrow.methods.search.state import SearchState
+from regrow.nets import Loaded
+from regrow.nets.devices import choose_device
+from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.search import Settings
+from regrow.store.run_folder import RunFolder, WritePage
+from regrow.store.statistics import FOLDER as STATISTICS
+from regrow.surgery import UndoStore
+from regrow.tracing.meta_copy import clone_model
+from regrow.training.checkpoint import CHECKPOINT, History, write_checkpoint
+from regrow.training.continual import learn
+from regrow.training.fit import Fitted, finish
+from regrow.training.learner import Boundary, Context, Event, write_replacements
+from regrow.training.resuming import read_start
+from regrow.training.state import TrainState
+
+RETRAINING = "retraining.safetensors"
+GIVEN = ("target", "measure", "stages", "seed")
+"""Names of method settings that the run sets from its own settings."""
+
+
+def carry_out(
+    settings: Settings,
+    inputs: Callable[[Clock], SearchInputs],
+    recorder: Recorder,
+    ranks: ProcessRank = SINGLE,
+    *,
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> SearchResult:
+    """Search a network within the target size, train it if there are epochs for that, test it, and record it.
+
+    Args:
+        settings: The settings of the run.
+        inputs: Opens the network and the data.
+        recorder: Where the run is recorded, and resumed if it was interrupted: rank 0 has a folder, or nothing is kept.
+        ranks: The processes that train together; all of them call this with the same settings.
+        checkpoint: A file to resume from, for a run without a folder.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Raises:
+        ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
+    """
+    check_settings(settings)
+    identity = {"verb": "search", "settings": record_settings(settings)}
+    recorded, clock = recorder.check(identity), Clock(None)
+    opened = inputs(clock)
+    parts = opened.parts
+    batch, table = measure_times(settings, opened, recorded.get("latency"), ranks)
+    check_same_tasks(ranks, opened.model, (parts.search, parts.whole))
+    search = build_search(settings, opened.model, opened.axes, opened.stages, table, augments=not opened.in_place)
+    context = Context(opened.model, opened.axes, parts.search, epochs=settings.epochs, seed=settings.seed)
+    context = replace(context, undo=UndoStore(), objective=parts.objective)
+    search.check(context)
+    taken = {name: value for name, value in search.settings.items() if name not in {*settings.method_settings, *GIVEN}}
+    with recorder.begin(RunStart({**identity, "defaults": taken}, opened.start, call=opened.call)) as record:
+        clock.folder = record
+        record.update(latency=asdict(table) if table else None)
+        if opened.stages:
+            record.log("stages", **asdict(opened.stages))
+        before = measure_whole(search.rules.space, (), context)
+        with clock.stage("search"):
+            fitted, log = _search(settings, opened, search, context, record, checkpoint, ranks, progress)
+            found, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
+            measure_statistics(found, context, settings.batch_size)
+        example = first_examples(parts.search.test if parts.test is None else parts.test, 1).inputs
+        with clock.stage("evaluate"):
+            score = mean_score(found, parts.search.test, parts.objective) if ranks.leads else nan
+            if record.kept:
+                write_network(found, record.path / "found", origin, opened)
+                if 0 <= score <= 1:
+                    record.log("found", accuracy=score, **dense(found, example))
+                else:  # such as a negative loss
+                    record.log("result", metric=parts.objective.metric, score=score, **dense(found, example))
+        if settings.retrain:
+            inherit = settings.inherit or opened.start is not None
+            with clock.stage("retrain"):
+                found = retrain(record, replace(settings, inherit=inherit), parts, found, progress, ranks)
+        with clock.stage("evaluate"):
+            if record.kept:
+                write_network(found, record.path, origin, opened)
+                if table and batch:
+                    record.log("latency", whole=table.total, found=fastest_pass(found, batch) / 1e6)
+                if parts.test is not None:
+                    accuracy = mean_score(found, parts.test, parts.objective)
+                    record.log("test", accuracy=accuracy, images=len(parts.test), **dense(found, example))
+        recorder.finish(record, clock.seconds)
+        (levels,) = log.of("levels")
+        return SearchResult(
+            found,
+            fitted.axes,
+            fitted.state.plans,
+            str(search.rules.space.measure),
+            search.rules.space.target,
+            before,
+            levels["size"],
+            levels["saved"],
+            parts.objective.metric,
+            score,
+            log.of("epoch"),
+        )
+
+
+def _search(
+    settings: Settings,
+    inputs: SearchInputs,
+    search: Search,
+    context: Context,
+    record: Record,
+    checkpoint: Path | None,
+    ranks: ProcessRank,
+    progress: Progress,
+) -> tuple[Fitted[SearchState], SearchRecord]:
+    """Run or resume the search; return the network, cut by all plans, and the rows that were logged."""
+    place, undo, history = checkpoint or record.path / STATISTICS / CHECKPOINT, context.undo, None
+    if record.kept:
+        place.parent.mkdir(exist_ok=True)
+    if place.is_file():
+        history = read_history(record, "commit") if isinstance(record, RunFolder) else History()
+    model, axes, state = read_start(ranks, history, place, context.model, context.axes, search.learner.state, undo)
+    if isinstance(record, RunFolder):
+        record.own_ledger.truncate(len(state.plans))
+    if state.learner.recomputed:
+        cast(Staged, model).recomputed = True
+    budget = parse_bytes(settings.memory) if settings.memory else 0
+    watch = MemoryWatch(search, budget, settings.batch_size, dict(state.learner.memory))
+    log = SearchRecord(record, watch, [("epoch", dict(row)) for row in state.learner.history], len(state.plans))
+
+    def write(now: TrainState[SearchState], there: Context) -> None:
+        if isinstance(record, RunFolder) and now.epoch:
+            with preserve_random_state(*inputs.generators):
+                write_passed(record, search, now, there, inputs)
+        log.write(now, unfinished=1)
+        if record.kept or checkpoint:
+            recomputed = bool(search.rules.space.ends) and cast(Staged, there.model).recomputed
+            own = replace(now.learner, memory=dict(watch.rows), recomputed=recomputed)
+            logged = log.events if record.kept else None
+            write_checkpoint(place, there.model, replace(now, learner=own), undo, logged=logged)
+
+    context = replace(context, model=model, axes=axes, log=log.log)
+    if settings.epochs:
+        fitted = learn(
+            model,
+            axes,
+            [context.task],
+            search.learner,
+            inputs.schedule,
+            state=state,
+            undo=undo,
+            checkpoint=write,
+            around=watch,
+            log=log.log,
+            progress=progress,
+            parallel=Parallel(ranks, by_rows=True),
+        )
+    else:
+        own = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
+        fitted = Fitted(model, axes, replace(state, learner=own))
+    log.write(fitted.state)
+    end = replace(context, model=fitted.model, axes=fitted.axes, epoch=settings.epochs)
+    fitted, last = finish(search.learner, fitted, end)
+    fitted = replace(fitted, state=replace(fitted.state, plans=(*fitted.state.plans, *last)))
+    log.write(fitted.state)
+    return fitted, log
+
+
+def retrain(
+    record: Record,
+    settings: Settings,
+    parts: Parts,
+    searched: nn.Module,
+    progress: Progress = silent,
+    ranks: ProcessRank = SINGLE,
+) -> nn.Module:
+    """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0.
+
+    Args:
+        record: The run, for the checkpoint.
+        settings: The settings of the search.
+        parts: The data.
+        searched: The found network; it is not changed.
+        progress: Called with (steps done, steps in all, what is being done).
+        ranks: The processes that train together; all of them call this.
+    """
+    model, schedule = clone_model(searched), make_schedule(settings, parts.objective, settings.retrain, "cosine")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if not settings.inherit and callable(reset):
+                reset()
+    axes = trace_examples(model, parts.whole, parts.kwargs)
+    context = Context(model, axes, parts.whole, objective=parts.objective)
+    learner = build(RetrainSettings(cutout=settings.cutout), context, dict(searched.named_parameters()))
+    place = record.path / STATISTICS / RETRAINING
+    place.parent.mkdir(exist_ok=True)
+
+    def write(now: TrainState[RetrainState], there: Context) -> None:
+        if record.kept:
+            write_checkpoint(place, there.model, now)
+
+    history = History() if place.is_file() else None
+    model, axes, state = read_start(ranks, history, place, model, axes, learner.state)
+    fitted = learn(
+        model,
+        axes,
+        [parts.whole],
+        learner,
+        schedule,
+        state=state,
+        checkpoint=write,
+        progress=progress,
+        parallel=Parallel(ranks, by_rows=True),
+    )
+    write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))
+    fold_scales(fitted.model)
+    return fitted.model.eval()
+
+
+def open_named(
+    settings: Settings, clock: Clock, *, code: str = "", ranks: ProcessRank = SINGLE, progress: Progress = silent
+) -> SearchInputs:
+    """Open the network and the data that settings name.
+
+    Args:
+        settings: The settings of the run.
+        clock: Times the stages ``load`` and ``trace``.
+        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
+            recorded name is never imported.
+        ranks: The processes that share the run.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Raises:
+        ValueError: If the network, the data or a setting of the training after the search are not usable.
+        ResourceError: If this machine does not have the device.
+    """
+    with clock.stage("load"):
+        start = find_start(settings.space, settings.data, settings.input, code, progress)
+        device = choose_device(settings.device, ranks)
+        _check_retraining(settings, start)
+        parts = read_parts(settings, start)
+        if settings.cutout and settings.cutout >= (side := min(input_shape(parts.whole.train)[1:])):
+            raise ValueError(
+                f"--cutout {settings.cutout} of pictures of {side} pixels: take 0, for none, to {side - 1}"
+            )
+        model, origin, stages = build_space(settings, parts.search, start)
+        model.to(device)
+    with clock.stage("trace"):
+        axes = trace_examples(model, parts.search, parts.kwargs)
+    schedule = make_schedule(settings, parts.objective, settings.epochs)
+    return SearchInputs(model, origin, axes, parts, schedule, start, stages)
+
+
+def _check_retraining(settings: Settings, start: Loaded | None) -> None:
+    """Raise ValueError if a setting of the training after the search means nothing."""
+    for name in ("cutout", "inherit"):
+        if getattr(settings, name) and not settings.retrain:
+            raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
+    if settings.cutout and start and start.tokenizer is not None:
+        raise ValueError(f"--cutout {settings.cutout} is of images, and the data are text: drop it")
+
+
+def run(
+    settings: Settings,
+    out: str | Path,
+    progress: Progress = silent,
+    *,
+    code: str = "",
+    track: str = "",
+    ranks: ProcessRank = SINGLE,
+    write_page: WritePage | None = None,
+) -> RunFolder:
+    """Search the space that settings name, as ``regrow search`` does, and return the folder; all ranks call this.
+
+    Args:
+        settings: The settings of the run.
+        out: The run folder, which rank 0 writes: new, empty, or of this very run.
+        progress: Called with (steps done, steps in all, what is being done).
+        code: As for :func:`open_named`.
+        track: The name of a tracker that gets every measurement, too; empty: none.
+        ranks: The processes that train together.
+        write_page: Writes the report page into the complete folder, before it replaces ``out``.
+
+    Raises:
+        ValueError: As :func:`carry_out`.
+    """
+    check_settings(settings)
+    check_same_settings(ranks, settings)
+    recorder = record_command(
+        settings, settings.space, out, code=code, track=track, undo=settings.undo, write_page=write_page, ranks=ranks
+    )
+    inputs = partial(open_named, settings, code=code, ranks=ranks, progress=progress)
+    carry_out(settings, inputs, recorder, ranks, progress=progress)
+    return RunFolder(Path(out))

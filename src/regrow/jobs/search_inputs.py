@@ -1,0 +1,269 @@
+"""What a search starts from: a network and its axes, data split by purpose, and the method."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.allocation.stages import MemoryStages
+from regrow.allocation.timed import Prices, spread_times
+from regrow.core.amounts import Measure, format_bytes, parse_bytes
+from regrow.core.axes import AxisGraph
+from regrow.core.candidates import candidates_in
+from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
+from regrow.core.references import names_code
+from regrow.core.sources import Batch, device_of, moved
+from regrow.core.tasks import CappedExamples, ExampleSet, Task, first_examples, pack_batch
+from regrow.data import streams
+from regrow.distributed import ProcessRank
+from regrow.distributed.exchange import broadcast_record
+from regrow.evaluation import Latency, latency
+from regrow.jobs.starting import image_shape
+from regrow.jobs.targets import find_granularities, parse_target
+from regrow.jobs.task_sequences import TaskSpecs, read_text
+from regrow.methods import MethodEntry, MethodKind, find_method
+from regrow.methods.search.assembly import Search
+from regrow.nets import Loaded
+from regrow.nets.bench201 import Bench201
+from regrow.nets.cells import Cells
+from regrow.nets.loaded import Origin
+from regrow.nets.mobile import Mobile
+from regrow.settings.search import Settings, parse_search_target
+from regrow.tracing import trace
+from regrow.training import tune
+from regrow.training.continual import TaskSchedule
+from regrow.training.learner import Context
+
+MOST_BATCHES = 100
+"""How many batches of training examples the statistics of BatchNorms are measured on."""
+WINDOWS = 4
+"""The most windows of text that are evaluated in one pass: each has as many outputs as there are tokens."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The data of a search, split by purpose.
+
+    Args:
+        search: Training and validation examples of the search.
+        whole: Both together, for retraining; the validation examples are also its test examples, which are only
+            reported.
+        test: Test examples, evaluated once at the end; ``None``: there are none.
+        kwargs: Further keyword arguments with which the network is traced.
+        objective: What the network is trained for.
+    """
+
+    search: Task
+    whole: Task
+    test: ExampleSet | None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    objective: Objective = CLASSIFICATION
+
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """What a run searches, and on which data.
+
+    Args:
+        model: The network: a whole search space.
+        origin: The record of how it was built.
+        axes: Its axes.
+        parts: The data.
+        schedule: How the search is trained.
+        start: The network as it was loaded, if it has weights that are searched; ``None``: it is new.
+        stages: The stages of the search, if a memory budget sets them.
+        in_place: Whether the network stays the same object: one of a built-in space is not built again at the end, and
+            a method changes no images unless its settings say so.
+        generators: The random generators of the loaders that are given.
+        call: What the result depends on besides settings, for a call from Python.
+    """
+
+    model: nn.Module
+    origin: Origin
+    axes: AxisGraph
+    parts: Parts
+    schedule: TaskSchedule
+    start: Loaded | None = None
+    stages: MemoryStages | None = None
+    in_place: bool = False
+    generators: tuple[torch.Generator, ...] = ()
+    call: dict[str, object] | None = None
+
+
+def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: str = "constant") -> TaskSchedule:
+    """Return how a network is trained by the settings of a search.
+
+    Args:
+        settings: The settings of the run.
+        objective: What the network is trained for.
+        epochs: Passes over the data.
+        decay: As for :class:`regrow.training.continual.TaskSchedule`.
+    """
+    return TaskSchedule(
+        epochs=max(1, epochs),
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        seed=settings.seed,
+        decay=decay,
+        precision=settings.precision,
+        objective=objective,
+    )
+
+
+def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
+    """Return the data of a search, split into training, validation and test examples.
+
+    Args:
+        settings: The settings of the run.
+        start: The network with its weights that is searched, if it is not a new one.
+
+    Raises:
+        SourceError: If the data are missing.
+    """
+    base, text = _read_task(settings, start), start is not None and start.tokenizer is not None
+    n = len(base.train)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
+    many = max(1, round(settings.validation * n))
+    if n - many < 2:
+        raise ValueError(f"--validation {settings.validation:g} of {n} examples leaves {n - many} to learn from")
+    held, learned = (base.train.subset(part) for part in order.split([many, n - many]))
+    if text:
+        held = CappedExamples(held, WINDOWS)
+    flags = start.example.kwargs if start and text else {}
+    return Parts(
+        search=Task("search", learned, held, base.classes),
+        whole=Task("retraining", base.train, held, base.classes),
+        test=base.test,
+        kwargs={name: value for name, value in flags.items() if isinstance(value, bool)},
+        objective=NEXT_TOKEN if text else CLASSIFICATION,
+    )
+
+
+def _read_task(settings: Settings, start: Loaded | None) -> Task:
+    """Return all training and test examples, in the form that the network takes."""
+    train, test, seed = settings.train, settings.test, settings.seed
+    if start and start.tokenizer is not None:
+        specs = TaskSpecs((settings.data,), train, test, seed=seed, tokenizer=start.tokenizer, seq_len=settings.seq_len)
+        return read_text(settings.data, specs)
+    shape = image_shape(start) if start else ()
+    normalised = start.origin.normalised_images if start else names_code(settings.space)
+    task = streams.of(settings.data, train, test, seed, size=shape[1:], normalised=normalised)
+    return streams.alike([task], shape)[0] if shape else task
+
+
+def trace_examples(model: nn.Module, task: Task, kwargs: Mapping[str, Any]) -> AxisGraph:
+    """Return the axes of a network, traced with two training examples.
+
+    Args:
+        model: The network.
+        task: The data.
+        kwargs: Further keyword arguments of the network.
+    """
+    return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **kwargs)
+
+
+def select_known(entry: MethodEntry, given: Mapping[str, object]) -> dict[str, object]:
+    """Return those of some settings that a method has.
+
+    Args:
+        entry: The method.
+        given: The settings.
+    """
+    return {name: given[name] for name in (one.name for one in fields(entry.settings)) if name in given}
+
+
+def build_search(
+    settings: Settings,
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: MemoryStages | None = None,
+    table: Latency | None = None,
+    *,
+    augments: bool = True,
+) -> Search:
+    """Return the search method of a run, with the target, granularities and stages that follow from its network.
+
+    Args:
+        settings: The settings of the run.
+        model: The whole space as a network.
+        axes: The axes of the space.
+        plan: The stages, if a memory budget sets them.
+        table: The measured latencies, for a target in ms.
+        augments: Whether a method that can shift and mirror images does so unless its settings say otherwise.
+
+    Raises:
+        ValueError: If there is no such method, a setting of it is wrong, the target cannot be met, or it does not
+            search in the planned stages.
+    """
+    method, entry = settings.method, find_method(MethodKind.SEARCH, settings.method)
+    measure, most = parse_target(settings.target, axes, table)
+    known: dict[str, object] = {
+        "target": most,
+        "measure": str(measure),
+        "levels": find_granularities(measure),
+        "seed": settings.seed,
+        "stages": tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else (),
+    }
+    if not augments:
+        known["augment"] = False
+    if isinstance(model, Bench201):
+        known["levels"] = ("operations",)
+    elif measure == Measure.TIME:
+        # A narrow layer may take longer than a wide one.
+        known["levels"] = ("operations",) if candidates_in(model) else ("filters",)
+    prices: Prices | None = None
+    if table:
+        tables = {"ops": table.ops, "beside": table.sums, "layers": table.layers}
+        prices = spread_times(axes, candidates_in(model), **tables, rest=table.rest)
+    own = select_known(entry, known) | dict(settings.method_settings)
+    search: Search = entry.made(method, own, **({"prices": prices} if prices else {}))
+    if settings.epochs < 1 and search.needs_epochs:
+        raise ValueError(f"{method} learns in epochs: take --epochs 1 or more")
+    if prices and most <= prices.rest:
+        raise ValueError(f"{prices.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
+    space = search.rules.space
+    if isinstance(model, Bench201) and "filters" in space.granularities:
+        raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
+    if plan is not None and space.ends != plan.ends:
+        ends = ", ".join(str(end + 1) for end in plan.ends)
+        raise ValueError(
+            f"within {format_bytes(parse_bytes(settings.memory))}, stages end at parts {ends}, and {method} does not "
+            "search in these: give more --memory or none, or a method and settings that do"
+        )
+    return search
+
+
+def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> None:
+    """Measure the running statistics of a found network's BatchNorms again, on training examples in random order.
+
+    Args:
+        model: The network; changed in place.
+        context: The context of the search, with its data and its seed.
+        batch_size: Examples per batch.
+    """
+    if tune.find_running(model):
+        examples = context.task.train.batches(batch_size, seed=context.seed)
+        tune.recalibrate(model, [(pack_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
+
+
+def measure_times(
+    settings: Settings, inputs: SearchInputs, known: dict[str, Any] | None, ranks: ProcessRank
+) -> tuple[Batch | None, Latency | None]:
+    """Return a batch and the times of a pass, known or measured on rank 0, if the target is a time.
+
+    Args:
+        settings: The settings of the run.
+        inputs: What is searched.
+        known: The times that the interrupted run has recorded.
+        ranks: The processes of the run.
+    """
+    if parse_search_target(settings.target).measure != Measure.TIME:
+        return None, None
+    first = first_examples(inputs.parts.search.train, settings.batch_size)
+    batch = pack_batch(first.inputs).to(device_of(inputs.model))
+    table = None if known or not ranks.leads else asdict(latency(inputs.model, batch))
+    return batch, Latency(**broadcast_record(ranks, known or table))

@@ -1,0 +1,86 @@
+"""Several pruning runs from one calibration: what runs of one model on the same data need not measure again."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from regrow import evaluation
+from regrow.core.axes import AxisGraph
+from regrow.core.errors import InputError
+from regrow.core.evidence import Need
+from regrow.core.scores import Statistics
+from regrow.core.sources import Source
+from regrow.nets import Loaded
+from regrow.scoring import CachedColumns
+from regrow.settings.prune import Settings
+from regrow.store import statistics
+from regrow.streaming.requirements import MemoryPlan
+from regrow.tracing import trace
+
+
+@dataclass(eq=False)
+class SharedWork:
+    """The axes, calibration sums and dense measurements of one model, kept in memory for the next run.
+
+    Args:
+        axes: The axes of the model; ``None``: it is not traced yet.
+        sums: (digest of what they depend on, shard) → the sums of a shard of a source.
+        columns: The norms of its weights, without the weights.
+        weights: A sum of each of its parameters.
+        dense: Source name → the measurement of the model before the cut.
+        memory: What the first run was predicted to need of a limit of memory; ``None``: nothing was predicted yet.
+        later: The settings of later runs that are not checked yet.
+        generated: The tokens of the windows that the model generated; ``None``: none.
+    """
+
+    axes: AxisGraph | None = None
+    sums: dict[tuple[str, int], Statistics] = field(default_factory=dict)
+    columns: CachedColumns = field(default_factory=lambda: CachedColumns({}))
+    weights: tuple[float, ...] = ()
+    dense: dict[str, evaluation.Perplexity | evaluation.Accuracy] = field(default_factory=dict)
+    memory: MemoryPlan | None = None
+    later: Sequence[Settings] = ()
+    generated: Tensor | None = None
+
+    def trace(self, loaded: Loaded) -> AxisGraph:
+        """Return the axes of the model, traced once.
+
+        Args:
+            loaded: The model, as it is loaded for each run.
+        """
+        if self.axes is None:
+            self.axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        return self.axes
+
+    def check_weights(self, sums: Sequence[float]) -> None:
+        """Raise InputError unless the model has the weights that it had in earlier runs.
+
+        Args:
+            sums: A sum of each parameter.
+        """
+        self.weights = self.weights or (*sums,)
+        if self.weights != (*sums,):
+            raise InputError("the model has other weights each time it is built; seed it, or make one plan at a time")
+
+    def digests(self, sources: Iterable[Source], needs: Iterable[Need], shards: int, *more: object) -> dict[str, str]:
+        """Return source name → the digest by which its sums are found; methods that measure the same have the same.
+
+        Args:
+            sources: The calibration data.
+            needs: What the method needs measured.
+            shards: Into how many parts each source is split.
+            more: What the sums depend on besides.
+        """
+        measured = sorted(set(needs) - {Need.WEIGHTS})
+        return {source.name: statistics.fingerprint(source, shards, measured, *more) for source in sources}
+
+    def finished(self, digests: Mapping[str, str], shards: int) -> dict[tuple[str, int], Statistics]:
+        """Return (source, shard) → sums, of those that are known.
+
+        Args:
+            digests: Source name → digest.
+            shards: Into how many parts each source is split.
+        """
+        places = [(name, digest, shard) for name, digest in digests.items() for shard in range(shards)]
+        return {(name, shard): self.sums[place, shard] for name, place, shard in places if (place, shard) in self.sums}
