@@ -29,7 +29,7 @@ def test_a_command_line_gives_the_settings_again(settings, tmp_path: Path, monke
     Path("a b").mkdir()  # the folder of a source, which has to be there
     output = "--json" if isinstance(settings, evaluate.Settings) else "--out"
     name, *words = shlex.split(command_line(settings, output, "x.json"))[1:]
-    context = regrow.jobs[name].make_context(name, words)
+    context = regrow.commands[name].make_context(name, words)
     assert asdict(context.params["given"].build()) == asdict(settings)
 
 
