@@ -20,7 +20,7 @@ from width_pruning_points import FOLDS, Row
 
 from regrow.core.evidence import Need
 from regrow.reports import figures
-from regrow.reports.runs import Findings
+from regrow.reports.runs import RunFindings
 from regrow.scoring import METRICS, collect, weights_of
 from regrow.scoring.sensitivity import ranks, spectrum
 from regrow.scoring.spaces import spaces
@@ -82,7 +82,7 @@ def _cells(rows: Sequence[Row]) -> Iterator[str]:
 
 def draw(out: Path, result: Mapping[str, Any]) -> None:
     """Draw how far ranks vary in each layer (``wifv``), beside the result."""
-    found = msgspec.convert({"method": "", "spectrum": result["rows"]["wifv"]}, Findings)
+    found = msgspec.convert({"method": "", "spectrum": result["rows"]["wifv"]}, RunFindings)
     if drawing := figures.spectrum(found):
         out.with_suffix(".svg").write_text(drawing.file())
 

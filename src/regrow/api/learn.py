@@ -147,11 +147,11 @@ def learn(
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     require_weights(net.model)
     every = to_tasks(tasks, choose_reading(net.model, net.tokenizer, batch_size))
-    learner, told = build_learner(method, settings or {}, seed), {"optimizer": name_of(optimizer), "training": training}
+    learner, recorded = build_learner(method, settings or {}, seed), {"optimizer": name_of(optimizer), "training": training}
     schedule = build_schedule(optimizer, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **training)
     names = tuple(task.name for task in every)
     job = Settings(names, describe_origin(net.model).name, method, dict(settings or {}), **_shared_settings(schedule))
-    open_inputs = partial(_open, job, place, net, every, learner, schedule, loss, example is None, axes, told)
+    open_inputs = partial(_open, job, place, net, every, learner, schedule, loss, example is None, axes, recorded)
     with nullcontext(progress) if out is None else visible(progress) as shown:
         fitted = carry_out(job, open_inputs, place.recorder("learn", model), progress=shown)
     state = fitted.state

@@ -38,7 +38,7 @@ class Node(msgspec.Struct, frozen=True):
     ops: list[Operation]
 
 
-class Cell(msgspec.Struct, frozen=True):
+class FoundCell(msgspec.Struct, frozen=True):
     """A cell: whether it halves the resolution, the widths of its inputs, and its nodes."""
 
     reduce: bool
@@ -46,7 +46,7 @@ class Cell(msgspec.Struct, frozen=True):
     nodes: list[Node]
 
 
-def read_cells(config: Mapping[str, Any]) -> list[Cell]:
+def read_cells(config: Mapping[str, Any]) -> list[FoundCell]:
     """Return the cells of a found network, as far as its description is valid; sources 0 and 1 are the inputs.
 
     Args:
@@ -63,11 +63,11 @@ def read_cells(config: Mapping[str, Any]) -> list[Cell]:
                     bare = kind in ("avg", "max") or (kind == "skip" and not (reduce and at < 2))
                     ops[kind, at] = Operation(kind, at, _size(mid), bare)
             nodes.append(Node(_size(node.get("width")), list(ops.values())))
-        result.append(Cell(reduce, [_size(width) for width in inputs] + [None] * (2 - len(inputs)), nodes))
+        result.append(FoundCell(reduce, [_size(width) for width in inputs] + [None] * (2 - len(inputs)), nodes))
     return result
 
 
-def read_topology(config: Mapping[str, Any]) -> list[Cell]:
+def read_topology(config: Mapping[str, Any]) -> list[FoundCell]:
     """Return the one cell that a network of NAS-Bench-201's space repeats; empty for other networks.
 
     Args:
@@ -80,10 +80,10 @@ def read_topology(config: Mapping[str, Any]) -> list[Cell]:
     for (source, node), names in zip(BENCH_EDGES, edges, strict=True):
         kept = [kind for kind, name in BENCH_NAMES.items() if name in _list(names)]
         ops[node - 1] += [Operation(kind, source, None, not kind.startswith("conv")) for kind in kept]
-    return [Cell(False, [width], [Node(width, kept) for kept in ops])]
+    return [FoundCell(False, [width], [Node(width, kept) for kept in ops])]
 
 
-def read_blocks(config: Mapping[str, Any]) -> list[Cell]:
+def read_blocks(config: Mapping[str, Any]) -> list[FoundCell]:
     """Return the blocks of a found network as cells of one node.
 
     Args:
@@ -97,11 +97,11 @@ def read_blocks(config: Mapping[str, Any]) -> list[Cell]:
             if kind in BLOCK_KINDS:
                 ops[kind] = Operation(kind, 0, _size(mid), kind == "skip")
         node = Node(_size(plan.get("width")), list(ops.values()))
-        result.append(Cell(plan.get("stride") == 2, [None], [node]))
+        result.append(FoundCell(plan.get("stride") == 2, [None], [node]))
     return result
 
 
-def notation(topology: Sequence[Cell]) -> str:
+def notation(topology: Sequence[FoundCell]) -> str:
     """Return a topology in NAS-Bench-201's notation; empty if an edge has not exactly one operation.
 
     Args:
@@ -113,7 +113,7 @@ def notation(topology: Sequence[Cell]) -> str:
     return "+".join("|" + "".join(f"{BENCH_NAMES[op.kind]}~{op.source}|" for op in ops) for ops in nodes)
 
 
-def operations(parts: Sequence[Cell]) -> list[Operation]:
+def operations(parts: Sequence[FoundCell]) -> list[Operation]:
     """Return all operations of some cells in one list.
 
     Args:
@@ -122,7 +122,7 @@ def operations(parts: Sequence[Cell]) -> list[Operation]:
     return [op for cell in parts for node in cell.nodes for op in node.ops]
 
 
-def count_kinds(parts: Sequence[Cell]) -> dict[str, list[int]]:
+def count_kinds(parts: Sequence[FoundCell]) -> dict[str, list[int]]:
     """Return kind of operation → how many of it each cell keeps.
 
     Args:
@@ -131,7 +131,7 @@ def count_kinds(parts: Sequence[Cell]) -> dict[str, list[int]]:
     return {kind: [sum(op.kind == kind for op in operations([cell])) for cell in parts] for kind in KINDS}
 
 
-def count_skipped(blocks: Sequence[Cell]) -> int:
+def count_skipped(blocks: Sequence[FoundCell]) -> int:
     """Return the number of blocks that only pass their input on.
 
     Args:
@@ -140,7 +140,7 @@ def count_skipped(blocks: Sequence[Cell]) -> int:
     return sum([op.kind for op in operations([block])] == ["skip"] for block in blocks)
 
 
-def describe_nodes(cell: Cell) -> list[tuple[str, int | None, str]]:
+def describe_nodes(cell: FoundCell) -> list[tuple[str, int | None, str]]:
     """Return the name of each node of a cell, its width, and what it sums, in words.
 
     Args:
@@ -157,7 +157,7 @@ def describe_nodes(cell: Cell) -> list[tuple[str, int | None, str]]:
     return rows
 
 
-def describe_block(block: Cell) -> str:
+def describe_block(block: FoundCell) -> str:
     """Return the operations whose outputs a block sums, in words.
 
     Args:

@@ -24,7 +24,7 @@ class TableCell:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TableOfRuns:
     """What the page of several runs says.
 
     Args:
@@ -48,7 +48,7 @@ class Comparison:
     means: list[float | None] = field(default_factory=list)
 
 
-def compare(summary: Summary) -> Comparison:
+def compare(summary: Summary) -> TableOfRuns:
     """Return what the page of several runs says: of pruning, of learning, or of searches.
 
     Args:
@@ -112,7 +112,7 @@ def compared_sizes(summary: Summary) -> Drawing | None:
     return draw_front("fig-courses-size", title, points, *words)
 
 
-def _compare_pruning(summary: Summary) -> Comparison:
+def _compare_pruning(summary: Summary) -> TableOfRuns:
     runs, sources = summary.runs, summary.kinds
     domains = [{row.source: row for row in run.perplexity} for run in runs]
     means = [geometric_mean([table[source] for source in sources]) for table in domains]
@@ -150,7 +150,7 @@ def _compare_pruning(summary: Summary) -> Comparison:
         for at, (p, label) in sorted(best.items())[::-1]
     ]
     leading = f"Lowest perplexity, as a geometric mean over the text domains. {'; '.join(parts[:5])}."
-    return Comparison(
+    return TableOfRuns(
         f"{who}{shared}",
         [leading] if parts else [],
         "Perplexity on the text domains on which all runs were evaluated; lower is better. A value is marked if no run "
@@ -163,7 +163,7 @@ def _compare_pruning(summary: Summary) -> Comparison:
     )
 
 
-def _compare_courses(summary: Summary, courses: list[Course]) -> Comparison:
+def _compare_courses(summary: Summary, courses: list[Course]) -> TableOfRuns:
     runs = summary.runs
     scenarios = [next((pair.value for pair in run.settings if pair.name == "scenario"), "") for run in runs]
     ends = [(course.matrix.matrix or [[]])[-1] for course in courses]
@@ -209,7 +209,7 @@ def _compare_courses(summary: Summary, courses: list[Course]) -> Comparison:
         )
     longest = max(courses, key=lambda course: len(course.matrix.tasks)).matrix.tasks
     columns = ["Parameters", "After the first task", "Growths", "Largest change by growth", "Seconds", *longest[:20]]
-    return Comparison(
+    return TableOfRuns(
         f"{len(runs)} runs of {_one_of({run.model for run in runs}, 'networks')}, each trained on {tasks}.",
         details,
         "Accuracy of each network, as means over the tasks. A value is marked if no run with as few parameters is "
@@ -225,7 +225,7 @@ def _compare_courses(summary: Summary, courses: list[Course]) -> Comparison:
     )
 
 
-def _compare_searches(summary: Summary, searches: list[Search]) -> Comparison:
+def _compare_searches(summary: Summary, searches: list[Search]) -> TableOfRuns:
     runs, names = summary.runs, ("data", "train", "test", "validation")
     data = {tuple(pair.value for pair in run.settings if pair.name in names) for run in runs}
     leads = q.leaders([result.test.nonzero for result in searches], [result.test.accuracy for result in searches])
@@ -242,7 +242,7 @@ def _compare_searches(summary: Summary, searches: list[Search]) -> Comparison:
     if len(known) > 1 and len(data) == 1:
         most, best = max(known, key=lambda pair: pair[0])
         details.append(f"{best} has the highest test accuracy: {q.percent(most)}.")
-    return Comparison(
+    return TableOfRuns(
         f"{len(runs)} searches of {_one_of({run.model for run in runs}, 'spaces')}.",
         details,
         "The final network of each search. A test accuracy is marked if no network with as few nonzero parameters "

@@ -8,7 +8,7 @@ from regrow.reports import quantities as q
 from regrow.reports.drawing import ACCENT, COOL, FAINT, INK, MUTED, PAPER, WARM, Drawing, draw
 from regrow.reports.findings import rank_means
 from regrow.reports.reading import block_of, depths_of, kind_of
-from regrow.reports.runs import Findings, Run
+from regrow.reports.runs import Run, RunFindings
 from regrow.reports.search import unit
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def widths(run: Run) -> Drawing | None:
     return draw("fig-widths", "Units per layer, before and after", description, 60 + 170 * len(groups), paint)
 
 
-def spectrum(findings: Findings | None) -> Drawing | None:
+def spectrum(findings: RunFindings | None) -> Drawing | None:
     """Draw, per layer, how many units change rank between text domains beyond noise, and how similar the orders are.
 
     Args:

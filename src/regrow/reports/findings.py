@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from regrow.reports import quantities as q
 from regrow.reports.reading import kind_of
 from regrow.reports.records import ModuleRatio, RankVariation, Values
-from regrow.reports.runs import Findings, Run
+from regrow.reports.runs import Run, RunFindings
 
 GRID = ("robust weak", "robust strong", "sensitive weak", "sensitive strong")
 MAX_CELLS = 24
@@ -47,7 +47,7 @@ class MeanRow:
     means: dict[str, float | None]
 
 
-def rank_means(findings: Findings) -> list[MeanRow]:
+def rank_means(findings: RunFindings) -> list[MeanRow]:
     """Return the means of the rank changes, one row per kind of axis.
 
     Args:
@@ -62,7 +62,7 @@ def rank_means(findings: Findings) -> list[MeanRow]:
     ]
 
 
-def module_means(findings: Findings) -> list[tuple[str, list[MeanRow]]]:
+def module_means(findings: RunFindings) -> list[tuple[str, list[MeanRow]]]:
     """Return the means of the modules, per kind of axis one row per cell, and one of all if there are several.
 
     Args:
@@ -81,7 +81,7 @@ def module_means(findings: Findings) -> list[tuple[str, list[MeanRow]]]:
     return result
 
 
-def explain_modules(findings: Findings | None) -> str:
+def explain_modules(findings: RunFindings | None) -> str:
     """Return an explanation of modules of units, and of switched ones; empty without modules.
 
     Args:
@@ -102,7 +102,7 @@ def explain_modules(findings: Findings | None) -> str:
     return " ".join(lines)
 
 
-def describe_learning(findings: Findings | None) -> list[str]:
+def describe_learning(findings: RunFindings | None) -> list[str]:
     """Return sentences on what learning or measuring the modules' ratios improved.
 
     Args:
@@ -190,7 +190,7 @@ def _order(cell: str) -> tuple[int, int, str]:
     return GRID.index(cell) if cell in GRID else len(GRID), int(digits.group()[:9]) if digits else 0, cell
 
 
-def _best(findings: Findings) -> tuple[int, float]:
+def _best(findings: RunFindings) -> tuple[int, float]:
     """Return the step of learning that was kept, and its loss on held-out text; so far, the step of the lowest."""
     steps = [(row.step, row.held_out) for row in findings.history if row.held_out is not None] or [(0, 0.0)]
     kept = [step for step in steps if step[0] == findings.best_step]
@@ -246,7 +246,7 @@ def _rule(run: Run, settings: dict[str, str]) -> str:
     return ""
 
 
-def _exchanges(findings: Findings) -> str:
+def _exchanges(findings: RunFindings) -> str:
     rounds, taken = len({row.round for row in findings.exchanges}), sum(row.accepted for row in findings.exchanges)
     times = "1 round" if rounds == 1 else f"{rounds} rounds"
     judged = f"each judged on the whole pruned network: {taken} of {len(findings.exchanges)} judgements accepted one. "

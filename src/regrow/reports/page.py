@@ -173,7 +173,7 @@ def _compared(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _compared_front(summary: Summary, table: comparison.Comparison) -> Drawing | None:
+def _compared_front(summary: Summary, table: comparison.TableOfRuns) -> Drawing | None:
     if all(run.course for run in summary.runs):
         return comparison.compared_sizes(summary)
     return comparison.compared_perplexity(summary, table.means) if table.means else None

@@ -16,7 +16,7 @@ import msgspec
 
 from regrow.core.errors import ResourceError
 from regrow.reports.records import AxisKind, AxisWidth, Bounds, MassiveActivation, MissingFile, Scores
-from regrow.reports.runs import Findings
+from regrow.reports.runs import RunFindings
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.intervals import expand_plans
@@ -95,7 +95,7 @@ class RunRecord:
     axes: AxisRows | None = None
     scores: ScoreSummary | None = None
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    findings: Findings | None = None
+    findings: RunFindings | None = None
     origin: Origin = field(default_factory=Origin)
     missing: list[MissingFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -185,7 +185,7 @@ def read_run(path: Path) -> RunRecord:
         folder.plans = _read_plans(folder)
     folder.axes = folder.table("axes.json", AxisRows)
     folder.scores = folder.table("scores.json", ScoreSummary)
-    folder.findings = folder.table("findings.json", Findings)
+    folder.findings = folder.table("findings.json", RunFindings)
     if run.verb == "search" and (shapes := folder.table("shapes.json", FoundShapes)):
         folder.origin = shapes.origin
     with folder.leave_out():

@@ -149,7 +149,7 @@ class Mean(msgspec.Struct, frozen=True):
         return quantities.won_back(self.before, self.cut, self.after)
 
 
-class Accuracy(msgspec.Struct, frozen=True):
+class SourceAccuracy(msgspec.Struct, frozen=True):
     """The accuracy of a model on a task."""
 
     task: str
@@ -164,9 +164,9 @@ class Task(msgspec.Struct, frozen=True):
     """The accuracies of a run on a task: before it, after the cut if it was fitted, and at the end."""
 
     task: str
-    before: Accuracy | None = None
-    cut: Accuracy | None = None
-    after: Accuracy | None = None
+    before: SourceAccuracy | None = None
+    cut: SourceAccuracy | None = None
+    after: SourceAccuracy | None = None
 
 
 class Sizes(msgspec.Struct, frozen=True):

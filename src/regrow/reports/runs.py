@@ -6,7 +6,7 @@ from typing import Annotated
 import msgspec
 
 from regrow.reports import quantities
-from regrow.reports.cells import Cell
+from regrow.reports.cells import FoundCell
 from regrow.reports.records import (
     Amount,
     AxisKind,
@@ -55,7 +55,7 @@ class Divergences(msgspec.Struct, frozen=True):
         return math.exp(self.offset or 0.0)
 
 
-class Exchange(msgspec.Struct, frozen=True):
+class CostExchange(msgspec.Struct, frozen=True):
     """A judgement of an exchange of cost between axes, on the pruned network."""
 
     round: Count
@@ -66,7 +66,7 @@ class Exchange(msgspec.Struct, frozen=True):
     accepted: bool = False
 
 
-class Findings(msgspec.Struct, frozen=True):
+class RunFindings(msgspec.Struct, frozen=True):
     """The tables in which a pruning method explains its choice."""
 
     method: str
@@ -78,7 +78,7 @@ class Findings(msgspec.Struct, frozen=True):
     history: list[HeldOut] = []
     best_step: Count | None = None
     levels: list[Divergences] = []
-    exchanges: list[Exchange] = []
+    exchanges: list[CostExchange] = []
     robust_among_cut: dict[str, Fraction] = {}
     notes: list[str] = []
 
@@ -135,7 +135,7 @@ class ShapeChange(msgspec.Struct, frozen=True):
         return sum(self.grown.values()) + sum(self.restored.values())
 
 
-class Matrix(msgspec.Struct, frozen=True):
+class AccuracyMatrix(msgspec.Struct, frozen=True):
     """The accuracy matrix of a sequence of tasks, and the figures that follow from it."""
 
     tasks: list[str] = []
@@ -152,7 +152,7 @@ class Matrix(msgspec.Struct, frozen=True):
 class Course(msgspec.Struct, frozen=True):
     """The measurements of a continual-learning run; the matrix has no figures until the last task is done."""
 
-    matrix: Matrix
+    matrix: AccuracyMatrix
     records: list[LearnedTask]
     events: list[ShapeChange]
     gone: list[str] = []
@@ -230,10 +230,10 @@ class Search(msgspec.Struct, frozen=True):
     levels: list[Level]
     network: FoundNetwork
     test: FoundNetwork
-    cells: list[Cell]
-    topology: list[Cell]
+    cells: list[FoundCell]
+    topology: list[FoundCell]
     notation: str
-    blocks: list[Cell]
+    blocks: list[FoundCell]
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -268,7 +268,7 @@ class Run(msgspec.Struct, frozen=True):
     widths: list[AxisKind]
     frozen: dict[str, int]
     scores: Scores | None
-    findings: Findings | None
+    findings: RunFindings | None
     course: Course | None
     search: Search | None
     stages: list[StageJson]

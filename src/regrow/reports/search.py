@@ -59,7 +59,7 @@ class LevelTotals(msgspec.Struct, frozen=True):
     size: Amount = None
 
 
-class Latency(msgspec.Struct, frozen=True):
+class PassTimes(msgspec.Struct, frozen=True):
     """Measured milliseconds of a pass through the whole space, and through the found network."""
 
     whole: Amount = None
@@ -76,7 +76,7 @@ def search(folder: RunRecord) -> Search | None:
         return None
     settings = folder.run.settings
     target, retrain = q.in_words(settings.get("target")), settings.get("retrain")
-    levels, latency = folder.last("levels", LevelTotals), folder.last("latency", Latency) or Latency()
+    levels, latency = folder.last("levels", LevelTotals), folder.last("latency", PassTimes) or PassTimes()
     totals = levels or LevelTotals()
     measure = totals.measure or (target.partition("=")[0] if "=" in target else "params")
     network = folder.last("found", FoundNetwork) or FoundNetwork()

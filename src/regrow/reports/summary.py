@@ -9,7 +9,6 @@ import msgspec
 from regrow.reports import quantities as q
 from regrow.reports.reading import ReportError, RunRecord, read_run, scores, widths
 from regrow.reports.records import (
-    Accuracy,
     Domain,
     MaskingCheck,
     Pair,
@@ -17,10 +16,11 @@ from regrow.reports.records import (
     Perplexity,
     Reconstruction,
     Sizes,
+    SourceAccuracy,
     SourceRow,
     Task,
 )
-from regrow.reports.runs import Course, LearnedTask, Matrix, Run, ShapeChange, Summary
+from regrow.reports.runs import AccuracyMatrix, Course, LearnedTask, Run, ShapeChange, Summary
 from regrow.reports.search import search
 from regrow.store.measurements import BudgetRow, SizeRow
 from regrow.store.schemas import StageJson
@@ -131,16 +131,17 @@ def _course(folder: RunRecord) -> Course | None:
     if folder.run.verb != "learn":
         return None
     records = {row.task: row for row in folder.rows("task", LearnedTask)}
-    matrix = folder.last("matrix", Matrix) or Matrix()
+    matrix = folder.last("matrix", AccuracyMatrix) or AccuracyMatrix()
     rows = {i: row.accuracy for i, row in records.items()} | dict(enumerate(matrix.matrix))
     count = next(i for i in range(len(rows) + 1) if i not in rows)
     names = matrix.tasks + [record.name for _, record in sorted(records.items())[len(matrix.tasks) :]]
     names += [f"task {i + 1}" for i in range(len(names), max((len(rows[i]) for i in range(count)), default=0))]
     learned = [rows[i] for i in range(count)]
     done = len(matrix.matrix) == count  # else further tasks are under way: their matrix is still to come
-    whole = (
-        msgspec.structs.replace(matrix, matrix=learned, tasks=names) if done else Matrix(names, learned, matrix.before)
-    )
+    if done:
+        whole = msgspec.structs.replace(matrix, matrix=learned, tasks=names)
+    else:
+        whole = AccuracyMatrix(names, learned, matrix.before)
     gone = folder.last("gone", MissingTasks)
     kept = [records[i] for i in range(count) if i in records]
     return Course(whole, kept, folder.rows("growth", ShapeChange), gone.tasks if gone else [])
@@ -163,8 +164,8 @@ def _domains(folder: RunRecord) -> list[Domain]:
 
 
 def _tasks(folder: RunRecord) -> list[Task]:
-    rows: dict[str, list[Accuracy]] = {}
-    for row in folder.rows("choice", Accuracy):
+    rows: dict[str, list[SourceAccuracy]] = {}
+    for row in folder.rows("choice", SourceAccuracy):
         rows.setdefault(row.task, []).append(row)
     return [Task(task, **_by_side(members, ("before", "cut", "after"))) for task, members in rows.items()]
 
