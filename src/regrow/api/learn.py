@@ -147,7 +147,8 @@ def learn(
     net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
     require_weights(net.model)
     every = to_tasks(tasks, choose_reading(net.model, net.tokenizer, batch_size))
-    learner, recorded = build_learner(method, settings or {}, seed), {"optimizer": name_of(optimizer), "training": training}
+    recorded = {"optimizer": name_of(optimizer), "training": training}
+    learner = build_learner(method, settings or {}, seed)
     schedule = build_schedule(optimizer, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **training)
     names = tuple(task.name for task in every)
     job = Settings(names, describe_origin(net.model).name, method, dict(settings or {}), **_shared_settings(schedule))

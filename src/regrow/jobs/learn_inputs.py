@@ -150,8 +150,8 @@ def open_named(
         axes = trace(loaded.model, *args, **kwargs) if new or learner.uses_axes else NO_AXES
     shared: Any = {one.name: getattr(settings, one.name) for one in fields(TaskSchedule) if hasattr(settings, one.name)}
     schedule = TaskSchedule(**shared, objective=CLASSIFICATION if loaded.tokenizer is None else NEXT_TOKEN)
-    sequence = record_tasks(settings.tasks, tasks)
-    return LearnInputs(loaded, axes, tasks, learner, schedule, untrained=build, new=new, sequence=sequence, memory=needs)
+    names = record_tasks(settings.tasks, tasks)
+    return LearnInputs(loaded, axes, tasks, learner, schedule, untrained=build, new=new, sequence=names, memory=needs)
 
 
 def specs_of(settings: Settings, start: Loaded | None = None) -> TaskSpecs:
