@@ -136,7 +136,7 @@ def calibrate(
 
 
 def open_journal(record: Record, key: str) -> Path | None:
-    """Return the file with which the learning of a plan goes on where an interrupted run stopped, if any is kept.
+    """Return the file from which the learning of a plan resumes after an interruption; ``None`` if nothing is kept.
 
     Args:
         record: The run.

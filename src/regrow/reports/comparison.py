@@ -9,7 +9,7 @@ from regrow.reports import search, words
 from regrow.reports.drawing import Drawing
 from regrow.reports.figures import draw_front, draw_lines
 from regrow.reports.records import geometric_mean
-from regrow.reports.runs import Course, Run, Search, Summary
+from regrow.reports.runs import Course, Run, SearchRun, Summary
 
 MAX_LINES = 24
 
@@ -68,9 +68,9 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     Args:
         runs: The runs.
     """
-    told = [{pair.name: pair.value for pair in (*run.settings, *run.method_settings)} for run in runs]
-    whole = [{p.name: p.value for p in run.defaults} | table for run, table in zip(runs, told, strict=True)]
-    names = dict.fromkeys(name for table in told for name in table)
+    listed = [{pair.name: pair.value for pair in (*run.settings, *run.method_settings)} for run in runs]
+    whole = [{p.name: p.value for p in run.defaults} | table for run, table in zip(runs, listed, strict=True)]
+    names = dict.fromkeys(name for table in listed for name in table)
     if len({run.method for run in runs}) == 1:
         names |= dict.fromkeys(name for name in whole[0] if all(name in table for table in whole))
     columns = {name: [table.get(name, q.NONE) for table in whole] for name in names}
@@ -225,7 +225,7 @@ def _compare_courses(summary: Summary, courses: list[Course]) -> TableOfRuns:
     )
 
 
-def _compare_searches(summary: Summary, searches: list[Search]) -> TableOfRuns:
+def _compare_searches(summary: Summary, searches: list[SearchRun]) -> TableOfRuns:
     runs, names = summary.runs, ("data", "train", "test", "validation")
     data = {tuple(pair.value for pair in run.settings if pair.name in names) for run in runs}
     leads = q.leaders([result.test.nonzero for result in searches], [result.test.accuracy for result in searches])

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from regrow.core.errors import ResourceError
-from regrow.reports.records import AxisKind, AxisWidth, Bounds, MassiveActivation, MissingFile, Scores
+from regrow.reports.records import AxisKind, AxisWidth, Bounds, MassiveActivation, MissingFile, ScoreRows
 from regrow.reports.runs import RunFindings
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
@@ -60,7 +60,7 @@ class RunFile(RunJson, frozen=True):
     stage: StageJson | None = None
 
 
-class Origin(msgspec.Struct, frozen=True):
+class FoundOrigin(msgspec.Struct, frozen=True):
     """How to build the network that a search found."""
 
     config: dict[str, Any] = {}
@@ -69,7 +69,7 @@ class Origin(msgspec.Struct, frozen=True):
 class FoundShapes(msgspec.Struct, frozen=True):
     """``shapes.json`` of a search, as far as a page shows it."""
 
-    origin: Origin = Origin()
+    origin: FoundOrigin = FoundOrigin()
 
 
 @dataclass
@@ -96,7 +96,7 @@ class RunRecord:
     scores: ScoreSummary | None = None
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     findings: RunFindings | None = None
-    origin: Origin = field(default_factory=Origin)
+    origin: FoundOrigin = field(default_factory=FoundOrigin)
     missing: list[MissingFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -256,7 +256,7 @@ def widths(folder: RunRecord) -> tuple[list[AxisKind], dict[str, int]]:
     return groups, dict(frozen.most_common())
 
 
-def scores(folder: RunRecord, groups: Sequence[AxisKind]) -> Scores | None:
+def scores(folder: RunRecord, groups: Sequence[AxisKind]) -> ScoreRows | None:
     """Return where each axis was cut, and the units with massive activations; ``None`` without ``scores.json``.
 
     Args:
@@ -277,7 +277,7 @@ def scores(folder: RunRecord, groups: Sequence[AxisKind]) -> Scores | None:
                 if unit.ratio is not None:
                     massive.append(MassiveActivation(row.key, row.block, kind.kind, unit.unit, unit.ratio, kept))
     massive.sort(key=lambda unit: -abs(unit.ratio))
-    return Scores(folder.scores.metric, bounds, massive)
+    return ScoreRows(folder.scores.metric, bounds, massive)
 
 
 def kind_of(key: str, label: str = "") -> str:

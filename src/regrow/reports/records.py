@@ -50,7 +50,7 @@ class SourceRow(msgspec.Struct, frozen=True):
     evaluation_tokens: Count | None = None
 
 
-class Perplexity(msgspec.Struct, frozen=True):
+class SourcePerplexity(msgspec.Struct, frozen=True):
     """The perplexity of a model on a text domain, with the standard error of its logarithm."""
 
     model: str
@@ -94,10 +94,10 @@ class Domain(msgspec.Struct, frozen=True):
 
     source: str
     seen: bool = False
-    before: Perplexity | None = None
-    cut: Perplexity | None = None
-    fitted: Perplexity | None = None
-    after: Perplexity | None = None
+    before: SourcePerplexity | None = None
+    cut: SourcePerplexity | None = None
+    fitted: SourcePerplexity | None = None
+    after: SourcePerplexity | None = None
     delta_nll: LogRatio = None
     delta_se: Spread = None
 
@@ -107,7 +107,7 @@ class Domain(msgspec.Struct, frozen=True):
         Args:
             side: ``before``, ``cut``, ``fitted`` or ``after``.
         """
-        measured: Perplexity | None = getattr(self, side)
+        measured: SourcePerplexity | None = getattr(self, side)
         return measured.ppl if measured else None
 
     @property
@@ -160,7 +160,7 @@ class SourceAccuracy(msgspec.Struct, frozen=True):
     acc_norm: Fraction = None
 
 
-class Task(msgspec.Struct, frozen=True):
+class ChoiceTask(msgspec.Struct, frozen=True):
     """The accuracies of a run on a task: before it, after the cut if it was fitted, and at the end."""
 
     task: str
@@ -267,7 +267,7 @@ class MassiveActivation(msgspec.Struct, frozen=True):
     kept: bool | None
 
 
-class Scores(msgspec.Struct, frozen=True):
+class ScoreRows(msgspec.Struct, frozen=True):
     """The metric of the scores, where each axis was cut, and the units with massive activations."""
 
     metric: str

@@ -10,6 +10,7 @@ from regrow.reports.cells import FoundCell
 from regrow.reports.records import (
     Amount,
     AxisKind,
+    ChoiceTask,
     Domain,
     Fraction,
     LogRatio,
@@ -20,10 +21,9 @@ from regrow.reports.records import (
     Pair,
     RankVariation,
     Reconstruction,
-    Scores,
+    ScoreRows,
     Sizes,
     SourceRow,
-    Task,
     geometric_mean,
 )
 from regrow.store.measurements import BudgetRow, Figure
@@ -180,7 +180,7 @@ class SearchEpoch(msgspec.Struct, frozen=True):
     nonzero: Count | None = None
 
 
-class StageMemory(msgspec.Struct, frozen=True):
+class StagePeaks(msgspec.Struct, frozen=True):
     """The memory of a stage: planned before the search, predicted at its start, and measured."""
 
     stage: Count
@@ -211,7 +211,7 @@ class Level(msgspec.Struct, frozen=True):
     kept: float | None
 
 
-class Search(msgspec.Struct, frozen=True):
+class SearchRun(msgspec.Struct, frozen=True):
     """The measurements of a search; ``asked`` and ``reached`` are sizes in the measure of its target."""
 
     target: str
@@ -223,7 +223,7 @@ class Search(msgspec.Struct, frozen=True):
     epochs: list[SearchEpoch]
     front: list[SearchEpoch]
     commits: list[ShapeChange]
-    stages: list[StageMemory]
+    stages: list[StagePeaks]
     recomputed: bool
     budget: Count | None
     clock: dict[str, Amount]
@@ -261,16 +261,16 @@ class Run(msgspec.Struct, frozen=True):
     notes: list[str]
     perplexity: list[Domain]
     outcome: str
-    choice: list[Task]
+    choice: list[ChoiceTask]
     size: Sizes
     verify: list[MaskingCheck]
     reconstruction: Reconstruction | None
     widths: list[AxisKind]
     frozen: dict[str, int]
-    scores: Scores | None
+    scores: ScoreRows | None
     findings: RunFindings | None
     course: Course | None
-    search: Search | None
+    search: SearchRun | None
     stages: list[StageJson]
     missing: list[MissingFile]
     problems: list[str]

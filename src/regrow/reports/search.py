@@ -11,7 +11,7 @@ from regrow.reports import cells
 from regrow.reports import quantities as q
 from regrow.reports.reading import RunRecord
 from regrow.reports.records import Amount, Fraction, KeyNumber
-from regrow.reports.runs import FoundNetwork, Level, Run, Search, SearchEpoch, ShapeChange, StageMemory
+from regrow.reports.runs import FoundNetwork, Level, Run, SearchEpoch, SearchRun, ShapeChange, StagePeaks
 from regrow.store.plan_schemas import Count
 
 LEVELS = ("operations", "filters", "weights")
@@ -66,7 +66,7 @@ class PassTimes(msgspec.Struct, frozen=True):
     found: Amount = None
 
 
-def search(folder: RunRecord) -> Search | None:
+def search(folder: RunRecord) -> SearchRun | None:
     """Return the measurements of a search; ``None`` if it is a run of another kind.
 
     Args:
@@ -81,8 +81,8 @@ def search(folder: RunRecord) -> Search | None:
     measure = totals.measure or (target.partition("=")[0] if "=" in target else "params")
     network = folder.last("found", FoundNetwork) or FoundNetwork()
     counted = getattr(network, {"params": "parameters"}.get(measure, measure), None)
-    planned, memory = folder.last("stages", PlannedStages) or PlannedStages(), folder.rows("memory", StageMemory)
-    return Search(
+    planned, memory = folder.last("stages", PlannedStages) or PlannedStages(), folder.rows("memory", StagePeaks)
+    return SearchRun(
         target=target,
         measure=measure,
         asked=totals.asked or _target_number(target),
@@ -106,7 +106,7 @@ def search(folder: RunRecord) -> Search | None:
     )
 
 
-def unit(result: Search) -> str:
+def unit(result: SearchRun) -> str:
     """Return the unit in which a search counts sizes, in words.
 
     Args:
@@ -115,7 +115,7 @@ def unit(result: Search) -> str:
     return _UNITS.get(result.measure, "parameters")
 
 
-def headline(run: Run, result: Search) -> str:
+def headline(run: Run, result: SearchRun) -> str:
     """Return one sentence on the network that a run found, and its test accuracy.
 
     Args:
@@ -145,7 +145,7 @@ def explain_unsearched(run: Run) -> str:
     return f"Weights were not searched, since a target in {result.measure} counts weights that are 0; nonzero does not."
 
 
-def details(run: Run, result: Search) -> list[str]:
+def details(run: Run, result: SearchRun) -> list[str]:
     """Return the sentences below a run's headline: the origin of the method, and what was done.
 
     Args:
@@ -163,7 +163,7 @@ def details(run: Run, result: Search) -> list[str]:
     return lines
 
 
-def key_numbers(result: Search) -> list[KeyNumber]:
+def key_numbers(result: SearchRun) -> list[KeyNumber]:
     """Return the figures at the head of the page.
 
     Args:
@@ -202,7 +202,7 @@ def alarms(run: Run) -> list[str]:
     return [line for warn in warnings if run.search and (line := warn(run.search))]
 
 
-def _collapse(result: Search) -> str:
+def _collapse(result: SearchRun) -> str:
     ops, many = cells.operations(result.cells or result.topology), len(result.blocks)
     if many and cells.count_skipped(result.blocks) >= COLLAPSE * many:
         return f"The search may have collapsed: {cells.count_skipped(result.blocks)} of {many} blocks do nothing."
@@ -216,7 +216,7 @@ def _collapse(result: Search) -> str:
     return ""
 
 
-def _thin(result: Search) -> str:
+def _thin(result: SearchRun) -> str:
     thin = [
         f"node {j + 1} of cell {i + 1} ({node.ops[0].kind})"
         for i, cell in enumerate(result.cells)
@@ -227,7 +227,7 @@ def _thin(result: Search) -> str:
     return f"Only one operation is left in {', '.join(thin[:12])}{rest}." if thin else ""
 
 
-def _off(result: Search) -> str:
+def _off(result: SearchRun) -> str:
     if not result.asked or result.reached is None:
         return ""
     sizes = f"the final network has {q.count(result.reached)} {unit(result)}, the target is {q.count(result.asked)}"
@@ -236,7 +236,7 @@ def _off(result: Search) -> str:
     return f"The target was overshot: {sizes}." if result.reached < OVERSHOT * result.asked else ""
 
 
-def _overshot(result: Search) -> str:
+def _overshot(result: SearchRun) -> str:
     """Return a warning about stages that ended with less than their allowed size.
 
     The final commit restores as much as the target allows, so the final size may hide that masks had removed too much.
@@ -250,7 +250,7 @@ def _overshot(result: Search) -> str:
     return f"Thresholds removed too much: at the end, {', '.join(sizes)} was left.{back}" if sizes else ""
 
 
-def _moved(result: Search) -> str:
+def _moved(result: SearchRun) -> str:
     still = [row for row in result.commits if not (row.back or row.added or row.stood)]
     moved = [row for row in still if (row.logits_moved or 0) > MOVED]
     if not moved:
@@ -262,7 +262,7 @@ def _moved(result: Search) -> str:
     )
 
 
-def _memory(result: Search) -> str:
+def _memory(result: SearchRun) -> str:
     over = [row for row in result.stages if result.budget and (row.peak or 0) > result.budget]
     peaks = [f"stage {row.stage + 1} needed {q.octets(row.peak)}" for row in over]
     return f"The memory budget of {q.octets(result.budget)} was exceeded: {', '.join(peaks)}." if peaks else ""
@@ -274,15 +274,15 @@ def _last_of_each(rows: list[SearchEpoch]) -> list[SearchEpoch]:
     return [last[epoch] for epoch in sorted(last)]
 
 
-def _stages(planned: PlannedStages, measured: list[StageMemory]) -> list[StageMemory]:
+def _stages(planned: PlannedStages, measured: list[StagePeaks]) -> list[StagePeaks]:
     """Return the memory of each stage, and the last cell that it runs, counted from 1."""
     rows = {row.stage: row for row in measured}
     for i, (end, peak) in enumerate(zip(planned.ends, planned.peaks, strict=False)):
-        rows[i] = replace(rows.get(i, StageMemory(i)), last=end + 1, planned=peak)
+        rows[i] = replace(rows.get(i, StagePeaks(i)), last=end + 1, planned=peak)
     return [rows[stage] for stage in sorted(rows)]
 
 
-def _trained(result: Search) -> str:
+def _trained(result: SearchRun) -> str:
     return "trained further" if result.inherited else "retrained from scratch"
 
 

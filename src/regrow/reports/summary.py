@@ -9,16 +9,16 @@ import msgspec
 from regrow.reports import quantities as q
 from regrow.reports.reading import ReportError, RunRecord, read_run, scores, widths
 from regrow.reports.records import (
+    ChoiceTask,
     Domain,
     MaskingCheck,
     Pair,
     PairedDifference,
-    Perplexity,
     Reconstruction,
     Sizes,
     SourceAccuracy,
+    SourcePerplexity,
     SourceRow,
-    Task,
 )
 from regrow.reports.runs import AccuracyMatrix, Course, LearnedTask, Run, ShapeChange, Summary
 from regrow.reports.search import search
@@ -150,7 +150,7 @@ def _course(folder: RunRecord) -> Course | None:
 def _domains(folder: RunRecord) -> list[Domain]:
     """Return one row per text domain: perplexity before and after, and of the cut if a fit or recovery followed it."""
     by_source: dict[str, dict[str, Any]] = {}
-    for row in folder.rows("perplexity", Perplexity):
+    for row in folder.rows("perplexity", SourcePerplexity):
         sides = by_source.setdefault(row.source, {"seen": False})
         if row.model == "recovered" and "after" in sides:
             sides.setdefault("fitted" if "cut" in sides else "cut", sides["after"])
@@ -163,11 +163,11 @@ def _domains(folder: RunRecord) -> list[Domain]:
     return [Domain(source, **sides) for source, sides in by_source.items()]
 
 
-def _tasks(folder: RunRecord) -> list[Task]:
+def _tasks(folder: RunRecord) -> list[ChoiceTask]:
     rows: dict[str, list[SourceAccuracy]] = {}
     for row in folder.rows("choice", SourceAccuracy):
         rows.setdefault(row.task, []).append(row)
-    return [Task(task, **_by_side(members, ("before", "cut", "after"))) for task, members in rows.items()]
+    return [ChoiceTask(task, **_by_side(members, ("before", "cut", "after"))) for task, members in rows.items()]
 
 
 def _by_side(rows: Sequence[Any], sides: Sequence[str]) -> dict[str, Any]:

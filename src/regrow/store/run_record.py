@@ -115,8 +115,8 @@ def run_identity(verb: str, settings: Mapping[str, object], defaults: Mapping[st
         settings: Everything that the result depends on, as JSON data.
         defaults: The method's defaults of all other settings.
     """
-    told = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
-    identity: dict[str, Any] = json.loads(json.dumps(told))
+    given = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
+    identity: dict[str, Any] = json.loads(json.dumps(given))
     return identity
 
 

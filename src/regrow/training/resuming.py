@@ -69,7 +69,7 @@ def read_start(
     learner: S,
     undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
-    """Return network, axes and training state that training goes on from; all ranks call this, and rank 0 reads them.
+    """Return network, axes and training state from which training resumes; all ranks call this, and rank 0 reads them.
 
     Args:
         ranks: The processes.

@@ -50,7 +50,7 @@ def allocate_start(how: str, s: Settings, task: PruningTask, measured: Measureme
     try:
         chosen = {axis.key: scores[axis.key] for axis in measured.units if axis.key in some}
         kept = allocate(task.axes, chosen, task.budget, minimum=s.minimum)
-    except BudgetError:  # what is spared has to give, too
+    except BudgetError:  # blocks that stay whole otherwise are cut, too
         kept = allocate(task.axes, scores, task.budget, minimum=s.minimum)
     return {key: kept.get(key, tuple(range(len(row)))) for key, row in scores.items()}
 
