@@ -22,30 +22,6 @@ from regrow.store.run_folder import RunFolder, WritePage
 from regrow.store.weights import OutsideTensors
 from regrow.training.checkpoint import History
 
-
-def read_history(folder: RunFolder, events: str = "growth") -> History:
-    """Read the plans, the accuracy matrix, the task rows and the growth events of a run, for its checkpoint.
-
-    Args:
-        folder: The run folder.
-        events: The kind of rows about changes of shape: ``"growth"`` (learning) or ``"commit"`` (search).
-
-    Raises:
-        StoreError: If a file is damaged.
-    """
-    metrics = folder.metrics()
-    tasks = [dict(row) for row in metrics if row["what"] == "task"]
-    if wrong := [i for i, row in enumerate(tasks) if row["task"] != i]:
-        raise StoreError(
-            f"{folder.path / 'metrics.jsonl'}: row {wrong[0] + 1} of the kind 'task' is of task "
-            f"{tasks[wrong[0]]['task']}, not {wrong[0]}; restore it"
-        )
-    rows = [tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks]
-    sizes = [{name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks]
-    changes = [{k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events]
-    return History(folder.own_ledger.plans(), rows, sizes, changes)
-
-
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -308,3 +284,26 @@ def find_difference(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> st
         return f"the {whose} differ (digest {was}, here {now}); build the network with the same seed"
     was, now = ("not given" if value is None else value for value in (was, now))
     return f"{name} was {was}, here {now}; give what the interrupted call had"
+
+
+def read_history(folder: RunFolder, events: str = "growth") -> History:
+    """Read the plans, the accuracy matrix, the task rows and the growth events of a run, for its checkpoint.
+
+    Args:
+        folder: The run folder.
+        events: The kind of rows about changes of shape: ``"growth"`` (learning) or ``"commit"`` (search).
+
+    Raises:
+        StoreError: If a file is damaged.
+    """
+    metrics = folder.metrics()
+    tasks = [dict(row) for row in metrics if row["what"] == "task"]
+    if wrong := [i for i, row in enumerate(tasks) if row["task"] != i]:
+        raise StoreError(
+            f"{folder.path / 'metrics.jsonl'}: row {wrong[0] + 1} of the kind 'task' is of task "
+            f"{tasks[wrong[0]]['task']}, not {wrong[0]}; restore it"
+        )
+    rows = [tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks]
+    sizes = [{name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks]
+    changes = [{k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events]
+    return History(folder.own_ledger.plans(), rows, sizes, changes)
