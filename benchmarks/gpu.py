@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import regrow
-from regrow.core.evidence import Need
+from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
 from regrow.methods import LEARNERS, METHODS, RECOVERIES
 from regrow.nets.devices import choose_device

@@ -21,7 +21,7 @@ import torch
 
 from regrow import apply, trace
 from regrow.core.budget import Budget
-from regrow.core.evidence import Need
+from regrow.core.scores import Need
 from regrow.data import Half, text, windows
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut

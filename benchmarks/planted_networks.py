@@ -52,7 +52,7 @@ from regrow.jobs.reconstruction import reconstruct
 from regrow.methods.pruning.gprune import Settings
 from regrow.methods.pruning.gprune.modules import form_modules, measure, order_modules
 from regrow.methods.pruning.pruner import PruningTask, Ranking, plan_cut
-from regrow.scoring.reliability import reliability
+from regrow.scoring.modules import reliability
 from regrow.scoring.spaces import spaces
 from regrow.store.versions import versions
 

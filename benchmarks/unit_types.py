@@ -40,8 +40,8 @@ from regrow.allocation import BudgetError, Cost, uniform
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
-from regrow.core.evidence import Evidence
 from regrow.core.plan import Plan
+from regrow.core.scores import Evidence
 from regrow.data import Half
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.pruning import build_pruner, collect_evidence

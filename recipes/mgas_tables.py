@@ -34,7 +34,7 @@ from typing import Any
 from rows import add, difference, head, line, rows, spread
 
 import regrow
-from regrow.allocation.regrowth import kind_of
+from regrow.allocation.commits import kind_of
 from regrow.core.candidates import candidates_in
 from regrow.core.progress import silent
 from regrow.evaluation import macs

@@ -18,12 +18,11 @@ from rows import head, line
 from width_pruning_bench import WidthPruningBench
 from width_pruning_points import FOLDS, Row
 
-from regrow.core.evidence import Need
+from regrow.core.scores import Need
 from regrow.reports import figures
 from regrow.reports.runs import RunFindings
 from regrow.scoring import METRICS, collect, weights_of
-from regrow.scoring.sensitivity import ranks, spectrum
-from regrow.scoring.spaces import spaces
+from regrow.scoring.spaces import ranks, spaces, spectrum
 
 OUT = Path(__file__).parent / "results" / "rank_variation.json"
 METRIC_NAMES, SHARDS = ("wifv", "wanda_sp"), 4

@@ -28,8 +28,7 @@ from rows import add, rows
 
 from regrow import apply, trace
 from regrow.core.budget import Budget
-from regrow.core.evidence import Evidence, Need
-from regrow.core.scores import Statistics
+from regrow.core.scores import Evidence, Need, Statistics
 from regrow.data import Half, text, windows
 from regrow.evaluation import perplexity
 from regrow.methods import METHODS

@@ -21,7 +21,7 @@ from torch import nn
 from regrow import trace
 from regrow.core.axes import Axis
 from regrow.core.budget import Budget
-from regrow.core.evidence import Evidence, Need
+from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Source
 from regrow.data import Half, text, windows
 from regrow.evaluation import perplexity

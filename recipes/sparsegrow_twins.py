@@ -28,7 +28,7 @@ from rows import add, difference, head, line, rows, spread
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.change import Fill
 from regrow.core.plan import Plan
 from regrow.core.sources import Batch

@@ -21,10 +21,10 @@ from width_pruning_points import FOLDS, Point, Row
 from regrow import apply, trace
 from regrow.allocation import BudgetError
 from regrow.core.budget import Budget
-from regrow.core.evidence import Evidence, Need
+from regrow.core.names import GENERATED
 from regrow.core.plan import Plan
 from regrow.core.process_memory import return_memory
-from regrow.core.source_names import GENERATED
+from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Source
 from regrow.data import Half, text, windows
 from regrow.evaluation import choices, items_in, perplexity

@@ -13,8 +13,8 @@ from torch import nn
 import regrow
 from pretend import counting, pretending
 from regrow.core.errors import ResourceError
-from regrow.core.evidence import Need
 from regrow.core.objectives import CLASSIFICATION
+from regrow.core.scores import Need
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.jobs import learn, search
 from regrow.jobs.search_inputs import make_schedule, read_parts

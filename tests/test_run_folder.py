@@ -16,8 +16,8 @@ from torch import nn
 
 from regrow import Plan, apply, trace
 from regrow.core.budget import Budget
-from regrow.core.evidence import Evidence, Need
 from regrow.core.plan import PlanError
+from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Batch, Source
 from regrow.methods.pruning import flap
 from regrow.methods.pruning.pruner import plan_cut

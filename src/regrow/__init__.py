@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from regrow.api.recover import recover
     from regrow.api.search import search
     from regrow.core.axes import Example
-    from regrow.core.axis_tensor import AxisTensor
+    from regrow.core.axes.axis import AxisTensor
     from regrow.core.candidates import Candidates
     from regrow.core.plan import Fill, Plan
     from regrow.core.sources import Batch, Source
@@ -55,7 +55,7 @@ __all__ = [
 _MODULES = {
     **{name: f"regrow.api.{name}" for name in ("evaluate", "export", "finetune", "grow", "learn", "prune", "recover")},
     "search": "regrow.api.search",
-    "AxisTensor": "regrow.core.axis_tensor",
+    "AxisTensor": "regrow.core.axes.axis",
     "Candidates": "regrow.core.candidates",
     "Example": "regrow.core.axes",
     "Learned": "regrow.api.learn",

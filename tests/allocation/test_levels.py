@@ -13,10 +13,10 @@ from regrow.allocation.commits import (
     least,
     limit_removal,
     protect_cheapest,
+    sample_operations,
     select_removed,
 )
 from regrow.allocation.gates import gates
-from regrow.allocation.regrowth import sample_operations
 from regrow.allocation.timed import spread_times
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidates_in, single_in, tied_in

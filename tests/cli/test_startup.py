@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from regrow.core import model_names
-from regrow.core.model_names import PACKAGED, find_problem, torchvision_names
-from regrow.core.source_names import DOMAINS
+from regrow.core import names
+from regrow.core.names import DOMAINS, PACKAGED, find_problem, torchvision_names
 from regrow.methods import TABLES
 from regrow.nets import packaged
 from regrow.nets.vision import known_names
@@ -104,7 +103,7 @@ def test_names_known_without_torch_are_those_of_the_library():
 def test_a_name_that_torchvision_may_have_says_how_to_install_it(monkeypatch):
     torchvision_names.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(model_names, "find_spec", lambda name: None)
+        patch.setattr(names, "find_spec", lambda name: None)
         assert "torchvision, that is not installed: pip install 'regrow[vision]'" in find_problem("resnet18")
         assert "did you mean 'smollm2-135m'?" in find_problem("smolm2-135m")
         assert find_problem("torchvision:resnet18") == ""  # loading it says what it needs

@@ -12,7 +12,7 @@ import torch
 
 import regrow
 from commands.results import rows, same_parameters
-from regrow.allocation.regrowth import kind_of
+from regrow.allocation.commits import kind_of
 from regrow.allocation.stages import MemoryStages
 from regrow.core import amounts
 from regrow.core.amounts import Measure

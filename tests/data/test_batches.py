@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from regrow.core.evidence import Need
+from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_forms import to_batch
 from regrow.data.batches import ReadOptions, to_source, to_sources

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hand import lm, texts
-from regrow.core.evidence import Need
+from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import BatchStream
 from regrow.data.joined import join_batches, join_sources

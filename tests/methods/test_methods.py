@@ -9,8 +9,8 @@ from hand import conv, lm, texts
 from regrow.allocation import BudgetError, Cost
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
-from regrow.core.evidence import Evidence, Need
 from regrow.core.plan import Plan
+from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import collect_evidence
 from regrow.methods import METHODS, MethodKind, find_method

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from regrow import Plan, apply, trace
-from regrow.allocation.regrowth import cell_of, kind_of
+from regrow.allocation.commits import cell_of, kind_of
 from regrow.core.candidates import candidates_in
 from regrow.jobs.spaces import rebuild
 from regrow.nets.errors import ModelError

@@ -5,14 +5,11 @@ import torch
 
 from hand import lm, texts
 from regrow.core.axes import Axis
-from regrow.core.evidence import Need
-from regrow.core.scores import Scores
+from regrow.core.scores import Need, Scores
 from regrow.scoring import METRICS, collect, percentile, weights_of
-from regrow.scoring.partition import LEAST, PARTITIONS, Modules, partition
-from regrow.scoring.paths import peak_to_peak
-from regrow.scoring.reliability import SWITCHES, rank_in_modules, reliability
-from regrow.scoring.sensitivity import ranks, sensitivity, spectrum
-from regrow.scoring.spaces import spaces
+from regrow.scoring.metrics import peak_to_peak
+from regrow.scoring.modules import LEAST, PARTITIONS, SWITCHES, Modules, partition, rank_in_modules, reliability
+from regrow.scoring.spaces import ranks, sensitivity, spaces, spectrum
 
 N, M, S = 400, 4, 4
 AXES = [Axis("a", N, ()), Axis("b", N, ()), *(Axis(f"g{i}", 3, ()) for i in range(12))]
@@ -106,8 +103,6 @@ def test_modules_are_split_by_sensitivity_and_score_and_random_ones_have_the_sam
     random = partition("random", among, base, spread, seed=2).labels["a"]
     assert torch.equal(torch.bincount(random), torch.bincount(a))
     assert 0.15 < float((random == a).double().mean()) < 0.4
-    with pytest.raises(ValueError, match="formed by thresholds, random"):
-        partition("cube", among, base, spread)
 
 
 def test_what_is_switched() -> None:
@@ -128,8 +123,6 @@ def test_what_is_switched() -> None:
     assert bool(((trust["blend"] >= 0) & (trust["blend"] <= 1)).all())
     assert float(trust["even"][big].std()) < 1e-12
     assert float((sizes * trust["even"]).sum()) == pytest.approx(float((sizes * trust["blend"]).sum()))
-    with pytest.raises(ValueError, match="switched by unreliable"):
-        reliability("maybe", among, modules, base, spread)
 
 
 def test_a_switched_module_ignores_the_calibration_and_others_keep_the_base_order() -> None:

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
 from regrow.core.axes import Axis, Role
-from regrow.core.evidence import Need
-from regrow.core.scores import Moments, Statistics
+from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source
 from regrow.evaluation.memory import Live
 from regrow.scoring import collect, watch

@@ -5,7 +5,7 @@ import torch
 
 from hand import conv, lm, stored, texts
 from regrow.core.budget import Budget
-from regrow.core.evidence import Need
+from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method

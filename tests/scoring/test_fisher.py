@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hand import conv, lm, texts
 from regrow import trace
 from regrow.core.axes import AxisGraph
-from regrow.core.evidence import Need
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective, choose_objective
+from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source, logits_in
 from regrow.scoring import collect, fisher, weights_of
 from regrow.scoring.fisher import draw_labels

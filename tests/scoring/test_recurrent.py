@@ -8,7 +8,7 @@ from torch import nn
 
 import laws
 import regrow
-from regrow.core.evidence import Need
+from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
 from regrow.scoring import collect, means, wanda_sp
 from regrow.scoring.weights import weights_of

@@ -30,6 +30,4 @@ def test_each_weight_is_asked_for_once():
     cached = CachedColumns(Weights(a=weight))
     for _ in range(2):
         assert torch.equal(cached.columns("a", 1), columns(weight, 1))
-        assert torch.equal(cached.columns("a", 1, 4), columns(weight, 1))
-        assert cached.width("a", 1) == 4
-    assert asked == ["a", "a"]  # with and without groups
+    assert asked == ["a"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regrow import nets
-from regrow.core.evidence import Need
+from regrow.core.scores import Need
 from regrow.scoring import collect
 from regrow.streaming.opening import open_network
 from regrow.tracing import trace

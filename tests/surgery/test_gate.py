@@ -9,8 +9,8 @@ import regrow
 from hand import lm
 from regrow.allocation import rank
 from regrow.core.budget import Budget
-from regrow.core.evidence import Evidence, Need
 from regrow.core.plan import Plan
+from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Batch, Source
 from regrow.scoring import collect, means, random
 from regrow.surgery.gate import gate_inputs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow import Plan, UndoStore, apply, grow, load, save, trace, verify
-from regrow.allocation.deepening import deepening
+from regrow.allocation.widening import deepening
 from regrow.core.amounts import Increase
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import PlanError

@@ -369,7 +369,7 @@ def test_only_whole_numbers_are_read_from_a_plan(value: str) -> None:
     _, axes = net()
     text = Plan.growing(axes, {KEY: 4}).to_json()
     for field in ('"grow": 4', '"seed": 0'):
-        with pytest.raises(PlanError, match="whole number"):
+        with pytest.raises(PlanError, match=r"whole number|damaged plan: Expected `int`"):
             Plan.from_json(text.replace(field, f"{field.split(':')[0]}: {value}"))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from regrow.core.operations import Tracer
+from regrow.core.axes.operations import Tracer
 from regrow.tracing import form_cache, record
 from regrow.tracing.capture import capture, example_of, in_training
 from regrow.tracing.form_cache import remember_result

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regrow import Plan, apply, trace, verify
 from regrow.core.axes import Example
-from regrow.core.operations import Tracer
+from regrow.core.axes.operations import Tracer
 from regrow.core.plan import PlanError
 from regrow.tracing.capture import TraceError, capture
 from regrow.tracing.own_run import RunComparison, compare_with_recording

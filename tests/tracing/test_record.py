@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from laws import EXACT, gap, in_double, masked_equals_shrunk, outputs, random_plan, shrunk, smallest_plan, zeroed
 from regrow.core.axes import AxisGraph, Example, Mark, RecordedStep, Slot, size_of
-from regrow.core.operations import Tracer
+from regrow.core.axes.operations import Tracer
 from regrow.core.plan import Plan
 from regrow.surgery import verify
 from regrow.surgery.carry import carry_out

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import Batch
 from regrow.training.early_stopping import EarlyStopping, Tensors, restore_best, with_early_stopping
 from regrow.training.fit import fit

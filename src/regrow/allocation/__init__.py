@@ -7,12 +7,10 @@ differentiably; ``stages`` splits a search into stages that fit a memory budget.
 
 from collections.abc import Callable, Mapping
 
-from regrow.allocation.cost import Cost
-from regrow.allocation.priced import cost_of, payers
-from regrow.allocation.ranked import BudgetError, rank
+from regrow.allocation.cost import Cost, cost_of, payers
+from regrow.allocation.ranked import BudgetError, rank, uniform
 from regrow.allocation.solved import module_costs, ratios, soft_step
 from regrow.allocation.stages import MemoryBudgetError, MemoryStages, stages
-from regrow.allocation.uniform import uniform
 
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
 """Name → allocation function: (axes, scores, budget, *, minimum, share) → axis key → units kept."""

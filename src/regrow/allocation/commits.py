@@ -1,7 +1,7 @@
-"""Choose the operations, filters and weights that a search removes at a commit, from masks and a cost target."""
+"""Choose what a search removes at a commit, from masks and a cost target, and which operations it revives."""
 
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,19 +15,16 @@ from regrow.core.branches import lies_in
 def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
     """Return the operations to drop, and for each axis that loses filters the positions of those that stay.
 
-    Args:
-        gates: The gates: where operations, filters and weights lie, and which may be removed.
-        masks: The present masks; what they set to 0 is removed.
-        axes: The network's axes.
+    What the present masks set to 0 is removed.
     """
-    there = zip(gates.ops, gates.alive & gates.runs, masks.ops, strict=True)
-    drop = [path for path, here, mask in there if here and not mask]
+    removed = gates.alive & gates.runs & (masks.ops == 0)
+    drop = [gates.ops[i] for i in removed.nonzero()[:, 0].tolist()]
     keep = {}
     for key, (base, size, _) in zip(gates.levels.axes, gates.spans, strict=True):
-        own = masks.filters[base : base + size] > 0
+        active = masks.filters[base : base + size] > 0
         stays = any(not any(lies_in(slot.name, path) for path in drop) for slot in axes[key].slots)
-        if stays and not bool(own.all()):
-            keep[key] = own.nonzero()[:, 0].tolist()
+        if stays and not bool(active.all()):
+            keep[key] = active.nonzero()[:, 0].tolist()
     return drop, keep
 
 
@@ -48,18 +45,23 @@ def limit_removal(gates: Gates, masks: GateMasks, allowed: float, bare: bool = T
     lost = (here & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
     order = lost[margins[lost].argsort(descending=True)].tolist()
 
-    def back(many: int) -> tuple[Tensor, Tensor]:
-        ops, filters = masks.ops.clone(), masks.filters.clone()
-        for at in order[:many]:
-            mask, i = (ops, gates.together(at)) if at < len(ops) else (filters, at - len(ops))
-            mask[i] = 1.0
-        return ops, filters
-
     def too_large(many: int) -> bool:
-        return float(gates.levels.size(*back(many), masks.weights)) > allowed
+        return float(gates.levels.size(*_set(gates, masks, order[:many], 1.0), masks.weights)) > allowed
 
-    ops, filters = back(bisect_left(range(1, len(order) + 1), True, key=too_large))  # pricing everything takes long
+    most = bisect_left(range(1, len(order) + 1), True, key=too_large)  # pricing everything takes long
+    ops, filters = _set(gates, masks, order[:most], 1.0)
     return replace(masks, ops=ops, filters=filters)
+
+
+def _set(gates: Gates, masks: GateMasks, places: Sequence[int], value: float) -> tuple[Tensor, Tensor]:
+    """Return the masks of operations and filters with a value in some places: of operations, then of filters."""
+    ops, filters = masks.ops.clone(), masks.filters.clone()
+    for at in places:
+        if at < len(ops):
+            ops[gates.together(at)] = value
+        else:
+            filters[at - len(ops)] = value
+    return ops, filters
 
 
 def protect_cheapest(gates: Gates, masks: GateMasks, target: float, searched: Collection[str]) -> GateMasks:
@@ -83,34 +85,19 @@ def protect_cheapest(gates: Gates, masks: GateMasks, target: float, searched: Co
 
 
 def savings(gates: Gates, masks: GateMasks) -> dict[str, float]:
-    """Return level → the cost that its masks remove: operations, then filters of the rest, then weights.
-
-    Args:
-        gates: The gates of the network.
-        masks: The present masks.
-    """
-    ones = torch.ones_like(masks.filters)
-    steps = [
-        gates.levels.size(gates.alive.float(), ones),
-        gates.levels.size(masks.ops, ones),
-        gates.levels.size(masks.ops, masks.filters),
-        gates.levels.size(masks.ops, masks.filters, masks.weights),
-    ]
-    names = ("operations", "filters", "weights")
-    return {name: float(steps[i] - steps[i + 1]) for i, name in enumerate(names)}
+    """Return level → the cost that its masks remove: operations, then filters of the rest, then weights."""
+    size, ones = gates.levels.size, torch.ones_like(masks.filters)
+    whole, ops, filters = size(gates.alive.float(), ones), size(masks.ops, ones), size(masks.ops, masks.filters)
+    weights = size(masks.ops, masks.filters, masks.weights)
+    return {"operations": float(whole - ops), "filters": float(ops - filters), "weights": float(filters - weights)}
 
 
 def least(gates: Gates, searched: Collection[str]) -> float:
     """Return the cost of the cheapest network that can still be reached.
 
     It has the cheapest operation of each node, the fewest filters of each axis, and no weight, as far as these are
-    searched.
-
-    If needed sets overlap, another choice may cost a little less.
-
-    Args:
-        gates: The gates of the network.
-        searched: The levels that are searched: ``"operations"``, ``"filters"``, ``"weights"``.
+    searched (``"operations"``, ``"filters"``, ``"weights"``). If needed sets overlap, another choice may cost a little
+    less.
     """
     levels = gates.levels
     ops, weights = gates.alive.float(), None
@@ -127,8 +114,8 @@ def least(gates: Gates, searched: Collection[str]) -> float:
 def _prices(gates: Gates) -> Tensor:
     """Return the cost of each operation with those decided with it, ``[operations]``; ∞ if gone or not running."""
     here = gates.alive & gates.runs
-    own = torch.where(here, gates.prices(), 0.0)
-    return torch.where(here, torch.zeros_like(own).index_add(0, gates.tied, own)[gates.tied], torch.inf)
+    each = torch.where(here, gates.prices(), 0.0)
+    return torch.where(here, torch.zeros_like(each).index_add(0, gates.tied, each)[gates.tied], torch.inf)
 
 
 def _cheapest(gates: Gates) -> Tensor:
@@ -138,9 +125,9 @@ def _cheapest(gates: Gates) -> Tensor:
     """
     prices = _prices(gates)
     ops = prices.new_zeros(len(gates.ops), dtype=torch.float32)
-    for own in gates.needed:
-        if not ops[own].any():
-            ops[gates.together(int(own[prices[own].argmin()]))] = 1.0
+    for needed in gates.needed:
+        if not ops[needed].any():
+            ops[gates.together(int(needed[prices[needed].argmin()]))] = 1.0
     return torch.where(gates.runs, ops, gates.alive.float())
 
 
@@ -184,11 +171,16 @@ def fit_to_budget(
                 f"the target {target:g} is below what is left without any weight, {size() - price.sum():g}"
             )
         return ops, filters, gone & active
-    searched = [level for level in (1, 0) if bool((masks.margins[level] != 1).any())]
-    for level in searched:
-        for at in _going(gates, level, (ops, filters), masks.margins[level], target):
-            (ops, filters)[level][gates.together(at) if level == 0 else at] = 0.0
-    if 0 in searched and size() > target:
+    searched = [bool((margin != 1).any()) for margin in masks.margins]
+    places = [at + len(ops) for at in _removable_filters(gates, filters, masks.margins[1])] if searched[1] else []
+    places += _removable_operations(gates, ops, masks.margins[0]) if searched[0] else []
+
+    def fits(many: int) -> bool:
+        return float(gates.levels.size(*_set(gates, masks, places[:many], 0.0))) <= target
+
+    least = bisect_left(range(len(places) + 1), True, key=fits)  # pricing everything takes long
+    ops, filters = _set(gates, masks, places[:least], 0.0)
+    if searched[0] and size() > target:
         ops = _exchanged(gates, masks.ops, (ops, filters), masks.margins[0], target)
     if size() > target:
         raise ValueError(
@@ -198,25 +190,17 @@ def fit_to_budget(
     return ops, filters, none
 
 
-def _going(gates: Gates, level: int, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> list[int]:
-    """Return the fewest operations (level 0) or filters (1), least important first, whose removal meets the target."""
-    order = _openings(gates, masks[level], margin) if level == 1 else []
-    last = masks[level].clone()
-    for at in margin.argsort(stable=True).tolist() if level == 0 else ():
-        if bool(gates.open(level, last)[at]):
-            last[gates.together(at)] = 0.0
+def _removable_operations(gates: Gates, ops: Tensor, margin: Tensor) -> list[int]:
+    """Return the operations that can be removed one after the other, least important first."""
+    left, order = ops.clone(), []
+    for at in margin.argsort(stable=True).tolist():
+        if bool(gates.open(left)[at]):
+            left[gates.together(at)] = 0.0
             order.append(at)
-
-    def enough(many: int) -> bool:
-        left = [mask.clone() for mask in masks]
-        for at in order[:many]:
-            left[level][gates.together(at) if level == 0 else at] = 0.0
-        return float(gates.levels.size(left[0], left[1])) <= target
-
-    return order[: bisect_left(range(len(order) + 1), True, key=enough)]  # pricing everything takes long
+    return order
 
 
-def _openings(gates: Gates, filters: Tensor, margin: Tensor) -> list[int]:
+def _removable_filters(gates: Gates, filters: Tensor, margin: Tensor) -> list[int]:
     """Return the filters that can be removed one after the other, least important first, until no axis has more."""
     axis = [i for i, (_, size, _) in enumerate(gates.spans) for _ in range(size)]
     active = (filters > 0).tolist()
@@ -243,17 +227,100 @@ def _exchanged(gates: Gates, before: Tensor, masks: tuple[Tensor, Tensor], margi
     for at in margin.argsort(stable=True).tolist():
         if fits(ops):
             break
-        sets = [own for own in gates.needed if bool((own == at).any()) and int((ops[own] > 0).sum()) == 1]
-        best = [int(own[prices[own].argmin()]) for own in sets]
-        if ops[at] and float(prices[[*{*best}]].sum()) < float(prices[at]):
+        sets = [needed for needed in gates.needed if bool((needed == at).any()) and int((ops[needed] > 0).sum()) == 1]
+        best = {int(needed[prices[needed].argmin()]) for needed in sets}
+        if ops[at] and float(prices[[*best]].sum()) < float(prices[at]):
             ops[gates.together(at)] = 0.0
-            for one in best:
-                ops[gates.together(one)] = 1.0
+            for cheaper in best:
+                ops[gates.together(cheaper)] = 1.0
     if not fits(ops):
         ops = _cheapest(gates)
     for at in margin.argsort(stable=True, descending=True).tolist():
-        more = ops.clone()
-        more[gates.together(at)] = 1.0
-        if before[at] and not ops[at] and fits(more):
-            ops = more
+        larger = ops.clone()
+        larger[gates.together(at)] = 1.0
+        if before[at] and not ops[at] and fits(larger):
+            ops = larger
     return ops
+
+
+def sample_operations(
+    dead: Sequence[str],
+    alive: Sequence[str],
+    drift: Mapping[str, float],
+    weight: Mapping[str, float],
+    many: int,
+    generator: torch.Generator,
+) -> list[str]:
+    """Sample at most ``many`` dropped operations to revive, by the regrowth rule of MGAS's code.
+
+    For each cell i and kind j, with G the mean drift and A the mean importance over the active operations of that kind
+    (half of the least in the cell if none is active), both normalised over j:  p_ij = (G + A) / 2. A cell's share q_i
+    is the mean of its normalised drift and importance per active operation. Each of ``many`` draws picks (i, j) with
+    probability q_i · p_ij and revives one dropped operation of kind j in cell i; if there is none, the draw is lost.
+
+    Args:
+        dead: Paths of the dropped operations that could come back.
+        alive: Paths of the operations that are active.
+        drift: Path → how fast its importance logit α changes (the magnitude of its gradient, averaged over steps).
+        weight: Path → its importance.
+        many: How many draws.
+        generator: The random number generator.
+
+    Source: the authors' code (train_search.py), read; the normalisations as there.
+    """
+    cells = [*dict.fromkeys(map(cell_of, (*alive, *dead)))]
+    kinds = [*dict.fromkeys(map(kind_of, (*alive, *dead)))]
+    chance = torch.zeros(len(cells), len(kinds), dtype=torch.float64)
+    share = torch.zeros(len(cells), 2, dtype=torch.float64)
+    for i, cell in enumerate(cells):
+        active = [path for path in alive if cell_of(path) == cell]
+        for k, values in enumerate((drift, weight)):
+            means: list[float | None] = []
+            for kind in kinds:
+                each = [values[path] for path in active if kind_of(path) == kind]
+                means.append(sum(each) / len(each) if each else None)
+            least = min((mean for mean in means if mean is not None), default=0.0) / 2
+            row = torch.tensor([least if mean is None else mean for mean in means], dtype=torch.float64)
+            share[i, k] = row.sum() / max(1, len(active))
+            chance[i] += _normal(row) / 2
+    q = (_normal(share[:, 0]) + _normal(share[:, 1])) / 2
+    ends = (q[:, None] * chance).flatten().cumsum(0)
+    left, result = list(dead), []
+    for draw in torch.rand(many, generator=generator, dtype=torch.float64).tolist():
+        at = min(int(torch.searchsorted(ends, draw)), len(ends) - 1)
+        cell, kind = cells[at // len(kinds)], kinds[at % len(kinds)]
+        if fitting := [path for path in left if (cell_of(path), kind_of(path)) == (cell, kind)]:
+            before = float(ends[at - 1]) if at else 0.0
+            inside = (draw - before) / max(float(ends[at]) - before, 1e-12)
+            chosen = fitting[min(int(inside * len(fitting)), len(fitting) - 1)]
+            left.remove(chosen)
+            result.append(chosen)
+    return result
+
+
+def kind_of(path: str) -> str:
+    """Return the kind of an operation: the last part of its path without the number of its source.
+
+    >>> kind_of("cells.1.nodes.0.ops.sep3_2"), cell_of("cells.1.nodes.0.ops.sep3_2")
+    ('sep3', 'cells.1')
+    """
+    leaf = path.rpartition(".")[2]
+    name, _, source = leaf.rpartition("_")
+    return name if source.isdigit() and name else leaf
+
+
+def cell_of(path: str) -> str:
+    """Return the path of the cell that an operation lies in.
+
+    That is what comes before its node, or the sum of candidates itself where there are no nodes.
+
+    >>> cell_of("blocks.3.ops.skip")
+    'blocks.3'
+    """
+    total = path.rpartition(".ops.")[0]
+    return total.rpartition(".nodes.")[0] or total
+
+
+def _normal(values: Tensor) -> Tensor:
+    total = values.sum()
+    return values / total if total > 0 else torch.full_like(values, 1 / len(values))

@@ -118,40 +118,20 @@ class Gates:
         return GateMasks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
 
     def together(self, at: int) -> Tensor:
-        """Return which operations are decided together with operation ``at``, ``[operations]`` bool.
-
-        Args:
-            at: The index of an operation.
-        """
+        """Return which operations are decided together with operation ``at``, ``[operations]`` bool."""
         return self.tied == self.tied[at]
 
-    def open(self, level: int, mask: Tensor) -> Tensor:
-        """Return which active operations (level 0) or filters (1) could still be removed, as a bool vector.
-
-        Args:
-            level: 0 for operations, 1 for filters.
-            mask: The present mask of that level.
-        """
-        result = mask > 0
-        if level == 0:
-            result = result & self.alive & self.runs
-            for one in self.needed:
-                if int((mask[one] > 0).sum()) <= 1:
-                    result[one] = False
-            return result
-        if not self.spans:
-            return result
-        _, sizes, least = torch.tensor(self.spans).unbind(1)
-        axis = torch.arange(len(sizes)).repeat_interleave(sizes).to(mask.device)
-        sizes, least = sizes.to(mask.device), least.to(mask.device)
-        many = torch.zeros_like(sizes).index_add(0, axis, result.long())
-        return result & (many > least)[axis]
+    def open(self, mask: Tensor) -> Tensor:
+        """Return which of the operations that a mask keeps could still be removed, as a bool vector."""
+        result = (mask > 0) & self.alive & self.runs
+        for ops in self.needed:
+            if int((mask[ops] > 0).sum()) <= 1:
+                result[ops] = False
+        return result
 
     def prices(self) -> Tensor:
         """Return the cost of each operation with all parameters in it, ``[operations]``."""
-        if not self.ops:
-            return self.alive.new_zeros(0, dtype=torch.float64)
-        return self.levels.price.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, self.levels.price)[:-1]
+        return self._sum_entries(self.levels.price) if self.ops else self.alive.new_zeros(0, dtype=torch.float64)
 
     def typical(self) -> Tensor:
         """Return the mean cost of the operations with parameters in each operation's node, ``[operations]``; or 0."""
@@ -163,41 +143,40 @@ class Gates:
 
     def bare(self) -> Tensor:
         """Return which operations have no parameters but their scale, such as pools; none if time is the cost."""
-        if not self.ops:
+        if not self.ops or self.levels.timed:
             return torch.zeros_like(self.alive)
-        ops = self.levels.ops
-        many = ops.new_zeros(len(self.ops) + 1).index_add(0, ops, torch.ones_like(ops))[:-1]
-        return (many <= 1) & (not self.levels.timed)
+        return self._sum_entries(torch.ones_like(self.levels.ops)) <= 1
+
+    def _sum_entries(self, values: Tensor) -> Tensor:
+        """Return the sum of a value per entry over the entries in each operation, ``[operations]``."""
+        return values.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, values)[:-1]
 
     def shares(self, masks: GateMasks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the normalised importance of each active operation within its node.
 
-        Args:
-            masks: The present masks.
-            alpha: The importance logit of every operation, ``[operations]``.
+        ``alpha`` has the importance logit of every operation, ``[operations]``.
 
         Returns:
             Which operations are active, ``[operations]`` bool; the importance of each divided by the sum over its node
             (differentiable), 0 for the others; and the number N of active operations in its node. No operation is
             picked by a mask, for which the host would wait.
         """
-        active = (masks.ops.detach() > 0) & self.alive & self.runs
+        active = self._active(masks)
         share = torch.where(active, alpha.sigmoid().index_select(0, self.tied), 0.0)
         none = share.new_zeros(len(self.ops))
         many = none.index_add(0, self.node, active.to(share.dtype))
         total = torch.where(many > 0, none.index_add(0, self.node, share), 1.0)
         return active, share / total.index_select(0, self.node), many.index_select(0, self.node)
 
+    def _active(self, masks: GateMasks) -> Tensor:
+        return (masks.ops.detach() > 0) & self.alive & self.runs
+
     def operation_regularizer(self, masks: GateMasks, alpha: Tensor, among: Tensor) -> Tensor:
         """Return the GOLD-NAS regulariser Σ log(1 + N a / Σ a) over active operations.
 
         a is an operation's importance; N and Σ a are taken over its node. It is greatest where all operations of a node
-        are equally important, and least where one has all importance.
-
-        Args:
-            masks: The present masks.
-            alpha: The importance logit of every operation, ``[operations]``.
-            among: Which operations are summed over, ``[operations]`` bool: whole nodes.
+        are equally important, and least where one has all importance. ``among`` says which operations are summed over,
+        ``[operations]`` bool: whole nodes.
 
         Source: the authors' code (model_search.py, after GOLD-NAS), with N of each node its own.
         """
@@ -207,23 +186,21 @@ class Gates:
     def threshold_regularizer(self, masks: GateMasks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return the regulariser Σ exp(−t) over the thresholds t of what is active; it raises thresholds.
 
-        Args:
-            masks: The present masks.
-            thresholds: Those of operations, of the axes in ``keys``, and of the weights in each operation.
+        They are those of operations, of the axes in ``keys``, and of the weights in each operation.
 
         Source: the authors' code (model_search.py, after Dynamic Sparse Training).
         """
-        active = (masks.ops.detach() > 0) & self.alive & self.runs
+        active = self._active(masks)
         ops, filters, weights = thresholds
         present = torch.zeros_like(filters, dtype=torch.bool).index_fill(0, self.axis, True)
-        own = torch.exp(-torch.cat([ops.index_select(0, self.tied), filters, weights[:-1]]))
-        return torch.where(torch.cat([active, present, active]), own, 0.0).sum()
+        each = torch.exp(-torch.cat([ops.index_select(0, self.tied), filters, weights[:-1]]))
+        return torch.where(torch.cat([active, present, active]), each, 0.0).sum()
 
     def _last(self, margin: Tensor) -> Tensor:
         """Return the operations that stay because all others of a needed set are below their thresholds."""
         result = torch.zeros_like(margin, dtype=torch.bool)
-        for one in self.needed:
-            best = one.index_select(0, margin.index_select(0, one).argmax().view(1))
+        for ops in self.needed:
+            best = ops.index_select(0, margin.index_select(0, ops).argmax().view(1))
             below = margin.index_select(0, best) < 0  # the host waits for none of these
             result.index_put_((best,), result.index_select(0, best) | below)
         return result
@@ -232,8 +209,8 @@ class Gates:
         """Return the filters that stay because their axis must keep that many."""
         result = torch.zeros_like(margin, dtype=torch.bool)
         for base, size, least in self.spans:
-            own = margin[base : base + size]
-            result.index_put_((base + own.topk(min(least, size)).indices,), (own >= 0).sum() < least)
+            part = margin[base : base + size]
+            result.index_put_((base + part.topk(min(least, size)).indices,), (part >= 0).sum() < least)
         return result
 
 
@@ -263,22 +240,26 @@ def gates(
         single: Sets of operations of which exactly one is left at the end.
         timed: The milliseconds of entries and operations, if the measure is time.
     """
-    index = levels(axes, parameters, sums, measure=measure, timed=timed)
+    index = levels(axes, parameters, sums, measure, timed)
     ops = tuple(path for paths in sums.values() for path in paths)
     number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single for path in paths}
-    sizes = {key: axes[key].size for key in index.axes}
-    order = {key: i for i, key in enumerate(keys)}
+    leaders, order = tied or {}, {key: i for i, key in enumerate(keys)}
+    spans, axis = [], []
+    for key, base in index.axes.items():
+        size = axes[key].size
+        # An axis of one unit is none to a later recording, and could not get its units back.
+        spans.append((base, size, max(2, axes[key].least)))
+        axis += [order[key]] * size
     return Gates(
         levels=index,
         ops=ops,
         alive=torch.tensor([path in axes.branches for path in ops], dtype=torch.bool),
         runs=torch.tensor([runs(path) for path in ops], dtype=torch.bool),
-        needed=tuple(torch.tensor([number[path] for path in one]) for one in needed if all(map(runs, one))),
-        tied=torch.tensor([number[(tied or {}).get(path, path)] for path in ops], dtype=torch.long),
+        needed=tuple(torch.tensor([number[path] for path in paths]) for paths in needed if all(map(runs, paths))),
+        tied=torch.tensor([number[leaders.get(path, path)] for path in ops], dtype=torch.long),
         node=torch.tensor([i for i, paths in enumerate(sums.values()) for _ in paths], dtype=torch.long),
         single=torch.tensor([path in alone for path in ops], dtype=torch.bool),
-        axis=torch.tensor([order[key] for key, n in sizes.items() for _ in range(n)], dtype=torch.long),
+        axis=torch.tensor(axis, dtype=torch.long),
         keys=tuple(keys),
-        # An axis of one unit is none to a later recording, and could not get its units back.
-        spans=tuple((base, sizes[key], max(2, axes[key].least)) for key, base in index.axes.items()),
+        spans=tuple(spans),
     )

@@ -12,12 +12,10 @@ Where there are no gradients, smaller networks with large tensors are priced so 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation.tensor_layout import TensorLayout
 from regrow.allocation.thresholds import keep_above
 from regrow.allocation.timed import Prices, above, count_macs
 from regrow.core.amounts import Measure
@@ -27,6 +25,53 @@ ENTRYWISE = 2**24
 """The most entries of a network that is priced and masked entry by entry where only operations and filters are."""
 _LARGE = 2**12
 """The mean number of entries of a tensor above which pricing tensors is faster than pricing entries."""
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Which filters and operations the entries of one parameter belong to, and their cost.
+
+    Args:
+        shape: Its shape.
+        makes: The filter that each position of a dimension makes, ``[size]``, and that dimension; ``None``: none.
+        reads: The filter that each position of a dimension reads, ``[size]``, and that dimension; ``None``: none.
+        ops: The operation that each entry lies in, ``[entries]``, or one for all, ``[1]``.
+        price: The cost of each entry, ``[entries]`` float64, or one for all, ``[1]``.
+    """
+
+    shape: torch.Size
+    makes: tuple[int, Tensor] | None
+    reads: tuple[int, Tensor] | None
+    ops: Tensor
+    price: Tensor
+
+    @property
+    def entries(self) -> int:
+        """The number of entries."""
+        return self.shape.numel()
+
+    def spread(self, line: tuple[int, Tensor] | None, none: int) -> Tensor:
+        """Return the filter of each entry along ``makes`` or ``reads``, ``[entries]``; ``none`` where there is none."""
+        if line is None:
+            return torch.full((self.entries,), none, device=self.price.device)
+        return self.along(*line).expand(self.shape).reshape(-1)
+
+    def along(self, dim: int, values: Tensor) -> Tensor:
+        """Return values along a dimension, ``[size]``, in a shape that is broadcast to the parameter's."""
+        return values.view([-1 if d == dim else 1 for d in range(len(self.shape))])
+
+    def size(self, ops: Tensor, filters: Tensor) -> Tensor:
+        """Return the cost of the parameter under masks with a last entry of 1 (filters float64), a scalar float64."""
+        lines = [line for line in (self.makes, self.reads) if line]
+        if len(lines) == 2 and lines[0][0] == lines[1][0]:
+            both = filters.index_select(0, lines[0][1]) * filters.index_select(0, lines[1][1])
+            many = both.sum() * (self.entries / max(1, len(both)))
+        else:
+            many = filters.new_tensor(float(self.entries))
+            for _, line in lines:
+                many = many * filters.index_select(0, line).sum() / max(1, len(line))
+        share = ops.index_select(0, self.ops) * self.price
+        return share.sum() * many / max(len(self.ops), len(self.price))
 
 
 @dataclass(frozen=True)
@@ -53,19 +98,19 @@ class Levels:
     timed: bool = False
 
     @property
-    def shapes(self) -> tuple[torch.Size, ...]:
-        """The shapes of ``weights``."""
-        return tuple(one.shape for one in self.tensors[: len(self.weights)])
+    def masked_tensors(self) -> tuple[TensorLayout, ...]:
+        """The layouts of ``weights``."""
+        return self.tensors[: len(self.weights)]
 
     @property
     def entries(self) -> int:
         """N, the number of entries of ``weights``."""
-        return sum(map(prod, self.shapes))
+        return sum(tensor.entries for tensor in self.masked_tensors)
 
     @cached_property
     def every(self) -> int:
         """N + M, the number of all entries."""
-        return sum(prod(one.shape) for one in self.tensors)
+        return sum(tensor.entries for tensor in self.tensors)
 
     @property
     def entrywise(self) -> bool:
@@ -75,28 +120,27 @@ class Levels:
     @cached_property
     def reads(self) -> Tensor:
         """The filter that each entry of a weight reads, ``[N]``; ``filters`` if none."""
-        return _join([one.spread(one.reads, self.filters) for one in self.tensors[: len(self.weights)]])
+        return _join([tensor.spread(tensor.reads, self.filters) for tensor in self.masked_tensors])
 
     @cached_property
     def makes(self) -> Tensor:
         """The filter that each entry makes, ``[N + M]``; ``filters`` if none."""
-        return _join([one.spread(one.makes, self.filters) for one in self.tensors])
+        return _join([tensor.spread(tensor.makes, self.filters) for tensor in self.tensors])
 
     @cached_property
     def ops(self) -> Tensor:
         """The operation that each entry lies in, ``[N + M]``; the number of operations if none."""
-        return _join([one.ops.expand(prod(one.shape)) for one in self.tensors])
+        return _join([tensor.ops.expand(tensor.entries) for tensor in self.tensors])
 
     @cached_property
     def weight(self) -> Tensor:
         """The index in ``weights`` of the tensor that each entry lies in, ``[N]``."""
-        own = enumerate(self.tensors[: len(self.weights)])
-        return _join([one.ops.new_full((prod(one.shape),), i) for i, one in own])
+        return _join([tensor.ops.new_full((tensor.entries,), i) for i, tensor in enumerate(self.masked_tensors)])
 
     @cached_property
     def price(self) -> Tensor:
         """The cost of each entry, ``[N + M]`` float64."""
-        return _join([one.price.expand(prod(one.shape)) for one in self.tensors], torch.float64)
+        return _join([tensor.price.expand(tensor.entries) for tensor in self.tensors], torch.float64)
 
     def precompute(self) -> None:
         """Compute the vectors of a network that is priced entry by entry, which would else be made within a step."""
@@ -104,29 +148,20 @@ class Levels:
             _ = self.reads, self.makes, self.ops, self.weight, self.price
 
     def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate all maskable weights into one vector, ``[N]``.
-
-        Args:
-            parameters: Name → tensor.
-        """
+        """Concatenate all maskable weights (name → tensor) into one vector, ``[N]``."""
         return torch.cat([parameters[name].reshape(-1) for name in self.weights])
 
     def apart(self, flat: Tensor) -> dict[str, Tensor]:
-        """Split a vector ``[N]`` into tensors by name: the inverse of :meth:`flat`.
-
-        Args:
-            flat: The vector, ``[N]``.
-        """
-        parts = flat.split([shape.numel() for shape in self.shapes])
-        return {name: part.view(shape) for name, part, shape in zip(self.weights, parts, self.shapes, strict=True)}
+        """Split a vector ``[N]`` into tensors by name: the inverse of :meth:`flat`."""
+        parts = flat.split([tensor.entries for tensor in self.masked_tensors])
+        rows = zip(self.weights, parts, self.masked_tensors, strict=True)
+        return {name: part.view(tensor.shape) for name, part, tensor in rows}
 
     def relative(self, flat: Tensor, active: Tensor) -> Tensor:
         """Return each weight's magnitude relative to its tensor's mean, ``[N]``, so one threshold suits all layers.
 
-        Args:
-            flat: The weights, ``[N]``.
-            active: Which weights lie between active filters, ``[N]`` bool: the mean is over those alone, so that it
-                does not change when the others are cut.
+        The mean is over weights between active filters (``active``, ``[N]`` bool) alone, so that it does not change
+        when the others are cut.
         """
         size, here = flat.detach().abs(), active.to(flat.dtype)
         none = size.new_zeros(len(self.weights))
@@ -134,20 +169,14 @@ class Levels:
         return size / (total / many.clamp_min(1)).clamp_min(1e-12)[self.weight]
 
     def masked(self, flat: Tensor, filters: Tensor, over_by: Tensor | None) -> Tensor:
-        """Return the weights times the scale of the filter they read, and 0 below their threshold, ``[N]``.
-
-        Args:
-            flat: The weights, ``[N]``.
-            filters: The scale of each filter, ``[filters]``.
-            over_by: How far each weight is above its threshold, ``[N]``; ``None`` if weights are not masked.
-        """
-        scaled = flat * torch.cat([filters, filters.new_ones(1)]).index_select(0, self.reads)
+        """Return :meth:`replace_weights` of weights in one vector, ``[N]``."""
+        scaled = flat * _padded(filters).index_select(0, self.reads)
         return scaled if over_by is None else keep_above(scaled, over_by)
 
     def replace_weights(
         self, parameters: Mapping[str, Tensor], flat: Tensor | None, filters: Tensor, over_by: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return the weights under their masks (:meth:`masked`), by name.
+        """Return the weights times the scale of the filter they read, and 0 below their threshold, by name.
 
         Args:
             parameters: Name → tensor.
@@ -157,25 +186,17 @@ class Levels:
         """
         if flat is not None:
             return self.apart(self.masked(flat, filters, over_by))
-        scale = torch.cat([filters, filters.new_ones(1)])
-        pairs = zip(self.weights, self.tensors, strict=False)
-        lines = {name: (one, *one.reads) for name, one in pairs if one.reads}
-        return {
-            name: parameters[name] * one.along(dim, scale.index_select(0, line))
-            for name, (one, dim, line) in lines.items()
-        }
+        scale, result = _padded(filters), {}
+        for name, tensor in zip(self.weights, self.masked_tensors, strict=True):
+            if tensor.reads:
+                dim, line = tensor.reads
+                result[name] = parameters[name] * tensor.along(dim, scale.index_select(0, line))
+        return result
 
     def standing(self, ops: Tensor, filters: Tensor) -> Tensor:
-        """Return which weights lie in active operations and between active filters, ``[N]`` bool.
-
-        Args:
-            ops: Mask of operations, ``[operations]``.
-            filters: Mask of filters, ``[filters]``.
-        """
-        n = len(self.reads)
-        here = torch.cat([filters, filters.new_ones(1)]) > 0
-        inside = (torch.cat([ops, ops.new_ones(1)]) > 0)[self.ops[:n]]
-        return inside & here[self.makes[:n]] & here[self.reads]
+        """Return which weights lie in active operations and between active filters, ``[N]`` bool."""
+        n, here = len(self.reads), _padded(filters) > 0
+        return (_padded(ops) > 0)[self.ops[:n]] & here[self.makes[:n]] & here[self.reads]
 
     def size(self, ops: Tensor, filters: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the network's cost under masks: Σ over entries of price · its operation · its filters · itself.
@@ -188,13 +209,13 @@ class Levels:
         Returns:
             A scalar that is differentiable with respect to the masks.
         """
-        here = torch.cat([filters, filters.new_ones(1)])
+        every, here = _padded(ops), _padded(filters)
         whole = not (self.timed or ops.requires_grad or filters.requires_grad)  # added up without rounding
         fast = not self.entrywise or (whole and self.every > _LARGE * len(self.tensors))
         if fast and (weights is None or not self.sparse):
-            every, wide = torch.cat([ops, ops.new_ones(1)]), here.double()
-            return torch.stack([one.size(every, wide) for one in self.tensors]).sum() + self.rest
-        alive = torch.cat([ops, ops.new_ones(1)]).index_select(0, self.ops) * here.index_select(0, self.makes)
+            wide = here.double()
+            return torch.stack([tensor.size(every, wide) for tensor in self.tensors]).sum() + self.rest
+        alive = every.index_select(0, self.ops) * here.index_select(0, self.makes)
         n = len(self.reads)
         inner = alive[:n] * here.index_select(0, self.reads)
         if weights is not None and self.sparse:
@@ -203,12 +224,7 @@ class Levels:
 
 
 def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
-    """Return the tensors that a measure counts, by name: parameters, tied ones once; for bytes buffers too.
-
-    Args:
-        model: The network.
-        measure: The measure.
-    """
+    """Return the tensors that a measure counts, by name: parameters, tied ones once; for bytes buffers too."""
     result: dict[str, Tensor] = dict(model.named_parameters())
     if measure == Measure.BYTES:
         stored = model.state_dict().keys()
@@ -217,15 +233,7 @@ def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
 
 
 def check_levels(searched: Collection[str], measure: Measure) -> None:
-    """Raise ValueError if weights are searched under a target that counts zero weights like any other.
-
-    Args:
-        searched: The levels that are searched: ``"operations"``, ``"filters"``, ``"weights"``.
-        measure: What the target counts.
-
-    Raises:
-        ValueError: If weights are searched and the measure is not ``nonzero``.
-    """
+    """Raise ValueError if weights are searched under a target that counts zero weights like any other."""
     if "weights" in searched and measure != Measure.NONZERO:
         raise ValueError(
             f"a weight that is 0 counts in {measure} like any other, so weights cannot be searched for such a target; "
@@ -237,9 +245,8 @@ def levels(
     axes: AxisGraph,
     parameters: Mapping[str, Tensor],
     candidates: Mapping[str, Sequence[str]],
-    *,
-    measure: Measure = Measure.PARAMETERS,
-    timed: Prices | None = None,
+    measure: Measure,
+    timed: Prices | None,
 ) -> Levels:
     """Build the index vectors and costs of a network's operations, filters and weights.
 
@@ -260,20 +267,19 @@ def levels(
     ]
     reading = {slot.name for axis in units for slot in axis.consumers()}
     weights = [name for name in names if name in axes.parameters and (name in reading or name in axes.counted)]
-    order = [*weights, *(name for name in names if name not in {*weights})]
-    places: dict[str, int] = {}
+    first: dict[str, int] = {}
     lines: dict[tuple[str, bool], tuple[int, Tensor]] = {}
     filters = 0
     for axis in units:
         slots = [(slot, slot.role is Role.CONSUMES) for slot in axis.slots if slot.name in parameters]
         if any(lines.get((slot.name, reads), (slot.dim,))[0] != slot.dim for slot, reads in slots):
             continue  # an entry would read filters of two axes
-        places[axis.key] = filters
+        first[axis.key] = filters
         for slot, reads in slots:
             many = parameters[slot.name].shape[slot.dim]
             _, line = lines.setdefault((slot.name, reads), (slot.dim, torch.full((many,), -1)))
-            at = slot.positions(axis.size)
-            line[at] = filters + torch.arange(axis.size)[:, None].expand_as(at)
+            positions = slot.positions(axis.size)
+            line[positions] = filters + torch.arange(axis.size)[:, None].expand_as(positions)
         filters += axis.size
 
     def line_of(name: str, reads: bool) -> tuple[int, Tensor] | None:
@@ -282,40 +288,29 @@ def levels(
         dim, line = lines[name, reads]
         return dim, torch.where(line < 0, filters, line)
 
-    of = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
-    lies = [next((of[path] for path in above(name) if path in of), len(of)) for name in order]
-    paths = {f"{path}.scale".lstrip("."): own for path, own in candidates.items()}
-    scales = {name: [of[one] for one in own] for name, own in paths.items()}
-    prices = _prices(axes, measure, timed, of)
-    readers = {*weights}
-    return Levels(
-        weights=tuple(weights),
-        tensors=tuple(
-            TensorLayout(
-                parameters[name].shape,
-                line_of(name, False),
-                line_of(name, True) if name in readers else None,
-                torch.tensor(scales.get(name, [at])),
-                _price(prices, name, paths.get(name, ())),
-            )
-            for name, at in zip(order, lies, strict=True)
-        ),
-        axes=places,
-        filters=filters,
-        rest=prices.rest,
-        sparse=measure == Measure.NONZERO,
-        timed=measure == Measure.TIME,
-    )
+    numbers = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
+    scales = {f"{path}.scale".lstrip("."): paths for path, paths in candidates.items()}
+    prices = _prices(axes, measure, timed, numbers)
+    maskable, tensors = {*weights}, []
+    for name in [*weights, *(name for name in names if name not in maskable)]:
+        price = torch.tensor([prices.entries.get(name, 0.0)], dtype=torch.float64)
+        if paths := scales.get(name):  # which also carries what operations cost alone
+            ops = [numbers[path] for path in paths]
+            price = price + torch.tensor([prices.ops.get(path, 0.0) for path in paths])
+        else:
+            ops = [next((numbers[path] for path in above(name) if path in numbers), len(numbers))]
+        read = line_of(name, True) if name in maskable else None
+        tensors.append(TensorLayout(parameters[name].shape, line_of(name, False), read, torch.tensor(ops), price))
+    sparse, counts_time = measure == Measure.NONZERO, measure == Measure.TIME
+    return Levels(tuple(weights), tuple(tensors), first, filters, prices.rest, sparse, counts_time)
+
+
+def _padded(values: Tensor) -> Tensor:
+    return torch.cat([values, values.new_ones(1)])
 
 
 def _join(parts: Sequence[Tensor], dtype: torch.dtype = torch.long) -> Tensor:
     return torch.cat([*parts]) if parts else torch.zeros(0, dtype=dtype)
-
-
-def _price(prices: Prices, name: str, ops: Sequence[str]) -> Tensor:
-    """Return the cost of a parameter's entries; those of a ``scale`` also carry what their operation costs alone."""
-    own = torch.full((len(ops) or 1,), prices.entries.get(name, 0.0), dtype=torch.float64)
-    return own + torch.tensor([prices.ops.get(path, 0.0) for path in ops]) if ops else own
 
 
 def _prices(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
@@ -324,10 +319,10 @@ def _prices(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collec
             return Prices(dict.fromkeys(axes.shapes, 1.0))
         case Measure.BYTES:
             return Prices({name: float(axes.itemsize.get(name, 4)) for name in axes.shapes})
-        case Measure.TIME:
-            if timed is None:
-                raise ValueError("how long operations take was not measured: evaluation.latency(…) does it")
+        case Measure.MACS:
+            return count_macs(axes, ops)
+        case Measure.TIME if timed is not None:
             return timed
-        case Measure.CACHE | Measure.WEIGHTS:
-            raise ValueError(f"a search does not count {measure}; count params, nonzero, macs, bytes or ms")
-    return count_macs(axes, ops)
+        case Measure.TIME:
+            raise ValueError("how long operations take was not measured: evaluation.latency(…) does it")
+    raise ValueError(f"a search does not count {measure}; count params, nonzero, macs, bytes or ms")

@@ -1,20 +1,19 @@
-"""Global ranking: rank the units of many axes together and cut where the network's cost fits the budget."""
+"""Rank the units of many axes together, by score or by share of the axis, and cut where the cost fits the budget."""
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from regrow.allocation.cost import Cost
-from regrow.allocation.priced import cost_of
+from regrow.allocation.cost import Cost, cost_of
 from regrow.core.amounts import STEPS
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
-from regrow.core.scores import Scores
+from regrow.core.scores import Scores, Tensors, rank_order
 
 
 class BudgetError(ValueError):
@@ -49,7 +48,7 @@ class Lane:
 
 def rank(
     axes: AxisGraph,
-    scores: Scores | Mapping[str, Tensor],
+    scores: Scores | Tensors,
     budget: Budget,
     *,
     minimum: int = 1,
@@ -83,30 +82,52 @@ def rank(
     lanes = list(_lanes(axes, values, budget, minimum))
     cost = cost_of(axes, budget)
     limit = budget.limit(cost.total)
-    members = [np.array([cost.index[key] for key in lane.keys]) for lane in lanes]
-    steps = [np.concatenate([[0], np.cumsum(lane.steps)]) for lane in lanes]
-
-    def sizes(taken: np.ndarray) -> np.ndarray:
-        vector = cost.present.copy()
-        for index, many in enumerate(taken):
-            vector[members[index]] -= steps[index][many]
-        return vector
-
+    members = [[cost.index[key] for key in lane.keys] for lane in lanes]
+    removed = [np.concatenate([[0], np.cumsum(lane.steps)]) for lane in lanes]
     owner = np.concatenate([np.full(len(lane.steps), i) for i, lane in enumerate(lanes)] or [np.zeros(0, int)])
     order = np.argsort(np.concatenate([lane.values for lane in lanes] or [np.zeros(0)]), kind="stable")
     owner = owner[order].astype(np.int64)
-    taken = _bisect(owner, len(lanes), lambda taken: cost.at(sizes(taken)) <= limit)
-    if taken is None:
-        raise _infeasible(budget, cost.at(sizes(np.bincount(owner, minlength=len(lanes)))), cost.total, len(values))
+
+    def take(many: int) -> np.ndarray:
+        return np.bincount(owner[:many], minlength=len(lanes))
+
+    def sizes(taken: np.ndarray) -> np.ndarray:
+        vector = cost.present.copy()
+        for lane, many in enumerate(taken):
+            vector[members[lane]] -= removed[lane][many]
+        return vector
+
+    def fits(many: int) -> bool:
+        return cost.at(sizes(take(many))) <= limit
+
+    if not fits(len(owner)):
+        raise _infeasible(budget, cost.at(sizes(take(len(owner)))), cost.total, len(values))
+    taken = take(bisect_left(range(len(owner)), True, key=fits))
     _refill(taken, owner, cost, sizes(taken), limit, lanes, members)
     kept = {key: tuple(range(len(v))) for key, v in values.items()}
     for index, lane in enumerate(lanes):
         for key, worst in zip(lane.keys, lane.orders, strict=True):
-            kept[key] = tuple(np.sort(worst[steps[index][taken[index]] :]).tolist())
+            kept[key] = tuple(np.sort(worst[removed[index][taken[index]] :]).tolist())
     return kept
 
 
-def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimum: int) -> Iterator[Lane]:
+def uniform(
+    axes: AxisGraph, scores: Scores | Tensors, budget: Budget, *, minimum: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Keep the same fraction of the units of every scored axis, the best of each, so that the budget is met.
+
+    Scores, which need not be comparable between axes, are replaced by percentiles within the axis, (rank + ½) / n, and
+    ranked together as by :func:`rank`. The ½ rounds small axes to the nearest number of units (of three groups, one is
+    removed from a fraction of 1/6 on).
+    """
+    values = scores.values if isinstance(scores, Scores) else scores
+    finite = {key: bool(torch.isfinite(value).all()) for key, value in values.items()}
+    # The ranking refuses the others, with the axis's name.
+    shares = {key: rank_order(value) if finite[key] else value for key, value in values.items()}
+    return rank(axes, shares, budget, minimum=minimum)
+
+
+def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, minimum: int) -> Iterator[Lane]:
     """Yield the groups of scored axes that are cut together, with their steps."""
     for key, scores in values.items():
         if key not in axes.axes or len(scores) != axes[key].size:
@@ -117,10 +138,10 @@ def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimu
         size = axes[keys[0]].size
         if any(key not in values or axes[key].size != size for key in keys):
             continue
-        floor_ = max(minimum, *(axes[key].least for key in keys))
-        own = lcm(*(axes[key].multiple for key in keys))
-        rounded = lcm(budget.round_to, own)
-        steps = _steps(size, min(floor_, size), rounded if size >= rounded else own)
+        least = max(minimum, *(axes[key].least for key in keys))
+        multiple = lcm(*(axes[key].multiple for key in keys))
+        rounded = lcm(budget.round_to, multiple)
+        steps = _steps(size, min(least, size), rounded if size >= rounded else multiple)
         arrays = [values[key].double().numpy() for key in keys]
         orders = tuple(np.argsort(array, kind="stable") for array in arrays)
         mean = np.mean([array[order] for array, order in zip(arrays, orders, strict=True)], axis=0)
@@ -130,7 +151,7 @@ def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimu
         yield Lane(tuple(keys), orders, steps, np.maximum.accumulate(sums / steps) if len(steps) else sums)
 
 
-def _groups(axes: AxisGraph, values: Mapping[str, Tensor], regular: bool) -> list[list[str]]:
+def _groups(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
     """Group scored axes that must keep equally many units, with the axes not scored that bind them."""
     kinds = {axes[key].kind for key in values} if regular else frozenset()
     home: dict[Any, int] = {}
@@ -160,20 +181,6 @@ def _steps(size: int, least: int, round_to: int) -> np.ndarray:
     return -np.diff(np.array(sizes, dtype=np.int64))
 
 
-def _bisect(owner: np.ndarray, lanes: int, fits: Any) -> np.ndarray | None:
-    """Return the fewest steps of the ranking whose removal fits, counted per lane; ``None`` if all do not suffice."""
-    low, high = 0, len(owner)
-    if not fits(np.bincount(owner, minlength=lanes)):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        if fits(np.bincount(owner[:middle], minlength=lanes)):
-            high = middle
-        else:
-            low = middle + 1
-    return np.bincount(owner[:high], minlength=lanes)
-
-
 def _refill(
     taken: np.ndarray,
     owner: np.ndarray,
@@ -181,7 +188,7 @@ def _refill(
     vector: np.ndarray,
     limit: int,
     lanes: list[Lane],
-    members: list[np.ndarray],
+    members: list[list[int]],
 ) -> None:
     """Keep removed units after all, best first, as long as they fit; ``taken`` and ``vector`` are changed.
 
@@ -189,23 +196,20 @@ def _refill(
     closed.
     """
     left = limit - cost.at(vector)
-    is_open = (taken > 0).tolist()
-    many = sum(is_open)
+    open_lanes = {lane for lane, many in enumerate(taken) if many}
     for lane in owner[: int(taken.sum())][::-1].tolist():
-        if not many:
+        if lane in open_lanes:
+            units = int(lanes[lane].steps[taken[lane] - 1])
+            rise = cost.rise(vector, members[lane], units)
+            fits = rise <= left
+            if fits:
+                left -= rise
+                vector[members[lane]] += units
+                taken[lane] -= 1
+            if not fits or not taken[lane]:
+                open_lanes.remove(lane)
+        if not open_lanes:
             return
-        if not is_open[lane]:
-            continue
-        units = int(lanes[lane].steps[taken[lane] - 1])
-        rise = cost.rise(vector, members[lane], units)
-        if rise > left:
-            is_open[lane], many = False, many - 1
-            continue
-        left -= rise
-        vector[members[lane]] += units
-        taken[lane] -= 1
-        if not taken[lane]:
-            is_open[lane], many = False, many - 1
 
 
 def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetError:
@@ -214,15 +218,10 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
         why += "; axes of one kind are cut in every block or in none"
     reachable = budget.least(least, total)
     if budget.target is None:
-        return BudgetError(
-            f"keep {budget.keep:g} of {budget.measure} cannot be reached ({why}); the least reachable keep is "
-            f"{reachable:g}",
-            reachable,
-        )
-    now = total / STEPS.get(budget.measure, 1)
-    shared = bool(budget.target.share)
-    target = replace(budget.target, share=reachable) if shared else replace(budget.target, amount=reachable)
-    return BudgetError(
-        f"the target {budget.target} cannot be reached ({why}); the least possible is {target}, of {now:,.10g} now",
-        reachable,
-    )
+        what, remedy = f"keep {budget.keep:g} of {budget.measure}", f"the least reachable keep is {reachable:g}"
+    else:
+        share, amount = (reachable, 0.0) if budget.target.share else (0.0, reachable)
+        least_target = replace(budget.target, share=share, amount=amount)
+        now = total / STEPS.get(budget.measure, 1)
+        what, remedy = f"the target {budget.target}", f"the least possible is {least_target}, of {now:,.10g} now"
+    return BudgetError(f"{what} cannot be reached ({why}); {remedy}", reachable)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from regrow.allocation.priced import cost_of
+from regrow.allocation.cost import cost_of
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 

@@ -4,7 +4,7 @@ In a stage some cells have all candidates and are searched; earlier cells were s
 not run yet.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -75,26 +75,21 @@ def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
     peak = cache(peak)
     if peak(first, cells - 1) <= budget:
         return MemoryStages((cells - 1,), (peak(first, cells - 1),))
-    ends: list[int] = []
-    peaks: list[int] = []
+    ends, peaks = [], []
     while first < cells:
         last = first
         if peak(first, last) > budget:
-            raise _too_little(peak, range(first, cells), budget)
+            alone = {cell: peak(cell, cell) for cell in range(first, cells)}
+            cell = max(alone, key=alone.__getitem__)
+            raise MemoryBudgetError(
+                f"{format_bytes(budget)} of memory do not suffice: part {cell + 1}, searched in a stage of its own, "
+                f"needs {format_bytes(alone[cell])} ({alone[cell]} bytes). Give that much, or a smaller batch or width",
+                alone[cell],
+                cell,
+            )
         while last + 1 < cells and peak(first, last + 1) <= budget:
             last += 1
         ends.append(last)
         peaks.append(peak(first, last))
         first = last + 1
     return MemoryStages(tuple(ends), tuple(peaks))
-
-
-def _too_little(peak: Peak, cells: Iterable[int], budget: int) -> MemoryBudgetError:
-    alone = {cell: peak(cell, cell) for cell in cells}
-    cell = max(alone, key=alone.__getitem__)
-    return MemoryBudgetError(
-        f"{format_bytes(budget)} of memory do not suffice: part {cell + 1}, searched in a stage of its own, needs "
-        f"{format_bytes(alone[cell])} ({alone[cell]} bytes). Give that much, or a smaller batch or width",
-        alone[cell],
-        cell,
-    )

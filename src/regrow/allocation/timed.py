@@ -1,10 +1,10 @@
 """The cost of a network split into costs of parameter entries, of operations by themselves, and a rest."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 
-from regrow.core.axes import AxisGraph, size_of
+from regrow.core.axes import AxisGraph, Product, size_of
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ def spread_times(
         layers: Path of a layer that lies in no operation → milliseconds.
         rest: Milliseconds that no module accounts for.
     """
-    sizes, each, modules = axes.sizes(), macs_of(axes), {**layers, **ops}
-    own: dict[str, list[str]] = {}
-    for name in axes.parameters - axes.ties.keys():
-        if (lies := next((path for path in above(name) if path in modules), None)) is not None:
-            own.setdefault(lies, []).append(name)
+    sizes, each, modules = axes.sizes(), _macs_per_entry(axes, _macs_per_module(axes)), {**layers, **ops}
+    inside: dict[str, list[str]] = {}
+    for name in sorted(axes.parameters - axes.ties.keys()):
+        if (path := next((path for path in above(name) if path in modules), None)) is not None:
+            inside.setdefault(path, []).append(name)
     entries: dict[str, float] = {}
     alone = {path: beside.get(total, 0.0) / len(paths) for total, paths in sums.items() for path in paths}
     for path, time in modules.items():
-        many = {name: prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in sorted(own.get(path, []))}
-        done = {name: each(name) * n for name, n in many.items()}
-        if total := sum(done.values()):
-            entries |= {name: time * done[name] / total / n for name, n in many.items()}
+        many = {name: axes.count_entries([name], sizes) for name in inside.get(path, [])}
+        macs = {name: each[name] * n for name, n in many.items()}
+        if total := sum(macs.values()):
+            entries |= {name: time * macs[name] / total / n for name, n in many.items()}
         elif many:
             entries |= dict.fromkeys(many, time / sum(many.values()))
         elif path in ops:
@@ -67,55 +67,43 @@ def spread_times(
     return Prices(entries, alone, rest)
 
 
-def macs_of(axes: AxisGraph) -> Callable[[str], float]:
-    """Return a function: parameter name → multiply–accumulates per example that each of its entries takes part in.
-
-    Args:
-        axes: The network's axes.
-    """
-    sizes, done = axes.sizes(), _done(axes)
-
-    def macs(name: str) -> float:
-        module, _, leaf = name.rpartition(".")
-        return done.get(module, 0) / prod(size_of(dim, sizes) for dim in axes.shapes[name]) if leaf == "weight" else 0.0
-
-    return macs
-
-
 def count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
-    """Return costs in multiply–accumulates of one example, per parameter entry and operation.
+    """Return costs in multiply–accumulates of one example, per parameter entry and operation (path).
 
     Those of a module with a weight are spread over its entries. Those of other modules (attention, products of
     activations) count in full as long as their operation is active, which is too much once widths are cut.
-
-    Args:
-        axes: The network's axes.
-        ops: The paths of all candidate operations.
     """
-    each, alone, rest = macs_of(axes), dict.fromkeys(ops, 0.0), 0.0
-    for module, many in _done(axes).items():
+    macs, alone, rest = _macs_per_module(axes), dict.fromkeys(ops, 0.0), 0.0
+    for module, many in macs.items():
         if f"{module}.weight".lstrip(".") in axes.parameters:
             continue
         if path := next((path for path in (module, *above(module)) if path in alone), None):
             alone[path] += many
         else:
             rest += many
-    return Prices({name: each(name) for name in axes.shapes}, alone, rest)
+    return Prices(_macs_per_entry(axes, macs), alone, rest)
 
 
-def _done(axes: AxisGraph) -> dict[str, int]:
+def _macs_per_module(axes: AxisGraph) -> Counter[str]:
     """Return module path → the multiply–accumulates that it does for one example."""
-    sizes, done = axes.sizes(), dict[str, int]()
-    for one in axes.work_per_example():
-        done[one.module] = done.get(one.module, 0) + prod(size_of(dim, sizes) for dim in one.dims)
-    return done
+    sizes, macs = axes.sizes(), Counter[str]()
+    for work in axes.work_per_example():
+        macs[work.module] += size_of(Product(work.dims), sizes)
+    return macs
+
+
+def _macs_per_entry(axes: AxisGraph, macs: Counter[str]) -> dict[str, float]:
+    """Return parameter name → the multiply–accumulates per example that each of its entries takes part in."""
+    sizes, result = axes.sizes(), dict.fromkeys(axes.shapes, 0.0)
+    for name in axes.shapes:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight":
+            result[name] = macs[module] / axes.count_entries([name], sizes)
+    return result
 
 
 def above(name: str) -> list[str]:
     """Return the paths of the modules that contain a parameter, the innermost first.
-
-    Args:
-        name: The parameter's name.
 
     >>> above("a.b.weight")
     ['a.b', 'a']

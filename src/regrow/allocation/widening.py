@@ -1,14 +1,15 @@
-"""Decide how many units axes gain: all MLPs, attention heads or channels of convolutional blocks, or named axes."""
+"""Decide how many units axes gain and where copies of blocks are inserted: by kind, by name, or by need."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import lcm
+from math import ceil, lcm
 from typing import Literal
 
 from regrow.core.amounts import Increase
-from regrow.core.axes import Axis, AxisGraph, RecordedStep, Role, axes_in, matches
+from regrow.core.axes import Axis, AxisGraph, Role, axes_in, matches
 from regrow.core.axes.inventory import block
+from regrow.core.change import BlockCopy, Insertion, Stack
 
 Part = Literal["mlp", "heads", "channels"]
 PARTS: tuple[Part, ...] = ("mlp", "heads", "channels")
@@ -55,20 +56,31 @@ def widening(
     refused: dict[str, str] = {}
     known = classify(axes) if parts else {}
     for part, increase in parts.items():
-        found = [axes[key] for key, one in known.items() if one == part]
-        if not found:
+        members = [axes[key] for key, kind in known.items() if kind == part]
+        if not members:
             raise ValueError(f"the network has no {_NAMES[part]}; `regrow show` lists its axes")
-        wanted |= dict.fromkeys(_widenable(found, refused, f"the {_NAMES[part]}"), increase)
+        wanted |= dict.fromkeys(_widenable(members, refused, f"the {_NAMES[part]}"), increase)
     for name, increase in named.items():
         wanted |= dict.fromkeys(_widenable(_named(axes, name), refused, f"axis {name!r}"), increase)
-    grow = {key: _rounded(axes[key], axes[key].size + one.of(axes[key].size), round_to) for key, one in wanted.items()}
+    steps = {key: lcm(axes[key].multiple, round_to) for key in wanted}
+    sizes = {key: axes[key].size for key in wanted}
+    after = {
+        key: -(-(sizes[key] + increase.of(sizes[key])) // steps[key]) * steps[key] for key, increase in wanted.items()
+    }
     if regular:
-        grow = _level(axes, grow)
-    units = {key: after - axes[key].size for key, after in grow.items()}
-    if even:
-        steps = {key: lcm(axes[key].multiple, round_to) for key in units}
-        units = {key: n + n % 2 * steps[key] for key, n in units.items()}
-    return Widening({key: n for key, n in units.items() if n}, {k: why for k, why in refused.items() if k not in grow})
+        roles: dict[object, list[str]] = {}
+        for key in after:
+            places = {(name, dim, role) for name, dim, *_, role in axes[key].kind[1]}
+            roles.setdefault(frozenset(places), []).append(key)
+        after = {key: max(after[other] for other in group) for group in roles.values() for key in group}
+    grow = {}
+    for key, size in after.items():
+        many = size - sizes[key]
+        if even:
+            many += many % 2 * steps[key]
+        if many:
+            grow[key] = many
+    return Widening(grow, {key: why for key, why in refused.items() if key not in after})
 
 
 def classify(axes: AxisGraph) -> dict[str, Part]:
@@ -81,70 +93,44 @@ def classify(axes: AxisGraph) -> dict[str, Part]:
     Args:
         axes: The network's axes, frozen ones too.
     """
-    steps = _Steps.of(axes)
-    heads = _heads(axes)
+    steps, heads = axes.steps, _heads(axes)
+    readers: dict[int | str, int] = {}  # the first operation that reads a parameter, or the result of an operation
+    for number, step in enumerate(steps):
+        for operand in step.operands:
+            readers.setdefault(operand, number)
+
+    def readers_of(axis: Axis, role: Role) -> list[int]:
+        names = dict.fromkeys(axes.ties.get(slot.name, slot.name) for slot in axis.slots if slot.role is role)
+        return [readers[name] for name in names if name in readers]
+
+    def convolves(step: int) -> bool:
+        return "conv" in steps[step].op
+
+    def adds(step: int) -> bool:
+        """Whether the next operation that combines the result of one with another result is a sum."""
+        while step in readers:
+            step = readers[step]
+            if sum(isinstance(operand, int) for operand in steps[step].operands) > 1:
+                return steps[step].op in ("add", "sub")
+        return False
+
     result: dict[str, Part] = {}
     channels = []
     for axis in axes:
-        made, read = (steps.readers_of(axis, role) for role in (Role.PRODUCES, Role.CONSUMES))
+        made, read = readers_of(axis, Role.PRODUCES), readers_of(axis, Role.CONSUMES)
         if axis.key in heads:
             result[axis.key] = "heads"
             continue
         if _lies_in(axis, heads, axes) or not made or not read or not {*made}.isdisjoint(read):
             continue
-        if any(steps.adds(step) for step in made if step > min(read)):
+        if any(adds(step) for step in made if step > min(read)):
             continue
-        if all(steps.convolves(step) for step in made):
+        if all(map(convolves, made)):
             channels.append(axis)
-        elif not any(steps.convolves(step) for step in (*made, *read)):
+        elif not any(map(convolves, (*made, *read))):
             result[axis.key] = "mlp"
     inner = [axis for axis in channels if block([slot.name for slot in axis.slots])]
     return result | dict.fromkeys((axis.key for axis in inner or channels), "channels")
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """The recorded operations, with who reads what.
-
-    Args:
-        steps: The operations.
-        readers: Name of a parameter → the first operation that reads it.
-        users: Operation → the first operation that reads its result.
-    """
-
-    steps: Sequence[RecordedStep]
-    readers: Mapping[str, int]
-    users: Mapping[int, int]
-
-    @classmethod
-    def of(cls, axes: AxisGraph) -> "_Steps":
-        readers: dict[str, int] = {}
-        users: dict[int, int] = {}
-        for number, step in enumerate(axes.steps):
-            for operand in step.operands:
-                if isinstance(operand, str):
-                    readers.setdefault(operand, number)
-                else:
-                    users.setdefault(operand, number)
-        first = {name: axes.ties.get(name, name) for name in axes.shapes}
-        return cls(axes.steps, {name: readers[one] for name, one in first.items() if one in readers}, users)
-
-    def readers_of(self, axis: Axis, role: Role) -> list[int]:
-        """Return the operations that read the tensors in which an axis has a role."""
-        names = dict.fromkeys(slot.name for slot in axis.slots if slot.role is role)
-        return [self.readers[name] for name in names if name in self.readers]
-
-    def convolves(self, step: int) -> bool:
-        """Whether an operation is a convolution."""
-        return "conv" in self.steps[step].op
-
-    def adds(self, step: int) -> bool:
-        """Whether the next operation that combines the result of one with another result is a sum."""
-        while step in self.users:
-            step = self.users[step]
-            if sum(isinstance(one, int) for one in self.steps[step].operands) > 1:
-                return self.steps[step].op in ("add", "sub")
-        return False
 
 
 def _heads(axes: AxisGraph) -> set[str]:
@@ -152,18 +138,19 @@ def _heads(axes: AxisGraph) -> set[str]:
 
     Of an attention whose heads are frozen, these are the outermost frozen axes that its weights make.
     """
-    found: set[str] = set()
-    places: set[str] = set()
+    heads: set[str] = set()
+    attentions: set[str] = set()
     for step in axes.steps:
         if step.op in ("scaled_dot_product_attention", "softmax", "_softmax"):
-            every = [dims for dims in step.shapes if dims and len(dims) > 3]
-            places |= {step.module} if every and step.module else set()
-            found |= {key for dims in every for key in axes_in(dims[-3])}
+            for dims in step.shapes:
+                if dims and len(dims) > 3:
+                    attentions.add(step.module)
+                    heads.update(axes_in(dims[-3]))
     for axis in axes:
-        made = [slot.name.rpartition(".")[0] for slot in axis.slots if slot.role is Role.PRODUCES]
-        if not axis.free and made and all(name in places for name in made):
-            found.add(axis.key)
-    return {key for key in found if not _lies_in(axes[key], found, axes)}
+        made = {slot.name.rpartition(".")[0] for slot in axis.slots if slot.role is Role.PRODUCES}
+        if not axis.free and made and made <= attentions - {""}:
+            heads.add(axis.key)
+    return {key for key in heads if not _lies_in(axes[key], heads, axes)}
 
 
 def _lies_in(axis: Axis, others: Iterable[str], axes: AxisGraph) -> bool:
@@ -210,15 +197,69 @@ def _widenable(found: Iterable[Axis], refused: dict[str, str], what: str) -> lis
     return keys
 
 
-def _rounded(axis: Axis, size: int, round_to: int) -> int:
-    step = lcm(axis.multiple, round_to)
-    return -(-size // step) * step
+def deepening(stacks: Mapping[str, Stack], increases: Mapping[str, Increase]) -> dict[str, Insertion]:
+    """Return path of a stack → the copies inserted into it.
+
+    The blocks that can be copied are divided into as many groups as there are new blocks, and each group is followed by
+    a copy of its last block (block expansion, Wu et al., arXiv 2401.02415). ``increases``: path of a stack, or a
+    pattern of paths (``"*"`` is every stack) → how many blocks it gains; a percentage is one of its present blocks.
+
+    >>> stack = Stack(4, {i: ("last.weight",) for i in range(4)})
+    >>> [(copy.position, copy.of) for copy in deepening({"layers": stack}, {"*": Increase(2)})["layers"].copies]
+    [(2, 1), (5, 3)]
+    """
+    if not stacks:
+        raise ValueError(
+            "the network has no stack of residual blocks of which a copy could give its input unchanged; widen it "
+            "instead, for example with --mlp or --channels"
+        )
+    result: dict[str, Insertion] = {}
+    for name, increase in increases.items():
+        paths = [path for path in stacks if path == name or fnmatchcase(path, name)]
+        if not paths:
+            raise ValueError(f"no stack of blocks is named {name!r}; there are {', '.join(stacks)}")
+        for path in paths:
+            stack = stacks[path]
+            many, blocks = increase.of(stack.size), sorted(stack.zeros)
+            ends = [blocks[-(-(i + 1) * len(blocks) // many) - 1] for i in range(many)]
+            copies = tuple(BlockCopy(of + 1 + i, of, stack.zeros[of]) for i, of in enumerate(ends))
+            result[path] = Insertion(stack.size, copies)
+    return result
 
 
-def _level(axes: AxisGraph, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return sizes in which all axes of one role get the largest size among them."""
-    roles: dict[tuple[object, ...], list[str]] = {}
-    for key in sizes:
-        places = {(name, dim, role) for name, dim, *_, role in axes[key].kind[1]}
-        roles.setdefault(tuple(sorted(places)), []).append(key)
-    return {key: max(sizes[one] for one in group) for group in roles.values() for key in group}
+def growable_axes(axes: AxisGraph) -> tuple[Axis, ...]:
+    """Return the axes that can be widened by growth: those whose units a single weight produces.
+
+    A residual stream is produced by several weights, and is left out.
+    """
+    return tuple(axis for axis in axes.units() if not axis.narrow and len(makers(axis, axes)) == 1)
+
+
+def makers(axis: Axis, axes: AxisGraph) -> tuple[str, ...]:
+    """Return the names of the weights that produce an axis's units."""
+    made = dict.fromkeys(slot.name for slot in axis.slots if slot.role is Role.PRODUCES)
+    return tuple(name for name in made if name in axes.counted)
+
+
+def growth(
+    axes: AxisGraph, short: Iterable[Axis], base: Mapping[str, int], *, share: float, multiple: int, cap: float
+) -> dict[str, int]:
+    """Return axis key → how many units it gains: ``share`` of its first size, rounded up, if the cap allows it.
+
+    Args:
+        axes: The network's axes.
+        short: The axes that run short, most urgent first.
+        base: The first size of each axis.
+        share: The fraction of an axis's first size that is added.
+        multiple: The number of added units is rounded up to a multiple of this.
+        cap: The most parameters the network may have, as a multiple of those it had at first.
+    """
+    sizes, names = axes.sizes(), axes.parameters - axes.ties.keys()
+    most = cap * axes.count_entries(names, {**sizes, **base})
+    result: dict[str, int] = {}
+    for axis in short:
+        n = ceil(ceil(share * base[axis.key]) / multiple) * multiple
+        if axes.count_entries(names, {**sizes, axis.key: axis.size + n}) <= most:
+            sizes[axis.key] += n
+            result[axis.key] = n
+    return result

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
+from regrow.core.names import GENERATED
 from regrow.core.objectives import LossFunction, Objective, choose_objective
 from regrow.core.progress import Progress, silent
-from regrow.core.source_names import GENERATED
 from regrow.core.sources import Batch, Source, device_of, moved
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.evaluation.generation import generate_source

@@ -13,8 +13,7 @@ import click
 from regrow.core.amounts import parse_bytes
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
-from regrow.core.model_names import find_problem
-from regrow.core.source_names import DOMAINS, check_evaluated, find_data_problem, find_source_problem
+from regrow.core.names import DOMAINS, check_evaluated, find_data_problem, find_problem, find_source_problem
 from regrow.settings import grow, prune
 from regrow.settings.declaration import options_of
 

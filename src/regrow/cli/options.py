@@ -10,7 +10,7 @@ import click
 from regrow.cli.screen import err
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
-from regrow.core.references import names_code
+from regrow.core.names import names_code
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -14,7 +14,7 @@ from regrow.cli.processes import processes
 from regrow.cli.recover import tell
 from regrow.cli.runs import run_with_page
 from regrow.cli.screen import number, say, say_peak, table, working
-from regrow.core.references import names_code
+from regrow.core.names import names_code
 from regrow.distributed import read_ranks
 from regrow.settings.prune import Settings, name_folders
 

@@ -83,7 +83,7 @@ def _write(path: Path, axes: Any, rows: list[Any], model: str) -> None:
         "format": "regrow-axes/1",
         "model": model,
         "recorded": axes.recorded,
-        "axes": [row.record() | {"slots": [asdict(slot) for slot in axes[row.key].slots]} for row in rows],
+        "axes": [asdict(row) | {"slots": [asdict(slot) for slot in axes[row.key].slots]} for row in rows],
         "branches": {
             path: {"gives": one.gives, "with": sorted(one.placeholders)} if one.free else {"reason": one.reason}
             for path, one in axes.branches.items()

@@ -7,7 +7,7 @@ operations that a :class:`regrow.Candidates` sums, whatever they compute.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 Gives = Literal["zero", "input", "nothing"]
@@ -30,35 +30,11 @@ class Placeholder:
     of: int = 0
     at: int = 0
 
-    def to_data(self) -> dict[str, int | str]:
-        """Return the placeholder as JSON data."""
-        return asdict(self)
-
-    @classmethod
-    def from_data(cls, data: object) -> "Placeholder":
-        """Read a placeholder from JSON data, checking every value.
-
-        Args:
-            data: What :meth:`to_data` returned.
-
-        Raises:
-            ValueError: If the data are not those of a placeholder.
-
-        >>> Placeholder.from_data(Placeholder("zero", "x").to_data())
-        Placeholder(gives='zero', takes='x', of=0, at=0)
-        """
-        if not isinstance(data, dict) or data.keys() != {"gives", "takes", "of", "at"}:
-            raise ValueError(
-                f"a placeholder has the fields gives, takes, of and at; got {str(data)[:60]}; restore the file"
-            )
-        gives, takes, of, at = (data[name] for name in ("gives", "takes", "of", "at"))
-        if gives not in ("zero", "input", "nothing"):
-            raise ValueError(f"a dropped module gives 'zero', 'input' or 'nothing'; got {str(gives)[:40]!r}")
-        if type(takes) not in (int, str) or (isinstance(takes, int) and not 0 <= takes < 256):
-            raise ValueError(f"it takes an argument by position or name; got {str(takes)[:40]!r}")
-        if type(of) is not int or type(at) is not int or not 0 <= at < max(of, 1) <= 256:
-            raise ValueError(f"it answers with part {str(at)[:20]} of {str(of)[:20]}, which is no part")
-        return cls(gives, takes, of, at)
+    def __post_init__(self) -> None:
+        if isinstance(self.takes, int) and not 0 <= self.takes < 256:
+            raise ValueError(f"it takes an argument by position or name; got {self.takes}")
+        if not 0 <= self.at < max(self.of, 1) <= 256:
+            raise ValueError(f"it answers with part {self.at} of {self.of}, which is no part")
 
 
 @dataclass(frozen=True)

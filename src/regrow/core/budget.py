@@ -1,9 +1,10 @@
 """Budgets: how large a network may be after pruning, in parameters, MACs, bytes or time, and which axes are cut."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil, floor
-from typing import Any
+
+import msgspec
 
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Mark
@@ -29,20 +30,12 @@ class Timing:
 
     def record(self) -> dict[str, object]:
         """Return the timing as JSON data."""
-        curves = {name: [list(point) for point in curve] for name, curve in self.curves.items()}
-        plain = {"device": self.device, "positions": self.positions, "total": self.total}
-        return {**plain, "curves": curves, "names": dict(self.names)}
+        return asdict(self)
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> "Timing":
-        """Read a timing back from what :meth:`record` returned.
-
-        Args:
-            record: The JSON data.
-        """
-        data: Any = record
-        curves = {name: tuple((int(w), int(t)) for w, t in curve) for name, curve in data["curves"].items()}
-        return cls(data["device"], int(data["positions"]), int(data["total"]), curves, dict(data["names"]))
+        """Read a timing back from what :meth:`record` returned."""
+        return msgspec.convert(record, cls)
 
 
 @dataclass(frozen=True)
@@ -91,28 +84,15 @@ class Budget:
             )
 
     def units(self, axes: AxisGraph) -> tuple[Axis, ...]:
-        """Return the axes that may be cut for the budget.
-
-        Args:
-            axes: The network's axes.
-        """
+        """Return the axes that may be cut for the budget."""
         return axes.units(self.only, self.exclude, self.marks)
 
     def limit(self, total: int) -> int:
-        """Return how much of the measure may be left at most, in whole steps (milliseconds in nanoseconds).
-
-        Args:
-            total: The measure of the unpruned network, in the same steps.
-        """
+        """Return how much of a total may be left at most, in whole steps (milliseconds in nanoseconds)."""
         return self.target.limit(total) if self.target else floor(self.keep * total + 1e-6)
 
     def least(self, steps: int, total: int) -> float:
-        """Return the smallest ``keep``, share or amount that allows a network of a given size, for error messages.
-
-        Args:
-            steps: The smallest size that can be reached, in whole steps of the measure.
-            total: The measure of the unpruned network, in the same steps.
-        """
+        """Return the smallest ``keep``, share or amount that allows a network of so many steps of a total."""
         if self.target is None or self.target.share:
             return min(1.0, ceil(steps / total * 1e4) / 1e4)
         return ceil(steps / 1000) / 1000 if self.measure == Measure.TIME else steps

@@ -78,22 +78,22 @@ def fold_scales(model: nn.Module) -> None:
     Args:
         model: A network with :class:`Candidates`; changed in place.
     """
-    held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    held = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for node in [one for one in model.modules() if isinstance(one, Candidates)]:
+        for node in find_candidates(model).values():
             for i, end in enumerate(node.ops.values()):
-                while isinstance(end, nn.Sequential) and len(end) and _plain(end):
+                while isinstance(end, nn.Sequential) and len(end) and _is_plain(end):
                     end = end[-1]
-                own = dict(end.named_parameters())
-                if not isinstance(end, _LINEAR) or not _plain(end) or not own or own.keys() - {"weight", "bias"}:
+                parameters = dict(end.named_parameters())
+                if not isinstance(end, _LINEAR) or not _is_plain(end) or parameters.keys() - {"weight", "bias"}:
                     continue
-                if all(held[id(p)] == 1 for p in own.values()):
-                    for parameter in own.values():
+                if parameters and all(held[id(parameter)] == 1 for parameter in parameters.values()):
+                    for parameter in parameters.values():
                         parameter.mul_(node.scale[i])
                     node.scale[i] = 1.0
 
 
-def _plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> bool:
     """Whether a module computes what its torch class does: no overridden forward, no forward hook."""
     return type(module).forward.__module__.startswith("torch.nn.modules") and not module._forward_hooks
 
@@ -111,21 +111,11 @@ class Staged(Protocol):
     """The index of the last part that runs when the network is called; ``None``: all parts run."""
 
     def upto(self, x: Tensor, last: int) -> Tensor:
-        """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run.
-
-        Args:
-            x: Inputs ``[N, ...]``.
-            last: The index of the last part that runs.
-        """
+        """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run."""
         ...
 
     def within(self, name: str, last: int) -> bool:
-        """Whether a parameter is used by :meth:`upto`.
-
-        Args:
-            name: The name of the parameter.
-            last: The index of the last part that runs.
-        """
+        """Whether a parameter is used by :meth:`upto`."""
         ...
 
     def needed(self) -> list[tuple[str, ...]]:
@@ -135,11 +125,7 @@ class Staged(Protocol):
 
 @contextmanager
 def run_whole(model: nn.Module) -> Iterator[None]:
-    """Context manager in which a staged network runs all its parts, as tracing requires.
-
-    Args:
-        model: Any network; one that is not :class:`Staged` is left alone.
-    """
+    """Context manager in which a staged network runs all its parts, as tracing requires; others are left alone."""
     active = getattr(model, "active", None) if hasattr(model, "upto") else None
     if active is None:
         yield
@@ -165,11 +151,7 @@ class Prefix(nn.Module):
         self.net, self.last = net, last
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``[N, classes]`` of the classifier behind the last part.
-
-        Args:
-            x: Inputs ``[N, ...]``.
-        """
+        """Return logits ``[N, classes]`` of the classifier behind the last part."""
         return cast(Staged, self.net).upto(x, self.last)
 
     def many(self) -> int:
@@ -178,27 +160,23 @@ class Prefix(nn.Module):
         return sum(p.numel() for name, p in self.net.named_parameters() if net.within(name, self.last))
 
 
+def find_candidates(model: nn.Module) -> dict[str, Candidates]:
+    """Return path → :class:`Candidates`, in order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Candidates)}
+
+
 def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return the path of each :class:`Candidates` → the paths of its operations in order, dropped ones included.
 
     >>> candidates_in(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))
     {'0': ('0.ops.a', '0.ops.b')}
-
-    Args:
-        model: Any network.
     """
-    return {
-        path: tuple(f"{path}.ops.{name}".lstrip(".") for name in module.ops)
-        for path, module in model.named_modules()
-        if isinstance(module, Candidates)
-    }
+    nodes = find_candidates(model).items()
+    return {path: tuple(f"{path}.ops.{name}".lstrip(".") for name in node.ops) for path, node in nodes}
 
 
 def tied_in(model: nn.Module) -> dict[str, str]:
     """Return the path of each operation that is tied to an earlier one → the path of the first operation of its group.
-
-    Args:
-        model: Any network.
 
     Raises:
         ValueError: If :class:`Candidates` that are tied do not name the same operations in the same order.
@@ -206,28 +184,21 @@ def tied_in(model: nn.Module) -> dict[str, str]:
     >>> tied_in(nn.Sequential(*(Candidates({"a": nn.Identity()}, tied="edge") for _ in range(2))))
     {'1.ops.a': '0.ops.a'}
     """
-    first: dict[str, tuple[str, ...]] = {}
+    nodes, paths = find_candidates(model), candidates_in(model)
+    first: dict[str, str] = {}
     result: dict[str, str] = {}
-    for path, paths in candidates_in(model).items():
-        name = _candidates(model, path).tied
-        if name and name in first:
-            if [one.rpartition(".")[2] for one in paths] != [one.rpartition(".")[2] for one in first[name]]:
-                raise ValueError(f"candidates tied by {name!r} have the same operations in the same order; {path} not")
-            result |= dict(zip(paths, first[name], strict=True))
-        first.setdefault(name, paths)
+    for path, node in nodes.items():
+        leader = first.setdefault(node.tied, path)
+        if node.tied and leader != path:
+            if list(node.ops) != list(nodes[leader].ops):
+                raise ValueError(
+                    f"candidates tied by {node.tied!r} have the same operations in the same order; {path} not"
+                )
+            result |= dict(zip(paths[path], paths[leader], strict=True))
     return result
 
 
 def single_in(model: nn.Module) -> list[tuple[str, ...]]:
-    """Return the sets of operation paths of which a search keeps exactly one.
-
-    Args:
-        model: Any network.
-    """
-    return [paths for path, paths in candidates_in(model).items() if _candidates(model, path).single]
-
-
-def _candidates(model: nn.Module, path: str) -> Candidates:
-    result = model.get_submodule(path)
-    assert isinstance(result, Candidates)
-    return result
+    """Return the sets of operation paths of which a search keeps exactly one."""
+    nodes = find_candidates(model)
+    return [paths for path, paths in candidates_in(model).items() if nodes[path].single]

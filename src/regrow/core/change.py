@@ -1,7 +1,12 @@
-"""Change to one axis as plain data: which units stay, which come back, how many are added, and with which values."""
+"""Changes as plain data: of one axis (units kept, restored, added), and of a stack of blocks (copies inserted).
+
+A stack is an ``nn.Sequential`` or ``nn.ModuleList`` of blocks whose output is their input plus something. A copy whose
+last projections are 0 gives its input unchanged (LLaMA Pro, arXiv 2401.02415; of a block that ends in BatchNorm: weight
+and bias of that, Goyal et al., arXiv 1706.02677), so a network with such copies computes what it computed before.
+"""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +17,8 @@ MOST = 2**24
 """The largest number of units that one change may add to an axis."""
 MOST_UNITS = 2**26
 """The largest number of units of an axis."""
+MOST_BLOCKS = 4096
+"""The largest number of modules of a stack, and of copies that one plan inserts into it."""
 
 
 class PlanError(ValueError):
@@ -76,127 +83,57 @@ class Change:
         return tuple(unit for unit in range(self.size) if unit not in kept)
 
     def check(self, key: str) -> None:
-        """Raise ``PlanError`` unless the change is valid by itself, without knowing the network.
+        """Raise ``PlanError`` unless the change of axis ``key`` is valid by itself, without knowing the network."""
+        if problem := self._find_problem():
+            raise PlanError(f"axis {key!r}: {problem}")
 
-        Args:
-            key: The key of the axis, for the message.
-
-        Raises:
-            PlanError: If it keeps no unit, a unit twice, or one that does not exist, or a number is not legal.
-        """
-        _check(key, self)
-
-    @classmethod
-    def from_data(cls, value: object) -> "Change":
-        """Read a change back from what ``dataclasses.asdict`` made of it, checking the type of every value.
-
-        Args:
-            value: The JSON data.
-
-        Raises:
-            PlanError: If a value has the wrong type.
-        """
-        data: Any = value
-        slots = tuple(
-            Slot(
-                name=str(slot["name"]),
-                role=Role(slot["role"]),
-                **{part: whole(slot[part], part) for part in ("dim", "outer", "stride", "inner", "offset")},
-            )
-            for slot in data["slots"]
-        )
-        fill = data["fill"]
-        return cls(
-            size=whole(data["size"], "size"),
-            keep=tuple(whole(unit, "keep") for unit in data["keep"]),
-            slots=slots,
-            ids=tuple(whole(one, "ids") for one in data["ids"]),
-            grow=whole(data["grow"], "grow"),
-            fill=Fill(str(fill["rule"]), whole(fill["seed"], "seed")),
-            restore=tuple(whole(one, "restore") for one in data["restore"]),
-            fresh=_flag(data["fresh"], "fresh"),
-        )
-
-
-def whole(value: object, what: str) -> int:
-    """Return a value from a plan file if it is a whole number of 64 bits.
-
-    Args:
-        value: The value as it was read.
-        what: The name of the field, for the message.
-
-    Raises:
-        PlanError: If it is of another type, or too large.
-    """
-    if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise PlanError(f"{what} is a whole number; the plan says {str(value)[:40]!r}")
-    return value
-
-
-def _flag(value: Any, what: str) -> bool:
-    if type(value) is not bool:
-        raise PlanError(f"{what} is true or false; the plan says {str(value)[:40]!r}")
-    return value
-
-
-def _check(key: str, change: Change) -> None:
-    if not 0 < change.size <= MOST_UNITS:
-        raise PlanError(f"axis {key!r}: an axis has 1 to {MOST_UNITS:,} units, the plan says {change.size:,}")
-    if not change.keep:
-        raise PlanError(f"axis {key!r}: a plan must keep at least one unit")
-    if any(map(operator.ge, change.keep, change.keep[1:])) or change.keep[0] < 0 or change.keep[-1] >= change.size:
-        raise PlanError(f"axis {key!r}: kept units must be ascending, each once, within 0..{change.size - 1}")
-    if not 0 <= change.grow <= MOST:
-        raise PlanError(f"axis {key!r}: it can grow by 0 to {MOST} units, not by {change.grow}")
-    if not 0 <= change.fill.seed < 2**63:
-        raise PlanError(f"axis {key!r}: a seed is a number from 0, below 2**63; got {change.fill.seed}")
-    if change.fill.rule not in FILLS:
-        raise PlanError(f"axis {key!r}: new units are filled by {', '.join(FILLS)}; got {change.fill.rule!r}")
-    if FILLS[change.fill.rule].in_pairs and change.new_units % 2:
-        raise PlanError(f"axis {key!r}: pairs are added two by two; {change.new_units} is odd")
-    if change.ids and len(change.ids) != change.size:
-        raise PlanError(f"axis {key!r}: {len(change.ids)} unit ids for {change.size} units")
-    if list(change.restore) != sorted(set(change.restore)) or min(change.restore, default=0) < 0:
-        raise PlanError(f"axis {key!r}: units to restore are named by unit ids, ascending, each once, from 0")
-    if change.restore and (living := sorted(set(change.restore) & set(change.alive))):
-        raise PlanError(f"axis {key!r}: unit {living[0]} is alive; only units that were cut can be restored")
-    for slot in change.slots:
-        if min(slot.dim, slot.offset) < 0 or min(slot.outer, slot.stride, slot.inner) < 1:
-            raise PlanError(f"axis {key!r}: slot {slot} has a negative or empty extent")
+    def _find_problem(self) -> str:
+        if not 0 < self.size <= MOST_UNITS:
+            return f"an axis has 1 to {MOST_UNITS:,} units, the plan says {self.size:,}"
+        if not self.keep:
+            return "a plan must keep at least one unit"
+        if any(map(operator.ge, self.keep, self.keep[1:])) or self.keep[0] < 0 or self.keep[-1] >= self.size:
+            return f"kept units must be ascending, each once, within 0..{self.size - 1}"
+        if type(self.grow) is not int or not 0 <= self.grow <= MOST:
+            return f"it can grow by 0 to {MOST} units, a whole number; the plan says {str(self.grow)[:40]!r}"
+        if not 0 <= self.fill.seed < 2**63:
+            return f"a seed is a whole number from 0, below 2**63; got {self.fill.seed}"
+        rule = FILLS.get(self.fill.rule)
+        if rule is None:
+            return f"new units are filled by {', '.join(FILLS)}; got {self.fill.rule!r}"
+        if rule.in_pairs and self.new_units % 2:
+            return f"pairs are added two by two; {self.new_units} is odd"
+        if self.ids and len(self.ids) != self.size:
+            return f"{len(self.ids)} unit ids for {self.size} units"
+        if list(self.restore) != sorted(set(self.restore)) or min(self.restore, default=0) < 0:
+            return "units to restore are named by unit ids, ascending, each once, from 0"
+        if self.restore and (living := set(self.restore).intersection(self.alive)):
+            return f"unit {min(living)} is alive; only units that were cut can be restored"
+        for slot in self.slots:
+            if min(slot.dim, slot.offset) < 0 or min(slot.outer, slot.stride, slot.inner) < 1:
+                return f"slot {slot} has a negative or empty extent"
+        return ""
 
 
 def unit_positions(key: str, units: Iterable[Any]) -> tuple[int, ...]:
-    """Return positions of units in ascending order.
-
-    Args:
-        key: The key of the axis, for the message.
-        units: The positions, in any order.
-
-    Raises:
-        PlanError: For a mask, a fraction or a text.
-    """
-    result, units = [], tuple(units)
+    """Return positions of units of axis ``key`` in ascending order; raise ``PlanError`` for masks and fractions."""
+    units = tuple(units)
     if set(map(type, units)) <= {int}:
         return tuple(sorted(units))
-    for one in units:
+    result = []
+    for unit in units:
         try:
-            if isinstance(one, bool) or "bool" in str(getattr(one, "dtype", "")):
+            if isinstance(unit, bool) or "bool" in str(getattr(unit, "dtype", "")):
                 raise TypeError
-            result.append(operator.index(one))
+            result.append(operator.index(unit))
         except TypeError:
             remedy = "give positions, of a mask those of mask.nonzero().flatten()"
-            raise PlanError(f"axis {key!r}: a unit is a whole number, got {str(one)[:40]!r}; {remedy}") from None
+            raise PlanError(f"axis {key!r}: a unit is a whole number, got {str(unit)[:40]!r}; {remedy}") from None
     return tuple(sorted(result))
 
 
 def growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
-    """Return why an axis cannot get the units that a change adds; empty if it can.
-
-    Args:
-        axis: The axis.
-        change: The change.
-        parameters: The names of the network's parameters.
-    """
+    """Return why an axis cannot get the units that a change adds; empty if it can."""
     if axis.narrow:
         return axis.narrow
     unread, folded = FILLS[change.fill.rule].unread, axis.mark is Mark.FOLDED
@@ -212,3 +149,84 @@ def growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> st
     if unread and not {name for name, _ in (made if folded else read)} & parameters:
         return "no parameter is there that could learn to use new units"
     return ""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A container of modules, with those that can be copied such that the copy gives its input unchanged.
+
+    Args:
+        size: How many modules the container has.
+        zeros: Index of a module that can be copied → the names, within it, of the parameters that are 0 in a copy.
+    """
+
+    size: int
+    zeros: Mapping[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class BlockCopy:
+    """A copy of a block in a stack.
+
+    Args:
+        position: Its index in the stack after the insertion; at least 1, since a block's input must be the output of
+            another block.
+        of: The index, before the insertion, of the block that it copies.
+        zeros: The names, within the block, of the parameters that are 0 in the copy.
+    """
+
+    position: int
+    of: int
+    zeros: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """Copies of blocks that are inserted into a stack.
+
+    Args:
+        size: How many modules the stack has before the insertion.
+        copies: The copies, by ascending position.
+    """
+
+    size: int
+    copies: tuple[BlockCopy, ...]
+
+    @property
+    def after(self) -> int:
+        """The number of modules after the insertion."""
+        return self.size + len(self.copies)
+
+    @property
+    def sources(self) -> list[int]:
+        """For each module after the insertion, the index before it: of the same module, or of the one it copies."""
+        new = {copy.position: copy.of for copy in self.copies}
+        old = iter(range(self.size))
+        return [new[i] if i in new else next(old) for i in range(self.after)]
+
+    @property
+    def kept(self) -> list[int]:
+        """For each module before the insertion, its index after it."""
+        new = {copy.position for copy in self.copies}
+        return [i for i in range(self.after) if i not in new]
+
+    def check(self, path: str) -> None:
+        """Raise ``PlanError`` unless the insertion into stack ``path`` is valid by itself."""
+        if problem := self._find_problem():
+            raise PlanError(f"stack {path!r}: {problem}")
+
+    def _find_problem(self) -> str:
+        positions = [copy.position for copy in self.copies]
+        if not 0 < self.size <= MOST_BLOCKS or not 0 < len(positions) <= MOST_BLOCKS:
+            return (
+                f"1 to {MOST_BLOCKS} blocks are inserted into as many, the plan says {len(positions):,} into "
+                f"{self.size:,}; make it again for this network"
+            )
+        if positions != sorted(set(positions)) or positions[0] < 1 or positions[-1] >= self.after:
+            return f"positions of new blocks must be ascending, each once, within 1..{self.after - 1}"
+        for copy in self.copies:
+            if not 0 <= copy.of < self.size:
+                return f"there is no block {copy.of} to copy among {self.size}"
+            if not all(part for name in copy.zeros for part in name.split(".")):
+                return "a parameter that is 0 in a copy has no name; restore the plan"
+        return ""

@@ -141,33 +141,25 @@ def parse_json(text: str | bytes, name: str = "the text") -> object:
 def read_content(path: Path, most: int) -> bytes:
     """Return the first ``most + 1`` bytes of a regular file, decompressed if its name ends in ``.gz``.
 
-    Args:
-        path: The file.
-        most: How many bytes the caller uses; one more shows that the file is longer.
-
-    Raises:
-        InputError: If it is no regular file, not readable, a damaged ``.gz``, or a decompression bomb.
+    The byte beyond ``most`` shows that the file is longer. A damaged ``.gz`` and a decompression bomb are refused.
     """
     check_regular(path)
-    if path.suffix != ".gz":
-        try:
-            with path.open("rb") as file:
-                return file.read(most + 1)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({reason(error)}); check its permissions") from error
-    parts, total, packed = [], 0, path.stat().st_size
+    packed = path.stat().st_size if path.suffix == ".gz" else 0
+    parts, total = [], 0
     try:
-        with gzip.open(path) as file:
+        with gzip.open(path) if packed else path.open("rb") as file:
             while total <= most and (part := file.read(min(_MIB, most + 1 - total))):
                 parts.append(part)
                 total += len(part)
-                if total > max(_MIB, MAX_GZIP_RATIO * packed):
+                if packed and total > max(_MIB, MAX_GZIP_RATIO * packed):
                     raise InputError(
                         f"{path} swells to more than {MAX_GZIP_RATIO} times its size, as no text or image data do; "
                         "unpack it yourself if you trust it"
                     )
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is not a whole gzip file ({reason(error)}); fetch or pack it again") from error
+        problem = "is not a whole gzip file" if packed else "cannot be read"
+        remedy = "fetch or pack it again" if packed else "check its permissions"
+        raise InputError(f"{path} {problem} ({reason(error)}); {remedy}") from error
     return b"".join(parts)
 
 

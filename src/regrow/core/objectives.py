@@ -64,15 +64,7 @@ class Objective:
     score: Callable[[object, Tensor], Tensor] | None = None
 
     def compute_loss(self, output: object, batch: Batch) -> Tensor:
-        """Return the loss of a batch, a scalar.
-
-        Args:
-            output: What the network returned for the batch.
-            batch: The batch, with its labels.
-
-        Raises:
-            InputError: If the labels do not fit the outputs, or the loss is no scalar tensor.
-        """
+        """Return the loss of a batch, a scalar; raise ``InputError`` if the labels do not fit what was returned."""
         at = f"{batch.where}: " if batch.where else ""
         try:
             loss = self.loss(output, batch.labels)
@@ -92,28 +84,18 @@ class Objective:
         return loss.reshape(())
 
     def compute_score(self, output: object, batch: Batch) -> Score:
-        """Return the summed score of a batch.
-
-        Args:
-            output: What the network returned for the batch.
-            batch: The batch, with its labels.
-        """
+        """Return the summed score of a batch, for which the network returned ``output``."""
         if self.score is None or not isinstance(batch.labels, Tensor):
-            value = -float(self.compute_loss(output, batch))
-            return Score(value * (n := batch.size), value**2 * n, n)
+            value, n = -float(self.compute_loss(output, batch)), batch.size
+            return Score(value * n, value**2 * n, n)
         scores = self.score(output, batch.labels).double()
         return Score(float(scores.sum()), float(scores.square().sum()), scores.numel())
 
 
-def describe_misfit(output: object, labels: object, name: str = "classification") -> str:
+def describe_misfit(output: object, labels: object, name: str) -> str:
     """Return why labels do not fit what a network returned, and what would; empty if nothing is known against them.
 
-    Args:
-        output: What the network returned.
-        labels: The labels.
-        name: The name of the objective.
-
-    >>> describe_misfit(torch.zeros(2, 3), torch.tensor([0, 3]))
+    >>> describe_misfit(torch.zeros(2, 3), torch.tensor([0, 3]), "classification")
     'label 3 is no class of a network with 3 outputs; give labels from 0 to 2, or a network with more outputs'
     """
     logits = logits_in(output)
@@ -153,12 +135,7 @@ def class_loss(output: object, labels: object) -> Tensor:
 
 
 def class_score(output: object, labels: Tensor) -> Tensor:
-    """Return per labelled position whether the greatest logit is that of its class, ``[positions]``.
-
-    Args:
-        output: As for :func:`class_loss`.
-        labels: Class per position, int64.
-    """
+    """Return per labelled position whether the greatest logit is that of its class, ``[positions]``."""
     logits = logits_in(output)
     if logits.shape[:-1] != labels.shape:
         logits = logits.movedim(1, -1)
@@ -167,12 +144,7 @@ def class_score(output: object, labels: Tensor) -> Tensor:
 
 
 def binary_loss(output: object, labels: object) -> Tensor:
-    """Return the mean binary cross-entropy of labels between 0 and 1, one per output.
-
-    Args:
-        output: Logits, or an object, dict or tuple that holds them.
-        labels: Labels in the shape of the logits, float; a missing last dimension of 1 is added.
-    """
+    """Return the mean binary cross-entropy of labels between 0 and 1, one per output."""
     logits, wanted = _precise(logits_in(output)), _tensor(labels)
     if bool(((wanted < 0) | (wanted > 1)).any()):
         raise InputError('labels of the loss multi-label are from 0 to 1; give loss="regression" for other values')
@@ -180,33 +152,18 @@ def binary_loss(output: object, labels: object) -> Tensor:
 
 
 def binary_score(output: object, labels: Tensor) -> Tensor:
-    """Return per label whether the sign of its logit is right, ``[labels]``.
-
-    Args:
-        output: As for :func:`binary_loss`.
-        labels: As for :func:`binary_loss`.
-    """
+    """Return per label whether the sign of its logit is right, ``[labels]``."""
     return (logits_in(output).flatten() > 0) == (labels.flatten() > 0.5)
 
 
 def squared_loss(output: object, labels: object) -> Tensor:
-    """Return the mean squared error.
-
-    Args:
-        output: Predictions, or an object, dict or tuple that holds them.
-        labels: Values in the shape of the predictions; a missing last dimension of 1 is added.
-    """
+    """Return the mean squared error of predictions, one per label."""
     values = _precise(logits_in(output))
     return F.mse_loss(values, _tensor(labels).to(values.dtype).reshape(values.shape))
 
 
 def squared_score(output: object, labels: Tensor) -> Tensor:
-    """Return per value the negative squared error, ``[values]``.
-
-    Args:
-        output: As for :func:`squared_loss`.
-        labels: As for :func:`squared_loss`.
-    """
+    """Return per value the negative squared error, ``[values]``."""
     return -(logits_in(output).flatten().double() - labels.flatten().double()).square()
 
 
@@ -214,27 +171,20 @@ def own_loss(output: object, labels: object) -> Tensor:
     """Return the loss that a network computed itself: ``.loss``, ``["loss"]``, or the sum of a dict of losses.
 
     Detection models of torchvision return such a dict in training mode; transformers models return ``.loss`` if the
-    batch holds their labels.
-
-    Args:
-        output: What the network returned.
-        labels: Not used: the network has seen them among its inputs.
-
-    Raises:
-        InputError: If the output holds no loss.
+    batch holds their labels. The labels are not used: the network has seen them among its inputs.
     """
-    own = getattr(output, "loss", None)
-    if own is None and isinstance(output, Mapping):
-        own = output.get("loss")
-        scalars = [part for part in output.values() if isinstance(part, Tensor) and part.numel() == 1]
-        if own is None and scalars and len(scalars) == len(output):
-            own = torch.stack([part.reshape(()) for part in scalars]).sum()
-    if not isinstance(own, Tensor):
+    loss = getattr(output, "loss", None)
+    if loss is None and isinstance(output, Mapping):
+        loss = output.get("loss")
+        scalars = [part.reshape(()) for part in output.values() if isinstance(part, Tensor) and part.numel() == 1]
+        if loss is None and scalars and len(scalars) == len(output):
+            loss = torch.stack(scalars).sum()
+    if not isinstance(loss, Tensor):
         raise InputError(
             f"there are no labels, and the network returned no loss but a {type(output).__name__}; give batches as "
             "(inputs, labels), or loss=, a function of the output and the labels"
         )
-    return own
+    return loss
 
 
 CLASSIFICATION = Objective("classification", class_loss, "accuracy", class_score)
@@ -243,9 +193,8 @@ MULTI_LABEL = Objective("multi-label", binary_loss, "label accuracy", binary_sco
 REGRESSION = Objective("regression", squared_loss, "negative squared error", squared_score)
 OWN = Objective("own", own_loss)
 
-OBJECTIVES: Mapping[str, Objective] = {
-    one.name: one for one in (CLASSIFICATION, NEXT_TOKEN, MULTI_LABEL, REGRESSION, OWN)
-}
+_KNOWN = (CLASSIFICATION, NEXT_TOKEN, MULTI_LABEL, REGRESSION, OWN)
+OBJECTIVES: Mapping[str, Objective] = {objective.name: objective for objective in _KNOWN}
 """Name → objective."""
 
 
@@ -275,25 +224,17 @@ def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch
         if loss not in OBJECTIVES:
             raise InputError(f"loss must be one of {', '.join(OBJECTIVES)}, or a function, got {loss!r}")
         return OBJECTIVES[loss]
-    labels = batch.labels
     if loss is not None:
         return Objective("custom", loss)
+    labels = batch.labels
     if not isinstance(labels, Tensor):
         return OWN
-    if not labels.is_floating_point():
-        return NEXT_TOKEN if _is_sequence(batch) else CLASSIFICATION
-    binary = labels.dim() > 1 and bool(((labels == 0) | (labels == 1)).all())
-    return MULTI_LABEL if binary else REGRESSION
-
-
-def _is_sequence(batch: Batch) -> bool:
-    """Whether each position of an integer input ``[batch, tokens]`` has a label."""
-    inputs = [*batch.args, *batch.kwargs.values()]
-    return any(
-        isinstance(one, Tensor) and not one.is_floating_point() and one.dim() == 2 and one.shape == batch.labels.shape
-        for one in inputs
-        if batch.labels is not None
-    )
+    if labels.is_floating_point():
+        binary = labels.dim() > 1 and bool(((labels == 0) | (labels == 1)).all())
+        return MULTI_LABEL if binary else REGRESSION
+    inputs = [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)]
+    sequences = [value for value in inputs if not value.is_floating_point() and value.dim() == 2]
+    return NEXT_TOKEN if any(value.shape == labels.shape for value in sequences) else CLASSIFICATION
 
 
 def _precise(values: Tensor) -> Tensor:

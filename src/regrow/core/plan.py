@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import msgspec
+
 from regrow.core.axes import Axis, AxisGraph
-from regrow.core.branches import Branch, Placeholder, lies_in
-from regrow.core.change import MOST, Change, PlanError, growth_problem, unit_positions, whole
+from regrow.core.branches import Branch, lies_in
+from regrow.core.change import MOST, Change, Insertion, PlanError, growth_problem, unit_positions
 from regrow.core.errors import InputError
 from regrow.core.fills import Fill
-from regrow.core.insertion import Insertion, check_insertions
 from regrow.core.limits import parse_json
 from regrow.core.tables import Table, format_html
 
@@ -50,13 +51,38 @@ class Plan:
     def __post_init__(self) -> None:
         for key, change in self.changes.items():
             change.check(key)
-        _check_branches(self.drop, self.back)
-        check_insertions(self.insert, self.remove, self._besides())
+        stacks = (*self.insert.items(), *self.remove.items())
+        for path, insertion in stacks:
+            insertion.check(path)
+            if outer := next((other for other, _ in stacks if other != path and lies_in(path, other)), ""):
+                raise PlanError(f"stack {path!r} lies in stack {outer!r}, which the plan changes too; make two plans")
+        for path, branch in self.drop.items():
+            if branch.module != path or path not in branch.placeholders:
+                raise PlanError(f"the plan drops {path} without a placeholder for it")
+            others = (
+                other for other, b in self.drop.items() if other != path and any(map(b.holds, branch.placeholders))
+            )
+            if outer := next(others, ""):
+                raise PlanError(f"{path} goes with {outer}, which the plan drops too; leave it out")
+        if len(set(self.back)) != len(self.back):
+            raise PlanError("the plan brings a module back twice")
+        _check_alone({"drops branches": self.drop, "brings them back": self.back})
+        if stacks:
+            changes = self.changes.values()
+            _check_alone(
+                {
+                    "inserts blocks": self.insert,
+                    "removes inserted blocks": self.remove,
+                    "cuts or restores units": any(change.dropped or change.restore for change in changes),
+                    "drops branches or restores them": self.drop or self.back,
+                    "compensates for what is dropped": self.means,
+                    "adds units": self.remove and any(change.grow for change in changes),
+                }
+            )
 
     def _repr_html_(self) -> str:
         """Return the changes as an HTML table, for notebooks."""
-        changes = self.changes.items()
-        rows = [(key, one.size, one.after, len(one.dropped), one.after - len(one.keep)) for key, one in changes]
+        rows = [(key, c.size, c.after, len(c.dropped), c.after - len(c.keep)) for key, c in self.changes.items()]
         modules = [*((path, "dropped") for path in self.drop), *((path, "restored") for path in self.back)]
         axes = Table("", ("axis", "units", "after", "removed", "added"), rows, (1, 2, 3, 4))
         return format_html([axes, Table("", ("module", "change"), modules)], str(self.origin.get("method", "")))
@@ -90,7 +116,7 @@ class Plan:
             PlanError: If an axis does not exist or cannot be widened (with the reason).
         """
         fill = fill or Fill()
-        return cls._made(axes, {key: {"grow": whole(n, "grow"), "fill": fill} for key, n in grow.items()}, more)
+        return cls._made(axes, {key: {"grow": n, "fill": fill} for key, n in grow.items()}, more)
 
     @classmethod
     def restoring(
@@ -108,9 +134,9 @@ class Plan:
         Raises:
             PlanError: If an axis does not exist or is frozen, or a unit is alive or never existed.
         """
-        back = {key: unit_positions(key, ids) for key, ids in restore.items()}
         fresh = {"fresh": fill is not None, "fill": fill or Fill()}
-        return cls._made(axes, {key: {"restore": ids, **fresh} for key, ids in back.items()}, more)
+        changes = {key: {"restore": unit_positions(key, ids), **fresh} for key, ids in restore.items()}
+        return cls._made(axes, changes, more)
 
     @classmethod
     def dropping(
@@ -148,16 +174,6 @@ class Plan:
         """Whether modules are dropped, restored, inserted or removed."""
         return bool(self.drop or self.back or self.insert or self.remove)
 
-    def _besides(self) -> list[str]:
-        """Return what the plan does that cannot be combined with an insertion, in words."""
-        parts = {
-            "cuts or restores units": any(change.dropped or change.restore for change in self.changes.values()),
-            "drops branches or restores them": self.drop or self.back,
-            "compensates for what is dropped": self.means,
-            "adds units": self.remove and any(change.grow for change in self.changes.values()),
-        }
-        return [what for what, does in parts.items() if does]
-
     def check(self, axes: AxisGraph) -> None:
         """Raise ``PlanError`` unless the plan fits the network.
 
@@ -168,40 +184,32 @@ class Plan:
             PlanError: If an axis is missing, frozen, of another size or lies elsewhere, or if axes that must keep
                 equally many units would not.
         """
-        grows = any(change.new_units for change in self.changes.values())
-        recalls = any(change.recalled for change in self.changes.values())
-        if self.means and (grows or recalls):
-            raise PlanError("one plan compensates for what it drops, or brings units; make two")
-        if grows and recalls:
-            raise PlanError("one plan brings units back with what they held, or adds units; make two")
+        _check_alone(
+            {
+                "compensates for what it drops": self.means,
+                "restores units with their weights": any(change.recalled for change in self.changes.values()),
+                "adds units": any(change.new_units for change in self.changes.values()),
+            }
+        )
         if self.drop:
-            self._check_drop(axes)
+            for path, branch in self.drop.items():
+                if _droppable(axes, path) != branch:
+                    raise PlanError(f"what goes with {path} here is not what the plan says; make it for these axes")
+            rest = axes.without(self.drop.values())
+            changed = (key for key, change in self.changes.items() if not change.idle and key not in rest.axes)
+            if lost := next(changed, ""):
+                raise PlanError(
+                    f"axis {lost!r} goes with a branch that the plan drops, and it changes it; leave one out"
+                )
+            if lost := next((weight for weight in self.means if weight not in rest.shapes), ""):
+                raise PlanError(
+                    f"{lost} goes with a branch that the plan drops, and it compensates for it; leave one out"
+                )
         for key, change in self.changes.items():
-            axis = axes.axes.get(key)
-            if axis is None:
+            if key not in axes.axes:
                 raise PlanError(f"the plan changes axis {key!r}, which this network does not have")
-            if change.idle:
-                continue
-            staying = len(change.keep) + len(change.recalled)
-            if staying < min(axis.least, axis.size):
-                raise PlanError(f"axis {key!r} must keep at least {axis.least} units; the plan keeps {staying}")
-            if change.after % axis.multiple and axis.free:
-                raise PlanError(
-                    f"axis {key!r} must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
-                )
-            if change.new_units and axis.free and (problem := growth_problem(axis, change, axes.parameters)):
-                raise PlanError(f"axis {key!r} cannot be widened: {problem}")
-            if not axis.free:
-                raise PlanError(f"axis {key!r} is frozen: {axis.reason}")
-            # Sets: a bias that a cut adds comes last in the axes after it, and beside its weight when traced anew.
-            if axis.size != change.size or {*axis.slots} != {*change.slots}:
-                raise PlanError(
-                    f"axis {key!r} has {axis.size} units here, the plan was made for {change.size}"
-                    if axis.size != change.size
-                    else f"the units of axis {key!r} lie elsewhere in this network than in the plan"
-                )
-            if change.restore:
-                _check_restore(axis, change)
+            if not change.idle and (problem := _find_misfit(axes[key], change, axes.parameters)):
+                raise PlanError(f"axis {key!r} {problem}")
         counts: dict[str, tuple[str, int]] = {}
         for axis in axes:
             if axis.count and axis.free:
@@ -211,16 +219,6 @@ class Plan:
                     raise PlanError(
                         f"axes {other!r} and {axis.key!r} must keep equal sizes; the plan leaves {expected} and {left}"
                     )
-
-    def _check_drop(self, axes: AxisGraph) -> None:
-        for path, branch in self.drop.items():
-            if _droppable(axes, path) != branch:
-                raise PlanError(f"what goes with {path} here is not what the plan says; make it for these axes")
-        left = axes.without(self.drop.values())
-        if lost := next((key for key, change in self.changes.items() if not change.idle and key not in left.axes), ""):
-            raise PlanError(f"axis {lost!r} goes with a branch that the plan drops, and it changes it; leave one out")
-        if lost := next((weight for weight in self.means if weight not in left.shapes), ""):
-            raise PlanError(f"{lost} goes with a branch that the plan drops, and it compensates for it; leave one out")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -238,23 +236,15 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "origin": dict(self.origin),
-                "changes": {key: asdict(change) for key, change in self.changes.items()},
-                "means": {name: {str(i): v for i, v in means.items()} for name, means in self.means.items()},
-                "drop": {
-                    path: {at: s.to_data() for at, s in one.placeholders.items()} for path, one in self.drop.items()
-                },
-                "back": list(self.back),
-            }
-            | {
-                name: {path: one.to_data() for path, one in stacks.items()}
-                for name, stacks in (("insert", self.insert), ("remove", self.remove))
-                if stacks
-            }
-        )
+        parts = {
+            "changes": self.changes,
+            "means": self.means,
+            "drop": {path: branch.placeholders for path, branch in self.drop.items()},
+            "back": self.back,
+            **({"insert": self.insert} if self.insert else {}),
+            **({"remove": self.remove} if self.remove else {}),
+        }
+        return json.dumps({"format": FORMAT, "origin": self.origin, **msgspec.to_builtins(parts, str_keys=True)})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -273,22 +263,23 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f"not a plan: expected the format {FORMAT!r}")
         try:
-            changes = {str(key): Change.from_data(value) for key, value in data["changes"].items()}
-            means = {str(name): {int(i): float(v) for i, v in row.items()} for name, row in data["means"].items()}
-            drop = {
-                str(path): Branch(str(path), {str(at): Placeholder.from_data(one) for at, one in placeholders.items()})
-                for path, placeholders in data["drop"].items()
-            }
-            back = tuple(str(path) for path in data["back"])
-            insert, remove = (
-                {str(path): Insertion.from_data(one) for path, one in data.get(name, {}).items()}
-                for name in ("insert", "remove")
-            )
-            return cls(changes, means, dict(data["origin"]), drop, back, insert, remove)
-        except PlanError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            for change in data["changes"].values():
+                if missing := {field.name for field in fields(Change)} - change.keys():
+                    raise PlanError(f"a damaged plan: a change lacks {min(missing)}")
+            drop = {path: {"module": path, "placeholders": parts} for path, parts in data["drop"].items()}
+            return msgspec.convert(data | {"drop": drop}, cls, str_keys=True)
+        except msgspec.ValidationError as error:
+            problem = error.__cause__ if isinstance(error.__cause__, PlanError) else f"a damaged plan: {error}"
+            raise PlanError(str(problem)) from None
+        except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"a damaged plan: {error!r}") from None
+
+
+def _check_alone(parts: Mapping[str, object]) -> None:
+    """Raise ``PlanError`` if a plan does several of some things (in words → whether it does), which need plans each."""
+    doing = [what for what, does in parts.items() if does]
+    if len(doing) > 1:
+        raise PlanError(f"one plan {doing[0]}, or {doing[1]}; make two")
 
 
 def _droppable(axes: AxisGraph, path: str) -> Branch:
@@ -311,25 +302,24 @@ def _droppable(axes: AxisGraph, path: str) -> Branch:
     return branch
 
 
-def _check_branches(drop: Mapping[str, Branch], back: tuple[str, ...]) -> None:
-    for path, branch in drop.items():
-        if branch.module != path or path not in branch.placeholders:
-            raise PlanError(f"the plan drops {path} without a placeholder for it")
-        if other := next((o for o, b in drop.items() if o != path and any(map(b.holds, branch.placeholders))), ""):
-            raise PlanError(f"{path} goes with {other}, which the plan drops too; leave it out")
-    if len(set(back)) != len(back):
-        raise PlanError("the plan brings a module back twice")
-    if back and drop:
-        raise PlanError("one plan drops branches or brings them back; make two")
-
-
-def _check_restore(axis: Axis, change: Change) -> None:
-    if change.alive != axis.ids:
-        raise PlanError(
-            f"axis {axis.key!r}: the plan restores units among others than those alive here; make it for these axes"
-        )
-    if change.restore[-1] >= axis.next_id:
-        raise PlanError(
-            f"axis {axis.key!r}: no unit {change.restore[-1]} ever existed; its units are numbered from 0 to "
-            f"{axis.next_id - 1}"
-        )
+def _find_misfit(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
+    """Return why a change does not fit an axis, to follow its name; empty if it does."""
+    staying = len(change.keep) + len(change.recalled)
+    if staying < min(axis.least, axis.size):
+        return f"must keep at least {axis.least} units; the plan keeps {staying}"
+    if not axis.free:
+        return f"is frozen: {axis.reason}"
+    if change.after % axis.multiple:
+        return f"must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
+    if change.new_units and (problem := growth_problem(axis, change, parameters)):
+        return f"cannot be widened: {problem}"
+    if axis.size != change.size:
+        return f"has {axis.size} units here, the plan was made for {change.size}"
+    # Sets: a bias that a cut adds comes last in the axes after it, and beside its weight when traced anew.
+    if {*axis.slots} != {*change.slots}:
+        return "has units that lie elsewhere in this network than in the plan"
+    if change.restore and change.alive != axis.ids:
+        return "has other units alive here than those among which the plan restores; make it for these axes"
+    if change.restore and (last := change.restore[-1]) >= axis.next_id:
+        return f"is another: no unit {last} ever existed; its units are numbered from 0 to {axis.next_id - 1}"
+    return ""

@@ -29,24 +29,17 @@ def reset_peak() -> bool:
 
 def return_memory() -> bool:
     """Give freed memory that the C library keeps back to the system; returns whether the library can."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):  # another C library than that of Linux
-        return False
-    return True
+    return _call("malloc_trim", 0)
 
 
 def set_mmap_threshold(size: int, kept: int = 0) -> None:
     """Let pieces of memory from a size on go back to the system once they are freed, where the C library can.
 
-    Args:
-        size: The size in bytes.
-        kept: How many bytes of smaller pieces, freed at the end of its memory, the C library keeps; 0: as before.
+    Of smaller pieces, freed at the end of its memory, it keeps ``kept`` bytes; 0: as before.
     """
-    with suppress(OSError, AttributeError, TypeError):  # another C library than that of Linux
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, size)
-        if kept:
-            ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, kept)
+    _call("mallopt", _MMAP_THRESHOLD, size)
+    if kept:
+        _call("mallopt", _TRIM_THRESHOLD, kept)
 
 
 def limit_arenas() -> None:
@@ -54,8 +47,16 @@ def limit_arenas() -> None:
 
     It has an effect before the process has many threads.
     """
-    with suppress(OSError, AttributeError, TypeError):  # another C library than that of Linux
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
+    _call("mallopt", _ARENA_MAX, 1)
+
+
+def _call(function: str, *arguments: int) -> bool:
+    """Call a function of the C library; returns False where it is another than that of Linux."""
+    try:
+        getattr(ctypes.CDLL(None), function)(*arguments)
+    except (OSError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def _read(field: str) -> int | None:

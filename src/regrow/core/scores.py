@@ -1,9 +1,28 @@
 """Unit scores of pruning methods, and the activation and gradient statistics that they are computed from."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from regrow.core.sources import Source
+
+Tensors = Mapping[str, Tensor]
+"""Axis key, or name of a parameter → tensor."""
+SUMS = ("total", "square", "mean_total", "mean_square")
+"""The sums of :class:`Moments` that are tensors."""
+
+
+class Need(StrEnum):
+    """What a pruning method needs measured: weights only, activations, gradients of weights, or of unit masks."""
+
+    WEIGHTS = "weights"
+    ACTIVATIONS = "activations"
+    GRADIENTS = "gradients"
+    FISHER = "fisher"
 
 
 @dataclass(frozen=True)
@@ -18,14 +37,21 @@ class Scores:
         notes: Remarks for the report.
     """
 
-    values: Mapping[str, Tensor]
+    values: Tensors
     metric: str
     sources: tuple[str, ...] = ()
     tokens: int = 0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, key: str) -> Tensor:
         return self.values[key]
+
+
+def rank_order(values: Tensor) -> Tensor:
+    """Return (rank + ½) / n of each of n values, ``[n]`` float64, lowest first; ties go by index."""
+    ranks = torch.empty(len(values), dtype=torch.float64)
+    ranks[torch.argsort(values, stable=True)] = torch.arange(len(values), dtype=torch.float64)
+    return (ranks + 0.5) / len(values)
 
 
 @dataclass
@@ -51,14 +77,7 @@ class Moments:
     mean_square: Tensor
 
     def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
-            self.count + other.count,
-            self.total + other.total,
-            self.square + other.square,
-            self.sequences + other.sequences,
-            self.mean_total + other.mean_total,
-            self.mean_square + other.mean_square,
-        )
+        return Moments(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
     @property
     def mean(self) -> Tensor:
@@ -98,34 +117,91 @@ class Statistics:
         return Statistics(
             self.source if self.source == other.source else f"{self.source}+{other.source}",
             self.tokens + other.tokens,
-            _merged(self.moments, other.moments),
-            _merged(self.gradients, other.gradients),
-            _merged(self.fisher, other.fisher),
+            _add_each(self.moments, other.moments),
+            _add_each(self.gradients, other.gradients),
+            _add_each(self.fisher, other.fisher),
         )
+
+    def accumulate(self, other: "Statistics") -> None:
+        """Add other sums in place."""
+        self.tokens += other.tokens
+        self.moments = _add_each(self.moments, other.moments)
+        self.fisher = _add_each(self.fisher, other.fisher)
+        for name, gradient in other.gradients.items():
+            self.gradients[name] = self.gradients[name].add_(gradient) if name in self.gradients else gradient
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in the order that :meth:`assemble` takes."""
+        moments = [getattr(moments, name) for moments in self.moments.values() for name in SUMS]
+        return [*moments, *self.gradients.values(), *self.fisher.values()]
+
+    def header(self) -> dict[str, Any]:
+        """Return everything but the tensors and the name of the source, as JSON data."""
+        return {
+            "tokens": self.tokens,
+            "moments": [[name, moments.count, moments.sequences] for name, moments in self.moments.items()],
+            "gradients": list(self.gradients),
+            "fisher": list(self.fisher),
+        }
+
+    @classmethod
+    def assemble(cls, source: str, header: Mapping[str, Any], tensors: Iterable[Tensor]) -> "Statistics":
+        """Return statistics made of a header and tensors."""
+        left = iter(tensors)
+        moments = {}
+        for name, count, sequences in header["moments"]:
+            total, square, mean_total, mean_square = (next(left) for _ in SUMS)
+            moments[name] = Moments(count, total, square, sequences, mean_total, mean_square)
+        gradients, fisher = ({name: next(left) for name in header[kind]} for kind in ("gradients", "fisher"))
+        return cls(source, header["tokens"], moments, gradients, fisher)
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
-    """Return the sums of several shards or sources added up, as one :class:`Statistics`.
-
-    Args:
-        parts: Statistics of shards or sources, at least one.
-    """
+    """Return the sums of several shards or sources, at least one, added up."""
     if len(parts) == 1:
         return parts[0]
     total, *rest = (replace(part, gradients={}) for part in parts)
     for part in rest:
         total = total + part
     for name in dict.fromkeys(name for part in parts for name in part.gradients):  # one at a time: they are large
-        total.gradients[name] = _sum(part.gradients[name] for part in parts if name in part.gradients)
+        first, *others = (part.gradients[name] for part in parts if name in part.gradients)
+        total.gradients[name] = sum(others, start=first)
     return total
 
 
-def _sum(tensors: Iterator[Tensor]) -> Tensor:
-    total = next(tensors)
-    for tensor in tensors:
-        total = total + tensor
-    return total
+def _add_each(a: dict, b: dict) -> dict:
+    return a | {key: a[key] + value if key in a else value for key, value in b.items()}
 
 
-def _merged(a: dict, b: dict) -> dict:
-    return {key: a[key] + b[key] if key in a and key in b else a.get(key, b.get(key)) for key in (*a, *(b.keys() - a))}
+@dataclass(frozen=True)
+class Evidence:
+    """Calibration measurements that a pruning method scores units with, per source.
+
+    Args:
+        statistics: Source name → the sums of its shards (as many shards as the method asks for).
+        data: Source name → the batches themselves, for methods that read them again.
+        notes: Remarks for the report on the sources (such as one that had to be split).
+    """
+
+    statistics: Mapping[str, Sequence[Statistics]] = field(default_factory=dict)
+    data: Mapping[str, Source] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the sources that were measured."""
+        return tuple(self.statistics)
+
+    def pooled(self, *, gradients: bool = True) -> Statistics:
+        """Return the sums over all sources and shards.
+
+        Args:
+            gradients: Whether those of gradients are added up, too, which takes as much memory as the weights.
+
+        Raises:
+            ValueError: If nothing was measured.
+        """
+        shards = [shard for shards in self.statistics.values() for shard in shards]
+        if not shards:
+            raise ValueError("this method needs calibration text or images; give it at least one --source")
+        return merged(shards if gradients else [replace(shard, gradients={}) for shard in shards])

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from regrow.core.errors import InputError, first_line
 
@@ -193,23 +193,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def moved(value: object, device: torch.device) -> Any:
-    """Return a nested structure of inputs with every tensor on a device.
-
-    Args:
-        value: A tensor, or dicts, lists and tuples of them; anything else is returned as it is.
-        device: The device.
-    """
+    """Return a nested structure of inputs with every tensor on a device; itself if all are there."""
     if all(leaf.device == device for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
         return value
-    match value:
-        case Tensor():
-            return value.to(device)
-        case dict():
-            return {key: moved(part, device) for key, part in value.items()}
-        case list() | tuple():
-            parts = [moved(part, device) for part in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:

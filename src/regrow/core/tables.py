@@ -25,23 +25,18 @@ class Table:
     numbers: Sequence[int] = ()
 
 
-def format_text(tables: Sequence[Table], note: str = "", most: int = MOST_ROWS) -> str:
-    """Format tables as text; those without rows are left out.
+def format_text(tables: Sequence[Table], note: str) -> str:
+    """Format tables as text, one below the other, and a line below them; those without rows are left out.
 
-    >>> print(format_text([Table("Axes", ("key", "units"), [("a", 8), ("long", 16), ("b", 1)], (1,))], most=2))
+    >>> print(format_text([Table("Axes", ("key", "units"), [("a", 8), ("long", 16)], (1,))], "2 axes"))
     Axes
     key   units
     a         8
     long     16
-    … and 1 more
-
-    Args:
-        tables: The tables, one below the other.
-        note: A line below them.
-        most: The largest number of rows in all tables together.
+    2 axes
     """
     lines: list[str] = []
-    for table, rows, more in _shortened(tables, most):
+    for table, rows, more in _shortened(tables):
         cells = [[str(cell) for cell in row] for row in (table.columns, *rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines += [table.title] if table.title else []
@@ -52,22 +47,17 @@ def format_text(tables: Sequence[Table], note: str = "", most: int = MOST_ROWS) 
             ]
             lines.append("  ".join(shown).rstrip())
         lines += [f"… and {more:,} more"] if more else []
-    return "\n".join([*lines, note] if note else lines)
+    return "\n".join([*lines, note])
 
 
-def format_html(tables: Sequence[Table], note: str = "", most: int = MOST_ROWS) -> str:
+def format_html(tables: Sequence[Table], note: str = "") -> str:
     """Format tables as HTML; every text is escaped, and tables without rows are left out.
 
     >>> format_html([Table("", ("key",), [("<a>",)])])
     '<table><thead><tr><th>key</th></tr></thead><tbody><tr><td>&lt;a&gt;</td></tr></tbody></table>'
-
-    Args:
-        tables: The tables, one below the other.
-        note: A paragraph below them.
-        most: The largest number of rows in all tables together.
     """
     parts: list[str] = []
-    for table, rows, more in _shortened(tables, most):
+    for table, rows, more in _shortened(tables):
         caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
         head = _html_row(table.columns, "th", table.numbers)
         body = "".join(_html_row(row, "td", table.numbers) for row in rows)
@@ -77,17 +67,14 @@ def format_html(tables: Sequence[Table], note: str = "", most: int = MOST_ROWS) 
 
 
 def _html_row(cells: Sequence[object], tag: str, numbers: Sequence[int]) -> str:
-    style = ' style="text-align: right"'
-    return (
-        "<tr>"
-        + "".join(f"<{tag}{style * (i in numbers)}>{escape(str(cell))}</{tag}>" for i, cell in enumerate(cells))
-        + "</tr>"
-    )
+    right = ' style="text-align: right"'
+    shown = (f"<{tag}{right * (i in numbers)}>{escape(str(cell))}</{tag}>" for i, cell in enumerate(cells))
+    return f"<tr>{''.join(shown)}</tr>"
 
 
-def _shortened(tables: Sequence[Table], most: int) -> list[tuple[Table, Sequence[Sequence[object]], int]]:
+def _shortened(tables: Sequence[Table]) -> list[tuple[Table, Sequence[Sequence[object]], int]]:
     """Return the tables that have rows, with the rows that are shown and how many are not; each shows at least one."""
-    result, left = [], most
+    result, left = [], MOST_ROWS
     for table in tables:
         if table.rows:
             rows = table.rows[: max(1, left)]

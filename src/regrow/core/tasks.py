@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +29,11 @@ class ExampleSet(Protocol):
         ...
 
     def take(self, indices: Tensor) -> "Examples":
-        """Return some examples, in memory.
-
-        Args:
-            indices: Their positions, ``[N]`` int64.
-        """
+        """Return the examples at some positions, in memory."""
         ...
 
     def subset(self, indices: Tensor) -> "ExampleSet":
-        """Return some examples as a set that is read like this one.
-
-        Args:
-            indices: Their positions, ``[N]`` int64.
-        """
+        """Return the examples at some positions as a set that is read like this one."""
         ...
 
     def labels_of(self) -> Tensor | None:
@@ -95,11 +87,7 @@ class Examples:
         return (self.take(part) for part in batch_indices(len(self), size, seed))
 
     def take(self, indices: Tensor) -> "Examples":
-        """Return some of the examples.
-
-        Args:
-            indices: Their positions, ``[N]`` int64, or a mask, ``[examples]`` bool.
-        """
+        """Return the examples at positions, ``[N]`` int64, or under a mask, ``[examples]`` bool."""
         return Examples(select_inputs(self.inputs, indices), self.labels[indices], self.where)
 
     subset = take
@@ -110,72 +98,14 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class ChangedExamples:
-    """Examples whose inputs are changed when they are read, so that many tasks share the memory of one.
+class _View:
+    """Examples that are read from others.
 
     Args:
-        base: The examples.
-        change: (inputs ``[N, ...]``) → the changed inputs.
+        base: The others.
     """
 
     base: ExampleSet
-    change: Callable[[Any], Any]
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    @property
-    def inputs(self) -> Any:
-        """The inputs of all examples, in memory."""
-        return first_examples(self, len(self)).inputs
-
-    @property
-    def labels(self) -> Tensor:
-        """The labels of all examples."""
-        return first_examples(self, len(self)).labels
-
-    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
-        """Yield all examples in batches, as :meth:`Examples.batches`.
-
-        Args:
-            size: Examples per batch.
-            seed: Seed of the shuffling; ``None``: in order.
-        """
-        return (Examples(self.change(batch.inputs), batch.labels) for batch in self.base.batches(size, seed))
-
-    def take(self, indices: Tensor) -> Examples:
-        """Return some of the examples, in memory.
-
-        Args:
-            indices: Their positions.
-        """
-        some = self.base.take(indices)
-        return Examples(self.change(some.inputs), some.labels)
-
-    def subset(self, indices: Tensor) -> "ChangedExamples":
-        """Return some of the examples, which are changed when they are read.
-
-        Args:
-            indices: Their positions.
-        """
-        return ChangedExamples(self.base.subset(indices), self.change)
-
-    def labels_of(self) -> Tensor | None:
-        """Return the labels of all examples, if they are known without reading the examples."""
-        return self.base.labels_of()
-
-
-@dataclass(frozen=True)
-class CappedExamples:
-    """Examples that come in batches of at most ``most``, for networks whose outputs are large.
-
-    Args:
-        base: The examples.
-        most: The largest batch.
-    """
-
-    base: ExampleSet
-    most: int
 
     def __len__(self) -> int:
         return self._number
@@ -184,52 +114,66 @@ class CappedExamples:
     def _number(self) -> int:
         return len(self.base)  # which may take a pass over them
 
-    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
-        """Yield all examples in batches, as :meth:`Examples.batches`.
-
-        Args:
-            size: Examples per batch; no more than ``most`` come.
-            seed: Seed of the shuffling; ``None``: in order.
-        """
-        return self.base.batches(min(size, self.most), seed)
-
     def take(self, indices: Tensor) -> Examples:
-        """Return some of the examples, in memory.
-
-        Args:
-            indices: Their positions.
-        """
+        """Return some of the examples, in memory."""
         return self.base.take(indices)
 
-    def subset(self, indices: Tensor) -> "CappedExamples":
-        """Return some of the examples as a set that is read in the same way.
-
-        Args:
-            indices: Their positions.
-        """
-        return CappedExamples(self.base.subset(indices), self.most)
+    def subset(self, indices: Tensor) -> Self:
+        """Return some of the examples as a set that is read in the same way."""
+        return replace(self, base=self.base.subset(indices))
 
     def labels_of(self) -> Tensor | None:
         """Return the labels of all examples, if they are known without reading the examples."""
         return self.base.labels_of()
 
 
-def first_examples(examples: ExampleSet, n: int) -> Examples:
-    """Return the first examples, in memory.
+@dataclass(frozen=True)
+class ChangedExamples(_View):
+    """Examples whose inputs are changed when they are read, so that many tasks share the memory of one.
 
     Args:
-        examples: The examples.
-        n: How many; all if there are no more.
+        change: (inputs ``[N, ...]``) → the changed inputs.
     """
+
+    change: Callable[[Any], Any]
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs of all examples, in memory."""
+        return first_examples(self, len(self)).inputs
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
+        """Yield all examples in batches, as :meth:`Examples.batches`."""
+        return (Examples(self.change(batch.inputs), batch.labels) for batch in self.base.batches(size, seed))
+
+    def take(self, indices: Tensor) -> Examples:
+        """Return some of the examples, in memory."""
+        some = self.base.take(indices)
+        return Examples(self.change(some.inputs), some.labels)
+
+
+@dataclass(frozen=True)
+class CappedExamples(_View):
+    """Examples that come in batches of at most ``most``, for networks whose outputs are large.
+
+    Args:
+        most: The largest batch.
+    """
+
+    most: int
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
+        """Yield all examples in batches of at most ``most``, as :meth:`Examples.batches`."""
+        return self.base.batches(min(size, self.most), seed)
+
+
+def first_examples(examples: ExampleSet, n: int) -> Examples:
+    """Return the first ``n`` examples, in memory; all if there are no more."""
     return examples.take(torch.arange(min(n, len(examples))))
 
 
 def input_shape(examples: ExampleSet) -> tuple[int, ...]:
-    """Return the shape of one input, without the batch dimension.
-
-    Args:
-        examples: The examples.
-    """
+    """Return the shape of one input, without the batch dimension."""
     return tuple(first_tensor(first_examples(examples, 1).inputs).shape[1:])
 
 
@@ -248,14 +192,7 @@ def batch_indices(n: int, size: int, seed: int | None = None) -> Iterator[Tensor
 
 
 def first_tensor(inputs: Any) -> Tensor:
-    """Return the first tensor of an input: itself, or of a tuple or dict of tensors.
-
-    Args:
-        inputs: The input.
-
-    Raises:
-        TypeError: If it holds no tensor.
-    """
+    """Return the first tensor of an input: itself, or of a tuple or dict of tensors."""
     while not isinstance(inputs, Tensor):
         if not isinstance(inputs, Mapping | Sequence) or isinstance(inputs, str) or not inputs:
             raise TypeError(f"an input is a tensor, or a tuple or dict of tensors, got a {type(inputs).__name__}")
@@ -264,12 +201,7 @@ def first_tensor(inputs: Any) -> Tensor:
 
 
 def select_inputs(inputs: Any, indices: Tensor) -> Any:
-    """Return the inputs of some examples.
-
-    Args:
-        inputs: ``[N, ...]``, or a tuple or dict of such tensors.
-        indices: Their positions.
-    """
+    """Return the inputs of some examples: of ``[N, ...]``, or of a tuple or dict of such tensors."""
     if isinstance(inputs, Tensor):
         return inputs[indices]
     if isinstance(inputs, Mapping):
@@ -338,12 +270,6 @@ class Task:
 
     @classmethod
     def of_gone(cls, name: str, shape: tuple[int, ...], classes: tuple[int, ...]) -> "Task":
-        """Return a task whose data are no longer available: zeros in the shape of its inputs replace its examples.
-
-        Args:
-            name: What results call it.
-            shape: The shape of one input, without the batch dimension.
-            classes: The class indices of the task, ascending.
-        """
-        none = Examples(torch.zeros(2, *shape), torch.full((2,), classes[0]))
-        return cls(name, none, none, classes, gone=True)
+        """Return a task whose data are no longer available: zeros in the shape of its inputs replace its examples."""
+        blank = Examples(torch.zeros(2, *shape), torch.full((2,), classes[0]))
+        return cls(name, blank, blank, classes, gone=True)

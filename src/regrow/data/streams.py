@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regrow.core.errors import InputError
 from regrow.core.limits import check_memory, expanded, read_content
-from regrow.core.source_names import find_data_problem
+from regrow.core.names import find_data_problem
 from regrow.core.tasks import ChangedExamples, Examples, ExampleSet, Task, input_shape
 from regrow.data.datasets import StreamedExamples
 from regrow.data.errors import MissingError, SourceError

@@ -9,7 +9,7 @@ from typing import Any
 
 from regrow.core.errors import InputError
 from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
-from regrow.core.source_names import find_source_problem
+from regrow.core.names import find_source_problem
 from regrow.data.errors import SourceError
 
 _PROSE = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".log", ".jsonl")

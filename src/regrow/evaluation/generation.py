@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.core.errors import InputError, RefusedError
+from regrow.core.names import GENERATED
 from regrow.core.progress import Progress, silent
-from regrow.core.source_names import GENERATED
 from regrow.core.sources import Source, device_of
 from regrow.data.windows import find_separator, find_start, token_windows
 from regrow.tracing.meta_copy import copy_model

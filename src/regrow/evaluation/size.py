@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.core.axes import AxisGraph
-from regrow.core.dims import size_of
+from regrow.core.axes.axis import size_of
 from regrow.core.sources import moved
 from regrow.core.tasks import first_tensor, run_network
 from regrow.evaluation.forward import evaluating

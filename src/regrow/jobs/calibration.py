@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from regrow.core.axes import Axis, AxisGraph
-from regrow.core.evidence import Evidence
 from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.scores import Scores, Statistics
+from regrow.core.scores import Evidence, Scores, Statistics
 from regrow.core.sources import Source
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record

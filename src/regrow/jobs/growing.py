@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.allocation.deepening import deepening
-from regrow.allocation.widening import PARTS, Part, Widening, widening
+from regrow.allocation.widening import PARTS, Part, Widening, deepening, widening
 from regrow.core.amounts import Increase
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError

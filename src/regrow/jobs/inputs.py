@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regrow import data
 from regrow.core.errors import InputError
-from regrow.core.source_names import GENERATED, check_evaluated
+from regrow.core.names import GENERATED, check_evaluated
 from regrow.core.sources import Batch, Source
 from regrow.data import Half
 from regrow.data.vision import digits, images

@@ -7,7 +7,7 @@ from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Mark
 from regrow.core.budget import Budget
 from regrow.core.errors import InputError
-from regrow.core.references import names_code
+from regrow.core.names import names_code
 from regrow.jobs.inputs import SourceSpecs
 from regrow.jobs.models import ModelSpec
 from regrow.methods import MethodKind, find_method

@@ -10,8 +10,8 @@ from regrow import evaluation
 from regrow.core.amounts import Measure
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget, Timing
-from regrow.core.evidence import Evidence, Need
 from regrow.core.progress import Progress, silent
+from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Source
 from regrow.data.joined import join_batches
 from regrow.jobs.measuring import timed_input

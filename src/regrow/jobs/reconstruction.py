@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
+from regrow.core.names import GENERATED
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.source_names import GENERATED
 from regrow.core.sources import Source
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.recording import Record

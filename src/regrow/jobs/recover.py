@@ -9,11 +9,11 @@ from typing import Any
 from regrow import store
 from regrow.core.amounts import parse_bytes
 from regrow.core.axes import AxisGraph
+from regrow.core.names import names_code
 from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
 from regrow.core.process_memory import reset_peak
 from regrow.core.progress import Progress, silent
-from regrow.core.references import names_code
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.jobs import prune_settings as pruning_run

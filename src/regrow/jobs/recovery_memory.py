@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regrow.core.errors import InputError
+from regrow.core.names import GENERATED
 from regrow.core.objectives import NEXT_TOKEN
 from regrow.core.process_memory import read_resident
-from regrow.core.source_names import GENERATED
 from regrow.core.sources import Batch, logits_in
 from regrow.evaluation import UnpredictableError, predict_memory
 from regrow.evaluation.generation import predict_generation, sampling_dtype

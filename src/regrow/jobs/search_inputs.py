@@ -13,8 +13,8 @@ from regrow.allocation.timed import Prices, spread_times
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
 from regrow.core.axes import AxisGraph
 from regrow.core.candidates import candidates_in
+from regrow.core.names import names_code
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
-from regrow.core.references import names_code
 from regrow.core.sources import Batch, device_of, moved
 from regrow.core.tasks import CappedExamples, ExampleSet, Task, first_examples, pack_batch
 from regrow.data import streams

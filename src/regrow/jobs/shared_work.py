@@ -8,8 +8,7 @@ from torch import Tensor
 from regrow import evaluation
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
-from regrow.core.evidence import Need
-from regrow.core.scores import Statistics
+from regrow.core.scores import Need, Statistics
 from regrow.core.sources import Source
 from regrow.nets import Loaded
 from regrow.scoring import CachedColumns

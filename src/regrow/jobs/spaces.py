@@ -13,7 +13,7 @@ from regrow.allocation.stages import MemoryBudgetError, MemoryStages
 from regrow.allocation.stages import stages as cut
 from regrow.core.amounts import parse_bytes
 from regrow.core.candidates import Prefix, Staged, fold_scales
-from regrow.core.references import names_code
+from regrow.core.names import names_code
 from regrow.core.sources import Batch, logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, pack_batch
 from regrow.jobs.search_inputs import select_known

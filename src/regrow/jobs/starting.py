@@ -8,8 +8,8 @@ import torch
 
 from regrow import store
 from regrow.core.errors import InputError
+from regrow.core.names import names_code
 from regrow.core.progress import Progress, silent
-from regrow.core.references import names_code
 from regrow.core.sources import logits_in
 from regrow.core.tasks import Task, first_examples, run_network
 from regrow.jobs.models import ModelSpec, load_model

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
 from regrow.core.errors import InputError, ResourceError
-from regrow.core.evidence import Need
+from regrow.core.names import GENERATED
 from regrow.core.process_memory import return_memory
-from regrow.core.source_names import GENERATED
+from regrow.core.scores import Need
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.evaluation import UnpredictableError

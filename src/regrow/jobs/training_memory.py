@@ -11,9 +11,9 @@ from torch import nn
 from regrow.core.amounts import parse_bytes
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
+from regrow.core.names import GENERATED
 from regrow.core.plan import Plan
 from regrow.core.process_memory import read_resident
-from regrow.core.source_names import GENERATED
 from regrow.core.sources import Batch, device_of, logits_in
 from regrow.core.tasks import Task, first_examples, run_network
 from regrow.evaluation import UnpredictableError, predict_memory, training

@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from regrow.core.references import names_code
+from regrow.core.names import names_code
 
 GROUP = "regrow.methods"
 """The group of entry points by which packages add methods."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from regrow.core.axes import Example
-from regrow.core.references import names_code
+from regrow.core.names import names_code
 from regrow.nets.errors import ModelError, first_line
 
 Builder = Callable[[], object]

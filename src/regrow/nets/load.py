@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from regrow.core.axes import Example
 from regrow.core.limits import expanded
-from regrow.core.model_names import HUB, find_problem
-from regrow.core.references import names_code
+from regrow.core.names import HUB, find_problem, names_code
 from regrow.nets.attention import replace_attention
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells

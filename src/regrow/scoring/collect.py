@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import Axis, AxisGraph
-from regrow.core.evidence import Need
 from regrow.core.objectives import Objective, choose_objective
-from regrow.core.scores import Moments, Statistics
+from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source, to_host, visible_positions
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.scoring.fisher import MaskGradients, add_fisher
-from regrow.scoring.gradients import add_gradients, evaluation_mode
-from regrow.scoring.shares import add, add_batches, gather_sums
-from regrow.scoring.trunk import trunk_of
+from regrow.scoring.gradients import add_gradients, evaluation_mode, trunk_of
+from regrow.scoring.shares import add_batches, gather_sums
 from regrow.scoring.watch import InputSums
-from regrow.scoring.weights import Reader, readers, scorable, tensors
+from regrow.scoring.weights import group_by_weight, readers, scorable, tensors
 
 Key = tuple[str, int]
+"""The name of a source, and the number of a shard."""
+Settle = Callable[[Key, Statistics], None]
+Progress = Callable[[str, int, int], None]
 
 
 class BlockVisits(Protocol):
@@ -65,7 +66,7 @@ def collect(
     visits: BlockVisits | None = None,
     done: Mapping[Key, Statistics] | None = None,
     on_done: Callable[[str, int, Statistics], None] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     ranks: ProcessRank = SINGLE,
 ) -> dict[str, list[Statistics]]:
     """Run a network over calibration sources and return input moments and gradient sums, per source and shard.
@@ -98,41 +99,23 @@ def collect(
     if set(needs) <= {Need.WEIGHTS}:
         return {}
     known = dict(done or {})
-    if known.keys() >= {(source.name, shard) for source in sources for shard in range(shards)}:
-        return {source.name: [known[source.name, shard] for shard in range(shards)] for source in sources}
-    objective = objective or choose_objective(None, sources[0].batches[0])
-    walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective)
-    if visits is not None:
-        if walk.backward:
-            raise ValueError("gradients need the whole network in memory; leave out --memory")
-        fresh = _walk_blocks(walk, visits, sources, shards, known, progress, ranks)
-        for (name, shard), sums in fresh.items():
-            walk.settle(sums)
+    left = [(source, shard) for source in sources for shard in range(shards) if (source.name, shard) not in known]
+    if left:
+        objective = objective or choose_objective(None, sources[0].batches[0])
+        walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective)
+
+        def settle(key: Key, sums: Statistics) -> None:
+            known[key] = walk.settle(sums)
             if on_done:
-                on_done(name, shard, sums)
-        every = {**known, **fresh}
-        return {source.name: [every[source.name, shard] for shard in range(shards)] for source in sources}
-    total, finished = sum(len(source) for source in sources), 0
-    result: dict[str, list[Statistics]] = {}
-    with evaluation_mode(model, walk.differentiated if walk.backward else None):
-        for source in sources:
-            for shard in range(shards):
-                statistics = known.get((source.name, shard))
-                if statistics is None:
-                    statistics = Statistics(source.name)
-                    # A whole source is read batch by batch: a user's loader may not fit in memory.
-                    batches = source if shards == 1 else source.batches[shard::shards]
-                    for _ in add_batches(walk.step, batches, statistics, ranks):
-                        finished += 1
-                        if progress:
-                            progress(source.name, finished, total)
-                    walk.settle(statistics)
-                    if on_done:
-                        on_done(source.name, shard, statistics)
-                else:
-                    finished += len(range(shard, len(source), shards))
-                result.setdefault(source.name, []).append(statistics)
-    return result
+                on_done(*key, known[key])
+
+        if visits is None:
+            _walk_whole(walk, left, shards, settle, sum(map(len, sources)), progress, ranks)
+        elif walk.backward:
+            raise ValueError("gradients need the whole network in memory; leave out --memory")
+        else:
+            _walk_blocks(walk, visits, left, shards, settle, progress, ranks)
+    return {source.name: [known[source.name, shard] for shard in range(shards)] for source in sources}
 
 
 class _Walk:
@@ -145,17 +128,12 @@ class _Walk:
         reads = readers(axes, units)
         self.model, self.run, self.objective = model, model, objective
         self.watched = {id(parameters[r.weight]): r.weight for r in reads} if Need.ACTIVATIONS in needs else {}
-        self.names = [r.slot.name for r in reads]
-        self.differentiated: list[str] = []
-        if Need.GRADIENTS in needs:
-            self.differentiated = differentiated(model, axes, units)
-        self.reads: dict[str, list[Reader]] = {}
-        for reader in reads if Need.FISHER in needs else ():
-            self.reads.setdefault(reader.weight, []).append(reader)
-        self.ids = {id(parameters[name]): name for name in self.reads}
-        self.widths = {r.weight: parameters[r.weight].shape[r.slot.dim] for r in reads}
+        self.names = [reader.slot.name for reader in reads]
+        self.differentiated = differentiated(model, axes, units) if Need.GRADIENTS in needs else []
+        self.masked = group_by_weight(reads) if Need.FISHER in needs else {}
+        self.ids = {id(parameters[name]): name for name in self.masked}
         self.device = next((p.device for p in parameters.values() if p.device.type != "meta"), torch.device("cpu"))
-        self.backward = bool(self.differentiated or self.reads)
+        self.backward = bool(self.differentiated or self.masked)
         self.first = not self.backward
         self.losses: list[Tensor] = []
 
@@ -163,147 +141,140 @@ class _Walk:
         """Run one batch and add its sums to ``statistics``."""
         if self.first:
             self.first, self.run = False, trunk_of(self.model, batch, self.names)
-        watch = self._watch(batch, self.run, statistics)
-        if self.run is not self.model and len(watch.sums) < len(set(self.watched.values())):
+        moments = self._run(batch, self.run, statistics)
+        if self.run is not self.model and len(moments) < len(self.watched):
             # The trunk may leave out weights that the whole network uses (an encoder, a head): look once, then decide.
-            whole = self._watch(batch, self.model, statistics)
-            if len(whole.sums) > len(watch.sums):
-                self.run, watch = self.model, whole
-        _add_moments(statistics, watch)
-        statistics.tokens += _positions(batch)
+            whole = self._run(batch, self.model, statistics)
+            if len(whole) > len(moments):
+                self.run, moments = self.model, whole
+        statistics.accumulate(Statistics(statistics.source, _positions(batch), moments))
 
-    def settle(self, statistics: Statistics) -> None:
-        """Move the sums of a finished shard to the CPU, in one transfer, and check that they are finite."""
-        losses, fields = self.losses, ("total", "square", "mean_total", "mean_square")
-        sums = [getattr(moments, name) for moments in statistics.moments.values() for name in fields]
-        moved = iter(to_host([*sums, *statistics.gradients.values(), *statistics.fisher.values(), *losses]))
-        for name, moments in statistics.moments.items():
-            total, square, mean_total, mean_square = (next(moved) for _ in fields)
-            statistics.moments[name] = Moments(moments.count, total, square, moments.sequences, mean_total, mean_square)
-        for several in (statistics.gradients, statistics.fisher):
-            for name in several:
-                several[name] = next(moved)
+    def settle(self, sums: Statistics) -> Statistics:
+        """Return the sums of a finished shard on the CPU, moved in one transfer, and check that they are finite."""
+        moved = iter(to_host([*sums.tensors(), *self.losses]))
         self.losses = []
+        statistics = Statistics.assemble(sums.source, sums.header(), moved)
         if damaged := [loss for loss in moved if not torch.isfinite(loss)]:
             raise ValueError(
                 f"the loss is {damaged[0].item()}: the weights or inputs hold NaN or infinity, or nothing is labelled"
             )
-        if name := next((key for key, one in statistics.moments.items() if not torch.isfinite(one.square).all()), ""):
-            raise ValueError(
-                f"the input of {name!r} holds NaN or infinity on source {statistics.source!r}; the weights before it "
-                "are damaged, or overflow in this dtype (try float32 or bfloat16)"
-            )
         if statistics.fisher and not statistics.tokens:
             raise ValueError(
-                f"nothing is labelled on source {statistics.source!r}, so there is no gradient; give data with labels"
+                f"nothing is labelled on source {sums.source!r}, so there is no gradient; give data with labels"
             )
-        if damaged_axis := next((key for key, one in statistics.fisher.items() if not torch.isfinite(one).all()), ""):
+        squares = {f"input of {name!r}": moments.square for name, moments in statistics.moments.items()}
+        squares |= {f"gradient of {key!r}": value for key, value in statistics.fisher.items()}
+        if what := next((what for what, value in squares.items() if not torch.isfinite(value).all()), ""):
             raise ValueError(
-                f"the gradient of {damaged_axis!r} holds NaN or infinity on source {statistics.source!r}; weights or "
-                "inputs are damaged, or overflow in this dtype (try float32 or bfloat16)"
+                f"the {what} holds NaN or infinity on source {sums.source!r}; the weights before it are damaged, or "
+                "overflow in this dtype (try float32 or bfloat16)"
             )
+        return statistics
 
-    def _watch(self, batch: Batch, run: nn.Module, statistics: Statistics) -> InputSums:
-        here = batch.to(self.device)
-        if self.reads:
-            masks = MaskGradients(self.ids, self.reads, self.widths, count_sequences(batch))
-            watch = _input_sums(self.watched, batch)
+    def _run(self, batch: Batch, run: nn.Module, statistics: Statistics) -> dict[str, Moments]:
+        here, watch = batch.to(self.device), _input_sums(self.watched, batch)
+        if self.masked:
+            masks = MaskGradients(self.ids, self.masked, count_sequences(batch))
             add_fisher(self.model, here, masks, statistics.fisher, self.objective, watch, batch)
             if not self.differentiated:
-                return watch
-        with _input_sums(self.watched, batch) as watch:
+                return watch.sums
+            watch = _input_sums(self.watched, batch)
+        with watch, torch.set_grad_enabled(bool(self.differentiated)):
             if self.differentiated:
                 sums, count = statistics.gradients, batch.size
-                loss = add_gradients(self.model, here, self.differentiated, sums, self.objective, count=count)
-                self.losses.append(loss)
+                self.losses.append(
+                    add_gradients(self.model, here, self.differentiated, sums, self.objective, count=count)
+                )
             else:
-                with torch.no_grad():
-                    here.run(run)
-        return watch
+                here.run(run)
+        return watch.sums
 
 
-def differentiated(model: nn.Module, axes: AxisGraph, units: Sequence[Axis] | None = None) -> list[str]:
-    """Return the names of the parameters whose gradients are summed: those that measured axes run through.
+def differentiated(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> list[str]:
+    """Return the names of the parameters whose gradients are summed: those that measured axes run through."""
+    parameters = dict(model.named_parameters())
+    return list(dict.fromkeys(name for axis in scorable(axes, units) for name, _, _ in tensors(axes, axis, parameters)))
 
-    Args:
-        model: The network.
-        axes: The network's axes.
-        units: The axes that are measured; ``axes.units()`` if none are named.
-    """
-    own = dict(model.named_parameters())
-    return list(dict.fromkeys(name for axis in scorable(axes, units) for name, _, _ in tensors(axes, axis, own)))
+
+def _walk_whole(
+    walk: _Walk,
+    left: Sequence[tuple[Source, int]],
+    shards: int,
+    settle: Settle,
+    total: int,
+    progress: Progress | None,
+    ranks: ProcessRank,
+) -> None:
+    """Run all batches of each unfinished shard through the whole network."""
+    finished = total - sum(len(range(shard, len(source), shards)) for source, shard in left)
+    with evaluation_mode(walk.model, walk.differentiated if walk.backward else None):
+        for source, shard in left:
+            sums = Statistics(source.name)
+            # A whole source is read batch by batch: a user's loader may not fit in memory.
+            batches = source if shards == 1 else source.batches[shard::shards]
+            for _ in add_batches(walk.step, batches, sums, ranks):
+                finished += 1
+                if progress:
+                    progress(source.name, finished, total)
+            settle((source.name, shard), sums)
 
 
 def _walk_blocks(
     walk: _Walk,
     visits: BlockVisits,
-    sources: Sequence[Source],
+    left: Sequence[tuple[Source, int]],
     shards: int,
-    done: Mapping[Key, Statistics],
-    progress: Callable[[str, int, int], None] | None,
+    settle: Settle,
+    progress: Progress | None,
     ranks: ProcessRank,
-) -> dict[Key, Statistics]:
-    """Run all batches of all unfinished shards through one block after another; return their sums by shard."""
-    result = {(s.name, i): Statistics(s.name) for s in sources for i in range(shards) if (s.name, i) not in done}
-    rows = [
-        (key, batch) for s in sources for key in result if key[0] == s.name for batch in s.batches[key[1] :: shards]
-    ]
+) -> None:
+    """Run all batches of all unfinished shards through one block after another."""
+    result = {(source.name, shard): Statistics(source.name) for source, shard in left}
+    rows = [((source.name, shard), batch) for source, shard in left for batch in source.batches[shard::shards]]
     names, counted = {*walk.watched.values()}, set[tuple[int, str]]()
-    own, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
-    total, finished = visits.passes(names) * len(own), 0
+    mine, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
+    total, finished = visits.passes(names) * len(mine), 0
     for key, batch in rows:
         result[key].tokens += _positions(batch)
 
     def add_parts() -> None:
         for (key, _), part in zip(rows, gather_sums(parts, len(rows), ranks), strict=False):
-            add(result[key], part)
+            result[key].accumulate(part)
         parts.clear()
 
     @contextmanager
     def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
         nonlocal finished
-        key, batch = own[number]
-        if len(parts) == len(own):
+        key, batch = mine[number]
+        if len(parts) == len(mine):
             add_parts()
         with _input_sums(watched, batch) as watch:
             yield
         if twice := next((name for name in watch.sums if (number, name) in counted), None):
             raise ValueError(f"{twice!r} is read in several parts of the network; load it whole, without --memory")
         counted.update((number, name) for name in watch.sums)
+        part = Statistics(key[0], moments=watch.sums)
         if ranks.several:
-            parts.append(Statistics(key[0], moments=watch.sums))
+            parts.append(part)
         else:
-            _add_moments(result[key], watch)
+            result[key].accumulate(part)
         finished += 1
         if progress:
             progress(key[0], finished, total)
 
-    visits.visit([batch for _, batch in own], names, around)
+    visits.visit([batch for _, batch in mine], names, around)
     if ranks.several:
         add_parts()
-    return result
+    for key, sums in result.items():
+        settle(key, sums)
 
 
 def _input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:
     return InputSums(watched, count_sequences(batch), visible_positions(batch))
 
 
-def _add_moments(statistics: Statistics, watch: InputSums) -> None:
-    for name, moments in watch.sums.items():
-        known = statistics.moments.get(name)
-        statistics.moments[name] = moments if known is None else known + moments
-
-
 def check_sources(sources: Sequence[Source], shards: int = 1) -> None:
-    """Raise ValueError unless every source has a name of its own and can be split.
-
-    Args:
-        sources: The calibration data; of the batches only the number counts.
-        shards: Into how many parts each source is split.
-
-    Raises:
-        ValueError: If two sources have one name, or one has fewer batches than shards.
-    """
+    """Raise ValueError unless sources have different names, and can each be split into so many shards."""
     if shards < 1:
         raise ValueError(f"a source is split into at least 1 shard; got {shards}")
     names = [source.name for source in sources]
@@ -317,22 +288,18 @@ def check_sources(sources: Sequence[Source], shards: int = 1) -> None:
             )
 
 
-def _inputs(batch: Batch) -> Iterator[Tensor]:
-    yield from (value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor))
-
-
 def count_sequences(batch: Batch) -> int:
-    """Return how many sequences (texts, images) a batch has.
-
-    Args:
-        batch: The batch.
-    """
-    return next((len(value) for value in _inputs(batch) if value.dim()), 1)
+    """Return how many sequences (texts, images) a batch has."""
+    return next((len(value) for value in _tensors(batch) if value.dim()), 1)
 
 
 def _positions(batch: Batch) -> int:
     """Count the labelled positions of a batch; without labels its token ids, or else its sequences."""
     if batch.labels is not None:
         return int((batch.labels != -100).sum())
-    ids = next((value for value in _inputs(batch) if value.dim() == 2 and not value.is_floating_point()), None)
-    return count_sequences(batch) if ids is None else ids.numel()
+    ids = (value.numel() for value in _tensors(batch) if value.dim() == 2 and not value.is_floating_point())
+    return next(ids, count_sequences(batch))
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)]

@@ -15,7 +15,6 @@ def means(
     axes: AxisGraph,
     kept: Mapping[str, Iterable[int]],
     statistics: Statistics,
-    units: Sequence[Axis] | None = None,
 ) -> dict[str, dict[int, float]]:
     """Return the mean of every dropped input, for the weights whose bias can absorb it exactly.
 
@@ -28,48 +27,37 @@ def means(
         axes: Its axes.
         kept: Axis key → the units kept (positions); other axes are not compensated.
         statistics: Input moments, usually pooled over all sources. Weights without moments are left out.
-        units: The axes to look at; those in ``kept`` if none are named.
 
     Returns:
         Consuming weight → position in its contracted dimension → E[x], as ``Plan.means`` wants it.
 
     Source: An et al., FLAP (arXiv 2312.11983), section "Baseline bias compensation".
     """
-    parameters, held = dict(model.named_parameters(remove_duplicate=False)), holders(model)
-    chosen = [axes[key] for key in kept] if units is None else [axis for axis in units if axis.key in kept]
+    held = holders(model)
     inputs: dict[str, list[Tensor]] = {}
     expected: dict[str, Tensor] = {}
-    for reader in readers(axes, chosen):
-        name = reader.slot.name
-        moments = statistics.moments.get(reader.weight)
-        width = parameters[name].shape[reader.slot.dim]
-        if moments is None or len(moments.total) != width or not takes_constant(model, name, held):
+    for reader in readers(axes, [axes[key] for key in kept]):
+        name, moments = reader.slot.name, statistics.moments.get(reader.weight)
+        if moments is None or len(moments.total) != reader.width or not takes_constant(model, name, held):
             continue
         dropped = torch.ones(reader.size, dtype=torch.bool)
         dropped[list(kept[reader.axis])] = False
-        where = reader.positions(width, width)[dropped].flatten()
+        where = reader.positions(reader.width)[dropped].flatten()
         if len(where):
             inputs.setdefault(name, []).append(where)
             expected[name] = moments.mean
-    ascending = {name: torch.cat(parts).unique() for name, parts in inputs.items()}
-    return {
-        name: dict(zip(where.tolist(), expected[name][where].tolist(), strict=True))
-        for name, where in ascending.items()
-    }
+    result = {}
+    for name, parts in inputs.items():
+        ascending = torch.cat(parts).unique()
+        result[name] = dict(zip(ascending.tolist(), expected[name][ascending].tolist(), strict=True))
+    return result
 
 
 def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[str, ...]:
-    """Return the weights whose layer has no bias yet and gets one when inputs of theirs are compensated.
-
-    Args:
-        model: The network.
-        axes: Its axes.
-        units: The axes that may be cut.
-    """
-    names = dict.fromkeys(reader.slot.name for reader in readers(axes, units))
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    """Return the weights whose layer has no bias yet and gets one when inputs of theirs are compensated."""
     held = holders(model)
-    bare = (name for name in names if getattr(owners[name], "bias", 0) is None)
+    names = dict.fromkeys(reader.slot.name for reader in readers(axes, units))
+    bare = (name for name in names if getattr(_owner(model, name), "bias", 0) is None)
     return tuple(name for name in bare if takes_constant(model, name, held))
 
 
@@ -78,11 +66,7 @@ Holders = Mapping[int, Sequence[tuple[str, nn.Module]]]
 
 
 def holders(model: nn.Module) -> Holders:
-    """Return which modules hold each parameter.
-
-    Args:
-        model: The network.
-    """
+    """Return which modules hold each parameter."""
     result: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for value in module._parameters.values():
@@ -91,63 +75,41 @@ def holders(model: nn.Module) -> Holders:
     return result
 
 
-def sharing_module(model: nn.Module, name: str, held: Holders | None = None) -> str | None:
+def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
     """Return the path of another module that holds the same parameter, or ``None`` if there is none.
-
-    Args:
-        model: The network.
-        name: The parameter's name.
-        held: The modules that hold each parameter, where many are asked for; ``None``: they are looked up.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     >>> net["b"].weight = net["a"].weight
-    >>> sharing_module(net, "a.weight"), sharing_module(net, "a.bias")
+    >>> sharing_module(net, "a.weight", holders(net)), sharing_module(net, "a.bias", holders(net))
     ('b', None)
     """
-    path, _, _ = name.rpartition(".")
-    owner, weight = model.get_submodule(path), model.get_parameter(name)
-    held = holders(model) if held is None else held
-    return next((at for at, one in held.get(id(weight), ()) if one is not owner), None)
+    owner = _owner(model, name)
+    others = held.get(id(model.get_parameter(name)), ())
+    return next((path for path, module in others if module is not owner), None)
 
 
-def takes_constant(model: nn.Module, name: str, held: Holders | None = None) -> bool:
+def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
     """Whether a constant input to a weight can be moved exactly into the bias of its layer.
 
     That holds for a linear layer and an ungrouped, unpadded convolution whose weight no other module shares.
 
-    Args:
-        model: The network.
-        name: The weight's parameter name.
-        held: As for :func:`sharing_module`.
-
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
-    >>> takes_constant(net, "0.weight"), takes_constant(net, "1.weight")
+    >>> takes_constant(net, "0.weight", holders(net)), takes_constant(net, "1.weight", holders(net))
     (True, False)
     """
     return not _obstacle(model, name, held)
 
 
 def constant_inputs(model: nn.Module, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Return the means that can stand in for dropped inputs exactly: name of a weight → ``[channels]``.
-
-    Args:
-        model: The network.
-        moments: Name of a weight → the moments of its inputs.
-    """
+    """Return the means that can stand in for dropped inputs exactly: name of a weight → ``[channels]``."""
     held = holders(model)
-    return {name: one.mean for name, one in moments.items() if takes_constant(model, name, held)}
+    return {name: value.mean for name, value in moments.items() if takes_constant(model, name, held)}
 
 
 def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
     """Return notes on the weights that read dropped inputs and whose bias cannot absorb their means exactly.
 
-    Args:
-        model: The network.
-        axes: Its axes.
-        kept: Axis key → the units kept (positions), of the axes that are cut.
-
-    Returns:
-        One note per reason, with the first weight and the number of the others; empty if every weight is compensated.
+    One note per reason, with the first weight and the number of the others; empty if every weight is compensated.
     """
     reasons: dict[str, list[str]] = {}
     held = holders(model)
@@ -160,9 +122,13 @@ def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable
     )
 
 
-def _obstacle(model: nn.Module, name: str, held: Holders | None) -> str:
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _obstacle(model: nn.Module, name: str, held: Holders) -> str:
     """Return why a constant input to a weight cannot be moved exactly into a bias; empty if it can."""
-    owner = model.get_submodule(name.rpartition(".")[0])
+    owner = _owner(model, name)
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return "a recurrent layer's units have means of their own at the first step"
     if sharing_module(model, name, held) is not None:
@@ -171,6 +137,6 @@ def _obstacle(model: nn.Module, name: str, held: Holders | None) -> str:
         return "" if model.get_parameter(name).dim() == 2 else "its layer is neither linear nor a plain convolution"
     if owner.groups != 1:
         return "a grouped convolution reads each input in one group only"
-    padding = owner.padding
-    padded = padding != "valid" if isinstance(padding, str) else any(padding)
-    return "a padded convolution reads zeros at the borders, not the mean" if padded else ""
+    if owner.padding == "valid" or not any(owner.padding):
+        return ""
+    return "a padded convolution reads zeros at the borders, not the mean"

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from regrow.core.sources import logits_in
 from regrow.core.tasks import Examples, among, run_network
+from regrow.scoring.gradients import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -66,53 +67,38 @@ def factors(
     >>> round(result["0.weight"].outputs.diag().mean().item(), 3)
     1.0
     """
-    sums = {name: _Sums(module) for name, module in layers(model).items()}
-    training, many = model.training, 0
-    model.eval()
-    try:
-        for batch in batches:
-            model.zero_grad(set_to_none=True)
-            said = among(logits_in(run_network(model, batch.inputs)), classes).log_softmax(-1)
-            drawn = torch.multinomial(said.detach().exp().cpu(), 1, generator=generator).to(said.device)
-            said.gather(1, drawn).sum().backward()
-            many += len(batch)
-    finally:
-        model.zero_grad(set_to_none=True)
-        model.train(training)
-        for one in sums.values():
-            one.close()
-    return {name: one.factors(many) for name, one in sums.items() if one.inputs is not None}
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
+    def add(sums: dict[str, Tensor], name: str, rows: Tensor, scale: float) -> None:
+        new = rows.T @ rows / scale
+        sums[name] = sums[name] + new if name in sums else new
 
-class _Sums:
-    """Accumulates both Kronecker factors of one layer with hooks while the network runs."""
+    def add_outputs(name: str, gradient: Tensor) -> None:
+        add(outputs, name, (gradient.movedim(1, -1) if gradient.dim() == 4 else gradient).flatten(0, -2), 1)
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
-        self.inputs: Tensor | None = None
-        self.outputs: Tensor | None = None
-        self._hook: RemovableHandle = layer.register_forward_hook(self._seen)
-
-    def _seen(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def add_inputs(name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         with torch.no_grad():
             rows = _read(layer, args[0])
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-            new = rows.T @ rows / (len(rows) / len(output))
-            self.inputs = new if self.inputs is None else self.inputs + new
-        output.register_hook(self._answered)
+            add(inputs, name, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), len(rows) / len(output))
+        output.register_hook(partial(add_outputs, name))
 
-    def _answered(self, gradient: Tensor) -> None:
-        rows = gradient.movedim(1, -1).flatten(0, -2) if gradient.dim() == 4 else gradient.flatten(0, -2)
-        new = rows.T @ rows
-        self.outputs = new if self.outputs is None else self.outputs + new
-
-    def factors(self, many: int) -> Factors:
-        """Return the factors: sums of inputs divided by ``many``, the number of examples."""
-        assert self.inputs is not None and self.outputs is not None
-        return Factors(self.inputs / many, self.outputs / self.outputs.diag().mean().clamp_min(1e-30))
-
-    def close(self) -> None:
-        """Remove the hook."""
-        self._hook.remove()
+    hooks = [layer.register_forward_hook(partial(add_inputs, name)) for name, layer in layers(model).items()]
+    many = 0
+    try:
+        with evaluation_mode(model):
+            for batch in batches:
+                model.zero_grad(set_to_none=True)
+                logs = among(logits_in(run_network(model, batch.inputs)), classes).log_softmax(-1)
+                labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+                logs.gather(1, labels).sum().backward()
+                many += len(batch)
+    finally:
+        model.zero_grad(set_to_none=True)
+        for hook in hooks:
+            hook.remove()
+    scaled = {name: total / total.diag().mean().clamp_min(1e-30) for name, total in outputs.items()}
+    return {name: Factors(total / many, scaled[name]) for name, total in inputs.items()}
 
 
 def _read(layer: nn.Module, value: Tensor) -> Tensor:
@@ -160,11 +146,10 @@ class Gate:
         >>> gate.through(torch.ones(1, 2)).tolist()
         [[0.10000000149011612, 1.0]]
         """
-        (read, q_a), (used, q_b) = (torch.linalg.eigh(one.double()) for one in (factors.inputs, factors.outputs))
+        (read, q_a), (used, q_b) = (torch.linalg.eigh(part.double()) for part in (factors.inputs, factors.outputs))
         read, used = read.clamp_min(0), used.clamp_min(0)
-        like = factors.inputs
         parts = (q_a, q_b, 1 / (1 + strength * used[:, None] * read), 1 / (1 + strength * read))
-        return cls(*(part.to(like) for part in parts))
+        return cls(*(part.to(factors.inputs) for part in parts))
 
     @property
     def free(self) -> float:
@@ -197,19 +182,14 @@ class Gate:
         for row, into in zip(rows, turned, strict=True):
             reads = row != 0
             reads[-1] = True
-            own = reads.nonzero()[:, 0]
-            within = read[own][:, own].double() + torch.eye(len(own)).to(read).double()
-            into[own] = torch.linalg.solve(within, row[own].double()).to(row)
+            within = read[reads][:, reads].double()
+            within.diagonal().add_(1)
+            into[reads] = torch.linalg.solve(within, row[reads].double()).to(row)
         return turned
 
 
 def join_bias(model: nn.Module, name: str) -> Tensor:
-    """Return a layer's weight and bias side by side, ``[m, n + 1]``; the last column is 0 without a bias.
-
-    Args:
-        model: The network.
-        name: The name of the layer's weight.
-    """
+    """Return a layer's weight and bias side by side, ``[m, n + 1]``; the last column is 0 without a bias."""
     layer = layers(model)[name]
     rows = layer.weight.detach().flatten(1)
     bias = rows.new_zeros(len(rows)) if layer.bias is None else layer.bias.detach()
@@ -217,13 +197,7 @@ def join_bias(model: nn.Module, name: str) -> Tensor:
 
 
 def part(model: nn.Module, name: str, rows: Tensor) -> Mapping[str, Tensor]:
-    """Split rows of weights with a bias column into the layer's parameters: name → values.
-
-    Args:
-        model: The network.
-        name: The name of the layer's weight.
-        rows: ``[m, n + 1]``.
-    """
+    """Split rows of weights with a bias column, ``[m, n + 1]``, into the layer's parameters: name → values."""
     layer = layers(model)[name]
     result = {name: rows[:, :-1].reshape(layer.weight.shape)}
     return result if layer.bias is None else result | {f"{name.removesuffix('weight')}bias": rows[:, -1]}

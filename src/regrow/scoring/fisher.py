@@ -16,54 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.core.axes import Axis, AxisGraph
 from regrow.core.objectives import CLASSIFICATION, IGNORED, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective
-from regrow.core.scores import Scores, Statistics
 from regrow.core.sources import Batch, logits_in
-from regrow.scoring.combine import to_units
 from regrow.scoring.watch import Feed, rows_of
-from regrow.scoring.weights import CachedColumns, Reader, check_scores, readers, scorable
+from regrow.scoring.weights import Reader
 
 ENTRIES = 1 << 22
 """Entries of the logits whose probabilities are in memory at a time, in float32."""
-
-
-def fisher(
-    weights: Mapping[str, Tensor],
-    axes: AxisGraph,
-    statistics: Statistics | None,
-    *,
-    units: Sequence[Axis] | None = None,
-) -> Scores:
-    """Score units by the Fisher information of their masks, ½ · mean over tokens of (Σ x · ∂L/∂x)².
-
-    That is the increase of the loss per token, to second order, if the unit's output were 0.
-
-    Args:
-        weights: Parameter name → tensor.
-        axes: The network's axes.
-        statistics: Sums of one or more sources; ``None`` scores by the weights alone, ‖W_j‖₂².
-        units: The axes to score; ``axes.units()`` if none are named.
-
-    Raises:
-        ValueError: If the sources never reached an axis.
-
-    Source: Theis et al., Fisher pruning (arXiv 1801.05787); masks of Transformers: Kwon et al. (arXiv 2204.09656).
-    """
-    chosen = scorable(axes, units)
-    if statistics is None:
-        cached, reads = CachedColumns(weights), readers(axes, chosen)
-        channels = {reader.weight: cached.columns(reader.weight, reader.slot.dim) for reader in reads}
-        widths = {reader.weight: cached.width(reader.weight, reader.slot.dim) for reader in reads}
-        return check_scores(Scores(to_units(channels, widths, reads), "fisher/weight-only"))
-    if missing := next((axis.key for axis in chosen if axis.key not in statistics.fisher), ""):
-        raise ValueError(
-            f"source {statistics.source!r} never reached the units of {missing!r}; give more batches, or leave them "
-            f"out (--exclude {missing.partition(':')[0]})"
-        )
-    values = {axis.key: statistics.fisher[axis.key] / (2 * max(statistics.tokens, 1)) for axis in chosen}
-    sources = tuple(dict.fromkeys(statistics.source.split("+")))
-    return check_scores(Scores(values, "fisher", sources, statistics.tokens))
 
 
 class MaskGradients(Feed):
@@ -75,19 +34,12 @@ class MaskGradients(Feed):
     Args:
         watched: ``id`` of a weight → its name.
         reads: Name of a weight → the axes that it reads, and where.
-        widths: Name of a weight → its size in the contracted dimension.
         sequences: How many sequences the batch has.
     """
 
-    def __init__(
-        self,
-        watched: Mapping[int, str],
-        reads: Mapping[str, Sequence[Reader]],
-        widths: Mapping[str, int],
-        sequences: int,
-    ) -> None:
+    def __init__(self, watched: Mapping[int, str], reads: Mapping[str, Sequence[Reader]], sequences: int) -> None:
         super().__init__(watched)
-        self.reads, self.widths, self.sequences = reads, widths, sequences
+        self.reads, self.sequences = reads, sequences
         self.squares: dict[str, Tensor] = {}
         self.partial: dict[str, Tensor] = {}
         self.waiting: Counter[str] = Counter()
@@ -125,14 +77,16 @@ class MaskGradients(Feed):
     @torch.no_grad()
     def _add(self, name: str, value: Tensor, dim: int, gradient: Tensor) -> None:
         sequences = 1 if value.dim() == 1 else self.sequences
-        (rows, channels), (slopes, _) = (rows_of(one, dim, sequences) for one in (value, gradient))
+        (rows, channels), (slopes, _) = (rows_of(tensor, dim, sequences) for tensor in (value, gradient))
         wide = torch.promote_types(value.dtype, torch.float32)
         products = rows.to(wide) * slopes.to(wide)
         if channels == 1:
             products = products.sum(2)[:, None]
         for reader in self.reads[name]:
-            own = _to_units(products, reader.positions(products.shape[-1], self.widths[name]))
-            self.partial[reader.axis] = _added(self.partial[reader.axis], own) if reader.axis in self.partial else own
+            gradients = _to_units(products, reader.positions(products.shape[-1]))
+            if reader.axis in self.partial:
+                gradients = _added(self.partial[reader.axis], gradients)
+            self.partial[reader.axis] = gradients
             self.waiting[reader.axis] -= 1
             if not self.waiting[reader.axis]:
                 self._square(reader.axis)
@@ -143,15 +97,10 @@ class MaskGradients(Feed):
 
 
 def _to_units(values: Tensor, where: Tensor) -> Tensor:
-    """Return the sums over each unit's channels, ``[..., size]``.
-
-    Args:
-        values: One number per channel, ``[..., channels]``.
-        where: The channels of each unit, ``[size, k]``.
-    """
+    """Return the sums of values ``[..., channels]`` over each unit's channels ``[size, k]``, ``[..., size]``."""
     in_order = where.numel() == values.shape[-1] and torch.equal(where.flatten(), torch.arange(where.numel()))
-    own = values.unflatten(-1, where.shape) if in_order else values[..., where.to(values.device)]
-    return own[..., 0] if where.shape[1] == 1 else own.sum(-1)
+    parts = values.unflatten(-1, where.shape) if in_order else values[..., where.to(values.device)]
+    return parts[..., 0] if where.shape[1] == 1 else parts.sum(-1)
 
 
 def _added(one: Tensor, other: Tensor) -> Tensor:
@@ -169,9 +118,9 @@ def add_fisher(
     sums: dict[str, Tensor],
     objective: Objective,
     around: AbstractContextManager[object],
-    origin: Batch | None = None,
+    origin: Batch,
 ) -> None:
-    """Run the network on a batch and add the squared gradients of the masks to ``sums``.
+    """Run the network on a batch and add the squared gradients of the masks to ``sums`` (axis key → sum so far).
 
     Args:
         model: The network; its parameters need no gradients.
@@ -181,18 +130,15 @@ def add_fisher(
         objective: What the network is trained for: it says how labels are drawn.
         around: The context in which the forward pass runs.
         origin: The batch before it was moved to the network's device, so that labels are drawn without waiting for it.
-
-    Raises:
-        ValueError: If the output does not depend on the units by gradients.
     """
     with torch.enable_grad():
         with masks, around:
             output = batch.run(model)
-        drawn = draw_labels(output, batch, objective, origin)
-        loss = objective.compute_loss(output, batch) * batch.size if drawn is None else None
-    end = drawn[0] if drawn is not None else loss
-    if end is not None and end.requires_grad:
-        end.backward(None if drawn is None else drawn[1])
+        end, gradient = draw_labels(output, batch, objective, origin) or (None, None)
+        if end is None:
+            end = objective.compute_loss(output, batch) * batch.size
+    if end.requires_grad:
+        end.backward(gradient)
     elif masks.waiting:
         raise ValueError(
             "what the network returns has no gradient, since its forward pass detaches it; return it attached, or "
@@ -208,16 +154,9 @@ def draw_labels(
     """Draw labels from a network's predictions; return the logits and the gradient of the summed loss in them.
 
     The random numbers of an example depend on its inputs alone, not on the batch that it is in; where the first
-    dimension of no input is that of the labels, on all inputs and its index.
-
-    Args:
-        output: What the network returned.
-        batch: The batch; nothing is drawn for positions labelled −100.
-        objective: How labels are drawn: classes, 0 or 1 for multi-label, normal numbers for regression.
-        origin: The batch on the device where it came from; ``None``: this one.
-
-    Returns:
-        ``None`` for other losses, from which no labels can be drawn.
+    dimension of no input is that of the labels, on all inputs and its index. Nothing is drawn for positions labelled
+    −100; classes, 0 or 1 for multi-label, normal numbers for regression; ``None`` for other losses. ``origin`` is the
+    batch on the device where it came from.
     """
     seeds = batch if origin is None else origin
     if objective.name in (CLASSIFICATION.name, NEXT_TOKEN.name):
@@ -225,7 +164,6 @@ def draw_labels(
         if isinstance(labels, Tensor) and logits.dim() > 1 and logits.shape[:-1] != labels.shape:
             logits = logits.movedim(1, -1)
         if not isinstance(labels, Tensor) or logits.shape[:-1] != labels.shape:
-            objective.compute_loss(output, batch)  # says what does not fit
             return None
         return logits, _draw_classes(logits.detach(), labels != IGNORED, seeds)
     if objective.name == MULTI_LABEL.name:
@@ -246,8 +184,8 @@ def _draw_classes(logits: Tensor, counted: Tensor, batch: Batch) -> Tensor:
     gradient = torch.empty_like(rows)
     step = max(1, ENTRIES // rows.shape[1])
     wide = torch.promote_types(rows.dtype, torch.float32)
-    for own, into, u, seen in zip(*(one.split(step) for one in (rows, gradient, random, valid)), strict=True):
-        chances = own.to(wide).softmax(-1)
+    for part, into, u, seen in zip(*(all_.split(step) for all_ in (rows, gradient, random, valid)), strict=True):
+        chances = part.to(wide).softmax(-1)
         edges = chances.cumsum(-1)
         classes = torch.searchsorted(edges, u[:, None].to(edges) * edges[:, -1:], right=True)
         classes.clamp_max_(rows.shape[1] - 1)
@@ -257,21 +195,20 @@ def _draw_classes(logits: Tensor, counted: Tensor, batch: Batch) -> Tensor:
 
 def _uniform(batch: Batch, like: Tensor) -> Tensor:
     """Return uniform random numbers in [0, 1) of the shape of ``like``, seeded by the inputs of each example."""
+    leaves = tree_leaves((batch.args, dict(batch.kwargs)))
+    tensors = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
     if not like.dim():
-        return torch.rand((), generator=_generator(_tensors(batch))).to(like.device)
-    every = _tensors(batch)
-    inputs = [one for one in every if one.dim() and len(one) == len(like)]
-    seeds = [[one[i] for one in inputs] if inputs else [*every, torch.tensor(i)] for i in range(len(like))]
-    rows = [torch.rand(like.shape[1:], generator=_generator(one)) for one in seeds]
+        return torch.rand((), generator=_generator(tensors)).to(like.device)
+    inputs = [tensor for tensor in tensors if tensor.dim() and len(tensor) == len(like)]
+    rows = []
+    for i in range(len(like)):
+        seeds = [tensor[i] for tensor in inputs] if inputs else [*tensors, torch.tensor(i)]
+        rows.append(torch.rand(like.shape[1:], generator=_generator(seeds)))
     return torch.stack(rows).to(like.device)
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [one for one in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(one, Tensor)]
 
 
 def _generator(inputs: Sequence[Tensor]) -> torch.Generator:
     digest = sha256()
-    for one in inputs:
-        digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for tensor in inputs:
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return torch.Generator().manual_seed(int.from_bytes(digest.digest()[:7]))

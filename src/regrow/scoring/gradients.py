@@ -1,63 +1,15 @@
-"""Importance scores from loss gradients: the first-order Taylor importance of LLM-Pruner."""
+"""Run a part of a network in evaluation mode, and sum the gradients of its loss."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from regrow.core.axes import Axis, AxisGraph
 from regrow.core.objectives import CLASSIFICATION, Objective
-from regrow.core.scores import Scores, Statistics
 from regrow.core.sources import Batch
-from regrow.scoring.weights import check_scores, scorable, tensors
-
-
-def taylor(
-    weights: Mapping[str, Tensor],
-    axes: AxisGraph,
-    statistics: Statistics | None,
-    *,
-    units: Sequence[Axis] | None = None,
-    form: str = "element1",
-) -> Scores:
-    """Score units by first-order Taylor importance: the estimated change of the loss if the unit were removed.
-
-    ``element1``: Σ over the parameters the unit runs through of Σ abs(w · g). ``vector``: Σ over the parameters and
-    over the unit's channels in each of abs(Σ w · g). g is the gradient of the mean loss.
-
-    Args:
-        weights: Parameter name → tensor.
-        axes: The network's axes.
-        statistics: Gradient sums of one or more sources; ``None`` scores by the weights alone, Σ w².
-        units: The axes to score; ``axes.units()`` if none are named.
-        form: ``"element1"`` (absolute values per weight entry) or ``"vector"`` (absolute values per channel).
-
-    Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code (``param_first`` and ``vectorize``).
-    """
-    if form not in ("element1", "vector"):
-        raise ValueError(f"taylor has the forms 'element1' and 'vector'; got {form!r}")
-    values: dict[str, Tensor] = {}
-    for axis in scorable(axes, units):
-        total = torch.zeros(axis.size, dtype=torch.float64)
-        for name, slot, where in tensors(axes, axis, weights):
-            weight = weights[name].detach().double()
-            if statistics is None:
-                product = weight.square()
-            elif name in statistics.gradients:
-                product = weight * statistics.gradients[name].to(weight) / max(statistics.tokens, 1)
-            else:
-                raise ValueError(f"source {statistics.source!r} gave no gradient for the parameter {name!r}")
-            rest = [d for d in range(weight.dim()) if d != slot.dim]
-            product = product.abs() if form == "element1" else product
-            channels = (product.sum(rest) if rest else product).abs().cpu()
-            total += channels[where].sum(1)
-        values[axis.key] = total
-    if statistics is None:
-        return check_scores(Scores(values, f"taylor/{form}/weight-only"))
-    sources = tuple(dict.fromkeys(statistics.source.split("+")))
-    return check_scores(Scores(values, f"taylor/{form}", sources, statistics.tokens))
 
 
 def add_gradients(
@@ -85,9 +37,6 @@ def add_gradients(
 
     Returns:
         The mean loss, ``[]``, which may not be finite.
-
-    Raises:
-        ValueError: If the batch has no labels and the network returns no loss.
     """
     parameters = dict(model.named_parameters())
     chosen, many = {name: parameters[name] for name in names}, batch.size if count is None else count
@@ -125,17 +74,12 @@ def add_gradients(
 
 @contextmanager
 def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = None) -> Iterator[None]:
-    """Put the network in eval mode, with gradients for the named parameters alone; restore it afterwards.
-
-    Args:
-        model: The network.
-        differentiated: The parameters that get gradients; ``None``: all are left as they are.
-    """
+    """Put the network in eval mode, with gradients for the named parameters alone if given; restore it afterwards."""
     modes = {module: module.training for module in model.modules()}
     asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    wanted = set(differentiated or ())
     model.eval()
     if differentiated is not None:
+        wanted = set(differentiated)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
     try:
@@ -145,3 +89,20 @@ def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = Non
             module.training = mode
         for parameter, ask in asks.items():
             parameter.requires_grad_(ask)
+
+
+def trunk_of(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:
+    """Return the smallest part of a network to run: without the head, if none of the named weights lies in it.
+
+    That part is transformers' ``base_model``: a submodule that takes the same inputs. It may leave out weights that the
+    whole network uses (an encoder, a head).
+    """
+    base = getattr(model, "base_model", None)
+    prefix = next((name for name, module in model.named_modules() if module is base), "")
+    if not isinstance(base, nn.Module) or not prefix or not all(name.startswith(f"{prefix}.") for name in names):
+        return model
+    try:
+        inspect.signature(base.forward).bind(*batch.args, **batch.kwargs)
+    except TypeError:
+        return model
+    return base

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.sources import Batch, device_of, visible_positions
 from regrow.scoring.collect import BlockVisits, count_sequences
-from regrow.scoring.gradients import evaluation_mode
-from regrow.scoring.trunk import trunk_of
+from regrow.scoring.gradients import evaluation_mode, trunk_of
 from regrow.scoring.watch import Feed, rows_of
-from regrow.scoring.weights import Reader, readers, scorable
+from regrow.scoring.weights import Reader, readers
 
 ROWS = 4096
 """The number of rows summed at a time in float32."""
@@ -46,12 +45,7 @@ class Gram:
 
     @classmethod
     def empty(cls, width: int, device: torch.device) -> "Gram":
-        """Return sums over no inputs.
-
-        Args:
-            width: The number of inputs of the layer.
-            device: Where they are summed.
-        """
+        """Return sums over no inputs of a layer, of which each has ``width`` values."""
         home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         products = torch.zeros(width, width, dtype=torch.float64, device=home)
         return cls(products, products.new_zeros(width), products.new_zeros(width))
@@ -62,11 +56,7 @@ class Gram:
         return self.constant + self.total / max(1, self.rows)
 
     def add(self, rows: Tensor) -> None:
-        """Add inputs.
-
-        Args:
-            rows: The inputs, ``[rows, k]``.
-        """
+        """Add inputs, ``[rows, k]``."""
         with torch.autocast(rows.device.type, enabled=False):
             for part in rows.split(ROWS):
                 part = part.double() if part.dtype == torch.float64 else part.float()
@@ -78,33 +68,23 @@ class Gram:
                 self.rows += len(part)
 
     def mean_products(self, *, centre: bool) -> Tensor:
-        """Return the mean of x xᵀ, or of (x − mean) (x − mean)ᵀ, ``[k, k]``; the sums are used up.
-
-        Args:
-            centre: Whether the mean of the inputs is subtracted.
-        """
+        """Return the mean of x xᵀ, or (``centre``) of (x − mean) (x − mean)ᵀ, ``[k, k]``; the sums are used up."""
         products = self.products
         if self.rows:
             products.addr_(self.total, self.total, alpha=-1 / self.rows).div_(self.rows)
         return products if centre else products.addr_(self.mean, self.mean)
 
 
-def linear_readers(axes: AxisGraph, units: Sequence[Axis], shapes: Mapping[str, Sequence[int]]) -> dict[str, Reader]:
-    """Return name of a weight → how it reads an axis, for linear layers that are its only reader and read no other.
-
-    Args:
-        axes: The axes of the network.
-        units: The axes that are looked at.
-        shapes: Name of a weight → its shape.
-    """
-    every = readers(axes, scorable(axes, units))
-    read, reads = Counter(one.axis for one in every), Counter(one.weight for one in every)
+def linear_readers(axes: AxisGraph, units: Sequence[Axis]) -> dict[str, Reader]:
+    """Return name of a weight → how it reads an axis, for linear layers that are its only reader and read no other."""
+    every = readers(axes, units)
+    read, reads = Counter(reader.axis for reader in every), Counter(reader.weight for reader in every)
     return {
-        one.weight: one
-        for one in every
-        if read[one.axis] == reads[one.weight] == 1
-        and len(shapes[one.weight]) == 2
-        and shapes[one.weight][one.slot.dim] <= WIDEST
+        reader.weight: reader
+        for reader in every
+        if read[reader.axis] == reads[reader.weight] == 1
+        and len(axes.shapes[reader.weight]) == 2
+        and reader.width <= WIDEST
     }
 
 
@@ -130,7 +110,6 @@ def sum_products(
     """
     if not widths:
         return
-    batches = list(batches) if visits is not None else batches  # read once per part of the network
     sums: dict[str, Gram] = {}
     left = set(widths)
 
@@ -141,21 +120,23 @@ def sum_products(
             left.remove(name)
             use(name, sums.pop(name))
 
-    @contextmanager
-    def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
-        if number == 0:
-            finish()
-        with _GramFeed({key: name for key, name in watched.items() if name in widths}, sums, batches[number]):
-            yield
-
     if visits is not None:
+        batches = list(batches)  # read once per part of the network
+
+        @contextmanager
+        def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
+            if number == 0:
+                finish()
+            with _GramFeed({key: name for key, name in watched.items() if name in widths}, sums, batches[number]):
+                yield
+
         visits.visit(batches, list(widths), around)
         finish()
     else:
-        own, device = dict(model.named_parameters(remove_duplicate=False)), device_of(model)
+        parameters, device = dict(model.named_parameters(remove_duplicate=False)), device_of(model)
         for part in _parts(widths):
             run = trunk_of(model, batches[0], part) if batches else model
-            watched = {id(own[name]): name for name in part}
+            watched = {id(parameters[name]): name for name in part}
             with evaluation_mode(model), torch.no_grad():
                 for number, batch in enumerate(batches):
                     here = batch.to(device)
@@ -190,7 +171,7 @@ def _parts(widths: Mapping[str, int]) -> list[list[str]]:
     """Return the layers in groups whose sums take at most :data:`LIMIT` bytes; a wider layer is alone."""
     parts: list[list[str]] = [[]]
     for name in widths:
-        if parts[-1] and sum(8 * widths[one] ** 2 for one in (*parts[-1], name)) > LIMIT:
+        if parts[-1] and sum(8 * widths[other] ** 2 for other in (*parts[-1], name)) > LIMIT:
             parts.append([])
         parts[-1].append(name)
     return parts
@@ -201,14 +182,12 @@ class _GramFeed(Feed):
 
     def __init__(self, watched: Mapping[int, str], sums: dict[str, Gram], batch: Batch) -> None:
         super().__init__(watched)
-        self.sums, self.sequences, mask = sums, count_sequences(batch), visible_positions(batch)
-        self.shape = None if mask is None else mask.shape
-        self.shown = None if mask is None else mask.flatten().nonzero()[:, 0]
+        self.sums, self.sequences, self.mask = sums, count_sequences(batch), visible_positions(batch)
 
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
         rows, channels = rows_of(value.detach(), dim, self.sequences)
-        if self.shown is not None and channels == 2 and rows.shape[:2] == self.shape:
-            rows = rows.flatten(0, 1).index_select(0, self.shown.to(rows.device))
+        if self.mask is not None and channels == 2 and rows.shape[:2] == self.mask.shape:
+            rows = rows[self.mask.to(rows.device)]
         else:
             rows = rows.movedim(channels, -1).flatten(0, -2)
         if name not in self.sums:

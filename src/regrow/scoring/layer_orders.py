@@ -1,6 +1,6 @@
 """The order in which the units of each linear layer are removed, by second-order costs on calibration data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.progress import Progress, silent
-from regrow.core.scores import Statistics
+from regrow.core.scores import Statistics, Tensors
 from regrow.core.sources import Batch
-from regrow.scoring.activations import moments_of
 from regrow.scoring.collect import BlockVisits
 from regrow.scoring.grams import Gram, linear_readers, sum_products
+from regrow.scoring.metrics import moments_of
 
 PART = 128
 """The part of the units that are left, 1 / PART, that is eliminated in a step, where a unit is a single channel."""
@@ -96,7 +96,11 @@ def _eliminate_groups(inverse: Tensor, columns: Tensor, channels: Tensor, rates:
     """Remove units of several channels, exactly one at a time; ``columns`` is ``[k, out]`` and is changed."""
     alive, order, losses = list(range(len(channels))), [], []
     while alive:
-        costs = [rates[unit] * _cost(inverse, columns, channels[unit]) for unit in alive]
+        costs = []
+        for unit in alive:
+            where = channels[unit]
+            part = columns[where]
+            costs.append(rates[unit] * (part * torch.linalg.solve(inverse[where][:, where], part)).sum())
         best = min(range(len(alive)), key=lambda i: float(costs[i]))
         unit = alive.pop(best)
         order.append(unit)
@@ -104,11 +108,6 @@ def _eliminate_groups(inverse: Tensor, columns: Tensor, channels: Tensor, rates:
         if alive:
             _remove(inverse, columns, channels[unit])
     return Elimination(torch.tensor(order), torch.stack(losses))
-
-
-def _cost(inverse: Tensor, columns: Tensor, where: Tensor) -> Tensor:
-    own = columns[where]
-    return (own * torch.linalg.solve(inverse[where][:, where], own)).sum()
 
 
 def _remove(inverse: Tensor, columns: Tensor, where: Tensor) -> None:
@@ -173,14 +172,14 @@ BATCH = 8
 def order_layers(
     model: nn.Module,
     axes: AxisGraph,
-    weights: Mapping[str, Tensor],
+    weights: Tensors,
     units: Sequence[Axis],
     statistics: Statistics,
     batches: Sequence[Batch],
     *,
     ridge: float,
     centre: bool,
-    rates: Mapping[str, Tensor] | None = None,
+    rates: Tensors | None = None,
     visits: BlockVisits | None = None,
     progress: Progress = silent,
 ) -> dict[str, Elimination]:
@@ -207,40 +206,30 @@ def order_layers(
         ValueError: If there is no data, the data never reach a layer, or a layer's inputs cannot be solved for; names
             the layer.
     """
-    shapes = {name: one.shape for name, one in model.named_parameters()}
-    inside, own = _recurrent_weights(model), dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]
+    inside = {id(weight) for module in recurrent for weight in module.parameters(recurse=False)}  # cannot be watched
     layers = {
         name: reader
-        for name, reader in linear_readers(axes, units, shapes).items()
-        if id(own[name]) not in inside
-        and len(moments_of(statistics, name).total) == shapes[name][reader.slot.dim]
+        for name, reader in linear_readers(axes, units).items()
+        if id(parameters[name]) not in inside
+        and len(moments_of(statistics, name).total) == reader.width
         and float(statistics.moments[name].variance.sum()) > 0
     }
-    widths = {name: shapes[name][reader.slot.dim] for name, reader in layers.items()}
     result: dict[str, Elimination] = {}
 
     def order(name: str, gram: Gram) -> None:
-        progress(len(result), len(widths), "ordering the units of layers")
+        progress(len(result), len(layers), "ordering the units of layers")
         reader, weight = layers[name], weights[name].detach()
         rows = weight if reader.slot.dim else weight.T
-        channels = reader.positions(widths[name], widths[name])
-        own = None if rates is None else rates[reader.axis]
+        each = None if rates is None else rates[reader.axis]
+        products, channels = gram.mean_products(centre=centre), reader.positions(reader.width)
         try:
-            result[reader.axis] = eliminate(gram.mean_products(centre=centre), rows, channels, ridge, own)
+            result[reader.axis] = eliminate(products, rows, channels, ridge, each)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
-    if widths and not len(batches):
+    if layers and not len(batches):
         raise ValueError("this method reads the data itself, got none; give Evidence with data=")
-    sum_products(model, widths, batches, order, visits)
+    sum_products(model, {name: reader.width for name, reader in layers.items()}, batches, order, visits)
     return result
-
-
-def _recurrent_weights(model: nn.Module) -> set[int]:
-    """Return the ``id`` of each weight whose inputs are made inside recurrent layers, where they cannot be watched."""
-    return {
-        id(weight)
-        for module in model.modules()
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase)
-        for weight in module.parameters(recurse=False)
-    }

@@ -1,42 +1,185 @@
-"""The importance metrics by name, and which statistics each of them needs."""
+"""Importance metrics: functions from weights and, where they need them, statistics to scores per unit.
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+Every metric is called with (weights, axes, statistics, *, units), units being ``axes.units()`` unless given. With
+``statistics=None`` it gives its score from weights alone, so that a method can wrap any of them.
+"""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import torch
 from torch import Tensor
 
-from regrow.core.axes import Axis, AxisGraph
-from regrow.core.evidence import Need
-from regrow.core.scores import Scores, Statistics
-from regrow.scoring.activations import wanda_sp, wifv
-from regrow.scoring.fisher import fisher
-from regrow.scoring.gradients import taylor
-from regrow.scoring.weights import magnitude
+from regrow.core.axes import Axis, AxisGraph, Role
+from regrow.core.scores import Moments, Need, Scores, Statistics, Tensors
+from regrow.scoring.spaces import OUTER_BLOCKS, normalise, standardise
+from regrow.scoring.weights import CachedColumns, Reader, columns, readers, scorable, tensors
+
+Units = Sequence[Axis] | None
+SHARE = 0.1
+"""The least fraction of its axis's total energy from which a unit is called massive."""
+FEWEST = 16
+"""Axes with fewer units are not searched for massive ones: a large fraction is nothing special there."""
 
 
-class Metric(Protocol):
-    """An importance metric: a function from weights and, where it needs them, statistics to scores."""
+def wanda_sp(
+    weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None, pool: str = "sum"
+) -> Scores:
+    """Score units by structured Wanda: mean absolute weight of an input channel × RMS of its activations.
 
-    def __call__(
-        self,
-        weights: Mapping[str, Tensor],
-        axes: AxisGraph,
-        statistics: Statistics | None,
-        *,
-        units: Sequence[Axis] | None = None,
-    ) -> Scores:
-        """Score the units of the given axes.
+    The original multiplies by the root of the mean over sequences of Σ_t x²; ours by the root mean square over
+    positions: the same up to one constant for equally long sequences, and comparable between sources. ``pool`` says
+    how channel scores become unit scores: ``"sum"`` (as the original does for heads), or ``"standardised"``: channels
+    z-scored per weight, then averaged.
 
-        Args:
-            weights: Parameter name → tensor.
-            axes: The network's axes.
-            statistics: What was collected on the sources; ``None`` scores by the weights alone.
-            units: The axes to score; ``axes.units()`` if none are named.
-        """
-        ...
+    Source: Sun et al., Wanda (arXiv 2306.11695); its structured form in the code of FLAP (arXiv 2312.11983).
+    """
+    return _score_channels(
+        "wanda_sp", weights, axes, statistics, units, "mean", lambda m: (m.square / m.count).sqrt(), pool
+    )
 
 
-METRICS: Mapping[str, tuple[Metric, Need]] = {
+def wifv(
+    weights: Tensors,
+    axes: AxisGraph,
+    statistics: Statistics | None,
+    *,
+    units: Units = None,
+    form: str = "token",
+    pool: str = "sum",
+    square_blocks: bool = False,
+) -> Scores:
+    """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
+
+    It estimates the output energy that is lost if channel j is replaced by its mean. The paper's variance is over
+    per-sequence *means* (``form="sequence"``), its code's over *positions* (``form="token"``, up to the constant
+    sequence length). Two quirks of that code are not reproduced: it drops its first sequence, and updates its running
+    mean before using it. ``square_blocks`` squares the channel scores of units with several channels before they are
+    z-scored: FLAP's code does this for attention heads, this for every unit with several channels.
+
+    Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), paper and code.
+    """
+
+    def factor(moments: Moments) -> Tensor:
+        return moments.variance if form == "token" else moments.sequence_variance
+
+    return _score_channels(f"wifv/{form}", weights, axes, statistics, units, "square", factor, pool, square_blocks)
+
+
+def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: Units = None) -> Scores:
+    """Score units by the energy that they add to their layer's output, E[x_j²] · ‖W_j‖₂² per input channel j.
+
+    Source: ours; it shows which units carry massive activations (Sun et al. 2024, arXiv 2402.17762).
+    """
+    return _score_channels("energy", weights, axes, statistics, units, "square", lambda m: m.square / m.count)
+
+
+def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
+    """Score units by the Fisher information of their masks, ½ · mean over tokens of (Σ x · ∂L/∂x)².
+
+    That is the increase of the loss per token, to second order, if the unit's output were 0. Without statistics:
+    ‖W_j‖₂².
+
+    Source: Theis et al., Fisher pruning (arXiv 1801.05787); masks of Transformers: Kwon et al. (arXiv 2204.09656).
+    """
+    if statistics is None:
+        return _score_channels("fisher", weights, axes, None, units, "square")
+    chosen = scorable(axes, units)
+    if missing := next((axis.key for axis in chosen if axis.key not in statistics.fisher), ""):
+        raise ValueError(
+            f"source {statistics.source!r} never reached the units of {missing!r}; give more batches, or leave them "
+            f"out (--exclude {missing.partition(':')[0]})"
+        )
+    tokens = max(statistics.tokens, 1)
+    return _finish("fisher", {axis.key: statistics.fisher[axis.key] / (2 * tokens) for axis in chosen}, statistics)
+
+
+def taylor(
+    weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None, form: str = "element1"
+) -> Scores:
+    """Score units by first-order Taylor importance: the estimated change of the loss if the unit were removed.
+
+    ``element1``: Σ over the parameters the unit runs through of Σ abs(w · g). ``vector``: Σ over the parameters and
+    over the unit's channels in each of abs(Σ w · g). g is the gradient of the mean loss. Without statistics: Σ w².
+
+    Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code (``param_first`` and ``vectorize``).
+    """
+    values: dict[str, Tensor] = {}
+    for axis in scorable(axes, units):
+        total = torch.zeros(axis.size, dtype=torch.float64)
+        for name, slot, where in tensors(axes, axis, weights):
+            weight = weights[name].detach().double()
+            if statistics is None:
+                product = weight.square()
+            elif name in statistics.gradients:
+                product = weight * statistics.gradients[name].to(weight) / max(statistics.tokens, 1)
+            else:
+                raise ValueError(f"source {statistics.source!r} gave no gradient for the parameter {name!r}")
+            rest = [dim for dim in range(weight.dim()) if dim != slot.dim]
+            product = product.abs() if form == "element1" else product
+            channels = (product.sum(rest) if rest else product).abs().cpu()
+            total += channels[where].sum(1)
+        values[axis.key] = total
+    return _finish(f"taylor/{form}", values, statistics)
+
+
+def magnitude(
+    weights: Tensors,
+    axes: AxisGraph,
+    statistics: Statistics | None = None,
+    *,
+    units: Units = None,
+    form: str = "columns",
+) -> Scores:
+    """Score units by the norm of their weights; needs no data.
+
+    ``columns`` (FLAP's repository, "mag-sp"): Σ over the unit's input channels j of ‖W_j‖₂, over all weights that read
+    it. ``group`` (DepGraph): the root of Σ w² over every parameter entry the unit owns.
+
+    Source: An et al., FLAP (arXiv 2312.11983), code; Fang et al., DepGraph (arXiv 2301.12900).
+    """
+    values: dict[str, Tensor] = {}
+    chosen = scorable(axes, units)
+    if form == "columns":
+        for reader in readers(axes, chosen):
+            norms = columns(weights[reader.weight], reader.slot.dim, form="norm")
+            values[reader.axis] = values.get(reader.axis, 0) + norms[reader.positions(len(norms))].sum(1)
+    else:
+        for axis in chosen:
+            parts = tensors(axes, axis, weights)
+            squares = [columns(weights[name], slot.dim)[where].sum(1) for name, slot, where in parts]
+            values[axis.key] = torch.stack(squares).sum(0).sqrt()
+    return _check(Scores(values, f"magnitude/{form}"))
+
+
+def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> Scores:
+    """Score units by Σ over the matrices that produce them of (max W + abs(min W)) over the unit's rows.
+
+    Source: ours; large row extremes were reported to hold up best as the sole criterion for gated units (peremartra).
+    """
+    values = {}
+    for axis in scorable(axes, units):
+        total = torch.zeros(axis.size, dtype=torch.float64)
+        for name, slot, where in tensors(axes, axis, weights):
+            weight = weights[name].detach()
+            if slot.role is Role.PRODUCES and weight.dim() > 1:
+                rest = [dim for dim in range(weight.dim()) if dim != slot.dim]
+                total += (weight.amax(rest) + weight.amin(rest).abs()).double().cpu()[where].mean(1)
+        values[axis.key] = total
+    return _check(Scores(values, "path/peak-to-peak"))
+
+
+def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
+    """Score units by uniform random numbers, seeded by each axis's key, so the order of axes does not matter."""
+    values = {}
+    for axis in scorable(axes, units):
+        number = int.from_bytes(sha256(f"{seed}:{axis.key}".encode()).digest()[:7])
+        values[axis.key] = torch.rand(axis.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+    return Scores(values, "random")
+
+
+METRICS: Mapping[str, tuple[Callable[..., Scores], Need]] = {
     "wifv": (wifv, Need.ACTIVATIONS),
     "wanda_sp": (wanda_sp, Need.ACTIVATIONS),
     "taylor": (taylor, Need.GRADIENTS),
@@ -44,3 +187,135 @@ METRICS: Mapping[str, tuple[Metric, Need]] = {
     "magnitude": (magnitude, Need.WEIGHTS),
 }
 """Name → (metric, the statistics that it needs)."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Settings of a pruning baseline that another method can wrap: its metric, allocation and protected blocks.
+
+    Args:
+        metric: Its name in :data:`METRICS`.
+        allocation: The name of its allocation in :data:`regrow.allocation.ALLOCATIONS`.
+        options: Keyword arguments of the metric; without any, its scores are z-scored per axis.
+        spare: The fractions of blocks at the beginning and at the end of the network that are not pruned.
+    """
+
+    metric: str
+    allocation: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    spare: tuple[float, float] = (0.0, 0.0)
+
+    def score(self, weights: Tensors, axes: AxisGraph, statistics: Statistics | None, units: Sequence[Axis]) -> Scores:
+        """Return scores that are comparable between axes; without statistics, scores by the weights alone."""
+        scores = METRICS[self.metric][0](weights, axes, statistics, units=units, **self.options)
+        return scores if self.options else normalise(scores, "zscore")
+
+
+BASES: Mapping[str, Base] = {
+    "flap": Base("wifv", "ranked", {"pool": "standardised"}),
+    "wanda_sp": Base("wanda_sp", "uniform", {"pool": "standardised"}),
+    "llm_pruner": Base("taylor", "uniform", spare=OUTER_BLOCKS),
+    "magnitude": Base("magnitude", "uniform"),
+    "fisher": Base("fisher", "uniform", spare=OUTER_BLOCKS),
+}
+"""Name of a pruning method → its settings as a baseline that can be wrapped."""
+
+
+@dataclass(frozen=True)
+class Massive:
+    """A unit with massive activations: its axis, its id, its fraction of the axis's energy, and over the median's."""
+
+    axis: str
+    unit: int
+    share: float
+    ratio: float
+
+
+def massive(axes: AxisGraph, energy: Scores) -> list[Massive]:
+    """Return the units that contribute more than a tenth of their axis's :func:`energy`, largest first.
+
+    Source: the observation is Sun et al. 2024 (arXiv 2402.17762); the share as a measure is ours.
+    """
+    result = []
+    for key, values in energy.values.items():
+        axis, total, middle = axes[key], float(values.sum()), float(values.median())
+        if axis.size < FEWEST or total <= 0:
+            continue
+        for unit in (values > SHARE * total).nonzero().flatten().tolist():
+            ratio = float(values[unit]) / middle if middle > 0 else float("inf")
+            result.append(Massive(key, axis.ids[unit], float(values[unit]) / total, ratio))
+    return sorted(result, key=lambda unit: -unit.share)
+
+
+def moments_of(statistics: Statistics, weight: str) -> Moments:
+    """Return the running sums of the inputs of ``weight``; raise ValueError if no batch reached that weight."""
+    if weight not in statistics.moments:
+        raise ValueError(
+            f"source {statistics.source!r} never reached the weight {weight!r}; give more batches, or leave it out "
+            f"(--exclude {weight})"
+        )
+    return statistics.moments[weight]
+
+
+def to_units(
+    channels: Tensors, reads: Sequence[Reader], pool: str = "sum", *, square_blocks: bool = False
+) -> dict[str, Tensor]:
+    """Pool scores per input channel (weight → ``[C]`` float64) into one score per unit, axis key → ``[size]``.
+
+    ``sum``: Σ over the unit's channels and over the weights that read it. ``standardised`` (FLAP's AL-AM): each
+    weight's channels are first z-scored among themselves, then averaged over the unit's channels and its weights, so
+    that units of different layers and kinds can be ranked together; ``square_blocks`` squares those of units with
+    several channels before.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for reader in reads:
+        scores = channels[reader.weight]
+        where = reader.positions(len(scores))
+        if pool == "standardised":
+            scores = standardise(scores.square() if square_blocks and where.shape[1] > 1 else scores)
+        each = scores[where]
+        parts.setdefault(reader.axis, []).append(each.sum(1) if pool == "sum" else each.mean(1))
+    stacked = {key: torch.stack(values) for key, values in parts.items()}
+    return {key: values.sum(0) if pool == "sum" else values.mean(0) for key, values in stacked.items()}
+
+
+def _score_channels(
+    name: str,
+    weights: Tensors,
+    axes: AxisGraph,
+    statistics: Statistics | None,
+    units: Units,
+    form: str,
+    factor: Callable[[Moments], Tensor] | None = None,
+    pool: str = "sum",
+    square_blocks: bool = False,
+) -> Scores:
+    """Score units by a norm of each input channel of the weights that read them, times a factor from its moments."""
+    cached = weights if isinstance(weights, CachedColumns) else CachedColumns(weights)
+    reads = readers(axes, scorable(axes, units))
+    channels: dict[str, Tensor] = {}
+    for reader in reads:
+        weight, dim = reader.weight, reader.slot.dim
+        if statistics is None or factor is None:
+            channels[weight] = cached.columns(weight, dim, form=form)
+        elif weight not in channels:
+            activations = factor(moments_of(statistics, weight)).cpu()
+            channels[weight] = activations * cached.columns(weight, dim, len(activations) // reader.width, form=form)
+    return _finish(name, to_units(channels, reads, pool, square_blocks=square_blocks), statistics)
+
+
+def _finish(name: str, values: Tensors, statistics: Statistics | None) -> Scores:
+    if statistics is None:
+        return _check(Scores(values, f"{name}/weight-only"))
+    return _check(Scores(values, name, tuple(dict.fromkeys(statistics.source.split("+"))), statistics.tokens))
+
+
+def _check(scores: Scores) -> Scores:
+    """Return the scores unchanged, or raise ValueError, with the axis, if one of them is NaN or infinite."""
+    for key, values in scores.values.items():
+        if bad := int((~torch.isfinite(values)).sum()):
+            raise ValueError(
+                f"{scores.metric} of {key!r}: {bad} of {len(values)} scores are not finite; its weights or inputs "
+                "hold NaN or infinity"
+            )
+    return scores

@@ -1,21 +1,55 @@
-"""Ranking spaces: which units are ranked against each other."""
+"""Make scores comparable: z-scores, ranks within spaces of units, and how much these vary between text domains."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from regrow.core.axes import Axis
+from regrow.core.scores import Scores, Statistics, Tensors, merged
 
 Row = dict[str, str | int | float]
 """A row of a table in a report: column → value."""
 
 FEW = 16
 """Axes with fewer units than this are ranked together with others of their kind: three ranks say little."""
+SHUFFLES = 20
+"""How often shards are shuffled for the null distribution of :func:`spectrum`."""
 OUTER_BLOCKS = (0.125, 0.0625)
 """The fractions of the blocks, at the beginning and at the end, that several methods leave unpruned by default."""
+
+
+def standardise(values: Tensor) -> Tensor:
+    """Return z-scores, (v − mean) / standard deviation (``ddof = 1``); zeros where all values are equal.
+
+    >>> standardise(torch.tensor([1.0, 2.0, 3.0])).tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    if len(values) < 2 or bool((values == values[0]).all()):
+        return torch.zeros_like(values)
+    return (values - values.mean()) / values.std()
+
+
+def percentile(values: Tensor) -> Tensor:
+    """Return each value's percentile rank along the last dimension, (rank + ½) / n; ties share their mean.
+
+    >>> percentile(torch.tensor([5.0, 1.0, 5.0, 9.0])).tolist()
+    [0.5, 0.125, 0.5, 0.875]
+    """
+    order = values.sort(dim=-1).values
+    below = torch.searchsorted(order, values.contiguous(), side="left")
+    upto = torch.searchsorted(order, values.contiguous(), side="right")
+    return (below + upto).double() / (2 * values.shape[-1])
+
+
+def normalise(scores: Scores, how: str) -> Scores:
+    """Return scores made comparable between axes: z-scores (``zscore``), or unchanged (``none``)."""
+    if how == "none":
+        return scores
+    values = {key: standardise(value) for key, value in scores.values.items()}
+    return replace(scores, values=values, metric=f"{scores.metric}/{how}")
 
 
 @dataclass(frozen=True)
@@ -37,20 +71,12 @@ class Space:
         """Whether it consists of axes that are too small to be ranked by themselves."""
         return len(self.keys) > 1 or self.sizes[0] < FEW
 
-    def gather(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate the values of all its units, one axis after the other, along the last dimension.
-
-        Args:
-            values: Axis key → ``[..., size]``.
-        """
+    def gather(self, values: Tensors) -> Tensor:
+        """Concatenate the values of all its units (axis key → ``[..., size]``) along the last dimension."""
         return torch.cat([values[key] for key in self.keys], dim=-1)
 
     def scatter(self, values: Tensor) -> dict[str, Tensor]:
-        """Split values of all its units into one tensor per axis: the inverse of :meth:`gather`.
-
-        Args:
-            values: ``[..., n]`` for the n units of the space.
-        """
+        """Split values of all its units, ``[..., n]``, into one tensor per axis: the inverse of :meth:`gather`."""
         return dict(zip(self.keys, values.split(self.sizes, dim=-1), strict=True))
 
 
@@ -59,55 +85,196 @@ def spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
 
     Axes of fewer than :data:`FEW` units are pooled by kind, in ``parts`` consecutive ranges of the depth.
 
-    Args:
-        axes: The axes, in the order of the network.
-        parts: Into how many consecutive parts the pooled axes of one kind are divided.
-
     >>> from regrow.core.axes import Axis
     >>> [space.keys for space in spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
     [('a',), ('b', 'c')]
     """
-    result: list[Space] = []
     small: dict[str, list[Axis]] = {}
+    groups: list[list[Axis]] = []
     for axis in axes:
         if axis.size < FEW:
             small.setdefault(axis.label, []).append(axis)
         else:
-            result.append(Space(axis.label, (axis.key,), (axis.size,)))
-    for label, pooled in small.items():
+            groups.append([axis])
+    for pooled in small.values():
         for part in range(parts):
-            some = [axis for i, axis in enumerate(pooled) if i * parts // len(pooled) == part]
-            if some:
-                result.append(Space(label, tuple(a.key for a in some), tuple(a.size for a in some)))
-    return tuple(result)
+            groups.append([axis for i, axis in enumerate(pooled) if i * parts // len(pooled) == part])
+    return tuple(
+        Space(group[0].label, tuple(axis.key for axis in group), tuple(axis.size for axis in group))
+        for group in groups
+        if group
+    )
 
 
 def inner(units: Sequence[Axis], first: float, last: float) -> list[Axis]:
     """Return the axes that lie neither in the first nor in the last blocks of the network.
 
-    A block is the first number in a tensor's dotted name.
-
-    Args:
-        units: Axes; those that lie in no block are always returned.
-        first: The fraction of the blocks at the beginning that is left out.
-        last: The fraction of the blocks at the end that is left out.
+    ``first`` and ``last`` are fractions of the blocks; a block is the first number in a tensor's dotted name. Axes that
+    lie in no block are always returned.
 
     >>> from regrow.core.axes import Axis
     >>> [axis.key for axis in inner([Axis(key, 4, ()) for key in ("h.0.w", "h.1.w", "h.2.w", "head")], 0.4, 0.0)]
     ['h.1.w', 'h.2.w', 'head']
     """
-    result = {axis.key: re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units}
-    blocks = sorted({int(match[1]) for match in result.values() if match})
-    chosen = set(blocks[round(first * len(blocks)) : len(blocks) - round(last * len(blocks))])
-    return [axis for axis in units if not (match := result[axis.key]) or int(match[1]) in chosen]
+    matches = [re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units]
+    blocks = sorted({int(match[1]) for match in matches if match})
+    chosen = blocks[round(first * len(blocks)) : len(blocks) - round(last * len(blocks))]
+    return [axis for axis, match in zip(units, matches, strict=True) if not match or int(match[1]) in chosen]
 
 
-def within(values: Mapping[str, Tensor], among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Apply a function (a ranking, a standardisation) to all units of each ranking space together.
+def within(values: Tensors, among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Apply a function (a ranking, a standardisation), ``[..., n]`` → ``[..., n]``, to the units of each space."""
+    return {key: part for space in among for key, part in space.scatter(each(space.gather(values))).items()}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The importance rank of every unit on every source, and on every shard of each source.
 
     Args:
-        values: Axis key → ``[..., size]``.
-        among: The ranking spaces.
-        each: The function, ``[..., n]`` → ``[..., n]``.
+        sources: The names of the M sources.
+        whole: Axis key → ``[M, size]``: ranks by the scores on whole sources.
+        shards: Axis key → ``[M, S, size]``: ranks by the scores on each of the S shards of a source.
     """
-    return {key: part for space in among for key, part in space.scatter(each(space.gather(values))).items()}
+
+    sources: tuple[str, ...]
+    whole: Tensors
+    shards: Tensors
+
+
+def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space]) -> Ranks:
+    """Rank the units of each ranking space by their scores, in (0, 1), for each source and each of its shards.
+
+    ``scores``: source → its scores, and the scores of each of its shards; equally many shards each.
+    """
+    if len({len(shards) for _, shards in scores.values()}) != 1:
+        raise ValueError("every source needs equally many shards")
+    keys = [key for space in among for key in space.keys]
+    whole = {key: torch.stack([one[key] for one, _ in scores.values()]) for key in keys}
+    parts = {key: torch.stack([torch.stack([s[key] for s in shards]) for _, shards in scores.values()]) for key in keys}
+    return Ranks(tuple(scores), within(whole, among, percentile), within(parts, among, percentile))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much each unit's rank varies between sources.
+
+    Args:
+        sigma: Axis key → the standard deviation of the rank over sources, ``[size]`` float64.
+    """
+
+    sigma: Tensors
+
+
+def sensitivity(ranking: Ranks) -> Sensitivity:
+    """Compute how much each unit's rank varies between sources: the standard deviation (ddof = 1) of its ranks.
+
+    Source: GPrune-LLM (arXiv 2603.13418), ranking variance across data sets.
+    """
+    if len(ranking.sources) < 2:
+        raise ValueError(f"sensitivity compares sources; there is only {ranking.sources}")
+    return Sensitivity({key: value.std(0) for key, value in ranking.whole.items()})
+
+
+def share_of(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
+    """Return the fraction of flagged units (1 per flag, else 0) among those that are removed; 0 if none is removed.
+
+    >>> share_of({"a": torch.tensor([1.0, 0.0, 1.0, 0.0])}, {"a": (1,)})
+    0.6666666666666666
+    """
+    removed = [row[sorted(set(range(len(row))) - set(kept[key]))] for key, row in flags.items()]
+    return float(torch.cat(removed).double().mean()) if any(map(len, removed)) else 0.0
+
+
+def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
+    """Test per ranking space whether ranks differ between sources more than shuffled shards do; one row each.
+
+    The null shuffles shards over sources (one shuffle for all units of a draw). ``exceeds``: fraction of units with F >
+    1; ``significant``: with F above the null's 95 % point; ``share``: Σ between ÷ Σ (between + within), the fraction of
+    the variance of a shard's rank that is due to the source. ``spearman``: mean rank correlation between sources;
+    ``kendall_w``: ((M − 1) ρ + 1) / M; ``spearman_shards`` and ``spearman_within``: between shards of different sources
+    and of the same source, which are equally noisy. It takes at least 2 sources of at least 2 shards.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows: list[Row] = []
+    for space in among:
+        whole, shards = space.gather(ranking.whole), space.gather(ranking.shards)
+        m, s, n = shards.shape
+        between, noise, ratio = _effects(shards)
+        flat = shards.reshape(m * s, n)
+        shuffled = [flat[torch.randperm(m * s, generator=generator)].reshape(m, s, n) for _ in range(SHUFFLES)]
+        null = torch.stack([_effects(one)[2] for one in shuffled])
+        corner = null.flatten().quantile(0.95) if null.numel() < 2**24 else null[0].quantile(0.95)
+        rho = _off_diagonal(torch.corrcoef(whole))
+        mixed = torch.corrcoef(flat).reshape(m, s, m, s)
+        same = torch.stack([_off_diagonal(mixed[i, :, i, :]) for i in range(m)]).mean()
+        other = torch.stack([mixed[i, :, j, :].mean() for i in range(m) for j in range(m) if i != j]).mean()
+        rows.append(
+            {
+                "space": space.keys[0] if len(space.keys) == 1 else f"{len(space.keys)} × {space.label}",
+                "label": space.label,
+                "units": n,
+                "exceeds": float((ratio > 1).double().mean()),
+                "exceeds_null": float((null > 1).double().mean()),
+                "significant": float((ratio > corner).double().mean()),
+                "share": float(between.sum() / (between.sum() + noise.sum()).clamp_min(1e-30)),
+                "sigma": float(whole.std(0).median()),
+                "sigma_between": float(between.sqrt().median()),
+                "sigma_within": float(noise.sqrt().median()),
+                "spearman": float(rho),
+                "kendall_w": float(((m - 1) * rho + 1) / m),
+                "spearman_shards": float(other),
+                "spearman_within": float(same),
+            }
+        )
+    return rows
+
+
+def _effects(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (between, within, F) per unit, of ``[M, S, n]``, S ≥ 2."""
+    s = shards.shape[1]
+    over = s * shards.mean(1).var(0)
+    inside = shards.var(1).mean(0)
+    return ((over - inside) / s).clamp_min(0), inside, over / inside.clamp_min(1e-30)
+
+
+def _off_diagonal(square: Tensor) -> Tensor:
+    n = len(square)
+    return (square.sum() - square.diagonal().sum()) / (n * (n - 1))
+
+
+@dataclass(frozen=True)
+class View:
+    """Scores, ranks and sensitivity of units, computed from a given set of sources.
+
+    Args:
+        pooled: The statistics of the sources, summed.
+        scores: The scores by the pooled statistics.
+        ranks: The ranks on each source and shard.
+        spread: How much the ranks differ between the sources.
+    """
+
+    pooled: Statistics
+    scores: Scores
+    ranks: Ranks
+    spread: Sensitivity
+
+
+def views(
+    statistics: Mapping[str, Sequence[Statistics]],
+    score: Callable[[Statistics], Scores],
+    among: Sequence[Space],
+    *,
+    without_each: bool,
+) -> Iterator[View]:
+    """Yield the view of all sources, then (with ``without_each``) one view with each source left out.
+
+    A decision made without a source can be evaluated on that source as an unseen text domain. ``statistics``: source →
+    those of its shards; at least 2 sources, 3 to leave one out.
+    """
+    rows = {name: (score(merged(shards)), list(map(score, shards))) for name, shards in statistics.items()}
+    for left_out in (None, *(rows if without_each else ())):
+        names = [name for name in rows if name != left_out]
+        pooled = merged([shard for name in names for shard in statistics[name]])
+        ranking = ranks({name: rows[name] for name in names}, among)
+        yield View(pooled, score(pooled), ranking, sensitivity(ranking))

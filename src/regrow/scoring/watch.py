@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,44 +14,37 @@ from torch.utils._pytree import tree_map_only
 from regrow.core.scores import Moments
 from regrow.core.sources import Batch, visible_positions
 
-Fed = tuple[Tensor, Tensor, int]
+Operands = tuple[Any, Any, int]
 """A weight, the input it is contracted with, and which dimension of the input that is."""
 
 
-def _layers(func: Callable[..., Any], x: Tensor, state: Any, params: Sequence[Tensor], *how: Any) -> Iterator[Fed]:
+def _layers(func: Callable[..., Any], x: Tensor, state: Any, params: Sequence[Tensor], *how: Any) -> Iterator[Operands]:
     """Run each direction of each layer by itself, to see the inputs of each layer and each time step."""
     if not isinstance(params, list | tuple):  # packed sequences: their form is not that of sequences
         return
     biased, many, _, training, both, batch_first = how
     ways, time = 2 if both else 1, 1 if batch_first else 0
-    states = state if isinstance(state, list | tuple) else [state]
+    several = isinstance(state, list | tuple)
     each = len(params) // (many * ways)
     for layer in range(many):
         outs = []
         for way in range(ways):
-            place = layer * ways + way
-            own = params[place * each : (place + 1) * each]
-            start = [one[place : place + 1] for one in states]
+            index = layer * ways + way
+            weights = params[index * each : (index + 1) * each]
+            start = [part[index : index + 1] for part in (state if several else [state])]
             turned = x.flip(time) if way else x
-            first = start if isinstance(state, list | tuple) else start[0]
-            out = func(turned, first, own, biased, 1, 0.0, training, False, batch_first)[0]
+            first = start if several else start[0]
+            out = func(turned, first, weights, biased, 1, 0.0, training, False, batch_first)[0]
             before = start[0].transpose(0, 1) if batch_first else start[0]
-            yield own[0], turned, -1
-            yield own[1], torch.cat([before, out.narrow(time, 0, out.shape[time] - 1)], time), -1
+            yield weights[0], turned, -1
+            yield weights[1], torch.cat([before, out.narrow(time, 0, out.shape[time] - 1)], time), -1
             outs.append(out.flip(time) if way else out)
         x = torch.cat(outs, -1)
 
 
-def _cell(func: Callable[..., Any], x: Tensor, state: Any, inner: Tensor, back: Tensor, *biases: Any) -> Iterator[Fed]:
+def _cell(x: Tensor, state: Any, inner: Tensor, back: Tensor, *_: Any) -> Iterator[Operands]:
     yield inner, x, -1
     yield back, state[0] if isinstance(state, list | tuple) else state, -1
-
-
-RECURRENT: Mapping[Callable[..., Any], Callable[..., Iterator[Fed]]] = {
-    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _layers),
-    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _cell),
-}
-"""Function → the (weight, input, dimension) triples of a call. The projection of ``proj_size`` is not covered."""
 
 
 CHUNK = 1 << 18
@@ -58,72 +52,73 @@ CHUNK = 1 << 18
 GROUP = 64
 """How many columns a kernel sums side by side."""
 
-Operands = tuple[Any, Any, int]
-"""A weight, the input it is contracted with, and which dimension of the input that is."""
-
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Operands]:
     yield weight, input, -1
 
 
-def _matmul(a: Tensor, b: Tensor, **more: Any) -> Iterator[Operands]:
+def _matmul(a: Tensor, b: Tensor, **_: Any) -> Iterator[Operands]:
     yield b, a, -1
     yield a, b, -2 if b.dim() > 1 else -1
 
 
-def _right_matmul(b: Tensor, a: Tensor) -> Iterator[Operands]:
-    yield from _matmul(a, b)
+def _addmm(bias: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> Iterator[Operands]:
+    return _matmul(mat1, mat2)
 
 
-def _addmm(bias: Tensor, mat1: Tensor, mat2: Tensor, **more: Any) -> Iterator[Operands]:
-    yield from _matmul(mat1, mat2)
-
-
-def _conv(input: Tensor, weight: Tensor, *more: Any, **names: Any) -> Iterator[Operands]:
+def _conv(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Iterator[Operands]:
     yield weight, input, 1 - weight.dim()
 
 
-CONTRACTIONS: Mapping[Callable[..., Any], Callable[..., Iterator[Operands]]] = {
+_MATMULS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
+_CONVOLUTIONS = (
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+)
+Table = dict[Callable[..., Any], Callable[..., Iterator[Operands]]]
+CONTRACTIONS: Table = {
     F.linear: _linear,
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.mm: _matmul,
-    torch.Tensor.__matmul__: _matmul,
-    torch.Tensor.__rmatmul__: _right_matmul,
-    torch.addmm: _addmm,
-    torch.Tensor.addmm: _addmm,
-    torch.conv1d: _conv,
-    torch.conv2d: _conv,
-    torch.conv3d: _conv,
-    torch.conv_transpose1d: _conv,
-    torch.conv_transpose2d: _conv,
-    torch.conv_transpose3d: _conv,
+    **dict.fromkeys(_MATMULS, _matmul),
+    torch.Tensor.__rmatmul__: lambda b, a: _matmul(a, b),
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
+    **dict.fromkeys(_CONVOLUTIONS, _conv),
 }
 """Function → the (weight, input, dimension) triples that a call of it contracts."""
+RECURRENT: Table = {
+    **{func: partial(_layers, func) for func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _cell),
+}
+"""The same inside recurrent layers. The projection of ``proj_size`` is not covered."""
+_EVERYWHERE = CONTRACTIONS | RECURRENT
 
 
-def watched_name(watched: Mapping[int, str], weight: object) -> str | None:
-    """Return the name of the watched weight that an operand is, or is the transpose of (``x @ weight.T``).
+def find_inputs(
+    watched: Mapping[int, str],
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    table: Table = CONTRACTIONS,
+) -> Iterator[tuple[str, Tensor, int]]:
+    """Yield what a call contracts watched weights with: the name of the weight, the input, and its dimension.
 
-    Args:
-        watched: ``id`` of a weight → its name.
-        weight: The operand.
+    An operand is a watched weight (``id`` → name) if it is that tensor or its transpose (``x @ weight.T``).
     """
-    name = watched.get(id(weight))
-    if name is None and isinstance(weight, Tensor) and weight._base is not None:
-        base = weight._base
-        if weight.dim() == 2 and weight.shape == base.shape[::-1] and weight.stride() == base.stride()[::-1]:
-            name = watched.get(id(base))
-    return name
+    read = table.get(func)
+    for weight, value, dim in read(*args, **kwargs) if read else ():
+        name, base = watched.get(id(weight)), weight._base if isinstance(weight, Tensor) else None
+        if name is None and base is not None and weight.dim() == 2:
+            transposed = weight.shape == base.shape[::-1] and weight.stride() == base.stride()[::-1]
+            name = watched.get(id(base)) if transposed else None
+        if name is not None:
+            yield name, value, dim
 
 
 class Feed(TorchFunctionMode, ABC):
-    """A torch-function mode that replaces the inputs with which watched weights are contracted.
-
-    Args:
-        watched: ``id`` of a weight → its name.
-    """
+    """A torch-function mode that replaces the inputs with which watched weights (``id`` → name) are contracted."""
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()
@@ -131,24 +126,10 @@ class Feed(TorchFunctionMode, ABC):
 
     @abstractmethod
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
-        """Return the input to use instead of ``value``.
-
-        Args:
-            name: The name of the watched weight.
-            value: The input that it would be contracted with.
-            dim: The dimension of ``value`` that is contracted.
-        """
+        """Return the input to use instead of ``value``, which a weight would be contracted with in a dimension."""
 
     def weighed(self, name: str, weight: Tensor) -> Tensor:
-        """Return the weight to use inside a recurrent layer, whose inputs cannot be replaced.
-
-        Args:
-            name: The name of the watched weight.
-            weight: The weight.
-
-        Raises:
-            ValueError: Always, unless a subclass overrides it.
-        """
+        """Return the weight to use inside a recurrent layer, whose inputs cannot be replaced."""
         raise ValueError(f"{name!r} is read inside a recurrent layer, where its input cannot be exchanged")
 
     def _weighed(self, tensor: Tensor) -> Tensor:
@@ -162,14 +143,10 @@ class Feed(TorchFunctionMode, ABC):
         kwargs = kwargs or {}
         if func in RECURRENT:
             args, kwargs = tree_map_only(Tensor, self._weighed, (args, kwargs))
-        read = CONTRACTIONS.get(func)
-        for weight, value, dim in read(*args, **kwargs) if read else ():
-            name = watched_name(self.watched, weight)
-            if name is not None:
-                fed = self.fed(name, value, dim)
-                args = tuple(fed if arg is value else arg for arg in args)
-                kwargs = {key: fed if arg is value else arg for key, arg in kwargs.items()}
-                break
+        if (read := next(find_inputs(self.watched, func, args, kwargs), None)) is not None:
+            value, fed = read[1], self.fed(*read)
+            args = tuple(fed if arg is value else arg for arg in args)
+            kwargs = {key: fed if arg is value else arg for key, arg in kwargs.items()}
         return func(*args, **kwargs)
 
 
@@ -182,10 +159,9 @@ class InputSums(TorchFunctionMode):
         mask: ``[sequences, tokens]``, false at positions that do not count (padding); ``None``: all count.
     """
 
-    def __init__(self, watched: Mapping[int, str], sequences: int, mask: Tensor | None = None) -> None:
+    def __init__(self, watched: Mapping[int, str], sequences: int, mask: Tensor | None) -> None:
         super().__init__()
-        self.watched, self.sequences = watched, sequences
-        self.mask = mask
+        self.watched, self.sequences, self.mask = watched, sequences, mask
         self.sums: dict[str, Moments] = {}
 
     def __torch_function__(
@@ -193,13 +169,10 @@ class InputSums(TorchFunctionMode):
     ) -> Any:
         """Sum the input if a watched weight is contracted, then call the function."""
         kwargs = kwargs or {}
-        read, inside = CONTRACTIONS.get(func), RECURRENT.get(func)
-        if self.watched and (read is not None or inside is not None):
-            for weight, value, dim in inside(func, *args, **kwargs) if inside else read(*args, **kwargs):  # type: ignore[misc]
-                name = watched_name(self.watched, weight)
-                if name is not None:
-                    with torch.no_grad():
-                        self._add(name, value.detach(), dim)
+        if self.watched:
+            for name, value, dim in find_inputs(self.watched, func, args, kwargs, _EVERYWHERE):
+                with torch.no_grad():
+                    self._add(name, value.detach(), dim)
         return func(*args, **kwargs)
 
     def _add(self, name: str, value: Tensor, dim: int) -> None:
@@ -213,10 +186,7 @@ class InputSums(TorchFunctionMode):
 def rows_of(value: Tensor, dim: int, sequences: int) -> tuple[Tensor, int]:
     """Return an input as ``[sequences, positions, channels]``, or with channels before positions, and their dimension.
 
-    Args:
-        value: The input of a weight.
-        dim: The dimension that is contracted, counted from the end.
-        sequences: How many sequences the batch has.
+    ``dim``, counted from the end, is the dimension that is contracted.
     """
     if dim != -1:
         return value.reshape(-1, *value.shape[dim:]).flatten(2), 1
@@ -229,13 +199,7 @@ def rows_of(value: Tensor, dim: int, sequences: int) -> tuple[Tensor, int]:
 def visible_rows(value: Tensor, dim: int, batch: Batch) -> Tensor | None:
     """Return which positions of an input are no padding, in the order in which it holds them, ``[positions]`` bool.
 
-    Args:
-        value: The input of a weight.
-        dim: The dimension that is contracted, counted from the end.
-        batch: The batch that runs.
-
-    Returns:
-        The positions; ``None`` if nothing is padding, or the input does not have the positions of the batch.
+    ``None``: nothing is padding, or the input does not have the positions of the batch.
 
     >>> batch = Batch((), {"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])})
     >>> visible_rows(torch.zeros(2, 3, 4), -1, batch).tolist()

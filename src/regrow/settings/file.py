@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow.core.errors import InputError
 from regrow.core.limits import read_text, reason
-from regrow.core.references import names_code
+from regrow.core.names import names_code
 from regrow.settings.declaration import Declared, options_of
 from regrow.settings.words import command_of
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from regrow.core.amounts import Measure, Target
 from regrow.core.errors import InputError
-from regrow.core.source_names import GENERATED
+from regrow.core.names import GENERATED
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting, declared
 from regrow.settings.shared import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo, check_combination

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from regrow.core.branches import Placeholder, lies_in
-from regrow.core.insertion import Insertion
+from regrow.core.change import Insertion
 from regrow.store.errors import StoreError
 from regrow.tracing.block_copies import StackError, insert_copies
 from regrow.tracing.placeholder import insert_placeholders

@@ -6,7 +6,7 @@ for a result. At the end, the complete new folder replaces the old one, which ma
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -292,7 +292,7 @@ class RunFolder:
             after: The axes after.
         """
         rows = {"before": before, "after": after}
-        self._write("axes.json", {name: [row.record() for row in axes.inventory()] for name, axes in rows.items()})
+        self._write("axes.json", {name: [asdict(row) for row in axes.inventory()] for name, axes in rows.items()})
 
     def axes(self) -> dict[str, Any]:
         """Return the content of ``axes.json``; empty if there is no such file.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from regrow.core.branches import Placeholder
+from regrow.core.change import BlockCopy, Insertion
 from regrow.core.errors import InputError
-from regrow.core.insertion import BlockCopy, Insertion
 from regrow.core.limits import parse_json
 from regrow.nets import Origin
 from regrow.store import schemas
@@ -157,9 +157,9 @@ class Shapes:
             "attributes": dict(self.attributes),
             "ties": dict(self.ties),
             "dropped": list(self.dropped),
-            "stands": {path: placeholder.to_data() for path, placeholder in self.placeholders.items()},
+            "stands": {path: asdict(placeholder) for path, placeholder in self.placeholders.items()},
             "tensors": {name: _tensor_to_json(stored) for name, stored in self.tensors.items()},
-            "inserted": {path: [one.to_data() for one in several] for path, several in self.inserted.items()},
+            "inserted": {path: [asdict(one) for one in several] for path, several in self.inserted.items()},
         }
         data["sha256"] = content_digest(data)
         return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()) + "\n}\n"
@@ -255,7 +255,7 @@ def _place(place: str) -> str:
 
 def _placeholder(path: str, one: PlaceholderJson) -> Placeholder:
     try:
-        return Placeholder.from_data({"gives": one.gives, "takes": one.takes, "of": one.of, "at": one.at})
+        return Placeholder(one.gives, one.takes, one.of, one.at)
     except ValueError as error:
         raise StoreError(f"stands: {path}: {error}; restore it") from None
 

@@ -171,8 +171,7 @@ def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, u
     model = network.model
     shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
     every = {
-        name: (shapes[name][reader.slot.dim], shapes[name][1 - reader.slot.dim])
-        for name, reader in linear_readers(axes, units, shapes).items()
+        name: (reader.width, shapes[name][1 - reader.slot.dim]) for name, reader in linear_readers(axes, units).items()
     }
     weights = sum(one.numel() * one.itemsize for one in model.parameters())
     whole = plan.held + SPARE["pruning"] + weights + predict_products([*every.values()], together=False)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.axes import AxisGraph, size_of
-from regrow.core.operations import Tracer
+from regrow.core.axes.operations import Tracer
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out, commit, prepare
 from regrow.surgery.drop import bring_back, without_branches

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph
 from regrow.scoring.watch import Feed
-from regrow.scoring.weights import Reader, readers
+from regrow.scoring.weights import Reader, group_by_weight, readers
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def gate_inputs(
     reads = readers(axes, [axes[key] for key in gates])
     parameters = dict(model.named_parameters())
     watched = {id(parameters[reader.weight]): reader.weight for reader in reads}
-    with _Gate(watched, _by_weight(reads), gates, fills or {}, parameters):
+    with _Gate(watched, group_by_weight(reads), gates, fills or {}):
         yield
 
 
@@ -54,10 +54,9 @@ class _Gate(Feed):
         reads: Mapping[str, Sequence[Reader]],
         gates: Mapping[str, Tensor],
         fills: Mapping[str, Tensor],
-        parameters: Mapping[str, Tensor],
     ) -> None:
         super().__init__(watched)
-        self.reads, self.gates, self.fills, self.parameters = reads, gates, fills, parameters
+        self.reads, self.gates, self.fills = reads, gates, fills
         self.made: dict[tuple[str, int], Tensor] = {}
 
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
@@ -80,7 +79,7 @@ class _Gate(Feed):
             total: Tensor | None = None
             for reader in self.reads[name]:
                 gate = self.gates[reader.axis]
-                where = reader.positions(channels, self.parameters[name].shape[reader.slot.dim])
+                where = reader.positions(channels)
                 owner = torch.full((channels,), reader.size)
                 owner[where.flatten()] = torch.arange(reader.size).repeat_interleave(where.shape[1])
                 spread = torch.cat([gate, gate.new_ones(1)])[owner.to(gate.device)]
@@ -88,10 +87,3 @@ class _Gate(Feed):
             assert total is not None
             self.made[name, channels] = total
         return self.made[name, channels]
-
-
-def _by_weight(reads: Sequence[Reader]) -> dict[str, list[Reader]]:
-    result: dict[str, list[Reader]] = {}
-    for reader in reads:
-        result.setdefault(reader.weight, []).append(reader)
-    return result

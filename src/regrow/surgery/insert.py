@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Axis, AxisGraph, Example
 from regrow.core.branches import lies_in
-from regrow.core.change import Change
-from regrow.core.insertion import Insertion
+from regrow.core.change import Change, Insertion
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.forward_check import is_numberless
 from regrow.surgery.output_comparison import max_difference

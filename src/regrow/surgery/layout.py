@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regrow.core.axes import Axis, AxisGraph, Dim, Mark, Product, Slot, Sum, axes_in, size_of
-from regrow.core.dims import occurrences
+from regrow.core.axes.axis import occurrences
 from regrow.core.fills import FILLS, Growth
 from regrow.core.plan import Change, Plan
 

@@ -13,7 +13,7 @@ from regrow.core.axes import AxisGraph, Mark, Role
 from regrow.core.fills import FILLS
 from regrow.core.plan import Plan, PlanError
 from regrow.core.sources import Batch, device_of, moved
-from regrow.scoring.watch import CONTRACTIONS, watched_name
+from regrow.scoring.watch import find_inputs
 from regrow.tracing.capture import evaluating
 
 
@@ -320,11 +320,9 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result, read = func(*args, **kwargs), CONTRACTIONS.get(func)
-        for weight, _, dim in read(*args, **kwargs) if read else ():
-            if (name := watched_name(self.watched, weight)) is not None:
-                self.add(name, result, dim)
-                break
+        result = func(*args, **kwargs)
+        if (read := next(find_inputs(self.watched, func, args, kwargs), None)) is not None:
+            self.add(read[0], result, read[2])
         return result
 
     def add(self, name: str, value: Tensor, dim: int) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
 from regrow.surgery.layout import lay_out, units_after
 from regrow.surgery.widen import resize_moment

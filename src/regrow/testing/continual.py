@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph
-from regrow.core.dims import size_of
+from regrow.core.axes.axis import size_of
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task, first_examples
 from regrow.methods import MethodEntry

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Example
-from regrow.core.operations import Tracer
+from regrow.core.axes.operations import Tracer
 from regrow.tracing.branches import candidate_branches, with_branches
 from regrow.tracing.caches import caches
 from regrow.tracing.capture import (

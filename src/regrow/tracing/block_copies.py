@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.core.insertion import Insertion
+from regrow.core.change import Insertion
 from regrow.tracing.block_numbers import DEPTHS, FIRST, PER_BLOCK
 from regrow.tracing.meta_copy import copy_model
 

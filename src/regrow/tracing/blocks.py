@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from regrow.core.operations import Numbers
+from regrow.core.axes.operations import Numbers
 from regrow.tracing.capture import Capture
 from regrow.tracing.nodes import op_name, shape_of, shapes_of
 from regrow.tracing.steps import calls

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Decision, Example
-from regrow.core.operations import Tracer
+from regrow.core.axes.operations import Tracer
 from regrow.tracing.decisions import OutputError
 from regrow.tracing.interception import as_exporting
 from regrow.tracing.meta_copy import fake_example, meta_copy

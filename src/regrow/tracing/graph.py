@@ -8,7 +8,7 @@ from math import prod
 from torch import nn
 
 from regrow.core.axes import Axis, AxisGraph, Dim, Example, Fold, Mark, Product, Role, Slot, Sum, Work
-from regrow.core.dims import occurrences
+from regrow.core.axes.axis import occurrences
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf

@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Decision, Dim, Example, Product, Sum
-from regrow.core.operations import Tracer
+from regrow.core.axes.operations import Tracer
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, capture
 from regrow.tracing.decisions import compared_operands

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Product, RecordedStep, Role, axes_in
 from regrow.core.branches import lies_in
-from regrow.core.insertion import Stack
+from regrow.core.change import Stack
 from regrow.tracing.block_copies import StackError, stack_at
 from regrow.tracing.branches import ModuleCall, record_calls
 from regrow.tracing.capture import TraceError, first_line

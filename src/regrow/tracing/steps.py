@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from regrow.core.axes import AxisGraph, Dim, RecordedStep, size_of
-from regrow.core.operations import Number, Numbers
+from regrow.core.axes.operations import Number, Numbers
 from regrow.tracing.capture import Capture
 from regrow.tracing.graph import Names
 from regrow.tracing.nodes import ALIASES, leaves_of, module_of, op_name, shapes_of, uncast

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Dim, Product, Sum
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
 from regrow.core.sources import device_of
 from regrow.store import plan_schemas, schemas

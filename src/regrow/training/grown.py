@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from regrow.core.axes import AxisGraph, size_of
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.errors import InputError
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.plan import Plan

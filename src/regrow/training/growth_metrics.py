@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regrow.core.axes import AxisGraph
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
 from regrow.core.sources import to_host
 from regrow.surgery.parametrize import resize_axis_tensor

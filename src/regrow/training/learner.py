@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, axes_in
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.objectives import CLASSIFICATION, Objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Log, discard

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.training.learner import Context, Loss, Step, task_loss, tensor_along
 
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, get_type_hints
 import msgspec
 
 from regrow.core.axes import AxisGraph
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
 from regrow.store.convert import convert
 from regrow.surgery.parametrize import resize_axis_tensor

@@ -15,7 +15,7 @@ from regrow.allocation import BudgetError, Cost
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
-from regrow.core.evidence import Evidence
+from regrow.core.scores import Evidence
 from regrow.core.sources import Batch, Source, labelled_logits
 from regrow.jobs.pruning import build_pruner, check_pruning, collect_evidence
 from regrow.methods.pruning import depth, replay

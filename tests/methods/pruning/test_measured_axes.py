@@ -13,8 +13,7 @@ import regrow
 from hand import lm, texts
 from regrow.core.axes import AxisGraph, Mark
 from regrow.core.budget import Budget
-from regrow.core.evidence import Evidence, Need
-from regrow.core.scores import Statistics
+from regrow.core.scores import Evidence, Need, Statistics
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import BatchStream
 from regrow.jobs.pruning import build_pruner, collect_evidence, divide_sources, split_sources

@@ -12,7 +12,7 @@ from regrow.allocation import cost_of
 from regrow.core.amounts import STEPS, Measure, Target
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
-from regrow.core.evidence import Evidence
+from regrow.core.scores import Evidence
 from regrow.core.sources import Source
 from regrow.jobs.pruning import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method

@@ -414,7 +414,7 @@ def test_a_network_that_was_trained_since_is_refitted_to_the_dense_one():
 
 
 def test_bias_is_what_the_plan_could_have_refit_in_dense():
-    from regrow.core.evidence import Need
+    from regrow.core.scores import Need
     from regrow.scoring import collect, means
 
     one = language()

@@ -20,8 +20,7 @@ from methods.search.searches import (
     write,
 )
 from regrow import trace
-from regrow.allocation.edges import Edges
-from regrow.allocation.partial import partial_channels
+from regrow.allocation.darts import Edges, partial_channels
 from regrow.core.candidates import candidates_in
 from regrow.core.tasks import Examples, Task
 from regrow.methods.search.darts import Settings, build

@@ -5,10 +5,33 @@ Some dimensions of a network's tensors always change together: the output of one
 :class:`AxisGraph` holds the axes of a network and every tensor's shape written in them: plain data, made by tracing.
 """
 
-from regrow.core.axes.axis import Axis, Example, Mark, Role, Slot
-from regrow.core.axes.graph import AxisGraph, matches
-from regrow.core.dims import Cache, Dim, Product, Sum, axes_in, size_of
-from regrow.core.operations import Decision, Fold, RecordedStep, Work
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+from uuid import uuid4
+
+from torch import Tensor
+
+from regrow.core.axes.axis import (
+    Axis,
+    Cache,
+    Dim,
+    Example,
+    Mark,
+    Product,
+    Role,
+    Slot,
+    Sum,
+    axes_in,
+    divided,
+    size_of,
+)
+from regrow.core.axes.inventory import Row, block, tables_of, unit_costs
+from regrow.core.axes.operations import Decision, Fold, RecordedStep, Tracer, Work
+from regrow.core.branches import Branch
+from regrow.core.tables import Table, format_html, format_text
 
 __all__ = [
     "Axis",
@@ -29,3 +52,238 @@ __all__ = [
     "matches",
     "size_of",
 ]
+
+
+@dataclass(frozen=True)
+class AxisGraph:
+    """The result of tracing: all axes of a network, and every tensor's shape as products and sums of axes.
+
+    Args:
+        axes: Every axis by key, frozen ones too.
+        shapes: Parameter or buffer name → its dimensions. Tied tensors appear under each of their names.
+        ties: Name → the first name of the same tensor, for every further name.
+        parameters: The names in ``shapes`` that are parameters (the others are buffers).
+        counted: The weights of which ``keep`` is a fraction: those of linear layers and convolutions; where the
+            network looks its input up in an embedding, without the embedding and the output head.
+        itemsize: Name → bytes per entry.
+        work: The multiply–accumulates of the traced example, per contraction.
+        caches: The keys and values that each attention caches per token.
+        integers: ``module:attribute`` → the dimension whose size the attribute holds (``out_features``, ``head_dim``).
+        folds: Axis sizes that occur as divisors (in norms, attention scales), and the parameters that absorb a change.
+        unreached: Parameters that the example did not use.
+        notes: What tracing could not analyse: operations without a rule, with the module and the axes frozen for it.
+        branches: Module path → whether the module can be dropped whole, or why not. Only the operations of
+            :class:`regrow.Candidates`, until :func:`regrow.with_branches` has examined every module that runs.
+        steps: The operations of the network, in the order in which they ran.
+        decisions: The data-dependent values of the example, where one eager run was recorded; ``None`` where
+            fake data were enough.
+        tracer: How the network was recorded on fake data.
+        unproven: Why the recording was not compared with the network's own forward pass; empty: it was, and is equal.
+        trained: Whether training mode was traced too, since it reaches more parameters.
+        declared: The keys of the axes that the user declared instead of tracing.
+        example: The traced input, for verifying.
+        recording: The operations and where they read axes (:class:`regrow.tracing.readings.Recording`), to prove a
+            change; ``None``: the proof makes a new one.
+        network: The id of the traced network: new for every trace, unchanged by cuts and growth.
+    """
+
+    axes: Mapping[str, Axis]
+    shapes: Mapping[str, tuple[Dim, ...]]
+    parameters: frozenset[str]
+    counted: tuple[str, ...] = ()
+    itemsize: Mapping[str, int] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
+    work: tuple[Work, ...] = ()
+    caches: tuple[Cache, ...] = ()
+    integers: Mapping[str, Dim] = field(default_factory=dict)
+    folds: tuple[Fold, ...] = ()
+    unreached: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    branches: Mapping[str, Branch] = field(default_factory=dict)
+    steps: tuple[RecordedStep, ...] = field(default=(), compare=False, repr=False)
+    decisions: tuple[Decision, ...] | None = field(default=None, compare=False, repr=False)
+    tracer: Tracer = field(default=Tracer.COPY, compare=False, repr=False)
+    unproven: str = field(default="", compare=False, repr=False)
+    trained: bool = False
+    declared: tuple[str, ...] = ()
+    example: Example = field(default_factory=Example, compare=False, repr=False)
+    recording: Any = field(default=None, compare=False, repr=False)
+    network: str = field(default_factory=lambda: uuid4().hex, compare=False, repr=False)
+
+    def __getitem__(self, key: str) -> Axis:
+        return self.axes[key]
+
+    def __iter__(self) -> Iterator[Axis]:
+        return iter(self.axes.values())
+
+    def __len__(self) -> int:
+        return len(self.axes)
+
+    def __str__(self) -> str:
+        """Return the tables of ``regrow show`` as text: what can be cut, and what is frozen; at most about 40 rows."""
+        return format_text(self.tables(), self._note)
+
+    def _repr_html_(self) -> str:
+        """Return the same as HTML, for notebooks."""
+        return format_html(self.tables(), self._note)
+
+    @property
+    def _note(self) -> str:
+        return self.summary() + (f"; unproven on the network itself: {self.unproven}" if self.unproven else "")
+
+    @property
+    def recorded(self) -> str:
+        """How the graph was obtained: ``"export"``, one ``"eager"`` run, or ``"not"`` traced but all declared."""
+        if self.declared and self.axes.keys() <= set(self.declared):
+            return "not"
+        return "export" if self.decisions is None else "eager"
+
+    @cached_property
+    def consumed(self) -> Mapping[str, frozenset[int]]:
+        """Tensor name → the dimensions in which it consumes axes; without the tensors that consume none."""
+        result: dict[str, set[int]] = {}
+        for axis in self:
+            for slot in axis.slots:
+                if slot.role is Role.CONSUMES:
+                    result.setdefault(slot.name, set()).add(slot.dim)
+        return {name: frozenset(dims) for name, dims in result.items()}
+
+    def sizes(self) -> dict[str, int]:
+        """Return axis key → its current number of units."""
+        return {axis.key: axis.size for axis in self}
+
+    def batch_size(self) -> int:
+        """Return the batch size of the traced input.
+
+        That is the number of entries of its first list, or the leading size of its first tensor if the network's last
+        result has the same; 1 otherwise.
+        """
+        values = (*self.example.args, *self.example.kwargs.values())
+        first = next((value for value in values if isinstance(value, Tensor | list | tuple)), None)
+        if isinstance(first, list | tuple):
+            return max(1, len(first))
+        if first is None or first.dim() < 2 or not first.shape[0]:
+            return 1
+        results = [shape for step in self.steps[-1:] for shape in step.shapes if shape]
+        last = size_of(results[0][0], self.sizes()) if results else first.shape[0]
+        return first.shape[0] if last == first.shape[0] else 1
+
+    def work_per_example(self) -> tuple[Work, ...]:
+        """Return the contractions for a single example; those that do not depend on the batch stay whole."""
+        many = self.batch_size()
+        return self.work if many == 1 else tuple(replace(work, dims=divided(work.dims, many)) for work in self.work)
+
+    def inventory(self) -> list[Row]:
+        """Return one row per axis, in the order of the network."""
+        sizes = self.sizes()
+        names = [name for name in self.shapes if name in self.parameters and name not in self.ties]
+        parameters = unit_costs(sizes, [self.shapes[name] for name in names])
+        macs = unit_costs(sizes, [work.dims for work in self.work_per_example()])
+        rows = []
+        for axis in self:
+            names = list(dict.fromkeys(slot.name for slot in axis.slots))
+            costs = (parameters[axis.key], macs[axis.key]) if axis.free else (0, 0)
+            mark = str(axis.mark)
+            rows.append(
+                Row(axis.key, axis.label, block(names), axis.size, mark, axis.reason, axis.inside, *costs, len(names))
+            )
+        return rows
+
+    def tables(self, *, everything: bool = False) -> tuple[Table, Table]:
+        """Return the tables of ``regrow show``: the axes that can be cut, by kind, and the frozen ones, by reason.
+
+        Args:
+            everything: Whether every frozen axis has a row of its own.
+        """
+        return tables_of(self.inventory(), everything=everything)
+
+    def count_entries(self, names: Iterable[str], sizes: Mapping[str, int]) -> int:
+        """Return how many entries tensors have together at given axis sizes."""
+        return sum(size_of(Product(self.shapes[name]), sizes) for name in names)
+
+    def summary(self) -> str:
+        """Return in one line how many axes can be cut, and how many weights and parameters there are."""
+        sizes = self.sizes()
+        weights = self.count_entries(self.counted, sizes)
+        parameters = self.count_entries(self.parameters - self.ties.keys(), sizes)
+        keep = f"--keep counts {weights:,} weights, of {parameters:,} parameters"
+        return f"{len(self.free())} of {len(self)} axes can be cut; {keep}"
+
+    def free(self) -> tuple[Axis, ...]:
+        """Return the axes whose units can be cut."""
+        return tuple(axis for axis in self if axis.free)
+
+    def units(
+        self,
+        only: tuple[str, ...] = (),
+        exclude: tuple[str, ...] = (),
+        marks: frozenset[Mark] = frozenset({Mark.NEUTRAL}),
+    ) -> tuple[Axis, ...]:
+        """Return the axes that a pruning method may cut: free, of the given marks, not inside another chosen axis.
+
+        Axes that must stay equal in size while their units count differently (``Axis.times``) are left out.
+
+        Args:
+            only: Patterns (``fnmatch``, or part of a dotted name); each tensor of an axis must match one; empty: all.
+            exclude: Patterns; an axis is left out as soon as one of its tensors matches.
+            marks: Which marks are allowed; neutral alone unless given.
+        """
+        uneven = {axis.count for axis in self if axis.count and axis.times != 1}
+        chosen = tuple(
+            axis
+            for axis in self.free()
+            if axis.mark in marks
+            and axis.count not in uneven
+            and (not only or all(any(matches(slot.name, p) for p in only) for slot in axis.slots))
+            and not any(matches(slot.name, p) for p in exclude for slot in axis.slots)
+        )
+        keys = {axis.key for axis in chosen}
+        return tuple(axis for axis in chosen if axis.inside not in keys)
+
+    def without(self, branches: Iterable[Branch]) -> "AxisGraph":
+        """Return a copy without everything that dropping some branches removes, for costing what is left."""
+        removed = list(branches)
+
+        def stays(name: str) -> bool:
+            return not any(branch.holds(name) for branch in removed)
+
+        def filtered(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in values.items() if stays(name)}
+
+        slots = {axis.key: tuple(slot for slot in axis.slots if stays(slot.name)) for axis in self}
+        axes = {key: replace(self[key], slots=left) for key, left in slots.items() if left}
+
+        def known(*dims: Dim) -> bool:
+            return axes.keys() >= set(axes_in(Product(dims)))
+
+        return replace(
+            self,
+            axes={key: replace(axis, inside=axis.inside if axis.inside in axes else "") for key, axis in axes.items()},
+            shapes=filtered(self.shapes),
+            parameters=frozenset(filter(stays, self.parameters)),
+            counted=tuple(filter(stays, self.counted)),
+            itemsize=filtered(self.itemsize),
+            ties=filtered(self.ties),
+            work=tuple(work for work in self.work if stays(work.module) and known(*work.dims)),
+            caches=tuple(cache for cache in self.caches if stays(cache.module) and known(*cache.keys, *cache.values)),
+            integers={at: dim for at, dim in self.integers.items() if stays(at.partition(":")[0]) and known(dim)},
+            folds=tuple(fold for fold in self.folds if stays(fold.weight)),
+            unreached=tuple(filter(stays, self.unreached)),
+        )
+
+    def with_axes(self, axes: Mapping[str, Axis]) -> "AxisGraph":
+        """Return a copy with other axes (axis key → axis), as after a cut; everything else is unchanged."""
+        return replace(self, axes=axes)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a dotted tensor name matches a pattern: an ``fnmatch`` of the whole name, or a run of its dotted parts.
+
+    >>> matches("layers.0.mlp.up_proj.weight", "mlp"), matches("layers.0.mlp.up_proj.weight", "layers.1*")
+    (True, False)
+
+    Args:
+        name: The name of a parameter or buffer.
+        pattern: A shell pattern such as ``layers.1*``, or parts such as ``mlp.up_proj``.
+    """
+    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import logits_in
 from regrow.core.tasks import among, run_network
 from regrow.settings.constraints import Range, check_constraints

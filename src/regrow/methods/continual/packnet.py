@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
 from regrow.settings.constraints import Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step

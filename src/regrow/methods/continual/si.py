@@ -11,7 +11,7 @@ from typing import Annotated
 
 import torch
 
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.settings.constraints import Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
 from regrow.training.parameters import copy_parameters, quadratic_loss

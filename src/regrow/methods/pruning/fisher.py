@@ -13,8 +13,7 @@ from typing import Annotated
 
 from regrow import scoring
 from regrow.allocation import cost_of, rank
-from regrow.core.evidence import Need
-from regrow.core.scores import Scores
+from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.compared_allocations import RANKED, choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, one_score
 from regrow.scoring.spaces import OUTER_BLOCKS

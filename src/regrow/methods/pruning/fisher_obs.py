@@ -18,13 +18,12 @@ import torch
 
 from regrow import scoring
 from regrow.allocation import uniform
-from regrow.core.evidence import Need
-from regrow.core.scores import Scores
+from regrow.core.scores import Need, Scores
 from regrow.data.joined import join_sources
 from regrow.methods.pruning.compared_allocations import choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
-from regrow.scoring.activations import energy
 from regrow.scoring.layer_orders import BATCH, order_layers
+from regrow.scoring.metrics import energy
 from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.settings.constraints import OneOf, Range, check_constraints
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from regrow import scoring
-from regrow.core.evidence import Need
-from regrow.core.scores import Scores
+from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.settings.constraints import OneOf, Range, check_constraints
 

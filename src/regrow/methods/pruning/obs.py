@@ -12,12 +12,11 @@ from functools import partial
 from typing import Annotated
 
 from regrow import scoring
-from regrow.core.evidence import Need
-from regrow.core.scores import Scores
+from regrow.core.scores import Need, Scores
 from regrow.data.joined import join_sources
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
-from regrow.scoring.activations import energy
 from regrow.scoring.layer_orders import BATCH, order_layers
+from regrow.scoring.metrics import energy
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (

@@ -16,11 +16,10 @@ from regrow.allocation import allocation, cost_of, payers
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget
-from regrow.core.evidence import Evidence, Need
 from regrow.core.objectives import MULTI_LABEL, REGRESSION, Objective, choose_objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.scores import Scores
+from regrow.core.scores import Evidence, Need, Scores
 from regrow.core.sources import Source
 from regrow.scoring import means, random, uncompensated, weights_of, weights_without_bias
 from regrow.scoring.collect import BlockVisits

@@ -10,9 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from regrow.core.evidence import Need
 from regrow.core.plan import Plan
-from regrow.core.scores import Moments, Statistics
+from regrow.core.scores import Moments, Need, Statistics
 from regrow.methods.recovery.streamed import StreamedPair
 from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.scoring import collect, means, uncompensated

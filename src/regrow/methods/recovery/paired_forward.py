@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.turns import StopRunError, Turns, capture_state
-from regrow.scoring.watch import CONTRACTIONS, watched_name
+from regrow.scoring.watch import find_inputs
 from regrow.streaming.network import Around
 
 ADDITIONS = frozenset(
@@ -95,12 +95,8 @@ class LayerCalls(TorchFunctionMode, ABC):
                 if call := self._pop(tensor):
                     self._settle(call, func, args, kwargs)
         result = func(*args, **kwargs)
-        read = CONTRACTIONS.get(func)
-        for weight, value, dim in read(*args, **kwargs) if read else ():
-            name = watched_name(self.watched, weight)
-            if name is not None:
-                self.waiting[id(result)] = LayerCall(name, value, dim, result, lambda: func(*args, **kwargs))
-                break
+        if (read := next(find_inputs(self.watched, func, args, kwargs), None)) is not None:
+            self.waiting[id(result)] = LayerCall(*read, result, lambda: func(*args, **kwargs))
         return result
 
     def call_of(self, tensor: Tensor) -> LayerCall | None:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from regrow.allocation import commits
-from regrow.allocation.commits import least, limit_removal, protect_cheapest, savings, select_removed
+from regrow.allocation.commits import least, limit_removal, protect_cheapest, sample_operations, savings, select_removed
 from regrow.allocation.gates import GateMasks
-from regrow.allocation.regrowth import sample_operations
 from regrow.core.candidates import single_in
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples
@@ -159,7 +158,7 @@ def select_lowest(
         if size <= target or share > high or not (below or each):
             break
         together = layout.together(i)
-        if layout.tied[i] == i and all(bool(layout.open(0, left)[j]) for j in together.nonzero()[:, 0]):
+        if layout.tied[i] == i and all(bool(layout.open(left)[j]) for j in together.nonzero()[:, 0]):
             less = left.masked_fill(together, 0.0)
             if reachable and least(replace(layout, alive=layout.alive & (less > 0)), space.cuts) > target:
                 continue  # the target will need it

@@ -25,8 +25,8 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
+from regrow.allocation.darts import partial_channels
 from regrow.allocation.gates import GateMasks
-from regrow.allocation.partial import partial_channels
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.methods.search.assembly import Search, compute_loss, follow_training

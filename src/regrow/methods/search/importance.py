@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.edges import Edges, select_operations
+from regrow.allocation.darts import Edges, select_operations
 from regrow.allocation.gates import GateMasks
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.candidates import run_whole
 from regrow.core.objectives import CLASSIFICATION
 from regrow.core.plan import Plan

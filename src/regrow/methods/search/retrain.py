@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.tasks import Examples
 from regrow.data.augment import cut_out, is_images, shift_and_flip
 from regrow.training.learner import Context, Learner, Loss, Replacements, Step, task_loss

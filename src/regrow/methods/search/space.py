@@ -12,7 +12,7 @@ from regrow.allocation.gates import GateMasks, Gates, gates
 from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.candidates import Staged, candidates_in, single_in, tied_in
 from regrow.core.sources import device_of, move_tensors
 from regrow.methods.search.state import SearchState

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from regrow.allocation.edges import Edges
+from regrow.allocation.darts import Edges
 from regrow.allocation.gates import Gates
 from regrow.allocation.levels import Levels
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.training.state import derived
 
 

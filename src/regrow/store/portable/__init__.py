@@ -4,6 +4,7 @@ The modules beside this one are copied into the model folder, and must run witho
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         ``None`` if that does not suffice: for modules that only regrow has, or large derived buffers.
     """
     found = named_tensors(model)
-    inserted = {path: [one.to_data() for one in several] for path, several in shapes.inserted.items()}
+    inserted = {path: [asdict(one) for one in several] for path, several in shapes.inserted.items()}
     own = {name: one for name, one in shapes.tensors.items() if one.kind is Kind.DERIVED}
     nothing = any(placeholder.gives == "nothing" for placeholder in shapes.placeholders.values())
     foreign = any(isinstance(module, Attention) for module in model.modules())
@@ -67,7 +68,7 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         },
         "attributes": dict(shapes.attributes),
         "dropped": list(shapes.dropped),
-        "stands": {path: placeholder.to_data() for path, placeholder in shapes.placeholders.items()},
+        "stands": {path: asdict(placeholder) for path, placeholder in shapes.placeholders.items()},
         **({"inserted": inserted} if inserted else {}),
         "derived": {
             name: {"dtype": one.dtype, "shape": list(one.shape), "numbers": found[name].tensor.flatten().tolist()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from regrow.core.axes import axes_in
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.scoring.factors import Factors, Gate, factors, join_bias, layers, part
 from regrow.training.learner import Context

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.growth import growable_axes, growth, makers
 from regrow.allocation.thresholds import apply_threshold, margin
+from regrow.allocation.widening import growable_axes, growth, makers
 from regrow.core.axes import Axis
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Fill, Plan
 from regrow.core.sources import Batch, device_of
 from regrow.core.tasks import among

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.scoring.factors import Gate
 from regrow.training.reservoir import Reservoir
 from regrow.training.state import derived

@@ -18,7 +18,7 @@ from regrow.allocation import BudgetError, cost_of, uniform
 from regrow.core.amounts import Measure
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget
-from regrow.core.evidence import Need
+from regrow.core.scores import Need
 from regrow.methods.pruning.depth.modules import candidates, least_cost, score_neurons
 from regrow.methods.pruning.depth.search import DepthSearch
 from regrow.methods.pruning.depth.settings import Settings

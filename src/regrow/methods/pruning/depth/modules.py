@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from regrow import scoring
 from regrow.allocation import cost_of
-from regrow.core.axes import Axis, AxisGraph
-from regrow.core.axes.graph import matches
+from regrow.core.axes import Axis, AxisGraph, matches
 from regrow.core.branches import Branch, lies_in
 from regrow.core.budget import Budget
 from regrow.core.scores import Scores

@@ -19,12 +19,12 @@ from regrow import scoring
 from regrow.allocation import module_costs, rank, ratios
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
-from regrow.core.evidence import Need
+from regrow.core.scores import Need
 from regrow.methods.pruning.gprune.masks import Comparison
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.gprune.shares import score_units
 from regrow.methods.pruning.pruner import Pruner, pooled_means
-from regrow.scoring.base import BASES
+from regrow.scoring.metrics import BASES
 
 __all__ = ["CITATION", "Settings", "build"]
 

@@ -13,12 +13,9 @@ from regrow.core.scores import Scores, Statistics, merged
 from regrow.methods.pruning.gprune.masks import Masks
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.pruner import PruningTask
-from regrow.scoring.base import BASES
-from regrow.scoring.partition import Modules, partition
-from regrow.scoring.reliability import Reliability, rank_in_modules
-from regrow.scoring.sensitivity import spectrum
-from regrow.scoring.spaces import Space, spaces, within
-from regrow.scoring.views import View, views
+from regrow.scoring.metrics import BASES
+from regrow.scoring.modules import Modules, Reliability, partition, rank_in_modules
+from regrow.scoring.spaces import Space, View, spaces, spectrum, views, within
 
 INACTIVE = 1e-3
 """A unit is inactive on a source if the root mean square of its inputs is at most this fraction of its axis's mean."""
@@ -82,15 +79,13 @@ def _calibration_sources(s: Settings, sources: Sequence[str]) -> list[str]:
 def _inactive(task: PruningTask, units: Sequence[Axis]) -> dict[str, Tensor]:
     """Return which units have inputs of almost 0 on every source, by axis key, ``[size]`` bool."""
     power: dict[str, list[Tensor]] = {axis.key: [] for axis in units}
-    parameters = dict(task.model.named_parameters())
     for shards in task.evidence.statistics.values():
         moments = merged(shards).moments
         each: dict[str, Tensor] = {}
         for reader in scoring.readers(task.axes, units):
             if reader.weight in moments:
                 square = moments[reader.weight].square / moments[reader.weight].count
-                width = parameters[reader.weight].shape[reader.slot.dim]
-                mine = square[reader.positions(len(square), width)].mean(1)
+                mine = square[reader.positions(len(square))].mean(1)
                 each[reader.axis] = each.get(reader.axis, 0) + mine
         for key, value in each.items():
             power[key].append(value <= INACTIVE**2 * value.mean())

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow.scoring.base import BASES
-from regrow.scoring.partition import PARTITIONS
-from regrow.scoring.reliability import SWITCHES
+from regrow.scoring.metrics import BASES
+from regrow.scoring.modules import PARTITIONS, SWITCHES
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 STARTS = ("base", "inner", "uniform")
@@ -24,9 +23,9 @@ class Settings:
         shards: The number of parts into which each source is split, so that the report can tell how far ranks vary
             between sources from sampling noise.
         partition: How units are grouped into modules: ``thresholds``, ``random`` or ``layer``; see
-            :mod:`regrow.scoring.partition`.
+            :mod:`regrow.scoring.modules`.
         switch: Which modules are ordered without activations: ``blend``, ``even``, ``unreliable``, ``never``,
-            ``always`` or ``reversed``; see :mod:`regrow.scoring.reliability`.
+            ``always`` or ``reversed``; see :mod:`regrow.scoring.modules`.
         switch_most: The largest fraction of units that ``unreliable`` and ``reversed`` may switch.
         instead: The metric that orders switched modules: ``peaks`` (peak to peak of a unit's rows) or ``weights`` (the
             weight-only part of the base metric).

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regrow.allocation import BudgetError, allocation, module_costs, rank, ratios, uniform
-from regrow.core.axis_tensor import AxisTensor
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.scores import Scores
 from regrow.core.sources import Batch, drawn
 from regrow.methods.pruning.gprune.masks import Comparison, Masks
@@ -16,10 +16,9 @@ from regrow.methods.pruning.gprune.modules import Measurement, findings_of, form
 from regrow.methods.pruning.gprune.settings import STARTS, Settings
 from regrow.methods.pruning.pruner import Kept, PruningTask, Ranking
 from regrow.methods.pruning.replay import choose_lowest
-from regrow.scoring.base import BASES
-from regrow.scoring.reliability import reliability
-from regrow.scoring.sensitivity import share_of
-from regrow.scoring.spaces import FEW, OUTER_BLOCKS, inner, spaces, within
+from regrow.scoring.metrics import BASES
+from regrow.scoring.modules import reliability
+from regrow.scoring.spaces import FEW, OUTER_BLOCKS, inner, share_of, spaces, within
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header
 from regrow.surgery.gate import gates_of

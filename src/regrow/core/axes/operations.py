@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from regrow.core.dims import Dim
+from regrow.core.axes.axis import Dim
 
 
 class Tracer(StrEnum):
