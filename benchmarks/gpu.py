@@ -27,7 +27,7 @@ from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
 from regrow.methods import LEARNERS, METHODS, RECOVERIES
 from regrow.nets.devices import choose_device
-from regrow.scoring import collect
+from regrow.scoring.collect import collect
 
 SMALL, LARGE = (64, 192, 4, 4, 512), (4096, 14336, 32, 32, 128256)
 """Width, hidden neurons, layers, heads and vocabulary."""

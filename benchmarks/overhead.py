@@ -26,7 +26,7 @@ from regrow.data import Half, text, windows
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
-from regrow.scoring import collect
+from regrow.scoring.collect import collect
 from regrow.store import save
 from regrow.store.versions import versions
 

@@ -26,10 +26,11 @@ import torch
 from torch.utils._pytree import tree_map
 
 from nets import KINDS, nets
-from regrow import scoring
 from regrow.core.axes import AxisGraph, Mark
 from regrow.core.plan import Plan
 from regrow.nets import replace_attention
+from regrow.scoring.metrics import magnitude
+from regrow.scoring.weights import weights_of
 from regrow.surgery import apply
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace
@@ -80,7 +81,7 @@ def ours(what: str, name: str, judge: bool = True) -> None:
 def halved(model: torch.nn.Module, axes: AxisGraph) -> Plan:
     """Half of every axis whose cut is exact: the units whose readers have the largest norms stay."""
     units = axes.units(marks=EXACT)
-    scores = scoring.magnitude(scoring.weights_of(model), axes, units=units).values
+    scores = magnitude(weights_of(model), axes, units=units).values
     keep = {}
     for axis in units:
         n = max(axis.size - axis.size // 2, min(axis.least, axis.size))

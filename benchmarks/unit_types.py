@@ -35,8 +35,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import corpora
 
-from regrow import data, evaluation, scoring
-from regrow.allocation import BudgetError, Cost, uniform
+from regrow import data, evaluation
+from regrow.allocation.cost import Cost
+from regrow.allocation.ranked import BudgetError, uniform
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
@@ -46,6 +47,8 @@ from regrow.data import Half
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
+from regrow.scoring.compensate import means
+from regrow.scoring.metrics import wifv
 from regrow.scoring.spaces import OUTER_BLOCKS, inner
 from regrow.store.versions import versions
 from regrow.surgery import apply
@@ -176,14 +179,14 @@ def cut_head_size(model: Any, axes: AxisGraph, evidence: Evidence, keep: float, 
         total += both / both.sum()
     pooled, weights = evidence.pooled(), dict(model.named_parameters())
     kept = {pairs.key: sorted(total.topk(many).indices.tolist())}
-    scores = scoring.wifv(weights, axes, pooled, units=values).values
+    scores = wifv(weights, axes, pooled, units=values).values
     kept |= {axis.key: sorted(scores[axis.key].topk(2 * many).indices.tolist()) for axis in values}
     cost = Cost(axes)
     saved = cost.total - cost({key: len(units) for key, units in kept.items()})
     neurons = list(inner(axes.units(("mlp",)), *OUTER_BLOCKS))
     limit = Target(Measure.WEIGHTS, float(Budget(keep).limit(cost.total) + saved))
-    kept |= uniform(axes, scoring.wifv(weights, axes, pooled, units=neurons), Budget(target=limit))
-    return Plan.keeping(axes, kept, means=scoring.means(model, axes, kept, pooled))
+    kept |= uniform(axes, wifv(weights, axes, pooled, units=neurons), Budget(target=limit))
+    return Plan.keeping(axes, kept, means=means(model, axes, kept, pooled))
 
 
 def tables(findings: Any) -> dict[str, Any]:

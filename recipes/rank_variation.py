@@ -21,8 +21,10 @@ from width_pruning_points import FOLDS, Row
 from regrow.core.scores import Need
 from regrow.reports import figures
 from regrow.reports.runs import RunFindings
-from regrow.scoring import METRICS, collect, weights_of
+from regrow.scoring.collect import collect
+from regrow.scoring.metrics import METRICS
 from regrow.scoring.spaces import ranks, spaces, spectrum
+from regrow.scoring.weights import weights_of
 
 OUT = Path(__file__).parent / "results" / "rank_variation.json"
 METRIC_NAMES, SHARDS = ("wifv", "wanda_sp"), 4

@@ -34,7 +34,7 @@ from regrow.evaluation import perplexity
 from regrow.methods import METHODS
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
-from regrow.scoring import collect
+from regrow.scoring.collect import collect
 
 SEEN = ("news", "code", "manual", "talk")
 UNSEEN = ("prose", "legal", "wiki", "dialogue")

@@ -28,7 +28,9 @@ from regrow.evaluation import perplexity
 from regrow.jobs.pruning import build_pruner
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
-from regrow.scoring import collect, energy, massive, weights_of
+from regrow.scoring.collect import collect
+from regrow.scoring.metrics import energy, massive
+from regrow.scoring.weights import weights_of
 
 KINDS = ("news", "code", "manual", "talk")
 

@@ -19,7 +19,7 @@ from torch import nn
 from width_pruning_points import FOLDS, Point, Row
 
 from regrow import apply, trace
-from regrow.allocation import BudgetError
+from regrow.allocation.ranked import BudgetError
 from regrow.core.budget import Budget
 from regrow.core.names import GENERATED
 from regrow.core.plan import Plan

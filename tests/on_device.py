@@ -22,7 +22,7 @@ from regrow.jobs.search_inputs import make_schedule, read_parts
 from regrow.methods import LEARNERS, METHODS, RECOVERIES, SEARCHERS
 from regrow.nets import devices
 from regrow.nets.devices import choose_device
-from regrow.scoring import collect
+from regrow.scoring.collect import collect
 from regrow.settings.learn import Settings as LearnSettings
 from regrow.settings.search import Settings as SearchSettings
 from regrow.surgery import UndoStore

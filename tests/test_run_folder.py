@@ -22,7 +22,7 @@ from regrow.core.sources import Batch, Source
 from regrow.methods.pruning import flap
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.reports.summary import summarise
-from regrow.scoring import collect
+from regrow.scoring.collect import collect
 from regrow.store import StoreError
 from regrow.store.ledger import Ledger, replay
 from regrow.store.run_folder import RunFolder

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hand import conv, graph, lm, mlp
-from regrow.allocation import Cost
+from regrow.allocation.cost import Cost
 from regrow.core.amounts import Measure
 from regrow.core.axes import Axis, AxisGraph, Product, Sum, size_of
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hand import lm, mlp, timed
-from regrow.allocation import cost_of, payers
+from regrow.allocation.cost import cost_of, payers
 from regrow.core.amounts import Measure, Target
 from regrow.core.budget import Budget, Timing
 

@@ -10,12 +10,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hand import conv, graph, lm, mlp, slot, timed
-from regrow.allocation import BudgetError, Cost, allocation, cost_of, rank, uniform
+from regrow.allocation.cost import Cost, cost_of
+from regrow.allocation.ranked import BudgetError, allocation, rank, uniform
 from regrow.core.amounts import IN_CONTEXT, STEPS, Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Role
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan
-from regrow.scoring import random
+from regrow.scoring.metrics import random
 
 A, B = "0.weight:0", "2.weight:0"
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regrow.allocation import MemoryBudgetError, stages
+from regrow.allocation.stages import MemoryBudgetError, stages
 from regrow.core.amounts import format_bytes, parse_bytes
 
 SIZES = st.lists(st.integers(1, 100), min_size=1, max_size=7)

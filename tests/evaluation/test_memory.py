@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.allocation import MemoryBudgetError, stages
+from regrow.allocation.stages import MemoryBudgetError, stages
 from regrow.allocation.thresholds import apply_threshold
 from regrow.core.candidates import Prefix
 from regrow.core.sources import Batch

@@ -6,7 +6,7 @@ from torch import nn
 
 from hand import lm, texts
 from regrow import trace
-from regrow.allocation import cost_of, payers
+from regrow.allocation.cost import cost_of, payers
 from regrow.api.prune import prune
 from regrow.core.amounts import Measure, Target
 from regrow.core.budget import Budget

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hand import conv, lm, texts
-from regrow.allocation import BudgetError, Cost
+from regrow.allocation.cost import Cost
+from regrow.allocation.ranked import BudgetError
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan
@@ -15,7 +16,7 @@ from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import collect_evidence
 from regrow.methods import METHODS, MethodKind, find_method
 from regrow.methods.pruning.pruner import check_pruner, plan_cut
-from regrow.scoring import collect
+from regrow.scoring.collect import collect
 
 
 def proposed(name: str, keep: float = 0.7, **settings: object) -> tuple[Plan, AxisGraph]:

@@ -6,10 +6,11 @@ import torch
 from hand import lm, texts
 from regrow.core.axes import Axis
 from regrow.core.scores import Need, Scores
-from regrow.scoring import METRICS, collect, percentile, weights_of
-from regrow.scoring.metrics import peak_to_peak
+from regrow.scoring.collect import collect
+from regrow.scoring.metrics import METRICS, peak_to_peak
 from regrow.scoring.modules import LEAST, PARTITIONS, SWITCHES, Modules, partition, rank_in_modules, reliability
-from regrow.scoring.spaces import ranks, sensitivity, spaces, spectrum
+from regrow.scoring.spaces import percentile, ranks, sensitivity, spaces, spectrum
+from regrow.scoring.weights import weights_of
 
 N, M, S = 400, 4, 4
 AXES = [Axis("a", N, ()), Axis("b", N, ()), *(Axis(f"g{i}", 3, ()) for i in range(12))]

@@ -10,7 +10,8 @@ from regrow.core.axes import Axis, Role
 from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source
 from regrow.evaluation.memory import Live
-from regrow.scoring import collect, watch
+from regrow.scoring import watch
+from regrow.scoring.collect import collect
 from regrow.scoring.gradients import add_gradients
 
 ACTIVATIONS = {Need.ACTIVATIONS}

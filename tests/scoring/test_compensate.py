@@ -10,7 +10,8 @@ from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import plan_cut
-from regrow.scoring import collect, means, uncompensated
+from regrow.scoring.collect import collect
+from regrow.scoring.compensate import means, uncompensated
 
 
 def test_the_mean_output_of_a_compensated_weight_is_unchanged() -> None:

@@ -14,8 +14,10 @@ from regrow.core.axes import AxisGraph
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective, choose_objective
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source, logits_in
-from regrow.scoring import collect, fisher, weights_of
+from regrow.scoring.collect import collect
 from regrow.scoring.fisher import draw_labels
+from regrow.scoring.metrics import fisher
+from regrow.scoring.weights import weights_of
 from regrow.surgery.gate import gate_inputs
 
 KV, FF = "decoder.blocks.1.q.weight:0", "decoder.blocks.1.gate.weight:0"

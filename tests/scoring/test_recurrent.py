@@ -10,7 +10,9 @@ import laws
 import regrow
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
-from regrow.scoring import collect, means, wanda_sp
+from regrow.scoring.collect import collect
+from regrow.scoring.compensate import means
+from regrow.scoring.metrics import wanda_sp
 from regrow.scoring.weights import weights_of
 from regrow.surgery.gate import gate_inputs
 from zoo import ZOO, Wired, randomise

@@ -8,8 +8,10 @@ from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
 from regrow.core.axes import Axis, AxisGraph, Role
 from regrow.core.scores import Need, Scores, Statistics
 from regrow.core.sources import Batch, Source
-from regrow.scoring import collect, magnitude, normalise, random, taylor, wanda_sp, weights_of, wifv
-from regrow.scoring.spaces import standardise
+from regrow.scoring.collect import collect
+from regrow.scoring.metrics import magnitude, random, taylor, wanda_sp, wifv
+from regrow.scoring.spaces import normalise, standardise
+from regrow.scoring.weights import weights_of
 
 KV, FF = "decoder.blocks.1.q.weight:0", "decoder.blocks.1.gate.weight:0"
 

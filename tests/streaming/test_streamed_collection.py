@@ -5,7 +5,7 @@ import torch
 
 from regrow import nets
 from regrow.core.scores import Need
-from regrow.scoring import collect
+from regrow.scoring.collect import collect
 from regrow.streaming.opening import open_network
 from regrow.tracing import trace
 

@@ -7,12 +7,14 @@ import torch
 
 import regrow
 from hand import lm
-from regrow.allocation import rank
+from regrow.allocation.ranked import rank
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan
 from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Batch, Source
-from regrow.scoring import collect, means, random
+from regrow.scoring.collect import collect
+from regrow.scoring.compensate import means
+from regrow.scoring.metrics import random
 from regrow.surgery.gate import gate_inputs
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from hand import lm
 from regrow import apply, prune, trace
-from regrow.allocation import BudgetError, cost_of
+from regrow.allocation.cost import cost_of
+from regrow.allocation.ranked import BudgetError
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Example
 from regrow.core.budget import Budget

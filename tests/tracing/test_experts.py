@@ -8,7 +8,7 @@ from torch import nn
 
 import laws
 from regrow import Plan, apply, trace, verify
-from regrow.allocation import rank
+from regrow.allocation.ranked import rank
 from regrow.core.axes import Mark
 from regrow.core.budget import Budget
 from regrow.core.plan import PlanError

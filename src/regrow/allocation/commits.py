@@ -269,14 +269,14 @@ def sample_operations(
     Source: the authors' code (train_search.py), read; the normalisations as there.
     """
     cells = [*dict.fromkeys(map(cell_of, (*alive, *dead)))]
-    kinds = [*dict.fromkeys(map(kind_of, (*alive, *dead)))]
-    chance = torch.zeros(len(cells), len(kinds), dtype=torch.float64)
+    every_kind = [*dict.fromkeys(map(kind_of, (*alive, *dead)))]
+    chance = torch.zeros(len(cells), len(every_kind), dtype=torch.float64)
     share = torch.zeros(len(cells), 2, dtype=torch.float64)
     for i, cell in enumerate(cells):
         active = [path for path in alive if cell_of(path) == cell]
         for k, values in enumerate((drift, weight)):
             means: list[float | None] = []
-            for kind in kinds:
+            for kind in every_kind:
                 each = [values[path] for path in active if kind_of(path) == kind]
                 means.append(sum(each) / len(each) if each else None)
             least = min((mean for mean in means if mean is not None), default=0.0) / 2
@@ -288,7 +288,7 @@ def sample_operations(
     left, result = list(dead), []
     for draw in torch.rand(many, generator=generator, dtype=torch.float64).tolist():
         at = min(int(torch.searchsorted(ends, draw)), len(ends) - 1)
-        cell, kind = cells[at // len(kinds)], kinds[at % len(kinds)]
+        cell, kind = cells[at // len(every_kind)], every_kind[at % len(every_kind)]
         if fitting := [path for path in left if (cell_of(path), kind_of(path)) == (cell, kind)]:
             before = float(ends[at - 1]) if at else 0.0
             inside = (draw - before) / max(float(ends[at]) - before, 1e-12)

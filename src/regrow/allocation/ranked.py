@@ -1,7 +1,7 @@
 """Rank the units of many axes together, by score or by share of the axis, and cut where the cost fits the budget."""
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
@@ -225,3 +225,21 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
         now = total / STEPS.get(budget.measure, 1)
         what, remedy = f"the target {budget.target}", f"the least possible is {least_target}, of {now:,.10g} now"
     return BudgetError(f"{what} cannot be reached ({why}); {remedy}", reachable)
+
+
+ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
+"""Name → allocation function: (axes, scores, budget, *, minimum, share) → axis key → units kept."""
+
+
+def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:
+    """Return the allocation function of a name; raise ValueError if there is none.
+
+    Args:
+        name: A key of :data:`ALLOCATIONS`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in ALLOCATIONS:
+        raise ValueError(f"units are allocated by {', '.join(ALLOCATIONS)}; got {name!r}")
+    return ALLOCATIONS[name]

@@ -36,7 +36,7 @@ def format_text(tables: Sequence[Table], note: str) -> str:
     2 axes
     """
     lines: list[str] = []
-    for table, rows, more in _shortened(tables):
+    for table, rows, hidden in _shortened(tables):
         cells = [[str(cell) for cell in row] for row in (table.columns, *rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines += [table.title] if table.title else []
@@ -46,7 +46,7 @@ def format_text(tables: Sequence[Table], note: str) -> str:
                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(shown).rstrip())
-        lines += [f"… and {more:,} more"] if more else []
+        lines += [f"… and {hidden:,} more"] if hidden else []
     return "\n".join([*lines, note])
 
 
@@ -57,12 +57,12 @@ def format_html(tables: Sequence[Table], note: str = "") -> str:
     '<table><thead><tr><th>key</th></tr></thead><tbody><tr><td>&lt;a&gt;</td></tr></tbody></table>'
     """
     parts: list[str] = []
-    for table, rows, more in _shortened(tables):
+    for table, rows, hidden in _shortened(tables):
         caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
         head = _html_row(table.columns, "th", table.numbers)
         body = "".join(_html_row(row, "td", table.numbers) for row in rows)
         parts.append(f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>")
-        parts += [f"<p>… and {more:,} more</p>"] if more else []
+        parts += [f"<p>… and {hidden:,} more</p>"] if hidden else []
     return "".join([*parts, f"<p>{escape(note)}</p>"] if note else parts)
 
 

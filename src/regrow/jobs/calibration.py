@@ -19,7 +19,7 @@ from regrow.jobs.recording import ActiveRun, Record
 from regrow.jobs.shared_work import SharedWork
 from regrow.jobs.streamed_run import PrunedNetwork
 from regrow.methods.pruning.pruner import Pruner
-from regrow.scoring import energy, massive
+from regrow.scoring.metrics import energy, massive
 from regrow.scoring.weights import readers
 from regrow.store import statistics
 from regrow.store.tensors import open_checkpoint

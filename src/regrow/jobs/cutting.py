@@ -17,7 +17,7 @@ from regrow.jobs.forward_outputs import run_once
 from regrow.jobs.reconstruction import keep_dense, reconstruct
 from regrow.jobs.recording import ActiveRun, Record
 from regrow.nets import Loaded
-from regrow.scoring import weights_of
+from regrow.scoring.weights import weights_of
 from regrow.store.statistics import parameter_sums
 from regrow.surgery import apply, verify
 

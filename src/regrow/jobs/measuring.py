@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow import evaluation
-from regrow.allocation import cost_of
+from regrow.allocation.cost import cost_of
 from regrow.core.amounts import STEPS, Measure
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget

@@ -17,8 +17,7 @@ from regrow.data.joined import join_batches
 from regrow.jobs.measuring import timed_input
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
-from regrow.scoring import collect
-from regrow.scoring.collect import check_sources
+from regrow.scoring.collect import check_sources, collect
 
 
 def build_pruner(method: str, settings: Mapping[str, object]) -> Pruner:

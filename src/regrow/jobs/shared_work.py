@@ -12,7 +12,7 @@ from regrow.core.errors import InputError
 from regrow.core.scores import Need, Statistics
 from regrow.core.sources import Source
 from regrow.nets import Loaded
-from regrow.scoring import CachedColumns
+from regrow.scoring.weights import CachedColumns
 from regrow.settings.prune import Settings
 from regrow.store import statistics
 from regrow.store.replacing import settle

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation import Cost
+from regrow.allocation.cost import Cost
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan

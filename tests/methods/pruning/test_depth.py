@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from regrow import apply, load, trace
-from regrow.allocation import BudgetError, Cost
+from regrow.allocation.cost import Cost
+from regrow.allocation.ranked import BudgetError
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError

@@ -13,7 +13,7 @@ from torch import nn
 import regrow
 from hand import lm, texts
 from regrow import trace
-from regrow.allocation import BudgetError
+from regrow.allocation.ranked import BudgetError
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.sources import Batch, Source

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hand import lm, texts
-from regrow.allocation import Cost
+from regrow.allocation.cost import Cost
 from regrow.api.prune import prune
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan

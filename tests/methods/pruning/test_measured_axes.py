@@ -18,7 +18,7 @@ from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import BatchStream
 from regrow.jobs.pruning import build_pruner, collect_evidence, divide_sources, split_sources
 from regrow.methods.pruning.pruner import plan_cut
-from regrow.scoring import collect
+from regrow.scoring.collect import collect
 from regrow.scoring.layer_orders import order_layers
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1}

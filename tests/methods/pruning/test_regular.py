@@ -8,7 +8,7 @@ from torch import nn
 
 from hand import lm, texts, timed
 from regrow import apply, trace
-from regrow.allocation import cost_of
+from regrow.allocation.cost import cost_of
 from regrow.core.amounts import STEPS, Measure, Target
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget

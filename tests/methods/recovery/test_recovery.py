@@ -415,7 +415,8 @@ def test_a_network_that_was_trained_since_is_refitted_to_the_dense_one():
 
 def test_bias_is_what_the_plan_could_have_refit_in_dense():
     from regrow.core.scores import Need
-    from regrow.scoring import collect, means
+    from regrow.scoring.collect import collect
+    from regrow.scoring.compensate import means
 
     one = language()
     (seen,) = collect(one.dense, one.axes, one.sources, {Need.ACTIVATIONS})["a"]

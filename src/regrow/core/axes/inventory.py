@@ -50,15 +50,15 @@ def unit_costs(sizes: dict[str, int], products: Iterable[tuple[Dim, ...]]) -> Co
 
 def tables_of(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
     """Return a table of the axes that can be cut, by kind, and one of the frozen axes, by reason or (all) by key."""
-    kinds: dict[tuple[str, str, bool], list[Row]] = {}
+    alike: dict[tuple[str, str, bool], list[Row]] = {}
     reasons: dict[str, list[Row]] = {}
     for row in rows:
         if row.mark == Mark.FROZEN:
             reasons.setdefault(row.key if everything else re.sub(r"\d+", "#", row.reason), []).append(row)
         else:
-            kinds.setdefault((row.label, row.mark, bool(row.inside)), []).append(row)
+            alike.setdefault((row.label, row.mark, bool(row.inside)), []).append(row)
     columns = ("made by → read by", "where", "axes", "units", "mark", "parameters a unit", "MACs a unit")
-    free = Table("What can be cut", columns, list(map(_describe_kind, kinds.values())), (2, 3, 5, 6))
+    free = Table("What can be cut", columns, list(map(_describe_kind, alike.values())), (2, 3, 5, 6))
     if everything:
         each = [(row.key, row.size, row.reason) for (row,) in reasons.values()]
         return free, Table("Frozen", ("axis", "units", "why"), each, (1,))

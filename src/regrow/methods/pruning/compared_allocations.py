@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from regrow.allocation import BudgetError, uniform
+from regrow.allocation.ranked import BudgetError, uniform
 from regrow.core.axes import Mark
 from regrow.core.objectives import choose_objective
 from regrow.core.sources import Batch, device_of
 from regrow.methods.pruning.pruner import Kept, PruningTask
-from regrow.scoring import constant_inputs
+from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.spaces import inner
 from regrow.surgery.gate import gate_inputs, gates_of
 

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated
 
-from regrow import scoring
-from regrow.allocation import cost_of, rank
+from regrow.allocation.cost import cost_of
+from regrow.allocation.ranked import rank
 from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.compared_allocations import RANKED, choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, one_score
+from regrow.scoring.metrics import fisher
 from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
@@ -68,7 +69,7 @@ def build(settings: Settings) -> Pruner:
 
 
 def _score(task: PruningTask, per_weight: bool) -> Scores:
-    scores = scoring.fisher(task.weights, task.axes, task.evidence.pooled(), units=task.units)
+    scores = fisher(task.weights, task.axes, task.evidence.pooled(), units=task.units)
     return _per_weight(task, scores) if per_weight else scores
 
 

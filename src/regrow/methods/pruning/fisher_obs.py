@@ -16,14 +16,13 @@ from typing import Annotated
 
 import torch
 
-from regrow import scoring
-from regrow.allocation import uniform
+from regrow.allocation.ranked import uniform
 from regrow.core.scores import Need, Scores
 from regrow.data.joined import join_sources
 from regrow.methods.pruning.compared_allocations import choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
 from regrow.scoring.layer_orders import BATCH, order_layers
-from regrow.scoring.metrics import energy
+from regrow.scoring.metrics import energy, fisher
 from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
@@ -87,7 +86,7 @@ def build(settings: Settings) -> Pruner:
 
 def _score(task: PruningTask, settings: Settings) -> Ranking:
     pooled = task.evidence.pooled()
-    alone = scoring.fisher(task.weights, task.axes, pooled, units=task.units)
+    alone = fisher(task.weights, task.axes, pooled, units=task.units)
     errors = energy(task.weights, task.axes, pooled, units=task.units).values
     rates = {key: torch.where(errors[key] > 0, own / errors[key], 0.0) for key, own in alone.values.items()}
     batches = join_sources(task.evidence.data.values(), BATCH)

@@ -9,9 +9,9 @@ scores are not squared before they are standardised (a switch), and no sequence 
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow import scoring
 from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
+from regrow.scoring.metrics import wifv
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
@@ -53,7 +53,7 @@ def build(settings: Settings) -> Pruner:
     pool = "standardised" if settings.allocation == "ranked" else "sum"
 
     def score(task: PruningTask) -> Scores:
-        return scoring.wifv(
+        return wifv(
             task.weights,
             task.axes,
             task.evidence.pooled(),

@@ -8,10 +8,10 @@ dropped inputs are replaced by their mean unless switched off, and fine-tuning (
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow import scoring
 from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
-from regrow.scoring.spaces import OUTER_BLOCKS
+from regrow.scoring.metrics import taylor
+from regrow.scoring.spaces import OUTER_BLOCKS, normalise
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
@@ -52,8 +52,8 @@ def build(settings: Settings) -> Pruner:
 
     def score(task: PruningTask) -> Scores:
         weights, statistics = task.weights, task.evidence.pooled()
-        scores = scoring.taylor(weights, task.axes, statistics, units=task.units, form=settings.form)
-        return scoring.normalise(scores, how)
+        scores = taylor(weights, task.axes, statistics, units=task.units, form=settings.form)
+        return normalise(scores, how)
 
     spare = settings.spare_first, settings.spare_last
     return one_score("llm_pruner", settings, {Need.WEIGHTS, Need.GRADIENTS}, score, spare)

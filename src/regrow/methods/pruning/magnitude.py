@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow import scoring
 from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
+from regrow.scoring.metrics import magnitude
+from regrow.scoring.spaces import normalise
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
@@ -44,6 +45,6 @@ def build(settings: Settings) -> Pruner:
 
     def score(task: PruningTask) -> Scores:
         weights = task.weights
-        return scoring.normalise(scoring.magnitude(weights, task.axes, units=task.units, form=settings.form), how)
+        return normalise(magnitude(weights, task.axes, units=task.units, form=settings.form), how)
 
     return one_score("magnitude", settings, {Need.WEIGHTS}, score)

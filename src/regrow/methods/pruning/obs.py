@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
-from regrow import scoring
 from regrow.core.scores import Need, Scores
 from regrow.data.joined import join_sources
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scoring.layer_orders import BATCH, order_layers
-from regrow.scoring.metrics import energy
+from regrow.scoring.metrics import energy, wifv
+from regrow.scoring.spaces import normalise
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
@@ -78,9 +78,9 @@ def _score(task: PruningTask, settings: Settings) -> Scores:
         progress=task.progress,
     )
     rest = [axis for axis in task.units if axis.key not in orders]
-    alone = scoring.wifv if compensate else energy
+    alone = wifv if compensate else energy
     values = dict(alone(task.weights, task.axes, pooled, units=rest).values) if rest else {}
     values |= {key: order.scores() for key, order in orders.items()}
     values = {axis.key: values[axis.key] for axis in task.units if axis.key in values}
     scores = Scores(values, "obs", task.evidence.sources, pooled.tokens)
-    return scoring.normalise(scores, "zscore" if settings.allocation == "ranked" else "none")
+    return normalise(scores, "zscore" if settings.allocation == "ranked" else "none")

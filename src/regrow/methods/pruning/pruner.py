@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from regrow.allocation import allocation, cost_of, payers
+from regrow.allocation.cost import cost_of, payers
+from regrow.allocation.ranked import allocation
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget
@@ -21,9 +22,11 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.scores import Evidence, Need, Scores
 from regrow.core.sources import Source
-from regrow.scoring import means, random, uncompensated, weights_of, weights_without_bias
 from regrow.scoring.collect import BlockVisits
+from regrow.scoring.compensate import means, uncompensated, weights_without_bias
+from regrow.scoring.metrics import random
 from regrow.scoring.spaces import inner
+from regrow.scoring.weights import weights_of
 from regrow.tracing import with_branches
 from regrow.training.freeze import freeze
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow import scoring
 from regrow.methods.pruning.pruner import Pruner, one_score
+from regrow.scoring.metrics import random
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = "No paper: uniform random scores, a control."
@@ -36,6 +36,4 @@ def build(settings: Settings) -> Pruner:
     Args:
         settings: Its settings.
     """
-    return one_score(
-        "random", settings, (), lambda task: scoring.random(task.axes, units=task.units, seed=settings.seed)
-    )
+    return one_score("random", settings, (), lambda task: random(task.axes, units=task.units, seed=settings.seed))

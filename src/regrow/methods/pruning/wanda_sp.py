@@ -8,9 +8,9 @@ inputs are replaced by their mean unless switched off.
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow import scoring
 from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
+from regrow.scoring.metrics import wanda_sp
 from regrow.settings.constraints import OneOf, Range, check_constraints
 
 CITATION = (
@@ -48,6 +48,6 @@ def build(settings: Settings) -> Pruner:
 
     def score(task: PruningTask) -> Scores:
         weights, statistics = task.weights, task.evidence.pooled()
-        return scoring.wanda_sp(weights, task.axes, statistics, units=task.units, pool=pool)
+        return wanda_sp(weights, task.axes, statistics, units=task.units, pool=pool)
 
     return one_score("wanda_sp", settings, {Need.WEIGHTS, Need.ACTIVATIONS}, score)

@@ -14,7 +14,8 @@ from regrow.core.plan import Plan
 from regrow.core.scores import Moments, Need, Statistics
 from regrow.methods.recovery.streamed import StreamedPair
 from regrow.methods.recovery.task import Recovery, RecoveryTask
-from regrow.scoring import collect, means, uncompensated
+from regrow.scoring.collect import collect
+from regrow.scoring.compensate import means, uncompensated
 from regrow.surgery.compensate import bias_of, offsets
 from regrow.surgery.layout import plan_layouts
 

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from regrow.allocation import BudgetError, cost_of, uniform
+from regrow.allocation.cost import cost_of
+from regrow.allocation.ranked import BudgetError, uniform
 from regrow.core.amounts import Measure
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from regrow import scoring
-from regrow.allocation import cost_of
+from regrow.allocation.cost import cost_of
 from regrow.core.axes import Axis, AxisGraph, matches
 from regrow.core.branches import Branch, lies_in
 from regrow.core.budget import Budget
 from regrow.core.scores import Scores
 from regrow.methods.pruning.depth.settings import Settings
 from regrow.methods.pruning.pruner import PruningTask
+from regrow.scoring.metrics import wifv
 
 
 def modules_of(axes: AxisGraph, unit: str) -> dict[str, Branch]:
@@ -93,4 +93,4 @@ def score_neurons(s: Settings, task: PruningTask) -> Scores:
     pooled = task.evidence.pooled()
     if not units:
         return Scores({}, "divergence", task.evidence.sources, pooled.tokens)
-    return scoring.wifv(task.weights, task.axes, pooled, units=units)
+    return wifv(task.weights, task.axes, pooled, units=units)

@@ -8,8 +8,8 @@ from math import inf, isfinite
 
 from torch import nn
 
-from regrow import scoring
-from regrow.allocation import BudgetError, cost_of, uniform
+from regrow.allocation.cost import cost_of
+from regrow.allocation.ranked import BudgetError, uniform
 from regrow.core.axes import AxisGraph
 from regrow.core.branches import Branch, lies_in
 from regrow.core.errors import RefusedError
@@ -21,6 +21,8 @@ from regrow.methods.pruning.depth.modules import least_cost, score_neurons
 from regrow.methods.pruning.depth.settings import Settings
 from regrow.methods.pruning.pruner import PruningTask, without_modules
 from regrow.methods.pruning.replay import NOT_FINITE, Outputs, Predictions, Replay
+from regrow.scoring.compensate import constant_inputs
+from regrow.scoring.weights import readers
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors
 from regrow.surgery.gate import gates_of
@@ -211,8 +213,8 @@ class DepthSearch:
             return None
         cut = {key: units for key, units in kept.items() if len(units) < rest[key].size}
         moments = self.task.evidence.pooled(gradients=False).moments if self.s.compensate else {}
-        reads = {reader.weight for reader in scoring.readers(rest, [rest[key] for key in cut])}
-        fills = scoring.constant_inputs(model, {one: moments[one] for one in reads & moments.keys()})
+        reads = {reader.weight for reader in readers(rest, [rest[key] for key in cut])}
+        fills = constant_inputs(model, {one: moments[one] for one in reads & moments.keys()})
         gates = gates_of(rest, cut)
 
         def measure() -> float:

@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 
-from regrow import scoring
-from regrow.allocation import module_costs, rank, ratios
+from regrow.allocation.ranked import rank
+from regrow.allocation.solved import module_costs, ratios
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.scores import Need
@@ -24,7 +24,8 @@ from regrow.methods.pruning.gprune.masks import Comparison
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.gprune.shares import score_units
 from regrow.methods.pruning.pruner import Pruner, pooled_means
-from regrow.scoring.metrics import BASES
+from regrow.scoring.metrics import BASES, METRICS
+from regrow.scoring.weights import scorable
 
 __all__ = ["CITATION", "Settings", "build"]
 
@@ -40,7 +41,7 @@ def build(settings: Settings, compare: Comparison | None = None) -> Pruner:
     """
     runs = settings.steps > 0 or settings.start == "best"
     return Pruner(
-        needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, scoring.METRICS[BASES[settings.base].metric][1]}),
+        needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, METRICS[BASES[settings.base].metric][1]}),
         score=partial(score_units, settings=settings, compare=compare),
         allocate=partial(rank, minimum=settings.minimum),
         compensate=pooled_means if settings.compensate else None,
@@ -54,7 +55,7 @@ def build(settings: Settings, compare: Comparison | None = None) -> Pruner:
 
 
 def _check(settings: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
-    units = scoring.scorable(axes, units)
+    units = scorable(axes, units)
     if other := next((axis for axis in units if axis.mark is not Mark.NEUTRAL), None):
         raise ValueError(f"gprune masks units by 0 or their mean; {other.key!r} is {other.mark}: leave --mark neutral")
     one = {axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}

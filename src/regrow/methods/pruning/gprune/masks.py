@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.allocation import soft_step
+from regrow.allocation.solved import soft_step
 from regrow.core.axes import AxisGraph
 from regrow.core.sources import Batch, device_of, labelled_logits, logits_in
 from regrow.surgery.gate import gate_inputs

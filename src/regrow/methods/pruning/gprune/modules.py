@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow import scoring
 from regrow.core.axes import Axis
 from regrow.core.scores import Scores, Statistics, merged
 from regrow.methods.pruning.gprune.masks import Masks
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.pruner import PruningTask
-from regrow.scoring.metrics import BASES
+from regrow.scoring.compensate import constant_inputs
+from regrow.scoring.metrics import BASES, peak_to_peak
 from regrow.scoring.modules import Modules, Reliability, partition, rank_in_modules
-from regrow.scoring.spaces import Space, View, spaces, spectrum, views, within
+from regrow.scoring.spaces import Space, View, percentile, spaces, spectrum, views, within
+from regrow.scoring.weights import readers, scorable
 
 INACTIVE = 1e-3
 """A unit is inactive on a source if the root mean square of its inputs is at most this fraction of its axis's mean."""
@@ -51,7 +52,7 @@ def measure(s: Settings, task: PruningTask) -> Measurement:
     Raises:
         ValueError: If there are too few sources, or a measurement is not finite.
     """
-    units = tuple(scoring.scorable(task.axes, task.units))
+    units = tuple(scorable(task.axes, task.units))
     weights, among, sums = task.weights, spaces(units), task.evidence.statistics
 
     def score(statistics: Statistics | None) -> Scores:
@@ -82,7 +83,7 @@ def _inactive(task: PruningTask, units: Sequence[Axis]) -> dict[str, Tensor]:
     for shards in task.evidence.statistics.values():
         moments = merged(shards).moments
         each: dict[str, Tensor] = {}
-        for reader in scoring.readers(task.axes, units):
+        for reader in readers(task.axes, units):
             if reader.weight in moments:
                 square = moments[reader.weight].square / moments[reader.weight].count
                 mine = square[reader.positions(len(square))].mean(1)
@@ -111,11 +112,11 @@ def order_modules(
     # A source must not have a say in the modules it is judged by, as far as these have counterparts without it.
     every = [modules, *(form_modules(s, one, among).numbered_as(modules, among) for one in seen.views[1:])]
     peaks = s.instead == "peaks"
-    instead = scoring.peak_to_peak(task.weights, task.axes, units=seen.units) if peaks else seen.weights_only
+    instead = peak_to_peak(task.weights, task.axes, units=seen.units) if peaks else seen.weights_only
     places = [
         rank_in_modules(m, trust, one.scores.values, instead.values) for m, one in zip(every, seen.views, strict=True)
     ]
-    filled = scoring.constant_inputs(task.model, seen.views[0].pooled.moments) if s.compensate else ()
+    filled = constant_inputs(task.model, seen.views[0].pooled.moments) if s.compensate else ()
     return Masks(
         {key: torch.stack([one.labels[key] for one in every]) for key in modules.labels},
         {key: torch.stack([one[key] for one in places]) for key in modules.labels},
@@ -153,7 +154,7 @@ def findings_of(
     rows = modules.table(
         among,
         sensitivity=modules.mean(first.spread.sigma),
-        activity=modules.mean(within(first.scores.values, among, scoring.percentile)),
+        activity=modules.mean(within(first.scores.values, among, percentile)),
         inactive=modules.mean(seen.inactive),
         unreliability=trusted.unreliability,
         trust=trusted.trust,

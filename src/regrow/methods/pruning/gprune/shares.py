@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.allocation import BudgetError, allocation, module_costs, rank, ratios, uniform
+from regrow.allocation.ranked import BudgetError, allocation, rank, uniform
+from regrow.allocation.solved import module_costs, ratios
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.scores import Scores
 from regrow.core.sources import Batch, drawn
