@@ -61,7 +61,7 @@ def chat(
     Each is a run folder, or any model that `regrow prune` takes.
     """
     from regrow import store
-    from regrow.evaluation.replies import reply
+    from regrow.evaluation.generation import reply
     from regrow.jobs.models import ModelSpec, load_model
     from regrow.nets.precision import autocasting
 

@@ -1,7 +1,7 @@
 """The size of a network: parameters, multiply–accumulates of dense kernels, and bytes at a stated dtype."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -34,7 +34,7 @@ class Size:
 
     def record(self) -> dict[str, object]:
         """Return the sizes as JSON-able data."""
-        return {"parameters": self.parameters, "counted": self.counted, "bytes": self.bytes, "dtype": self.dtype}
+        return asdict(self)
 
 
 def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = torch.float32) -> Size:
@@ -53,8 +53,7 @@ def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = tor
     """
     every = dict(model.named_parameters(remove_duplicate=False))
     names = tuple(counted)
-    missing = [name for name in names if name not in every]
-    if missing:
+    if missing := [name for name in names if name not in every]:
         raise KeyError(f"the model has no parameter {missing[0]!r}")
     stored = _distinct(model.state_dict(keep_vars=True).values())
     return Size(
@@ -105,5 +104,4 @@ def dense(model: nn.Module, inputs: Any) -> dict[str, int]:
 
 
 def _distinct(tensors: Iterable[object]) -> list[Tensor]:
-    result: dict[int, Tensor] = {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}
-    return list(result.values())
+    return list({id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}.values())
