@@ -63,7 +63,7 @@ def chat(
     from regrow import store
     from regrow.evaluation.generation import reply
     from regrow.jobs.models import ModelSpec, load_model
-    from regrow.nets.precision import autocasting
+    from regrow.nets.devices import autocasting
 
     check_combination(precision, dtype=dtype)
     names = [model, *([other] if other else [])]

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.choice import Item, items_in
 from regrow.evaluation.forward import evaluating
-from regrow.nets.errors import first_line, needs
+from regrow.nets.loaded import needs
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

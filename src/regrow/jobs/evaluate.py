@@ -16,8 +16,8 @@ from regrow.jobs.inputs import SourceSpecs, read_sources
 from regrow.jobs.models import DTYPES, ModelSpec, load_model
 from regrow.jobs.streamed import needs_of_model, start_streaming
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting
-from regrow.nets.weight_files import check_unchanged
+from regrow.nets.devices import autocasting
+from regrow.nets.loaded import check_unchanged
 from regrow.settings.declaration import check_settings
 from regrow.settings.evaluate import Settings
 from regrow.streaming.network import StreamedNetwork

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from regrow.nets.errors import ModelError
 from regrow.nets.language import load_gguf, quiet
+from regrow.nets.loaded import ModelError
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,7 @@ PACKAGED = {
 
 
 def cache_folder() -> Path:
-    """Return the folder for converted models: ``$REGROW_CACHE``, else ``~/.cache/regrow``.
-
-    Raises:
-        ModelError: If the variable is not set and the user has no home folder.
-    """
+    """Return the folder for converted models: ``$REGROW_CACHE``, else ``~/.cache/regrow``."""
     try:
         return Path(os.environ.get("REGROW_CACHE") or Path.home() / ".cache" / "regrow")
     except RuntimeError:
@@ -70,15 +66,7 @@ def cache_folder() -> Path:
 
 
 def packaged_folder(name: str, progress: Callable[[int, int, str], None]) -> Path:
-    """Return the transformers folder of a packaged model; converted atomically on first use.
-
-    Args:
-        name: A key of ``PACKAGED``.
-        progress: Called with (steps done, steps in all, description).
-
-    Raises:
-        ModelError: If the package is not installed, or the cache cannot be written.
-    """
+    """Return the transformers folder of a packaged model; converted atomically on first use."""
     entry = PACKAGED[name]
     try:
         folder = cache_folder() / f"{name}-{version(entry.distribution)}-float32"

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from regrow.core.errors import InputError
 from regrow.core.limits import check_regular, parse_json
-from regrow.nets.errors import ModelError
 from regrow.nets.files import is_possible, read_shards
-from regrow.nets.weight_files import WeightFile
+from regrow.nets.loaded import ModelError, WeightFile
 from regrow.store.errors import StoreError
 from regrow.store.tensor_file import DTYPE_NAMES
 from regrow.streaming.buffer_pool import BufferPool
