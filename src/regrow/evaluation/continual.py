@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.core.objectives import CLASSIFICATION, IGNORED, Objective, Score
-from regrow.core.sources import Batch, logits_in, moved
+from regrow.core.sources import Batch, logits_in
 from regrow.core.tasks import ExampleSet, among, run_network
 from regrow.evaluation.forward import evaluating
 
@@ -93,7 +93,7 @@ def share_right(model: nn.Module, examples: ExampleSet, classes: Tensor | None =
     right = counted = 0
     with evaluating(model) as device:
         for batch in examples.batches(BATCH):
-            answer = logits_in(run_network(model, moved(batch.inputs, device), device, batch.where))
+            answer = logits_in(run_network(model, batch.inputs, device, batch.where))
             right += int((among(answer, classes).argmax(-1).cpu() == batch.labels.cpu()).sum())
             counted += int((batch.labels != IGNORED).sum())
     return right / counted if counted else nan
@@ -113,7 +113,6 @@ def mean_score(model: nn.Module, examples: ExampleSet, objective: Objective, cla
     total = Score()
     with evaluating(model) as device:
         for batch in examples.batches(BATCH):
-            batch = batch.to(device)
             output = run_network(model, batch.inputs, device, batch.where)
-            total += objective.compute_score(output, Batch(labels=batch.labels, where=batch.where))
+            total += objective.compute_score(output, Batch(labels=batch.labels.to(device), where=batch.where))
     return total.mean

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.core.axes import AxisGraph
 from regrow.core.dims import size_of
-from regrow.core.sources import moved
 from regrow.core.tasks import first_tensor, run_network
 from regrow.evaluation.forward import evaluating
 
@@ -94,7 +93,7 @@ def dense(model: nn.Module, inputs: Any) -> dict[str, int]:
     weights = _distinct(model.parameters())
     counter = FlopCounterMode(display=False)
     with evaluating(model) as device, counter:
-        run_network(model, moved(inputs, device))
+        run_network(model, inputs, device)
     return {
         "parameters": sum(p.numel() for p in weights),
         "nonzero": sum(int(p.count_nonzero()) for p in weights),
