@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from regrow.core.axes import Example
-from regrow.core.errors import first_line
+from regrow.core.errors import InputError, first_line
 from regrow.core.limits import expanded
 from regrow.core.model_names import HUB, find_problem
 from regrow.core.references import names_code
@@ -68,7 +68,12 @@ def load(
         ModelError: If the name leads to no model, or its weights are damaged, not finite, or a pickle.
     """
     device = choose_device(str(device))
-    loaded = _load(name, dtype, progress, example, pixels)
+    try:
+        loaded = _load(name, dtype, progress, example, pixels)
+    except ModelError:
+        raise
+    except InputError as error:
+        raise ModelError(str(error)) from error
     if example is not None:
         loaded = replace(loaded, example=_input(loaded.model, example), guessed=False)
     if not isinstance(loaded.model, nn.Module):
