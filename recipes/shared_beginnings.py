@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.errors import InputError
-from regrow.core.sources import Batch
+from regrow.core.sources import Batch, logits_in
 from regrow.evaluation import CHOICE_TOKENS, Choices
 from regrow.evaluation.choice import Item, Row, encode_choices, rate_choices
-from regrow.evaluation.forward import evaluating, logits_of
+from regrow.evaluation.forward import evaluating
 from regrow.evaluation.generation import empty_cache
 from regrow.evaluation.language import token_losses
 
@@ -85,7 +85,8 @@ def _score(model: nn.Module, items: Sequence[Rows], common: int, device: torch.d
         inputs[i, : len(tokens) - 1 - common] = torch.tensor(tokens[common:-1])
         labels[i, begin - 1 - common : len(tokens) - 1 - common] = torch.tensor(tokens[begin:])
     arguments = _beginnings(model, items, common, device) if common else {"use_cache": False}
-    losses = token_losses(logits_of(model, Batch((inputs,), arguments), device), labels.to(device)).sum(-1).tolist()
+    logits = logits_in(Batch((inputs,), arguments).to(device).run(model))
+    losses = token_losses(logits, labels.to(device)).sum(-1).tolist()
     return {number: -loss for (number, _), loss in zip(rows, losses, strict=True)}
 
 

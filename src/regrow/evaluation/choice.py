@@ -14,7 +14,7 @@ from regrow.core.errors import InputError
 from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
 from regrow.core.sources import Batch, logits_in
 from regrow.data.text import find_start
-from regrow.evaluation.forward import evaluating, logits_of
+from regrow.evaluation.forward import evaluating
 from regrow.evaluation.language import finite, mean_and_error, share_error, token_losses
 
 LONGEST = 2048
@@ -183,13 +183,10 @@ def choices(
     groups = _batches(model, encode_choices(tokenizer, items))
     batches = [batch for _, batch in groups]
     with evaluating(model) as device:
-        if outputs is None:
-            answers = (logits_of(model, batch, device) for batch in batches)
-        else:
-            answers = (logits_in(output) for output in outputs(batches))
-        for (group, batch), logits in zip(groups, answers, strict=False):
+        answers = (batch.to(device).run(model) for batch in batches) if outputs is None else outputs(batches)
+        for (group, batch), answer in zip(groups, answers, strict=False):
             assert batch.labels is not None
-            losses = token_losses(logits, batch.labels.to(device)).sum(-1).tolist()
+            losses = token_losses(logits_in(answer), batch.labels.to(device)).sum(-1).tolist()
             scores.update((i, -loss) for i, loss in zip(group, losses, strict=True))
     return rate_choices(task, items, [scores[i] for i in range(len(scores))])
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regrow.core.sources import Source, logits_in
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import gather_rows
-from regrow.evaluation.forward import evaluating, logits_of
+from regrow.evaluation.forward import evaluating
 
 _ENTRIES = 2**22
 """Entries of logits turned into float32 at a time (16 MB): 32 rows of a 131,072-token vocabulary."""
@@ -141,11 +141,11 @@ def perplexity(
     rows: list[Any] = []
     batches = ranks.share(source.batches)
     with evaluating(model) as device:
-        answers = (logits_of(model, batch, device) for batch in batches) if outputs is None else map(logits_in, outputs)
-        for batch, logits in zip(batches, answers, strict=False):
+        answers = (batch.to(device).run(model) for batch in batches) if outputs is None else outputs
+        for batch, answer in zip(batches, answers, strict=False):
             if batch.labels is None:
                 raise ValueError(f"source {source.name!r} has no labels; make it with regrow.data.windows")
-            losses = token_losses(logits, batch.labels.to(device))
+            losses = token_losses(logits_in(answer), batch.labels.to(device))
             counts = (batch.labels != -100).sum(-1).tolist()
             lengths = [] if tokenizer is None else [_count_bytes(row, tokenizer) for row in batch.labels]
             rows.append((losses.sum(-1).tolist(), counts, lengths))

@@ -11,9 +11,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from regrow.core.objectives import NEXT_TOKEN, OWN, Objective, Score
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Source
+from regrow.core.sources import Source, logits_in
 from regrow.core.tables import Table, format_html
-from regrow.evaluation.forward import evaluating, logits_of
+from regrow.evaluation.forward import evaluating
 from regrow.evaluation.language import share_error
 
 
@@ -153,7 +153,7 @@ def accuracy(model: nn.Module, source: Source) -> Accuracy:
             if batch.labels is None:
                 raise ValueError(f"source {source.name!r} has no labels")
             labels = batch.labels.to(device)
-            logits = logits_of(model, batch, device)
+            logits = logits_in(batch.to(device).run(model))
             if int(labels.max()) >= logits.shape[-1]:
                 raise ValueError(
                     f"source {source.name!r} has class {int(labels.max())}, the model knows {logits.shape[-1]} classes"
