@@ -62,11 +62,6 @@ class Perplexity:
         return math.exp(self.mean) if not self.mean > 700 else math.inf
 
     @property
-    def ppl_error(self) -> float:
-        """The standard error of the perplexity to first order, ppl · error."""
-        return self.ppl * self.error
-
-    @property
     def bits_per_byte(self) -> float | None:
         """Bits per byte, Σ nll / (ln 2 · Σ bytes), comparable between tokenizers; ``None`` if unknown."""
         return sum(self.nll) / math.log(2) / sum(self.bytes) if self.bytes else None
@@ -77,7 +72,7 @@ class Perplexity:
             "mean_nll": self.mean,
             "error": self.error,
             "ppl": self.ppl,
-            "ppl_error": self.ppl_error,
+            "ppl_error": self.ppl * self.error,
             "bits_per_byte": self.bits_per_byte,
         }
         return {
