@@ -18,7 +18,7 @@ import torch
 
 from regrow.allocation.ranked import uniform
 from regrow.core.scores import Need, Scores
-from regrow.data.joined import join_sources
+from regrow.data.batch_streams import join_sources
 from regrow.methods.pruning.compared_allocations import choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
 from regrow.scoring.layer_orders import BATCH, order_layers

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Annotated
 
 from regrow.core.scores import Need, Scores
-from regrow.data.joined import join_sources
+from regrow.data.batch_streams import join_sources
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scoring.layer_orders import BATCH, order_layers
 from regrow.scoring.metrics import energy, wifv
