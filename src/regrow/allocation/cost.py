@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from regrow.core.budget import Budget, Timing
 
 Monomials = Counter[tuple[str, ...]]
 """A polynomial in axis sizes: axis keys (sorted, with repetition) → integer coefficient."""
-Rows = Sequence[int] | np.ndarray
+Rows = Any  # a list of indices; of a polynomial also a slice, which numpy reads without a copy
 
 
 class Cost:
@@ -86,7 +87,7 @@ class _Term(ABC):
     base = 0
 
     def __init__(self, axes: int, rows: Sequence[Iterable[int]]) -> None:
-        self.all_rows = np.arange(len(rows))
+        self.all_rows: Rows = range(len(rows))
         self.touching: list[list[int]] = [[] for _ in range(axes)]
         for row, members in enumerate(rows):
             for axis in {*members}:
@@ -111,6 +112,7 @@ class _Polynomial(_Term):
                 monomials[keys] += coefficient * factor
         rows = [[index[key] for key in keys] for keys in monomials]
         super().__init__(len(index), rows)
+        self.all_rows = slice(None)
         # A last, constant size of 1 pads the shorter monomials.
         degree = max(map(len, rows), default=0)
         padded = [row + [len(index)] * (degree - len(row)) for row in rows]
