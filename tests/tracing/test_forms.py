@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.operations import Tracer
 from regrow.tracing import form_cache, record
 from regrow.tracing.capture import capture, example_of, in_training
-from regrow.tracing.form_cache import remember_result
-from regrow.tracing.forms import infer_result
+from regrow.tracing.forms import infer_result, remember_result
 from zoo import ZOO
 
 aten = torch.ops.aten

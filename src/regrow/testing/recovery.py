@@ -20,13 +20,7 @@ from regrow.testing.pruning import make_network, make_sources
 
 
 def make_task(checkpoint: Path | None = None, progress: Progress = silent) -> RecoveryTask:
-    """Return a small classifier of which a third of the units was cut, and inputs of several distributions.
-
-    Args:
-        checkpoint: The file to which a recovery writes its progress, and from which an interrupted one resumes;
-            ``None``: none is written.
-        progress: Called with (steps done, steps in all, what is being done).
-    """
+    """Return a small classifier of which a third of the units was cut, and inputs of several distributions."""
     model, axes = make_network()
     keep = {axis.key: [*range(axis.size * 2 // 3)] for axis in axes.units()}
     plan, dense = Plan.keeping(axes, keep), copy.deepcopy(model)

@@ -61,13 +61,7 @@ Alike = list[tuple[Expr, Expr, str]]
 
 
 def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], Alike]:
-    """Return ``module:attribute`` → the dimension whose size it holds, and pairs of dimensions that share one.
-
-    Args:
-        model: The traced network.
-        w: The walk, with the numbers used in reshapes and slices.
-        dims: Name of a parameter or buffer → its dimensions.
-    """
+    """Return ``module:attribute`` → the dimension whose size it holds, and pairs of dimensions that share one."""
     result: dict[str, Expr] = {}
     alike: Alike = []
     for path, module in model.named_modules():
@@ -106,11 +100,6 @@ def restated_sizes(
     """Return the attributes of a module that hold sizes of its own tensors: name → (tensor, dimension).
 
     An attribute with another value than the size is left out, whatever its name.
-
-    Args:
-        module: The module.
-        shapes: Name of a parameter or buffer of the module → its shape.
-        output: The dimension of ``weight`` that equals the bias's, if known; it decides the order for a square weight.
     """
     places = {name: spots for name, spots in OF_WEIGHT.items() if name in vars(module)}
     weight = shapes.get("weight", ())
@@ -135,24 +124,13 @@ def restated_sizes(
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:
-    """Return an attribute of a module; ``config.num_attention_heads`` names one of its configuration.
-
-    Args:
-        module: The module.
-        name: The name of the attribute.
-    """
+    """Return an attribute of a module; ``config.num_attention_heads`` names one of its configuration."""
     owner, _, leaf = name.rpartition(".")
     return getattr(getattr(module, owner) if owner else module, leaf)
 
 
 def set_attribute(module: nn.Module, name: str, value: object) -> None:
-    """Set an attribute of a module; a configuration is copied first, since other layers share it.
-
-    Args:
-        module: The module.
-        name: The name of the attribute, such as ``config.num_attention_heads``.
-        value: The new value.
-    """
+    """Set an attribute of a module; a configuration is copied first, since other layers share it."""
     owner, _, leaf = name.rpartition(".")
     if owner:
         setattr(module, owner, copy.copy(getattr(module, owner)))
@@ -160,11 +138,7 @@ def set_attribute(module: nn.Module, name: str, value: object) -> None:
 
 
 def counts(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield name (``config.name``) and value of each number of heads, groups or experts in a module's configuration.
-
-    Args:
-        module: The module.
-    """
+    """Yield name (``config.name``) and value of each number of heads, groups or experts in a module's configuration."""
     config = vars(module).get("config")
     for name in sorted(COUNTS) if hasattr(config, "__dict__") and not isinstance(config, nn.Module) else ():
         value = getattr(config, name, None)
@@ -173,26 +147,14 @@ def counts(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def repeats(model: nn.Module, path: str, size: int) -> bool:
-    """Whether an attribute of a module, or of the one around it, holds ``size`` as a number of repetitions.
-
-    Args:
-        model: The network.
-        path: The path of the module.
-        size: The number of repetitions.
-    """
+    """Whether an attribute of a module, or of the one around it, holds ``size`` as a number of repetitions."""
     parts = path.split(".")
     owners = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
     return any(vars(_module(model, owner)).get(name) == size for owner in owners[:2] for name in REPEATS)
 
 
 def epsilon(model: nn.Module, path: str, value: float | None) -> str:
-    """Return ``module:attribute`` of the constant under a norm's root; empty if no attribute holds it.
-
-    Args:
-        model: The network.
-        path: The path of the norm.
-        value: The constant.
-    """
+    """Return ``module:attribute`` of the constant under a norm's root; empty if no attribute holds it."""
     values = vars(_module(model, path))
     return next((f"{path}:{name}" for name in EPSILONS if name in values and values[name] == value), "")
 

@@ -49,12 +49,6 @@ def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
     class and both have operations of their own beside those of their children (a residual block of another width). It
     is a block if it reads two weights or more and its operations are contiguous; the outermost such modules count, and
     the operations between two of them are a block too.
-
-    Args:
-        recorded: The recording of the network.
-
-    Returns:
-        The blocks in the order in which they run; each operation is in exactly one.
     """
     net = _Net.of(recorded)
     repeated = sorted(net.repeated(range(len(net.steps))), key=lambda one: one.start)
@@ -150,13 +144,7 @@ class _Net:
         return any(len(self.steps[i].modules) == depth for i in own)
 
     def form(self, start: int, stop: int, sized: bool = True) -> int:
-        """Return a hash of what some operations compute, independent of names and of where their inputs come from.
-
-        Args:
-            start: The number of the first operation.
-            stop: The number of the last operation plus one.
-            sized: Whether sizes count; otherwise only whether they are 0, 1 or larger.
-        """
+        """Return a hash of what some operations compute, independent of names and of where their inputs come from."""
         outside: dict[int | str, int] = {}
         form = []
         for step in self.steps[start:stop]:

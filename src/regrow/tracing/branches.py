@@ -13,19 +13,71 @@ from torch.fx import Node
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.branches import Branch, Placeholder, lies_in
 from regrow.core.candidates import Candidates, candidates_in
-from regrow.tracing.block_numbers import FIRST
-from regrow.tracing.branch_sites import (
+from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
+from regrow.tracing.effects import (
     BranchError,
     BranchSite,
+    Effects,
     RecordedModules,
     tensor_forms,
 )
-from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
-from regrow.tracing.effects import Effects
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
 from regrow.tracing.model_state import preserve_state, state_of
 from regrow.tracing.nodes import op_name
-from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
+from regrow.tracing.repeated_calls import FIRST
+
+
+class PlaceholderModule(nn.Module):
+    """Replaces a dropped module so that the code around it still runs: it returns zeros, its own input, or ``None``.
+
+    The zeros are new at every call, since code may write into them.
+
+    Args:
+        placeholder: Which argument it takes, and what it returns.
+        of: The module that it replaces; its plain attributes are copied, since code around it may read them.
+
+    >>> PlaceholderModule(Placeholder("zero", 0))(torch.ones(3))
+    tensor([0., 0., 0.])
+    """
+
+    def __init__(self, placeholder: Placeholder, of: nn.Module | None = None) -> None:
+        super().__init__()
+        self.placeholder = placeholder
+        for name, value in vars(of).items() if of is not None else ():
+            if type(value) in (bool, int, float, str) and not name.startswith("_"):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> object:
+        """Return zeros like the argument, or the argument, in the form of the dropped module's output; or ``None``."""
+        placeholder = self.placeholder
+        if placeholder.gives == "nothing":
+            return None
+        given = args[placeholder.takes] if isinstance(placeholder.takes, int) else kwargs[placeholder.takes]
+        value = torch.zeros_like(given) if placeholder.gives == "zero" else given
+        return tuple(value if i == placeholder.at else None for i in range(placeholder.of)) if placeholder.of else value
+
+    def extra_repr(self) -> str:
+        """Return what the placeholder gives: ``zero``, ``input`` or ``nothing``."""
+        return self.placeholder.gives
+
+
+def insert_placeholders(model: nn.Module, placeholders: Mapping[str, Placeholder]) -> dict[str, nn.Module]:
+    """Replace modules by placeholders, in place; return path → the replaced module."""
+    gone = {path: model.get_submodule(path) for path in placeholders}
+    set_modules(model, {path: PlaceholderModule(placeholder, gone[path]) for path, placeholder in placeholders.items()})
+    return gone
+
+
+def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Set modules at their paths, in place."""
+    for path, module in modules.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+
+
+def find_placeholders(model: nn.Module) -> dict[str, Placeholder]:
+    """Return path → placeholder of every dropped module of a network."""
+    return {path: module.placeholder for path, module in model.named_modules() if isinstance(module, PlaceholderModule)}
 
 
 @dataclass(frozen=True)
@@ -66,9 +118,6 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 def candidate_branches(model: nn.Module) -> dict[str, Branch]:
     """Return the operations of every :class:`regrow.Candidates` as branches, which need no analysis.
 
-    Args:
-        model: The network.
-
     >>> candidate_branches(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))["0.ops.a"].gives
     'nothing'
     """
@@ -82,13 +131,7 @@ def candidate_branches(model: nn.Module) -> dict[str, Branch]:
 
 
 def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:
-    """Return the path of every module that runs → the branch it is, or the reason why it cannot be dropped.
-
-    Args:
-        model: The network; it is left unchanged.
-        recorded: The recording of the network.
-        example: The input it was recorded with.
-    """
+    """Return the path of every module that runs → the branch it is, or the reason why it cannot be dropped."""
     if recorded.decisions is not None:
         return {}
     copy, mode = meta_copy(model, {})
@@ -105,12 +148,7 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:
-    """Run a network on an example; return module path → its calls, and the network's output.
-
-    Args:
-        model: The network.
-        example: Its input.
-    """
+    """Run a network on an example; return module path → its calls, and the network's output."""
     calls: dict[str, list[ModuleCall]] = {}
 
     def noting(path: str) -> Any:

@@ -125,6 +125,11 @@ def leaves(expr: Expr) -> Iterator[Leaf]:
             yield from leaves(part)
 
 
+def new(n: int) -> Expr:
+    """Return a new dimension of size ``n``."""
+    return ONE if n == 1 else Leaf(n)
+
+
 def frozen(n: int, reason: str) -> Expr:
     """Return a new dimension of size ``n`` that cannot change, with the reason."""
     return ONE if n == 1 else Leaf(n, frozen=reason)

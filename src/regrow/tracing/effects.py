@@ -1,6 +1,7 @@
-"""Data flow in a recorded network: on which operations its outputs depend, and whether a value is only ever added."""
+"""Locate modules in a recording, and find those whose output is only added to the rest, which can be dropped."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
@@ -9,7 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.node import Argument
+from torch.utils._pytree import tree_leaves
 
+from regrow.core.branches import Branch
 from regrow.tracing.capture import Capture
 from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, module_of, op_name, shapes_of
 
@@ -43,11 +46,7 @@ class Effects:
         self.end = next(node for node in self.inputs if node.op == "output")
 
     def same(self, node: Argument) -> Node:
-        """Return the node that made the tensor, behind casts that change nothing.
-
-        Args:
-            node: Any node of the recording.
-        """
+        """Return the node that made the tensor, behind casts that change nothing."""
         assert isinstance(node, Node)
         return self._same.get(node, node)
 
@@ -71,11 +70,7 @@ class Effects:
         return result
 
     def root(self, value: Argument) -> Node:
-        """Return the node that made the memory in which a value lies, behind views.
-
-        Args:
-            value: A node, or a list of nodes, whose first counts.
-        """
+        """Return the node that made the memory in which a value lies, behind views."""
         node = self.same(value[0] if isinstance(value, list | tuple) else value)
         while node.op == "call_function" and node.args and _views(node):
             first = node.args[0]
@@ -86,9 +81,6 @@ class Effects:
         """Return the nodes on which the outputs depend once some values are replaced, without the replaced ones.
 
         An operation that writes into a tensor in place counts where that tensor does.
-
-        Args:
-            replaced: The replaced values.
         """
         result: set[Node] = set()
         zeros: set[Node] = set()
@@ -107,9 +99,6 @@ class Effects:
 
         They are if everything computed from them before an addition is 0 where they are 0, and the other summand
         depends on the network's input.
-
-        Args:
-            zeros: The nodes whose values zeros would replace.
         """
         silent = set(zeros)
         first = min(map(self.place.__getitem__, silent), default=0)
@@ -139,23 +128,14 @@ class Effects:
 
 
 def replacement_of(node: Node, replaced: Replaced) -> Node:
-    """Return the node whose value replaces that of another one; a node replaced by zeros, or not at all, itself.
-
-    Args:
-        node: The node.
-        replaced: Node → its replacement.
-    """
+    """Return the node whose value replaces that of another one; a node replaced by zeros, or not at all, itself."""
     while (source := replaced.get(node)) is not None:
         node = source
     return node
 
 
 def writes(node: Node) -> bool:
-    """Whether an operation writes into a tensor in place.
-
-    Args:
-        node: The operation.
-    """
+    """Whether an operation writes into a tensor in place."""
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
@@ -180,12 +160,6 @@ def describe_effects(ours: Effects, replaced: Replaced, theirs: Effects, zeros: 
     """Return the first difference between a network with replaced values and another network; empty if none.
 
     Both are reduced to the operations on which their outputs depend, which are compared one by one.
-
-    Args:
-        ours: The network whose values are replaced.
-        replaced: Its replaced values.
-        theirs: The other network.
-        zeros: Node of ours that is replaced by zeros → the node of theirs that makes these zeros.
     """
     partner: dict[Node, Node] = dict(zeros)
     kept, other = ours.live(replaced), theirs.live(dict.fromkeys(zeros.values()))
@@ -244,3 +218,106 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return any(isinstance(x, FakeTensor) or x.is_meta for x in (one, other)) or torch.equal(one, other)
+
+
+@dataclass(frozen=True)
+class BranchSite:
+    """The output of a droppable module in a recording, and the value that replaces it.
+
+    Args:
+        node: The node of the module's output.
+        source: The module's input, if that passes through to the output; ``None``: zeros replace the output.
+    """
+
+    node: Node
+    source: Node | None
+
+
+class BranchError(Exception):
+    """Raised with the reason why a module cannot be dropped."""
+
+
+@dataclass(frozen=True)
+class RecordedModules:
+    """The operations of a recording, grouped by module.
+
+    Args:
+        effects: The recording's operations and their users.
+    """
+
+    effects: Effects
+
+    @cached_property
+    def inside(self) -> dict[str, list[Node]]:
+        """Path of a module → the operations in it, those of its children included."""
+        result: dict[str, list[Node]] = {}
+        for node in self.effects.calls:
+            for path in enclosing_modules(node):
+                result.setdefault(path, []).append(node)
+        return result
+
+    def site(self, path: str) -> BranchSite:
+        """Return the output of a module and its replacement, if the module can be dropped."""
+        own = self.inside.get(path, [])
+        if not own:
+            raise BranchError("nothing is recorded in it: it hands on what it is given")
+        known = {*own}
+        given = [node for node in own if not known.issuperset(self.effects.users.get(node, ()))]
+        if len(given) != 1:
+            raise BranchError("several things in it are used outside of it" if given else "nothing uses what it gives")
+        (node,) = given
+        if not isinstance(node.meta.get("val"), Tensor):
+            raise BranchError("what it gives is no tensor")
+        problem = self.effects.only_added(given)
+        if not problem:
+            return BranchSite(node, None)
+        source = self._through(node, known)
+        if source is None:
+            raise BranchError(problem)
+        if any(one not in known for origin in known for one in self.effects.writers.get(origin, ())):
+            raise BranchError("what it gives is written into afterwards, which would change its input")
+        return BranchSite(node, source)
+
+    def _through(self, node: Node, known: set[Node]) -> Node | None:
+        """Return the outside value that reaches a node through additions only, once, in the same shape; or ``None``."""
+        ends, ask, sums = [], [node], 0
+        while ask:
+            one = ask.pop()
+            if one not in known:
+                ends.append(one)
+            elif op_name(one) == "add" and not one.kwargs:
+                ask += [self.effects.same(part) for part in one.args[:2] if isinstance(part, Node)]
+                sums += all(isinstance(part, Node) or part == 0 for part in one.args[:2])
+            elif op_name(one) in ALIASES | {"dropout"}:
+                ask += [self.effects.same(part) for part in one.args[:1]]
+        ends = [one for one in ends if one not in self.effects.fixed]
+        if len(ends) != 1 or not sums:
+            return None
+        return ends[0] if tensor_forms(node.meta.get("val")) == tensor_forms(ends[0].meta.get("val")) else None
+
+    def dead(self, at: BranchSite) -> set[Node]:
+        """Return the operations on which no output depends once the branch is dropped."""
+        return {*self.effects.calls} - self.effects.live({at.node: at.source})
+
+
+def enclosing_modules(node: Node) -> list[str]:
+    """Return the paths of the modules in whose forward a node was recorded, outermost first."""
+    return [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values() if path]
+
+
+def locate_branches(recorded: RecordedModules, branches: Iterable[Branch]) -> dict[Node, Node | None]:
+    """Return what dropping branches replaces in a recording: output node → input node, or ``None`` for zeros."""
+    replaced: dict[Node, Node | None] = {}
+    for branch in branches:
+        at = recorded.site(branch.module)
+        if (at.source is None) != (branch.gives == "zero"):
+            raise BranchError(f"{branch.module} does something else here")
+        replaced[at.node] = at.source
+    if problem := recorded.effects.only_added(node for node, source in replaced.items() if source is None):
+        raise BranchError(problem)
+    return replaced
+
+
+def tensor_forms(value: object) -> list[tuple[torch.Size, torch.dtype]]:
+    """Return (shape, dtype) of every tensor in a nested value."""
+    return [(x.shape, x.dtype) for x in tree_leaves(value) if isinstance(x, Tensor)]

@@ -1,19 +1,121 @@
 """Find axis sizes used as divisors (in norms, means, attention scales), and what can compensate for a change."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from regrow.core.axes import Mark
+from regrow.core.axes import Mark, Role
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import ALIASES, module_of, op_name, operand_of, uncast, wholes
-from regrow.tracing.walk import Dims, Walk
+from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, module_of, op_name, operand_of, shapes_of, uncast, wholes
+from regrow.tracing.walk import Dims, Reading, Value, Walk, all_dims
+
+
+def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
+    """Return leaf number → why its new units would change the output or could never learn; others can be widened."""
+    zeros = _zeros(w)
+    result: dict[int, str] = {}
+    for one in w.readings:
+        for leaf in d.leaves(w.of(one.operand)[one.dim]):
+            if reason := _reason(w, one, leaf, zeros):
+                result.setdefault(leaf.number, reason)
+    for expr, weight in w.also:
+        for leaf in d.leaves(expr) if not weight else ():
+            result.setdefault(leaf.number, "in training it is read with no weight that could be 0")
+    for node, name in w.capture.states.items():
+        if name in tensors and not tensors[name].is_floating_point():
+            for expr in w.of(node):
+                for leaf in d.leaves(expr):
+                    result.setdefault(leaf.number, f"{name} does not hold real numbers, of which some could be 0")
+    return result
+
+
+def _reason(w: Walk, one: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> str:
+    if one.groups is not None and leaf in d.leaves(one.groups):
+        return ""  # a new group is normed by itself
+    if one.fill != 0:
+        return w.why(one.node, "it would be taken over new units too")
+    meeting = op_name(one.node) in _MEETINGS
+    if meeting and not one.weight:
+        return w.why(one.node, "its units meet units there, not weights")
+    if meeting and w.source(one.operand):
+        return w.why(one.node, "weights meet weights there, and neither makes its units")
+    if leaf.mark is Mark.FOLDED and leaf.number not in zeros[one.operand]:
+        return w.why(one.node, "new units are not known to be 0 there")
+    if leaf.mark is not Mark.FOLDED and not one.weight:
+        return w.why(one.node, "it reads new units with no weight that could be 0")
+    return ""
+
+
+def _zeros(w: Walk) -> dict[Node, frozenset[int]]:
+    """Return node → the leaves on which its value is 0 if the weights that make and shift new units are 0."""
+    zeros: dict[Node, frozenset[int]] = {}
+    spoiled: set[int] = set()  # written into in place: whoever else sees the same memory is not 0 there either
+    for node in w.capture.graph.nodes:
+        dims = w.dims.get(node)
+        carried = _carried(dims)
+        zeros[node] = frozenset(carried & _known(w, node, zeros)) if carried else frozenset()
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            spoiled |= carried - zeros[node]
+    return {node: known - spoiled for node, known in zeros.items()}
+
+
+def _carried(dims: Value) -> set[int]:
+    return {leaf.number for expr in all_dims(dims) for leaf in d.leaves(expr)}
+
+
+def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int]:
+    if node in w.capture.states:
+        name = w.capture.states[node]
+        return {
+            leaf.number
+            for dim, expr in enumerate(w.of(node))
+            if w.roles.get((name, dim), set()) & {Role.PRODUCES, Role.SHIFTS}
+            for leaf in d.leaves(expr)
+        }
+    if node.op != "call_function":
+        return set()
+    name = op_name(node)
+    operands = [one for one in node.all_input_nodes if isinstance(shapes_of(one), tuple | list)]
+    common = set.intersection(*({*zeros[one]} for one in operands)) if operands else set()
+    match name:
+        case "mul":
+            return set().union(*(zeros[one] for one in operands))
+        case "add" | "sub":
+            numbers = [value for value in node.args[:2] if isinstance(value, int | float)]
+            return set() if any(numbers) else common
+        case "div":
+            return {*zeros[operands[0]]} if len(operands) == 1 and operands[0] is node.args[0] else set()
+        case "pow":
+            exponent = node.args[1]
+            return common if isinstance(exponent, int | float) and exponent > 0 else set()
+        case "linear" | "conv1d" | "conv2d" | "conv3d":
+            # A unit is 0 for any input if its weights and its bias are 0.
+            made = [one for one in node.args[1:3] if isinstance(one, Node)]
+            return set.intersection(*({*zeros[one]} for one in made)) & _carried((w.of(made[0])[0],))
+        case "zeros_like":
+            return _carried(w.of(node))
+        case "batch_norm":
+            shifts = [one for i in (0, 2, 3) if isinstance(one := node.args[i], Node)]
+            return set.intersection(*({*zeros[one]} for one in shifts))
+        case "embedding" | "rms_norm":
+            return {*zeros[operand_of(node)]}
+    return common if name in ZERO_PRESERVING | _SUMS | ALIASES else set()
+
+
+_MEETINGS = frozenset(
+    ("matmul", "mm", "bmm", "baddbmm", "addmm", "linear", "mv", "dot", "scaled_dot_product_attention")
+)
+
+_MORE = "square cat concat sum mean avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d"
+_SUMS = frozenset(_MORE.split())
+"""Further operations whose result is 0 where all operands are 0."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +140,7 @@ class FoldSite:
 
 
 def folds(model: nn.Module, w: Walk) -> list[FoldSite]:
-    """Return the folds of a network, and freeze the dimensions of norms and means without one.
-
-    Args:
-        model: The network.
-        w: The walk over its recording.
-    """
+    """Return the folds of a network, and freeze the dimensions of norms and means without one."""
     result: list[FoldSite] = []
     for node, kind in w.norms:
         over = size_divided_by(w, node, kind)
@@ -77,13 +174,7 @@ _REASONS = {
 
 
 def size_divided_by(w: Walk, node: Node, kind: str) -> tuple[Expr, ...]:
-    """Return the dimensions by whose size a norm, mean or attention scale divides.
-
-    Args:
-        w: The walk.
-        node: The operation.
-        kind: ``"mean"``, ``"rms_norm"`` or ``"scale"``.
-    """
+    """Return the dimensions by whose size a norm, mean or attention scale divides."""
     dims = w.of(operand_of(node))
     if kind == "scale":
         return dims[-1:]

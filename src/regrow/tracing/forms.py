@@ -7,45 +7,160 @@ consists of, for operands on one device; fake tensors handle all others, and wha
 
 from collections.abc import Callable
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import no_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
-T = TypeVar("T")
+from regrow.tracing.nodes import map_arguments, operands_in
 
 
-def map_arguments(value: object, kind: type[T], change: Callable[[T], object]) -> Any:
-    """Return an operation's nested arguments with every instance of a type replaced.
+class ConstantResults:
+    """The nodes of a recording whose values are made of constants alone, and their values once they are needed."""
 
-    Args:
-        value: Lists, tuples and dicts of anything.
-        kind: The type.
-        change: Returns the replacement.
+    def __init__(self) -> None:
+        self.known: dict[Node, Any] = {}
+        self.calls: list[tuple[Node, Any, Any, Any]] = []
 
-    >>> map_arguments((1, [2, "x"], {"y": 3}), int, str)
-    ('1', ['2', 'x'], {'y': '3'})
-    """
-    if isinstance(value, kind):
-        return change(value)
-    if isinstance(value, list):
-        return [map_arguments(one, kind, change) for one in value]
-    if isinstance(value, tuple):
-        return tuple([map_arguments(one, kind, change) for one in value])
-    return {name: map_arguments(one, kind, change) for name, one in value.items()} if isinstance(value, dict) else value
+    def __contains__(self, node: object) -> bool:
+        return node in self.known
+
+    def add_call(self, node: Node, func: Any, args: Any, kwargs: Any) -> None:
+        """Add an operation on constants; it is run when a value is needed."""
+        self.known[node] = None
+        self.calls.append((node, func, args, kwargs))
+
+    def holds(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether an operation works on constants alone, and draws no random numbers."""
+        constant = all(node in self.known for node in operands_in((args, kwargs)))
+        return constant and torch.Tag.nondeterministic_seeded not in func.tags
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation on constants and return its result."""
+        with no_python_dispatcher(), unset_fake_temporarily():
+            self._catch_up()
+            return self._result(func, args, kwargs)
+
+    def forget(self, args: Any, kwargs: Any) -> None:
+        """Forget constants that an operation on other tensors too may write into, and all that share their storage."""
+        nodes = [node for node in operands_in((args, kwargs)) if node in self.known]
+        if not nodes:
+            return
+        with no_python_dispatcher(), unset_fake_temporarily():
+            self._catch_up()
+        written = {place for node in nodes for place in _storages(self.known[node])}
+        self.known = {node: x for node, x in self.known.items() if written.isdisjoint(_storages(x))}
+
+    def _catch_up(self) -> None:
+        """Run the operations that were added since."""
+        for node, func, args, kwargs in self.calls:
+            self.known[node] = self._result(func, args, kwargs)
+        self.calls.clear()
+
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        values, named = map_arguments((args, kwargs), Node, self.known.__getitem__)
+        return func(*values, **named)
+
+
+def _storages(value: Any) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(value) if isinstance(x, Tensor)}
+
+
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device] | int
+"""Shape, strides, dtype and device of a result; the index of the operand that is returned itself."""
+
+_MOST = 20_000
+_known: dict[object, Form | list[Form]] = {}
+
+
+def remember_result(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode, infer: Callable[[], Any]
+) -> Any:
+    """Return what an operation gives on fake tensors, inferred only if it was not seen with such operands."""
+    given: list[Tensor] = []
+    try:
+        key = (func, torch.get_default_dtype(), _key(args, mode, given), _key(kwargs, mode, given))
+        known = _known.get(key)
+    except TypeError:  # an argument of another kind
+        return infer()
+    if func._schema.is_mutable or mode.shape_env is not None or torch._C._is_any_autocast_enabled():
+        return infer()
+    if known is None:
+        result = infer()
+        if (forms := _forms(result, given)) is not None:
+            if len(_known) >= _MOST:
+                forget_results()
+            _known[key] = forms
+        return result
+    with no_python_dispatcher():
+        if isinstance(known, list):
+            return [_made(form, given, mode) for form in known]
+        return _made(known, given, mode)
+
+
+def forget_results() -> None:
+    """Forget all results."""
+    _known.clear()
+
+
+def _made(form: Form, given: list[Tensor], mode: FakeTensorMode) -> Tensor:
+    if isinstance(form, int):
+        return given[form]
+    shape, stride, dtype, device = form
+    return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+
+
+def _key(value: Any, mode: FakeTensorMode, given: list[Tensor]) -> object:
+    """Return what identifies an argument, and collect its tensors; raise TypeError where nothing does."""
+    kind = type(value)
+    if kind is FakeTensor:
+        if value.fake_mode is not mode or value.constant is not None or value.layout is not torch.strided:
+            raise TypeError
+        if value.is_conj() or value.is_neg():
+            raise TypeError
+        place = next((i for i, one in enumerate(given) if one is value), len(given))
+        given.append(value)
+        return (value.shape, value.stride(), value.dtype, value.fake_device, place)
+    if kind is tuple or kind is list:
+        return (kind, *[_key(one, mode, given) for one in value])
+    if kind is dict:
+        return tuple([(name, _key(one, mode, given)) for name, one in value.items()])
+    if kind is int or value is None or kind in _NAMES:
+        return value
+    if kind is float or kind is bool:
+        return (kind, value)
+    raise TypeError
+
+
+_NAMES = frozenset((str, torch.dtype, torch.device, torch.layout, torch.memory_format))
+
+
+def _forms(result: Any, given: list[Tensor]) -> Form | list[Form] | None:
+    """Return the forms of a result; ``None`` if they do not say all about it."""
+    if type(result) in (list, tuple):
+        forms = [_form(one, given) for one in result]
+        whole = [form for form in forms if form is not None]
+        return whole if type(result) is list and len(whole) == len(forms) else None
+    return _form(result, given)
+
+
+def _form(x: Any, given: list[Tensor]) -> Form | None:
+    if (place := next((i for i, one in enumerate(given) if one is x), None)) is not None:
+        return place
+    if type(x) is not FakeTensor or x.layout is not torch.strided or x.is_conj() or x.is_neg():
+        return None
+    shares = x.untyped_storage()._cdata in {one.untyped_storage()._cdata for one in given}
+    if shares or x.requires_grad or x.storage_offset():
+        return None
+    return x.shape, x.stride(), x.dtype, x.fake_device
 
 
 def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, object], mode: FakeTensorMode) -> object:
-    """Infer by a rule the shape and dtype that an operation gives, faster than torch; ``NotImplemented`` without one.
-
-    Args:
-        func: The operation.
-        args: Its positional arguments; tensors are fake.
-        kwargs: Its arguments by name.
-        mode: The mode of the fake tensors.
-    """
+    """Infer what an operation gives by a rule, faster than torch; ``NotImplemented`` without one."""
     rule = _RULES.get(func)
     if (rule is None and func not in _KERNELS) or torch._C._is_any_autocast_enabled():
         return NotImplemented

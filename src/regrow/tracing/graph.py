@@ -12,22 +12,17 @@ from regrow.core.dims import occurrences
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
-from regrow.tracing.folds import folds
+from regrow.tracing.folds import folds, not_zero_initialisable
 from regrow.tracing.kinds import unalterable
 from regrow.tracing.model_state import state_of
 from regrow.tracing.walk import Dims, Walk, all_dims
-from regrow.tracing.zero_init import not_zero_initialisable
 
 Multiple = tuple[Leaf, int]
 """A leaf, and how many entries of the dimension each of its units counts for."""
 
 
 def group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
-    """Return leaf number → label of its group of equal sizes, and how many entries each of its units counts for.
-
-    Args:
-        w: The walk; dimensions that cannot be matched are frozen.
-    """
+    """Return leaf number → label of its group of equal sizes, and how many entries each of its units counts for."""
     pairs: list[tuple[Multiple, Multiple, str]] = []
     for a, b, why in w.equal:
         leaves = _pairs(a, b)
@@ -97,11 +92,7 @@ class Names:
     keys: Mapping[int, str]
 
     def dim(self, expr: Expr) -> Dim:
-        """Return an expression as a dimension written in axes.
-
-        Args:
-            expr: The expression of a dimension.
-        """
+        """Return an expression as a dimension written in axes."""
         expr = d.resolve(expr)
         match expr:
             case Leaf():
@@ -112,11 +103,7 @@ class Names:
                 return _joined(Sum, [self.dim(part) for part in parts])
 
     def dims(self, exprs: Dims) -> tuple[Dim, ...]:
-        """Return several expressions as dimensions written in axes.
-
-        Args:
-            exprs: The expressions of a tensor's dimensions.
-        """
+        """Return several expressions as dimensions written in axes."""
         return tuple(map(self.dim, exprs))
 
 
@@ -128,13 +115,7 @@ def _joined(kind: type[Product] | type[Sum], parts: list[Dim]) -> Dim:
 
 
 def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Names]:
-    """Return the axis graph of a walked network, and the names of its axes for writing further expressions.
-
-    Args:
-        model: The network.
-        w: The walk over its recording.
-        example: The input it was recorded with.
-    """
+    """Return the axis graph of a walked network, and the names of its axes for writing further expressions."""
     state = {name: w.of(node) for node, name in w.capture.states.items() if name not in w.capture.unused}
     ties = _ties(model, w, state)
     _freeze_unreachable(model, w, ties)

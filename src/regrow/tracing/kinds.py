@@ -44,9 +44,6 @@ _PACKAGES = {"torch.ao.nn.quantized": _QUANTISED, "torch.ao.nn.intrinsic.quantiz
 def check_traceable(model: nn.Module) -> None:
     """Raise :class:`TraceError` for a network that cannot be traced, naming the module and the remedy.
 
-    Args:
-        model: The network.
-
     >>> check_traceable(nn.LazyLinear(3))
     Traceback (most recent call last):
     regrow.tracing.capture.TraceError: weight has no shape yet; run the model once on an example, then trace it
@@ -88,11 +85,7 @@ def _of_tensors(model: nn.Module) -> Iterator[str]:
 
 
 def unalterable(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the parameters and buffers whose shapes must not change, and why: a spectral norm, or shared memory.
-
-    Args:
-        model: The network.
-    """
+    """Yield the parameters and buffers whose shapes must not change, and why: a spectral norm, or shared memory."""
     for path, module in model.named_modules():
         for name, remedy in _computed(path, module, spectral=True):
             yield (
@@ -146,9 +139,6 @@ _MOST_ENTRIES = 1 << 22
 def recompute_weights(model: nn.Module) -> None:
     """Recompute the weights that hooks compute before each run (weight norm, spectral norm, pruning masks).
 
-    Args:
-        model: The network; changed in place.
-
     >>> net = torch.nn.utils.prune.l1_unstructured(nn.Linear(3, 2), "weight", 2)
     >>> net.weight_orig, net.weight_mask = nn.Parameter(net.weight_orig[:1]), net.weight_mask[:1]
     >>> recompute_weights(net)
@@ -168,10 +158,6 @@ def with_remedies(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 
     A weight that is computed from others at every call, by a norm over some of its dimensions, cannot lose entries of
     these: all others would change.
-
-    Args:
-        model: The network.
-        axes: Its axes.
     """
     computed = {name: remedy for path, module in model.named_modules() for name, remedy in _computed(path, module)}
     if not computed:
@@ -196,13 +182,7 @@ _OUTER = ("it is a dimension of the model's input", "it is an output of the mode
 
 
 def _computed(path: str, module: nn.Module, spectral: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield each tensor from which a module computes a weight, and the call that ends the parametrisation.
-
-    Args:
-        path: The path of the module.
-        module: The module.
-        spectral: Whether to yield only those that are divided by a spectral norm.
-    """
+    """Yield each tensor from which a module computes a weight, and the call that ends the parametrisation."""
     at, dot = f"model.{path}" if path else "model", f"{path}." if path else ""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and not spectral:

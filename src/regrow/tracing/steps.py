@@ -1,7 +1,7 @@
 """A network as a list of operations, and the check that a resized network still runs the same ones."""
 
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import zip_longest
@@ -11,13 +11,112 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from regrow.core.axes import AxisGraph, Dim, RecordedStep, size_of
+from regrow.core.axes import AxisGraph, Cache, Dim, RecordedStep, size_of
 from regrow.core.operations import Number, Numbers
+from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
+from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.graph import Names
-from regrow.tracing.nodes import ALIASES, leaves_of, module_of, op_name, shapes_of, uncast
+from regrow.tracing.nodes import ALIASES, leaves_of, module_of, op_name, shapes_of, uncast, whole
 from regrow.tracing.rules.shapes import bounds
-from regrow.tracing.walk import Value, Walk
+from regrow.tracing.walk import Dims, Value, Walk, all_dims
+
+MOST_STEPS = 16
+"""The most operations between a softmax and the matrix products before and after it."""
+
+
+def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
+    """Return the keys and values that each attention reads, as dimensions per token.
+
+    Only attention over tokens of the model's input counts; tensors that are read twice are cached once.
+    """
+    given = [node for node in w.capture.graph.nodes if node.op == "placeholder" and node not in w.capture.states]
+    tokens = {leaf.number for node in given for expr in all_dims(w.dims[node]) for leaf in d.leaves(expr)}
+    result: dict[tuple[Node, Node], Cache] = {}
+    for node in w.capture.graph.nodes:
+        for key, value, over in _read(w, node):
+            if not _is_token(over, tokens):
+                continue
+            both = _kept(w, key), _kept(w, value)
+            own = [_per_token(w.of(one), tokens) for one in both]
+            if own[0] is not None and own[1] is not None:
+                item = both[0].meta["val"].element_size()
+                result.setdefault(both, Cache(module_of(node), names.dims(own[0]), names.dims(own[1]), item))
+    return tuple(result.values())
+
+
+def _read(w: Walk, node: Node) -> Iterator[tuple[Node, Node, Expr]]:
+    """Yield keys, values and the dimension attended over, if an operation is an attention, fused or its softmax."""
+    if node.op != "call_function":
+        return
+    if op_name(node) == "scaled_dot_product_attention":
+        key, value = (node.kwargs.get(name, node.args[i] if len(node.args) > i else None) for i, name in _PLACES)
+        if isinstance(key, Node) and isinstance(value, Node):
+            yield key, value, w.of(key)[-2]
+    elif op_name(node) in ("softmax", "_softmax"):
+        asked, answered = _product(w, node, back=True), _product(w, node, back=False)
+        if asked is not None and answered is not None:
+            yield asked, answered, w.of(node)[whole(node.args[1])]
+
+
+_PLACES = ((1, "key"), (2, "value"))
+
+
+def _product(w: Walk, softmax: Node, back: bool) -> Node | None:
+    """Return the second factor of the product before a softmax (the keys), or after it (the values)."""
+    near = [softmax]
+    for _ in range(MOST_STEPS):
+        beyond: list[Node] = []
+        for one in near:
+            for other in one.all_input_nodes if back else one.users:
+                if other.op != "call_function":
+                    continue
+                if op_name(other) in _PRODUCTS:
+                    first, second = other.all_input_nodes[-2:] if len(other.all_input_nodes) > 1 else (other, other)
+                    if first is not second and not w.source(first) and not w.source(second) and (back or first is one):
+                        return second
+                elif len(w.dims[other] or ()) >= 3:
+                    beyond.append(other)
+        near = beyond
+    return None
+
+
+_PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum"))
+
+
+def _kept(w: Walk, node: Node) -> Node:
+    """Return the smallest of a tensor and those from which it was only reshaped or repeated."""
+    best, one = node, node
+    while one.op == "call_function" and op_name(one) in _LAID_OUT and isinstance(one.args[0], Node):
+        one = one.args[0]
+        if _bytes(one) < _bytes(best):
+            best = one
+    return best
+
+
+_SHAPES = (
+    "view reshape _unsafe_view view_as reshape_as flatten unflatten squeeze unsqueeze expand expand_as broadcast_to "
+    "repeat tile repeat_interleave transpose swapaxes permute movedim mT mH adjoint t slice"
+)
+_LAID_OUT = ALIASES | frozenset(_SHAPES.split())
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta["val"]
+    return int(value.numel() * value.element_size())
+
+
+def _per_token(dims: Dims, tokens: Container[int]) -> Dims | None:
+    """Return the dimensions without those of the model's input; ``None`` if there are none of these."""
+    parts = [part for expr in map(d.resolve, dims) for part in (expr.parts if isinstance(expr, d.Times) else (expr,))]
+    own = tuple(part for part in parts if not _is_token(part, tokens))
+    return own if len(own) < len(parts) else None
+
+
+def _is_token(expr: Expr, tokens: Container[int]) -> bool:
+    expr = d.resolve(expr)
+    return isinstance(expr, Leaf) and expr.number in tokens
+
 
 FIRST_RUN = "it reads what it keeps at its first run, which is not known yet; run the network once"
 """The problem of a network that caches something at its first run, with these inputs, and has not run."""
@@ -42,12 +141,7 @@ class Difference:
 
 
 def steps(w: Walk, names: Names) -> tuple[RecordedStep, ...]:
-    """Return the operations of a walked network in comparable form, with shapes written in axes.
-
-    Args:
-        w: The walk.
-        names: Writes expressions in axes.
-    """
+    """Return the operations of a walked network in comparable form, with shapes written in axes."""
     return tuple(
         RecordedStep(
             op_name(node),
@@ -64,14 +158,7 @@ def steps(w: Walk, names: Names) -> tuple[RecordedStep, ...]:
 def difference(
     known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int], added: Collection[str] = ()
 ) -> Difference | None:
-    """Return the first operation in which a resized network differs from the traced one as planned; ``None`` if none.
-
-    Args:
-        known: The operations of the traced network.
-        recorded: The recording of the resized network.
-        sizes: Axis key → its number of units in the resized network.
-        added: The names of biases that only the resized network has.
-    """
+    """Return the first operation in which a resized network differs from the traced one as planned, if there is one."""
     nodes = operations(recorded)
     for i, (step, node) in enumerate(zip_longest(known, nodes)):
         if step is None or node is None or step.op != op_name(node):
@@ -98,13 +185,7 @@ def difference(
 def first_difference(
     present: Capture, planned: Capture, known: Sequence[RecordedStep] | None = None
 ) -> Difference | None:
-    """Compare the recordings before and after sizes were changed; return the first constant that differs, or ``None``.
-
-    Args:
-        present: The recording of the present network.
-        planned: The recording of the planned network.
-        known: The operations of the traced network; ``None``: the starts of slices are not compared.
-    """
+    """Return the first constant that differs between the recordings before and after sizes were changed, if any."""
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
         return Difference(FIRST_RUN, 0)
     if (one := len(operations(present))) != (other := len(operations(planned))):
@@ -118,12 +199,7 @@ def first_difference(
 
 
 def refold_steps(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[RecordedStep, ...]:
-    """Return the operations of a network after folds have changed the epsilons of its norms.
-
-    Args:
-        axes: Its axes, with the operations before.
-        constants: ``module:attribute`` → the new epsilon.
-    """
+    """Return the operations of a network after folds have changed the epsilons of its norms."""
     new = {f.epsilon.partition(":")[0]: (f.value, constants[f.epsilon]) for f in axes.folds if f.epsilon in constants}
 
     def fitting(step: RecordedStep) -> RecordedStep:
@@ -134,12 +210,7 @@ def refold_steps(axes: AxisGraph, constants: Mapping[str, float | None]) -> tupl
 
 
 def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
-    """Return the operations with the constants and operands of a new recording; shapes stay written in axes.
-
-    Args:
-        known: The operations before.
-        recorded: The new recording.
-    """
+    """Return the operations with the constants and operands of a new recording; shapes stay written in axes."""
     started = _started(known, recorded)
     return tuple(
         replace(step, numbers=numbers, operands=operands)
@@ -148,11 +219,7 @@ def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[Rec
 
 
 def operations(recorded: Capture) -> list[Node]:
-    """Return the operations that compute something, and the output; without casts, copies and assertions.
-
-    Args:
-        recorded: The recording.
-    """
+    """Return the operations that compute something, and the output; without casts, copies and assertions."""
     every = (node for node in recorded.graph.nodes if node.op in ("call_function", "output"))
     return [node for node in every if op_name(node) not in ALIASES and not op_name(node).startswith("_assert")]
 
@@ -186,12 +253,7 @@ def _written(dims: Value, names: Names) -> tuple[tuple[Dim, ...] | None, ...]:
 
 
 def calls(recorded: Capture, started: Collection[Node]) -> Iterator[tuple[Node, Numbers, Operands]]:
-    """Yield each operation with its constants and operands.
-
-    Args:
-        recorded: The recording.
-        started: Slices whose start follows from axis sizes, and is no constant.
-    """
+    """Yield each operation with its constants and operands."""
     given = [n for n in recorded.graph.nodes if n.op == "placeholder"]
     inputs = [n for n in given if n not in recorded.states and n not in recorded.constants]
     names: dict[Node, int | str] = {node: f"input {i}" for i, node in enumerate(inputs)}

@@ -12,9 +12,9 @@ from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture, TraceError, in_training
 from regrow.tracing.folds import size_divided_by
 from regrow.tracing.nodes import module_of, op_name
-from regrow.tracing.rules import POINTWISE, RULES
+from regrow.tracing.rules import walk
 from regrow.tracing.steps import operations
-from regrow.tracing.walk import Walk, walk
+from regrow.tracing.walk import Walk
 
 
 def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | None:
@@ -23,14 +23,6 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | Non
     It does so where training uses parameters that evaluation leaves out, or where the network's own code reads its mode
     and other operations run then. Both walks are about the same parameters, so what the second one ties, freezes or
     marks holds in the first. Sizes that training alone divides by have no fold: they are frozen.
-
-    Args:
-        model: The network.
-        example: The input to run it on.
-        w: The walk in evaluation mode; changed in place.
-
-    Returns:
-        The recording in training mode, if it was merged.
     """
     if w.capture.decisions is not None or not (w.capture.unused or looks_at_mode(model)):
         return None
@@ -41,7 +33,7 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | Non
     left = tuple(name for name in w.capture.unused if name in more.unused)
     if len(left) == len(w.capture.unused) and _names(w.capture) == _names(more):
         return None
-    second = walk(more, RULES, POINTWISE, known={name: w.of(node) for node, name in w.capture.states.items()})
+    second = walk(more, known={name: w.of(node) for node, name in w.capture.states.items()})
     alike = {(module_of(node), kind) for node, kind in w.norms}
     for node, kind in second.norms:
         if (module_of(node), kind) not in alike:
@@ -53,7 +45,7 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | Non
     w.literals += second.literals
     w.groups += second.groups
     w.equal += second.equal
-    w.weights += [name for name in second.weights if name not in w.weights]
+    w.weights |= second.weights
     w.tables += [name for name in second.tables if name not in w.tables]
     w.notes += second.notes
     w.capture = replace(w.capture, unused=left)
@@ -62,9 +54,6 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | Non
 
 def looks_at_mode(model: nn.Module) -> bool:
     """Whether a network's own code (not torch's) reads ``training``.
-
-    Args:
-        model: The network.
 
     >>> class Noisy(nn.Module):
     ...     def forward(self, x):

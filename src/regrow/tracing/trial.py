@@ -1,8 +1,9 @@
 """Trial cuts: run a resized copy of the network on fake data, and freeze the axes whose cut does not run as planned."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import lcm
 from typing import Any
 
 import torch
@@ -12,12 +13,42 @@ from regrow.core.axes import Axis, AxisGraph, Mark, size_of
 from regrow.core.plan import PlanError
 from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.capture import Capture, TraceError, capture, evaluating, in_training, quiet
-from regrow.tracing.interception import as_exporting
+from regrow.tracing.interception import Line, as_exporting, format_line, line_of, line_raised, parting_line
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy, without_numbers
 from regrow.tracing.model_state import preserve_state
-from regrow.tracing.source_lines import Line, format_line, line_of, line_raised, parting_line
 from regrow.tracing.steps import FIRST_RUN, Difference, difference, first_difference, operations, refold_steps
-from regrow.tracing.trial_sizes import cut_sizes
+
+
+def deep_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
+    """Return the sizes of a trial in which some axes keep as few units as they may, two or more."""
+    sizes = axes.sizes()
+    groups: dict[str, list[Axis]] = {}
+    for axis in cut:
+        groups.setdefault(axis.count or axis.key, []).append(axis)
+    for members in groups.values():
+        steps = min((axis.size - max(axis.least, 2)) // _step(axis, axes) for axis in members)
+        sizes |= {axis.key: axis.size - max(steps, 0) * _step(axis, axes) for axis in members}
+    return sizes
+
+
+def cut_sizes(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
+    """Return the sizes of a trial in which some axes lose a few units."""
+    sizes = axes.sizes()
+    turns: dict[str, int] = {}
+    for axis in cut:
+        members = [other for other in axes if other.count == axis.count] if axis.count else [axis]
+        many = 1 + turns.setdefault(axis.count or axis.key, len(turns)) % 3
+        if any(other.size - many * _step(other, axes) < max(other.least, 1) for other in members):
+            many = 1
+        sizes[axis.key] = axis.size - many * _step(axis, axes)
+    return sizes
+
+
+def _step(axis: Axis, axes: AxisGraph) -> int:
+    """Return how many units an axis loses at least, so that its size and those of its group stay valid."""
+    if not axis.count:
+        return axis.multiple
+    return lcm(*(other.times * other.multiple for other in axes if other.count == axis.count)) // axis.times
 
 
 def freeze_failing(model: nn.Module, axes: AxisGraph, trained: Capture | None = None) -> AxisGraph:
@@ -26,11 +57,6 @@ def freeze_failing(model: nn.Module, axes: AxisGraph, trained: Capture | None = 
     A few units of each free axis are cut, in all axes at once, on a copy without numbers, which is recorded again.
     Where that fails, axes are tried class by class: axes are of one class if their slots differ in layer numbers only.
     Axes of two units are tried separately: with one unit left, many networks run other operations.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes.
-        trained: Its recording in training mode; ``None``: a trial that needs it records it anew.
     """
     full = {axis.key: f"it must keep {axis.least} units" for axis in axes.free() if axis.size <= axis.least}
     free = [axis for axis in axes.free() if axis.key not in full]
@@ -91,11 +117,7 @@ def _unnumbered(problem: str) -> str:
 
 
 def classes_of(axes: Iterable[Axis]) -> dict[tuple, list[Axis]]:
-    """Return the axes by class, of which the slots differ in layer numbers only, with those of the same count.
-
-    Args:
-        axes: The axes.
-    """
+    """Return the axes by class, of which the slots differ in layer numbers only, with those of the same count."""
     classes: dict[tuple, list[Axis]] = {}
     for axis in axes:
         classes.setdefault(_kind(axis), []).append(axis)
@@ -162,12 +184,6 @@ def trial_error(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], tra
     """Return the problem of running the network at other sizes, on a copy without numbers; empty if there is none.
 
     The copy is recorded as the network was when it was traced.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes.
-        sizes: Axis key → its number of units in the copy.
-        trained: The network's recording in training mode, if it is known.
     """
     try:
         deviation = difference(axes.steps, record_resized(model, axes, Resizing(sizes)), sizes)
@@ -194,14 +210,6 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
 
     Every operation must have the planned shape and work on the same operands with the same constants: a network whose
     Python code reads a width may do anything else.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes.
-        to: The sizes, constants and biases that the plan leads to.
-
-    Raises:
-        PlanError: If it runs other operations; the message names the line of its code.
     """
     try:
         planned = record_resized(model, axes, to)
@@ -248,14 +256,7 @@ def _line(model: nn.Module, axes: AxisGraph, to: Resizing, deviation: Difference
 
 
 def record_resized(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = False) -> Capture:
-    """Record the network at other sizes, on a copy without numbers, as it was recorded when it was traced.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes.
-        to: The sizes, constants and biases of the copy.
-        lines: As for :func:`regrow.tracing.capture.capture`.
-    """
+    """Record the network at other sizes, on a copy without numbers, as it was recorded when it was traced."""
     copy, mode = resize_copy(model, axes, to)
     example = fake_example(cast_example(axes.example, model), mode)
     return capture(copy, example, axes.decisions, tracer=axes.tracer, lines=lines)
@@ -286,13 +287,7 @@ def _refusal(error: TraceError) -> str:
 
 
 def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, torch._subclasses.FakeTensorMode]:
-    """Return a copy without numbers at the planned sizes, with its integers, constants and biases, and its fake mode.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes.
-        to: The sizes, constants and biases of the copy.
-    """
+    """Return a copy without numbers at the planned sizes, with integers, constants and biases, and its fake mode."""
     shapes = {name: tuple(size_of(dim, to.sizes) for dim in dims) for name, dims in axes.shapes.items()}
     copy, mode = meta_copy(model, shapes)
     for place, value in {**planned_integers(axes, to.sizes), **to.constants}.items():
@@ -308,10 +303,5 @@ def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Mod
 
 
 def planned_integers(axes: AxisGraph, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return ``module:attribute`` → the integer it must hold at the given axis sizes.
-
-    Args:
-        axes: The network's axes.
-        sizes: Axis key → its number of units.
-    """
+    """Return ``module:attribute`` → the integer it must hold at the given axis sizes."""
     return {place: size_of(dim, sizes) for place, dim in axes.integers.items()}
