@@ -141,6 +141,12 @@ def freeze(expr: Expr, reason: str) -> None:
         leaf.frozen = leaf.frozen or reason
 
 
+def clash(a: Expr, b: Expr, why: str) -> None:
+    """Freeze two dimensions that cannot agree."""
+    freeze(a, why)
+    freeze(b, why)
+
+
 def is_free(expr: Expr) -> bool:
     """Whether any leaf of a dimension can change its size."""
     return any(not leaf.frozen for leaf in leaves(expr))
@@ -176,7 +182,7 @@ def unify(a: Expr, b: Expr, why: str) -> None:
     if identical(a, b):
         return
     if size(a) != size(b):
-        _clash(a, b, why)
+        clash(a, b, why)
     elif isinstance(a, Leaf):
         _bind(a, b, why)
     elif isinstance(b, Leaf):
@@ -209,14 +215,9 @@ def split_product(expr: Expr, sizes: list[int], why: str) -> list[Expr]:
     return parts
 
 
-def _clash(a: Expr, b: Expr, why: str) -> None:
-    freeze(a, why)
-    freeze(b, why)
-
-
 def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
     if any(part is leaf for part in leaves(expr)):
-        _clash(leaf, expr, f"{why}: the dimension would have to contain itself")
+        clash(leaf, expr, f"{why}: the dimension would have to contain itself")
         return
     if leaf.frozen:
         freeze(expr, leaf.frozen)
@@ -253,7 +254,7 @@ def _align_products(a: list[Expr], b: list[Expr], why: str) -> None:
             unify(times(*small[:taken]), large.pop(0), why)
             del small[:taken]
         else:
-            _clash(times(*a), times(*b), why)
+            clash(times(*a), times(*b), why)
             return
         a[:] = _flat(a, Times)
         b[:] = _flat(b, Times)
@@ -266,7 +267,7 @@ def _align_sums(a: list[Expr], b: list[Expr], why: str) -> None:
         if n == m:
             unify(small.pop(0), large.pop(0), why)
         elif any(_holds(small, leaf) for leaf in leaves(large[0])) or (pieces := _cut(large[0], n)) is None:
-            _clash(plus(*a), plus(*b), why)
+            clash(plus(*a), plus(*b), why)
             return
         else:
             large[:1] = pieces
@@ -304,7 +305,7 @@ def _distribute(product: Times, sum_: Plus, why: str) -> None:
     n = size(inner)
     assert isinstance(first, Leaf)
     if any(size(part) % n for part in sum_.parts) or any(_holds([sum_], leaf) for leaf in leaves(product)):
-        _clash(product, sum_, why)
+        clash(product, sum_, why)
         return
     pieces = tuple(Leaf(size(part) // n) for part in sum_.parts)
     _share(first, pieces)

@@ -11,15 +11,26 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from regrow.core.axes import AxisGraph, Cache, Dim, RecordedStep, size_of
+from regrow.core.axes import AxisGraph, Cache, RecordedStep, size_of
 from regrow.core.operations import Number, Numbers
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.graph import Names
-from regrow.tracing.nodes import ALIASES, leaves_of, module_of, op_name, shapes_of, uncast, whole
+from regrow.tracing.nodes import (
+    ALIASES,
+    as_list,
+    axis_of,
+    leaves_of,
+    module_of,
+    op_name,
+    operand_of,
+    operands,
+    shapes_of,
+    uncast,
+)
 from regrow.tracing.rules.shapes import bounds
-from regrow.tracing.walk import Dims, Value, Walk, all_dims
+from regrow.tracing.walk import Dims, Walk, all_dims
 
 MOST_STEPS = 16
 """The most operations between a softmax and the matrix products before and after it."""
@@ -30,36 +41,29 @@ def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
 
     Only attention over tokens of the model's input counts; tensors that are read twice are cached once.
     """
-    given = [node for node in w.capture.graph.nodes if node.op == "placeholder" and node not in w.capture.states]
+    given = (*w.capture.inputs, *w.capture.constants)
     tokens = {leaf.number for node in given for expr in all_dims(w.dims[node]) for leaf in d.leaves(expr)}
     result: dict[tuple[Node, Node], Cache] = {}
     for node in w.capture.graph.nodes:
-        for key, value, over in _read(w, node):
-            if not _is_token(over, tokens):
-                continue
-            both = _kept(w, key), _kept(w, value)
-            own = [_per_token(w.of(one), tokens) for one in both]
-            if own[0] is not None and own[1] is not None:
-                item = both[0].meta["val"].element_size()
-                result.setdefault(both, Cache(module_of(node), names.dims(own[0]), names.dims(own[1]), item))
+        key, value, over = _attention(w, node)
+        if key is not None and value is not None and _is_token(over, tokens):
+            key, value = _smallest(key), _smallest(value)
+            keys, values = (_per_token(w.of(cached), tokens) for cached in (key, value))
+            if keys is not None and values is not None:
+                item = key.meta["val"].element_size()
+                result.setdefault((key, value), Cache(module_of(node), names.dims(keys), names.dims(values), item))
     return tuple(result.values())
 
 
-def _read(w: Walk, node: Node) -> Iterator[tuple[Node, Node, Expr]]:
-    """Yield keys, values and the dimension attended over, if an operation is an attention, fused or its softmax."""
-    if node.op != "call_function":
-        return
-    if op_name(node) == "scaled_dot_product_attention":
-        key, value = (node.kwargs.get(name, node.args[i] if len(node.args) > i else None) for i, name in _PLACES)
-        if isinstance(key, Node) and isinstance(value, Node):
-            yield key, value, w.of(key)[-2]
-    elif op_name(node) in ("softmax", "_softmax"):
-        asked, answered = _product(w, node, back=True), _product(w, node, back=False)
-        if asked is not None and answered is not None:
-            yield asked, answered, w.of(node)[whole(node.args[1])]
-
-
-_PLACES = ((1, "key"), (2, "value"))
+def _attention(w: Walk, node: Node) -> tuple[Node | None, Node | None, Expr]:
+    """Return keys, values and the dimension attended over, if an operation is an attention, fused or its softmax."""
+    if node.op == "call_function" and op_name(node) == "scaled_dot_product_attention":
+        key, value = operand_of(node, 1, "key"), operand_of(node, 2, "value")
+        return key, value, w.of(key)[-2]
+    if node.op == "call_function" and op_name(node) in ("softmax", "_softmax"):
+        over = w.of(node)[axis_of(node, 1, len(w.of(node)))]
+        return _product(w, node, back=True), _product(w, node, back=False), over
+    return None, None, d.ONE
 
 
 def _product(w: Walk, softmax: Node, back: bool) -> Node | None:
@@ -67,15 +71,13 @@ def _product(w: Walk, softmax: Node, back: bool) -> Node | None:
     near = [softmax]
     for _ in range(MOST_STEPS):
         beyond: list[Node] = []
-        for one in near:
-            for other in one.all_input_nodes if back else one.users:
-                if other.op != "call_function":
-                    continue
-                if op_name(other) in _PRODUCTS:
+        for node in near:
+            for other in node.all_input_nodes if back else node.users:
+                if other.op == "call_function" and op_name(other) in _PRODUCTS:
                     first, second = other.all_input_nodes[-2:] if len(other.all_input_nodes) > 1 else (other, other)
-                    if first is not second and not w.source(first) and not w.source(second) and (back or first is one):
+                    if first is not second and not w.source(first) and not w.source(second) and (back or first is node):
                         return second
-                elif len(w.dims[other] or ()) >= 3:
+                elif other.op == "call_function" and len(w.dims[other] or ()) >= 3:
                     beyond.append(other)
         near = beyond
     return None
@@ -84,14 +86,13 @@ def _product(w: Walk, softmax: Node, back: bool) -> Node | None:
 _PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum"))
 
 
-def _kept(w: Walk, node: Node) -> Node:
+def _smallest(node: Node) -> Node:
     """Return the smallest of a tensor and those from which it was only reshaped or repeated."""
-    best, one = node, node
-    while one.op == "call_function" and op_name(one) in _LAID_OUT and isinstance(one.args[0], Node):
-        one = one.args[0]
-        if _bytes(one) < _bytes(best):
-            best = one
-    return best
+    chain = [node]
+    while node.op == "call_function" and op_name(node) in _LAID_OUT and isinstance(node.args[0], Node):
+        node = node.args[0]
+        chain.append(node)
+    return min(chain, key=lambda made: int(made.meta["val"].nbytes))
 
 
 _SHAPES = (
@@ -101,16 +102,12 @@ _SHAPES = (
 _LAID_OUT = ALIASES | frozenset(_SHAPES.split())
 
 
-def _bytes(node: Node) -> int:
-    value = node.meta["val"]
-    return int(value.numel() * value.element_size())
-
-
 def _per_token(dims: Dims, tokens: Container[int]) -> Dims | None:
     """Return the dimensions without those of the model's input; ``None`` if there are none of these."""
-    parts = [part for expr in map(d.resolve, dims) for part in (expr.parts if isinstance(expr, d.Times) else (expr,))]
-    own = tuple(part for part in parts if not _is_token(part, tokens))
-    return own if len(own) < len(parts) else None
+    whole = d.times(*dims)
+    parts = whole.parts if isinstance(whole, d.Times) else (whole,)
+    rest = tuple(part for part in parts if not _is_token(part, tokens))
+    return rest if len(rest) < len(parts) else None
 
 
 def _is_token(expr: Expr, tokens: Container[int]) -> bool:
@@ -146,12 +143,12 @@ def steps(w: Walk, names: Names) -> tuple[RecordedStep, ...]:
         RecordedStep(
             op_name(node),
             module_of(node),
-            _written(w.dims.get(node), names),
+            tuple(None if dims is None else names.dims(dims) for dims in as_list(w.dims.get(node))),
             numbers,
             names.dim(w.starts[node]) if node in w.starts else None,
-            operands,
+            read,
         )
-        for node, numbers, operands in calls(w.capture, w.starts)
+        for node, numbers, read in calls(w.capture, w.starts)
     )
 
 
@@ -159,26 +156,23 @@ def difference(
     known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int], added: Collection[str] = ()
 ) -> Difference | None:
     """Return the first operation in which a resized network differs from the traced one as planned, if there is one."""
-    nodes = operations(recorded)
-    for i, (step, node) in enumerate(zip_longest(known, nodes)):
+    for i, (step, node) in enumerate(zip_longest(known, operations(recorded))):
         if step is None or node is None or step.op != op_name(node):
             ran = "nothing" if node is None else _where(op_name(node), module_of(node))
             before = "nothing" if step is None else _where(step.op, step.module)
             return Difference(f"the network runs other operations at that size: {ran} instead of {before}", i)
-    started = _started(known, recorded)
     constant: Difference | None = None
-    for i, (step, (node, numbers, operands)) in enumerate(zip(known, calls(recorded, started), strict=True)):
+    recalled = calls(recorded, _started(known, recorded))
+    for i, (step, (node, numbers, takes)) in enumerate(zip(known, recalled, strict=True)):
         where = _where(step.op, step.module)
-        shapes = shapes_of(node)
-        for dims, shape in zip(step.shapes, shapes if isinstance(shapes, list) else [shapes], strict=True):
+        for dims, shape in zip(step.shapes, as_list(shapes_of(node)), strict=True):
             planned = None if dims is None else tuple(size_of(dim, sizes) for dim in dims)
             if planned is not None and shape is not None and planned != shape:
                 return Difference(f"{where} has shape {list(shape)} at that size, not {list(planned)}", i)
         if step.start is not None and bounds(node)[0] != (start := size_of(step.start, sizes)):
             return Difference(f"{where} begins at entry {bounds(node)[0]} at that size, not at {start}", i)
-        if constant is None:
-            reads = tuple(one for one in operands if one not in added)
-            constant = _constants(where, step.numbers, numbers, step.operands, reads, i)
+        takes = tuple(operand for operand in takes if operand not in added)
+        constant = constant or _constants(where, step.numbers, numbers, step.operands, takes, i)
     return constant
 
 
@@ -188,12 +182,13 @@ def first_difference(
     """Return the first constant that differs between the recordings before and after sizes were changed, if any."""
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
         return Difference(FIRST_RUN, 0)
-    if (one := len(operations(present))) != (other := len(operations(planned))):
-        return Difference(f"the network runs {other} operations at that size, and {one} as it is", min(one, other))
+    before, after = len(operations(present)), len(operations(planned))
+    if before != after:
+        problem = f"the network runs {after} operations at that size, and {before} as it is"
+        return Difference(problem, min(before, after))
     pairs = (calls(recorded, _started(known, recorded)) for recorded in (present, planned))
-    for i, ((node, before, reads), (_, after, takes)) in enumerate(zip(*pairs, strict=True)):
-        where = _where(op_name(node), module_of(node))
-        if result := _constants(where, before, after, reads, takes, i):
+    for i, ((node, old, reads), (_, new, takes)) in enumerate(zip(*pairs, strict=True)):
+        if result := _constants(_where(op_name(node), module_of(node)), old, new, reads, takes, i):
             return result
     return None
 
@@ -211,10 +206,9 @@ def refold_steps(axes: AxisGraph, constants: Mapping[str, float | None]) -> tupl
 
 def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
     """Return the operations with the constants and operands of a new recording; shapes stay written in axes."""
-    started = _started(known, recorded)
     return tuple(
-        replace(step, numbers=numbers, operands=operands)
-        for step, (_, numbers, operands) in zip(known, calls(recorded, started), strict=True)
+        replace(step, numbers=numbers, operands=reads)
+        for step, (_, numbers, reads) in zip(known, calls(recorded, _started(known, recorded)), strict=True)
     )
 
 
@@ -226,44 +220,35 @@ def operations(recorded: Capture) -> list[Node]:
 
 def _started(known: Sequence[RecordedStep] | None, recorded: Capture) -> set[Node]:
     """Return the slices whose start follows from axis sizes; all operations, where that is unknown."""
-    if known is None:
-        return {*operations(recorded)}
-    return {node for step, node in zip(known, operations(recorded), strict=False) if step.start is not None}
+    pairs = zip_longest(known or (), operations(recorded))
+    return {node for step, node in pairs if known is None or (step is not None and step.start is not None)}
 
 
 def _where(op: str, module: str) -> str:
     return f"{op or 'the answer'} in {module or 'the model'}"
 
 
-def _constants(
-    where: str, before: Numbers, after: Numbers, reads: Operands, takes: Operands, i: int
-) -> Difference | None:
-    if before != after:
-        gone, come = ([x for x in one if x not in other] for one, other in ((before, after), (after, before)))
-        old, new = (gone or [*before], come or [*after]) if len(before) == len(after) else ([*before], [*after])
-        return Difference(f"a number in {where} depends on the size: {old} becomes {new}", i, constant=True)
+def _constants(where: str, old: Numbers, new: Numbers, reads: Operands, takes: Operands, i: int) -> Difference | None:
+    if old != new:
+        if len(old) == len(new):
+            gone, come = tuple(x for x in old if x not in new), tuple(x for x in new if x not in old)
+            old, new = gone or old, come or new
+        return Difference(f"a number in {where} depends on the size: {[*old]} becomes {[*new]}", i, constant=True)
     if reads != takes:
         return Difference(f"what {where} works on depends on the size", i, constant=True)
     return None
 
 
-def _written(dims: Value, names: Names) -> tuple[tuple[Dim, ...] | None, ...]:
-    several = dims if isinstance(dims, list) else [dims]
-    return tuple(None if one is None else names.dims(one) for one in several)
-
-
-def calls(recorded: Capture, started: Collection[Node]) -> Iterator[tuple[Node, Numbers, Operands]]:
-    """Yield each operation with its constants and operands."""
-    given = [n for n in recorded.graph.nodes if n.op == "placeholder"]
-    inputs = [n for n in given if n not in recorded.states and n not in recorded.constants]
-    names: dict[Node, int | str] = {node: f"input {i}" for i, node in enumerate(inputs)}
+def calls(recorded: Capture, started: Container[Node]) -> Iterator[tuple[Node, Numbers, Operands]]:
+    """Yield each operation with its constants and operands; the start of a slice in ``started`` is no constant."""
+    names: dict[Node, int | str] = {node: f"input {i}" for i, node in enumerate(recorded.inputs)}
     names |= recorded.states | dict.fromkeys(recorded.constants, "constant")
     names |= {node: str(node.target) for node in recorded.graph.nodes if node.op == "get_attr"}
     for i, node in enumerate(operations(recorded)):
         names[node] = i
-        read = [uncast(one) for one in leaves_of((node.args, node.kwargs)) if isinstance(one, Node)]
+        read = [uncast(operand) for operand in operands(node)]
         constants = tuple(_entries_of(read, recorded.constants))
-        yield node, (*_numbers(node, node in started), *constants), tuple(names.get(one, "") for one in read)
+        yield node, (*_numbers(node, node in started), *constants), tuple(names.get(operand, "") for operand in read)
 
 
 def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]:
@@ -274,11 +259,11 @@ def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]
     """
     if node.op == "output":
         return
-    names, usual = _parameters_of(node.target)
-    given = [(names[i] if i < len(names) else "", value) for i, value in enumerate(node.args)]
-    empty, more = 0 in (shapes_of(node) or ()), _OF_OPERATION.get(op_name(node), frozenset())
-    for name, value in (*given, *node.kwargs.items()):
-        if name in _SIZES or name in more or (name == "start" and (started or empty)):
+    usual = _parameters_of(node.target)
+    given = [*zip_longest([*usual][: len(node.args)], node.args, fillvalue=""), *node.kwargs.items()]
+    free_start = started or 0 in (shapes_of(node) or ())
+    for name, value in given:
+        if name in _SIZES or name in _OF_OPERATION.get(op_name(node), ()) or (name == "start" and free_start):
             continue
         if isinstance(value, Node) or value == usual.get(name, ...):
             continue
@@ -287,10 +272,10 @@ def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]
 
 
 @lru_cache(maxsize=4096)
-def _parameters_of(target: object) -> tuple[tuple[str, ...], dict[str, object]]:
-    """Return the names of an operation's parameters, and the defaults of those that have one."""
+def _parameters_of(target: object) -> dict[str, object]:
+    """Return the names of an operation's parameters, and their defaults; an ellipsis for those without one."""
     takes = getattr(getattr(target, "_schema", None), "arguments", ())
-    return tuple(one.name for one in takes), {one.name: one.default_value for one in takes if one.has_default_value()}
+    return {taken.name: taken.default_value if taken.has_default_value() else ... for taken in takes}
 
 
 def _plain(value: float | str) -> float | str:
@@ -306,10 +291,7 @@ _SIZES = frozenset(
 )
 """Arguments that are not compared: they follow from the result's shape, or set device, precision and layout."""
 
-_OF_OPERATION = {
-    **dict.fromkeys(("arange", "slice"), frozenset(("end",))),
-    "histc": frozenset(("bins", "min", "max")),
-}
+_OF_OPERATION = {"arange": ("end",), "slice": ("end",), "histc": ("bins", "min", "max")}
 """Further arguments that are not compared, per operation; a histogram's range follows the units that it counts."""
 
 
