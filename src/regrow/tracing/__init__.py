@@ -19,9 +19,9 @@ from regrow.tracing.capture import (
     example_of,
     first_line,
     holds_numbers,
-    without_collection,
 )
 from regrow.tracing.graph import assemble
+from regrow.tracing.interception import without_collection
 from regrow.tracing.kinds import check_traceable, with_remedies
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.other_sizes import freeze_by_size

@@ -51,23 +51,19 @@ def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
     the operations between two of them are a block too.
     """
     net = _Net.of(recorded)
-    repeated = sorted(net.repeated(range(len(net.steps))), key=lambda one: one.start)
-    bounds: list[tuple[str, int, int]] = []
-    at, end = 0, len(net.steps)
-    for one in repeated:
-        if one.start > at:
-            bounds.append(("", at, one.start))
-        bounds.append((one.path, one.start, one.stop))
-        at = one.stop
-    if at < end:
-        bounds.append(("", at, end))
-    kinds: dict[Any, int] = {}
-    return tuple(
-        GraphBlock(
-            path, start, stop, *net.seams(start, stop), kinds.setdefault(net.form(start, stop, sized=False), len(kinds))
-        )
-        for path, start, stop in bounds
-    )
+    end = len(net.steps)
+    repeated = sorted(net.repeated(range(end)), key=lambda block: block.start)
+    result: list[GraphBlock] = []
+    numbers: dict[int, int] = {}
+    at = 0
+    for block in (*repeated, GraphBlock("", end, end)):
+        for path, start, stop in (("", at, block.start), (block.path, block.start, block.stop)):
+            if start < stop:
+                form = net.form(start, stop, sized=False)
+                kind = numbers.setdefault(form, len(numbers))
+                result.append(GraphBlock(path, start, stop, *net.seams(start, stop), kind))
+        at = block.stop
+    return tuple(result)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Record a model run on an example as a graph of ATen operations, with the name of each parameter and buffer."""
 
-import gc
 import inspect
 import logging
 import sys
@@ -23,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from regrow.core.axes import Decision, Example
 from regrow.core.operations import Tracer
 from regrow.tracing.decisions import OutputError
-from regrow.tracing.interception import as_exporting
+from regrow.tracing.interception import as_exporting, without_collection
 from regrow.tracing.meta_copy import fake_copy, leaves_in
 from regrow.tracing.model_state import describe_state, preserve_state
 from regrow.tracing.nodes import shapes_of
@@ -281,18 +280,6 @@ def quiet() -> Iterator[None]:
 
 
 _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Context manager without cyclic garbage collection, which would search all objects of torch again and again."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Locate modules in a recording, and find those whose output is only added to the rest, which can be dropped."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.fx.node import Argument
 from torch.utils._pytree import tree_leaves
 
-from regrow.core.branches import Branch
+from regrow.core.branches import Branch, lies_in
 from regrow.tracing.capture import Capture
 from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, module_of, op_name, shapes_of
 
@@ -187,16 +187,12 @@ def _placed(ours: Capture, kept: set[Node], theirs: Capture, other: set[Node], p
             return f"{ours.states[node]} is gone"
         partner[node] = named[ours.states[node]]
 
-    def given(recorded: Capture) -> list[Node]:
-        places = [node for node in recorded.graph.nodes if node.op in ("placeholder", "get_attr")]
-        return [node for node in places if node not in recorded.states and node not in recorded.constants]
-
-    mine, its = ([n for n in one.constants if n in alive] for one, alive in ((ours, kept), (theirs, other)))
-    if len(mine) != len(its) or len(given(ours)) != len(given(theirs)):
+    mine, its = ([n for n in run.constants if n in alive] for run, alive in ((ours, kept), (theirs, other)))
+    given, takes = ([*run.inputs, *run.graph.find_nodes(op="get_attr")] for run in (ours, theirs))
+    equal = len(mine) == len(its) and len(given) == len(takes)
+    if not equal or not all(_equal(ours.constants[a], theirs.constants[b]) for a, b in zip(mine, its, strict=True)):
         return "the network makes other constants"
-    if not all(_equal(ours.constants[a], theirs.constants[b]) for a, b in zip(mine, its, strict=True)):
-        return "the network makes other constants"
-    partner.update(zip([*mine, *given(ours)], [*its, *given(theirs)], strict=True))
+    partner.update(zip([*mine, *given], [*its, *takes], strict=True))
     return ""
 
 
@@ -252,17 +248,17 @@ class RecordedModules:
         """Path of a module → the operations in it, those of its children included."""
         result: dict[str, list[Node]] = {}
         for node in self.effects.calls:
-            for path in enclosing_modules(node):
-                result.setdefault(path, []).append(node)
+            for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
+                if path:
+                    result.setdefault(path, []).append(node)
         return result
 
     def site(self, path: str) -> BranchSite:
         """Return the output of a module and its replacement, if the module can be dropped."""
-        own = self.inside.get(path, [])
-        if not own:
+        known = dict.fromkeys(self.inside.get(path, []))
+        if not known:
             raise BranchError("nothing is recorded in it: it hands on what it is given")
-        known = {*own}
-        given = [node for node in own if not known.issuperset(self.effects.users.get(node, ()))]
+        given = [node for node in known if not known.keys() >= {*self.effects.users.get(node, ())}]
         if len(given) != 1:
             raise BranchError("several things in it are used outside of it" if given else "nothing uses what it gives")
         (node,) = given
@@ -278,7 +274,7 @@ class RecordedModules:
             raise BranchError("what it gives is written into afterwards, which would change its input")
         return BranchSite(node, source)
 
-    def _through(self, node: Node, known: set[Node]) -> Node | None:
+    def _through(self, node: Node, known: Container[Node]) -> Node | None:
         """Return the outside value that reaches a node through additions only, once, in the same shape; or ``None``."""
         ends, ask, sums = [], [node], 0
         while ask:
@@ -300,9 +296,10 @@ class RecordedModules:
         return {*self.effects.calls} - self.effects.live({at.node: at.source})
 
 
-def enclosing_modules(node: Node) -> list[str]:
-    """Return the paths of the modules in whose forward a node was recorded, outermost first."""
-    return [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values() if path]
+def outermost(paths: Iterable[str]) -> list[str]:
+    """Return the paths of modules that lie in no other one."""
+    every = [*paths]
+    return [path for path in every if not any(lies_in(path, other) and path != other for other in every)]
 
 
 def locate_branches(recorded: RecordedModules, branches: Iterable[Branch]) -> dict[Node, Node | None]:

@@ -7,7 +7,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
 from itertools import zip_longest
@@ -88,19 +88,28 @@ def _lines_run(model: nn.Module, example: Example) -> list[Line]:
     def trace(frame: FrameType, event: str, given: Any) -> Any:
         return local if _is_own(frame.f_code.co_filename) else None
 
-    before, collecting = sys.gettrace(), gc.isenabled()
-    gc.disable()  # what a collection calls runs in between, and is no line of the network
-    sys.settrace(trace)
-    try:
-        with torch.no_grad():
+    before = sys.gettrace()
+    # What a collection calls runs in between, and is no line of the network; where the network fails it may still have
+    # taken another path before.
+    with without_collection(), torch.no_grad(), suppress(Exception):
+        sys.settrace(trace)
+        try:
             model(*example.args, **example.kwargs)
-    except Exception:
-        pass  # where it fails it may still have taken another path before
+        finally:
+            sys.settrace(before)
+    return lines
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Context manager without cyclic garbage collection, which would search all objects of torch again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
-        sys.settrace(before)
         if collecting:
             gc.enable()
-    return lines
 
 
 @lru_cache(maxsize=20_000)

@@ -1,6 +1,6 @@
 """Recognise networks that cannot be traced as they are (scripted, quantised, sharded), and say what to do instead."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from regrow.core.axes import AxisGraph
+from regrow.core.axes import AxisGraph, Mark
 from regrow.tracing.capture import TraceError
 
 _SCRIPTED = "torch.jit fixed its code and its shapes; trace the Python module that it was made from"
@@ -160,22 +160,19 @@ def with_remedies(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     these: all others would change.
     """
     computed = {name: remedy for path, module in model.named_modules() for name, remedy in _computed(path, module)}
-    if not computed:
-        return axes
-
-    def remedy_for(key: str) -> str:
-        axis = axes[key]
+    reasons = {}
+    for axis in axes:
         remedy = next((computed[slot.name] for slot in axis.slots if slot.name in computed), "")
         known = axis.free or axis.size == 1 or axis.reason in _OUTER or "remove it first" in axis.reason
-        return "" if known else remedy
+        if remedy and not known:
+            reasons[axis.key] = f"{axis.reason}; remove it first: {remedy}"
+    return freeze_axes(axes, reasons)
 
-    remedies = {key: remedy for key in axes.axes if (remedy := remedy_for(key))}
-    return axes.with_axes(
-        {
-            key: replace(axis, reason=f"{axis.reason}; remove it first: {remedies[key]}") if key in remedies else axis
-            for key, axis in axes.axes.items()
-        }
-    )
+
+def freeze_axes(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
+    """Return the graph with some axes frozen for other reasons (axis key → reason)."""
+    frozen = {key: replace(axes[key], mark=Mark.FROZEN, reason=reason) for key, reason in reasons.items()}
+    return axes.with_axes({**axes.axes, **frozen}) if frozen else axes
 
 
 _OUTER = ("it is a dimension of the model's input", "it is an output of the model")

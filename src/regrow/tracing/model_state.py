@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper, lru_cache, partial
+from operator import is_
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -111,7 +112,7 @@ class Reachable:
             yield value
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
-        for name in _names(function.__code__):
+        for name in names_in(function.__code__):
             value = function.__globals__.get(name)
             near = isinstance(value, FunctionType) and value.__module__ == function.__module__
             if near or isinstance(value, _lru_cache_wrapper) or type(value) in (dict, list, set, deque):
@@ -147,9 +148,9 @@ def _attributes(kind: type) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=20_000)
-def _names(code: CodeType) -> tuple[str, ...]:
-    """Return the global names that code may read, inner functions included."""
-    inner = (_names(one) for one in code.co_consts if isinstance(one, CodeType))
+def names_in(code: CodeType) -> tuple[str, ...]:
+    """Return the global names and attributes that code may read, inner functions included."""
+    inner = (names_in(const) for const in code.co_consts if isinstance(const, CodeType))
     return tuple(dict.fromkeys(name for names in (code.co_names, *inner) for name in names))
 
 
@@ -176,7 +177,7 @@ def _holds(container: Any, old: list[Any]) -> bool:
         return False
     if isinstance(container, dict):
         return all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, old, strict=True))
-    return all(a is b for a, b in zip(now, old, strict=True))
+    return all(map(is_, now, old))
 
 
 def _refill(container: Any, old: list[Any]) -> None:

@@ -13,10 +13,11 @@ from math import prod
 
 from torch import Tensor, nn
 
-from regrow.core.axes import Axis, AxisGraph, Dim, Example, Mark, Product, axes_in, size_of
+from regrow.core.axes import Axis, AxisGraph, Dim, Example, Product, axes_in, size_of
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.graph import assemble
 from regrow.tracing.interception import limit_calls
+from regrow.tracing.kinds import freeze_axes
 from regrow.tracing.meta_copy import fake_copy, leaves_in, map_tensors
 from regrow.tracing.nodes import Shapes, as_list, op_name, shapes_of
 from regrow.tracing.rules import walk
@@ -130,12 +131,8 @@ def _with_marks(probe: _Probe) -> AxisGraph:
 
 def _frozen(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
     counts = {axes[key].count: reason for key, reason in reasons.items() if axes[key].count}
-
-    def freeze(axis: Axis) -> Axis:
-        reason = reasons.get(axis.key) or (counts.get(axis.count, "") if axis.free else "")
-        return replace(axis, mark=Mark.FROZEN, reason=reason) if reason else axis
-
-    return axes.with_axes({key: freeze(axis) for key, axis in axes.axes.items()}) if reasons else axes
+    others = {axis.key: counts[axis.count] for axis in axes.free() if axis.count in counts}
+    return freeze_axes(axes, {**others, **reasons})
 
 
 def _trial_problem(

@@ -47,13 +47,9 @@ def stack_at(model: nn.Module, path: str, size: int) -> nn.Sequential | nn.Modul
 
 def insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
     """Put copies of blocks into a stack, in place; parameters that are to be 0 in a copy are set to 0."""
-    stack = stack_at(model, path, insertion.size)
-    old = list(stack)
+    old = list(stack_at(model, path, insertion.size))
     made = {copy.position: _copied(model, old[copy.of], copy.zeros) for copy in insertion.copies}
-    modules = [made[i] if i in made else old[of] for i, of in enumerate(insertion.sources)]
-    _replace(stack, modules, insertion.sources)
-    if not _deepen(model, path, insertion.size, insertion.sources):
-        setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
+    _insert(model, path, insertion, [made.get(i, old[of]) for i, of in enumerate(insertion.sources)], ())
 
 
 def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> list[nn.Module]:
@@ -71,8 +67,14 @@ def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> list[nn.
 
 def put_back(model: nn.Module, path: str, insertion: Insertion, modules: Sequence[nn.Module]) -> None:
     """Undo :func:`remove_copies`, in place."""
+    _insert(model, path, insertion, modules, insertion.kept)
+
+
+def _insert(
+    model: nn.Module, path: str, insertion: Insertion, modules: Sequence[nn.Module], moved: Sequence[int]
+) -> None:
     stack = stack_at(model, path, insertion.size)
-    _replace(stack, list(modules), insertion.sources, moved=insertion.kept)
+    _replace(stack, modules, insertion.sources, moved)
     if not _deepen(model, path, insertion.size, insertion.sources):
         setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
 
@@ -83,17 +85,23 @@ def find_insertions(model: nn.Module) -> dict[str, tuple[Insertion, ...]]:
 
 
 def _replace(
-    stack: nn.Sequential | nn.ModuleList, modules: list[nn.Module], sources: Sequence[int], moved: Sequence[int] = ()
+    stack: nn.Sequential | nn.ModuleList,
+    modules: Sequence[nn.Module],
+    sources: Sequence[int],
+    moved: Sequence[int] = (),
 ) -> None:
-    """Give a stack other modules under consecutive names, and renumber the modules that hold their own number."""
+    """Give a stack other modules under consecutive names, and renumber those that hold their own number.
+
+    Numbers change from the index in ``sources`` to the new one; in the modules ``moved`` alone, if there are any.
+    """
     prefix, start = _prefix(stack)
     stack._modules.clear()
     stack._modules.update({f"{prefix}{start + i}": module for i, module in enumerate(modules)})
     for i, (module, of) in enumerate(zip(modules, sources, strict=True)):
-        for one in module.modules() if not moved or i in moved else ():
+        for child in module.modules() if not moved or i in moved else ():
             for name in FIRST:
-                if type(number := vars(one).get(name)) is int:
-                    setattr(one, name, number + i - of)
+                if type(number := vars(child).get(name)) is int:
+                    setattr(child, name, number + i - of)
 
 
 def _prefix(stack: nn.Sequential | nn.ModuleList) -> tuple[str, int]:
@@ -110,19 +118,17 @@ def _copied(model: nn.Module, block: nn.Module, zeros: Sequence[str]) -> nn.Modu
     names = dict(block.named_parameters())
     if lost := next((name for name in zeros if name not in names), ""):
         raise StackError(f"a block that is copied has no parameter {lost!r}")
-    inside = {id(module) for module in block.modules()}
-    outside = [module for one in _others(model, block) for module in (one,) if id(module) not in inside]
-    shared = {id(value): value for module in outside for value in vars(module).values() if _is_shareable(value)}
-    known = {id(module) for module in outside}
+    inside = {*block.modules()}
+    outside = {module for module in _others(model, block) if module not in inside}
+    shared = {id(value) for module in outside for value in vars(module).values() if _is_shareable(value)}
     memo: dict[int, Any] = {}
-    for module in block.modules():
-        memo |= {id(v): v for v in vars(module).values() if id(v) in shared}
-        memo |= {id(child): child for child in module._modules.values() if child is not None and id(child) in known}
+    for module in inside:
+        memo |= {id(value): value for value in vars(module).values() if id(value) in shared}
+        memo |= {id(child): child for child in module._modules.values() if child in outside}
     made: nn.Module = copy_model(block, lambda x: x.detach().clone(), memo)
-    parameters = dict(made.named_parameters())
     with torch.no_grad():
         for name in zeros:
-            parameters[name].zero_()
+            made.get_parameter(name).zero_()
     return made
 
 
@@ -141,21 +147,19 @@ def _is_shareable(value: object) -> bool:
 
 def _deepen(model: nn.Module, path: str, size: int, sources: Sequence[int]) -> bool:
     """Set the depth in the configurations around a stack; return whether the network's own one tells it."""
-    parts = path.split(".")
-    around = [model, *(model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))]
-    configs = {id(one): one for module in around if (one := getattr(module, "config", None)) is not None}
-    told = False
-    own = getattr(model, "config", None)
-    text = getattr(own, "get_text_config", lambda: None)()
-    for config in configs.values():
+    parts, told = path.split("."), False
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    whole = getattr(model, "config", None)
+    text = getattr(whole, "get_text_config", lambda: None)()
+    for config in (getattr(module, "config", None) for module in around):
         values: Mapping[str, Any] = getattr(config, "__dict__", {})
         deep = [name for name, value in values.items() if name in DEPTHS and type(value) is int and value == size]
         rows = [name for name in values if name in PER_BLOCK and _length(values[name]) == size]
-        for name in deep if deep else ():
+        for name in deep:
             setattr(config, name, len(sources))
         for name in rows if deep else ():
             setattr(config, name, type(values[name])(values[name][i] for i in sources))
-        told |= bool(deep) and (config is own or config is text)
+        told |= bool(deep) and (config is whole or config is text)
     return told
 
 
