@@ -12,7 +12,7 @@ from typing import Any
 
 from regrow.core.operations import Numbers
 from regrow.tracing.capture import Capture
-from regrow.tracing.nodes import op_name, shape_of, shapes_of
+from regrow.tracing.nodes import as_list, op_name, shape_of, shapes_of
 from regrow.tracing.steps import calls
 
 
@@ -89,7 +89,7 @@ class _Net:
         last: dict[int, int] = {}
         for i, (node, numbers, operands) in enumerate(calls(recorded, ())):
             around = tuple((path, kind) for path, kind, *_ in (node.meta.get("nn_module_stack") or {}).values() if path)
-            steps.append(_BlockStep(op_name(node), _hashable(shapes_of(node)), numbers, operands, around))
+            steps.append(_BlockStep(op_name(node), tuple(as_list(shapes_of(node))), numbers, operands, around))
             last.update((one, i) for one in operands if isinstance(one, int))
         return cls(steps, {name: shape_of(node) for node, name in recorded.states.items()}, last)
 
@@ -106,7 +106,11 @@ class _Net:
         whole = {path: part for path, part in children.items() if self._is_block(part)}
         forms = {path: self.form(part[0], part[-1] + 1) for path, part in whole.items()}
         kinds = {path: self.steps[part[0]].modules[depth][1] for path, part in whole.items()}
-        classes = {path: kind for path, kind in kinds.items() if self._has_own(whole[path], depth + 1)}
+        classes = {
+            path: kind
+            for path, kind in kinds.items()
+            if any(len(self.steps[i].modules) == depth + 1 for i in whole[path])
+        }
         alike, same = Counter(forms.values()), Counter(classes.values())
         result = []
         for path, part in children.items():
@@ -134,10 +138,6 @@ class _Net:
             return False
         read = {one for i in own for one in self.steps[i].operands if isinstance(one, str)}
         return sum(len(self.shapes.get(name) or ()) > 1 for name in read) > 1
-
-    def _has_own(self, own: Sequence[int], depth: int) -> bool:
-        """Whether a module runs operations outside all of its children."""
-        return any(len(self.steps[i].modules) == depth for i in own)
 
     def form(self, start: int, stop: int, sized: bool = True) -> int:
         """Return a hash of what some operations compute, independent of names and of where their inputs come from."""
@@ -169,7 +169,3 @@ class _Net:
 def _unsized(shape: Any) -> Any:
     """Return a shape, or several, with every size above 1 replaced by 2."""
     return tuple(map(_unsized, shape)) if isinstance(shape, list | tuple) else shape if shape is None else min(shape, 2)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value

@@ -8,7 +8,7 @@ In all functions ``expr``, ``a`` and ``b`` are dimensions; ``why`` and ``reason`
 dimension is reported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from math import lcm, prod
@@ -90,17 +90,13 @@ def resolve(expr: Expr) -> Expr:
 
 def times(*parts: Expr) -> Expr:
     """Return the product of dimensions, flattened."""
-    flat: list[Expr] = []
-    for part in map(resolve, parts):
-        flat.extend(part.parts if isinstance(part, Times) else (part,))
+    flat = _flat(parts, Times)
     return flat[0] if len(flat) == 1 else Times(tuple(flat))
 
 
 def plus(*parts: Expr) -> Expr:
     """Return the concatenation of dimensions, flattened."""
-    flat: list[Expr] = []
-    for part in map(resolve, parts):
-        flat.extend(part.parts if isinstance(part, Plus) else (part,))
+    flat = _flat(parts, Plus)
     return flat[0] if len(flat) == 1 else Plus(tuple(flat))
 
 
@@ -275,7 +271,7 @@ def _align_sums(a: list[Expr], b: list[Expr], why: str) -> None:
         b[:] = _flat(b, Plus)
 
 
-def _flat(parts: list[Expr], kind: type[Times] | type[Plus]) -> list[Expr]:
+def _flat(parts: Iterable[Expr], kind: type[Times] | type[Plus]) -> list[Expr]:
     flat: list[Expr] = []
     for part in map(resolve, parts):
         flat.extend(part.parts if isinstance(part, kind) else (part,))

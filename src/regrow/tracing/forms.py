@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.tracing.nodes import map_arguments, operands_in
+from regrow.tracing.nodes import as_list, leaves_of, map_arguments, operands_in
 
 
 class ConstantResults:
@@ -97,9 +97,8 @@ def remember_result(
             _known[key] = forms
         return result
     with no_python_dispatcher():
-        if isinstance(known, list):
-            return [_made(form, given, mode) for form in known]
-        return _made(known, given, mode)
+        made = [_made(form, given, mode) for form in as_list(known)]
+        return made if isinstance(known, list) else made[0]
 
 
 def forget_results() -> None:
@@ -118,9 +117,7 @@ def _key(value: Any, mode: FakeTensorMode, given: list[Tensor]) -> object:
     """Return what identifies an argument, and collect its tensors; raise TypeError where nothing does."""
     kind = type(value)
     if kind is FakeTensor:
-        if value.fake_mode is not mode or value.constant is not None or value.layout is not torch.strided:
-            raise TypeError
-        if value.is_conj() or value.is_neg():
+        if value.fake_mode is not mode or value.constant is not None or not _is_plain(value):
             raise TypeError
         place = next((i for i, one in enumerate(given) if one is value), len(given))
         given.append(value)
@@ -139,19 +136,22 @@ def _key(value: Any, mode: FakeTensorMode, given: list[Tensor]) -> object:
 _NAMES = frozenset((str, torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
+def _is_plain(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_conj() and not x.is_neg()
+
+
 def _forms(result: Any, given: list[Tensor]) -> Form | list[Form] | None:
     """Return the forms of a result; ``None`` if they do not say all about it."""
-    if type(result) in (list, tuple):
-        forms = [_form(one, given) for one in result]
-        whole = [form for form in forms if form is not None]
-        return whole if type(result) is list and len(whole) == len(forms) else None
+    if type(result) is list:
+        forms = [form for part in result if (form := _form(part, given)) is not None]
+        return forms if len(forms) == len(result) else None
     return _form(result, given)
 
 
 def _form(x: Any, given: list[Tensor]) -> Form | None:
     if (place := next((i for i, one in enumerate(given) if one is x), None)) is not None:
         return place
-    if type(x) is not FakeTensor or x.layout is not torch.strided or x.is_conj() or x.is_neg():
+    if type(x) is not FakeTensor or not _is_plain(x):
         return None
     shares = x.untyped_storage()._cdata in {one.untyped_storage()._cdata for one in given}
     if shares or x.requires_grad or x.storage_offset():
@@ -164,15 +164,11 @@ def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, objec
     rule = _RULES.get(func)
     if (rule is None and func not in _KERNELS) or torch._C._is_any_autocast_enabled():
         return NotImplemented
-    given: list[Tensor] = []
-    map_arguments((args, kwargs), Tensor, given.append)
-    if not given or any(
-        type(x) is not FakeTensor or x.fake_mode is not mode or x.layout is not torch.strided for x in given
-    ):
+    tensors = [x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)]
+    given = [x for x in tensors if type(x) is FakeTensor and x.fake_mode is mode and x.layout is torch.strided]
+    if len({x.fake_device for x in given}) != 1 or len(given) < len(tensors):
         return NotImplemented
-    device, dtype = given[0].fake_device, given[0].dtype  # type: ignore[attr-defined]
-    if any(x.fake_device != device for x in given):  # type: ignore[attr-defined]
-        return NotImplemented
+    device, dtype = given[0].fake_device, given[0].dtype
     with no_python_dispatcher():
         if rule is not None and dtype.is_floating_point and all(x.dtype is dtype for x in given):
             result = rule(*args, **kwargs)
@@ -180,15 +176,9 @@ def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, objec
                 return result
             if result is not None:
                 shape, *stride = result
-                form = (
-                    torch.empty_strided(shape, *stride, dtype=dtype, device="meta") if stride else _plain(shape, dtype)
-                )
-                return FakeTensor(mode, form, device)
+                empty = torch.empty_strided if stride else torch.empty
+                return FakeTensor(mode, empty(shape, *stride, dtype=dtype, device="meta"), device)
         return _by_kernel(func, args, kwargs, mode, device) if func in _KERNELS else NotImplemented
-
-
-def _plain(shape: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: torch.device) -> Any:
@@ -243,11 +233,6 @@ def _paired_in_place(x: Tensor, y: Any, **more: Any) -> Any:
     return x if fits else None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    fits = weight.dim() == 2 and x.shape[-1:] == weight.shape[1:] and _of(bias, weight.shape[:1])
-    return ((*x.shape[:-1], weight.shape[0]),) if fits and x.is_contiguous() and x.dim() > 1 else None
-
-
 def _convolution(
     x: Tensor,
     weight: Tensor,
@@ -282,15 +267,6 @@ def _layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *mor
     return (x.shape,) if fits and x.is_contiguous() else None
 
 
-def _cat(parts: Any, dim: int = 0) -> Any:
-    first = parts[0].shape
-    at = dim % len(first) if len(first) else 0
-    rest = {(*one.shape[:at], *one.shape[at + 1 :]) for one in parts if one.dim() == len(first)}
-    if not len(first) or len(rest) > 1 or any(one.dim() != len(first) or not one.is_contiguous() for one in parts):
-        return None
-    return ((*first[:at], sum(one.shape[at] for one in parts), *first[at + 1 :]),)
-
-
 def _of(x: Tensor | None, shape: Any) -> bool:
     """Whether a tensor has a shape, or is ``None``."""
     return x is None or tuple(x.shape) == tuple(shape)
@@ -313,10 +289,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_ops("add.Tensor sub.Tensor mul.Tensor div.Tensor"), _paired),
     **dict.fromkeys(_ops("add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor"), _paired_in_place),
     **dict.fromkeys(_ops("conv1d conv2d conv3d"), _convolution),
-    **dict.fromkeys(_ops("linear"), _linear),
     **dict.fromkeys(_ops("batch_norm"), _batch_norm),
     **dict.fromkeys(_ops("layer_norm"), _layer_norm),
-    **dict.fromkeys(_ops("cat"), _cat),
 }
 
 _KERNELS = frozenset(

@@ -39,10 +39,8 @@ def line_here() -> Line | None:
     return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
-def line_of(node: Node | None) -> Line | None:
+def line_of(node: Node) -> Line | None:
     """Return the line that ran an operation, in a recording that notes lines; ``None`` if it is unknown."""
-    if node is None:
-        return None
     if result := node.meta.get(LINE):
         return result
     stack = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
@@ -67,10 +65,8 @@ def parting_line(one: nn.Module, other: nn.Module, given: tuple[Example, Example
     return None
 
 
-def format_line(line: Line | None) -> str:
-    """Format a line as ``net.py:12: h = h * 2``; empty for ``None``."""
-    if line is None:
-        return ""
+def format_line(line: Line) -> str:
+    """Format a line as ``net.py:12: h = h * 2``."""
     name, number = line
     text = linecache.getline(name, number).strip()
     return f"{Path(name).name}:{number}" + (f": {text}" if text else "")

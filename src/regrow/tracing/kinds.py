@@ -37,8 +37,8 @@ _CLASSES = {
 They are names, since importing the classes would take longer than most traces.
 """
 
-_PACKAGES = {"torch.ao.nn.quantized": _QUANTISED, "torch.ao.nn.intrinsic.quantized": _QUANTISED}
-"""Package of a class → why its modules cannot be traced, and the remedy."""
+_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+"""Packages of quantised modules."""
 
 
 def check_traceable(model: nn.Module) -> None:
@@ -59,9 +59,8 @@ def _problem(path: str, module: nn.Module) -> str:
     for base in type(module).__mro__:
         if base.__module__.startswith("torch.") and (why := _CLASSES.get(base.__name__)):
             return f"{where}: {why.format(path=path or 'model')}"
-    for package, why in _PACKAGES.items():
-        if type(module).__module__.startswith(package):
-            return f"{where}: {why}"
+    if type(module).__module__.startswith(_PACKAGES):
+        return f"{where}: {_QUANTISED}"
     if isinstance(module, GraphModule) and getattr(module.train, "__module__", "").startswith("torch.export"):
         return f"{where}: torch.export fixed its code and its shapes; trace the Python module that it was made from"
     if isinstance(module, nn.DataParallel) and module.device_ids:

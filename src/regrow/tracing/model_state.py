@@ -22,15 +22,17 @@ _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "builtins"}
 """Packages whose objects (locks, loggers, devices) are not searched: a network's code does not write into them."""
 
 
-@dataclass
-class Reachable:
-    """Everything reachable from a value, with its contents when it was visited.
+@dataclass(eq=False)
+class Snapshot:
+    """Everything reachable from a value, with its contents when the snapshot was made.
 
     Args:
+        value: The value, for example a module.
         inside: Whether to save what only the value itself holds.
         code: Whether to follow functions and classes.
     """
 
+    value: Any
     inside: bool = True
     code: bool = True
     seen: set[int] = field(default_factory=set)
@@ -41,18 +43,16 @@ class Reachable:
     classes: list[tuple[type, dict[str, Any]]] = field(default_factory=list)
     caches: list[tuple[Any, int]] = field(default_factory=list)
 
-    def visit(self, value: Any) -> None:
-        """Save a value and everything reachable from it, without recursion."""
-        ask = [value]
-        while ask:
-            one = ask.pop()
-            if type(one) in _LEAVES or id(one) in self.seen:
-                continue
-            self.seen.add(id(one))
-            ask += reversed(list(self._parts(one)))
+    def __post_init__(self) -> None:
+        ask = [self.value]
+        while ask:  # without recursion
+            value = ask.pop()
+            if type(value) not in _LEAVES and id(value) not in self.seen:
+                self.seen.add(id(value))
+                ask += reversed(list(self._parts(value)))
 
     def is_unchanged(self) -> bool:
-        """Whether everything that was visited still has its contents."""
+        """Whether everything still has its contents; of tensors, that they are the same objects."""
         return (
             all(_holds(container, old) for container, old in (*self.containers, *self.attributes))
             and all(contents_of(cell) is value for cell, value in self.cells)
@@ -200,9 +200,7 @@ def find_tensors(value: object) -> Iterator[Tensor]:
     >>> [x.shape for x in find_tensors({"a": [torch.ones(2)], "b": (torch.ones(3), 1)})]
     [torch.Size([2]), torch.Size([3])]
     """
-    visited = Reachable(code=False)
-    visited.visit(value)
-    yield from visited.tensors
+    yield from Snapshot(value, code=False).tensors
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -294,10 +292,7 @@ def preserve_state(model: nn.Module, outside: bool = False, entries: bool = Fals
     variables of hooks and other functions that modules hold, dicts and lists of the Python modules that define them,
     cached functions, and the state of the CPU's random generator.
     """
-    known = _REACHED.get() if outside else None
-    reached = known or Reachable(inside=not outside)
-    if known is None:
-        reached.visit(model)
+    reached = (_REACHED.get() if outside else None) or Snapshot(model, inside=not outside)
     plain = [x for x in reached.tensors if entries and not isinstance(x, nn.Parameter) and not x.is_meta]
     saved = [(x, x._version, x.detach().clone()) for x in plain]
     token = _REACHED.set(reached)
@@ -313,25 +308,5 @@ def preserve_state(model: nn.Module, outside: bool = False, entries: bool = Fals
                     tensor.detach().copy_(old)
 
 
-_REACHED: ContextVar[Reachable | None] = ContextVar("reached", default=None)
+_REACHED: ContextVar[Snapshot | None] = ContextVar("reached", default=None)
 """What a network reaches whose state is preserved: its copies reach the same outside of themselves."""
-
-
-class Snapshot:
-    """The contents of everything that can be reached from a value.
-
-    Args:
-        value: The value, for example a module.
-    """
-
-    def __init__(self, value: object) -> None:
-        self._places = Reachable()
-        self._places.visit(value)
-
-    def is_unchanged(self) -> bool:
-        """Whether everything still has its contents."""
-        return self._places.is_unchanged()
-
-    def restore(self) -> None:
-        """Restore the contents: the same objects in the same places; the entries of tensors stay."""
-        self._places.restore()
