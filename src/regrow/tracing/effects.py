@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.branches import Branch, lies_in
 from regrow.tracing.capture import Capture
-from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, module_of, op_name, shapes_of
+from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, module_of, op_name, shapes_of, writes
 
 Replaced = Mapping[Node, Node | None]
 """Node → the node whose value replaces its own; ``None``: zeros replace it."""
@@ -71,28 +71,26 @@ class Effects:
 
     def root(self, value: Argument) -> Node:
         """Return the node that made the memory in which a value lies, behind views."""
-        node = self.same(value[0] if isinstance(value, list | tuple) else value)
-        while node.op == "call_function" and node.args and _views(node):
-            first = node.args[0]
-            node = self.same(first[0] if isinstance(first, list | tuple) else first)
-        return node
+        while True:
+            node = self.same(value[0] if isinstance(value, list | tuple) else value)
+            if node.op != "call_function" or not node.args or not _views(node):
+                return node
+            value = node.args[0]
 
     def live(self, replaced: Replaced) -> set[Node]:
         """Return the nodes on which the outputs depend once some values are replaced, without the replaced ones.
 
         An operation that writes into a tensor in place counts where that tensor does.
         """
-        result: set[Node] = set()
-        zeros: set[Node] = set()
+        reached: set[Node] = set()
         ask = [*self.inputs[self.end]]
-        ask += [one for origin, ones in self.writers.items() if origin.op == "placeholder" for one in ones]
+        ask += [node for origin, nodes in self.writers.items() if origin.op == "placeholder" for node in nodes]
         while ask:
             node = replacement_of(ask.pop(), replaced)
-            if node in result or node in zeros:
-                continue
-            (zeros if node in replaced else result).add(node)
-            ask += [*(() if node in replaced else self.inputs[node]), *self.writers.get(node, ())]
-        return result
+            if node not in reached:
+                reached.add(node)
+                ask += [*(() if node in replaced else self.inputs[node]), *self.writers.get(node, ())]
+        return reached - replaced.keys()
 
     def only_added(self, zeros: Iterable[Node]) -> str:
         """Return why the values of some nodes are not only summands; empty if they are.
@@ -134,11 +132,6 @@ def replacement_of(node: Node, replaced: Replaced) -> Node:
     return node
 
 
-def writes(node: Node) -> bool:
-    """Whether an operation writes into a tensor in place."""
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
-
-
 def _hands_on(node: Node) -> bool:
     """Whether an operation returns the very tensor that it is given."""
     if op_name(node) not in ("to", "type_as", "contiguous") or not node.args or not isinstance(node.args[0], Node):
@@ -151,9 +144,8 @@ def _hands_on(node: Node) -> bool:
 
 def _views(node: Node) -> bool:
     returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return any(one.alias_info is not None for one in returns) or op_name(node) in ALIASES | {
-        *("reshape", "flatten", "getitem")
-    }
+    named = op_name(node) in ALIASES | {"reshape", "flatten", "getitem"}
+    return named or any(result.alias_info is not None for result in returns)
 
 
 def describe_effects(ours: Effects, replaced: Replaced, theirs: Effects, zeros: Mapping[Node, Node]) -> str:

@@ -28,6 +28,7 @@ from regrow.tracing.nodes import (
     shapes_of,
     uncast,
     wholes,
+    writes,
 )
 from regrow.tracing.walk import Dims, Reading, Value, Walk, all_dims
 
@@ -194,7 +195,7 @@ def _zeros(w: Walk) -> dict[Node, frozenset[int]]:
         dims = w.dims.get(node)
         carried = _carried(dims)
         zeros[node] = frozenset(carried & _known(w, node, zeros)) if carried else frozenset()
-        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        if writes(node):
             spoiled |= carried - zeros[node]
     return {node: known - spoiled for node, known in zeros.items()}
 

@@ -117,7 +117,7 @@ def _key(value: Any, mode: FakeTensorMode, given: list[Tensor]) -> object:
     """Return what identifies an argument, and collect its tensors; raise TypeError where nothing does."""
     kind = type(value)
     if kind is FakeTensor:
-        if value.fake_mode is not mode or value.constant is not None or not _is_plain(value):
+        if value.fake_mode is not mode or value.constant is not None or not is_plain(value):
             raise TypeError
         place = next((i for i, one in enumerate(given) if one is value), len(given))
         given.append(value)
@@ -136,7 +136,8 @@ def _key(value: Any, mode: FakeTensorMode, given: list[Tensor]) -> object:
 _NAMES = frozenset((str, torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is dense, and neither conjugated nor negated by a flag."""
     return x.layout is torch.strided and not x.is_conj() and not x.is_neg()
 
 
@@ -151,7 +152,7 @@ def _forms(result: Any, given: list[Tensor]) -> Form | list[Form] | None:
 def _form(x: Any, given: list[Tensor]) -> Form | None:
     if (place := next((i for i, one in enumerate(given) if one is x), None)) is not None:
         return place
-    if type(x) is not FakeTensor or not _is_plain(x):
+    if type(x) is not FakeTensor or not is_plain(x):
         return None
     shares = x.untyped_storage()._cdata in {one.untyped_storage()._cdata for one in given}
     if shares or x.requires_grad or x.storage_offset():

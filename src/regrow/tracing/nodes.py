@@ -1,6 +1,6 @@
 """Read the nodes of a recorded graph: operation, module, shape and arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -76,6 +76,16 @@ def operands_in(value: object) -> list[Node]:
 def operands(node: Node) -> list[Node]:
     """Return the tensors that an operation takes, as nodes, in order."""
     return operands_in((node.args, node.kwargs))
+
+
+def parameters_of(target: object) -> Sequence[Any]:
+    """Return the parameters in an operation's schema; none if it has no schema."""
+    return getattr(getattr(target, "_schema", None), "arguments", ())
+
+
+def writes(node: Node) -> bool:
+    """Whether an operation writes into a tensor in place."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def module_of(node: Node) -> str:

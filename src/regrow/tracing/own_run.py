@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from regrow.core.axes import Example
 from regrow.tracing.capture import Capture, evaluating, quiet
 from regrow.tracing.decisions import output_tensors
-from regrow.tracing.effects import Effects, writes
+from regrow.tracing.effects import Effects
 from regrow.tracing.interception import follow_modules
 from regrow.tracing.meta_copy import leaves_in, map_tensors
 from regrow.tracing.model_state import describe_state, preserve_state, state_of
-from regrow.tracing.nodes import module_of, op_name
+from regrow.tracing.nodes import module_of, op_name, writes
 
 
 @contextmanager

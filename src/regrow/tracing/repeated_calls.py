@@ -25,8 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from regrow.tracing.forms import is_plain
 from regrow.tracing.model_state import Snapshot, is_plain_object
-from regrow.tracing.nodes import map_arguments, operands_in
+from regrow.tracing.nodes import map_arguments, operands_in, parameters_of, writes
 
 if TYPE_CHECKING:
     from regrow.tracing.record import Recorder
@@ -252,7 +253,7 @@ class RepeatedCalls:
             return _plain(x)
         if type(x) is not FakeTensor or x.fake_mode is not self.recorder.fake or x not in self.recorder.nodes:
             raise TypeError
-        if x.layout is not torch.strided or x.constant is not None or x.is_conj() or x.is_neg():
+        if x.constant is not None or not is_plain(x):
             raise TypeError
         node = self.recorder.nodes[x]
         same = node if node in self.recorder.plain else None  # its value could decide something
@@ -313,7 +314,7 @@ def _source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
         return ("plain", x) if type(x) in PLAIN else ("unknown", None)
     if (place := next((i for i, one in enumerate(inputs) if one is x), None)) is not None:
         return "given", place
-    usual = type(x) is FakeTensor and x.layout is torch.strided and not (x.requires_grad or x.is_conj() or x.is_neg())
+    usual = type(x) is FakeTensor and is_plain(x) and not x.requires_grad
     node = nodes[x] if usual and not x.storage_offset() and x in nodes else None
     return ("made", node) if node is not None and node.meta["val"] is x else ("unknown", None)
 
@@ -325,8 +326,8 @@ def _reaches_others(calls: tuple[Node, ...], given: set[Node]) -> bool:
         outside = {id(operand.meta["val"]) for operand in node.all_input_nodes if operand not in inside}
         if id(node.meta["val"]) in outside:
             return True
-        if outside and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
-            takes = node.target._schema.arguments  # type: ignore[union-attr]
+        if outside and writes(node):
+            takes = parameters_of(node.target)
             values = {**dict(zip((taken.name for taken in takes), node.args, strict=False)), **node.kwargs}
             written = [values.get(taken.name) for taken in takes if taken.alias_info and taken.alias_info.is_write]
             if any(operand not in inside for operand in operands_in(written)):

@@ -1,6 +1,7 @@
 """Find stacks of residual blocks, and the parameters of a block that make a copy compute nothing when they are 0."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,15 +193,15 @@ def find_stacks(model: nn.Module, axes: AxisGraph) -> dict[str, Stack]:
                 stack_at(model, path, len(module))
             except StackError:
                 continue
-            kinds = [type(one) for one in module]
+            classes = Counter(map(type, module))
             zeros = {
                 i: names
-                for i, name in enumerate(module._modules)
-                if kinds.count(kinds[i]) > 1 and (names := blocks.zeros(f"{path}.{name}"))
+                for i, (name, child) in enumerate(module._modules.items())
+                if classes[type(child)] > 1 and (names := blocks.zeros(f"{path}.{name}"))
             }
             if zeros:
                 result[path] = Stack(len(module), zeros)
-    return {path: one for path, one in result.items() if not any(lies_in(o, path) and o != path for o in result)}
+    return {path: stack for path, stack in result.items() if not any(lies_in(o, path) and o != path for o in result)}
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,7 @@ class _Blocks:
         inside = {i for i, step in enumerate(self.axes.steps) if lies_in(step.module, path)}
         outputs = [i for i in inside if not inside.issuperset(self.users.get(i, ())) or i not in self.users]
         names = self._written(outputs[0], inside) if len(outputs) == 1 else ()
-        within = all(lies_in(name, path) and name in self.axes.parameters for name in names)
-        return tuple(name.removeprefix(f"{path}.") for name in names) if within else ()
+        return tuple(n.removeprefix(f"{path}.") for n in names) if all(lies_in(n, path) for n in names) else ()
 
     def _written(self, output: int, inside: set[int]) -> tuple[str, ...]:
         """Return the parameters of the last operations before the sums that make an output; empty without a sum."""
@@ -236,26 +236,25 @@ class _Blocks:
                 ask += [one for one in before if one not in seen]
                 seen |= {*before}
             else:
-                found = [*_names(step)] or self._makers(number, inside, output)
-                if not found:
+                makers = [*_names(step)] or self._makers(number, inside, output)
+                if not makers:
                     return ()
-                names |= dict.fromkeys(found)
-        own = [name for name in names if name in self.axes.parameters]
-        return tuple(own) if passed and sums else ()
+                names |= dict.fromkeys(makers)
+        return tuple(name for name in names if name in self.axes.parameters) if passed and sums else ()
 
     def _makers(self, number: int, inside: set[int], output: int) -> list[str]:
         """Return the nearest parameters before an operation, in a block, that make units of the output's axes."""
         out = {key for dims in self.axes.steps[output].shapes for key in axes_in(Product(dims or ()))}
         makes = {s.name for key in out for s in self.axes[key].slots if s.role in (Role.PRODUCES, Role.SHIFTS)}
         ask, seen = [number], {number}
-        found: list[str] = []
-        for one in ask:  # which grows
-            own = [name for name in _names(self.axes.steps[one]) if name in makes]
-            found += own
-            before = [i for i in self.axes.steps[one].operands if isinstance(i, int) and i in inside and i not in seen]
-            ask += before if not own else []
+        makers: list[str] = []
+        for step in map(self.axes.steps.__getitem__, ask):  # which grows
+            names = [name for name in _names(step) if name in makes]
+            makers += names
+            before = [i for i in step.operands if isinstance(i, int) and i in inside and i not in seen]
+            ask += before if not names else []
             seen |= {*before}
-        return found
+        return makers
 
     @cached_property
     def users(self) -> dict[int, list[int]]:

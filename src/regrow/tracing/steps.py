@@ -26,6 +26,7 @@ from regrow.tracing.nodes import (
     op_name,
     operand_of,
     operands,
+    parameters_of,
     shapes_of,
     uncast,
 )
@@ -274,7 +275,7 @@ def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]
 @lru_cache(maxsize=4096)
 def _parameters_of(target: object) -> dict[str, object]:
     """Return the names of an operation's parameters, and their defaults; an ellipsis for those without one."""
-    takes = getattr(getattr(target, "_schema", None), "arguments", ())
+    takes = parameters_of(target)
     return {taken.name: taken.default_value if taken.has_default_value() else ... for taken in takes}
 
 

@@ -6,7 +6,7 @@ from torch.fx.node import Argument
 from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, whole
+from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, parameters_of, whole
 from regrow.tracing.walk import Dims, Walk
 
 
@@ -199,7 +199,7 @@ def embedding(w: Walk, node: Node) -> Dims:
 
 def _argument(node: Node, name: str, position: int) -> Argument:
     """Return an argument of a call by its name in the operation's schema, or its position if it has no schema."""
-    takes = getattr(getattr(node.target, "_schema", None), "arguments", ())
+    takes = parameters_of(node.target)
     return argument(node, next((i for i, taken in enumerate(takes) if taken.name == name), position), name)
 
 
