@@ -161,3 +161,21 @@ def axis_of(node: Node, position: int, rank: int, default: int = 0) -> int:
     """Return which dimension an argument of a call names, as an index from 0."""
     value = argument(node, position, "dim")
     return (default if value is None else whole(value)) % max(rank, 1)
+
+
+def permutation(node: Node, rank: int) -> list[int] | None:
+    """Return which dimension of its operand each one of a transposed tensor is; ``None`` for other operations."""
+    order = list(range(rank))
+    match op_name(node):
+        case "mT" | "mH" | "adjoint":
+            order[-2], order[-1] = order[-1], order[-2]
+        case "t" | "numpy_T":
+            order.reverse()
+        case "transpose" | "swapaxes":
+            a, b = axis_of(node, 1, rank), axis_of(node, 2, rank)
+            order[a], order[b] = order[b], order[a]
+        case "permute":
+            order = [i % rank for i in wholes(node.args[1])]
+        case _:
+            return None
+    return order

@@ -10,7 +10,7 @@ from regrow.core.axes import Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import ALIASES, as_list, module_of, op_name, operand_of, shapes_of, whole, wholes
+from regrow.tracing.nodes import ALIASES, as_list, axis_of, module_of, op_name, operand_of, permutation, shapes_of
 
 Dims = tuple[Expr, ...]
 Value = Dims | list[Dims | None] | None
@@ -109,6 +109,11 @@ class Walk:
         """Return the dimensions of an operation's first operand; the rule of casts, dropout and the like."""
         return self.of(operand_of(node))
 
+    def along(self, node: Node, position: int, default: int = 0) -> tuple[Dims, int]:
+        """Return the dimensions of the first operand, and the index of that which an argument names."""
+        dims = self.first(node)
+        return dims, axis_of(node, position, len(dims), default)
+
     def source(self, node: object) -> str:
         """Return the name of the parameter or buffer that a node is, possibly cast or transposed; empty if computed."""
         place = self.place(node, 0)
@@ -120,20 +125,12 @@ class Walk:
             return None
         if node in self.capture.states:
             return self.capture.states[node], dim
-        rank = len(self.dims[node] or ())
-        match op_name(node) if node.op == "call_function" else "":
-            case "mT" | "mH" | "adjoint":
-                dim = {rank - 1: rank - 2, rank - 2: rank - 1}.get(dim, dim)
-            case "t" | "numpy_T":
-                dim = rank - 1 - dim
-            case "transpose" | "swapaxes":
-                a, b = (whole(node.args[i]) % rank for i in (1, 2))
-                dim = {a: b, b: a}.get(dim, dim)
-            case "permute":
-                dim = wholes(node.args[1])[dim] % rank
-            case name if name not in ALIASES:
-                return None
-        return self.place(node.args[0] if node.args else None, dim)
+        if node.op != "call_function" or not node.args:
+            return None
+        if op_name(node) in ALIASES:
+            return self.place(node.args[0], dim)
+        order = permutation(node, len(self.dims[node] or ()))
+        return self.place(node.args[0], order[dim]) if order is not None and dim < len(order) else None
 
     def role(self, node: object, dim: int, role: Role) -> None:
         """Record the role of a parameter's dimension, if a node is a parameter or computed from some entry by entry."""

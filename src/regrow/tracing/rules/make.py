@@ -8,7 +8,7 @@ from torch.fx.node import Argument
 from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import ALIASES, argument, axis_of, op_name, operand_of, shape_of, uncast, whole
+from regrow.tracing.nodes import ALIASES, argument, op_name, operand_of, shape_of, uncast, whole
 from regrow.tracing.rules.reduce import ordered, pointwise
 from regrow.tracing.walk import Dims, Value, Walk
 
@@ -47,8 +47,7 @@ def weight_norm(w: Walk, node: Node) -> Dims:
 
 def topk(w: Walk, node: Node) -> Value:
     """Rule for ``topk``: dropped units count as −∞; freezes the dimension if positions are not only counted."""
-    dims = w.first(node)
-    axis = axis_of(node, 2, len(dims), -1)
+    dims, axis = w.along(node, 2, -1)
     why = w.why(node, "its largest entries are picked")
     leaf, k = d.resolve(dims[axis]), whole(node.args[1])
     used = [user for user in node.users if user.args[1] == 1]

@@ -7,7 +7,6 @@ from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import (
     argument,
-    axis_of,
     module_of,
     op_name,
     operand_of,
@@ -25,8 +24,7 @@ BY_TENSOR = "its entries are picked by a tensor of numbers"
 
 def select(w: Walk, node: Node) -> Value:
     """Rule for ``select``: freezes the dimension, since the index of the entry matters, and removes it."""
-    dims = w.first(node)
-    axis = axis_of(node, 1, len(dims))
+    dims, axis = w.along(node, 1)
     w.freeze(node, "one of its entries is picked by number", dims[axis])
     if operand_of(node) in w.stacked and axis == 0:
         return (*dims[1:-1], w.stacked[operand_of(node)][whole(node.args[2])])
@@ -35,8 +33,7 @@ def select(w: Walk, node: Node) -> Value:
 
 def unbind(w: Walk, node: Node) -> Value:
     """Rule for ``unbind``: freezes the dimension whose entries become separate tensors."""
-    dims = w.first(node)
-    axis = axis_of(node, 1, len(dims))
+    dims, axis = w.along(node, 1)
     w.freeze(node, "its entries are picked one by one", dims[axis])
     return [exchanged(dims, axis) for _ in result_shapes(node)]
 
@@ -59,7 +56,7 @@ def index(w: Walk, node: Node) -> Value:
 
 def pick_by_tensor(w: Walk, node: Node) -> Value:
     """Rule for ``index_select`` and ``gather``: freezes the dimension picked from."""
-    axis = axis_of(node, 1, len(w.first(node)))
+    _, axis = w.along(node, 1)
     picked = pick(w, node, axis, BY_TENSOR)
     return picked if op_name(node) == "index_select" else frozen_whole(w, node)
 

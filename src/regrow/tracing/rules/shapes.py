@@ -13,6 +13,7 @@ from regrow.tracing.nodes import (
     op_name,
     operand_of,
     operands_in,
+    permutation,
     result_shapes,
     shape_of,
     shapes_of,
@@ -60,23 +61,11 @@ def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
 
 
 def transpose(w: Walk, node: Node) -> Dims:
-    """Rule for ``transpose``: exchanges two dimensions."""
-    dims = list(w.first(node))
-    a, b = axis_of(node, 1, len(dims)), axis_of(node, 2, len(dims))
-    dims[a], dims[b] = dims[b], dims[a]
-    return tuple(dims)
-
-
-def last_two(w: Walk, node: Node) -> Dims:
-    """Rule for ``mT``: exchanges the last two dimensions."""
-    *rest, a, b = w.first(node)
-    return (*rest, b, a)
-
-
-def permute(w: Walk, node: Node) -> Dims:
-    """Rule for ``permute``: reorders the dimensions."""
+    """Rule for ``transpose``, ``permute`` and the like: reorders the dimensions."""
     dims = w.first(node)
-    return tuple(dims[i % len(dims)] for i in wholes(node.args[1]))
+    order = permutation(node, len(dims))
+    assert order is not None
+    return tuple(dims[i] for i in order)
 
 
 def movedim(w: Walk, node: Node) -> Dims:
@@ -131,8 +120,7 @@ def stack(w: Walk, node: Node) -> Dims:
 
 def split(w: Walk, node: Node) -> Value:
     """Rule for ``split`` and ``chunk``: cuts a dimension into pieces; equal pieces must keep equally many units."""
-    dims = w.first(node)
-    axis = axis_of(node, 2, len(dims))
+    dims, axis = w.along(node, 2)
     lengths = [shape[axis] for shape in result_shapes(node)]
     why = w.why(node, "it is cut into pieces at a place that is inside a unit")
     pieces, rest = [], dims[axis]
@@ -157,8 +145,7 @@ def exchanged(dims: Dims, axis: int, *exprs: Expr) -> Dims:
 
 def piece(w: Walk, node: Node) -> Dims:
     """Rule for slices: cuts a dimension into the slice and the rest; a step other than 1 freezes it."""
-    dims = w.first(node)
-    axis = axis_of(node, 1, len(dims))
+    dims, axis = w.along(node, 1)
     n = d.size(dims[axis])
     start, end = bounds(node)
     step = whole(node.args[4]) if len(node.args) > 4 else 1
@@ -240,8 +227,7 @@ def triangle(w: Walk, node: Node) -> Dims:
 
 def glu(w: Walk, node: Node) -> Dims:
     """Rule for GLU, where the second half gates the first: ties both halves, unit by unit."""
-    dims = w.first(node)
-    axis = axis_of(node, 1, len(dims), -1)
+    dims, axis = w.along(node, 1, -1)
     first, second = d.halves(dims[axis], d.size(dims[axis]) // 2, w.why(node, "its halves are cut inside a unit"))
     w.unify(node, first, second, "its halves have no common form")
     return exchanged(dims, axis, first)
@@ -263,10 +249,7 @@ _WINDOWS = (
 
 RULES = {
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"), reshape),
-    **dict.fromkeys(("transpose", "swapaxes"), transpose),
-    **dict.fromkeys(("mT", "mH", "adjoint"), last_two),
-    **dict.fromkeys(("t", "numpy_T"), lambda w, node: w.first(node)[::-1]),
-    "permute": permute,
+    **dict.fromkeys(("transpose", "swapaxes", "mT", "mH", "adjoint", "t", "numpy_T", "permute"), transpose),
     "movedim": movedim,
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
