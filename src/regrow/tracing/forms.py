@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.tracing.nodes import as_list, leaves_of, map_arguments, operands_in
+from regrow.tracing.nodes import leaves_of, map_arguments, operands_in
 
 
 class ConstantResults:
@@ -97,8 +97,9 @@ def remember_result(
             _known[key] = forms
         return result
     with no_python_dispatcher():
-        made = [_made(form, given, mode) for form in as_list(known)]
-        return made if isinstance(known, list) else made[0]
+        if isinstance(known, list):
+            return [_made(form, given, mode) for form in known]
+        return _made(known, given, mode)
 
 
 def forget_results() -> None:

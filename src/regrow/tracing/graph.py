@@ -1,6 +1,6 @@
 """Turn a finished walk into an :class:`~regrow.core.axes.AxisGraph`: slots, keys, marks and reasons as plain data."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -105,7 +105,10 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     """Return the axis graph of a walked network, and the names of its axes for writing further expressions."""
     state = {name: w.of(node) for node, name in w.capture.states.items() if name not in w.capture.unused}
     ties = _ties(model, w, state)
-    _freeze_unreachable(model, w, ties)
+    aliases = _aliases(ties)
+    unused = {*w.capture.unused}
+    unreached = tuple(name for name in w.capture.unused if unused.issuperset(aliases.get(name, ())))
+    _freeze_unreachable(model, w, unreached)
     _freeze_unsettable(model, w)
     for name, reason in unalterable(model):
         for expr in state.get(name, ()):
@@ -116,7 +119,6 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     held = group_equal_sizes(w)
     places = {name: list(_places(name, dims)) for name, dims in state.items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    aliases = _aliases(ties)
     by_leaf: dict[int, list[Slot]] = {}
     leaf_of: dict[int, Leaf] = {}
     for own in places.values():
@@ -146,7 +148,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
             integers={place: dim for place, dim in written.items() if not isinstance(dim, int)},
             folds=tuple(fold for fold in divisors if not all(isinstance(dim, int) for dim in fold.over)),
-            unreached=tuple(n for n in w.capture.unused if not _used_elsewhere(n, ties, w.capture.unused)),
+            unreached=unreached,
             notes=tuple(dict.fromkeys(w.notes)),
             decisions=w.capture.decisions,
             tracer=w.capture.tracer,
@@ -176,21 +178,12 @@ def _ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, str]:
     return ties
 
 
-def _used_elsewhere(name: str, ties: Mapping[str, str], unused: tuple[str, ...]) -> bool:
-    """Whether a tensor has another name under which it is used."""
-    first = ties.get(name, name)
-    names = {first, *(other for other, original in ties.items() if original == first)}
-    return not names <= set(unused)
-
-
-def _freeze_unreachable(model: nn.Module, w: Walk, ties: Mapping[str, str]) -> None:
+def _freeze_unreachable(model: nn.Module, w: Walk, unreached: Iterable[str]) -> None:
     """Freeze dimensions that unused modules might read: those of the size that such a module expects."""
-    for name in w.capture.unused:
-        tensor = model.get_parameter(name)
-        if tensor.dim() < 2 or _used_elsewhere(name, ties, w.capture.unused):
-            continue
+    for name in unreached:
+        shape = model.get_parameter(name).shape
         for expr in (expr for dims in w.dims.values() for expr in all_dims(dims)):
-            if d.size(expr) == tensor.shape[1]:
+            if len(shape) > 1 and d.size(expr) == shape[1]:
                 d.freeze(expr, f"{name}, which the example does not reach, may read it")
 
 
@@ -299,12 +292,10 @@ def _key(slot: Slot, taken: Mapping[str, Axis]) -> str:
 def _counted(w: Walk, ties: Mapping[str, str], state: Mapping[str, Dims]) -> tuple[str, ...]:
     """Return the weights of which ``keep`` is a fraction: without embeddings and the output head that mirrors them."""
     tables = {ties.get(name, name) for name in w.tables}
-    counted = []
+    counted: dict[str, None] = {}
     for name in w.weights:
-        first = ties.get(name, name)
-        heads = w.tables and any(
-            leaf.frozen == "it is an output of the model" for expr in state[name] for leaf in d.leaves(expr)
-        )
-        if first not in tables and first not in counted and not heads and len(state[name]) > 1:
-            counted.append(first)
+        first, leaves = ties.get(name, name), [leaf for expr in state[name] for leaf in d.leaves(expr)]
+        head = w.tables and any(leaf.frozen == "it is an output of the model" for leaf in leaves)
+        if first not in tables and not head and len(state[name]) > 1:
+            counted[first] = None
     return tuple(counted)

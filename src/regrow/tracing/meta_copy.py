@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from operator import is_not
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -27,11 +28,11 @@ def meta_copy(model: M, shapes: Mapping[str, tuple[int, ...]]) -> tuple[M, FakeT
 
     for name, tensor in state_of(model).items():
         if name in shapes or id(tensor) not in memo:
-            memo[id(tensor)] = without_numbers(mode, shapes.get(name, tuple(tensor.shape)), tensor)
+            memo[id(tensor)] = without_numbers(mode, shapes.get(name, tensor.shape), tensor)
 
     def other(tensor: Tensor) -> Tensor:
         known = not isinstance(tensor, FakeTensor)
-        return tensor.detach() if known else without_numbers(mode, tuple(tensor.shape), tensor.detach())
+        return tensor.detach() if known else without_numbers(mode, tensor.shape, tensor.detach())
 
     return copy_model(model, other, memo), mode
 
@@ -49,7 +50,7 @@ def empty_parameters(mode: FakeTensorMode) -> Callable[[nn.Parameter], nn.Parame
     """Return a function from a parameter to one of its shape, dtype and device that is fake."""
 
     def empty(parameter: nn.Parameter) -> nn.Parameter:
-        made = without_numbers(mode, tuple(parameter.shape), parameter)
+        made = without_numbers(mode, parameter.shape, parameter)
         return parameter if isinstance(parameter, FakeTensor) else made  # type: ignore[return-value]
 
     return empty
@@ -106,19 +107,16 @@ class _Copy:
             return self.tensor(value)
         if isinstance(value, nn.Module):
             return self.module(value)
-        if kind is dict or kind is OrderedDict:
-            made = self.memo[id(value)] = kind()
-            for key, one in value.items():
-                made[self.value(key)] = self.value(one)
+        if kind in (dict, OrderedDict, list, deque):
+            made = self.memo[id(value)] = deque(maxlen=value.maxlen) if kind is deque else kind()
+            if isinstance(value, dict):
+                made.update((self.value(key), self.value(part)) for key, part in value.items())
+            else:
+                made.extend(map(self.value, value))
             return made
-        if kind is list or kind is deque:
-            row: list[object] | deque[object] = [] if kind is list else deque(maxlen=value.maxlen)
-            self.memo[id(value)] = row
-            row.extend(map(self.value, value))
-            return row
         if kind is tuple or kind is set:
             made = kind(map(self.value, value))
-            if kind is set or any(one is not old for one, old in zip(made, value, strict=True)):
+            if kind is set or any(map(is_not, made, value)):
                 return self.memo.setdefault(id(value), made)
             return value
         return self.other(value)
