@@ -85,17 +85,13 @@ def _of_tensors(model: nn.Module) -> Iterator[str]:
 
 def unalterable(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield the parameters and buffers whose shapes must not change, and why: a spectral norm, or shared memory."""
+    spectral = "the weight is divided by a spectral norm, which the cut would change; remove it first"
     for path, module in model.named_modules():
         for name, remedy in _computed(path, module, spectral=True):
-            yield (
-                name,
-                f"the weight is divided by a spectral norm, which the cut would change; remove it first: {remedy}",
-            )
-    for one, other in _overlapping(model):
-        yield (
-            one,
-            f"it shares memory with {other}, which a cut would end; tie them (one parameter, two names), or clone one",
-        )
+            yield name, f"{spectral}: {remedy}"
+    remedy = "tie them (one parameter, two names), or clone one"
+    for name, other in _overlapping(model):
+        yield name, f"it shares memory with {other}, which a cut would end; {remedy}"
 
 
 def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -105,11 +101,10 @@ def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
         if x.layout is torch.strided and x.numel():
             start = int(x.storage_offset()) * x.element_size()
             extent = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
-            stores.setdefault(x.untyped_storage()._cdata, []).append(
-                (start, start + extent * x.element_size(), name, x)
-            )
+            entry = (start, start + extent * x.element_size(), name, x)
+            stores.setdefault(x.untyped_storage()._cdata, []).append(entry)
     for held in stores.values():
-        held.sort(key=lambda one: one[:2])
+        held.sort(key=lambda entry: entry[:2])
         for i, (_, end, name, x) in enumerate(held):
             for start, _, other, y in held[i + 1 :]:
                 if start >= end:
@@ -122,13 +117,13 @@ def _meet(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors in one storage have entries in common."""
     if x.dtype != y.dtype or x.numel() + y.numel() > _MOST_ENTRIES:
         return True
-    places = []
-    for one in (x, y):
-        place = torch.full((1,) * one.dim(), int(one.storage_offset()))
-        for i, (n, step) in enumerate(zip(one.shape, one.stride(), strict=True)):
-            place = place + (torch.arange(n) * step).view([-1 if j == i else 1 for j in range(one.dim())])
-        places.append(place.flatten())
-    return bool(torch.isin(*places).any())
+    entries = []
+    for tensor in (x, y):
+        at = torch.tensor([int(tensor.storage_offset())])
+        for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+            at = (at[:, None] + torch.arange(n) * step).flatten()
+        entries.append(at)
+    return bool(torch.isin(*entries).any())
 
 
 _MOST_ENTRIES = 1 << 22
