@@ -127,9 +127,10 @@ def _copied(model: nn.Module, block: nn.Module, zeros: Sequence[str]) -> nn.Modu
         memo |= {id(value): value for value in vars(module).values() if id(value) in shared}
         memo |= {id(child): child for child in module._modules.values() if child in outside}
     made: nn.Module = copy_model(block, lambda x: x.detach().clone(), memo)
+    parameters = dict(made.named_parameters())
     with torch.no_grad():
         for name in zeros:
-            made.get_parameter(name).zero_()
+            parameters[name].zero_()
     return made
 
 
