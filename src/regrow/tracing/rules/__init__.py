@@ -1,4 +1,4 @@
-"""Rules of operations: how the dimensions of a result follow from those of its operands; and the walk that applies them.
+"""Rules of operations: how the dimensions of a result follow from those of operands; and the walk that applies them.
 
 There is one small function per operation, in one table. Each takes the walk and the operation's node, ties or freezes
 the dimensions of the operands, notes which it sums over, and returns the dimensions of the result (a list of them for
