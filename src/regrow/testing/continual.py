@@ -30,6 +30,10 @@ CLASSES, SIDE = 4, 6
 SCHEDULE = TaskSchedule(epochs=3, batch_size=16, lr=0.1)
 
 
+Law = Callable[[MethodEntry, Mapping[str, object]], None]
+"""(method, its settings) → ``None``; raises ``AssertionError`` if the method breaks the law."""
+
+
 class StoppedError(Exception):
     """Training was stopped on purpose."""
 
@@ -58,11 +62,15 @@ def make_network(tasks: list[Task]) -> tuple[nn.Module, AxisGraph]:
 
 
 def _fit(
-    method: MethodEntry, settings: Mapping[str, object], tasks: list[Task], **more: Any
+    method: MethodEntry,
+    settings: Mapping[str, object],
+    tasks: list[Task],
+    schedule: TaskSchedule = SCHEDULE,
+    checkpoint: Callable[[TrainState[Any], Context], None] | None = None,
 ) -> tuple[Learner[Any], Fitted[Any]]:
     learner = method.made("the method", settings)
     model, axes = make_network(tasks)
-    return learner, learn(model, axes, tasks, learner, more.pop("schedule", SCHEDULE), **more)
+    return learner, learn(model, axes, tasks, learner, schedule, checkpoint=checkpoint)
 
 
 def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
@@ -178,7 +186,7 @@ def assert_equal_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tenso
     assert not different, f"{where}: {', '.join(different)}"
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
+LAWS: Mapping[str, Law] = {
     "a learner and its state are frozen records": check_record,
     "the first task is learned": check_learning,
     "the same seed gives the same weights": check_seed,

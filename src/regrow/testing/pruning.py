@@ -1,7 +1,7 @@
 """Laws that every one-shot pruning method must obey, on a small network in float64."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -16,6 +16,7 @@ from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodEntry
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.surgery import apply, verify
+from regrow.testing.continual import Law
 from regrow.tracing import trace
 
 INPUTS, CLASSES, WIDTHS = 6, 4, (24, 16)
@@ -154,7 +155,7 @@ def check_permutation(method: MethodEntry, settings: Mapping[str, object]) -> No
     assert sorted(order[unit] for unit in moved) == sorted(kept), "other units are kept of a permuted network"
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
+LAWS: Mapping[str, Law] = {
     "a pruner is a record of functions": check_record,
     "a budget is met within one unit": check_budget,
     "every axis is scored": check_scores,

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from regrow.core.sources import Batch, Source
 from regrow.methods import MethodEntry
 from regrow.methods.recovery.task import RecoveryTask
 from regrow.surgery import apply
-from regrow.testing.continual import StoppedError, assert_equal_tensors
+from regrow.testing.continual import Law, StoppedError, assert_equal_tensors
 from regrow.testing.pruning import make_network, make_sources
 
 
@@ -81,7 +81,7 @@ def check_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
     assert_equal_tensors(whole, resumed, "resumed")
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
+LAWS: Mapping[str, Law] = {
     "shapes stay, and the dense network too": check_shapes,
     "the same seed gives the same weights": check_seed,
     "killed and resumed gives the same bits": check_resume,
