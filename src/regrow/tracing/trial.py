@@ -124,7 +124,7 @@ class _Trials:
         if re.sub(r"\d+", "#", alone) == re.sub(r"\d+", "#", problem):
             return {axis.key: problem for axis in every}
         problems = [(classes[0], alone), *((members, self.problem(members)) for members in classes[1:])]
-        bad = {axis.key: found for members, found in problems for axis in members if found}
+        bad = {axis.key: reason for members, reason in problems for axis in members if reason}
         return bad or {axis.key: problem for axis in every}
 
     def line(self, cut: Sequence[Axis]) -> Line | None:
