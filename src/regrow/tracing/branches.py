@@ -128,16 +128,16 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     """Return the path of every module that runs → the branch it is, or the reason why it cannot be dropped."""
     if recorded.decisions is not None:
         return {}
-    copy, given = fake_copy(model, cast_example(example, model))
+    copy, fake = fake_copy(model, cast_example(example, model))
     try:
-        calls, answer = record_calls(copy, given)
+        calls, answer = record_calls(copy, fake)
     except Exception as error:
         reason = f"the network does not run on tensors without numbers: {first_line(error)}"
         return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
     search = _Search(RecordedModules(Effects(recorded)), copy, calls)
     result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
     result = _once(result, copy)
-    return result | _Dropping(copy, given, calls, answer).tried(result)
+    return result | _Dropping(copy, fake, calls, answer).tried(result)
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:

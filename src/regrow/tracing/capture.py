@@ -237,8 +237,8 @@ def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
     If the network does not run on fake data, no copy will, and the real run is returned.
     """
     try:
-        copy, given = fake_copy(model, example)
-        again = _captured(copy, record(copy, given, recorded.decisions or ()), recorded.refusal)
+        copy, fake = fake_copy(model, example)
+        again = _captured(copy, record(copy, fake, recorded.decisions or ()), recorded.refusal)
         return replace(again, values=recorded.values)
     except Exception:
         return recorded

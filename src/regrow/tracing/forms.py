@@ -5,7 +5,7 @@ their kernels are written in Python: half a millisecond to five. The operations 
 consists of, for operands on one device; fake tensors handle all others, and whatever fails here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -81,9 +81,9 @@ def remember_result(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode, infer: Callable[[], Any]
 ) -> Any:
     """Return what an operation gives on fake tensors, inferred only if it was not seen with such operands."""
-    given: list[Tensor] = []
+    operands: list[Tensor] = []
     try:
-        key = (func, torch.get_default_dtype(), _key(args, mode, given), _key(kwargs, mode, given))
+        key = (func, torch.get_default_dtype(), _key(args, mode, operands), _key(kwargs, mode, operands))
         known = _known.get(key)
     except TypeError:  # an argument of another kind
         return infer()
@@ -91,15 +91,15 @@ def remember_result(
         return infer()
     if known is None:
         result = infer()
-        if (forms := _forms(result, given)) is not None:
+        if (forms := _forms(result, operands)) is not None:
             if len(_known) >= _MOST:
                 forget_results()
             _known[key] = forms
         return result
     with no_python_dispatcher():
         if isinstance(known, list):
-            return [_made(form, given, mode) for form in known]
-        return _made(known, given, mode)
+            return [_made(form, operands, mode) for form in known]
+        return _made(known, operands, mode)
 
 
 def forget_results() -> None:
@@ -107,26 +107,25 @@ def forget_results() -> None:
     _known.clear()
 
 
-def _made(form: Form, given: list[Tensor], mode: FakeTensorMode) -> Tensor:
+def _made(form: Form, operands: list[Tensor], mode: FakeTensorMode) -> Tensor:
     if isinstance(form, int):
-        return given[form]
+        return operands[form]
     shape, stride, dtype, device = form
     return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
 
 
-def _key(value: Any, mode: FakeTensorMode, given: list[Tensor]) -> object:
+def _key(value: Any, mode: FakeTensorMode, operands: list[Tensor]) -> object:
     """Return what identifies an argument, and collect its tensors; raise TypeError where nothing does."""
     kind = type(value)
     if kind is FakeTensor:
         if value.fake_mode is not mode or value.constant is not None or not is_plain(value):
             raise TypeError
-        place = next((i for i, one in enumerate(given) if one is value), len(given))
-        given.append(value)
-        return (value.shape, value.stride(), value.dtype, value.fake_device, place)
+        operands.append(value)
+        return (value.shape, value.stride(), value.dtype, value.fake_device, index_of(value, operands))
     if kind is tuple or kind is list:
-        return (kind, *[_key(one, mode, given) for one in value])
+        return (kind, *[_key(part, mode, operands) for part in value])
     if kind is dict:
-        return tuple([(name, _key(one, mode, given)) for name, one in value.items()])
+        return tuple([(name, _key(part, mode, operands)) for name, part in value.items()])
     if kind is int or value is None or kind in _NAMES:
         return value
     if kind is float or kind is bool:
@@ -137,25 +136,30 @@ def _key(value: Any, mode: FakeTensorMode, given: list[Tensor]) -> object:
 _NAMES = frozenset((str, torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
+def index_of(value: object, values: Sequence[object]) -> int | None:
+    """Return the index of an object itself among others; ``None`` if it is not one of them."""
+    return next((i for i, other in enumerate(values) if other is value), None)
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether a tensor is dense, and neither conjugated nor negated by a flag."""
     return x.layout is torch.strided and not x.is_conj() and not x.is_neg()
 
 
-def _forms(result: Any, given: list[Tensor]) -> Form | list[Form] | None:
+def _forms(result: Any, operands: list[Tensor]) -> Form | list[Form] | None:
     """Return the forms of a result; ``None`` if they do not say all about it."""
     if type(result) is list:
-        forms = [form for part in result if (form := _form(part, given)) is not None]
+        forms = [form for part in result if (form := _form(part, operands)) is not None]
         return forms if len(forms) == len(result) else None
-    return _form(result, given)
+    return _form(result, operands)
 
 
-def _form(x: Any, given: list[Tensor]) -> Form | None:
-    if (place := next((i for i, one in enumerate(given) if one is x), None)) is not None:
-        return place
+def _form(x: Any, operands: list[Tensor]) -> Form | None:
+    if (index := index_of(x, operands)) is not None:
+        return index
     if type(x) is not FakeTensor or not is_plain(x):
         return None
-    shares = x.untyped_storage()._cdata in {one.untyped_storage()._cdata for one in given}
+    shares = x.untyped_storage()._cdata in {part.untyped_storage()._cdata for part in operands}
     if shares or x.requires_grad or x.storage_offset():
         return None
     return x.shape, x.stride(), x.dtype, x.fake_device
@@ -167,12 +171,12 @@ def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, objec
     if (rule is None and func not in _KERNELS) or torch._C._is_any_autocast_enabled():
         return NotImplemented
     tensors = [x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)]
-    given = [x for x in tensors if type(x) is FakeTensor and x.fake_mode is mode and x.layout is torch.strided]
-    if len({x.fake_device for x in given}) != 1 or len(given) < len(tensors):
+    operands = [x for x in tensors if type(x) is FakeTensor and x.fake_mode is mode and x.layout is torch.strided]
+    if len({x.fake_device for x in operands}) != 1 or len(operands) < len(tensors):
         return NotImplemented
-    device, dtype = given[0].fake_device, given[0].dtype
+    device, dtype = operands[0].fake_device, operands[0].dtype
     with no_python_dispatcher():
-        if rule is not None and dtype.is_floating_point and all(x.dtype is dtype for x in given):
+        if rule is not None and dtype.is_floating_point and all(x.dtype is dtype for x in operands):
             result = rule(*args, **kwargs)
             if isinstance(result, Tensor):
                 return result
@@ -192,9 +196,9 @@ def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: 
         known[id(made)] = x
         return made
 
-    given = map_arguments((args, kwargs), Tensor, form)
+    operands = map_arguments((args, kwargs), Tensor, form)
     try:
-        out = func(*given[0], **given[1])
+        out = func(*operands[0], **operands[1])
     except Exception:
         return NotImplemented
     return map_arguments(out, Tensor, lambda x: known[id(x)] if id(x) in known else FakeTensor(mode, x, device))
@@ -249,7 +253,7 @@ def _convolution(
         return None
     if weight.shape[0] % groups or not _of(bias, weight.shape[:1]) or not prod(x.shape) or not prod(weight.shape):
         return None
-    steps, pads, gaps = (list(one) * n if len(one) == 1 else one for one in (stride, padding, dilation))
+    steps, pads, gaps = (list(part) * n if len(part) == 1 else part for part in (stride, padding, dilation))
     sides = [
         (side + 2 * pad - gap * (kernel - 1) - 1) // step + 1
         for side, kernel, step, pad, gap in zip(x.shape[2:], weight.shape[2:], steps, pads, gaps, strict=True)
@@ -259,7 +263,7 @@ def _convolution(
 
 def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *more: Any) -> Any:
     known = mean is not None and variance is not None
-    fits = all(_of(one, x.shape[1:2]) for one in (weight, bias, mean, variance))
+    fits = all(_of(part, x.shape[1:2]) for part in (weight, bias, mean, variance))
     return (x.shape,) if known and fits and x.dim() > 1 and x.is_contiguous() else None
 
 

@@ -52,9 +52,9 @@ def freeze_by_size(model: nn.Module, axes: AxisGraph, examples: Sequence[Example
 
 def _record(model: nn.Module, axes: AxisGraph, example: Example) -> Capture:
     """Record the network on an example, on fake tensors, unless it runs many more operations (one per token) there."""
-    copy, given = fake_copy(model, example)
+    copy, fake = fake_copy(model, example)
     with limit_calls(LONGER * len(axes.recording.capture.graph.nodes)):
-        return capture(copy, given, tracer=axes.tracer)
+        return capture(copy, fake, tracer=axes.tracer)
 
 
 @dataclass(frozen=True)

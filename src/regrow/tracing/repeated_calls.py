@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from regrow.tracing.forms import is_plain
+from regrow.tracing.forms import index_of, is_plain
 from regrow.tracing.model_state import Snapshot, is_plain_object
 from regrow.tracing.nodes import map_arguments, operands_in, parameters_of, writes
 
@@ -312,8 +312,8 @@ def _source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
     """Return where an entry of a result comes from."""
     if not isinstance(x, Tensor):
         return ("plain", x) if type(x) in PLAIN else ("unknown", None)
-    if (place := next((i for i, one in enumerate(inputs) if one is x), None)) is not None:
-        return "given", place
+    if (index := index_of(x, inputs)) is not None:
+        return "given", index
     usual = type(x) is FakeTensor and is_plain(x) and not x.requires_grad
     node = nodes[x] if usual and not x.storage_offset() and x in nodes else None
     return ("made", node) if node is not None and node.meta["val"] is x else ("unknown", None)
