@@ -108,7 +108,8 @@ class _Copy:
         if isinstance(value, nn.Module):
             return self.module(value)
         if kind in (dict, OrderedDict, list, deque):
-            made = self.memo[id(value)] = deque(maxlen=value.maxlen) if kind is deque else kind()
+            made: Any = deque(maxlen=value.maxlen) if kind is deque else kind()
+            self.memo[id(value)] = made
             if isinstance(value, dict):
                 made.update((self.value(key), self.value(part)) for key, part in value.items())
             else:
