@@ -27,9 +27,9 @@ from regrow.nets.devices import autocasting
 from regrow.surgery import apply, verify
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import shallow_copy
-from regrow.tracing.block_copies import insert_copies
 from regrow.tracing.capture import first_line
 from regrow.tracing.meta_copy import cast_example
+from regrow.tracing.stacks import insert_copies
 from regrow.training.grown import GrowthTraining, added_entries, mean_loss, train_grown
 
 CHANGE = 1e-3

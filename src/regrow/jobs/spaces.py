@@ -31,7 +31,7 @@ from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
 from regrow.nets.staged import check_space_fits
 from regrow.settings.search import Settings, parse_search_target
-from regrow.tracing.placeholder import find_placeholders
+from regrow.tracing.branches import find_placeholders
 
 SpaceNetwork = Cells | Mobile | Bench201
 """A network of one of the built-in search spaces."""

@@ -23,7 +23,7 @@ from regrow.methods.pruning.depth.modules import modules_of
 from regrow.methods.pruning.pruner import Cut, plan_cut, with_modules
 from regrow.store import save
 from regrow.surgery import verify
-from regrow.tracing.placeholder import PlaceholderModule
+from regrow.tracing.branches import PlaceholderModule
 
 WORDS, BLOCKS = 50, 4
 

@@ -18,7 +18,7 @@ from regrow.core.sources import Batch
 from regrow.methods.recovery.fitting import fit_recovery
 from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.nets.loaded import needs
-from regrow.tracing.placeholder import set_modules
+from regrow.tracing.branches import set_modules
 from regrow.training.freeze import freeze
 
 CITATION = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv:2106.09685"

@@ -24,7 +24,7 @@ from regrow.methods.pruning.replay import NOT_FINITE, Outputs, Predictions, Repl
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors
 from regrow.surgery.gate import gates_of
-from regrow.tracing.placeholder import insert_placeholders, set_modules
+from regrow.tracing.branches import insert_placeholders, set_modules
 from regrow.training.checkpoint import FORMAT
 
 POSITIONS = 2048
