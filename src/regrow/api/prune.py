@@ -106,9 +106,8 @@ def prune(
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     place = Destination(out, track).checked(data=data, validation=validation)
     given = Arguments(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes)
-    timing = budget.pop("timing", None)
-    described = _describe(given, method, settings or {}, _choose_size(keep, target, smaller), budget, reconstruct)
-    call = _PruneCall(given, described, timing, place, memory)
+    size, timing = _choose_size(keep, target, smaller), budget.pop("timing", None)
+    call = _PruneCall(given, _describe(given, method, settings or {}, size, budget, reconstruct), timing, place, memory)
     with visible(progress) as shown:
         result = carry_out(call.settings, partial(call.open, shown), place.recorder("prune", model), progress=shown)
     for line in result.warnings:

@@ -23,7 +23,7 @@ from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
 from regrow.methods.recovery.task import REFIT_FIELDS, StreamedPair, set_bias
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting
+from regrow.nets.devices import autocasting
 from regrow.settings.recover import CLOSED_FORM
 from regrow.store.statistics import fingerprint, parameter_sums
 from regrow.store.tensors import open_checkpoint

@@ -173,7 +173,7 @@ def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
     for table in _tables(kind):
         if name in table:
             return table[name]
-    from regrow.nets.code import import_object
+    from regrow.nets.load import import_object
 
     value = import_object(name if names_code(name) else _added()[name].value)
     if not isinstance(value, MethodEntry):

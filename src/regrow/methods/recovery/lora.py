@@ -16,7 +16,7 @@ from torch import nn
 from regrow.core.axes import AxisGraph
 from regrow.core.sources import Batch
 from regrow.methods.recovery.task import Recovery, RecoveryTask, fit_recovery
-from regrow.nets.errors import needs
+from regrow.nets.loaded import needs
 from regrow.settings.constraints import CheckedSettings, Range
 from regrow.tracing.placeholder import set_modules
 from regrow.training.hooks import freeze

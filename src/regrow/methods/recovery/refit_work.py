@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.sources import Batch
 from regrow.core.turns import StopRunError
-from regrow.data.joined import concatenate, form_of, is_joinable
+from regrow.data.batch_streams import concatenate, form_of, is_joinable
 from regrow.methods.recovery.solve import RidgeCandidates, Sums
 from regrow.methods.recovery.task import ChangedTensors, RecoveryTask
 from regrow.surgery.compensate import bias_of
