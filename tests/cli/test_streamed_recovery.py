@@ -8,7 +8,8 @@ import torch
 from regrow.jobs import recovery_memory, streamed_recovery
 from regrow.methods.recovery import refit
 from regrow.methods.recovery.refit_work import RefitWork
-from regrow.methods.recovery.streamed import FORMAT, REFIT_FIELDS, ChangedTensors
+from regrow.methods.recovery.task import CHANGED_FORMAT as FORMAT
+from regrow.methods.recovery.task import REFIT_FIELDS, ChangedTensors
 from regrow.store.tensors import write_tensors
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.requirements import MemoryPlan

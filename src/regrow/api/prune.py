@@ -29,7 +29,7 @@ from regrow.jobs.prune_settings import seeded_settings
 from regrow.jobs.pruning import build_pruner
 from regrow.jobs.recording import Clock
 from regrow.jobs.streamed_run import PrunedNetwork, StreamedRun
-from regrow.methods.recovery.fit_batches import check_lengths
+from regrow.methods.recovery.refit_work import check_lengths
 from regrow.settings.prune import Settings
 
 

@@ -28,7 +28,7 @@ from regrow.settings.grow import Settings
 from regrow.store.run_folder import RunFolder
 from regrow.streaming.requirements import MemoryTerms, record_peak
 from regrow.tracing import trace
-from regrow.training.grown import GrowthTraining
+from regrow.training.tune import GrowthTraining
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from regrow.surgery.whole import shallow_copy
 from regrow.tracing.capture import first_line
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import insert_copies
-from regrow.training.grown import GrowthTraining, added_entries, mean_loss, train_grown
+from regrow.training.step import added_entries
+from regrow.training.tune import GrowthTraining, mean_loss, train_grown
 
 CHANGE = 1e-3
 """The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
@@ -196,7 +197,7 @@ class GrowthData:
         training, new = self.training, added_entries(model, axes, plan)
         with autocasting(model, self.precision):
             before = self._measure_loss(model) if record.kept else 0.0
-            train_grown(model, self.sources, new, training, objective=self.objective, progress=progress)
+            train_grown(model, self.sources, new, training, self.objective, progress)
             if record.kept:
                 row: dict[str, Any] = {"loss_before": before, "loss_after": self._measure_loss(model)}
                 row |= {"steps": training.steps, "train": "new" if training.new_only else "all", "lr": training.lr}

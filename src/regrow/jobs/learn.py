@@ -35,12 +35,11 @@ from regrow.store.replacing import clear_leftovers
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import check_repeatable, convert_settings
 from regrow.streaming.requirements import record_peak
-from regrow.training.checkpoint import CHECKPOINT, History, check_checkpoint, count_tasks, write_checkpoint
+from regrow.training.checkpoint import CHECKPOINT, History, check_checkpoint, read_start, write_checkpoint
 from regrow.training.continual import accuracy_matrix, untrained_accuracies
 from regrow.training.continual import learn as train_tasks
 from regrow.training.fit import Fitted
 from regrow.training.learner import Context, write_replacements
-from regrow.training.resuming import read_start
 from regrow.training.state import TrainState
 
 
@@ -235,10 +234,10 @@ def _read_begun(
     check_repeatable(out, record)
     was = convert_settings(record["settings"], Settings)
     refuse_recorded_code(was.method, record["command"])
-    check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
+    done = check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
     added = _added(record.get("extension"), was.tasks, more, total)
     if added or not record.get("finished") or folder.path != out:
-        return record, count_tasks(folder.path / CHECKPOINT), added
+        return record, done, added
     if more:
         raise StoreError(
             f"{out} has learned {', '.join(more)} by this very command; to learn the same once more, add "

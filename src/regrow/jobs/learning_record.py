@@ -9,8 +9,8 @@ from regrow.core.tasks import Task
 from regrow.evaluation.continual import Matrix
 from regrow.jobs.recording import Record
 from regrow.store.run_folder import RunFolder
-from regrow.training.growth_metrics import is_settled
 from regrow.training.state import TrainState
+from regrow.training.step import is_settled
 
 
 @dataclass

@@ -18,7 +18,7 @@ from regrow.jobs.recovering import work_in
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
-from regrow.methods.recovery.streamed import REFIT_FIELDS, StreamedPair
+from regrow.methods.recovery.task import REFIT_FIELDS, StreamedPair
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
 from regrow.store.statistics import fingerprint, parameter_sums
 from regrow.store.tensors import open_checkpoint

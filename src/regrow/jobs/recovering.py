@@ -21,8 +21,7 @@ from regrow.jobs.recording import Record
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
-from regrow.methods.recovery.bias import set_bias
-from regrow.methods.recovery.streamed import REFIT_FIELDS, StreamedPair
+from regrow.methods.recovery.task import REFIT_FIELDS, StreamedPair, set_bias
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting
 from regrow.settings.recover import CLOSED_FORM

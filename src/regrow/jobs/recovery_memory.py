@@ -23,7 +23,7 @@ from regrow.jobs.models import DTYPES
 from regrow.jobs.parents import count_parameters
 from regrow.jobs.prune_settings import source_specs
 from regrow.methods.recovery.distil import divergence
-from regrow.methods.recovery.fit_batches import BATCHES, ELEMENTS
+from regrow.methods.recovery.refit_work import BATCHES, ELEMENTS
 from regrow.scoring.gradients import add_gradients
 from regrow.settings.recover import Settings
 from regrow.store.errors import StoreError

@@ -48,11 +48,10 @@ from regrow.store.run_folder import RunFolder
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.checkpoint import CHECKPOINT, History, write_checkpoint
+from regrow.training.checkpoint import CHECKPOINT, History, read_start, write_checkpoint
 from regrow.training.continual import learn
 from regrow.training.fit import Fitted, finish
 from regrow.training.learner import Boundary, Context, Event, write_replacements
-from regrow.training.resuming import read_start
 from regrow.training.state import TrainState
 
 RETRAINING = "retraining.safetensors"
@@ -99,7 +98,7 @@ def carry_out(
         record.update(latency=asdict(table) if table else None)
         if opened.stages:
             record.log("stages", **asdict(opened.stages))
-        before = measure_whole(search.rules.space, (), context)
+        before = measure_whole(search.space, (), context)
         with clock.stage("search"):
             fitted, log = _search(settings, opened, search, context, record, checkpoint, ranks, progress)
             found, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
@@ -131,8 +130,8 @@ def carry_out(
             found,
             fitted.axes,
             fitted.state.plans,
-            str(search.rules.space.measure),
-            search.rules.space.target,
+            str(search.space.measure),
+            search.space.target,
             before,
             levels["size"],
             levels["saved"],
@@ -173,7 +172,7 @@ def _search(
                 write_passed(record, search, now, there, inputs)
         log.write(now, unfinished=1)
         if record.kept or checkpoint:
-            recomputed = bool(search.rules.space.ends) and cast(Staged, there.model).recomputed
+            recomputed = bool(search.space.ends) and cast(Staged, there.model).recomputed
             own = replace(now.learner, memory=dict(watch.rows), recomputed=recomputed)
             logged = log.events if record.kept else None
             write_checkpoint(place, there.model, replace(now, learner=own), undo, logged=logged)

@@ -225,7 +225,7 @@ def build_search(
         raise ValueError(f"{method} learns in epochs: take --epochs 1 or more")
     if prices and most <= prices.rest:
         raise ValueError(f"{prices.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
-    space = search.rules.space
+    space = search.space
     if isinstance(model, Bench201) and "filters" in space.granularities:
         raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
     if plan is not None and space.ends != plan.ends:

@@ -20,7 +20,7 @@ from regrow.jobs.search_inputs import SearchInputs, measure_statistics
 from regrow.jobs.spaces import extract_network
 from regrow.jobs.stage_memory import MemoryWatch
 from regrow.methods.search.assembly import Search
-from regrow.methods.search.importance import copy_state
+from regrow.methods.search.space import copy_state
 from regrow.methods.search.state import SearchState
 from regrow.nets.loaded import Origin
 from regrow.store.run_folder import RunFolder
@@ -150,8 +150,8 @@ def write_passed(
         context: The network at the end of the epoch.
         inputs: What is searched.
     """
-    space, own = search.rules.space, state.learner
-    if not search.shrinks or space.part(own.stage) != space.part(-1) or not search.rules.trains(own, context):
+    space, own = search.space, state.learner
+    if not search.shrinks or space.part(own.stage) != space.part(-1) or not search.trains(own, context):
         return
     sizes: list[float] = []
 

@@ -52,7 +52,7 @@ def predict_stage(search: Search, state: SearchState, context: Context, batch: B
         context: The network.
         batch: The batch of a training step.
     """
-    net = Prefix(context.model, search.rules.space.part(state.stage))
+    net = Prefix(context.model, search.space.part(state.stage))
     removed = context.undo.contents().values() if context.undo else ()
     cut = sum(one.untyped_storage().nbytes() for one in removed)
     return _add_masks(search.masked, predict_memory(net, batch, _step()).peak, net.many()) + cut
@@ -102,7 +102,7 @@ class MemoryWatch:
             self.predictions[stage] = self._fit(state, context)
         if step > 1:
             return nullcontext()
-        row, trains = self.rows.get(f"{stage}"), self.search.rules.trains(state, context)
+        row, trains = self.rows.get(f"{stage}"), self.search.trains(state, context)
         if row is None or row.epoch == context.epoch + 1 or trains > row.joint:
             return self._measure(context, stage, trains)
         return nullcontext()
@@ -123,7 +123,7 @@ class MemoryWatch:
                 "anew. What they found is kept, but cannot go on with another budget: search anew, with more --memory "
                 "or a smaller --batch-size",
                 needed,
-                self.search.rules.space.part(state.stage),
+                self.search.space.part(state.stage),
             )
         return needed
 

@@ -26,7 +26,7 @@ from regrow.jobs.recovery_memory import (
     predict_refit,
 )
 from regrow.jobs.streamed import RESULTS, needs_of_model
-from regrow.methods.recovery.streamed import ChangedTensors, StreamedPair
+from regrow.methods.recovery.task import ChangedTensors, StreamedPair
 from regrow.nets import Loaded
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.store import statistics

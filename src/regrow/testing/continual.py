@@ -19,12 +19,12 @@ from regrow.nets.small import small
 from regrow.surgery.parametrize import parametrize
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.apply_plan import apply_plan
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import Fitted
 from regrow.training.learner import Context, Learner, write_replacements
 from regrow.training.state import TrainState, axis_tensors, restore_state, values_of
+from regrow.training.step import apply_plan
 
 CLASSES, SIDE = 4, 6
 SCHEDULE = TaskSchedule(epochs=3, batch_size=16, lr=0.1)
