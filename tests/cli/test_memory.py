@@ -320,28 +320,3 @@ def test_amounts_and_models_that_do_not_fit_the_option_are_refused(regrow, tiny_
     code, _, error = regrow("prune", "resnet18", "--keep", "0.7", "--memory", "1GiB", "--out", "run")
     assert code
     assert "is not read block by block" in error
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("grow", "{model}", "--mlp", "+25%", "--on", "news", "--steps", "2", "--tokens", "64", "--seq-len", "32"),
-        ("grow", "{model}", "--blocks", "+1"),
-        ("learn", "permuted:digits:2", "--method", "si", "--epochs", "1"),
-        ("learn", "news", "--model", "{model}", "--method", "naive", "--optimizer", "adamw", "--seq-len", "16"),
-    ],
-    ids=["grow", "deepen", "learn", "learn text"],
-)
-def test_the_memory_of_growth_and_of_learning_is_predicted_and_measured(regrow, tiny_language_model, tmp_path, words):
-    command = [word.format(model=tiny_language_model) for word in words]
-    command += ["--train", "8", "--test", "4"] if words[0] == "learn" else []
-    code, _, error = regrow(*command, "--memory", "1MiB", "--out", "run")
-    assert code
-    assert re.search(r"within 1 MiB of memory is impossible.*use --memory \d", error)
-    assert not (tmp_path / "run").exists()
-    code, said, error = regrow(*command, "--memory", "64GiB", "--out", "run")
-    assert code == 0, error
-    assert re.search(r"^memory: about .* of 64 GiB: the process with .*", said)
-    assert re.search(r"at the peak, .* predicted", said)
-    memory = json.loads((tmp_path / "run" / "run.json").read_text())["memory"]
-    assert 0.5 < memory["peak"] / memory["predicted"] < 1.2

@@ -16,8 +16,8 @@ from regrow.core.progress import Progress
 from regrow.core.sources import Source
 from regrow.distributed import ProcessRank
 from regrow.jobs.forward_outputs import run_once
-from regrow.jobs.reconstruction import keep_dense, reconstruct
 from regrow.jobs.recording import Record
+from regrow.jobs.recovering import keep_dense, reconstruct
 from regrow.nets import Loaded
 from regrow.scoring import weights_of
 from regrow.store.statistics import parameter_sums

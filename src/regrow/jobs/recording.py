@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.jobs.example_inputs import record_input
+from regrow.jobs.models import record_input
 from regrow.jobs.parents import check_room, describe_stage, start_from
 from regrow.jobs.trackers import tracking
 from regrow.nets import Loaded

@@ -16,12 +16,10 @@ from regrow.core.source_names import GENERATED
 from regrow.core.sources import Batch, logits_in
 from regrow.evaluation import UnpredictableError, predict_memory
 from regrow.evaluation.generation import predict_generation, sampling_dtype
-from regrow.jobs.generated import count_generated
-from regrow.jobs.inputs import count_windows
-from regrow.jobs.last_cut import LastCut
 from regrow.jobs.models import DTYPES
 from regrow.jobs.parents import count_parameters
 from regrow.jobs.prune_settings import source_specs
+from regrow.jobs.recovering import LastCut, count_generated
 from regrow.methods.recovery.distil import divergence
 from regrow.methods.recovery.fit_batches import BATCHES, ELEMENTS
 from regrow.scoring.gradients import add_gradients
@@ -38,60 +36,60 @@ PAIRED = ("dense", "residual")
 
 
 def predict_recovery(settings: Settings, source: Path, cut: LastCut, limit: int) -> MemoryTerms:
-    """Predict what a recovery needs: interpreter, both networks, gradients, optimizer and activations.
-
-    Args:
-        settings: The settings of the recovery.
-        source: The folder of the run to recover.
-        cut: The cut behind it.
-        limit: The limit in bytes.
+    """Predict what a recovery needs of a limit in bytes, with both networks in memory.
 
     Raises:
         InputError: If the network is no transformers model that takes text, or its memory depends on data.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    pruning, mode = cut.settings, FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        dtype = torch.float32 if settings.by == "distil" else DTYPES.get(cut.settings.dtype)
-        loaded, shapes = load_saved_skeleton(source, mode, dtype)
+        loaded, shapes = load_saved_skeleton(source, mode, DTYPES.get(pruning.dtype))
+        model, (numbers, size) = loaded.model, _sizes(loaded.model)
         if loaded.tokenizer is None:
             raise StoreError(f"{source} holds a model without text")
-        tokens = cut.settings.seq_len
+        dense = (cut.folder.run().get("parent") or {}).get("parameters") or count_parameters(shapes)
+        dense_size = dense * size // max(1, numbers)
         sums = count_sums(settings, cut)
-        running = _running_terms(settings.by, loaded.model, tokens, settings.tokens, sums)
+        weights, work = _recovery_terms(settings.by, model, dense_size, pruning.seq_len, settings.tokens, sums)
     except (StoreError, UnpredictableError) as error:
         raise InputError(f"{str(error).split(';')[0]}, whose memory is not predicted; leave out --memory") from None
-    numbers, own = _sizes(loaded.model)
-    item = own / max(1, numbers)
-    before = (cut.folder.run().get("parent") or {}).get("parameters") or count_parameters(shapes)
-    dense = int(before * (item if dtype is None else DTYPES.get(cut.settings.dtype, dtype).itemsize))
-    terms = {"the interpreter": read_resident() + SPARE, "the weights of the dense model": dense}
-    terms["the weights of the cut model"] = own
-    training = _training_terms(own) if settings.by == "distil" else {}
     reading = {"the file of the cut model while it is read": sum(one.bytes for one in shapes.tensors.values())}
-    later = settings.by == "distil" or sum(running.values()) > sum(reading.values())
-    most = training | (running if later else reading)
-    generating = _generating_terms(settings, cut, loaded.model, max(0, before - numbers))
-    return MemoryTerms(limit, terms | max(most, generating, key=lambda one: sum(one.values())))
+    generating = _generating_terms(settings, cut, model, max(0, dense - numbers))
+    most = max(work, reading, generating, key=lambda terms: sum(terms.values()))
+    return MemoryTerms(limit, {"the interpreter": read_resident() + SPARE} | weights | most)
 
 
-def _generating_terms(settings: Settings, cut: LastCut, model: nn.Module, more: int) -> dict[str, int]:
-    """Return what generating text needs that the pruning run did not store; the dense model has ``more`` numbers."""
+def _generating_terms(settings: Settings, cut: LastCut, model: nn.Module, lost: int) -> dict[str, int]:
+    """Return what generating text needs that the pruning run did not store; the cut has removed ``lost`` numbers."""
     specs = source_specs(cut.settings, settings.tokens)
-    missing = count_windows(specs.tokens, specs.seq_len) - count_generated(cut.settings)
+    missing = specs.generated_windows - count_generated(cut.settings)
     if GENERATED not in specs.sources or missing <= 0:
         return {}
-    kind = sampling_dtype(model)
-    copied = any(one.dtype != kind for one in model.parameters())
-    return {"generating text": predict_generation(model, missing, specs.seq_len) + kind.itemsize * more * copied}
+    dtype = sampling_dtype(model)
+    copied = any(parameter.dtype != dtype for parameter in model.parameters())
+    return {"generating text": predict_generation(model, missing, specs.seq_len) + dtype.itemsize * lost * copied}
+
+
+def _recovery_terms(
+    by: str, model: nn.Module, dense: int, window: int, tokens: int, sums: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what the weights of a recovery take, and what it needs besides while it runs; ``dense`` is in bytes."""
+    numbers, size = _sizes(model)
+    scale = 4 * numbers / max(1, size) if by == "distil" else 1  # it trains in float32
+    trained = int(scale * size)
+    weights = {"the weights of the dense model": dense, "the weights of the cut model": trained}
+    if by in ("lora", "distil"):  # the step had weights, gradients and two moments
+        work = {"activations": int(scale * max(0, _predict_step(by, model, window) - 4 * size))}
+    else:
+        widest = max((p.shape[0] for p in model.parameters() if p.dim() == 2), default=1)
+        work = {"activations": 3 * window * widest * 4}
+        work |= _refit_terms(model, tokens, window, sums) if by == "refit" else {}
+    training = {"gradients": trained, "optimizer moments": 2 * trained, "the best values": trained}
+    return weights, (training | work if by == "distil" else work)
 
 
 def count_sums(settings: Settings, cut: LastCut) -> int:
-    """Return how many sums over positions ``refit`` keeps of a layer, as for :func:`predict_later_recovery`.
-
-    Args:
-        settings: The settings of the recovery.
-        cut: The cut behind it, whose run names the sources.
-    """
+    """Return how many sums over positions ``refit`` keeps of a layer: of each source, of all, and their factor."""
     sources = len(cut.settings.sources)
     several = sources > 1 and settings.recovery_settings.get("choose_on") == "left_out_source"
     return sources + 2 if several else 3
@@ -107,18 +105,13 @@ def predict_later_recovery(by: str, model: nn.Module, window: int, tokens: int, 
         model: The network before the cut, without numbers.
         window: Tokens per window.
         tokens: Tokens that the recovery reads.
-        sums: How many sums over positions ``refit`` keeps of a layer: of each source, of those that are fitted, and the
-            factor of these.
+        sums: As :func:`count_sums`.
 
     Raises:
         UnpredictableError: If its memory depends on data.
     """
-    numbers, own = _sizes(model)
-    running = sum(_running_terms(by, model, window, tokens, sums).values())
-    if by != "distil":
-        return SPARE + 2 * own + running
-    exact = 4 * numbers  # it trains in float32
-    return SPARE + own + exact + sum(_training_terms(exact).values()) + running * exact // max(1, own)
+    weights, work = _recovery_terms(by, model, _sizes(model)[1], window, tokens, sums)
+    return SPARE + sum((*weights.values(), *work.values()))
 
 
 def predict_learning(model: nn.Module, window: int, batch_size: int, sums: int) -> int:
@@ -133,9 +126,9 @@ def predict_learning(model: nn.Module, window: int, batch_size: int, sums: int) 
     Raises:
         UnpredictableError: If its memory depends on data.
     """
-    numbers, own = _sizes(model)
-    activations = sum(_running_terms("lora", model, window, 0).values())
-    return SPARE + 2 * own + 4 * numbers * sums + batch_size * activations
+    numbers, size = _sizes(model)
+    activations = max(0, _predict_step("lora", model, window) - 4 * size)
+    return SPARE + 2 * size + 4 * numbers * sums + batch_size * activations
 
 
 def predict_gradients(model: nn.Module, names: Sequence[str], window: int, sums: int) -> int:
@@ -158,19 +151,12 @@ def predict_gradients(model: nn.Module, names: Sequence[str], window: int, sums:
         add_gradients(model, batch, names, total, NEXT_TOKEN, count=window)
 
     peak = predict_memory(model, text_batch(model, window), step).peak
-    each, own = sum(4 * model.get_parameter(name).numel() for name in names), _sizes(model)[1]
-    return SPARE + max(peak + each * (sums - 1), own + each * (sums + (sums > 1)))
+    each = sum(4 * model.get_parameter(name).numel() for name in names)
+    return SPARE + max(peak + each * (sums - 1), _sizes(model)[1] + each * (sums + (sums > 1)))
 
 
 def predict_refit(model: nn.Module, tokens: int, window: int, *, sums: int = 3) -> int:
-    """Return what refit needs besides the weights while it solves the layers of one block, in bytes.
-
-    Args:
-        model: The network before the cut, without numbers.
-        tokens: Tokens that it reads.
-        window: Tokens per window.
-        sums: As for :func:`predict_later_recovery`.
-    """
+    """Return what refit needs besides the weights while it solves the layers of one block, in bytes."""
     return sum(_refit_terms(model, tokens, window, sums).values())
 
 
@@ -178,17 +164,12 @@ def count_activations(model: nn.Module, tokens: int, window: int) -> int:
     """Return how many bytes the activations of a network take while refit runs its batches in turns.
 
     That is inputs, outputs and what is added to them at the largest layer, of all positions; and what one batch needs
-    between two layers.
-
-    Args:
-        model: The network, which may be without numbers.
-        tokens: The number of positions.
-        window: Tokens per window.
+    between two layers. The network may be without numbers.
     """
-    linear = [one for one in model.parameters() if one.dim() == 2]
-    shapes = [one.shape for one in linear[1:] or linear]
+    linear = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    shapes = [parameter.shape for parameter in linear[1:] or linear]
     batch = min(tokens, max(ELEMENTS, tokens // BATCHES) + window)
-    waiting = tokens * max(one.element_size() for one in linear) * max(k + 2 * out for out, k in shapes)
+    waiting = tokens * max(p.element_size() for p in linear) * max(k + 2 * out for out, k in shapes)
     return waiting + 4 * batch * max(map(max, shapes)) * 4
 
 
@@ -196,34 +177,24 @@ def predict_pairing(network: StreamedNetwork, tokens: int, window: int) -> int:
     """Return what refit to the dense network needs besides, where both networks run one block at a time, in bytes.
 
     That is the cut network, counted with the shapes before the cut, and its activations, beside those of the dense one.
-
-    Args:
-        network: The network before the cut.
-        tokens: Tokens that refit reads.
-        window: Tokens per window.
     """
     outer = sum(map(network.weights.bytes_of, network.outer))
     return outer + BLOCKS["evaluating"] * network.largest_block + count_activations(network.model, tokens, window)
 
 
-def plan_pairing(plan: MemoryPlan, more: int) -> MemoryPlan:
-    """Return the prediction for refit to the dense network (:data:`PAIRED`).
-
-    Args:
-        plan: The prediction with one of the networks in memory.
-        more: What :func:`predict_pairing` returns.
-    """
-    return replace(plan, least=plan.least + more, results=2 * plan.results)
+def plan_pairing(plan: MemoryPlan, beside: int) -> MemoryPlan:
+    """Return the prediction for refit to the dense network, of which ``beside`` is :func:`predict_pairing`."""
+    return replace(plan, least=plan.least + beside, results=2 * plan.results)
 
 
-def explain_lacking(plan: MemoryPlan, more: int) -> str:
+def explain_lacking(plan: MemoryPlan, beside: int) -> str:
     """Say why there is no room for refit to the dense network, and what to do; empty if there is.
 
     Args:
         plan: The prediction with one of the networks in memory, which says where hidden states are.
-        more: What :func:`predict_pairing` returns.
+        beside: What :func:`predict_pairing` returns.
     """
-    both = plan_pairing(plan, more)
+    both = plan_pairing(plan, beside)
     if both.least + (0 if plan.on_disk else both.results) <= plan.limit:
         return ""
     what = "fitting to what the dense network has, with a block of both networks in memory,"
@@ -231,35 +202,15 @@ def explain_lacking(plan: MemoryPlan, more: int) -> str:
 
 
 def text_batch(model: nn.Module, window: int) -> Batch:
-    """Return one window of text, whose shape is all that a prediction needs.
-
-    Args:
-        model: The network that will read it.
-        window: Tokens per window.
-    """
+    """Return one window of text, whose shape is all that a prediction needs."""
     ids = torch.zeros(1, window, dtype=torch.int64)
     return Batch((ids,), {"use_cache": False} if hasattr(model, "config") else {}, ids)
 
 
 def _sizes(model: nn.Module) -> tuple[int, int]:
     """Return how many numbers the parameters of a network have, and how many bytes."""
-    every = [*model.parameters()]
-    return sum(one.numel() for one in every), sum(one.numel() * one.element_size() for one in every)
-
-
-def _training_terms(own: int) -> dict[str, int]:
-    """Return what training all weights needs beside them and the activations."""
-    return {"gradients": own, "optimizer moments": 2 * own, "the best values": own}
-
-
-def _running_terms(by: str, model: nn.Module, window: int, tokens: int, sums: int = 3) -> dict[str, int]:
-    """Return what a recovery needs while the network runs."""
-    if by in ("lora", "distil"):  # the step had weights, gradients and two moments
-        return {"activations": max(0, _predict_step(by, model, window) - 4 * _sizes(model)[1])}
-    widest = max((one.shape[0] for one in model.parameters() if one.dim() == 2), default=1)
-    return {"activations": 3 * window * widest * 4} | (
-        _refit_terms(model, tokens, window, sums) if by == "refit" else {}
-    )
+    parameters = [*model.parameters()]
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 
 def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
@@ -283,6 +234,6 @@ def _predict_step(by: str, model: nn.Module, tokens: int) -> int:
 
 def _refit_terms(model: nn.Module, tokens: int, window: int, parts: int = 3) -> dict[str, int]:
     """Return what refit needs for all positions at one layer, and for the sums of the widest layer."""
-    linear = [one.shape for one in model.parameters() if one.dim() == 2]
+    linear = [parameter.shape for parameter in model.parameters() if parameter.dim() == 2]
     sums = max(8 * (k * k + k * out) for out, k in linear[1:]) if len(linear) > 1 else 0
     return {"all windows at a layer": count_activations(model, tokens, window), "sums": parts * sums}

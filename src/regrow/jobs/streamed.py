@@ -12,11 +12,10 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.evaluation import UnpredictableError
 from regrow.evaluation.generation import predict_generation
-from regrow.jobs.generated import count_generated
 from regrow.jobs.later_plans import LaterPlan
 from regrow.jobs.models import ModelSpec
 from regrow.jobs.prune_settings import budget_of
-from regrow.jobs.reconstruction import count_tokens
+from regrow.jobs.recovering import count_generated, count_tokens
 from regrow.jobs.recovery_memory import (
     PAIRED,
     SPARE,

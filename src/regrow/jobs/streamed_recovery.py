@@ -9,14 +9,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from regrow.core.amounts import format_bytes
 from regrow.core.axes import AxisGraph
-from regrow.core.errors import InputError, ResourceError
-from regrow.core.process_memory import return_memory
+from regrow.core.errors import ResourceError
 from regrow.jobs.inputs import count_windows
-from regrow.jobs.last_cut import LastCut
 from regrow.jobs.models import DTYPES
 from regrow.jobs.prune_settings import model_spec
+from regrow.jobs.recovering import LastCut
 from regrow.jobs.recovery_memory import (
     PAIRED,
     count_sums,
@@ -25,7 +23,7 @@ from regrow.jobs.recovery_memory import (
     predict_pairing,
     predict_refit,
 )
-from regrow.jobs.streamed import RESULTS, needs_of_model
+from regrow.jobs.streamed import RESULTS, needs_of_model, start_streaming
 from regrow.methods.recovery.streamed import ChangedTensors, StreamedPair
 from regrow.nets import Loaded
 from regrow.settings.recover import CLOSED_FORM, Settings
@@ -36,7 +34,7 @@ from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
-from regrow.streaming.opening import OpenedNetwork, limit_caches, open_network
+from regrow.streaming.opening import OpenedNetwork, open_network
 from regrow.streaming.requirements import MemoryPlan, MemoryTerms, explain_refusal, plan_memory
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing.blocks import GraphBlock
@@ -67,26 +65,16 @@ class StreamedRecovery:
         return dense, replace(dense, model=cut.model, files=(*dense.files, *cut.files))
 
     def start(self, folder: Path) -> StreamedPair:
-        """Return both networks, to be run block by block; what hidden states a killed run left is deleted.
-
-        Args:
-            folder: The run folder.
-        """
-        place = folder / statistics.FOLDER
-        shutil.rmtree(place / RESULTS, ignore_errors=True)
+        """Return both networks, to be run block by block; what hidden states a killed run left is deleted."""
+        shutil.rmtree(folder / statistics.FOLDER / RESULTS, ignore_errors=True)
         results = self._results(folder)
         if results is not None:
             results.mkdir(parents=True)
-        changed = ChangedTensors(place / CHANGED)
+        changed = ChangedTensors(folder / statistics.FOLDER / CHANGED)
         return StreamedPair(self.dense.network(results), self.cut.network(results), changed, self.lacking)
 
     def outside(self, model: Loaded, changed: ChangedTensors) -> OutsideTensors:
-        """Return the tensors of the recovered network, as ``store.write_model`` takes them.
-
-        Args:
-            model: The recovered network without numbers.
-            changed: The tensors that the recovery has changed.
-        """
+        """Return the tensors of the recovered network, which has no numbers, as ``store.write_model`` takes them."""
         weights, recording = self.cut.weights, self.cut.axes.recording
         blocks = recording.blocks if recording is not None else ()
 
@@ -107,21 +95,15 @@ class StreamedRecovery:
         return OutsideTensors(each, running, aligned, ahead=self.cut.network().largest_block)
 
     def recovered(self, model: Loaded, axes: AxisGraph, folder: Path) -> StreamedNetwork:
-        """Return the recovered network, to be run one block at a time.
-
-        Args:
-            model: The recovered network without numbers.
-            axes: Its axes.
-            folder: The run folder in which it was written.
-        """
+        """Return the recovered network, as it was written to the run folder, to be run one block at a time."""
         blocks = axes.recording.blocks if axes.recording is not None else ()
         return self._written(model.model, folder, blocks, self._results(folder))
 
     def _written(
         self, model: nn.Module, folder: Path, blocks: tuple[GraphBlock, ...], results: Path | None = None
     ) -> StreamedNetwork:
-        places = Checkpoint.open(folder).places
-        weights = StoredWeights(Checkpoint(places, places), model, self.cut.weights.name)
+        stored = Checkpoint.open(folder).places
+        weights = StoredWeights(Checkpoint(stored, stored), model, self.cut.weights.name)
         return StreamedNetwork(model, weights, blocks, results)
 
     def _results(self, folder: Path) -> Path | None:
@@ -145,11 +127,6 @@ def open_recovery(
         ResourceError: If it does not fit even with one block in memory.
         StoreError: If a saved network gives another output than the recorded one.
     """
-    if cut.plan.drop:
-        raise InputError(
-            "the run dropped whole modules, whose recovery needs the whole network in memory, about "
-            f"{format_bytes(terms.needed)} of --memory {format_bytes(terms.limit)}; give more memory"
-        )
     spec = model_spec(cut.settings)
     dtype = DTYPES.get(spec.dtype)
     dense = open_network(str(cut.before or spec.name), dtype)
@@ -157,19 +134,11 @@ def open_recovery(
         origin = replace(dense.loaded.origin, name=Path(spec.name).name)
         dense = replace(dense, loaded=replace(dense.loaded, origin=origin))
     plan, lacking = _plan(settings, cut, dense, terms)
-    opened = StreamedRecovery(dense, open_network(str(source.path), dtype), plan, lacking)
-    needs = needs_of_model(spec, cut.settings.precision, dense)
-    if reason := next((text for text, holds in needs.items() if holds), ""):
-        raise InputError(
-            f"{reason} needs the whole network in memory, about {format_bytes(terms.needed)} of --memory "
-            f"{format_bytes(terms.limit)}; give more memory"
-        )
-    announce(str(opened.plan))
-    limit_caches()
-    return_memory()
-    for one in (opened.dense, opened.cut):
-        one.check_output()
-    return opened
+    needs = {"recovery where the run dropped whole modules": bool(cut.plan.drop)}
+    start_streaming(dense, plan, needs | needs_of_model(spec, cut.settings.precision, dense), announce)
+    recovered = open_network(str(source.path), dtype)
+    recovered.check_output()
+    return StreamedRecovery(dense, recovered, plan, lacking)
 
 
 def _plan(settings: Settings, cut: LastCut, dense: OpenedNetwork, terms: MemoryTerms) -> tuple[MemoryPlan, str]:

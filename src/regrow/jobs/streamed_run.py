@@ -24,8 +24,8 @@ from regrow.jobs.inputs import count_windows
 from regrow.jobs.later_plans import LaterPlan
 from regrow.jobs.models import DTYPES
 from regrow.jobs.prune_settings import model_spec, seeded_settings
-from regrow.jobs.reconstruction import reconstruct
 from regrow.jobs.recording import Record
+from regrow.jobs.recovering import reconstruct
 from regrow.jobs.recovery_memory import PAIRED, explain_lacking, predict_pairing
 from regrow.jobs.shared_work import SharedWork
 from regrow.jobs.streamed import RESULTS, needs_of_model, plan_streaming
