@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 import regrow
 from distributed.processes import finish, start
 from regrow.cli import code_of
-from regrow.jobs import recovery_memory
+from regrow.jobs import streamed_recovery
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, read_sources
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.prune_settings import read_pruning_settings, source_specs
+from regrow.jobs.recording import Invocation
 from regrow.jobs.search_inputs import read_parts
 from regrow.jobs.starting import TaskSpecs, find_start, read_tasks
 from regrow.settings.search import Settings as SearchSettings
@@ -135,7 +136,7 @@ def run(name: str, mode: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         if "streamed" in mode:
             patch.setattr(requirements, "WHOLE", 1e9)
-            patch.setattr(recovery_memory, "SPARE", 2**40)
+            patch.setattr(streamed_recovery, "SPARE", 2**40)
         if mode.startswith("Python"):
             PYTHON[name.split()[0]](name, out, "64GiB" if "streamed" in mode else "")
         else:
@@ -195,7 +196,7 @@ def python_learn(name: str, out: Path, memory: str) -> None:
 
 def python_search(name: str, out: Path, memory: str) -> None:
     settings = SearchSettings("toys:residual", "digits", "macs=60%", train=200, test=50)
-    parts = read_parts(settings, find_start("toys:residual", "digits"))
+    parts = read_parts(settings, find_start("toys:residual", "digits", "", Invocation()))
     data = {
         part: (torch.as_tensor(one.inputs), torch.as_tensor(one.labels))
         for part, one in (("data", parts.search.train), ("validation", parts.search.test), ("test", parts.test))

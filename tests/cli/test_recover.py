@@ -8,6 +8,7 @@ import pytest
 
 from regrow.cli.recover import tell
 from regrow.jobs import recover as recovery_run
+from regrow.jobs.recording import Invocation
 from regrow.settings.recover import Settings
 from regrow.store import StoreError
 from regrow.store.run_folder import RunFolder
@@ -48,5 +49,5 @@ def test_damaged_measurements_are_refused_before_a_folder_is_made(tmp_path):
     run = Path(shutil.copytree(FIXTURE, tmp_path / "run"))
     (run / "metrics.jsonl").write_text("{]\n" + (run / "metrics.jsonl").read_text())
     with pytest.raises(StoreError, match="line 1 is not a measurement"):
-        recovery_run.run(Settings(str(run), "bias"), tmp_path / "out", code="toys:classifier")
+        recovery_run.run(Settings(str(run), "bias"), Invocation(tmp_path / "out", code="toys:classifier"))
     assert not (tmp_path / "out").exists()

@@ -63,19 +63,19 @@ class Learned:
     rows: tuple[Mapping[str, Any], ...]
 
     def __str__(self) -> str:
-        lines = [
-            f"{name}: " + " ".join("–" if score != score else f"{score:.3f}" for score in row)
-            for name, row in zip(self.tasks, self.scores.rows, strict=False)
-        ]
+        lines = [f"{name}: {' '.join(cells)}" for name, *cells in self._rows()]
         return "\n".join([*lines, self._summary()])
 
     def _repr_html_(self) -> str:
         """Return the scores as an HTML table, for notebooks: a row after each task, a column per task."""
-        rows = [
+        rows = self._rows()
+        return format_html([Table("", ("after learning", *self.tasks), rows, range(1, len(rows) + 1))], self._summary())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
             (name, *("–" if score != score else f"{score:.3f}" for score in row))
             for name, row in zip(self.tasks, self.scores.rows, strict=False)
         ]
-        return format_html([Table("", ("after learning", *self.tasks), rows, range(1, len(rows) + 1))], self._summary())
 
     def _summary(self) -> str:
         return f"average {self.scores.average:.3f}, forgetting {self.scores.forgetting or 0:.3f}"

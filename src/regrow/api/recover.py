@@ -106,8 +106,8 @@ def recover(
     )
     with visible(progress) as shown:
         inputs = partial(_open, arguments, model, plan, destination, shown)
-        result = carry_out(job, inputs, destination.recorder("recover", model), progress=shown)
-    return {name: value for name, value in result.row.items() if name not in ("by", "tokens", "seconds")}
+        row = carry_out(job, inputs, destination.recorder("recover", model), progress=shown)
+    return {name: value for name, value in row.items() if name not in ("by", "tokens", "seconds")}
 
 
 def _open(

@@ -69,7 +69,7 @@ def search(
             ``"nonzero=50k"``, ``"ms=12"`` (a batch on this device); or a share of what it has, ``"macs=50%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
         validation: Data for the reported scores; ``None``: a fifth of ``data`` (read into memory if it has no indices).
-        test: Data on which the found network is tested once, with ``out``; ``None``: it is not.
+        test: With ``out``: data on which the found network is tested once, if its score is a share.
         method: One of ``regrow.methods.SEARCHERS``.
         settings: Settings that differ from the method's defaults; images are shifted and mirrored by ``augment=True``.
         loss: The loss, as for :func:`regrow.prune`.

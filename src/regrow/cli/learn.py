@@ -9,10 +9,8 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Flag, Given
-from regrow.cli.processes import processes
-from regrow.cli.runs import run_with_page
-from regrow.cli.screen import number, say, say_peak, table
-from regrow.distributed import read_ranks
+from regrow.cli.runs import recorded_run
+from regrow.cli.screen import number, say, table
 from regrow.settings.learn import Settings
 
 if TYPE_CHECKING:
@@ -53,10 +51,6 @@ _resumed = partial(click.option, cls=Flag, heading="Resuming a run")
     help="With --resume: continue if data of earlier tasks are missing; accuracy on those tasks is then not measured.",
 )
 @options.code
-@options.memory(
-    "How much memory the run may use, like 4GiB. What it needs is printed before training, term by term; a run that "
-    "needs more is refused."
-)
 @options.track
 def learn(
     given: Given[Settings],
@@ -66,13 +60,11 @@ def learn(
     without_old: bool,
     total: int | None,
     code: str,
-    memory: str,
     track: str,
 ) -> None:
     """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
-    if memory and read_ranks().several:
-        raise click.UsageError("--memory predicts for one process alone; leave it out, or start without torchrun")
-    call: partial[RunFolder]
+    from regrow.jobs.learn import extend, run
+
     if resume:
         if "tasks" in given.values or out:
             raise click.UsageError(
@@ -81,9 +73,7 @@ def learn(
         if given.options:
             raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(given.options)}")
         options.say_code(code)
-        from regrow.jobs.learn import extend
-
-        call = partial(extend, resume, more, without_old=without_old, total=total, code=code, memory=memory)
+        call = partial(extend, more=more, without_old=without_old, total=total)
     else:
         if more or without_old or total is not None:
             raise click.UsageError(
@@ -91,17 +81,11 @@ def learn(
             )
         settings = given.build()
         options.say_code(settings.model, code, settings.method)
-        if out is None:
-            raise click.UsageError("--out names the folder of the run, for example --out run")
-        from regrow.jobs.learn import run
-
-        call = partial(run, settings, out, code=code, memory=memory)
-    with processes() as ranks:
-        if not ranks.leads:
-            call(ranks=ranks)
-            return
-        folder = run_with_page("network", _tell, call, track=track, announce=say, ranks=ranks)
-    say(f"to add tasks: regrow learn --resume {folder.path} --task TASKS")
+        call = partial(run, settings)
+    folder = resume or out
+    with recorded_run("network", _tell, folder, code=code, track=track) as invocation:
+        call(invocation)
+    say(f"to add tasks: regrow learn --resume {folder} --task TASKS")
 
 
 def _tell(folder: "RunFolder") -> None:
@@ -132,5 +116,3 @@ def _tell(folder: "RunFolder") -> None:
     for row in [row for row in rows if row["what"] == "gone"][-1:]:
         say(f"note: data are missing, so accuracy was not measured on {', '.join(row['tasks'])}")
     say(", ".join(f"{words} {matrix[name]:{form}}" for words, name, form in names if matrix[name] is not None))
-    if peak := folder.run().get("memory"):
-        say_peak(peak)

@@ -7,8 +7,7 @@ import click
 
 from regrow.cli import options
 from regrow.cli.flags import Given
-from regrow.cli.processes import processes
-from regrow.cli.runs import run_command, run_with_page
+from regrow.cli.runs import recorded_run, run_command
 from regrow.cli.screen import number, say, say_peak, table
 from regrow.distributed import ProcessRank, read_ranks
 from regrow.settings.recover import TRAINED, Settings
@@ -43,7 +42,6 @@ def recover(given: Given[Settings], code: str, memory: str, track: str, fsdp: bo
         raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")
     if fsdp and not ranks.several:
         raise click.UsageError("--fsdp shards among several processes; start them with torchrun, or leave it out")
-    from regrow.distributed.parallel import Parallel
     from regrow.jobs.recover import run
 
     options.say_code(code, settings.by)
@@ -52,13 +50,8 @@ def recover(given: Given[Settings], code: str, memory: str, track: str, fsdp: bo
         from regrow.distributed.fsdp import return_freed_memory
 
         return_freed_memory()
-    with processes() as ranks:
-        parallel = Parallel(ranks, fsdp)
-        if not ranks.leads:
-            run(settings, out, code=code, parallel=parallel)
-            return
-        more: dict[str, object] = {"memory": memory, "announce": say, "parallel": parallel}
-        run_with_page("model", tell, run, settings, out, code=code, track=track, **more)
+    with recorded_run("model", tell, out, code=code, memory=memory, track=track) as invocation:
+        run(settings, invocation, fsdp=fsdp)
 
 
 def _check_windows(settings: Settings, ranks: ProcessRank) -> None:

@@ -1,6 +1,7 @@
 """Grow a network such that its outputs do not change, whether named on the command line or given in Python."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite
@@ -18,17 +19,18 @@ from regrow.core.errors import RefusedError
 from regrow.core.objectives import Objective
 from regrow.core.plan import Change, Fill, Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Source, preserve_random_state
+from regrow.core.sources import preserve_random_state
+from regrow.distributed import SINGLE
 from regrow.jobs.forward_outputs import NetworkState, examples_of, measure_change, measure_exactly, outputs_of, run_once
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, describe_sources, fill_generated, read_sources
 from regrow.jobs.measuring import measure_run
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.recording import Clock, Record, Recorder, RunStart, record_command, record_plan
+from regrow.jobs.recording import ActiveRun, Clock, Invocation, Recorder, RunStart, record_plan
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting, check_precision
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.grow import Settings
-from regrow.store.run_folder import RunFolder, WritePage
+from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import shallow_copy
@@ -78,14 +80,12 @@ class GrowResult:
         plan: The plan.
         axes: The axes before the growth.
         model: The network, grown unless only the plan was made.
-        folder: The finished run folder; ``None``: nothing was recorded.
         warnings: Which axes cannot be widened.
     """
 
     plan: Plan
     axes: AxisGraph
     model: nn.Module
-    folder: RunFolder | None
     warnings: tuple[str, ...] = ()
 
 
@@ -123,7 +123,7 @@ def carry_out(
     with clock.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, settings)
         if not grows:
-            return GrowResult(plan, axes, loaded.model, None, (*notes,))
+            return GrowResult(plan, axes, loaded.model, notes)
     with recorder.begin(RunStart(identity, loaded, call=opened.call)) as record:
         clock.folder = record
         if opened.specs and data.pending:
@@ -131,34 +131,34 @@ def carry_out(
                 data = fill_generated(data, opened.specs, loaded, folder=record.path, progress=progress)
         sources = describe_sources(opened.specs, data) if opened.specs else None
         record.update(notes=[*loaded.notes, *notes], sources=sources)
-        _grow(settings, replace(opened, data=data), record, plan, clock, progress)
-        return GrowResult(plan, axes, loaded.model, recorder.finish(record, clock.seconds), (*notes,))
+        _grow(settings, replace(opened, data=data), ActiveRun(record, SINGLE, clock, progress), plan)
+        recorder.finish(record, clock.seconds)
+        return GrowResult(plan, axes, loaded.model, notes)
 
 
-def _grow(settings: Settings, inputs: GrowInputs, record: Record, plan: Plan, clock: Clock, progress: Progress) -> None:
+def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
     """Grow the network, train it, and save it; measure it before and after."""
-    loaded, axes = inputs.loaded, inputs.axes
+    loaded, axes, record = inputs.loaded, inputs.axes, run.record
 
     def measure(axes: AxisGraph, name: str) -> None:
-        with clock.stage("evaluate"):
+        with run.clock.stage("evaluate"):
             measure_run(
                 record,
                 loaded,
                 axes,
-                inputs.data.evaluation,
-                inputs.data.seen,
+                inputs.data,
                 name,
-                progress,
+                run.progress,
                 precision=settings.precision,
                 objective=inputs.objective,
                 lenient=inputs.lenient,
             )
 
     measure(axes, "before")
-    proof, state = settings.proof and record.kept, NetworkState.of(loaded.model)
+    state = NetworkState.of(loaded.model)
     try:
         with preserve_random_state():
-            grown, row = _grow_checked(loaded.model, axes, plan, proof, clock, progress)
+            grown, row = _grow_checked(run, loaded.model, axes, plan, settings.proof and record.kept)
     except BaseException:
         state.restore()
         raise
@@ -166,11 +166,10 @@ def _grow(settings: Settings, inputs: GrowInputs, record: Record, plan: Plan, cl
     if row:
         record.log("verify", **row)
     if settings.steps:
-        with clock.stage("train"):
-            sources = inputs.data.calibration
-            _train(record, loaded.model, axes, plan, sources, settings, inputs.objective, progress)
+        with run.clock.stage("train"):
+            _train(settings, inputs, run, plan)
     if record.kept:
-        with clock.stage("save"):
+        with run.clock.stage("save"):
             store.write_model(loaded, record.path)
     measure(grown, "after")
 
@@ -216,12 +215,7 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
 
 
 def _grow_checked(
-    model: nn.Module,
-    axes: AxisGraph,
-    plan: Plan,
-    proof: bool,
-    clock: Clock,
-    progress: Progress,
+    run: ActiveRun, model: nn.Module, axes: AxisGraph, plan: Plan, proof: bool
 ) -> tuple[AxisGraph, dict[str, Any]]:
     """Grow a network in place; return the axes afterwards, and the ``verify`` row of a run.
 
@@ -233,7 +227,9 @@ def _grow_checked(
     examples = examples_of(cast_example(axes.example, model))
     run_once(model, examples[0])
     before = [(examples[0], outputs_of(model, examples[0]))]
-    before += [(x, outputs) for x in examples[1:] if (outputs := _try_outputs(model, x)) is not None]
+    for example in examples[1:]:
+        with suppress(Exception):  # a size that the network does not take
+            before.append((example, outputs_of(model, example)))
     if not before[0][1]:
         raise RefusedError("what the network returns has no tensor that could be compared; let it return tensors")
     exact = 0.0
@@ -243,14 +239,14 @@ def _grow_checked(
         _check_stack(model, plan, path, before, exact)
     row: dict[str, Any] = {}
     if proof:
-        with clock.stage("verify"):
-            progress(0, 1, "comparing the outputs in float64")
+        with run.clock.stage("verify"):
+            run.progress(0, 1, "comparing the outputs in float64")
             result = verify(model, axes, plan)
             row = {**asdict(result), "dtype": "float64"}
             if not result.ok:
                 raise _changed_outputs(result.max_abs_diff, result.bound, "float64")
-    with clock.stage("apply"):
-        progress(0, 1, "growing")
+    with run.clock.stage("apply"):
+        run.progress(0, 1, "growing")
         _, after = apply(model, axes, plan)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     share = CHANGE * (1 if dtype in ("float32", "float64") else 100) if plan.changes else exact
@@ -300,14 +296,6 @@ def _run_grown(model: nn.Module, example: Example) -> Answers:
         ) from None
 
 
-def _try_outputs(model: nn.Module, example: Example) -> Answers | None:
-    """Return the outputs for an example of another size; ``None`` if the network does not take it."""
-    try:
-        return outputs_of(model, example)
-    except Exception:
-        return None
-
-
 def _changed_outputs(change: float, bound: float, dtype: str) -> RefusedError:
     return RefusedError(
         f"the growth changes the outputs by {change:.3g} in {dtype}, the bound is {bound:.3g}; {AS_BEFORE}, nothing "
@@ -315,29 +303,21 @@ def _changed_outputs(change: float, bound: float, dtype: str) -> RefusedError:
     )
 
 
-def _train(
-    record: Record,
-    model: nn.Module,
-    axes: AxisGraph,
-    plan: Plan,
-    sources: Sequence[Source],
-    settings: Settings,
-    objective: Objective | None,
-    progress: Progress,
-) -> None:
-    """Train a network that has grown from ``axes`` by ``plan``; log the loss before and after where the run is kept."""
+def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
+    """Train a network that has grown; log the loss before and after where the run is kept."""
+    model, sources, record = inputs.loaded.model, inputs.data.calibration, run.record
     training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
-    added = added_entries(model, axes, plan)
+    added = added_entries(model, inputs.axes, plan)
 
     def measure_loss() -> float:
         if not record.kept:
             return 0.0
         with preserve_random_state(*(generator for source in sources for generator in source.generators)):
-            return mean_loss(model, sources, objective)
+            return mean_loss(model, sources, inputs.objective)
 
     with autocasting(model, settings.precision):
         before = measure_loss()
-        train_grown(model, sources, added, training, objective=objective, progress=progress)
+        train_grown(model, sources, added, training, objective=inputs.objective, progress=run.progress)
         record.log(
             "training",
             loss_before=before,
@@ -349,26 +329,25 @@ def _train(
         )
 
 
-def open_named(settings: Settings, clock: Clock, *, code: str = "", progress: Progress = silent) -> GrowInputs:
+def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> GrowInputs:
     """Open the network and the data that settings name.
 
     Args:
         settings: The settings of the run.
+        invocation: How the command was called.
         clock: Times the stages ``load`` and ``trace``.
-        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
-            recorded name is never imported.
-        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If the model or a source is not usable; says which, and the remedy.
     """
+    sources, progress = (*settings.on, *settings.sources), invocation.progress
     with clock.stage("load"):
-        sources = (*settings.on, *settings.sources)
         spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
-        loaded = load_model(spec, progress, code)
+        loaded = load_model(spec, progress, invocation.code)
         check_precision(loaded.model, settings.precision)
-        amounts = settings.eval_tokens, settings.seq_len
-        specs = SourceSpecs(*amounts, settings.on, settings.sources, settings.tokens, settings.seed)
+        specs = SourceSpecs(
+            settings.eval_tokens, settings.seq_len, settings.on, settings.sources, settings.tokens, settings.seed
+        )
         data = read_sources(specs, loaded)
     with clock.stage("trace"):
         progress(0, 1, "tracing")
@@ -376,37 +355,17 @@ def open_named(settings: Settings, clock: Clock, *, code: str = "", progress: Pr
     return GrowInputs(loaded, axes, data, specs=specs)
 
 
-def run(
-    settings: Settings,
-    out: str | Path,
-    progress: Progress = silent,
-    *,
-    code: str = "",
-    track: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-    write_page: WritePage | None = None,
-) -> RunFolder:
+def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Grow the model that settings name, as ``regrow grow`` does, and return the folder.
 
     Args:
         settings: The settings of the run.
-        out: The run folder: new, empty, or of this very run.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: As for :func:`open_named`.
-        track: The name of a tracker that gets every measurement, too; empty: none.
-        memory: As for :func:`carry_out`.
-        announce: As for :func:`carry_out`.
-        write_page: Writes the report page into the complete folder, before it replaces ``out``.
+        invocation: How the command was called.
 
     Raises:
         ValueError: As :func:`carry_out`.
     """
     settings.check_training()
-    recorder = record_command(
-        settings, settings.model, out, code=code, memory=memory, track=track, undo=settings.undo, write_page=write_page
-    )
-    inputs = partial(open_named, settings, code=code, progress=progress)
-    result = carry_out(settings, inputs, recorder, progress=progress)
-    assert result.folder is not None
-    return result.folder
+    recorder = invocation.recorder(settings, settings.model, undo=settings.undo)
+    carry_out(settings, partial(open_named, settings, invocation), recorder, progress=invocation.progress)
+    return RunFolder(Path(invocation.out))

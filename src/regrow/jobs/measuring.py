@@ -14,10 +14,11 @@ from regrow.core.amounts import STEPS, Measure
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
-from regrow.core.progress import Progress, silent
+from regrow.core.progress import Progress
 from regrow.core.sources import Batch, Source, preserve_random_state, seed_generators
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.evaluation.objective import Evaluation, evaluate_objective
+from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.recording import Record
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
@@ -29,10 +30,9 @@ def measure_run(
     record: Record,
     loaded: Loaded,
     axes: AxisGraph,
-    tests: tuple[Source, ...],
-    seen: frozenset[str],
+    data: SourceHalves,
     name: str,
-    progress: Progress = silent,
+    progress: Progress,
     *,
     precision: str = "float32",
     objective: Objective | None = None,
@@ -50,8 +50,7 @@ def measure_run(
         record: The run that gets the rows; without one that measures, nothing is done.
         loaded: The model.
         axes: Its axes.
-        tests: The evaluation sources.
-        seen: The names of the sources that were used for calibration.
+        data: The data: it is evaluated on the evaluation halves.
         name: The name of the model in the rows: ``dense``, ``cut`` (before layers are fitted), ``pruned`` or
             ``recovered``.
         progress: Called with (steps done, steps in all, what is being done).
@@ -71,7 +70,7 @@ def measure_run(
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
     counts = {"params_all": size.parameters, "params_counted": size.counted, "macs": evaluation.macs(axes)}
     record.log("size", **columns, **counts, bytes=size.bytes, dtype=size.dtype)
-    tests = tests if objective in (None, CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN) else ()
+    tests = data.evaluation if objective in (None, CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN) else ()
     generators = [generator for source in tests for generator in source.generators]
     perplexities: dict[str, evaluation.Perplexity] = {}
     with preserve_random_state(*generators), autocasting(loaded.model, precision):
@@ -87,7 +86,7 @@ def measure_run(
             for result in results:
                 if isinstance(result, evaluation.Perplexity):
                     perplexities[result.source] = result
-                    _log_perplexity(record, result, columns, result.source in seen)
+                    _log_perplexity(record, result, columns, result.source in data.seen)
                 else:
                     if isinstance(result, Evaluation):
                         score, error, n = result.score, result.score_error, result.count

@@ -16,15 +16,15 @@ from regrow.core.references import names_code
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.evaluation import Perplexity
-from regrow.jobs import prune_settings as pruning_run
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, check_stored, describe_sources, fill_generated, read_sources
 from regrow.jobs.measuring import log_pairs, measure_run
-from regrow.jobs.models import load_model
-from regrow.jobs.recording import Clock, Record, Recorder, RunStart, record_command
+from regrow.jobs.models import DTYPES, load_model
+from regrow.jobs.prune_settings import model_spec, source_specs
+from regrow.jobs.recording import Clock, Invocation, Record, Recorder, RunStart
 from regrow.jobs.recovering import LastCut, find_cut, log_differences, recover
-from regrow.jobs.recovery_memory import predict_recovery
 from regrow.jobs.same_inputs import check_same_inputs, check_same_settings
-from regrow.jobs.streamed_recovery import StreamedRecovery, open_recovery
+from regrow.jobs.streamed import needs_of_model, start_streaming
+from regrow.jobs.streamed_recovery import StreamedRecovery, plan_recovery, predict_recovery
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
@@ -33,7 +33,8 @@ from regrow.nets.precision import check_precision
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.store.ledger import with_branches_of
-from regrow.store.run_folder import RunFolder, WritePage
+from regrow.store.run_folder import RunFolder
+from regrow.streaming.opening import open_network
 from regrow.streaming.requirements import MemoryPlan, MemoryTerms, record_peak
 from regrow.surgery import verify
 from regrow.tracing import trace
@@ -74,19 +75,6 @@ class RecoverInputs:
     memory: MemoryTerms | MemoryPlan | None = None
 
 
-@dataclass(frozen=True)
-class RecoverResult:
-    """The result of a recovery.
-
-    Args:
-        row: What the method returned, with ``by``, ``tokens`` and ``seconds``.
-        folder: The finished run folder; ``None``: nothing was recorded.
-    """
-
-    row: dict[str, Any]
-    folder: RunFolder | None
-
-
 def carry_out(
     settings: Settings,
     inputs: Callable[[Clock], RecoverInputs],
@@ -94,8 +82,11 @@ def carry_out(
     parallel: Parallel = ALONE,
     *,
     progress: Progress = silent,
-) -> RecoverResult:
+) -> dict[str, Any]:
     """Recover a network whose last change of shape was a cut, and record it. An interrupted run is resumed.
+
+    Returns:
+        What the method returned, with ``by``, ``tokens`` and ``seconds``.
 
     Args:
         settings: The settings of the run.
@@ -125,11 +116,15 @@ def carry_out(
         clock.folder = record
         data, specs = opened.data, opened.specs
         if specs and data.pending:
-            folder = record.path if record.kept else None
-            weights = streamed.dense.weights.sums() if streamed else None
-            known = opened.known
             data = fill_generated(
-                data, specs, dense, folder=folder, known=known, progress=progress, ranks=ranks, weights=weights
+                data,
+                specs,
+                dense,
+                folder=record.path if record.kept else None,
+                known=opened.known,
+                progress=progress,
+                ranks=ranks,
+                weights=streamed.dense.weights.sums() if streamed else None,
             )
         sources = describe_sources(specs, data) if specs else None
         record.update(notes=list(dense.notes), sources=sources)
@@ -158,7 +153,8 @@ def carry_out(
             with clock.stage("evaluate"):
                 _measure_recovered(record, opened, data, number, ranks, progress)
         record.update(memory=record_peak(opened.memory) if opened.memory else None)
-        return RecoverResult(row, recorder.finish(record, clock.seconds))
+        recorder.finish(record, clock.seconds)
+        return row
 
 
 def _measure_recovered(
@@ -172,8 +168,7 @@ def _measure_recovered(
         record,
         loaded,
         after,
-        data.evaluation,
-        data.seen,
+        data,
         "recovered",
         progress,
         precision=inputs.evaluated,  # as the models before it were evaluated
@@ -200,8 +195,7 @@ def _record_cut(record: Record, inputs: RecoverInputs, progress: Progress) -> No
         cut = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
 
         def measure(network: Loaded, axes: AxisGraph, name: str) -> dict[str, Perplexity]:
-            tests, seen = inputs.data.evaluation, inputs.data.seen
-            return measure_run(record, network, axes, tests, seen, name, progress, objective=inputs.objective)
+            return measure_run(record, network, axes, inputs.data, name, progress, objective=inputs.objective)
 
         before = measure(inputs.dense, inputs.axes, "dense")
         proof = verify(inputs.dense.model, inputs.axes, inputs.plan)
@@ -209,59 +203,45 @@ def _record_cut(record: Record, inputs: RecoverInputs, progress: Progress) -> No
         log_pairs(record, before, measure(loaded, cut, "pruned"), {})
 
 
-def run(
-    settings: Settings,
-    out: str | Path,
-    progress: Progress = silent,
-    *,
-    code: str = "",
-    track: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-    parallel: Parallel = ALONE,
-    write_page: WritePage | None = None,
-) -> RunFolder:
-    """Recover the model of a finished run, as ``regrow recover`` does, and return the folder; all ranks call this.
+def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> RunFolder:
+    """Recover the model of a finished run, as ``regrow recover`` does, and return the folder.
 
     The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
     are the same, and the measurements of the dense and the pruned model are copied.
 
     Args:
         settings: The settings of the recovery; those about the pruning run are read from its folder.
-        out: The new run folder, which rank 0 writes: new, empty, or of this very run.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: The function ``pkg.mod:fn`` that builds the dense model, if that is the user's own code: the recorded name
-            is never imported.
-        track: The name of a tracker that gets every measurement, too; empty: none.
-        memory: How much memory the run may use, such as ``4GiB``; empty: any. If it is predicted to need more, one that
-            trains is refused, and any other reads the networks one block at a time, with the same result.
-        announce: Called with one line that says what the run needs of that memory.
-        parallel: The processes that train together.
-        write_page: Writes the report page into the complete folder, before it replaces ``out``.
+        invocation: How the command was called. A run that is predicted to need more memory is refused if it trains; any
+            other reads the networks one block at a time, with the same result.
+        fsdp: Whether networks and training state are sharded among the processes.
 
     Raises:
         ValueError: If the network was not cut, or changed its shape since, or a setting or ``code`` does not fit.
     """
-    check_settings(settings)
     find_method(MethodKind.RECOVERY, settings.by).made(settings.by, settings.recovery_settings)
-    source, ranks = RunFolder.open(settings.run), parallel.ranks
-    cut = find_cut(source, code)
+    source, ranks, progress = RunFolder.open(settings.run), invocation.ranks, invocation.progress
+    cut = find_cut(source, invocation.code)
     measured, complete = cut.folder.metrics(), _complete(settings, source, cut)
     if settings.by == "bias":
         _check_untrained(settings, source, cut, complete)
 
     def open_inputs(clock: Clock) -> RecoverInputs:
         check_same_settings(ranks, settings)
-        needs, streamed = _plan_memory(settings, source, cut, memory, announce)
-        dense, loaded = streamed.models() if streamed else _load_models(source, cut, ranks, progress, code)
-        specs, known = pruning_run.source_specs(cut.settings, settings.tokens), (cut.folder.path, source.path)
+        needs, streamed = _plan_memory(settings, source, cut, invocation)
+        dense, loaded = streamed.models() if streamed else _load_models(source, cut, invocation)
+        if streamed:
+            axes = streamed.dense.axes
+        else:
+            axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
+            axes = with_branches_of([cut.plan], dense.model, axes)  # of modules that the cut dropped
+        specs, known = source_specs(cut.settings, settings.tokens), (cut.folder.path, source.path)
         data = read_sources(specs, loaded)
         if streamed and data.pending:  # a network that is read block by block cannot generate
             check_stored(specs, streamed.dense.loaded, known, streamed.dense.weights.sums())
         return RecoverInputs(
             dense,
             loaded,
-            streamed.dense.axes if streamed else _trace_dense(dense, cut),
+            axes,
             cut.plan,
             data,
             cut.settings.precision,
@@ -272,41 +252,56 @@ def run(
             memory=needs,
         )
 
-    recorder = record_command(
-        settings,
-        settings.run,
-        out,
-        code=code,
-        memory=memory,
-        track=track,
-        undo=settings.undo,
-        write_page=write_page,
-        ranks=ranks,
-    )
-    result = carry_out(complete, open_inputs, recorder, parallel, progress=progress)
-    return result.folder or RunFolder(Path(out))
+    recorder = invocation.recorder(settings, settings.run, undo=settings.undo)
+    carry_out(complete, open_inputs, recorder, Parallel(ranks, fsdp), progress=progress)
+    return RunFolder(Path(invocation.out))
 
 
 def _plan_memory(
-    settings: Settings, source: RunFolder, cut: LastCut, memory: str, announce: Callable[[str], None]
+    settings: Settings, source: RunFolder, cut: LastCut, invocation: Invocation
 ) -> tuple[MemoryTerms | MemoryPlan | None, StreamedRecovery | None]:
     """Predict and announce what a recovery needs of a limit of memory, if there is one; open it block by block."""
-    if not memory:
+    if not invocation.memory:
         return None, None
     reset_peak()
-    terms = predict_recovery(settings, source.path, cut, parse_bytes(memory))
+    terms = predict_recovery(settings, source.path, cut, parse_bytes(invocation.memory))
     if terms.needed > terms.limit and settings.by in CLOSED_FORM:
-        streamed = open_recovery(settings, source, cut, terms, announce)
+        streamed = _open_streamed(settings, source, cut, terms, invocation.announce)
         return streamed.plan, streamed
     terms.check(f"recovery by {settings.by}")
-    announce(str(terms))
+    invocation.announce(str(terms))
     return terms, None
 
 
-def _trace_dense(dense: Loaded, cut: LastCut) -> AxisGraph:
-    """Return the axes of the dense network, with its modules if the cut dropped some."""
-    axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
-    return with_branches_of([cut.plan], dense.model, axes)
+def _open_streamed(
+    settings: Settings, source: RunFolder, cut: LastCut, terms: MemoryTerms, announce: Callable[[str], None]
+) -> StreamedRecovery:
+    """Open the networks of a recovery that does not fit into its memory, and predict what it needs block by block.
+
+    Args:
+        settings: The settings of the recovery.
+        source: The run to recover.
+        cut: The cut behind it.
+        terms: What it needs of the limit with both networks in memory.
+        announce: Called with one line that says how the run stays within the limit.
+
+    Raises:
+        InputError: If the recovery, the cut, or how the model runs, needs both networks in memory.
+        ResourceError: If it does not fit even with one block in memory.
+        StoreError: If a saved network gives another output than the recorded one.
+    """
+    spec = model_spec(cut.settings)
+    dtype = DTYPES.get(spec.dtype)
+    dense = open_network(str(cut.before or spec.name), dtype)
+    if cut.before:
+        origin = replace(dense.loaded.origin, name=Path(spec.name).name)
+        dense = replace(dense, loaded=replace(dense.loaded, origin=origin))
+    plan, lacking = plan_recovery(settings, cut, dense, terms)
+    needs = {"recovery where the run dropped whole modules": bool(cut.plan.drop)}
+    start_streaming(dense, plan, needs | needs_of_model(spec, cut.settings.precision, dense), announce)
+    recovered = open_network(str(source.path), dtype)
+    recovered.check_output()
+    return StreamedRecovery(dense, recovered, plan, lacking)
 
 
 def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted: Settings) -> None:
@@ -332,19 +327,17 @@ def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
     return replace(settings, run=name, pruning=inner, before=done, model=inner["model"], method=method, keep=keep)
 
 
-def _load_models(
-    source: RunFolder, cut: LastCut, ranks: ProcessRank, progress: Progress, code: str
-) -> tuple[Loaded, Loaded]:
+def _load_models(source: RunFolder, cut: LastCut, invocation: Invocation) -> tuple[Loaded, Loaded]:
     """Load the model before the cut, and the one to recover."""
-    spec = pruning_run.model_spec(cut.settings)
+    spec, ranks, code = model_spec(cut.settings), invocation.ranks, invocation.code
     if ranks.several:  # each takes a GPU of its own, whichever the pruning run had
         spec = replace(spec, device=str(choose_device(spec.device.partition(":")[0], ranks)))
     own = replace(spec, name=str(source.path))
     if cut.before:
         recorded = str(cut.folder.run().get("input", ""))
-        dense = load_model(replace(spec, name=str(cut.before), input=spec.input or recorded), progress, code)
+        dense = load_model(replace(spec, name=str(cut.before), input=spec.input or recorded), invocation.progress, code)
         dense = replace(dense, origin=replace(dense.origin, name=Path(spec.name).name))
     else:
-        dense = load_model(spec, progress, "" if names_code(spec.name) else code)
-    loaded = load_model(own, progress, code)
+        dense = load_model(spec, invocation.progress, "" if names_code(spec.name) else code)
+    loaded = load_model(own, invocation.progress, code)
     return dense, replace(dense, model=loaded.model, files=(*dense.files, *loaded.files))

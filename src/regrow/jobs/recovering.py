@@ -64,9 +64,6 @@ def recover(
         origin: How the dense network was built.
         number: The number of this recovery of the network, from 1.
         precision: The precision of forward passes of a recovery that trains.
-
-    Raises:
-        ValueError: If the recovery or a setting is unknown, or the text is of no use for it.
     """
     settings = dict(settings or {})
     work, identity = find_method(MethodKind.RECOVERY, by).made(by, settings), (by, settings, task.seed, str(origin))
@@ -179,10 +176,7 @@ def broadcast_recovered(ranks: ProcessRank, model: nn.Module) -> None:
 
 
 def log_differences(record: Record, perplexities: Mapping[str, Perplexity], number: int = 1) -> None:
-    """Log the paired difference in log-perplexity of the recovered model to the pruned one, and to the dense one.
-
-    ``number`` is that of this recovery of the network, from 1; the run has the perplexities of the other models.
-    """
+    """Log the paired difference in log-perplexity of the recovered model to the pruned and dense ones in the run."""
     columns = {"round": number} if number > 1 else {}
     rows = {(row["model"], row["source"]): row for row in record.metrics() if row["what"] == "perplexity"}
     for name, after in perplexities.items():
@@ -207,12 +201,7 @@ def check_recovery(by: str, sources: Sequence[str]) -> None:
 def check_reconstruction(settings: Settings, *, several: bool = False) -> None:
     """Raise ValueError, before a run starts, if the reconstruction that is asked for cannot be done.
 
-    Args:
-        settings: The settings of the run.
-        several: Whether several processes share the run.
-
-    Raises:
-        ValueError: If a setting is unknown or of no use, or several processes share the run.
+    ``several``: whether several processes share the run.
     """
     if not settings.reconstruct:
         return
@@ -256,10 +245,7 @@ def check_amount(
 def choose_sources(
     settings: Settings, data: SourceHalves, read: Callable[[int, Tensor | None], Sequence[Source]], *, text: bool
 ) -> Sequence[Source]:
-    """Return the data that a run reconstructs on: the calibration data, unless another amount is wanted.
-
-    Arguments are as for :func:`check_amount`.
-    """
+    """Return the data that a run reconstructs on; arguments are as for :func:`check_amount`."""
     tokens = count_tokens(settings, text)
     return data.calibration if tokens == count_calibration(settings) else read(tokens, data.generated)
 

@@ -23,7 +23,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import Parallel
 from regrow.evaluation import dense, fastest_pass
 from regrow.evaluation.continual import mean_score
-from regrow.jobs.recording import Clock, Record, Recorder, RunStart, read_history, record_command
+from regrow.jobs.recording import ActiveRun, Clock, Invocation, Record, Recorder, RunStart, read_history
 from regrow.jobs.same_inputs import check_same_settings, check_same_tasks
 from regrow.jobs.search_inputs import (
     Parts,
@@ -48,7 +48,7 @@ from regrow.nets.devices import choose_device
 from regrow.nets.loaded import Origin
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.search import Settings
-from regrow.store.run_folder import RunFolder, WritePage
+from regrow.store.run_folder import RunFolder
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
 from regrow.tracing.meta_copy import clone_model
@@ -190,7 +190,8 @@ def carry_out(
             record.log("stages", **asdict(opened.stages))
         before = measure_whole(search.rules.space, (), context)
         with clock.stage("search"):
-            fitted, log = _search(settings, opened, search, context, record, checkpoint, ranks, progress)
+            active = ActiveRun(record, ranks, clock, progress)
+            fitted, log = _search(settings, opened, search, context, active, checkpoint)
             found, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
             measure_statistics(found, context, settings.batch_size)
         example = first_examples(parts.search.test if parts.test is None else parts.test, 1).inputs
@@ -211,17 +212,16 @@ def carry_out(
                 _write_network(found, record.path, origin, opened)
                 if table and batch:
                     record.log("latency", whole=table.total, found=fastest_pass(found, batch) / 1e6)
-                if parts.test is not None:
-                    accuracy = mean_score(found, parts.test, parts.objective)
+                if parts.test is not None and 0 <= (accuracy := mean_score(found, parts.test, parts.objective)) <= 1:
                     record.log("test", accuracy=accuracy, images=len(parts.test), **dense(found, example))
         recorder.finish(record, clock.seconds)
-        (levels,) = log.of("levels")
+        (levels,), space = log.of("levels"), search.rules.space
         return SearchResult(
             found,
             fitted.axes,
             fitted.state.plans,
-            str(search.rules.space.measure),
-            search.rules.space.target,
+            str(space.measure),
+            space.target,
             before,
             levels["size"],
             levels["saved"],
@@ -236,18 +236,17 @@ def _search(
     inputs: SearchInputs,
     search: Search,
     context: Context,
-    record: Record,
+    run: ActiveRun,
     checkpoint: Path | None,
-    ranks: ProcessRank,
-    progress: Progress,
 ) -> tuple[Fitted[SearchState], SearchRecord]:
     """Run or resume the search; return the network, cut by all plans, and the rows that were logged."""
-    place, undo, history = checkpoint or record.path / STATISTICS / CHECKPOINT, context.undo, None
+    record, undo, history = run.record, context.undo, None
+    file = checkpoint or record.path / STATISTICS / CHECKPOINT
     if record.kept:
-        place.parent.mkdir(exist_ok=True)
-    if place.is_file():
+        file.parent.mkdir(exist_ok=True)
+    if file.is_file():
         history = read_history(record, "commit") if isinstance(record, RunFolder) else History()
-    model, axes, state = read_start(ranks, history, place, context.model, context.axes, search.learner.state, undo)
+    model, axes, state = read_start(run.ranks, history, file, context.model, context.axes, search.learner.state, undo)
     if isinstance(record, RunFolder):
         record.own_ledger.truncate(len(state.plans))
     if state.learner.recomputed:
@@ -263,9 +262,8 @@ def _search(
         log.write(now, unfinished=1)
         if record.kept or checkpoint:
             recomputed = bool(search.rules.space.ends) and cast(Staged, there.model).recomputed
-            own = replace(now.learner, memory=dict(watch.rows), recomputed=recomputed)
-            logged = log.events if record.kept else None
-            write_checkpoint(place, there.model, replace(now, learner=own), undo, logged=logged)
+            now = replace(now, learner=replace(now.learner, memory=dict(watch.rows), recomputed=recomputed))
+            write_checkpoint(file, there.model, now, undo, logged=log.events if record.kept else None)
 
     context = replace(context, model=model, axes=axes, log=log.log)
     if settings.epochs:
@@ -280,12 +278,12 @@ def _search(
             checkpoint=write,
             around=watch,
             log=log.log,
-            progress=progress,
-            parallel=Parallel(ranks, by_rows=True),
+            progress=run.progress,
+            parallel=Parallel(run.ranks, by_rows=True),
         )
     else:
-        own = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
-        fitted = Fitted(model, axes, replace(state, learner=own))
+        begun = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
+        fitted = Fitted(model, axes, replace(state, learner=begun))
     log.write(fitted.state)
     end = replace(context, model=fitted.model, axes=fitted.axes, epoch=settings.epochs)
     fitted, last = finish(search.learner, fitted, end)
@@ -309,7 +307,7 @@ def _write_passed(
 
     model, epoch = clone_model(context.model), context.epoch + 1
     there = replace(context, model=model, epoch=epoch, undo=UndoStore(), log=log)
-    learner = replace(search.learner, plan=partial(_finalize, search))
+    learner = replace(search.learner, plan=lambda reached, end: search.finalize(reached, end, inf))
     fitted, _ = finish(learner, Fitted(model, context.axes, replace(state, learner=copy_state(searched))), there)
     net, origin = extract_network(fitted.model, inputs.origin, in_place=inputs.in_place)
     measure_statistics(net, context, inputs.schedule.batch_size)
@@ -318,10 +316,6 @@ def _write_passed(
     counts = {"parameters": sum(p.numel() for p in net.parameters())}
     counts["nonzero"] = sum(int(p.count_nonzero()) for p in net.parameters())
     folder.log("front", epoch=epoch, size=sizes[-1], accuracy=accuracy, **counts)
-
-
-def _finalize(search: Search, state: SearchState, context: Context) -> Any:
-    return search.finalize(state, context, inf)
 
 
 def _write_network(model: nn.Module, folder: Path, origin: Origin, inputs: SearchInputs) -> None:
@@ -358,15 +352,15 @@ def retrain(
     axes = trace_examples(model, parts.whole, parts.kwargs)
     context = Context(model, axes, parts.whole, objective=parts.objective)
     learner = build(RetrainSettings(cutout=settings.cutout), context, dict(searched.named_parameters()))
-    place = record.path / STATISTICS / RETRAINING
-    place.parent.mkdir(exist_ok=True)
+    file = record.path / STATISTICS / RETRAINING
+    file.parent.mkdir(exist_ok=True)
 
     def write(now: TrainState[RetrainState], there: Context) -> None:
         if record.kept:
-            write_checkpoint(place, there.model, now)
+            write_checkpoint(file, there.model, now)
 
-    history = History() if place.is_file() else None
-    model, axes, state = read_start(ranks, history, place, model, axes, learner.state)
+    history = History() if file.is_file() else None
+    model, axes, state = read_start(ranks, history, file, model, axes, learner.state)
     fitted = learn(
         model,
         axes,
@@ -383,26 +377,21 @@ def retrain(
     return fitted.model.eval()
 
 
-def open_named(
-    settings: Settings, clock: Clock, *, code: str = "", ranks: ProcessRank = SINGLE, progress: Progress = silent
-) -> SearchInputs:
+def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> SearchInputs:
     """Open the network and the data that settings name.
 
     Args:
         settings: The settings of the run.
+        invocation: How the command was called.
         clock: Times the stages ``load`` and ``trace``.
-        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
-            recorded name is never imported.
-        ranks: The processes that share the run.
-        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If the network, the data or a setting of the training after the search are not usable.
         ResourceError: If this machine does not have the device.
     """
     with clock.stage("load"):
-        start = find_start(settings.space, settings.data, settings.input, code, progress)
-        device = choose_device(settings.device, ranks)
+        start = find_start(settings.space, settings.data, settings.input, invocation)
+        device = choose_device(settings.device, invocation.ranks)
         _check_retraining(settings, start)
         parts = read_parts(settings, start)
         if settings.cutout and settings.cutout >= (side := min(input_shape(parts.whole.train)[1:])):
@@ -426,35 +415,19 @@ def _check_retraining(settings: Settings, start: Loaded | None) -> None:
         raise ValueError(f"--cutout {settings.cutout} is of images, and the data are text: drop it")
 
 
-def run(
-    settings: Settings,
-    out: str | Path,
-    progress: Progress = silent,
-    *,
-    code: str = "",
-    track: str = "",
-    ranks: ProcessRank = SINGLE,
-    write_page: WritePage | None = None,
-) -> RunFolder:
-    """Search the space that settings name, as ``regrow search`` does, and return the folder; all ranks call this.
+def run(settings: Settings, invocation: Invocation) -> RunFolder:
+    """Search the space that settings name, as ``regrow search`` does, and return the folder.
 
     Args:
         settings: The settings of the run.
-        out: The run folder, which rank 0 writes: new, empty, or of this very run.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: As for :func:`open_named`.
-        track: The name of a tracker that gets every measurement, too; empty: none.
-        ranks: The processes that train together.
-        write_page: Writes the report page into the complete folder, before it replaces ``out``.
+        invocation: How the command was called.
 
     Raises:
         ValueError: As :func:`carry_out`.
     """
     check_settings(settings)
-    check_same_settings(ranks, settings)
-    recorder = record_command(
-        settings, settings.space, out, code=code, track=track, undo=settings.undo, write_page=write_page, ranks=ranks
-    )
-    inputs = partial(open_named, settings, code=code, ranks=ranks, progress=progress)
-    carry_out(settings, inputs, recorder, ranks, progress=progress)
-    return RunFolder(Path(out))
+    check_same_settings(invocation.ranks, settings)
+    recorder = invocation.recorder(settings, settings.space, undo=settings.undo)
+    inputs = partial(open_named, settings, invocation)
+    carry_out(settings, inputs, recorder, invocation.ranks, progress=invocation.progress)
+    return RunFolder(Path(invocation.out))

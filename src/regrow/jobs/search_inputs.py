@@ -21,7 +21,7 @@ from regrow.core.tasks import CappedExamples, ExampleSet, Task, first_examples, 
 from regrow.distributed import ProcessRank
 from regrow.distributed.exchange import broadcast_record
 from regrow.evaluation import Latency, latency
-from regrow.jobs.starting import TaskSpecs, read_tasks, select_known
+from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_known
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.space import GRANULARITIES
@@ -94,16 +94,7 @@ class SearchInputs:
 
 def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: str = "constant") -> TaskSchedule:
     """Return how a network is trained by the settings of a search, for a number of epochs."""
-    return TaskSchedule(
-        epochs=max(1, epochs),
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-        decay=decay,
-        precision=settings.precision,
-        objective=objective,
-    )
+    return replace(make_task_schedule(replace(settings, epochs=max(1, epochs)), objective), decay=decay)
 
 
 def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:

@@ -12,7 +12,7 @@ import torch
 
 from regrow import store
 from regrow.core.errors import InputError
-from regrow.core.progress import Progress, silent
+from regrow.core.objectives import Objective
 from regrow.core.references import names_code
 from regrow.core.sources import logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, run_network
@@ -20,11 +20,13 @@ from regrow.data import Half, MissingError, SourceError, streams, text, windows
 from regrow.data.datasets import LoadedExamples, join_examples, to_examples_of_batch
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.parents import BEFORE
+from regrow.jobs.recording import Invocation
 from regrow.methods import MethodEntry
 from regrow.nets import Loaded
 from regrow.nets.code import check_code
 from regrow.nets.small import BUILDERS
 from regrow.store.errors import StoreError
+from regrow.training.continual import TaskSchedule
 
 MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
 """The largest number of values in an example, and of classes, that a file may claim."""
@@ -162,13 +164,7 @@ def is_new(model: str) -> bool:
 
 
 def load_start(
-    model: str,
-    sequences: tuple[str, ...],
-    shape: str = "",
-    *,
-    run: Path | None = None,
-    code: str = "",
-    progress: Progress = silent,
+    model: str, sequences: tuple[str, ...], shape: str, invocation: Invocation, run: Path | None = None
 ) -> Loaded | None:
     """Return the network that a run trains on, in float32; ``None`` if it is built anew.
 
@@ -176,14 +172,13 @@ def load_start(
         model: The name of the network, or a run folder.
         sequences: The names of its data, which may give the size of its images.
         shape: The shape of its input, like ``1x3x32x32``; empty: from the model, or its data.
+        invocation: How the command was called.
         run: The folder of a run that is resumed, whose copy of the network is read if there is one.
-        code: The function ``pkg.mod:fn`` that builds the network, if that is the user's own code and the name comes
-            from a file.
-        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If it cannot be loaded, or ``code`` is missing or not needed.
     """
+    code, progress = invocation.code, invocation.progress
     if is_new(model):
         check_code(model, False, code)
         return None
@@ -199,15 +194,15 @@ def load_start(
     return load_model(spec, progress, code)
 
 
-def find_start(space: str, data: str, shape: str = "", code: str = "", progress: Progress = silent) -> Loaded | None:
+def find_start(space: str, data: str, shape: str, invocation: Invocation) -> Loaded | None:
     """Return the network with its weights that is searched, in float32; ``None`` if the name is that of a search space.
 
     Arguments and errors are as for :func:`load_start`.
     """
     if not Path(space).exists() and ":" in space and not space.startswith("torchvision:"):
-        check_code(space, False, code)
+        check_code(space, False, invocation.code)
         return None
-    return load_start(space, (data,), shape, code=code, progress=progress)
+    return load_start(space, (data,), shape, invocation)
 
 
 def _image_shape(loaded: Loaded) -> tuple[int, ...]:
@@ -237,3 +232,11 @@ def check_outputs(loaded: Loaded, task: Task, classes: int) -> None:
 def select_known(entry: MethodEntry, settings: Mapping[str, object]) -> dict[str, object]:
     """Return those of some settings that a method has."""
     return {field.name: settings[field.name] for field in fields(entry.settings) if field.name in settings}
+
+
+def make_task_schedule(settings: object, objective: Objective) -> TaskSchedule:
+    """Return how a network is trained by the settings of a run that have the name of a field of the schedule."""
+    shared: Any = {
+        field.name: getattr(settings, field.name) for field in fields(TaskSchedule) if hasattr(settings, field.name)
+    }
+    return TaskSchedule(**shared, objective=objective)
