@@ -1,6 +1,6 @@
 """``regrow prune``: prune a model, and print what it cost in quality."""
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +9,9 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
-from regrow.cli.recover import tell
+from regrow.cli.results import say_outcome
 from regrow.cli.runs import recorded_run
-from regrow.cli.screen import number, say, say_peak, table, working
+from regrow.cli.screen import number, say, working
 from regrow.core.references import names_code
 from regrow.distributed import read_ranks
 from regrow.settings.prune import Settings, name_folders
@@ -127,59 +127,6 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
 
 
 def _show_result(folder: "RunFolder") -> None:
-    """Print the result of a pruning run, and that of its recovery, which prints nothing if there was none."""
-    _tell(folder)
-    _tell_reconstruction(folder)
-    tell(folder)
-
-
-def _tell_reconstruction(folder: "RunFolder") -> None:
-    """Print how far a reconstruction brought the layers to their dense outputs; nothing without one."""
-    for row in folder.metrics():
-        if row["what"] != "reconstruction":
-            continue
-        layers, where = row.get("layers", []), "left-out sources" if "choose_on" in row else "held-out text"
-        say(f"reconstructed {len(layers)} layers on {number(row['tokens'])} tokens in {row['seconds']:.0f} s")
-        if layers:
-            before, after = (sum(one[name] for one in layers) / len(layers) for name in ("before", "after"))
-            say(f"mean relative error of their outputs on {where}: {before:.3f} → {after:.3f}")
-            if all("seen" in one for one in layers):
-                seen = sum(one["seen"] for one in layers) / len(layers)
-                say(f"and on the fitted sources themselves: {before:.3f} → {seen:.3f}")
-        for name, why in row.get("left_out", {}).items():
-            say(f"note: {name} was not reconstructed: {why}")
-        if "note" in row:
-            say(f"note: {row['note']}")
-
-
-def _tell_perplexity(rows: list[dict[str, Any]]) -> None:
-    """Print perplexity per source, seen and unseen ones marked; with a reconstruction also that after the cut alone."""
-    quality = {(row["model"], row["source"]): row for row in rows if row["what"] == "perplexity"}
-    complete = {
-        name: (before, row)
-        for (model, name), row in quality.items()
-        if model == "pruned" and row["ppl"] is not None and (before := quality.get(("dense", name), {}).get("ppl"))
-    }
-    several = len({bool(row.get("seen")) for _, row in complete.values()}) > 1
-    cut = {name: quality.get(("cut", name), {}).get("ppl") for name in complete}
-    fitted, lines = all(cut.values()), []
-    for name, (before, row) in complete.items():
-        kind = f"{name} ({'seen' if row.get('seen') else 'unseen'})" if several else name
-        line = [kind, number(before), number(row["ppl"]), f"× {row['ppl'] / before:.3f}"]
-        if fitted:
-            lost = math.log(cut[name] / before)
-            share = f"{100 * math.log(cut[name] / row['ppl']) / lost:.0f} %" if lost > 0 else "–"
-            line = [*line[:2], number(cut[name]), *line[2:], share]
-        lines.append(tuple(line))
-    title = "Perplexity on the evaluation half of each source"
-    if lines and fitted:
-        title += ", and the fraction of the log-perplexity lost by the cut that the reconstruction recovered"
-        table(title, ("source", "dense", "cut", "reconstructed", "", "recovered"), lines, numbers=(1, 2, 3, 4, 5))
-    elif lines:
-        table(title, ("source", "dense", "pruned", ""), lines, numbers=(1, 2, 3))
-
-
-def _tell(folder: "RunFolder") -> None:
     rows = folder.metrics()
     sizes = {row["model"]: row for row in rows if row["what"] == "size"}
     dense, pruned = sizes["dense"], sizes["pruned"]
@@ -197,18 +144,28 @@ def _tell(folder: "RunFolder") -> None:
                 f"{row['measure']}{context}: {number(row['after'])}{predicted}, of {number(row['before'])}; "
                 f"allowed at most {number(row['asked'])}"
             )
-    _tell_perplexity(rows)
-    shares = {(row["model"], row["task"]): row for row in rows if row["what"] == "choice"}
-    for (model, task), row in shares.items():
-        if model == "pruned" and ("dense", task) in shares:
-            say(f"accuracy on {task}: {shares['dense', task]['acc']:.3f} → {row['acc']:.3f} (n = {row['n']})")
-    for row in rows:
-        if row["what"] == "verify":
+        elif row["what"] == "verify":
             difference, bound = (number(row[name], 2) for name in ("max_abs_diff", "bound"))
             say(f"masked = shrunk: largest difference {difference} in float64 (bound {bound})")
-    run = folder.run()
-    for note in run.get("notes", ()):
+        elif row["what"] == "reconstruction":
+            _show_reconstruction(row)
+    for note in folder.run().get("notes", ()):
         if "BatchNorm" in note:
             say(f"note: {note}")
-    if (memory := run.get("memory")) and not run["settings"].get("recover"):  # the result of a recovery has it
-        say_peak(memory)
+    say_outcome(folder)
+
+
+def _show_reconstruction(row: Mapping[str, Any]) -> None:
+    """Print how far a reconstruction brought the layers to their dense outputs."""
+    layers, where = row.get("layers", []), "left-out sources" if "choose_on" in row else "held-out text"
+    say(f"reconstructed {len(layers)} layers on {number(row['tokens'])} tokens in {row['seconds']:.0f} s")
+    if layers:
+        before, after = (sum(layer[name] for layer in layers) / len(layers) for name in ("before", "after"))
+        say(f"mean relative error of their outputs on {where}: {before:.3f} → {after:.3f}")
+        if all("seen" in layer for layer in layers):
+            seen = sum(layer["seen"] for layer in layers) / len(layers)
+            say(f"and on the fitted sources themselves: {before:.3f} → {seen:.3f}")
+    for name, why in row.get("left_out", {}).items():
+        say(f"note: {name} was not reconstructed: {why}")
+    if "note" in row:
+        say(f"note: {row['note']}")

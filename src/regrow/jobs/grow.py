@@ -256,11 +256,7 @@ def _grow_checked(
             raise _changed_outputs(change, share * largest, dtype)
     change, largest = measured[0]
     row = row or {"max_abs_diff": change, "bound": share * largest, "ok": True, "dtype": dtype}
-    return after, row | {
-        "output_change": change,
-        "relative_change": change / (largest or 1.0),
-        "output_dtype": dtype,
-    }
+    return after, row | {"output_change": change, "relative_change": change / (largest or 1.0), "output_dtype": dtype}
 
 
 def _check_stack(

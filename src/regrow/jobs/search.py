@@ -232,12 +232,7 @@ def carry_out(
 
 
 def _search(
-    settings: Settings,
-    inputs: SearchInputs,
-    search: Search,
-    context: Context,
-    run: ActiveRun,
-    checkpoint: Path | None,
+    settings: Settings, inputs: SearchInputs, search: Search, context: Context, run: ActiveRun, checkpoint: Path | None
 ) -> tuple[Fitted[SearchState], SearchRecord]:
     """Run or resume the search; return the network, cut by all plans, and the rows that were logged."""
     record, undo, history = run.record, context.undo, None
