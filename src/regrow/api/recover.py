@@ -20,7 +20,7 @@ from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import Clock
 from regrow.jobs.recover import RecoverInputs, carry_out
-from regrow.nets.precision import autocasting
+from regrow.nets.devices import autocasting
 from regrow.settings import prune
 from regrow.settings.declaration import record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings

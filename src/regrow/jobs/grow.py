@@ -27,7 +27,7 @@ from regrow.jobs.measuring import measure_run
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.recording import ActiveRun, Clock, Invocation, Recorder, RunStart, record_plan
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting, check_precision
+from regrow.nets.devices import autocasting, check_precision
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.grow import Settings
 from regrow.store.run_folder import RunFolder

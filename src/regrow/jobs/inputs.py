@@ -14,8 +14,8 @@ from regrow.core.progress import Progress, silent
 from regrow.core.source_names import GENERATED, check_evaluated
 from regrow.core.sources import Batch, Source
 from regrow.data import Half
+from regrow.data.text import find_separator, find_start, token_windows
 from regrow.data.vision import digits, images
-from regrow.data.windows import find_separator, find_start, token_windows
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_tensors
 from regrow.evaluation.generation import check_generation, describe_generated, generate_tokens

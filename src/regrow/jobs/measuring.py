@@ -21,7 +21,7 @@ from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.recording import Record
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting
+from regrow.nets.devices import autocasting
 from regrow.streaming.network import StreamedNetwork
 from regrow.tracing.capture import first_line
 

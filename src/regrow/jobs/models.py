@@ -15,7 +15,6 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import moved
 from regrow.data.vision import side_of
 from regrow.nets import Loaded, ModelError, Origin
-from regrow.nets.code import call_builder, check_code, import_builder
 from regrow.nets.devices import choose_device
 from regrow.nets.examples import (
     guessed_example,
@@ -27,8 +26,9 @@ from regrow.nets.examples import (
     written_shape,
 )
 from regrow.nets.files import check_files
+from regrow.nets.load import call_builder, check_code, import_builder
+from regrow.nets.loaded import WeightFile
 from regrow.nets.packaged import PACKAGED
-from regrow.nets.weight_files import WeightFile
 from regrow.store import probe
 from regrow.store.run_record import RUN, read_run
 from regrow.streaming.opening import open_network

@@ -15,7 +15,7 @@ from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
 from regrow.core.scores import Statistics
 from regrow.core.sources import Source
-from regrow.data.joined import join_batches
+from regrow.data.batch_streams import join_batches
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.jobs.measuring import timed_input
 from regrow.methods import MethodKind, find_method

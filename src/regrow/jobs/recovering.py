@@ -29,7 +29,7 @@ from regrow.methods.recovery import task as recovery
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.streamed import REFIT_FIELDS, StreamedPair
 from regrow.nets import ModelError
-from regrow.nets.precision import autocasting
+from regrow.nets.devices import autocasting
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
 from regrow.settings.recover import CLOSED_FORM
 from regrow.settings.recover import Settings as RecoverSettings

@@ -23,7 +23,7 @@ from regrow.jobs.parents import BEFORE
 from regrow.jobs.recording import Invocation
 from regrow.methods import MethodEntry
 from regrow.nets import Loaded
-from regrow.nets.code import check_code
+from regrow.nets.load import check_code
 from regrow.nets.small import BUILDERS
 from regrow.store.errors import StoreError
 from regrow.training.continual import TaskSchedule
