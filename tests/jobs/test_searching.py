@@ -25,8 +25,7 @@ from regrow.jobs import search as searching
 from regrow.jobs import search_inputs
 from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, build_search, build_space, retrain, run
-from regrow.jobs.search_inputs import read_parts
-from regrow.jobs.targets import parse_target
+from regrow.jobs.search_inputs import parse_target, read_parts
 from regrow.methods.search.space import GRANULARITIES, measure_whole
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
