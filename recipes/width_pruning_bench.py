@@ -30,10 +30,8 @@ from regrow.core.sources import Source
 from regrow.data import Half, text, windows
 from regrow.evaluation import items_in, perplexity
 from regrow.jobs import pruning as prune
-from regrow.jobs.generated import fill_generated
-from regrow.jobs.inputs import SourceSpecs, read_sources
-from regrow.jobs.reconstruction import reconstruct
-from regrow.jobs.recovering import work_in
+from regrow.jobs.inputs import SourceSpecs, fill_generated, read_sources
+from regrow.jobs.recovering import reconstruct, work_in
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask

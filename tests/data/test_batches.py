@@ -14,7 +14,7 @@ from regrow.core.sources import Batch, Source
 from regrow.data.batch_forms import to_batch
 from regrow.data.batches import ReadOptions, to_source, to_sources
 from regrow.data.halves import SourceError
-from regrow.scoring import collect
+from regrow.scoring.collect import collect
 from regrow.tracing import trace
 from regrow.training.tune import finetune
 

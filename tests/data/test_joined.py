@@ -11,7 +11,7 @@ from hand import lm, texts
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import BatchStream, join_batches, join_sources
-from regrow.scoring import collect
+from regrow.scoring.collect import collect
 
 
 @pytest.mark.parametrize(("windows", "most", "shards"), [(7, 3, 2), (16, 4, 4), (5, 8, 3), (6, 1, 2)])

@@ -7,8 +7,8 @@ from torch import nn
 from regrow.core.branches import Placeholder, lies_in
 from regrow.core.change import Insertion
 from regrow.store.errors import StoreError
-from regrow.tracing.block_copies import StackError, insert_copies
-from regrow.tracing.placeholder import insert_placeholders
+from regrow.tracing.branches import insert_placeholders
+from regrow.tracing.stacks import StackError, insert_copies
 
 
 def insert(fresh: nn.Module, inserted: Mapping[str, tuple[Insertion, ...]]) -> None:

@@ -18,7 +18,7 @@ from regrow.nets.language import parse_configuration, quiet, require_transformer
 from regrow.store.atomic import staging_folder, sync, write_text
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.weights import inside
-from regrow.tracing.block_numbers import DEPTHS, PER_BLOCK
+from regrow.tracing.stacks import DEPTHS, PER_BLOCK
 
 INFORMATIVE = frozenset({"architectures", "transformers_version", "_name_or_path", "_attn_implementation"})
 _LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")

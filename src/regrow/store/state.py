@@ -23,8 +23,8 @@ from regrow.store.modules import drop, insert
 from regrow.store.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
 from regrow.store.tensor_file import as_bytes
 from regrow.tracing import attributes as named
-from regrow.tracing.block_copies import find_insertions
-from regrow.tracing.placeholder import find_placeholders
+from regrow.tracing.branches import find_placeholders
+from regrow.tracing.stacks import find_insertions
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.proposed_change import RELATIVE_BOUND, ProposedChange
 from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.whole import run_whole_pair
-from regrow.tracing.capture import Capture, without_collection
+from regrow.tracing.capture import Capture
+from regrow.tracing.interception import without_collection
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import code_of, state_of
 from regrow.tracing.readings import Recording, readings

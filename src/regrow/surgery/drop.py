@@ -18,19 +18,15 @@ from regrow.surgery.carry import carry_out
 from regrow.surgery.forward_check import check_own_run
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
-from regrow.tracing.branch_sites import BranchError, RecordedModules, locate_branches
-from regrow.tracing.branches import branches, candidate_branches
-from regrow.tracing.caches import caches
+from regrow.tracing.branches import PlaceholderModule, branches, candidate_branches, insert_placeholders, set_modules
 from regrow.tracing.capture import Capture, TraceError, capture
-from regrow.tracing.effects import Effects, describe_effects
+from regrow.tracing.effects import BranchError, Effects, RecordedModules, describe_effects, locate_branches
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
-from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
 from regrow.tracing.readings import recording
-from regrow.tracing.rules import POINTWISE, RULES
-from regrow.tracing.steps import steps
+from regrow.tracing.rules import walk
+from regrow.tracing.steps import caches, steps
 from regrow.tracing.training_trace import trace_training
-from regrow.tracing.walk import walk
 
 T = TypeVar("T")
 
@@ -289,7 +285,7 @@ def _described(bare: nn.Module, given: Example, recorded: Capture, axes: AxisGra
         recorded: The recording.
         axes: Its axes, as far as they are known.
     """
-    w = walk(recorded, RULES, POINTWISE)
+    w = walk(recorded)
     trace_training(bare, given, w)
     fresh, names = assemble(bare, w, axes.example)
     home = {slot: axis for axis in fresh for slot in axis.slots}

@@ -17,7 +17,8 @@ from regrow.surgery.proposed_change import RELATIVE_BOUND
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import Decisions, run_whole_pair, shallow_copy
 from regrow.tracing.capture import Capture
-from regrow.tracing.readings import Readings, inputs, readings
+from regrow.tracing.meta_copy import leaves_in
+from regrow.tracing.readings import Readings, readings
 from regrow.tracing.steps import difference, refold_steps
 from regrow.tracing.trial import Resizing
 
@@ -228,5 +229,4 @@ class _Runs:
             return readings(model, axes, self.example)
         if difference(refold_steps(axes, to.constants), planned, to.sizes, to.added) is not None:
             return readings(model, axes, self.example)
-        given = tuple(inputs(model, known.capture, self.example))
-        return Readings(known.capture, given, known.reads, axes.sizes(), None, ())
+        return Readings(known.capture, leaves_in(self.example), known.reads, axes.sizes(), ())

@@ -15,9 +15,9 @@ from regrow.surgery.carry import carry_out
 from regrow.surgery.eager import mask_units, replace_parameters
 from regrow.surgery.runner import Answers, Runner, floats, loader, masking
 from regrow.tracing.capture import capture, evaluating
-from regrow.tracing.meta_copy import copy_model
+from regrow.tracing.meta_copy import copy_model, map_tensors
 from regrow.tracing.model_state import preserve_state
-from regrow.tracing.precision import CastsToDouble, example_in_double, made_in_double
+from regrow.tracing.own_run import CastsToDouble, as_double, made_in_double
 from regrow.tracing.readings import Readings, readings
 
 Decisions = tuple[Decision, ...] | None
@@ -47,7 +47,7 @@ def run_whole_pair(
         PlanError: If the copy does not run.
     """
     widened = _widened(model, axes) if double else shallow_copy(model)
-    example = example_in_double(example) if double else example
+    example = map_tensors(example, as_double) if double else example
     whole = mask_units(widened, axes, plan) if axes.declared else widened
     taken, masked, orders = decisions, [], []
     if axes.recorded == "not":
@@ -63,7 +63,7 @@ def run_whole_pair(
         )
         runner = Runner(recorded.capture, recorded.given, loader(whole), double, mask)
         runner.run_until()
-        taken, masked, orders = recorded.decisions, runner.answers, runner.orders
+        taken, masked, orders = recorded.capture.decisions, runner.answers, runner.orders
     cut, _ = carried(shallow_copy(widened), axes, plan)
     try:
         shrunk = _run(cut, example, double, taken, orders)

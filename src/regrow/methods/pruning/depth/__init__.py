@@ -20,9 +20,8 @@ from regrow.core.amounts import Measure
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.scores import Need
-from regrow.methods.pruning.depth.modules import candidates, least_cost, score_neurons
+from regrow.methods.pruning.depth.modules import Settings, candidates, least_cost, score_neurons
 from regrow.methods.pruning.depth.search import DepthSearch
-from regrow.methods.pruning.depth.settings import Settings
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, Removal, pooled_means, without_modules
 
 __all__ = ["CITATION", "Settings", "build"]
@@ -37,11 +36,7 @@ NAMED = 12
 
 
 def build(settings: Settings) -> Pruner:
-    """Return the pruner that drops whole modules.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the pruner that drops whole modules."""
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),
         score=lambda task: Ranking(score_neurons(settings, task)),
