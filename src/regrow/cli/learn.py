@@ -9,8 +9,7 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Flag, Given
-from regrow.cli.processes import processes
-from regrow.cli.runs import run_with_page
+from regrow.cli.runs import processes, run_with_page
 from regrow.cli.screen import number, say, say_peak, table
 from regrow.distributed import read_ranks
 from regrow.settings.learn import Settings

@@ -10,9 +10,8 @@ from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.checks import check_json
 from regrow.cli.flags import Given
-from regrow.cli.processes import processes
 from regrow.cli.recover import tell
-from regrow.cli.runs import run_with_page
+from regrow.cli.runs import processes, run_with_page
 from regrow.cli.screen import number, say, say_peak, table, working
 from regrow.core.references import names_code
 from regrow.distributed import read_ranks

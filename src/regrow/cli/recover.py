@@ -7,8 +7,7 @@ import click
 
 from regrow.cli import options
 from regrow.cli.flags import Given
-from regrow.cli.processes import processes
-from regrow.cli.runs import run_command, run_with_page
+from regrow.cli.runs import processes, run_command, run_with_page
 from regrow.cli.screen import number, say, say_peak, table
 from regrow.distributed import ProcessRank, read_ranks
 from regrow.settings.recover import TRAINED, Settings

@@ -1,16 +1,21 @@
-"""Commands that write a run folder with its report page: their options, and their course on the screen."""
+"""Commands that write a run folder with its report page: their options, processes, and course on the screen."""
 
-from collections.abc import Callable
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from regrow.cli import options
-from regrow.cli.boundary import Verb
+from regrow.cli import boundary, options, screen
 from regrow.cli.screen import say, working
 from regrow.core.amounts import format_bytes
+from regrow.distributed import ProcessRank, read_ranks
 
 if TYPE_CHECKING:
     from regrow.store.run_folder import RunFolder
@@ -30,8 +35,9 @@ def run_command(
     """
 
     def make(function: Callable[..., None]) -> click.Command:
-        more: dict[str, Any] = {"settings": settings, "epilog": epilog, "distributed": distributed}
-        command = click.command(cls=Verb, resumed=("out",), **more)
+        command = click.command(
+            cls=boundary.Verb, resumed=("out",), settings=settings, epilog=epilog, distributed=distributed
+        )
         return command(options.run_folder(required=True)(function))
 
     return make
@@ -53,14 +59,7 @@ class RunPage:
     error: Exception | None = None
 
     def __call__(self, folder: Path) -> None:
-        """Write the page into the folder.
-
-        Args:
-            folder: The complete folder of the run.
-
-        Raises:
-            StoreError: If the disk is full, or the file cannot be written.
-        """
+        """Write the page into the complete folder of the run."""
         from regrow.reports import write_page
         from regrow.store.errors import StoreError
 
@@ -73,14 +72,7 @@ class RunPage:
             self.error = error
 
     def tell(self, folder: Path) -> None:
-        """Print where the page is, or why there is none.
-
-        Args:
-            folder: The folder of the finished run.
-
-        Raises:
-            Exception: If writing the page failed for another reason than a missing package.
-        """
+        """Print where the page of the finished run is, or why there is none; raise an error that is a bug."""
         from regrow.reports import ReportError
 
         if self.error is not None:
@@ -116,3 +108,44 @@ def run_with_page(
         say(f"{folder.path / 'before'} holds what the run started from, {size}: `regrow undo {folder.path}`")
     page.tell(folder.path)
     return folder
+
+
+@contextmanager
+def processes() -> Iterator[ProcessRank]:
+    """Connect this process with those that torchrun started for its run; yields its rank. Only rank 0 prints results.
+
+    Every rank ends with one line on the error stream once another one has failed or ended. Its temporary files are in a
+    folder of their own, which is deleted then, too.
+    """
+    ranks = read_ranks()
+    if not ranks.several:
+        yield ranks
+        return
+    from regrow.distributed.group import connected
+
+    screen.out.quiet = screen.out.quiet or not ranks.leads
+    with (
+        _temporary_files() as folder,
+        connected(ranks, lambda line: _end(line, folder), lambda error: boundary.failure_of(error).line),
+    ):
+        yield ranks
+
+
+@contextmanager
+def _temporary_files() -> Iterator[str]:
+    """Make the temporary files of this process in a folder of their own, inside the ``with`` block; yields it."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="regrow-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield folder
+        finally:
+            tempfile.tempdir = before
+
+
+def _end(line: str, folder: str) -> None:
+    """End the process, whatever its main thread waits for, and delete its temporary files."""
+    sys.stderr.write(f"regrow: {screen.printable(' '.join(line.split()))}\n")
+    sys.stderr.flush()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(boundary.ENVIRONMENT)

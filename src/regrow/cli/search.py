@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 
 from regrow.cli import options
 from regrow.cli.flags import Given
-from regrow.cli.processes import processes
-from regrow.cli.runs import run_command, run_with_page
+from regrow.cli.runs import processes, run_command, run_with_page
 from regrow.cli.screen import number, say, table
 from regrow.settings.search import Settings
 
