@@ -8,6 +8,7 @@ import torch
 import regrow
 from regrow.exporters.written import ExportError
 from regrow.jobs.export import run
+from regrow.jobs.recording import Invocation
 from regrow.settings.export import Settings
 
 transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
@@ -48,5 +49,6 @@ def test_the_recorded_input_of_a_saved_folder_is_used(tmp_path: Path) -> None:
         import saved_network
 
         regrow.save(saved_network.build(), tmp_path / "net", example=torch.randn(1, 3, 8, 8))
-        written = run(Settings(str(tmp_path / "net"), "onnx"), tmp_path / "net.onnx", code="saved_network:build")
+        call = Invocation(tmp_path / "net.onnx", "saved_network:build")
+        written = run(Settings(str(tmp_path / "net"), "onnx"), call)
     assert "input [batch, 3, 8, 8]" in written.notes[0]

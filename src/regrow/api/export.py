@@ -11,6 +11,7 @@ from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.exporters.written import Written
 from regrow.jobs.export import ExportInputs, carry_out, open_named
+from regrow.jobs.recording import Invocation
 from regrow.settings.export import Settings
 
 
@@ -60,7 +61,9 @@ def export(
     settings = Settings("" if isinstance(model, nn.Module) else str(model), format, dtype, cache)
 
     def inputs() -> ExportInputs:
-        opened = ExportInputs(model) if isinstance(model, nn.Module) else open_named(settings, progress=progress)
+        opened = (
+            ExportInputs(model) if isinstance(model, nn.Module) else open_named(settings, Invocation(progress=progress))
+        )
         return opened if example is None else replace(opened, example=to_example(example))
 
     return carry_out(settings, inputs, Path(out), progress=progress)

@@ -12,6 +12,7 @@ from regrow.data.batches import to_sources
 from regrow.data.joined import join_sources
 from regrow.jobs.evaluate import count_positions
 from regrow.jobs.models import with_origin
+from regrow.jobs.recording import Invocation
 from regrow.jobs.streamed import plan_streaming
 from regrow.methods.pruning.pruner import Pruner
 from regrow.scoring.layer_orders import BATCH
@@ -47,7 +48,8 @@ def open_to_prune(
     described = replace(settings, sources=names, seq_len=positions, tokens=max(1, total // max(1, len(names))))
     needs = {**needs, "a model without text": opened.loaded.tokenizer is None}
     amounts = len(batches), positions
-    plan = plan_streaming(opened, memory, described, pruner, amounts, needs, lambda line: progress(0, 1, line))
+    call = Invocation(memory=memory, announce=lambda line: progress(0, 1, line))
+    plan = plan_streaming(opened, call, described, pruner, amounts, needs)
     return opened, inputs, plan
 
 

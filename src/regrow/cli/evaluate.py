@@ -7,7 +7,7 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
-from regrow.cli.recover import tell
+from regrow.cli.results import say_outcome
 from regrow.cli.screen import number, say, say_peak, table, working, write_json
 from regrow.settings.evaluate import Settings
 
@@ -25,6 +25,7 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: 
     settings = given.build()
     options.say_code(settings.model, code)
     from regrow.jobs.evaluate import run as run_job
+    from regrow.jobs.recording import Invocation
     from regrow.store.run_folder import RunFolder
 
     folder = Path(settings.model)
@@ -32,7 +33,7 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: 
     if run:
         run.metrics()  # damaged ones are refused before anything is measured
     with working() as progress:
-        result = run_job(settings, progress, code=code, memory=memory, announce=say)
+        result = run_job(settings, Invocation("", code, memory, announce=say, progress=progress))
     if json_file:
         write_json(json_file, result)
     size = result["size"]
@@ -56,5 +57,5 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: 
         say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")
     if memory:
         say_peak(result["memory"])
-    if run:
-        tell(run)
+    if run and any(row["what"] == "recovery" for row in run.metrics()):
+        say_outcome(run)

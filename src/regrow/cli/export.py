@@ -37,9 +37,10 @@ def export(given: Given[Settings], out: Path, code: str, memory: str) -> None:
     settings = given.build()
     options.say_code(settings.run, code)
     from regrow.jobs.export import run
+    from regrow.jobs.recording import Invocation
 
     with working() as progress:
-        written = run(settings, out, progress, code=code, memory=memory, announce=say)
+        written = run(settings, Invocation(out, code, memory, announce=say, progress=progress))
     say(f"{written.path}: {number(written.bytes)} bytes")
     for note in written.notes:
         say(f"note: {note}")

@@ -22,6 +22,7 @@ from regrow.data.joined import join_batches
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceSpecs, read_sources
 from regrow.jobs.models import DTYPES, ModelSpec, load_model
+from regrow.jobs.recording import Invocation
 from regrow.jobs.streamed import needs_of_model, start_streaming
 from regrow.nets import Loaded
 from regrow.nets.precision import autocasting
@@ -149,36 +150,26 @@ def _measure_sources(
     return tuple(rows)
 
 
-def open_named(
-    settings: Settings,
-    *,
-    code: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-    progress: Progress = silent,
-) -> EvaluateInputs:
+def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
     """Open the network and the data that settings name; of each source the evaluation half is used.
 
     Args:
         settings: The settings of the evaluation.
-        code: The function ``pkg.mod:fn`` that builds the network of the folder, if that is the user's own code.
-        memory: How much memory the evaluation may use, such as ``4GiB``: a network that does not fit is read one block
-            at a time, with the same result. Empty: it is loaded whole.
-        announce: Called with one line that says how the evaluation stays within that memory.
-        progress: Called with (steps done, steps in all, what is being done).
+        invocation: How the command was called. A network that does not fit into its memory is read one block at a time,
+            with the same result.
     """
     spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, settings.sources)
     plan = None
-    if memory:
+    if invocation.memory:
         reset_peak()
         opened = open_network(spec.name, DTYPES.get(spec.dtype))
         tests = _read_tests(settings, opened.loaded)
-        plan = plan_evaluation(opened, tests, memory, settings)
+        plan = plan_evaluation(opened, tests, invocation.memory, settings)
         needs = {"--harness": bool(settings.harness), "--speed": settings.speed}
         needs |= needs_of_model(spec, settings.precision, opened)
-        if start_streaming(opened, plan, needs, announce):
+        if start_streaming(opened, plan, needs, invocation.announce):
             return EvaluateInputs(opened.loaded, tests, opened=opened, memory=plan)
-    loaded = load_model(spec, progress, code)
+    loaded = load_model(spec, invocation.progress, invocation.code)
     return EvaluateInputs(loaded, _read_tests(settings, loaded), memory=plan)
 
 
@@ -209,19 +200,12 @@ def count_positions(batch: Batch) -> int:
     return batch.size if ids is None else ids.numel()
 
 
-def run(
-    settings: Settings,
-    progress: Progress = silent,
-    *,
-    code: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Evaluate the model that settings name, as ``regrow evaluate`` does; arguments are as for :func:`open_named`.
+def run(settings: Settings, invocation: Invocation) -> dict[str, Any]:
+    """Evaluate the model that settings name, as ``regrow evaluate`` does.
 
     Returns:
         ``size``, ``perplexity``, ``accuracy``, ``choices``, ``harness`` and ``speed``, as JSON data; with a limit of
         memory, also ``memory``.
     """
-    inputs = partial(open_named, settings, code=code, memory=memory, announce=announce, progress=progress)
-    return carry_out(settings, inputs, progress=progress).record(Path(settings.model).name)
+    result = carry_out(settings, partial(open_named, settings, invocation), progress=invocation.progress)
+    return result.record(Path(settings.model).name)

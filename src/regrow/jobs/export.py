@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from regrow.core.axes import Example
     from regrow.exporters.written import Written
+    from regrow.jobs.recording import Invocation
     from regrow.streaming.requirements import MemoryTerms
 
 SPARE = 2**27
@@ -92,34 +93,24 @@ def carry_out(
     return replace(written, memory=record_peak(opened.memory))
 
 
-def open_named(
-    settings: Settings,
-    *,
-    code: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-    progress: Progress = silent,
-) -> ExportInputs:
+def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
     """Open the network that settings name.
 
     Args:
         settings: The settings of the export.
-        code: The function ``pkg.mod:fn`` that builds the network of the folder, if that is the user's own code.
-        memory: How much memory the export may use, such as ``4GiB``: tensors are then read one by one, for formats that
-            are written so, with the same bytes. Empty: the model is loaded whole.
-        announce: Called with one line that says what the export needs of that memory.
-        progress: Called with (steps done, steps in all, what is being done).
+        invocation: How the command was called. With a limit of memory tensors are read one by one, for formats that are
+            written so, with the same bytes.
     """
     from regrow.jobs.models import ModelSpec, load_model, with_origin
 
-    if memory:
-        return _open_by_tensor(settings, memory, announce)
-    progress(0, 1, "loading the model")
-    loaded = load_model(ModelSpec(settings.run, input=settings.input), progress, code)
+    if invocation.memory:
+        return _open_by_tensor(settings, invocation)
+    invocation.progress(0, 1, "loading the model")
+    loaded = load_model(ModelSpec(settings.run, input=settings.input), invocation.progress, invocation.code)
     return ExportInputs(with_origin(loaded), loaded.example)
 
 
-def _open_by_tensor(settings: Settings, memory: str, announce: Callable[[str], None]) -> ExportInputs:
+def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInputs:
     """Open a model whose tensors are read one by one, and check that the memory is enough for that."""
     from regrow.jobs.models import with_origin
     from regrow.streaming.opening import open_network
@@ -136,22 +127,14 @@ def _open_by_tensor(settings: Settings, memory: str, announce: Callable[[str], N
     block = max(sum(size[key] for key in block.names) for block in network.blocks)
     checked = sum(size[key] for key in network.outer) + block if opened.probe else 0
     terms = {"the interpreter": read_resident() + SPARE, "one tensor at a time": max(largest, checked)}
-    needs = MemoryTerms(parse_bytes(memory), terms)
+    needs = MemoryTerms(parse_bytes(invocation.memory), terms)
     needs.check(f"exporting {settings.run}")
     opened.check_output()
-    announce(str(needs))
+    invocation.announce(str(needs))
     return ExportInputs(model, weights=opened.weights.parameters(), memory=needs)
 
 
-def run(
-    settings: Settings,
-    out: Path,
-    progress: Progress = silent,
-    *,
-    code: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-) -> "Written":
-    """Export the model that settings name, as ``regrow export`` does; arguments are as for :func:`open_named`."""
-    inputs = partial(open_named, settings, code=code, memory=memory, announce=announce, progress=progress)
-    return carry_out(settings, inputs, out, progress=progress)
+def run(settings: Settings, invocation: "Invocation") -> "Written":
+    """Export the model that settings name, as ``regrow export`` does."""
+    inputs = partial(open_named, settings, invocation)
+    return carry_out(settings, inputs, Path(invocation.out), progress=invocation.progress)
