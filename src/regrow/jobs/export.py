@@ -16,7 +16,7 @@ from regrow.core.errors import InputError
 from regrow.core.process_memory import read_resident, reset_peak
 from regrow.core.progress import Progress, silent
 from regrow.settings.declaration import check_settings
-from regrow.settings.export import Settings
+from regrow.settings.export import FORMATS, Settings
 from regrow.store.outputs import check_output
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ SPARE = 2**27
 """Bytes that the interpreter and the writer need besides one tensor: parts of it that are compared."""
 COPIES = 2.5
 """The float32 copies of the largest tensor that there are at a time: its numbers, and what they become."""
-SUFFIXES = {"gguf": ".gguf", "onnx": ".onnx"}
-"""Formats that are a file → its suffix; the others are folders."""
-ARGUMENTS = {"transformers": ("dtype", "example"), "gguf": ("dtype", "weights"), "onnx": ("dtype", "example", "cache")}
-"""Format → what its writer, ``write`` of the module of its name, takes besides the network and the place."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class ExportInputs:
 
 def check_out(settings: Settings, out: Path) -> None:
     """Raise an error unless the file or folder may be written; loads nothing."""
-    suffix = SUFFIXES.get(settings.to)
+    suffix = FORMATS[settings.to].suffix
     if suffix and out.is_dir():
         raise InputError(f"{out} is a folder; name a file, for example {out / f'model{suffix}'}")
     if settings.run and out.exists() and out.resolve() == Path(settings.run).resolve():
@@ -84,7 +80,7 @@ def carry_out(
     opened = inputs()
     write = importlib.import_module(f"regrow.exporters.{settings.to}").write
     values = {"dtype": settings.dtype, "cache": settings.cache, "example": opened.example, "weights": opened.weights}
-    arguments = {name: values[name] for name in ARGUMENTS.get(settings.to, ())}
+    arguments = {name: values[name] for name in FORMATS[settings.to].takes}
     written: Written = write(opened.model, out, progress=progress, **arguments)
     if opened.memory is None:
         return written
@@ -116,8 +112,8 @@ def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInput
     from regrow.streaming.opening import open_network
     from regrow.streaming.requirements import MemoryTerms
 
-    if "weights" not in ARGUMENTS.get(settings.to, ()):
-        able = ", ".join(name for name, arguments in ARGUMENTS.items() if "weights" in arguments)
+    if "weights" not in FORMATS[settings.to].takes:
+        able = ", ".join(name for name, form in FORMATS.items() if "weights" in form.takes)
         raise InputError(f"{settings.to} needs the whole network in memory; leave out --memory, or export to {able}")
     reset_peak()
     opened = open_network(settings.run)

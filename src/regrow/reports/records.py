@@ -171,6 +171,13 @@ class Sizes(msgspec.Struct, frozen=True):
     before: SizeRow | None = None
     after: SizeRow | None = None
 
+    @property
+    def left(self) -> float | None:
+        """The counted weights after ÷ before."""
+        if not (self.before and self.after and self.before.params_counted):
+            return None
+        return self.after.params_counted / self.before.params_counted
+
 
 class MaskingCheck(msgspec.Struct, frozen=True):
     """A check of masked = shrunk."""

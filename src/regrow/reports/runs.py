@@ -253,9 +253,8 @@ class Run(msgspec.Struct, frozen=True):
     @property
     def kept(self) -> float | None:
         """The fraction of weights kept: the measured one, or else the requested one."""
-        before, after = self.size.before, self.size.after
-        if before and after and before.params_counted:
-            return after.params_counted / before.params_counted
+        if (left := self.size.left) is not None:
+            return left
         return self.keep if self.measure in ("", "weights") else None
 
 

@@ -16,9 +16,8 @@ _DOMAINS = {"seen": "on text domains seen in calibration", "unseen": "on unseen 
 
 def headline(run: Run) -> str:
     """Return one sentence on what was done to the model, and what it cost in quality."""
-    who, before, after = run.method or f"regrow {run.verb}", run.size.before, run.size.after
-    if before and after and before.params_counted:
-        left = after.params_counted / before.params_counted
+    who = run.method or f"regrow {run.verb}"
+    if (left := run.size.left) is not None:
         deed = "removed {} of" if left <= 1 else "added {} to"
         weights = "linear weights" if run.perplexity else "convolution and linear weights"
         deed = f"{who} {deed.format(q.percent(abs(1 - left)))} the {weights} of {run.model}."
@@ -54,10 +53,9 @@ def details(run: Run) -> list[str]:
 def key_numbers(run: Run) -> list[KeyNumber]:
     """Return the numbers at the head of the page."""
     before, after, budget, result = run.size.before, run.size.after, run.budget, list[KeyNumber]()
-    if before and after and before.params_counted:
+    if before and after and (left := run.size.left) is not None:
         figures = f"{q.count(after.params_counted)} of {q.count(before.params_counted)}"
-        share = q.percent(after.params_counted / before.params_counted)
-        result.append(KeyNumber("Weights" if run.verb == "grow" else "Weights kept", share, figures))
+        result.append(KeyNumber("Weights" if run.verb == "grow" else "Weights kept", q.percent(left), figures))
     elif run.keep is not None:
         result.append(KeyNumber("Requested fraction", q.percent(run.keep), f"of {run.measure or 'weights'}"))
     if budget and budget.asked is not None and budget.after is not None:

@@ -8,13 +8,29 @@ from regrow.core.errors import InputError
 from regrow.settings.declaration import Setting
 from regrow.settings.shared import Input
 
-FORMATS: Mapping[str, tuple[str, ...]] = {
-    "transformers": ("", "float32", "bfloat16", "float16"),
-    "gguf": ("f16", "f32", "bf16", "q8_0", "q6_k"),
-    "onnx": ("float32", "int8"),
-    "torchvision": ("",),
+
+@dataclass(frozen=True)
+class Format:
+    """The properties of an export format, which the module of its name in ``regrow.exporters`` writes.
+
+    Args:
+        dtypes: The dtypes in which it stores weights, of which the first is the default; empty text: as they are.
+        takes: What its ``write`` takes besides the network and the place: ``dtype``, ``example`` (an input), ``cache``
+            (whether the graph has a key-value cache), ``weights`` (parameters by name, read one by one).
+        suffix: The suffix of its files; empty if it is a folder.
+    """
+
+    dtypes: tuple[str, ...]
+    takes: tuple[str, ...]
+    suffix: str = ""
+
+
+FORMATS: Mapping[str, Format] = {
+    "transformers": Format(("", "float32", "bfloat16", "float16"), ("dtype", "example")),
+    "gguf": Format(("f16", "f32", "bf16", "q8_0", "q6_k"), ("dtype", "weights"), ".gguf"),
+    "onnx": Format(("float32", "int8"), ("dtype", "example", "cache"), ".onnx"),
+    "torchvision": Format(("",), ()),
 }
-"""Format → the dtypes in which it stores weights, of which the first is the default (empty: as they are)."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +54,10 @@ class Settings:
         """Check the format and its dtype, and complete the dtype."""
         if self.to not in FORMATS:
             raise InputError(f"there is no format {self.to!r}; known: {', '.join(FORMATS)}")
-        dtypes = FORMATS[self.to]
+        dtypes, takes = FORMATS[self.to].dtypes, FORMATS[self.to].takes
         if self.dtype and self.dtype not in dtypes:
             stored = ", ".join(filter(None, dtypes)) or "weights as they are"
             raise InputError(f"{self.to} does not store {self.dtype!r}; it stores {stored}")
-        if self.cache and self.to != "onnx":
+        if self.cache and "cache" not in takes:
             raise InputError(f"{self.to} has no graph with a cache to choose; cache is for onnx")
         object.__setattr__(self, "dtype", self.dtype or dtypes[0])

@@ -116,7 +116,9 @@ def write(
     target = check_output(out, (".onnx",))
     net, notes = _plain(model)
     tokenizer = getattr(model, "tokenizer", None)
-    with _staged(target) as stage, _quiet(), evaluating(net):
+    with explain_os_errors(target):
+        clear_abandoned(target)
+    with explain_os_errors(target), staging_folder(target) as stage, _quiet(), evaluating(net):
         progress(0, steps, "recording the network")
         call = describe_call(net, _example(net, example), cache=cache)
         recorded = _record(call, stage / "float32" / target.name, progress, steps)
@@ -259,15 +261,6 @@ def _compare_int8(session: OnnxSession, tokenizer: Any, lengths: Mapping[str, in
         for name, value in predictions.items():
             checked["nats_int8" if name == "nats_onnx" else f"int8_{name}"] = value
     return checked
-
-
-@contextlib.contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside the file for unfinished files; it is deleted at the end."""
-    with explain_os_errors(out):
-        clear_abandoned(out)
-        with staging_folder(out) as stage:
-            yield stage
 
 
 @contextlib.contextmanager
