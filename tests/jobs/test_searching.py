@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import regrow
-from commands.results import rows, same_parameters
+from jobs.results import rows, same_parameters
 from regrow.allocation.regrowth import kind_of
 from regrow.allocation.stages import MemoryStages
 from regrow.core import amounts

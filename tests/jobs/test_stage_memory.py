@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 import regrow
-from commands.results import rows, same_parameters
+from jobs.results import rows, same_parameters
 from regrow.allocation.stages import MemoryBudgetError
 from regrow.core.objectives import CLASSIFICATION
 from regrow.jobs import search, stage_memory
