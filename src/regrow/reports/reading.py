@@ -198,21 +198,19 @@ def widths(folder: RunRecord) -> tuple[list[AxisKind], dict[str, int]]:
         last[key] = len(change["keep"]) + len(change.get("restore", ())) + change.get("grow", 0)
     after = {axis.key: axis.size for axis in folder.axes.after} if folder.axes else {}
     before = (folder.axes.before if folder.axes else []) or [AxisRow(key, size) for key, size in first.items()]
-    rows: dict[str, list[AxisWidth]] = {}
+    rows: dict[str, list[tuple[str, str, int, int]]] = {}
     frozen: Counter[str] = Counter()
     for axis in before:
         if axis.mark == "frozen" and axis.key not in last:
             frozen[axis.reason or "no reason given"] += 1
         elif axis.size:
             left = last.get(axis.key, after.get(axis.key, axis.size))
-            width = AxisWidth(axis.key, axis.block or block_of(axis.key), axis.size, left)
+            width = (axis.key, axis.block or block_of(axis.key), axis.size, left)
             rows.setdefault(kind_of(axis.key, axis.label), []).append(width)
     groups = []
     for kind, members in rows.items():
-        depths, numbered = depths_of([row.block for row in members])
-        ordered = [
-            AxisWidth(row.key, row.block, row.before, row.after, at) for row, at in zip(members, depths, strict=True)
-        ]
+        depths, numbered = depths_of([block for _, block, *_ in members])
+        ordered = [AxisWidth(*member, depth) for member, depth in zip(members, depths, strict=True)]
         groups.append(AxisKind(kind, numbered, sorted(ordered, key=lambda row: row.depth)))
     return groups, dict(frozen.most_common())
 
