@@ -45,7 +45,7 @@ from regrow import apply
 from regrow.core.budget import Budget
 from regrow.core.sources import Source
 from regrow.data import Half
-from regrow.data.windows import token_windows
+from regrow.data.text import token_windows
 from regrow.evaluation import perplexity
 from regrow.jobs.generated import fill_generated
 from regrow.jobs.inputs import SourceSpecs, read_sources

@@ -14,7 +14,7 @@ from regrow import nets
 from regrow.cli.runs import RunPage
 from regrow.core.errors import InputError
 from regrow.jobs import cutting, recovery_memory
-from regrow.nets.weight_files import WeightFile, check_unchanged
+from regrow.nets.loaded import WeightFile, check_unchanged
 from regrow.streaming import checkpoint, requirements
 
 SOURCE = ("--keep", "0.7", "--source", "news", "--tokens", "64", "--eval-tokens", "64", "--seq-len", "32")

@@ -8,7 +8,7 @@ from torch import nn
 from regrow.api.inputs import DeviceLike, LossLike, ModelLike, read_inputs
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
-from regrow.nets.precision import autocasting
+from regrow.nets.devices import autocasting
 from regrow.training import tune
 
 

@@ -18,10 +18,9 @@ from regrow.data.batches import ReadOptions, to_sources
 from regrow.evaluation.generation import generate_source
 from regrow.jobs.models import ModelSpec, load_model, with_origin
 from regrow.nets import Origin
-from regrow.nets.devices import choose_device
+from regrow.nets.devices import check_precision, choose_device
 from regrow.nets.examples import guessed_example
-from regrow.nets.precision import check_precision
-from regrow.nets.weight_files import WeightFile
+from regrow.nets.loaded import WeightFile
 from regrow.store.building import describe_origin
 from regrow.tracing import TraceError, trace
 

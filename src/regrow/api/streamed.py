@@ -8,8 +8,8 @@ from regrow.api.inputs import Arguments, Inputs, choose_reading
 from regrow.core.errors import InputError
 from regrow.core.objectives import choose_objective
 from regrow.core.progress import Progress
+from regrow.data.batch_streams import join_sources
 from regrow.data.batches import to_sources
-from regrow.data.joined import join_sources
 from regrow.jobs.evaluate import count_positions
 from regrow.jobs.models import with_origin
 from regrow.jobs.recording import Invocation

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Example
-from regrow.core.errors import RefusedError
-from regrow.nets.errors import first_line
+from regrow.core.errors import RefusedError, first_line
 from regrow.nets.examples import written_shape
 from regrow.store.errors import StoreError
 from regrow.store.models import keep_others

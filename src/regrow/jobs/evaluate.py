@@ -18,15 +18,15 @@ from regrow.core.objectives import Objective
 from regrow.core.process_memory import reset_peak
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
-from regrow.data.joined import join_batches
+from regrow.data.batch_streams import join_batches
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceSpecs, read_sources
 from regrow.jobs.models import DTYPES, ModelSpec, load_model
 from regrow.jobs.recording import Invocation
 from regrow.jobs.streamed import needs_of_model, start_streaming
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting
-from regrow.nets.weight_files import check_unchanged
+from regrow.nets.devices import autocasting
+from regrow.nets.loaded import check_unchanged
 from regrow.settings.declaration import check_settings
 from regrow.settings.evaluate import Settings
 from regrow.streaming.network import StreamedNetwork
@@ -125,7 +125,7 @@ def carry_out(
         if settings.speed:
             example = Batch(loaded.example.args, loaded.example.kwargs)
             batch = opened.tests[0].batches[0] if opened.tests else example
-            speed = evaluation.speed({"model": model}, batch, progress=progress)["model"]
+            speed = evaluation.speed(model, batch, progress=progress)
     check_unchanged(loaded.files)
     memory = record_peak(plan) if plan else None
     return EvaluateResult(model, sources, tuple(choices), tuple(harness), speed, memory)

@@ -9,7 +9,6 @@ from torch import nn
 from regrow.core.axes import Example
 from regrow.core.limits import expanded
 from regrow.data.vision import side_of
-from regrow.nets.errors import ModelError
 from regrow.nets.examples import (
     guessed_example,
     image_example,
@@ -19,7 +18,7 @@ from regrow.nets.examples import (
     text_example,
     written_shape,
 )
-from regrow.nets.loaded import Loaded, Origin
+from regrow.nets.loaded import Loaded, ModelError, Origin
 
 
 def find_image_side(sources: Sequence[str]) -> int:

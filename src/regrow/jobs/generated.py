@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
-from regrow.data.windows import find_separator, find_start
+from regrow.data.text import find_separator, find_start
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.exchange import broadcast_tensors
 from regrow.evaluation.generation import generate_tokens

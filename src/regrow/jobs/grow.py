@@ -22,7 +22,7 @@ from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.recording import Clock, Invocation, Record, Recorder, RunStart, record_plan
 from regrow.jobs.training_memory import plan_growth_memory
 from regrow.nets import Loaded
-from regrow.nets.precision import check_precision
+from regrow.nets.devices import check_precision
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.grow import Settings
 from regrow.store.run_folder import RunFolder

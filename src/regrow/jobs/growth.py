@@ -23,7 +23,7 @@ from regrow.jobs.forward_outputs import (
     run_once,
 )
 from regrow.jobs.recording import Record
-from regrow.nets.precision import autocasting
+from regrow.nets.devices import autocasting
 from regrow.surgery import apply, verify
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import shallow_copy

@@ -13,8 +13,8 @@ from regrow.core.errors import InputError
 from regrow.core.source_names import GENERATED, check_evaluated
 from regrow.core.sources import Batch, Source
 from regrow.data import Half
+from regrow.data.text import find_separator, find_start, token_windows
 from regrow.data.vision import digits, images
-from regrow.data.windows import find_separator, find_start, token_windows
 from regrow.evaluation.generation import check_generation, describe_generated
 from regrow.nets import Loaded
 

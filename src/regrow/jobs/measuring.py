@@ -20,7 +20,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.jobs.recording import Record
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting
+from regrow.nets.devices import autocasting
 from regrow.streaming.network import StreamedNetwork
 from regrow.tracing.capture import first_line
 

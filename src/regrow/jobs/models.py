@@ -13,12 +13,12 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.progress import Progress, silent
 from regrow.jobs.example_inputs import find_input, input_arguments
 from regrow.nets import Loaded, ModelError
-from regrow.nets.code import call_builder, check_code, import_builder
 from regrow.nets.devices import choose_device
 from regrow.nets.examples import read_shape, shaped_example
 from regrow.nets.files import check_files
+from regrow.nets.load import call_builder, check_code, import_builder
+from regrow.nets.loaded import WeightFile
 from regrow.nets.packaged import PACKAGED
-from regrow.nets.weight_files import WeightFile
 from regrow.store import probe
 from regrow.store.run_record import RUN, read_run
 from regrow.streaming.opening import open_network

@@ -35,8 +35,8 @@ from regrow.jobs.shared_work import SharedWork
 from regrow.jobs.streamed_run import PrunedNetwork, open_streamed
 from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
 from regrow.nets import Loaded
+from regrow.nets.devices import autocasting, check_precision
 from regrow.nets.loaded import check_same_files
-from regrow.nets.precision import autocasting, check_precision
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import Settings
 from regrow.store.run_folder import RunFolder

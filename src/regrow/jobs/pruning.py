@@ -13,7 +13,7 @@ from regrow.core.budget import Budget, Timing
 from regrow.core.evidence import Evidence, Need
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source
-from regrow.data.joined import join_batches
+from regrow.data.batch_streams import join_batches
 from regrow.jobs.measuring import timed_input
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner

@@ -29,8 +29,7 @@ from regrow.jobs.same_inputs import check_same_inputs, check_same_settings
 from regrow.jobs.streamed_recovery import StreamedRecovery, open_recovery
 from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded
-from regrow.nets.devices import choose_device
-from regrow.nets.precision import check_precision
+from regrow.nets.devices import check_precision, choose_device
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.store.ledger import with_branches_of

@@ -24,7 +24,7 @@ from regrow.methods.recovery import task as recovery
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.streamed import REFIT_FIELDS, StreamedPair
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting
+from regrow.nets.devices import autocasting
 from regrow.settings.recover import CLOSED_FORM
 from regrow.store.statistics import fingerprint, parameter_sums
 from regrow.store.tensors import open_checkpoint

@@ -25,11 +25,11 @@ from regrow.methods.search.assembly import Search
 from regrow.nets import Loaded, bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
-from regrow.nets.code import Builder, call_builder, import_builder
-from regrow.nets.fits import check_space_fits
+from regrow.nets.load import Builder, call_builder, import_builder
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
+from regrow.nets.staged import check_space_fits
 from regrow.settings.search import Settings, parse_search_target
 from regrow.tracing.placeholder import find_placeholders
 

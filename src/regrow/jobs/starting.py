@@ -16,7 +16,7 @@ from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.parents import BEFORE
 from regrow.jobs.task_sequences import parse_sequence
 from regrow.nets import Loaded
-from regrow.nets.code import check_code
+from regrow.nets.load import check_code
 from regrow.nets.small import BUILDERS
 
 

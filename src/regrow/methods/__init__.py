@@ -203,7 +203,7 @@ def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
     for table in _tables(kind):
         if name in table:
             return table[name]
-    from regrow.nets.code import import_object
+    from regrow.nets.load import import_object
 
     if names_code(name):
         return _checked(kind, name, import_object(name))
@@ -276,7 +276,7 @@ def refuse_recorded_code(name: str, command: str) -> None:
 
 def added_methods() -> dict[str, MethodEntry]:
     """Return the methods that installed packages add, by name; those that cannot be imported are left out."""
-    from regrow.nets.code import import_object
+    from regrow.nets.load import import_object
 
     methods = {}
     for point in _added().values():

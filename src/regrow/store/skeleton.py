@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from regrow.nets import Loaded, ModelError
 from regrow.nets.examples import guessed_example, text_example
 from regrow.nets.files import check_files
-from regrow.nets.skeleton import replacing_parameters
+from regrow.nets.language import replacing_parameters
 from regrow.store.building import build_checked
 from regrow.store.errors import StoreError
 from regrow.store.models import read_shapes

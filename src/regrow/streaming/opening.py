@@ -13,8 +13,8 @@ from regrow.core.limits import expanded
 from regrow.core.process_memory import set_mmap_threshold
 from regrow.nets import Loaded
 from regrow.nets.files import check_config
+from regrow.nets.language import load_skeleton
 from regrow.nets.packaged import PACKAGED, packaged_folder
-from regrow.nets.skeleton import load_skeleton
 from regrow.store.probe import FILE, check_probe
 from regrow.store.replacing import read_whole
 from regrow.store.shapes import SHAPES

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hand import lm, mlp, texts
 from regrow import Plan, apply, trace
 from regrow.core.sources import Batch, Source, logits_in
-from regrow.data.joined import concatenate
+from regrow.data.batch_streams import concatenate
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask, bias, distil, fitting, lora, refit, refit_work

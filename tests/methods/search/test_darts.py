@@ -26,8 +26,7 @@ from regrow.core.candidates import candidates_in
 from regrow.core.tasks import Examples, Task
 from regrow.methods.search.darts import Settings, build
 from regrow.methods.search.importance import choose_operations, weigh_operations
-from regrow.nets.cell_operations import operation
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, operation, supernet
 from regrow.nets.small import small
 from regrow.surgery.parametrize import parametrize
 from regrow.training.continual import TaskSchedule, learn

@@ -33,7 +33,7 @@ from regrow.exporters.gguf.quants import BLOCK, TYPES, Floats, allowed_error, en
 from regrow.exporters.gguf.tokens import Vocabulary, vocabulary, write_vocabulary
 from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets.blocks import ATTENTION, MLP
-from regrow.nets.errors import needs
+from regrow.nets.loaded import needs
 from regrow.store.atomic import atomic_write
 from regrow.store.outputs import check_output
 

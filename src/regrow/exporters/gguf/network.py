@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow.exporters.written import ExportError
 from regrow.nets.blocks import ATTENTION, DecoderLayer, blocks
-from regrow.nets.errors import ModelError
+from regrow.nets.loaded import ModelError
 from regrow.tracing.placeholder import PlaceholderModule
 
 CHECKED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")

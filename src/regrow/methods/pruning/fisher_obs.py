@@ -20,7 +20,7 @@ from regrow import scoring
 from regrow.allocation import uniform
 from regrow.core.evidence import Need
 from regrow.core.scores import Scores
-from regrow.data.joined import join_sources
+from regrow.data.batch_streams import join_sources
 from regrow.methods.pruning.compared_allocations import choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
 from regrow.scoring.activations import energy

@@ -14,7 +14,7 @@ from typing import Annotated
 from regrow import scoring
 from regrow.core.evidence import Need
 from regrow.core.scores import Scores
-from regrow.data.joined import join_sources
+from regrow.data.batch_streams import join_sources
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scoring.activations import energy
 from regrow.scoring.layer_orders import BATCH, order_layers

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.sources import Batch
-from regrow.data.joined import concatenate, form_of, is_joinable
+from regrow.data.batch_streams import concatenate, form_of, is_joinable
 
 ELEMENTS, BATCHES = 2048, 16
 """The fewest elements of inputs (tokens of text) that run together, unless there are fewer in all; and into how many

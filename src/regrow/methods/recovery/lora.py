@@ -17,7 +17,7 @@ from regrow.core.axes import AxisGraph
 from regrow.core.sources import Batch
 from regrow.methods.recovery.fitting import fit_recovery
 from regrow.methods.recovery.task import Recovery, RecoveryTask
-from regrow.nets.errors import needs
+from regrow.nets.loaded import needs
 from regrow.tracing.placeholder import set_modules
 from regrow.training.freeze import freeze
 

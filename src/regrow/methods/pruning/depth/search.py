@@ -15,7 +15,7 @@ from regrow.core.branches import Branch, lies_in
 from regrow.core.errors import RefusedError
 from regrow.core.scores import Scores
 from regrow.core.sources import Batch, Source
-from regrow.data.joined import join_batches
+from regrow.data.batch_streams import join_batches
 from regrow.evaluation.forward import evaluating
 from regrow.methods.pruning.depth.modules import least_cost, score_neurons
 from regrow.methods.pruning.depth.settings import Settings
