@@ -263,7 +263,7 @@ LOADED = (
     "accelerate", "filecmp", "gguf", "jinja2", "matplotlib.pyplot", "onnx", "sklearn.datasets",
     "tokenizers.implementations", "torch", "torchvision.models", "toys", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "regrow.cli.app",
-    "regrow.exporters.formats", "regrow.exporters.gguf", "regrow.exporters.onnx", "regrow.exporters.transformers",
+    "regrow.jobs.export", "regrow.exporters.gguf", "regrow.exporters.onnx", "regrow.exporters.transformers",
     "regrow.reports", "regrow.jobs.evaluate", "regrow.jobs.learn", "regrow.jobs.prune",
     "regrow.jobs.recover", "regrow.jobs.search",
 )  # fmt: skip

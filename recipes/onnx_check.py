@@ -21,7 +21,7 @@ import torch
 from regrow.data import Half, text, windows
 from regrow.exporters.onnx import OPSET, write
 from regrow.exporters.onnx.calls import describe_call
-from regrow.exporters.onnx.reading import OnnxSession, start_inputs
+from regrow.exporters.onnx.files import OnnxSession, start_inputs
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.nets.examples import text_example
 
@@ -54,8 +54,8 @@ def compared(run: str, dtype: str) -> dict[str, Any]:
     model.tokenizer = tokenizer
     with tempfile.TemporaryDirectory() as folder:
         written = write(model, Path(folder) / "net.onnx", dtype=dtype, progress=lambda *at: print(run, dtype, *at))
-        reading = OnnxSession(written.path, describe_call(model, text_example(model, len(tokenizer))))
-        found = {kind: foreseen(reading, kind, tokenizer) for kind in KINDS}
+        session = OnnxSession(written.path, describe_call(model, text_example(model, len(tokenizer))))
+        found = {kind: foreseen(session, kind, tokenizer) for kind in KINDS}
 
     def over(key: str, together: Callable[..., float]) -> float:
         return together([one[key] for one in found.values()])
@@ -87,13 +87,13 @@ def settings_of(run: Path) -> dict[str, Any]:
     }
 
 
-def foreseen(reading: OnnxSession, kind: str, tokenizer: Any) -> dict[str, float]:
+def foreseen(session: OnnxSession, kind: str, tokenizer: Any) -> dict[str, float]:
     """The next token after each prompt of a kind, in torch and in the file, and all logits of the prompts."""
     source = windows(text(kind), tokenizer, n=PROMPTS, seq_len=TOKENS, half=Half.EVALUATION)
     differ, margins, differences, largest = 0, [0.0], [0.0], [0.0]
     for batch in source:
-        inputs = start_inputs(reading.call, batch.args[0])
-        said, meant = reading.says(inputs)[0][0], reading.meant(inputs)[0][0]
+        inputs = start_inputs(session.call, batch.args[0])
+        said, meant = session.run(inputs)[0][0], session.run_torch(inputs)[0][0]
         first, second = int(meant[-1].argmax()), int(said[-1].argmax())
         differ += first != second
         margins.append(float(meant[-1, first] - meant[-1, second]))

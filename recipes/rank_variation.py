@@ -9,7 +9,9 @@ from sampling noise. ``--texts`` is as for ``width_pruning.py``. Nothing is prun
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from width_pruning_points import FOLDS, Row
 
 from regrow.core.scores import Need
 from regrow.reports import figures
+from regrow.reports.drawing import Drawing
 from regrow.reports.runs import RunFindings
 from regrow.scoring.collect import collect
 from regrow.scoring.metrics import METRICS
@@ -32,6 +35,20 @@ COLUMNS = (
     *("scores", "units", "F > 1", "beyond noise", "share", "Spearman, domains"),
     *("shards: different / same domain", "sd: all / between / within"),
 )
+
+
+def svg_file(drawing: Drawing, margin: int = 16) -> str:
+    """The wide drawing as the text of an SVG file, with the page's colours for light and dark mode."""
+    css = (resources.files("regrow.reports") / "templates" / "style.css").read_text(encoding="utf-8")
+    rows = re.findall(r"(--paper: [^;]*;) --ink: ([^;]*);([^}]*?)--wash", css)
+    light, dark = (f"{paper}color:{ink};{' '.join(rest.split())}" for paper, ink, rest in rows[:2])
+    head, _, rest = drawing.wide.replace("xlink:", "").partition(">")
+    width, height = (float(side) + 2 * margin for side in re.findall(r"[\d.]+", head)[2:4])
+    box = f'viewBox="{-margin} {-margin} {width:g} {height:g}"'
+    head = re.sub(r'viewBox="[^"]*"', f'xmlns="http://www.w3.org/2000/svg" {box}', head)
+    style = f"svg{{font-family:system-ui,sans-serif;{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}"
+    paper = f'<rect x="{-margin}" y="{-margin}" width="{width:g}" height="{height:g}" style="fill:var(--paper)"/>'
+    return f"{head}><style>{style}</style>{paper}{rest}\n"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,7 +102,7 @@ def draw(out: Path, result: Mapping[str, Any]) -> None:
     """Draw how far ranks vary in each layer (``wifv``), beside the result."""
     found = msgspec.convert({"method": "", "spectrum": result["rows"]["wifv"]}, RunFindings)
     if drawing := figures.spectrum(found):
-        out.with_suffix(".svg").write_text(drawing.file())
+        out.with_suffix(".svg").write_text(svg_file(drawing))
 
 
 def main() -> None:

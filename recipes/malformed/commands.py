@@ -54,7 +54,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(f"prune {TOY} --keep 0.7 --out out", options=(
         "--method", "--keep", "--target", "--only", "--exclude", "--mark", "--round", "--measure", "--set", "--tokens",
         "--seed", "--dtype", "--device", "--recover", "--recover-tokens", "--finetune", "--source", "--unseen",
-        "--base", "--out", "--seq-len", "--eval-tokens", "MODEL")),
+        "--out", "--seq-len", "--eval-tokens", "MODEL")),
     Command(f"prune toys:classifier --method wanda_sp --keep 0.7 {DIGITS} --out out", options=(
         "--source", "--tokens", "--eval-tokens", "--dtype", "--finetune", "--recover", "--set")),
     Command("prune toys:classifier --method wanda_sp --keep 0.7 --source p=images --tokens 8 --eval-tokens 4 --out out",

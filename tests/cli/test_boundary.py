@@ -64,7 +64,7 @@ def test_a_bug_leaves_a_report_without_secrets_and_without_values(
     regrow: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("regrow.jobs.evaluate.evaluate", failing(KeyError("x")))
+    monkeypatch.setattr("regrow.jobs.evaluate.run", failing(KeyError("x")))
     monkeypatch.setattr(boundary, "_foreign", lambda tb: None)
     Path(tmp_path, "private").mkdir()
     Path(tmp_path, "my", "model").mkdir(parents=True)
@@ -120,7 +120,7 @@ def test_the_machine_behind_an_error_gives_its_exit_code(tmp_path: Path) -> None
 
 
 def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow.exporters.formats.export_model", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.jobs.export.run", failing(KeyboardInterrupt()))
     monkeypatch.setattr("regrow.jobs.prune.run", failing(KeyboardInterrupt()))
     monkeypatch.setattr("regrow.jobs.prune.plan_named", failing(KeyboardInterrupt()))
     prune = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8")

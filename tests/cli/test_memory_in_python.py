@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import regrow
-from regrow.api import streamed
+from regrow.jobs import evaluate
 from regrow.streaming import requirements
 
 FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "probe.st", "axes.json", "scores.json")
@@ -77,13 +77,13 @@ def test_a_module_is_not_read_from_files():
 
 
 def test_padded_and_unlabelled_positions_count(tiny_language_model, monkeypatch):
-    counts, planned = [], streamed.plan_memory
+    counts, planned = [], evaluate.plan_memory
 
     def counted(network, limit, windows, tokens, **more):
         counts.append(tokens)
         return planned(network, limit, windows, tokens, **more)
 
-    monkeypatch.setattr(streamed, "plan_memory", counted)
+    monkeypatch.setattr(evaluate, "plan_memory", counted)
     ids = torch.randint(1000, (2, 16))
     labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]

@@ -141,7 +141,6 @@ def test_gguf_does_not_overwrite_what_it_exports(regrow, tmp_path, capfd):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from regrow.exporters.gguf import write
-    from regrow.exporters.written import ExportError
 
     few = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **few))
@@ -150,7 +149,7 @@ def test_gguf_does_not_overwrite_what_it_exports(regrow, tmp_path, capfd):
     before = digests(tmp_path)
     words = ("export", "llama", "--to", "gguf", "--out")
     refused(regrow(*words, "llama/model.safetensors"), "llama/model.safetensors", "name a new file")
-    with pytest.raises(ExportError, match="name a new file"):
+    with pytest.raises(StoreError, match="name a new file"):
         write(model, "llama/model.safetensors")
     os.mkfifo("fifo.gguf")
     refused(regrow(*words, "fifo.gguf"), "name a regular file")

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import Run
-from regrow.cli import boundary
-from regrow.cli.streams import _Output
+from regrow.cli import _Output, boundary
 from regrow.data import SourceError
 from regrow.data.text import text
 from regrow.nets import ModelError

@@ -264,7 +264,7 @@ def test_a_watch_that_fails_ends_the_process():
 
 
 def test_temporary_files_are_deleted_before_the_process_ends(monkeypatch, capsys):
-    from regrow.cli import processes
+    from regrow.cli import runs as processes
 
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from exporters.deci import File, logits
-from regrow import Plan, apply, load, trace, with_branches
+from regrow import Plan, apply, export, load, trace, with_branches
 from regrow.core.branches import Placeholder
+from regrow.exporters import gguf as format
 from regrow.exporters.gguf import write
-from regrow.exporters.gguf import writer as export
 from regrow.exporters.gguf.network import describe_decoder
 from regrow.exporters.gguf.quants import allowed_error, encode, q6_k
 from regrow.exporters.written import ExportError
@@ -259,20 +259,20 @@ def test_a_file_that_says_something_else_is_noticed(dtype: str, tmp_path: Path, 
         values.flat[-1] += values.max() / 8
         return encode(values, kind, gguf)
 
-    monkeypatch.setattr(export, "encode", wrong)
+    monkeypatch.setattr(format, "encode", wrong)
     with pytest.raises(ExportError, match="is off by up to"):
         write(model, tmp_path / "model.gguf", dtype=dtype)
     assert not [*tmp_path.iterdir()]
 
 
 def test_a_file_that_a_full_disk_cut_short_is_noticed(tmp_path: Path, monkeypatch) -> None:
-    put = export._put
+    put = format._write_file
 
     def short(gguf, path, *more):
         put(gguf, path, *more)
         os.truncate(path, path.stat().st_size - 1000)
 
-    monkeypatch.setattr(export, "_put", short)
+    monkeypatch.setattr(format, "_write_file", short)
     with pytest.raises(ExportError, match=r"cannot be read back .*; the disk may be full: free some space"):
         write(llama(1), tmp_path / "model.gguf")
     assert not [*tmp_path.iterdir()]
@@ -280,12 +280,12 @@ def test_a_file_that_a_full_disk_cut_short_is_noticed(tmp_path: Path, monkeypatc
 
 def test_places_and_types_that_make_no_sense(tmp_path: Path) -> None:
     model = llama(1)
-    with pytest.raises(ExportError, match="is a folder"):
-        write(model, tmp_path)
-    with pytest.raises(ExportError, match="there is no folder"):
+    with pytest.raises(ValueError, match="is a folder"):
+        export(model, tmp_path, format="gguf")
+    with pytest.raises(ValueError, match="there is no folder"):
         write(model, tmp_path / "no" / "model.gguf")
-    with pytest.raises(ExportError, match="known are f32, bf16, f16, q8_0, q6_k"):
-        write(model, tmp_path / "model.gguf", dtype="int4")
+    with pytest.raises(ValueError, match="it stores f16, f32, bf16, q8_0, q6_k"):
+        export(model, tmp_path / "model.gguf", format="gguf", dtype="int4")
 
 
 def test_a_saved_run_gives_the_same_file_and_a_name_leads_nowhere(tmp_path: Path) -> None:

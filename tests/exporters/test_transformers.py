@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import regrow
-from regrow.exporters.formats import export_model
 from regrow.exporters.written import ExportError
+from regrow.jobs.export import run
+from regrow.jobs.recording import Invocation
+from regrow.settings.export import Settings
 
 transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "image_size": 32} | {
@@ -21,10 +23,10 @@ VISION = ("ViT", "DeiT", "Dinov2")
 def test_a_vision_transformer_is_written_and_compared(name: str, tmp_path: Path) -> None:
     config = getattr(transformers, f"{name}Config")(**SIZES, num_labels=5)
     getattr(transformers, f"{name}ForImageClassification")(config).save_pretrained(tmp_path / "model")
-    written = export_model(tmp_path / "model", "transformers", tmp_path / "plain")
+    written = regrow.export(tmp_path / "model", tmp_path / "plain", format="transformers")
     assert written.checked["max_abs_diff"] == 0 and "no code needed" in written.notes[0]
     regrow.prune(tmp_path / "model", {"x": torch.randn(4, 3, 32, 32)}, keep=0.8, method="random", out=tmp_path / "cut")
-    written = export_model(tmp_path / "cut", "transformers", tmp_path / "made")
+    written = regrow.export(tmp_path / "cut", tmp_path / "made", format="transformers")
     assert written.checked["max_abs_diff"] < 1e-5 and written.checked["loaded_as"].startswith("Regrown")
 
 
@@ -47,5 +49,6 @@ def test_the_recorded_input_of_a_saved_folder_is_used(tmp_path: Path) -> None:
         import saved_network
 
         regrow.save(saved_network.build(), tmp_path / "net", example=torch.randn(1, 3, 8, 8))
-        written = export_model(tmp_path / "net", "onnx", tmp_path / "net.onnx", code="saved_network:build")
+        call = Invocation(tmp_path / "net.onnx", "saved_network:build")
+        written = run(Settings(str(tmp_path / "net"), "onnx"), call)
     assert "input [batch, 3, 8, 8]" in written.notes[0]

@@ -3,7 +3,6 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import pytest
 
@@ -179,17 +178,6 @@ def test_figures_are_text_in_the_pages_colours(learned):
             assert svg.count("<text") == len(re.findall(r"<text [^>]*fill: (?:var|current)", svg))  # black is unseen
             width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
             assert width in (350, 760) and height < 2000
-
-
-def test_a_figure_is_a_file_of_its_own(tmp_path):
-    """Well-formed, with every colour and reference it uses."""
-    drawing = figures.widths(read_summary([write_run(tmp_path / "a")]).runs[0])
-    svg = ElementTree.fromstring(drawing.file(margin=10))
-    text = drawing.file()
-    assert svg.tag == "{http://www.w3.org/2000/svg}svg" and svg.get("viewBox").startswith("-10 -10 780 ")
-    assert set(re.findall(r"var\((--\w+)\)", text)) <= set(re.findall(r"(--\w+): #", text))
-    assert set(re.findall(r'href="#([^"]*)"', text)) <= set(re.findall(r' id="([^"]*)"', text))
-    assert text.count("--paper: #") == 2, "by light and by dark"
 
 
 @pytest.mark.parametrize("gone", [*ABSENT, tuple(ABSENT)])

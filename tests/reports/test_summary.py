@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from regrow.reports import ReportError, summarise, to_html, to_markdown
+from regrow.reports import ReportError, summarise, to_markdown
 from regrow.reports.findings import module_means, rank_means
 from regrow.reports.reading import ABSENT
 from regrow.reports.summary import read_summary
@@ -76,7 +76,7 @@ def test_modules_of_whole_axes_and_an_interrupted_run(tmp_path):
 
     edit(folder / "findings.json", whole)
     ((_, (row,)),) = module_means(read_summary([folder]).runs[0].findings)
-    assert row.name == "One module per layer" and row.means["start"] is not None and row.means["chosen"] is None
+    assert row.name == "One module per layer" and row.means["start"] is not None and row.means["learned"] is None
     assert "at step 60 of 100" in to_markdown(summarise([folder]))  # the lowest so far
 
 
@@ -286,22 +286,3 @@ def test_comparison_labels_tell_runs_apart(tmp_path):
     )]  # fmt: skip
     labels = [run["label"] for run in summarise(runs)["runs"]]
     assert labels == ["flap 0.9 seed 0", "flap 0.9 seed 1", "random 0.9", "flap 0.8 seed 0 3", "flap 0.8 seed 0 4"]
-
-
-def test_a_measured_allocation_is_not_called_learned(tmp_path):
-    folder = write_run(tmp_path / "run", "gprune")
-
-    def measured(found):
-        for row in found["modules"]:
-            row["chosen"] = row.pop("learned")
-        found |= {"allocation": "measured", "history": [], "starts": {"inner": 0.5, "measured": 0.4}}
-
-    learned = to_markdown(summarise([folder]))
-    edit(folder / "findings.json", measured)
-    lines = to_markdown(summarise([folder]))
-    assert "Loss on held-out text of the allocations compared: inner " in lines and "; measured was taken." in lines
-    assert "| Cut at the start | Chosen |" in lines and "| Cut at the start | Learned |" in learned
-    rows = [[line for line in text.splitlines() if "sensitive weak" in line] for text in (learned, lines)]
-    assert rows[0] == rows[1] != []
-    page = to_html(summarise([folder]))
-    assert ">Chosen</th>" in page and ">Learned</th>" not in page

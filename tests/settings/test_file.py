@@ -100,7 +100,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_names_are_those_of_options(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(
-        "keep: 80%\nround: 8\neval-tokens: 64\nno-verify: true\nsource: news\nbase: flap\nset: {gamma: 1}\n"
+        "keep: 80%\nround: 8\neval-tokens: 64\nno-verify: true\nsource: news\nset: {base: flap, gamma: 1}\n"
     )
     assert read_settings(path, prune.Settings) == {
         "keep": 0.8,

@@ -1,18 +1,17 @@
 """``regrow.evaluate``: loss and score of a network on a user's data."""
 
-from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import Any
 
-from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike
-from regrow.api.streamed import open_to_evaluate
+from regrow.api.inputs import Arguments, DeviceLike, LossLike, ModelLike
+from regrow.api.runs import loaded_of
+from regrow.api.streamed import open_from_files
 from regrow.core.errors import InputError
-from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
-from regrow.evaluation.objective import Evaluation, evaluate_objective
-from regrow.nets.devices import autocasting
-from regrow.streaming.opening import OpenedNetwork
+from regrow.evaluation.objective import Evaluation
+from regrow.jobs.evaluate import EvaluateInputs, carry_out, plan_evaluation
+from regrow.jobs.streamed import start_streaming
+from regrow.settings.evaluate import Settings
 
 
 def evaluate(
@@ -56,36 +55,26 @@ def evaluate(
     data: loss 0.8848, accuracy 0.6667 ± 0.27 (3 examples)
     """
     given = Arguments(model, data, None, None, loss, tokenizer, batch_size, device, precision)
+    settings = Settings(given.name, precision=precision)
+    result = carry_out(settings, partial(_open, given, settings, memory, progress), progress=progress)
+    return {row.source: row for row in result.sources if isinstance(row, Evaluation)}
+
+
+def _open(given: Arguments, settings: Settings, memory: str, progress: Progress) -> EvaluateInputs:
+    """Open the network and read the data of a call."""
+    opened = plan = None
     if memory:
-        opened, inputs, plan = open_to_evaluate(given, memory, progress)
-        if plan.streams:
-            return _evaluate_streamed(opened, inputs, plan.on_disk, progress)
-    inputs = given.read(progress)
-    objective = _objective_of(inputs)
-    with autocasting(inputs.model, precision):
-        return {
-            source.name: evaluate_objective(inputs.model, source, objective, progress=progress)
-            for source in inputs.sources
+        opened, inputs = open_from_files(given, memory)
+        plan = plan_evaluation(opened, inputs.sources, memory, settings)
+        needs = {
+            f"device={given.device}": given.device not in (None, "cpu"),
+            f"precision={given.precision}": given.precision != "float32",
+            "a model without text": opened.loaded.tokenizer is None,
         }
-
-
-def _evaluate_streamed(
-    opened: OpenedNetwork, inputs: Inputs, on_disk: bool, progress: Progress
-) -> dict[str, Evaluation]:
-    """Do what :func:`evaluate` does for a network that is larger than memory."""
-    objective = _objective_of(inputs)
-    with TemporaryDirectory(prefix="regrow-") as folder:
-        network = opened.network(Path(folder) if on_disk else None)
-        walk = network.outputs([batch for source in inputs.sources for batch in source])
-        return {
-            source.name: evaluate_objective(
-                network.model, source, objective, outputs=islice(walk, len(source)), progress=progress
-            )
-            for source in inputs.sources
-        }
-
-
-def _objective_of(inputs: Inputs) -> Objective:
+        if not start_streaming(opened, plan, needs, lambda line: progress(0, 1, line)):
+            opened = None
+    if opened is None:
+        inputs = given.read(progress)
     if inputs.objective is None:
         raise InputError("there are no data to evaluate on; give data, for example a DataLoader or (inputs, labels)")
-    return inputs.objective
+    return EvaluateInputs(loaded_of(inputs), inputs.sources, inputs.objective, opened, plan)

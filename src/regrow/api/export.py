@@ -1,5 +1,6 @@
 """``regrow.export``: write a network in a format that other programs load."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ from torch import nn
 from regrow.api.inputs import ModelLike, to_example
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
-from regrow.exporters.formats import export_model, write_export
 from regrow.exporters.written import Written
+from regrow.jobs.export import ExportInputs, carry_out, open_named
+from regrow.jobs.recording import Invocation
+from regrow.settings.export import Settings
 
 
 def export(
@@ -52,11 +55,15 @@ def export(
     ...     written.path.name, written.checked["max_abs_diff"] < 1e-5
     ('net.onnx', True)
     """
-    given: Any = {"dtype": dtype, "cache": cache, "progress": progress}
-    given["example"] = None if example is None else to_example(example)
-    if isinstance(model, nn.Module):
-        return write_export(model, format, out, **given)
-    if not isinstance(model, str | Path):
+    if not isinstance(model, nn.Module | str | Path):
         got = type(model).__name__
         raise InputError(f"model must be a torch.nn.Module, a model's name or a run folder, got a {got}")
-    return export_model(model, format, out, **given)
+    settings = Settings("" if isinstance(model, nn.Module) else str(model), format, dtype, cache)
+
+    def inputs() -> ExportInputs:
+        opened = (
+            ExportInputs(model) if isinstance(model, nn.Module) else open_named(settings, Invocation(progress=progress))
+        )
+        return opened if example is None else replace(opened, example=to_example(example))
+
+    return carry_out(settings, inputs, Path(out), progress=progress)

@@ -16,7 +16,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of, moved
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.evaluation.generation import generate_source
-from regrow.jobs.models import ModelSpec, load_model
+from regrow.jobs.models import ModelSpec, load_model, with_origin
 from regrow.nets import Origin
 from regrow.nets.devices import check_precision, choose_device
 from regrow.nets.examples import guessed_example
@@ -122,10 +122,7 @@ class Arguments:
         files: tuple[WeightFile, ...] = ()
         if isinstance(model, str | Path):
             loaded = load_model(ModelSpec(str(model), device=str(device or "cpu")), progress)
-            model, known, files = loaded.model, None if loaded.guessed else loaded.example, loaded.files
-            for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
-                if value is not None and not hasattr(model, name):
-                    setattr(model, name, value)  # as regrow.load does, so that save knows how to build it
+            model, known, files = with_origin(loaded), None if loaded.guessed else loaded.example, loaded.files
             tokenizer = tokenizer or loaded.tokenizer
         if not isinstance(model, nn.Module):
             raise InputError(_no_network(model, self.data))

@@ -1,4 +1,15 @@
-"""The command group ``regrow``, and the conversion of failures to exit codes."""
+"""The command group ``regrow``, the conversion of failures to exit codes, and the report file about a bug."""
+
+import os
+import platform
+import re
+import sysconfig
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
 
 import click
 
@@ -7,19 +18,18 @@ from regrow.cli.apply import apply
 from regrow.cli.chat import chat
 from regrow.cli.evaluate import evaluate
 from regrow.cli.export import export
+from regrow.cli.folders import compare, history, report, settings, undo
 from regrow.cli.grow import grow
-from regrow.cli.history import history, undo
 from regrow.cli.learn import learn
 from regrow.cli.methods import methods
 from regrow.cli.prune import prune
 from regrow.cli.recover import recover
-from regrow.cli.report import compare, report
 from regrow.cli.screen import failure, prepare
 from regrow.cli.search import search
-from regrow.cli.settings import settings
 from regrow.cli.show import show
 from regrow.core.process_memory import limit_arenas
 
+_SECRET = re.compile(r"(?i)(token|secret|passw|key|credential)[^=\s]*=?$|^(hf|sk|ghp|gho|pat)[_-]\w{8,}|://[^/\s]*@")
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
 EPILOG = f"""\b
 Start with
@@ -70,19 +80,74 @@ def code_of(words: list[str]) -> int:
 
 
 def _failed(error: BaseException, words: list[str]) -> int:
+    """Print an error, with a report file if its cause is unknown, and return the exit code."""
     try:
-        return _explain(error, words)
+        problem = boundary.failure_of(error)
+        line = problem.line
+        if problem.report:
+            line += f"; a report was written to {_write_report(error, words)}"
+            line += ", please attach it" if problem.code == boundary.BUG else ""
+        return failure(line, problem.code)
     except Exception as second:
         names = f"{type(error).__name__}, and {type(second).__name__} while it was explained"
         return failure(f"this is a bug in regrow: {names}; run the command again, and report this line", boundary.BUG)
 
 
-def _explain(error: BaseException, words: list[str]) -> int:
-    found = boundary.failure_of(error)
-    line = found.line
-    if found.report:
-        from regrow.cli.bug_report import write_report
+def _write_report(error: BaseException, words: list[str]) -> str:
+    """Write a bug report to a file of its own, readable by its user only, and return the file's name.
 
-        line += f"; a report was written to {write_report(error, words)}"
-        line += ", please attach it" if found.code == boundary.BUG else ""
-    return failure(line, found.code)
+    It has the traceback without the values of variables, versions, and the command line without anything that looks
+    like a secret; of paths only the last part is written.
+    """
+    lines = [
+        "Report of regrow; please read it before you attach it.",
+        f"written   {time.strftime('%Y-%m-%dT%H:%M:%S%z')}",
+        f"python    {platform.python_version()} on {platform.system()} {platform.machine()}",
+        *(f"{name:9} {_version(name)}" for name in ("regrow", "torch", "transformers", "numpy", "click", "rich")),
+        f"command   {' '.join(_harmless(words))}",
+        "",
+        *_traced(error),
+    ]
+    try:
+        handle, name = tempfile.mkstemp(prefix="regrow-report-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as failed:
+        return f"nowhere ({failed.strerror})"
+    return name
+
+
+def _traced(error: BaseException) -> Iterator[str]:
+    chain = [error]
+    while cause := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__):
+        if cause in chain:
+            break
+        chain.append(cause)
+    roots = sorted({str(boundary.PACKAGE.parent), *sysconfig.get_paths().values()}, key=len, reverse=True)
+    for cause in reversed(chain):
+        for frame in traceback.extract_tb(cause.__traceback__):
+            root = next((root for root in roots if frame.filename.startswith(root)), None)
+            # Of the user's own files only the name is written.
+            file = frame.filename.removeprefix(root).lstrip("/\\") if root else Path(frame.filename).name
+            yield f"  {file}:{frame.lineno} in {frame.name}" + (f"\n    {frame.line}" if root else "")
+        yield boundary.describe(cause)
+
+
+def _harmless(words: Sequence[str]) -> Iterator[str]:
+    hide = False
+    for word in words:
+        name, equals, value = word.partition("=")
+        if hide or _SECRET.search(value or word):
+            yield "***"
+        elif equals:
+            yield f"{name}=***" if _SECRET.search(f"{name}=") else f"{name}={Path(value).name or value}"
+        else:
+            yield word if word.startswith("-") else Path(word).name or word
+        hide = word == "--prompt" or (word.startswith("--") and bool(_SECRET.search(word)))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

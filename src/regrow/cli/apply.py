@@ -43,9 +43,9 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
         with replace_folder(out) as made:
             write_model(loaded, made)
             earlier = read_parent(Path(model)).plans if Path(model, SHAPES).is_file() else ()
-            for one in (*earlier, *plans):
-                Ledger(made / "ledger.json").append(one)
-    say(f"{len({key for one in plans for key in one.changes})} axes changed; the model is in {out}")
+            for part in (*earlier, *plans):
+                Ledger(made / "ledger.json").append(part)
+    say(f"{len({key for part in plans for key in part.changes})} axes changed; the model is in {out}")
 
 
 def _plans(path: Path) -> list[Any]:

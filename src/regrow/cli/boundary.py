@@ -10,11 +10,11 @@ import signal
 import sysconfig
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -88,9 +88,6 @@ def failure_of(error: BaseException) -> Failure:
     Errors that regrow raises on purpose, and those of the command line, keep their own words. Lack of memory, of disk
     space or of a package is reported as such. Errors in the user's own code are reported with file and line. Everything
     else is a bug of regrow.
-
-    Args:
-        error: The error that ended the command.
     """
     if isinstance(error, click.ClickException):
         return _of_usage(error)
@@ -103,8 +100,8 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(ENVIRONMENT, line)
     if isinstance(error, ValueError) and _on_purpose(error):
         return Failure(_code_of(error), str(error))
-    if (place := _foreign(error.__traceback__)) is not None:
-        return Failure(USAGE, f"{place} failed: {describe(error)}; it is not part of regrow: fix it there", report=True)
+    if where := _foreign(error.__traceback__):
+        return Failure(USAGE, f"{where} failed: {describe(error)}; it is not part of regrow: fix it there", report=True)
     return Failure(BUG, f"this is a bug in regrow: {describe(error)}", report=True)
 
 
@@ -150,17 +147,14 @@ def interrupts() -> Iterator[list[int]]:
 
 
 def is_interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C caused an error: code that it interrupts while it cleans up may fail in its own way.
-
-    Args:
-        error: The error.
-    """
+    """Whether Ctrl-C caused an error: code that it interrupts while it cleans up may fail in its own way."""
     return any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield the errors that led to an error, from the nearest on."""
-    seen, cause = {id(error)}, error.__cause__ or error.__context__
+    """Yield an error and those that led to it, from the nearest on."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         yield cause
         seen.add(id(cause))
@@ -178,33 +172,29 @@ def _of_system(error: OSError) -> Failure:
 
 def _on_purpose(error: ValueError) -> bool:
     """Whether a ``raise`` statement of regrow raised this error: not a function that it called, and not a slip."""
-    tb = error.__traceback__
-    while tb is not None and tb.tb_next is not None:
-        tb = tb.tb_next
-    if tb is None:
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
         return False
-    code = tb.tb_frame.f_code
-    return Path(code.co_filename).is_relative_to(PACKAGE) and code.co_code[tb.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    code = last.tb_frame.f_code
+    return Path(code.co_filename).is_relative_to(PACKAGE) and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def _foreign(tb: TracebackType | None) -> str | None:
-    """Return the innermost line of the user's own code in a traceback, as ``file:line in function``, or ``None``."""
-    places = [Path(path) for name, path in sysconfig.get_paths().items() if name not in ("scripts", "data")]
-    found = None
+def _foreign(tb: TracebackType | None) -> str:
+    """Return the innermost line of the user's own code in a traceback, as ``file:line in function``; empty: none."""
+    paths = sysconfig.get_paths()
+    roots = (PACKAGE, *(Path(path) for name, path in paths.items() if name not in ("scripts", "data")))
+    where = ""
     for frame, line in traceback.walk_tb(tb):
-        name = frame.f_code.co_filename
-        path = Path(name)
-        if not name.startswith("<") and not any(path.is_relative_to(place) for place in (PACKAGE, *places)):
-            found = f"{path.name}:{line} in {frame.f_code.co_name}"
-    return found
+        path = Path(name := frame.f_code.co_filename)
+        if not name.startswith("<") and not any(path.is_relative_to(root) for root in roots):
+            where = f"{path.name}:{line} in {frame.f_code.co_name}"
+    return where
 
 
 def describe(error: BaseException) -> str:
-    """Return an error as ``KeyError: 'x'``, on one line, with the user's home folder replaced by ``~``.
-
-    Args:
-        error: The error.
-    """
+    """Return an error as ``KeyError: 'x'``, on one line, with the user's home folder replaced by ``~``."""
     text = " ".join(str(error).split())[:200]
     home = os.path.expanduser("~")  # noqa: PTH111 (Path.home fails where the user has none)
     if home.strip("/~"):
@@ -219,16 +209,6 @@ class Stopped(click.ClickException):
     """Raised when Ctrl-C has stopped a command; its message says what remains, and whether it can be resumed."""
 
     exit_code = INTERRUPTED
-
-
-class CommandArguments(TypedDict, total=False):
-    """Arguments of ``click.Command`` that the decorator ``click.command`` passes."""
-
-    name: str
-    callback: Callable[..., object]
-    params: list[click.Parameter]
-    help: str | None
-    epilog: str | None
 
 
 class Verb(click.Command):
@@ -251,7 +231,7 @@ class Verb(click.Command):
         settings: type["DataclassInstance"] | None = None,
         instead: str = "",
         distributed: bool = False,
-        **more: Unpack[CommandArguments],
+        **more: Any,
     ) -> None:
         super().__init__(**more)
         self.needs = needs
@@ -263,11 +243,7 @@ class Verb(click.Command):
             self.params = [*parameters_of(settings), *self.params]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the command line, after checking that every word can be encoded as UTF-8.
-
-        Raises:
-            click.UsageError: If a word is not valid in the encoding of the system.
-        """
+        """Parse the command line, after checking that every word can be encoded as UTF-8."""
         for word in args:
             try:
                 word.encode("utf-8")
@@ -284,11 +260,7 @@ class Verb(click.Command):
         write_options(self, ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command; Ctrl-C becomes one line that says what remains.
-
-        Raises:
-            click.UsageError: If the working directory was deleted, or several processes run a command for one.
-        """
+        """Run the command; Ctrl-C becomes one line that says what remains."""
         ranks = read_ranks()
         if ranks.several and not self.distributed:
             line = (
@@ -304,29 +276,23 @@ class Verb(click.Command):
         known = self.settings and not ctx.params.get(self.instead)
         # What can be wrong with the words is found before anything large is imported.
         runs = ctx.params["given"].build_all() if known else [None]
-        for one in runs:
-            check_words(self.name or "", one, ctx.params, nested=len(runs) > 1)
+        for settings in runs:
+            check_words(self.name or "", settings, ctx.params, nested=len(runs) > 1)
         importlib.import_module(self.needs)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         with interrupts() as noted:
             try:
                 return super().invoke(ctx)
-            except (KeyboardInterrupt, click.exceptions.Abort):
-                raise Stopped(self.left(ctx.params)) from None
-            except Exception as error:
-                if noted or is_interrupted(error):
-                    raise Stopped(self.left(ctx.params)) from None
+            except (KeyboardInterrupt, Exception) as error:
+                if noted or is_interrupted(error) or isinstance(error, click.exceptions.Abort):
+                    raise Stopped(self._explain_stop(ctx.params)) from None
                 if isinstance(error, EOFError):  # which click takes for Ctrl-D
                     raise RuntimeError(f"a file ended too early ({error})") from error
                 raise
 
-    def left(self, values: Mapping[str, object]) -> str:
-        """Return the message of a stopped command: whether anything was kept, and how to resume.
-
-        Args:
-            values: The values of its options.
-        """
+    def _explain_stop(self, values: Mapping[str, object]) -> str:
+        """Return the message of a stopped command: whether anything was kept, and how to resume."""
         folders = [Path(str(values[name])) for name in self.resumed if values.get(name) and not values.get("dry_run")]
         if not folders:
             return NOTHING_YET
@@ -339,7 +305,7 @@ class Verb(click.Command):
             given = values.get("given")
             names = name_folders(given.build_all()) if isinstance(given, Given) and given.varied else ()
             plans = [folders[0] / name for name in names]
-            resumable = resumable or any((one / RUN).is_file() or RunFolder.open_unfinished(one) for one in plans)
+            resumable = resumable or any((plan / RUN).is_file() or RunFolder.open_unfinished(plan) for plan in plans)
         if resumable:
             return f"stopped; {folders[0]} keeps what was finished, and the same command resumes from there"
         return NOTHING_YET

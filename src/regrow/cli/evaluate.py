@@ -8,7 +8,7 @@ from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
 from regrow.cli.results import say_outcome
-from regrow.cli.screen import number, say, say_peak, table, working
+from regrow.cli.screen import number, say, say_peak, table, working, write_json
 from regrow.settings.evaluate import Settings
 
 
@@ -24,7 +24,8 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: 
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
     settings = given.build()
     options.say_code(settings.model, code)
-    from regrow.jobs import evaluate as evaluation
+    from regrow.jobs.evaluate import run as run_job
+    from regrow.jobs.recording import Invocation
     from regrow.store.run_folder import RunFolder
 
     folder = Path(settings.model)
@@ -32,38 +33,29 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: 
     if run:
         run.metrics()  # damaged ones are refused before anything is measured
     with working() as progress:
-        result = evaluation.evaluate(settings, progress, code=code, memory=memory, announce=say)
+        result = run_job(settings, Invocation("", code, memory, announce=say, progress=progress))
     if json_file:
-        import json
-
-        from regrow.store.outputs import JSON, write_output
-
-        write_output(json_file, json.dumps(result, indent=1) + "\n", JSON)
+        write_json(json_file, result)
     size = result["size"]
     say(f"{number(size['parameters'])} parameters, {number(size['bytes'])} bytes in {size['dtype']}")
     rows = [(p["source"], number(p["ppl"]), number(p["ppl_error"], 2), p["tokens"]) for p in result["perplexity"]]
     if rows:
         table("Perplexity", ("source", "perplexity", "± se", "tokens"), rows, numbers=(1, 2, 3))
     for row in result["choices"]:
-        whole, by_length = (
-            f"{row[key]:.3f} ± {row[f'error{key[8:]}']:.3f}" for key in ("accuracy", "accuracy_per_byte")
-        )
+        whole = f"{row['accuracy']:.3f} ± {row['error']:.3f}"
+        by_length = f"{row['accuracy_per_byte']:.3f} ± {row['error_per_byte']:.3f}"
         say(f"{row['task']}: accuracy {whole}, length-normalised {by_length} (n = {row['items']})")
     for row in result["harness"]:
-        say(f"{row['task']} in lm-eval: {_figures(row['metrics'])} (n = {row['items']})")
+        metrics, parts = row["metrics"], []
+        for name in (name for name in metrics if not name.endswith("_stderr")):
+            error = metrics.get(f"{name}_stderr")
+            parts.append(f"{name} {metrics[name]:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+        say(f"{row['task']} in lm-eval: {', '.join(parts)} (n = {row['items']})")
     for row in result["accuracy"]:
         say(f"{row['source']}: accuracy {row['accuracy']:.3f} ± {row['error']:.3f} ({row['images']} images)")
-    if result["speed"]:
-        speed = result["speed"]
+    if speed := result["speed"]:
         say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")
     if memory:
         say_peak(result["memory"])
     if run and any(row["what"] == "recovery" for row in run.metrics()):
         say_outcome(run)
-
-
-def _figures(metrics: dict[str, float]) -> str:
-    """Return the metrics of an lm-eval task in words: ``acc 0.500 ± 0.050, acc_norm …``."""
-    errors = {name: f" ± {metrics[f'{name}_stderr']:.3f}" for name in metrics if f"{name}_stderr" in metrics}
-    names = [name for name in metrics if not name.endswith("_stderr")]
-    return ", ".join(f"{name} {metrics[name]:.3f}{errors.get(name, '')}" for name in names)

@@ -1,13 +1,14 @@
 """``regrow export``: write a model in a format that other programs load."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from regrow.cli import flags, options
+from regrow.cli import options
 from regrow.cli.boundary import Verb
+from regrow.cli.flags import Given
 from regrow.cli.screen import number, say, say_peak, working
+from regrow.settings.export import Settings
 
 EPILOG = """\b
 Formats
@@ -24,26 +25,22 @@ Examples
 """
 
 
-@click.command(cls=Verb, epilog=EPILOG)
-@click.argument("run")
-@click.option("--to", required=True, metavar="FORMAT", help="The format: transformers, gguf, onnx or torchvision.")
+@click.command(cls=Verb, settings=Settings, epilog=EPILOG)
 @click.option("--out", required=True, type=options.PATH, help="The file or folder to write.")
-@click.option("--dtype", default="", metavar="DTYPE", help="Number format of the weights; see below.")
 @options.code
-@flags.input_shape
 @options.memory(
     "For gguf: read, write and compare one tensor at a time; refused if that needs more than this amount, like 1GiB. "
     "For text models in a transformers folder or a run folder, and packaged ones."
 )
-@click.option("--cache", is_flag=True, help="For onnx: a graph with a key-value cache, for generating text.")
-def export(run: str, to: str, out: Path, dtype: str, cache: bool, code: str, input: str, memory: str) -> None:
+def export(given: Given[Settings], out: Path, code: str, memory: str) -> None:
     """Export RUN (a run folder, or any model that `regrow prune` takes), and check the written file by loading it."""
-    from regrow.exporters.formats import export_model
+    settings = given.build()
+    options.say_code(settings.run, code)
+    from regrow.jobs.export import run
+    from regrow.jobs.recording import Invocation
 
-    options.say_code(run, code)
     with working() as progress:
-        more: dict[str, Any] = {"input": input, "memory": memory, "announce": say, "progress": progress}
-        written = export_model(run, to, out, dtype=dtype, cache=cache, code=code, **more)
+        written = run(settings, Invocation(out, code, memory, announce=say, progress=progress))
     say(f"{written.path}: {number(written.bytes)} bytes")
     for note in written.notes:
         say(f"note: {note}")

@@ -44,14 +44,6 @@ code = click.option(
 )
 
 
-needed_memory = click.option(
-    "--memory",
-    default="",
-    metavar="AMOUNT",
-    help="How much memory the run may use, like 4GiB. What it needs is printed first, term by term; a run that needs "
-    "more is refused. For text models.",
-)
-
 track = click.option(
     "--track",
     default="",
@@ -62,34 +54,24 @@ track = click.option(
 
 
 def memory(help: str) -> Decorator:
-    """Return the decorator that adds the option ``--memory``, which means something else for each command.
-
-    Args:
-        help: The help text.
-    """
+    """Return the decorator that adds the option ``--memory``, which means something else for each command."""
     return click.option("--memory", default="", metavar="AMOUNT", help=help)
 
 
-def run_folder(*, required: bool = False) -> Decorator:
-    """Return the decorator that adds the option ``--out`` for the folder of a run.
+needed_memory = memory(
+    "How much memory the run may use, like 4GiB. What it needs is printed first, term by term; a run that needs "
+    "more is refused. For text models."
+)
 
-    Args:
-        required: Whether the command needs it.
-    """
-    return click.option(
-        "--out",
-        type=PATH,
-        help="The run folder to write. If the run was stopped, the same command resumes it.",
-        required=required,
-    )
+
+def run_folder(*, required: bool = False) -> Decorator:
+    """Return the decorator that adds the option ``--out`` for the folder of a run."""
+    help = "The run folder to write. If the run was stopped, the same command resumes it."
+    return click.option("--out", type=PATH, help=help, required=required)
 
 
 def say_code(*names: str) -> None:
-    """Print which of the names on the command line are code that will be imported and run.
-
-    Args:
-        *names: Names of models and methods.
-    """
+    """Print which of the names of models and methods on the command line are code that will be imported and run."""
     for name in names:
         if names_code(name) and not Path(name).exists():
             err.print(f"running code: {name} (named on the command line)", markup=False)

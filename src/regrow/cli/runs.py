@@ -1,5 +1,9 @@
-"""Commands that write a run folder with its report page: their options, and their course on the screen."""
+"""Commands that write a run folder with its report page: their options, processes, and course on the screen."""
 
+import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from regrow.cli import options
-from regrow.cli.boundary import Verb
-from regrow.cli.processes import processes
+from regrow.cli import boundary, options, screen
 from regrow.cli.screen import say, working
 from regrow.core.amounts import format_bytes
+from regrow.distributed import ProcessRank, read_ranks
 
 if TYPE_CHECKING:
     from regrow.jobs.recording import Invocation
@@ -34,7 +37,7 @@ def run_command(
 
     def make(function: Callable[..., None]) -> click.Command:
         more: dict[str, Any] = {"settings": settings, "epilog": epilog, "distributed": distributed}
-        command = click.command(cls=Verb, resumed=("out",), **more)
+        command = click.command(cls=boundary.Verb, resumed=("out",), **more)
         return command(options.run_folder(required=True)(function))
 
     return make
@@ -133,3 +136,44 @@ def recorded_run(
         with working() as progress:
             yield Invocation(out, code, memory, track, ranks, say, progress, page)
         page.tell(out, tell)
+
+
+@contextmanager
+def processes() -> Iterator[ProcessRank]:
+    """Connect this process with those that torchrun started for its run; yields its rank. Only rank 0 prints results.
+
+    Every rank ends with one line on the error stream once another one has failed or ended. Its temporary files are in a
+    folder of their own, which is deleted then, too.
+    """
+    ranks = read_ranks()
+    if not ranks.several:
+        yield ranks
+        return
+    from regrow.distributed.group import connected
+
+    screen.out.quiet = screen.out.quiet or not ranks.leads
+    with (
+        _temporary_files() as folder,
+        connected(ranks, lambda line: _end(line, folder), lambda error: boundary.failure_of(error).line),
+    ):
+        yield ranks
+
+
+@contextmanager
+def _temporary_files() -> Iterator[str]:
+    """Make the temporary files of this process in a folder of their own, inside the ``with`` block; yields it."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="regrow-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield folder
+        finally:
+            tempfile.tempdir = before
+
+
+def _end(line: str, folder: str) -> None:
+    """End the process, whatever its main thread waits for, and delete its temporary files."""
+    sys.stderr.write(f"regrow: {screen.printable(' '.join(line.split()))}\n")
+    sys.stderr.flush()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(boundary.ENVIRONMENT)

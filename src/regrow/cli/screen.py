@@ -1,6 +1,7 @@
 """Terminal output: tables, progress with the time left, and errors in one line; no other module prints."""
 
 import io
+import json
 import logging
 import sys
 import time
@@ -8,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -60,52 +62,38 @@ _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def failure(text: str, code: int) -> int:
-    """Print an error in one line on the error stream, and return the exit code.
-
-    Args:
-        text: The problem and the remedy.
-        code: The exit code.
-    """
+    """Print an error, its problem and remedy, in one line on the error stream, and return the exit code."""
     line = " ".join(part.strip() for part in text.splitlines() if part.strip())
     err.print(f"regrow: {printable(line)}", markup=False)
     return code
 
 
 def say(text: str, *, lines: bool = False) -> None:
-    """Print a result: one line, or a text of several lines.
-
-    Args:
-        text: The text.
-        lines: Whether line ends and tabs are printed as they are.
-    """
+    """Print a result: one line, or a text of several ``lines``, whose ends and tabs are printed as they are."""
     out.print(printable(text, keep=TEXT if lines else ""), markup=False)
 
 
-def say_peak(row: Mapping[str, Any]) -> None:
-    """Print the peak memory of a command beside its prediction.
+def write_json(path: Path, data: object) -> None:
+    """Write JSON data to a file that the user names."""
+    from regrow.store.outputs import JSON, write_output
 
-    Args:
-        row: The limit, the prediction and the peak in bytes: ``limit``, ``predicted`` and ``peak``.
-    """
+    write_output(path, json.dumps(data, indent=1) + "\n", JSON)
+
+
+def say_peak(row: Mapping[str, Any]) -> None:
+    """Print the peak memory of a command beside its prediction, from ``peak`` and ``predicted`` of a row."""
     if row["peak"] is not None:
         say(f"memory: {format_bytes(row['peak'])} at the peak, {format_bytes(row['predicted'])} predicted")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()) -> None:
-    """Print a table.
-
-    Args:
-        title: The title above it.
-        columns: The headings of the columns.
-        rows: The cells of each row.
-        numbers: The indices of the columns that are aligned right.
-    """
-    made = Table(title=_words(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    """Print a table; columns whose indices are in ``numbers`` are aligned right."""
+    drawn = Table(title=_words(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        made.add_column(_words(column), justify="right" if i in numbers else "left", overflow="fold")
+        drawn.add_column(_words(column), justify="right" if i in numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*map(_words, row))
-    out.print(made)
+        drawn.add_row(*map(_words, row))
+    out.print(drawn)
 
 
 def _words(cell: object) -> Text:
@@ -140,11 +128,9 @@ def _plain() -> Progress:
         elif now - last < 10 and done < total:
             return
         last = now
-        left = (
-            f", about {(now - began) / done * (total - done):.0f} s left"
-            if 0 < done < total and now - began > 1
-            else ""
-        )
+        left = ""
+        if 0 < done < total and now - began > 1:
+            left = f", about {(now - began) / done * (total - done):.0f} s left"
         sys.stderr.write(f"{printable(what)}: {done}/{total}{left}\n")
         sys.stderr.flush()
 

@@ -1,5 +1,6 @@
 """``regrow show``: list the axes of a network, what a unit costs, and why others are frozen."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import click
 
 from regrow.cli import flags, options
 from regrow.cli.boundary import Verb
-from regrow.cli.screen import number, say, table, working
+from regrow.cli.screen import number, say, table, working, write_json
 
 
 @click.command(cls=Verb, epilog=flags.MODEL_HELP)
@@ -32,16 +33,14 @@ def show(
         if branches:
             axes = with_branches(loaded.model, axes)
     if json_file:
-        _write(json_file, axes, axes.inventory(), model)
-    for one in axes.tables(everything=everything):
-        table(one.title, one.columns, one.rows, one.numbers)
+        write_json(json_file, _describe(axes, model))
+        say(f"written to {json_file}")
+    for part in axes.tables(everything=everything):
+        table(part.title, part.columns, part.rows, part.numbers)
     if branches:
         _branches_table(axes, everything)
-    say(
-        "traced on fake data, as torch.export does"
-        if axes.recorded == "export"
-        else "traced by recording one eager run"
-    )
+    how = "on fake data, as torch.export does" if axes.recorded == "export" else "by recording one eager run"
+    say(f"traced {how}")
     say(f"MACs are those of one example, with dense kernels, of an input of {written_shape(loaded.example)}")
     for note in axes.notes:
         say(f"note: {note}")
@@ -51,46 +50,38 @@ def show(
 
 
 def _branches_table(axes: Any, everything: bool) -> None:
-    lines = []
+    from regrow.core.axes import size_of
+
+    rows, sizes = [], axes.sizes()
     for path, branch in axes.branches.items():
-        own = [name for name in axes.parameters if name not in axes.ties and branch.holds(name)]
         if branch.free:
+            names = [name for name in axes.parameters if name not in axes.ties and branch.holds(name)]
+            count = sum(prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in names)
             others = ", ".join(other for other in branch.placeholders if other != path)
-            lines.append((path, branch.gives, number(sum(_numel(axes, name) for name in own)), others))
+            rows.append((path, branch.gives, number(count), others))
     columns = ("module", "its placeholder", "parameters", "goes with it")
-    table("What can be dropped whole", columns, lines, numbers=(2,))
+    table("What can be dropped whole", columns, rows, numbers=(2,))
     if everything:
         rest = [(path, branch.reason) for path, branch in axes.branches.items() if not branch.free]
         table("What cannot", ("module", "why"), rest)
 
 
-def _numel(axes: Any, name: str) -> int:
-    from math import prod
-
-    from regrow.core.axes import size_of
-
-    sizes = axes.sizes()
-    return prod(size_of(dim, sizes) for dim in axes.shapes[name])
-
-
-def _write(path: Path, axes: Any, rows: list[Any], model: str) -> None:
-    import json
+def _describe(axes: Any, model: str) -> dict[str, Any]:
+    """Return the inventory as JSON data."""
     from dataclasses import asdict
 
-    from regrow.store.outputs import JSON, write_output
-
-    data = {
+    return {
         "format": "regrow-axes/1",
         "model": model,
         "recorded": axes.recorded,
-        "axes": [asdict(row) | {"slots": [asdict(slot) for slot in axes[row.key].slots]} for row in rows],
+        "axes": [asdict(row) | {"slots": [asdict(slot) for slot in axes[row.key].slots]} for row in axes.inventory()],
         "branches": {
-            path: {"gives": one.gives, "with": sorted(one.placeholders)} if one.free else {"reason": one.reason}
-            for path, one in axes.branches.items()
+            path: {"gives": branch.gives, "with": sorted(branch.placeholders)}
+            if branch.free
+            else {"reason": branch.reason}
+            for path, branch in axes.branches.items()
         },
         "counted": list(axes.counted),
         "unreached": list(axes.unreached),
         "notes": list(axes.notes),
     }
-    write_output(path, json.dumps(data, indent=1) + "\n", JSON)
-    say(f"written to {path}")

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -14,7 +16,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source, logits_in
 from regrow.core.tables import Table, format_html
 from regrow.evaluation.forward import evaluating
-from regrow.evaluation.language import share_error
+from regrow.evaluation.language import Perplexity, share_error, token_losses
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Evaluation:
         source: The name of the source.
         objective: The name of the objective.
         loss: The mean loss per labelled position (of text: nats per token).
-        loss_error: The standard error of the loss over batches; NaN for a single batch.
+        loss_error: The standard error of the loss over batches, or windows of text; NaN for a single one.
         metric: The name of the score.
         score: The mean score per labelled position; higher is better.
         score_error: The standard error of the score.
@@ -80,7 +82,8 @@ def evaluate_objective(
     Raises:
         ValueError: If the source is empty, or the loss cannot be computed.
     """
-    total, rows = Score(), list[tuple[float, int]]()
+    total, rows, windows = Score(), list[tuple[float, int]](), list[tuple[float, int]]()
+    measured = replace(objective, loss=partial(_window_loss, windows)) if objective is NEXT_TOKEN else objective
     with evaluating(model) as device:
         if objective is OWN:  # such a network returns its losses in training mode
             for module in model.modules():
@@ -89,7 +92,7 @@ def evaluate_objective(
             batch = batch.to(device)
             output = batch.run(model) if outputs is None else next(outputs)
             if n := batch.size:  # of a batch without a label there is no mean
-                rows.append((float(objective.compute_loss(output, batch)), n))
+                rows.append((float(measured.compute_loss(output, batch)), n))
                 total += objective.compute_score(output, batch)
             progress(done, len(source), f"evaluating on {source.name}")
     count = sum(n for _, n in rows)
@@ -99,7 +102,25 @@ def evaluate_objective(
     k = len(rows)
     squares = sum(((loss - mean) * n) ** 2 for loss, n in rows)
     error = math.sqrt(k / (k - 1) * squares) / count if k > 1 else math.nan
+    if windows:
+        losses, counts = zip(*windows, strict=True)
+        text = Perplexity(source.name, losses, counts)
+        mean, error = text.mean, text.error
     return Evaluation(source.name, objective.name, mean, error, objective.metric, total.mean, total.error, count)
+
+
+def _window_loss(windows: list[tuple[float, int]], output: object, labels: object) -> Tensor:
+    """Return the mean loss of text; ``windows`` gets the sum of each window, and its number of labelled positions."""
+    logits = logits_in(output)
+    assert isinstance(labels, Tensor)
+    if logits.shape[:-1] != labels.shape:
+        logits = logits.movedim(1, -1)
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"labels of shape {list(labels.shape)} do not fit logits of shape {list(logits.shape)}")
+    sums = torch.atleast_2d(token_losses(logits, labels)).flatten(1).sum(-1)
+    counts = torch.atleast_2d(labels != -100).flatten(1).sum(-1)
+    windows += zip(sums.tolist(), counts.tolist(), strict=True)
+    return sums.sum() / counts.sum()
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,24 @@
-"""The result of an export, and the errors of exporting."""
+"""The result of an export, its errors, and what exports to a folder share: a temporary place and a comparison."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regrow.core.errors import RefusedError
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from regrow.core.axes import Example
+from regrow.core.errors import RefusedError, first_line
+from regrow.nets.examples import written_shape
+from regrow.store.errors import StoreError
+from regrow.store.models import keep_others
+from regrow.store.replacing import WORK, replace_folder
+from regrow.store.shapes import SHAPES
+
+ROUNDING = 1e-4
+"""The allowed output difference, relative to the largest output: memory layout can change rounding."""
 
 
 class ExportError(ValueError):
@@ -33,3 +47,44 @@ class Written:
     checked: Mapping[str, float | int | str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     memory: Mapping[str, int | None] = field(default_factory=dict)
+
+
+@contextmanager
+def staging_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces ``out`` (new, empty, or an earlier export) if the block succeeds."""
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"{out} is a file; name a folder")
+    if (out / "run.json").exists() or (out / WORK).exists():
+        raise StoreError(f"{out} is the folder of a run; choose another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / SHAPES).is_file():
+        raise StoreError(f"{out} holds something else; choose another folder")
+    with replace_folder(out) as folder:
+        yield folder
+        keep_others(out, folder)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def compare_outputs(
+    model: nn.Module, rebuilt: nn.Module, example: Example, what: str, tolerance: float = ROUNDING
+) -> float:
+    """Return the largest output difference of two networks; raise CheckError if it is too large for the outputs."""
+    ours, theirs = (_outputs(net, example) for net in (model, rebuilt))
+    difference = max((float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0)
+    largest = max((float(a.abs().max()) for a in ours if a.numel()), default=0.0)
+    if difference > tolerance * largest:
+        raise CheckError(f"{what} answers otherwise, by {difference:.3g}; please report it")
+    return difference
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    try:
+        leaves = tree_leaves(model(*example.args, **example.kwargs))
+    except Exception as error:
+        what = f"{type(model).__name__} does not take an input of {written_shape(example)} ({first_line(error)})"
+        raise ExportError(f"{what}, so that the export is not compared; give an input that it takes") from None
+    return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor)]

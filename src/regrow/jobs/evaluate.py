@@ -1,19 +1,28 @@
-"""``regrow evaluate``: evaluate a model by name, with all results in one record."""
+"""Evaluate a network, whether named on the command line or given in Python, whole or one block at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from regrow import evaluation
 from regrow.core.amounts import parse_bytes
+from regrow.core.objectives import Objective
 from regrow.core.process_memory import reset_peak
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Batch
+from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import join_batches
+from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceSpecs, read_sources
 from regrow.jobs.models import DTYPES, ModelSpec, load_model
+from regrow.jobs.recording import Invocation
 from regrow.jobs.streamed import needs_of_model, start_streaming
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting
@@ -25,105 +34,178 @@ from regrow.streaming.opening import OpenedNetwork, open_network
 from regrow.streaming.requirements import MemoryPlan, plan_memory, record_peak
 
 
-def evaluate(
-    settings: Settings,
-    progress: Progress = silent,
-    *,
-    code: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Evaluate a run folder, or any model that can be loaded by name, and return all results.
+@dataclass(frozen=True)
+class EvaluateInputs:
+    """What is evaluated, and on which data.
 
     Args:
-        settings: The model and what is measured; of each source the evaluation half is used.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: The function ``pkg.mod:fn`` that builds the network of the folder, if that is the user's own code.
-        memory: How much memory the evaluation may use, such as ``4GiB``: a network that does not fit is read one block
-            at a time, with the same result. Empty: it is loaded whole.
-        announce: Called with one line that says how the evaluation stays within that memory.
+        loaded: The network; without numbers, if it is read one block at a time.
+        tests: The data.
+        objective: What is measured; ``None``: the perplexity of text, otherwise the accuracy of classes.
+        opened: The files of a network that is read one block at a time.
+        memory: How the evaluation stays within a limit of memory; ``None``: there is none.
+    """
 
-    Returns:
-        ``size``, ``perplexity``, ``accuracy``, ``choices``, ``harness`` and ``speed``, as JSON data; with a limit of
-        memory, also ``memory``.
+    loaded: Loaded
+    tests: tuple[Source, ...]
+    objective: Objective | None = None
+    opened: OpenedNetwork | None = None
+    memory: MemoryPlan | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """The result of an evaluation.
+
+    Args:
+        model: The network.
+        sources: The quality on each source.
+        choices: The accuracy on each file of multiple-choice items.
+        harness: The results of each task of lm-eval.
+        speed: The time of a forward pass, if it was measured.
+        memory: The limit, the prediction and the peak of memory, if it was limited.
+    """
+
+    model: nn.Module
+    sources: tuple[evaluation.Perplexity | evaluation.Accuracy | Evaluation, ...]
+    choices: tuple[evaluation.Choices, ...]
+    harness: tuple[evaluation.Harnessed, ...]
+    speed: evaluation.Speed | None
+    memory: Mapping[str, int | None] | None
+
+    def record(self, name: str) -> dict[str, Any]:
+        """Return the result of the model of a name as JSON data."""
+        size = evaluation.size(self.model, (), next(self.model.parameters()).dtype)
+        perplexities = [row.record() for row in self.sources if isinstance(row, evaluation.Perplexity)]
+        accuracies = [row.record() for row in self.sources if isinstance(row, evaluation.Accuracy)]
+        result = {
+            "model": name,
+            "size": size.record(),
+            "perplexity": perplexities,
+            "accuracy": accuracies,
+            "choices": [row.record() for row in self.choices],
+            "harness": [row.record() for row in self.harness],
+            "speed": self.speed.record() if self.speed else None,
+        }
+        return result if self.memory is None else {**result, "memory": self.memory}
+
+
+def carry_out(
+    settings: Settings, inputs: Callable[[], EvaluateInputs], *, progress: Progress = silent
+) -> EvaluateResult:
+    """Evaluate a network.
+
+    Args:
+        settings: What is measured, and in which precision.
+        inputs: Opens the network and the data.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
-        ValueError: If the model or a source cannot be used.
+        ValueError: If a setting, the model or a source cannot be used.
     """
     check_settings(settings)
-    model = settings.model
-    spec = ModelSpec(model, settings.dtype, settings.device, settings.input, settings.sources)
-    if not memory:
-        loaded = load_model(spec, progress, code)
-        with autocasting(loaded.model, settings.precision):
-            result = _evaluate(settings, loaded, progress)
-        check_unchanged(loaded.files)
-        return result
-    reset_peak()
-    opened = open_network(spec.name, DTYPES.get(spec.dtype))
-    plan = _plan(settings, opened, parse_bytes(memory))
-    own = {"--harness": bool(settings.harness), "--speed": settings.speed}
-    streams = start_streaming(opened, plan, {**own, **needs_of_model(spec, settings.precision, opened)}, announce)
-    with TemporaryDirectory(prefix="regrow-") as place:
-        network = opened.network(Path(place) if plan.on_disk else None) if streams else None
-        loaded = opened.loaded if network else load_model(spec, progress, code)
-        with autocasting(loaded.model, settings.precision):
-            result = _evaluate(settings, loaded, progress, network)
+    opened = inputs()
+    loaded, plan = opened.loaded, opened.memory
+    model, tokenizer = loaded.model, loaded.tokenizer
+    with TemporaryDirectory(prefix="regrow-") as folder, autocasting(model, settings.precision):
+        network = None
+        if opened.opened is not None:
+            network = opened.opened.network(Path(folder) if plan and plan.on_disk else None)
+        sources = _measure_sources(opened, network, progress)
+        choices = []
+        for file in map(Path, settings.choices):
+            if tokenizer is None:
+                raise ValueError(f"--choices {file} needs a tokenizer, and {settings.model} has none; leave it out")
+            items, outputs = evaluation.items_in(file, settings.items), network.outputs if network else None
+            choices.append(evaluation.choices(model, tokenizer, items, task=file.name.split(".")[0], outputs=outputs))
+        harness: list[evaluation.Harnessed] = []
+        for task in settings.harness:
+            harness += evaluation.harness(model, tokenizer, task, items=settings.items, progress=progress)
+        speed = None
+        if settings.speed:
+            example = Batch(loaded.example.args, loaded.example.kwargs)
+            batch = opened.tests[0].batches[0] if opened.tests else example
+            speed = evaluation.speed(model, batch, progress=progress)
     check_unchanged(loaded.files)
-    return {**result, "memory": record_peak(plan)}
+    memory = record_peak(plan) if plan else None
+    return EvaluateResult(model, sources, tuple(choices), tuple(harness), speed, memory)
 
 
-def _plan(settings: Settings, opened: OpenedNetwork, limit: int) -> MemoryPlan:
-    """Predict the memory of an evaluation from the tokens of its longest part."""
-    longest = settings.seq_len * settings.batch_size
-    tokens = len(settings.sources) * settings.eval_tokens
+def _measure_sources(
+    inputs: EvaluateInputs, network: StreamedNetwork | None, progress: Progress
+) -> tuple[evaluation.Perplexity | evaluation.Accuracy | Evaluation, ...]:
+    """Measure the network on each source; one that is read block by block runs on all of them together."""
+    model, tokenizer, tests = inputs.loaded.model, inputs.loaded.tokenizer, inputs.tests
+    rows: list[evaluation.Perplexity | evaluation.Accuracy | Evaluation] = []
+    walk = network.outputs([batch for test in tests for batch in test]) if network and tests else None
+    for i, test in enumerate(tests):
+        progress(i, len(tests), f"evaluating on {test.name}")
+        outputs = None if walk is None else islice(walk, len(test))
+        if inputs.objective is not None:
+            rows.append(evaluate_objective(model, test, inputs.objective, outputs=outputs, progress=progress))
+        elif tokenizer is None:
+            rows.append(evaluation.accuracy(model, test))
+        else:
+            rows.append(evaluation.perplexity(model, test, tokenizer=tokenizer, outputs=outputs))
+    return tuple(rows)
+
+
+def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
+    """Open the network and the data that settings name; of each source the evaluation half is used.
+
+    Args:
+        settings: The settings of the evaluation.
+        invocation: How the command was called. A network that does not fit into its memory is read one block at a time,
+            with the same result.
+    """
+    spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, settings.sources)
+    plan = None
+    if invocation.memory:
+        reset_peak()
+        opened = open_network(spec.name, DTYPES.get(spec.dtype))
+        tests = _read_tests(settings, opened.loaded)
+        plan = plan_evaluation(opened, tests, invocation.memory, settings)
+        needs = {"--harness": bool(settings.harness), "--speed": settings.speed}
+        needs |= needs_of_model(spec, settings.precision, opened)
+        if start_streaming(opened, plan, needs, invocation.announce):
+            return EvaluateInputs(opened.loaded, tests, opened=opened, memory=plan)
+    loaded = load_model(spec, invocation.progress, invocation.code)
+    return EvaluateInputs(loaded, _read_tests(settings, loaded), memory=plan)
+
+
+def _read_tests(settings: Settings, loaded: Loaded) -> tuple[Source, ...]:
+    tests = read_sources(
+        SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources), loaded
+    ).evaluation
+    return tests if loaded.tokenizer is None else tuple(join_batches(test, settings.batch_size) for test in tests)
+
+
+def plan_evaluation(opened: OpenedNetwork, tests: Sequence[Source], memory: str, settings: Settings) -> MemoryPlan:
+    """Predict the memory of an evaluation from its batches and multiple-choice items."""
+    positions = [count_positions(batch) for test in tests for batch in test]
+    longest, total = max(positions, default=settings.seq_len * settings.batch_size), sum(positions)
     if settings.choices and opened.loaded.tokenizer is not None:
         longest = max(longest, evaluation.CHOICE_TOKENS)
         for path in map(Path, settings.choices):
             items = evaluation.items_in(path, settings.items)
-            own = evaluation.count_choice_tokens(opened.loaded.model, opened.loaded.tokenizer, items)
-            tokens = max(tokens, own)
-    return plan_memory(opened.network(), limit, -(-tokens // longest), longest, what="evaluating")
+            tokens = evaluation.count_choice_tokens(opened.loaded.model, opened.loaded.tokenizer, items)
+            total = max(total, tokens)
+    return plan_memory(opened.network(), parse_bytes(memory), -(-total // longest), longest, what="evaluating")
 
 
-def _evaluate(
-    settings: Settings, loaded: Loaded, progress: Progress, network: StreamedNetwork | None = None
-) -> dict[str, Any]:
-    model, items = settings.model, settings.items
-    specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
-    tests = read_sources(specs, loaded).evaluation
-    if loaded.tokenizer is not None:
-        tests = tuple(join_batches(test, settings.batch_size) for test in tests)
-    walk = network.outputs([batch for test in tests for batch in test]) if network and tests else None
-    first = next(loaded.model.parameters()).dtype
-    result: dict[str, Any] = {
-        "model": Path(model).name,
-        "size": evaluation.size(loaded.model, (), first).record(),
-        "perplexity": [],
-        "accuracy": [],
-        "choices": [],
-        "harness": [],
-        "speed": None,
-    }
-    for i, test in enumerate(tests):
-        progress(i, len(tests), f"evaluating on {test.name}")
-        if loaded.tokenizer is None:
-            result["accuracy"].append(evaluation.accuracy(loaded.model, test).record())
-        else:
-            outputs = None if walk is None else islice(walk, len(test))
-            one = evaluation.perplexity(loaded.model, test, tokenizer=loaded.tokenizer, outputs=outputs)
-            result["perplexity"].append(one.record())
-    for file in map(Path, settings.choices):
-        if loaded.tokenizer is None:
-            raise ValueError(f"--choices {file} needs a tokenizer, and {model} has none; leave it out")
-        task, run = file.name.split(".")[0], cast(Any, network).outputs if network else None
-        held = evaluation.items_in(file, items)
-        score = evaluation.choices(loaded.model, loaded.tokenizer, held, task=task, outputs=run)
-        result["choices"].append(score.record())
-    for task in settings.harness:
-        tasks = evaluation.harness(loaded.model, loaded.tokenizer, task, items=items, progress=progress)
-        result["harness"] += [one.record() for one in tasks]
-    if settings.speed:
-        batch = tests[0].batches[0] if tests else Batch(loaded.example.args, loaded.example.kwargs)
-        result["speed"] = evaluation.speed(loaded.model, batch, progress=progress).record()
-    return result
+def count_positions(batch: Batch) -> int:
+    """Return how many positions a batch has, padded and unlabelled ones included; its size if it has no ids."""
+    leaves = (leaf for leaf in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(leaf, Tensor))
+    ids = next((leaf for leaf in leaves if leaf.dtype in (torch.int32, torch.int64)), None)
+    return batch.size if ids is None else ids.numel()
+
+
+def run(settings: Settings, invocation: Invocation) -> dict[str, Any]:
+    """Evaluate the model that settings name, as ``regrow evaluate`` does.
+
+    Returns:
+        ``size``, ``perplexity``, ``accuracy``, ``choices``, ``harness`` and ``speed``, as JSON data; with a limit of
+        memory, also ``memory``.
+    """
+    result = carry_out(settings, partial(open_named, settings, invocation), progress=invocation.progress)
+    return result.record(Path(settings.model).name)

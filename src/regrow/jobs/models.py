@@ -94,6 +94,14 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
     return Loaded(model, getattr(model, "tokenizer", None), example, origin, files=files)
 
 
+def with_origin(loaded: Loaded) -> torch.nn.Module:
+    """Return the network of a loaded model with its ``origin`` and ``tokenizer``, as :func:`regrow.load` sets them."""
+    for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
+        if value is not None and not hasattr(loaded.model, name):
+            setattr(loaded.model, name, value)
+    return loaded.model
+
+
 def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> tuple[Loaded, AxisGraph]:
     """Return a model and its axes, without reading its weights where the folder says all shapes.
 

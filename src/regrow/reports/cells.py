@@ -47,11 +47,7 @@ class FoundCell(msgspec.Struct, frozen=True):
 
 
 def read_cells(config: Mapping[str, Any]) -> list[FoundCell]:
-    """Return the cells of a found network, as far as its description is valid; sources 0 and 1 are the inputs.
-
-    Args:
-        config: The configuration of the network.
-    """
+    """Return the cells of a found network, as far as its description is valid; sources 0 and 1 are the inputs."""
     result = []
     for plan in _objects(config.get("cells")):
         reduce, inputs, nodes = plan.get("reduce") is True, _list(plan.get("inputs"))[:2], []
@@ -68,11 +64,7 @@ def read_cells(config: Mapping[str, Any]) -> list[FoundCell]:
 
 
 def read_topology(config: Mapping[str, Any]) -> list[FoundCell]:
-    """Return the one cell that a network of NAS-Bench-201's space repeats; empty for other networks.
-
-    Args:
-        config: The configuration of the network; widths are those of the first stage.
-    """
+    """Return the one cell that a network of NAS-Bench-201's space repeats; empty for other networks."""
     edges, width = _list(config.get("edges")), _size(config.get("width"))
     if len(edges) != len(BENCH_EDGES):
         return []
@@ -84,11 +76,7 @@ def read_topology(config: Mapping[str, Any]) -> list[FoundCell]:
 
 
 def read_blocks(config: Mapping[str, Any]) -> list[FoundCell]:
-    """Return the blocks of a found network as cells of one node.
-
-    Args:
-        config: The configuration of the network.
-    """
+    """Return the blocks of a found network as cells of one node."""
     result = []
     for plan in _objects(config.get("blocks")):
         ops = {}
@@ -102,11 +90,7 @@ def read_blocks(config: Mapping[str, Any]) -> list[FoundCell]:
 
 
 def notation(topology: Sequence[FoundCell]) -> str:
-    """Return a topology in NAS-Bench-201's notation; empty if an edge has not exactly one operation.
-
-    Args:
-        topology: The result of :func:`read_topology`.
-    """
+    """Return a topology in NAS-Bench-201's notation; empty if an edge has not exactly one operation."""
     nodes = [node.ops for cell in topology for node in cell.nodes]
     if not nodes or any([op.source for op in ops] != [*range(i + 1)] for i, ops in enumerate(nodes)):
         return ""
@@ -114,38 +98,22 @@ def notation(topology: Sequence[FoundCell]) -> str:
 
 
 def operations(parts: Sequence[FoundCell]) -> list[Operation]:
-    """Return all operations of some cells in one list.
-
-    Args:
-        parts: The cells.
-    """
+    """Return all operations of some cells in one list."""
     return [op for cell in parts for node in cell.nodes for op in node.ops]
 
 
 def count_kinds(parts: Sequence[FoundCell]) -> dict[str, list[int]]:
-    """Return kind of operation → how many of it each cell keeps.
-
-    Args:
-        parts: The cells.
-    """
+    """Return kind of operation → how many of it each cell keeps."""
     return {kind: [sum(op.kind == kind for op in operations([cell])) for cell in parts] for kind in KINDS}
 
 
 def count_skipped(blocks: Sequence[FoundCell]) -> int:
-    """Return the number of blocks that only pass their input on.
-
-    Args:
-        blocks: The blocks.
-    """
+    """Return the number of blocks that only pass their input on."""
     return sum([op.kind for op in operations([block])] == ["skip"] for block in blocks)
 
 
 def describe_nodes(cell: FoundCell) -> list[tuple[str, int | None, str]]:
-    """Return the name of each node of a cell, its width, and what it sums, in words.
-
-    Args:
-        cell: The cell.
-    """
+    """Return the name of each node of a cell, its width, and what it sums, in words."""
     rows, inputs = [], len(cell.inputs)
     for i, node in enumerate(cell.nodes):
         sources: dict[int, list[str]] = {}
@@ -160,9 +128,6 @@ def describe_nodes(cell: FoundCell) -> list[tuple[str, int | None, str]]:
 def describe_block(block: FoundCell) -> str:
     """Return the operations whose outputs a block sums, in words.
 
-    Args:
-        block: The block.
-
     >>> describe_block(read_blocks({"blocks": [{"ops": [["mb3e6", 40], ["skip", 8]]}]})[0])
     '3 × 3 bottleneck (40 inside); its input'
     """
@@ -175,10 +140,6 @@ def describe_block(block: FoundCell) -> str:
 
 def name_source(source: int, inputs: int = 2) -> str:
     """Return the name of a source of operations; in cells with one input, that is node 0.
-
-    Args:
-        source: The index of the source.
-        inputs: The number of inputs of the cell.
 
     >>> name_source(0), name_source(1), name_source(2), name_source(0, inputs=1)
     ('cell before last', 'last cell', 'node 1', 'node 0')

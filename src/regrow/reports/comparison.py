@@ -49,11 +49,7 @@ class TableOfRuns:
 
 
 def compare(summary: Summary) -> TableOfRuns:
-    """Return what the page of several runs says: of pruning, of learning, or of searches.
-
-    Args:
-        summary: The runs.
-    """
+    """Return what the page of several runs says: of pruning, of learning, or of searches."""
     courses, searches = [run.course for run in summary.runs], [run.search for run in summary.runs]
     if all(courses):
         return _compare_courses(summary, [course for course in courses if course])
@@ -63,11 +59,7 @@ def compare(summary: Summary) -> TableOfRuns:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings in which runs differ: name → one value per run, the default where none was given.
-
-    Args:
-        runs: The runs.
-    """
+    """Return the settings in which runs differ: name → one value per run, the default where none was given."""
     listed = [{pair.name: pair.value for pair in (*run.settings, *run.method_settings)} for run in runs]
     whole = [{p.name: p.value for p in run.defaults} | table for run, table in zip(runs, listed, strict=True)]
     names = dict.fromkeys(name for table in listed for name in table)
@@ -78,23 +70,14 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def compared_perplexity(summary: Summary, means: Sequence[float | None]) -> Drawing | None:
-    """Draw the mean perplexity of pruning runs against the fraction of weights kept.
-
-    Args:
-        summary: The runs.
-        means: The geometric mean of the perplexity of each over the shared text domains.
-    """
+    """Draw the mean perplexity of pruning runs against the fraction of weights kept."""
     points = [(run.label, run.kept, after) for run, after in zip(summary.runs, means, strict=True)]
     title, below = "Perplexity against the fraction of weights kept", "perplexity, geometric mean (log scale)"
     return draw_front("fig-front", title, points, "weights kept", below, lower=True)
 
 
 def compared_accuracy(summary: Summary) -> Drawing | None:
-    """Draw the mean accuracy of learning runs over the tasks learned so far, after each task.
-
-    Args:
-        summary: The runs.
-    """
+    """Draw the mean accuracy of learning runs over the tasks learned so far, after each task."""
     courses = [(run.label, run.course) for run in summary.runs[:MAX_LINES] if run.course]
     lines = [(label, [q.mean(row[: i + 1]) for i, row in enumerate(course.matrix.matrix)]) for label, course in courses]
     title = "Average accuracy over the tasks learned, after each task"
@@ -102,11 +85,7 @@ def compared_accuracy(summary: Summary) -> Drawing | None:
 
 
 def compared_sizes(summary: Summary) -> Drawing | None:
-    """Draw the final average accuracy of learning runs against parameters.
-
-    Args:
-        summary: The runs.
-    """
+    """Draw the final average accuracy of learning runs against parameters."""
     points = [(run.label, run.course.parameters, run.course.matrix.average) for run in summary.runs if run.course]
     title, words = "Final average accuracy against parameters", ("parameters at the end", "final average accuracy")
     return draw_front("fig-courses-size", title, points, *words)

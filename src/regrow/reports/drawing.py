@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -82,37 +81,9 @@ class Drawing:
     wide: str
     narrow: str
 
-    def file(self, margin: int = 16) -> str:
-        """Return the wide drawing as the text of an SVG file, with the page's colours for light and dark mode.
-
-        Args:
-            margin: The margin on each side, in pixels.
-        """
-        css = (resources.files("regrow.reports") / "templates" / "style.css").read_text(encoding="utf-8")
-        rows = re.findall(r"(--paper: [^;]*;) --ink: ([^;]*);([^}]*?)--wash", css)
-        light, dark = (f"{paper}color:{ink};{' '.join(rest.split())}" for paper, ink, rest in rows[:2])
-        head, _, rest = self.wide.replace("xlink:", "").partition(">")
-        width, height = (float(side) + 2 * margin for side in re.findall(r"[\d.]+", head)[2:4])
-        box = f'viewBox="{-margin} {-margin} {width:g} {height:g}"'
-        head = re.sub(r'viewBox="[^"]*"', f'xmlns="http://www.w3.org/2000/svg" {box}', head)
-        style = f"svg{{font-family:system-ui,sans-serif;{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}"
-        paper = f'<rect x="{-margin}" y="{-margin}" width="{width:g}" height="{height:g}" style="fill:var(--paper)"/>'
-        return f"{head}><style>{style}</style>{paper}{rest}\n"
-
 
 def draw(name: str, title: str, description: str, height: float, paint: Paint) -> Drawing:
-    """Draw a figure in both widths, and return it as inline SVG.
-
-    Args:
-        name: Prefix of its ids, unique in the page.
-        title: The title of the figure.
-        description: The content in words, for readers who do not see it.
-        height: The height, in pixels.
-        paint: Draws on an empty figure.
-
-    Raises:
-        ReportError: If matplotlib is not installed.
-    """
+    """Draw a figure in both widths, and return it as inline SVG."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure

@@ -25,11 +25,7 @@ Point = tuple[str, float | None, float | None]
 
 
 def perplexity(run: Run) -> Drawing | None:
-    """Draw perplexity per text domain before and after, with 95 % intervals; domains seen in calibration come first.
-
-    Args:
-        run: The run.
-    """
+    """Draw perplexity per text domain before and after, with 95 % intervals; domains seen in calibration come first."""
     rows = [row for row in run.perplexity if row.ppl("after") or row.ppl("before")]
     rows = sorted(rows, key=lambda row: not row.seen)[:MAX_ROWS]
     if not rows:
@@ -66,11 +62,7 @@ def perplexity(run: Run) -> Drawing | None:
 
 
 def widths(run: Run) -> Drawing | None:
-    """Draw the units left per layer over depth, one panel per kind of axis.
-
-    Args:
-        run: The run.
-    """
+    """Draw the units left per layer over depth, one panel per kind of axis."""
     groups = [kind for kind in run.widths if kind.changed][:MAX_PANELS]
     if not groups:
         return None
@@ -93,11 +85,7 @@ def widths(run: Run) -> Drawing | None:
 
 
 def spectrum(findings: RunFindings | None) -> Drawing | None:
-    """Draw, per layer, how many units change rank between text domains beyond noise, and how similar the orders are.
-
-    Args:
-        findings: The findings of a pruning method.
-    """
+    """Draw, per layer, how many units change rank between text domains beyond noise, and how similar the orders are."""
     means = [row for row in rank_means(findings) if not row.pooled][:3] if findings else []
     if findings is None or not means:
         return None
@@ -146,11 +134,7 @@ def spectrum(findings: RunFindings | None) -> Drawing | None:
 
 
 def matrix(run: Run) -> Drawing | None:
-    """Draw the accuracy matrix as a heat map: rows are tasks learned, columns are tasks evaluated.
-
-    Args:
-        run: The run.
-    """
+    """Draw the accuracy matrix as a heat map: rows are tasks learned, columns are tasks evaluated."""
     learned = run.course.matrix if run.course else None
     if not learned or not any(value is not None for row in (*learned.matrix, learned.before) for value in row):
         return None
@@ -186,22 +170,14 @@ def matrix(run: Run) -> Drawing | None:
 
 
 def learned_size(run: Run) -> Drawing | None:
-    """Draw the number of parameters, and of non-zero parameters, after each task.
-
-    Args:
-        run: The run.
-    """
+    """Draw the number of parameters, and of non-zero parameters, after each task."""
     records = run.course.records if run.course else []
     lines = [("parameters", [row.parameters for row in records]), ("nonzero", [row.nonzero for row in records])]
     return draw_lines("fig-course-size", "Parameters after each task", "tasks learned", [("", q.count, lines)])
 
 
 def search_size(run: Run) -> Drawing | None:
-    """Draw size, allowed size and validation accuracy over the epochs of a search.
-
-    Args:
-        run: The run.
-    """
+    """Draw size, allowed size and validation accuracy over the epochs of a search."""
     rows = run.search.epochs if run.search else []
     if run.search is None or not rows:
         return None
@@ -216,11 +192,7 @@ def search_size(run: Run) -> Drawing | None:
 
 
 def search_front(run: Run) -> Drawing | None:
-    """Draw validation accuracy against size for the networks at the epochs of the last stage.
-
-    Args:
-        run: The run.
-    """
+    """Draw validation accuracy against size for the networks at the epochs of the last stage."""
     if run.search is None or not run.search.front:
         return None
     points: list[Point] = [(f"epoch {row.epoch}", row.size, row.accuracy) for row in run.search.front]
@@ -232,16 +204,7 @@ def search_front(run: Run) -> Drawing | None:
 def draw_front(
     name: str, title: str, points: Sequence[Point], below: str, above: str, lower: bool = False
 ) -> Drawing | None:
-    """Draw labelled points, and a line through those that no smaller one beats.
-
-    Args:
-        name: Prefix of the drawing's ids.
-        title: The title of the figure.
-        points: A label, a horizontal and a vertical value each.
-        below: The label of the horizontal axis.
-        above: The label of the vertical axis.
-        lower: Whether values are perplexities, lower is better, against a fraction; else accuracies against a size.
-    """
+    """Draw labelled points, and a line through those that no smaller one beats."""
     known = [(label, x, y) for label, x, y in points if x is not None and y is not None]
     if len({x for _, x, _ in known}) < 2:
         return None
@@ -279,17 +242,7 @@ def draw_lines(
     begins: Sequence[int] = (),
     floor: float | None = 0,
 ) -> Drawing | None:
-    """Draw panels of lines over tasks or epochs.
-
-    Args:
-        name: Prefix of the drawing's ids.
-        title: The title of the figure.
-        below: The label of the horizontal axis.
-        panels: The panels.
-        xs: The places of the values on the horizontal axis; empty: from 1.
-        begins: The epochs at which a stage begins.
-        floor: The least vertical value; ``None``: that of the values.
-    """
+    """Draw panels of lines over tasks or epochs."""
     known = [
         (head, write, [line for line in lines if any(v is not None for v in line[1])]) for head, write, lines in panels
     ]

@@ -25,6 +25,11 @@ _REASONS = {
     "measured": ("as the allocation with the lowest loss", "left whole"),
 }
 """How the fractions were decided → why an axis was cut, and why it was not."""
+_RULES = {
+    "learned": "The fraction that each module loses was learned by gradients, and judged on held-out text.",
+    "measured": "Three allocations were compared by the loss of the cut network: the same fraction of every candidate, "
+    "the same outside the first and last blocks, and one ranking. A note says which was taken.",
+}
 _RANKS = ("significant", "exceeds", "exceeds_null", "spearman", "spearman_shards", "spearman_within")
 
 
@@ -48,11 +53,7 @@ class MeanRow:
 
 
 def rank_means(findings: RunFindings) -> list[MeanRow]:
-    """Return the means of the rank changes, one row per kind of axis.
-
-    Args:
-        findings: The findings.
-    """
+    """Return the means of the rank changes, one row per kind of axis."""
     groups: dict[tuple[str, bool], list[RankVariation]] = {}
     for row in findings.spectrum:
         groups.setdefault((kind_of(row.space, row.label), row.axes > 1), []).append(row)
@@ -63,11 +64,7 @@ def rank_means(findings: RunFindings) -> list[MeanRow]:
 
 
 def module_means(findings: RunFindings) -> list[tuple[str, list[MeanRow]]]:
-    """Return the means of the modules, per kind of axis one row per cell, and one of all if there are several.
-
-    Args:
-        findings: The findings.
-    """
+    """Return the means of the modules, per kind of axis one row per cell, and one of all if there are several."""
     groups: dict[str, list[ModuleRatio]] = {}
     for row in findings.modules:
         kind = kind_of(row.space if row.name.startswith(row.space) else row.name, row.label)
@@ -81,14 +78,8 @@ def module_means(findings: RunFindings) -> list[tuple[str, list[MeanRow]]]:
     return result
 
 
-def explain_modules(findings: RunFindings | None) -> str:
-    """Return an explanation of modules of units, and of switched ones; empty without modules.
-
-    Args:
-        findings: The findings.
-    """
-    if findings is None or not findings.modules:
-        return ""
+def explain_modules(findings: RunFindings) -> str:
+    """Return an explanation of modules of units, and of switched ones."""
     lines = ["Units compete only within their module, and each module has its own pruning ratio."]
     if any(row.cell[1] in GRID for row in findings.modules):
         lines.append(
@@ -102,24 +93,17 @@ def explain_modules(findings: RunFindings | None) -> str:
     return " ".join(lines)
 
 
-def describe_learning(findings: RunFindings | None) -> list[str]:
-    """Return sentences on what learning or measuring the modules' ratios improved.
-
-    Args:
-        findings: The findings.
-    """
-    if findings is None:
-        return []
+def describe_learning(findings: RunFindings) -> list[str]:
+    """Return sentences on what learning the modules' ratios improved."""
     lines = []
     if starts := ", ".join(f"{name} {q.significant(loss)}" for name, loss in findings.starts.items()):
-        taken = f"; {findings.allocation} was taken" * bool(findings.allocation)
-        what = "allocations compared" if findings.allocation else "possible starting points"
-        lines.append(f"Loss on held-out text of the {what}: {starts}{taken}.")
+        lines.append(f"Loss on held-out text of the possible starting points: {starts}.")
     if len(findings.history) > 1:
-        first, last, best = findings.history[0], findings.history[-1].step, _best(findings)
-        moved = f"Learning moved it from {q.significant(first.held_out)} to {q.significant(best[1])}"
-        moved += f", at step {best[0]} of {last}."
-        lines.append(moved if best[0] > first.step else f"None of {last} steps improved on the start.")
+        first, last, (step, loss) = findings.history[0], findings.history[-1].step, _best(findings)
+        went = f"from {q.significant(first.held_out)} to {q.significant(loss)}, at step {step} of {last}."
+        lines.append(
+            f"Learning moved it {went}" if step > first.step else f"None of {last} steps improved on the start."
+        )
     robust, base = (findings.robust_among_cut.get(name) for name in ("gprune", "base"))
     if robust is not None:
         than = "" if base is None else f"; the base method alone: {q.percent(base)}"
@@ -131,37 +115,26 @@ def describe_learning(findings: RunFindings | None) -> list[str]:
 
 
 def describe_allocation(run: Run) -> list[str]:
-    """Return sentences on how it was decided how much of each layer is cut; empty if that is not known.
-
-    Args:
-        run: The run.
-    """
+    """Return sentences on how it was decided how much of each layer is cut; empty if that is not known."""
     if run.verb != "prune" or not run.scores:
         return []
     settings = _settings(run)
-    chosen = [f"--{name} {value}" for name in ("only", "exclude") if (value := settings.get(name))]
-    restricted = [f"Candidates were restricted by {' and '.join(chosen)}."] if chosen else []
-    return [*filter(None, [_rule(run, settings)]), *restricted]
+    restrictions = [f"--{name} {value}" for name in ("only", "exclude") if (value := settings.get(name))]
+    lines = [_rule(run, settings)]
+    if restrictions:
+        lines.append(f"Candidates were restricted by {' and '.join(restrictions)}.")
+    return [line for line in lines if line]
 
 
 def explain_widths(run: Run) -> dict[str, str]:
-    """Return axis key → why as much of it was cut as was, in a few words; empty if that is not known.
-
-    Args:
-        run: The run.
-    """
+    """Return axis key → why as much of it was cut as was, in a few words; empty if that is not known."""
     if run.verb != "prune" or not run.scores:
         return {}
-    mode, result = _mode(run, _settings(run)), {}
-    factors = {row.axis: row.factor for row in run.findings.levels} if run.findings else {}
+    cut, whole = _REASONS.get(_mode(run, _settings(run)), ("", ""))
+    result = {}
     for row in (row for kind in run.widths for row in kind.rows):
-        if row.key not in run.scores.bounds:
-            result[row.key] = "not a candidate"
-        elif mode == "measured" and row.key in factors:
-            moved = abs(factors[row.key] - 1) > 1e-9
-            result[row.key] = "measured divergence" + f"; exchanges: × {q.significant(factors[row.key])}" * moved
-        elif not (mode == "measured" and run.findings):
-            result[row.key] = _REASONS.get(mode, ("", ""))[row.after == row.before]
+        reason = whole if row.after == row.before else cut
+        result[row.key] = reason if row.key in run.scores.bounds else "not a candidate"
     return result
 
 
@@ -176,11 +149,9 @@ def _mean_row(
 
 
 def _module_row(name: str, rows: list[ModuleRatio]) -> MeanRow:
-    values: dict[str, Values] = {
-        k: [getattr(r, k) for r in rows] for k in ("sensitivity", "activity", "start", "given")
-    }
+    names = ("sensitivity", "activity", "start", "learned", "given")
+    values: dict[str, Values] = {key: [getattr(row, key) for row in rows] for key in names}
     values["switched"] = [None if row.trust is None else 1 - min(row.trust, 1) for row in rows]
-    values["chosen"] = [row.learned if row.chosen is None else row.chosen for row in rows]
     return _mean_row(name, False, len(rows), rows, values)
 
 
@@ -200,57 +171,29 @@ def _best(findings: RunFindings) -> tuple[int, float]:
 def _mode(run: Run, settings: dict[str, str]) -> str:
     """Return how the fractions were decided: ``ranked``, ``uniform``, ``measured``, ``learned`` or a start's name."""
     findings, mode = run.findings, settings.get("allocation", "")
-    if findings is None or mode not in ("learned", "measured", ""):
+    if findings is None or mode:
         return mode
-    if findings.allocation:
-        return findings.allocation
-    losses = {name: loss for name, loss in findings.starts.items() if loss is not None}
     if findings.history and _best(findings)[0]:
         return "learned"
+    losses = {name: loss for name, loss in findings.starts.items() if loss is not None}
     return min(losses, key=lambda name: losses[name]) if losses else settings.get("start", "")
 
 
 def _rule(run: Run, settings: dict[str, str]) -> str:
-    findings, mode, spare = run.findings, _mode(run, settings), settings.get("spare")
-    if findings and mode == "measured":
-        return (
-            "How much of each layer is cut was measured: each layer was cut alone to a few ratios. The divergence of "
-            "the network's predictions from the dense ones was taken on sources that were left out of its scores. "
-            f"Layers whose loss does little lose more. {_exchanges(findings)}The result was better on held-out text "
-            "than every start."
-        )
-    if findings and mode in STARTS:
-        tried = "measured" if findings.allocation else "learned"
-        return f"The {tried} allocation was not better on held-out text than its best start, {mode} ({STARTS[mode]})."
-    if findings and mode == "learned":
-        return "The fraction that each module loses was learned by gradients, and judged on held-out text."
+    mode = _mode(run, settings)
+    if run.findings and mode in STARTS:
+        return f"The learned allocation was not better on held-out text than its best start, {mode} ({STARTS[mode]})."
+    if mode in _RULES:
+        return _RULES[mode]
     if mode == "ranked":
         per_weight = run.scores and run.scores.metric.endswith("/cost")
         ranking = "the estimated loss per removed weight" if per_weight else "the standardised scores"
         return f"One ranking of {ranking} of all candidates decides: the lowest go until the budget is met."
     if mode == "uniform":
         ends = any(settings.get(name, "0").strip("0.") for name in ("spare_first", "spare_last")) and not run.regular
-        rest = " outside the first and last blocks, which stay whole," * ends
-        return f"Every candidate{rest} loses the same fraction of its units, those with the lowest scores."
-    if mode == "measured":
-        return (
-            "Three allocations were compared by the loss of the cut network: the same fraction of every candidate, the "
-            "same outside the first and last blocks, and one ranking. A note says which was taken."
-        )
-    if spare:
-        rest = {
-            "always": " outside the first and last blocks, which stay whole,",
-            "measured": " (outside the first and last blocks, unless the loss is lower with these cut, too)",
-        }.get("" if run.regular else spare, "")
-        return f"Every candidate{rest} loses the same fraction of its units, those whose removal adds least loss."
+        where = " outside the first and last blocks, which stay whole," if ends else ""
+        return f"Every candidate{where} loses the same fraction of its units, those with the lowest scores."
     return ""
-
-
-def _exchanges(findings: RunFindings) -> str:
-    rounds, taken = len({row.round for row in findings.exchanges}), sum(row.accepted for row in findings.exchanges)
-    times = "1 round" if rounds == 1 else f"{rounds} rounds"
-    judged = f"each judged on the whole pruned network: {taken} of {len(findings.exchanges)} judgements accepted one. "
-    return f"Then cost was exchanged between layers in {times}, {judged}" if rounds else ""
 
 
 def _settings(run: Run) -> dict[str, str]:

@@ -12,9 +12,6 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def power(value: float | None) -> str:
     """Format a number as digits times a power of ten.
 
-    Args:
-        value: The number; ``None`` becomes a dash.
-
     >>> power(3.14e-14)
     '3.1·10⁻¹⁴'
     """
@@ -28,9 +25,6 @@ def power(value: float | None) -> str:
 
 def significant(value: float | None) -> str:
     """Format a number with three significant digits; very large and very small ones as powers of ten.
-
-    Args:
-        value: The number; ``None`` becomes a dash.
 
     >>> significant(33.24), significant(9.1), significant(1502.3), significant(2.5e9), significant(None)
     ('33.2', '9.10', '1,502', '2.5·10⁹', '–')
@@ -46,10 +40,6 @@ def significant(value: float | None) -> str:
 def spread(value: float | None, of: float | None) -> str:
     """Format a standard error with as many decimals as the number that it belongs to.
 
-    Args:
-        value: The error; ``None`` becomes a dash.
-        of: The number that it belongs to.
-
     >>> spread(1.824, 33.2), spread(0.364, 6.63), spread(30.4, 1502)
     ('1.8', '0.36', '30')
     """
@@ -60,9 +50,6 @@ def spread(value: float | None, of: float | None) -> str:
 
 def tick(value: float) -> str:
     """Format a number at a figure's axis, as short as possible.
-
-    Args:
-        value: The number.
 
     >>> tick(20.0), tick(0.5), tick(133000), tick(1e-6)
     ('20', '0.5', '133,000', '10⁻⁶')
@@ -75,47 +62,40 @@ def tick(value: float) -> str:
 def count(value: float | None) -> str:
     """Format a count: in full below 100,000, else with k, M, G, T or P; small fractions with three digits.
 
-    Args:
-        value: The count; ``None`` becomes a dash.
-
     >>> count(1536), count(134_515_008), count(6.866), count(None)
     ('1,536', '134.5\\xa0M', '6.87', '–')
     """
-    if value is None:
-        return NONE
-    if value % 1 and abs(value) < 1000:
+    if value is not None and value % 1 and abs(value) < 1000:
         return significant(value)
-    if abs(value) < 1e5:
-        return f"{value:,.0f}"
-    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:,.{_decimals(value / unit)}f}{SPACE}{name}"
-    return f"{value:,.0f}"
+    return _scaled(value, ("k", "M", "G", "T", "P"), 1e5)
 
 
 def octets(value: float | None) -> str:
     """Format a number of bytes in decimal units.
 
-    Args:
-        value: The number of bytes; ``None`` becomes a dash.
-
-    >>> octets(269_100_000)
-    '269.1\\xa0MB'
+    >>> octets(269_100_000), octets(12)
+    ('269.1\\xa0MB', '12\\xa0B')
     """
+    if value is not None and value < 1000:
+        return f"{value:,.0f}{SPACE}B"
+    return _scaled(value, ("kB", "MB", "GB", "TB"), 1e3)
+
+
+def _scaled(value: float | None, units: Sequence[str], least: float) -> str:
+    """Format a number with the largest of some units, each a thousand times the one before, from ``least`` on."""
     if value is None:
         return NONE
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= unit:
-            return f"{value / unit:,.{_decimals(value / unit)}f}{SPACE}{name}"
-    return f"{value:,.0f}{SPACE}B"
+    if abs(value) < least:
+        return f"{value:,.0f}"
+    power = 1
+    while power < len(units) and abs(value) >= 1000 ** (power + 1):
+        power += 1
+    scaled = value / 1000**power
+    return f"{scaled:,.{2 if abs(scaled) < 9.995 else 1}f}{SPACE}{units[power - 1]}"
 
 
 def measured(value: float | None, measure: str) -> str:
     """Format an amount of what a budget counts.
-
-    Args:
-        value: The amount; ``None`` becomes a dash.
-        measure: What is counted.
 
     >>> measured(5e7, "kv_cache"), measured(7.5, "ms"), measured(1536, "macs")
     ('50.0\\xa0MB', '7.50 ms', '1,536')
@@ -128,9 +108,6 @@ def measured(value: float | None, measure: str) -> str:
 def percent(fraction: float | None) -> str:
     """Format a fraction as a percentage.
 
-    Args:
-        fraction: The fraction; ``None`` becomes a dash.
-
     >>> percent(0.9004)
     '90.0\\xa0%'
     """
@@ -139,9 +116,6 @@ def percent(fraction: float | None) -> str:
 
 def percent_tick(fraction: float | None) -> str:
     """Format a fraction at a figure's axis as a percentage, as short as possible.
-
-    Args:
-        fraction: The fraction; ``None`` becomes a dash.
 
     >>> percent_tick(0.25), percent_tick(0.125)
     ('25\\xa0%', '12.5\\xa0%')
@@ -152,9 +126,6 @@ def percent_tick(fraction: float | None) -> str:
 def points(difference: float | None) -> str:
     """Format a difference of two fractions in percentage points.
 
-    Args:
-        difference: The difference; ``None`` becomes a dash.
-
     >>> points(0.0123), points(-0.2)
     ('+1.2\\xa0points', '−20.0\\xa0points')
     """
@@ -164,9 +135,6 @@ def points(difference: float | None) -> str:
 def factor(value: float | None) -> str:
     """Format a ratio, as ``×1.23``.
 
-    Args:
-        value: The ratio; ``None`` becomes a dash.
-
     >>> factor(1.2345), factor(0.931), factor(17.29)
     ('×1.23', '×0.93', '×17.3')
     """
@@ -175,9 +143,6 @@ def factor(value: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """Format a time span.
-
-    Args:
-        seconds: The time span in seconds; ``None`` becomes a dash.
 
     >>> duration(0.84), duration(192.0), duration(3900)
     ('0.84\\xa0s', '3\\xa0min 12\\xa0s', '1\\xa0h 05\\xa0min')
@@ -196,9 +161,6 @@ def duration(seconds: float | None) -> str:
 def moment(stamp: str) -> str:
     """Format a point in time from its ISO form; other texts are returned unchanged.
 
-    Args:
-        stamp: The ISO form.
-
     >>> moment("2026-11-24T15:02:11.5+00:00"), moment("yesterday")
     ('2026-11-24 15:02 UTC', 'yesterday')
     """
@@ -212,9 +174,6 @@ def moment(stamp: str) -> str:
 def in_words(value: object) -> str:
     """Return the value of a setting as a short text; empty for objects and nothing.
 
-    Args:
-        value: The value, as JSON data.
-
     >>> in_words(True), in_words(0.30000000000000004), in_words(["a", 2]), in_words(None)
     ('yes', '0.3', 'a, 2', '')
     """
@@ -226,23 +185,13 @@ def in_words(value: object) -> str:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the known values; ``None`` if there is none.
-
-    Args:
-        values: The values.
-    """
+    """Return the mean of the known values; ``None`` if there is none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def won_back(before: float | None, cut: float | None, after: float | None) -> float | None:
-    """Return the fraction of the log-perplexity lost by a cut that was won back; ``None`` if nothing was lost.
-
-    Args:
-        before: The perplexity before the cut.
-        cut: That after it.
-        after: That after recovery.
-    """
+    """Return the fraction of the log-perplexity lost by a cut that was won back; ``None`` if nothing was lost."""
     if not before or not cut or not after or cut <= before:
         return None
     return math.log(cut / after) / math.log(cut / before)
@@ -250,10 +199,6 @@ def won_back(before: float | None, cut: float | None, after: float | None) -> fl
 
 def leaders(sizes: Sequence[float | None], values: Sequence[float | None]) -> list[bool]:
     """Return which values are not beaten by any at the same size or less (within half a per cent).
-
-    Args:
-        sizes: The size of each; ``None`` if unknown.
-        values: The accuracy of each, or another value of which more is better; ``None`` if unknown.
 
     >>> leaders([100, 100, 200], [0.7, 0.6, 0.8])
     [True, False, True]
@@ -266,14 +211,5 @@ def leaders(sizes: Sequence[float | None], values: Sequence[float | None]) -> li
 
 
 def shorten(words: str, most: int) -> str:
-    """Return words cut to a length, with an ellipsis if they are longer.
-
-    Args:
-        words: The words.
-        most: The largest number of characters.
-    """
+    """Return words cut to a length, with an ellipsis if they are longer."""
     return words if len(words) <= most else words[: most - 1] + "…"
-
-
-def _decimals(value: float) -> int:
-    return 2 if abs(value) < 9.995 else 1

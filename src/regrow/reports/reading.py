@@ -107,42 +107,21 @@ class RunRecord:
         return clean(path.parent.name if path.name == WORK else path.name) or "run"
 
     def rows(self, what: str, kind: type[Kind]) -> list[Kind]:
-        """Return the measurements of a kind as records; none, and a problem, if one does not fit.
-
-        Args:
-            what: The kind of measurement.
-            kind: The record.
-        """
+        """Return the measurements of a kind as records; none, and a problem, if one does not fit."""
         return self.each(f"metrics.jsonl: {what}", self.metrics.get(what, []), kind)
 
     def each(self, where: str, rows: Sequence[object], kind: type[Kind]) -> list[Kind]:
-        """Return JSON data as records; none, and a problem, if one does not fit.
-
-        Args:
-            where: The file and the part of it, for the problem.
-            rows: The data.
-            kind: The record.
-        """
+        """Return JSON data as records; none, and a problem, if one does not fit."""
         with self.leave_out():
             return [convert(row, kind, where, "left out") for row in rows]
         return []
 
     def last(self, what: str, kind: type[Kind]) -> Kind | None:
-        """Return the last measurement of a kind; ``None`` if there is none that fits.
-
-        Args:
-            what: The kind of measurement.
-            kind: The record.
-        """
+        """Return the last measurement of a kind; ``None`` if there is none that fits."""
         return next(reversed(self.rows(what, kind)), None)
 
     def table(self, file: str, kind: type[Kind]) -> Kind | None:
-        """Return the content of a JSON file as a record; ``None`` if it is missing, or, with a problem, damaged.
-
-        Args:
-            file: The name of the file.
-            kind: The record.
-        """
+        """Return the content of a JSON file as a record; ``None`` if it is missing, or, with a problem, damaged."""
         with self.leave_out():
             if (data := read_json(self.path / file)) is not None:
                 return convert(clean(data), kind, file, "left out")
@@ -158,17 +137,7 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read all files of a run folder that a report needs.
-
-    Args:
-        path: The folder; it must hold a ``run.json``, any other file may be missing.
-
-    Returns:
-        The content of its files.
-
-    Raises:
-        ReportError: If there is no valid ``run.json``.
-    """
+    """Read all files of a run folder that a report needs."""
     settle(path)
     if not (path / "run.json").is_file() and (path / WORK / "run.json").is_file():
         path = path / WORK  # it is not finished
@@ -207,10 +176,6 @@ def _read_plans(folder: RunRecord) -> list[dict[str, Any]]:
 def clean(value: Any, longest: int = _LONGEST) -> Any:
     """Return JSON data in which every text is one printable line, and numbers that are not finite are ``None``.
 
-    Args:
-        value: The data.
-        longest: The largest number of characters of a text.
-
     >>> clean({"a\\n\\x00b": ["abcdef", float("nan")]}, longest=4)
     {'a b': ['abc…', None]}
     """
@@ -225,11 +190,7 @@ def clean(value: Any, longest: int = _LONGEST) -> Any:
 
 
 def widths(folder: RunRecord) -> tuple[list[AxisKind], dict[str, int]]:
-    """Return the widths of the axes that can change, per kind of axis, and reason → number of the frozen ones.
-
-    Args:
-        folder: A run folder; without its ``axes.json`` the plans alone are read.
-    """
+    """Return the widths of the axes that can change, per kind of axis, and reason → number of the frozen ones."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for key, change in _changes(folder.plans):
@@ -237,32 +198,25 @@ def widths(folder: RunRecord) -> tuple[list[AxisKind], dict[str, int]]:
         last[key] = len(change["keep"]) + len(change.get("restore", ())) + change.get("grow", 0)
     after = {axis.key: axis.size for axis in folder.axes.after} if folder.axes else {}
     before = (folder.axes.before if folder.axes else []) or [AxisRow(key, size) for key, size in first.items()]
-    rows: dict[str, list[AxisWidth]] = {}
+    rows: dict[str, list[tuple[str, str, int, int]]] = {}
     frozen: Counter[str] = Counter()
     for axis in before:
         if axis.mark == "frozen" and axis.key not in last:
             frozen[axis.reason or "no reason given"] += 1
         elif axis.size:
             left = last.get(axis.key, after.get(axis.key, axis.size))
-            width = AxisWidth(axis.key, axis.block or block_of(axis.key), axis.size, left)
+            width = (axis.key, axis.block or block_of(axis.key), axis.size, left)
             rows.setdefault(kind_of(axis.key, axis.label), []).append(width)
     groups = []
     for kind, members in rows.items():
-        depths, numbered = depths_of([row.block for row in members])
-        ordered = [
-            AxisWidth(row.key, row.block, row.before, row.after, at) for row, at in zip(members, depths, strict=True)
-        ]
+        depths, numbered = depths_of([block for _, block, *_ in members])
+        ordered = [AxisWidth(*member, depth) for member, depth in zip(members, depths, strict=True)]
         groups.append(AxisKind(kind, numbered, sorted(ordered, key=lambda row: row.depth)))
     return groups, dict(frozen.most_common())
 
 
 def scores(folder: RunRecord, groups: Sequence[AxisKind]) -> ScoreRows | None:
-    """Return where each axis was cut, and the units with massive activations; ``None`` without ``scores.json``.
-
-    Args:
-        folder: A run folder.
-        groups: Its :func:`widths`, for the kind and the block of each axis.
-    """
+    """Return where each axis was cut, and the units with massive activations; ``None`` without ``scores.json``."""
     if folder.scores is None or not folder.scores.axes:
         return None
     survivors, bounds, massive = _survivors(folder.plans), {}, []
@@ -283,10 +237,6 @@ def scores(folder: RunRecord, groups: Sequence[AxisKind]) -> ScoreRows | None:
 def kind_of(key: str, label: str = "") -> str:
     """Return the name that axes of one kind share in all blocks: the label, or the key with ``*`` for block numbers.
 
-    Args:
-        key: The axis's key.
-        label: The axis's label.
-
     >>> kind_of("layers.3.mlp.w:0"), kind_of("layers.3.mlp.w:0", "MLP neurons")
     ('layers.*.mlp.w:0', 'MLP neurons')
     """
@@ -295,9 +245,6 @@ def kind_of(key: str, label: str = "") -> str:
 
 def block_of(key: str) -> str:
     """Return the block of an axis whose block is not recorded: its key up to the first number.
-
-    Args:
-        key: The axis's key.
 
     >>> block_of("layers.3.mlp.w:0"), block_of("head.weight:0")
     ('layers.3', 'head')
@@ -308,9 +255,6 @@ def block_of(key: str) -> str:
 
 def depths_of(blocks: Sequence[str]) -> tuple[list[int], bool]:
     """Return the depth of each block, and whether that is its number; else it is its place.
-
-    Args:
-        blocks: The names of the blocks.
 
     >>> depths_of(["layers.1", "layers.7"]), depths_of(["stem", "layers.1"])
     (([1, 7], True), ([0, 1], False))

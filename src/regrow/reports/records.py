@@ -102,11 +102,7 @@ class Domain(msgspec.Struct, frozen=True):
     delta_se: Spread = None
 
     def ppl(self, side: str) -> float | None:
-        """Return the perplexity of one of the models; ``None`` if it was not measured.
-
-        Args:
-            side: ``before``, ``cut``, ``fitted`` or ``after``.
-        """
+        """Return the perplexity of one of the models; ``None`` if it was not measured."""
         measured: SourcePerplexity | None = getattr(self, side)
         return measured.ppl if measured else None
 
@@ -174,6 +170,13 @@ class Sizes(msgspec.Struct, frozen=True):
 
     before: SizeRow | None = None
     after: SizeRow | None = None
+
+    @property
+    def left(self) -> float | None:
+        """The counted weights after ÷ before."""
+        if not (self.before and self.after and self.before.params_counted):
+            return None
+        return self.after.params_counted / self.before.params_counted
 
 
 class MaskingCheck(msgspec.Struct, frozen=True):
@@ -295,7 +298,7 @@ class RankVariation(msgspec.Struct, frozen=True):
 
 
 class ModuleRatio(msgspec.Struct, frozen=True):
-    """A module of units of an axis, and the fraction of it that is cut at the start, as learned or chosen, and as cut.
+    """A module of units of an axis, and the fraction of it that is cut at the start, as learned, and as cut.
 
     It is named "axis cell", "axis and 29 more cell" where axes are pooled, or "axis" if every axis is one module.
     """
@@ -306,7 +309,6 @@ class ModuleRatio(msgspec.Struct, frozen=True):
     label: str = ""
     start: Fraction = None
     learned: Fraction = None
-    chosen: Fraction = None
     given: Fraction = None
     trust: Fraction = None
     sensitivity: Amount = None
@@ -320,11 +322,7 @@ class ModuleRatio(msgspec.Struct, frozen=True):
 
 
 def geometric_mean(domains: Sequence[Domain]) -> Mean | None:
-    """Return geometric means over the text domains measured on both sides, or after the run only.
-
-    Args:
-        domains: The perplexities on each text domain.
-    """
+    """Return geometric means over the text domains measured on both sides, or after the run only."""
     after = [row for row in domains if row.ppl("after")]
     both = [row for row in after if row.ppl("before")]
     rows = both or after

@@ -1,6 +1,5 @@
 """Records of what a method found out, of learning runs and searches, and of everything that a page shows of a run."""
 
-import math
 from typing import Annotated
 
 import msgspec
@@ -13,7 +12,6 @@ from regrow.reports.records import (
     ChoiceTask,
     Domain,
     Fraction,
-    LogRatio,
     MaskingCheck,
     Mean,
     MissingFile,
@@ -38,47 +36,16 @@ class HeldOut(msgspec.Struct, frozen=True):
     held_out: Amount
 
 
-class Divergences(msgspec.Struct, frozen=True):
-    """What a measured allocation recorded of an axis: divergences of the network with that axis alone cut."""
-
-    axis: str
-    levels: list[Fraction]
-    divergences: list[Amount]
-    means: list[Amount]
-    measured: Fraction = None
-    chosen: Fraction = None
-    offset: LogRatio = None
-
-    @property
-    def factor(self) -> float:
-        """The factor that exchanges between axes applied."""
-        return math.exp(self.offset or 0.0)
-
-
-class CostExchange(msgspec.Struct, frozen=True):
-    """A judgement of an exchange of cost between axes, on the pruned network."""
-
-    round: Count
-    before: Amount
-    after: Amount
-    windows: Count | None = None
-    fraction: Fraction = None
-    accepted: bool = False
-
-
 class RunFindings(msgspec.Struct, frozen=True):
     """The tables in which a pruning method explains its choice."""
 
     method: str
     sources: list[str] = []
-    allocation: str = ""
     spectrum: list[RankVariation] = []
     modules: list[ModuleRatio] = []
     starts: dict[str, Amount] = {}
     history: list[HeldOut] = []
     best_step: Count | None = None
-    levels: list[Divergences] = []
-    exchanges: list[CostExchange] = []
     robust_among_cut: dict[str, Fraction] = {}
     notes: list[str] = []
 
@@ -286,9 +253,8 @@ class Run(msgspec.Struct, frozen=True):
     @property
     def kept(self) -> float | None:
         """The fraction of weights kept: the measured one, or else the requested one."""
-        before, after = self.size.before, self.size.after
-        if before and after and before.params_counted:
-            return after.params_counted / before.params_counted
+        if (left := self.size.left) is not None:
+            return left
         return self.keep if self.measure in ("", "weights") else None
 
 

@@ -67,11 +67,7 @@ class PassTimes(msgspec.Struct, frozen=True):
 
 
 def search(folder: RunRecord) -> SearchRun | None:
-    """Return the measurements of a search; ``None`` if it is a run of another kind.
-
-    Args:
-        folder: A run folder.
-    """
+    """Return the measurements of a search; ``None`` if it is a run of another kind."""
     if folder.run.verb != "search":
         return None
     settings = folder.run.settings
@@ -107,21 +103,12 @@ def search(folder: RunRecord) -> SearchRun | None:
 
 
 def unit(result: SearchRun) -> str:
-    """Return the unit in which a search counts sizes, in words.
-
-    Args:
-        result: The search.
-    """
+    """Return the unit in which a search counts sizes, in words."""
     return _UNITS.get(result.measure, "parameters")
 
 
 def headline(run: Run, result: SearchRun) -> str:
-    """Return one sentence on the network that a run found, and its test accuracy.
-
-    Args:
-        run: The run.
-        result: Its measurements.
-    """
+    """Return one sentence on the network that a run found, and its test accuracy."""
     deed, left = f"{run.method or 'regrow search'} searched {run.model}", result.network
     if left.parameters is None:
         return f"{deed}. The search is not finished."
@@ -134,11 +121,7 @@ def headline(run: Run, result: SearchRun) -> str:
 
 
 def explain_unsearched(run: Run) -> str:
-    """Return a note if a run did not search weights because its target counts zeroed ones; else an empty text.
-
-    Args:
-        run: The run.
-    """
+    """Return a note if a run did not search weights because its target counts zeroed ones; else an empty text."""
     result = run.search
     if result is None or run.method != "mgas" or result.measure not in ("params", "macs", "bytes") or result.topology:
         return ""
@@ -146,12 +129,7 @@ def explain_unsearched(run: Run) -> str:
 
 
 def details(run: Run, result: SearchRun) -> list[str]:
-    """Return the sentences below a run's headline: the origin of the method, and what was done.
-
-    Args:
-        run: The run.
-        result: Its measurements.
-    """
+    """Return the sentences below a run's headline: the origin of the method, and what was done."""
     lines = [line for line in (RECONSTRUCTED.get(run.method), explain_unsearched(run)) if line]
     if result.epochs:
         n, m = len(result.epochs), len({row.stage for row in result.epochs})
@@ -164,11 +142,7 @@ def details(run: Run, result: SearchRun) -> list[str]:
 
 
 def key_numbers(result: SearchRun) -> list[KeyNumber]:
-    """Return the figures at the head of the page.
-
-    Args:
-        result: The measurements of a search.
-    """
+    """Return the figures at the head of the page."""
     test, left, ops = result.test, result.network, cells.operations(result.cells or result.topology)
     state = _trained(result) if result.retrained else "after the search"
     shown: list[tuple[str, Any, Any, str]] = [
@@ -193,11 +167,7 @@ def key_numbers(result: SearchRun) -> list[KeyNumber]:
 
 
 def alarms(run: Run) -> list[str]:
-    """Return warnings: collapse, nodes with one operation, missed size or memory, commits that changed outputs.
-
-    Args:
-        run: The run of a search.
-    """
+    """Return warnings: collapse, nodes with one operation, missed size or memory, commits that changed outputs."""
     warnings = (_collapse, _thin, _off, _overshot, _moved, _memory)
     return [line for warn in warnings if run.search and (line := warn(run.search))]
 

@@ -61,14 +61,7 @@ def summarise(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def read_summary(folders: Sequence[Path]) -> Summary:
-    """Read run folders into one record.
-
-    Args:
-        folders: The run folders, in the order of a comparison. Only ``run.json`` must exist in each.
-
-    Raises:
-        ReportError: If there is no folder, more than 64, or one without a valid ``run.json``.
-    """
+    """Read run folders into one record."""
     if not 0 < len(folders) <= MAX_RUNS:
         raise ReportError(f"a report is made of 1 to {MAX_RUNS} run folders; got {len(folders)}")
     runs = [_run(read_run(Path(folder))) for folder in folders]
@@ -123,11 +116,7 @@ def _run(folder: RunRecord) -> Run:
 
 
 def _course(folder: RunRecord) -> Course | None:
-    """Return the measurements of a continual-learning run; ``None`` if it is a run of another kind.
-
-    Args:
-        folder: A run folder.
-    """
+    """Return the measurements of a continual-learning run; ``None`` if it is a run of another kind."""
     if folder.run.verb != "learn":
         return None
     records = {row.task: row for row in folder.rows("task", LearnedTask)}

@@ -15,14 +15,9 @@ _DOMAINS = {"seen": "on text domains seen in calibration", "unseen": "on unseen 
 
 
 def headline(run: Run) -> str:
-    """Return one sentence on what was done to the model, and what it cost in quality.
-
-    Args:
-        run: The run.
-    """
-    who, before, after = run.method or f"regrow {run.verb}", run.size.before, run.size.after
-    if before and after and before.params_counted:
-        left = after.params_counted / before.params_counted
+    """Return one sentence on what was done to the model, and what it cost in quality."""
+    who = run.method or f"regrow {run.verb}"
+    if (left := run.size.left) is not None:
         deed = "removed {} of" if left <= 1 else "added {} to"
         weights = "linear weights" if run.perplexity else "convolution and linear weights"
         deed = f"{who} {deed.format(q.percent(abs(1 - left)))} the {weights} of {run.model}."
@@ -34,11 +29,7 @@ def headline(run: Run) -> str:
 
 
 def details(run: Run) -> list[str]:
-    """Return sentences with the figures behind the headline.
-
-    Args:
-        run: The run.
-    """
+    """Return sentences with the figures behind the headline."""
     before, after, lines = run.size.before, run.size.after, []
     if before and after and before.params_all:
         share = q.percent(after.params_all / before.params_all)
@@ -60,16 +51,11 @@ def details(run: Run) -> list[str]:
 
 
 def key_numbers(run: Run) -> list[KeyNumber]:
-    """Return the numbers at the head of the page.
-
-    Args:
-        run: The run.
-    """
+    """Return the numbers at the head of the page."""
     before, after, budget, result = run.size.before, run.size.after, run.budget, list[KeyNumber]()
-    if before and after and before.params_counted:
+    if before and after and (left := run.size.left) is not None:
         figures = f"{q.count(after.params_counted)} of {q.count(before.params_counted)}"
-        share = q.percent(after.params_counted / before.params_counted)
-        result.append(KeyNumber("Weights" if run.verb == "grow" else "Weights kept", share, figures))
+        result.append(KeyNumber("Weights" if run.verb == "grow" else "Weights kept", q.percent(left), figures))
     elif run.keep is not None:
         result.append(KeyNumber("Requested fraction", q.percent(run.keep), f"of {run.measure or 'weights'}"))
     if budget and budget.asked is not None and budget.after is not None:
@@ -96,20 +82,12 @@ def key_numbers(run: Run) -> list[KeyNumber]:
 
 
 def law(run: Run) -> str:
-    """Return the name of the equality that a run checks.
-
-    Args:
-        run: The run.
-    """
+    """Return the name of the equality that a run checks."""
     return "Grown = original" if run.verb == "grow" else "Masked = shrunk"
 
 
 def massive(run: Run) -> str:
-    """Return what became of the units with massive activations, in words; empty if there are none.
-
-    Args:
-        run: The run.
-    """
+    """Return what became of the units with massive activations, in words; empty if there are none."""
     units = run.scores.massive if run.scores else []
     if not units:
         return ""
@@ -125,11 +103,7 @@ def massive(run: Run) -> str:
 
 
 def proof(run: Run) -> str:
-    """Return the result of the masked = shrunk check, in words.
-
-    Args:
-        run: The run.
-    """
+    """Return the result of the masked = shrunk check, in words."""
     rows = [row for row in run.verify if row.holds is not None]
     whole = bool(rows) and all(row.holds for row in rows)
     if run.verb == "grow":
@@ -146,11 +120,7 @@ def proof(run: Run) -> str:
 
 
 def reconstruction(run: Run) -> list[str]:
-    """Return sentences on what the least squares recovered, per layer and in perplexity; empty if there was none.
-
-    Args:
-        run: The run.
-    """
+    """Return sentences on what the least squares recovered, per layer and in perplexity; empty if there was none."""
     if (fit := run.reconstruction) is None:
         return []
     layers = "1 layer" if len(fit.layers) == 1 else f"{len(fit.layers)} layers"
@@ -176,33 +146,19 @@ def reconstruction(run: Run) -> list[str]:
 
 
 def fitted_share(layers: list[FittedLayer], name: str) -> float | None:
-    """Return by which fraction the sum of the layers' errors fell; ``None`` if that was not measured.
-
-    Args:
-        layers: The layers.
-        name: Which error after the fit: ``after`` or ``seen``.
-    """
+    """Return by which fraction the sum of the layers' errors fell; ``None`` if that was not measured."""
     known = [row for row in layers if row.before is not None and getattr(row, name) is not None]
     before = sum(row.before or 0.0 for row in known)
     return 1 - sum(getattr(row, name) for row in known) / before if before else None
 
 
 def domains(count: int) -> str:
-    """Return a number of text domains in words.
-
-    Args:
-        count: The number.
-    """
+    """Return a number of text domains in words."""
     return f"{count} text domain{'s' * (count != 1)}"
 
 
 def learned_headline(run: Run, course: Course) -> str:
-    """Return one sentence on what was learned, and the accuracy at the end.
-
-    Args:
-        run: The run.
-        course: Its measurements.
-    """
+    """Return one sentence on what was learned, and the accuracy at the end."""
     n = len(course.matrix.matrix)
     deed = f"{run.method or 'regrow learn'} trained {run.model} on {n} task{'s' * (n != 1)}{' in sequence' * (n > 1)}."
     if course.matrix.average is None:
@@ -212,12 +168,7 @@ def learned_headline(run: Run, course: Course) -> str:
 
 
 def learned_details(run: Run, course: Course) -> list[str]:
-    """Return sentences below the headline: the origin of the method, and how the network grew.
-
-    Args:
-        run: The run.
-        course: Its measurements.
-    """
+    """Return sentences below the headline: the origin of the method, and how the network grew."""
     lines = [RECONSTRUCTED] if run.method == "sparsegrow" else []
     if course.gone:
         lines.append(f"Data of {', '.join(course.gone)} were missing, so the figures are means over the other tasks.")
@@ -233,11 +184,7 @@ def learned_details(run: Run, course: Course) -> list[str]:
 
 
 def learned_numbers(course: Course) -> list[KeyNumber]:
-    """Return the six figures of the accuracy matrix.
-
-    Args:
-        course: The measurements of a run.
-    """
+    """Return the six figures of the accuracy matrix."""
     matrix, n, k = course.matrix, len(course.matrix.matrix), course.measured
     over = "all tasks" if k == n else f"the {k} of {n} tasks that could be evaluated"
     shown: list[tuple[str, float | None, Any, str]] = [
@@ -252,11 +199,7 @@ def learned_numbers(course: Course) -> list[KeyNumber]:
 
 
 def loss_recovery(event: ShapeChange) -> str:
-    """Return after how many steps the loss had recovered from a growth, in words.
-
-    Args:
-        event: The growth.
-    """
+    """Return after how many steps the loss had recovered from a growth, in words."""
     if event.recovery_steps is not None:
         return q.count(event.recovery_steps)
     return f"not in {q.count(event.steps_watched)}" if event.steps_watched else q.NONE

@@ -41,11 +41,7 @@ class Range:
     below: bool = False
 
     def holds(self, value: object) -> bool:
-        """Whether a number lies in the interval; NaN and infinity never do.
-
-        Args:
-            value: The number.
-        """
+        """Whether a number lies in the interval; NaN and infinity never do."""
         if not isinstance(value, int | float):
             return False
         lower = value > self.least if self.above else value >= self.least
@@ -63,25 +59,14 @@ class Range:
         return f"{self.least:,} to {self.most:,}"
 
 
-@dataclass(frozen=True, init=False)
 class OneOf:
-    """The texts among which the value of a setting must be.
-
-    Args:
-        choices: The texts.
-    """
-
-    choices: tuple[str, ...]
+    """The texts among which the value of a setting must be."""
 
     def __init__(self, *choices: str) -> None:
-        object.__setattr__(self, "choices", choices)
+        self.choices = choices
 
     def holds(self, value: object) -> bool:
-        """Whether a value is among the texts.
-
-        Args:
-            value: The value.
-        """
+        """Whether a value is among the texts."""
         return value in self.choices
 
     def __str__(self) -> str:
@@ -89,14 +74,7 @@ class OneOf:
 
 
 def check_constraints(settings: "DataclassInstance") -> None:
-    """Raise ValueError unless every value meets the constraint that the annotation of its field declares.
-
-    Args:
-        settings: A dataclass with a default for every constrained field.
-
-    Raises:
-        ValueError: Names the first wrong setting, its value and the allowed values.
-    """
+    """Raise ValueError unless every value meets the constraint that the annotation of its field declares."""
     for name, constraint in _constraints(type(settings)).items():
         if not constraint.holds(value := getattr(settings, name)):
             default = next(field.default for field in fields(settings) if field.name == name)
@@ -113,11 +91,5 @@ class CheckedSettings:
 
 @cache
 def _constraints(kind: "type[DataclassInstance]") -> dict[str, Range | OneOf]:
-    hints = get_type_hints(kind, include_extras=True)
-    return {
-        name: constraint
-        for name, hint in hints.items()
-        if get_origin(hint) is Annotated
-        for constraint in get_args(hint)[1:]
-        if isinstance(constraint, Range | OneOf)
-    }
+    hints = get_type_hints(kind, include_extras=True).items()
+    return {name: get_args(hint)[1] for name, hint in hints if get_origin(hint) is Annotated}

@@ -1,5 +1,6 @@
 """Declaration of a command's settings: a frozen dataclass whose fields carry help, option, choices and range.
 
+>>> from typing import Annotated
 >>> @dataclass(frozen=True)
 ... class Settings:
 ...     tasks: Annotated[tuple[str, ...], Setting("What is learned.", argument=True, example="digits")]
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from regrow.core.amounts import parse_share
 from regrow.core.errors import InputError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 MANY = 2**31 - 1
 """The largest number of tokens, images or examples."""
-
 
 SEED = Range(0, 2**63 - 1)
 
@@ -50,7 +50,6 @@ class Setting:
         varied: Whether its option may be repeated, for one run with each value.
         shown: Whether command lines that are printed state it even if it has its default.
         one_of: The name of a group of settings of which exactly one must be given.
-        parts: For a mapping: options that set one entry each, with the entry's name.
     """
 
     help: str
@@ -68,19 +67,11 @@ class Setting:
     varied: bool = False
     shown: bool = False
     one_of: str = ""
-    parts: tuple[tuple[str, "Setting"], ...] = ()
 
 
 @dataclass(frozen=True)
 class Declared:
-    """A field of a command's settings: its name, type, default and command-line form.
-
-    Args:
-        name: The field's name.
-        hint: The field's type.
-        default: The default; ``MISSING`` for a required setting.
-        setting: The command-line form.
-    """
+    """A field of a command's settings: its name, type, default (``MISSING`` if required) and command-line form."""
 
     name: str
     hint: Any
@@ -117,8 +108,9 @@ class Declared:
     @property
     def type(self) -> type:
         """The type of one value: ``str``, ``int``, ``float`` or ``bool``."""
-        inner = get_args(self.hint)[0] if self.repeated or isinstance(self.hint, UnionType) else self.hint
-        return str if self.mapping else inner
+        if self.mapping:
+            return str
+        return get_args(self.hint)[0] if get_origin(self.hint) else self.hint
 
     @property
     def example(self) -> str:
@@ -128,36 +120,22 @@ class Declared:
         return f"{value}" if setting.argument else self.option if self.type is bool else f"{self.option} {value}"
 
     def check(self, value: Any) -> None:
-        """Raise InputError unless a value has the setting's type, is among its choices and lies in its range.
-
-        Args:
-            value: The value; a tuple for a repeated setting.
-
-        Raises:
-            InputError: Names the setting, the value, and the allowed values.
-        """
+        """Raise InputError unless a value has the setting's type, is among its choices and lies in its range."""
         if not _is(value, self.hint):
-            raise InputError(f"{self.option} must be {words_of(self.hint)}, got {_short(value)}; correct it")
+            raise InputError(f"{self.option} must be {_words_of(self.hint)}, got {_short(value)}; correct it")
         if value is None:
             return
         choices, numbers = self.setting.choices, self.setting.range
-        for one in value if self.repeated else (value,):
-            if choices and one not in choices and one != self.default:
+        for text in (value if self.repeated else (value,)) if choices else ():
+            if text not in choices and text != self.default:
                 raise InputError(
-                    f"{self.option} must be one of {', '.join(choices)}, got {_short(one)}; for example {self.example}"
+                    f"{self.option} must be one of {', '.join(choices)}, got {_short(text)}; for example {self.example}"
                 )
         if numbers and not numbers.holds(value):
             raise InputError(f"{self.option} must be {numbers}, got {value}; for example {self.example}")
 
     def parse(self, text: str) -> Any:
-        """Convert one value from the text on the command line, and check it.
-
-        Args:
-            text: The text; flags have none.
-
-        Raises:
-            InputError: If the text is not a value of the setting's type, or not an allowed one.
-        """
+        """Convert one value from the text on the command line, and check it."""
         value: Any = text
         if self.mapping:
             return text
@@ -166,7 +144,7 @@ class Declared:
                 value = parse_share(text) if self.type is float and text.endswith("%") else self.type(text)
             except ValueError:
                 raise InputError(
-                    f"{self.option} must be {words_of(self.type)}, got {_short(text)}; for example {self.example}"
+                    f"{self.option} must be {_words_of(self.type)}, got {_short(text)}; for example {self.example}"
                 ) from None
         self.check((value,) if self.repeated else value)
         return value
@@ -174,77 +152,50 @@ class Declared:
 
 @cache
 def declared(kind: "type[DataclassInstance]") -> Mapping[str, Declared]:
-    """Return the fields of a command's settings by name, in order.
-
-    Args:
-        kind: The dataclass of the settings.
-    """
+    """Return the fields of a command's settings by name, in order."""
     hints = get_type_hints(kind, include_extras=True)
     fields_by_name = {}
     for field in fields(kind):
-        hint, setting = hints[field.name], Setting("", hidden=True)
-        if get_origin(hint) is Annotated:
-            hint, setting = get_args(hint)
+        hint, setting = get_args(hints[field.name])
         default = field.default if field.default_factory is MISSING else field.default_factory()
         fields_by_name[field.name] = Declared(field.name, hint, default, setting)
     return fields_by_name
 
 
 def options_of(kind: "type[DataclassInstance]") -> list[Declared]:
-    """Return the settings that can be given on the command line; positional arguments come first.
-
-    Args:
-        kind: The dataclass of the settings.
-    """
-    options = [one for one in declared(kind).values() if not one.setting.hidden]
-    return sorted(options, key=lambda one: not one.setting.argument)
+    """Return the settings that can be given on the command line; positional arguments come first."""
+    options = [field for field in declared(kind).values() if not field.setting.hidden]
+    return sorted(options, key=lambda field: not field.setting.argument)
 
 
 def check_settings(settings: "DataclassInstance") -> None:
-    """Raise InputError unless every setting has its type, is among its choices and lies in its range.
-
-    Args:
-        settings: A command's settings, from a command line or a file.
-
-    Raises:
-        InputError: Names the first wrong setting as an option, with its value and the allowed values.
-    """
-    for one in declared(type(settings)).values():
-        one.check(getattr(settings, one.name))
+    """Raise InputError unless every setting has its type, is among its choices and lies in its range."""
+    for field in declared(type(settings)).values():
+        field.check(getattr(settings, field.name))
 
 
 def record_settings(settings: "DataclassInstance") -> dict[str, Any]:
-    """Return the settings as ``run.json`` stores them.
-
-    Args:
-        settings: A command's settings.
-    """
+    """Return the settings as ``run.json`` stores them."""
     return asdict(settings)
 
 
-def words_of(hint: Any) -> str:
-    """Return a type in words for error messages.
-
-    Args:
-        hint: The type.
-    """
+def _words_of(hint: Any) -> str:
+    """Return a type in words for error messages."""
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
     if isinstance(hint, UnionType):
-        return " or ".join(map(words_of, get_args(hint)))
+        return " or ".join(map(_words_of, get_args(hint)))
     return "a list of texts" if get_origin(hint) is tuple else names.get(hint, "an object of names and values")
 
 
 def _is(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
-    if isinstance(hint, UnionType):
-        return any(_is(value, one) for one in get_args(hint))
+    if origin is UnionType:
+        return any(_is(value, part) for part in get_args(hint))
     if origin is tuple:
-        return isinstance(value, tuple) and all(_is(one, get_args(hint)[0]) for one in value)
+        return isinstance(value, tuple) and all(_is(part, get_args(hint)[0]) for part in value)
     if origin is not None:
         return isinstance(value, origin)
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint
+    return type(value) in (int, float) if hint is float else type(value) is hint
 
 
 def _short(value: Any) -> str:

@@ -34,22 +34,12 @@ def read_settings(path: Path, kind: "type[DataclassInstance]", elsewhere: Collec
     Raises:
         InputError: If the file cannot be read or is too large, or a setting is unknown, names code, or is not allowed.
     """
-    values = _parse_file(path)
     fields = {field.key: field for field in options_of(kind)}
-    parts = {_key(part.option): (field, name) for field in fields.values() for name, part in field.setting.parts}
     settings: dict[str, Any] = {}
-    for name, value in values.items():
-        key = str(name).replace("-", "_")
-        if key in parts:
-            field, part = parts[key]
-            settings[field.name] = {**settings.get(field.name, {}), part: _checked(path, field, value, part)}
-        elif key not in fields:
-            raise InputError(f"{path}: {_unknown(str(name), [*fields, *parts], elsewhere, command_of(kind))}")
-        elif fields[key].mapping:
-            field = fields[key]
-            settings[field.name] = {**_checked(path, field, value), **settings.get(field.name, {})}
-        else:
-            settings[fields[key].name] = _checked(path, fields[key], value)
+    for name, value in _parse_file(path).items():
+        if (field := fields.get(str(name).replace("-", "_"))) is None:
+            raise InputError(f"{path}: {_explain_unknown(str(name), fields, elsewhere, command_of(kind))}")
+        settings[field.name] = _checked(path, field, value)
     return settings
 
 
@@ -57,35 +47,24 @@ def _key(option: str) -> str:
     return option.removeprefix("--").replace("-", "_")
 
 
-def _unknown(name: str, known: Collection[str], elsewhere: Collection[str], command: str) -> str:
+def _explain_unknown(name: str, known: Collection[str], elsewhere: Collection[str], command: str) -> str:
     if _key(name) in map(_key, elsewhere):
         return f"{name} is given on the command line only; leave it out of the file"
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return f"{name!r:.60} is no setting of `regrow {command}`; " + (
-        f"did you mean {near[0]}?" if near else f"see `regrow {command} --help`"
-    )
+    remedy = f"did you mean {near[0]}?" if near else f"see `regrow {command} --help`"
+    return f"{name!r:.60} is no setting of `regrow {command}`; {remedy}"
 
 
-def _checked(path: Path, field: Declared, value: Any, part: str = "") -> Any:
-    """Check a value of a file, and convert it to the field's type.
-
-    Raises:
-        InputError: If the value is not allowed; names the file.
-    """
+def _checked(path: Path, field: Declared, value: Any) -> Any:
+    """Check a value of a file, and convert it to the field's type."""
     try:
-        if part or field.mapping:
-            json.dumps(value, allow_nan=False)  # which run.json must hold
-            if not part:
-                field.check(value)
-            return value
-        if field.type is bool:
-            field.check(value)
-            return value is not field.default if field.default else value
         if field.type is float and isinstance(value, str):
             return field.parse(value)  # YAML takes 1e-3 for a text
-        if field.repeated:
-            value = tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+        if field.repeated and isinstance(value, list | str):
+            value = (value,) if isinstance(value, str) else tuple(value)
         field.check(value)
+        if field.mapping:
+            json.dumps(value, allow_nan=False)  # which run.json must hold
     except InputError as error:
         raise InputError(f"{path}: {str(error).replace(field.option, field.key, 1)}") from None
     except (TypeError, ValueError, RecursionError) as error:
@@ -96,6 +75,8 @@ def _checked(path: Path, field: Declared, value: Any, part: str = "") -> Any:
             f"{path}: {field.key} is {value!r:.80}, which names code, and only the command line names code; leave it "
             f"out of the file, and add {word} to the command if you trust it"
         )
+    if field.type is bool and field.default:  # its option turns it off
+        return not value
     return value
 
 
@@ -160,9 +141,8 @@ def format_settings(settings: "DataclassInstance", suffix: str) -> str:
         value = getattr(settings, field.name)
         if field.type is bool:
             value = value != field.default or None
-        if value in (None, "", (), {}) or _is_left_out(field, value):
-            continue
-        values[field.key] = list(value) if field.repeated else dict(value) if field.mapping else value
+        if value not in (None, "", (), {}) and not _is_left_out(field, value):
+            values[field.key] = value
     values = json.loads(json.dumps(values))
     head = f"# Settings for `regrow {command_of(kind)} --config FILE`; options on the command line override them.\n"
     if suffix in YAML:
@@ -180,11 +160,7 @@ def format_settings(settings: "DataclassInstance", suffix: str) -> str:
 
 
 def left_out(settings: "DataclassInstance") -> list[str]:
-    """Return the command-line words that a settings file cannot hold: names of code, and the folder of a run.
-
-    Args:
-        settings: A command's settings.
-    """
+    """Return the command-line words that a settings file cannot hold: names of code, and the folder of a run."""
     words = []
     for field in options_of(type(settings)):
         if _is_left_out(field, value := getattr(settings, field.name)):

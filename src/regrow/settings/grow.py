@@ -98,16 +98,16 @@ class Settings:
             raise InputError(
                 f"--precision {self.precision} is for passes over data, and there are none; leave it out, or add --on"
             )
-        amounts = {"--mlp": self.mlp, "--heads": self.heads, "--channels": self.channels}
-        for option, amount in amounts.items():
-            _check(option, amount) if amount else None
-        for one in self.axis if isinstance(self.axis, tuple) else ():
-            key, equals, amount = str(one).rpartition("=")
+        for option, amount in (("--mlp", self.mlp), ("--heads", self.heads), ("--channels", self.channels)):
+            if amount:
+                _check(option, amount)
+        for text in self.axis if isinstance(self.axis, tuple) else ():
+            key, equals, amount = str(text).rpartition("=")
             if not equals or not key.strip():
-                raise InputError(f"--axis takes KEY=AMOUNT, got {one!r:.60}; for example --axis '*.mlp.*=+64'")
+                raise InputError(f"--axis takes KEY=AMOUNT, got {text!r:.60}; for example --axis '*.mlp.*=+64'")
             _check(f"--axis {key}", amount)
-        for one in self.blocks if isinstance(self.blocks, tuple) else ():
-            _check("--blocks", str(one).rpartition("=")[2])
+        for text in self.blocks if isinstance(self.blocks, tuple) else ():
+            _check("--blocks", str(text).rpartition("=")[2])
 
     def check_growth(self) -> None:
         """Raise InputError if no amount is given."""
@@ -118,7 +118,7 @@ class Settings:
 
     def named(self) -> dict[str, str]:
         """Return axis key or pattern → its amount."""
-        return {key: amount for key, _, amount in (one.rpartition("=") for one in self.axis)}
+        return {key: amount for key, _, amount in (text.rpartition("=") for text in self.axis)}
 
     def check_training(self) -> None:
         """Raise InputError if there are steps without data, or data without steps."""
@@ -128,7 +128,7 @@ class Settings:
 
     def stacks(self) -> dict[str, str]:
         """Return path or pattern of a stack of blocks → its amount; ``"*"`` is every stack."""
-        return {stack or "*": amount for stack, _, amount in (one.rpartition("=") for one in self.blocks)}
+        return {stack or "*": amount for stack, _, amount in (text.rpartition("=") for text in self.blocks)}
 
 
 def _check(option: str, amount: object) -> None:

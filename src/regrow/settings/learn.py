@@ -16,6 +16,7 @@ from regrow.settings.shared import (
     Test,
     Train,
     TrainingDevice,
+    TrainingSeqLen,
     Undo,
     WeightDecay,
 )
@@ -63,8 +64,5 @@ class Settings:
     device: TrainingDevice = "cpu"
     seed: Seed = 0
     input: Input = ""
-    seq_len: Annotated[int, Setting(
-        "Length of a text window in tokens; --train and --test count windows then.",
-        range=Range(2, 2**20),
-    )] = 256
+    seq_len: TrainingSeqLen = 256
     undo: Undo = True

@@ -9,7 +9,17 @@ from regrow.core.errors import InputError
 from regrow.core.names import GENERATED
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting, declared
-from regrow.settings.shared import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo, check_combination
+from regrow.settings.shared import (
+    Device,
+    Dtype,
+    EvalTokens,
+    ForwardPrecision,
+    Input,
+    MethodSettings,
+    SeqLen,
+    Undo,
+    check_combination,
+)
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
 
@@ -29,10 +39,6 @@ def complete_reconstruction(given: Mapping[str, object], sources: Collection[str
     With text that the model generates among the data, layers are fitted to what the dense network has there, so that
     they make up for the errors of earlier layers, if at least one writes to a residual stream directly (``residual``);
     the two are measured together.
-
-    Args:
-        given: The settings that differ from the defaults: name → value.
-        sources: The names of the data.
 
     >>> complete_reconstruction({}, ["news", "generated"])["target"]
     'residual'
@@ -56,13 +62,7 @@ class Settings:
         "calibration.",
         code=True, shown=True, varied=True,
     )] = "flap"
-    method_settings: Annotated[Mapping[str, Any], Setting(
-        "A setting of the method; `regrow methods NAME` lists them. Repeatable.",
-        option="--set", metavar="NAME=VALUE", parts=(("base", Setting(
-            "The base metric of method gprune: flap (default), wanda_sp, llm_pruner, magnitude or fisher.",
-            option="--base", metavar="METHOD",
-        )),),
-    )] = field(default_factory=dict)
+    method_settings: MethodSettings = field(default_factory=dict)
     keep: Annotated[float | None, Setting(
         "The fraction of weights to keep, counted in the linear layers of a decoder (image models: in convolutions "
         "and linear layers).",
@@ -179,39 +179,35 @@ class Settings:
         if not self.reconstruct and (self.reconstruct_tokens or self.reconstruct_settings):
             option = "--reconstruct-tokens" if self.reconstruct_tokens else "--reconstruct-set"
             raise InputError(f"{option} says how --reconstruct fits layers, which is off; add --reconstruct")
+        target, measure = self.target, self.measure
         if self.smaller is not None:
             declared(Settings)["smaller"].check(self.smaller)
-            object.__setattr__(self, "target", str(Target.smaller(self.smaller)))
+            target = str(Target.smaller(self.smaller))
             object.__setattr__(self, "smaller", None)
-        elif self.measure == "params" and self.keep and not self.target:
+        elif measure == "params" and self.keep and not target:
             declared(Settings)["keep"].check(self.keep)
-            object.__setattr__(self, "target", str(Target(Measure.PARAMETERS, share=self.keep)))
-        if not self.target or not isinstance(self.target, str):
-            check_combination(self.precision, dtype=self.dtype, measure=self.measure)
-            return
-        try:
-            unit = str(Target.parse(self.target).measure)
-        except ValueError as error:
-            raise InputError(f"--target: {error}") from None
-        if unit == "nonzero":
-            raise InputError("--target nonzero counts weights that a search masks; pruning removes units: use params")
-        if self.measure not in ("weights", unit):
-            raise InputError(
-                f"--measure {self.measure} says what --keep counts, and the target counts {unit}; leave out --measure"
-            )
-        object.__setattr__(self, "keep", None)
-        object.__setattr__(self, "measure", unit)
-        check_combination(self.precision, dtype=self.dtype, measure=unit)
+            target = str(Target(Measure.PARAMETERS, share=self.keep))
+        if target and isinstance(target, str):
+            try:
+                unit = str(Target.parse(target).measure)
+            except ValueError as error:
+                raise InputError(f"--target: {error}") from None
+            if unit == "nonzero":
+                raise InputError(
+                    "--target nonzero counts weights that a search masks; pruning removes units: use params"
+                )
+            if measure not in ("weights", unit):
+                raise InputError(
+                    f"--measure {measure} says what --keep counts, and the target counts {unit}; leave out --measure"
+                )
+            measure = unit
+            for name, value in (("target", target), ("keep", None), ("measure", unit)):
+                object.__setattr__(self, name, value)
+        check_combination(self.precision, dtype=self.dtype, measure=measure)
 
 
 def folder_name(settings: Settings) -> str:
     """Return the name of a run's folder among those of other methods and fractions.
-
-    Args:
-        settings: The settings of the run.
-
-    Raises:
-        InputError: If the method is the user's own code.
 
     >>> folder_name(Settings("m", "wanda_sp", keep=0.55)), folder_name(Settings("m", target="bytes=2G"))
     ('wanda_sp-0.55', 'flap-bytes=2G')
@@ -226,12 +222,6 @@ def folder_name(settings: Settings) -> str:
 
 def name_folders(runs: Iterable[Settings]) -> dict[str, Settings]:
     """Return the name of each run's folder among the others → its settings.
-
-    Args:
-        runs: The settings of the runs.
-
-    Raises:
-        InputError: If two runs have the same name.
 
     >>> list(name_folders(Settings("m", keep=keep) for keep in (0.3333333, 0.3333334, 0.8)))
     ['flap-0.3333333', 'flap-0.3333334', 'flap-0.8']

@@ -18,6 +18,7 @@ from regrow.settings.shared import (
     Test,
     Train,
     TrainingDevice,
+    TrainingSeqLen,
     Undo,
     WeightDecay,
 )
@@ -38,12 +39,6 @@ def parse_search_target(text: str) -> Target:
 
     >>> str(parse_search_target("0.2")), str(parse_search_target("macs=3M"))
     ('params=20%', 'macs=3000000')
-
-    Args:
-        text: ``params=0.5M``, ``nonzero=50k``, ``macs=20%`` or ``0.2``.
-
-    Raises:
-        ValueError: If it is none of these; names the forms that are.
     """
     unit, equals, _ = text.partition("=")
     if equals and (unit.strip() not in SIZES or "@" in text):
@@ -136,10 +131,7 @@ class Settings:
     device: TrainingDevice = "cpu"
     seed: Seed = 0
     input: Input = ""
-    seq_len: Annotated[int, Setting(
-        "Length of a text window in tokens; --train and --test count windows then.",
-        range=Range(2, 2**20),
-    )] = 256
+    seq_len: TrainingSeqLen = 256
     undo: Undo = True
     # fmt: on
 

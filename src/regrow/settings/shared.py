@@ -34,6 +34,9 @@ EvalTokens = Annotated[int, Setting(
     group=DATA, range=Range(1, MANY),
 )]
 SeqLen = Annotated[int, Setting("Length of a text window in tokens.", group=DATA, range=Range(2, 2**20))]
+TrainingSeqLen = Annotated[int, Setting(
+    "Length of a text window in tokens; --train and --test count windows then.", range=Range(2, 2**20),
+)]
 Dtype = Annotated[str, Setting(
     "Number format of the loaded weights; default: the format in which they are stored.",
     group=LOADING, choices=("float32", "bfloat16", "float16", "float64"),
@@ -58,15 +61,7 @@ Undo = Annotated[bool, Setting(
 
 
 def check_combination(precision: str, *, dtype: str = "", measure: str = "") -> None:
-    """Raise InputError if a precision would be ignored, or would not be that of what is measured.
-
-    Args:
-        precision: The precision of forward passes.
-        dtype: The format in which weights are loaded; empty: that in which they are stored.
-        measure: What a budget counts.
-
-    >>> check_combination("float32", dtype="float64")
-    """
+    """Raise InputError if a precision would be ignored, or would not be that of what a budget measures."""
     if precision == "float32":
         return
     if dtype not in ("", "float32"):

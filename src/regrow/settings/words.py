@@ -22,49 +22,31 @@ def command_line(settings: "DataclassInstance", *more: str) -> str:
         more: Further words, such as ``--out`` and a folder.
     """
     kind = type(settings)
-    stated = [one for one in options_of(kind) if one.required or one.setting.one_of]
-    plain = kind(**{one.name: getattr(settings, one.name) for one in stated})
+    stated = [field for field in options_of(kind) if field.required or field.setting.one_of]
+    plain = kind(**{field.name: getattr(settings, field.name) for field in stated})
     words = ["regrow", command_of(kind)]
-    for one in options_of(kind):
-        value = getattr(settings, one.name)
-        if value in (None, ""):
-            continue
-        if one in stated or one.setting.shown or value != getattr(plain, one.name):
-            words += _words(one, value)
+    for field in options_of(kind):
+        value = getattr(settings, field.name)
+        shown = field in stated or field.setting.shown or value != getattr(plain, field.name)
+        if shown and value not in (None, ""):
+            words += _words(field, value)
     return shlex.join([*words, *more])
 
 
 def command_of(kind: type) -> str:
-    """Return the name of the command whose settings a dataclass declares: the name of its module.
-
-    Args:
-        kind: The dataclass of the settings.
-    """
+    """Return the name of the command whose settings a dataclass declares: the name of its module."""
     return kind.__module__.rpartition(".")[2]
 
 
 def _words(field: Declared, value: Any) -> Iterator[str]:
     if field.mapping:
-        yield from set_words(value, field.option)
+        for name, part in value.items():
+            yield from (field.option, f"{name}={part if isinstance(part, str) else json.dumps(part)}")
     elif field.type is bool:
         yield field.option
     else:
-        for one in value if field.repeated else (value,):
-            yield from (str(one),) if field.setting.argument else (field.option, str(one))
-
-
-def set_words(settings: Mapping[str, object], option: str = "--set") -> list[str]:
-    """Return the settings of a method as command-line words, ``--set NAME=VALUE``.
-
-    Args:
-        settings: Setting name → value.
-        option: The option that takes them.
-
-    >>> set_words({"use_task_id": True, "levels": ("operations", "weights"), "gate": "hard"})
-    ['--set', 'use_task_id=true', '--set', 'levels=["operations", "weights"]', '--set', 'gate=hard']
-    """
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
-    return [word for name, value in texts.items() for word in (option, f"{name}={value}")]
+        for part in value if field.repeated else (value,):
+            yield from (str(part),) if field.setting.argument else (field.option, str(part))
 
 
 def parse_pairs(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:
@@ -76,9 +58,6 @@ def parse_pairs(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:
 
     >>> parse_pairs(["form=sequence", "minimum=2", "compensate=false"])
     {'form': 'sequence', 'minimum': 2, 'compensate': False}
-
-    Raises:
-        InputError: If a text has no equals sign.
     """
     values: dict[str, Any] = {}
     for pair in pairs:
@@ -104,17 +83,17 @@ def build_settings(kind: type[Settings], given: Mapping[str, Any], file: Mapping
         InputError: If a required setting is missing, or several of a group are given of which only one is allowed.
     """
     options = options_of(kind)
-    rivals = [one for one in options if one.setting.one_of]
-    if any(one.name in given for one in rivals):
+    rivals = [field for field in options if field.setting.one_of]
+    if any(field.name in given for field in rivals):
         file = {name: value for name, value in file.items() if not declared(kind)[name].setting.one_of}
     values = {**file, **given}
-    for one in options:
-        if one.mapping:
-            values[one.name] = {**file.get(one.name, {}), **given.get(one.name, {})}
-        if one.required and not values.get(one.name):
-            example = one.example if one.setting.argument else f"… {one.example}"
-            raise InputError(f"{one.option} is missing; for example `regrow {command_of(kind)} {example}`")
-    if rivals and sum(one.name in values for one in rivals) != 1:
-        *others, last = (one.example for one in rivals)
+    for field in options:
+        if field.mapping:
+            values[field.name] = {**file.get(field.name, {}), **given.get(field.name, {})}
+        if field.required and not values.get(field.name):
+            example = field.example if field.setting.argument else f"… {field.example}"
+            raise InputError(f"{field.option} is missing; for example `regrow {command_of(kind)} {example}`")
+    if rivals and sum(field.name in values for field in rivals) != 1:
+        *others, last = (field.example for field in rivals)
         raise InputError(f"say {rivals[0].setting.one_of}, by one of {', '.join(others)} or {last}")
     return kind(**values)

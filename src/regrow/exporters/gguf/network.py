@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -52,7 +52,17 @@ class GgufLayer:
     heads: int
     kv_heads: int
     width: int
-    scale: float
+    scale: float = 1.0
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the network's layer has its attention."""
+        return bool(self.block.heads)
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether the network's layer has its MLP."""
+        return bool(self.block.width)
 
 
 @dataclass(frozen=True)
@@ -89,65 +99,62 @@ class Decoder:
     @property
     def architecture(self) -> str:
         """llama.cpp's architecture: ``"llama"`` if all layers are alike and without bias, else ``"deci"``."""
-        alike = len({(one.heads, one.kv_heads, one.width) for one in self.layers}) == 1
-        biased = any(linear.bias is not None for one in self.layers for linear in one.block.linear.values())
-        dropped = any(len(one.block.linear) < len(PARTS) for one in self.layers)
+        alike = len({(layer.heads, layer.kv_heads, layer.width) for layer in self.layers}) == 1
+        biased = any(linear.bias is not None for layer in self.layers for linear in layer.block.linear.values())
+        dropped = any(len(layer.block.linear) < len(PARTS) for layer in self.layers)
         return "llama" if alike and not biased and not dropped else "deci"
 
 
 def describe_decoder(model: nn.Module) -> Decoder:
-    """Describe a network in llama.cpp's terms, or raise ExportError if llama.cpp cannot run it.
-
-    Args:
-        model: The network.
-
-    Raises:
-        ExportError: If llama.cpp cannot represent something, or would compute it differently; names it.
-    """
+    """Describe a network in llama.cpp's terms, or raise ExportError if llama.cpp cannot run it, or would differ."""
     try:
-        found = blocks(model)
+        decoder_layers = blocks(model)
     except ModelError as error:
         raise ExportError(str(error)) from None
     net = cast(Any, model)
     _check_kind(net)
-    rotary = net.model.rotary_emb
+    config, rotary = net.config, net.model.rotary_emb
     # Sine and cosine may be scaled (yarn): once in the query, once in the key.
-    more = float(rotary.attention_scaling) ** 2
-    layers = [_layer(i, net.model.layers[i], block, more) for i, block in enumerate(found)]
-    kept = [one for one in layers if one is not None]
-    if not kept:
+    scale = float(rotary.attention_scaling) ** 2
+    described = [
+        _layer(i, module, block, scale)
+        for i, (module, block) in enumerate(zip(net.model.layers, decoder_layers, strict=True))
+    ]
+    layers = [layer for layer in described if layer is not None]
+    if not layers:
         raise ExportError("every layer was dropped, so there is nothing for llama.cpp to run")
-    dims = {one.block.head_dim for one in kept if one.block.heads}
+    dims = {layer.block.head_dim for layer in layers if layer.has_attention}
     dim = 2 * rotary.inv_freq.numel()
     if dims - {dim}:
         raise ExportError(
             f"heads have {', '.join(map(str, sorted(dims)))} channels, of which {dim} are rotated; llama.cpp takes one "
             "size for all, rotated whole: cut neither head channels nor rotary pairs"
         )
-    if kept[0].heads == 0:
-        # llama.cpp reads from the first layer how large a head is.
-        kept[0] = GgufLayer(kept[0].module, kept[0].block, 1, 1, kept[0].width, 1)
+    if not layers[0].heads:
+        layers[0] = replace(layers[0], heads=1, kv_heads=1)  # llama.cpp reads from it how large a head is
     notes = []
-    if len(kept) < len(layers):
-        notes.append(f"{len(layers) - len(kept)} layers that do nothing are left out, so layers have other numbers")
-    config = net.config
+    if len(layers) < len(described):
+        dropped = len(described) - len(layers)
+        notes.append(f"{dropped} layers that do nothing are left out, so layers have other numbers")
     context, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
     if window and window < context:
         context = int(window)
         notes.append(f"llama.cpp looks back without end, the network {window} tokens; so the longest text is that long")
-    if any(abs(one.scale - 1) > 1e-6 for one in kept):
+    if any(abs(layer.scale - 1) > 1e-6 for layer in layers):
         notes.append("attention divides by another number than √d; the queries' weights take up the quotient")
-    base, factors = _rotation(config, rotary, dim)
+    base = float(config.rope_parameters["rope_theta"])
+    usual = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    factors = usual / rotary.inv_freq.detach().cpu().double()
     return Decoder(
         name=str(getattr(getattr(net, "origin", None), "name", "") or type(net).__name__),
         embedding=net.model.embed_tokens.weight,
         norm=net.model.norm.weight,
         head=net.lm_head.weight,
-        layers=kept,
+        layers=layers,
         head_dim=dim,
-        epsilon=_epsilon(net, kept),
+        epsilon=_epsilon(net, layers),
         base=base,
-        factors=factors,
+        factors=factors.float() if bool((factors - 1).abs().max() >= 1e-5) else None,
         context=context,
         notes=tuple(notes),
     )
@@ -156,77 +163,54 @@ def describe_decoder(model: nn.Module) -> Decoder:
 def _check_kind(net: Any) -> None:
     """Raise ExportError unless the network's class was compared with llama.cpp and has no other parts."""
     name = type(net).__name__
-    places = {*PARTS, *NORMS}
     for path, _ in (*net.named_parameters(), *net.named_buffers()):
         module = path.rpartition(".")[0]
         inside = module.split(".", 3)[-1] if path.startswith("model.layers.") else ""
-        if path not in _TOP and inside not in places and not module.startswith("model.rotary_emb"):
+        if path not in _TOP and inside not in {*PARTS, *NORMS} and not module.startswith("model.rotary_emb"):
             raise ExportError(f"{name} holds {path}, for which llama.cpp's llama and deci have no place")
     if name not in CHECKED or not type(net).__module__.startswith("transformers.models."):
         raise ExportError(f"{name} was not compared with llama.cpp; {', '.join(CHECKED)} of transformers were")
-    config = net.config
-    if config.hidden_act not in ("silu", "swish"):
-        raise ExportError(f"the MLP's function is {config.hidden_act!r}; llama.cpp computes SiLU there")
-    kind = config.rope_parameters.get("rope_type", "default")
-    if kind not in STEADY:
+    if net.config.hidden_act not in ("silu", "swish"):
+        raise ExportError(f"the MLP's function is {net.config.hidden_act!r}; llama.cpp computes SiLU there")
+    rope = net.config.rope_parameters.get("rope_type", "default")
+    if rope not in STEADY:
         raise ExportError(
-            f"rope_type {kind!r} depends on the length of the text; llama.cpp files can hold {', '.join(STEADY)}"
+            f"rope_type {rope!r} depends on the length of the text; llama.cpp files can hold {', '.join(STEADY)}"
         )
 
 
-def _layer(i: int, module: nn.Module, block: DecoderLayer, more: float) -> GgufLayer | None:
+def _layer(i: int, module: nn.Module, block: DecoderLayer, scale: float) -> GgufLayer | None:
     """Return a layer as it will be written; ``None`` for one that does nothing."""
     if isinstance(module, PlaceholderModule) and module.placeholder.gives == "input":
         return None
     net, dim = cast(Any, module), block.head_dim
-    for part, norm, there in zip(("self_attn", "mlp"), NORMS, (block.heads, block.width), strict=True):
-        placeholders = getattr(net, part, None)
-        if there and not hasattr(getattr(net, norm, None), "variance_epsilon"):
+    for part, norm, present in zip(("self_attn", "mlp"), NORMS, (block.heads, block.width), strict=True):
+        if present and not hasattr(getattr(net, norm, None), "variance_epsilon"):
             raise ExportError(f"layer {i} has no {norm} in front of its {part}, which llama.cpp puts there")
-        if not there and not (isinstance(placeholders, PlaceholderModule) and placeholders.placeholder.gives == "zero"):
+        other = getattr(net, part, None)
+        if not present and not (isinstance(other, PlaceholderModule) and other.placeholder.gives == "zero"):
             raise ExportError(f"layer {i} has a {part} that is neither like Llama's nor dropped")
-    if not block.heads and not block.width:
-        return None
     if not block.heads:
-        return GgufLayer(module, block, 0, 0, block.width, 1)
+        return GgufLayer(module, block, 0, 0, block.width) if block.width else None
     q, k, v, o = (block.linear[path] for path in ATTENTION)
     heads, kv = block.heads * dim, block.kv_heads * dim
     if (q.out_features, o.in_features) != (heads, heads) or (k.out_features, v.out_features) != (kv, kv):
         raise ExportError(f"layer {i}: queries, keys and values have heads of other sizes; llama.cpp takes one size")
     if dim % 2 or not block.kv_heads or block.kv_heads * net.self_attn.num_key_value_groups != block.heads:
         raise ExportError(f"layer {i}: {block.heads} query heads of {dim} channels for {block.kv_heads} of keys")
-    scale = float(net.self_attn.scaling) * math.sqrt(dim) * more
+    scale *= float(net.self_attn.scaling) * math.sqrt(dim)
     return GgufLayer(module, block, block.heads, block.kv_heads, block.width or _EMPTY, scale)
 
 
-def _rotation(config: Any, rotary: Any, dim: int) -> tuple[float, Tensor | None]:
-    """Return the base of the rotary frequencies, and the factors by which base^(−2i/d) is divided, if any."""
-    base = float(config.rope_parameters["rope_theta"])
-    usual = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    factors = usual / rotary.inv_freq.detach().cpu().double()
-    if bool((factors - 1).abs().max() < 1e-5):
-        return base, None
-    return base, factors.float()
-
-
 def _epsilon(net: Any, layers: Sequence[GgufLayer]) -> float:
-    """Return the epsilon of all norms.
-
-    Raises:
-        ExportError: If they differ, since a file has one for all.
-    """
-    parts = [(one, name) for one in layers for name, there in zip(NORMS, parts_present(one), strict=True) if there]
-    norms = [*(getattr(one.module, name) for one, name in parts), net.model.norm]
-    found = sorted({float(norm.variance_epsilon) for norm in norms})
-    if len(found) > 1:
-        raise ExportError(f"norms have different ε ({found[0]:g} to {found[-1]:g}), of which GGUF has one for all")
-    return found[0]
-
-
-def parts_present(layer: GgufLayer) -> tuple[bool, bool]:
-    """Return whether the network's layer has its attention, and whether it has its MLP.
-
-    Args:
-        layer: The layer.
-    """
-    return bool(layer.block.heads), bool(layer.block.width)
+    """Return the epsilon of all norms; raise ExportError if they differ, since a file has one for all."""
+    norms = [net.model.norm]
+    for layer in layers:
+        for name, present in zip(NORMS, (layer.has_attention, layer.has_mlp), strict=True):
+            norms += [getattr(layer.module, name)] if present else []
+    epsilons = sorted({float(norm.variance_epsilon) for norm in norms})
+    if len(epsilons) > 1:
+        raise ExportError(
+            f"norms have different ε ({epsilons[0]:g} to {epsilons[-1]:g}), of which GGUF has one for all"
+        )
+    return epsilons[0]

@@ -15,7 +15,7 @@ Floats: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
 Encoded: TypeAlias = NDArray[np.float32 | np.float16 | np.uint8]
 
-KINDS = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0", "q6_k": "Q6_K"}
+TYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0", "q6_k": "Q6_K"}
 """dtype of a matrix in regrow → its name in GGUF."""
 
 BLOCK = {"Q8_0": 32, "Q6_K": 256}
@@ -29,37 +29,22 @@ _STEPS = np.linspace(29.5, 35.5, 9, dtype=np.float32)
 _CHUNK = 1 << 20
 
 
-def kind_for(asked: str, row: int) -> str:
-    """Return the number type for rows of a length: the requested one, or the next one with more bits that fits.
+def fitting_type(type: str, row: int) -> str:
+    """Return the number type for rows of a length: the requested one, or the next one whose blocks fill the row.
 
-    Quantized types store numbers in blocks, and a row must consist of whole blocks.
-
-    Args:
-        asked: GGUF's name of the requested type.
-        row: The row length in numbers.
-
-    >>> kind_for("Q6_K", 512), kind_for("Q6_K", 576), kind_for("Q6_K", 1229), kind_for("F16", 1229)
-    ('Q6_K', 'Q8_0', 'F16', 'F16')
+    >>> [fitting_type("Q6_K", row) for row in (512, 576, 1229)]
+    ['Q6_K', 'Q8_0', 'F16']
     """
-    while row % BLOCK.get(asked, 1):
-        asked = FALLBACK[asked]
-    return asked
+    while row % BLOCK.get(type, 1):
+        type = FALLBACK[type]
+    return type
 
 
-def encode(values: Floats, kind: str, gguf: ModuleType) -> Encoded:
-    """Encode a tensor in a GGUF type.
-
-    Args:
-        values: The tensor; rows run along its last dimension.
-        kind: GGUF's name of a type that fits the row length.
-        gguf: The package ``gguf``.
-
-    Returns:
-        An array of float32 or float16, or of bytes with the same number of rows.
-    """
-    if kind != "Q6_K":
+def encode(values: Floats, type: str, gguf: ModuleType) -> Encoded:
+    """Return a tensor in a GGUF type: float32 or float16, or bytes with the same number of rows."""
+    if type != "Q6_K":
         with np.errstate(over="ignore"):
-            return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+            return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type])
     rows = values.reshape(-1, values.shape[-1])
     out = np.empty((len(rows), values.shape[-1] // _SUPER * 210), np.uint8)
     step = max(1, _CHUNK // values.shape[-1])
@@ -73,13 +58,8 @@ def q6_k(blocks: Floats) -> Bytes:
     """Quantise blocks of 256 numbers to Q6_K.
 
     The scale of 16 numbers is searched among a few, by the squared error weighted with x² (what is large matters more);
-    for given whole numbers q the best scale is Σx³q / Σx²q².
-
-    Args:
-        blocks: Numbers, (blocks, 256).
-
-    Returns:
-        Bytes, (blocks, 210): low halves of q, its high bits, s, d.
+    for given whole numbers q the best scale is Σx³q / Σx²q². The 210 bytes of a block are low halves of q, its high
+    bits, s, d.
     """
     n = len(blocks)
     parts = np.ascontiguousarray(blocks, np.float32).reshape(n, _SUPER // _PART, _PART)
@@ -118,19 +98,15 @@ def _over(a: Floats, b: Floats) -> Floats:
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b != 0)
 
 
-def allowed_error(values: Floats, kind: str) -> Floats | None:
+def allowed_error(values: Floats, type: str) -> Floats | None:
     """Return the largest allowed quantisation error of each number; ``None`` if it must be exact rounding.
 
     With the largest magnitude m in a block: Q8_0 rounds to steps of m/127, an error of m/254, and its float16 scale
     adds an error of 2⁻¹¹ m; Q6_K has 32 steps, whose scale is itself an integer of 8 bits.
-
-    Args:
-        values: Rows of numbers, ``[rows, numbers]``.
-        kind: GGUF's name of the type.
     """
-    if kind not in BLOCK:
+    if type not in BLOCK:
         return None
-    size = BLOCK[kind]
+    size = BLOCK[type]
     largest = np.abs(values.reshape(-1, size)).max(-1, keepdims=True)
-    share, least = (1 / 254 + 2**-11, 127 * 2.0**-25) if kind == "Q8_0" else (1 / 36, 128 * 32 * 2.0**-25)
+    share, least = (1 / 254 + 2**-11, 127 * 2.0**-25) if type == "Q8_0" else (1 / 36, 128 * 32 * 2.0**-25)
     return np.broadcast_to(largest * share + least, (len(largest), size)).reshape(values.shape)

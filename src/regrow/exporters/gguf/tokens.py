@@ -7,8 +7,8 @@ no error.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from regrow.exporters.written import ExportError
@@ -66,18 +66,15 @@ class Vocabulary:
     ends: bool = False
     spaced: bool = False
     template: str = ""
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
 
 def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
-    """Convert a tokenizer to GGUF's form, or raise ExportError if llama.cpp would tokenize differently.
+    """Convert a tokenizer of transformers to GGUF's form, or raise ExportError if llama.cpp would tokenize differently.
 
     Args:
-        tokenizer: A tokenizer of transformers, or ``None``: llama.cpp then only takes token ids.
+        tokenizer: The tokenizer, or ``None``: llama.cpp then only takes token ids.
         rows: The number of rows of the embedding.
-
-    Raises:
-        ExportError: If llama.cpp would tokenize differently.
     """
     if tokenizer is None:
         note = "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
@@ -87,49 +84,59 @@ def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
         raise ExportError(f"{type(tokenizer).__name__} is not backed by a tokenizer.json, of which GGUF is made")
     data = json.loads(backend.to_str())
     model = data["model"]
-    odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(name)]
-    if (kind := model.get("type")) != "BPE" or odd:
-        what = f"is {kind}" if kind != "BPE" else f"has the setting {odd[0]!r}"
-        raise ExportError(f"the tokenizer {what}; GGUF files are written for plain BPE")
+    if (kind := model.get("type")) != "BPE":
+        raise ExportError(f"the tokenizer is {kind}; GGUF files are written for plain BPE")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(name):
+            raise ExportError(f"the tokenizer has the setting {name!r}; GGUF files are written for plain BPE")
     tokens, kinds = _tokens(data, rows)
     begins, ends = _ends(tokenizer)
     notes: list[str] = []
-    if any(one.get("lstrip") or one.get("rstrip") for one in data["added_tokens"]):
+    if any(token.get("lstrip") or token.get("rstrip") for token in data["added_tokens"]):
         notes.append("some special tokens swallow spaces beside them, which llama.cpp does not do")
     template = getattr(tokenizer, "chat_template", None)
-    words = Vocabulary(
-        "gpt2",
-        tokens=tokens,
-        kinds=kinds,
-        special=_special(tokenizer),
+    special = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "pad")}
+    bytewise = not model.get("byte_fallback")
+    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+    scores: list[float] = []
+    if not bytewise:
+        ranks = _ranks([(left, right) for left, right in pairs], tokens, model["vocab"])
+        scores = [-float(ranks.get(t, 0)) if k == NORMAL else -1e6 for t, k in zip(tokens, kinds, strict=True)]
+    elif normalizer := data.get("normalizer"):
+        if normalizer.get("type") != "NFC":
+            raise ExportError(
+                f"the tokenizer rewrites text ({_text_of(normalizer)}) before it splits it; llama.cpp does not"
+            )
+        notes.append("the tokenizer puts text into Unicode form NFC first; llama.cpp expects it to be so")
+    return Vocabulary(
+        "gpt2" if bytewise else "llama",
+        _rule(data) if bytewise else "default",
+        tokens,
+        kinds,
+        merges=[" ".join(pair) for pair in pairs] if bytewise else (),
+        scores=scores,
+        special={role: number for role, number in special.items() if isinstance(number, int)},
         begins=begins,
         ends=ends,
+        spaced=not bytewise and _adds_space(data, notes),
         template=template.encode("utf-8", "replace").decode() if isinstance(template, str) else "",
+        notes=notes,
     )
-    if model.get("byte_fallback"):
-        ranked, spaced = _ranked(data, tokens), _spaced(data, notes)
-        scores = [-float(ranked.get(t, 0)) if k == NORMAL else -1e6 for t, k in zip(tokens, kinds, strict=True)]
-        return replace(words, model="llama", rule="default", scores=scores, spaced=spaced, notes=tuple(notes))
-    if (normalizer := data.get("normalizer")) and normalizer.get("type") != "NFC":
-        raise ExportError(
-            f"the tokenizer rewrites text ({_text_of(normalizer)}) before it splits it; llama.cpp does not"
-        )
-    if normalizer:
-        notes.append("the tokenizer puts text into Unicode form NFC first; llama.cpp expects it to be so")
-    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
-    return replace(words, rule=_rule(data), merges=merges, notes=tuple(notes))
 
 
 def _tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
     """Return the text and type of the token of every embedding row; rows without a token are marked unused."""
-    known: dict[int, tuple[str, int]] = {n: (text, NORMAL) for text, n in data["model"]["vocab"].items()}
-    if data["model"].get("byte_fallback"):
-        known |= {n: (text, BYTE) for n, (text, _) in known.items() if _is_byte(text)}
-        unknown = data["model"].get("unk_token")
-        known |= {n: (text, UNKNOWN) for n, (text, _) in known.items() if text == unknown}
-    for one in data["added_tokens"]:
-        if known.get(one["id"], ("", NORMAL))[1] == NORMAL:
-            known[one["id"]] = (one["content"], CONTROL if one["special"] else USER_DEFINED)
+    model = data["model"]
+    known = {number: (text, NORMAL) for text, number in model["vocab"].items()}
+    if model.get("byte_fallback"):
+        for text, number in model["vocab"].items():
+            if text == model.get("unk_token"):
+                known[number] = (text, UNKNOWN)
+            elif _is_byte(text):
+                known[number] = (text, BYTE)
+    for token in data["added_tokens"]:
+        if known.get(token["id"], ("", NORMAL))[1] == NORMAL:
+            known[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
     if known and max(known) >= rows:
         raise ExportError(
             f"the tokenizer has {max(known) + 1} tokens, the embedding {rows} rows; give the one it was for"
@@ -147,7 +154,7 @@ def _is_byte(text: str) -> bool:
 
 def _rule(data: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of the rule that splits text before merges."""
-    steps = tuple(_step(one) for one in _flat(data.get("pre_tokenizer")))
+    steps = tuple(map(_describe_step, _flat(data.get("pre_tokenizer"))))
     rule = RULES.get(steps, "")
     if not rule:
         known = ", ".join(sorted(RULES.values()))
@@ -168,19 +175,19 @@ def _flat(steps: Any) -> list[Mapping[str, Any]]:
         return []
     if steps.get("type") == "Sequence":
         inner: list[Any] = next((steps[name] for name in ("pretokenizers", "normalizers") if name in steps), [])
-        return [one for step in inner for one in _flat(step)]
+        return [flat for step in inner for flat in _flat(step)]
     return [steps]
 
 
-def _step(one: Mapping[str, Any]) -> str:
-    match one:
+def _describe_step(step: Mapping[str, Any]) -> str:
+    match step:
         case {"type": "ByteLevel", "add_prefix_space": False}:
-            return "words" if one.get("use_regex", True) else "bytes"
+            return "words" if step.get("use_regex", True) else "bytes"
         case {"type": "Digits", "individual_digits": True}:
             return "digits"
         case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
             return str(pattern)
-    return f"? {one.get('type')}"
+    return f"? {step.get('type')}"
 
 
 def _text_of(part: Any) -> str:
@@ -188,37 +195,33 @@ def _text_of(part: Any) -> str:
     return text if len(text) < 120 else f"{text[:119]}…"
 
 
-def _spaced(data: Mapping[str, Any], notes: list[str]) -> bool:
-    """Return whether SentencePiece adds a space before text; raise ExportError if it changes text otherwise.
-
-    Args:
-        data: The tokenizer.
-        notes: What a user of the file must know; extended in place.
+def _adds_space(data: Mapping[str, Any], notes: list[str]) -> bool:
+    """Return whether SentencePiece adds a space before text; ``notes`` gets what differs in llama.cpp.
 
     Raises:
         ExportError: If it changes text in another way.
     """
-    spaced = replaced = False
-    for one in (*_flat(data.get("normalizer")), *_flat(data.get("pre_tokenizer"))):
-        match one:
+    adds = replaces = False
+    for step in (*_flat(data.get("normalizer")), *_flat(data.get("pre_tokenizer"))):
+        match step:
             case {"type": "Prepend", "prepend": prepend} if prepend == SPACE:
-                spaced = True
+                adds = True
             case {"type": "Replace", "pattern": {"String": " "}, "content": content} if content == SPACE:
-                replaced = True
+                replaces = True
             case {"type": "Metaspace", "replacement": sign, "prepend_scheme": scheme, "split": False} if sign == SPACE:
-                spaced, replaced = scheme != "never", True
-                if spaced:
+                adds, replaces = scheme != "never", True
+                if adds:
                     notes.append("llama.cpp puts a space before text that begins with one too; the tokenizer does not")
             case _:
                 raise ExportError(
-                    f"the tokenizer does more to text than llama.cpp's SentencePiece does: {_text_of(one)}"
+                    f"the tokenizer does more to text than llama.cpp's SentencePiece does: {_text_of(step)}"
                 )
-    if not replaced:
+    if not replaces:
         raise ExportError("the tokenizer leaves spaces as they are, unlike SentencePiece")
-    return spaced
+    return adds
 
 
-def _ranked(data: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, int]:
+def _ranks(pairs: Sequence[tuple[str, str]], tokens: Sequence[str], vocab: Collection[str]) -> dict[str, int]:
     """Return the rank of each token in the order of merges.
 
     llama.cpp joins any two pieces that form a token, the best token first; a tokenizer.json lists pairs. Both give the
@@ -228,20 +231,19 @@ def _ranked(data: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, int]:
     Raises:
         ExportError: If these conditions do not hold.
     """
-    pairs = [tuple(one.split(" ", 1)) if isinstance(one, str) else tuple(one) for one in data["model"]["merges"]]
     made = [left + right for left, right in pairs]
     last = {token: i for i, token in enumerate(made)}
     ranks: dict[str, int] = {}
-    place = end = 0
+    rank = end = 0
     for i, token in enumerate(made):
         if i > end or not i:
-            place, end = place + 1, i
+            rank, end = rank + 1, i
         end = max(end, last[token])
-        ranks[token] = place
+        ranks[token] = rank
     shared = Counter(ranks.values())
     if mixed := next((token for token, at in ranks.items() if shared[at] > 1 and len({*token}) > 1), ""):
         raise ExportError(f"the merges of the token {mixed!r} are apart; SentencePiece has one place for a token")
-    listed, vocab = {*pairs}, data["model"]["vocab"]
+    listed = {*pairs}
     for token in tokens:
         if token in vocab and not _is_byte(token):
             splits = ((token[:i], token[i:]) for i in range(1, len(token)))
@@ -251,11 +253,7 @@ def _ranked(data: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _ends(tokenizer: Any) -> tuple[bool, bool]:
-    """Return whether the tokenizer adds a token at the beginning of text, and at the end.
-
-    Raises:
-        ExportError: If it adds other tokens than those for beginning and end.
-    """
+    """Return whether the tokenizer adds its token at the beginning of text, and at the end; it must add no others."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
@@ -265,20 +263,8 @@ def _ends(tokenizer: Any) -> tuple[bool, bool]:
     return bool(before), bool(after)
 
 
-def _special(tokenizer: Any) -> dict[str, int]:
-    """Return GGUF's name of each role → token id."""
-    roles = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "pad"}
-    result = {role: getattr(tokenizer, f"{name}_token_id", None) for role, name in roles.items()}
-    return {role: number for role, number in result.items() if isinstance(number, int)}
-
-
 def write_vocabulary(words: Vocabulary, writer: "GGUFWriter") -> None:
-    """Write the tokenizer data to a GGUF file's metadata.
-
-    Args:
-        words: The tokenizer data.
-        writer: A ``gguf.GGUFWriter``.
-    """
+    """Write the tokenizer data to a GGUF file's metadata."""
     writer.add_tokenizer_model(words.model)
     if words.model == "no_vocab":
         return

@@ -1,5 +1,277 @@
-"""Export to ONNX: a graph for onnxruntime and many other tools."""
+"""Export to ONNX: a graph for onnxruntime and many other tools, compared with torch before it is moved into place.
 
-from regrow.exporters.onnx.writer import OPSET, write
+The network is recorded by ``torch.export``, written by torch's exporter and read back by onnxruntime. Language models
+take ``input_ids`` and ``attention_mask`` and return ``logits``; the graph has a key-value cache only on request.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.core.axes import Example
+from regrow.core.errors import first_line
+from regrow.core.progress import Progress, silent
+from regrow.evaluation.forward import evaluating
+from regrow.exporters.onnx.calls import (
+    BATCH,
+    PAST,
+    SEQUENCE,
+    TOTAL,
+    ExportedCall,
+    Labels,
+    describe_call,
+    label_sizes,
+    resize_inputs,
+    sizes_of,
+)
+from regrow.exporters.onnx.files import (
+    Checked,
+    OnnxSession,
+    clear_abandoned,
+    compare_predictions,
+    place_file,
+    quantise,
+)
+from regrow.exporters.written import ExportError, Written
+from regrow.nets.examples import guessed_example, image_example
+from regrow.nets.loaded import needs
+from regrow.store.atomic import staging_folder
+from regrow.store.errors import explain_os_errors
+from regrow.store.outputs import check_output
 
 __all__ = ["OPSET", "write"]
+
+OPSET = 20
+"""The ONNX operator set: the one that torch's exporter recommends; onnxruntime supports it since 1.17."""
+
+LARGEST = 2_000_000_000
+"""The most bytes of weights inside the file itself; protobuf is limited to 2 GiB."""
+
+TOLERANCE = 1e-3
+"""The largest allowed difference to torch, relative to the largest output."""
+
+DYNAMIC = ((BATCH, SEQUENCE, PAST, TOTAL), (BATCH,), ())
+"""The sets of sizes that are tried as dynamic, one after the other."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A file in its temporary place, opened, with its dynamic and fixed sizes and what was compared."""
+
+    path: Path
+    session: OnnxSession
+    labels: Labels
+    checked: Checked
+    fixed: Mapping[str, int]
+    notes: list[str]
+
+
+def write(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    example: Example | None = None,
+    cache: bool = False,
+    progress: Progress = silent,
+) -> Written:
+    """Write a network as ONNX, and compare its outputs in onnxruntime with those in torch.
+
+    Args:
+        model: Any network that ``torch.export`` can record: pruned, widened, with branches dropped. It is not changed.
+        out: The file, ``….onnx``; its folder must exist. Weights of more than 2 GB are stored in ``….onnx.data`` beside
+            it, or ``….onnx.1.data`` if there is such a file already. Only the named file and the weights that it refers
+            to are replaced.
+        dtype: ``"float32"``, whatever the network's dtype is, or ``"int8"``: linear layers with weights in 8 bits and
+            activations rounded at run time (dynamic quantisation); all else is float32, and so are linear layers whose
+            input has outliers.
+        example: The input of the network; guessed from its origin or its first layer if ``None``. Batch and sequence
+            sizes are dynamic if the network allows it; all others are those of the example.
+        cache: For a language model of transformers: whether the graph takes the keys and values of earlier tokens
+            (``past_key_values.0.key`` …) and returns all of them (``present.0.key`` …), for generating text.
+        progress: Called with (steps done, steps in all, description).
+
+    Returns:
+        The file; the largest differences to torch at the example and at other sizes, and for language models how many
+        next tokens on real text differ; notes on opset, inputs and outputs.
+
+    Raises:
+        ExportError: If the network cannot be recorded, or the outputs differ. An earlier file then stays.
+        StoreError: If the file cannot be written.
+    """
+    out, steps = Path(out), 5 if dtype == "int8" else 4
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise ExportError(str(needs("export", package)))
+    if out.suffix != ".onnx":
+        raise ExportError(f"{out}: the name of an ONNX file must end in .onnx; use {out.with_suffix('.onnx')}")
+    target = check_output(out, (".onnx",))
+    net, notes = _plain(model)
+    tokenizer = getattr(model, "tokenizer", None)
+    with explain_os_errors(target):
+        clear_abandoned(target)
+    with explain_os_errors(target), staging_folder(target) as stage, _quiet(), evaluating(net):
+        progress(0, steps, "recording the network")
+        call = describe_call(net, _example(net, example), cache=cache)
+        recorded = _record(call, stage / "float32" / target.name, progress, steps)
+        path, checked = recorded.path, {"opset": OPSET, "dtype": dtype, **recorded.checked}
+        notes += [_describe_signature(recorded), *recorded.notes]
+        if call.text:
+            progress(2, steps, "next tokens, torch and onnxruntime")
+            checked |= compare_predictions(recorded.session, tokenizer, recorded.fixed)
+        if dtype == "int8":
+            progress(3, steps, "weights in 8 bits")
+            path = stage / "int8" / target.name
+            notes.append(quantise(recorded.path, path, call, LARGEST))
+            checked |= _compare_int8(OnnxSession(path, call), tokenizer, recorded.fixed)
+        progress(steps - 1, steps, "writing")
+        size = place_file(path, stage, check_output(out, (".onnx",)))
+        progress(steps, steps, "written")
+    return Written(out, size, checked, tuple(notes))
+
+
+def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Return the network in float32 on the CPU (itself, or a copy), and notes."""
+    tensors = [*model.parameters(), *model.buffers()]
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()}
+    others = ", ".join(sorted(dtypes - {"float32"}))
+    if not others and all(tensor.device.type == "cpu" for tensor in tensors):
+        return model, []
+    # onnxruntime lacks most operations in 16 bits on a CPU, and runs few in 64.
+    note = f"the network is in {others}; the file is in float32, and was compared with it in float32"
+    return copy.deepcopy(model).to("cpu", torch.float32), [note] if others else []
+
+
+def _example(model: nn.Module, example: Example | None) -> Example:
+    """Return the input of the network: the given one, or a guess."""
+    shape = getattr(getattr(model, "origin", None), "config", {}).get("shape")
+    result = example or (image_example(model, *shape) if shape else guessed_example(model))
+    if result is None:
+        raise ExportError("the network does not say what input it takes; give an example")
+    return result
+
+
+def _record(call: ExportedCall, path: Path, progress: Progress, steps: int) -> _Recorded:
+    """Write the network with as many dynamic sizes as it allows; raise ExportError if it cannot be written at all."""
+    path.parent.mkdir()
+    whole = sizes_of(call, label_sizes(call, DYNAMIC[0]))
+    reasons: dict[str, str] = {}
+    for number, dynamic in enumerate(DYNAMIC):
+        labels = label_sizes(call, dynamic)
+        sizes = sizes_of(call, labels)
+        if number and sizes == whole:
+            continue
+        try:
+            _export(call, labels, path)
+            progress(1, steps, "comparing with torch")
+            session = OnnxSession(path, call)
+            checked = _compare(session, labels)
+        except Exception as error:
+            reason = first_line(error)[:300]
+            if dynamic == () or call.cached:  # a text that goes on is longer each time
+                raise ExportError(f"the network cannot be written as ONNX: {reason}") from None
+            reasons = {**dict.fromkeys(sizes, reason), **reasons}
+            continue
+        fixed = {label: size for label, size in whole.items() if label not in sizes}
+        notes = [f"{label} is fixed at {size}: {reasons[label]}" for label, size in fixed.items()]
+        return _Recorded(path, session, labels, checked, fixed, notes)
+    raise AssertionError("without dynamic sizes there is a file or an error")
+
+
+def _export(call: ExportedCall, labels: Labels, path: Path) -> None:
+    """Record the network and write the file."""
+    # A size of 1 would be taken for a constant.
+    inputs = resize_inputs(call, labels, {label: max(2, size) for label, size in sizes_of(call, labels).items()})
+    shapes = tuple(dict.fromkeys(labels[name], torch.export.Dim.DYNAMIC) or None for name in inputs)
+    recorded = torch.export.export(
+        call.run,
+        tuple(inputs.values()),
+        dynamic_shapes=(shapes,),
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    program = torch.onnx.export(
+        recorded, input_names=list(inputs), output_names=list(call.outputs), opset_version=OPSET, verbose=False
+    )
+    assert program is not None
+    names: dict[Any, str] = {}
+    for value in program.model.graph.inputs:
+        for dim, label in labels.get(value.name or "", {}).items():
+            if value.shape is not None and not isinstance(size := value.shape[dim], int):
+                names.setdefault(str(size.value), label)
+    program.rename_axes(names)
+    weights = sum(tensor.nbytes for tensor in [*call.run.parameters(), *call.run.buffers()])
+    program.save(path, external_data=weights > LARGEST)
+
+
+def _compare(session: OnnxSession, labels: Labels) -> Checked:
+    """Return the differences to torch, at the example and at other sizes; raise ExportError if one is too large."""
+    checked: Checked = {}
+    for where, inputs in [("", session.call.inputs), *_other_inputs(session.call, labels)]:
+        worst, largest = session.compare(inputs)
+        if not worst <= TOLERANCE * largest + 1e-6:
+            raise ExportError(f"{worst:.3g} away from torch, whose largest number is {largest:.3g}{where}")
+        checked[f"max_abs_diff{where}"] = worst
+        checked.setdefault("largest_output", largest)
+    return checked
+
+
+def _other_inputs(call: ExportedCall, labels: Labels) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield further inputs for the comparison: other values of all dynamic sizes."""
+    known = sizes_of(call, labels)
+    for batch, longer, past in ((3, 5, 7), (1, -3, 0)) if known else ():
+        sizes = {label: max(1, size + longer) if label.endswith(SEQUENCE) else size for label, size in known.items()}
+        if call.most and past + max(sizes.values()) > call.most:
+            sizes = {label: 1 if label.endswith(SEQUENCE) else size for label, size in sizes.items()}
+        chosen = {BATCH: batch, PAST: past, TOTAL: past + sizes.get(SEQUENCE, 0)}
+        sizes |= {label: size for label, size in chosen.items() if label in known}
+        words = ", ".join(f"{label} {size}" for label, size in sizes.items() if label != TOTAL)
+        yield f" at {words}", resize_inputs(call, labels, sizes)
+
+
+def _describe_signature(recorded: _Recorded) -> str:
+    """Return a note on the inputs and outputs of the file."""
+    call, takes = recorded.session.call, []
+    for name, tensor in call.inputs.items():
+        sizes = ", ".join(recorded.labels[name].get(dim, str(size)) for dim, size in enumerate(tensor.shape))
+        if not name.startswith("past_key_values"):
+            takes.append(f"{name} [{sizes}] {str(tensor.dtype).removeprefix('torch.')}")
+    gives = [name for name in call.outputs if not name.startswith("present")]
+    if call.cached:
+        layers = (len(call.inputs) - 2) // 2
+        takes.append(f"past_key_values.0.key … {layers - 1}.value [batch, heads, past, size of a head] float32")
+        gives.append(f"present.0.key … {layers - 1}.value")
+    return f"opset {OPSET}; takes {'; '.join(takes)}; gives {', '.join(gives)}"
+
+
+def _compare_int8(session: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> Checked:
+    """Return what 8 bits cost: the same comparisons with torch, under names that begin with ``int8``."""
+    checked: Checked = {"int8_max_abs_diff": session.compare(session.call.inputs)[0]}
+    if session.call.text:
+        predictions = compare_predictions(session, tokenizer, lengths)
+        predictions.pop("nats_torch", None)
+        for name, value in predictions.items():
+            checked["nats_int8" if name == "nats_onnx" else f"int8_{name}"] = value
+    return checked
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress warnings and log lines of exporters in the block; results are compared afterwards."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -61,32 +61,27 @@ class Flat(nn.Module):
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the tensors of the network's output as a tuple.
+        """Return the tensors of the network's output as a tuple."""
+        return tuple(self.run_named(*tensors).values())
 
-        Args:
-            *tensors: The input tensors, in their order.
-        """
-        return tuple(name_outputs(self.answer(*tensors)).values())
-
-    def answer(self, *tensors: Tensor) -> object:
-        """Return the network's output as it is.
-
-        Args:
-            *tensors: The input tensors, in their order.
-        """
+    def run_named(self, *tensors: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of the network's output by name: only the logits if there are any."""
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        return self.model(*args, **kwargs)
+        output = self.model(*args, **kwargs)
+        if isinstance(output, Tensor):
+            return {"output": output}
+        if isinstance(output, Mapping):
+            if isinstance(output.get("logits"), Tensor):
+                return {"logits": logits_in(output)}
+            return {str(key): value for key, value in output.items() if isinstance(value, Tensor)}
+        return {f"output_{i}": leaf for i, leaf in enumerate(tree_leaves(output)) if isinstance(leaf, Tensor)}
 
 
 class Cached(nn.Module):
-    """Wraps a transformers language model so that it takes and returns keys and values as plain tensors.
-
-    Args:
-        model: The model.
-    """
+    """Wraps a transformers language model so that it takes and returns keys and values as plain tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -95,8 +90,7 @@ class Cached(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return logits ``[batch, sequence, vocabulary]``, then keys and values per layer, new tokens included.
 
-        Args:
-            tensors: Tokens, the attention mask, and keys and values per layer.
+        ``tensors`` are tokens, the attention mask, and keys and values per layer.
         """
         from transformers import DynamicCache
 
@@ -104,8 +98,8 @@ class Cached(nn.Module):
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
             cache.update(keys, values, layer)
-        answer = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        return answer.logits, *_kept(answer.past_key_values)
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        return output.logits, *_keys_and_values(output.past_key_values)
 
 
 def describe_call(model: nn.Module, example: Example, *, cache: bool = False) -> ExportedCall:
@@ -119,45 +113,45 @@ def describe_call(model: nn.Module, example: Example, *, cache: bool = False) ->
     Raises:
         ExportError: If the network fails on the example, returns no tensor, or has no cache although one is requested.
     """
-    takes = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     args, kwargs = example.args, dict(example.kwargs)
-    names = [name for name, one in takes.items() if one.kind is not one.VAR_POSITIONAL]
+    names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL]
     tokens = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
     if tokens is not None and (tokens.dim() != 2 or tokens.is_floating_point()):
         tokens = None
-    if tokens is not None and "attention_mask" in takes and "attention_mask" not in [*names[: len(args)], *kwargs]:
+    if tokens is not None and "attention_mask" in parameters and "attention_mask" not in [*names[: len(args)], *kwargs]:
         kwargs["attention_mask"] = torch.ones_like(tokens)
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", 0)
+    most = limit if type(limit) is int else 0
     if cache:
-        return _cached(model, tokens)
+        return _cached_call(model, tokens, most)
     pairs, spec = tree_flatten_with_path((args, kwargs))
-    leaves = [leaf.detach().to("cpu") if isinstance(leaf, Tensor) else leaf for _, leaf in pairs]
-    leaves = [leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+    leaves, inputs = [], {}
+    for path, leaf in pairs:
+        if isinstance(leaf, Tensor):
+            leaf = leaf.detach().cpu()
+            leaf = leaf.float() if leaf.is_floating_point() else leaf
+            inputs[_name(path, names)] = leaf
+        leaves.append(leaf)
     run = Flat(model, leaves, spec)
-    inputs = {
-        _name(path, names): leaf for (path, _), leaf in zip(pairs, leaves, strict=True) if isinstance(leaf, Tensor)
-    }
     if len(inputs) < len(run.places) or not inputs:
         raise ExportError(
             f"{len(run.places)} tensors go into the network under {len(inputs)} names; give another example"
         )
     try:
         with torch.no_grad():
-            given = name_outputs(run.answer(*inputs.values()))
+            outputs = run.run_named(*inputs.values())
     except Exception as error:
         raise ExportError(
             f"the network does not take the example ({first_line(error)}); give one that it takes"
         ) from None
-    if not given:
+    if not outputs:
         raise ExportError("the network gives no tensor for the example; nothing can be written")
-    return ExportedCall(run, inputs, tuple(given), tokens is not None and "logits" in given, _most(model))
+    return ExportedCall(run, inputs, tuple(outputs), tokens is not None and "logits" in outputs, most)
 
 
-def label_sizes(call: ExportedCall, open_to: tuple[str, ...]) -> Labels:
-    """Return which sizes of the inputs are dynamic: input name → dimension → name of the size.
-
-    Args:
-        call: The description of the call.
-        open_to: The names of the sizes that may be dynamic.
+def label_sizes(call: ExportedCall, dynamic: tuple[str, ...]) -> Labels:
+    """Return which sizes of the inputs are dynamic, of those whose names are in ``dynamic``.
 
     >>> label_sizes(ExportedCall(nn.Identity(), {"x": torch.zeros(2, 3)}, ("output",)), ("batch", "sequence"))
     {'x': {0: 'batch'}}
@@ -173,27 +167,19 @@ def label_sizes(call: ExportedCall, open_to: tuple[str, ...]) -> Labels:
         elif tensor.dim() == 2 and not tensor.is_floating_point():
             # What a decoder reads is as long as it likes.
             labels[1] = f"decoder {SEQUENCE}" if name.startswith("decoder") else SEQUENCE
-        result[name] = {dim: label for dim, label in labels.items() if label.removeprefix("decoder ") in open_to}
+        result[name] = {dim: label for dim, label in labels.items() if label.removeprefix("decoder ") in dynamic}
     return result
 
 
 def sizes_of(call: ExportedCall, labels: Labels) -> dict[str, int]:
-    """Return name of each dynamic size → its value in the example.
-
-    Args:
-        call: The description of the call.
-        labels: The dynamic sizes, from :func:`label_sizes`.
-    """
+    """Return name of each dynamic size → its value in the example."""
     return {label: call.inputs[name].shape[dim] for name, dims in labels.items() for dim, label in dims.items()}
 
 
 def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Return the example inputs at other sizes: rows are repeated, and made different from one another along the batch.
 
-    Args:
-        call: The description of the call.
-        labels: The dynamic sizes, from :func:`label_sizes`.
-        sizes: Name of a dynamic size → its new value. Sizes that are not named stay.
+    ``sizes`` has the new value of dynamic sizes by name; sizes that are not named stay.
     """
     result = {}
     for name, tensor in call.inputs.items():
@@ -201,7 +187,7 @@ def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) 
             if (size := sizes.get(label)) is not None:
                 tensor = tensor.index_select(dim, torch.arange(size) % max(tensor.shape[dim], 1))
         if BATCH in labels[name].values() and name != "attention_mask":
-            tensor = torch.stack([_other(row, i) for i, row in enumerate(tensor)])
+            tensor = torch.stack([_vary(row, i) for i, row in enumerate(tensor)])
         result[name] = tensor
     if (mask := result.get("attention_mask")) is not None and mask.dim() == 2 and len(mask) > 1 and mask.shape[1] > 2:
         result["attention_mask"] = torch.ones_like(mask)
@@ -209,22 +195,7 @@ def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) 
     return result
 
 
-def name_outputs(answer: object) -> dict[str, Tensor]:
-    """Return the tensors of a network's output by name: only the logits if there are any.
-
-    Args:
-        answer: The network's output.
-    """
-    if isinstance(answer, Tensor):
-        return {"output": answer}
-    if isinstance(answer, Mapping):
-        if isinstance(answer.get("logits"), Tensor):
-            return {"logits": logits_in(answer)}
-        return {str(key): value for key, value in answer.items() if isinstance(value, Tensor)}
-    return {f"output_{i}": leaf for i, leaf in enumerate(tree_leaves(answer)) if isinstance(leaf, Tensor)}
-
-
-def _cached(model: nn.Module, tokens: Tensor | None) -> ExportedCall:
+def _cached_call(model: nn.Module, tokens: Tensor | None, most: int) -> ExportedCall:
     """Describe a call in the middle of a text: the example's first half is in the cache, the second half is new."""
     if tokens is None or not hasattr(model, "config") or tokens.shape[1] < 6:
         raise ExportError("only a language model of transformers has keys and values to take; write without a cache")
@@ -233,32 +204,25 @@ def _cached(model: nn.Module, tokens: Tensor | None) -> ExportedCall:
     try:
         with torch.no_grad():
             cache = model(input_ids=tokens[:, :half], use_cache=True).past_key_values
-        kinds = {type(layer).__name__ for layer in cache.layers}
-        if kinds != {"DynamicLayer"}:
+        classes = {type(layer).__name__ for layer in cache.layers}
+        if classes != {"DynamicLayer"}:
             raise ExportError(
-                f"its cache is made of {', '.join(sorted(kinds))}, which no file holds yet; write without"
+                f"its cache is made of {', '.join(sorted(classes))}, which no file holds yet; write without"
             )
-        kept = _kept(cache)
+        past = _keys_and_values(cache)
     except (AttributeError, TypeError) as error:
         raise ExportError(f"its cache cannot be read ({first_line(error)}); write without a cache") from None
     inputs = {"input_ids": tokens[:, half:], "attention_mask": torch.ones_like(tokens)}
-    places = [f"{i}.{kind}" for i in range(len(kept) // 2) for kind in ("key", "value")]
-    inputs |= {f"past_key_values.{place}": one for place, one in zip(places, kept, strict=True)}
-    return ExportedCall(
-        Cached(model), inputs, ("logits", *(f"present.{place}" for place in places)), True, _most(model)
-    )
+    names = [f"{i}.{part}" for i in range(len(past) // 2) for part in ("key", "value")]
+    inputs |= {f"past_key_values.{name}": tensor for name, tensor in zip(names, past, strict=True)}
+    return ExportedCall(Cached(model), inputs, ("logits", *(f"present.{name}" for name in names)), True, most)
 
 
-def _kept(cache: Any) -> list[Tensor]:
-    return [one for layer in cache.layers for one in (layer.keys, layer.values)]
+def _keys_and_values(cache: Any) -> list[Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
-def _most(model: nn.Module) -> int:
-    found = getattr(getattr(model, "config", None), "max_position_embeddings", 0)
-    return found if type(found) is int else 0
-
-
-def _other(row: Tensor, number: int) -> Tensor:
+def _vary(row: Tensor, number: int) -> Tensor:
     if not number or row.dtype == torch.bool:
         return row
     return row * (1 - 0.1 * number) if row.is_floating_point() else row.roll(number, -1) if row.dim() else row

@@ -1,0 +1,136 @@
+"""Export a network, whether named on the command line or given in Python, to a format of other tools.
+
+Packages that take long to import are imported by the functions that need them: the command line checks its words with
+this module.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regrow.core.amounts import parse_bytes
+from regrow.core.errors import InputError
+from regrow.core.process_memory import read_resident, reset_peak
+from regrow.core.progress import Progress, silent
+from regrow.settings.declaration import check_settings
+from regrow.settings.export import FORMATS, Settings
+from regrow.store.outputs import check_output
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from regrow.core.axes import Example
+    from regrow.exporters.written import Written
+    from regrow.jobs.recording import Invocation
+    from regrow.streaming.requirements import MemoryTerms
+
+SPARE = 2**27
+"""Bytes that the interpreter and the writer need besides one tensor: parts of it that are compared."""
+COPIES = 2.5
+"""The float32 copies of the largest tensor that there are at a time: its numbers, and what they become."""
+
+
+@dataclass(frozen=True)
+class ExportInputs:
+    """What is exported.
+
+    Args:
+        model: The network, with its ``tokenizer`` and ``origin`` as :func:`regrow.load` sets them, where it has such.
+        example: An input for the comparison; ``None``: a guess.
+        weights: Name → parameter, where the network has none of their numbers; ``None``: they are in the network.
+        memory: What the export needs of a limit of memory; ``None``: there is none.
+    """
+
+    model: "nn.Module"
+    example: "Example | None" = None
+    weights: "Mapping[str, Tensor] | None" = None
+    memory: "MemoryTerms | None" = None
+
+
+def check_out(settings: Settings, out: Path) -> None:
+    """Raise an error unless the file or folder may be written; loads nothing."""
+    suffix = FORMATS[settings.to].suffix
+    if suffix and out.is_dir():
+        raise InputError(f"{out} is a folder; name a file, for example {out / f'model{suffix}'}")
+    if settings.run and out.exists() and out.resolve() == Path(settings.run).resolve():
+        raise InputError(f"{out} is the model itself; name another place")
+    if suffix:
+        check_output(out, (suffix,), [settings.run] if settings.run else [])
+
+
+def carry_out(
+    settings: Settings, inputs: Callable[[], ExportInputs], out: Path, *, progress: Progress = silent
+) -> "Written":
+    """Write a network in a format of other tools, read it back, and compare it with the network.
+
+    Args:
+        settings: The format; ``run`` is empty for a network without a name.
+        inputs: Opens the network, once the settings and the place are known to be good.
+        out: The file or folder to write.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Raises:
+        ValueError: If the place cannot be written, the format cannot hold the network, or what is read back differs.
+    """
+    check_settings(settings)
+    check_out(settings, out)
+    opened = inputs()
+    write = importlib.import_module(f"regrow.exporters.{settings.to}").write
+    values = {"dtype": settings.dtype, "cache": settings.cache, "example": opened.example, "weights": opened.weights}
+    arguments = {name: values[name] for name in FORMATS[settings.to].takes}
+    written: Written = write(opened.model, out, progress=progress, **arguments)
+    if opened.memory is None:
+        return written
+    from regrow.streaming.requirements import record_peak
+
+    return replace(written, memory=record_peak(opened.memory))
+
+
+def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
+    """Open the network that settings name.
+
+    Args:
+        settings: The settings of the export.
+        invocation: How the command was called. With a limit of memory tensors are read one by one, for formats that are
+            written so, with the same bytes.
+    """
+    from regrow.jobs.models import ModelSpec, load_model, with_origin
+
+    if invocation.memory:
+        return _open_by_tensor(settings, invocation)
+    invocation.progress(0, 1, "loading the model")
+    loaded = load_model(ModelSpec(settings.run, input=settings.input), invocation.progress, invocation.code)
+    return ExportInputs(with_origin(loaded), loaded.example)
+
+
+def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInputs:
+    """Open a model whose tensors are read one by one, and check that the memory is enough for that."""
+    from regrow.jobs.models import with_origin
+    from regrow.streaming.opening import open_network
+    from regrow.streaming.requirements import MemoryTerms
+
+    if "weights" not in FORMATS[settings.to].takes:
+        able = ", ".join(name for name, form in FORMATS.items() if "weights" in form.takes)
+        raise InputError(f"{settings.to} needs the whole network in memory; leave out --memory, or export to {able}")
+    reset_peak()
+    opened = open_network(settings.run)
+    network, model = opened.network(), with_origin(opened.loaded)
+    largest = int(4 * COPIES * max(parameter.numel() for parameter in model.parameters()))
+    size = {key: network.weights.bytes_of(key) for key in network.weights.stored}
+    block = max(sum(size[key] for key in block.names) for block in network.blocks)
+    checked = sum(size[key] for key in network.outer) + block if opened.probe else 0
+    terms = {"the interpreter": read_resident() + SPARE, "one tensor at a time": max(largest, checked)}
+    needs = MemoryTerms(parse_bytes(invocation.memory), terms)
+    needs.check(f"exporting {settings.run}")
+    opened.check_output()
+    invocation.announce(str(needs))
+    return ExportInputs(model, weights=opened.weights.parameters(), memory=needs)
+
+
+def run(settings: Settings, invocation: "Invocation") -> "Written":
+    """Export the model that settings name, as ``regrow export`` does."""
+    inputs = partial(open_named, settings, invocation)
+    return carry_out(settings, inputs, Path(invocation.out), progress=invocation.progress)

@@ -1,0 +1,63 @@
+"""The settings of ``regrow export``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from regrow.core.errors import InputError
+from regrow.settings.declaration import Setting
+from regrow.settings.shared import Input
+
+
+@dataclass(frozen=True)
+class Format:
+    """The properties of an export format, which the module of its name in ``regrow.exporters`` writes.
+
+    Args:
+        dtypes: The dtypes in which it stores weights, of which the first is the default; empty text: as they are.
+        takes: What its ``write`` takes besides the network and the place: ``dtype``, ``example`` (an input), ``cache``
+            (whether the graph has a key-value cache), ``weights`` (parameters by name, read one by one).
+        suffix: The suffix of its files; empty if it is a folder.
+    """
+
+    dtypes: tuple[str, ...]
+    takes: tuple[str, ...]
+    suffix: str = ""
+
+
+FORMATS: Mapping[str, Format] = {
+    "transformers": Format(("", "float32", "bfloat16", "float16"), ("dtype", "example")),
+    "gguf": Format(("f16", "f32", "bf16", "q8_0", "q6_k"), ("dtype", "weights"), ".gguf"),
+    "onnx": Format(("float32", "int8"), ("dtype", "example", "cache"), ".onnx"),
+    "torchvision": Format(("",), ()),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``regrow export``: the model, and how it is written; each field has its help text."""
+
+    # fmt: off
+    run: Annotated[str, Setting(
+        "A run folder, or any model that `regrow prune` takes.",
+        argument=True, code=True, example="RUN --to gguf --out model.gguf",
+    )]
+    to: Annotated[str, Setting(
+        "The format: transformers, gguf, onnx or torchvision.", metavar="FORMAT", example="gguf",
+    )]
+    dtype: Annotated[str, Setting("Number format of the weights; see below.", metavar="DTYPE")] = ""
+    cache: Annotated[bool, Setting("For onnx: a graph with a key-value cache, for generating text.")] = False
+    input: Input = ""
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Check the format and its dtype, and complete the dtype."""
+        if self.to not in FORMATS:
+            raise InputError(f"there is no format {self.to!r}; known: {', '.join(FORMATS)}")
+        dtypes, takes = FORMATS[self.to].dtypes, FORMATS[self.to].takes
+        if self.dtype and self.dtype not in dtypes:
+            stored = ", ".join(filter(None, dtypes)) or "weights as they are"
+            raise InputError(f"{self.to} does not store {self.dtype!r}; it stores {stored}")
+        if self.cache and "cache" not in takes:
+            raise InputError(f"{self.to} has no graph with a cache to choose; cache is for onnx")
+        object.__setattr__(self, "dtype", self.dtype or dtypes[0])
