@@ -25,12 +25,7 @@ class Outbox:
         self.bytes = 0
 
     def send(self, record: object, tensors: Sequence[Tensor] = ()) -> None:
-        """Send a record and tensors to rank 0.
-
-        Args:
-            record: JSON data.
-            tensors: Tensors on the CPU; they must not change afterwards.
-        """
+        """Send a record and tensors to rank 0."""
         for part in _encode(record, tensors):
             self.waiting.append((dist.isend(part, 0), part))
             self.bytes += part.nbytes
@@ -49,11 +44,7 @@ class Outbox:
 
 
 def receive(rank: int) -> tuple[Any, list[Tensor]]:
-    """Return the next record and tensors that a rank sent to this one.
-
-    Args:
-        rank: The sender.
-    """
+    """Return the next record and tensors that a rank sent to this one."""
     length = torch.empty(1, dtype=torch.int64)
     dist.recv(length, rank)
     text = torch.empty(int(length), dtype=torch.uint8)
@@ -69,12 +60,7 @@ def receive(rank: int) -> tuple[Any, list[Tensor]]:
 
 
 def broadcast_record(ranks: ProcessRank, record: object = None) -> Any:
-    """Return the record of rank 0 on every rank.
-
-    Args:
-        ranks: The processes.
-        record: JSON data; only that of rank 0 counts.
-    """
+    """Return the record of rank 0 on every rank."""
     if not ranks.several:
         return record
     text = _text(record) if ranks.leads else torch.empty(0, dtype=torch.uint8)
@@ -87,15 +73,7 @@ def broadcast_record(ranks: ProcessRank, record: object = None) -> Any:
 
 
 def gather_rows(ranks: ProcessRank, rows: Sequence[Any]) -> list[Any]:
-    """Return the rows of all ranks on rank 0, in the order of the items that :meth:`ProcessRank.share` dealt out.
-
-    Args:
-        ranks: The processes.
-        rows: A row of JSON data for each item of this rank.
-
-    Returns:
-        All rows on rank 0; its own rows on every other rank.
-    """
+    """Return the rows of all ranks on rank 0, in the order of the items that :meth:`ProcessRank.share` dealt out."""
     if not ranks.leads:
         outbox = Outbox()
         outbox.send(list(rows))
@@ -107,12 +85,7 @@ def gather_rows(ranks: ProcessRank, rows: Sequence[Any]) -> list[Any]:
 
 
 def everywhere(ranks: ProcessRank, holds: bool) -> bool:
-    """Whether a condition holds on every rank.
-
-    Args:
-        ranks: The processes.
-        holds: Whether it holds on this one.
-    """
+    """Whether a condition holds on every rank."""
     if not ranks.several:
         return holds
     least = torch.tensor([int(holds)])
@@ -121,22 +94,12 @@ def everywhere(ranks: ProcessRank, holds: bool) -> bool:
 
 
 def broadcast_model(ranks: ProcessRank, model: nn.Module) -> None:
-    """Set the parameters and buffers of a network to those of rank 0, in place.
-
-    Args:
-        ranks: The processes; the network has the same shapes on all of them.
-        model: The network.
-    """
+    """Set the parameters and buffers of a network to those of rank 0, in place."""
     broadcast_tensors(ranks, [*model.parameters(), *model.buffers()])
 
 
 def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
-    """Set tensors to those of rank 0, in place.
-
-    Args:
-        ranks: The processes.
-        tensors: The tensors, of the same shapes on all of them.
-    """
+    """Set tensors to those of rank 0, in place."""
     if not ranks.several:
         return
     with torch.no_grad():
@@ -149,13 +112,7 @@ def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
 
 
 def broadcast_file(ranks: ProcessRank, path: Path, place: Path) -> Path:
-    """Return a file of rank 0 on every rank: the file itself on rank 0, a copy elsewhere; it need not exist.
-
-    Args:
-        ranks: The processes.
-        path: The file; only that of rank 0 counts.
-        place: The folder of the copy.
-    """
+    """Return a file of rank 0 on every rank: the file itself on rank 0, a copy elsewhere; it need not exist."""
     if not ranks.several:
         return path
     left = broadcast_record(ranks, path.stat().st_size if ranks.leads and path.is_file() else -1)
@@ -175,9 +132,6 @@ def broadcast_file(ranks: ProcessRank, path: Path, place: Path) -> Path:
 
 def checksum(tensor: Tensor) -> int:
     """Return the CRC-32 of the bytes of a tensor.
-
-    Args:
-        tensor: The tensor.
 
     >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
     False

@@ -35,26 +35,13 @@ class Store(Protocol):
     """What all processes share: bytes by name, as ``torch.distributed.Store`` has them."""
 
     def set(self, key: str, value: str, /) -> None:
-        """Set a value.
-
-        Args:
-            key: Its name.
-            value: The value.
-        """
+        """Set a value."""
 
     def get(self, key: str, /) -> bytes:
-        """Return a value, waiting until it is set.
-
-        Args:
-            key: Its name.
-        """
+        """Return a value, waiting until it is set."""
 
     def check(self, keys: list[str], /) -> bool:
-        """Whether all values are set.
-
-        Args:
-            keys: Their names.
-        """
+        """Whether all values are set."""
 
 
 @dataclass
@@ -75,11 +62,7 @@ class Watch:
     """When SIGTERM came; 0: not yet."""
 
     def run(self, wake: int) -> None:
-        """Give signs of life and look for those of the others, until ``closing`` is set or a rank has ended.
-
-        Args:
-            wake: A file descriptor that gives a byte for each signal that the process gets.
-        """
+        """Give signs of life and look for those of the others, until ``closing`` is set or a rank has ended."""
         try:
             self._run(wake)
         except Exception as error:
@@ -104,11 +87,7 @@ class Watch:
             self._sleep(wake)
 
     def report(self, line: str) -> None:
-        """Tell the other ranks why this one ends, and wait until they know, or a few seconds.
-
-        Args:
-            line: Which rank it is, the problem and the remedy.
-        """
+        """Tell the other ranks why this one ends, and wait until they know, or a few seconds."""
         self.closing.set()
         others = [f"known/{rank}" for rank in range(self.ranks.size) if rank != self.ranks.rank]
         with suppress(RuntimeError):
@@ -154,11 +133,6 @@ def watching(ranks: ProcessRank, store: Store, lost: Callable[[str], None]) -> I
     """Watch the other ranks inside the ``with`` block.
 
     SIGTERM, by which torchrun ends all ranks once one has failed, ends the process through ``lost``, with the reason.
-
-    Args:
-        ranks: The processes.
-        store: The store that all share; another connection to it than the one that the work uses.
-        lost: As for :class:`Watch`.
     """
     watch = Watch(ranks, store, lost)
     wake, woken = os.pipe()
@@ -188,16 +162,7 @@ _BROKEN = re.compile(r"\[[^\]]*\bgloo/[^\]]*\]|Connection (closed|reset) by peer
 def connected(
     ranks: ProcessRank, lost: Callable[[str], None], describe: Callable[[BaseException], str] = str
 ) -> Iterator[None]:
-    """Connect the processes that torchrun has started, inside the ``with`` block; they leave it together.
-
-    Args:
-        ranks: The processes.
-        lost: Called from another thread with one line once a rank has ended or failed; it ends the process.
-        describe: Returns the line that the other ranks print about an error of this one.
-
-    Raises:
-        ResourceError: If the processes do not find one another, or the connection breaks.
-    """
+    """Connect the processes that torchrun has started, inside the ``with`` block; they leave it together."""
     store = _meet(ranks)
     with watching(ranks, store.clone(), lost) as watch:
         try:

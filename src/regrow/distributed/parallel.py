@@ -39,14 +39,7 @@ class Parallel:
     by_rows: bool = False
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
-        """Return the batches of this rank.
-
-        Args:
-            batches: The batches of one step.
-
-        Raises:
-            ValueError: If they cannot be dealt out evenly.
-        """
+        """Return the batches of this rank."""
         if self.by_rows:
             return batches
         if len(batches) % self.ranks.size:
@@ -57,21 +50,13 @@ class Parallel:
         return self.ranks.share(batches)
 
     def divisor(self, many: int) -> float:
-        """Return by what the loss of each batch is divided, so that gradients add up to that of the mean.
-
-        Args:
-            many: How many batches a step takes.
-        """
+        """Return by what the loss of each batch is divided, so that gradients add up to that of the mean."""
         return many / self.ranks.size if self.fsdp else many  # FSDP takes the mean over ranks
 
     def reduce(self, parameters: Sequence[Tensor], loss: float) -> float:
         """Sum the gradients of all ranks, in place, and return the mean loss of a step over all batches.
 
         By rows, gradients are averaged, and the loss is returned as it is, since all ranks have the same.
-
-        Args:
-            parameters: Everything that is trained, in the same order on all ranks.
-            loss: The sum of this rank's losses, each divided by :meth:`divisor`.
         """
         if not self.ranks.several:
             return loss
@@ -84,11 +69,7 @@ class Parallel:
         return float(total) / (self.ranks.size if self.fsdp else 1)
 
     def decide(self, holds: bool) -> bool:
-        """Return the decision of rank 0.
-
-        Args:
-            holds: The decision of this rank.
-        """
+        """Return the decision of rank 0."""
         if self.ranks.several:
             flag = torch.tensor(int(holds))
             dist.broadcast(flag, 0)
@@ -96,12 +77,7 @@ class Parallel:
         return holds
 
     def check_same(self, what: str, *data: object) -> None:
-        """Raise ResourceError on every rank unless all have the same data.
-
-        Args:
-            what: The name of the data, for the message.
-            *data: Tensors, and JSON data.
-        """
+        """Raise ResourceError on every rank unless all have the same data."""
         if not self.ranks.several:
             return
         own = zlib.crc32(repr([checksum(one) if isinstance(one, Tensor) else one for one in data]).encode())
@@ -112,12 +88,7 @@ class Parallel:
             )
 
     def values(self, function: Callable[[T], float], items: Sequence[T]) -> list[float]:
-        """Return the value of each item, on all ranks; each rank computes its share.
-
-        Args:
-            function: Runs the network, and returns a number.
-            items: The items, the same on all ranks.
-        """
+        """Return the value of each item, on all ranks; each rank computes its share."""
         size, last = self.ranks.size, len(items) - 1
         # All ranks call the function equally often: a sharded network runs on all of them at once.
         own = [function(items[min(first + self.ranks.rank, last)]) for first in range(0, len(items), size)]
@@ -134,11 +105,7 @@ ALONE = Parallel()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the shards of all ranks, which all call this; one that is not sharded is returned as it is.
-
-    Args:
-        tensor: The tensor.
-    """
+    """Return a tensor with the shards of all ranks, which all call this; others are returned unchanged."""
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 

@@ -37,9 +37,6 @@ class ProcessRank:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return the items of this rank: every ``size``-th one, from its own number on.
 
-        Args:
-            items: All items.
-
         >>> ProcessRank(1, 3).share("abcde")
         'be'
         """
@@ -55,12 +52,6 @@ SINGLE = ProcessRank()
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> ProcessRank:
     """Return the rank of this process, as torchrun and accelerate launch tell it; ``SINGLE`` without them.
-
-    Args:
-        environment: The environment variables ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` (``RANK`` if it is missing).
-
-    Raises:
-        InputError: If they are not numbers that fit together.
 
     >>> read_ranks({"RANK": "1", "WORLD_SIZE": "4"})
     ProcessRank(rank=1, size=4, local=1)
@@ -79,16 +70,6 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> ProcessRank:
 
 def choose_rank_device(name: str, ranks: ProcessRank, gpus: int, environment: Mapping[str, str] = os.environ) -> str:
     """Return the name of the device of a process: of several processes on GPUs, each gets one of its own.
-
-    Args:
-        name: ``cpu``, ``cuda``, ``auto`` and so on.
-        ranks: The processes.
-        gpus: The number of CUDA devices that this process sees.
-        environment: The environment variable ``CUDA_VISIBLE_DEVICES``: where it names one, that is the process's.
-
-    Raises:
-        InputError: If several processes cannot share the device.
-        ResourceError: If there are fewer GPUs than processes on this machine.
 
     >>> choose_rank_device("cuda", ProcessRank(3, 4, local=1), 2), choose_rank_device("auto", ProcessRank(1, 2), 0)
     ('cuda:1', 'cpu')
@@ -113,10 +94,5 @@ def choose_rank_device(name: str, ranks: ProcessRank, gpus: int, environment: Ma
 
 
 def choose_backend(gpus: int, nccl: bool) -> str:
-    """Return the backends that connect the processes: gloo for tensors on the CPU, NCCL for those on GPUs.
-
-    Args:
-        gpus: The number of CUDA devices of this machine.
-        nccl: Whether torch has NCCL.
-    """
+    """Return the backends that connect the processes: gloo for tensors on the CPU, NCCL for those on GPUs."""
     return "cpu:gloo,cuda:nccl" if gpus and nccl else "gloo"

@@ -33,18 +33,7 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; it replaces ``path`` when the block ends without an error.
-
-    Args:
-        path: The file to make or replace; its folder must exist.
-
-    Returns:
-        A file of the same name in a temporary folder beside it. If the block fails, it is deleted and the old file
-        stays.
-
-    Raises:
-        StoreError: If the disk is full or write permission is missing.
-    """
+    """Yield a temporary path to write to; it replaces ``path`` when the block ends without an error."""
     path = Path(path)
     with explain_os_errors(path), staging_folder(path) as stage:
         temporary = stage / path.name
@@ -61,13 +50,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write bytes to a file atomically: it has all of the new content or all of the old.
 
-    Args:
-        path: The file to make or replace; its folder must exist.
-        data: The new content.
-
-    Raises:
-        StoreError: If the disk is full or write permission is missing; the old file stays.
-
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "note.txt"
     >>> write_bytes(path, b"whole")
@@ -81,24 +63,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text in UTF-8 to a file atomically: it has all of the new content or all of the old.
-
-    Args:
-        path: The file to make or replace; its folder must exist.
-        text: The new content.
-
-    Raises:
-        StoreError: If the disk is full or write permission is missing; the old file stays.
-    """
+    """Write text in UTF-8 to a file atomically: it has all of the new content or all of the old."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk (fsync).
-
-    Args:
-        path: The file or folder.
-    """
+    """Flush a file's content, or a folder's list of names, to the disk (fsync)."""
     # Windows cannot open a folder; a rename there is durable in its own time.
     if os.name == "nt" and path.is_dir():
         return
@@ -114,12 +84,6 @@ def staging_folder(path: Path) -> Iterator[Path]:
     """Yield a new, locked folder beside ``path`` for unfinished files; it is deleted at the end.
 
     Staging folders that killed processes left behind are deleted first.
-
-    Args:
-        path: The file or folder that will be made.
-
-    Raises:
-        OSError: If the folder cannot be made.
     """
     sweep(path)
     while True:
@@ -136,22 +100,14 @@ def staging_folder(path: Path) -> Iterator[Path]:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """Return the unfinished folders beside ``path`` that were to become it, of live processes too.
-
-    Args:
-        path: The file or folder.
-    """
+    """Return the unfinished folders beside ``path`` that were to become it, of live processes too."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(partial|old)")
     entries = path.parent.iterdir() if path.parent.is_dir() else ()
     return sorted(one for one in entries if name.fullmatch(one.name) and one.is_dir() and not one.is_symlink())
 
 
 def sweep(path: Path) -> None:
-    """Delete the unfinished folders that killed processes left beside ``path``.
-
-    Args:
-        path: The file or folder that they were to become.
-    """
+    """Delete the unfinished folders that killed processes left beside ``path``."""
     for one in leftovers(path):
         with contextlib.suppress(LockedError, FileNotFoundError), lock(one) as owner:
             if owner.sure:

@@ -16,15 +16,6 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 def convert(data: object, kind: type[Record], where: str | Path = "", remedy: str = "restore it") -> Record:
     """Convert JSON data to a typed record, or raise an error that names the wrong field and its value.
 
-    Args:
-        data: The parsed JSON.
-        kind: The type that it must have.
-        where: The file, for the error message; empty if the caller adds it.
-        remedy: What the error message tells the user to do.
-
-    Raises:
-        StoreError: If a field is missing, unknown, or of another type or size; names it and its value.
-
     >>> convert({"names": "a"}, dict[str, int], "run.json")
     Traceback (most recent call last):
     ...
@@ -40,17 +31,7 @@ def convert(data: object, kind: type[Record], where: str | Path = "", remedy: st
 
 
 def check_format(data: object, known: str, where: str | Path, remedy: str = "run it again") -> None:
-    """Raise StoreError unless JSON data name the format that this version reads.
-
-    Args:
-        data: The parsed JSON.
-        known: The format with its number, such as ``"regrow-run/2"``.
-        where: The file, for the error message.
-        remedy: What the error message tells the user to do about a file of another version.
-
-    Raises:
-        StoreError: If they name another number, or no such format.
-    """
+    """Raise StoreError unless JSON data name the format that this version reads."""
     written = data.get("format") if isinstance(data, Mapping) else None
     if written == known:
         return

@@ -21,9 +21,6 @@ _BYTES = 150
 def to_intervals(numbers: Sequence[Any]) -> list[Any]:
     """Replace runs of consecutive whole numbers by ``[first, last]``; other lists are returned unchanged.
 
-    Args:
-        numbers: The numbers.
-
     >>> to_intervals([0, 1, 2, 3, 7, 8, 11])
     [[0, 3], 7, 8, 11]
     """
@@ -39,9 +36,6 @@ def to_intervals(numbers: Sequence[Any]) -> list[Any]:
 def from_intervals(entries: Sequence[Any]) -> list[Any]:
     """Expand intervals ``[first, last]`` into numbers: the inverse of :func:`to_intervals`.
 
-    Args:
-        entries: Numbers and intervals; any other entry stays as it is.
-
     >>> from_intervals([[0, 3], 7, 8, 11])
     [0, 1, 2, 3, 7, 8, 11]
     """
@@ -52,25 +46,12 @@ def from_intervals(entries: Sequence[Any]) -> list[Any]:
 
 
 def shorten_plan(plan: object) -> Any:
-    """Return a plan (JSON data) with its unit numbers as intervals; anything that is not a plan is unchanged.
-
-    Args:
-        plan: The plan.
-    """
+    """Return a plan (JSON data) with its unit numbers as intervals; anything that is not a plan is unchanged."""
     return _convert_changes(plan, to_intervals)
 
 
 def expand_plans(plans: Iterable[object], length: int) -> list[Any]:
-    """Return the plans of a ledger (JSON data) with intervals expanded: undoes :func:`shorten_plan`.
-
-    Args:
-        plans: The ledger's plans; an entry that is not a plan stays as it is, for the schema to reject.
-        length: The size of the file in bytes: a short file may not expand to very many units.
-
-    Raises:
-        StoreError: If the intervals expand to more units than a file of this size may name.
-        ResourceError: If the expanded units do not fit into memory.
-    """
+    """Return the plans of a ledger (JSON data) with intervals expanded: undoes :func:`shorten_plan`."""
     plans = list(plans)
     numbers = sum(_length(entry) for plan in plans for change in _changes(plan) for entry in _entries(change))
     if numbers > _FEW + _RATIO * length:

@@ -45,11 +45,7 @@ class Ledger:
     skip: int = 0
 
     def plans(self) -> tuple[Plan, ...]:
-        """Return every plan, in the order in which they were applied; empty if there is no file.
-
-        Raises:
-            StoreError: If the file is damaged, or holds an invalid plan; the message names the file and the plan.
-        """
+        """Return every plan, in the order in which they were applied; empty if there is no file."""
         plans = []
         for i, entry in enumerate(self._entries()[self.skip :], self.skip):
             try:
@@ -60,14 +56,7 @@ class Ledger:
         return tuple(plans)
 
     def append(self, plan: Plan) -> None:
-        """Write a plan to the end of the file; the plans before it are not parsed.
-
-        Args:
-            plan: The plan that was applied.
-
-        Raises:
-            StoreError: If the file is no ledger, or the disk is full; the file is then as it was.
-        """
+        """Write a plan to the end of the file; the plans before it are not parsed."""
         line = _line(json.loads(plan.to_json()))
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         if text.startswith(_HEAD) and text.endswith(_TAIL) and len(_HEAD + _TAIL) < len(text) < _LONGEST:
@@ -76,28 +65,14 @@ class Ledger:
             self._write([*map(_line, self._entries()), line])
 
     def replace(self, plan: Plan) -> None:
-        """Write the only plan of a run; that of an attempt that was stopped is replaced if it is another.
-
-        Args:
-            plan: The plan that was applied.
-
-        Raises:
-            StoreError: As :meth:`append`.
-        """
+        """Write the only plan of a run; that of an attempt that was stopped is replaced if it is another."""
         known = [_line(one) for one in self._entries()[self.skip :]]
         if known != [_line(json.loads(plan.to_json()))]:
             self.truncate(0)
             self.append(plan)
 
     def truncate(self, many: int) -> None:
-        """Remove all but the first ``many`` plans: those whose result a killed process did not store.
-
-        Args:
-            many: How many plans stay, besides the skipped ones; the file is deleted if none is left.
-
-        Raises:
-            StoreError: As :meth:`append`.
-        """
+        """Remove all but the first ``many`` plans: those whose result a killed process did not store."""
         entries, many = self._entries(), many + self.skip
         if len(entries) > many == 0:
             self.path.unlink()
@@ -136,15 +111,7 @@ def _line(plan: Any) -> str:
 
 
 def read_plan(data: object) -> Plan:
-    """Read a plan from JSON data by a strict schema: missing, unknown and mistyped fields are errors.
-
-    Args:
-        data: One entry of a ledger, its intervals expanded.
-
-    Raises:
-        PlanError: If it is no plan, or an invalid one.
-        StoreError: If a field is missing, unknown or of another type.
-    """
+    """Read a plan from JSON data by a strict schema: missing, unknown and mistyped fields are errors."""
     if isinstance(data, dict) and data.get("format") == PLAN_FORMAT:
         convert(data, plan_schemas.PlanJson)
     return Plan.from_json(json.dumps(data))
@@ -157,17 +124,8 @@ def replay(
 
     A plan that restores units restores those that the plans before it cut, with the weights that this model has.
 
-    Args:
-        model: The model as it was before the first plan; changed in place.
-        axes: The model's axes before the first plan.
-        plans: The plans in order, as :meth:`Ledger.plans` returns them.
-        undo: The undo store that gets the weights that are cut; a temporary one, unless given.
-
     Returns:
         The model, and its axes as they are now.
-
-    Raises:
-        PlanError: If a plan does not fit; the model is then as the plans before it left it.
     """
     plans = list(plans)
     back = any(plan.back or any(change.recalled for change in plan.changes.values()) for plan in plans)
@@ -179,39 +137,18 @@ def replay(
 
 
 def with_branches_of(plans: Iterable[Plan], model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes with the modules that can be dropped, if plans drop some that the axes do not name.
-
-    Args:
-        plans: The plans.
-        model: The network before them.
-        axes: Its axes.
-    """
+    """Return the axes with the modules that can be dropped, if plans drop some that the axes do not name."""
     unknown = any(path not in axes.branches for plan in plans for path in plan.drop)
     return with_branches(model, axes) if unknown else axes
 
 
 def write_undo_store(path: Path, undo: UndoStore) -> None:
-    """Write the units that cuts removed from a network to a file.
-
-    Args:
-        path: The file to make or replace; its folder must exist.
-        undo: The store of the removed units.
-
-    Raises:
-        StoreError: If the disk is full or the file cannot be written; an old file is not changed.
-    """
+    """Write the units that cuts removed from a network to a file."""
     write_tensors(path, undo.tensors(), {"undo_store": undo.record()}, UNDO_FORMAT)
 
 
 def read_undo_store(path: Path) -> UndoStore:
-    """Read the units that cuts removed from a file that :func:`write_undo_store` wrote.
-
-    Args:
-        path: The file.
-
-    Raises:
-        StoreError: If there is no such file, it is no undo store, or it is damaged.
-    """
+    """Read the units that cuts removed from a file that :func:`write_undo_store` wrote."""
     try:
         header, tensors = read_tensors(path, UNDO_FORMAT)
         record = convert(header.get("undo_store"), schemas.UndoStoreHeader)

@@ -46,15 +46,7 @@ class Lock:
 
 
 def lock(folder: Path) -> Lock:
-    """Lock a folder exclusively, or raise LockedError if another process holds its lock.
-
-    Args:
-        folder: The folder; it must exist.
-
-    Raises:
-        LockedError: If another process, or another part of this one, is writing there.
-        OSError: If there is no such folder.
-    """
+    """Lock a folder exclusively, or raise LockedError if another process holds its lock."""
     while True:
         if fcntl is None:
             return Lock(folder, None, sure=False)

@@ -21,15 +21,7 @@ from regrow.store.measurements import KINDS
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Append a line of JSON and flush it to the disk.
-
-    Args:
-        path: The file; it need not exist yet.
-        row: JSON data without NaN and infinity.
-
-    Raises:
-        StoreError: If it is not a regular file, or the disk is full; the file is then unchanged.
-    """
+    """Append a line of JSON and flush it to the disk."""
     line = json.dumps(row, allow_nan=False) + "\n"
     with explain_os_errors(path):
         handle = _open(path)
@@ -40,14 +32,7 @@ def append(path: Path, row: Mapping[str, object]) -> None:
 
 
 def mend(path: Path) -> None:
-    """Remove a last line that a crash cut short; add the newline if only that is missing.
-
-    Args:
-        path: The file; it need not exist.
-
-    Raises:
-        StoreError: If it is not a regular file, or write permission is missing.
-    """
+    """Remove a last line that a crash cut short; add the newline if only that is missing."""
     if not os.path.lexists(path):
         return
     with explain_os_errors(path):
@@ -59,15 +44,7 @@ def mend(path: Path) -> None:
 
 
 def read(path: Path, kinds: Mapping[str, type[object]] | None = None) -> list[dict[str, Any]]:
-    """Read all rows in order; a last line that a crash cut short is left out.
-
-    Args:
-        path: The file; it need not exist.
-        kinds: Kind of row (its ``what``) → the type that the row must fit; rows of other kinds may hold anything.
-
-    Raises:
-        StoreError: If another line is damaged, or a row does not fit; names the line and the field.
-    """
+    """Read all rows in order; a last line that a crash cut short is left out."""
     if not path.is_file():
         return []
     check_readable(path)
@@ -194,23 +171,11 @@ class Metrics:
         self.path = path
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return every row, in order; a last line that a crash truncated is left out.
-
-        Raises:
-            StoreError: If another line is damaged, or lacks what a row of its kind holds; names the line and the field.
-        """
+        """Return every row, in order; a last line that a crash truncated is left out."""
         return read(self.path, KINDS)
 
     def add(self, row: Mapping[str, object], number: int | None = None) -> bool:
-        """Append a row, unless one with its key is there, and say whether; it is on the disk when this returns.
-
-        Args:
-            row: The measurement; ``what`` is its kind. Numbers that are not finite become null.
-            number: The number of the row among its kind, from 0, for the kinds in ``NUMBERED``.
-
-        Raises:
-            StoreError: If the disk is full; the file then holds what it held.
-        """
+        """Append a row, unless one with its key is there, and say whether; it is on the disk when this returns."""
         plain = replace_nonfinite(row)
         key = _key(plain, number)
         if new := key is None or key not in self._keys:
@@ -232,9 +197,6 @@ class Metrics:
 
 def replace_nonfinite(value: Any) -> Any:
     """Return JSON data in which NaN and infinity, which JSON does not have, are replaced by null.
-
-    Args:
-        value: The data.
 
     >>> replace_nonfinite({"loss": float("nan"), "steps": (1, 2)})
     {'loss': None, 'steps': [1, 2]}

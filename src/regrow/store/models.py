@@ -121,18 +121,6 @@ def write_model(
     """Write the files of a model into an unfinished folder, replacing those of another model.
 
     Each file is written atomically, but not all of them together; use :func:`save` for a finished folder.
-
-    Args:
-        model: As for :func:`save`.
-        folder: The folder; made if needed.
-        origin: As for :func:`save`.
-        tokenizer: As for :func:`save`.
-        dtype: As for :func:`save`.
-        example: As for :func:`save`.
-        outside: The tensors, where the network has no numbers; ``None``: they are in the network.
-
-    Raises:
-        StoreError: As :func:`save`.
     """
     given = model
     net = given.model if isinstance(given, Loaded) else given
@@ -180,12 +168,7 @@ def write_model(
 
 
 def keep_others(old: Path, new: Path) -> None:
-    """Link or copy the files of an old folder that do not belong to its model into the new folder.
-
-    Args:
-        old: The folder that will be replaced; it need not exist.
-        new: The folder that will take its place; files that it has already stay.
-    """
+    """Link or copy the files of an old folder that do not belong to its model into the new folder."""
     if old.is_dir():
         link_tree(old, new, skip={path.name for path in _files_of_a_model(old)})
 
@@ -262,15 +245,7 @@ def _load(
 
 
 def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
-    """Read and validate ``shapes.json`` of a model folder.
-
-    Args:
-        folder: The model folder.
-        check: Whether to compare the record with its own digest.
-
-    Raises:
-        StoreError: If there is no such file, or it is damaged.
-    """
+    """Read and validate ``shapes.json`` of a model folder."""
     folder = Path(folder)
     settle(folder)
     if not folder.is_dir():

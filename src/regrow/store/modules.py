@@ -12,15 +12,7 @@ from regrow.tracing.placeholder import insert_placeholders
 
 
 def insert(fresh: nn.Module, inserted: Mapping[str, tuple[Insertion, ...]]) -> None:
-    """Insert copies of blocks into a newly built network, in place.
-
-    Args:
-        fresh: The newly built network.
-        inserted: Path of a stack of blocks → the insertions into it, in order.
-
-    Raises:
-        StoreError: If the network has no such stack.
-    """
+    """Insert copies of blocks into a newly built network, in place."""
     for path, one in ((path, one) for path, several in inserted.items() for one in several):
         try:
             insert_copies(fresh, path, one)
@@ -29,15 +21,7 @@ def insert(fresh: nn.Module, inserted: Mapping[str, tuple[Insertion, ...]]) -> N
 
 
 def drop(fresh: nn.Module, placeholders: Mapping[str, Placeholder]) -> None:
-    """Replace modules of a newly built network by placeholders, in place.
-
-    Args:
-        fresh: The newly built network.
-        placeholders: Path of each module to drop → its placeholder.
-
-    Raises:
-        StoreError: If the network has no such module.
-    """
+    """Replace modules of a newly built network by placeholders, in place."""
     known = dict(fresh.named_modules())
     for path in placeholders:
         nested = any(lies_in(path, other) for other in placeholders if other != path)

@@ -28,17 +28,8 @@ def check_output(
 ) -> Path:
     """Raise StoreError unless an output file may be created or replaced; nothing is opened or changed.
 
-    Args:
-        path: The file that the user names.
-        suffixes: The suffixes of existing files that it may replace, in lower case.
-        inputs: Files that the same command reads, which are not replaced; other names in it are ignored.
-        streams: Whether a character device, a FIFO or the standard output is allowed.
-
     Returns:
         The file to write: ``path``, or the target if it is a symbolic link.
-
-    Raises:
-        StoreError: If it is a folder, a device, another kind of file, an input, or part of a run or model folder.
     """
     target = Path(os.path.realpath(path))
     with explain_os_errors(path):
@@ -64,16 +55,7 @@ def check_output(
 
 
 def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
-    """Write text in UTF-8 to a file that the user names: atomically, or directly if it is a stream.
-
-    Args:
-        path: The file, as :func:`check_output` takes it; its folder must exist.
-        text: The new content.
-        suffixes: The suffixes of existing files that it may replace.
-
-    Raises:
-        StoreError: As :func:`check_output`, if no process reads a FIFO, or if the disk is full.
-    """
+    """Write text in UTF-8 to a file that the user names: atomically, or directly if it is a stream."""
     target = check_output(path, suffixes, streams=True)
     with explain_os_errors(path):
         stream = path.exists() and _is_stream(path.stat())

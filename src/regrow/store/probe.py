@@ -52,19 +52,7 @@ class Answer:
 def write_probe(
     model: nn.Module, example: Example, path: Path, *, cast: bool = False, aligned: bool | None = None
 ) -> None:
-    """Run a network on an input, and write the input and the output to a file.
-
-    Args:
-        model: The network; it is run in eval mode and restored.
-        example: The input to run. Large floating-point tensors are replaced by a pattern of the same shape.
-        path: The file to make.
-        cast: Whether its weights are stored in another dtype than they have now.
-        aligned: Whether all weights begin at a cache line; ``None``: as those of the network do.
-
-    Raises:
-        UnprobedError: If the network fails on the input, or the input cannot be stored.
-        StoreError: If the disk is full.
-    """
+    """Run a network on an input, and write the input and the output to a file."""
     inputs: list[Tensor] = []
     shape = [_to_json(list(example.args), inputs), _to_json(dict(example.kwargs), inputs)]
     inputs = [_replace_large(one) for one in inputs]
@@ -90,17 +78,7 @@ def _is_aligned(tensor: Tensor) -> bool:
 
 
 def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] = (), cast: bool = False) -> None:
-    """Raise StoreError unless a loaded network gives the output that was recorded when it was saved.
-
-    Args:
-        model: The network, on the CPU; it is restored afterwards.
-        path: The file that :func:`write_probe` made.
-        stored: The dtypes in which its weights were stored.
-        cast: Whether the weights have been cast to another dtype since.
-
-    Raises:
-        StoreError: If the output differs, or the file is damaged; says by how much, and the remedy.
-    """
+    """Raise StoreError unless a loaded network gives the output that was recorded when it was saved."""
     header, inputs, before = _read(path)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     fitting = [one.to(dtype) if one.is_floating_point() else one for one in inputs]
@@ -135,15 +113,7 @@ def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] =
 
 
 def read_example(path: Path, model: nn.Module) -> Example:
-    """Return the input that was recorded when a network was saved, in the network's dtype.
-
-    Args:
-        path: The file that :func:`write_probe` made.
-        model: The loaded network.
-
-    Raises:
-        StoreError: If the file is damaged.
-    """
+    """Return the input that was recorded when a network was saved, in the network's dtype."""
     header, inputs, _ = _read(path)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
@@ -157,13 +127,7 @@ _REMEDY = "build it with the code and versions it was saved with, or load it wit
 
 
 def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> Answer:
-    """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs.
-
-    Args:
-        model: The network; it is restored afterwards.
-        shape: The structure of its arguments as JSON data, with tensors numbered.
-        inputs: The tensors in the arguments, by number.
-    """
+    """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs."""
     device = device_of(model)
     args, kwargs = _from_json(shape, [one.to(device) for one in inputs])
     with preserve_modules(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -179,11 +143,7 @@ def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) ->
 
 @contextmanager
 def preserve_modules(model: nn.Module) -> Iterator[None]:
-    """Restore, when the block ends, all attributes of modules and their small buffers.
-
-    Args:
-        model: The network.
-    """
+    """Restore, when the block ends, all attributes of modules and their small buffers."""
     modules = list(model.modules())
     states = [dict(vars(module)) for module in modules]
     buffers = [dict(module._buffers) for module in modules]

@@ -27,20 +27,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
-    """Yield a new folder that replaces ``folder`` as a whole when the block ends without an error.
-
-    Args:
-        folder: The folder to make or replace. The new one is empty; use :func:`link_tree` to keep files of the old one.
-        owner: The lock on ``folder``, if the caller holds it.
-
-    Returns:
-        The new folder, empty, of the same name in a temporary folder beside it.
-
-    Raises:
-        LockedError: If another process is writing to the folder.
-        StoreError: If the folder cannot be replaced, the disk is full or write permission is missing; nothing is
-        changed.
-    """
+    """Yield a new folder that replaces ``folder`` as a whole when the block ends without an error."""
     place = folder.resolve()
     check_replaceable(folder)
     with explain_os_errors(folder), _parents(place), contextlib.ExitStack() as stack:
@@ -63,15 +50,7 @@ def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise StoreError unless a folder can be created, or replaced as a whole.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        StoreError: If it is a file, a mount point or the current folder, or it or the folder around it may not be
-            written.
-    """
+    """Raise StoreError unless a folder can be created, or replaced as a whole."""
     place = folder.resolve()
     if place.exists() and not place.is_dir():
         raise StoreError(f"{folder} is a file; name a folder that does not exist yet")
@@ -87,11 +66,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Complete the replacement of a folder that a killed process left half done, if there is one.
-
-    Args:
-        folder: The folder.
-    """
+    """Complete the replacement of a folder that a killed process left half done, if there is one."""
     place = folder.resolve()
     for stage in [] if place.exists() else leftovers(place):
         if _was(stage, place).is_dir() and (stage / place.name).is_dir():
@@ -100,24 +75,13 @@ def settle(folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete the temporary folders that killed processes left beside a folder that they were replacing.
-
-    Args:
-        folder: The folder.
-    """
+    """Delete the temporary folders that killed processes left beside a folder that they were replacing."""
     settle(folder)
     sweep(folder.resolve())
 
 
 def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Collection[str] = ()) -> None:
-    """Hard-link the files of a folder into another one, or copy them where links are not supported.
-
-    Args:
-        source: A folder.
-        target: An existing folder; files that it has already stay.
-        skip: Names in ``source`` that are left out. Unfinished files are left out everywhere.
-        copy: Names of files that will be written to in place, and so are copied.
-    """
+    """Hard-link the files of a folder into another one, or copy them where links are not supported."""
     for one in sorted(source.iterdir()):
         place = target / one.name
         if one.name in skip or LEFTOVER.fullmatch(one.name):
@@ -136,12 +100,7 @@ def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Coll
 
 
 def read_whole(folder: Path, read: Callable[[], T]) -> T:
-    """Read several files of a folder consistently: all from before or all from after a replacement.
-
-    Args:
-        folder: The folder.
-        read: The function that reads it; called again if the folder was replaced in the meantime.
-    """
+    """Read several files of a folder consistently: all from before or all from after a replacement."""
     while True:
         settle(folder)
         before = _identity(folder)

@@ -31,14 +31,7 @@ _LONGEST = 2**28
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read and check the ``run.json`` of a run folder.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        StoreError: If it is missing or damaged.
-    """
+    """Read and check the ``run.json`` of a run folder."""
     data = read_json(folder / RUN)
     if data is None:
         raise StoreError(f"{folder} is not a run folder (no {RUN}); give the folder of a run")
@@ -49,17 +42,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Settings:
-    """Convert the recorded settings of a run to the dataclass of its command, and check them.
-
-    Args:
-        values: The recorded settings.
-        kind: The dataclass of the command's settings.
-
-    Raises:
-        StoreError: If a setting is missing, of another type, or unknown: a setting that is ignored would be another
-            run.
-        InputError: If a setting is out of its range.
-    """
+    """Convert the recorded settings of a run to the dataclass of its command, and check them."""
     known = {one.name for one in fields(kind)}
     if unknown := sorted(values.keys() - known):
         raise StoreError(f"settings: {unknown[0]!r:.60} is unknown here; use the version of regrow that wrote the run")
@@ -71,15 +54,7 @@ def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Sett
 
 
 def check_repeatable(path: Path, run: Mapping[str, Any]) -> None:
-    """Raise StoreError if a run got its data from Python, so that no command line can read them again.
-
-    Args:
-        path: The folder.
-        run: The content of its ``run.json``.
-
-    Raises:
-        StoreError: Names the function to call.
-    """
+    """Raise StoreError if a run got its data from Python, so that no command line can read them again."""
     if run.get("python") is not None:
         raise StoreError(
             f"{path} was written by regrow.{run.get('verb')} in Python with data that no file names; call that again, "
@@ -88,14 +63,7 @@ def check_repeatable(path: Path, run: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that may be hostile; ``None`` if it does not exist.
-
-    Args:
-        path: The file.
-
-    Raises:
-        StoreError: If the file is damaged.
-    """
+    """Read a JSON file that may be hostile; ``None`` if it does not exist."""
     if not path.is_file():
         return None
     check_readable(path)
@@ -108,29 +76,14 @@ def read_json(path: Path) -> Any:
 
 
 def run_identity(verb: str, settings: Mapping[str, object], defaults: Mapping[str, object] | None) -> dict[str, Any]:
-    """Return what identifies a run (command, settings, defaults), as it would come back from ``run.json``.
-
-    Args:
-        verb: The command: ``"prune"``.
-        settings: Everything that the result depends on, as JSON data.
-        defaults: The method's defaults of all other settings.
-    """
+    """Return what identifies a run (command, settings, defaults), as it would come back from ``run.json``."""
     given = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
     identity: dict[str, Any] = json.loads(json.dumps(given))
     return identity
 
 
 def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise StoreError unless the run in a folder is the wanted one, and not finished.
-
-    Args:
-        path: The folder.
-        run: The content of its ``run.json``.
-        wanted: The result of :func:`run_identity` for the wanted run.
-
-    Raises:
-        StoreError: Names the first difference.
-    """
+    """Raise StoreError unless the run in a folder is the wanted one, and not finished."""
     if run["verb"] != wanted["verb"]:
         raise StoreError(f"{path} holds a run of {run['verb']!r}; choose another folder, or delete it")
     old, new = run["settings"], wanted["settings"]
@@ -153,28 +106,13 @@ def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) ->
 
 
 def unfinished_folder(out: Path) -> Path | None:
-    """Return the folder that has the files of the unfinished run in ``out``; ``None`` if there is none.
-
-    Args:
-        out: The folder of the run.
-
-    Raises:
-        StoreError: If a ``run.json`` is damaged, or the working area leads out of the folder.
-    """
+    """Return the folder that has the files of the unfinished run in ``out``; ``None`` if there is none."""
     check_area(out / WORK)
     return out / WORK if (out / WORK / RUN).is_file() else None
 
 
 def is_resumable(out: Path, wanted: Mapping[str, object]) -> bool:
-    """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing, else it is refused.
-
-    Args:
-        out: The folder.
-        wanted: The result of :func:`run_identity` for the wanted run.
-
-    Raises:
-        StoreError: If the folder holds anything else: another run, this one finished, or files of something else.
-    """
+    """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing, else it is refused."""
     if not out.is_dir():
         return False
     names = {one.name for one in out.iterdir() if not LEFTOVER.fullmatch(one.name)}
@@ -191,14 +129,7 @@ def is_resumable(out: Path, wanted: Mapping[str, object]) -> bool:
 
 
 def check_area(area: Path) -> None:
-    """Raise StoreError if the working area or a folder in it is a symbolic link, so that all writes stay inside it.
-
-    Args:
-        area: The working area.
-
-    Raises:
-        StoreError: If one is a symbolic link, or the working area is a file.
-    """
+    """Raise StoreError if the working area or a folder in it is a symbolic link, so that all writes stay inside it."""
     inside = (Path(at) / name for at, names, _ in os.walk(area) for name in names)
     for one in (area, *inside):
         if one.is_symlink() or (one.exists() and not one.is_dir()):
@@ -206,11 +137,7 @@ def check_area(area: Path) -> None:
 
 
 def make_area(out: Path) -> Path:
-    """Create an empty working area in a folder, and return its path.
-
-    Args:
-        out: The folder of the run.
-    """
+    """Create an empty working area in a folder, and return its path."""
     with explain_os_errors(out):
         if (out / WORK).exists():
             shutil.rmtree(out / WORK)
@@ -219,11 +146,7 @@ def make_area(out: Path) -> Path:
 
 
 def copy_into_area(out: Path) -> None:
-    """Fill the working area with the files of the finished run in a folder, so that they can be changed there.
-
-    Args:
-        out: The folder of the run.
-    """
+    """Fill the working area with the files of the finished run in a folder, so that they can be changed there."""
     area = make_area(out)
     with explain_os_errors(out):
         link_tree(out, area, skip={WORK, RUN}, copy={"metrics.jsonl"})

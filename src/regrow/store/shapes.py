@@ -166,15 +166,7 @@ class Shapes:
 
     @classmethod
     def from_json(cls, text: str, *, check: bool = True) -> "Shapes":
-        """Parse and validate a record, which may come from anybody.
-
-        Args:
-            text: The output of :meth:`to_json`.
-            check: Whether to compare the content with its digest.
-
-        Raises:
-            StoreError: If the text is not such a record, or was changed; the message says what is wrong.
-        """
+        """Parse and validate a record, which may come from anybody."""
         try:
             data: Any = parse_json(text, "it")
         except InputError as error:
@@ -208,9 +200,6 @@ class Shapes:
 
 def content_digest(data: Mapping[str, object]) -> str:
     """Return the SHA-256 of a record's JSON with sorted keys and no spaces, leaving out ``sha256`` itself.
-
-    Args:
-        data: The record as JSON data.
 
     >>> content_digest({"b": 1, "a": 2}) == content_digest({"a": 2, "b": 1, "sha256": "…"})
     True

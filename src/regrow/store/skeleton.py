@@ -25,17 +25,8 @@ def load_saved_skeleton(folder: Path, mode: FakeTensorMode, dtype: torch.dtype |
 
     Buffers have their numbers. Neither the digests of parameters nor the recorded output are compared.
 
-    Args:
-        folder: The folder.
-        mode: The mode of the fake parameters.
-        dtype: The dtype of floating-point weights; as saved if ``None``.
-
     Returns:
         The network in eval mode, its tokenizer, an example input and its origin; and the record of the folder.
-
-    Raises:
-        StoreError: If the folder holds no transformers model, or its files are damaged or do not fit one another.
-        ModelError: If no example input is known.
     """
     shapes = read_shapes(folder)
     if shapes.origin.kind != "transformers":

@@ -27,18 +27,7 @@ _CLONE = 0x40049409
 
 
 def copy_folder(source: Path, target: Path, *, skip: Collection[str] = (), link: bool = False) -> None:
-    """Copy the regular files of a folder and of those in it; unfinished files, and links that lead out, are left out.
-
-    Args:
-        source: The folder.
-        target: An existing folder.
-        skip: Names that are left out, besides those of unfinished work.
-        link: Whether a file to which no other name leads is linked instead: for a source that is deleted afterwards.
-
-    Raises:
-        StoreError: If a file cannot be read.
-        OSError: If the disk is full.
-    """
+    """Copy the regular files of a folder; unfinished files, and links that lead out, are left out."""
     for path in sorted(source.iterdir()):
         name = path.name
         if name in skip or name == WORK or LEFTOVER.fullmatch(name) or _leads_out(path):
@@ -53,25 +42,12 @@ def copy_folder(source: Path, target: Path, *, skip: Collection[str] = (), link:
 
 
 def record_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return path in a folder → ``bytes`` and ``sha256`` of every file in it but pages, as JSON data.
-
-    Args:
-        folder: The folder.
-    """
+    """Return path in a folder → ``bytes`` and ``sha256`` of every file in it but pages, as JSON data."""
     return {path.relative_to(folder).as_posix(): _measure(path) for path in _files(folder) if path.name != PAGE}
 
 
 def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: Path) -> None:
-    """Raise StoreError unless a folder holds the recorded files and no others but pages, which are made from them.
-
-    Args:
-        folder: The folder, a copy.
-        recorded: The result of :func:`record_files`.
-        shown: The folder that was copied, for messages.
-
-    Raises:
-        StoreError: Names the first file that is missing, damaged, or was not recorded.
-    """
+    """Raise StoreError unless a folder holds the recorded files and no others but pages, which are made from them."""
     there = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path.name != PAGE}
     for name, expected in recorded.items():
         if name not in there:
@@ -90,21 +66,12 @@ def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: 
 
 
 def count_bytes(folder: Path) -> int:
-    """Return how many bytes a copy of a folder takes.
-
-    Args:
-        folder: The folder.
-    """
+    """Return how many bytes a copy of a folder takes."""
     return sum(path.stat().st_size for path in _files(folder))
 
 
 def shares_blocks(source: Path, folder: Path) -> bool:
-    """Whether a copy of a file would take no room on the disk, since it shares the blocks of the original.
-
-    Args:
-        source: The file.
-        folder: The folder of the copy.
-    """
+    """Whether a copy of a file would take no room on the disk, since it shares the blocks of the original."""
     try:
         with source.open("rb") as file, tempfile.TemporaryFile(dir=folder) as copy:
             return _clone(file, copy)

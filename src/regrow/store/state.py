@@ -41,11 +41,7 @@ class Held:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Held]:
-    """Return every parameter and buffer under each of its names.
-
-    Args:
-        model: The network.
-    """
+    """Return every parameter and buffer under each of its names."""
     result: dict[str, Held] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
@@ -61,9 +57,6 @@ def named_tensors(model: nn.Module) -> dict[str, Held]:
 
 def find_ties(tensors: Mapping[str, Held]) -> dict[str, str]:
     """Return, for every further name of a tied tensor, its first name.
-
-    Args:
-        tensors: Name → tensor, from :func:`named_tensors`.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     >>> net["b"].weight = net["a"].weight
@@ -87,9 +80,6 @@ def find_ties(tensors: Mapping[str, Held]) -> dict[str, str]:
 def find_numbers(model: nn.Module) -> dict[str, Number]:
     """Return ``module:attribute`` → value, for every module attribute that is a number or a tuple of integers.
 
-    Args:
-        model: The network.
-
     >>> find_numbers(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))["1:normalized_shape"]
     (3,)
     """
@@ -104,9 +94,6 @@ def find_numbers(model: nn.Module) -> dict[str, Number]:
 def settable_places(model: nn.Module) -> set[str]:
     """Return ``module:attribute`` of attributes that are ``None`` and may become a number (a default epsilon).
 
-    Args:
-        model: The network.
-
     >>> settable_places(nn.RMSNorm(3))
     {':eps'}
     """
@@ -120,18 +107,7 @@ def settable_places(model: nn.Module) -> set[str]:
 
 
 def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: torch.dtype | None) -> Shapes:
-    """Return the record of a network: how it differs from its newly built architecture, without files.
-
-    Args:
-        model: The network.
-        fresh: The same architecture newly built, or ``None``: then everything is recorded. Modules that were dropped
-            from the network are dropped from it too.
-        origin: How to build the architecture.
-        dtype: The dtype in which floating-point tensors will be stored; unchanged if ``None``.
-
-    Raises:
-        StoreError: If the network could not be rebuilt from the record, or a tensor cannot be stored.
-    """
+    """Return the record of a network: how it differs from its newly built architecture, without files."""
     placeholders, inserted = find_placeholders(model), find_insertions(model)
     if fresh is not None:
         insert(fresh, inserted)
@@ -174,15 +150,7 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
 
 
 def check(fresh: nn.Module, shapes: Shapes) -> None:
-    """Raise StoreError unless a newly built network, with its modules dropped, fits the record.
-
-    Args:
-        fresh: The newly built network.
-        shapes: The record.
-
-    Raises:
-        StoreError: If a tensor or attribute is missing or has another shape; names the first.
-    """
+    """Raise StoreError unless a newly built network, with its modules dropped, fits the record."""
     there = named_tensors(fresh)
     for name, stored in shapes.tensors.items():
         if stored.kind is Kind.ATTRIBUTE and is_place(name):
@@ -212,13 +180,7 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
 
 
 def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> None:
-    """Give a newly built and checked network the recorded tensors and numbers, in place.
-
-    Args:
-        model: The newly built network.
-        shapes: The record.
-        tensors: Name → tensor, each in its own storage.
-    """
+    """Give a newly built and checked network the recorded tensors and numbers, in place."""
     made: dict[str, Tensor] = {}
     before = {name: here.tensor for name, here in named_tensors(model).items()} | packed_tensors(model)
     for name, stored in shapes.tensors.items():
@@ -279,11 +241,7 @@ def _check_number(place: str, value: Number, old: Number | None) -> None:
 
 
 def _unregistered_tensors(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
-    """Return the tensors in attributes, lists and mappings that a newly built network does not have so.
-
-    Raises:
-        StoreError: If a list or mapping has a tensor where a newly built network has none of its shape.
-    """
+    """Return the tensors in attributes, lists and mappings that a newly built network does not have so."""
     own = {id(here.tensor): name for name, here in named_tensors(model).items()}
     before = {} if fresh is None else {id(here.tensor): name for name, here in named_tensors(fresh).items()}
     built = attribute_tensors(fresh) if fresh is not None else {}

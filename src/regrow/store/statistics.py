@@ -23,10 +23,6 @@ _SUMS = ("total", "square", "mean_total", "mean_square")
 def file_name(source: str, shard: int) -> str:
     """Return a file name for a shard of a source: safe on every disk, and different for different sources.
 
-    Args:
-        source: The source's name.
-        shard: The number of the shard.
-
     >>> file_name("news", 0), file_name("../News", 0)
     ('news-0.safetensors', 'news-ea82aa80-0.safetensors')
     """
@@ -40,10 +36,6 @@ def file_name(source: str, shard: int) -> str:
 
 def fingerprint(source: Source, *more: object) -> str:
     """Return a digest of everything that statistics on a source depend on.
-
-    Args:
-        source: The source; its batches count, not its origin.
-        more: Further data that count: the number of shards, what is measured, the digest of the model.
 
     >>> import torch
     >>> from regrow.core.sources import Batch
@@ -60,18 +52,7 @@ def fingerprint(source: Source, *more: object) -> str:
 
 
 def write_statistics(path: Path, source: str, shard: int, statistics: Statistics, key: str) -> None:
-    """Write the statistics of one shard of a source to a file.
-
-    Args:
-        path: The file.
-        source: The source's name.
-        shard: The number of the shard.
-        statistics: The measured sums.
-        key: The digest of what they depend on, from :func:`fingerprint`.
-
-    Raises:
-        StoreError: If the disk is full or the file cannot be written.
-    """
+    """Write the statistics of one shard of a source to a file."""
     tensors = {f"m{i}.{part}": getattr(m, part) for i, m in enumerate(statistics.moments.values()) for part in _SUMS}
     tensors |= {f"g{i}": gradient for i, gradient in enumerate(statistics.gradients.values())}
     tensors |= {f"f{i}": squares for i, squares in enumerate(statistics.fisher.values())}
@@ -88,14 +69,7 @@ def write_statistics(path: Path, source: str, shard: int, statistics: Statistics
 
 
 def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics | None:
-    """Read the statistics of a shard; ``None`` if the file is damaged or of another source, shard or key.
-
-    Args:
-        path: The file.
-        source: The source's name.
-        shard: The number of the shard.
-        key: The digest that the file must have.
-    """
+    """Read the statistics of a shard; ``None`` if the file is damaged or of another source, shard or key."""
     try:
         header, tensors = read_tensors(path, FORMAT)
         record = convert(header, schemas.StatisticsHeader)
@@ -113,18 +87,7 @@ def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics
 
 
 def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
-    """Store the measurements on one shard of a source in a run folder, for resuming.
-
-    Args:
-        run: The run folder, or its working area.
-        source: The name of the source.
-        shard: The number of the shard.
-        statistics: The measured sums.
-        key: The digest of what they depend on (:func:`fingerprint`), by which they are found.
-
-    Raises:
-        StoreError: If the disk is full.
-    """
+    """Store the measurements on one shard of a source in a run folder, for resuming."""
     path = run / FOLDER / file_name(source, shard)
     with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
@@ -132,13 +95,7 @@ def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, 
 
 
 def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
-    """Return the shards that an interrupted calibration finished, by source and number, for ``collect(done=…)``.
-
-    Args:
-        run: The run folder, or its working area.
-        keys: Source name → the digest that its statistics must have.
-        shards: The number of parts into which each source is split.
-    """
+    """Return the shards that an interrupted calibration finished, by source and number, for ``collect(done=…)``."""
     finished = {}
     for source, key in keys.items():
         for shard in range(shards):
@@ -153,9 +110,5 @@ def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
 
 
 def parameter_sums(model: nn.Module) -> list[float]:
-    """Return one sum per parameter, which tells different weights apart cheaply.
-
-    Args:
-        model: The network.
-    """
+    """Return one sum per parameter, which tells different weights apart cheaply."""
     return [float(p.detach().flatten()[:4096].float().double().sum()) for p in model.parameters()]

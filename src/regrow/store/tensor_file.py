@@ -82,16 +82,7 @@ class TensorFile:
         self._write(0, memoryview(self.header))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor in its place.
-
-        Args:
-            name: Its name.
-            tensor: The tensor, of the announced dtype and shape.
-
-        Raises:
-            OSError: If the disk is full.
-            ValueError: If it has another length than was announced.
-        """
+        """Write a tensor in its place."""
         begin, end = self.places[name]
         if tensor.nbytes != end - begin:
             raise ValueError(f"{name} has {tensor.nbytes} bytes, not the {end - begin} in the header")
@@ -112,9 +103,6 @@ class TensorFile:
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """Return the bytes of a tensor's entries in row-major order, as a one-dimensional CPU tensor.
-
-    Args:
-        tensor: Any tensor.
 
     >>> as_bytes(torch.ones(1, 2)[:, 0])
     tensor([  0,   0, 128,  63], dtype=torch.uint8)
@@ -139,12 +127,7 @@ class FileDigest:
         self.early: set[str] = set()
 
     def add(self, name: str, data: memoryview) -> None:
-        """Add a tensor that was written to the file.
-
-        Args:
-            name: Its name.
-            data: Its bytes.
-        """
+        """Add a tensor that was written to the file."""
         if self.todo[0][1] != name:
             self.early.add(name)
             return
@@ -185,15 +168,7 @@ class TensorWriter:
         self.pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor; it must not change any more.
-
-        Args:
-            name: Its name.
-            tensor: The tensor, of the dtype and shape that its file announces.
-
-        Raises:
-            OSError: If an earlier tensor could not be written, as on a full disk.
-        """
+        """Write a tensor; it must not change any more."""
         size = tensor.nbytes if tensor.nbytes <= self.ahead else 0
         while self.waiting and size + sum(other for other, _ in self.waiting) > self.ahead:
             self._wait()
@@ -202,11 +177,7 @@ class TensorWriter:
         self.waiting.append((size, work))
 
     def finish(self) -> tuple[Mapping[str, str], Mapping[Path, File]]:
-        """Wait until all is written; return the SHA-256 of each tensor, and the size and digests of each file.
-
-        Raises:
-            OSError: If a tensor could not be written, as on a full disk.
-        """
+        """Wait until all is written; return the SHA-256 of each tensor, and the size and digests of each file."""
         while self.waiting:
             self._wait()
         return self.tensors, {path: one.result() for path, one in self.digests.items()}

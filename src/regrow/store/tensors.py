@@ -23,19 +23,7 @@ _RESERVED = frozenset({"format", "names", "sha256"})
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], kind: str, *, writes: bool = True
 ) -> None:
-    """Write named tensors and a JSON header to one file atomically.
-
-    Args:
-        path: The file to make or replace; its folder must exist.
-        tensors: Name → tensor, of any device and memory layout; those that are sharded among ranks are gathered one
-            at a time.
-        header: JSON data to store with them. ``format``, ``names`` and ``sha256`` are added here.
-        kind: The name of the format with its version, such as ``"regrow-course/1"``.
-        writes: Whether this rank writes the file; others only take part in gathering sharded tensors.
-
-    Raises:
-        StoreError: If the disk is full or write permission is missing; the old file stays.
-    """
+    """Write named tensors and a JSON header to one file atomically."""
     if taken := _RESERVED & header.keys():
         raise ValueError(f"the header may not set {', '.join(sorted(taken))}")
     names = list(tensors)
@@ -59,33 +47,13 @@ def write_tensors(
 
 
 def read_header(path: Path, *kinds: str) -> dict[str, Any]:
-    """Read the header of a file written by :func:`write_tensors`, without its tensors.
-
-    Args:
-        path: The file.
-        *kinds: The formats that are accepted.
-
-    Raises:
-        StoreError: If there is no such file, or it is damaged or of another format.
-    """
+    """Read the header of a file written by :func:`write_tensors`, without its tensors."""
     with _telling(path), safe_open(path, framework="pt") as content:
         return _header(content, kinds)
 
 
 def open_checkpoint(path: Path, key: str, *kinds: str) -> dict[str, Any]:
-    """Return the header of an interrupted stage's checkpoint; a file of another stage or key is deleted.
-
-    Args:
-        path: The file, which need not exist; its folder is created.
-        key: The digest of what the stage depends on, which the header must have as ``key``.
-        *kinds: The formats that the checkpoint may have.
-
-    Returns:
-        The header; empty if there is no checkpoint.
-
-    Raises:
-        StoreError: If the folder cannot be created.
-    """
+    """Return the header of an interrupted stage's checkpoint; a file of another stage or key is deleted."""
     with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
     try:
@@ -101,15 +69,8 @@ def open_checkpoint(path: Path, key: str, *kinds: str) -> dict[str, Any]:
 def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a file written by :func:`write_tensors`, and check its digest.
 
-    Args:
-        path: The file.
-        *kinds: The formats that are accepted, as for :func:`read_header`.
-
     Returns:
         The header, and name → tensor, each in its own storage.
-
-    Raises:
-        StoreError: If there is no such file, or it is damaged, changed or of another format.
     """
     with _telling(path):
         with safe_open(path, framework="pt") as content:
@@ -124,11 +85,7 @@ def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of named tensors, independent of their order.
-
-    Args:
-        tensors: Name → tensor.
-    """
+    """Return the SHA-256 of named tensors, independent of their order."""
     hasher = hashlib.sha256()
     for name in sorted(tensors):
         add_to_digest(hasher, (name, tensors[name]))
@@ -136,12 +93,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def add_to_digest(hasher: Any, value: Any) -> None:
-    """Feed a value into a digest unambiguously: with its type, shape or length.
-
-    Args:
-        hasher: The hash object, of hashlib.
-        value: A tensor, text, bytes, a mapping, a sequence of values, or anything with a plain ``repr``.
-    """
+    """Feed a value into a digest unambiguously: with its type, shape or length."""
     match value:
         case Tensor():
             hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())

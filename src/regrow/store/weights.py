@@ -46,17 +46,8 @@ class OutsideTensors:
 def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = SHARD) -> Shapes:
     """Write every recorded tensor: a model's own to ``model.safetensors``, others to ``buffers.safetensors``.
 
-    Args:
-        model: The network; it is not changed.
-        shapes: The record: which tensors, and in which dtype.
-        folder: The model folder; it must exist.
-        shard: The most bytes of tensors in one file.
-
     Returns:
         The record, with the length and digest of every file and the digest of every tensor.
-
-    Raises:
-        StoreError: If the disk is full or write permission is missing.
     """
     places = {name: here.tensor for name, here in named_tensors(model).items()} | unregistered_tensors(model)
     tensors = ((name, places[name]) for part in _files(shapes, shard).values() for name in part)
@@ -66,17 +57,8 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
 def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, ahead: int = AHEAD) -> Shapes:
     """Write the files that :func:`write_weights` writes, from tensors that are given one by one in any order.
 
-    Args:
-        tensors: (name, tensor) of every recorded tensor; each is released once it is written.
-        shapes: The record: which tensors, and in which dtype.
-        folder: The model folder; it must exist.
-        ahead: The most bytes of tensors that wait to be written while the next ones are made.
-
     Returns:
         The record, with the length and digest of every file and the digest of every tensor.
-
-    Raises:
-        StoreError: If a parameter holds NaN or infinity, the disk is full or write permission is missing.
     """
 
     def checked() -> Iterator[tuple[str, Tensor]]:
@@ -145,19 +127,8 @@ def read_weights(
 
     Each tensor is copied to its own storage: the alignment of a memory-mapped one could change results.
 
-    Args:
-        folder: The model folder.
-        shapes: The record: which tensors the files must hold.
-        check: Compare with the recorded digests: of every tensor, or of whole files where an older folder has those
-            alone.
-        kinds: The kinds of tensors that are read; those of other kinds must be there.
-
     Returns:
         Name → tensor, on the CPU.
-
-    Raises:
-        StoreError: If a file is missing, truncated or changed, lacks a tensor or has one too many, or if a tensor has
-            another shape, dtype or digest than recorded, or if a parameter holds NaN or infinity; names the tensor.
     """
     result: dict[str, Tensor] = {}
     there: set[str] = set()
@@ -180,15 +151,7 @@ def read_weights(
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file in a folder, or raise StoreError if it is missing or leads elsewhere.
-
-    Args:
-        folder: The folder.
-        name: The name of the file.
-
-    Raises:
-        StoreError: If it lies elsewhere (a link, a path upward), does not exist or may not be read.
-    """
+    """Return the path of a file in a folder, or raise StoreError if it is missing or leads elsewhere."""
     path = folder / name
     if not path.is_file():
         raise StoreError(f"{path} is missing; copy the folder again")
@@ -199,20 +162,13 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def measure(path: Path) -> File:
-    """Return the size of a file, its SHA-256 and that of its header.
-
-    Args:
-        path: The file, in safetensors format.
-    """
+    """Return the size of a file, its SHA-256 and that of its header."""
     with explain_os_errors(path), path.open("rb") as file:
         return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), _header(path))
 
 
 def digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes in row-major order.
-
-    Args:
-        tensor: Any tensor.
 
     >>> digest(torch.zeros(2))[:8]
     'af5570f5'
@@ -228,16 +184,7 @@ def _header(path: Path) -> str:
 
 
 def check_file(path: Path, expected: File, *, digests: bool = True) -> None:
-    """Raise StoreError unless a file has the recorded size and header digest.
-
-    Args:
-        path: The file.
-        expected: The recorded size and digests.
-        digests: Whether to compare digests too, not just sizes.
-
-    Raises:
-        StoreError: If it is truncated, damaged or changed.
-    """
+    """Raise StoreError unless a file has the recorded size and header digest."""
     length = path.stat().st_size
     if length != expected.bytes:
         state = "truncated" if length < expected.bytes else "changed"

@@ -20,11 +20,7 @@ class BufferPool:
         self.lock = Lock()
 
     def allocate(self, size: int) -> Tensor:
-        """Return memory with any contents, ``[size]`` uint8; it becomes free once no tensor uses it any more.
-
-        Args:
-            size: How many bytes.
-        """
+        """Return memory with any contents, ``[size]`` uint8; it becomes free once no tensor uses it any more."""
         with self.lock:  # others add to the list meanwhile, but take nothing
             fitting = [i for i, one in enumerate(self.free) if size <= len(one) <= size + size // 4]
             if fitting:

@@ -73,12 +73,6 @@ class Checkpoint(Mapping[str, Tensor]):
         """Return the checkpoint in a model folder: one file, or else shards with an index.
 
         If there are both, the single file counts, as in transformers.
-
-        Args:
-            folder: The folder.
-
-        Raises:
-            StoreError: If a file is missing or damaged, or the index names other tensors than its files hold.
         """
         if (folder / INDEX).exists() and not (folder / SINGLE).is_file():
             return cls(_read_shards(folder))
@@ -89,12 +83,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return self.read(name)
 
     def read(self, name: str, pool: BufferPool | None = None) -> Tensor:
-        """Return a tensor on the CPU.
-
-        Args:
-            name: Its name.
-            pool: Where its memory comes from; ``None``: fresh memory.
-        """
+        """Return a tensor on the CPU."""
         return read_tensor(self.places[name], aligned=name in self.aligned, pool=pool)
 
     def __contains__(self, name: object) -> bool:
@@ -107,12 +96,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.places)
 
     def first_entries(self, name: str, many: int) -> Tensor:
-        """Return the first entries of a tensor in row-major order, without reading the rest.
-
-        Args:
-            name: The name of the tensor.
-            many: How many entries at most.
-        """
+        """Return the first entries of a tensor in row-major order, without reading the rest."""
         return read_tensor(self.places[name], many)
 
 
@@ -123,16 +107,6 @@ def read_tensor(
 
     Unless ``aligned``, it lies at the same place within a cache line as in the file, as a memory-mapped tensor does: at
     another one, kernels may sum in another order.
-
-    Args:
-        place: Where it lies.
-        most: How many entries are read, ``[entries]``; ``None``: all, in its shape.
-        aligned: Whether it begins at a cache line.
-        pool: Where its memory comes from; ``None``: fresh memory.
-
-    Raises:
-        InputError: If the file was changed since it was opened.
-        StoreError: If it cannot be read any more.
     """
     length = place.bytes if most is None else min(place.bytes, most * place.dtype.itemsize)
     room = torch.empty(length + _LINE, dtype=torch.uint8) if pool is None else pool.allocate(length + _LINE)
@@ -165,16 +139,7 @@ def _read_into(view: memoryview, place: TensorPlace, file: FileIO) -> bool:
 
 
 def read_places(path: Path, sha256: str = "") -> dict[str, TensorPlace]:
-    """Read the header of a safetensors file and return where its tensors lie.
-
-    Args:
-        path: The file.
-        sha256: Its digest, if it is recorded.
-
-    Raises:
-        StoreError: If the header is not valid: unknown dtypes, lengths that do not fit the shapes, bytes that belong to
-            no tensor or to two, or an end behind that of the file.
-    """
+    """Read the header of a safetensors file and return where its tensors lie."""
     try:
         check_regular(path)
         with path.open("rb") as file:

@@ -42,12 +42,6 @@ def check_streamed_run(
     """Raise ``PlanError`` unless a network's own forward pass gives what its recording gives.
 
     Outputs that are not equal bit for bit may differ by three times the rounding of the recording.
-
-    Args:
-        network: The network; its blocks are loaded as they are needed, twice.
-        recorded: Its recording.
-        blocks: The blocks of the recording.
-        example: The input of both.
     """
     with network.on_demand() as model, preserve_generators(), evaluating(model), torch.no_grad():
         reseed(0)
@@ -108,19 +102,8 @@ class StreamedCut:
     ) -> list[Deviation]:
         """Cut and write the network, as ``store.write_model`` writes one that is in memory.
 
-        Args:
-            folder: The folder of the model.
-            proof: Whether every changed block is compared with the masked one in float64, and the cut network's own
-                forward pass with its recording.
-            progress: Called with (blocks done, blocks in all, what is being done).
-            ranks: The processes that share the blocks; this one is rank 0, and the others call :meth:`share`.
-
         Returns:
             How far the blocks that were compared are from the masked ones.
-
-        Raises:
-            PlanError: If a block of the cut network computes something else than the masked one.
-            StoreError: If the disk is full.
         """
         deviations: list[Deviation] = []
 
@@ -143,15 +126,7 @@ class StreamedCut:
         return deviations
 
     def share(self, ranks: ProcessRank, *, proof: bool = True) -> None:
-        """Cut and check the blocks of this rank, and send them to rank 0, which writes them.
-
-        Args:
-            ranks: The processes.
-            proof: Whether every changed block is compared with the masked one in float64.
-
-        Raises:
-            PlanError: If a block of the cut network computes something else than the masked one.
-        """
+        """Cut and check the blocks of this rank, and send them to rank 0, which writes them."""
         network, outbox = self.opened.network(), Outbox()
         blocks = ranks.share(_ordered(network))
         changed = self._compared(proof)
@@ -167,12 +142,7 @@ class StreamedCut:
         outbox.flush()
 
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
-        """Return the cut network, to be run one block at a time.
-
-        Args:
-            folder: The folder in which it was written.
-            results: Where results of blocks are kept that memory has no room for; ``None``: in memory.
-        """
+        """Return the cut network, to be run one block at a time."""
         made, before = Checkpoint.open(folder).places, self.opened.weights
         changed = self.change.ready.done.values.keys()
         # What the plan leaves alone is read from where it was, so that it lies in memory as in a network loaded whole.
@@ -238,15 +208,7 @@ def _ordered(network: StreamedNetwork) -> list[StreamedBlock]:
 
 
 def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
-    """Try a plan on a copy without numbers of a network that is larger than memory.
-
-    Args:
-        opened: The network.
-        plan: The plan; it only cuts units.
-
-    Raises:
-        PlanError: If the plan does not fit the network, or the network does not run as planned.
-    """
+    """Try a plan on a copy without numbers of a network that is larger than memory."""
     model, axes = opened.loaded.model, opened.axes
     check(model, axes, plan)
     if plan.changes_modules or any(change.grow or change.restore for change in plan.changes.values()):

@@ -92,12 +92,7 @@ class StreamedNetwork:
 
     @contextmanager
     def resident(self, names: Collection[str], following: Collection[str] = ()) -> Iterator[None]:
-        """Context manager in which stored tensors are loaded; they are released when it ends.
-
-        Args:
-            names: Their names.
-            following: The tensors that are loaded next; a thread reads them meanwhile.
-        """
+        """Context manager in which stored tensors are loaded; they are released when it ends."""
         before: dict[str, Any] = {}
         following = frozenset(following)
         try:
@@ -121,13 +116,7 @@ class StreamedNetwork:
             held[leaf] = value
 
     def visit(self, batches: Sequence[Batch], names: Collection[str], around: Around) -> None:
-        """Run batches block by block, as far as some weights are read.
-
-        Args:
-            batches: The batches.
-            names: The weights; each batch runs in ``around`` with those that are loaded then.
-            around: The context in which a batch runs through a block.
-        """
+        """Run batches block by block, as far as some weights are read."""
         with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
             passes = self.passes(names)
             for number in range(passes):
@@ -142,15 +131,7 @@ class StreamedNetwork:
         turns: Turns,
         loading: Callable[[Mapping[int, str]], AbstractContextManager[object]] = lambda watched: nullcontext(),
     ) -> None:
-        """Run batches block by block as :meth:`visit` does, but in turns, in which they may wait for one another.
-
-        Args:
-            batches: The batches.
-            names: The weights; each batch runs in ``around`` with those that are loaded then.
-            around: The context in which a batch runs through a block.
-            turns: The turns of the batches.
-            loading: The context in which all batches run through a block, with ``id`` of a loaded weight → its name.
-        """
+        """Run batches block by block as :meth:`visit` does, but in turns, in which they may wait for one another."""
         with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
             passes = self.passes(names)
             for number in range(passes):
@@ -160,11 +141,7 @@ class StreamedNetwork:
                         turns.run(run)
 
     def passes(self, names: Collection[str]) -> int:
-        """Return in how many passes all of some weights are read.
-
-        Args:
-            names: The weights.
-        """
+        """Return in how many passes all of some weights are read."""
         inside = {name: i for i, block in enumerate(self.blocks) for name in block.names}
         last = len(self.blocks)
         return 1 + max((inside.get(name, self.segments.get(name, last)) for name in names), default=-1)
@@ -175,13 +152,7 @@ class StreamedNetwork:
         names: Collection[str] = (),
         around: Around = lambda index, watched: nullcontext(),
     ) -> Iterator[Any]:
-        """Yield the network's output for each batch.
-
-        Args:
-            batches: The batches.
-            names: The weights that are passed to ``around``.
-            around: The context in which a batch runs through a block.
-        """
+        """Yield the network's output for each batch."""
         with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
             passes = len(self.blocks) + 1
             for number in range(passes):

@@ -63,23 +63,12 @@ class OpenedNetwork:
     probe: Path | None = None
 
     def network(self, folder: Path | None = None) -> StreamedNetwork:
-        """Return the network, to be run one block at a time.
-
-        Args:
-            folder: Where results of blocks are kept that memory has no room for; ``None``: in memory.
-
-        Raises:
-            InputError: If it has no blocks, or blocks share weights.
-        """
+        """Return the network, to be run one block at a time."""
         graph = self.axes.recording.blocks if self.axes.recording is not None else ()
         return StreamedNetwork(self.loaded.model, self.weights, graph, folder)
 
     def check_output(self) -> None:
-        """Raise StoreError unless the network gives the output that was recorded when it was saved, if one was.
-
-        Raises:
-            StoreError: If the output differs; says by how much.
-        """
+        """Raise StoreError unless the network gives the output that was recorded when it was saved, if one was."""
         if self.probe is None:
             return
         stored = {place.dtype for place in self.weights.checkpoint.places.values()}
@@ -89,16 +78,7 @@ class OpenedNetwork:
 
 
 def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
-    """Open a transformers folder, a packaged model or a saved one, without loading its weights, and trace it.
-
-    Args:
-        name: The folder, or the name of a packaged model.
-        dtype: The dtype of the weights; as stored if ``None``.
-
-    Raises:
-        InputError: If it is no such folder, or its checkpoint has other names than the model.
-        StoreError: If a file is damaged.
-    """
+    """Open a transformers folder, a packaged model or a saved one, without loading its weights, and trace it."""
     folder = packaged_folder(name, lambda done, total, what: None) if name in PACKAGED else expanded(Path(name))
     if not folder.is_dir():
         raise InputError(

@@ -22,11 +22,7 @@ class ReadAhead:
         self.started: dict[str, Future[Tensor]] = {}
 
     def start(self, names: Collection[str]) -> None:
-        """Start to read tensors that are taken next; forget others that were started.
-
-        Args:
-            names: Their names.
-        """
+        """Start to read tensors that are taken next; forget others that were started."""
         for name in [name for name in self.started if name not in names]:
             self.started.pop(name).cancel()
         for name in names:
@@ -34,15 +30,7 @@ class ReadAhead:
                 self.started[name] = self.pool.submit(self.weights.read, name, self.buffers)
 
     def take(self, name: str) -> Tensor:
-        """Return a tensor: one that was started, or one that is read now.
-
-        Args:
-            name: Its name.
-
-        Raises:
-            InputError: If it holds NaN or infinity.
-            StoreError: If it cannot be read.
-        """
+        """Return a tensor: one that was started, or one that is read now."""
         started = self.started.pop(name, None)
         return self.weights.read(name, self.buffers) if started is None else started.result()
 

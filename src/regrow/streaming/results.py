@@ -29,26 +29,12 @@ class BlockResults:
         self.versions: dict[tuple[int, int], list[int]] = {}
 
     def put(self, block: int, batch: int, value: Any) -> None:
-        """Keep the result of a block for a batch.
-
-        Args:
-            block: The number of the block.
-            batch: The number of the batch.
-            value: The result: a tensor, or a structure of tensors.
-        """
+        """Keep the result of a block for a batch."""
         self.values[block, batch] = result = tree_map_only(Tensor, self._kept, value)
         self.versions[block, batch] = _versions(result)
 
     def get(self, block: int, batch: int) -> Any:
-        """Return a result; once it is dropped, one of the same form without numbers.
-
-        Args:
-            block: The number of the block.
-            batch: The number of the batch.
-
-        Raises:
-            InputError: If the network changed it in place since it was put: it is not what the block returned.
-        """
+        """Return a result; once it is dropped, one of the same form without numbers."""
         value = self.values[block, batch]
         before = self.versions.get((block, batch))  # none once it is dropped
         if before is not None and before != _versions(value):
@@ -59,12 +45,7 @@ class BlockResults:
         return tree_map_only(TensorPlace, read_tensor, value)
 
     def drop(self, block: int, batch: int) -> None:
-        """Release the numbers of a result that no later block reads.
-
-        Args:
-            block: The number of the block.
-            batch: The number of the batch.
-        """
+        """Release the numbers of a result that no later block reads."""
         value = self.values[block, batch]
         self.versions.pop((block, batch), None)
         self.values[block, batch] = tree_map_only(Tensor | TensorPlace, _without_numbers, value)

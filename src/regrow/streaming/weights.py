@@ -54,16 +54,7 @@ class StoredWeights(Mapping[str, Tensor]):
         return self.read(key)
 
     def read(self, key: str, pool: BufferPool | None = None) -> Tensor:
-        """Return a tensor in memory of its own.
-
-        Args:
-            key: The name of the tensor.
-            pool: Where its memory comes from; ``None``: fresh memory.
-
-        Raises:
-            InputError: If it holds NaN or infinity.
-            StoreError: If it does not have the recorded digest.
-        """
+        """Return a tensor in memory of its own."""
         stored = self.stored[self.first[key]]
         own = self.checkpoint.read(stored, pool)
         if (expected := self.unchecked.get(stored)) and digest(own) != expected:
@@ -100,19 +91,11 @@ class StoredWeights(Mapping[str, Tensor]):
         return StoredParameters(self)
 
     def bytes_of(self, key: str) -> int:
-        """Return how many bytes a tensor takes in memory.
-
-        Args:
-            key: The name of the tensor.
-        """
+        """Return how many bytes a tensor takes in memory."""
         return self.like[key].numel() * self.like[key].element_size()
 
     def is_aligned(self, key: str) -> bool:
-        """Whether a tensor begins at a cache line when it is read.
-
-        Args:
-            key: The name of the tensor.
-        """
+        """Whether a tensor begins at a cache line when it is read."""
         stored, like = self.stored[self.first[key]], self.like[key]
         place = self.checkpoint.places[stored]
         return place.start % 64 == 0 or place.dtype != like.dtype or stored in self.checkpoint.aligned
@@ -136,11 +119,7 @@ class StoredParameters(Mapping[str, Tensor]):
         self.names = {key: None for key, one in weights.like.items() if isinstance(one, nn.Parameter)}
 
     def __getitem__(self, key: str) -> Tensor:
-        """Return a parameter in memory of its own.
-
-        Raises:
-            InputError: If it holds NaN or infinity.
-        """
+        """Return a parameter in memory of its own."""
         return self.weights.read(key, self.buffers)
 
     def __contains__(self, key: object) -> bool:

@@ -20,15 +20,7 @@ STEP = 1e-3
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross entropy of a model on a labelled batch.
-
-    Args:
-        model: The network.
-        batch: Inputs and labels.
-
-    Raises:
-        ValueError: If the batch has no labels.
-    """
+    """Return the mean cross entropy of a model on a labelled batch."""
     if batch.labels is None:
         raise ValueError("aligning needs batches with labels, or a loss of your own: loss=function")
     return class_loss(model(*batch.args, **batch.kwargs), batch.labels)

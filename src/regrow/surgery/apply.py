@@ -119,16 +119,6 @@ def try_out(
     """Check on a copy that the network runs as planned; return the recordings of that, if there are any.
 
     Where axes were traced, the copy has no numbers and is recorded; for declared axes it is run on the example.
-
-    Args:
-        model: The model; it is left unchanged.
-        axes: Its axes.
-        plan: The plan.
-        to: The sizes and constants that the plan leads to.
-        undo: The undo store, where the plan restores units.
-
-    Raises:
-        PlanError: If the planned network runs other operations than the present one, or does not run.
     """
     rehearsal = None
     if axes.steps or not axes.declared:
@@ -187,13 +177,7 @@ def _try(model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None) 
 
 
 def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Raise :class:`PlanError` unless the plan fits the axes, and every tensor of the model has the shape they say.
-
-    Args:
-        model: The model.
-        axes: Its axes.
-        plan: The plan.
-    """
+    """Raise :class:`PlanError` unless the plan fits the axes, and every tensor of the model has the shape they say."""
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a regrow.Plan, got a {type(plan).__name__}; for example Plan.keeping(axes, ...)")
     plan.check(axes)

@@ -37,9 +37,6 @@ def release_pages(tensors: Iterable[Tensor]) -> None:
     """Let Linux reclaim the pages of tensors in memory-mapped files; they are read again from there if they are used.
 
     A checkpoint stays mapped while any of its tensors is in use, and its pages count as memory of the process.
-
-    Args:
-        tensors: Tensors that are not expected to be read again; those in other memory are left alone.
     """
     large = [one for one in tensors if _is_plain(one) and one.nbytes >= 2 * PAGESIZE]
     if sys.platform != "linux" or sum(one.nbytes for one in large) < LEAST:
@@ -86,11 +83,7 @@ class Prepared:
     undo: UndoStore | None = None
 
     def resizing(self, axes: AxisGraph) -> Resizing:
-        """Return the sizes, constants and biases of the planned network, without the values of its tensors.
-
-        Args:
-            axes: The axes before the plan.
-        """
+        """Return the sizes, constants and biases of the planned network, without the values of its tensors."""
         added = {name: len(value) for name, value in self.done.values.items() if name not in axes.shapes}
         return Resizing(self.sizes, self.done.constants, added, self.done.removed)
 
@@ -102,15 +95,7 @@ def carry_out(
     optimizers: Sequence[Optimizer] = (),
     undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
-    """Apply a plan without the checks of :func:`regrow.apply`: for copies that are run and compared right after.
-
-    Args:
-        model: The model; changed in place.
-        axes: Its axes.
-        plan: The plan.
-        optimizers: The optimisers that follow.
-        undo: The undo store.
-    """
+    """Apply a plan without the checks of :func:`regrow.apply`: for copies that are run and compared right after."""
     return commit(model, axes, plan, prepare(model, axes, plan, undo), optimizers, undo)
 
 
@@ -122,19 +107,7 @@ def prepare(
     names: Collection[str] | None = None,
     exact: bool = False,
 ) -> Prepared:
-    """Compute the tensors that a plan leads to, without changing the model.
-
-    Args:
-        model: The model.
-        axes: Its axes before the plan.
-        plan: The plan.
-        undo: The undo store with the weights cut before; ``None`` without one.
-        names: The tensors to compute; all unless given.
-        exact: Whether to compute them in float64.
-
-    Raises:
-        PlanError: If the plan does not fit the model.
-    """
+    """Compute the tensors that a plan leads to, without changing the model."""
     sizes, seed = plan.sizes(axes), _seed(axes, plan)
     part, plan = (axes, plan) if names is None else _restricted(axes, plan, names)
     lays = plan_layouts(part, plan)
@@ -161,13 +134,7 @@ def prepare(
 
 
 def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
-    """Return the sizes, constants and biases that a plan leads to, without computing any tensor.
-
-    Args:
-        model: The model.
-        axes: Its axes before the plan.
-        plan: The plan.
-    """
+    """Return the sizes, constants and biases that a plan leads to, without computing any tensor."""
     sizes = plan.sizes(axes)
     constants, _ = fold_constants(model, axes, sizes)
     biases = [bias_of(weight) for weight in plan.means]
@@ -210,20 +177,8 @@ def commit(
 ) -> tuple[nn.Module, AxisGraph]:
     """Write a prepared plan into the model, the optimisers and the undo store, in place.
 
-    Args:
-        model: The model.
-        axes: Its axes before the plan.
-        plan: The plan.
-        ready: What :func:`prepare` computed for it.
-        optimizers: The optimisers that follow.
-        undo: The undo store; replaced in place by its state after the plan.
-        prove: Called with the new axes when the model is changed; returns them. If it raises, the model is restored.
-
     Returns:
         The model, and its axes after the plan.
-
-    Raises:
-        PlanError: If an optimizer or a hook cannot follow; nothing is changed then.
     """
     done, lays = ready.done, ready.lays
     parameters = dict(model.named_parameters())

@@ -19,23 +19,7 @@ def offsets(
     values: Mapping[str, Tensor],
     exact: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the biases that compensate for dropped inputs by their means: b′ = b + Σ_dropped W[:, i] · E[x_i].
-
-    Args:
-        model: The model before the cut.
-        axes: Its axes before the cut.
-        plan: Its ``means`` give the constant that replaces each dropped input of a weight.
-        lays: Tensor name → dimension → the layout of its entries after the plan.
-        values: The tensors after the cut by name; a bias that is itself cut is taken from here.
-        exact: Whether to return them in float64.
-
-    Returns:
-        Name of a bias → its new value; a layer without a bias gets one.
-
-    Raises:
-        PlanError: If means are given for something that is not a layer's weight, for a weight that several modules
-            share, or for inputs that stay.
-    """
+    """Return the biases that compensate for dropped inputs by their means: b′ = b + Σ_dropped W[:, i] · E[x_i]."""
     result: dict[str, Tensor] = {}
     held = holders(model) if plan.means else {}
     for name, means in plan.means.items():
@@ -68,32 +52,18 @@ def offsets(
 
 
 def read_dim(axes: AxisGraph, weight: str) -> int | None:
-    """Return the one dimension of a weight that consumes axes; ``None`` if there is none, or several.
-
-    Args:
-        axes: The network's axes.
-        weight: The name of the weight.
-    """
+    """Return the one dimension of a weight that consumes axes; ``None`` if there is none, or several."""
     reads = axes.consumed.get(weight, frozenset())
     return next(iter(reads)) if len(reads) == 1 else None
 
 
 def bias_of(weight: str) -> str:
-    """Return the name of the bias of the layer that has a weight.
-
-    Args:
-        weight: The name of the weight.
-    """
+    """Return the name of the bias of the layer that has a weight."""
     return weight.removesuffix("weight") + "bias"
 
 
 def bias_dim(axes: AxisGraph, bias: str) -> Dim:
-    """Return the dimension of a layer's bias: the output dimension of its weight.
-
-    Args:
-        axes: The network's axes.
-        bias: The name of the bias.
-    """
+    """Return the dimension of a layer's bias: the output dimension of its weight."""
     weight = bias.removesuffix("bias") + "weight"
     read = read_dim(axes, weight)
     return next(dim for i, dim in enumerate(axes.shapes[weight]) if i != read)

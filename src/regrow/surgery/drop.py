@@ -39,11 +39,6 @@ def rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
     """Return the network's axes with a branch restored; the axes inside it must not have changed since.
 
     The operations, work and branches of the result, and its order, must be taken from a new recording.
-
-    Args:
-        old: The network's axes before the branch was dropped.
-        branch: The branch.
-        axes: The network's axes without the branch.
     """
 
     def held(name: str) -> bool:
@@ -86,18 +81,8 @@ def without_branches(
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
     """Context manager in which the plan's branches are replaced by placeholders; undone if the body raises.
 
-    Args:
-        model: The network.
-        axes: Its axes.
-        plan: A plan that fits the axes.
-        optimizers: The optimisers; parameters of the branches leave their groups when the body has succeeded.
-        undo: The undo store; gets the modules when the body has succeeded.
-
     Yields:
         The axes without the branches, the rest of the plan for them, and the rest of the undo store.
-
-    Raises:
-        PlanError: If the network without the branches is not proved to compute what is left of the sums.
     """
     if undo is not None:
         undo.check_network(axes)
@@ -125,19 +110,7 @@ def without_branches(
 def bring_back(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> tuple[nn.Module, AxisGraph]:
-    """Restore dropped branches with the weights they had; return the model and its axes.
-
-    Args:
-        model: The network; changed in place.
-        axes: Its axes.
-        plan: Its ``back`` names the modules; it must change nothing else.
-        optimizers: Must be empty, since no optimiser can follow.
-        undo: The undo store that has the modules.
-
-    Raises:
-        PlanError: If a branch is not in the undo store or not dropped here, an axis that it lies on has changed since,
-            or the plan does anything else. Nothing is changed then.
-    """
+    """Restore dropped branches with the weights they had; return the model and its axes."""
     if undo is None or (lost := next((path for path in plan.back if path not in undo.branches), "")):
         missing = plan.back[0] if undo is None else lost
         raise PlanError(
@@ -190,15 +163,7 @@ def _check_back(model: nn.Module, removed: RemovedBranch) -> None:
 
 
 def replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
-    """Return a dropped branch with the cuts that the network underwent since; the given branch is left unchanged.
-
-    Args:
-        removed: The branch as it was dropped.
-        axes: The network's axes now.
-
-    Raises:
-        PlanError: If the network has units that the branch never had.
-    """
+    """Return a dropped branch with the cuts that the network underwent since; the given branch is left unchanged."""
     old, holds = removed.axes, removed.branch.holds
     own = {
         axis.key: replace(axis, slots=slots)
@@ -281,14 +246,7 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
 
 
 def _described(bare: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
-    """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut.
-
-    Args:
-        bare: A copy of the present network without numbers.
-        given: The example it was recorded with.
-        recorded: The recording.
-        axes: Its axes, as far as they are known.
-    """
+    """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut."""
     w = walk(recorded, RULES, POINTWISE)
     trace_training(bare, given, w)
     fresh, names = assemble(bare, w, axes.example)

@@ -15,13 +15,7 @@ from regrow.tracing.model_state import preserve_state
 
 
 def trial_error(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], object]) -> str:
-    """Return the error of running a changed copy of the network on its example; empty if it runs.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes, with the example.
-        change: Changes the copy, in place.
-    """
+    """Return the error of running a changed copy of the network on its example; empty if it runs."""
     example = cast_example(axes.example, model)
     changed = replace_parameters(model, {})
     change(changed)
@@ -38,14 +32,6 @@ def mask_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> nn.Module:
     """Return a full-size copy in which the weights that consume dropped units of declared axes are 0 there.
 
     Where the plan has means, their contribution is added to the bias of the layer.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes.
-        plan: The units to drop; only its changes to declared axes are applied.
-
-    Raises:
-        PlanError: If a weight with means has no bias beside it.
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     made: dict[str, Tensor] = {}
@@ -81,12 +67,7 @@ def _offset(model: nn.Module, axes: AxisGraph, weight: str, means: Mapping[int, 
 
 
 def replace_parameters(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
-    """Return a copy that shares parameters with the model, except some; buffers and other tensors are copied.
-
-    Args:
-        model: The network; it is left unchanged.
-        values: ``id`` of a parameter or buffer → the tensor that the copy has instead.
-    """
+    """Return a copy that shares parameters with the model, except some; buffers and other tensors are copied."""
 
     def made(tensor: Tensor) -> Tensor:
         own = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()

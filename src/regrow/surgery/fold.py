@@ -28,24 +28,12 @@ class Outcome:
 
 
 def divisor_size(fold: Fold, sizes: Mapping[str, int]) -> int:
-    """Return the divisor of a fold: the product of the sizes of its dimensions.
-
-    Args:
-        fold: The fold.
-        sizes: Axis key → its number of units.
-    """
+    """Return the divisor of a fold: the product of the sizes of its dimensions."""
     return prod(size_of(dim, sizes) for dim in fold.over)
 
 
 def fold_values(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], values: Mapping[str, Tensor]) -> Outcome:
-    """Return the tensors of a plan with rescaled gains and epsilons: γ′ = γ·√(n_old/n_new), ε′ = ε·n_old/n_new.
-
-    Args:
-        model: The model before the cut.
-        axes: Its axes before the cut.
-        sizes: Axis key → its number of units after the cut.
-        values: The tensors after the cut by name, not yet rescaled.
-    """
+    """Return the tensors of a plan with rescaled gains and epsilons: γ′ = γ·√(n_old/n_new), ε′ = ε·n_old/n_new."""
     result = dict(values)
     constants, folds = fold_constants(model, axes, sizes)
     for fold in axes.folds:
@@ -60,13 +48,7 @@ def fold_values(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], val
 def fold_constants(
     model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
-    """Return the rescaled epsilons of norms by ``module:attribute``, and the folds with them.
-
-    Args:
-        model: The model before the cut.
-        axes: Its axes before the cut.
-        sizes: Axis key → its number of units after the cut.
-    """
+    """Return the rescaled epsilons of norms by ``module:attribute``, and the folds with them."""
     constants: dict[str, float | None] = {}
     folds = []
     for fold in axes.folds:
@@ -81,14 +63,7 @@ def fold_constants(
 
 
 def rescale(values: Tensor, sizes: Tensor, n: int, fold: Fold) -> Tensor:
-    """Rescale entries of a gain that hold at given divisors to the divisor ``n``; those already at ``n`` are unchanged.
-
-    Args:
-        values: Entries of the parameter.
-        sizes: The divisor at which each entry holds, in a shape that broadcasts.
-        n: The new divisor.
-        fold: The fold.
-    """
+    """Rescale entries of a gain from the divisors at which they hold to the divisor ``n``."""
     change = sizes.double() / n
     factor = (change if fold.kind == "norm" else 1 / change).sqrt().to(values.device)
     moved = ((values.double() + fold.plus) * factor - fold.plus).to(values.dtype)

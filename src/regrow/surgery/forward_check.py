@@ -22,13 +22,6 @@ def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """Return the axes of a changed network after comparing its own forward pass with its recording.
 
     Where that cannot be done, the result says so (``unproven``).
-
-    Args:
-        model: The changed network; its state is restored.
-        axes: Its axes.
-
-    Raises:
-        NotAsRecordedError: If it does not run, or computes something else.
     """
     if is_numberless(model, axes):
         return replace(axes, unproven="the network or its example has no numbers")
@@ -43,15 +36,7 @@ def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 
 
 def record_run(model: nn.Module, example: Example) -> Capture:
-    """Return a recording of a changed network in which data decide which operations run.
-
-    Args:
-        model: The changed network; its state is restored.
-        example: The input.
-
-    Raises:
-        NotAsRecordedError: If it cannot be recorded.
-    """
+    """Return a recording of a changed network in which data decide which operations run."""
     try:
         with preserve_state(model, entries=True):
             return capture(model, example, ())
@@ -60,16 +45,7 @@ def record_run(model: nn.Module, example: Example) -> Capture:
 
 
 def check_recording(model: nn.Module, recorded: Capture, example: Example) -> str:
-    """Compare a changed network's own forward pass with its recording; return why that could not be done, or ``""``.
-
-    Args:
-        model: The changed network; its state is restored.
-        recorded: Its recording.
-        example: The input of both.
-
-    Raises:
-        NotAsRecordedError: If it does not run, or computes something else.
-    """
+    """Compare a changed network's own forward pass with its recording; return why that could not be done, or ``""``."""
     try:
         result = compare_with_recording(model, recorded, example)
     except Exception as error:
@@ -83,11 +59,6 @@ def check_recording(model: nn.Module, recorded: Capture, example: Example) -> st
 
 
 def is_numberless(model: nn.Module, axes: AxisGraph) -> bool:
-    """Whether a network or its example has tensors without numbers.
-
-    Args:
-        model: The network.
-        axes: Its axes.
-    """
+    """Whether a network or its example has tensors without numbers."""
     inputs = (x for x in tree_leaves((axes.example.args, dict(axes.example.kwargs))) if isinstance(x, Tensor))
     return any(x.is_meta or isinstance(x, FakeTensor) for x in (*model.parameters(), *inputs))

@@ -38,19 +38,8 @@ def with_stacks(
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
     """Context manager in which the plan's blocks are inserted or removed; undone if the body raises.
 
-    Args:
-        model: The network.
-        axes: Its axes.
-        plan: A plan that fits the axes.
-        optimizers: Must be empty, since no optimiser can follow.
-        undo: The undo store; its names follow when the body has succeeded.
-
     Yields:
         The axes with the other blocks, the rest of the plan for them, and the undo store for them.
-
-    Raises:
-        PlanError: If there is no such stack, the network does not run with the other blocks, or an inserted block does
-            not give its input unchanged.
     """
     if optimizers:
         raise PlanError(
@@ -109,11 +98,7 @@ def _change(model: nn.Module, plan: Plan) -> Callable[[], None]:
 
 
 def _rehearse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Run the network with the other blocks on a copy without numbers.
-
-    Raises:
-        PlanError: If it does not run, or gives tensors of other forms.
-    """
+    """Run the network with the other blocks on a copy without numbers."""
     for path, insertion in (*plan.insert.items(), *plan.remove.items()):
         try:
             stack_at(model, path, insertion.after if path in plan.remove else insertion.size)
@@ -187,12 +172,7 @@ def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor],
 
 
 def renaming(model: nn.Module, plan: Plan) -> Rename:
-    """Return the function from names before a change of stacks to names after it.
-
-    Args:
-        model: The network after the change.
-        plan: The plan that changed it.
-    """
+    """Return the function from names before a change of stacks to names after it."""
     tables: dict[str, dict[str, str]] = {}
     for path, insertion in (*plan.insert.items(), *plan.remove.items()):
         names = list(model.get_submodule(path)._modules)

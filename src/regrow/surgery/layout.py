@@ -35,11 +35,7 @@ class Layout:
 
     @classmethod
     def of(cls, source: Tensor) -> "Layout":
-        """Return the layout in which old entries stay, in the given order, and none is new.
-
-        Args:
-            source: Indices of old entries, int64.
-        """
+        """Return the layout in which old entries stay, in the given order, and none is new."""
         no = torch.zeros(len(source), dtype=torch.bool)
         one = torch.ones(len(source), dtype=torch.float64)
         return cls(source, no, no, torch.arange(len(source)), one, one)
@@ -54,12 +50,7 @@ class Layout:
 
 
 def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
-    """Return tensor name → dimension → its layout after the plan, for every dimension that the plan changes.
-
-    Args:
-        axes: The network's axes before the plan.
-        plan: The plan.
-    """
+    """Return tensor name → dimension → its layout after the plan, for every dimension that the plan changes."""
     sizes = axes.sizes()
     lie = {key for dims in axes.shapes.values() for dim in dims for key in axes_in(dim)}
     moved = {key: change for key, change in plan.changes.items() if key in lie and not change.idle}
@@ -76,13 +67,7 @@ def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
 
 
 def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Layout:
-    """Return the layout of a dimension after a plan, from the layouts of the axes that change.
-
-    Args:
-        dim: The dimension before.
-        sizes: Axis key → its number of units before.
-        units: Axis key → the layout of its units after, for each axis that changes.
-    """
+    """Return the layout of a dimension after a plan, from the layouts of the axes that change."""
     match dim:
         case int():
             return Layout.of(torch.arange(dim))
@@ -122,10 +107,6 @@ def units_after(change: Change, axis: Axis) -> Layout:
     """Return the layout of an axis's units after its change, in the order of their ids; new ones as its fill says.
 
     Restored units lie among the kept ones, and are new until their stored weights are written.
-
-    Args:
-        change: The change to the axis.
-        axis: The axis before the change.
     """
     keep = torch.tensor(change.keep)
     old, n = Layout.of(keep), len(change.restore) + change.grow
@@ -142,12 +123,7 @@ def units_after(change: Change, axis: Axis) -> Layout:
 
 
 def unit_ids_after(change: Change, axis: Axis) -> list[int]:
-    """Return the ids of an axis's units after its change: those kept, then those restored, then new ones.
-
-    Args:
-        change: The change.
-        axis: The axis before it.
-    """
+    """Return the ids of an axis's units after its change: those kept, then those restored, then new ones."""
     kept = [axis.ids[unit] for unit in change.keep]
     return [*kept, *change.restore, *range(axis.next_id, axis.next_id + change.grow)]
 
@@ -162,14 +138,7 @@ def _in_order(units: Layout, ids: list[int]) -> Layout:
 def slots_after(
     axis: Axis, axes: AxisGraph, lays: Mapping[str, Mapping[int, Layout]], sizes: Mapping[str, int]
 ) -> tuple[Slot, ...]:
-    """Return the slots of an axis after a plan, without those of which nothing is left.
-
-    Args:
-        axis: The axis before the plan.
-        axes: The network's axes before the plan.
-        lays: Tensor name → dimension → its layout after the plan.
-        sizes: Axis key → its number of units after the plan.
-    """
+    """Return the slots of an axis after a plan, without those of which nothing is left."""
     result: dict[Slot, None] = {}
     for slot in axis.slots:
         lay = lays.get(slot.name, {}).get(slot.dim)
@@ -188,11 +157,6 @@ def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, 
     """Yield ``(outer, stride, inner, offset)`` of every place where the units of an axis lie in a dimension.
 
     The numbers mean the same as in :class:`~regrow.core.axes.Slot`.
-
-    Args:
-        dim: The dimension.
-        key: The key of the axis.
-        sizes: Axis key → its number of units.
     """
     for loops, inner, offset in occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)

@@ -72,18 +72,8 @@ def sparsify_new_units(
 ) -> nn.Module:
     """Set a random part of the randomly initialised weights of new units to 0; each unit keeps at least one.
 
-    Args:
-        model: The network after the plan; changed in place.
-        axes: Its axes after the plan.
-        plan: The plan that added the units, by ``zero_out``.
-        density: The fraction of a unit's entries that stay, above 0.
-        generator: The random generator; torch's default unless given.
-
     Returns:
         The same model; its outputs are unchanged, since the other side of the units is still 0.
-
-    Raises:
-        PlanError: As :func:`fit_new_units`.
 
     >>> from regrow import apply, trace
     >>> net = nn.Sequential(nn.Linear(40, 7), nn.ReLU(), nn.Linear(7, 2))
@@ -103,17 +93,7 @@ def sparsify_new_units(
 
 
 def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Return axis key → the positions of the units that a plan added or restored afresh.
-
-    Args:
-        model: The network after the plan.
-        axes: Its axes after the plan.
-        plan: The plan that added them.
-
-    Raises:
-        PlanError: If it added none, or not by ``zero_out``, these are not the axes after it, or the zero weights of
-            the units have been trained since.
-    """
+    """Return axis key → the positions of the units that a plan added or restored afresh."""
     result = {}
     for key, change in plan.changes.items():
         if not change.new_units:
@@ -155,20 +135,11 @@ class Entries:
     where: tuple[int, ...]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return these entries of a tensor that has the parameter's shape.
-
-        Args:
-            tensor: A tensor in the shape of the parameter.
-        """
+        """Return these entries of a tensor that has the parameter's shape."""
         return tensor.index_select(self.dim, torch.tensor(self.where, device=tensor.device))
 
     def set(self, model: nn.Module, value: Tensor) -> None:
-        """Write a value into these entries of the model's parameter, in place.
-
-        Args:
-            model: The network; its parameter is changed in place.
-            value: The entries, or a tensor that broadcasts to them.
-        """
+        """Write a value into these entries of the model's parameter, in place."""
         tensor = model.get_parameter(self.name).detach()
         part = value.to(tensor).expand_as(self.of(tensor))
         tensor.index_copy_(self.dim, torch.tensor(self.where, device=tensor.device), part)
@@ -178,10 +149,6 @@ class Entries:
 
         The directions are made orthogonal to one another by the smallest change that does it (the polar factor);
         otherwise all rows would take the one best direction, and learn the same.
-
-        Args:
-            model: The network; its parameter is changed in place.
-            direction: The direction of each row, in the shape of the entries.
         """
         now = self.of(model.get_parameter(self.name).detach()).movedim(self.dim, 0)
         rows, old = (x.double().flatten(1) for x in (direction.movedim(self.dim, 0), now))
@@ -192,13 +159,7 @@ class Entries:
 
 
 def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
-    """Return the entries of new units as (randomly initialised, zero-initialised).
-
-    Args:
-        model: The network after the plan.
-        axes: Its axes after the plan.
-        new: Axis key → the positions of its new units.
-    """
+    """Return the entries of new units as (randomly initialised, zero-initialised)."""
     parameters = dict(model.named_parameters())
     positions: dict[Role, dict[tuple[str, str, int], list[int]]] = {Role.PRODUCES: {}, Role.CONSUMES: {}}
     for key, units in new.items():

@@ -40,16 +40,8 @@ def follow(
 
     Groups, their settings and their order stay, so learning-rate schedulers keep working.
 
-    Args:
-        optimizers: All optimisers of the network's parameters.
-        exchanged: The parameters that a plan replaces or removes.
-        added: The names of biases that it adds; each joins the parameter group of its layer's weight.
-
     Returns:
         A function that, given name → new parameter, changes the optimisers in place.
-
-    Raises:
-        PlanError: If an optimiser's state has an unknown entry, or one that does not have its parameter's shape.
     """
     if problem := next((type(one).__name__ for one in optimizers if hasattr(one, "_params")), ""):
         raise PlanError(

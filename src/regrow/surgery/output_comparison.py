@@ -39,17 +39,7 @@ class Deviation:
 
 
 def record_planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Example) -> Capture:
-    """Record the network that a plan leads to, on a copy without numbers.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes.
-        to: The sizes and constants that the plan leads to.
-        example: The input to record with.
-
-    Raises:
-        PlanError: If the planned network does not run.
-    """
+    """Record the network that a plan leads to, on a copy without numbers."""
     copy, mode = resize_copy(model, axes, to)
     try:
         return capture(copy, fake_example(example, mode), tracer=axes.tracer)
@@ -63,14 +53,6 @@ def run_pair(
     """Run the masked network and its cut copy from input to output; return the outputs of both.
 
     Of each network, the tensors of one block at a time are in memory beside the model.
-
-    Args:
-        model: The network.
-        axes: Its axes.
-        plan: The plan.
-        whole: The recorded network, and where it reads axes.
-        small: The recorded cut copy.
-        double: Whether to run in float64.
     """
     keep = {key: change.keep for key, change in plan.changes.items()}
     mask = masking(whole.capture, whole.reads, whole.sizes, keep, plan.means)
@@ -92,16 +74,7 @@ def run_both(
     theirs: Sequence[Node],
     tensors: "CutTensors",
 ) -> None:
-    """Run two recorded networks to their ends, block by block in turns, each block from the same random seed.
-
-    Args:
-        masked: The runner of the masked network.
-        shrunk: The runner of the cut network.
-        cut: The blocks that both consist of.
-        ours: The operations of the masked network.
-        theirs: The operations of the cut network.
-        tensors: The tensors of the cut network.
-    """
+    """Run two recorded networks to their ends, block by block in turns, each block from the same random seed."""
     with preserve_generators():
         for block in cut:
             last = block.stop == len(ours)
@@ -115,22 +88,12 @@ def run_both(
 
 
 def max_difference(ours: Answers, theirs: Answers) -> float:
-    """Return the largest absolute difference of two networks' outputs; infinite if shapes differ or one is NaN.
-
-    Args:
-        ours: The outputs of one network.
-        theirs: The outputs of the other.
-    """
+    """Return the largest absolute difference of two networks' outputs; infinite if shapes differ or one is NaN."""
     return float(measure_difference(ours, theirs))
 
 
 def measure_difference(ours: Answers, theirs: Answers) -> Tensor:
-    """Return what :func:`max_difference` does as a tensor, so that the host does not wait for it, ``[]`` float64.
-
-    Args:
-        ours: The outputs of one network.
-        theirs: The outputs of the other.
-    """
+    """Return what :func:`max_difference` does as a tensor, so that the host does not wait for it, ``[]`` float64."""
     if len(ours) != len(theirs):
         return torch.tensor(inf, dtype=torch.float64)
     return _largest([_gap(x.double(), y.double()) for x, y in common_outputs(ours, theirs)])
@@ -149,41 +112,24 @@ def _largest(numbers: list[Tensor]) -> Tensor:
 
 
 def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
-    """Return the pairs of outputs that both networks have and that are not empty.
-
-    Args:
-        ours: The outputs of one network.
-        theirs: The outputs of the other.
-    """
+    """Return the pairs of outputs that both networks have and that are not empty."""
     both = zip(ours, theirs, strict=False)  # what gives another number of answers is told by their distance
     return [(x, y) for x, y in both if x is not None and y is not None and x.numel()]
 
 
 def max_magnitude(answers: Answers) -> float:
-    """Return the largest finite absolute value in a network's outputs; 0 if there is none.
-
-    Args:
-        answers: The outputs.
-    """
+    """Return the largest finite absolute value in a network's outputs; 0 if there is none."""
     return float(measure_magnitude(answers))
 
 
 def measure_magnitude(answers: Answers) -> Tensor:
-    """Return what :func:`max_magnitude` does as a tensor, so that the host does not wait for it, ``[]`` float64.
-
-    Args:
-        answers: The outputs.
-    """
+    """Return what :func:`max_magnitude` does as a tensor, so that the host does not wait for it, ``[]`` float64."""
     sizes = (x.abs() for x in answers if x is not None and x.numel())
     return _largest([x.masked_fill(~x.isfinite(), 0).max().double() for x in sizes])
 
 
 def all_true(verdicts: list[Tensor]) -> bool:
-    """Whether all of several verdicts are true; the host waits for the device once.
-
-    Args:
-        verdicts: The verdicts, ``[]`` bool, on any devices.
-    """
+    """Whether all of several verdicts are true; the host waits for the device once."""
     return not verdicts or bool(_largest([(~one).double() for one in verdicts]) == 0)
 
 
@@ -213,11 +159,7 @@ class CutTensors:
 
     @contextmanager
     def of(self, names: Collection[str]) -> Iterator[None]:
-        """Context manager in which a block's tensors are at hand; large ones are computed when they are read.
-
-        Args:
-            names: The names of the block's parameters and buffers.
-        """
+        """Context manager in which a block's tensors are at hand; large ones are computed when they are read."""
         most = {name: WIDE if name in self.known or self.is_selection(name) else LARGE for name in names}
         own = [name for name in names if name in self.state and self.state[name].numel() <= most[name]]
         own += [bias_of(name) for name in names if name in self.plan.means and bias_of(name) not in own]
@@ -241,20 +183,12 @@ class CutTensors:
         return as_double(value) if double else value
 
     def is_selection(self, name: str) -> bool:
-        """Whether all entries of a tensor after the plan are entries of it before, so that none is rounded.
-
-        Args:
-            name: The name of the parameter or buffer.
-        """
+        """Whether all entries of a tensor after the plan are entries of it before, so that none is rounded."""
         keys = {key for dim in self.axes.shapes.get(name, ()) for key in axes_in(dim)} & self.plan.changes.keys()
         return name not in self.computed and not any(self.plan.changes[key].new_units for key in keys)
 
     def changes(self, name: str) -> bool:
-        """Whether the plan changes a tensor.
-
-        Args:
-            name: The name of the parameter or buffer.
-        """
+        """Whether the plan changes a tensor."""
         dims = self.axes.shapes.get(name, ())
         return any(key in self.plan.changes for dim in dims for key in axes_in(dim))
 

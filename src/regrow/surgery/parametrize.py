@@ -18,10 +18,6 @@ def parametrize(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
     It must last until the backward pass is over, since activation checkpointing runs modules again.
 
-    Args:
-        model: The network.
-        values: Name of a parameter → the tensor that replaces it.
-
     >>> net = nn.Linear(2, 1, bias=False)
     >>> with parametrize(net, {"weight": net.weight * 0}):
     ...     net(net.weight.new_ones(1, 2)).item()
@@ -44,13 +40,7 @@ def parametrize(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
 
 def resize_axis_tensor(one: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
-    """Return a tensor along axes after a plan: kept entries keep their values, new ones are 0 (``False``).
-
-    Args:
-        one: The tensor.
-        axes: The axes before the plan.
-        plan: The plan.
-    """
+    """Return a tensor along axes after a plan: kept entries keep their values, new ones are 0 (``False``)."""
     sizes = axes.sizes()
     units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
     lays = {i: lay_out(dim, sizes, units) for i, dim in enumerate(one.dims) if not isinstance(dim, int)}

@@ -57,12 +57,6 @@ def check_blocks(change: ProposedChange) -> None:
     A block runs on the same random numbers in both; values that depend on no parameter (positions, attention masks) are
     computed. Units that are restored are masked in the planned network. New ones are not: they must not change the
     function. If a block differs, or cannot run by itself, both networks run as a whole, on the example.
-
-    Args:
-        change: The prepared plan.
-
-    Raises:
-        PlanError: If they differ, or a computed tensor differs from its float64 value by more than rounding.
     """
     pair = _Pair(change)
     with preserve_generators():
@@ -80,16 +74,7 @@ def check_blocks(change: ProposedChange) -> None:
 
 
 def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
-    """Compare one block of the masked and the cut network in float64, as :func:`check_blocks` does; return how far.
-
-    Args:
-        change: The prepared plan. Its model needs numbers only for what the block reads and for buffers, and its
-            computed tensors only those of the block.
-        block: The block.
-
-    Raises:
-        PlanError: If they differ, or the block cannot run by itself.
-    """
+    """Compare one block of the masked and the cut network in float64, as :func:`check_blocks` does; return how far."""
     pair = _Pair(change, block)
     with preserve_generators():
         same = pair.same(block)
@@ -103,13 +88,7 @@ def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
 
 
 def describe_difference(distance: float, largest: float, remedy: str = "a fault of regrow, please report it") -> str:
-    """Return the error message for a planned network whose outputs differ from those of the masked one.
-
-    Args:
-        distance: The largest difference of an output.
-        largest: The largest output.
-        remedy: What the user can do.
-    """
+    """Return the error message for a planned network whose outputs differ from those of the masked one."""
     return (
         f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
         f"largest output is {largest:.1e} (float64); {remedy}"
@@ -120,9 +99,6 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
     """Return the blocks to check: of each changed class the narrowest, the widest, and two more if they are small.
 
     Where all are equally wide, the first is both.
-
-    Args:
-        change: The prepared plan.
     """
     sizes = {name: value.numel() for name, value in {**state_of(change.model), **change.ready.done.values}.items()}
     classes: dict[int, list[tuple[int, GraphBlock]]] = {}
@@ -139,11 +115,7 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
 
 
 def changed_blocks(change: ProposedChange) -> list[GraphBlock]:
-    """Return the blocks that a plan changes: those with operations on its axes, or with tensors that it computes.
-
-    Args:
-        change: The prepared plan.
-    """
+    """Return the blocks that a plan changes: those with operations on its axes, or with tensors that it computes."""
     moved, made = change.units.keys(), change.ready.done.values.keys()
     steps = change.axes.steps
     reach = [any(not moved.isdisjoint(axes_in(dim)) for row in one.shapes for dim in row or ()) for one in steps]

@@ -57,11 +57,7 @@ class ProposedChange:
         return {k: units_after(one, self.axes[k]) for k, one in self.plan.changes.items() if not one.idle}
 
     def lays(self, dims: Sequence[Dim]) -> dict[int, Layout]:
-        """Return dimension index → its layout after the plan, for those of ``dims`` that change.
-
-        Args:
-            dims: Dimensions of a tensor before the plan.
-        """
+        """Return dimension index → its layout after the plan, for those of ``dims`` that change."""
         sizes = self.axes.sizes()
         moved = {i: dim for i, dim in enumerate(dims) if not self.units.keys().isdisjoint(axes_in(dim))}
         return {i: lay_out(dim, sizes, self.units) for i, dim in moved.items()}
@@ -76,11 +72,7 @@ class ProposedChange:
 
 
 def computed_tensors(change: ProposedChange) -> set[str]:
-    """Return the names of the tensors that a plan computes (folded, compensated, widened) rather than selects from.
-
-    Args:
-        change: The prepared plan.
-    """
+    """Return the names of the tensors that a plan computes (folded, compensated, widened) rather than selects from."""
     folds = {fold.weight for fold in change.axes.folds}
     biases = {bias_of(weight) for weight in change.plan.means}
     grown = {name for name, lays in change.ready.lays.items() if any(bool(lay.is_new.any()) for lay in lays.values())}
@@ -88,11 +80,7 @@ def computed_tensors(change: ProposedChange) -> set[str]:
 
 
 def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
-    """Return weight → position of a restored input → the mean that had replaced it while it was cut.
-
-    Args:
-        change: The prepared plan.
-    """
+    """Return weight → position of a restored input → the mean that had replaced it while it was cut."""
     axes, plan = change.axes, change.plan
     if change.undo is None:
         return {}

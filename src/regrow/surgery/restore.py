@@ -27,17 +27,7 @@ def plan_with_undo(
     lays: Mapping[str, Mapping[int, Layout]],
     values: Mapping[str, Tensor],
 ) -> tuple[Outcome, UndoStore]:
-    """Compute a plan's tensors and the undo store after it, without changing anything.
-
-    Args:
-        undo: The undo store before the plan.
-        model: The network before the plan.
-        axes: Its axes before the plan.
-        plan: The plan.
-        lays: Tensor name → dimension → its layout after the plan.
-        values: The tensors after the plan by name: compensated, not yet folded, newly initialised where units are
-            restored.
-    """
+    """Compute a plan's tensors and the undo store after it, without changing anything."""
     undo.check(axes, plan)
     next_ids = {
         axis.key: axis.next_id + (plan.changes[axis.key].grow if axis.key in plan.changes else 0) for axis in axes
@@ -206,15 +196,7 @@ class _Way:
     def compensated(
         self, bias: str, weight: str, old: Mapping[int, float], new: Mapping[int, float], made: Tensor | None
     ) -> Tensor:
-        """Return a bias after the plan: its own value plus the mean contribution of the inputs that are cut.
-
-        Args:
-            bias: Its name.
-            weight: The weight beside it.
-            old: The means that replace dropped inputs before the plan.
-            new: Those after it.
-            made: The bias as the plan computed it, for entries that are new; ``None``: it has none.
-        """
+        """Return a bias after the plan: its own value plus the mean contribution of the inputs that are cut."""
         now, before, after = self.state(bias), self.size(bias, False), self.size(bias, True)
         if now is None:
             own = self.state(weight)

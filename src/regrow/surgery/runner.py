@@ -68,17 +68,7 @@ def masking(
     judged: Iterable[tuple[Node, Node, tuple[Dim, ...]]] = (),
     drop: Iterable[Branch] = (),
 ) -> Masking:
-    """Return the replacements that mask a recorded network to the kept units and branches.
-
-    Args:
-        recorded: The recorded network.
-        reads: Where its operations read axes.
-        sizes: The size of each axis.
-        keep: Axis key → the positions of its kept units; axes not named keep all.
-        means: Weight → position → the mean that replaces a dropped input.
-        judged: Operands that are compared too, with their dimensions.
-        drop: The branches that are dropped.
-    """
+    """Return the replacements that mask a recorded network to the kept units and branches."""
     nodes = operations(recorded)
     result: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
     groups: dict[Node, int] = {}
@@ -155,13 +145,7 @@ class Runner(Interpreter):
     def run_only(
         self, nodes: Iterable[Node], before: Mapping[Node, object] | None = None, wanted: Sequence[Node] = ()
     ) -> list[object]:
-        """Run some operations and return the results of ``wanted``.
-
-        Args:
-            nodes: The operations, in order.
-            before: Results of earlier operations, for this call only; ``None``: new results are kept afterwards.
-            wanted: The operations whose results to return.
-        """
+        """Run some operations and return the results of ``wanted``."""
         known = set(self.env)
         self.env.update(before or {})
         with torch.no_grad(), made_in_double(self.double):
@@ -334,13 +318,7 @@ def copy_written(value: T) -> T | Tensor:
 
 
 def keep_mask(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Tensor:
-    """Return which entries of a dimension stay, ``[entries]`` bool, given the kept units of each axis.
-
-    Args:
-        dim: The dimension.
-        sizes: Axis key → its number of units.
-        units: Axis key → the layout of its kept units; axes not named keep all.
-    """
+    """Return which entries of a dimension stay, ``[entries]`` bool, given the kept units of each axis."""
     mask = torch.zeros(size_of(dim, sizes), dtype=torch.bool)
     mask[lay_out(dim, sizes, units).source] = True
     return mask

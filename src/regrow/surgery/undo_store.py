@@ -105,12 +105,7 @@ class UndoStore:
     network: str = field(default="", compare=False)
 
     def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, RemovedBranch], UndoStore]":
-        """Split the store for branches that are dropped: each branch with its own part, and the rest.
-
-        Args:
-            branches: The branches that are dropped.
-            axes: The network's axes before.
-        """
+        """Split the store for branches that are dropped: each branch with its own part, and the rest."""
         parts, rest = {}, self
         for branch in branches:
             stays = axes.without([branch]).axes.keys()
@@ -122,11 +117,7 @@ class UndoStore:
         return parts, rest
 
     def rejoined(self, removed: RemovedBranch) -> "UndoStore":
-        """Return the store after a branch is restored, with the cuts inside it restorable again.
-
-        Args:
-            removed: The branch.
-        """
+        """Return the store after a branch is restored, with the cuts inside it restorable again."""
         parts: dict[str, Any] = {
             name: {**getattr(self, name), **getattr(removed.undo, name)}
             for name in ("weights", "next_ids", "restorable", "means", "constants")
@@ -167,11 +158,7 @@ class UndoStore:
         return {f"{part}:{name}": t for name, removed in self.weights.items() for part, t in removed.parts().items()}
 
     def record(self) -> dict[str, object]:
-        """Return everything but the tensors, as JSON data.
-
-        Raises:
-            PlanError: If it holds branches: those are modules, which no file keeps.
-        """
+        """Return everything but the tensors, as JSON data."""
         if self.branches:
             raise PlanError(
                 f"{next(iter(self.branches))} is in the undo store as a module, which no file keeps; bring it back"
@@ -188,15 +175,7 @@ class UndoStore:
 
     @classmethod
     def read(cls, record: Mapping[str, object], tensors: Mapping[str, Tensor]) -> "UndoStore":
-        """Rebuild an undo store from its JSON data and its tensors.
-
-        Args:
-            record: What :meth:`record` returned.
-            tensors: What :meth:`tensors` returned.
-
-        Raises:
-            PlanError: If they are no undo store, or damaged.
-        """
+        """Rebuild an undo store from its JSON data and its tensors."""
         if not isinstance(record, Mapping) or record.get("format") != FORMAT:
             raise PlanError(f"not an undo store: expected the format {FORMAT!r}")
         data: Any = record
@@ -223,14 +202,7 @@ class UndoStore:
             raise PlanError(f"a damaged undo store: {error!r}") from None
 
     def check_network(self, axes: AxisGraph) -> None:
-        """Raise ``PlanError`` if the store has weights of another network than the one of these axes.
-
-        Args:
-            axes: The network's axes.
-
-        Raises:
-            PlanError: If the store is of another network.
-        """
+        """Raise ``PlanError`` if the store has weights of another network than the one of these axes."""
         if self.network and self.network != axes.network:
             raise PlanError(
                 "the undo store holds what was cut out of another network, or of this one before it was traced anew; "
@@ -238,15 +210,7 @@ class UndoStore:
             )
 
     def check(self, axes: AxisGraph, plan: Plan) -> None:
-        """Raise ``PlanError`` unless the store belongs to the network and has every unit that the plan restores.
-
-        Args:
-            axes: The network's axes.
-            plan: The plan.
-
-        Raises:
-            PlanError: If it is of another network, has other unit ids, or lacks a unit.
-        """
+        """Raise ``PlanError`` unless the store belongs to the network and has every unit that the plan restores."""
         self.check_network(axes)
         for key, n in self.next_ids.items():
             axis = axes.axes.get(key)
@@ -263,15 +227,7 @@ class UndoStore:
                 )
 
     def enlarged(self, axes: AxisGraph, next_ids: Mapping[str, int]) -> "UndoStore":
-        """Return the store with places for the units that were added since.
-
-        Args:
-            axes: The network's axes.
-            next_ids: Axis key → how many places its units will have.
-
-        Raises:
-            PlanError: If a stored tensor is not of the network.
-        """
+        """Return the store with places for the units that were added since."""
         before = {**next_ids, **self.next_ids}
         weights = {}
         for name, removed in self.weights.items():
@@ -292,39 +248,21 @@ class UndoStore:
 def locate_entries(
     dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Iterable[int]]
 ) -> list[Tensor]:
-    """Return the indices of a tensor's entries in its stored tensor, one index tensor per dimension.
-
-    Args:
-        dims: The tensor's dimensions.
-        next_ids: Axis key → how many places its units have in stored tensors.
-        ids: Axis key → the ids of its units.
-    """
+    """Return the indices of a tensor's entries in its stored tensor, one index tensor per dimension."""
     own = {key for dim in dims for key in axes_in(dim)} & ids.keys()
     units = {key: Layout.of(torch.tensor(list(ids[key]), dtype=torch.long)) for key in own}
     return [lay_out(dim, next_ids, units).source for dim in dims]
 
 
 def get(full: Tensor, where: list[Tensor]) -> Tensor:
-    """Return the entries of a stored tensor at the given indices of each dimension (ascending).
-
-    Args:
-        full: The stored tensor.
-        where: Indices of each dimension, ascending, one int64 tensor per dimension.
-    """
+    """Return the entries of a stored tensor at the given indices of each dimension (ascending)."""
     for dim, at in enumerate(where):
         full = full if len(at) == full.shape[dim] else full.index_select(dim, at)
     return full
 
 
 def put(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor:
-    """Return a stored tensor with the entries at the given indices of each dimension replaced by ``part``.
-
-    Args:
-        full: The stored tensor.
-        where: Indices of each dimension, ascending, one int64 tensor per dimension.
-        part: The new entries, in the shape of the indices.
-        dim: The dimension at which the recursion is.
-    """
+    """Return a stored tensor with the entries at the given indices of each dimension replaced by ``part``."""
     if dim == len(where):
         return part
     if len(where[dim]) == full.shape[dim]:

@@ -127,17 +127,6 @@ def distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Itera
 
     d = max |masked − shrunk| / max |masked|
 
-    Args:
-        model: The traced model; it is left unchanged.
-        axes: Its axes.
-        plans: Any number of plans, each for the unchanged model.
-
-    Yields:
-        Each plan with its d; the cut is exact where d is at most 1e-9.
-
-    Raises:
-        PlanError: If a plan does not fit the model; the plans before it have been yielded.
-
     >>> import torch
     >>> from regrow.tracing import trace
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -201,9 +190,6 @@ class _Runs:
         """Compare the cut network's own forward pass with its recording; return why that could not be done.
 
         The model itself is cut for that, and restored: a copy may run otherwise.
-
-        Raises:
-            PlanError: If they differ.
         """
         model, axes = self.model, self.axes
         if is_numberless(model, axes):

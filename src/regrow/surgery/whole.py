@@ -32,20 +32,7 @@ def run_whole_pair(
     decisions: Decisions,
     carried: Callable[[nn.Module, AxisGraph, Plan], tuple[nn.Module, AxisGraph]] = carry_out,
 ) -> tuple[Answers, Answers, Decisions]:
-    """Run the masked network and its cut copy; return the outputs of both, and their data-dependent decisions.
-
-    Args:
-        model: The network.
-        axes: Its axes.
-        plan: The plan.
-        example: The input for both.
-        double: Whether to run in float64.
-        decisions: The data-dependent decisions to replay, as for :func:`regrow.tracing.capture.capture`.
-        carried: The function that applies the plan to the copy.
-
-    Raises:
-        PlanError: If the copy does not run.
-    """
+    """Run the masked network and its cut copy; return the outputs of both, and their data-dependent decisions."""
     widened = _widened(model, axes) if double else shallow_copy(model)
     example = example_in_double(example) if double else example
     whole = mask_units(widened, axes, plan) if axes.declared else widened
@@ -83,11 +70,7 @@ def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
 
 
 def shallow_copy(model: nn.Module) -> nn.Module:
-    """Return a copy that shares the parameters' values: a cut makes new tensors and leaves the old ones unchanged.
-
-    Args:
-        model: The network; it is left unchanged.
-    """
+    """Return a copy that shares the parameters' values: a cut makes new tensors and leaves the old ones unchanged."""
     return replace_parameters(model, {})
 
 

@@ -21,14 +21,6 @@ def resize(
     New entries that scale or shift units copy those of a kept unit. Those that make or consume units are drawn at
     random from the tensor's own values, unless they are copies. Weights that make new units are then multiplied by
     ``inward``, weights that consume them by ``outward``, so that the network's outputs do not change.
-
-    Args:
-        name: The tensor's name, part of the random seed.
-        tensor: The tensor before the plan.
-        lays: Dimension → the layout of its entries after the plan.
-        roles: Dimension → its roles.
-        seed: The random seed.
-        exact: Whether to compute in float64; entries are selected before they are cast.
     """
     old = tensor.flatten()
     for dim, lay in lays.items():
@@ -67,14 +59,7 @@ def _filled(
 
 
 def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Tensor:
-    """Return an optimiser's moment (or another tensor of a parameter's shape) after a plan; kept entries are unchanged.
-
-    Args:
-        tensor: The moment before the plan, in the shape of its parameter.
-        lays: Dimension → the layout of its entries after the plan.
-        mean: Whether new entries get the mean of the kept ones along the dimension (second moments: with 0 the first
-            steps of a new unit are several times the learning rate) instead of 0.
-    """
+    """Return an optimiser's moment after a plan; kept entries are unchanged."""
     for dim, lay in lays.items():
         tensor = tensor.index_select(dim, lay.source.to(tensor.device))
         if not bool(lay.is_new.any()):
@@ -89,11 +74,7 @@ def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Ten
 
 
 def roles_of(slots: Sequence[tuple[str, int, Role]]) -> dict[str, dict[int, frozenset[Role]]]:
-    """Return tensor name → dimension → all its roles.
-
-    Args:
-        slots: (tensor name, dimension, role) triples.
-    """
+    """Return tensor name → dimension → all its roles."""
     result: dict[str, dict[int, frozenset[Role]]] = {}
     for name, dim, role in slots:
         own = result.setdefault(name, {})

@@ -31,26 +31,13 @@ _PREFIX = """
 
 
 def is_changed(shapes: Shapes) -> bool:
-    """Whether a network differs from what its architecture's configuration builds.
-
-    Args:
-        shapes: The record of the saved network.
-    """
+    """Whether a network differs from what its architecture's configuration builds."""
     differing = any(one.was is not None or one.added or not one.kind.carried for one in shapes.tensors.values())
     return bool(differing or shapes.dropped or shapes.attributes or shapes.placeholders or shapes.inserted)
 
 
 def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
-    """Return, as JSON data for ``reshape_regrow``, how a network differs from what its configuration builds.
-
-    Args:
-        model: The network.
-        shapes: The record of the saved network.
-
-    Returns:
-        Every tensor of another shape, every changed number, what was dropped, and the numbers of derived buffers.
-        ``None`` if that does not suffice: for modules that only regrow has, or large derived buffers.
-    """
+    """Return, as JSON data for ``reshape_regrow``, how a network differs from what its configuration builds."""
     found = named_tensors(model)
     inserted = {path: [one.to_data() for one in several] for path, several in shapes.inserted.items()}
     own = {name: one for name, one in shapes.tensors.items() if one.kind is Kind.DERIVED}
@@ -77,16 +64,7 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
 
 
 def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
-    """Return the entries that ``config.json`` of a changed transformers model gets besides its configuration.
-
-    Args:
-        model: The network.
-        shapes: The record of the saved network.
-
-    Returns:
-        ``regrow`` (:func:`record`), ``auto_map`` and, for a Llama-like decoder, ``block_configs`` as NVIDIA's tools
-        write them. ``None`` if transformers could not build the network from them.
-    """
+    """Return the entries that ``config.json`` of a changed transformers model gets besides its configuration."""
     reference = shapes.origin.reference
     automatic = dict.fromkeys(_automatic(reference), reference)
     changes = record(model, shapes) if automatic and not shapes.inserted else None
@@ -105,9 +83,6 @@ def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
 def class_name(reference: str) -> str:
     """Return the name of the class that the modelling file defines for an architecture class.
 
-    Args:
-        reference: The class of transformers.
-
     >>> class_name("LlamaForCausalLM")
     'RegrownLlamaForCausalLM'
     """
@@ -115,14 +90,7 @@ def class_name(reference: str) -> str:
 
 
 def inner(model: nn.Module) -> tuple[str, str] | None:
-    """Return the class of the model within a network with a head, which ``AutoModel`` builds, and its name's prefix.
-
-    Args:
-        model: A transformers network.
-
-    Returns:
-        For a ``LlamaForCausalLM``: ``("LlamaModel", "model.")``. ``None`` if the network has no such part.
-    """
+    """Return the class of the model within a network with a head, which ``AutoModel`` builds, and its name's prefix."""
     path = getattr(model, "base_model_prefix", "")
     base = getattr(model, path, None) if path else None
     name = type(base).__name__
@@ -130,16 +98,7 @@ def inner(model: nn.Module) -> tuple[str, str] | None:
 
 
 def write_code(model: nn.Module, reference: str, folder: Path) -> None:
-    """Write ``modeling_regrow.py`` (subclasses of the architecture's classes) and ``reshape_regrow.py``.
-
-    Args:
-        model: The network.
-        reference: The class of transformers that builds the network.
-        folder: The model folder.
-
-    Raises:
-        StoreError: If the disk is full.
-    """
+    """Write ``modeling_regrow.py`` (subclasses of the architecture's classes) and ``reshape_regrow.py``."""
     classes = {reference: ""} | dict([within] if (within := inner(model)) else [])
     text = code("modeling_regrow.py")
     for name, prefix in classes.items():
@@ -152,11 +111,7 @@ def write_code(model: nn.Module, reference: str, folder: Path) -> None:
 
 
 def code(name: str) -> str:
-    """Return the text of a file that is copied into model folders.
-
-    Args:
-        name: The name of the file.
-    """
+    """Return the text of a file that is copied into model folders."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
