@@ -16,7 +16,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.scores import Scores, Statistics
 from regrow.core.sources import Source
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_record
+from regrow.distributed.parallel import broadcast_record
 from regrow.jobs import pruning as prune
 from regrow.jobs.recording import Record
 from regrow.jobs.shared_work import SharedWork

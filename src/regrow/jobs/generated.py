@@ -12,7 +12,7 @@ from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.data.windows import find_separator, find_start
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_tensors
+from regrow.distributed.parallel import broadcast_tensors
 from regrow.evaluation.generation import generate_tokens
 from regrow.jobs.inputs import PendingWindows, SourceHalves, SourceSpecs, count_windows, generated_source
 from regrow.jobs.prune_settings import source_specs

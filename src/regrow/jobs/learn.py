@@ -11,8 +11,7 @@ from regrow import store
 from regrow.core.process_memory import reset_peak
 from regrow.core.progress import Progress, silent
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_record
-from regrow.distributed.parallel import Parallel
+from regrow.distributed.parallel import Parallel, broadcast_record
 from regrow.jobs.learn_inputs import BegunRun, LearnInputs, open_named
 from regrow.jobs.learning_record import LearningRecord, record_matrix
 from regrow.jobs.recording import Clock, FolderRecorder, NoRecorder, Record, Recorder, RunStart, read_history

@@ -27,8 +27,8 @@ from regrow.methods.recovery.fit_batches import BATCHES, ELEMENTS
 from regrow.scoring.gradients import add_gradients
 from regrow.settings.recover import Settings
 from regrow.store.errors import StoreError
-from regrow.store.skeleton import load_saved_skeleton
 from regrow.streaming.network import StreamedNetwork
+from regrow.streaming.opening import load_saved_skeleton
 from regrow.streaming.requirements import BLOCKS, MemoryPlan, MemoryTerms, explain_refusal
 
 SPARE = 2**26

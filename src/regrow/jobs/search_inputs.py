@@ -19,7 +19,7 @@ from regrow.core.sources import Batch, device_of, moved
 from regrow.core.tasks import CappedExamples, ExampleSet, Task, first_examples, pack_batch
 from regrow.data import streams
 from regrow.distributed import ProcessRank
-from regrow.distributed.exchange import broadcast_record
+from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation import Latency, latency
 from regrow.jobs.starting import image_shape
 from regrow.jobs.targets import find_granularities, parse_target

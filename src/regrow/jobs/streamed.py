@@ -9,7 +9,7 @@ from regrow.core.evidence import Need
 from regrow.core.process_memory import return_memory
 from regrow.core.source_names import GENERATED
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_record
+from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation import UnpredictableError
 from regrow.evaluation.generation import predict_generation
 from regrow.jobs.generated import count_generated

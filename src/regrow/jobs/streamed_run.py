@@ -17,7 +17,7 @@ from regrow.core.process_memory import return_memory
 from regrow.core.progress import Progress
 from regrow.core.sources import Source
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_record, everywhere
+from regrow.distributed.parallel import broadcast_record, everywhere
 from regrow.jobs import pruning as prune
 from regrow.jobs.cutting import Stage, WholeNetwork
 from regrow.jobs.inputs import count_windows

@@ -7,9 +7,8 @@ from typing import Any
 from regrow import store
 from regrow.jobs.parents import BEFORE, describe_stage
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.replacing import clear_leftovers, replace_folder
+from regrow.store.replacing import check_files, clear_leftovers, copy_folder, replace_folder
 from regrow.store.run_folder import RunFolder
-from regrow.store.snapshots import check_files, copy_folder
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ from regrow.reports.records import AxisKind, AxisWidth, Bounds, MassiveActivatio
 from regrow.reports.runs import RunFindings
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
-from regrow.store.intervals import expand_plans
 from regrow.store.metrics import Metrics
-from regrow.store.plan_schemas import PlanJson
+from regrow.store.plan_schemas import PlanJson, expand_plans
 from regrow.store.replacing import WORK, settle
 from regrow.store.run_record import read_json
 from regrow.store.run_record import read_run as read_settings

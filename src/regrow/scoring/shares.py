@@ -11,7 +11,8 @@ from torch import Tensor
 
 from regrow.core.scores import Moments, Statistics
 from regrow.core.sources import Batch, to_host
-from regrow.distributed import ProcessRank, exchange
+from regrow.distributed import ProcessRank
+from regrow.distributed.parallel import Outbox, receive
 
 SUMS = ("total", "square", "mean_total", "mean_square")
 
@@ -32,7 +33,7 @@ def add_batches(
             step(batch, sums)
             yield
         return
-    outbox = exchange.Outbox()
+    outbox = Outbox()
     for number, batch in enumerate(batches):
         owner = number % ranks.size
         if owner == ranks.rank:
@@ -43,7 +44,7 @@ def add_batches(
             else:
                 outbox.send(*_packed(own))
         elif ranks.leads:
-            add(sums, _unpacked(sums.source, *exchange.receive(owner)))
+            add(sums, _unpacked(sums.source, *receive(owner)))
         yield
     outbox.flush()
 
@@ -59,9 +60,9 @@ def gather_sums(parts: Sequence[Statistics], many: int, ranks: ProcessRank) -> I
     if ranks.leads:
         for number in range(many):
             owner = number % ranks.size
-            yield parts[number // ranks.size] if owner == 0 else _unpacked("", *exchange.receive(owner))
+            yield parts[number // ranks.size] if owner == 0 else _unpacked("", *receive(owner))
     else:
-        outbox = exchange.Outbox()
+        outbox = Outbox()
         for part in parts:
             outbox.send(*_packed(part))
         outbox.flush()

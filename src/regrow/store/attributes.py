@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 
 _OWN = frozenset(vars(nn.Module()))
 """Attributes that every module has: its parameters, buffers, submodules and hooks."""

@@ -16,10 +16,9 @@ from regrow.nets.language import origin_of
 from regrow.store import probe
 from regrow.store.attributes import unregistered_tensors
 from regrow.store.errors import StoreError
-from regrow.store.modules import drop, insert
 from regrow.store.pretrained import check_configuration, is_pretrained
 from regrow.store.shapes import DTYPES, SHAPES, Kind, Shapes
-from regrow.store.state import check, named_tensors, restore
+from regrow.store.state import check, drop, insert, named_tensors, restore
 
 Builder = Callable[[], Any]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

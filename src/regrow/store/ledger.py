@@ -1,6 +1,6 @@
 """The ledger of a run: every plan applied to the network, in order, so that it can be replayed, and what cuts removed.
 
-Unit ids are written as intervals (:mod:`regrow.store.intervals`).
+Unit ids are written as intervals (:mod:`regrow.store.plan_schemas`).
 """
 
 import json
@@ -21,7 +21,7 @@ from regrow.store import plan_schemas, schemas
 from regrow.store.atomic import write_text
 from regrow.store.convert import check_format, convert
 from regrow.store.errors import StoreError, check_readable
-from regrow.store.intervals import expand_plans, shorten_plan
+from regrow.store.plan_schemas import expand_plans, shorten_plan
 from regrow.store.tensors import read_tensors, write_tensors
 from regrow.surgery import UndoStore, apply
 from regrow.surgery.undo_store import FORMAT as UNDO_FORMAT

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.axes import Example
 from regrow.core.sources import device_of
 from regrow.nets.errors import first_line
-from regrow.store.atomic import StoreError
 from regrow.store.convert import convert
+from regrow.store.errors import StoreError
 from regrow.store.schemas import ProbeHeader
 from regrow.store.shapes import DTYPES, PROBE
 from regrow.store.tensors import digest, read_tensors, write_tensors

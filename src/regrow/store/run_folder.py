@@ -17,11 +17,10 @@ from regrow.core.axes import AxisGraph
 from regrow.core.tables import Table, format_html
 from regrow.nets.weight_files import WeightFile, check_unchanged
 from regrow.store import run_record, schemas
-from regrow.store.atomic import write_text
+from regrow.store.atomic import Lock, lock, write_text
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger, read_undo_store, write_undo_store
-from regrow.store.locks import Lock, lock
 from regrow.store.metrics import Metrics, replace_nonfinite
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, link_tree, replace_folder, settle
 from regrow.store.versions import versions

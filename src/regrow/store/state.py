@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from regrow.core.branches import Placeholder, lies_in
+from regrow.core.insertion import Insertion
 from regrow.nets import Origin
-from regrow.store.atomic import StoreError
 from regrow.store.attributes import (
     attribute_tensors,
     check_attribute,
@@ -19,12 +20,12 @@ from regrow.store.attributes import (
     packed_tensors,
     replace_tensors,
 )
-from regrow.store.modules import drop, insert
+from regrow.store.errors import StoreError
 from regrow.store.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
-from regrow.store.tensor_file import as_bytes
+from regrow.store.tensors import as_bytes
 from regrow.tracing import attributes as named
-from regrow.tracing.block_copies import find_insertions
-from regrow.tracing.placeholder import find_placeholders
+from regrow.tracing.block_copies import StackError, find_insertions, insert_copies
+from regrow.tracing.placeholder import find_placeholders, insert_placeholders
 
 
 @dataclass(frozen=True)
@@ -297,3 +298,22 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
         return False
     return torch.equal(as_bytes(a), as_bytes(b))
+
+
+def insert(fresh: nn.Module, inserted: Mapping[str, tuple[Insertion, ...]]) -> None:
+    """Insert copies of blocks into a newly built network, in place."""
+    for path, one in ((path, one) for path, several in inserted.items() for one in several):
+        try:
+            insert_copies(fresh, path, one)
+        except StackError as error:
+            raise StoreError(f"{error}; it was built by other code or settings") from None
+
+
+def drop(fresh: nn.Module, placeholders: Mapping[str, Placeholder]) -> None:
+    """Replace modules of a newly built network by placeholders, in place."""
+    known = dict(fresh.named_modules())
+    for path in placeholders:
+        nested = any(lies_in(path, other) for other in placeholders if other != path)
+        if not path or path not in known or nested:
+            raise StoreError(f"the architecture has no module {path!r} to drop; it was built by other code or settings")
+    insert_placeholders(fresh, placeholders)

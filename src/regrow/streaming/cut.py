@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.plan import Plan, PlanError
 from regrow.core.progress import Progress, silent
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import Outbox, receive
+from regrow.distributed.parallel import Outbox, receive
 from regrow.nets import Loaded
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
@@ -26,9 +26,8 @@ from regrow.streaming.weights import StoredWeights
 from regrow.surgery.apply import check, try_out
 from regrow.surgery.carry import commit, prepare
 from regrow.surgery.compensate import bias_of
-from regrow.surgery.output_comparison import Deviation, max_difference, max_magnitude
+from regrow.surgery.output_comparison import Deviation, ProposedChange, max_difference, max_magnitude
 from regrow.surgery.proof import changed_blocks, check_block
-from regrow.surgery.proposed_change import ProposedChange
 from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, reseed
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture, evaluating
@@ -137,14 +136,14 @@ class StreamedCut:
                 with network.resident(one.names, blocks[i + 1].names if i + 1 < len(blocks) else ()):
                     tensors = dict(self._cut(one.names, graph, deviations))
                     outbox.flush()  # no more than one block waits
-                    record = {"names": [*tensors], "deviations": [astuple(deviation) for deviation in deviations]}
+                    record = {"names": [*tensors], "deviations": deviations}
                     outbox.send(record, [*tensors.values()])
         outbox.flush()
 
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
         """Return the cut network, to be run one block at a time."""
         made, before = Checkpoint.open(folder).places, self.opened.weights
-        changed = self.change.ready.done.values.keys()
+        changed = self.change.ready.values.keys()
         # What the plan leaves alone is read from where it was, so that it lies in memory as in a network loaded whole.
         left = {name: before.checkpoint.places[before.stored[name]] for name in made if name not in changed}
         aligned = {*changed, *(name for name in left if before.stored[name] in before.checkpoint.aligned)}
@@ -154,7 +153,7 @@ class StreamedCut:
         return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
 
     def _is_aligned(self) -> bool:
-        weights, changed = self.opened.weights, self.change.ready.done.values
+        weights, changed = self.opened.weights, self.change.ready.values
         rest = [name for name in weights.stored if name not in changed]
         return all(weights.is_aligned(name) for name in rest)
 
@@ -197,7 +196,7 @@ class StreamedCut:
         for block in blocks:
             deviations.append(check_block(replace(change, ready=ready), block))
         for name in sorted(own):
-            value = ready.done.values.get(name)
+            value = ready.values.get(name)
             path, _, leaf = name.rpartition(".")
             yield name, getattr(change.model.get_submodule(path), leaf).detach() if value is None else value
 

@@ -11,15 +11,20 @@ from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
 from regrow.core.process_memory import set_mmap_threshold
-from regrow.nets import Loaded
-from regrow.nets.files import check_config
+from regrow.nets import Loaded, ModelError
+from regrow.nets.examples import guessed_example, text_example
+from regrow.nets.files import check_config, check_files
 from regrow.nets.packaged import PACKAGED, packaged_folder
-from regrow.nets.skeleton import load_skeleton
+from regrow.nets.skeleton import load_skeleton, replacing_parameters
+from regrow.store.building import build_checked
+from regrow.store.errors import StoreError
+from regrow.store.models import read_shapes
+from regrow.store.pretrained import read_tokenizer
 from regrow.store.probe import FILE, check_probe
 from regrow.store.replacing import read_whole
-from regrow.store.shapes import SHAPES
-from regrow.store.skeleton import load_saved_skeleton
-from regrow.store.weights import check_file, inside
+from regrow.store.shapes import DTYPES, SHAPES, Kind, Shapes
+from regrow.store.state import restore
+from regrow.store.weights import check_file, inside, read_weights
 from regrow.streaming.checkpoint import Checkpoint, TensorPlace, read_places
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.weights import StoredWeights
@@ -124,3 +129,36 @@ def _check_names_no_weights(folder: Path, name: str) -> None:
             f"{name}: config.json names other weights (transformers_weights = {named!r:.60}), which are not read block "
             "by block; load it in memory (leave out --memory)"
         )
+
+
+def load_saved_skeleton(folder: Path, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> tuple[Loaded, Shapes]:
+    """Build the model of a folder that regrow wrote, as :func:`regrow.store.load` does, with fake parameters.
+
+    Buffers have their numbers. Neither the digests of parameters nor the recorded output are compared.
+
+    Returns:
+        The network in eval mode, its tokenizer, an example input and its origin; and the record of the folder.
+    """
+    shapes = read_shapes(folder)
+    if shapes.origin.kind != "transformers":
+        raise StoreError(f"{folder} holds no transformers model; leave out --memory, to load it whole")
+    check_files(folder)
+    with replacing_parameters(empty_parameters(mode)):
+        net = build_checked(folder, shapes, None, dtype)
+    tensors = read_weights(folder, shapes, kinds=[one for one in Kind if one is not Kind.PARAMETER])
+    for name, one in shapes.tensors.items():
+        if one.kind is Kind.PARAMETER:
+            with mode:
+                tensors[name] = torch.empty(one.shape, dtype=DTYPES[one.dtype])
+        if dtype is not None and one.kind is not Kind.DERIVED and tensors[name].is_floating_point():
+            tensors[name] = tensors[name].to(dtype)
+    restore(net, shapes, tensors)
+    tokenizer = read_tokenizer(folder)
+    example = guessed_example(net) if tokenizer is None else text_example(net, len(tokenizer))
+    if example is None:
+        raise ModelError(f"{folder}: the model does not say what input it takes; leave out --memory")
+    origin = replace(shapes.origin, name=folder.name)
+    for name, value in (("origin", shapes.origin), ("tokenizer", tokenizer)):
+        if value is not None and not hasattr(net, name):
+            setattr(net, name, value)
+    return Loaded(net.eval(), tokenizer, example, origin), shapes

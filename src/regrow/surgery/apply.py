@@ -14,14 +14,11 @@ from regrow.core.operations import Tracer
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out, commit, prepare
 from regrow.surgery.drop import bring_back, without_branches
-from regrow.surgery.eager import trial_error
-from regrow.surgery.forward_check import NotAsRecordedError, check_own_run, is_numberless
 from regrow.surgery.insert import with_stacks
-from regrow.surgery.output_comparison import max_difference, max_magnitude
+from regrow.surgery.output_comparison import RELATIVE_BOUND, ProposedChange, max_difference, max_magnitude
 from regrow.surgery.proof import check_blocks, describe_difference
-from regrow.surgery.proposed_change import RELATIVE_BOUND, ProposedChange
 from regrow.surgery.undo_store import UndoStore
-from regrow.surgery.whole import run_whole_pair
+from regrow.surgery.whole import NotAsRecordedError, check_own_run, is_numberless, run_whole_pair, trial_error
 from regrow.tracing.capture import Capture, without_collection
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import code_of, state_of

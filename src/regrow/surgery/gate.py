@@ -83,3 +83,30 @@ def _by_weight(reads: Sequence[Reader]) -> dict[str, list[Reader]]:
     for reader in reads:
         result.setdefault(reader.weight, []).append(reader)
     return result
+
+
+@contextmanager
+def parametrize(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context manager in which modules use given tensors in place of parameters; gradients flow to their inputs.
+
+    It must last until the backward pass is over, since activation checkpointing runs modules again.
+
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> with parametrize(net, {"weight": net.weight * 0}):
+    ...     net(net.weight.new_ones(1, 2)).item()
+    0.0
+    """
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for name, value in values.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            parameter = module._parameters[leaf]
+            assert parameter is not None, f"{name} is no parameter"
+            held.append((module, leaf, parameter))
+            # Modules look up parameters by name only where they have no attribute of that name.
+            module.__dict__[leaf] = value
+        yield
+    finally:
+        for module, leaf, _ in held:
+            module.__dict__.pop(leaf, None)

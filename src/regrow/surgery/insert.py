@@ -16,9 +16,9 @@ from regrow.core.branches import lies_in
 from regrow.core.change import Change
 from regrow.core.insertion import Insertion
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.forward_check import is_numberless
 from regrow.surgery.output_comparison import max_difference
 from regrow.surgery.undo_store import UndoStore
+from regrow.surgery.whole import is_numberless
 from regrow.tracing import TraceError, trace, with_branches
 from regrow.tracing.block_copies import StackError, insert_copies, put_back, remove_copies, stack_at
 from regrow.tracing.branch_sites import tensor_forms

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrow.core.plan import PlanError
-from regrow.surgery.layout import Layout
-from regrow.surgery.widen import resize_moment
+from regrow.surgery.layout import Layout, resize_moment
 
 FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 """Names of first moments in optimiser state: new entries get 0."""

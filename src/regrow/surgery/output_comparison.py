@@ -3,36 +3,110 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from regrow.core.axes import AxisGraph, Example, axes_in
+from regrow.core.axes import AxisGraph, Dim, Example, axes_in
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import prepare
-from regrow.surgery.compensate import bias_of
+from regrow.surgery.carry import Prepared, prepare
+from regrow.surgery.compensate import bias_of, read_dim
+from regrow.surgery.layout import Layout, ids_after, lay_out_dims, next_ids_after, units_after
 from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, loader, masking, preserve_generators, reseed
+from regrow.surgery.undo_store import UndoStore, locate_entries
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.meta_copy import fake_example
 from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name
 from regrow.tracing.precision import as_double
-from regrow.tracing.readings import Readings
+from regrow.tracing.readings import Readings, Recording
 from regrow.tracing.steps import operations
 from regrow.tracing.trial import Resizing, resize_copy
 
+RELATIVE_BOUND = 1e-9
+"""The largest float64 difference allowed, relative to the largest value that is compared."""
+
+
+ROUNDING = 16
+"""How many units in the last place a tensor may differ from its value in float64."""
+
 
 @dataclass(frozen=True)
-class Deviation:
-    """How far a block of the cut network is from the masked one, in float64.
+class ProposedChange:
+    """A plan whose result is computed but not yet written.
 
     Args:
-        largest_difference: The largest absolute difference of a result.
-        bound: The largest difference allowed for it.
+        model: The network before the plan.
+        axes: Its axes.
+        plan: The plan.
+        recording: The network's operations, and where they read axes.
+        planned: The operations of the network after the plan.
+        ready: The computed tensors and sizes.
+        undo: The undo store before the plan; ``None`` without one.
     """
+
+    model: nn.Module
+    axes: AxisGraph
+    plan: Plan
+    recording: Recording
+    planned: Capture
+    ready: Prepared
+    undo: UndoStore | None = None
+
+    @property
+    def recalls(self) -> bool:
+        """Whether units are restored with the weights they had when cut."""
+        return any(change.recalled for change in self.plan.changes.values())
+
+    @cached_property
+    def units(self) -> dict[str, Layout]:
+        """Axis key → the layout of its units after the plan, for each axis that changes."""
+        return {k: units_after(one, self.axes[k]) for k, one in self.plan.changes.items() if not one.idle}
+
+    def lays(self, dims: Sequence[Dim]) -> dict[int, Layout]:
+        """Return dimension index → its layout after the plan, for those of ``dims`` that change."""
+        return lay_out_dims(dims, self.axes.sizes(), self.units)
+
+    @property
+    def bound(self) -> float:
+        """The largest relative difference allowed; larger where earlier folds were rounded to its precision."""
+        rounded = any(fold.weight in self.ready.values for fold in self.axes.folds)
+        if not self.recalls or not (rounded or (self.undo is not None and self.undo.means)):
+            return RELATIVE_BOUND
+        return ROUNDING * max(torch.finfo(one.dtype).eps for one in self.model.parameters() if one.is_floating_point())
+
+
+def computed_tensors(change: ProposedChange) -> set[str]:
+    """Return the names of the tensors that a plan computes (folded, compensated, widened) rather than selects from."""
+    folds = {fold.weight for fold in change.axes.folds}
+    biases = {bias_of(weight) for weight in change.plan.means}
+    grown = {name for name, lays in change.ready.lays.items() if any(bool(lay.is_new.any()) for lay in lays.values())}
+    return {name for name in folds | biases | grown if name in change.ready.values}
+
+
+def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
+    """Return weight → position of a restored input → the mean that had replaced it while it was cut."""
+    axes, plan = change.axes, change.plan
+    if change.undo is None or change.ready.undo is None:
+        return {}
+    next_ids, ids = next_ids_after(axes, plan), ids_after(axes, plan)
+    result: dict[str, dict[int, float]] = {}
+    for weight, row in change.undo.means.items():
+        dim, left = read_dim(axes, weight), change.ready.undo.means.get(weight, {})
+        assert dim is not None
+        for position, place in enumerate(locate_entries(axes.shapes[weight], next_ids, ids)[dim].tolist()):
+            if place in row and place not in left:
+                result.setdefault(weight, {})[position] = row[place]
+    return result
+
+
+class Deviation(NamedTuple):
+    """How far a block of the cut network is from the masked one, in float64, and how far it may be."""
 
     largest_difference: float
     bound: float
@@ -199,4 +273,4 @@ class CutTensors:
         left += [name for name in names if name in added and name not in own and name not in left]
         if not left:
             return own
-        return {**own, **prepare(self.model, self.axes, self.plan, names=left, exact=double).done.values}
+        return {**own, **prepare(self.model, self.axes, self.plan, names=left, exact=double).values}

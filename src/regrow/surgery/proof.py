@@ -17,19 +17,22 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.axes import Role, axes_in
 from regrow.core.plan import PlanError
 from regrow.surgery.compensate import bias_of
+from regrow.surgery.layout import resize
 from regrow.surgery.output_comparison import (
+    ROUNDING,
     CutTensors,
     Deviation,
+    ProposedChange,
     all_true,
+    computed_tensors,
     max_difference,
     max_magnitude,
     measure_difference,
     measure_magnitude,
+    restored_means,
     run_both,
 )
-from regrow.surgery.proposed_change import ROUNDING, ProposedChange, computed_tensors, restored_means
 from regrow.surgery.runner import Answers, Load, Masking, Runner, loader, masking, preserve_generators, reseed
-from regrow.surgery.widen import resize
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
@@ -100,7 +103,7 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
 
     Where all are equally wide, the first is both.
     """
-    sizes = {name: value.numel() for name, value in {**state_of(change.model), **change.ready.done.values}.items()}
+    sizes = {name: value.numel() for name, value in {**state_of(change.model), **change.ready.values}.items()}
     classes: dict[int, list[tuple[int, GraphBlock]]] = {}
     for block in changed_blocks(change):
         classes.setdefault(block.kind, []).append((sum(sizes[name] for name in block.states), block))
@@ -116,7 +119,7 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
 
 def changed_blocks(change: ProposedChange) -> list[GraphBlock]:
     """Return the blocks that a plan changes: those with operations on its axes, or with tensors that it computes."""
-    moved, made = change.units.keys(), change.ready.done.values.keys()
+    moved, made = change.units.keys(), change.ready.values.keys()
     steps = change.axes.steps
     reach = [any(not moved.isdisjoint(axes_in(dim)) for row in one.shapes for dim in row or ()) for one in steps]
     every = change.recording.blocks
@@ -131,7 +134,7 @@ class _Pair:
         self.gaps: list[tuple[Tensor, Tensor]] = []
         model, plan, capture, reads = change.model, change.plan, change.recording.capture, change.recording.reads
         self.rounded = computed_tensors(change)
-        taken = {name: value for name, value in change.ready.done.values.items() if name not in self.rounded}
+        taken = {name: value for name, value in change.ready.values.items() if name not in self.rounded}
         self.cut = CutTensors(model, change.axes, plan, True, taken)
         if only is not None:
             reads = tuple(read for read in reads if only.start <= read.step < only.stop)
@@ -141,7 +144,7 @@ class _Pair:
         if change.recalls:
             old = {key: tuple((~one.is_new).nonzero().flatten().tolist()) for key, one in change.units.items()}
             back = masking(change.planned, reads, change.ready.sizes, old, restored_means(change))
-            after = (change.planned, loader(model, change.ready.done.values), back)
+            after = (change.planned, loader(model, change.ready.values), back)
         self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = ((capture, loader(model), mask), after)
         self.nodes = tuple(operations(one) for one, *_ in self.sides)
         self.steps = {node: i for nodes in self.nodes for i, node in enumerate(nodes)}
@@ -260,7 +263,7 @@ class _Pair:
         anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means if change.undo else ())}
         verdicts = {}
         for name, exact in values.items() if not change.recalls else ():
-            done = change.ready.done.values[name]
+            done = change.ready.values[name]
             if name not in self.rounded or (change.undo is not None and name in anew):
                 continue
             bound = ROUNDING * torch.finfo(done.dtype).eps * measure_magnitude([exact])

@@ -11,11 +11,16 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.plan import Plan
 from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, commit, prepare, resizing
-from regrow.surgery.forward_check import check_recording, is_numberless, record_run
-from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude, record_planned, run_pair
-from regrow.surgery.proposed_change import RELATIVE_BOUND
+from regrow.surgery.output_comparison import (
+    RELATIVE_BOUND,
+    common_outputs,
+    max_difference,
+    max_magnitude,
+    record_planned,
+    run_pair,
+)
 from regrow.surgery.runner import Answers
-from regrow.surgery.whole import Decisions, run_whole_pair, shallow_copy
+from regrow.surgery.whole import Decisions, check_recording, is_numberless, record_run, run_whole_pair, shallow_copy
 from regrow.tracing.capture import Capture
 from regrow.tracing.readings import Readings, inputs, readings
 from regrow.tracing.steps import difference, refold_steps

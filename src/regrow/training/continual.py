@@ -20,7 +20,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.evaluation.continual import Matrix, mean_score
 from regrow.surgery import UndoStore
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.training.fit import Around, Fitted, Observer, fit
 from regrow.training.gradients import NO_CONTEXT
 from regrow.training.learner import PLAIN, Context, Learner

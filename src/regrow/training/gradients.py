@@ -12,7 +12,7 @@ from regrow.core.errors import InputError, first_line
 from regrow.core.sources import MISFITS
 from regrow.core.tasks import Examples
 from regrow.distributed.parallel import ALONE, Parallel
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.training.learner import Context, Learner, Loss, Step
 from regrow.training.shared_rows import sharing_rows
 from regrow.training.state import axis_tensors

@@ -15,7 +15,7 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
 from regrow.surgery.insert import renaming
-from regrow.surgery.parametrize import resize_axis_tensor
+from regrow.surgery.layout import resize_axis_tensor
 from regrow.tracing.capture import evaluating
 from regrow.training.fit import fit
 from regrow.training.learner import PLAIN, Boundary, Context, NoState, Step, set_train_mode

@@ -10,7 +10,7 @@ from regrow.core.axes import AxisGraph
 from regrow.core.axis_tensor import AxisTensor
 from regrow.core.plan import Plan
 from regrow.core.sources import to_host
-from regrow.surgery.parametrize import resize_axis_tensor
+from regrow.surgery.layout import resize_axis_tensor
 from regrow.training.learner import Context, tensor_along
 from regrow.training.state import GrowthEvent
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph
 from regrow.core.axis_tensor import AxisTensor
 from regrow.core.plan import Plan
-from regrow.surgery.parametrize import resize_axis_tensor
+from regrow.surgery.layout import resize_axis_tensor
 
 Moments = Mapping[str, Mapping[str, Any]]
 """Name of a parameter, or ``learner NAME`` of a learner's tensor → its optimizer state, such as momentum."""

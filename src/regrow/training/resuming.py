@@ -9,7 +9,7 @@ from torch import nn
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.distributed import ProcessRank
-from regrow.distributed.exchange import broadcast_file, broadcast_record
+from regrow.distributed.parallel import broadcast_file, broadcast_record
 from regrow.surgery import UndoStore
 from regrow.training.checkpoint import History, read_checkpoint
 from regrow.training.state import TrainState

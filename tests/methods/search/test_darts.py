@@ -29,7 +29,7 @@ from regrow.methods.search.importance import choose_operations, weigh_operations
 from regrow.nets.cell_operations import operation
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import Context, Event, Step
 

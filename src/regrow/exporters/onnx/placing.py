@@ -7,8 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from regrow.store.atomic import leftovers, sync
-from regrow.store.locks import LockedError, lock
+from regrow.store.atomic import LockedError, leftovers, lock, sync
 
 
 def place_file(path: Path, stage: Path, out: Path) -> int:

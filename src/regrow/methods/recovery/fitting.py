@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from regrow.core.sources import Batch, device_of, drawn
-from regrow.distributed.exchange import everywhere
+from regrow.distributed.parallel import everywhere
 from regrow.methods.recovery.task import RecoveryTask
 from regrow.store.errors import StoreError
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint

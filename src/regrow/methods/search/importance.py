@@ -29,7 +29,7 @@ from regrow.methods.search.space import (
 from regrow.methods.search.state import SearchState
 from regrow.nets.cells import Cells
 from regrow.surgery import apply
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.learner import Context, Replacements, Step, task_loss
 from regrow.training.state import axis_tensors, follow_plan, with_axis_tensors
