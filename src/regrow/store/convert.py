@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from regrow.core import limits
+from regrow.core.errors import InputError
+from regrow.core.limits import MAX_JSON_BYTES
 from regrow.store.errors import StoreError
 
 Record = TypeVar("Record")
@@ -26,8 +29,10 @@ def convert(data: object, kind: type[Record], where: str | Path = "", remedy: st
     except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:
         text, _, path = str(error).rpartition(" - at `") if " - at `" in str(error) else (str(error), "", "")
         place, value = _locate(data, kind, path.rstrip("`"), str(error))
-        told = f"{place} is {_short(value)}: {text}" if place else text
-        raise StoreError(f"{where}: {told}; {remedy}" if where else f"{told}; {remedy}") from None
+        if place:
+            shown = repr(value)
+            text = f"{place} is {shown if len(shown) <= 80 else shown[:79] + '…'}: {text}"
+        raise StoreError(f"{where}: {text}; {remedy}" if where else f"{text}; {remedy}") from None
 
 
 def check_format(data: object, known: str, where: str | Path, remedy: str = "run it again") -> None:
@@ -41,6 +46,14 @@ def check_format(data: object, known: str, where: str | Path, remedy: str = "run
             f"{remedy}"
         )
     raise StoreError(f"{where} is not of the format {known!r}; restore it")
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file that may be hostile; ``None`` if it does not exist."""
+    try:
+        return limits.read_json(path, most) if path.exists() else None
+    except InputError as error:
+        raise StoreError(str(error)) from None
 
 
 def _locate(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
@@ -74,14 +87,9 @@ def _fails(data: Any, kind: Any, place: list[Any], message: str) -> bool:
 
 def _isolate(data: Any, place: list[Any]) -> Any:
     """Return JSON data in which the dict at a place holds only the last entry of the place."""
-    if len(place) == 1:
-        return {place[0]: data[place[0]]}
+    first, *rest = place
+    if not rest:
+        return {first: data[first]}
     if isinstance(data, Mapping):
-        return {**data, place[0]: _isolate(data[place[0]], place[1:])}
-    at = int(place[0])
-    return [*data[:at], _isolate(data[at], place[1:]), *data[at + 1 :]]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+        return {**data, first: _isolate(data[first], rest)}
+    return [_isolate(part, rest) if i == int(first) else part for i, part in enumerate(data)]

@@ -13,14 +13,12 @@ import msgspec
 from torch import nn
 
 from regrow.core.axes import AxisGraph
-from regrow.core.errors import InputError
-from regrow.core.limits import parse_json, problem
 from regrow.core.plan import FORMAT as PLAN_FORMAT
 from regrow.core.plan import Plan, PlanError
 from regrow.store import plan_schemas, schemas
 from regrow.store.atomic import write_text
-from regrow.store.convert import check_format, convert
-from regrow.store.errors import StoreError, check_readable
+from regrow.store.convert import check_format, convert, read_json
+from regrow.store.errors import StoreError
 from regrow.store.plan_schemas import expand_plans, shorten_plan
 from regrow.store.tensors import read_tensors, write_tensors
 from regrow.surgery import UndoStore, apply
@@ -66,8 +64,7 @@ class Ledger:
 
     def replace(self, plan: Plan) -> None:
         """Write the only plan of a run; that of an attempt that was stopped is replaced if it is another."""
-        known = [_line(one) for one in self._entries()[self.skip :]]
-        if known != [_line(json.loads(plan.to_json()))]:
+        if list(map(_line, self._entries()[self.skip :])) != [_line(json.loads(plan.to_json()))]:
             self.truncate(0)
             self.append(plan)
 
@@ -77,31 +74,22 @@ class Ledger:
         if len(entries) > many == 0:
             self.path.unlink()
         elif len(entries) > many:
-            self._write(list(map(_line, entries[:many])))
+            self._write(map(_line, entries[:many]))
 
-    def _write(self, lines: list[str]) -> None:
+    def _write(self, lines: Iterable[str]) -> None:
         write_text(self.path, _HEAD + ",\n".join(lines) + _TAIL)
 
     def __len__(self) -> int:
         return max(0, len(self._entries()) - self.skip)
 
     def _entries(self) -> list[Any]:
-        if not self.path.exists():
+        data = read_json(self.path, _LONGEST)
+        if data is None:
             return []
-        check_readable(self.path)
-        try:
-            if self.path.stat().st_size > _LONGEST:
-                raise StoreError(f"{self.path} is longer than any ledger; restore it")
-            text = self.path.read_text(encoding="utf-8")
-            data = parse_json(text, "its text")
-        except (OSError, ValueError, InputError) as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"{self.path} cannot be read ({problem(error)}); restore it") from None
         check_format(data, FORMAT, self.path)
         plans = convert(data, schemas.LedgerJson, self.path).plans
         try:
-            return expand_plans(plans, len(text))
+            return expand_plans(plans, self.path.stat().st_size)
         except StoreError as error:
             raise StoreError(f"{self.path}: {error}") from None
 

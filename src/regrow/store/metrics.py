@@ -1,12 +1,11 @@
 """``metrics.jsonl``: the measurements of a run; each has a key, so that a resumed run adds none a second time."""
 
-import errno
+import contextlib
 import json
 import math
 import os
-import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,25 @@ from regrow.store.measurements import KINDS
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Append a line of JSON and flush it to the disk."""
-    line = json.dumps(row, allow_nan=False) + "\n"
-    with explain_os_errors(path):
-        handle = _open(path)
+    """Append a line of JSON and flush it to the disk; if that fails, truncate the file to its former end."""
+    left = memoryview(f"{json.dumps(row, allow_nan=False)}\n".encode())
+    with _opened(path) as handle:
+        end = _repair_end(handle)
         try:
-            _append(handle, line.encode())
-        finally:
-            os.close(handle)
+            os.lseek(handle, end, os.SEEK_SET)
+            while left:
+                left = left[os.write(handle, left) :]
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, end)
+            raise
 
 
 def mend(path: Path) -> None:
     """Remove a last line that a crash cut short; add the newline if only that is missing."""
-    if not os.path.lexists(path):
-        return
-    with explain_os_errors(path):
-        handle = _open(path)
-        try:
+    if os.path.lexists(path):
+        with _opened(path) as handle:
             _repair_end(handle)
-        finally:
-            os.close(handle)
 
 
 def read(path: Path, kinds: Mapping[str, type[object]] | None = None) -> list[dict[str, Any]]:
@@ -61,7 +59,8 @@ def read(path: Path, kinds: Mapping[str, type[object]] | None = None) -> list[di
     return rows
 
 
-def _open(path: Path) -> int:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
     """Open a file for changes in place, so that no other name of the file is affected.
 
     A symbolic link is refused. A file with a second name (a hard link), as a killed process may leave it, is copied
@@ -70,40 +69,18 @@ def _open(path: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT
     for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):  # opening a device or FIFO must not wait
         flags |= getattr(os, name, 0)
-    while True:
+    with explain_os_errors(path):
         if path.is_symlink():
             raise StoreError(f"{path} is a symbolic link, and the file it leads to is not changed; delete the link")
+        if path.exists() and not path.is_file():
+            raise StoreError(f"{path} is not a regular file; delete it")
+        if path.exists() and path.stat().st_nlink > 1:
+            write_bytes(path, path.read_bytes())
+        handle = os.open(path, flags, 0o666)
         try:
-            handle = os.open(path, flags, 0o666)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            raise _irregular(path) from None
-        status = os.fstat(handle)
-        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-            return handle
-        os.close(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise _irregular(path)
-        write_bytes(path, path.read_bytes())
-
-
-def _irregular(path: Path) -> StoreError:
-    return StoreError(f"{path} is not a regular file; delete it")
-
-
-def _append(handle: int, line: bytes) -> None:
-    """Write a line at the end of a file; if that fails, truncate the file to its former end."""
-    end = _repair_end(handle)
-    try:
-        os.lseek(handle, end, os.SEEK_SET)
-        left = memoryview(line)
-        while left:
-            left = left[os.write(handle, left) :]
-        os.fsync(handle)
-    except OSError:
-        os.ftruncate(handle, end)
-        raise
+            yield handle
+        finally:
+            os.close(handle)
 
 
 def _repair_end(handle: int) -> int:

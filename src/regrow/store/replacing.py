@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from regrow.core.limits import check_regular, reason
 from regrow.store.atomic import LEFTOVER, Lock, LockedError, leftovers, lock, staging_folder, sweep, sync
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
 from regrow.store.outputs import PAGE
@@ -72,9 +71,10 @@ def settle(folder: Path) -> None:
     """Complete the replacement of a folder that a killed process left half done, if there is one."""
     place = folder.resolve()
     for stage in [] if place.exists() else leftovers(place):
-        if _was(stage, place).is_dir() and (stage / place.name).is_dir():
+        new = stage / place.name
+        if Path(f"{new}.replaced").is_dir() and new.is_dir():
             with contextlib.suppress(OSError):  # another reader did it
-                (stage / place.name).rename(place)
+                new.rename(place)
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -84,22 +84,19 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Collection[str] = ()) -> None:
-    """Hard-link the files of a folder into another one, or copy them where links are not supported."""
-    for one in sorted(source.iterdir()):
-        place = target / one.name
-        if one.name in skip or LEFTOVER.fullmatch(one.name):
+    """Hard-link the files of a folder into another one, or copy them where links are not supported.
+
+    Those called ``copy`` will be written to in place, and so are copied.
+    """
+    for path in sorted(source.iterdir()):
+        place = target / path.name
+        if path.name in skip or LEFTOVER.fullmatch(path.name):
             continue
-        if one.is_dir() and not one.is_symlink():
+        if path.is_dir() and not path.is_symlink():
             place.mkdir(exist_ok=True)
-            link_tree(one, place)
-        elif not place.exists():
-            if one.name in copy:
-                shutil.copy2(one, place)
-                continue
-            try:
-                os.link(one, place, follow_symlinks=False)
-            except OSError:  # a file system without links, or with too many of this file
-                shutil.copy2(one, place, follow_symlinks=False)
+            link_tree(path, place)
+        elif not place.exists() and (path.name in copy or not _link(path, place)):
+            shutil.copy2(path, place, follow_symlinks=path.name in copy)
 
 
 def read_whole(folder: Path, read: Callable[[], T]) -> T:
@@ -125,10 +122,6 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _was(stage: Path, place: Path) -> Path:
-    return stage / f"{place.name}.replaced"
-
-
 def _exchange(new: Path, place: Path) -> None:
     """Give a folder the name of another one; if that exists, it moves to where the first one was."""
     if not place.exists():
@@ -138,15 +131,13 @@ def _exchange(new: Path, place: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             raise LockedError(f"{place} was made by another process meanwhile; choose another folder") from None
-        return
-    if _exchange_atomically(new, place):
-        return
-    place.rename(_was(new.parent, place))
-    try:
-        new.rename(place)
-    except FileNotFoundError:  # a reader has completed it
-        if not place.is_dir():
-            raise
+    elif not _exchange_atomically(new, place):
+        place.rename(f"{new}.replaced")
+        try:
+            new.rename(place)
+        except FileNotFoundError:  # a reader has completed it
+            if not place.is_dir():
+                raise
 
 
 def _exchange_atomically(one: Path, other: Path) -> bool:
@@ -195,42 +186,48 @@ _CLONE = 0x40049409
 """The request FICLONE of Linux: share the blocks of another file."""
 
 
-def copy_folder(source: Path, target: Path, *, skip: Collection[str] = (), link: bool = False) -> None:
+def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
     """Copy the regular files of a folder; unfinished files, and links that lead out, are left out."""
     for path in sorted(source.iterdir()):
         name = path.name
-        if name in skip or name == WORK or LEFTOVER.fullmatch(name) or _leads_out(path):
+        # A link may lead to a file beside it alone.
+        leads_out = path.is_symlink() and not (path.is_file() and path.resolve().parent == path.parent.resolve())
+        if name == WORK or LEFTOVER.fullmatch(name) or leads_out:
             continue
         if path.is_dir():
             (target / name).mkdir()
-            copy_folder(path, target / name, skip=skip, link=link)
+            copy_folder(path, target / name, link=link)
             continue
         check_readable(path)
         if not (link and path.lstat().st_nlink == 1 and not path.is_symlink() and _link(path, target / name)):
-            _copy(path, target / name)
+            with path.open("rb") as file, (target / name).open("xb") as copy:
+                if not _clone(file, copy):
+                    shutil.copyfileobj(file, copy, 2**22)
+            shutil.copystat(path, target / name)
 
 
 def record_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Return path in a folder → ``bytes`` and ``sha256`` of every file in it but pages, as JSON data."""
-    return {path.relative_to(folder).as_posix(): _measure(path) for path in _files(folder) if path.name != PAGE}
+    records: dict[str, dict[str, Any]] = {}
+    for path in _files(folder):
+        if path.name != PAGE:
+            check_readable(path)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            records[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return records
 
 
 def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: Path) -> None:
     """Raise StoreError unless a folder holds the recorded files and no others but pages, which are made from them."""
-    there = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path.name != PAGE}
+    found = record_files(folder)
     for name, expected in recorded.items():
-        if name not in there:
-            try:
-                check_regular(shown / name)
-                why = "is a link"
-            except ValueError as error:
-                why = str(error).removeprefix(f"{shown / name} ").partition("; ")[0]
-            raise StoreError(f"{shown / name} {why}; put the file of the run there again")
-        size = there[name].stat().st_size
-        if size != expected["bytes"] or _measure(there[name]) != expected:
-            state = "truncated" if size < expected["bytes"] else "damaged or was changed"
+        if name not in found:
+            raise StoreError(f"{shown / name} is missing or a link; put the file of the run there again")
+        if found[name] != expected:
+            state = "truncated" if found[name]["bytes"] < expected["bytes"] else "damaged or was changed"
             raise StoreError(f"{shown / name} is {state}: it does not have the recorded SHA-256; copy it again")
-    if other := min(there.keys() - recorded.keys(), default=None):
+    if other := min(found.keys() - recorded.keys(), default=None):
         raise StoreError(f"{shown / other} is no file of the run; move it elsewhere")
 
 
@@ -259,27 +256,6 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _leads_out(path: Path) -> bool:
-    """Whether a path is a link to anything but a file beside it."""
-    return path.is_symlink() and not (path.is_file() and path.resolve().parent == path.parent.resolve())
-
-
-def _measure(path: Path) -> dict[str, Any]:
-    check_readable(path)
-    try:
-        with path.open("rb") as file:
-            return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read ({reason(error)}); copy it again") from None
-
-
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as file, target.open("xb") as copy:
-        if not _clone(file, copy):
-            shutil.copyfileobj(file, copy, 2**22)
-    shutil.copystat(source, target)
-
-
 def _clone(source: BinaryIO, target: Any) -> bool:
     """Let an empty file share the blocks of another one; ``False`` where the file system cannot."""
     if fcntl is None:
@@ -292,8 +268,9 @@ def _clone(source: BinaryIO, target: Any) -> bool:
 
 
 def _link(source: Path, target: Path) -> bool:
+    """Hard-link a file; ``False`` where the file system has no links, or too many of this file."""
     try:
-        os.link(source, target)
-    except OSError:  # a file system without links
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
         return False
     return True

@@ -5,7 +5,8 @@ for a result. At the end, the complete new folder replaces the old one, which ma
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -18,7 +19,7 @@ from regrow.core.tables import Table, format_html
 from regrow.nets.weight_files import WeightFile, check_unchanged
 from regrow.store import run_record, schemas
 from regrow.store.atomic import Lock, lock, write_text
-from regrow.store.convert import convert
+from regrow.store.convert import convert, read_json
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger, read_undo_store, write_undo_store
 from regrow.store.metrics import Metrics, replace_nonfinite
@@ -68,17 +69,13 @@ class RunFolder:
         with explain_os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             owner = lock(out)
-        try:
+        with _released_on_error(owner):
             resumed = run_record.is_resumable(out, wanted)
-            if resumed:
-                return cls(out / WORK, True, out, owner)
-            folder = cls(run_record.make_area(out), False, out, owner)
-            record = {"format": run_record.FORMAT, "command": command, "defaults": {}, **wanted}
-            folder._write(run_record.RUN, record | _now("started"))
-            return folder
-        except BaseException:
-            owner.release()
-            raise
+            folder = cls(out / WORK if resumed else run_record.make_area(out), resumed, out, owner)
+            if not resumed:
+                record = {"format": run_record.FORMAT, "command": command, "defaults": {}, **wanted}
+                folder._write(run_record.RUN, record | {"versions": versions(), "started": _now()})
+        return folder
 
     @classmethod
     def check(
@@ -111,13 +108,10 @@ class RunFolder:
         check_replaceable(out)
         with explain_os_errors(out):
             owner = lock(out)
-        try:
+        with _released_on_error(owner):
             if not run_record.unfinished_folder(out):
                 cls.open(out)
                 run_record.copy_into_area(out)
-        except BaseException:
-            owner.release()
-            raise
         return cls(out / WORK, True, out, owner)
 
     @classmethod
@@ -125,13 +119,12 @@ class RunFolder:
         """Open a finished run for reading."""
         path = Path(path)
         settle(path)
-        found = cls(path)
-        if not (path / run_record.RUN).is_file() or not found.run().get("finished"):
-            begun = cls.open_unfinished(path)
-            if begun is not None:
+        folder = cls(path)
+        if not (path / run_record.RUN).is_file() or not folder.run().get("finished"):
+            if begun := cls.open_unfinished(path):
                 raise StoreError(f"{path}: the run is not finished; resume it first: {begun.run().get('command')}")
-            found.run()
-        return found
+            folder.run()
+        return folder
 
     @classmethod
     def open_unfinished(cls, path: str | Path) -> "RunFolder | None":
@@ -141,10 +134,10 @@ class RunFolder:
 
     def _repr_html_(self) -> str:
         """Return what the run is and the sizes that it measured as HTML tables, for notebooks."""
-        run, sizes = self.run(), [row for row in self.metrics() if row["what"] == "size"]
+        run = self.run()
         facts = [(name, run[name]) for name in ("verb", "command", "started", "finished") if run.get(name)]
         columns = ("model", "params_all", "params_counted", "macs", "bytes")
-        rows = [tuple(row.get(name, "–") for name in columns) for row in sizes]
+        rows = [tuple(row.get(name, "–") for name in columns) for row in self.metrics() if row["what"] == "size"]
         heads = ("model", "parameters", "weights", "MACs", "bytes")
         return format_html([Table(str(self.path), ("", ""), facts), Table("", heads, rows, (1, 2, 3, 4))])
 
@@ -171,7 +164,7 @@ class RunFolder:
         """
         if self.out is None:
             raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")
-        self.update(**fields, **_now("finished"))
+        self.update(**fields, finished=_now())
         if write_page:
             write_page(self.path)
         check_unchanged(self.inputs)
@@ -211,9 +204,9 @@ class RunFolder:
 
     def last(self, what: str) -> dict[str, Any]:
         """Return the last measurement of the kind ``what``."""
-        if not (found := [row for row in self.metrics() if row["what"] == what]):
+        if not (rows := [row for row in self.metrics() if row["what"] == what]):
             raise StoreError(f"{self.path / 'metrics.jsonl'}: it has no measurement {what!r}; run the command again")
-        return found[-1]
+        return rows[-1]
 
     @cached_property
     def _metrics(self) -> Metrics:
@@ -248,11 +241,19 @@ class RunFolder:
         write_text(self.path / name, json.dumps(replace_nonfinite(data), indent=1, allow_nan=False) + "\n")
 
     def _record(self, name: str, kind: type[Any]) -> dict[str, Any]:
-        if (data := run_record.read_json(self.path / name)) is not None:
+        if (data := read_json(self.path / name)) is not None:
             convert(data, kind, self.path / name)
         return dict(data or {})
 
 
-def _now(what: str) -> dict[str, Any]:
-    time = {what: datetime.now(UTC).isoformat(timespec="seconds")}
-    return {"versions": versions(), **time} if what == "started" else time
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def _released_on_error(owner: Lock) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        owner.release()
+        raise

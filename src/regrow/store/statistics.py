@@ -11,7 +11,7 @@ from regrow.core.scores import Moments, Statistics
 from regrow.core.sources import Source, preserve_random_state
 from regrow.store import schemas
 from regrow.store.convert import convert
-from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.errors import explain_os_errors
 from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
 FOLDER = "statistics"
@@ -51,8 +51,11 @@ def fingerprint(source: Source, *more: object) -> str:
     return digest.hexdigest()
 
 
-def write_statistics(path: Path, source: str, shard: int, statistics: Statistics, key: str) -> None:
-    """Write the statistics of one shard of a source to a file."""
+def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
+    """Store the measurements on one shard of a source in a run folder; ``key`` is the digest of what they depend on."""
+    path = run / FOLDER / file_name(source, shard)
+    with explain_os_errors(path.parent):
+        path.parent.mkdir(exist_ok=True)
     tensors = {f"m{i}.{part}": getattr(m, part) for i, m in enumerate(statistics.moments.values()) for part in _SUMS}
     tensors |= {f"g{i}": gradient for i, gradient in enumerate(statistics.gradients.values())}
     tensors |= {f"f{i}": squares for i, squares in enumerate(statistics.fisher.values())}
@@ -68,45 +71,32 @@ def write_statistics(path: Path, source: str, shard: int, statistics: Statistics
     write_tensors(path, tensors, header, FORMAT)
 
 
-def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics | None:
-    """Read the statistics of a shard; ``None`` if the file is damaged or of another source, shard or key."""
-    try:
-        header, tensors = read_tensors(path, FORMAT)
-        record = convert(header, schemas.StatisticsHeader)
-        if (record.source, record.shard, record.key) != (source, shard, key):
-            return None
-        moments = {
-            name: Moments(count, tensors[f"m{i}.total"], tensors[f"m{i}.square"], sequences, *_means(tensors, i))
-            for i, (name, count, sequences) in enumerate(record.moments)
-        }
-        gradients = {name: tensors[f"g{i}"] for i, name in enumerate(record.gradients)}
-        fisher = {key: tensors[f"f{i}"] for i, key in enumerate(record.fisher)}
-        return Statistics(source, record.tokens, moments, gradients, fisher)
-    except (StoreError, ValueError, KeyError, TypeError):
-        return None
-
-
-def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
-    """Store the measurements on one shard of a source in a run folder, for resuming."""
-    path = run / FOLDER / file_name(source, shard)
-    with explain_os_errors(path.parent):
-        path.parent.mkdir(exist_ok=True)
-    write_statistics(path, source, shard, statistics, key)
-
-
 def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
-    """Return the shards that an interrupted calibration finished, by source and number, for ``collect(done=…)``."""
+    """Return the shards that an interrupted calibration finished, by source and number, for ``collect(done=…)``.
+
+    Files that are damaged or of another source, shard or key are left out.
+    """
     finished = {}
     for source, key in keys.items():
         for shard in range(shards):
-            path = run / FOLDER / file_name(source, shard)
-            if path.is_file() and (statistics := read_statistics(path, source, shard, key)) is not None:
-                finished[source, shard] = statistics
+            try:
+                header, tensors = read_tensors(run / FOLDER / file_name(source, shard), FORMAT)
+                record = convert(header, schemas.StatisticsHeader)
+                if (record.source, record.shard, record.key) == (source, shard, key):
+                    finished[source, shard] = _statistics(record, tensors)
+            except (ValueError, KeyError, TypeError):
+                continue
     return finished
 
 
-def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
-    return tensors[f"m{i}.mean_total"], tensors[f"m{i}.mean_square"]
+def _statistics(record: schemas.StatisticsHeader, tensors: Mapping[str, Tensor]) -> Statistics:
+    moments = {}
+    for i, (name, count, sequences) in enumerate(record.moments):
+        total, square, mean_total, mean_square = (tensors[f"m{i}.{part}"] for part in _SUMS)
+        moments[name] = Moments(count, total, square, sequences, mean_total, mean_square)
+    gradients = {name: tensors[f"g{i}"] for i, name in enumerate(record.gradients)}
+    fisher = {name: tensors[f"f{i}"] for i, name in enumerate(record.fisher)}
+    return Statistics(record.source, record.tokens, moments, gradients, fisher)
 
 
 def parameter_sums(model: nn.Module) -> list[float]:

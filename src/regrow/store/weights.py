@@ -52,28 +52,23 @@ class OutsideTensors:
 def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = SHARD) -> Shapes:
     """Write every recorded tensor: a model's own to ``model.safetensors``, others to ``buffers.safetensors``.
 
-    Returns:
-        The record, with the length and digest of every file and the digest of every tensor.
+    Returns the record, with the length and digest of every file and the digest of every tensor.
     """
-    places = {name: here.tensor for name, here in named_tensors(model).items()} | unregistered_tensors(model)
-    tensors = ((name, places[name]) for part in _files(shapes, shard).values() for name in part)
-    return _write(tensors, shapes, folder, shard)
+    tensors = {name: held.tensor for name, held in named_tensors(model).items()} | unregistered_tensors(model)
+    named = ((name, tensors[name]) for part in _files(shapes, shard).values() for name in part)
+    return _write(named, shapes, folder, shard)
 
 
-def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, ahead: int = AHEAD) -> Shapes:
-    """Write the files that :func:`write_weights` writes, from tensors that are given one by one in any order.
-
-    Returns:
-        The record, with the length and digest of every file and the digest of every tensor.
-    """
+def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, ahead: int) -> Shapes:
+    """Write the files that :func:`write_weights` writes, from tensors that are given one by one in any order."""
 
     def checked() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             stored = shapes.tensors[name]
-            own = tensor.detach().to("cpu", DTYPES[stored.dtype])
-            if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(own)):
+            tensor = tensor.detach().to("cpu", DTYPES[stored.dtype])
+            if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(tensor)):
                 raise StoreError(f"{bad} entries of {name!r} would be NaN or infinite; use another dtype")
-            yield name, own
+            yield name, tensor
 
     return _write(checked(), shapes, folder, SHARD, ahead)
 
@@ -81,49 +76,46 @@ def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Pa
 def _write(
     tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, shard: int, ahead: int = AHEAD
 ) -> Shapes:
-    """Write tensors that are given one by one, and return the record with all digests."""
     files = _files(shapes, shard)
-    opened: dict[str, TensorFile] = {}
+    places: dict[str, TensorFile] = {}
+    names: dict[Path, str] = {}
     with ExitStack() as stack:
         for name, part in files.items():
             entries = {key: (DTYPES[stored.dtype], stored.shape) for key, stored in part.items()}
             temporary = stack.enter_context(atomic_write(folder / name))
-            opened[name] = stack.enter_context(TensorFile(temporary, entries, {"format": "pt"}))
-        places = {key: opened[name] for name, part in files.items() for key in part}
+            file = stack.enter_context(TensorFile(temporary, entries, {"format": "pt"}))
+            names[temporary] = name
+            places |= dict.fromkeys(part, file)
         with TensorWriter(places, ahead) as writer:
             for key, tensor in tensors:
                 writer.write(key, tensor.detach().to("cpu", DTYPES[shapes.tensors[key].dtype]).contiguous())
             digests, written = writer.finish()
-    return _finish(shapes, folder, files, digests, {name: written[file.path] for name, file in opened.items()})
+    shards = {key: name for name, part in files.items() for key, stored in part.items() if stored.kind.carried}
+    if len({*shards.values()}) > 1:
+        size = sum(shapes.tensors[key].bytes for key in shards)
+        index = {"metadata": {"total_size": size}, "weight_map": shards}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    records = {name: replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
+    return replace(shapes, tensors=records, files={name: written[path] for path, name in names.items()})
 
 
 def _files(shapes: Shapes, shard: int) -> dict[str, dict[str, Stored]]:
     """Return file name → the tensors that it holds."""
-    own = {name: stored for name, stored in shapes.tensors.items() if stored.kind.carried}
-    rest = {name: stored for name, stored in shapes.tensors.items() if not stored.kind.carried}
-    parts = list(_parts(own, shard))
+    parts: list[dict[str, Stored]] = [{}]
+    rest: dict[str, Stored] = {}
+    size = 0
+    for name, stored in shapes.tensors.items():
+        if not stored.kind.carried:
+            rest[name] = stored
+            continue
+        if parts[-1] and size + stored.bytes > shard:
+            parts.append({})
+            size = 0
+        parts[-1][name] = stored
+        size += stored.bytes
     names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     files = {"model.safetensors": parts[0]} if len(parts) == 1 else dict(zip(names, parts, strict=True))
     return {**files, **({"buffers.safetensors": rest} if rest else {})}
-
-
-def _finish(
-    shapes: Shapes,
-    folder: Path,
-    files: Mapping[str, Mapping[str, Stored]],
-    digests: Mapping[str, str],
-    written: Mapping[str, File],
-) -> Shapes:
-    """Write the index of shards, and return the record with the digests of files and tensors."""
-    own = {key: (name, one) for name, part in files.items() for key, one in part.items() if one.kind.carried}
-    if len({name for name, _ in own.values()}) > 1:
-        index = {
-            "metadata": {"total_size": sum(stored.bytes for _, stored in own.values())},
-            "weight_map": {key: name for key, (name, _) in own.items()},
-        }
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    tensors = {name: replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
-    return replace(shapes, tensors=tensors, files=written)
 
 
 def read_weights(
@@ -208,24 +200,14 @@ def _check(path: Path, name: str, tensor: Tensor, stored: Stored, check: bool) -
             f"{path}: {name!r} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, "
             f"the record says {stored.dtype} {stored.shape}; restore the file"
         )
-    own = tensor.clone(memory_format=torch.contiguous_format)
-    if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(own)):
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(tensor)):
         raise StoreError(f"{path}: {bad} entries of {name!r} are NaN or infinite; use an undamaged file")
-    if check and stored.sha256 and digest(own) != stored.sha256:
+    if check and digest(tensor) != stored.sha256:
         raise StoreError(
             f"{path}: {name!r} does not have the recorded SHA-256: it is damaged or was changed; copy it again"
         )
-    return own
-
-
-def _parts(tensors: Mapping[str, Stored], shard: int) -> Iterator[dict[str, Stored]]:
-    part: dict[str, Stored] = {}
-    for name, stored in tensors.items():
-        if part and sum(other.bytes for other in part.values()) + stored.bytes > shard:
-            yield part
-            part = {}
-        part[name] = stored
-    yield part
+    return tensor
 
 
 class FileDigest:

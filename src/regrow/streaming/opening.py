@@ -18,7 +18,7 @@ from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.skeleton import load_skeleton, replacing_parameters
 from regrow.store.building import build_checked
 from regrow.store.errors import StoreError
-from regrow.store.models import read_shapes
+from regrow.store.models import describe_loaded, read_shapes
 from regrow.store.pretrained import read_tokenizer
 from regrow.store.probe import FILE, check_probe
 from regrow.store.replacing import read_whole
@@ -103,15 +103,16 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
 def _open_saved(folder: Path, name: str, dtype: torch.dtype | None) -> OpenedNetwork:
     """Open a model that regrow saved; its tensors begin at cache lines, as copies of those in files do."""
     loaded, shapes = load_saved_skeleton(folder, FakeTensorMode(allow_non_fake_inputs=True), dtype)
-    every: dict[str, TensorPlace] = {}
+    places: dict[str, TensorPlace] = {}
     for file, recorded in shapes.files.items():
-        every |= read_places(inside(folder, file), recorded.sha256)
-    places = {key: place for key, place in every.items() if shapes.tensors[key].kind.carried}
+        found = read_places(inside(folder, file), recorded.sha256)
+        places |= {key: place for key, place in found.items() if shapes.tensors[key].kind.carried}
     digests = {key: shapes.tensors[key].sha256 for key in places}
     weights = StoredWeights(Checkpoint(places, places), loaded.model, name, digests)
     loaded = replace(loaded, files=weights.checkpoint.files)
-    probe = inside(folder, FILE) if shapes.probe.file is not None else None
-    if probe is not None and shapes.probe.file is not None:
+    probe = None
+    if shapes.probe.file is not None:
+        probe = inside(folder, FILE)
         check_file(probe, shapes.probe.file)
     return OpenedNetwork(loaded, _traced(loaded), weights, probe)
 
@@ -145,20 +146,17 @@ def load_saved_skeleton(folder: Path, mode: FakeTensorMode, dtype: torch.dtype |
     check_files(folder)
     with replacing_parameters(empty_parameters(mode)):
         net = build_checked(folder, shapes, None, dtype)
-    tensors = read_weights(folder, shapes, kinds=[one for one in Kind if one is not Kind.PARAMETER])
-    for name, one in shapes.tensors.items():
-        if one.kind is Kind.PARAMETER:
+    tensors = read_weights(folder, shapes, kinds=[kind for kind in Kind if kind is not Kind.PARAMETER])
+    for name, stored in shapes.tensors.items():
+        if stored.kind is Kind.PARAMETER:
             with mode:
-                tensors[name] = torch.empty(one.shape, dtype=DTYPES[one.dtype])
-        if dtype is not None and one.kind is not Kind.DERIVED and tensors[name].is_floating_point():
+                tensors[name] = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        if dtype is not None and stored.kind is not Kind.DERIVED and tensors[name].is_floating_point():
             tensors[name] = tensors[name].to(dtype)
     restore(net, shapes, tensors)
     tokenizer = read_tokenizer(folder)
     example = guessed_example(net) if tokenizer is None else text_example(net, len(tokenizer))
     if example is None:
         raise ModelError(f"{folder}: the model does not say what input it takes; leave out --memory")
-    origin = replace(shapes.origin, name=folder.name)
-    for name, value in (("origin", shapes.origin), ("tokenizer", tokenizer)):
-        if value is not None and not hasattr(net, name):
-            setattr(net, name, value)
-    return Loaded(net.eval(), tokenizer, example, origin), shapes
+    describe_loaded(net, shapes.origin, tokenizer)
+    return Loaded(net.eval(), tokenizer, example, replace(shapes.origin, name=folder.name)), shapes

@@ -109,11 +109,12 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
         classes.setdefault(block.kind, []).append((sum(sizes[name] for name in block.states), block))
     result: list[GraphBlock] = []
     for members in classes.values():
-        ordered = sorted(members, key=lambda one: one[0])
-        (least, narrowest), *between, (most, widest) = [ordered[0], *ordered]
-        extremes = [narrowest] if least == most else [narrowest, widest]
-        more = [block for _, block in between if block not in extremes] if most <= SMALL else []
-        result += [*extremes, *more][:PER_CLASS]
+        ordered = sorted(members, key=lambda member: member[0])
+        (least, narrowest), (most, widest) = ordered[0], ordered[-1]
+        selected = [narrowest] if least == most else [narrowest, widest]
+        if most <= SMALL:
+            selected += [block for _, block in ordered[:-1] if block not in selected]
+        result += selected[:PER_CLASS]
     return sorted(result, key=lambda block: block.start)
 
 
@@ -121,9 +122,9 @@ def changed_blocks(change: ProposedChange) -> list[GraphBlock]:
     """Return the blocks that a plan changes: those with operations on its axes, or with tensors that it computes."""
     moved, made = change.units.keys(), change.ready.values.keys()
     steps = change.axes.steps
-    reach = [any(not moved.isdisjoint(axes_in(dim)) for row in one.shapes for dim in row or ()) for one in steps]
-    every = change.recording.blocks
-    return [one for one in every if any(reach[one.start : one.stop]) or not made.isdisjoint(one.states)]
+    reach = [any(not moved.isdisjoint(axes_in(dim)) for row in step.shapes for dim in row or ()) for step in steps]
+    blocks = change.recording.blocks
+    return [block for block in blocks if any(reach[block.start : block.stop]) or not made.isdisjoint(block.states)]
 
 
 class _Pair:
@@ -132,31 +133,33 @@ class _Pair:
     def __init__(self, change: ProposedChange, only: GraphBlock | None = None) -> None:
         self.change = change
         self.gaps: list[tuple[Tensor, Tensor]] = []
-        model, plan, capture, reads = change.model, change.plan, change.recording.capture, change.recording.reads
+        model, plan, recorded, ready = change.model, change.plan, change.recording, change.ready
         self.rounded = computed_tensors(change)
-        taken = {name: value for name, value in change.ready.values.items() if name not in self.rounded}
+        taken = {name: value for name, value in ready.values.items() if name not in self.rounded}
         self.cut = CutTensors(model, change.axes, plan, True, taken)
-        if only is not None:
-            reads = tuple(read for read in reads if only.start <= read.step < only.stop)
-        keep = {key: one.keep for key, one in plan.changes.items()}
-        mask = masking(capture, reads, change.axes.sizes(), keep, plan.means)
-        after: tuple[Capture, Load, Masking | None] = (change.planned, self.cut.load, None)
+        reads = tuple(read for read in recorded.reads if only is None or only.start <= read.step < only.stop)
+        keep = {key: units.keep for key, units in plan.changes.items()}
+        mask = masking(recorded.capture, reads, change.axes.sizes(), keep, plan.means)
+        load: Load = self.cut.load
+        back: Masking | None = None
         if change.recalls:
-            old = {key: tuple((~one.is_new).nonzero().flatten().tolist()) for key, one in change.units.items()}
-            back = masking(change.planned, reads, change.ready.sizes, old, restored_means(change))
-            after = (change.planned, loader(model, change.ready.values), back)
-        self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = ((capture, loader(model), mask), after)
-        self.nodes = tuple(operations(one) for one, *_ in self.sides)
+            old = {key: tuple((~lay.is_new).nonzero().flatten().tolist()) for key, lay in change.units.items()}
+            back = masking(change.planned, reads, ready.sizes, old, restored_means(change))
+            load = loader(model, ready.values)
+        self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = (
+            (recorded.capture, loader(model), mask),
+            (change.planned, load, back),
+        )
+        self.nodes = tuple(operations(capture) for capture, *_ in self.sides)
         self.steps = {node: i for nodes in self.nodes for i, node in enumerate(nodes)}
         example = cast_example(change.axes.example, model)
         self.given = tree_leaves((example.args, dict(example.kwargs)))
 
     def _fresh(self) -> tuple[Runner, Runner]:
-        (one, load, mask), (other, load_cut, mask_cut) = self.sides
+        (whole, load, mask), (planned, load_cut, mask_cut) = self.sides
         rounded = self.rounded  # a reference to this pair would be a cycle, and keep the tensors of its block
-        ours = Runner(one, self.given, load, True, mask, exact=lambda name: True)
-        theirs = Runner(other, self.given, load_cut, True, mask_cut, exact=lambda name: name not in rounded)
-        return ours, theirs
+        ours = Runner(whole, self.given, load, True, mask, exact=lambda name: True)
+        return ours, Runner(planned, self.given, load_cut, True, mask_cut, exact=lambda name: name not in rounded)
 
     @cached_property
     def runners(self) -> tuple[Runner, Runner]:
@@ -177,20 +180,16 @@ class _Pair:
     def same(self, block: GraphBlock) -> bool:
         """Whether both networks are known to compute the same in a block from the same inputs."""
         ours = self.nodes[0][block.start : block.stop]
-        local = all(op_name(one) in _LOCAL or torch.Tag.pointwise in getattr(one.target, "tags", ()) for one in ours)
-        try:
-            if local and self._same(block, CROP):
-                return True
-        except PlanError:
-            raise
-        except (_NotAloneError, RuntimeError, IndexError, ValueError):
-            pass  # it is no block of images after all
-        try:
-            return self._same(block, None)
-        except PlanError:
-            raise
-        except (_NotAloneError, RuntimeError, IndexError, ValueError):
-            return False
+        local = all(op_name(node) in _LOCAL or torch.Tag.pointwise in getattr(node.target, "tags", ()) for node in ours)
+        for crop in (CROP, None) if local else (None,):
+            try:
+                if self._same(block, crop):
+                    return True
+            except PlanError:
+                raise
+            except (_NotAloneError, RuntimeError, IndexError, ValueError):
+                pass  # such as a block that is none of images after all
+        return False
 
     def _same(self, block: GraphBlock, crop: int | None) -> bool:
         self.gaps.clear()
@@ -259,15 +258,17 @@ class _Pair:
     def _check_rounding(self, values: Mapping[str, Tensor]) -> None:
         """Raise ``PlanError`` if tensors to be written differ from the checked float64 ones by more than rounding."""
         change = self.change
-        # The undo store computes these from values stored before earlier cuts, which were rounded only once.
-        anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means if change.undo else ())}
+        if change.recalls:
+            return
+        names = self.rounded & values.keys()
+        if change.undo is not None:
+            # The undo store computes these from values stored before earlier cuts, which were rounded only once.
+            names -= {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means)}
         verdicts = {}
-        for name, exact in values.items() if not change.recalls else ():
-            done = change.ready.values[name]
-            if name not in self.rounded or (change.undo is not None and name in anew):
-                continue
-            bound = ROUNDING * torch.finfo(done.dtype).eps * measure_magnitude([exact])
-            verdicts[name] = measure_difference([exact], [done]).to(bound.device) <= bound
+        for name in sorted(names):
+            exact, written = values[name], change.ready.values[name]
+            bound = ROUNDING * torch.finfo(written.dtype).eps * measure_magnitude([exact])
+            verdicts[name] = measure_difference([exact], [written]).to(bound.device) <= bound
         if not all_true([*verdicts.values()]):
             name = next(name for name, same in verdicts.items() if not same)
             raise PlanError(

@@ -109,11 +109,12 @@ class UndoStore:
         parts, rest = {}, self
         for branch in branches:
             stays = axes.without([branch]).axes.keys()
-            names = {name: branch.holds(name.partition(":")[0]) for name in rest._names()}
+            names = {*rest.weights, *rest.means, *rest.constants, *rest.added}
+            inside = {name for name in names if branch.holds(name.partition(":")[0])}
             # Branches dropped before stay in this store; otherwise each branch would contain all earlier ones.
-            goes = replace(rest._of({n for n in names if names[n]}, axes.axes.keys() - stays), branches={})
+            goes = replace(rest._of(inside, axes.axes.keys() - stays), branches={})
             parts[branch.module] = RemovedBranch(branch, axes, goes)
-            rest = rest._of({name for name in names if not names[name]}, {*stays})
+            rest = rest._of(names - inside, stays)
         return parts, rest
 
     def rejoined(self, removed: RemovedBranch) -> "UndoStore":
@@ -125,24 +126,14 @@ class UndoStore:
         left = {path: one for path, one in self.branches.items() if path != removed.branch.module}
         return replace(self, **parts, added=(*self.added, *removed.undo.added), branches=left)
 
-    def _names(self) -> set[str]:
-        return {*self.weights, *self.means, *self.constants, *self.added}
-
     def _of(self, names: Container[str], keys: Container[str]) -> "UndoStore":
         """Return the part of the store with tensors and constants of some names and axes of some keys."""
-
-        def those(what: Mapping[str, Any], which: Container[str]) -> dict[str, Any]:
-            return {name: value for name, value in what.items() if name in which}
-
-        return replace(
-            self,
-            weights=those(self.weights, names),
-            next_ids=those(self.next_ids, keys),
-            restorable=those(self.restorable, keys),
-            means=those(self.means, names),
-            constants=those(self.constants, names),
-            added=tuple(name for name in self.added if name in names),
-        )
+        fields = {"weights": names, "next_ids": keys, "restorable": keys, "means": names, "constants": names}
+        parts: dict[str, Any] = {
+            field: {name: value for name, value in getattr(self, field).items() if name in which}
+            for field, which in fields.items()
+        }
+        return replace(self, **parts, added=tuple(name for name in self.added if name in names))
 
     def contents(self) -> dict[str, Tensor]:
         """Return every stored tensor under a unique name, those of dropped branches too; not copied."""
@@ -174,31 +165,28 @@ class UndoStore:
         }
 
     @classmethod
-    def read(cls, record: Mapping[str, object], tensors: Mapping[str, Tensor]) -> "UndoStore":
+    def read(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "UndoStore":
         """Rebuild an undo store from its JSON data and its tensors."""
-        if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+        if record.get("format") != FORMAT:
             raise PlanError(f"not an undo store: expected the format {FORMAT!r}")
-        data: Any = record
         try:
             weights = {
-                str(name): RemovedWeights(
-                    tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}")
-                )
-                for name in data["shelves"]
+                name: RemovedWeights(tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}"))
+                for name in record["shelves"]
             }
-            if odd := [n for n, s in weights.items() if len({part.shape for part in s.parts().values()}) > 1]:
-                raise PlanError(f"a damaged undo store: the numbers of {odd[0]} have several shapes")
+            if odd := [
+                n for n, removed in weights.items() if len({part.shape for part in removed.parts().values()}) > 1
+            ]:
+                raise ValueError(f"the numbers of {odd[0]} have several shapes")
             return cls(
                 weights,
-                {str(key): int(n) for key, n in data["born"].items()},
-                {str(key): tuple(int(one) for one in ids) for key, ids in data["gone"].items()},
-                {str(n): {int(at): float(mean) for at, mean in row.items()} for n, row in data["means"].items()},
-                {str(place): Constant(**one) for place, one in data["constants"].items()},
-                tuple(str(name) for name in data["added"]),
+                dict(record["born"]),
+                {key: tuple(ids) for key, ids in record["gone"].items()},
+                {name: {int(at): mean for at, mean in row.items()} for name, row in record["means"].items()},
+                {place: Constant(**constant) for place, constant in record["constants"].items()},
+                tuple(record["added"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, PlanError):
-                raise
             raise PlanError(f"a damaged undo store: {error!r}") from None
 
     def check_network(self, axes: AxisGraph) -> None:

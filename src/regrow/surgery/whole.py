@@ -10,20 +10,19 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Decision, Example
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out
 from regrow.surgery.compensate import bias_of, check_bias, mean_contribution
 from regrow.surgery.runner import Answers, Runner, floats, loader, masking
-from regrow.tracing.capture import Capture, TraceError, capture, evaluating, first_line
+from regrow.surgery.undo_store import UndoStore
+from regrow.tracing.capture import Capture, TraceError, capture, evaluating, first_line, holds_numbers
 from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import compare_with_recording
 from regrow.tracing.precision import CastsToDouble, example_in_double, made_in_double
-from regrow.tracing.readings import Readings, readings
+from regrow.tracing.readings import readings
 
 Decisions = tuple[Decision, ...] | None
 
@@ -46,7 +45,8 @@ def run_whole_pair(
         masked = _run(whole, example, double, None)
     else:
         # With zeros in the weights of declared axes, the network needs a recording of its own.
-        recorded = _recorded(whole, axes, example, double, decisions)
+        with made_in_double(double), CastsToDouble() if double and decisions is not None else nullcontext():
+            recorded = readings(whole, axes, example, decisions)
         declared = {slot.name for key in axes.declared if key in plan.changes for slot in axes[key].consumers()}
         means = {name: row for name, row in plan.means.items() if name not in declared}
         keep = {key: change.keep for key, change in plan.changes.items()}
@@ -90,22 +90,15 @@ def _run(
             return floats(model(*example.args, **example.kwargs))
 
 
-def _recorded(model: nn.Module, axes: AxisGraph, example: Example, double: bool, decisions: Decisions) -> Readings:
-    with made_in_double(double), CastsToDouble() if double and decisions is not None else nullcontext():
-        return readings(model, axes, example, decisions)
-
-
-def trial_error(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], object]) -> str:
-    """Return the error of running a changed copy of the network on its example; empty if it runs."""
+def trial_error(model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None) -> str:
+    """Return the error of applying a plan to a copy and running that on the example; empty if it runs."""
     example = cast_example(axes.example, model)
-    changed = replace_parameters(model, {})
-    change(changed)
+    changed, _ = carry_out(shallow_copy(model), axes, plan, undo=copy.copy(undo))
     try:
         with evaluating(changed), torch.no_grad(), torch.random.fork_rng(), preserve_state(changed, outside=True):
             changed(*copy.deepcopy(example.args), **copy.deepcopy(dict(example.kwargs)))
     except Exception as error:
-        line = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
-        return f"the network does not run at that size: {line.strip()[:200]}"
+        return f"the network does not run at that size: {first_line(error)}"
     return ""
 
 
@@ -155,7 +148,7 @@ def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 
     Where that cannot be done, the result says so (``unproven``).
     """
-    if is_numberless(model, axes):
+    if not holds_numbers(model, axes.example):
         return replace(axes, unproven="the network or its example has no numbers")
     example = cast_example(axes.example, model)
     if axes.decisions is not None:
@@ -188,9 +181,3 @@ def check_recording(model: nn.Module, recorded: Capture, example: Example) -> st
             f"the plan cannot be carried out: {result.problem}; leave the axes of that module out of the plan"
         )
     return result.unproven
-
-
-def is_numberless(model: nn.Module, axes: AxisGraph) -> bool:
-    """Whether a network or its example has tensors without numbers."""
-    inputs = (x for x in tree_leaves((axes.example.args, dict(axes.example.kwargs))) if isinstance(x, Tensor))
-    return any(x.is_meta or isinstance(x, FakeTensor) for x in (*model.parameters(), *inputs))

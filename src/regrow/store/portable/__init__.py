@@ -14,6 +14,7 @@ from regrow.nets.attention import Attention
 from regrow.nets.blocks import DecoderLayer, blocks
 from regrow.nets.language import require_transformers
 from regrow.store.atomic import write_text
+from regrow.store.pretrained import write_configuration
 from regrow.store.shapes import Kind, Shapes
 from regrow.store.state import named_tensors
 
@@ -38,29 +39,43 @@ def is_changed(shapes: Shapes) -> bool:
 
 def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
     """Return, as JSON data for ``reshape_regrow``, how a network differs from what its configuration builds."""
-    found = named_tensors(model)
-    inserted = {path: [one.to_data() for one in several] for path, several in shapes.inserted.items()}
-    own = {name: one for name, one in shapes.tensors.items() if one.kind is Kind.DERIVED}
+    tensors = named_tensors(model)
+    derived = {name: stored for name, stored in shapes.tensors.items() if stored.kind is Kind.DERIVED}
     nothing = any(placeholder.gives == "nothing" for placeholder in shapes.placeholders.values())
     foreign = any(isinstance(module, Attention) for module in model.modules())
-    loose = any(one.kind is Kind.ATTRIBUTE for one in shapes.tensors.values())
-    if nothing or foreign or loose or sum(found[name].tensor.numel() for name in own) > MOST_DERIVED:
+    loose = any(stored.kind is Kind.ATTRIBUTE for stored in shapes.tensors.values())
+    if nothing or foreign or loose or sum(tensors[name].tensor.numel() for name in derived) > MOST_DERIVED:
         return None
+    inserted = {path: [insertion.to_data() for insertion in row] for path, row in shapes.inserted.items()}
     return {
         "tensors": {
-            name: list(one.shape)
-            for name, one in shapes.tensors.items()
-            if (one.was is not None or one.added) and one.kind is not Kind.DERIVED
+            name: list(stored.shape)
+            for name, stored in shapes.tensors.items()
+            if (stored.was is not None or stored.added) and name not in derived
         },
         "attributes": dict(shapes.attributes),
         "dropped": list(shapes.dropped),
         "stands": {path: placeholder.to_data() for path, placeholder in shapes.placeholders.items()},
         **({"inserted": inserted} if inserted else {}),
         "derived": {
-            name: {"dtype": one.dtype, "shape": list(one.shape), "numbers": found[name].tensor.flatten().tolist()}
-            for name, one in own.items()
+            name: {
+                "dtype": stored.dtype,
+                "shape": list(stored.shape),
+                "numbers": tensors[name].tensor.flatten().tolist(),
+            }
+            for name, stored in derived.items()
         },
     }
+
+
+def write_pretrained(model: nn.Module, shapes: Shapes, folder: Path) -> None:
+    """Write ``config.json``, and where its entries suffice to build a changed network, the code that does it."""
+    changes = settings(model, shapes) if is_changed(shapes) else None
+    if changes is None:
+        write_configuration(shapes.origin, model, folder)
+    else:
+        write_configuration(shapes.origin, model, folder, changes, class_name(shapes.origin.reference))
+        write_code(model, shapes.origin.reference, folder)
 
 
 def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
@@ -123,10 +138,9 @@ def _automatic(reference: str) -> list[str]:
     result = []
     for name, automatic in vars(modeling_auto).items():
         mapping: Any = getattr(automatic, "_model_mapping", None)
-        names: Mapping[str, Any] = getattr(mapping, "_model_mapping", {})
-        if name.startswith("AutoModel") and any(
-            reference in (one if isinstance(one, tuple) else (one,)) for one in names.values()
-        ):
+        classes: Mapping[str, Any] = getattr(mapping, "_model_mapping", {})
+        listed = (known if isinstance(known, tuple) else (known,) for known in classes.values())
+        if name.startswith("AutoModel") and any(reference in names for names in listed):
             result.append(name)
     return sorted(result)
 
