@@ -76,15 +76,23 @@ class Watch:
             beats += 1
             try:
                 self.store.set(f"beat/{self.ranks.rank}", str(beats))
-                line = self._failure() or self._silence(seen)
+                if self.store.check(["failed"]):
+                    self.store.set(f"known/{self.ranks.rank}", "")
+                    line = self.store.get("failed").decode()
+                else:
+                    line = self._silence(seen)
             except RuntimeError:
-                line = f"{self._keeper()} has ended, killed or out of memory; {RESUME}"
+                agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                keeper = "torchrun" if agent else f"rank 0 of {self.ranks.size}"
+                line = f"{keeper} has ended, killed or out of memory; {RESUME}"
                 if self.closing.wait(INTERVAL):
                     return
             if line and not self.closing.is_set():
                 self.lost(line)
                 return
-            self._sleep(wake)
+            ready, _, _ = select.select([wake], [], [], INTERVAL)
+            if ready and signal.SIGTERM in os.read(wake, 64) and not self.terminated:
+                self.terminated = time.monotonic()
 
     def report(self, line: str) -> None:
         """Tell the other ranks why this one ends, and wait until they know, or a few seconds."""
@@ -99,12 +107,6 @@ class Watch:
                     return
                 time.sleep(0.1)
 
-    def _failure(self) -> str:
-        if not self.store.check(["failed"]):
-            return ""
-        self.store.set(f"known/{self.ranks.rank}", "")
-        return self.store.get("failed").decode()
-
     def _silence(self, seen: dict[int, tuple[bytes, float]]) -> str:
         """Return a line about a rank that gave no sign of life for too long; empty if all did."""
         now = time.monotonic()
@@ -116,16 +118,6 @@ class Watch:
             elif now - since > (NOTICE - INTERVAL if ended else SILENCE if last else START):
                 return f"rank {rank} of {self.ranks.size} has ended, killed or out of memory; {RESUME}"
         return f"{self.ranks} was stopped by SIGTERM; {RESUME}" if ended else ""
-
-    def _keeper(self) -> str:
-        return (
-            "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else f"rank 0 of {self.ranks.size}"
-        )
-
-    def _sleep(self, wake: int) -> None:
-        ready, _, _ = select.select([wake], [], [], INTERVAL)
-        if ready and signal.SIGTERM in os.read(wake, 64) and not self.terminated:
-            self.terminated = time.monotonic()
 
 
 @contextmanager
@@ -166,7 +158,8 @@ def connected(
     store = _meet(ranks)
     with watching(ranks, store.clone(), lost) as watch:
         try:
-            _connect(ranks, store)
+            backend = choose_backend(torch.cuda.device_count(), dist.is_nccl_available())
+            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK)
             yield
             dist.barrier()
         except BaseException as error:
@@ -183,11 +176,6 @@ def _meet(ranks: ProcessRank) -> Any:
             f"{ranks} cannot reach the others ({' '.join(str(error).split())[:120]}); start {ranks.size} processes "
             "with torchrun, or with the same MASTER_ADDR and MASTER_PORT"
         ) from error
-
-
-def _connect(ranks: ProcessRank, store: Any) -> None:
-    backend = choose_backend(torch.cuda.device_count(), dist.is_nccl_available())
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK)
 
 
 def _is_broken(error: BaseException) -> bool:

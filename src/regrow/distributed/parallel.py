@@ -33,7 +33,10 @@ class Outbox:
 
     def send(self, record: object, tensors: Sequence[Tensor] = ()) -> None:
         """Send a record and tensors to rank 0."""
-        for part in _encode(record, tensors):
+        plain = [tensor.contiguous() for tensor in tensors]
+        forms = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in plain]
+        text = _text({"record": record, "tensors": forms})
+        for part in (torch.tensor([len(text)]), text, *(_as_bytes(tensor) for tensor in plain if tensor.numel())):
             self.waiting.append((dist.isend(part, 0), part))
             self.bytes += part.nbytes
         while self.bytes > PENDING:
@@ -57,12 +60,10 @@ def receive(rank: int) -> tuple[Any, list[Tensor]]:
     text = torch.empty(int(length), dtype=torch.uint8)
     dist.recv(text, rank)
     message = json.loads(text.numpy().tobytes())
-    tensors = []
-    for dtype, shape in message["tensors"]:
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+    tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in message["tensors"]]
+    for tensor in tensors:
         if tensor.numel():
             dist.recv(_as_bytes(tensor), rank)
-        tensors.append(tensor)
     return message["record"], tensors
 
 
@@ -85,7 +86,6 @@ def gather_rows(ranks: ProcessRank, rows: Sequence[Any]) -> list[Any]:
         outbox = Outbox()
         outbox.send(list(rows))
         outbox.flush()
-    if not ranks.leads or not ranks.several:
         return list(rows)
     parts = [list(rows), *(receive(rank)[0] for rank in range(1, ranks.size))]
     return [parts[i % ranks.size][i // ranks.size] for i in range(sum(map(len, parts)))]
@@ -145,13 +145,6 @@ def checksum(tensor: Tensor) -> int:
     """
     own = tensor.detach().cpu().contiguous()
     return zlib.crc32(_as_bytes(own).numpy().data) if own.numel() else 0
-
-
-def _encode(record: object, tensors: Sequence[Tensor]) -> list[Tensor]:
-    plain = [one.contiguous() for one in tensors]
-    kinds = [[str(one.dtype).removeprefix("torch."), list(one.shape)] for one in plain]
-    text = _text({"record": record, "tensors": kinds})
-    return [torch.tensor([len(text)]), text, *(_as_bytes(one) for one in plain if one.numel())]
 
 
 def _text(record: object) -> Tensor:
@@ -214,11 +207,7 @@ class Parallel:
 
     def decide(self, holds: bool) -> bool:
         """Return the decision of rank 0."""
-        if self.ranks.several:
-            flag = torch.tensor(int(holds))
-            dist.broadcast(flag, 0)
-            return bool(flag)
-        return holds
+        return bool(broadcast_record(self.ranks, holds))
 
     def check_same(self, what: str, *data: object) -> None:
         """Raise ResourceError on every rank unless all have the same data."""

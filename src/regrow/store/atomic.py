@@ -11,7 +11,6 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from regrow.store.errors import StoreError, explain_os_errors
 
@@ -28,14 +27,11 @@ class LockedError(StoreError):
 class Lock:
     """An exclusive lock on a folder, held until it is released or the process ends.
 
-    Args:
-        folder: The folder.
-        handle: The file descriptor of the open folder; ``None`` if nothing can be locked.
-        sure: Whether the folder is really locked (the file system supports locks).
+    Nothing is locked if ``handle``, the descriptor of the open folder, is ``None``: the file system has no locks.
     """
 
-    def __init__(self, folder: Path, handle: int | None, *, sure: bool) -> None:
-        self.folder, self.handle, self.sure = folder, handle, sure
+    def __init__(self, handle: int | None) -> None:
+        self.handle, self.sure = handle, handle is not None
 
     def release(self) -> None:
         """Release the lock; releasing it twice is no error."""
@@ -46,7 +42,7 @@ class Lock:
     def __enter__(self) -> "Lock":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
@@ -54,7 +50,7 @@ def lock(folder: Path) -> Lock:
     """Lock a folder exclusively, or raise LockedError if another process holds its lock."""
     while True:
         if fcntl is None:
-            return Lock(folder, None, sure=False)
+            return Lock(None)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,11 +62,11 @@ def lock(folder: Path) -> Lock:
             ) from None
         except OSError:  # a file system without locks
             os.close(handle)
-            return Lock(folder, None, sure=False)
+            return Lock(None)
         try:
             # Between opening and locking, the folder may have been exchanged for another one, or deleted.
             if os.path.samestat(os.fstat(handle), folder.stat()):
-                return Lock(folder, handle, sure=True)
+                return Lock(handle)
         except OSError:
             os.close(handle)
             raise

@@ -103,10 +103,12 @@ def describe_origin(model: nn.Module) -> Origin:
         return origin_of(model, type(model).__name__)
     kind = type(model)
     reference = f"{kind.__module__}:{kind.__qualname__}"
-    needed = (one for one in inspect.signature(kind).parameters.values() if one.default is one.empty)
-    named = [one for one in needed if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-    own = kind.__module__.partition(".")[0] not in ("__main__", "torch", "torchvision")
-    return Origin("callable", reference if own and not named and names_code(reference) else "", {}, kind.__name__)
+    parameters = inspect.signature(kind).parameters.values()
+    needed = any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    importable = kind.__module__.partition(".")[0] not in ("__main__", "torch", "torchvision")
+    return Origin(
+        "callable", reference if importable and not needed and names_code(reference) else "", {}, kind.__name__
+    )
 
 
 def unsaved_change(model: nn.Module, fresh: nn.Module, shapes: Shapes, folder: Path) -> str:

@@ -5,6 +5,7 @@ standard output are written to directly; formats that are read back need a regul
 only if its suffix is one of the output's and if it is not part of a run folder or model folder.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -20,7 +21,6 @@ PAGE = "report.html"
 """The report page of a run, which may be written again in its run folder."""
 _RECORDS = ("run.json", "shapes.json", "config.json")
 """A folder that holds one of these files is a run folder or a model folder."""
-_STANDARD = (1, 2)
 
 
 def check_output(
@@ -58,11 +58,25 @@ def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
     """Write text in UTF-8 to a file that the user names: atomically, or directly if it is a stream."""
     target = check_output(path, suffixes, streams=True)
     with explain_os_errors(path):
-        stream = path.exists() and _is_stream(path.stat())
-    if stream:
-        _write_stream(path, text.encode("utf-8"))
-    else:
+        status = path.stat() if path.exists() else None
+    if status is None or not _is_stream(status):
         write_text(target, text)
+        return
+    with explain_os_errors(path):
+        descriptor = _descriptor(status)
+        try:
+            # A FIFO that no process reads is refused instead of waited for.
+            flags = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+            handle = os.open(path, flags) if descriptor is None else os.dup(descriptor)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            raise StoreError(f"{path} is a FIFO that no process reads; start its reader first") from None
+        os.set_blocking(handle, True)
+        with open(handle, "wb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
+            left = memoryview(text.encode("utf-8"))
+            while left:
+                left = left[file.write(left) :]
 
 
 def _is_stream(status: os.stat_result) -> bool:
@@ -71,37 +85,14 @@ def _is_stream(status: os.stat_result) -> bool:
 
 def _descriptor(status: os.stat_result) -> int | None:
     """Return the descriptor of standard output or error if a file is the same one, else ``None``."""
-    for number in _STANDARD:
-        try:
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # closed
             if os.path.samestat(status, os.fstat(number)):
                 return number
-        except OSError:  # closed
-            continue
     return None
 
 
 def _is_same(status: os.stat_result, name: str | Path) -> bool:
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return os.path.samestat(status, os.stat(name))  # noqa: PTH116 (any text, such as the name of a model)
-    except (OSError, ValueError):
-        return False
-
-
-def _write_stream(path: Path, data: bytes) -> None:
-    with explain_os_errors(path):
-        number = _descriptor(path.stat())
-        try:
-            # A FIFO that no process reads is refused instead of waited for.
-            flags = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
-            handle = os.open(path, flags) if number is None else os.dup(number)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            raise StoreError(f"{path} is a FIFO that no process reads; start its reader first") from None
-        try:
-            os.set_blocking(handle, True)
-            left = memoryview(data)
-            while left:
-                left = left[os.write(handle, left) :]
-        finally:
-            os.close(handle)
+    return False

@@ -200,20 +200,6 @@ class ScoreSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     axes: dict[str, AxisScores]
 
 
-class Findings(msgspec.Struct, frozen=True):
-    """``findings.json``: what a pruning method found out; it may have further tables."""
-
-    method: str
-    sources: list[str] = []
-    spectrum: list[dict[str, Any]] = []
-    modules: list[dict[str, Any]] = []
-    starts: dict[str, float | None] = {}
-    history: list[dict[str, Any]] = []
-    robust_among_cut: dict[str, float | None] = {}
-    notes: list[str] = []
-    best_step: Count | None = None
-
-
 class ConstantJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The epsilon of a norm as it was before a cut, in the undo store."""
 

@@ -182,17 +182,18 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
 
 def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> None:
     """Give a newly built and checked network the recorded tensors and numbers, in place."""
-    made: dict[str, Tensor] = {}
-    before = {name: here.tensor for name, here in named_tensors(model).items()} | packed_tensors(model)
+    before = {name: held.tensor for name, held in named_tensors(model).items()} | packed_tensors(model)
+    made = {name: tensors[name] for name in shapes.tensors}
     for name, stored in shapes.tensors.items():
-        value = tensors[name]
-        made[name] = nn.Parameter(value, stored.trains) if stored.kind is Kind.PARAMETER else value
+        if stored.kind is Kind.PARAMETER:
+            made[name] = nn.Parameter(tensors[name], stored.trains)
     made |= {name: made[first] for name, first in shapes.ties.items()}
     # Assigned as a user would, not through the dictionaries: some modules keep a second list of their weights.
-    places = {name for name, one in shapes.tensors.items() if one.kind is Kind.ATTRIBUTE and is_place(name)}
-    for name in (one for one in (*made, *shapes.dropped) if one not in places):
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, made.get(name))
+    places = {name for name, stored in shapes.tensors.items() if stored.kind is Kind.ATTRIBUTE and is_place(name)}
+    for name in (*made, *shapes.dropped):
+        if name not in places:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, made.get(name))
     replace_tensors(model, {id(old): made[name] for name, old in before.items() if name in made})
     packed = packed_tensors(model)
     if lost := next((name for name in places if not _same(packed[name], made[name])), ""):
@@ -210,7 +211,10 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
 
 def _check_tensor(fresh: nn.Module, here: Held | None, name: str, stored: Stored, compared: bool) -> None:
     if here is None:
-        if not _vacant(fresh, name) or (compared and not stored.added):
+        path, _, leaf = name.rpartition(".")
+        module = dict(fresh.named_modules(remove_duplicate=False)).get(path)
+        registered = {} if module is None else {**module._parameters, **module._buffers}
+        if leaf not in registered or (compared and not stored.added):
             raise StoreError(
                 f"the architecture has no place for the tensor {name!r}; it was built by other code or settings"
             )
@@ -274,15 +278,6 @@ def _dtype(name: str, here: Held, dtype: torch.dtype | None) -> str:
     return known
 
 
-def _vacant(model: nn.Module, name: str) -> bool:
-    """Whether the network has a parameter or buffer of this name that is ``None``."""
-    path, _, leaf = name.rpartition(".")
-    module = dict(model.named_modules(remove_duplicate=False)).get(path)
-    return module is not None and any(
-        leaf in places and places[leaf] is None for places in (module._parameters, module._buffers)
-    )
-
-
 def _is_number(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return bool(value) and all(type(part) is int for part in value)
@@ -302,11 +297,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def insert(fresh: nn.Module, inserted: Mapping[str, tuple[Insertion, ...]]) -> None:
     """Insert copies of blocks into a newly built network, in place."""
-    for path, one in ((path, one) for path, several in inserted.items() for one in several):
-        try:
-            insert_copies(fresh, path, one)
-        except StackError as error:
-            raise StoreError(f"{error}; it was built by other code or settings") from None
+    try:
+        for path, insertions in inserted.items():
+            for insertion in insertions:
+                insert_copies(fresh, path, insertion)
+    except StackError as error:
+        raise StoreError(f"{error}; it was built by other code or settings") from None
 
 
 def drop(fresh: nn.Module, placeholders: Mapping[str, Placeholder]) -> None:
