@@ -10,9 +10,8 @@ import torch
 
 from distributed.processes import finish, free_port, start
 from regrow.core.errors import InputError, ResourceError
-from regrow.distributed import SINGLE, ProcessRank, read_ranks
+from regrow.distributed import SINGLE, ProcessRank, choose_backend, choose_rank_device, read_ranks
 from regrow.distributed.group import Watch
-from regrow.distributed.ranks import choose_backend, choose_rank_device
 from regrow.nets.devices import choose_device
 
 RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "prune"

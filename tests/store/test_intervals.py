@@ -9,9 +9,9 @@ from torch import nn
 
 from regrow import Plan, trace
 from regrow.reports.reading import read_run
+from regrow.store.convert import expand_plans, from_intervals, to_intervals
 from regrow.store.errors import StoreError
 from regrow.store.ledger import Ledger
-from regrow.store.plan_schemas import expand_plans, from_intervals, to_intervals
 
 RUN = {"format": "regrow-run/2", "verb": "prune", "command": "regrow prune m", "settings": {}, "defaults": {}}
 RUN |= {"versions": {}, "started": "2026-11-30T00:00:00+00:00"}

@@ -211,7 +211,7 @@ def check_json(path: Path, *inputs: str) -> None:
     Raises:
         StoreError: If it cannot be written.
     """
-    from regrow.store.outputs import JSON, check_output
+    from regrow.store.atomic import JSON, check_output
 
     files = [part for one in inputs for part in (one, one.partition("=")[2]) if part]
     check_output(path, JSON, files, streams=True)

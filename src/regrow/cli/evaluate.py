@@ -36,7 +36,7 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: 
     if json_file:
         import json
 
-        from regrow.store.outputs import JSON, write_output
+        from regrow.store.atomic import JSON, write_output
 
         write_output(json_file, json.dumps(result, indent=1) + "\n", JSON)
     size = result["size"]

@@ -128,7 +128,7 @@ def _prune_several(runs: list[Settings], out: Path, *, code: str, memory: str, t
 
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
     from regrow.jobs.prune import plan_named
-    from regrow.store.outputs import JSON, write_output
+    from regrow.store.atomic import JSON, write_output
 
     with working() as progress:
         plan = plan_named(settings, progress, code=code, memory=memory, announce=say)

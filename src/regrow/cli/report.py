@@ -17,7 +17,7 @@ from regrow.cli.screen import say
 def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Compare two or more RUNS on one HTML page, and print the table."""
     from regrow.reports import summarise, to_markdown, write_page
-    from regrow.store.outputs import PAGES, check_output, write_output
+    from regrow.store.atomic import PAGES, check_output, write_output
 
     if len(runs) < 2:
         raise click.UsageError("compare takes two runs or more; `regrow report RUN` makes the page of one")
@@ -33,7 +33,7 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
 def report(run: Path, out: Path | None, markdown: bool) -> None:
     """Write the report page of RUN: one HTML file that needs no internet connection."""
     from regrow.reports import summarise, to_markdown, write_page
-    from regrow.store.outputs import PAGES, check_output, write_output
+    from regrow.store.atomic import PAGES, check_output, write_output
 
     if markdown:
         say(to_markdown(summarise([run])), lines=True)

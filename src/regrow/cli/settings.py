@@ -34,7 +34,7 @@ Examples
 @click.option("--out", type=options.PATH, help="The file to write, .toml or .yaml; default: print as TOML.")
 def settings(run: Path, out: Path | None) -> None:
     """Write the settings of RUN to a file for --config. Names of your own code are left out."""
-    from regrow.store.outputs import check_output, write_output
+    from regrow.store.atomic import check_output, write_output
     from regrow.store.run_record import convert_settings
 
     if out:

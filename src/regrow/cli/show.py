@@ -77,7 +77,7 @@ def _write(path: Path, axes: Any, rows: list[Any], model: str) -> None:
     import json
     from dataclasses import asdict
 
-    from regrow.store.outputs import JSON, write_output
+    from regrow.store.atomic import JSON, write_output
 
     data = {
         "format": "regrow-axes/1",

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from regrow.core.errors import ResourceError
-from regrow.distributed.ranks import ProcessRank, choose_backend
+from regrow.distributed import ProcessRank, choose_backend
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from regrow.core.errors import ResourceError
-from regrow.distributed.ranks import SINGLE, ProcessRank
+from regrow.distributed import SINGLE, ProcessRank
 
 PENDING = 2**28
 """The most bytes that wait to be sent; a rank that is further ahead waits."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from regrow.core.amounts import parse_bytes
 from regrow.core.progress import Progress, silent
 from regrow.exporters.written import ExportError, Written
-from regrow.store.outputs import check_output
+from regrow.store.atomic import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

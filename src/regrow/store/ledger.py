@@ -1,6 +1,6 @@
 """The ledger of a run: every plan applied to the network, in order, so that it can be replayed, and what cuts removed.
 
-Unit ids are written as intervals (:mod:`regrow.store.plan_schemas`).
+Unit ids are written as intervals (:mod:`regrow.store.convert`).
 """
 
 import json
@@ -15,11 +15,10 @@ from torch import nn
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import FORMAT as PLAN_FORMAT
 from regrow.core.plan import Plan, PlanError
-from regrow.store import plan_schemas, schemas
+from regrow.store import schemas
 from regrow.store.atomic import write_text
-from regrow.store.convert import check_format, convert, read_json
+from regrow.store.convert import check_format, convert, expand_plans, read_json, shorten_plan
 from regrow.store.errors import StoreError
-from regrow.store.plan_schemas import expand_plans, shorten_plan
 from regrow.store.tensors import read_tensors, write_tensors
 from regrow.surgery import UndoStore, apply
 from regrow.surgery.undo_store import FORMAT as UNDO_FORMAT
@@ -101,7 +100,7 @@ def _line(plan: Any) -> str:
 def read_plan(data: object) -> Plan:
     """Read a plan from JSON data by a strict schema: missing, unknown and mistyped fields are errors."""
     if isinstance(data, dict) and data.get("format") == PLAN_FORMAT:
-        convert(data, plan_schemas.PlanJson)
+        convert(data, schemas.PlanJson)
     return Plan.from_json(json.dumps(data))
 
 

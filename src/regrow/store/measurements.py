@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from regrow.store.plan_schemas import Count
+from regrow.store.schemas import Count
 
 Figure = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | None
 """A number; ``None`` if it was not finite."""

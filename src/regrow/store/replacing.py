@@ -17,9 +17,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from regrow.store.atomic import LEFTOVER, Lock, LockedError, leftovers, lock, staging_folder, sweep, sync
+from regrow.store.atomic import LEFTOVER, PAGE, Lock, LockedError, leftovers, lock, staging_folder, sweep, sync
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
-from regrow.store.outputs import PAGE
 
 WORK = ".work"
 """Name of the folder, inside a run folder, with the files of an unfinished run."""

@@ -20,7 +20,7 @@ from regrow.nets import Origin
 from regrow.store import schemas
 from regrow.store.convert import check_format, convert
 from regrow.store.errors import StoreError
-from regrow.store.plan_schemas import InsertionJson, PlaceholderJson
+from regrow.store.schemas import InsertionJson, PlaceholderJson
 
 FORMAT = "regrow-shapes/2"
 DTYPES: Mapping[str, torch.dtype] = {

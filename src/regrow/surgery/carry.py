@@ -29,7 +29,6 @@ from regrow.surgery.layout import (
     resize_moment,
     slots_after,
 )
-from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.restore import plan_with_undo
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing.attributes import get_attribute, set_attribute
@@ -48,32 +47,23 @@ def release_pages(tensors: Iterable[Tensor]) -> None:
 
     A checkpoint stays mapped while any of its tensors is in use, and its pages count as memory of the process.
     """
-    large = [one for one in tensors if _is_plain(one) and one.nbytes >= 2 * PAGESIZE]
-    if sys.platform != "linux" or sum(one.nbytes for one in large) < LEAST:
+    plain = (x for x in tensors if x.layout is torch.strided and x.device.type == "cpu" and x.is_contiguous())
+    large = [x for x in plain if not isinstance(x, FakeTensor) and x.nbytes >= 2 * PAGESIZE]
+    if sys.platform != "linux" or sum(x.nbytes for x in large) < LEAST:
         return
-    ranges = _mapped_ranges()
-    starts = [start for start, _ in ranges]
-    advise = ctypes.CDLL(None).madvise
-    for one in large:
-        begin, end = -(-one.data_ptr() // PAGESIZE) * PAGESIZE, (one.data_ptr() + one.nbytes) // PAGESIZE * PAGESIZE
-        place = bisect_right(starts, begin) - 1
-        if place >= 0 and end <= ranges[place][1]:  # advice: where the kernel does not know it, nothing happens
-            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    strided = tensor.layout is torch.strided and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
-    return strided and tensor.is_contiguous()
-
-
-def _mapped_ranges() -> list[tuple[int, int]]:
-    """Return the address ranges of this process that files are mapped to, in ascending order."""
     try:
         rows = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     except OSError:
-        return []
+        return
     files = [row[0].split("-") for row in rows if row[4] != "0"]
-    return sorted((int(start, 16), int(stop, 16)) for start, stop in files)
+    ranges = sorted((int(start, 16), int(stop, 16)) for start, stop in files)
+    advise = ctypes.CDLL(None).madvise
+    for tensor in large:
+        begin = -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // PAGESIZE * PAGESIZE
+        place = bisect_right(ranges, begin, key=lambda mapped: mapped[0]) - 1
+        if place >= 0 and end <= ranges[place][1]:  # advice: where the kernel does not know it, nothing happens
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
 
 
 @dataclass(frozen=True)
@@ -280,3 +270,77 @@ def _after(axes: AxisGraph, plan: Plan, ready: Prepared) -> AxisGraph:
         recording=None if moves_declared else axes.recording,
         steps=() if moves_declared else axes.steps,
     )
+
+
+FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
+"""Names of first moments in optimiser state: new entries get 0."""
+
+SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
+"""Names of second moments in optimiser state: new entries get the mean of the kept ones."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A parameter that a plan replaces or removes, and the layouts of its dimensions after the plan."""
+
+    name: str
+    old: nn.Parameter
+    lays: Mapping[int, Layout]
+
+
+def follow(
+    optimizers: Sequence[Optimizer], exchanged: Sequence[Exchange], added: Sequence[str] = ()
+) -> Callable[[Mapping[str, nn.Parameter]], None]:
+    """Compute the optimisers' state after a plan; return a function of the new parameters by name that writes it.
+
+    Groups, their settings and their order stay, so learning-rate schedulers keep working.
+    """
+    for optimizer in optimizers:
+        if hasattr(optimizer, "_params"):
+            kind = type(optimizer).__name__
+            raise PlanError(
+                f"{kind} keeps all parameters in one piece and cannot follow; make a new one after the change"
+            )
+    known = {id(exchange.old): exchange for exchange in exchanged}
+    states = [
+        {
+            id(parameter): {what: _state(what, value, known[id(parameter)]) for what, value in memory.items()}
+            for parameter, memory in optimizer.state.items()
+            if id(parameter) in known
+        }
+        for optimizer in optimizers
+    ]
+
+    def commit(made: Mapping[str, nn.Parameter]) -> None:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            for group in optimizer.param_groups:
+                params: list[nn.Parameter] = group["params"]
+                left = [p for p in params if id(p) not in known or known[id(p)].name in made]
+                params[:] = [made[known[id(p)].name] if id(p) in known else p for p in left]
+                for name in added:
+                    weight = made.get(name.removesuffix("bias") + "weight")
+                    if any(parameter is weight for parameter in params):
+                        params.append(made[name])
+            for exchange in exchanged:
+                if optimizer.state.pop(exchange.old, None) is not None and exchange.name in made:
+                    optimizer.state[made[exchange.name]] = state[id(exchange.old)]
+
+    return commit
+
+
+def _state(what: str, value: object, exchange: Exchange) -> object:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    name, old = exchange.name, exchange.old
+    if value.shape != old.shape:
+        raise PlanError(
+            f"the optimiser's {what!r} of {name} has shape {tuple(value.shape)}, not its parameter's "
+            f"{tuple(old.shape)}: it cannot follow a change of shape; make a new optimiser after the change"
+        )
+    if what not in FIRST | SECOND:
+        raise PlanError(
+            f"the optimiser keeps {what!r} for {name}; what new or kept units should have of it is not known; "
+            "make a new optimiser after the change"
+        )
+    with torch.no_grad():
+        return resize_moment(value, exchange.lays, mean=what in SECOND)

@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from regrow.core.axes import Axis, AxisGraph, Example, Mark, Work, axes_in
 from regrow.core.branches import Branch, Placeholder
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import carry_out
-from regrow.surgery.optimizer import Exchange, follow
+from regrow.surgery.carry import Exchange, carry_out, follow
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
 from regrow.surgery.whole import check_own_run
 from regrow.tracing.branch_sites import BranchError, RecordedModules, locate_branches

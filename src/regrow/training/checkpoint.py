@@ -16,7 +16,7 @@ from regrow.core.axes import AxisGraph, Dim, Product, Sum
 from regrow.core.axis_tensor import AxisTensor
 from regrow.core.plan import Plan
 from regrow.core.sources import device_of
-from regrow.store import plan_schemas, schemas
+from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.ledger import replay
@@ -208,7 +208,7 @@ def _measured(record: schemas.CourseHeader, history: History) -> tuple[list[Plan
                 raise ValueError(f"{name} holds {len(logs)} of the {expected} changes of shape that it relies on")
     else:
         for plan in record.plans:
-            convert(plan, plan_schemas.PlanJson)
+            convert(plan, schemas.PlanJson)
         plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
         rows, sizes, events = [tuple(row) for row in course.rows], course.sizes, course.events
     known: dict[str, Any] = {"number": course.number, "epoch": course.epoch, "step": course.step, "loss": course.loss}

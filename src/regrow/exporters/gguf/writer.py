@@ -34,9 +34,8 @@ from regrow.exporters.gguf.tokens import Vocabulary, vocabulary, write_vocabular
 from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets.blocks import ATTENTION, MLP
 from regrow.nets.errors import needs
-from regrow.store.atomic import atomic_write
+from regrow.store.atomic import atomic_write, check_output
 from regrow.store.errors import StoreError
-from regrow.store.outputs import check_output
 
 _FILE_TYPES = {
     "F32": "ALL_F32",

@@ -38,9 +38,8 @@ from regrow.exporters.onnx.reading import OnnxSession, compare_predictions, diff
 from regrow.exporters.written import ExportError, Written
 from regrow.nets.errors import first_line, needs
 from regrow.nets.examples import guessed_example, image_example
-from regrow.store.atomic import staging_folder
+from regrow.store.atomic import check_output, staging_folder
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.outputs import check_output
 
 OPSET = 20
 """The ONNX operator set: the one that torch's exporter recommends; onnxruntime supports it since 1.17."""
