@@ -1,5 +1,6 @@
 # make demo    prune a real language model on four kinds of real text, and write a page about it
 # make test    run the whole suite
+# make test-all    the same with more random plans, kills and inputs
 # make test-fast   a part of it, in two minutes
 # make check   style, types, import floors
 # make bench   the law on networks of full size, and what it costs to measure and cut
@@ -17,9 +18,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 
 # Processes that tests start, and further runs, load compiled modules.
-test test-fast: export PYTHONDONTWRITEBYTECODE =
+test test-all test-fast: export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-fast check bench format tree clean
+.PHONY: demo test test-all test-fast check bench format tree clean
 
 demo: demo/report.html
 	@echo "Look at it: demo/report.html  (make clean forgets it)"
@@ -30,6 +31,12 @@ demo/report.html: | $(VENV)/demo.stamp
 		--source news --source code --source manual --source talk --out demo
 
 test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# More random plans per network.
+test-all: export REGROW_SEEDS = 3
+
+test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Every package and one network of each kind; what is marked slow is left out.

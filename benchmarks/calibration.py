@@ -37,7 +37,7 @@ from regrow.core.sources import Batch
 from regrow.data.joined import join_batches
 from regrow.jobs import prune
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import Clock, Invocation
 from regrow.jobs.shared_work import SharedWork
 from regrow.settings.prune import Settings, folder_name
 from regrow.store.versions import versions
@@ -93,7 +93,7 @@ def planned(dtype: str, batch_size: int, plans: Sequence[tuple[str, float]]) -> 
                     dtype=dtype, proof=False, undo=False, batch_size=batch_size,
                 )  # fmt: skip
                 with suppress(InterruptedError):
-                    prune.run(settings, Path(place) / folder_name(settings), shared=shared)
+                    prune.run(settings, Invocation(Path(place) / folder_name(settings)), shared=shared)
     finally:
         Clock.stage, prune.write_scores = true, write  # type: ignore[method-assign]
     return seconds["calibrate"], seconds["plan"] - seconds["write"]

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 import regrow.cli
 from regrow.jobs.recording import Clock
 from regrow.jobs.prune import run
+from regrow.jobs.recording import Invocation
 from regrow.settings.prune import Settings
 surgery = sys.modules["regrow.surgery.apply"]
 def peak():
@@ -47,7 +48,7 @@ Clock.stage, surgery.check_blocks = stage, check_blocks
 folder, out, tokens, seq = sys.argv[1:5]
 settings = Settings(folder, "flap", {}, 0.7, sources=("news",), tokens=int(tokens), eval_tokens=int(seq),
                     seq_len=int(seq), undo=False)
-done = run(settings, out)
+done = run(settings, Invocation(out))
 print(json.dumps({"peaks": peaks, "peak": max(peaks.values()), "cpu": cpu, "proof": proof[0],
                   "total_cpu": time.process_time(), "verify": done.last("verify")}))
 """

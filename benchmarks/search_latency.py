@@ -21,6 +21,7 @@ import torch
 import regrow
 from regrow.core.sources import Batch
 from regrow.evaluation import fastest_pass, latency
+from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, build_space, run
 from regrow.jobs.search_inputs import read_parts
 from regrow.store.versions import versions
@@ -48,7 +49,7 @@ def main() -> None:
     for chosen, share in product((("operations",), ("operations", "filters")), args.shares):
         given["method_settings"] = {"levels": chosen}
         asked = Settings(args.space, str(args.cifar), f"ms={share * whole:.3f}", **given)
-        folder = run(asked, args.work / f"{len(chosen)}-{share:g}")
+        folder = run(asked, Invocation(args.work / f"{len(chosen)}-{share:g}"))
         by = {row["what"]: row for row in folder.metrics()}
         clock = min(fastest_pass(regrow.load(folder.path), batch) / 1e6 for _ in range(3))
         told, levels = by["latency"], by["levels"]

@@ -22,6 +22,7 @@ from search_step import in_turns, step_of
 
 from regrow import trace
 from regrow.core.tasks import Examples
+from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, build_search, build_space, run
 from regrow.jobs.search_inputs import read_parts
 from regrow.store.versions import versions
@@ -31,7 +32,7 @@ from regrow.training.learner import Context
 def searched(settings: Settings, whole: int, work: Path) -> dict[str, Any]:
     """What a search under a budget planned and needed."""
     try:
-        folder = run(settings, work)
+        folder = run(settings, Invocation(work))
     except ValueError as error:
         return {"refused": str(error)}
     told: dict[str, list[dict[str, Any]]] = {}

@@ -108,6 +108,7 @@ import json, sys, time, torch
 from pathlib import Path
 import transformers, regrow.cli
 from regrow.jobs.prune import run
+from regrow.jobs.recording import Invocation
 from regrow.jobs import streamed
 from regrow.settings.prune import Settings
 def peak():
@@ -122,7 +123,8 @@ streamed.open_network = opened
 settings = Settings(folder, "flap", {}, float(keep), sources=("news",), tokens=int(tokens), eval_tokens=int(seq),
                     seq_len=int(seq), dtype=dtype, undo=False)
 start = time.time(), time.process_time()
-done = run(settings, out, memory=memory, announce=lambda line: print(json.dumps({"plan": line}), flush=True))
+announce = lambda line: print(json.dumps({"plan": line}), flush=True)
+done = run(settings, Invocation(out, memory=memory, announce=announce))
 row = {"wall": time.time() - start[0], "cpu": time.process_time() - start[1], "peak": peak()}
 row |= {"seconds": done.run()["seconds"], "verify": done.last("verify"), "predicted": done.run()["memory"]["predicted"]}
 print(json.dumps(row), flush=True)
@@ -158,6 +160,7 @@ import json, sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from regrow.jobs.prune import run
+from regrow.jobs.recording import Invocation
 from regrow.settings.prune import Settings
 from regrow.streaming import requirements
 model, tokens = sys.argv[1], int(sys.argv[2])
@@ -167,10 +170,10 @@ for method, given in methods.items():
     settings = Settings(model, method, given, 0.7, sources=("news", "code", "talk"), tokens=tokens, eval_tokens=256,
                         seq_len=256, undo=False)
     with TemporaryDirectory() as place:
-        run(settings, f"{place}/whole")
+        run(settings, Invocation(f"{place}/whole"))
         true, requirements.WHOLE = requirements.WHOLE, 1e9  # every network is too large to be loaded whole
         lines = []
-        run(settings, f"{place}/streamed", memory="64GiB", announce=lines.append)
+        run(settings, Invocation(f"{place}/streamed", memory="64GiB", announce=lines.append))
         requirements.WHOLE = true
         assert "blocks at a time" in lines[0]
         files = ["ledger.json", "model.safetensors", "shapes.json", "probe.st", "scores.json", "axes.json"]

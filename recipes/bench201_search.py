@@ -20,6 +20,7 @@ from typing import Any
 from bench201_table import Table, table_of, topology
 from rows import add, difference, head, line, rows, spread
 
+from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, run
 
 OUT = Path(__file__).parent / "results" / "bench201.jsonl"
@@ -36,7 +37,9 @@ def measured(arm: str, target: float, seed: int, table: Table, args: argparse.Na
     given |= {"epochs": args.epochs, "train": args.train, "test": args.train, "batch_size": args.batch}
     told = f"{args.space.replace(':', '-')}-{args.train}-{args.batch}-{args.epochs}"
     given |= {"stride": 1, "retrain": 0, "stages": 1}
-    folder = run(Settings(**{**given, **ARMS[arm]}), args.work / told / f"{arm.split()[0]}-{target:g}-{seed}")
+    folder = run(
+        Settings(**{**given, **ARMS[arm]}), Invocation(args.work / told / f"{arm.split()[0]}-{target:g}-{seed}")
+    )
     seconds = round(folder.run()["seconds"]["search"])
     return {**table.look(topology(str(folder.path)), args.draws), "seconds": seconds}
 

@@ -25,6 +25,7 @@ import regrow
 from regrow.api.prune import prune
 from regrow.core.sources import Batch, Source
 from regrow.evaluation import dense
+from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, run
 from regrow.jobs.search_inputs import read_parts
 
@@ -46,7 +47,7 @@ def searched(space: str, measure: str, share: int, levels: str, seed: int, epoch
     given |= {"epochs": epochs, "seed": seed, "method_settings": own}
     settings = Settings(space, "digits", f"{measure}={share}%", **given)
     with tempfile.TemporaryDirectory() as place:
-        folder = run(settings, Path(place) / "run")
+        folder = run(settings, Invocation(Path(place) / "run"))
         asked = next(row["asked"] for row in folder.metrics() if row["what"] == "levels")
         found = dense(regrow.load(folder.path / "found"), read_parts(settings).test.inputs[:1])
     return {"asked": asked, **found}

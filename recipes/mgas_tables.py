@@ -39,6 +39,7 @@ from regrow.core.candidates import candidates_in
 from regrow.core.progress import silent
 from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
+from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, retrain, run
 from regrow.jobs.search_inputs import read_parts
 from regrow.store.run_folder import RunFolder
@@ -99,7 +100,7 @@ def once(settings: Settings, place: Path) -> RunFolder:
     """The run of a folder: gone on with, or as it is if it is over."""
     if (place / "run.json").is_file() and (folder := RunFolder.open(place)).run().get("finished"):
         return replace(folder, resumed=True)
-    return run(settings, place)
+    return run(settings, Invocation(place))
 
 
 def best(settings: Settings, place: Path, draws: int) -> Settings:

@@ -25,6 +25,7 @@ from regrow.cli.screen import working
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import Settings
 from regrow.jobs.prune import run as prune
+from regrow.jobs.recording import Invocation
 from regrow.settings import recover
 from regrow.settings.words import parse_pairs
 from regrow.store.run_folder import RunFolder
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     with working() as progress:
         base = work / name
         if not (base / "run.json").is_file() or not RunFolder.open(base).run().get("finished"):
-            prune(pruning(args), base, progress)
+            prune(pruning(args), Invocation(base, progress=progress))
         for arm in args.arms:
             key = {key: getattr(args, key) for key in KEYS if key != "arm"} | {"arm": arm}
             if any(all(row[part] == value for part, value in key.items()) for row in rows(out)):
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
             if not (place / "run.json").is_file() or not RunFolder.open(place).run().get("finished"):
                 settings = parse_pairs([pair for pair in given.split(",") if pair])
                 asked = recover.Settings(str(base), by, args.tokens, settings, seed=args.seed)
-                recovery_run.run(asked, place, progress)
+                recovery_run.run(asked, Invocation(place, progress=progress))
             row = row_of(args, arm, RunFolder.open(place))
             add(out, row)
             print(f"{arm}: won {row['won_seen']:.3f} seen, {row['won_unseen']:.3f} unseen", flush=True)

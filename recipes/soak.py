@@ -181,13 +181,14 @@ def learn(many: int, folder: Path, width: float = 0.01, cap: float = 1000) -> li
         cap: How many times its first parameters the network may have.
     """
     from regrow.jobs.learn import Settings, run
+    from regrow.jobs.recording import Invocation
 
     settings = Settings(
         (f"permuted:digits:{many}",), "mlp:100-100", "sparsegrow", {"width": width, "multiple": 1, "cap": cap},
         epochs=2, train=96, test=32, batch_size=32, lr=0.05,
     )  # fmt: skip
     watch = Watch(folder, "task")
-    run(settings, folder, watch)
+    run(settings, Invocation(folder, progress=watch))
     return watch.rows
 
 
@@ -198,6 +199,7 @@ def fixed(many: int, folder: Path) -> list[Row]:
 
 def search(many: int, folder: Path) -> list[Row]:
     """A search that changes the network's shape so many times."""
+    from regrow.jobs.recording import Invocation
     from regrow.jobs.search import Settings, run
 
     settings = Settings(
@@ -205,7 +207,7 @@ def search(many: int, folder: Path) -> list[Row]:
         epochs=round(1.65 * many), retrain=1, train=96, test=32, batch_size=48, stages=1,
     )  # fmt: skip
     watch = Watch(folder, "commit")
-    run(settings, folder, watch)
+    run(settings, Invocation(folder, progress=watch))
     return watch.rows
 
 

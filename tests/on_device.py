@@ -17,6 +17,7 @@ from regrow.core.evidence import Need
 from regrow.core.objectives import CLASSIFICATION
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.jobs import learn, search
+from regrow.jobs.recording import Invocation
 from regrow.jobs.search_inputs import make_schedule, read_parts
 from regrow.methods import LEARNERS, METHODS, RECOVERIES, SEARCHERS
 from regrow.nets import devices
@@ -183,7 +184,7 @@ def test_batches_on_another_device_follow_the_network(device, home):
 def test_learn_command(device, tmp_path):
     settings = LearnSettings(("permuted:digits:2",), "mlp:16", epochs=1, train=80, test=40)
     for place in ("cpu", "acc"):
-        learn.run(replace(settings, device=place), tmp_path / place)
+        learn.run(replace(settings, device=place), Invocation(tmp_path / place))
     assert same_files(tmp_path)
 
 
@@ -213,8 +214,10 @@ def test_search(device, method):
 
 def test_a_missing_device_is_refused_before_anything_is_read(tmp_path):
     for run in (
-        lambda: learn.run(LearnSettings(("nowhere",), device="cuda:7"), tmp_path / "out"),
-        lambda: search.run(SearchSettings("cells:2-1-1", "nowhere", target="0.5", device="cuda:7"), tmp_path / "out"),
+        lambda: learn.run(LearnSettings(("nowhere",), device="cuda:7"), Invocation(tmp_path / "out")),
+        lambda: search.run(
+            SearchSettings("cells:2-1-1", "nowhere", target="0.5", device="cuda:7"), Invocation(tmp_path / "out")
+        ),
     ):
         with pytest.raises(ResourceError, match=r"cuda:7 is not available; this machine has .*; use --device cpu"):
             run()

@@ -1,8 +1,9 @@
 """Every law on every network of the zoo; and the referees themselves, on nets cut by hand."""
 
+import os
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
@@ -12,19 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import laws
-from regrow.core.axes import Axis, AxisGraph, Example, Mark, Role, Slot
+from regrow.core.axes import Axis, AxisGraph, Example, Mark, Role, Slot, size_of
 from regrow.core.fills import FILLS
 from regrow.core.plan import Plan, PlanError
-from zoo import ZOO, Net, Wired, lying_at, randomise, trace_zoo
+from zoo import ZOO, Hoped, Net, Wired, lying_at, randomise, trace_zoo
 
-EACH = [
-    pytest.param(name, seed, id=f"{name}-{seed}") for name, net in ZOO.items() for seed in range(1 if net.heavy else 3)
-]
-"""Every network with seeds for random plans; one where a plan takes seconds."""
-LIGHT = [name for name, net in ZOO.items() if not net.heavy]
-OWN = [name for name, net in ZOO.items() if not net.relative]
-"""All networks but those that have a small relative, which obeys the laws for them."""
-ZEROABLE = [name for name, net in ZOO.items() if net.zeros != "nowhere"]
+SEEDS = int(os.environ.get("REGROW_SEEDS", "1"))
+"""Random plans per network; ``make test-all`` takes three."""
 SILENT = {Mark.NEUTRAL, Mark.FOLDED}
 """The marks for which a zero stands for a missing unit."""
 
@@ -49,69 +44,109 @@ def holds(law: Callable[[], None], net: Net) -> None:
             raise
 
 
+@dataclass(frozen=True)
+class Law:
+    """Something that holds of every network, or of those that ``covers`` says."""
+
+    check: Callable[[Net, nn.Module, AxisGraph], None]
+    covers: Callable[[Net], bool] = lambda net: True
+
+
+def seeds(net: Net, most: int = SEEDS) -> range:
+    """Seeds for random plans; one where a plan takes seconds."""
+    return range(1 if net.heavy else most)
+
+
+def facts_hold(net: Net, model: nn.Module, axes: AxisGraph) -> None:
+    """Widths, marks, ties, reasons and notes are what the network's structure says."""
+    missed = [fact.missed(axes) for fact in net.expect if not isinstance(fact, Hoped)]
+    assert not any(missed), [line for line in missed if line]
+
+
+def axes_agree_with_the_tensors(net: Net, model: nn.Module, axes: AxisGraph) -> None:
+    """Shapes multiply out, slots stay inside their tensors and do not overlap, and frozen axes say why."""
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    sizes = axes.sizes()
+    for tensor, dims in axes.shapes.items():
+        assert tuple(state[tensor].shape) == tuple(size_of(dim, sizes) for dim in dims), tensor
+    for axis in axes:
+        assert bool(axis.reason) or axis.free, f"{axis.key} is frozen and does not say why"
+        for slot in axis.slots:
+            positions = slot.positions(axis.size).flatten()
+            assert len(set(positions.tolist())) == len(positions), (axis.key, slot)
+            assert 0 <= int(positions.min()) <= int(positions.max()) < state[slot.name].shape[slot.dim], (
+                axis.key,
+                slot,
+            )
+        if axis.free:
+            roles = {slot.role for slot in axis.slots}
+            assert Role.PRODUCES in roles, f"nothing makes the units of {axis.key}"
+
+
 # --- each axis alone ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in OWN if name in ZEROABLE])
-def test_an_axis_cut_alone_is_the_net_with_zeros(name: str) -> None:
+def an_axis_cut_alone_is_the_net_with_zeros(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """Shrunk = zeros written into the uncut weights, for one axis of each kind."""
-    model, axes = trace_zoo(name)
-    for axis in some(ZOO[name], axes):
+    for axis in some(net, axes):
         if axis.mark in SILENT:
             plan = laws.plan_for(axes, axis)
             if all(axes[key].mark in SILENT for key in plan.changes):
-                holds(lambda p=plan: laws.zeroed_equals_shrunk(model, axes, p, ZOO[name].zeros), ZOO[name])
+                holds(lambda p=plan: laws.zeroed_equals_shrunk(model, axes, p, net.zeros), net)
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_units_have_no_order(name: str) -> None:
+def units_have_no_order(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """Renaming the units of an axis in all its slots leaves the function alone, for one axis of each kind."""
-    model, axes = trace_zoo(name)
-    for axis in some(ZOO[name], axes):
+    for axis in some(net, axes):
         laws.permuting_units_keeps_function(model, axes, axis)
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_verify_agrees_on_an_axis_cut_alone(name: str) -> None:
+def verify_agrees_on_an_axis_cut_alone(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """``verify`` finds masked = shrunk for one axis of each kind for which no zero stands, and for one other."""
-    model, axes = trace_zoo(name)
-    kinds = some(ZOO[name], axes)
+    kinds = some(net, axes)
     silent = [axis for axis in kinds if axis.mark in SILENT]
     for axis in (*silent[-1:], *(axis for axis in kinds if axis.mark not in SILENT)):
         plan = laws.plan_for(axes, axis)
-        holds(lambda p=plan: laws.masked_equals_shrunk(model, axes, p), ZOO[name])
+        holds(lambda p=plan: laws.masked_equals_shrunk(model, axes, p), net)
 
 
 # --- many axes at once ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "seed"), [each for each in EACH if each.values[0] in ZEROABLE])
-def test_a_joint_plan_is_the_net_with_zeros(name: str, seed: int) -> None:
+def a_joint_plan_is_the_net_with_zeros(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """Shrunk = zeros written into the uncut weights, all axes for which a zero stands at once."""
-    model, axes = trace_zoo(name)
-    plan = joint(axes, seed, SILENT)
-    holds(lambda: laws.zeroed_equals_shrunk(model, axes, plan, ZOO[name].zeros), ZOO[name])
+    for seed in seeds(net):
+        plan = joint(axes, seed, SILENT)
+        holds(lambda p=plan: laws.zeroed_equals_shrunk(model, axes, p, net.zeros), net)
 
 
-@pytest.mark.parametrize(("name", "seed"), [each for each in EACH if each.values[1] < 2])
-def test_verify_agrees_on_a_joint_plan(name: str, seed: int) -> None:
+def verify_agrees_on_a_joint_plan(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """``verify`` finds masked = shrunk for all free axes at once."""
-    model, axes = trace_zoo(name)
-    holds(lambda: laws.masked_equals_shrunk(model, axes, joint(axes, seed, set(Mark) - {Mark.FROZEN})), ZOO[name])
+    for seed in seeds(net, min(SEEDS, 2)):
+        plan = joint(axes, seed, set(Mark) - {Mark.FROZEN})
+        holds(lambda p=plan: laws.masked_equals_shrunk(model, axes, p), net)
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_the_smallest_net_runs(name: str) -> None:
+def the_smallest_net_runs(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """As little as can be left of every axis at once still runs, has the planned shapes, and keeps its ties."""
-    model, axes = trace_zoo(name)
     plan = laws.smallest_plan(axes)
-    holds(lambda: laws.runs_with_its_ties(model, axes, plan), ZOO[name])
+    holds(lambda: laws.runs_with_its_ties(model, axes, plan), net)
 
 
-@pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
-def test_a_cut_of_a_cut_is_one_cut(name: str) -> None:
+def cuts_are_felt(net: Net, model: nn.Module, axes: AxisGraph) -> None:
+    """A law on a cut that changes nothing proves nothing: cutting every axis to its smallest changes the answer."""
+    silent = [axis for axis in axes.free() if axis.mark in SILENT and axis.size > 1]
+    if not silent:
+        assert all(axis.reason for axis in axes if not axis.free)
+        return
+    double = laws.in_double(model)
+    plan = laws.smallest_plan(axes, SILENT)
+    zeroed = laws.outputs(laws.zeroed(double, axes, plan, net.zeros), axes)
+    assert laws.gap(laws.outputs(double, axes), zeroed) > 1e-4
+
+
+def a_cut_of_a_cut_is_one_cut(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """The axes that a cut returns describe the cut network: cutting on gives what one cut would have given."""
-    model, axes = trace_zoo(name)
     generator = torch.Generator().manual_seed(1)
     first = laws.random_plan(axes, generator)
     double = laws.in_double(model)
@@ -128,29 +163,23 @@ def test_a_cut_of_a_cut_is_one_cut(name: str) -> None:
 # --- the other way ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_widening_one_axis_keeps_the_function(name: str) -> None:
+def widening_one_axis_keeps_the_function(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """Widened = original, for one axis of each kind, by one fill after the other."""
-    model, axes = trace_zoo(name)
-    for axis, rule in zip(some(ZOO[name], axes), cycle(FILLS), strict=False):
+    for axis, rule in zip(some(net, axes), cycle(FILLS), strict=False):
         if (plan := laws.growing_plan(axes, axis, rule) or laws.growing_plan(axes, axis, "zero_out")) is not None:
-            holds(lambda p=plan: laws.widening_keeps_function(model, axes, p), ZOO[name])
+            holds(lambda p=plan: laws.widening_keeps_function(model, axes, p), net)
 
 
-@pytest.mark.parametrize("name", [name for name in OWN if not ZOO[name].branches])
-def test_widening_all_axes_at_once_keeps_the_function(name: str) -> None:
+def widening_all_axes_at_once_keeps_the_function(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """Every axis that can be widened, at once; and the axes that growing returns are those of a new trace."""
-    model, axes = trace_zoo(name)
     plan = laws.joint_growing_plan(axes, "zero_out")
-    laws.widening_keeps_function(model, axes, plan, alive=not ZOO[name].heavy)
-    if not ZOO[name].heavy:
+    laws.widening_keeps_function(model, axes, plan, alive=not net.heavy)
+    if not net.heavy:
         laws.axes_after_a_cut_are_those_of_a_new_trace(model, axes, plan)
 
 
-@pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
-def test_what_is_cut_and_grown_at_once_is_what_is_cut(name: str) -> None:
+def what_is_cut_and_grown_at_once_is_what_is_cut(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """``verify`` finds masked = cut and widened, where one plan does both."""
-    model, axes = trace_zoo(name)
     cut = laws.random_plan(axes, torch.Generator().manual_seed(3), marks={Mark.NEUTRAL, Mark.FOLDED})
     grown = laws.joint_growing_plan(axes, "zero_out")
     both = {
@@ -163,17 +192,13 @@ FITTED = "mlp depthwise concat flatten grouped transposed attention glu chunk_ga
 """One network of each build: how new units are made, and what lies between that and what reads them."""
 
 
-@pytest.mark.parametrize("name", [name for name in LIGHT if name in FITTED.split()])
-def test_fitting_newborn_units_keeps_the_function(name: str) -> None:
+def fitting_new_units_keeps_the_function(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """Fitted and aligned on data, nothing has changed in what the network answers: not one bit."""
-    model, axes = trace_zoo(name)
     laws.fitting_keeps_function(model, axes, laws.joint_growing_plan(axes, "zero_out"))
 
 
-@pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
-def test_axes_after_a_cut_are_those_of_a_new_trace(name: str) -> None:
+def axes_after_a_cut_are_those_of_a_new_trace(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """Slots follow a cut, blocks at the front gone or not."""
-    model, axes = trace_zoo(name)
     plan = laws.random_plan(axes, torch.Generator().manual_seed(2), floor=2)
     laws.axes_after_a_cut_are_those_of_a_new_trace(model, axes, plan)
 
@@ -181,13 +206,71 @@ def test_axes_after_a_cut_are_those_of_a_new_trace(name: str) -> None:
 # --- and back ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in OWN if not ZOO[name].branches])
-def test_restored_is_what_was_cut(name: str) -> None:
+def restored_is_what_was_cut(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """Cut all axes at once, then again, then restore: the old network, bit for bit."""
-    model, axes = trace_zoo(name)
     generator = torch.Generator().manual_seed(4)
-    cuts = [lambda left: laws.random_plan(left, generator)] * (1 if ZOO[name].heavy else 2)
+    cuts = [lambda left: laws.random_plan(left, generator)] * (1 if net.heavy else 2)
     laws.restored_is_what_was_cut(model, axes, cuts)
+
+
+def an_illegal_plan_changes_nothing(net: Net, model: nn.Module, axes: AxisGraph) -> None:
+    """An illegal plan is refused with words and leaves every tensor and attribute as it was."""
+    if [axis for axis in axes.free() if axis.size > 1]:
+        laws.all_or_nothing(model, axes)
+        return
+    frozen = next(axis for axis in axes if axis.size > 1)
+    with pytest.raises(PlanError, match="frozen"):
+        Plan.keeping(axes, {frozen.key: (0,)})
+
+
+# --- every law on every network ---------------------------------------------------------------------------------------
+
+
+def _light(net: Net) -> bool:
+    return not net.heavy
+
+
+def _unbranched(net: Net) -> bool:
+    return not net.heavy and not net.branches
+
+
+# A network with a relative has a small one of the same build, which obeys the costly laws for it.
+LAWS = (
+    Law(facts_hold),
+    Law(axes_agree_with_the_tensors),
+    Law(an_axis_cut_alone_is_the_net_with_zeros, lambda net: not net.relative and net.zeros != "nowhere"),
+    Law(units_have_no_order),
+    Law(verify_agrees_on_an_axis_cut_alone, _light),
+    Law(a_joint_plan_is_the_net_with_zeros, lambda net: net.zeros != "nowhere"),
+    Law(verify_agrees_on_a_joint_plan),
+    Law(the_smallest_net_runs),
+    Law(cuts_are_felt, lambda net: net.zeros != "nowhere" and net.name != "size_branch"),
+    Law(a_cut_of_a_cut_is_one_cut, _unbranched),
+    Law(widening_one_axis_keeps_the_function, _light),
+    Law(widening_all_axes_at_once_keeps_the_function, lambda net: not net.relative and not net.branches),
+    Law(what_is_cut_and_grown_at_once_is_what_is_cut, _unbranched),
+    Law(fitting_new_units_keeps_the_function, lambda net: net.name in FITTED.split() and not net.heavy),
+    Law(axes_after_a_cut_are_those_of_a_new_trace, _unbranched),
+    Law(restored_is_what_was_cut, lambda net: not net.relative and not net.branches),
+    Law(an_illegal_plan_changes_nothing, _unbranched),
+)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_law_holds(name: str) -> None:
+    """All laws on one trace of a network; the error names each that does not hold."""
+    net, (model, axes) = ZOO[name], trace_zoo(name)
+    broken: list[Exception] = []
+    for law in LAWS:
+        if law.covers(net):
+            torch.manual_seed(0)
+            try:
+                law.check(net, model, axes)
+            except Exception as error:
+                error.add_note(f"law: {law.check.__name__}, network: {name}")
+                broken.append(error)
+    if broken:
+        raise ExceptionGroup(", ".join(error.__notes__[-1] for error in broken), broken)
 
 
 def test_unreached_heads_still_run_after_a_cut() -> None:
@@ -210,18 +293,6 @@ def test_a_network_is_cut_in_another_precision_than_it_was_traced_in(name: str, 
 
 
 # --- ties, illegal plans, seeds -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
-def test_all_or_nothing(name: str) -> None:
-    """An illegal plan is refused with words and leaves every tensor and attribute as it was."""
-    model, axes = trace_zoo(name)
-    if not [axis for axis in axes.free() if axis.size > 1]:
-        frozen = next(axis for axis in axes if axis.size > 1)
-        with pytest.raises(PlanError, match="frozen"):
-            Plan.keeping(axes, {frozen.key: (0,)})
-        return
-    laws.all_or_nothing(model, axes)
 
 
 @pytest.mark.parametrize("name", ["size_branch"])
@@ -447,17 +518,3 @@ def test_random_plans_are_legal_and_reach_everything() -> None:
     alone = laws.plan_for(axes, axes["a"])
     assert set(alone.changes) == {"a", "b"}
     assert alone.changes["a"].dropped
-
-
-@pytest.mark.parametrize("name", [name for name in ZEROABLE if name != "size_branch"])
-def test_cuts_are_felt(name: str) -> None:
-    """A law on a cut that changes nothing proves nothing: cutting every axis to its smallest changes the answer."""
-    model, axes = trace_zoo(name)
-    silent = [axis for axis in axes.free() if axis.mark in SILENT and axis.size > 1]
-    if not silent:
-        assert all(axis.reason for axis in axes if not axis.free)
-        return
-    double = laws.in_double(model)
-    plan = laws.smallest_plan(axes, SILENT)
-    zeroed = laws.outputs(laws.zeroed(double, axes, plan, ZOO[name].zeros), axes)
-    assert laws.gap(laws.outputs(double, axes), zeroed) > 1e-4

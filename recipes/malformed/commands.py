@@ -54,7 +54,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(f"prune {TOY} --keep 0.7 --out out", options=(
         "--method", "--keep", "--target", "--only", "--exclude", "--mark", "--round", "--measure", "--set", "--tokens",
         "--seed", "--dtype", "--device", "--recover", "--recover-tokens", "--finetune", "--source", "--unseen",
-        "--base", "--out", "--again", "--seq-len", "--eval-tokens", "MODEL")),
+        "--base", "--out", "--seq-len", "--eval-tokens", "MODEL")),
     Command(f"prune toys:classifier --method wanda_sp --keep 0.7 {DIGITS} --out out", options=(
         "--source", "--tokens", "--eval-tokens", "--dtype", "--finetune", "--recover", "--set")),
     Command("prune toys:classifier --method wanda_sp --keep 0.7 --source p=images --tokens 8 --eval-tokens 4 --out out",
@@ -66,7 +66,7 @@ COMMANDS: tuple[Command, ...] = (
         _all("mail.txt.gz", more=(*m.BYTES, m.packed, m.packed)), needs=("llama", "mail.txt.gz")),
     Command("prune llama --method magnitude --keep 0.8 --source mail=mail.jsonl --seq-len 16 --tokens 64 --out out",
         _json("mail.jsonl"), needs=("llama", "mail.jsonl")),
-    Command("prune --again run --out out --code toys:classifier", _json("run/run.json"), needs=("run",)),
+    Command("recover run --by refit --out out --code toys:classifier", _json("run/run.json"), needs=("run",)),
     Command("show llama",
         (*MODEL, *_all("llama/model.safetensors", more=WEIGHTS)), ("--dtype", "MODEL", "--json"),
         ("llama",)),

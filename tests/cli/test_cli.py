@@ -145,9 +145,10 @@ def test_a_plan_that_grows_and_a_ledger_that_restores_are_applied(regrow: Run) -
     assert code != 0 and "12 units here, the plan was made for 6" in err and not Path("none").exists()
 
 
-def test_again_repeats_a_run_with_the_same_plan(regrow: Run) -> None:
+def test_the_settings_of_a_run_give_the_same_plan(regrow: Run) -> None:
     regrow(*PRUNE, "--keep", "0.5", "--out", "one")
-    code, _, err = regrow("prune", "--again", "one", "--code", "toys:classifier", "--out", "two")
+    assert regrow("settings", "one", "--out", "one.toml")[0] == 0
+    code, _, err = regrow("prune", "toys:classifier", "--config", "one.toml", "--out", "two")
     assert code == 0, err
     plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"][0]["changes"] for name in ("one", "two")]
     assert plans[0] == plans[1]

@@ -9,6 +9,7 @@ import torch
 
 from cli.conftest import Run
 from regrow.jobs import grow as growth
+from regrow.jobs.recording import Invocation
 from regrow.settings.grow import Settings
 from regrow.store import load
 from regrow.store.run_folder import RunFolder
@@ -57,7 +58,7 @@ def test_a_dry_run_prints_the_plan_that_apply_carries_out(regrow: Run, tmp_path:
 def test_a_killed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     settings = Settings("toys:classifier", channels="+2", fill="split")
-    whole = growth.run(settings, tmp_path / "whole")
+    whole = growth.run(settings, Invocation(tmp_path / "whole"))
 
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
@@ -65,8 +66,8 @@ def test_a_killed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with monkeypatch.context() as patch:
         patch.setattr("regrow.store.write_model", killed)
         with pytest.raises(KeyboardInterrupt):
-            growth.run(settings, tmp_path / "run")
-    again = growth.run(settings, tmp_path / "run")
+            growth.run(settings, Invocation(tmp_path / "run"))
+    again = growth.run(settings, Invocation(tmp_path / "run"))
     for name in ("model.safetensors", "ledger.json", "metrics.jsonl"):
         assert (again.path / name).read_bytes() == (whole.path / name).read_bytes()
 

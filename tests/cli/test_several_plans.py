@@ -1,6 +1,7 @@
 """Several methods and fractions from one calibration are, each, the run of one method and fraction."""
 
 import json
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_several_plans_are_the_same_with_one_block_in_memory(
 def test_what_a_plan_leaves_in_memory_does_not_count_for_the_next(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = iter((2**28, 2**40, 2**40))
+    held = chain((2**28,), repeat(2**40))
     monkeypatch.setattr(requirements, "read_resident", lambda: next(held))
     command = ("prune", str(tiny_language_model), "--keep", "0.8", "--keep", "0.6", *DATA)
     code, said, err = regrow(*command, "--memory", "64GiB", "--out", "plans")

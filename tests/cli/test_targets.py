@@ -39,9 +39,6 @@ def test_parameters_are_all_parameters(regrow: Run) -> None:
     assert "allowed at most 1,500" in Path("run/report.html").read_text()
     run = json.loads(Path("run/run.json").read_text())
     assert "--target params=1.5k" in run["command"] and "--measure" not in run["command"]
-    code, _, err = regrow("prune", "--again", "run", "--code", "toys:classifier", "--out", "again")
-    assert code == 0, err
-    assert told("again")["after"] == left
     words = ("prune", "toys:classifier", "--method", "magnitude", "--smaller", "30%")
     assert regrow(*words, "--out", "smaller")[0] == 0
     row, recorded = told("smaller"), json.loads(Path("smaller/run.json").read_text())

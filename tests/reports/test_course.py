@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from regrow.jobs.learn import Settings, extend, run
+from regrow.jobs.recording import Invocation
 from regrow.reports import summarise, to_html, to_markdown, write_page
 from regrow.reports.summary import read_summary
 from reports.test_page import check_self_contained
@@ -23,7 +24,7 @@ def learned(path, method="sparsegrow", tasks=3, **settings):
     asked = Settings(
         (f"permuted:digits:{tasks}",), model="mlp:16-16", method=method, method_settings=given, epochs=2, lr=0.05
     )
-    return run(asked, path / method).path
+    return run(asked, Invocation(path / method)).path
 
 
 def rows(folder):
@@ -85,7 +86,7 @@ def test_a_hard_gate_owns_but_has_no_directions(tmp_path):
 
 def test_tasks_that_came_later_are_on_the_page(tmp_path):
     folder = learned(tmp_path, "naive", tasks=1)
-    extend(folder, ["digits"])
+    extend(Invocation(folder), ["digits"])
     matrix = summarise([folder])["runs"][0]["course"]["matrix"]
     assert matrix["tasks"] == ["permuted-1", "digits"] and matrix["average"] is not None
     assert [len(row) for row in matrix["matrix"]] == [1, 2]

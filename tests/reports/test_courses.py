@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from regrow.jobs.learn import extend
+from regrow.jobs.recording import Invocation
 from regrow.reports import comparison, summarise, to_html, to_markdown, write_page
 from regrow.reports.summary import read_summary
 from reports.test_course import learned, rows
@@ -72,7 +73,7 @@ def test_what_leads_at_its_size_is_marked(several):
 
 def test_runs_of_other_tasks_do_not_compare(several, tmp_path):
     longer = shutil.copytree(several[1], tmp_path / "longer")
-    extend(longer, ["digits"])
+    extend(Invocation(longer), ["digits"])
     text = to_html(summarise([several[0], longer]))
     assert "differ in tasks or in what was evaluated" in text and "trained on 3 to 4 tasks" in text
     assert "has the highest final" not in text and "differ in tasks or in what was evaluated" not in to_html(

@@ -13,6 +13,7 @@ from torch import nn
 from regrow import export, load
 from regrow.cli import code_of
 from regrow.jobs.prune import Settings, run
+from regrow.jobs.recording import Invocation
 from regrow.store import save
 from regrow.store.errors import explain_os_errors
 from regrow.store.run_folder import RunFolder
@@ -228,6 +229,6 @@ def test_two_runs_in_one_folder(here):
 
     def second(*_):
         with pytest.raises(ValueError, match="being written by another process"):
-            run(settings, "run")
+            run(settings, Invocation("run"))
 
-    assert run(settings, "run", second).run()["finished"]
+    assert run(settings, Invocation("run", progress=second)).run()["finished"]

@@ -13,6 +13,7 @@ from regrow.core.plan import Fill, Plan
 from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.jobs import learn as learning_run
 from regrow.jobs.learn import Settings, run
+from regrow.jobs.recording import Invocation
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
 from regrow.store.run_folder import RunFolder
@@ -124,7 +125,7 @@ def test_watching_goes_on_after_a_stop(young: float, tmp_path: Path, monkeypatch
     """Stopped after growth; under a penalty that only new units have, the loss never comes back."""
     given: dict[str, Any] = {"late_phase": 0.75, "new_unit_penalty": young}
     settings = Settings(("permuted:digits:2",), model="mlp:16-16", epochs=4, train=200, test=80, method_settings=given)
-    run(settings, tmp_path / "whole")
+    run(settings, Invocation(tmp_path / "whole"))
     write, seen = learning_run.write_checkpoint, []
 
     def stopping(path: Path, model: Any, state: TrainState[Any], **more: Any) -> None:
@@ -135,10 +136,10 @@ def test_watching_goes_on_after_a_stop(young: float, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(learning_run, "write_checkpoint", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(settings, tmp_path / "killed")
+        run(settings, Invocation(tmp_path / "killed"))
     assert seen[-1] == 1, "past its growth"
     monkeypatch.undo()
-    run(settings, tmp_path / "killed")
+    run(settings, Invocation(tmp_path / "killed"))
     rows = [RunFolder.open(tmp_path / name).metrics() for name in ("whole", "killed")]
     told = [[{k: v for k, v in r.items() if k != "time"} for r in some if r["what"] == "growth"] for some in rows]
     assert len(told[0]) == 1 and told[0] == told[1]

@@ -14,9 +14,9 @@ from torch import nn
 from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike, names_generated
 from regrow.api.runs import Destination, loaded_of, record_call
 from regrow.api.streamed import open_to_prune
-from regrow.core.amounts import Target, parse_share
-from regrow.core.axes import AxisGraph
-from regrow.core.budget import Budget
+from regrow.core.amounts import Measure, Target, parse_share
+from regrow.core.axes import AxisGraph, Mark
+from regrow.core.budget import Budget, Timing
 from regrow.core.errors import InputError
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
@@ -105,23 +105,15 @@ def prune(
     if torch.is_inference_mode_enabled():
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     place = Destination(out, track).checked(data=data, validation=validation)
-    limits, fit = _budget(keep, target, smaller, budget), _check_reconstruct(reconstruct)
     given = Arguments(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes)
-    call = _PruneCall(given, _describe(given, method, settings or {}, limits, fit), limits, place, memory)
+    timing = budget.pop("timing", None)
+    described = _describe(given, method, settings or {}, _choose_size(keep, target, smaller), budget, reconstruct)
+    call = _PruneCall(given, described, timing, place, memory)
     with visible(progress) as shown:
-        result = carry_out(call.job, partial(call.open, shown), place.recorder("prune", model), progress=shown)
+        result = carry_out(call.settings, partial(call.open, shown), place.recorder("prune", model), progress=shown)
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan
-
-
-def _check_reconstruct(reconstruct: object) -> bool | Mapping[str, Any]:
-    """Return whether to reconstruct, or its settings; raise InputError for anything else."""
-    if reconstruct is None:
-        return False
-    if isinstance(reconstruct, bool | Mapping):
-        return reconstruct
-    raise InputError(f"reconstruct must be True, False or a dict of settings of refit, got {reconstruct!r:.60}")
 
 
 @dataclass(frozen=True)
@@ -129,8 +121,8 @@ class _PruneCall:
     """What a call of :func:`prune` asks for, checked."""
 
     given: Arguments
-    job: Settings
-    limits: Budget
+    settings: Settings
+    timing: Timing | None
     place: Destination
     memory: str
 
@@ -157,8 +149,8 @@ class _PruneCall:
             f"device={given.device}": given.device not in (None, "cpu"),
             f"precision={given.precision}": given.precision != "float32",
         }
-        pruner = build_pruner(self.job.method, seeded_settings(self.job))
-        opened, inputs, plan = open_to_prune(given, memory, self.job, pruner, needs, progress)
+        pruner = build_pruner(self.settings.method, seeded_settings(self.settings))
+        opened, inputs, plan = open_to_prune(given, memory, self.settings, pruner, needs, progress)
         if not plan.streams:
             return None
         if self.place.out is None:
@@ -170,7 +162,7 @@ class _PruneCall:
 
     def _complete(self, inputs: Inputs, network: PrunedNetwork, axes: AxisGraph) -> PruneInputs:
         """Return the inputs of the run."""
-        if self.job.reconstruct:
+        if self.settings.reconstruct:
             with preserve_random_state(*(generator for source in inputs.sources for generator in source.generators)):
                 check_lengths(chain.from_iterable(inputs.sources))
         return PruneInputs(
@@ -181,47 +173,51 @@ class _PruneCall:
             objective=inputs.objective,
             lenient=inputs.tests is inputs.sources,
             call=record_call(self.place, inputs, self.given.loss, network.sums),
-            timing=self.limits.timing,
+            timing=self.timing,
         )
 
 
 def _describe(
-    given: Arguments, method: str, settings: Mapping[str, Any], limits: Budget, reconstruct: bool | Mapping[str, Any]
+    given: Arguments,
+    method: str,
+    settings: Mapping[str, Any],
+    size: Mapping[str, Any],
+    budget: Mapping[str, Any],
+    reconstruct: object,
 ) -> Settings:
     """Return the settings of the command that say what a call does."""
-    return Settings(
-        given.name,
-        method,
-        dict(settings),
-        keep=None if limits.target else limits.keep,
-        measure=str(limits.measure),
-        target=str(limits.target or ""),
-        regular=limits.regular,
-        only=tuple(limits.only),
-        exclude=tuple(limits.exclude),
-        marks=tuple(sorted(map(str, limits.marks))),
-        round_to=limits.round_to,
-        precision=given.precision,
-        reconstruct=reconstruct is not False,
-        reconstruct_settings=reconstruct if isinstance(reconstruct, Mapping) else {},
-    )
-
-
-def _budget(
-    keep: float | str | None, target: str | Target, smaller: str | float | None, more: Mapping[str, Any]
-) -> Budget:
-    """Return the budget that is given in one of three ways."""
-    if unknown := more.keys() - {"measure", "only", "exclude", "round_to", "regular", "marks", "timing"}:
+    if not (reconstruct is None or isinstance(reconstruct, bool | Mapping)):
+        raise InputError(f"reconstruct must be True, False or a dict of settings of refit, got {reconstruct!r:.60}")
+    if unknown := budget.keys() - {"measure", "only", "exclude", "round_to", "regular", "marks"}:
         raise TypeError(
             f"prune has no argument {min(unknown)!r}; the size is given by keep=0.8, smaller='20%' or "
             "target='macs=2G', and limited by measure, only, exclude, round_to, regular"
         )
+    return Settings(
+        given.name,
+        method,
+        dict(settings),
+        **size,
+        measure=str(budget.get("measure", Measure.WEIGHTS)),
+        regular=budget.get("regular", False),
+        only=tuple(budget.get("only", ())),
+        exclude=tuple(budget.get("exclude", ())),
+        marks=tuple(sorted(map(str, budget.get("marks", (Mark.NEUTRAL,))))),
+        round_to=budget.get("round_to", 1),
+        precision=given.precision,
+        reconstruct=isinstance(reconstruct, Mapping) or bool(reconstruct),
+        reconstruct_settings=reconstruct if isinstance(reconstruct, Mapping) else {},
+    )
+
+
+def _choose_size(keep: float | str | None, target: str | Target, smaller: str | float | None) -> dict[str, Any]:
+    """Return the settings that say how much stays, which is given in one of three ways."""
     given = {"keep": keep, "target": target or None, "smaller": smaller}
     names = [f"{name}={value}" for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise InputError(f"keep, target and smaller exclude each other, got {' and '.join(names)}; give one of them")
     if smaller is not None:
-        return Budget(target=Target.smaller(parse_share(str(smaller))), **more)
+        target = Target.smaller(parse_share(str(smaller)))
     if target:
-        return Budget(target=Target.parse(str(target)), **more)
-    return Budget(0.8 if keep is None else parse_share(str(keep)), **more)
+        return {"keep": None, "target": str(Target.parse(str(target)))}
+    return {"keep": Budget(0.8 if keep is None else parse_share(str(keep))).keep}

@@ -16,6 +16,7 @@ from regrow.core.progress import Progress
 from regrow.core.sources import Batch
 from regrow.data.batches import to_sources
 from regrow.data.joined import join_sources
+from regrow.jobs.recording import Invocation
 from regrow.jobs.streamed import plan_streaming, start_streaming
 from regrow.methods.pruning.pruner import Pruner
 from regrow.scoring.layer_orders import BATCH
@@ -51,7 +52,8 @@ def open_to_prune(
     described = replace(settings, sources=names, seq_len=positions, tokens=max(1, total // max(1, len(names))))
     needs = {**needs, "a model without text": opened.loaded.tokenizer is None}
     amounts = len(batches), positions
-    plan = plan_streaming(opened, memory, described, pruner, amounts, needs, lambda line: progress(0, 1, line))
+    call = Invocation(memory=memory, announce=lambda line: progress(0, 1, line))
+    plan = plan_streaming(opened, call, described, pruner, amounts, needs)
     return opened, inputs, plan
 
 

@@ -7,7 +7,7 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
-from regrow.cli.recover import tell
+from regrow.cli.results import say_outcome
 from regrow.cli.screen import number, say, say_peak, table, working
 from regrow.settings.evaluate import Settings
 
@@ -58,8 +58,8 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: 
         say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")
     if memory:
         say_peak(result["memory"])
-    if run:
-        tell(run)
+    if run and any(row["what"] == "recovery" for row in run.metrics()):
+        say_outcome(run)
 
 
 def _figures(metrics: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
-from regrow.cli.runs import run_with_page
+from regrow.cli.runs import recorded_run
 from regrow.cli.screen import number, say, say_peak, table, working
 from regrow.settings.grow import Settings
 
@@ -53,22 +53,21 @@ def grow(
     if dry_run:
         _show_plan(settings, plan, code)
         return
-    if out is None:
-        raise click.UsageError("--out names the folder of the run, for example --out run")
     from regrow.jobs.grow import run
 
-    run_with_page("model", _tell, run, settings, out, code=code, memory=memory, announce=say, track=track)
+    with recorded_run("model", _tell, out, code=code, memory=memory, track=track) as invocation:
+        run(settings, invocation)
 
 
 def _show_plan(settings: Settings, path: Path | None, code: str) -> None:
     from functools import partial
 
     from regrow.jobs.grow import carry_out, open_named
-    from regrow.jobs.recording import NoRecorder
+    from regrow.jobs.recording import Invocation, NoRecorder
     from regrow.store.atomic import JSON, write_output
 
     with working() as progress:
-        inputs = partial(open_named, settings, code=code, progress=progress)
+        inputs = partial(open_named, settings, Invocation(code=code, progress=progress))
         result = carry_out(settings, inputs, NoRecorder(), progress=progress, grows=False)
     plan, axes = result.plan, result.axes
     rows = [(key, change.size, change.after, f"+{change.grow}") for key, change in plan.changes.items()]

@@ -9,8 +9,7 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Flag, Given
-from regrow.cli.processes import processes
-from regrow.cli.runs import run_with_page
+from regrow.cli.runs import recorded_run
 from regrow.cli.screen import number, say, say_peak, table
 from regrow.distributed import read_ranks
 from regrow.settings.learn import Settings
@@ -72,7 +71,8 @@ def learn(
     """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
     if memory and read_ranks().several:
         raise click.UsageError("--memory predicts for one process alone; leave it out, or start without torchrun")
-    call: partial[RunFolder]
+    from regrow.jobs.learn import extend, run
+
     if resume:
         if "tasks" in given.values or out:
             raise click.UsageError(
@@ -81,9 +81,7 @@ def learn(
         if given.options:
             raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(given.options)}")
         options.say_code(code)
-        from regrow.jobs.learn import extend
-
-        call = partial(extend, resume, more, without_old=without_old, total=total, code=code, memory=memory)
+        call = partial(extend, more=more, without_old=without_old, total=total)
     else:
         if more or without_old or total is not None:
             raise click.UsageError(
@@ -91,17 +89,11 @@ def learn(
             )
         settings = given.build()
         options.say_code(settings.model, code, settings.method)
-        if out is None:
-            raise click.UsageError("--out names the folder of the run, for example --out run")
-        from regrow.jobs.learn import run
-
-        call = partial(run, settings, out, code=code, memory=memory)
-    with processes() as ranks:
-        if not ranks.leads:
-            call(ranks=ranks)
-            return
-        folder = run_with_page("network", _tell, call, track=track, announce=say, ranks=ranks)
-    say(f"to add tasks: regrow learn --resume {folder.path} --task TASKS")
+        call = partial(run, settings)
+    folder = resume or out
+    with recorded_run("network", _tell, folder, code=code, memory=memory, track=track) as invocation:
+        call(invocation)
+    say(f"to add tasks: regrow learn --resume {folder} --task TASKS")
 
 
 def _tell(folder: "RunFolder") -> None:

@@ -1,6 +1,6 @@
 """``regrow prune``: prune a model, and print what it cost in quality."""
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +8,10 @@ import click
 
 from regrow.cli import options
 from regrow.cli.boundary import Verb
-from regrow.cli.checks import check_json
 from regrow.cli.flags import Given
-from regrow.cli.processes import processes
-from regrow.cli.recover import tell
-from regrow.cli.runs import run_with_page
-from regrow.cli.screen import number, say, say_peak, table, working
+from regrow.cli.results import say_outcome
+from regrow.cli.runs import recorded_run
+from regrow.cli.screen import number, say, working
 from regrow.core.references import names_code
 from regrow.distributed import read_ranks
 from regrow.settings.prune import Settings, name_folders
@@ -33,11 +31,10 @@ Examples
   regrow prune ./llama-8b --memory 6GiB --source mail=letters/ --out RUN        read one block at a time
   regrow prune RUN --keep 0.9 --source news --out RUN2       prune the result of another run further
   torchrun --no-python --nproc-per-node 2 regrow prune ./my-llama --source mail=letters/ --out RUN
-  regrow prune --again RUN --out RUN3
 """
 
 
-@click.command(cls=Verb, resumed=("out",), settings=Settings, instead="again", distributed=True, epilog=EPILOG)
+@click.command(cls=Verb, resumed=("out",), settings=Settings, distributed=True, epilog=EPILOG)
 @options.run_folder()
 @click.option("--dry-run", type=options.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
 @options.code
@@ -46,29 +43,20 @@ Examples
     "same result; how is printed first. For text models in a transformers folder or run folder, or packaged ones."
 )
 @options.track
-@click.option("--again", type=options.PATH, help="Repeat the run in this folder, with its settings.")
 def prune(
     given: Given[Settings],
     out: Path | None,
     dry_run: Path | None,
-    again: Path | None,
     code: str,
     memory: str,
     track: str,
 ) -> None:
     """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
-    if again and given.options:
-        raise click.UsageError(f"--again repeats a run with its settings; leave out {', '.join(given.options)}")
-    settings = _again(again, code) if again else given.build()
+    settings = given.build()
     if names_code(settings.model) and code:
-        if not again:
-            line = (
-                f"--code is for a run folder or --again; name the function in the place of MODEL: regrow prune {code}"
-            )
-            raise click.UsageError(line)
-        code = ""  # it is the model
-    if again and dry_run:
-        check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
+        raise click.UsageError(
+            f"--code is for a run folder; name the function in the place of MODEL: regrow prune {code}"
+        )
     options.say_code(settings.model, code, settings.method, settings.recover)
     _check_several(given, dry_run)
     if dry_run:
@@ -79,19 +67,13 @@ def prune(
     if read_ranks().several and settings.device != "cpu":
         line = f"several processes run on the CPU alone; leave out --device {settings.device}, or torchrun"
         raise click.UsageError(line)
-    if out is None:
-        raise click.UsageError("--out names the folder of the run, for example --out run")
     if given.varied:
         _prune_several(given.build_all(), out, code=code, memory=memory, track=track)
         return
     from regrow.jobs.prune import run
 
-    with processes() as ranks:
-        if not ranks.leads:
-            run(settings, out, code=code, memory=memory, ranks=ranks)
-            return
-        more: dict[str, object] = {"track": track, "announce": say, "ranks": ranks}
-        run_with_page("model", _show_result, run, settings, out, code=code, memory=memory, **more)
+    with recorded_run("model", _show_result, out, code=code, memory=memory, track=track) as invocation:
+        run(settings, invocation)
 
 
 def _check_several(given: Given[Settings], dry_run: Path | None) -> None:
@@ -105,33 +87,38 @@ def _check_several(given: Given[Settings], dry_run: Path | None) -> None:
         raise click.UsageError(f"--dry-run {dry_run} takes one plan, got {words}; give one value, or use --out instead")
 
 
-def _prune_several(runs: list[Settings], out: Path, *, code: str, memory: str, track: str) -> None:
+def _prune_several(runs: list[Settings], out: Path | None, *, code: str, memory: str, track: str) -> None:
     """Prune with several methods or fractions: one calibration, and one run folder per plan below ``out``."""
-    from regrow.jobs.later_plans import is_finished
-    from regrow.jobs.prune import run
-    from regrow.jobs.shared_work import SharedWork
+    from regrow.jobs.prune import check_plans, run
+    from regrow.jobs.recording import Invocation
+    from regrow.jobs.shared_work import SharedWork, is_finished
     from regrow.store.errors import StoreError
 
+    if out is None:
+        raise click.UsageError("--out names the folder of the plans, for example --out plans")
     if (out / "run.json").exists():
         raise StoreError(f"{out} is a run folder; several plans need a folder for one each: choose another")
-    plans = name_folders(runs)
-    complete = {name for name, settings in plans.items() if is_finished(settings, out / name)}
-    shared = SharedWork(later=[settings for name, settings in plans.items() if name not in complete][1:])
+    plans, shared = name_folders(runs), SharedWork()
+    missing = {name: settings for name, settings in plans.items() if not is_finished(settings, out / name)}
+    with working() as progress:
+        later = dict(list(missing.items())[1:])  # the first is checked as it begins
+        check_plans(later, Invocation(out, code, memory, progress=progress), shared)
     for name, settings in plans.items():
-        if name in complete:
+        if name not in missing:
             say(f"{name}: finished before")
             continue
         say(name)
-        more: dict[str, object] = {"track": track, "announce": say, "shared": shared}
-        run_with_page("model", _show_result, run, settings, out / name, code=code, memory=memory, **more)
+        with recorded_run("model", _show_result, out / name, code=code, memory=memory, track=track) as invocation:
+            run(settings, invocation, shared)
 
 
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
     from regrow.jobs.prune import plan_named
+    from regrow.jobs.recording import Invocation
     from regrow.store.atomic import JSON, write_output
 
     with working() as progress:
-        plan = plan_named(settings, progress, code=code, memory=memory, announce=say)
+        plan = plan_named(settings, Invocation(code=code, memory=memory, announce=say, progress=progress))
     write_output(path, plan.to_json() + "\n", JSON)
     for note in plan.notes:
         say(f"note: {note}")
@@ -139,80 +126,7 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
     say(f"apply it with `regrow apply {path} {settings.model} --out FOLDER`")
 
 
-def _again(folder: Path, code: str) -> Settings:
-    from regrow.jobs.prune_settings import read_pruning_settings
-    from regrow.methods import refuse_recorded_code
-    from regrow.nets import ModelError
-    from regrow.store.run_folder import RunFolder
-    from regrow.store.run_record import check_repeatable
-
-    data = (RunFolder.open_unfinished(folder) or RunFolder.open(folder)).run()
-    if data.get("verb") != "prune":
-        raise click.UsageError(f"{folder} holds a run of {data.get('verb')!r}; --again repeats a pruning run")
-    check_repeatable(folder, data)
-    try:
-        settings = read_pruning_settings(data["settings"], code)
-    except ModelError as error:
-        raise click.UsageError(f"{folder}: {error}") from None
-    for name in (settings.method, settings.recover):
-        refuse_recorded_code(name, str(data.get("command")))
-    return settings
-
-
 def _show_result(folder: "RunFolder") -> None:
-    """Print the result of a pruning run, and that of its recovery, which prints nothing if there was none."""
-    _tell(folder)
-    _tell_reconstruction(folder)
-    tell(folder)
-
-
-def _tell_reconstruction(folder: "RunFolder") -> None:
-    """Print how far a reconstruction brought the layers to their dense outputs; nothing without one."""
-    for row in folder.metrics():
-        if row["what"] != "reconstruction":
-            continue
-        layers, where = row.get("layers", []), "left-out sources" if "choose_on" in row else "held-out text"
-        say(f"reconstructed {len(layers)} layers on {number(row['tokens'])} tokens in {row['seconds']:.0f} s")
-        if layers:
-            before, after = (sum(one[name] for one in layers) / len(layers) for name in ("before", "after"))
-            say(f"mean relative error of their outputs on {where}: {before:.3f} → {after:.3f}")
-            if all("seen" in one for one in layers):
-                seen = sum(one["seen"] for one in layers) / len(layers)
-                say(f"and on the fitted sources themselves: {before:.3f} → {seen:.3f}")
-        for name, why in row.get("left_out", {}).items():
-            say(f"note: {name} was not reconstructed: {why}")
-        if "note" in row:
-            say(f"note: {row['note']}")
-
-
-def _tell_perplexity(rows: list[dict[str, Any]]) -> None:
-    """Print perplexity per source, seen and unseen ones marked; with a reconstruction also that after the cut alone."""
-    quality = {(row["model"], row["source"]): row for row in rows if row["what"] == "perplexity"}
-    complete = {
-        name: (before, row)
-        for (model, name), row in quality.items()
-        if model == "pruned" and row["ppl"] is not None and (before := quality.get(("dense", name), {}).get("ppl"))
-    }
-    several = len({bool(row.get("seen")) for _, row in complete.values()}) > 1
-    cut = {name: quality.get(("cut", name), {}).get("ppl") for name in complete}
-    fitted, lines = all(cut.values()), []
-    for name, (before, row) in complete.items():
-        kind = f"{name} ({'seen' if row.get('seen') else 'unseen'})" if several else name
-        line = [kind, number(before), number(row["ppl"]), f"× {row['ppl'] / before:.3f}"]
-        if fitted:
-            lost = math.log(cut[name] / before)
-            share = f"{100 * math.log(cut[name] / row['ppl']) / lost:.0f} %" if lost > 0 else "–"
-            line = [*line[:2], number(cut[name]), *line[2:], share]
-        lines.append(tuple(line))
-    title = "Perplexity on the evaluation half of each source"
-    if lines and fitted:
-        title += ", and the fraction of the log-perplexity lost by the cut that the reconstruction recovered"
-        table(title, ("source", "dense", "cut", "reconstructed", "", "recovered"), lines, numbers=(1, 2, 3, 4, 5))
-    elif lines:
-        table(title, ("source", "dense", "pruned", ""), lines, numbers=(1, 2, 3))
-
-
-def _tell(folder: "RunFolder") -> None:
     rows = folder.metrics()
     sizes = {row["model"]: row for row in rows if row["what"] == "size"}
     dense, pruned = sizes["dense"], sizes["pruned"]
@@ -230,18 +144,28 @@ def _tell(folder: "RunFolder") -> None:
                 f"{row['measure']}{context}: {number(row['after'])}{predicted}, of {number(row['before'])}; "
                 f"allowed at most {number(row['asked'])}"
             )
-    _tell_perplexity(rows)
-    shares = {(row["model"], row["task"]): row for row in rows if row["what"] == "choice"}
-    for (model, task), row in shares.items():
-        if model == "pruned" and ("dense", task) in shares:
-            say(f"accuracy on {task}: {shares['dense', task]['acc']:.3f} → {row['acc']:.3f} (n = {row['n']})")
-    for row in rows:
-        if row["what"] == "verify":
+        elif row["what"] == "verify":
             difference, bound = (number(row[name], 2) for name in ("max_abs_diff", "bound"))
             say(f"masked = shrunk: largest difference {difference} in float64 (bound {bound})")
-    run = folder.run()
-    for note in run.get("notes", ()):
+        elif row["what"] == "reconstruction":
+            _show_reconstruction(row)
+    for note in folder.run().get("notes", ()):
         if "BatchNorm" in note:
             say(f"note: {note}")
-    if (memory := run.get("memory")) and not run["settings"].get("recover"):  # the result of a recovery has it
-        say_peak(memory)
+    say_outcome(folder)
+
+
+def _show_reconstruction(row: Mapping[str, Any]) -> None:
+    """Print how far a reconstruction brought the layers to their dense outputs."""
+    layers, where = row.get("layers", []), "left-out sources" if "choose_on" in row else "held-out text"
+    say(f"reconstructed {len(layers)} layers on {number(row['tokens'])} tokens in {row['seconds']:.0f} s")
+    if layers:
+        before, after = (sum(layer[name] for layer in layers) / len(layers) for name in ("before", "after"))
+        say(f"mean relative error of their outputs on {where}: {before:.3f} → {after:.3f}")
+        if all("seen" in layer for layer in layers):
+            seen = sum(layer["seen"] for layer in layers) / len(layers)
+            say(f"and on the fitted sources themselves: {before:.3f} → {seen:.3f}")
+    for name, why in row.get("left_out", {}).items():
+        say(f"note: {name} was not reconstructed: {why}")
+    if "note" in row:
+        say(f"note: {row['note']}")

@@ -1,6 +1,7 @@
 """Commands that write a run folder with its report page: their options, and their course on the screen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,12 @@ import click
 
 from regrow.cli import options
 from regrow.cli.boundary import Verb
+from regrow.cli.processes import processes
 from regrow.cli.screen import say, working
 from regrow.core.amounts import format_bytes
 
 if TYPE_CHECKING:
+    from regrow.jobs.recording import Invocation
     from regrow.store.run_folder import RunFolder
 
 PAGE = "report.html"
@@ -72,47 +75,61 @@ class RunPage:
         except Exception as error:
             self.error = error
 
-    def tell(self, folder: Path) -> None:
-        """Print where the page is, or why there is none.
+    def tell(self, path: Path, tell_result: "Callable[[RunFolder], None]") -> None:
+        """Print the result of a run, and where its page is, or why there is none.
 
         Args:
-            folder: The folder of the finished run.
+            path: The folder of the finished run.
+            tell_result: Prints the result.
 
         Raises:
             Exception: If writing the page failed for another reason than a missing package.
         """
         from regrow.reports import ReportError
+        from regrow.store.run_folder import RunFolder
 
+        folder = RunFolder(path)
+        snapshot = folder.run().get("snapshot")  # an error if the folder was deleted meanwhile
+        tell_result(folder)
+        if snapshot:
+            size = format_bytes(snapshot["bytes"])
+            say(f"{path / 'before'} holds what the run started from, {size}: `regrow undo {path}`")
         if self.error is not None:
-            say(f"the {self.what} is in {folder}; no page was written: {self.error}")
+            say(f"the {self.what} is in {path}; no page was written: {self.error}")
             if not isinstance(self.error, ReportError):
                 raise self.error
-        elif (folder / PAGE).is_file():
-            say(f"{self.what} and page are in {folder}; open {folder / PAGE}")
+        elif (path / PAGE).is_file():
+            say(f"{self.what} and page are in {path}; open {path / PAGE}")
 
 
-def run_with_page(
-    what: str, tell: "Callable[[RunFolder], None]", run: "Callable[..., RunFolder]", *inputs: object, **more: object
-) -> "RunFolder":
-    """Write the folder of a run with its page while progress is shown; print the result, and where folder and page are.
+@contextmanager
+def recorded_run(
+    what: str, tell: "Callable[[RunFolder], None]", out: Path | None, *, code: str = "", memory: str = "", track: str
+) -> "Iterator[Invocation]":
+    """Yield how a command is called, for the ``with`` block to run it; shows progress, and then the result.
+
+    Where folder and page are is printed last. Of several processes, only rank 0 prints and writes the page.
 
     Args:
         what: The name of the folder's content beside the page: ``model`` or ``network``.
         tell: Prints the result.
-        run: Writes the folder; called with ``inputs``, ``more``, ``progress`` and ``write_page``.
-        *inputs: Positional arguments of ``run``.
-        **more: Further keyword arguments of ``run``.
+        out: The run folder, which the block writes.
+        code: The value of ``--code``.
+        memory: The value of ``--memory``.
+        track: The value of ``--track``.
 
-    Returns:
-        The finished folder.
+    Raises:
+        UsageError: If there is no folder to write.
     """
+    if out is None:
+        raise click.UsageError("--out names the folder of the run, for example --out run")
+    from regrow.jobs.recording import Invocation
+
     page = RunPage(what)
-    with working() as progress:
-        folder = run(*inputs, progress=progress, write_page=page, **more)
-    snapshot = folder.run().get("snapshot")  # an error if the folder was deleted meanwhile
-    tell(folder)
-    if snapshot:
-        size = format_bytes(snapshot["bytes"])
-        say(f"{folder.path / 'before'} holds what the run started from, {size}: `regrow undo {folder.path}`")
-    page.tell(folder.path)
-    return folder
+    with processes() as ranks:
+        if not ranks.leads:
+            yield Invocation(out, code, memory, ranks=ranks)
+            return
+        with working() as progress:
+            yield Invocation(out, code, memory, track, ranks, say, progress, page)
+        page.tell(out, tell)

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 
 from regrow.cli import options
 from regrow.cli.flags import Given
-from regrow.cli.processes import processes
-from regrow.cli.runs import run_command, run_with_page
+from regrow.cli.runs import recorded_run, run_command
 from regrow.cli.screen import number, say, table
 from regrow.settings.search import Settings
 
@@ -38,12 +37,9 @@ def search(given: Given[Settings], code: str, track: str, out: Path) -> None:
     options.say_code(settings.space, code, settings.method)
     from regrow.jobs.search import run
 
-    with processes() as ranks:
-        if not ranks.leads:
-            run(settings, out, code=code, ranks=ranks)
-            return
-        folder = run_with_page("network", _tell, run, settings, out, code=code, track=track, ranks=ranks)
-    say(f"load it with regrow.load({str(folder.path)!r})")
+    with recorded_run("network", _tell, out, code=code, track=track) as invocation:
+        run(settings, invocation)
+    say(f"load it with regrow.load({str(out)!r})")
 
 
 def _tell(folder: "RunFolder") -> None:

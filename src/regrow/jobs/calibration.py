@@ -12,13 +12,11 @@ from regrow.core.axes import Axis, AxisGraph
 from regrow.core.evidence import Evidence
 from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
-from regrow.core.progress import Progress, silent
 from regrow.core.scores import Scores, Statistics
 from regrow.core.sources import Source
-from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import broadcast_record
-from regrow.jobs import pruning as prune
-from regrow.jobs.recording import Record
+from regrow.jobs import pruning
+from regrow.jobs.recording import ActiveRun, Record
 from regrow.jobs.shared_work import SharedWork
 from regrow.jobs.streamed_run import PrunedNetwork
 from regrow.methods.pruning.pruner import Pruner
@@ -64,38 +62,35 @@ def write_scores(
 
 
 def calibrate(
+    run: ActiveRun,
     network: PrunedNetwork,
     axes: AxisGraph,
     pruner: Pruner,
     sources: Sequence[Source],
-    record: Record,
     *,
     units: Sequence[Axis],
     batch_size: int = 1,
     objective: Objective | None = None,
     shared: SharedWork,
-    ranks: ProcessRank = SINGLE,
-    progress: Progress = silent,
 ) -> tuple[Evidence, str]:
     """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
 
     Args:
+        run: The run, in whose folder finished shards are stored; its processes share the batches, rank 0 gets the sums.
         network: The network.
         axes: Its axes.
         pruner: The method, which says what is measured.
         sources: The calibration data.
-        record: The run, in whose folder finished shards are stored.
         units: The axes that may be cut, which are measured.
         batch_size: How many examples run at a time, as for :func:`regrow.jobs.pruning.collect_evidence`.
         objective: What the model is trained for; ``None``: what fits the labels.
         shared: What earlier runs of this process measured; gets what this one measures.
-        ranks: The processes that share the batches; rank 0 gets the sums.
-        progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
         The measurements, and a digest of everything that they depend on; empty if nothing is recorded.
     """
-    several, notes = prune.divide_sources(pruner, sources)
+    record, ranks = run.record, run.ranks
+    several, notes = pruning.divide_sources(pruner, sources)
     done: dict[tuple[str, int], Statistics] = {}
     digests: dict[str, str] = {}
     keys: dict[str, str] = {}
@@ -116,12 +111,12 @@ def calibrate(
     finished = broadcast_record(ranks, [[*key] for key in done])
     if not ranks.leads:
         done = {(source, shard): Statistics(source) for source, shard in finished}
-    evidence = prune.collect_evidence(
+    evidence = pruning.collect_evidence(
         network.loaded.model,
         axes,
         pruner,
         several,
-        progress,
+        run.progress,
         batch_size,
         units,
         done=done,

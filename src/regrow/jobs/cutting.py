@@ -1,7 +1,6 @@
 """A network in memory as a pruning run uses it: cut in place, proved, repaired and saved."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,19 +11,15 @@ from regrow import store
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import RefusedError
 from regrow.core.plan import Plan
-from regrow.core.progress import Progress
 from regrow.core.sources import Source
 from regrow.distributed import ProcessRank
 from regrow.jobs.forward_outputs import run_once
 from regrow.jobs.reconstruction import keep_dense, reconstruct
-from regrow.jobs.recording import Record
+from regrow.jobs.recording import ActiveRun, Record
 from regrow.nets import Loaded
 from regrow.scoring import weights_of
 from regrow.store.statistics import parameter_sums
 from regrow.surgery import apply, verify
-
-Stage = Callable[[str], AbstractContextManager[None]]
-"""Returns the context manager that times a stage of a run."""
 
 
 @dataclass
@@ -69,39 +64,25 @@ class WholeNetwork:
         """
         return ranks if ranks.leads or self.loaded.tokenizer is not None else None
 
-    def cut(
-        self,
-        record: Record,
-        axes: AxisGraph,
-        plan: Plan,
-        *,
-        proof: bool,
-        fits: bool,
-        ranks: ProcessRank,
-        stage: Stage,
-        progress: Progress,
-    ) -> AxisGraph:
+    def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan, *, proof: bool, fits: bool) -> AxisGraph:
         """Carry out a plan, and return the axes after it.
 
         Args:
-            record: The run, which gets a row on the proof.
+            run: The run, which gets a row on the proof; each of its processes cuts.
             axes: The axes of the network.
             plan: The plan.
             proof: Whether the cut network is compared with the masked one in float64 before, if the run is kept.
             fits: Whether layers are fitted to dense outputs later.
-            ranks: The processes, each of which cuts.
-            stage: Times the stages ``verify`` and ``apply``.
-            progress: Called with (steps done, steps in all, what is being done).
 
         Raises:
             RefusedError: If the cut network does not compute what the masked one does; nothing is changed then.
         """
         model = self.loaded.model
-        if proof and record.kept:
-            with stage("verify"):
-                progress(0, 1, "proving that masked = shrunk")
+        if proof and run.record.kept:
+            with run.clock.stage("verify"):
+                run.progress(0, 1, "proving that masked = shrunk")
                 result = verify(model, axes, plan)
-            record.log("verify", **asdict(result), dtype="float64")
+            run.record.log("verify", **asdict(result), dtype="float64")
             if not result.ok:
                 raise RefusedError(
                     f"the plan does not hold on this model: masked and shrunk differ by {result.max_abs_diff:.3g} in "
@@ -109,32 +90,25 @@ class WholeNetwork:
                 )
         run_once(model, axes.example)
         self.dense = keep_dense(model) if fits else None
-        with stage("apply"):
+        with run.clock.stage("apply"):
             _, after = apply(model, axes, plan)
         return after
 
     def reconstruct(
-        self,
-        record: Record,
-        axes: AxisGraph,
-        plan: Plan,
-        sources: Sequence[Source],
-        settings: Mapping[str, Any],
-        progress: Progress,
+        self, run: ActiveRun, axes: AxisGraph, plan: Plan, sources: Sequence[Source], settings: Mapping[str, Any]
     ) -> None:
         """Fit layers that read cut units to dense outputs.
 
         Args:
-            record: The run, which gets a row.
+            run: The run, which gets a row.
             axes: The axes before the cut.
             plan: The plan.
             sources: The data to fit on.
             settings: Settings that differ from the defaults.
-            progress: Called with (steps done, steps in all, what is being done).
         """
         dense, self.dense = self.dense, None
         assert dense is not None
-        reconstruct(self.loaded.model, dense, axes, plan, sources, settings, record, progress)
+        reconstruct(self.loaded.model, dense, axes, plan, sources, settings, run.record, run.progress)
 
     def save(self, record: Record) -> None:
         """Write the network into the folder of a run.

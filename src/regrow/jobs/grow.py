@@ -19,14 +19,14 @@ from regrow.jobs.growth import CheckedGrowth, GrowthData
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, count_windows, describe_sources, read_sources
 from regrow.jobs.measuring import measure_run
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.recording import Clock, Record, Recorder, RunStart, record_command, record_plan
+from regrow.jobs.recording import Clock, Invocation, Record, Recorder, RunStart, record_plan
 from regrow.jobs.training_memory import plan_growth_memory
 from regrow.nets import Loaded
 from regrow.nets.precision import check_precision
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.grow import Settings
-from regrow.store.run_folder import RunFolder, WritePage
-from regrow.streaming.requirements import record_peak
+from regrow.store.run_folder import RunFolder
+from regrow.streaming.requirements import MemoryTerms, record_peak
 from regrow.tracing import trace
 from regrow.training.grown import GrowthTraining
 
@@ -43,6 +43,7 @@ class GrowInputs:
         lenient: Whether the data for evaluation are those for training, whose labels need not fit.
         describe: Returns what is recorded of the data.
         call: What the result depends on besides settings, for a call from Python.
+        predict: Returns what a plan needs of a limit of memory, or refuses it; ``None``: there is no limit.
     """
 
     loaded: Loaded
@@ -52,6 +53,7 @@ class GrowInputs:
     lenient: bool = False
     describe: Callable[[SourceHalves], list[dict[str, object]] | None] = lambda data: None
     call: dict[str, object] | None = None
+    predict: Callable[[Plan], MemoryTerms | None] = lambda plan: None
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,6 @@ def carry_out(
     inputs: Callable[[Clock], GrowInputs],
     recorder: Recorder,
     *,
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
     grows: bool = True,
 ) -> GrowResult:
@@ -92,9 +92,6 @@ def carry_out(
         settings: The settings of the run.
         inputs: Opens the network and the data, and times that.
         recorder: Where the run is recorded.
-        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted once the model is loaded,
-            and the run is refused if that is more. Empty: it is not predicted.
-        announce: Called with one line that says what the run needs of that memory.
         progress: Called with (steps done, steps in all, what is being done).
         grows: Whether the network is grown; otherwise the run ends with the plan.
 
@@ -114,7 +111,7 @@ def carry_out(
         plan, notes = plan_growth(loaded.model, axes, spec)
         if not grows:
             return GrowResult(plan, axes, loaded.model, None, (*notes,))
-        needs = plan_growth_memory(settings, loaded, axes, plan, memory, announce)
+        needs = opened.predict(plan)
     with recorder.begin(RunStart(identity, loaded, call=opened.call)) as record:
         clock.folder = record
         if data.pending:
@@ -165,64 +162,46 @@ def _grow(settings: Settings, inputs: GrowInputs, record: Record, plan: Plan, cl
     measure(grown, "after")
 
 
-def open_named(settings: Settings, clock: Clock, *, code: str = "", progress: Progress = silent) -> GrowInputs:
+def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> GrowInputs:
     """Open the network and the data that settings name.
 
     Args:
         settings: The settings of the run.
+        invocation: How the command was called.
         clock: Times the stages ``load`` and ``trace``.
-        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
-            recorded name is never imported.
-        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If the model or a source is not usable; says which, and the remedy.
     """
     with clock.stage("load"):
-        loaded = load_model(_model(settings), progress, code)
+        loaded = load_model(_model(settings), invocation.progress, invocation.code)
         check_precision(loaded.model, settings.precision)
         specs = _sources(settings)
         data = read_sources(specs, loaded)
     with clock.stage("trace"):
-        progress(0, 1, "tracing")
+        invocation.progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    return GrowInputs(loaded, axes, data, describe=partial(describe_sources, specs))
+
+    def predict(plan: Plan) -> MemoryTerms | None:
+        return plan_growth_memory(settings, loaded, axes, plan, invocation.memory, invocation.announce)
+
+    return GrowInputs(loaded, axes, data, describe=partial(describe_sources, specs), predict=predict)
 
 
-def run(
-    settings: Settings,
-    out: str | Path,
-    progress: Progress = silent,
-    *,
-    code: str = "",
-    track: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-    write_page: WritePage | None = None,
-) -> RunFolder:
+def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Grow the model that settings name, as ``regrow grow`` does, and return the folder.
 
     Args:
         settings: The settings of the run.
-        out: The run folder: new, empty, or of this very run.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: As for :func:`open_named`.
-        track: The name of a tracker that gets every measurement, too; empty: none.
-        memory: As for :func:`carry_out`.
-        announce: As for :func:`carry_out`.
-        write_page: Writes the report page into the complete folder, before it replaces ``out``.
+        invocation: How the command was called.
 
     Raises:
         ValueError: As :func:`carry_out`.
     """
     settings.check_training()
-    recorder = record_command(
-        settings, settings.model, out, code=code, memory=memory, track=track, undo=settings.undo, write_page=write_page
-    )
-    inputs = partial(open_named, settings, code=code, progress=progress)
-    result = carry_out(settings, inputs, recorder, memory=memory, announce=announce, progress=progress)
-    assert result.folder is not None
-    return result.folder
+    recorder = invocation.recorder(settings, settings.model, undo=settings.undo)
+    carry_out(settings, partial(open_named, settings, invocation), recorder, progress=invocation.progress)
+    return RunFolder(Path(invocation.out))
 
 
 def spec_of(settings: Settings) -> GrowthSpec:

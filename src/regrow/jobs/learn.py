@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,24 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import Parallel, broadcast_record
 from regrow.jobs.learn_inputs import BegunRun, LearnInputs, open_named
 from regrow.jobs.learning_record import LearningRecord, record_matrix
-from regrow.jobs.recording import Clock, FolderRecorder, NoRecorder, Record, Recorder, RunStart, read_history
+from regrow.jobs.recording import (
+    Clock,
+    FolderRecorder,
+    Invocation,
+    Record,
+    Recorder,
+    RunStart,
+    read_history,
+)
 from regrow.jobs.same_inputs import check_same_tasks
 from regrow.jobs.trackers import tracking
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.files import check_files
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.learn import Settings
-from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.replacing import clear_leftovers
-from regrow.store.run_folder import RunFolder, WritePage
+from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import check_repeatable, convert_settings
 from regrow.streaming.requirements import record_peak
 from regrow.training.checkpoint import CHECKPOINT, History, check_checkpoint, count_tasks, write_checkpoint
@@ -39,7 +46,7 @@ from regrow.training.state import TrainState
 def carry_out(
     settings: Settings,
     inputs: Callable[[Clock], LearnInputs],
-    recorder: Recorder,
+    recorder: "Recorder | ExtensionRecorder",
     ranks: ProcessRank = SINGLE,
     *,
     progress: Progress = silent,
@@ -111,59 +118,29 @@ def _learn(inputs: LearnInputs, record: Record, ranks: ProcessRank, progress: Pr
     return fitted
 
 
-def run(
-    settings: Settings,
-    out: str | Path,
-    progress: Progress = silent,
-    *,
-    code: str = "",
-    track: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-    ranks: ProcessRank = SINGLE,
-    write_page: WritePage | None = None,
-) -> RunFolder:
-    """Learn the tasks that settings name, as ``regrow learn`` does, and return the folder; all ranks call this.
+def run(settings: Settings, invocation: Invocation) -> RunFolder:
+    """Learn the tasks that settings name, as ``regrow learn`` does, and return the folder.
 
     Args:
         settings: The settings of the run.
-        out: The run folder, which rank 0 writes: new, empty, or of this very run.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: As for :func:`open_named`.
-        track: The name of a tracker that gets every measurement, too; empty: none.
-        memory: As for :func:`open_named`.
-        announce: As for :func:`open_named`.
-        ranks: The processes that train together.
-        write_page: Writes the report page into the complete folder, before it replaces ``out``.
+        invocation: How the command was called.
 
     Raises:
         ValueError: As :func:`carry_out`.
     """
-    command = _command(settings, out, code, memory)
-    recorder = FolderRecorder(out, settings.model, command, track, settings.undo, write_page)
 
     def open_inputs(clock: Clock) -> LearnInputs:
-        if ranks.leads and (begun := RunFolder.open_unfinished(out)):
+        if invocation.ranks.leads and (begun := RunFolder.open_unfinished(invocation.out)):
             check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
-        return open_named(settings, clock, code=code, memory=memory, announce=announce, ranks=ranks, progress=progress)
+        return open_named(settings, invocation, clock)
 
-    carry_out(settings, open_inputs, recorder if ranks.leads else NoRecorder(), ranks, progress=progress)
-    return RunFolder(Path(out))
+    recorder = invocation.recorder(settings, settings.model, undo=settings.undo)
+    carry_out(settings, open_inputs, recorder, invocation.ranks, progress=invocation.progress)
+    return RunFolder(Path(invocation.out))
 
 
 def extend(
-    out: str | Path,
-    more: Sequence[str],
-    progress: Progress = silent,
-    *,
-    without_old: bool = False,
-    total: int | None = None,
-    code: str = "",
-    track: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-    ranks: ProcessRank = SINGLE,
-    write_page: WritePage | None = None,
+    invocation: Invocation, more: Sequence[str], *, without_old: bool = False, total: int | None = None
 ) -> RunFolder:
     """Train the network of a run on further tasks, possibly much later and in another process; all ranks call this.
 
@@ -171,50 +148,44 @@ def extend(
     completed call is refused when it is repeated, unless ``total`` says that the same sequences come once more.
 
     Args:
-        out: The folder of a run, finished or interrupted.
+        invocation: How the command was called; ``out`` is the folder of a run, finished or interrupted.
         more: Further sequences, as ``Settings.tasks``; empty to finish an interrupted call.
-        progress: Called with (steps done, steps in all, what is being done).
         without_old: Whether data of finished tasks may be missing; the network is then not evaluated on these.
         total: The number of sequences that the run has in the end; ``None``: its own and ``more``.
-        code: As for :func:`open_named`; also for a network that was named as ``pkg.mod:fn``.
-        track: The name of a tracker that gets every measurement, too; empty: none.
-        memory: As for :func:`open_named`.
-        announce: As for :func:`open_named`.
-        ranks: The processes that train together.
-        write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
         ValueError: If the folder is no learning run, a sequence is not usable, or this very call was completed.
     """
-    known = broadcast_record(ranks, _read_begun(Path(out), tuple(more), total) if ranks.leads else None)
+    out, ranks = Path(invocation.out), invocation.ranks
+    known = broadcast_record(ranks, _read_begun(out, tuple(more), total) if ranks.leads else None)
     if known is None:
-        return RunFolder(Path(out))
-    (record, over, added), folder = known, RunFolder.open_unfinished(out) or RunFolder(Path(out))
+        return RunFolder(out)
+    (record, over, added), folder = known, RunFolder.open_unfinished(out) or RunFolder(out)
     was = convert_settings(record["settings"], Settings)
     settings = replace(was, tasks=(*was.tasks, *added))
     # Defaults of this version may differ from those with which the run was begun.
     whole = replace(settings, method_settings={**record["defaults"], **was.method_settings})
     begun = BegunRun(folder.path, was.tasks, over, without_old, record.get("sequence"))
-    inputs = partial(
-        open_named, whole, begun=begun, code=code, memory=memory, announce=announce, ranks=ranks, progress=progress
-    )
-    command = _command(settings, out, code, memory)
-    recorder = ExtensionRecorder(out, was.model, command, track, False, write_page, record, tuple(more))
-    carry_out(settings, inputs, recorder if ranks.leads else NoRecorder(), ranks, progress=progress)
-    return RunFolder(Path(out))
+    made = invocation.recorder(settings, was.model, undo=False)
+    recorder = ExtensionRecorder(made, record, tuple(more)) if isinstance(made, FolderRecorder) else made
+    inputs = partial(open_named, whole, invocation, begun=begun)
+    carry_out(settings, inputs, recorder, ranks, progress=invocation.progress)
+    return RunFolder(out)
 
 
 @dataclass(frozen=True)
-class ExtensionRecorder(FolderRecorder):
+class ExtensionRecorder:
     """Records tasks that are added to a run in its folder, which does not change until they are learned.
 
     Args:
+        folder: Records the run.
         known: The content of ``run.json`` before.
         more: The sequences of tasks that this call was given.
     """
 
-    known: Mapping[str, Any] = field(default_factory=dict)
-    more: tuple[str, ...] = ()
+    folder: FolderRecorder
+    known: Mapping[str, Any]
+    more: tuple[str, ...]
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Return nothing: the folder was checked when it was read."""
@@ -230,13 +201,23 @@ class ExtensionRecorder(FolderRecorder):
         Raises:
             StoreError: If another process has changed it since it was read.
         """
-        with tracking(RunFolder.reopen(self.out), self.track) as folder:
+        out, command = self.folder.out, self.folder.command
+        with tracking(RunFolder.reopen(out), self.folder.track) as folder:
             if folder.run() != self.known:
-                raise StoreError(f"{self.out} was changed by another process meanwhile; run this again")
+                raise StoreError(f"{out} was changed by another process meanwhile; run this again")
             defaults = {**start.identity["defaults"], **self.known.get("defaults", {})}
             settings, more = start.identity["settings"], list(self.more) or None
-            folder.update(settings=settings, defaults=defaults, command=self.command, finished=None, extension=more)
+            folder.update(settings=settings, defaults=defaults, command=command, finished=None, extension=more)
             yield folder
+
+    def finish(self, record: Record, seconds: Mapping[str, float]) -> RunFolder:
+        """Complete the run, as :meth:`FolderRecorder.finish`.
+
+        Args:
+            record: The run.
+            seconds: Stage → the time that it took.
+        """
+        return self.folder.finish(record, seconds)
 
 
 def _read_begun(
@@ -277,8 +258,3 @@ def _added(last: object, tasks: tuple[str, ...], more: tuple[str, ...], total: i
             f"{len(more)} are to come: --total {len(tasks) + len(more)}"
         )
     return more
-
-
-def _command(settings: Settings, out: str | Path, code: str, memory: str) -> str:
-    words = [*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out)]
-    return command_line(settings, *words)

@@ -7,12 +7,10 @@ from typing import Any
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN
-from regrow.core.progress import Progress, silent
 from regrow.core.sources import moved
 from regrow.core.tasks import Task, first_examples, input_shape
 from regrow.data import MissingError, SourceError
-from regrow.distributed import SINGLE, ProcessRank
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import Clock, Invocation
 from regrow.jobs.same_inputs import check_same_settings
 from regrow.jobs.starting import check_outputs, image_shape, load_start
 from regrow.jobs.task_sequences import TaskSpecs, fit_tasks, read_sequence, read_tasks, record_tasks
@@ -100,33 +98,21 @@ def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Lea
 
 
 def open_named(
-    settings: Settings,
-    clock: Clock,
-    *,
-    begun: BegunRun | None = None,
-    code: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-    ranks: ProcessRank = SINGLE,
-    progress: Progress = silent,
+    settings: Settings, invocation: Invocation, clock: Clock, *, begun: BegunRun | None = None
 ) -> LearnInputs:
     """Open the network and the tasks that settings name.
 
     Args:
         settings: The settings of the run.
+        invocation: How the command was called. What the run needs of its memory is predicted once model and data are
+            read, and the run is refused if that is more.
         clock: Times the stages ``load`` and ``trace``.
         begun: The run to which the last tasks are added; ``None``: all are those of a new run.
-        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
-            recorded name is never imported.
-        memory: How much memory the run may use, such as ``4GiB``: what it needs is predicted once model and data are
-            read, and the run is refused if that is more. Empty: it is not predicted.
-        announce: Called with one line that says what the run needs of that memory.
-        ranks: The processes that train together.
-        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If the network or a sequence is not usable; says which, and the remedy.
     """
+    ranks, code, progress = invocation.ranks, invocation.code, invocation.progress
     check_same_settings(ranks, settings)
     device = choose_device(settings.device, ranks)
     learner = build_learner(settings.method, settings.method_settings, settings.seed)
@@ -142,7 +128,9 @@ def open_named(
             return Loaded(model.to(device), None, image_example(model, *origin.input_shape), origin)
 
         network = start.model if start else None
-        needs = plan_learning(settings, lambda: network or build().model, tasks, device, memory, announce)
+        needs = plan_learning(
+            settings, lambda: network or build().model, tasks, device, invocation.memory, invocation.announce
+        )
         loaded, new = build(), start is None
     with clock.stage("trace"):
         example = start.example if start else Example((first_examples(tasks[0].train, 2).inputs,))

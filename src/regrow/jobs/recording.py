@@ -1,7 +1,7 @@
 """Where a run is recorded: in a folder that can be resumed, or nowhere."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import nan
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.jobs.example_inputs import record_input
 from regrow.jobs.parents import check_room, describe_stage, start_from
@@ -227,35 +228,68 @@ Recorder = FolderRecorder | NoRecorder
 """Where a run is recorded."""
 
 
-def record_command(
-    settings: "DataclassInstance",
-    model: str,
-    out: str | Path,
-    *,
-    code: str = "",
-    memory: str = "",
-    track: str = "",
-    undo: bool = True,
-    write_page: WritePage | None = None,
-    ranks: ProcessRank = SINGLE,
-) -> Recorder:
-    """Return where a command is recorded: rank 0 has the folder.
+@dataclass(frozen=True)
+class ActiveRun:
+    """A run while it is carried out.
 
     Args:
-        settings: The settings of the command.
-        model: The name of the network.
-        out: The run folder: new, empty, or of this very run.
-        code: The value of ``--code``.
-        memory: The value of ``--memory``.
-        track: As for :class:`FolderRecorder`.
-        undo: As for :class:`FolderRecorder`.
-        write_page: As for :class:`FolderRecorder`.
-        ranks: The processes of the run.
+        record: Where it is recorded.
+        ranks: The processes that share it.
+        clock: Times its stages.
+        progress: Called with (steps done, steps in all, what is being done).
     """
-    if not ranks.leads:
-        return NoRecorder(measured=True)
-    options = (*(("--code", code) if code else ()), *(("--memory", memory) if memory else ()), "--out", str(out))
-    return FolderRecorder(out, model, command_line(settings, *options), track, undo, write_page)
+
+    record: Record
+    ranks: ProcessRank
+    clock: Clock
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How a command is called, besides its settings.
+
+    Args:
+        out: The run folder, which rank 0 writes: new, empty, or of this very run.
+        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
+            recorded name is never imported.
+        memory: How much memory the run may use, such as ``4GiB``; empty: any.
+        track: The name of a tracker that gets every measurement, too; empty: none.
+        ranks: The processes that share the run; all of them call the command.
+        announce: Called with one line that says how the run stays within its memory.
+        progress: Called with (steps done, steps in all, what is being done).
+        write_page: Writes the report page into the complete folder, before it replaces ``out``.
+    """
+
+    out: str | Path = ""
+    code: str = ""
+    memory: str = ""
+    track: str = ""
+    ranks: ProcessRank = SINGLE
+    announce: Callable[[str], None] = lambda line: None
+    progress: Progress = silent
+    write_page: WritePage | None = None
+
+    def command(self, settings: "DataclassInstance") -> str:
+        """Return the command line that repeats the run.
+
+        Args:
+            settings: The settings of the command.
+        """
+        options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
+        return command_line(settings, *(word for option in options.items() if option[1] for word in option))
+
+    def recorder(self, settings: "DataclassInstance", model: str, *, undo: bool) -> Recorder:
+        """Return where the run is recorded: rank 0 has the folder.
+
+        Args:
+            settings: The settings of the command.
+            model: The name of the network that the run starts from.
+            undo: Whether the folder keeps a copy of that network.
+        """
+        if not self.ranks.leads:
+            return NoRecorder(measured=True)
+        return FolderRecorder(self.out, model, self.command(settings), self.track, undo, self.write_page)
 
 
 def find_difference(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from regrow.jobs.inputs import SourceHalves, count_windows, describe_sources, re
 from regrow.jobs.last_cut import LastCut, find_cut
 from regrow.jobs.measuring import measure_run
 from regrow.jobs.models import load_model
-from regrow.jobs.recording import Clock, Record, Recorder, RunStart, record_command
+from regrow.jobs.recording import Clock, Invocation, Record, Recorder, RunStart
 from regrow.jobs.recovering import log_differences, recover
 from regrow.jobs.recovery_memory import predict_recovery
 from regrow.jobs.same_inputs import check_same_inputs, check_same_settings
@@ -34,7 +34,7 @@ from regrow.nets.precision import check_precision
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.store.ledger import with_branches_of
-from regrow.store.run_folder import RunFolder, WritePage
+from regrow.store.run_folder import RunFolder
 from regrow.streaming.requirements import MemoryPlan, MemoryTerms, record_peak
 from regrow.tracing import trace
 
@@ -194,51 +194,33 @@ def _record_cut(record: Record, inputs: RecoverInputs, progress: Progress) -> No
             measure_run(record, network, axes, (), frozenset(), name, progress)
 
 
-def run(
-    settings: Settings,
-    out: str | Path,
-    progress: Progress = silent,
-    *,
-    code: str = "",
-    track: str = "",
-    memory: str = "",
-    announce: Callable[[str], None] = lambda line: None,
-    parallel: Parallel = ALONE,
-    write_page: WritePage | None = None,
-) -> RunFolder:
-    """Recover the model of a finished run, as ``regrow recover`` does, and return the folder; all ranks call this.
+def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> RunFolder:
+    """Recover the model of a finished run, as ``regrow recover`` does, and return the folder.
 
     The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
     are the same, and the measurements of the dense and the pruned model are copied.
 
     Args:
         settings: The settings of the recovery; those about the pruning run are read from its folder.
-        out: The new run folder, which rank 0 writes: new, empty, or of this very run.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: The function ``pkg.mod:fn`` that builds the dense model, if that is the user's own code: the recorded name
-            is never imported.
-        track: The name of a tracker that gets every measurement, too; empty: none.
-        memory: How much memory the run may use, such as ``4GiB``; empty: any. If it is predicted to need more, one that
-            trains is refused, and any other reads the networks one block at a time, with the same result.
-        announce: Called with one line that says what the run needs of that memory.
-        parallel: The processes that train together.
-        write_page: Writes the report page into the complete folder, before it replaces ``out``.
+        invocation: How the command was called. A run that is predicted to need more memory is refused if it trains; any
+            other reads the networks one block at a time, with the same result.
+        fsdp: Whether networks and training state are sharded among the processes.
 
     Raises:
         ValueError: If the network was not cut, or changed its shape since, or a setting or ``code`` does not fit.
     """
     check_settings(settings)
     find_method(MethodKind.RECOVERY, settings.by).made(settings.by, settings.recovery_settings)
-    source, ranks = RunFolder.open(settings.run), parallel.ranks
-    cut = find_cut(source, code)
+    source, ranks, progress = RunFolder.open(settings.run), invocation.ranks, invocation.progress
+    cut = find_cut(source, invocation.code)
     measured, complete = cut.folder.metrics(), _complete(settings, source, cut)
     if settings.by == "bias":
         _check_untrained(settings, source, cut, complete)
 
     def open_inputs(clock: Clock) -> RecoverInputs:
         check_same_settings(ranks, settings)
-        needs, streamed = _plan_memory(settings, source, cut, memory, announce)
-        dense, loaded = streamed.models() if streamed else _load_models(source, cut, ranks, progress, code)
+        needs, streamed = _plan_memory(settings, source, cut, invocation)
+        dense, loaded = streamed.models() if streamed else _load_models(source, cut, invocation)
         data = _read_data(settings, cut, source, loaded, streamed)
         return RecoverInputs(
             dense,
@@ -256,19 +238,9 @@ def run(
             memory=needs,
         )
 
-    recorder = record_command(
-        settings,
-        settings.run,
-        out,
-        code=code,
-        memory=memory,
-        track=track,
-        undo=settings.undo,
-        write_page=write_page,
-        ranks=ranks,
-    )
-    result = carry_out(complete, open_inputs, recorder, parallel, progress=progress)
-    return result.folder or RunFolder(Path(out))
+    recorder = invocation.recorder(settings, settings.run, undo=settings.undo)
+    carry_out(complete, open_inputs, recorder, Parallel(ranks, fsdp), progress=progress)
+    return RunFolder(Path(invocation.out))
 
 
 def _read_data(
@@ -310,18 +282,18 @@ def _generate(
 
 
 def _plan_memory(
-    settings: Settings, source: RunFolder, cut: LastCut, memory: str, announce: Callable[[str], None]
+    settings: Settings, source: RunFolder, cut: LastCut, invocation: Invocation
 ) -> tuple[MemoryTerms | MemoryPlan | None, StreamedRecovery | None]:
     """Predict and announce what a recovery needs of a limit of memory, if there is one; open it block by block."""
-    if not memory:
+    if not invocation.memory:
         return None, None
     reset_peak()
-    terms = predict_recovery(settings, source.path, cut, parse_bytes(memory))
+    terms = predict_recovery(settings, source.path, cut, parse_bytes(invocation.memory))
     if terms.needed > terms.limit and settings.by in CLOSED_FORM:
-        streamed = open_recovery(settings, source, cut, terms, announce)
+        streamed = open_recovery(settings, source, cut, terms, invocation.announce)
         return streamed.plan, streamed
     terms.check(f"recovery by {settings.by}")
-    announce(str(terms))
+    invocation.announce(str(terms))
     return terms, None
 
 
@@ -363,19 +335,17 @@ def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
     return replace(settings, run=name, pruning=inner, before=done, model=inner["model"], method=method, keep=keep)
 
 
-def _load_models(
-    source: RunFolder, cut: LastCut, ranks: ProcessRank, progress: Progress, code: str
-) -> tuple[Loaded, Loaded]:
+def _load_models(source: RunFolder, cut: LastCut, invocation: Invocation) -> tuple[Loaded, Loaded]:
     """Load the model before the cut, and the one to recover."""
-    spec = pruning_run.model_spec(cut.settings)
+    spec, ranks, code = pruning_run.model_spec(cut.settings), invocation.ranks, invocation.code
     if ranks.several:  # each takes a GPU of its own, whichever the pruning run had
         spec = replace(spec, device=str(choose_device(spec.device.partition(":")[0], ranks)))
     own = replace(spec, name=str(source.path))
     if cut.before:
         recorded = str(cut.folder.run().get("input", ""))
-        dense = load_model(replace(spec, name=str(cut.before), input=spec.input or recorded), progress, code)
+        dense = load_model(replace(spec, name=str(cut.before), input=spec.input or recorded), invocation.progress, code)
         dense = replace(dense, origin=replace(dense.origin, name=Path(spec.name).name))
     else:
-        dense = load_model(spec, progress, "" if names_code(spec.name) else code)
-    loaded = load_model(own, progress, code)
+        dense = load_model(spec, invocation.progress, "" if names_code(spec.name) else code)
+    loaded = load_model(own, invocation.progress, code)
     return dense, replace(dense, model=loaded.model, files=(*dense.files, *loaded.files))

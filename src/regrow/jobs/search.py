@@ -19,7 +19,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import Parallel
 from regrow.evaluation import dense, fastest_pass
 from regrow.evaluation.continual import mean_score
-from regrow.jobs.recording import Clock, Record, Recorder, RunStart, read_history, record_command
+from regrow.jobs.recording import Clock, Invocation, Record, Recorder, RunStart, read_history
 from regrow.jobs.same_inputs import check_same_settings, check_same_tasks
 from regrow.jobs.search_inputs import (
     Parts,
@@ -44,7 +44,7 @@ from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.search import Settings
-from regrow.store.run_folder import RunFolder, WritePage
+from regrow.store.run_folder import RunFolder
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
 from regrow.tracing.meta_copy import clone_model
@@ -258,26 +258,21 @@ def retrain(
     return fitted.model.eval()
 
 
-def open_named(
-    settings: Settings, clock: Clock, *, code: str = "", ranks: ProcessRank = SINGLE, progress: Progress = silent
-) -> SearchInputs:
+def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> SearchInputs:
     """Open the network and the data that settings name.
 
     Args:
         settings: The settings of the run.
+        invocation: How the command was called.
         clock: Times the stages ``load`` and ``trace``.
-        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
-            recorded name is never imported.
-        ranks: The processes that share the run.
-        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If the network, the data or a setting of the training after the search are not usable.
         ResourceError: If this machine does not have the device.
     """
     with clock.stage("load"):
-        start = find_start(settings.space, settings.data, settings.input, code, progress)
-        device = choose_device(settings.device, ranks)
+        start = find_start(settings.space, settings.data, settings.input, invocation.code, invocation.progress)
+        device = choose_device(settings.device, invocation.ranks)
         _check_retraining(settings, start)
         parts = read_parts(settings, start)
         if settings.cutout and settings.cutout >= (side := min(input_shape(parts.whole.train)[1:])):
@@ -301,35 +296,19 @@ def _check_retraining(settings: Settings, start: Loaded | None) -> None:
         raise ValueError(f"--cutout {settings.cutout} is of images, and the data are text: drop it")
 
 
-def run(
-    settings: Settings,
-    out: str | Path,
-    progress: Progress = silent,
-    *,
-    code: str = "",
-    track: str = "",
-    ranks: ProcessRank = SINGLE,
-    write_page: WritePage | None = None,
-) -> RunFolder:
-    """Search the space that settings name, as ``regrow search`` does, and return the folder; all ranks call this.
+def run(settings: Settings, invocation: Invocation) -> RunFolder:
+    """Search the space that settings name, as ``regrow search`` does, and return the folder.
 
     Args:
         settings: The settings of the run.
-        out: The run folder, which rank 0 writes: new, empty, or of this very run.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: As for :func:`open_named`.
-        track: The name of a tracker that gets every measurement, too; empty: none.
-        ranks: The processes that train together.
-        write_page: Writes the report page into the complete folder, before it replaces ``out``.
+        invocation: How the command was called.
 
     Raises:
         ValueError: As :func:`carry_out`.
     """
     check_settings(settings)
-    check_same_settings(ranks, settings)
-    recorder = record_command(
-        settings, settings.space, out, code=code, track=track, undo=settings.undo, write_page=write_page, ranks=ranks
-    )
-    inputs = partial(open_named, settings, code=code, ranks=ranks, progress=progress)
-    carry_out(settings, inputs, recorder, ranks, progress=progress)
-    return RunFolder(Path(out))
+    check_same_settings(invocation.ranks, settings)
+    recorder = invocation.recorder(settings, settings.space, undo=settings.undo)
+    inputs = partial(open_named, settings, invocation)
+    carry_out(settings, inputs, recorder, invocation.ranks, progress=invocation.progress)
+    return RunFolder(Path(invocation.out))

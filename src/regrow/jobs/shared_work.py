@@ -1,7 +1,8 @@
 """Several pruning runs from one calibration: what runs of one model on the same data need not measure again."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from regrow.nets import Loaded
 from regrow.scoring import CachedColumns
 from regrow.settings.prune import Settings
 from regrow.store import statistics
+from regrow.store.replacing import settle
+from regrow.store.run_record import RUN, is_resumable, read_run, run_identity
 from regrow.streaming.requirements import MemoryPlan
 from regrow.tracing import trace
 
@@ -30,7 +33,6 @@ class SharedWork:
         weights: A sum of each of its parameters.
         dense: Source name → the measurement of the model before the cut.
         memory: What the first run was predicted to need of a limit of memory; ``None``: nothing was predicted yet.
-        later: The settings of later runs that are not checked yet.
         generated: The tokens of the windows that the model generated; ``None``: none.
     """
 
@@ -40,7 +42,6 @@ class SharedWork:
     weights: tuple[float, ...] = ()
     dense: dict[str, evaluation.Perplexity | evaluation.Accuracy] = field(default_factory=dict)
     memory: MemoryPlan | None = None
-    later: Sequence[Settings] = ()
     generated: Tensor | None = None
 
     def trace(self, loaded: Loaded) -> AxisGraph:
@@ -84,3 +85,23 @@ class SharedWork:
         """
         places = [(name, digest, shard) for name, digest in digests.items() for shard in range(shards)]
         return {(name, shard): self.sums[place, shard] for name, place, shard in places if (place, shard) in self.sums}
+
+
+def is_finished(settings: Settings, folder: Path) -> bool:
+    """Whether a folder holds the finished pruning run of these settings; ``False`` if it is to be run or resumed.
+
+    Args:
+        settings: The settings of the run.
+        folder: Its folder; it need not exist.
+
+    Raises:
+        StoreError: If the folder holds something else, such as a run with other settings.
+    """
+    settle(folder)
+    wanted = run_identity("prune", asdict(settings), None)
+    if (folder / RUN).is_file():
+        data = read_run(folder)
+        if data.get("finished") and data["verb"] == "prune" and data["settings"] == wanted["settings"]:
+            return True
+    is_resumable(folder, wanted)
+    return False

@@ -1,6 +1,6 @@
 """Runs of a network that is larger than memory: what differs from a run that loads it whole."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
@@ -8,15 +8,14 @@ from regrow.core.errors import InputError, ResourceError
 from regrow.core.evidence import Need
 from regrow.core.process_memory import return_memory
 from regrow.core.source_names import GENERATED
-from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation import UnpredictableError
 from regrow.evaluation.generation import predict_generation
 from regrow.jobs.generated import count_generated
-from regrow.jobs.later_plans import LaterPlan
 from regrow.jobs.models import ModelSpec
 from regrow.jobs.prune_settings import budget_of
 from regrow.jobs.reconstruction import count_tokens
+from regrow.jobs.recording import Invocation
 from regrow.jobs.recovery_memory import (
     PAIRED,
     SPARE,
@@ -30,7 +29,7 @@ from regrow.jobs.recovery_memory import (
 )
 from regrow.methods.pruning.pruner import Pruner
 from regrow.scoring.collect import differentiated
-from regrow.settings.prune import Settings, complete_reconstruction, folder_name
+from regrow.settings.prune import Settings, complete_reconstruction
 from regrow.streaming.opening import OpenedNetwork, limit_caches
 from regrow.streaming.requirements import MemoryPlan, enough, plan_memory, with_products
 
@@ -40,46 +39,34 @@ RESULTS = "results"
 
 def plan_streaming(
     opened: OpenedNetwork,
-    memory: str,
+    invocation: Invocation,
     settings: Settings,
     pruner: Pruner,
     amounts: tuple[int, int],
     needs: Mapping[str, bool],
-    announce: Callable[[str], None],
     earlier: MemoryPlan | None = None,
-    ranks: ProcessRank = SINGLE,
-    later: Sequence[LaterPlan] = (),
 ) -> MemoryPlan:
     """Predict what a pruning run needs, and decide whether it reads the network one block at a time.
 
     Args:
         opened: The network.
-        memory: The limit, such as ``4GiB``.
+        invocation: How the run was called: its memory, and its processes, for all of which rank 0 decides.
         settings: The settings of the run.
         pruner: The method.
         amounts: How many batches there are at most, and how many positions the longest has.
         needs: What, besides the plans, needs the whole network in memory → whether the run has it.
-        announce: Called with one line that says how the run stays within the limit.
         earlier: The prediction for an earlier run of this process on the same model: what that run left in memory is
             given back, and does not count.
-        ranks: The processes that share the run, all with the same limit; rank 0 decides for all.
-        later: Plans that follow, which must be possible within the limit too.
 
     Raises:
         InputError: If the network or the method needs the whole network in memory, and that does not fit.
         ResourceError: If it does not fit even with one block in memory.
     """
-    least = plan_memory(opened.network(), parse_bytes(memory), *amounts, held=earlier.held if earlier else None)
-    plan = _with_learning(least, settings, pruner, opened)
-    if ranks.several:
-        plan = replace(plan, decision=broadcast_record(ranks, plan.streams))
-    for one in later:
-        try:
-            following = _with_learning(least, one.settings, one.pruner, opened)
-            _check_streamable(following, {**_needs_of_plan(one.settings, one.pruner), **needs})
-        except (InputError, ResourceError) as error:
-            raise type(error)(f"{folder_name(one.settings)}: {error}") from error
-    start_streaming(opened, plan, {**_needs_of_plan(settings, pruner), **needs}, announce)
+    limit, held = parse_bytes(invocation.memory), earlier.held if earlier else None
+    plan = _with_learning(plan_memory(opened.network(), limit, *amounts, held=held), settings, pruner, opened)
+    if invocation.ranks.several:
+        plan = replace(plan, decision=broadcast_record(invocation.ranks, plan.streams))
+    start_streaming(opened, plan, {**_needs_of_plan(settings, pruner), **needs}, invocation.announce)
     return plan
 
 

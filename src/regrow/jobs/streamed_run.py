@@ -14,18 +14,16 @@ from regrow import store
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.core.process_memory import return_memory
-from regrow.core.progress import Progress
 from regrow.core.sources import Source
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import broadcast_record, everywhere
-from regrow.jobs import pruning as prune
-from regrow.jobs.cutting import Stage, WholeNetwork
+from regrow.jobs import pruning
+from regrow.jobs.cutting import WholeNetwork
 from regrow.jobs.inputs import count_windows
-from regrow.jobs.later_plans import LaterPlan
 from regrow.jobs.models import DTYPES
 from regrow.jobs.prune_settings import model_spec, seeded_settings
 from regrow.jobs.reconstruction import reconstruct
-from regrow.jobs.recording import Record
+from regrow.jobs.recording import ActiveRun, Invocation, Record
 from regrow.jobs.recovery_memory import PAIRED, explain_lacking, predict_pairing
 from regrow.jobs.shared_work import SharedWork
 from regrow.jobs.streamed import RESULTS, needs_of_model, plan_streaming
@@ -122,48 +120,34 @@ class StreamedRun:
 
         return OutsideTensors(each, running, all(map(weights.is_aligned, weights.stored)))
 
-    def cut(
-        self,
-        record: Record,
-        axes: AxisGraph,
-        plan: Plan,
-        *,
-        proof: bool,
-        fits: bool,
-        ranks: ProcessRank,
-        stage: Stage,
-        progress: Progress,
-    ) -> AxisGraph:
+    def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan, *, proof: bool, fits: bool) -> AxisGraph:
         """Try a plan, write the cut network into the run folder, and log how far its blocks are from the masked ones.
 
         Args:
-            record: The run, whose folder gets the network.
+            run: The run, whose folder gets the network; its processes share the blocks, and rank 0 writes.
             axes: The axes of the network.
             plan: The plan.
             proof: Whether every changed block is compared.
             fits: Whether layers are fitted to dense outputs later, so that the network goes to a folder of its own.
-            ranks: The processes, which share the blocks; rank 0 writes.
-            stage: Times the stage ``apply``.
-            progress: Called with (steps done, steps in all, what is being done).
 
         Returns:
             The axes after the cut.
         """
-        with stage("apply"):
+        with run.clock.stage("apply"):
             self.change = change = propose_cut(self.opened, plan)
             return_memory()
-            place = record.path / statistics.FOLDER / CUT if fits else record.path
-            if ranks.leads:
-                deviations = change.write(place, proof=proof, progress=progress, ranks=ranks)
-                _log_deviations(record, deviations)
+            place = run.record.path / statistics.FOLDER / CUT if fits else run.record.path
+            if run.ranks.leads:
+                deviations = change.write(place, proof=proof, progress=run.progress, ranks=run.ranks)
+                _log_deviations(run.record, deviations)
             else:
-                change.share(ranks, proof=proof)
+                change.share(run.ranks, proof=proof)
             return_memory()
         files = {str(file.resolve()): file.stat().st_size for file in sorted(place.glob("*.safetensors"))}
-        written = broadcast_record(ranks, {"folder": str(place.resolve()), "files": files})
+        written = broadcast_record(run.ranks, {"folder": str(place.resolve()), "files": files})
         folder, sizes = Path(written["folder"]), written["files"]
         here = all(Path(file).is_file() and Path(file).stat().st_size == size for file, size in sizes.items())
-        self.shared = everywhere(ranks, here)
+        self.shared = everywhere(run.ranks, here)
         self.running = lambda: change.network(folder, self.results)
         return change.axes
 
@@ -176,32 +160,25 @@ class StreamedRun:
         return ranks if self.shared else SINGLE if ranks.leads else None
 
     def reconstruct(
-        self,
-        record: Record,
-        axes: AxisGraph,
-        plan: Plan,
-        sources: Sequence[Source],
-        settings: Mapping[str, Any],
-        progress: Progress,
+        self, run: ActiveRun, axes: AxisGraph, plan: Plan, sources: Sequence[Source], settings: Mapping[str, Any]
     ) -> None:
         """Fit the layers that read cut units one block at a time, and write the network into the run folder.
 
         Args:
-            record: The run, which gets a row.
+            run: The run, which gets a row.
             axes: The axes before the cut.
             plan: The plan.
             sources: The data to fit on.
             settings: Settings that differ from the defaults.
-            progress: Called with (steps done, steps in all, what is being done).
         """
-        place = record.path / statistics.FOLDER / CUT
+        record, place = run.record, run.record.path / statistics.FOLDER / CUT
         cut = open_network(str(place), DTYPES.get(self.dtype))
         tokens, windows = (sum(counts) for counts in zip(*((one.tokens, len(one)) for one in sources), strict=True))
         more = predict_pairing(self.opened.network(), tokens, -(-tokens // windows))
         lacking = "" if settings.get("target") in PAIRED else explain_lacking(self.plan, more)
         both = StreamedRecovery(self.opened, cut, self.plan, lacking)
         pair, (dense, loaded) = both.start(record.path), both.models()
-        reconstruct(loaded.model, dense.model, axes, plan, sources, settings, record, progress, streamed=pair)
+        reconstruct(loaded.model, dense.model, axes, plan, sources, settings, record, run.progress, streamed=pair)
         return_memory()
         store.write_model(loaded, record.path, outside=both.outside(loaded, pair.changed))
         shutil.rmtree(place)
@@ -229,29 +206,27 @@ PrunedNetwork = WholeNetwork | StreamedRun
 
 
 def open_streamed(
-    settings: Settings, memory: str, announce: Callable[[str], None], ranks: ProcessRank, shared: SharedWork
+    settings: Settings, invocation: Invocation, shared: SharedWork
 ) -> tuple[StreamedRun | None, MemoryPlan]:
     """Open the network that settings name, to be read one block at a time unless it fits, and predict what it needs.
 
     Args:
         settings: The settings of the run.
-        memory: How much memory the run may use, such as ``4GiB``.
-        announce: Called with one line that says how the run stays within that memory.
-        ranks: The processes that share the run.
+        invocation: How the command was called, with its memory.
         shared: What earlier runs of this process have opened.
     """
     if shared.memory:
         gc.collect()
         return_memory()
-    spec = model_spec(settings)
-    pruner, later = prune.build_pruner(settings.method, seeded_settings(settings)), map(LaterPlan.of, shared.later)
+    spec, pruner = model_spec(settings), pruning.build_pruner(settings.method, seeded_settings(settings))
     opened = open_network(spec.name, DTYPES.get(spec.dtype))
-    sources, plans = (*settings.sources, *settings.unseen), [*later]
-    counts = (len(settings.sources), settings.tokens), (len(sources), settings.eval_tokens)
+    counts = (
+        (len(settings.sources), settings.tokens),
+        (len(settings.sources) + len(settings.unseen), settings.eval_tokens),
+    )
     windows = max(many * count_windows(tokens, settings.seq_len) for many, tokens in counts)
-    products = pruner.products or any(plan.pruner.products for plan in plans)
-    size = max(settings.batch_size, min(BATCH, windows)) if products else settings.batch_size
+    size = max(settings.batch_size, min(BATCH, windows)) if pruner.products else settings.batch_size
     amounts = -(-windows // size), settings.seq_len * size
     needs = needs_of_model(spec, settings.precision, opened)
-    plan = plan_streaming(opened, memory, settings, pruner, amounts, needs, announce, shared.memory, ranks, plans)
+    plan = plan_streaming(opened, invocation, settings, pruner, amounts, needs, shared.memory)
     return StreamedRun(opened, plan, settings.dtype) if plan.streams else None, plan

@@ -11,6 +11,7 @@ from regrow.data.streams import digits_task, fewer, permuted_tasks, split
 from regrow.evaluation.continual import share_right
 from regrow.jobs.learn import Settings, run
 from regrow.jobs.learn_inputs import specs_of
+from regrow.jobs.recording import Invocation
 from regrow.jobs.task_sequences import read_tasks
 from regrow.methods import LEARNERS
 from regrow.methods.continual.lwf import _old_logits
@@ -102,7 +103,9 @@ def test_lwf_asks_the_network_as_it_was() -> None:
 
 @pytest.mark.parametrize("method", ["wsn", "packnet"])
 def test_what_is_saved_is_what_was_measured(method: str, tmp_path: Any) -> None:
-    folder = run(Settings(("permuted:digits:2",), "mlp:16", method, epochs=3, train=200, test=80, lr=0.05), tmp_path)
+    folder = run(
+        Settings(("permuted:digits:2",), "mlp:16", method, epochs=3, train=200, test=80, lr=0.05), Invocation(tmp_path)
+    )
     rows = [row for row in folder.metrics() if row["what"] == "matrix"][-1]["matrix"]
     tasks = read_tasks(specs_of(convert_settings(folder.run()["settings"], Settings)))
     assert [share_right(regrow.load(folder.path), task.test) for task in tasks] == rows[-1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import regrow
-from commands.results import rows, same_parameters
+from jobs.results import rows, same_parameters
 from regrow.allocation.regrowth import kind_of
 from regrow.allocation.stages import MemoryStages
 from regrow.core import amounts
@@ -23,6 +23,7 @@ from regrow.evaluation import Latency
 from regrow.evaluation.continual import share_right
 from regrow.jobs import search as searching
 from regrow.jobs import search_inputs
+from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, build_search, build_space, retrain, run
 from regrow.jobs.search_inputs import read_parts
 from regrow.jobs.targets import parse_target
@@ -53,7 +54,7 @@ SETTINGS = Settings("cells:4-2-1", "digits", "nonzero=3k", method_settings=QUICK
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run(SETTINGS, tmp_path_factory.mktemp("search") / "run")
+    return run(SETTINGS, Invocation(tmp_path_factory.mktemp("search") / "run"))
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
@@ -98,7 +99,7 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     axes = trace(model, read_parts(SETTINGS).search.train.inputs[:2])
     target = f"{measure}={'3k' if measure == 'nonzero' else '30k'}"
     own = replace(SETTINGS, target=target, epochs=6, retrain=0, cutout=0, method_settings=more)
-    folder = run(own, tmp_path / "run")
+    folder = run(own, Invocation(tmp_path / "run"))
     assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
     space = build_search(own, model, axes).rules.space
     whole = measure_whole(space, (), Context(model, axes, read_parts(own).search))
@@ -111,7 +112,7 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
 def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
     said: list[str] = []
     settings = replace(SETTINGS, retrain=1)
-    folder = run(settings, tmp_path / "run", lambda done, total, what: said.append(what))
+    folder = run(settings, Invocation(tmp_path / "run", progress=lambda done, total, what: said.append(what)))
     told = [*dict.fromkeys(line.rpartition(", loss ")[0] for line in said)]
     first, _, second, _ = rows(folder, "epoch")
     assert told[0] == "search, stage 1" and told[2] == "search, stage 2" and told[4:] == ["retraining"]
@@ -127,7 +128,7 @@ def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
 def test_networks_on_the_way_are_left(done: Any, tmp_path: Path) -> None:
     """What stood after an epoch of the last stage is a network of its own, and nothing of the search knows of it."""
     own = replace(SETTINGS, retrain=0, cutout=0, method_settings=QUICK | {"warm": 0})
-    folder = run(own, tmp_path / "run")
+    folder = run(own, Invocation(tmp_path / "run"))
     (row,) = rows(folder, "front")
     assert row["epoch"] == 3 and row["size"] == row["nonzero"] > rows(folder, "found")[-1]["nonzero"]
     net = regrow.load(folder.path / "front" / "0003")
@@ -152,7 +153,7 @@ def test_what_means_nothing_in_the_training_anew_is_refused(
     given: dict[str, int], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run(replace(SETTINGS, **given), tmp_path / "run")
+        run(replace(SETTINGS, **given), Invocation(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -193,11 +194,11 @@ def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: An
     told = {name: value for name, value in done.run().items() if name != "finished"}
     (area / "run.json").write_text(json.dumps(told | {"defaults": taken | {"filter_lr_ratio": 1.0}}))
     with pytest.raises(StoreError, match=r"filter_lr_ratio was 1\.0 unless told, here 0\.25"):
-        run(SETTINGS, place)
+        run(SETTINGS, Invocation(place))
     assert [one.name for one in area.iterdir()] == ["run.json"]
     (area / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"inherit": True}}))
     with pytest.raises(StoreError, match="inherit was true, here false"):
-        run(SETTINGS, place)
+        run(SETTINGS, Invocation(place))
 
 
 def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:
@@ -205,7 +206,9 @@ def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:
     found = []
     for i, more in enumerate(({}, {"seed": 0}, {"seed": 1})):
         given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind"}
-        folder = run(Settings("cells:4-2-1", "digits", "0.3", method_settings=more, **given), tmp_path / f"{i}")
+        folder = run(
+            Settings("cells:4-2-1", "digits", "0.3", method_settings=more, **given), Invocation(tmp_path / f"{i}")
+        )
         found.append([n for n, _ in regrow.load(folder.path).named_parameters()])
     assert found[0] == found[1] != found[2]
 
@@ -225,8 +228,8 @@ def test_killed_and_resumed_is_never_stopped(done: Any, tmp_path: Path, monkeypa
     stopped(monkeypatch, 3, 5)  # once in the search, once in the training after it
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run(SETTINGS, tmp_path / "killed")
-    again = run(SETTINGS, tmp_path / "killed")
+            run(SETTINGS, Invocation(tmp_path / "killed"))
+    again = run(SETTINGS, Invocation(tmp_path / "killed"))
     whole, other = regrow.load(done.path), regrow.load(again.path)
     assert same_parameters(whole, other)
     assert [_same(row) for row in rows(done, "epoch")] == [_same(row) for row in rows(again, "epoch")]
@@ -248,7 +251,7 @@ def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
         ({"target": "params=60", "method": "darts", "method_settings": {}}, "below what is left whatever goes"),
     ):
         with pytest.raises(ValueError, match=told):
-            run(replace(SETTINGS, **more), tmp_path / "run")
+            run(replace(SETTINGS, **more), Invocation(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
 
@@ -267,7 +270,7 @@ def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None
     own = {"what": "operations,filters,weights", "split": "0.5,0.3,0.2"}
     given = SMALL | {"epochs": 0, "retrain": 1, "method": "blind", "method_settings": own}
     settings = Settings("cells:4-2-1", "digits", "nonzero=40%", **given)
-    folder = run(settings, tmp_path / "run")
+    folder = run(settings, Invocation(tmp_path / "run"))
     told, levels = rows(folder, "test")[0], rows(folder, "levels")[0]
     goes = sum(levels["saved"].values())
     assert [levels["saved"][level] / goes for level in GRANULARITIES] == pytest.approx([0.5, 0.3, 0.2], abs=0.08)
@@ -283,14 +286,14 @@ def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None
         with pytest.raises(ValueError, match=words):
             run(
                 Settings("cells:4-2-1", "digits", "nonzero=40%", **given | {"method_settings": wrong}),
-                tmp_path / "wrong",
+                Invocation(tmp_path / "wrong"),
             )
 
 
 @pytest.mark.parametrize("what", ["operations", "filters"])
 def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
     given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": {"what": what}}
-    folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), tmp_path / "run")
+    folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), Invocation(tmp_path / "run"))
     told = rows(folder, "found")[0]
     whole = sum(p.numel() for p in build_space(SETTINGS, read_parts(SETTINGS).search)[0].parameters())
     assert 0.3 * whole < told["nonzero"] <= 0.4 * whole
@@ -300,7 +303,7 @@ def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
 def test_pools_stay_where_a_draw_is_told_to_keep_what_holds_no_weights(keeps: bool, tmp_path: Path) -> None:
     own = {"what": "operations", "keep_bare": keeps}
     given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": own}
-    folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), tmp_path / "run")
+    folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), Invocation(tmp_path / "run"))
     left = [path for paths in candidates_in(regrow.load(folder.path)).values() for path in paths]
     assert (len([path for path in left if kind_of(path) in ("avg", "max")]) == 8) == keeps
 
@@ -308,7 +311,7 @@ def test_pools_stay_where_a_draw_is_told_to_keep_what_holds_no_weights(keeps: bo
 @pytest.mark.parametrize("most", [1700, 4000])
 def test_what_darts_leaves_is_cut_to_the_target_or_told_to_be_below_it(most: int, tmp_path: Path) -> None:
     given = SMALL | {"epochs": 1, "retrain": 0, "method": "darts"}
-    folder = run(Settings("cells:4-2-1", "digits", f"params={most}", **given), tmp_path / "run")
+    folder = run(Settings("cells:4-2-1", "digits", f"params={most}", **given), Invocation(tmp_path / "run"))
     told, levels = rows(folder, "found")[0], rows(folder, "levels")[0]
     assert told["parameters"] == told["nonzero"] <= most
     assert levels["below"] == (levels["discretised"] <= most) == (levels["saved"]["filters"] == 0)
@@ -340,7 +343,7 @@ def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, mo
     (tmp_path / "own_nets.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     given = SMALL | {"method_settings": {"warm": 0, "every": 1}}
-    folder = run(Settings("own_nets:tiny", "digits", "0.3", **given), tmp_path / "run")
+    folder = run(Settings("own_nets:tiny", "digits", "0.3", **given), Invocation(tmp_path / "run"))
     levels = rows(folder, "levels")[0]
     assert (
         levels["saved"]["operations"] > 0 and levels["size"] == rows(folder, "found")[0]["nonzero"] <= levels["asked"]
@@ -354,12 +357,12 @@ def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, mo
         == (rows(folder, "test")[0]["accuracy"])
     )
     with pytest.raises(ValueError, match=r"own_nets:wrong answers \(2, 3\) to two images of 10 classes"):
-        run(Settings("own_nets:wrong", "digits", "0.3", **given), tmp_path / "other")
+        run(Settings("own_nets:wrong", "digits", "0.3", **given), Invocation(tmp_path / "other"))
 
 
 def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None:
     given = SMALL | {"stages": 1, "method_settings": {"warm": 1, "every": 1}}
-    folder = run(Settings("resnet:4-2", "digits", "macs=10k", **given), tmp_path / "run")
+    folder = run(Settings("resnet:4-2", "digits", "macs=10k", **given), Invocation(tmp_path / "run"))
     assert regrow.load(folder.path).get_submodule("3").conv1.out_channels < 4
     assert rows(folder, "levels")[0]["saved"]["filters"] > 0
 
@@ -370,7 +373,7 @@ def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None
 def test_one_topology_for_all_cells_is_left(method: str, epochs: int, given: dict[str, Any], tmp_path: Path) -> None:
     more = SMALL | {"epochs": epochs, "retrain": 0, "train": 120, "method": method, "method_settings": given}
     settings = Settings("bench201:4-1", "digits", "params=14k", **more)
-    folder = run(settings, tmp_path / "run")
+    folder = run(settings, Invocation(tmp_path / "run"))
     found = regrow.load(folder.path)
     assert isinstance(found, Bench201) and all(len(ops) == 1 for ops in found.config["edges"])
     gone = {tuple(path.split(".")[-4:]) for plan in folder.ledger.plans() for path in plan.drop}
@@ -387,10 +390,10 @@ def test_widths_of_a_fixed_skeleton_are_not_searched(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="the widths they have"):
             run(
                 Settings("bench201:4-1", "digits", "0.5", method=method, method_settings=given, **SMALL),
-                tmp_path / "run",
+                Invocation(tmp_path / "run"),
             )
     with pytest.raises(ValueError, match="no --memory"):
-        run(Settings("bench201:4-1", "digits", "0.5", memory="1GiB", **SMALL), tmp_path / "run")
+        run(Settings("bench201:4-1", "digits", "0.5", memory="1GiB", **SMALL), Invocation(tmp_path / "run"))
 
 
 def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:
@@ -412,11 +415,11 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
         "method_settings": QUICK,
         **SMALL | {"batch_size": 192, "epochs": 2, "retrain": 0, "stages": 1},
     }
-    plain = run(Settings("cells:4-4-1", "digits", "0.3", **given), tmp_path / "plain")
+    plain = run(Settings("cells:4-4-1", "digits", "0.3", **given), Invocation(tmp_path / "plain"))
     ample = Settings("cells:4-4-1", "digits", "0.3", memory="64MiB", **given)
     _, _, plan = build_space(ample, read_parts(ample).search)
     assert plan is not None and not plan.recomputed
-    small = run(Settings("cells:4-4-1", "digits", "0.3", memory="17MiB", **given), tmp_path / "small")
+    small = run(Settings("cells:4-4-1", "digits", "0.3", memory="17MiB", **given), Invocation(tmp_path / "small"))
     (planned,) = rows(small, "stages")
     assert planned["recomputed"] and max(planned["peaks"]) < 0.5 * plan.peak
     nets = [regrow.load(folder.path) for folder in (plain, small)]
@@ -438,7 +441,7 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
     method: str, space: str, memory: int, more: dict[str, Any], tmp_path: Path
 ) -> None:
     given = SMALL | {"method": method, "memory": f"{memory}MiB", "train": 120, "epochs": 1, "retrain": 0} | more
-    done = run(Settings(space, "digits", "0.5", **given), tmp_path / "done")
+    done = run(Settings(space, "digits", "0.5", **given), Invocation(tmp_path / "done"))
     plan = rows(done, "stages")[0]
     assert len(plan["ends"]) == 1 and plan["recomputed"]
     assert [row["stage"] for row in rows(done, "memory")] == [0]
@@ -446,9 +449,9 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
     commits = rows(done, "commit")
     assert (method == "gold_nas") is bool(commits) and all(row["stood"] and row["dropped"] for row in commits)
     with pytest.raises(ValueError, match="do not suffice"):
-        run(Settings(space, "digits", "0.3", **given | {"memory": "3MiB"}), tmp_path / "run")
+        run(Settings(space, "digits", "0.3", **given | {"memory": "3MiB"}), Invocation(tmp_path / "run"))
     with pytest.raises(ValueError, match="one stage: no --memory"):
-        run(Settings("resnet:4-2", "digits", "0.3", **given), tmp_path / "run")
+        run(Settings("resnet:4-2", "digits", "0.3", **given), Invocation(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     model, parts = (
         build_space(Settings(space, "digits", "0.3"), read_parts(SETTINGS).search)[0],
@@ -467,7 +470,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
         method_settings=QUICK | {"filter_lr_ratio": 1.0},
         **SMALL | {"retrain": 1},
     )
-    done = run(settings, tmp_path / "run")
+    done = run(settings, Invocation(tmp_path / "run"))
     net, told = regrow.load(done.path), rows(done, "test")[0]
     assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, read_parts(settings).test)
     assert told["nonzero"] <= 70_000 and all(n > 0 for n in rows(done, "levels")[0]["saved"].values())
@@ -476,8 +479,8 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     assert "Block 6" in page and "of at most 70,000 nonzero parameters" in page
     stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        run(settings, tmp_path / "killed")
-    again = run(settings, tmp_path / "killed")
+        run(settings, Invocation(tmp_path / "killed"))
+    again = run(settings, Invocation(tmp_path / "killed"))
     other = regrow.load(again.path)
     assert same_parameters(net, other)
     assert _same(rows(done, "test")[-1]) == _same(rows(again, "test")[-1])
@@ -525,7 +528,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     )
     settings = Settings("cells:4-2-1", "digits", f" ms={0.5 * table.total:.4f}", **given)
     monkeypatch.setattr(search_inputs, "latency", lambda *_: table)
-    done = run(settings, tmp_path / "run")
+    done = run(settings, Invocation(tmp_path / "run"))
     told, levels = rows(done, "latency")[0], rows(done, "levels")[0]
     assert told["whole"] == table.total and told["found"] > 0
     assert levels["measure"] == "ms" and levels["size"] <= levels["asked"] == pytest.approx(0.5 * table.total, abs=1e-3)
@@ -534,16 +537,16 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     assert "ms per pass" in page and f"of {levels['asked']:.3g}" in page
     stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        run(settings, tmp_path / "killed")
+        run(settings, Invocation(tmp_path / "killed"))
     monkeypatch.setattr(search_inputs, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
     kept = tmp_path / "killed" / ".work" / "run.json"
     text = kept.read_text()
     for damaged in ('"total": -', '"wrong": '):
         kept.write_text(text.replace('"total": ', damaged))
         with pytest.raises(StoreError, match=r"run\.json.*latency"):
-            run(settings, tmp_path / "killed")
+            run(settings, Invocation(tmp_path / "killed"))
     kept.write_text(text)
-    again = run(settings, tmp_path / "killed")
+    again = run(settings, Invocation(tmp_path / "killed"))
     both = [regrow.load(folder.path) for folder in (done, again)]
     assert same_parameters(*both)
 
@@ -554,13 +557,13 @@ def test_a_time_that_cannot_be_reached_is_refused_before_the_search(
     monkeypatch.setattr(search_inputs, "latency", lambda model, *_: invented(model))
     for target_, message in (("ms=1.9", "left whatever goes"), ("ms=1000", "not below")):
         with pytest.raises(ValueError, match=message):
-            run(Settings("cells:4-2-1", "digits", target_, **SMALL), tmp_path / "run")
+            run(Settings("cells:4-2-1", "digits", target_, **SMALL), Invocation(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_space_and_a_method_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no small network 'cells:8'"):
-        run(Settings("cells:8", "digits", "0.3", **SMALL), tmp_path / "run")
+        run(Settings("cells:8", "digits", "0.3", **SMALL), Invocation(tmp_path / "run"))
     with pytest.raises(ValueError, match="did you mean 'mgas'"):
-        run(Settings("cells:4-2-1", "digits", "0.3", method="mgass", **SMALL), tmp_path / "run")
+        run(Settings("cells:4-2-1", "digits", "0.3", method="mgass", **SMALL), Invocation(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from regrow.cli import code_of
 from regrow.core.plan import Plan
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import Settings, run
+from regrow.jobs.recording import Invocation
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.methods.recovery.task import FORMAT
@@ -31,7 +32,7 @@ PRUNING = Settings(
 def pruned(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "cli"))
-        yield run(PRUNING, tmp_path_factory.mktemp("runs") / "pruned").path
+        yield run(PRUNING, Invocation(tmp_path_factory.mktemp("runs") / "pruned")).path
 
 
 CODE = "toys:classifier"
@@ -57,7 +58,7 @@ def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(prune
     page = summarise([folder.path])["runs"][0]
     assert page["method"] == "magnitude+refit" and page["keep"] == 0.5 and not page["problems"]
     more = recover.Settings(str(folder.path), "distil", tokens=256, recovery_settings={"train": "cut"})
-    again = recovery_run.run(more, tmp_path / "more", code=CODE)
+    again = recovery_run.run(more, Invocation(tmp_path / "more", code=CODE))
     assert again.run()["settings"]["method"] == "magnitude+refit+distil"
     assert again.run()["settings"]["pruning"] == folder.run()["settings"]["pruning"]
 
@@ -66,7 +67,7 @@ def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(prune
 def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, by):
     passes = {"passes": 4} if by == "distil" else {}
     settings = recover.Settings(str(pruned), by, tokens=256, seed=3, recovery_settings=passes)
-    whole = recovery_run.run(settings, tmp_path / "whole", code=CODE)
+    whole = recovery_run.run(settings, Invocation(tmp_path / "whole", code=CODE))
 
     steps = []
 
@@ -76,10 +77,12 @@ def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, b
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recovery_run.run(settings, tmp_path / "killed", stopping, code=CODE)
+        recovery_run.run(settings, Invocation(tmp_path / "killed", code=CODE, progress=stopping))
     assert (tmp_path / "killed" / ".work" / "statistics" / "recovery.safetensors").exists()
     told: list[str] = []
-    killed = recovery_run.run(settings, tmp_path / "killed", lambda done, total, what: told.append(what), code=CODE)
+    killed = recovery_run.run(
+        settings, Invocation(tmp_path / "killed", code=CODE, progress=lambda done, total, what: told.append(what))
+    )
     assert weights(killed.path) == weights(whole.path)
     assert (
         len([what for what in told if what.startswith(("refitting", "training"))]) == steps[0] - 1
@@ -89,8 +92,10 @@ def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, b
 
 
 def test_recovery_right_after_the_cut_is_the_same(pruned, tmp_path, monkeypatch):
-    both = run(replace(PRUNING, recover="refit", recover_tokens=256), tmp_path / "both")
-    after = recovery_run.run(recover.Settings(str(pruned), "refit", tokens=256), tmp_path / "after", code=CODE)
+    both = run(replace(PRUNING, recover="refit", recover_tokens=256), Invocation(tmp_path / "both"))
+    after = recovery_run.run(
+        recover.Settings(str(pruned), "refit", tokens=256), Invocation(tmp_path / "after", code=CODE)
+    )
     assert weights(both.path) == weights(after.path) != weights(pruned)
     rows = {row["model"]: row["acc"] for row in both.metrics() if row["what"] == "choice"}
     assert set(rows) == {"dense", "pruned", "recovered"}
@@ -104,18 +109,18 @@ def test_recovery_right_after_the_cut_is_the_same(pruned, tmp_path, monkeypatch)
 
 def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
     with pytest.raises(StoreError, match="not a run folder"):
-        recovery_run.run(recover.Settings(str(tmp_path), "refit"), tmp_path / "out")
+        recovery_run.run(recover.Settings(str(tmp_path), "refit"), Invocation(tmp_path / "out"))
     with pytest.raises(ValueError, match="no recovery 'fit'"):
-        recovery_run.run(recover.Settings(str(pruned), "fit"), tmp_path / "out")
+        recovery_run.run(recover.Settings(str(pruned), "fit"), Invocation(tmp_path / "out"))
     other = RunFolder.create(tmp_path / "other", verb="learn", settings={}).finish()
     with pytest.raises(StoreError, match=r"has cut nothing of this network; .* give the folder of a pruning run"):
-        recovery_run.run(recover.Settings(str(other.path), "refit"), tmp_path / "out")
+        recovery_run.run(recover.Settings(str(other.path), "refit"), Invocation(tmp_path / "out"))
     half = RunFolder.create(tmp_path / "half", verb="prune", settings={"model": "m"}, command="regrow prune m")
     with pytest.raises(StoreError, match="not finished; resume it first: regrow prune m"):
-        recovery_run.run(recover.Settings(str(half.out), "refit"), tmp_path / "out")
+        recovery_run.run(recover.Settings(str(half.out), "refit"), Invocation(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="give at least one source"):
-        run(Settings("toys:classifier", method="magnitude", recover="refit"), tmp_path / "out")
+        run(Settings("toys:classifier", method="magnitude", recover="refit"), Invocation(tmp_path / "out"))
 
 
 def test_a_page_tells_the_cut_from_what_came_back(tmp_path):

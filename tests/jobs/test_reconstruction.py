@@ -13,6 +13,7 @@ from regrow.core.errors import InputError
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import run
 from regrow.jobs.reconstruction import check_reconstruction, count_tokens
+from regrow.jobs.recording import Invocation
 from regrow.jobs.undo import undo
 from regrow.reports import summarise, to_html, to_markdown
 from regrow.settings import recover
@@ -34,8 +35,8 @@ def weights(folder: RunFolder) -> bytes:
 
 
 def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> None:
-    plain = run(replace(PRUNING, reconstruct=False), tmp_path / "plain")
-    folder = run(PRUNING, tmp_path / "run")
+    plain = run(replace(PRUNING, reconstruct=False), Invocation(tmp_path / "plain"))
+    folder = run(PRUNING, Invocation(tmp_path / "run"))
     rows = folder.metrics()
     assert [row["what"] for row in rows] == [
         *("size", "choice", "verify"),
@@ -54,15 +55,15 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     assert record["settings"]["reconstruct"] is True and record["defaults"].items() >= taken.items()
     assert not plain.run()["settings"]["reconstruct"] and "--reconstruct" in record["command"]
     with pytest.raises(ValueError, match="trained by reconstruction since its cut"):
-        recovery_run.run(recover.Settings(str(folder.path), "bias"), tmp_path / "out", code=PRUNING.model)
+        recovery_run.run(recover.Settings(str(folder.path), "bias"), Invocation(tmp_path / "out", code=PRUNING.model))
     settings = recover.Settings(str(folder.path), "refit", tokens=256)
-    assert recovery_run.run(settings, tmp_path / "more", code=PRUNING.model).run()["finished"]
+    assert recovery_run.run(settings, Invocation(tmp_path / "more", code=PRUNING.model)).run()["finished"]
     undone = [undo(one.path, tmp_path / f"{i}") / "model.safetensors" for i, one in enumerate((folder, plain))]
     assert undone[0].read_bytes() == undone[1].read_bytes()
 
 
 def test_a_reconstruction_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    whole, steps = run(PRUNING, tmp_path / "whole"), []
+    whole, steps = run(PRUNING, Invocation(tmp_path / "whole")), []
 
     def stopping(done: int, total: int, what: str) -> None:
         if what.startswith("refitting"):
@@ -70,10 +71,10 @@ def test_a_reconstruction_that_was_stopped_ends_as_one_that_was_not(tmp_path: Pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(PRUNING, tmp_path / "stopped", stopping)
+        run(PRUNING, Invocation(tmp_path / "stopped", progress=stopping))
     assert (tmp_path / "stopped" / ".work" / "statistics" / "reconstruction.safetensors").exists()
     seen: list[str] = []
-    stopped = run(PRUNING, tmp_path / "stopped", lambda done, total, what: seen.append(what))
+    stopped = run(PRUNING, Invocation(tmp_path / "stopped", progress=lambda done, total, what: seen.append(what)))
     assert weights(stopped) == weights(whole)
     assert len([what for what in seen if what.startswith("refitting")]) == steps[0] - 1
 
@@ -97,10 +98,10 @@ def test_reconstruction_is_refused_before_a_run_starts() -> None:
 
 def test_too_little_data_is_found_before_the_folder_is_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="fits on data, and there are none; give --source"):
-        run(replace(PRUNING, sources=()), tmp_path / "run")
+        run(replace(PRUNING, sources=()), Invocation(tmp_path / "run"))
     few = replace(PRUNING, tokens=16, reconstruct_settings={"choose_on": "held_out"})
     with pytest.raises(InputError, match="source 'digits' has 1 batches, and reconstruct holds one out"):
-        run(few, tmp_path / "run")
+        run(few, Invocation(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     before = copy.deepcopy(net.state_dict())
