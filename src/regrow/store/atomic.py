@@ -123,9 +123,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     (b'whole', 1)
     """
     with atomic_write(path) as temporary, temporary.open("wb", buffering=0) as file:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(file.fileno(), left) :]
+        write_all(file.fileno(), data)
+
+
+def write_all(handle: int, data: bytes) -> None:
+    """Write bytes to an open file, in as many pieces as the system takes."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(handle, left) :]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -237,11 +242,11 @@ def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
             if error.errno != errno.ENXIO:
                 raise
             raise StoreError(f"{path} is a FIFO that no process reads; start its reader first") from None
-        os.set_blocking(handle, True)
-        with open(handle, "wb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
-            left = memoryview(text.encode("utf-8"))
-            while left:
-                left = left[file.write(left) :]
+        try:
+            os.set_blocking(handle, True)
+            write_all(handle, text.encode("utf-8"))
+        finally:
+            os.close(handle)
 
 
 def _is_stream(status: os.stat_result) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from regrow.core.errors import InputError
 from regrow.core.limits import parse_json
 from regrow.store import schemas
-from regrow.store.atomic import write_bytes
+from regrow.store.atomic import write_all, write_bytes
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
 from regrow.store.measurements import KINDS
@@ -21,13 +21,12 @@ from regrow.store.measurements import KINDS
 
 def append(path: Path, row: Mapping[str, object]) -> None:
     """Append a line of JSON and flush it to the disk; if that fails, truncate the file to its former end."""
-    left = memoryview(f"{json.dumps(row, allow_nan=False)}\n".encode())
+    line = json.dumps(row, allow_nan=False) + "\n"
     with _opened(path) as handle:
         end = _repair_end(handle)
         try:
             os.lseek(handle, end, os.SEEK_SET)
-            while left:
-                left = left[os.write(handle, left) :]
+            write_all(handle, line.encode())
             os.fsync(handle)
         except OSError:
             os.ftruncate(handle, end)

@@ -1,6 +1,6 @@
 """Cut a network that is larger than memory: block by block its tensors are cut, checked in float64 and written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, 
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture, evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model
+from regrow.tracing.precision import as_double
 from regrow.tracing.steps import operations, restate_steps
 
 
@@ -65,7 +66,7 @@ def _replay(
     def load(name: str, double: bool) -> Tensor:
         path, _, leaf = name.rpartition(".")
         tensor = getattr(network.model.get_submodule(path), leaf).detach()
-        return tensor.double() if double and tensor.is_floating_point() else tensor
+        return as_double(tensor) if double else tensor
 
     nodes = operations(recorded)
     names = {block.path: block.names for block in network.blocks}
@@ -120,24 +121,24 @@ class StreamedCut:
             with network.on_demand() as model:
                 yield model
 
-        outside = OutsideTensors(each, running, self._is_aligned(), ahead=self.opened.network().largest_block)
+        weights, changed = self.opened.weights, self.change.ready.values
+        aligned = all(weights.is_aligned(name) for name in weights.stored if name not in changed)
+        outside = OutsideTensors(each, running, aligned, ahead=self.opened.network().largest_block)
         store.write_model(self.loaded, folder, outside=outside)
         return deviations
 
     def share(self, ranks: ProcessRank, *, proof: bool = True) -> None:
         """Cut and check the blocks of this rank, and send them to rank 0, which writes them."""
         network, outbox = self.opened.network(), Outbox()
-        blocks = ranks.share(_ordered(network))
-        changed = self._compared(proof)
-        with network.resident(network.outer, blocks[0].names if blocks else ()):
-            for i, one in enumerate(blocks):
+        blocks, compared = ranks.share(_ordered(network)), self._compared(proof)
+        names = [*(block.names for block in blocks), ()]
+        with network.resident(network.outer, names[0]):
+            for i, block in enumerate(blocks):
                 deviations: list[Deviation] = []
-                graph = [b for b in self.change.recording.blocks if b.path == one.path and b.path in changed]
-                with network.resident(one.names, blocks[i + 1].names if i + 1 < len(blocks) else ()):
-                    tensors = dict(self._cut(one.names, graph, deviations))
+                with network.resident(block.names, names[i + 1]):
+                    tensors = dict(self._cut(block.path, block.names, compared, deviations))
                     outbox.flush()  # no more than one block waits
-                    record = {"names": [*tensors], "deviations": deviations}
-                    outbox.send(record, [*tensors.values()])
+                    outbox.send({"names": [*tensors], "deviations": deviations}, [*tensors.values()])
         outbox.flush()
 
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
@@ -152,11 +153,6 @@ class StreamedCut:
         assert self.change.axes.recording is not None
         return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
 
-    def _is_aligned(self) -> bool:
-        weights, changed = self.opened.weights, self.change.ready.values
-        rest = [name for name in weights.stored if name not in changed]
-        return all(weights.is_aligned(name) for name in rest)
-
     def _compared(self, proof: bool) -> set[str]:
         """Return the paths of the blocks that are compared."""
         return {block.path for block in changed_blocks(self.change)} if proof else set()
@@ -165,40 +161,40 @@ class StreamedCut:
         self, proof: bool, deviations: list[Deviation], progress: Progress, ranks: ProcessRank
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
-        network, graph, changed = self.opened.network(), self.change.recording.blocks, self._compared(proof)
-        derived = {
-            name: here.tensor for name, here in named_tensors(self.loaded.model).items() if not here.kind.carried
-        }
-        yield from derived.items()
+        network, compared, what = self.opened.network(), self._compared(proof), "cutting and checking the blocks"
+        for name, held in named_tensors(self.loaded.model).items():
+            if not held.kind.carried:
+                yield name, held.tensor
         ordered = _ordered(network)
         with network.resident(network.outer, ordered[0].names):
-            parts = [(tuple(b for b in graph if not b.path), network.outer)]
-            parts += [(tuple(b for b in graph if b.path == one.path), one.names) for one in ordered]
-            for i, (blocks, names) in enumerate(parts):
-                progress(i, len(parts), "cutting and checking the blocks")
-                if owner := (i - 1) % ranks.size if i else 0:
+            progress(0, len(ordered) + 1, what)
+            yield from self._cut("", network.outer, compared, deviations)
+            for i, block in enumerate(ordered):
+                progress(i + 1, len(ordered) + 1, what)
+                if owner := i % ranks.size:
                     record, tensors = receive(owner)
-                    deviations += [Deviation(*one) for one in record["deviations"]]
+                    deviations += [Deviation(*deviation) for deviation in record["deviations"]]
                     yield from zip(record["names"], tensors, strict=True)
                     continue
-                following = i - 1 + ranks.size if i else 0
-                with network.resident(names if i else (), ordered[following].names if following < len(ordered) else ()):
-                    yield from self._cut(names, [b for b in blocks if b.path in changed], deviations)
-        progress(len(parts), len(parts), "cutting and checking the blocks")
+                following = ordered[i + ranks.size].names if i + ranks.size < len(ordered) else ()
+                with network.resident(block.names, following):
+                    yield from self._cut(block.path, block.names, compared, deviations)
+        progress(len(ordered) + 1, len(ordered) + 1, what)
 
     def _cut(
-        self, names: tuple[str, ...], blocks: list[GraphBlock], deviations: list[Deviation]
+        self, path: str, names: tuple[str, ...], compared: Collection[str], deviations: list[Deviation]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of one block after the plan."""
+        """Yield the tensors of one block, or of what lies outside the blocks, after the plan."""
         change = self.change
-        own = {*names, *(bias_of(weight) for weight in change.plan.means if weight in names)}
-        ready = prepare(change.model, change.axes, change.plan, names=own)
-        for block in blocks:
-            deviations.append(check_block(replace(change, ready=ready), block))
-        for name in sorted(own):
+        cut = {*names, *(bias_of(weight) for weight in change.plan.means if weight in names)}
+        ready = prepare(change.model, change.axes, change.plan, names=cut)
+        for block in change.recording.blocks if path in compared else ():
+            if block.path == path:
+                deviations.append(check_block(replace(change, ready=ready), block))
+        for name in sorted(cut):
             value = ready.values.get(name)
-            path, _, leaf = name.rpartition(".")
-            yield name, getattr(change.model.get_submodule(path), leaf).detach() if value is None else value
+            module, _, leaf = name.rpartition(".")
+            yield name, getattr(change.model.get_submodule(module), leaf).detach() if value is None else value
 
 
 def _ordered(network: StreamedNetwork) -> list[StreamedBlock]:

@@ -23,7 +23,10 @@ def gate_inputs(
     reads = readers(axes, [axes[key] for key in gates])
     parameters = dict(model.named_parameters())
     watched = {id(parameters[reader.weight]): reader.weight for reader in reads}
-    with _Gate(watched, _by_weight(reads), gates, fills or {}, parameters):
+    by_weight: dict[str, list[Reader]] = {}
+    for reader in reads:
+        by_weight.setdefault(reader.weight, []).append(reader)
+    with _Gate(watched, by_weight, gates, fills or {}, parameters):
         yield
 
 
@@ -76,13 +79,6 @@ class _Gate(Feed):
             assert total is not None
             self.made[name, channels] = total
         return self.made[name, channels]
-
-
-def _by_weight(reads: Sequence[Reader]) -> dict[str, list[Reader]]:
-    result: dict[str, list[Reader]] = {}
-    for reader in reads:
-        result.setdefault(reader.weight, []).append(reader)
-    return result
 
 
 @contextmanager

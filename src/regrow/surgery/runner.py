@@ -137,8 +137,6 @@ class Runner(Interpreter):
                 if not self.masking.branches:  # a branch's input may be read where nothing else reads it any more
                     for one in self.user_to_last_uses.get(node, ()):
                         self.env.pop(one, None)
-                if node.op == "output":
-                    self.answers = [*floats(self.env[node]), *self.judged]
         self.held.clear()
 
     def run_only(
@@ -150,8 +148,6 @@ class Runner(Interpreter):
         with torch.no_grad(), made_in_double(self.double):
             for node in nodes:
                 self.env[node] = self.run_node(node)
-                if node.op == "output":
-                    self.answers = [*floats(self.env[node]), *self.judged]
         results = [self.env[node] for node in wanted]
         self.held.clear()
         if before is not None:
@@ -171,6 +167,8 @@ class Runner(Interpreter):
         out = self._restated(n, *restated[0]) if restated else self._run(n)
         if n.target in ORDERS:
             self.orders.append(out if isinstance(out, Tensor) else out[1])
+        if n.op == "output":
+            self.answers = [*floats(out), *self.judged]
         return out
 
     def value(self, node: Node) -> object:
