@@ -2,7 +2,8 @@
 
 import copy
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +21,6 @@ from regrow.store.errors import StoreError
 from regrow.store.schemas import ProbeHeader
 from regrow.store.shapes import DTYPES, PROBE
 from regrow.store.tensors import digest, read_tensors, write_tensors
-from regrow.tracing.model_state import preserve_state
 
 FILE, FORMAT = PROBE, "regrow-probe/1"
 """A safetensors file with another suffix: some tools take every ``*.safetensors`` for weights of the model."""
@@ -136,7 +136,7 @@ def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) ->
     """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs."""
     device = device_of(model)
     args, kwargs = _from_json(shape, [x.to(device) for x in inputs])
-    with preserve_state(model, entries=True), torch.no_grad():
+    with _preserve_modules(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         leaves = tree_leaves(model.eval()(*args, **kwargs))
         outputs = [leaf.detach().cpu().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
@@ -148,6 +148,28 @@ def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) ->
         sample = torch.view_as_real(sample).flatten() if sample.is_complex() else sample
         samples.append(sample.to(torch.float64).clone())
     return Answer(tuple(digest({"": output}) for output in outputs), tuple(samples))
+
+
+@contextmanager
+def _preserve_modules(model: nn.Module) -> Iterator[None]:
+    """Restore, when the block ends, all attributes of modules and their small buffers.
+
+    What modules reach besides is left alone: a network that is read block by block goes on with its memory.
+    """
+    states = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    small = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.numel() <= 2**20]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in states:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, before in small:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def conditions() -> dict[str, str]:
