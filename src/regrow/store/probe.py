@@ -140,14 +140,14 @@ def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) ->
         torch.manual_seed(0)
         leaves = tree_leaves(model.eval()(*args, **kwargs))
         outputs = [leaf.detach().cpu().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-    if not outputs:
-        raise ValueError("it gives no tensor")
-    samples = []
-    for output in outputs:
-        sample = output.flatten()[:: max(1, -(-output.numel() // SAMPLED))]
-        sample = torch.view_as_real(sample).flatten() if sample.is_complex() else sample
-        samples.append(sample.to(torch.float64).clone())
-    return Answer(tuple(digest({"": output}) for output in outputs), tuple(samples))
+        if not outputs:
+            raise ValueError("it gives no tensor")
+        samples = []
+        for output in outputs:
+            sample = output.flatten()[:: max(1, -(-output.numel() // SAMPLED))]
+            sample = torch.view_as_real(sample).flatten() if sample.is_complex() else sample
+            samples.append(sample.to(torch.float64).clone())
+        return Answer(tuple(digest({"": output}) for output in outputs), tuple(samples))
 
 
 @contextmanager
@@ -265,7 +265,7 @@ def _epsilon(model: nn.Module, stored: Iterable[torch.dtype]) -> float:
 def _rounding(model: nn.Module, shape: Any, inputs: Sequence[Tensor], answer: Answer) -> float:
     """Return how far a network's output is from its output in float64."""
     try:
-        model = copy.deepcopy(model).double()
-        return _distance(compute_answer(model, shape, _fitting(inputs, model)).samples, answer.samples)
+        wide = [x.double() if x.is_floating_point() else x for x in inputs]
+        return _distance(compute_answer(copy.deepcopy(model).double(), shape, wide).samples, answer.samples)
     except Exception:
         return 0.0
