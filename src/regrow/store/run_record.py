@@ -75,7 +75,7 @@ def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) ->
         )
     if run.get("finished"):
         raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
-    if difference := _first_difference(run["defaults"], wanted.get("defaults", run["defaults"])):
+    if difference := _first_difference(run["defaults"], wanted.get("defaults", run["defaults"]), strict=True):
         name, was, now = difference
         raise StoreError(
             f"{path} was begun by regrow {run['versions'].get('regrow')}, where {name} was {was} unless told, "
@@ -83,10 +83,15 @@ def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) ->
         )
 
 
-def _first_difference(old: Mapping[str, object], new: Mapping[str, object]) -> tuple[str, str, str] | None:
-    """Return the name of the first setting that differs, and both values in short; ``None`` if all are equal."""
+def _first_difference(
+    old: Mapping[str, object], new: Mapping[str, object], *, strict: bool = False
+) -> tuple[str, str, str] | None:
+    """Return the name of the first setting that differs, and both values in short; ``None`` if all are equal.
+
+    If ``strict``, one that the old settings do not have differs from one that is ``None``.
+    """
     for name in {**new, **old}:
-        if old.get(name) != new.get(name):
+        if old.get(name) != new.get(name) or (strict and name not in old):
             was, now = (json.dumps(values[name])[:60] if name in values else "unknown" for values in (old, new))
             return name, was, now
     return None
