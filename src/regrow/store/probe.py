@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -18,7 +19,7 @@ from regrow.core.sources import device_of
 from regrow.nets.errors import first_line
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
-from regrow.store.schemas import ProbeHeader
+from regrow.store.schemas import Shape
 from regrow.store.shapes import DTYPES, PROBE
 from regrow.store.tensors import digest, read_tensors, write_tensors
 
@@ -31,6 +32,22 @@ SAMPLED = 4096
 LAW = 3
 """How many times its own rounding error an output may differ by if it is computed on another machine or version."""
 _LARGEST, _ELEMENTS = 2**28, 2**26
+
+
+class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The header of ``probe.st``: an input, in which a tensor is ``{"tensor": number}``, and digests of the output.
+
+    ``patterns`` has dtype and shape of tensors that a fixed pattern replaces; ``exact``: outputs must be bit-equal.
+    """
+
+    format: str
+    names: list[str]
+    sha256: str
+    inputs: tuple[Any, Any]
+    patterns: list[tuple[str, Shape] | None]
+    outputs: list[str]
+    exact: bool
+    conditions: dict[str, str]
 
 
 class UnprobedError(ValueError):

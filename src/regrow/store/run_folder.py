@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 from regrow.core.axes import AxisGraph
 from regrow.core.tables import Table, format_html
 from regrow.nets.weight_files import WeightFile, check_unchanged
-from regrow.store import run_record
+from regrow.store import run_record, schemas
 from regrow.store.atomic import Lock, lock, write_text
+from regrow.store.convert import convert, read_json
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger, read_undo_store, write_undo_store
 from regrow.store.metrics import Metrics, replace_nonfinite
@@ -215,16 +216,33 @@ class RunFolder:
         rows = {"before": before, "after": after}
         self._write("axes.json", {name: [row.record() for row in axes.inventory()] for name, axes in rows.items()})
 
+    def axes(self) -> dict[str, Any]:
+        """Return the content of ``axes.json``; empty if there is no such file."""
+        return self._record("axes.json", schemas.AxisRows)
+
     def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, object]]) -> None:
         """Write ``scores.json``: a summary of the importance scores of every axis."""
         self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
+
+    def scores(self) -> dict[str, Any]:
+        """Return the content of ``scores.json``; empty if there is no such file."""
+        return self._record("scores.json", schemas.ScoreSummary)
 
     def write_findings(self, method: str, findings: Mapping[str, object]) -> None:
         """Write ``findings.json``: the tables in which a method explains its choice."""
         self._write("findings.json", {"method": method, **findings})
 
+    def findings(self) -> dict[str, Any]:
+        """Return the content of ``findings.json``; empty if there is no such file."""
+        return self._record("findings.json", schemas.Findings)
+
     def _write(self, name: str, data: Mapping[str, object]) -> None:
         write_text(self.path / name, json.dumps(replace_nonfinite(data), indent=1, allow_nan=False) + "\n")
+
+    def _record(self, name: str, kind: type[Any]) -> dict[str, Any]:
+        if (data := read_json(self.path / name)) is not None:
+            convert(data, kind, self.path / name)
+        return dict(data or {})
 
 
 def _now() -> str:

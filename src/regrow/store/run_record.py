@@ -92,7 +92,8 @@ def _first_difference(
     """
     for name in {**new, **old}:
         if old.get(name) != new.get(name) or (strict and name not in old):
-            was, now = (json.dumps(values[name])[:60] if name in values else "unknown" for values in (old, new))
+            missing = "unknown" if strict else "null"
+            was, now = (json.dumps(values[name])[:60] if name in values else missing for values in (old, new))
             return name, was, now
     return None
 

@@ -268,6 +268,20 @@ class ScoreSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     axes: dict[str, AxisScores]
 
 
+class Findings(msgspec.Struct, frozen=True):
+    """``findings.json``: what a pruning method found out; it may have further tables."""
+
+    method: str
+    sources: list[str] = []
+    spectrum: list[dict[str, Any]] = []
+    modules: list[dict[str, Any]] = []
+    starts: dict[str, float | None] = {}
+    history: list[dict[str, Any]] = []
+    robust_among_cut: dict[str, float | None] = {}
+    notes: list[str] = []
+    best_step: Count | None = None
+
+
 class ConstantJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The epsilon of a norm as it was before a cut, in the undo store."""
 
@@ -314,37 +328,9 @@ class CourseHeader(msgspec.Struct, frozen=True):
     open: list[dict[str, Any]]
 
 
-class StatisticsHeader(msgspec.Struct, frozen=True):
-    """The header of a file with the calibration statistics of one shard of a source."""
-
-    source: str
-    shard: Count
-    key: str
-    tokens: Count
-    moments: list[tuple[str, Count, Count]]
-    gradients: list[str]
-    fisher: list[str]
-
-
 class RecoveryHeader(msgspec.Struct, frozen=True):
     """The header of ``recovery.safetensors``, a checkpoint of recovery training."""
 
     step: Count
     values: dict[str, Any]
     key: str = ""
-
-
-class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The header of ``probe.st``: an input, in which a tensor is ``{"tensor": number}``, and digests of the output.
-
-    ``patterns`` has dtype and shape of tensors that a fixed pattern replaces; ``exact``: outputs must be bit-equal.
-    """
-
-    format: str
-    names: list[str]
-    sha256: str
-    inputs: tuple[Any, Any]
-    patterns: list[tuple[str, Shape] | None]
-    outputs: list[str]
-    exact: bool
-    conditions: dict[str, str]

@@ -5,19 +5,32 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 from torch import Tensor, nn
 
 from regrow.core.scores import Moments, Statistics
 from regrow.core.sources import Source, preserve_random_state
-from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import explain_os_errors
+from regrow.store.schemas import Count
 from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
 FOLDER = "statistics"
 """Where a run keeps what it needs to resume; not part of a finished run."""
 FORMAT = "regrow-statistics/2"
 _SUMS = ("total", "square", "mean_total", "mean_square")
+
+
+class StatisticsHeader(msgspec.Struct, frozen=True):
+    """The header of a file with the calibration statistics of one shard of a source."""
+
+    source: str
+    shard: Count
+    key: str
+    tokens: Count
+    moments: list[tuple[str, Count, Count]]
+    gradients: list[str]
+    fisher: list[str]
 
 
 def file_name(source: str, shard: int) -> str:
@@ -81,7 +94,7 @@ def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) ->
         for shard in range(shards):
             try:
                 header, tensors = read_tensors(run / FOLDER / file_name(source, shard), FORMAT)
-                record = convert(header, schemas.StatisticsHeader)
+                record = convert(header, StatisticsHeader)
                 if (record.source, record.shard, record.key) == (source, shard, key):
                     finished[source, shard] = _statistics(record, tensors)
             except (ValueError, KeyError, TypeError):
@@ -89,7 +102,7 @@ def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) ->
     return finished
 
 
-def _statistics(record: schemas.StatisticsHeader, tensors: Mapping[str, Tensor]) -> Statistics:
+def _statistics(record: StatisticsHeader, tensors: Mapping[str, Tensor]) -> Statistics:
     moments = {}
     for i, (name, count, sequences) in enumerate(record.moments):
         total, square, mean_total, mean_square = (tensors[f"m{i}.{part}"] for part in _SUMS)

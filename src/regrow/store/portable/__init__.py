@@ -137,11 +137,11 @@ def _automatic(reference: str) -> list[str]:
     require_transformers()
     result = []
     for name, automatic in vars(modeling_auto).items():
-        mapping: Any = getattr(automatic, "_model_mapping", None)
-        classes: Mapping[str, Any] = getattr(mapping, "_model_mapping", {})
-        listed = (known if isinstance(known, tuple) else (known,) for known in classes.values())
-        if name.startswith("AutoModel") and any(reference in names for names in listed):
-            result.append(name)
+        if name.startswith("AutoModel"):
+            mapping: Any = getattr(automatic, "_model_mapping", None)
+            classes: Mapping[str, Any] = getattr(mapping, "_model_mapping", {})
+            if any(reference in (known if isinstance(known, tuple) else (known,)) for known in classes.values()):
+                result.append(name)
     return sorted(result)
 
 
