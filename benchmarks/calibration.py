@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from regrow import data
 from regrow.core.sources import Batch
-from regrow.data.joined import join_batches
+from regrow.data.batch_streams import join_batches
 from regrow.jobs import prune
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.recording import Clock, Invocation

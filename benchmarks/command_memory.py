@@ -1,4 +1,4 @@
-"""The memory of regrow prune, evaluate, export, recover, grow and learn on SmolLM2-135M: predicted and measured.
+"""The memory of regrow prune, evaluate, export and recover on SmolLM2-135M: predicted and measured.
 
     python benchmarks/command_memory.py                      # up to 10 minutes when idle; resumes where it was stopped
     python benchmarks/command_memory.py --only export        # commands whose name contains a word
@@ -27,9 +27,6 @@ OUT = Path(__file__).parent / "results" / "command_memory.jsonl"
 DATA = "--source news --eval-tokens 512 --seq-len 256"
 PRUNE = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --dtype float32 --no-verify --out cut"
 LEARN = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --no-verify --no-undo --memory 64GiB"
-GROW = "--on news --steps 2 --tokens 1024 --eval-tokens 512 --seq-len 256"
-TASKS = "learn news code --model smollm2-135m --optimizer adamw --lr 1e-5 --batch-size 2 --seq-len 256"
-TASKS = f"{TASKS} --train 4 --test 2 --epochs 1 --no-undo --memory 64GiB"
 COMMANDS = {
     "evaluate, whole": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 64GiB",
     "evaluate, one block": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 1GiB",
@@ -44,12 +41,6 @@ COMMANDS = {
     "recover, refit, one block": "recover cut --by refit --tokens 4096 --memory 1.5GiB --out refit-streamed",
     "recover, lora": "recover cut --by lora --tokens 4096 --memory 64GiB --out lora",
     "recover, distil": "recover cut --by distil --tokens 4096 --memory 64GiB --out distil",
-    "grow": f"grow smollm2-135m --mlp +25% {DATA} --memory 64GiB --no-undo --out grown",
-    "grow, training": f"grow smollm2-135m --mlp +25% {GROW} --memory 64GiB --no-undo --out grown-trained",
-    "learn, naive": f"{TASKS} --method naive --out learned-naive",
-    "learn, ewc": f"{TASKS} --method ewc --out learned-ewc",
-    "learn, si": f"{TASKS} --method si --out learned-si",
-    "learn, lwf": f"{TASKS} --method lwf --out learned-lwf",
 }
 """Name → command line."""
 PEAK = re.compile(r"memory: ([\d.]+ \w+) at the peak, ([\d.]+ \w+) predicted")

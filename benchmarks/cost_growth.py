@@ -45,7 +45,7 @@ from regrow.methods.pruning.pruner import plan_cut
 from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.tracing import trace
-from regrow.tracing.form_cache import forget_results
+from regrow.tracing.forms import forget_results
 
 OUT = Path(__file__).parent / "results" / "cost_growth.jsonl"
 PLOT = Path(__file__).parents[1] / "docs" / "cost-growth.svg"

@@ -27,8 +27,9 @@ from regrow.exporters import torchvision as torchvision_export
 from regrow.exporters import transformers as transformers_export
 from regrow.exporters.written import ExportError
 from regrow.jobs.forward_outputs import measure_change, outputs_of
-from regrow.jobs.growing import GrowthSpec, plan_growth
+from regrow.jobs.grow import plan_growth
 from regrow.nets import load
+from regrow.settings.grow import Settings
 from regrow.store.versions import versions
 
 
@@ -100,11 +101,9 @@ GROWTHS: dict[str, tuple[dict[str, str], ...]] = {
 }
 
 
-def spec_of(amounts: dict[str, str]) -> GrowthSpec:
-    """Read the amounts of one row."""
-    parts: Any = {part: amounts[part] for part in ("mlp", "heads", "channels") if part in amounts}
-    blocks = {"*": amounts["blocks"]} if "blocks" in amounts else {}
-    return GrowthSpec.parse(parts, {}, blocks, fill=amounts.get("fill", "zero_out"))
+def settings_of(name: str, amounts: dict[str, Any]) -> Settings:
+    """Return the settings of one row."""
+    return Settings(name, **{**amounts, "blocks": (amounts["blocks"],) if "blocks" in amounts else ()})
 
 
 def stock(model: nn.Module, name: str) -> str:
@@ -141,7 +140,7 @@ def row(name: str, amounts: dict[str, str]) -> dict[str, Any]:
     traced = time.perf_counter() - start
     before = outputs_of(model, axes.example)
     start = time.perf_counter()
-    plan, notes = plan_growth(model, axes, spec_of(amounts))
+    plan, notes = plan_growth(model, axes, settings_of(name, amounts))
     planned = time.perf_counter() - start
     exact = verify(model, axes, plan)
     gc.collect()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from regrow.data import text, windows
-from regrow.data.joined import join_batches
+from regrow.data.batch_streams import join_batches
 from regrow.nets import load
 from regrow.scoring.grams import Gram, sum_products
 from regrow.scoring.layer_orders import eliminate

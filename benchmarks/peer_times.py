@@ -51,7 +51,7 @@ from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.tracing import trace
 from regrow.tracing.capture import capture, example_of
-from regrow.tracing.form_cache import forget_results
+from regrow.tracing.forms import forget_results
 
 OUT = Path("benchmarks/results/peer_times.jsonl")
 TOOLS = {"1.6.1": "torch-pruning==1.6.1", "1.5.2": "torch-pruning==1.5.2", "optipfair": "optipfair==0.4.2"}

@@ -53,7 +53,7 @@ from regrow.core.plan import Plan
 from regrow.data import Half, text, windows
 from regrow.evaluation import Perplexity, paired_difference, perplexity
 from regrow.jobs.pruning import build_pruner, collect_evidence
-from regrow.jobs.reconstruction import reconstruct
+from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.store.versions import versions

@@ -48,7 +48,7 @@ from regrow.core.budget import Budget
 from regrow.core.scores import Scores
 from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import build_pruner, collect_evidence
-from regrow.jobs.reconstruction import reconstruct
+from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.gprune import Settings
 from regrow.methods.pruning.gprune.modules import form_modules, measure, order_modules
 from regrow.methods.pruning.pruner import PruningTask, Ranking, plan_cut

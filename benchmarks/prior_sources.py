@@ -45,12 +45,11 @@ from regrow import apply
 from regrow.core.budget import Budget
 from regrow.core.sources import Source
 from regrow.data import Half
-from regrow.data.windows import token_windows
+from regrow.data.text import token_windows
 from regrow.evaluation import perplexity
-from regrow.jobs.generated import fill_generated
-from regrow.jobs.inputs import SourceSpecs, read_sources
+from regrow.jobs.inputs import SourceSpecs, fill_generated, read_sources
 from regrow.jobs.pruning import build_pruner, collect_evidence
-from regrow.jobs.reconstruction import reconstruct
+from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.store.versions import versions

@@ -28,7 +28,7 @@ from regrow.jobs.search import Settings, build_search, build_space
 from regrow.store.versions import versions
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Learner, NoState, Step
-from regrow.training.optimizers import Optimizers, OptimizerSettings
+from regrow.training.schedule import Optimizers, OptimizerSettings
 from regrow.training.state import axis_tensors
 
 

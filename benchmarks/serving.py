@@ -26,7 +26,7 @@ import torch
 
 import regrow
 from regrow import evaluation, export, store
-from regrow.evaluation.replies import empty_cache
+from regrow.evaluation.generation import empty_cache
 from regrow.nets import load
 from regrow.store.versions import versions
 from regrow.tracing import trace

@@ -16,7 +16,7 @@ from typing import Any
 
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded, read_json, read_text
-from regrow.data.errors import SourceError
+from regrow.data.halves import SourceError
 from regrow.data.text import Text
 
 

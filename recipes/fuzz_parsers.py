@@ -92,7 +92,7 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     from regrow.evaluation import items_in
     from regrow.jobs import learn as learning_run
     from regrow.jobs import prune_settings as pruning_run
-    from regrow.jobs.task_sequences import parse_sequence
+    from regrow.jobs.starting import parse_sequence
     from regrow.nets.files import check_config, check_gguf
     from regrow.reports import summarise, to_markdown
     from regrow.settings.file import read_settings

@@ -34,7 +34,7 @@ from regrow.data.halves import half_of
 from regrow.exporters.gguf import write
 from regrow.exporters.gguf.tokens import RULES, WHOLE_WORDS
 from regrow.nets import load as load_dense
-from regrow.tracing.placeholder import insert_placeholders
+from regrow.tracing.branches import insert_placeholders
 
 KINDS = ("news", "code", "manual", "talk")
 PARTS = ("small", "rules", "pruned", "dense")

@@ -36,7 +36,7 @@ from rows import head, line, rows
 from regrow import nets, trace
 from regrow.evaluation.size import dense
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.undo import read_stages
+from regrow.jobs.parents import read_stages
 from regrow.store.ledger import Ledger, replay
 from regrow.store.run_folder import RunFolder
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import corpora
 import torch
+from shared_beginnings import shared_choices
 from torch import nn
 from width_pruning_points import FOLDS, Point, Row
 
@@ -27,12 +28,10 @@ from regrow.core.process_memory import return_memory
 from regrow.core.source_names import GENERATED
 from regrow.core.sources import Source
 from regrow.data import Half, text, windows
-from regrow.evaluation import choices, items_in, perplexity
+from regrow.evaluation import items_in, perplexity
 from regrow.jobs import pruning as prune
-from regrow.jobs.generated import fill_generated
-from regrow.jobs.inputs import SourceSpecs, read_sources
-from regrow.jobs.reconstruction import reconstruct
-from regrow.jobs.recovering import work_in
+from regrow.jobs.inputs import SourceSpecs, fill_generated, read_sources
+from regrow.jobs.recovering import reconstruct, work_in
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask
@@ -227,7 +226,7 @@ class WidthPruningBench:
         found = []
         for path in map(Path, self.args.task):
             name, items = path.name.partition(".")[0], items_in(path, self.args.items)
-            one = choices(network, self.loaded.tokenizer, items, task=name, share=True)
+            one = shared_choices(network, self.loaded.tokenizer, items, name)
             record = {key: value for key, value in one.record().items() if not isinstance(value, list)}
             margins = {
                 "right": "".join(str(int(right)) for right in one.right),

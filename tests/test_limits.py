@@ -49,7 +49,7 @@ def test_only_regular_files_are_opened(strange):
     if not strange.is_dir():
         with pytest.raises(SourceError, match="strange"):
             text(f"mail={strange}")
-    with pytest.raises(SourceError, match="strange"):
+    with pytest.raises(InputError, match="strange"):
         image_tensor(strange, 8)
 
 
@@ -103,7 +103,7 @@ def test_a_damaged_or_swelling_gz_is_refused(tmp_path):
             text(f"mail={path}")
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SourceError, match="not a whole gzip file"):
+    with pytest.raises(InputError, match="not a whole gzip file"):
         streams.idx(tmp_path)
 
 

@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regrow.api.evaluate import evaluate
     from regrow.api.export import export
-    from regrow.api.finetune import finetune
     from regrow.api.grow import grow
     from regrow.api.learn import Learned, learn
     from regrow.api.prune import prune
-    from regrow.api.recover import recover
+    from regrow.api.recover import finetune, recover
     from regrow.api.search import search
     from regrow.core.axes import Example
     from regrow.core.axis_tensor import AxisTensor
     from regrow.core.candidates import Candidates
     from regrow.core.plan import Fill, Plan
     from regrow.core.sources import Batch, Source
-    from regrow.jobs.search_record import SearchResult
+    from regrow.jobs.search import SearchResult
     from regrow.store import load, save
     from regrow.surgery import UndoStore, align_new_units, apply, declare, fit_new_units, verify
     from regrow.tracing import trace, with_branches
@@ -53,13 +52,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    **{name: f"regrow.api.{name}" for name in ("evaluate", "export", "finetune", "grow", "learn", "prune", "recover")},
+    **{name: f"regrow.api.{name}" for name in ("evaluate", "export", "grow", "learn", "prune", "recover")},
+    "finetune": "regrow.api.recover",
     "search": "regrow.api.search",
     "AxisTensor": "regrow.core.axis_tensor",
     "Candidates": "regrow.core.candidates",
     "Example": "regrow.core.axes",
     "Learned": "regrow.api.learn",
-    "SearchResult": "regrow.jobs.search_record",
+    "SearchResult": "regrow.jobs.search",
     **dict.fromkeys(("Batch", "Source"), "regrow.core.sources"),
     **dict.fromkeys(("Fill", "Plan"), "regrow.core.plan"),
     **dict.fromkeys(("load", "save"), "regrow.store"),

@@ -26,7 +26,7 @@ from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.surgery.gate import parametrize
-from regrow.tracing.placeholder import find_placeholders
+from regrow.tracing.branches import find_placeholders
 from zoo import randomise
 
 CONFIGS = {

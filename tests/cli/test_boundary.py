@@ -22,8 +22,8 @@ from cli.conftest import Run
 from regrow.cli import boundary, screen
 from regrow.cli.app import regrow as commands
 from regrow.core.errors import RefusedError, ResourceError
-from regrow.nets.errors import ModelError
-from regrow.store.errors import StoreError, explain_os_errors
+from regrow.nets.loaded import ModelError
+from regrow.store.atomic import StoreError, explain_os_errors
 from regrow.store.run_folder import RunFolder
 
 

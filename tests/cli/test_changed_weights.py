@@ -13,8 +13,8 @@ from cli.conftest import Run
 from regrow import nets
 from regrow.cli.runs import RunPage
 from regrow.core.errors import InputError
-from regrow.jobs import cutting, recovery_memory
-from regrow.nets.weight_files import WeightFile, check_unchanged
+from regrow.jobs import cutting, streamed_recovery
+from regrow.nets.loaded import WeightFile, check_unchanged
 from regrow.streaming import checkpoint, requirements
 
 SOURCE = ("--keep", "0.7", "--source", "news", "--tokens", "64", "--eval-tokens", "64", "--seq-len", "32")
@@ -180,7 +180,7 @@ def test_a_recovery_of_weights_that_change_is_refused(
     regrow: Run, model: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     assert regrow("prune", "model", *SOURCE, *STREAMED, "--out", "run")[0] == 0
-    monkeypatch.setattr(recovery_memory, "SPARE", 2**40)
+    monkeypatch.setattr(streamed_recovery, "SPARE", 2**40)
     count = read_then(60, lambda: rewritten(Path(folder, NAME)), monkeypatch, Path(folder).name)
     code, _, err = regrow("recover", "run", "--by", "refit", "--tokens", "64", *STREAMED, "--out", "out")
     assert count[0] >= 60 and code == 2 and f"{folder}/{NAME} was replaced or written to" in err, err

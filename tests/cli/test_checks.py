@@ -147,20 +147,20 @@ CONFIGS = {
 @pytest.mark.parametrize("text", CONFIGS, ids=range(len(CONFIGS)))
 def test_configurations_beyond_the_limits_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ModelError, match=CONFIGS[text]):
+    with pytest.raises(InputError, match=CONFIGS[text]):
         check_config(tmp_path / "config.json", "x")
 
 
 def test_weights_that_are_no_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"is a pipe \(FIFO\); give a regular file"):
+    with pytest.raises(InputError, match=r"is a pipe \(FIFO\); give a regular file"):
         check_safetensors(tmp_path / "model.safetensors")
 
 
 def test_a_folder_with_a_pipe_for_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     os.mkfifo(tmp_path / "tokenizer_config.json")
-    with pytest.raises(ModelError, match=r"tokenizer_config\.json is a pipe"):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json is a pipe"):
         check_files(tmp_path)
 
 

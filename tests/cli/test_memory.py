@@ -6,7 +6,7 @@ import re
 import pytest
 
 from regrow.evaluation import choice
-from regrow.jobs import models, recovery_memory, streamed
+from regrow.jobs import models, streamed, streamed_recovery
 from regrow.streaming import requirements
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
@@ -288,7 +288,7 @@ def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, st
     ],
 )
 def test_recovery_and_gradients_count(regrow, tiny_language_model, monkeypatch, words, match):
-    monkeypatch.setattr(recovery_memory, "SPARE", 2**37)
+    monkeypatch.setattr(streamed_recovery, "SPARE", 2**37)
     command = ("prune", str(tiny_language_model), *words, *SOURCE, "--memory", "64GiB", "--dry-run", "plan.json")
     code, said, error = regrow(*command)
     if match:
@@ -302,12 +302,14 @@ def test_recovery_and_gradients_count(regrow, tiny_language_model, monkeypatch, 
 def test_the_terms_of_recovery_and_gradients_follow_the_weights(tiny_language_model):
     model = open_network(str(tiny_language_model)).loaded.model
     own = sum(4 * one.numel() for one in model.parameters())
-    recoveries = {by: recovery_memory.predict_later_recovery(by, model, 32, 256) for by in ("bias", "refit", "distil")}
-    spare = recovery_memory.SPARE
+    recoveries = {
+        by: streamed_recovery.predict_later_recovery(by, model, 32, 256) for by in ("bias", "refit", "distil")
+    }
+    spare = streamed_recovery.SPARE
     assert spare + 2 * own < recoveries["bias"] < recoveries["refit"]
     assert recoveries["distil"] > spare + 6 * own  # two networks, gradients, two moments, the best values
     names = [name for name, _ in model.named_parameters()]
-    one, two, three = (recovery_memory.predict_gradients(model, names, 32, sums) for sums in (1, 2, 3))
+    one, two, three = (streamed_recovery.predict_learning(model, names, 32, 1, sums) for sums in (1, 2, 3))
     assert own <= two - one <= 2 * own
     assert three - two == own
     assert spare + 2 * own < one
@@ -320,28 +322,3 @@ def test_amounts_and_models_that_do_not_fit_the_option_are_refused(regrow, tiny_
     code, _, error = regrow("prune", "resnet18", "--keep", "0.7", "--memory", "1GiB", "--out", "run")
     assert code
     assert "is not read block by block" in error
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("grow", "{model}", "--mlp", "+25%", "--on", "news", "--steps", "2", "--tokens", "64", "--seq-len", "32"),
-        ("grow", "{model}", "--blocks", "+1"),
-        ("learn", "permuted:digits:2", "--method", "si", "--epochs", "1"),
-        ("learn", "news", "--model", "{model}", "--method", "naive", "--optimizer", "adamw", "--seq-len", "16"),
-    ],
-    ids=["grow", "deepen", "learn", "learn text"],
-)
-def test_the_memory_of_growth_and_of_learning_is_predicted_and_measured(regrow, tiny_language_model, tmp_path, words):
-    command = [word.format(model=tiny_language_model) for word in words]
-    command += ["--train", "8", "--test", "4"] if words[0] == "learn" else []
-    code, _, error = regrow(*command, "--memory", "1MiB", "--out", "run")
-    assert code
-    assert re.search(r"within 1 MiB of memory is impossible.*use --memory \d", error)
-    assert not (tmp_path / "run").exists()
-    code, said, error = regrow(*command, "--memory", "64GiB", "--out", "run")
-    assert code == 0, error
-    assert re.search(r"^memory: about .* of 64 GiB: the process with .*", said)
-    assert re.search(r"at the peak, .* predicted", said)
-    memory = json.loads((tmp_path / "run" / "run.json").read_text())["memory"]
-    assert 0.5 < memory["peak"] / memory["predicted"] < 1.2

@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 import regrow
 from distributed.processes import finish, start
 from regrow.cli import code_of
-from regrow.jobs import recovery_memory
+from regrow.jobs import streamed_recovery
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, read_sources
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.prune_settings import read_pruning_settings, source_specs
+from regrow.jobs.recording import Invocation
 from regrow.jobs.search_inputs import read_parts
-from regrow.jobs.starting import find_start
-from regrow.jobs.task_sequences import TaskSpecs, read_tasks
+from regrow.jobs.starting import TaskSpecs, find_start, read_tasks
 from regrow.settings.search import Settings as SearchSettings
 from regrow.store.run_folder import RunFolder
 from regrow.streaming import requirements
@@ -79,7 +79,6 @@ CELLS = (
     *((name, "Python, streamed") for name in ("prune text", "evaluate text")),
 )
 ASPECTS = ("settings", "plans", "weights", "rows")
-NO_QUALITY = "Python has neither validation= nor the rows of the pruning run: no perplexity, paired and verify"
 PRUNED = "Python does not know the run that pruned: keep, method, run and pruning are those of the defaults of prune"
 BLOCKWISE = "verify counts blocks, without float32_diff, rounding, argmax_flips, positions and unproven"
 OTHER_SUMS = (
@@ -87,8 +86,6 @@ OTHER_SUMS = (
 )
 FAILS: Mapping[tuple[str, str, str], str] = {
     **{(name, "Python", "settings"): PRUNED for name in COMMANDS if name.startswith("recover")},
-    **{(name, "Python", "rows"): NO_QUALITY for name in COMMANDS if name.startswith("recover")},
-    ("search", "Python", "rows"): "Python has no test data: no row test",
     **{("evaluate text", mode, "rows"): OTHER_SUMS for mode in ("Python", "Python, streamed")},
     **{(name, mode, "rows"): BLOCKWISE for name, mode in CELLS if name.startswith("prune") and "streamed" in mode},
 }
@@ -139,7 +136,7 @@ def run(name: str, mode: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         if "streamed" in mode:
             patch.setattr(requirements, "WHOLE", 1e9)
-            patch.setattr(recovery_memory, "SPARE", 2**40)
+            patch.setattr(streamed_recovery, "SPARE", 2**40)
         if mode.startswith("Python"):
             PYTHON[name.split()[0]](name, out, "64GiB" if "streamed" in mode else "")
         else:
@@ -184,7 +181,8 @@ def python_recover(name: str, out: Path, memory: str) -> None:
     cut, by = RunFolder.open("pruned"), name.split()[1]
     loaded, dense = (load_model(ModelSpec(one)) for one in ("pruned", "llama"))
     halves = read_sources(source_specs(read_pruning_settings(cut.run()["settings"], ""), 512), loaded)
-    data = {"data": halves.calibration, "tokenizer": dense.tokenizer, "example": dense.example}
+    data = {"data": halves.calibration, "validation": halves.evaluation}
+    data |= {"tokenizer": dense.tokenizer, "example": dense.example}
     settings = {"windows": 2} if by == "distil" else {}
     (plan,) = cut.own_ledger.plans()
     regrow.recover(loaded.model, dense.model, plan, **data, by=by, settings=settings, out=out)
@@ -198,10 +196,10 @@ def python_learn(name: str, out: Path, memory: str) -> None:
 
 def python_search(name: str, out: Path, memory: str) -> None:
     settings = SearchSettings("toys:residual", "digits", "macs=60%", train=200, test=50)
-    task = read_parts(settings, find_start("toys:residual", "digits")).search
+    parts = read_parts(settings, find_start("toys:residual", "digits", "", Invocation()))
     data = {
         part: (torch.as_tensor(one.inputs), torch.as_tensor(one.labels))
-        for part, one in (("data", task.train), ("validation", task.test))
+        for part, one in (("data", parts.search.train), ("validation", parts.search.test), ("test", parts.test))
     }
     more = {"epochs": 3, "batch_size": 96, "lr": 0.025, "weight_decay": 3e-4}
     regrow.search("toys:residual", **data, target="macs=60%", settings={"augment": False}, out=out, **more)

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 import regrow
 from regrow.jobs import grow, learn, prune, search
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, read_sources
-from regrow.jobs.learn_inputs import specs_of
+from regrow.jobs.learn import specs_of
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.recording import Invocation
 from regrow.jobs.search_inputs import read_parts
-from regrow.jobs.task_sequences import read_tasks
+from regrow.jobs.starting import read_tasks
 from regrow.nets import Loaded
 from regrow.nets.small import small
 from regrow.settings.grow import Settings as GrowSettings

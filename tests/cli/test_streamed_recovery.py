@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from regrow.jobs import recovery_memory, streamed_recovery
+from regrow.jobs import streamed_recovery
 from regrow.methods.recovery import refit
 from regrow.methods.recovery.refit_work import RefitWork
-from regrow.methods.recovery.streamed import FORMAT, REFIT_FIELDS, ChangedTensors
+from regrow.methods.recovery.task import CHANGED_FORMAT as FORMAT
+from regrow.methods.recovery.task import REFIT_FIELDS, ChangedTensors
 from regrow.store.tensors import write_tensors
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.requirements import MemoryPlan
@@ -22,7 +23,7 @@ FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "prob
 @pytest.fixture
 def streams(monkeypatch):
     """Let every two networks be too large for memory together."""
-    monkeypatch.setattr(recovery_memory, "SPARE", 2**40)
+    monkeypatch.setattr(streamed_recovery, "SPARE", 2**40)
 
 
 def rows(folder):
@@ -151,13 +152,13 @@ def test_a_block_of_both_networks_must_fit(regrow, run, streams, monkeypatch):
 
 def test_sums_of_left_out_sources_count(regrow, run, streams, monkeypatch):
     run()
-    terms, counts = recovery_memory._refit_terms, []
+    terms, counts = streamed_recovery._refit_terms, []
 
     def counted(model, tokens, window, parts=3):
         counts.append(parts)
         return terms(model, tokens, window, parts)
 
-    monkeypatch.setattr(recovery_memory, "_refit_terms", counted)
+    monkeypatch.setattr(streamed_recovery, "_refit_terms", counted)
     for choose_on, sums in (("held_out", 3), ("left_out_source", 4)):
         counts.clear()
         words = ("--by", "refit", "--set", f"choose_on={choose_on}", "--tokens", "256", "--memory", "64GiB")

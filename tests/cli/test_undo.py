@@ -9,7 +9,7 @@ import pytest
 
 from cli.conftest import Run, RunOnce
 from regrow.jobs import parents
-from regrow.jobs.undo import undo
+from regrow.jobs.parents import undo
 from regrow.store import load, replacing
 from regrow.store.errors import StoreError
 

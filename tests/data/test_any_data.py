@@ -17,7 +17,7 @@ from regrow.core.errors import InputError
 from regrow.core.sources import Batch
 from regrow.data import batch_streams
 from regrow.data.batches import ReadOptions, to_source
-from regrow.data.errors import SourceError
+from regrow.data.halves import SourceError
 
 SECONDS = 10
 """How long a call may take before it counts as one that hangs."""

@@ -13,7 +13,7 @@ from regrow.core.evidence import Need
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_forms import to_batch
 from regrow.data.batches import ReadOptions, to_source, to_sources
-from regrow.data.errors import SourceError
+from regrow.data.halves import SourceError
 from regrow.scoring import collect
 from regrow.tracing import trace
 from regrow.training.tune import finetune

@@ -18,7 +18,7 @@ from torch.utils.data import (
 
 from regrow.core.tasks import CappedExamples, Examples, first_examples
 from regrow.data.datasets import LoadedExamples, StreamedExamples, fix_order, to_examples
-from regrow.data.errors import SourceError
+from regrow.data.halves import SourceError
 from regrow.data.streams import permuted_tasks
 from regrow.data.task_data import to_tasks
 

@@ -10,8 +10,7 @@ import torch
 from hand import lm, texts
 from regrow.core.evidence import Need
 from regrow.core.sources import Batch, Source
-from regrow.data.batch_streams import BatchStream
-from regrow.data.joined import join_batches, join_sources
+from regrow.data.batch_streams import BatchStream, join_batches, join_sources
 from regrow.scoring import collect
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from regrow.core.errors import InputError
 from regrow.core.tasks import Examples, Task
 from regrow.data import SourceError, streams
 from regrow.data.datasets import StreamedExamples
@@ -19,20 +20,6 @@ from regrow.data.streams import (
     rotated_tasks,
     split,
 )
-
-
-@pytest.mark.parametrize("test", [0.1, 0.25, 0.4, 0.75])
-def test_any_fraction_of_the_digits_is_for_testing(test: float) -> None:
-    task = digits_task(test)
-    for label in range(10):
-        rest, held = (int((part.labels == label).sum()) for part in (task.train, task.test))
-        assert held / (rest + held) == pytest.approx(test, abs=1 / (rest + held))
-
-
-def test_a_fraction_that_leaves_no_image_is_refused() -> None:
-    for test in (0.0, 1.0):
-        with pytest.raises(ValueError, match="above 0 and below 1"):
-            digits_task(test)
 
 
 def test_permuted_tasks_hold_the_same_pixels_in_one_order_per_task() -> None:
@@ -49,11 +36,10 @@ def test_permuted_tasks_hold_the_same_pixels_in_one_order_per_task() -> None:
 
 def test_rotated_tasks_turn_further_and_further() -> None:
     base = digits_task()
-    tasks = rotated_tasks(base, 4, degrees=360)
+    tasks = rotated_tasks(base, 2)
     assert torch.allclose(tasks[0].train.inputs, base.train.inputs, atol=1e-6)
     quarter = base.test.inputs.rot90(1, (2, 3)), base.test.inputs.rot90(-1, (2, 3))
     assert any(torch.allclose(tasks[1].test.inputs, one, atol=1e-4) for one in quarter)
-    assert torch.allclose(tasks[2].test.inputs, base.test.inputs.flip(2, 3), atol=1e-4)
 
 
 @pytest.mark.parametrize("relabel", [False, True])
@@ -176,7 +162,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
             idx(tmp_path)
     (tmp_path / "train-images-idx3-ubyte").unlink()
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"no gzip")
-    with pytest.raises(SourceError, match="not a whole gzip file"):
+    with pytest.raises(InputError, match="not a whole gzip file"):
         idx(tmp_path)
 
 

@@ -13,7 +13,7 @@ from regrow.core.errors import InputError
 from regrow.core.tasks import Examples, Task
 from regrow.distributed import SINGLE, read_ranks
 from regrow.distributed.parallel import Parallel, gather_rows
-from regrow.jobs.learn_inputs import build_learner
+from regrow.jobs.learn import build_learner
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.shared_rows import sharing_rows
 

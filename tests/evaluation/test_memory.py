@@ -16,8 +16,7 @@ from regrow.core.candidates import Prefix
 from regrow.core.sources import Batch
 from regrow.evaluation import Live, Memory, UnpredictableError, predict_memory, prefix_peaks, training
 from regrow.evaluation.memory import peak_meter
-from regrow.nets.cell_operations import OPERATIONS
-from regrow.nets.cells import Cells, prefix, supernet, thin
+from regrow.nets.cells import OPERATIONS, Cells, prefix, supernet, thin
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 TOLERANCE = 0.02

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from regrow.evaluation.replies import prompt, reply
+from regrow.evaluation.generation import prompt, reply
 from store import saved
 from zoo import ZOO
 

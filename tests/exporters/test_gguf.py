@@ -20,7 +20,7 @@ from regrow.exporters.gguf.quants import allowed_error, encode, q6_k
 from regrow.exporters.written import ExportError
 from regrow.store import save
 from regrow.store.shapes import content_digest
-from regrow.tracing.placeholder import insert_placeholders
+from regrow.tracing.branches import insert_placeholders
 from store.saved import Case, cut
 from zoo import GROUPED, SMALL, ZOO, randomise
 

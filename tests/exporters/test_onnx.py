@@ -21,7 +21,7 @@ from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
 from regrow.store import save
 from regrow.store.atomic import staging_folder
-from regrow.tracing.placeholder import PlaceholderModule
+from regrow.tracing.branches import PlaceholderModule
 from store.saved import CASES, cut
 from zoo import ZOO
 

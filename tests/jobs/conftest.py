@@ -9,7 +9,7 @@ from regrow.core.candidates import Prefix
 from regrow.core.sources import Batch
 from regrow.evaluation import prefix_peaks
 from regrow.evaluation.memory import Step
-from regrow.jobs import stage_memory
+from regrow.jobs import spaces
 
 PEAKS: dict[tuple[str, bool, tuple[int, ...], int, int], int] = {}
 """Modules, whether they recompute, shape of the batch, first and last part → the predicted peak in bytes."""
@@ -33,5 +33,5 @@ def plan_once() -> Iterator[None]:
         return peak
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage_memory, "prefix_peaks", cached)
+        patch.setattr(spaces, "prefix_peaks", cached)
         yield

@@ -11,10 +11,10 @@ from torch import nn
 import regrow
 from regrow.core.errors import InputError
 from regrow.jobs import recover as recovery_run
+from regrow.jobs.parents import undo
 from regrow.jobs.prune import run
-from regrow.jobs.reconstruction import check_reconstruction, count_tokens
 from regrow.jobs.recording import Invocation
-from regrow.jobs.undo import undo
+from regrow.jobs.recovering import check_reconstruction, count_tokens
 from regrow.reports import summarise, to_html, to_markdown
 from regrow.settings import recover
 from regrow.settings.prune import Settings

@@ -25,8 +25,7 @@ from regrow.jobs import search as searching
 from regrow.jobs import search_inputs
 from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, build_search, build_space, retrain, run
-from regrow.jobs.search_inputs import read_parts
-from regrow.jobs.targets import parse_target
+from regrow.jobs.search_inputs import parse_target, read_parts
 from regrow.methods.search.space import GRANULARITIES, measure_whole
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
@@ -101,7 +100,7 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     own = replace(SETTINGS, target=target, epochs=6, retrain=0, cutout=0, method_settings=more)
     folder = run(own, Invocation(tmp_path / "run"))
     assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
-    space = build_search(own, model, axes).rules.space
+    space = build_search(own, model, axes).space
     whole = measure_whole(space, (), Context(model, axes, read_parts(own).search))
     levels = rows(folder, "levels")[-1]
     assert sum(levels["saved"].values()) + levels["size"] == pytest.approx(whole, rel=1e-9)

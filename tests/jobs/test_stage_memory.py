@@ -11,11 +11,11 @@ import regrow
 from jobs.results import rows, same_parameters
 from regrow.allocation.stages import MemoryBudgetError
 from regrow.core.objectives import CLASSIFICATION
-from regrow.jobs import search, stage_memory
+from regrow.jobs import search, spaces
 from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, build_search, build_space, run
 from regrow.jobs.search_inputs import make_schedule, read_parts
-from regrow.jobs.stage_memory import MemoryWatch
+from regrow.jobs.spaces import MemoryWatch
 from regrow.methods import MethodKind, find_method
 from regrow.reports import write_page
 from regrow.tracing import trace
@@ -159,7 +159,7 @@ def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
     def much(*_: Any) -> int:
         return BUDGET + 1024
 
-    monkeypatch.setattr(stage_memory, "predict_stage", much)
+    monkeypatch.setattr(spaces, "predict_stage", much)
     for _ in range(2):
         with pytest.raises(MemoryBudgetError, match=r"stage 2 needs 5\.342 MiB \(5601024 bytes\).*more --memory"):
             run(TIGHT, Invocation(tmp_path / "run"))

@@ -20,8 +20,7 @@ from regrow.evaluation import dense, macs, size
 from regrow.jobs import search as searching
 from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, run
-from regrow.jobs.search_inputs import read_parts
-from regrow.jobs.targets import parse_target
+from regrow.jobs.search_inputs import parse_target, read_parts
 from regrow.settings.search import parse_search_target
 from regrow.store import save
 from regrow.store.run_folder import RunFolder

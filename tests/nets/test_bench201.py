@@ -14,9 +14,8 @@ from regrow.nets.bench201 import (
     check_description,
     supernet,
 )
-from regrow.nets.errors import ModelError
 from regrow.nets.load import build
-from regrow.nets.loaded import Origin
+from regrow.nets.loaded import ModelError, Origin
 from regrow.surgery.gate import parametrize
 from zoo import randomise
 

@@ -10,9 +10,8 @@ from torch import nn
 from regrow.core.candidates import Candidates, fold_scales
 from regrow.nets import bench201, mobile
 from regrow.nets.bench201 import Bench201
-from regrow.nets.cell_operations import OPERATIONS, operation
-from regrow.nets.cells import Cells, describe, supernet
-from regrow.nets.errors import ModelError
+from regrow.nets.cells import OPERATIONS, Cells, describe, operation, supernet
+from regrow.nets.loaded import ModelError
 from regrow.nets.mobile import Mobile
 
 

@@ -6,8 +6,8 @@ from regrow.core import limits
 from regrow.core.candidates import Candidates
 from regrow.core.errors import ResourceError
 from regrow.nets import bench201, cells, mobile
-from regrow.nets.errors import ModelError
-from regrow.nets.fits import OPERATION_BYTES, check_space_fits
+from regrow.nets.loaded import ModelError
+from regrow.nets.staged import OPERATION_BYTES, check_space_fits
 
 SPACES = {
     "cells": (cells.Cells, cells.supernet((3, 8, 8), 4, width=6, cells=3, nodes=2)),

@@ -10,11 +10,10 @@ from regrow import Plan, apply, trace
 from regrow.allocation.regrowth import cell_of, kind_of
 from regrow.core.candidates import candidates_in
 from regrow.jobs.spaces import rebuild
-from regrow.nets.errors import ModelError
 from regrow.nets.load import build
-from regrow.nets.loaded import Origin
+from regrow.nets.loaded import ModelError, Origin
 from regrow.nets.mobile import Mobile, check_description, describe, prefix, supernet, thin
-from regrow.tracing.placeholder import find_placeholders
+from regrow.tracing.branches import find_placeholders
 from zoo import randomise
 
 FEW = ("mb3e3", "mb7e6", "skip")

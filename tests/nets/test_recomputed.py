@@ -9,7 +9,7 @@ from torch import nn
 from regrow.nets import cells, mobile
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
-from regrow.nets.recomputed import again
+from regrow.nets.staged import again
 from regrow.surgery.gate import parametrize
 from zoo import randomise
 

@@ -11,8 +11,7 @@ from click.testing import CliRunner
 
 from regrow.cli.app import regrow
 from regrow.nets import bench201, mobile
-from regrow.nets.cell_operations import OPERATIONS
-from regrow.nets.cells import supernet
+from regrow.nets.cells import OPERATIONS, supernet
 from regrow.reports import ReportError, cells, figures, summarise, to_html, to_markdown, write_page
 from regrow.reports.search import RECONSTRUCTED
 from regrow.reports.summary import read_summary

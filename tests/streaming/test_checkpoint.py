@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from regrow.core.errors import InputError
-from regrow.nets.errors import ModelError
 from regrow.nets.files import check_safetensors
+from regrow.nets.loaded import ModelError
 from regrow.store.errors import StoreError
 from regrow.streaming.checkpoint import Checkpoint, read_places
 from regrow.streaming.opening import open_network

@@ -5,7 +5,7 @@ from threading import Thread
 import torch
 from torch import nn
 
-from regrow.nets.skeleton import load_skeleton
+from regrow.nets.language import load_skeleton
 
 
 def test_parameters_that_another_thread_makes_meanwhile_stay(folder):

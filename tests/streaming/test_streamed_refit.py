@@ -15,10 +15,9 @@ from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.methods.recovery import refit as refitting
-from regrow.methods.recovery.fit_batches import regroup
 from regrow.methods.recovery.refit import Settings, refit
-from regrow.methods.recovery.refit_work import RefitWork
-from regrow.methods.recovery.streamed import REFIT_FIELDS, ChangedTensors, StreamedPair
+from regrow.methods.recovery.refit_work import RefitWork, regroup
+from regrow.methods.recovery.task import REFIT_FIELDS, ChangedTensors, StreamedPair
 from regrow.streaming.opening import open_network
 from regrow.streaming.weights import StoredWeights
 from regrow.surgery import apply

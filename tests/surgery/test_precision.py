@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regrow.tracing.precision import grouped_product
+from regrow.tracing.own_run import grouped_product
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.operations import Tracer
-from regrow.tracing import form_cache, record
+from regrow.tracing import forms, record
 from regrow.tracing.capture import capture, example_of, in_training
-from regrow.tracing.form_cache import remember_result
-from regrow.tracing.forms import infer_result
+from regrow.tracing.forms import infer_result, remember_result
 from zoo import ZOO
 
 aten = torch.ops.aten
@@ -56,7 +55,7 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
         compare(found, func, args, kwargs, mode)
         return found
 
-    form_cache.forget_results()
+    forms.forget_results()
     monkeypatch.setattr(record, "infer_result", checked)
     monkeypatch.setattr(record, "remember_result", remembered)
     args, kwargs = ZOO[name].example()
@@ -64,7 +63,7 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
     example = example_of(model, args, kwargs)
     capture(model, example, tracer=Tracer.COPY)
     assert asked
-    form_cache.forget_results()
+    forms.forget_results()
     asked.clear()
     in_training(model, example)
     assert asked
@@ -92,7 +91,7 @@ def test_results_are_remembered_for_equal_forms_only() -> None:
 
         return remember_result(func, given, {}, mode, infer)
 
-    form_cache.forget_results()
+    forms.forget_results()
     for func, operands, expected in (
         (aten.add.Tensor, ((x, y), (y, x), (z, z), (z, z), (x, x)), 3),
         (aten.add_.Tensor, ((x, y), (x, y)), 2),

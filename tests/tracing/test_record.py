@@ -19,9 +19,8 @@ from regrow.surgery.carry import carry_out
 from regrow.tracing import TraceError, trace
 from regrow.tracing.capture import capture, example_of
 from regrow.tracing.graph import assemble
-from regrow.tracing.rules import POINTWISE, RULES
+from regrow.tracing.rules import walk
 from regrow.tracing.steps import steps
-from regrow.tracing.walk import walk
 from zoo import ZOO, Wired, randomise
 
 
@@ -102,7 +101,7 @@ def dry(model: nn.Module, example: Example, tracer: Tracer) -> tuple[AxisGraph, 
     """What a record on fake data says, ours or an export: axes before any trial, and what the network does."""
     recorded = capture(model, example, tracer=tracer)
     assert recorded.tracer == tracer
-    w = walk(recorded, RULES, POINTWISE)
+    w = walk(recorded)
     axes, names = assemble(model, w, example)
     return axes, steps(w, names)
 
@@ -158,7 +157,7 @@ def test_a_network_that_asks_whether_it_is_exported_is_traced_as_it_runs() -> No
 
 def walked(model: nn.Module, example: Example) -> set[tuple[Mark, frozenset[Slot]]]:
     """The free axes of a record: marks and places."""
-    axes, _ = assemble(model, walk(capture(model, example), RULES, POINTWISE), example)
+    axes, _ = assemble(model, walk(capture(model, example)), example)
     return {(axis.mark, frozenset(axis.slots)) for axis in axes.free()}
 
 

@@ -8,11 +8,10 @@ from torch import nn
 
 from regrow.core.axis_tensor import AxisTensor
 from regrow.core.sources import Batch
-from regrow.training.early_stopping import EarlyStopping, Tensors, restore_best, with_early_stopping
 from regrow.training.fit import fit
+from regrow.training.hooks import EarlyStopping, Tensors, restore_best, with_early_stopping
 from regrow.training.learner import Context, Learner, Loss, Step
-from regrow.training.optimizers import OptimizerSettings
-from regrow.training.schedule import NO_AXES, Schedule, source_phase
+from regrow.training.schedule import NO_AXES, OptimizerSettings, Schedule, source_phase
 from regrow.training.state import TrainState
 
 

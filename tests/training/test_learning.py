@@ -18,10 +18,9 @@ from regrow.data import SourceError
 from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.evaluation.continual import Matrix, share_right
 from regrow.jobs import learn as learning_run
-from regrow.jobs import learn_inputs
 from regrow.jobs.learn import Settings, extend, run
 from regrow.jobs.recording import Invocation
-from regrow.jobs.task_sequences import TaskSpecs, read_tasks
+from regrow.jobs.starting import TaskSpecs, read_tasks
 from regrow.methods import LEARNERS, MethodKind, find_method
 from regrow.nets.small import small
 from regrow.reports import write_page
@@ -162,13 +161,13 @@ def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Pat
     began = folder.run()["defaults"]
     assert "decay" not in began and began["strength"] == find_method(MethodKind.CONTINUAL, "ewc").settings().strength
     folder.update(defaults=began | {"strength": 7.0})
-    seen, build = [], learn_inputs.build_learner
+    seen, build = [], learning_run.build_learner
 
     def watched(method: str, settings: Any, seed: int) -> Any:
         seen.append(settings)
         return build(method, settings, seed)
 
-    monkeypatch.setattr(learn_inputs, "build_learner", watched)
+    monkeypatch.setattr(learning_run, "build_learner", watched)
     extend(Invocation(tmp_path / "run"), ("rotated:digits:2",))
     assert (seen[0]["strength"], seen[0]["decay"]) == (7.0, 0.5)
     assert folder.run()["defaults"] == began | {"strength": 7.0}

@@ -11,7 +11,7 @@ from regrow.core.errors import InputError
 from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.objective import Evaluation, evaluate_objective
-from regrow.nets.precision import autocasting
+from regrow.nets.devices import autocasting
 from regrow.streaming.opening import OpenedNetwork
 
 

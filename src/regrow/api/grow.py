@@ -16,12 +16,14 @@ from regrow.core.errors import InputError
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.jobs.grow import GrowInputs, carry_out
-from regrow.jobs.growing import Amount
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import Clock
 from regrow.settings.grow import Settings
 from regrow.store.statistics import parameter_sums
+
+Amount = int | str
+"""An increase: ``"+25%"``, ``"+32"`` or ``32``."""
 
 
 def grow(
@@ -91,61 +93,52 @@ def grow(
     >>> net[0].out_features, torch.allclose(net(x), before)
     (10, True)
     """
-    place = Destination(out, track).checked(data=data, validation=validation)
-    _check_training(data, steps, train)
-    given = Arguments(model, data, validation, example, loss, None, batch_size, device, precision, axes)
-    parts = Settings(given.name, _written(mlp), _written(heads), _written(channels), seed=seed)
-    parts = replace(parts, blocks=_name_stacks(blocks), axis=_name_axes(axis or {}), fill=fill, round_to=round_to)
-    job = replace(parts, regular=regular, on=_name_data(data), steps=steps, train=train, lr=lr)
-    job = replace(job, precision=precision if data is not None else "float32")
+    destination = Destination(out, track).checked(data=data, validation=validation)
+    names = _check_training(data, steps, train)
+    arguments = Arguments(model, data, validation, example, loss, None, batch_size, device, precision, axes)
+    copies, units = _write_amounts(blocks), _write_amounts(axis)
+    settings = Settings(arguments.name, _write(mlp), _write(heads), _write(channels), copies, units, fill, round_to)
+    settings = replace(settings, regular=regular, seed=seed, on=names, steps=steps, train=train, lr=lr)
+    settings = replace(settings, precision=precision if steps else "float32")
     with visible(progress) as shown:
-        inputs = partial(_open, given, place, steps, shown)
-        result = carry_out(job, inputs, place.recorder("grow", model), progress=shown)
+        inputs = partial(_open, arguments, destination, steps, shown)
+        result = carry_out(settings, inputs, destination.recorder("grow", model), progress=shown)
     for note in result.warnings:
         warnings.warn(note, stacklevel=2)
     return result.model, result.plan
 
 
-def _open(given: Arguments, place: Destination, steps: int, progress: Progress, clock: Clock) -> GrowInputs:
+def _open(arguments: Arguments, destination: Destination, steps: int, progress: Progress, clock: Clock) -> GrowInputs:
     """Open the network and read the data."""
-    inputs = given.read(progress, need=steps)
+    inputs = arguments.read(progress, need=steps)
     return GrowInputs(
         loaded_of(inputs),
-        inputs.trace() if given.axes is None else given.axes,
+        inputs.trace() if arguments.axes is None else arguments.axes,
         SourceHalves(inputs.sources, inputs.tests),
         inputs.objective,
         lenient=inputs.tests is inputs.sources,
-        call=record_call(place, inputs, given.loss, partial(parameter_sums, inputs.model)),
+        call=record_call(destination, inputs, arguments.loss, partial(parameter_sums, inputs.model)),
     )
 
 
-def _name_data(data: Any) -> tuple[str, ...]:
-    """Return what the settings call the data."""
+def _check_training(data: Any, steps: int, train: str) -> tuple[str, ...]:
+    """Return what the settings call the data; raise InputError unless there are some if and only if there are steps."""
+    if bool(steps) != (data is not None) or train not in ("new", "all"):
+        got = f"steps={steps}, train={train!r:.20}"
+        raise InputError(f"training takes data=, steps= and train='new' or 'all'; got {got}")
     return () if data is None else tuple(map(str, data)) if isinstance(data, Mapping) else ("data",)
 
 
-def _name_stacks(blocks: Amount | Mapping[str, Amount]) -> tuple[str, ...]:
-    """Return which stacks get more blocks, as the command line takes it."""
-    stacks = blocks if isinstance(blocks, Mapping) else {"": blocks} if blocks else {}
-    return tuple(f"{stack}={_written(amount)}".removeprefix("=") for stack, amount in stacks.items())
-
-
-def _name_axes(amounts: Mapping[str, Amount]) -> tuple[str, ...]:
-    """Return which axes get more units, as the command line takes it."""
-    return tuple(f"{key}={_written(amount)}" for key, amount in amounts.items())
-
-
-def _written(amount: Amount) -> str:
+def _write(amount: Amount) -> str:
     """Return an amount as the command line takes it.
 
-    >>> _written(8), _written("+25%"), _written("")
+    >>> _write(8), _write("+25%"), _write("")
     ('+8', '+25%', '')
     """
     return f"+{amount}" if isinstance(amount, int) else str(amount)
 
 
-def _check_training(data: object, steps: int, train: str) -> None:
-    """Raise InputError unless there are data if and only if there are steps."""
-    if bool(steps) != (data is not None) or train not in ("new", "all"):
-        got = f"steps={steps}, train={train!r:.20}"
-        raise InputError(f"training takes data=, steps= and train='new' or 'all'; got {got}")
+def _write_amounts(amounts: Amount | Mapping[str, Amount] | None) -> tuple[str, ...]:
+    """Return amounts by name as the command line takes them; of one amount, for all, it is that."""
+    named = amounts if isinstance(amounts, Mapping) else {"": amounts} if amounts else {}
+    return tuple(f"{name}={_write(amount)}".removeprefix("=") for name, amount in named.items())

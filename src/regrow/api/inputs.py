@@ -18,10 +18,9 @@ from regrow.data.batches import ReadOptions, to_sources
 from regrow.evaluation.generation import generate_source
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.nets import Origin
-from regrow.nets.devices import choose_device
+from regrow.nets.devices import check_precision, choose_device
 from regrow.nets.examples import guessed_example
-from regrow.nets.precision import check_precision
-from regrow.nets.weight_files import WeightFile
+from regrow.nets.loaded import WeightFile
 from regrow.store.building import describe_origin
 from regrow.tracing import TraceError, trace
 
@@ -106,8 +105,8 @@ class Arguments:
         """The name of the network in the settings of a run."""
         return describe_origin(self.model).name if isinstance(self.model, nn.Module) else str(self.model)
 
-    def read(self, progress: Progress, *, generates: bool = False, need: int = 0) -> Inputs:
-        """Load the network if it is named, and read the data, as :func:`read_inputs` does.
+    def read(self, progress: Progress = silent, *, generates: bool = False, need: int = 0) -> Inputs:
+        """Load the network if it is named, read the data, and choose an example input and an objective.
 
         Args:
             progress: Called with (steps done, steps in all, what is being done).
@@ -116,117 +115,65 @@ class Arguments:
 
         Raises:
             InputError: If there is neither an example nor data, or no network.
+            ResourceError: If this machine does not have the device.
         """
-        return read_inputs(
-            self.model,
-            self.data,
-            example=self.example if self.axes is None else self.axes.example,
-            loss=self.loss,
-            tokenizer=self.tokenizer,
-            batch_size=self.batch_size,
-            device=self.device,
-            precision=self.precision,
-            progress=progress,
-            generates=generates,
-            validation=self.validation,
-            need=need,
-        )
-
-
-def read_inputs(
-    model: ModelLike,
-    data: Any = None,
-    *,
-    example: Any = None,
-    loss: LossLike = None,
-    tokenizer: Any = None,
-    batch_size: int = 32,
-    device: DeviceLike = None,
-    precision: str = "float32",
-    progress: Progress = silent,
-    generates: bool = False,
-    validation: Any = None,
-    need: int = 0,
-) -> Inputs:
-    """Load a network if it is named, read the data, and choose an example input and an objective.
-
-    Args:
-        model: The network, or its name.
-        data: The data, as :func:`regrow.data.batches.to_sources` takes them.
-        example: An input: a tensor, a tuple of positional inputs, a dict of inputs by name, or an
-            :class:`regrow.Example`; ``None``: of the loaded model, the first batch, or a guess.
-        loss: The loss.
-        tokenizer: The tokenizer of a language model; ``None``: ``model.tokenizer``.
-        batch_size: Examples per batch, where the data do not come in batches.
-        device: The device to which the network is moved.
-        precision: The precision of forward passes, which is only checked.
-        progress: Called with (steps done, steps in all, what is being done).
-        generates: Whether ``"generated"`` among the data is text that the network generates.
-        validation: The data on which quality is measured; ``None``: ``data``.
-        need: How many batches are needed of an iterable that does not end; 0: all, so that it is refused.
-
-    Raises:
-        InputError: If there is neither an example nor data, or no network.
-        ResourceError: If this machine does not have the device.
-    """
-    place = None if device is None else choose_device(device)
-    known: Example | None = None
-    files: tuple[WeightFile, ...] = ()
-    if isinstance(model, str | Path):
-        loaded = load_model(ModelSpec(str(model), device=str(place or "cpu")), progress)
-        model, known, files = loaded.model, None if loaded.guessed else loaded.example, loaded.files
-        for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
-            if value is not None and not hasattr(model, name):
-                setattr(model, name, value)  # as regrow.load does, so that save knows how to build it
-        tokenizer = tokenizer or loaded.tokenizer
-    if not isinstance(model, nn.Module):
-        raise InputError(_no_network(model, data))
-    if data is not None:
-        require_weights(model)
-    check_precision(model, precision)
-    model = model if place is None else model.to(place)
-    tokenizer = tokenizer or getattr(model, "tokenizer", None)
-    given = to_example(example) if example is not None else known
-    guess = given or guessed_example(model)
-    size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
-    reading = replace(choose_reading(model, tokenizer, batch_size, size), need=need)
-    sources = tuple(to_sources(_generate(data, model, reading, progress) if generates else data, reading))
-    first = sources[0].batches[0] if sources else None
-    if given is None and first is None:
-        raise InputError(
-            "there is no input to run the network with; give example=, for example example=torch.ones(1, 3, 224, 224), "
-            "or data"
-        )
-    tests = sources if validation is None else tuple(to_sources(validation, reading))
-    labelled = first or (tests[0].batches[0] if tests else None)
-    objective = choose_objective(loss, labelled) if labelled is not None else None
-    example = given or _first_example(first)
-    if (place := device_of(model)).type != "meta":
-        example = Example(moved(example.args, place), moved(dict(example.kwargs), place))
-    where = first.where if given is None and first is not None else ""
-    return Inputs(model, example, sources, objective, tokenizer, tests, files, where)
+        device = None if self.device is None else choose_device(self.device)
+        model, tokenizer, known = self.model, self.tokenizer, None
+        files: tuple[WeightFile, ...] = ()
+        if isinstance(model, str | Path):
+            loaded = load_model(ModelSpec(str(model), device=str(device or "cpu")), progress)
+            model, known, files = loaded.model, None if loaded.guessed else loaded.example, loaded.files
+            for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
+                if value is not None and not hasattr(model, name):
+                    setattr(model, name, value)  # as regrow.load does, so that save knows how to build it
+            tokenizer = tokenizer or loaded.tokenizer
+        if not isinstance(model, nn.Module):
+            raise InputError(_no_network(model, self.data))
+        if self.data is not None:
+            require_weights(model)
+        check_precision(model, self.precision)
+        model = model if device is None else model.to(device)
+        tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        example = self.example if self.axes is None else self.axes.example
+        known = known if example is None else to_example(example)
+        guess = known or guessed_example(model)
+        size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
+        reading = replace(choose_reading(model, tokenizer, self.batch_size, size), need=need)
+        data = _generate(self.data, model, reading, progress) if generates else self.data
+        sources = tuple(to_sources(data, reading))
+        tests = sources if self.validation is None else tuple(to_sources(self.validation, reading))
+        labelled = next((source.batches[0] for source in (*sources[:1], *tests[:1])), None)
+        objective = choose_objective(self.loss, labelled) if labelled is not None else None
+        where = ""
+        if known is None:
+            if not sources:
+                raise InputError(
+                    "there is no input to run the network with; give example=, for example "
+                    "example=torch.ones(1, 3, 224, 224), or data"
+                )
+            first = sources[0].batches[0]
+            known, where = Example(first.args, first.kwargs), first.where
+        if (device := device_of(model)).type != "meta":
+            known = Example(moved(known.args, device), moved(dict(known.kwargs), device))
+        return Inputs(model, known, sources, objective, tokenizer, tests, files, where)
 
 
 def _generate(data: Any, model: nn.Module, reading: ReadOptions, progress: Progress) -> Any:
     """Return the data with text that the network generates in the place of ``"generated"``."""
-    if isinstance(data, Mapping) and any(_is_generated(part) for part in data.values()):
-        parts = {name: _generate(part, model, reading, progress) for name, part in data.items()}
-        return {
-            name: replace(part, name=str(name)) if _is_generated(data[name]) else part for name, part in parts.items()
-        }
-    if not _is_generated(data):
+    if not names_generated(data):
         return data
+    if isinstance(data, Mapping):
+        return {
+            name: replace(_generate(part, model, reading, progress), name=str(name)) if _is_generated(part) else part
+            for name, part in data.items()
+        }
     if reading.tokenizer is None:
         raise InputError(f"{GENERATED!r} is text that the model generates, and it has no tokenizer; give tokenizer=")
     return generate_source(model, reading.tokenizer, TOKENS // reading.seq_len, reading.seq_len, progress=progress)
 
 
 def names_generated(data: object) -> bool:
-    """Return whether ``"generated"`` is among the data.
-
-    Args:
-        data: The data of a call.
-    """
+    """Return whether ``"generated"`` is among the data."""
     parts = data.values() if isinstance(data, Mapping) else [data]
     return any(_is_generated(part) for part in parts)
 
@@ -253,11 +200,7 @@ def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int 
 
 
 def require_weights(model: nn.Module) -> None:
-    """Raise InputError for a network on the device meta, which cannot be run on data.
-
-    Args:
-        model: The network.
-    """
+    """Raise InputError for a network on the device meta, which cannot be run on data."""
     if device_of(model).type == "meta":
         raise InputError(
             "the network is on the device meta and has no weights; give it some: model.to_empty(device='cpu'), then "
@@ -306,9 +249,3 @@ def to_example(example: Any) -> Example:
         f"example must be a tensor, a tuple of inputs or a dict of inputs by name, got a {type(example).__name__}; "
         "for example torch.ones(1, 3, 224, 224)"
     )
-
-
-def _first_example(batch: Batch | None) -> Example:
-    if batch is None:
-        raise InputError("there is no batch to take an example input from; give example=")
-    return Example(batch.args, batch.kwargs)

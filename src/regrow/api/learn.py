@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, read_inputs, require_weights
-from regrow.api.runs import Destination, digest, loaded_of, name_of
+from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike, choose_reading, require_weights
+from regrow.api.runs import Destination, loaded_of, name_of
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective
@@ -23,8 +23,7 @@ from regrow.core.tasks import Task, first_examples
 from regrow.data.task_data import to_tasks
 from regrow.evaluation.continual import Matrix
 from regrow.evaluation.forward import evaluating
-from regrow.jobs.learn import carry_out
-from regrow.jobs.learn_inputs import LearnInputs, build_learner
+from regrow.jobs.learn import LearnInputs, build_learner, carry_out
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import Clock
 from regrow.settings.declaration import declared
@@ -64,19 +63,19 @@ class Learned:
     rows: tuple[Mapping[str, Any], ...]
 
     def __str__(self) -> str:
-        lines = [
-            f"{name}: " + " ".join("–" if score != score else f"{score:.3f}" for score in row)
-            for name, row in zip(self.tasks, self.scores.rows, strict=False)
-        ]
+        lines = [f"{name}: {' '.join(cells)}" for name, *cells in self._rows()]
         return "\n".join([*lines, self._summary()])
 
     def _repr_html_(self) -> str:
         """Return the scores as an HTML table, for notebooks: a row after each task, a column per task."""
-        rows = [
+        rows = self._rows()
+        return format_html([Table("", ("after learning", *self.tasks), rows, range(1, len(rows) + 1))], self._summary())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
             (name, *("–" if score != score else f"{score:.3f}" for score in row))
             for name, row in zip(self.tasks, self.scores.rows, strict=False)
         ]
-        return format_html([Table("", ("after learning", *self.tasks), rows, range(1, len(rows) + 1))], self._summary())
 
     def _summary(self) -> str:
         return f"average {self.scores.average:.3f}, forgetting {self.scores.forgetting or 0:.3f}"
@@ -142,33 +141,33 @@ def learn(
     (2, ('task-1', 'task-2'))
     """
     check_arguments("learn", training, MORE)
-    place = Destination(out, track, checkpoint).checked(tasks=tasks)
-    known = Example() if example is None else example
-    net = read_inputs(model, example=known, tokenizer=tokenizer, device=device, progress=progress)
+    destination = Destination(out, track, checkpoint).checked(tasks=tasks)
+    shown_input = Example() if example is None else example
+    net = Arguments(model, example=shown_input, tokenizer=tokenizer, device=device).read(progress)
     require_weights(net.model)
     every = to_tasks(tasks, choose_reading(net.model, net.tokenizer, batch_size))
-    recorded = {"optimizer": name_of(optimizer), "training": training}
     learner = build_learner(method, settings or {}, seed)
     schedule = build_schedule(optimizer, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **training)
     names = tuple(task.name for task in every)
     job = Settings(names, describe_origin(net.model).name, method, dict(settings or {}), **_shared_settings(schedule))
-    open_inputs = partial(_open, job, place, net, every, learner, schedule, loss, example is None, axes, recorded)
+    call = {"optimizer": name_of(optimizer), "training": training}
+    open_inputs = partial(_open, method, net, every, learner, schedule, loss, axes, example is None, destination, call)
     with nullcontext(progress) if out is None else visible(progress) as shown:
-        fitted = carry_out(job, open_inputs, place.recorder("learn", model), progress=shown)
+        fitted = carry_out(job, open_inputs, destination.recorder("learn", model), progress=shown)
     state = fitted.state
     return Learned(fitted.model, fitted.axes, names, accuracy_matrix(state), state.plans, state.sizes)
 
 
 def _open(
-    settings: Settings,
-    place: Destination,
+    method: str,
     net: Inputs,
     tasks: list[Task],
     learner: Learner[Any],
     schedule: TaskSchedule,
     loss: LossLike,
-    takes_example: bool,
     axes: AxisGraph | None,
+    takes_example: bool,
+    destination: Destination,
     call: Mapping[str, object],
     clock: Clock,
 ) -> LearnInputs:
@@ -179,15 +178,18 @@ def _open(
         find_objective(net.model, loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
     if takes_example:
         net = replace(net, example=Example(*move_inputs(batch, device_of(net.model))))
-    file = None if place.checkpoint is None else Path(place.checkpoint).absolute()
-    if place.out is not None:
-        data, weights = place.describe(_first_batches(tasks)), digest(parameter_sums(net.model))
-        call = {"data": data, "loss": name_of(loss), **call, "weights": weights}
+    file = None if destination.checkpoint is None else Path(destination.checkpoint).absolute()
+    recorded = destination.record(_first_batches(tasks), loss, partial(parameter_sums, net.model), **call)
+    if recorded is not None:
         file = Path(STATISTICS, CHECKPOINT)  # not part of the finished run, whose data have no names
     if axes is None:
-        axes = _trace(net, settings.method) if learner.uses_axes else NO_AXES
-    schedule = replace(schedule, objective=objective)
-    return LearnInputs(loaded_of(net), axes, tasks, learner, schedule, file, call=call)
+        try:
+            axes = net.trace() if learner.uses_axes else NO_AXES
+        except ValueError as error:
+            raise InputError(f"{method} needs the network's axes, and it cannot be traced: {error}") from error
+    return LearnInputs(
+        loaded_of(net), axes, tasks, learner, replace(schedule, objective=objective), file, call=recorded
+    )
 
 
 def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
@@ -241,14 +243,9 @@ def build_schedule(optimizer: OptimizerLike, **given: Any) -> TaskSchedule:
     return TaskSchedule(build_optimizer=optimizer, **given)
 
 
-def first_batch(task: Task, n: int = 2) -> Batch:
-    """Return the first training examples of a task as the network's inputs, with labels.
-
-    Args:
-        task: The task.
-        n: How many.
-    """
-    first = first_examples(task.train, n)
+def first_batch(task: Task) -> Batch:
+    """Return the first two training examples of a task as the network's inputs, with labels."""
+    first = first_examples(task.train, 2)
     where = f"source {task.name!r}, first examples"
     if isinstance(first.inputs, Mapping):
         return Batch((), first.inputs, first.labels, where)
@@ -269,20 +266,7 @@ def _first_batches(tasks: list[Task]) -> Iterator[Source]:
         yield Source(f"{task.name} (test)", [first_batch(replace(task, train=task.test))])
 
 
-def _trace(net: Inputs, method: str) -> AxisGraph:
-    """Trace a network, and say which method needs its axes if that fails."""
-    try:
-        return net.trace()
-    except ValueError as error:
-        raise InputError(f"{method} needs the network's axes, and it cannot be traced: {error}") from error
-
-
 def move_inputs(batch: Batch, device: torch.device) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Return the positional and named inputs of a batch on a device.
-
-    Args:
-        batch: The batch.
-        device: The device.
-    """
+    """Return the positional and named inputs of a batch on a device."""
     batch = batch.to(device)
     return batch.args, batch.kwargs

@@ -29,7 +29,7 @@ from regrow.jobs.prune_settings import seeded_settings
 from regrow.jobs.pruning import build_pruner
 from regrow.jobs.recording import Clock
 from regrow.jobs.streamed_run import PrunedNetwork, StreamedRun
-from regrow.methods.recovery.fit_batches import check_lengths
+from regrow.methods.recovery.refit_work import check_lengths
 from regrow.settings.prune import Settings
 
 
@@ -96,7 +96,6 @@ def prune(
     Raises:
         ValueError: If the method is unknown, the budget cannot be met, or there is nothing to trace or measure with.
 
-    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> net, plan = prune(net, (torch.randn(64, 4), torch.randint(2, (64,))), method="llm_pruner", keep=0.5)
     >>> net[0].out_features
@@ -106,9 +105,8 @@ def prune(
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     place = Destination(out, track).checked(data=data, validation=validation)
     given = Arguments(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes)
-    timing = budget.pop("timing", None)
-    described = _describe(given, method, settings or {}, _choose_size(keep, target, smaller), budget, reconstruct)
-    call = _PruneCall(given, described, timing, place, memory)
+    size, timing = _choose_size(keep, target, smaller), budget.pop("timing", None)
+    call = _PruneCall(given, _describe(given, method, settings or {}, size, budget, reconstruct), timing, place, memory)
     with visible(progress) as shown:
         result = carry_out(call.settings, partial(call.open, shown), place.recorder("prune", model), progress=shown)
     for line in result.warnings:

@@ -1,4 +1,4 @@
-"""``regrow.recover``: win back what a cut lost, from the dense network and data."""
+"""``regrow.recover`` and ``regrow.finetune``: win back what a cut lost, with the dense network or without."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from regrow.api.inputs import Arguments, DeviceLike, LossLike
+from regrow.api.inputs import Arguments, DeviceLike, LossLike, ModelLike
 from regrow.api.runs import Destination, digest, loaded_of, record_call
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
@@ -19,11 +20,13 @@ from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import Clock
 from regrow.jobs.recover import RecoverInputs, carry_out
+from regrow.nets.devices import autocasting
 from regrow.settings import prune
 from regrow.settings.declaration import record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.store.ledger import with_branches_of
 from regrow.store.statistics import parameter_sums
+from regrow.training import tune
 
 
 def recover(
@@ -32,6 +35,7 @@ def recover(
     plan: Plan,
     data: Any,
     *,
+    validation: Any = None,
     by: str = "refit",
     example: Any = None,
     loss: LossLike = None,
@@ -53,6 +57,8 @@ def recover(
         dense: The network before the cut.
         plan: The plan of the cut, as :func:`regrow.prune` returned it.
         data: The data to learn from, as for :func:`regrow.prune`; the last part of each source is held out.
+        validation: With ``out``: labelled data on which the quality of all three networks is measured; ``None``: it is
+            not.
         by: One of ``regrow.methods.RECOVERIES``: ``refit``, ``bias``, ``lora``, ``distil``.
         example: The input with which the dense network is traced; ``None``: the first batch.
         loss: The loss of methods that train, as for :func:`regrow.prune`.
@@ -82,50 +88,47 @@ def recover(
     >>> before, after = (torch.dist(one(inputs), dense(inputs)) for one in (small, dense))
     """
     _check_types(model, dense, plan)
-    place = Destination(out, track).checked(data=data)
+    destination = Destination(out, track).checked(data=data, validation=validation)
     if precision != "float32" and by in CLOSED_FORM:
         raise InputError(f"{by} solves for weights in their own format; leave out precision={precision!r}, or use lora")
-    given = Arguments(dense, data, None, example, loss, tokenizer, batch_size, device, precision, axes)
+    arguments = Arguments(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes)
+    name = arguments.name
     job = Settings(
-        f"{given.name}()",
+        f"{name}()",
         by,
         1,
         settings or {},
-        record_settings(prune.Settings(given.name)),
-        model=given.name,
+        record_settings(prune.Settings(name)),
+        model=name,
         method=f"prune+{by}",
         seed=seed,
         precision="" if precision == "float32" else precision,
     )
     with visible(progress) as shown:
-        inputs = partial(_open, given, model, plan, place, shown)
-        result = carry_out(job, inputs, place.recorder("recover", model), progress=shown)
-    return {name: value for name, value in result.row.items() if name not in ("by", "tokens", "seconds")}
+        inputs = partial(_open, arguments, model, plan, destination, shown)
+        row = carry_out(job, inputs, destination.recorder("recover", model), progress=shown)
+    return {name: value for name, value in row.items() if name not in ("by", "tokens", "seconds")}
 
 
 def _open(
-    given: Arguments, model: nn.Module, plan: Plan, place: Destination, progress: Progress, clock: Clock
+    arguments: Arguments, model: nn.Module, plan: Plan, destination: Destination, progress: Progress, clock: Clock
 ) -> RecoverInputs:
     """Read the data, and trace the dense network."""
-    inputs = given.read(progress, generates=True)
+    inputs = arguments.read(progress, generates=True)
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     dense = inputs.model
-    known = with_branches_of([plan], dense, inputs.trace()) if given.axes is None else given.axes
+    axes = with_branches_of([plan], dense, inputs.trace()) if arguments.axes is None else arguments.axes
     _check_dense(model, dense)
     model.to(device_of(dense))
     loaded = loaded_of(replace(inputs, model=model))
-    call = record_call(place, inputs, given.loss, partial(parameter_sums, model))
+    call = record_call(destination, inputs, arguments.loss, partial(parameter_sums, model))
     if call is not None:
         call |= {"dense": digest(parameter_sums(dense)), "plan": digest(replace(plan, origin={}).to_json())}
+    tests = () if arguments.validation is None else inputs.tests
+    halves = SourceHalves(inputs.sources, tests)
     return RecoverInputs(
-        replace(loaded, model=dense),
-        loaded,
-        known,
-        plan,
-        SourceHalves(inputs.sources, ()),
-        objective=inputs.objective,
-        call=call,
+        replace(loaded, model=dense), loaded, axes, plan, halves, objective=inputs.objective, call=call
     )
 
 
@@ -155,3 +158,75 @@ def _check_dense(model: nn.Module, dense: nn.Module) -> None:
                 f"dense must be the network before the cut, and its {name!r} has shape {list(large.shape)}, that of "
                 f"model {list(small.shape)}; write recover(model, dense, plan, data)"
             )
+
+
+def finetune(
+    model: ModelLike,
+    data: Any,
+    *,
+    epochs: int = 1,
+    lr: float = 0.01,
+    weight_decay: float = 1e-4,
+    loss: LossLike = None,
+    tokenizer: Any = None,
+    batch_size: int = 32,
+    device: DeviceLike = None,
+    precision: str = "float32",
+    seed: int = 0,
+    recalibrate: bool = False,
+    progress: Progress = silent,
+) -> nn.Module:
+    """Train a network by SGD with Nesterov momentum 0.9, with a learning rate that falls as a half cosine.
+
+    Args:
+        model: The network, changed in place and left in the mode it was in; or a model's name or a run folder.
+        data: The training data, as for :func:`regrow.prune`, with labels; or batches for a network that returns its
+            own loss, as detection models do.
+        epochs: Passes over the data.
+        lr: The first learning rate.
+        weight_decay: Weight decay.
+        loss: The loss, as for :func:`regrow.prune`.
+        tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
+        batch_size: Examples per batch, where the data do not come in batches.
+        device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
+        precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16; weights,
+            sums and surgery keep their formats.
+        seed: Seed of the order of batches, and of Dropout.
+        recalibrate: Whether the running statistics of BatchNorms are measured anew afterwards.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If there are no data, or the loss is not finite.
+
+    >>> import torch
+    >>> net = nn.Linear(3, 1)
+    >>> inputs = torch.randn(64, 3)
+    >>> finetune(net, (inputs, inputs.sum(1, keepdim=True)), epochs=20, lr=0.05).weight.round()
+    tensor([[1., 1., 1.]], grad_fn=<RoundBackward0>)
+    """
+    if epochs < 1:
+        raise InputError(f"epochs must be at least 1, got {epochs}")
+    arguments = Arguments(model, data, None, None, loss, tokenizer, batch_size, device, precision)
+    inputs = arguments.read(progress) if data is not None else None
+    if inputs is None or not inputs.sources:
+        raise InputError("there are no data to train on; give data, for example a DataLoader or (inputs, labels)")
+    if not any(p.requires_grad for p in inputs.model.parameters()):
+        raise InputError("no parameter of the network has requires_grad; set it for what is to be trained")
+    with torch.enable_grad(), autocasting(inputs.model, precision):
+        for source in inputs.sources:
+            tune.finetune(
+                inputs.model,
+                source,
+                epochs=epochs,
+                lr=lr,
+                weight_decay=weight_decay,
+                objective=inputs.objective,
+                seed=seed,
+                progress=progress,
+            )
+        if recalibrate:
+            tune.recalibrate(inputs.model, inputs.sources)
+    return inputs.model

@@ -8,7 +8,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING
 
 from torch import Generator, Tensor
 
@@ -24,9 +23,6 @@ from regrow.reports import ReportError, write_page
 from regrow.store.building import describe_origin
 from regrow.store.errors import StoreError
 from regrow.store.statistics import fingerprint
-
-if TYPE_CHECKING:
-    pass
 
 PAGE = "report.html"
 
@@ -87,45 +83,35 @@ class Destination:
         command = f"regrow.{verb}(…, out={str(self.out)!r}) in Python"
         return FolderRecorder(self.out, name, command, self.track, write_page=_write_page)
 
-    def describe(self, sources: Iterable[Source]) -> dict[str, str]:
-        """Return name of a source → a digest of its first batch, which tells most data apart without reading all.
+    def record(
+        self, sources: Iterable[Source], loss: object, weights: Callable[[], Sequence[float]], **arguments: object
+    ) -> dict[str, object] | None:
+        """Return what the result of a call depends on besides settings, as JSON data; ``None`` without a folder.
 
-        The state of every random generator is afterwards what it was before: a folder changes no result.
+        Of each source that is a digest of its first batch, which tells most data apart without reading all. The state
+        of every random generator is afterwards what it was before: a folder changes no result.
 
         Args:
             sources: The sources, which may be read while they are iterated.
+            loss: The loss, as it was given.
+            weights: Returns a sum of each parameter.
+            **arguments: Other arguments of the call, as JSON data.
         """
+        if self.out is None:
+            return None
         with preserve_random_state(*self.generators):
             seed_generators()
-            return {source.name: fingerprint(Source(source.name, list(islice(source, 1)))) for source in sources}
-
-
-def describe_inputs(destination: Destination, inputs: Inputs) -> dict[str, str]:
-    """Return name of a source → a digest of its first batch, data on which quality is measured included.
-
-    Args:
-        destination: Where the run is written.
-        inputs: What was read.
-    """
-    tests = () if inputs.tests is inputs.sources else inputs.tests
-    return destination.describe([*inputs.sources, *(replace(test, name=f"validation {test.name}") for test in tests)])
+            data = {source.name: fingerprint(Source(source.name, list(islice(source, 1)))) for source in sources}
+        return {"data": data, "loss": name_of(loss), **arguments, "weights": digest(weights())}
 
 
 def record_call(
     destination: Destination, inputs: Inputs, loss: object, weights: Callable[[], Sequence[float]]
 ) -> dict[str, object] | None:
-    """Return what the result of a call depends on besides settings, as JSON data; ``None`` if nothing is recorded.
-
-    Args:
-        destination: Where the run is written.
-        inputs: What was read.
-        loss: The loss, as it was given.
-        weights: Returns a sum of each parameter.
-    """
-    if destination.out is None:
-        return None
-    data = describe_inputs(destination, inputs)
-    return {"data": data, "loss": name_of(loss), "weights": digest(weights())}
+    """Return what the result of a call depends on besides settings, as :meth:`Destination.record` does of its data."""
+    tests = () if inputs.tests is inputs.sources else inputs.tests
+    validation = (replace(test, name=f"validation {test.name}") for test in tests)
+    return destination.record((*inputs.sources, *validation), loss, weights)
 
 
 def loaded_of(inputs: Inputs) -> Loaded:
@@ -144,19 +130,14 @@ def loaded_of(inputs: Inputs) -> Loaded:
 def _two_examples(example: Example) -> Example:
     parts = [*example.args, *example.kwargs.values()]
     known = not example.args and any(name in INPUTS for name in example.kwargs)
-    if not (known or (len(example.args) == 1 and not example.kwargs)):
+    batched = all(isinstance(part, Tensor) and part.dim() > 1 for part in parts) and len({*map(len, parts)}) == 1
+    if not batched or not (known or (len(example.args) == 1 and not example.kwargs)):
         return example
-    if not all(isinstance(one, Tensor) and one.dim() > 1 for one in parts) or len({len(one) for one in parts}) > 1:
-        return example
-    return Example(tuple(one[:2] for one in example.args), {name: one[:2] for name, one in example.kwargs.items()})
+    return Example(tuple(part[:2] for part in example.args), {name: x[:2] for name, x in example.kwargs.items()})
 
 
 def digest(value: object) -> str:
-    """Return a short digest of JSON data.
-
-    Args:
-        value: The data.
-    """
+    """Return a short digest of JSON data."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
@@ -169,9 +150,6 @@ def name_of(value: object) -> str:
     ('', 'regression', 'len', 'round(ndigits=2)')
     >>> name_of(lambda x: x + 1) == name_of(lambda x: x + 1), name_of(lambda x: x + 1) == name_of(lambda x: x + 2)
     (True, False)
-
-    Args:
-        value: The argument.
     """
     if value is None or isinstance(value, str | int | float):
         return "" if value is None else str(value)
@@ -193,11 +171,11 @@ def _argument(value: object) -> str:
 def _instructions(code: CodeType) -> tuple[object, ...]:
     """Return what a function computes, without the file and the line where it is written."""
     constants = []
-    for one in code.co_consts:
-        if isinstance(one, CodeType):
-            constants.append(str(_instructions(one)))
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            constants.append(str(_instructions(value)))
         else:  # the order of a set differs from process to process
-            constants.append(str(sorted(map(repr, one)) if isinstance(one, frozenset) else repr(one)))
+            constants.append(str(sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)))
     return code.co_code.hex(), code.co_names, *constants
 
 

@@ -7,23 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike, choose_reading
 from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, find_objective, first_batch, move_inputs
-from regrow.api.runs import Destination, digest, loaded_of, name_of
+from regrow.api.runs import Destination, loaded_of, name_of
 from regrow.core.amounts import Target, parse_share
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source, device_of
-from regrow.core.tasks import CappedExamples, Task
+from regrow.core.tasks import CappedExamples, ExampleSet, Task
 from regrow.data.datasets import fix_order, to_examples
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import Clock
-from regrow.jobs.search import carry_out
+from regrow.jobs.search import SearchResult, carry_out
 from regrow.jobs.search_inputs import Parts, SearchInputs
-from regrow.jobs.search_record import SearchResult
 from regrow.settings.search import Settings
 from regrow.store.statistics import parameter_sums
 
@@ -40,6 +38,7 @@ def search(
     target: str | Target = "",
     smaller: str | float | None = None,
     validation: Any = None,
+    test: Any = None,
     method: str = "mgas",
     settings: Mapping[str, Any] | None = None,
     loss: LossLike = None,
@@ -70,6 +69,7 @@ def search(
             ``"nonzero=50k"``, ``"ms=12"`` (a batch on this device); or a share of what it has, ``"macs=50%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
         validation: Data for the reported scores; ``None``: a fifth of ``data`` (read into memory if it has no indices).
+        test: With ``out``: data on which the found network is tested once, if its score is a share.
         method: One of ``regrow.methods.SEARCHERS``.
         settings: Settings that differ from the method's defaults; images are shifted and mirrored by ``augment=True``.
         loss: The loss, as for :func:`regrow.prune`.
@@ -91,44 +91,48 @@ def search(
     Raises:
         ValueError: If the method or a setting is unknown, the target cannot be met, or the data have no labels.
 
+    >>> from torch import nn
     >>> inputs, net = torch.randn(80, 6), nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> result = search(net, (inputs, (inputs[:, 0] > 0).long()), smaller="50%", epochs=4)
     >>> result.size <= result.target, result.model[0].out_features < 32
     (True, True)
     """
     check_arguments("search", training, MORE, "the size is given by target='macs=50%' or smaller='30%'; ")
-    place = Destination(out, track, checkpoint).checked(data=data, validation=validation)
-    given = Arguments(model, data, validation, Example() if example is None else example, loss, tokenizer, batch_size)
-    given = replace(given, device=device)
-    job = Settings(given.name, "data", _target(target, smaller), method=method, method_settings=dict(settings or {}))
+    destination = Destination(out, track, checkpoint).checked(data=data, validation=validation, test=test)
+    shown_input, parts = Example() if example is None else example, (data, validation, test)
+    arguments = Arguments(model, None, None, shown_input, None, tokenizer, batch_size, device)
+    job = Settings(
+        arguments.name, "data", _target(target, smaller), method=method, method_settings=dict(settings or {})
+    )
     job = replace(job, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
     job = replace(job, **{name: training[name] for name in ("weight_decay", "precision") if name in training})
-    call = _SearchCall(given, job, optimizer, training, place, axes, example is None)
+    call = _SearchCall(arguments, parts, loss, job, optimizer, training, destination, axes, example is None)
     with visible(progress) as shown:
         file = None if checkpoint is None else Path(checkpoint)
-        recorder = place.recorder("search", model)
+        recorder = destination.recorder("search", model)
         return carry_out(job, partial(call.open, shown), recorder, checkpoint=file, progress=shown)
 
 
 @dataclass(frozen=True)
 class _SearchCall:
-    """What a call of :func:`search` asks for, checked."""
+    """What a call of :func:`search` asks for, checked; ``data`` are those for training, validation and test."""
 
-    given: Arguments
+    arguments: Arguments
+    data: tuple[Any, Any, Any]
+    loss: LossLike
     job: Settings
     optimizer: OptimizerLike
     training: Mapping[str, Any]
-    place: Destination
+    destination: Destination
     axes: AxisGraph | None
     traces_data: bool
 
     def open(self, progress: Progress, clock: Clock) -> SearchInputs:
         """Open the network and read the data."""
-        given, job = self.given, self.job
-        net = replace(given, data=None, validation=None, loss=None).read(progress)
-        task = _read_task(net, given.data, given.validation, given.batch_size, job.seed)
+        job, net = self.job, self.arguments.read(progress)
+        task, test = _read_task(net, self.data, job.batch_size, job.seed)
         first = first_batch(task)
-        objective = find_objective(net.model, given.loss, first)
+        objective = find_objective(net.model, self.loss, first)
         schedule = build_schedule(
             self.optimizer,
             objective=objective,
@@ -141,28 +145,25 @@ class _SearchCall:
         if self.traces_data:
             net = replace(net, example=Example(*move_inputs(first, device_of(net.model))))
         loaded = loaded_of(net)
+        both = {"data": task, "validation": replace(task, train=task.test)}
+        call = self.destination.record(
+            (Source(name, [first_batch(part)]) for name, part in both.items()),
+            self.loss,
+            partial(parameter_sums, net.model),
+            optimizer=name_of(self.optimizer),
+            training=self.training,
+        )
         return SearchInputs(
             net.model,
             loaded.origin,
             net.trace() if self.axes is None else self.axes,
-            Parts(task, task, None, objective=objective),
+            Parts(task, task, test, objective=objective),
             schedule,
             loaded,
             in_place=True,
-            generators=self.place.generators,
-            call=None if self.place.out is None else self._record(net.model, task),
+            generators=self.destination.generators,
+            call=call,
         )
-
-    def _record(self, model: nn.Module, task: Task) -> dict[str, object]:
-        """Return what the result depends on besides settings."""
-        both = {"data": task, "validation": replace(task, train=task.test)}
-        return {
-            "data": self.place.describe(Source(name, [first_batch(part)]) for name, part in both.items()),
-            "loss": name_of(self.given.loss),
-            "optimizer": name_of(self.optimizer),
-            "training": self.training,
-            "weights": digest(parameter_sums(model)),
-        }
 
 
 def _target(target: str | Target, smaller: str | float | None) -> str:
@@ -173,18 +174,17 @@ def _target(target: str | Target, smaller: str | float | None) -> str:
     return str(target) if smaller is None else str(Target.smaller(parse_share(str(smaller))))
 
 
-def _read_task(net: Inputs, data: Any, validation: Any, batch_size: int, seed: int) -> Task:
-    """Return training and validation examples, all of which are read in batches of at most ``batch_size``."""
-    side = next((one.shape[-1] for one in net.example.args if isinstance(one, torch.Tensor)), 224)
+def _read_task(net: Inputs, data: tuple[Any, Any, Any], batch_size: int, seed: int) -> tuple[Task, ExampleSet | None]:
+    """Return training and validation examples, and those for the test, read in batches of at most ``batch_size``."""
+    side = next((arg.shape[-1] for arg in net.example.args if isinstance(arg, torch.Tensor)), 224)
     reading = choose_reading(net.model, net.tokenizer, batch_size, side)
-    train = to_examples(data, reading)
-    if validation is not None:
-        test = to_examples(validation, reading)
-    else:
+    train, held = to_examples(data[0], reading), None if data[1] is None else to_examples(data[1], reading)
+    if held is None:
         train = fix_order(train)
         n, many = len(train), max(1, round(HELD_OUT * len(train)))
         if n - many < 2:
             raise InputError(f"{n} examples leave {n - many} to learn from; give more data, or validation=")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        test, train = (train.subset(part.sort()[0]) for part in order.split([many, n - many]))
-    return Task("search", CappedExamples(train, batch_size), CappedExamples(test, batch_size), ())
+        held, train = (train.subset(part.sort()[0]) for part in order.split([many, n - many]))
+    task = Task("search", CappedExamples(train, batch_size), CappedExamples(held, batch_size), ())
+    return task, None if data[2] is None else CappedExamples(to_examples(data[2], reading), batch_size)

@@ -14,8 +14,8 @@ from regrow.core.errors import InputError
 from regrow.core.objectives import choose_objective
 from regrow.core.progress import Progress
 from regrow.core.sources import Batch
+from regrow.data.batch_streams import join_sources
 from regrow.data.batches import to_sources
-from regrow.data.joined import join_sources
 from regrow.jobs.recording import Invocation
 from regrow.jobs.streamed import plan_streaming, start_streaming
 from regrow.methods.pruning.pruner import Pruner

@@ -61,9 +61,9 @@ def chat(
     Each is a run folder, or any model that `regrow prune` takes.
     """
     from regrow import store
-    from regrow.evaluation.replies import reply
+    from regrow.evaluation.generation import reply
     from regrow.jobs.models import ModelSpec, load_model
-    from regrow.nets.precision import autocasting
+    from regrow.nets.devices import autocasting
 
     check_combination(precision, dtype=dtype)
     names = [model, *([other] if other else [])]

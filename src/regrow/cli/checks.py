@@ -111,11 +111,10 @@ def check_method(kind: str, name: str, settings: object = None) -> None:
         name: Its name.
         settings: A mapping with the names of its settings that are given, or ``None``.
     """
-    from regrow.methods import MethodKind, check_name, check_setting_names
+    from regrow.methods import MethodKind, check_name
 
-    check_name(MethodKind(kind) if kind else None, name)
-    if kind and isinstance(settings, Mapping):
-        check_setting_names(MethodKind(kind), name, list(map(str, settings)))
+    names = list(map(str, settings)) if kind and isinstance(settings, Mapping) else ()
+    check_name(MethodKind(kind) if kind else None, name, names)
 
 
 def check_models(names: Iterable[str]) -> None:

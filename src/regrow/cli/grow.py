@@ -9,7 +9,7 @@ from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
 from regrow.cli.runs import recorded_run
-from regrow.cli.screen import number, say, say_peak, table, working
+from regrow.cli.screen import number, say, table, working
 from regrow.settings.grow import Settings
 
 if TYPE_CHECKING:
@@ -33,14 +33,8 @@ Examples
 @click.option("--dry-run", is_flag=True, help="Only print what would grow.")
 @click.option("--plan", type=options.PATH, help="With --dry-run: also write the plan here; `regrow apply` runs it.")
 @options.code
-@options.memory(
-    "How much memory the run may use, like 4GiB. What it needs is printed once the model is loaded, term by term; a "
-    "run that needs more is refused."
-)
 @options.track
-def grow(
-    given: Given[Settings], out: Path | None, dry_run: bool, plan: Path | None, code: str, memory: str, track: str
-) -> None:
+def grow(given: Given[Settings], out: Path | None, dry_run: bool, plan: Path | None, code: str, track: str) -> None:
     """Widen or deepen MODEL such that its outputs do not change; writes a folder with the model and a report.
 
     Outputs before and after are compared, in float64 and in the model's precision, and the largest change is printed.
@@ -55,7 +49,7 @@ def grow(
         return
     from regrow.jobs.grow import run
 
-    with recorded_run("model", _tell, out, code=code, memory=memory, track=track) as invocation:
+    with recorded_run("model", _tell, out, code=code, track=track) as invocation:
         run(settings, invocation)
 
 
@@ -100,5 +94,3 @@ def _tell(folder: "RunFolder") -> None:
             say(f"trained {row['train']} parameters for {row['steps']} steps; loss on the training data {loss}")
     for note in folder.run().get("notes", ()):
         say(f"note: {note}")
-    if peak := folder.run().get("memory"):
-        say_peak(peak)

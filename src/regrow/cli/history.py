@@ -20,8 +20,8 @@ Examples
 @click.option("--out", type=options.PATH, help="The folder to write, new or empty; default: RUN itself is replaced.")
 def undo(run: Path, out: Path | None) -> None:
     """Undo the last change of the network of RUN: return to the run or model that it started from, bit for bit."""
-    from regrow.jobs.undo import read_stages
-    from regrow.jobs.undo import undo as undo_run
+    from regrow.jobs.parents import read_stages
+    from regrow.jobs.parents import undo as undo_run
 
     last = read_stages(run)[-1].record
     folder = undo_run(run, out)
@@ -33,7 +33,7 @@ def undo(run: Path, out: Path | None) -> None:
 @click.argument("run", type=options.PATH)
 def history(run: Path) -> None:
     """List the runs that made the network of RUN, with what each changed and the copy of the model before it."""
-    from regrow.jobs.undo import read_stages
+    from regrow.jobs.parents import read_stages
 
     stages = read_stages(run)
     rows = [

@@ -10,8 +10,7 @@ from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Flag, Given
 from regrow.cli.runs import recorded_run
-from regrow.cli.screen import number, say, say_peak, table
-from regrow.distributed import read_ranks
+from regrow.cli.screen import number, say, table
 from regrow.settings.learn import Settings
 
 if TYPE_CHECKING:
@@ -52,10 +51,6 @@ _resumed = partial(click.option, cls=Flag, heading="Resuming a run")
     help="With --resume: continue if data of earlier tasks are missing; accuracy on those tasks is then not measured.",
 )
 @options.code
-@options.memory(
-    "How much memory the run may use, like 4GiB. What it needs is printed before training, term by term; a run that "
-    "needs more is refused."
-)
 @options.track
 def learn(
     given: Given[Settings],
@@ -65,12 +60,9 @@ def learn(
     without_old: bool,
     total: int | None,
     code: str,
-    memory: str,
     track: str,
 ) -> None:
     """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
-    if memory and read_ranks().several:
-        raise click.UsageError("--memory predicts for one process alone; leave it out, or start without torchrun")
     from regrow.jobs.learn import extend, run
 
     if resume:
@@ -91,7 +83,7 @@ def learn(
         options.say_code(settings.model, code, settings.method)
         call = partial(run, settings)
     folder = resume or out
-    with recorded_run("network", _tell, folder, code=code, memory=memory, track=track) as invocation:
+    with recorded_run("network", _tell, folder, code=code, track=track) as invocation:
         call(invocation)
     say(f"to add tasks: regrow learn --resume {folder} --task TASKS")
 
@@ -124,5 +116,3 @@ def _tell(folder: "RunFolder") -> None:
     for row in [row for row in rows if row["what"] == "gone"][-1:]:
         say(f"note: data are missing, so accuracy was not measured on {', '.join(row['tasks'])}")
     say(", ".join(f"{words} {matrix[name]:{form}}" for words, name, form in names if matrix[name] is not None))
-    if peak := folder.run().get("memory"):
-        say_peak(peak)

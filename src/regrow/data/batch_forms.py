@@ -12,7 +12,7 @@ from torch import Tensor
 from regrow.core.errors import first_line
 from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch, describe
-from regrow.data.errors import SourceError
+from regrow.data.halves import SourceError
 
 LABELS = ("labels", "label", "target", "targets", "y")
 """The keys under which a batch or a row may hold its labels."""
@@ -47,13 +47,16 @@ def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
         *inputs, last = item
         if isinstance(last, Sequence) and last and isinstance(last[0], Mapping):
             return Batch((*inputs, last))  # detection: the network takes its targets as an input
-        if _are_labels(last):
-            parts = inputs[0] if len(inputs) == 1 else tuple(inputs)
-            if isinstance(parts, Mapping):
-                return Batch((), {str(key): value for key, value in parts.items()}, last)
-            return Batch(tuple(parts) if isinstance(parts, tuple | list) else (parts,), {}, last)
+        if are_labels(last):
+            if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+                return Batch((), {str(key): value for key, value in inputs[0].items()}, last)
+            single = len(inputs) == 1 and isinstance(inputs[0], tuple | list)
+            return Batch(tuple(inputs[0] if single else inputs), {}, last)
+    got = f"a {type(item).__name__}"
+    if isinstance(item, tuple | list):
+        got += f" of {', '.join(type(part).__name__ for part in item[:3]) or 'nothing'}"
     raise SourceError(
-        f"{where}: a batch must be a tensor, (inputs, labels), or a dict of tensors, got {_describe(item)}; "
+        f"{where}: a batch must be a tensor, (inputs, labels), or a dict of tensors, got {got}; "
         "give a collate_fn that returns one of these"
     )
 
@@ -64,12 +67,11 @@ def is_entry(item: Any) -> bool:
     Args:
         item: An item of an iterable.
     """
+    label = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
     if isinstance(item, Mapping):
         label = next((item[key] for key in LABELS if key in item), None)
         if isinstance(ids := item.get("input_ids"), Tensor) and ids.dim() == 1:
             return True
-    else:
-        label = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
     return isinstance(label, int | float | np.generic) or (isinstance(label, Tensor) and label.dim() == 0)
 
 
@@ -96,13 +98,18 @@ def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, firs
     kwargs = {key: check_input(value, where, dtype, key) for key, value in batch.kwargs.items()}
     size = count_examples(args or tuple(kwargs.values()), where)
     labels = None if batch.labels is None else check_labels(batch.labels, where, size)
-    if labels is not None and len(args) == 1 and _is_row(args[0]) and len(labels) != size:
+    # A vector of values is a single example, unless there is a label for each.
+    row = len(args) == 1 and isinstance(args[0], Tensor) and args[0].dim() == 1 and args[0].is_floating_point()
+    if labels is not None and row and len(labels) != size:
         raise SourceError(
             f"{where}: an input of shape {list(args[0].shape)} with labels of shape {list(labels.shape)} is a single "
             "example; give DataLoader(data, batch_size=32)"
         )
-    if first is not None:
-        _check_alike(labels, first.labels, where)
+    if first is not None and (form := _label_form(labels)) != _label_form(first.labels):
+        raise SourceError(
+            f"{where} has {form}, and the first batch {_label_form(first.labels)}; give batches of one kind, each with "
+            "labels"
+        )
     return replace(batch, args=args, kwargs=kwargs, labels=labels, where=where)
 
 
@@ -116,7 +123,7 @@ def count_examples(inputs: Sequence[Any], where: str) -> int:
     Raises:
         SourceError: If it has none, or the first input has no dimension for them.
     """
-    first = next((one for one in inputs if isinstance(one, Tensor | list | tuple)), None)
+    first = next((part for part in inputs if isinstance(part, Tensor | list | tuple)), None)
     if isinstance(first, Tensor) and not first.dim():
         raise SourceError(f"{where}: the input is a single number; give a tensor whose first dimension is the batch")
     if first is None:
@@ -187,10 +194,10 @@ def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
     >>> check_labels([True, False], "batch 0"), check_labels(torch.ones(1, 2, dtype=torch.bool), "batch 0")
     (tensor([1, 0]), tensor([[1., 1.]]))
     """
-    if isinstance(labels, list | tuple) and _are_labels(labels):
-        labels = torch.tensor(labels)
     if isinstance(labels, np.ndarray):
         labels = from_array(labels, where)
+    elif not isinstance(labels, Tensor) and are_labels(labels):
+        labels = torch.tensor(labels)
     if not isinstance(labels, Tensor):
         raise SourceError(f"{where}: labels must be a tensor, got a {type(labels).__name__}; give numbers per example")
     labels = _plain(labels, where, "labels are")
@@ -229,27 +236,13 @@ def _damage(value: Tensor, infinite: bool) -> str:
     return "infinity" if not infinite and bool(value.isinf().any()) else ""
 
 
-def _is_row(value: Any) -> bool:
-    """Whether an input is a vector of values, as a single example is; a batch of numbers has a label for each."""
-    return isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point()
-
-
-def _check_alike(labels: Tensor | None, first: Tensor | None, where: str) -> None:
-    """Raise SourceError unless labels are of the kind of those of the first batch."""
-    kinds = [_kind(one) for one in (labels, first)]
-    if kinds[0] != kinds[1]:
-        raise SourceError(
-            f"{where} has {kinds[0]}, and the first batch {kinds[1]}; give batches of one kind, each with labels"
-        )
-
-
-def _kind(labels: Tensor | None) -> str:
+def _label_form(labels: Tensor | None) -> str:
     if labels is None:
         return "no labels"
     return "labels of floats" if labels.is_floating_point() else "labels of whole numbers"
 
 
-def _are_labels(value: Any) -> bool:
+def are_labels(value: Any) -> bool:
     """Whether the last part of a batch holds labels: a tensor, an array, or a list of numbers."""
     numbers = isinstance(value, list | tuple) and value and all(isinstance(x, int | float | np.generic) for x in value)
     return bool(numbers) or isinstance(value, Tensor | np.ndarray)
@@ -287,9 +280,3 @@ def _from_numbers(value: Any, where: str) -> Any:
     except (ValueError, TypeError, OverflowError) as error:
         problem = f"{where}: lists of numbers are no tensor: {first_line(error)}"
         raise SourceError(f"{problem}; pad them to one length") from error
-
-
-def _describe(item: Any) -> str:
-    if isinstance(item, tuple | list):
-        return f"a {type(item).__name__} of {', '.join(type(part).__name__ for part in item[:3]) or 'nothing'}"
-    return f"a {type(item).__name__}"

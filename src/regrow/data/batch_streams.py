@@ -1,22 +1,25 @@
-"""Any iterable of batches, read anew each time: counted, checked, and kept in memory if it can be read only once."""
+"""Batches that are read when they are used: any iterable, checked and counted; and small batches joined to larger ones.
+
+An iterable that can be read only once is kept in memory.
+"""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, default_collate
 
-from regrow.core.errors import first_line
+from regrow.core.errors import InputError, first_line
 from regrow.core.limits import available_memory
-from regrow.core.sources import Batch, generators_of, preserve_random_state
+from regrow.core.sources import Batch, Source, generators_of, preserve_random_state
 from regrow.data.batch_forms import check_batch, is_entry, to_batch
-from regrow.data.errors import SourceError
+from regrow.data.halves import SourceError
 
 MOST = 10_000
 """How many batches of an iterable without a length are read before it is taken for endless."""
@@ -26,8 +29,29 @@ FEW = 100
 """How many batches of an endless iterable are read, at least, where a command needs only some."""
 
 
+class LazyBatches(Sequence[Batch]):
+    """Batches that are read when they are asked for."""
+
+    def read(self, positions: range) -> Iterable[Batch]:
+        """Return some batches; by default, those before them are read too."""
+        return islice(iter(self), positions.start, positions.stop, positions.step)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        """Read a batch, or a list of batches for a slice."""
+        if isinstance(index, slice):
+            return list(self.read(range(*index.indices(len(self)))))
+        position = range(len(self))[index]
+        for batch in self.read(range(position, position + 1)):
+            return batch
+        raise IndexError(index)
+
+
 @dataclass(frozen=True)
-class BatchStream(Sequence[Batch]):
+class BatchStream(LazyBatches):
     """The batches of a user's loader, read anew each time and never all in memory.
 
     Args:
@@ -37,9 +61,6 @@ class BatchStream(Sequence[Batch]):
         dtype: The floating format to which inputs are cast; ``None``: they keep theirs.
         number: The number of batches; ``None``: what the loader says.
         checked: Whether the loader is a list of batches that were checked.
-
-    Raises:
-        SourceError: While it is read: if a batch cannot be used, or there are not ``number`` batches.
     """
 
     loader: Iterable[Any]
@@ -56,13 +77,17 @@ class BatchStream(Sequence[Batch]):
         first, i = None, -1
         for i, item in enumerate(guarded(self.loader, self.name)):
             if i == self.number:
-                raise SourceError(self._miscounted(f"more than {i}"))
+                raise self._miscounted(f"more than {i}")
             where = f"source {self.name!r}, batch {i}"
             batch = check_batch(to_batch(item, where, self.shift), where, self.dtype, first)
             first = first or batch
-            yield batch if isinstance(self.loader, list | tuple | DataLoader) else _copied(batch)
+            if not isinstance(self.loader, list | tuple | DataLoader):  # which may use its tensors again
+                parts = (batch.args, dict(batch.kwargs), batch.labels)
+                args, kwargs, labels = tree_map_only(Tensor, torch.clone, parts)
+                batch = Batch(args, kwargs, labels, where)
+            yield batch
         if self.number is not None and i + 1 < self.number:
-            raise SourceError(self._miscounted(str(i + 1)))
+            raise self._miscounted(str(i + 1))
 
     def __len__(self) -> int:
         """Return the number of batches; a loader that does not say is counted by reading it."""
@@ -71,22 +96,8 @@ class BatchStream(Sequence[Batch]):
         known = length_of(self.loader)
         return sum(1 for _ in self.loader) if known is None else known
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        """Read up to one batch, or a list of batches for a slice."""
-        if isinstance(index, slice):
-            return list(islice(self, *index.indices(len(self))))
-        place = range(len(self))[index] if index < 0 else index
-        batch = next(islice(iter(self), place, None), None)
-        if batch is None:
-            raise IndexError(f"source {self.name!r} has no batch {index}")
-        return batch
-
-    def _miscounted(self, now: str) -> str:
-        return (
+    def _miscounted(self, now: str) -> SourceError:
+        return SourceError(
             f"source {self.name!r} had {self.number} batches when it was first read, and has {now} now; give the same "
             "number each time, or a list of batches"
         )
@@ -120,9 +131,12 @@ def read_stream(
         data = _EntryGroups(data, size)
     stream = BatchStream(data, name, shift, dtype)
     if isinstance(data, list | tuple):
-        return _of_checked(list(stream), name)
+        batches = list(stream)
+        return BatchStream(batches, name, number=len(batches), checked=True)
+    remedy = "give a part of it, as list(itertools.islice(loader, 1000)) does, or an iterable that ends and has a len()"
     if said is not None and said > MOST_SAID:
-        raise _endless(name, f"says that it has {said:,} batches, of at most {MOST_SAID:,}")
+        problem = f"says that it has {said:,} batches, of at most {MOST_SAID:,}"
+        raise SourceError(f"source {name!r} {problem}; {remedy}")
     most, once = max(said or 0, need, FEW) if need else max(said or 0, MOST), isinstance(data, Iterator)
     with nullcontext() if once else preserve_random_state(*generators_of(data)):
         kept, number = _read(stream, most, need)
@@ -130,7 +144,7 @@ def read_stream(
             once = next(guarded(data, name), None) is None
     if number is None:
         if not need or kept is None:
-            raise _endless(name, f"does not end within {most:,} batches")
+            raise SourceError(f"source {name!r} does not end within {most:,} batches; {remedy}")
         warnings.warn(f"source {name!r} does not end: its first {len(kept)} batches are used", stacklevel=2)
     elif not once:
         return replace(stream, number=number)
@@ -139,24 +153,11 @@ def read_stream(
             f"source {name!r} can be read only once, and its {number} batches do not fit into half of the free memory; "
             "give a DataLoader, or an iterable that starts again"
         )
-    return _of_checked(kept, name)
-
-
-def _of_checked(batches: list[Batch], name: str) -> BatchStream:
-    return BatchStream(batches, name, number=len(batches), checked=True)
-
-
-def _endless(name: str, problem: str) -> SourceError:
-    remedy = "give a part of it, for example list(itertools.islice(loader, 1000))"
-    return SourceError(f"source {name!r} {problem}; {remedy}, or an iterable that ends and has a len()")
+    return BatchStream(kept, name, number=len(kept), checked=True)
 
 
 def length_of(data: Any) -> int | None:
-    """Return what ``len`` says of an iterable; ``None`` if it cannot.
-
-    Args:
-        data: The iterable.
-    """
+    """Return what ``len`` says of an iterable; ``None`` if it cannot."""
     try:
         return len(data)
     except Exception:  # whatever a user's __len__ raises
@@ -164,15 +165,7 @@ def length_of(data: Any) -> int | None:
 
 
 def guarded(data: Iterable[Any], name: str) -> Iterator[Any]:
-    """Yield the items of an iterable; an error of its own code names the batch.
-
-    Args:
-        data: The iterable.
-        name: The name of the source.
-
-    Raises:
-        SourceError: If an item cannot be read.
-    """
+    """Yield the items of an iterable; an error of its own code becomes a SourceError that names the batch."""
     items: Iterator[Any] | None = None
     for i in count():
         try:
@@ -184,7 +177,7 @@ def guarded(data: Iterable[Any], name: str) -> Iterator[Any]:
             raise
         except Exception as error:
             problem = f"{type(error).__name__}: {first_line(error):.200}"
-            if isinstance(error, SourceError):
+            if isinstance(error, InputError):
                 problem = first_line(error)
             elif problem.count("Caught ") and len(lines := str(error).strip().splitlines()) > 1:
                 problem = f"{lines[-1]:.200}"  # of the traceback of a worker
@@ -207,32 +200,12 @@ def _read(stream: BatchStream, most: int, need: int) -> tuple[list[Batch] | None
         number += 1
         if kept is not None:
             kept.append(batch)
-            free -= sum(leaf.nbytes for leaf in _tensors(batch))
+            leaves = tree_leaves((batch.args, dict(batch.kwargs), batch.labels))
+            free -= sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
             if free < 0 and need and number >= need:
                 return kept, None
             kept = kept if free >= 0 else None
     return kept, number
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    leaves = tree_leaves((batch.args, dict(batch.kwargs), batch.labels))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _copied(batch: Batch) -> Batch:
-    """Return a batch with copies of its tensors, which a loader may use again for the next batch."""
-    return replace(batch, args=_copy(batch.args), kwargs=_copy(batch.kwargs), labels=_copy(batch.labels))
-
-
-def _copy(value: Any) -> Any:
-    match value:
-        case Tensor():
-            return value.clone()
-        case dict():
-            return {key: _copy(part) for key, part in value.items()}
-        case list() | tuple() if not hasattr(value, "_fields"):
-            return type(value)(map(_copy, value))
-    return value
 
 
 @dataclass(frozen=True)
@@ -245,10 +218,7 @@ class _EntryGroups:
     def __iter__(self) -> Iterator[Any]:
         items = iter(self.items)
         for first in items:
-            if not is_entry(first):
-                yield first
-                continue
-            yield default_collate([first, *islice(items, self.size - 1)])
+            yield default_collate([first, *islice(items, self.size - 1)]) if is_entry(first) else first
 
 
 def _is_counted(loader: DataLoader[Any]) -> bool:
@@ -256,3 +226,114 @@ def _is_counted(loader: DataLoader[Any]) -> bool:
     plain = type(loader).__iter__ is DataLoader.__iter__ and type(loader).__len__ is DataLoader.__len__
     indexed = not isinstance(loader.dataset, IterableDataset) and type(loader.batch_sampler) is BatchSampler
     return plain and indexed and type(loader.sampler).__module__.startswith("torch.utils.data")
+
+
+def join_batches(source: Source, most: int, shards: int = 1) -> Source:
+    """Return a source whose consecutive batches are joined to at most ``most`` examples each.
+
+    Batches are joined where their inputs have the same shapes, but for the number of examples in the first dimension.
+    With several shards, batch ``i`` of the result holds batches of shard ``i % shards`` alone, so that the shards hold
+    the same examples.
+
+    >>> source = Source("news", [Batch((torch.tensor([[i]]),)) for i in range(5)])
+    >>> [batch.args[0].flatten().tolist() for batch in join_batches(source, 2, shards=2)]
+    [[0, 2], [1, 3], [4]]
+    """
+    if most <= 1:
+        return source
+    batches = list(source)
+    parts = [list(_join(batches[shard::shards], most)) for shard in range(shards)]
+    sizes = [len(part) for part in parts]
+    if sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:  # batches of several shapes
+        return source
+    return replace(source, batches=[part[i] for i in range(sizes[0]) for part in parts if i < len(part)])
+
+
+@dataclass(frozen=True)
+class BatchChain(LazyBatches):
+    """The batches of several sources in turn; those of a user's loader are read anew each time, never all in memory."""
+
+    parts: tuple[Sequence[Batch], ...]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return chain.from_iterable(self.parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def read(self, positions: range) -> Iterator[Batch]:
+        """Return some batches; of each source, only what it needs is read."""
+        begin = 0
+        for part in self.parts:
+            inside = [i - begin for i in positions if begin <= i < begin + len(part)]
+            if len(inside) == 1:
+                yield part[inside[0]]
+            elif inside:
+                yield from part[inside[0] : inside[-1] + 1 : positions.step]
+            begin += len(part)
+
+
+def join_sources(sources: Iterable[Source], most: int) -> BatchChain:
+    """Return the batches of several sources in turn, joined as by :func:`join_batches` where they are in memory.
+
+    >>> first, second = (Source(name, [Batch((torch.tensor([[i]]),)) for i in range(3)]) for name in ("a", "b"))
+    >>> [batch.args[0].flatten().tolist() for batch in join_sources([first, second], 2)]
+    [[0, 1], [2], [0, 1], [2]]
+    """
+    parts = (
+        join_batches(source, most).batches if isinstance(source.batches, list | tuple) else source.batches
+        for source in sources
+    )
+    return BatchChain(tuple(parts))
+
+
+def _join(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    group: list[Batch] = []
+    for batch in batches:
+        size = sum(map(_count_rows, group)) + _count_rows(batch)
+        alike = group and form_of(batch) == form_of(group[0]) and all(map(is_joinable, (batch, group[0])))
+        if group and (size > most or not alike):
+            yield concatenate(group)
+            group = []
+        group.append(batch)
+    if group:
+        yield concatenate(group)
+
+
+def _count_rows(batch: Batch) -> int:
+    values = (*batch.args, *batch.kwargs.values())
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
+
+
+def form_of(batch: Batch) -> list[Any]:
+    """Return what batches must have in common to be joined; with other inputs than tensors and numbers, none do."""
+    result: list[Any] = []
+    for key, value in [*enumerate(batch.args), *batch.kwargs.items(), ("labels", batch.labels)]:
+        if isinstance(value, Tensor) and value.dim():
+            result.append((key, value.dtype, value.shape[1:]))
+        else:
+            result.append((key, value if value is None or isinstance(value, bool | int | float | str) else object()))
+    return result
+
+
+def is_joinable(batch: Batch) -> bool:
+    """Whether all tensors of a batch have its examples in their first dimension (position ids of all do not).
+
+    >>> ids, positions = torch.zeros(2, 4), torch.arange(4)[None]
+    >>> is_joinable(Batch((ids,))), is_joinable(Batch((ids,), {"position_ids": positions}))
+    (True, False)
+    """
+    values = (*batch.args, *batch.kwargs.values(), batch.labels)
+    return len({len(value) for value in values if isinstance(value, Tensor) and value.dim()}) <= 1
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Return several batches as one; what is no tensor is that of the first."""
+    if len(batches) == 1:
+        return batches[0]
+
+    def join(*values: Any) -> Any:
+        return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+
+    args, kwargs, labels = tree_map(join, *((batch.args, dict(batch.kwargs), batch.labels) for batch in batches))
+    return Batch(args, kwargs, labels, batches[0].where)

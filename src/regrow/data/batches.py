@@ -11,14 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from regrow.core.sources import Batch, Source
-from regrow.data import tables
 from regrow.data.batch_forms import LABELS, check_batch, from_array, is_entry, to_batch
 from regrow.data.batch_streams import BatchStream, read_stream
-from regrow.data.errors import SourceError
-from regrow.data.halves import Half
-from regrow.data.text import Text, chat_text, read, text
-from regrow.data.vision import images
-from regrow.data.windows import windows
+from regrow.data.halves import Half, SourceError
+from regrow.data.text import Text, chat_text, read, text, windows
+from regrow.data.vision import ImageRows, image_table, images
 
 INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
 """The keys by which a dict of tensors is recognised as a batch, and not as named sources."""
@@ -127,9 +124,8 @@ def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions(
         return _read_columns(data, name, reading)
     if isinstance(data, Sequence) and data and all(isinstance(part, str) for part in data):
         return _tokenize(Text(name, tuple(data), "strings"), reading)
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Sequence):
-        data = DataLoader(data, batch_size=reading.batch_size)
-    if is_entries(data):
+    indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Sequence)
+    if indexed or is_entries(data):
         data = DataLoader(data, batch_size=reading.batch_size)
     if not isinstance(data, Iterable):
         raise SourceError(f"source {name!r}: cannot read a {type(data).__name__}; give {EXPECTED}")
@@ -159,11 +155,7 @@ def _in_memory(name: str, batches: Sequence[Any], reading: ReadOptions) -> Sourc
 
 
 def is_entries(data: Any) -> bool:
-    """Whether data are a list of entries (input, label).
-
-    Args:
-        data: Any data.
-    """
+    """Whether data are a list of entries (input, label)."""
     return isinstance(data, list) and bool(data) and is_entry(data[0])
 
 
@@ -193,35 +185,24 @@ def _read_path(data: str | Path, name: str, reading: ReadOptions) -> Source:
     path = Path(data).expanduser()
     form: Any = {"size": reading.size, "batch_size": reading.batch_size, "normalised": reading.normalised}
     if path.suffix == ".csv" and path.is_file():
-        return tables.image_table(path, name, **form)
-    if reading.tokenizer is None:
-        if path.is_dir():
-            return images(name, path, half=Half.WHOLE, **form)
-        if not path.exists():
-            raise SourceError(
-                f"source {name!r}: there is no file or folder {str(data)!r}; give the path of class folders or of a "
-                ".csv; for the name of a text domain, the model needs a tokenizer (tokenizer=, or model.tokenizer)"
-            )
-        raise SourceError(
-            f"source {name!r}: {str(data)!r} is no folder of class folders and no .csv file; if it is text, the model "
-            "needs a tokenizer (tokenizer=, or model.tokenizer)"
-        )
+        return image_table(path, name, **form)
+    if reading.tokenizer is not None:
+        return _tokenize(read(name, path) if path.exists() else text(str(data)), reading)
+    if path.is_dir():
+        return images(name, path, half=Half.WHOLE, **form)
     if path.exists():
-        return _tokenize(read(name, path), reading)
-    return _tokenize(text(str(data)), reading)
+        problem = f"{str(data)!r} is no folder of class folders and no .csv file; if it is text, the model"
+    else:
+        problem = f"there is no file or folder {str(data)!r}; give the path of class folders or of a .csv; for the "
+        problem += "name of a text domain, the model"
+    raise SourceError(f"source {name!r}: {problem} needs a tokenizer (tokenizer=, or model.tokenizer)")
 
 
 def _tokenize(text: Text, reading: ReadOptions) -> Source:
     if reading.tokenizer is None:
         raise SourceError(f"source {text.name!r} is text, and the model has no tokenizer; give tokenizer=")
-    return windows(
-        text,
-        reading.tokenizer,
-        n=None,
-        seq_len=reading.seq_len,
-        half=Half.WHOLE,
-        batch_size=max(1, min(reading.batch_size, 4)),
-    )
+    size = min(reading.batch_size, 4)
+    return windows(text, reading.tokenizer, n=None, seq_len=reading.seq_len, half=Half.WHOLE, batch_size=size)
 
 
 def _read_columns(data: Any, name: str, reading: ReadOptions) -> Source:
@@ -234,7 +215,7 @@ def _read_columns(data: Any, name: str, reading: ReadOptions) -> Source:
     label = next((key for key in LABELS if key in names), None)
     image = next((key for key in ("image", "img", "picture") if key in names), None)
     if image and label:
-        return to_source(tables.ImageRows(data, image, label, reading.size, reading.normalised), name, reading)
+        return to_source(ImageRows(data, image, label, reading.size, reading.normalised), name, reading)
     if set(names) & set(INPUTS) or label:
         first = data[:1]
         numeric = tuple(key for key in names if key == label or _is_numeric(first[key][0]))

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 
 from regrow.core.errors import first_line
 from regrow.core.sources import Batch
@@ -16,9 +16,7 @@ from regrow.core.tasks import CappedExamples, Examples, ExampleSet, batch_indice
 from regrow.data.batch_forms import check_input, check_labels, count_examples, to_batch
 from regrow.data.batch_streams import BatchStream, guarded
 from regrow.data.batches import ReadOptions, is_entries, to_source
-from regrow.data.errors import SourceError
-
-Collate = Callable[[list[Any]], Any]
+from regrow.data.halves import SourceError
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class StreamedExamples:
     dataset: Any
     indices: Tensor | None = None
     workers: int = 0
-    collate: Collate | None = None
+    collate: Callable[[list[Any]], Any] | None = None
     name: str = "data"
     dtype: torch.dtype | None = None
 
@@ -46,65 +44,48 @@ class StreamedExamples:
         return len(self.dataset) if self.indices is None else len(self.indices)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
-        """Yield all examples in batches, in the order of :meth:`regrow.core.tasks.Examples.batches`.
-
-        Args:
-            size: Examples per batch.
-            seed: Seed of the shuffling, and of what workers draw; ``None``: in order.
-        """
-        order = [self._positions(part) for part in batch_indices(len(self), size, seed)]
+        """Yield all examples in batches, as :meth:`regrow.core.tasks.Examples.batches`; workers draw by the seed."""
         loader = DataLoader(
             self.dataset,
-            batch_sampler=order,
+            batch_sampler=[self._positions(part).tolist() for part in batch_indices(len(self), size, seed)],
             num_workers=self.workers,
             collate_fn=self._join,
             generator=torch.Generator().manual_seed(seed or 0),
         )
         for i, part in enumerate(guarded(loader, self.name)):
-            yield _checked(part, f"source {self.name!r}, batch {i}", self.dtype)
+            yield self._check(part, f"source {self.name!r}, batch {i}")
 
     def take(self, indices: Tensor) -> Examples:
-        """Return some of the examples, in memory.
-
-        Args:
-            indices: Their positions.
-        """
-        entries = guarded((self.dataset[i] for i in self._positions(indices)), self.name)
-        return _checked(self._join(list(entries)), f"source {self.name!r}", self.dtype)
+        """Return some of the examples, in memory."""
+        entries = guarded((self.dataset[i] for i in self._positions(indices).tolist()), self.name)
+        return self._check(self._join(list(entries)), f"source {self.name!r}")
 
     def subset(self, indices: Tensor) -> "StreamedExamples":
-        """Return some of the examples as a set that is read in the same way.
-
-        Args:
-            indices: Their positions.
-        """
-        chosen = indices if self.indices is None else self.indices[indices]
-        return replace(self, indices=chosen)
+        """Return some of the examples as a set that is read in the same way."""
+        return replace(self, indices=self._positions(indices))
 
     def labels_of(self) -> Tensor | None:
         """Return the labels of all examples from the data set's ``targets``, if it has them."""
         labels = _targets(self.dataset)
         return labels if labels is None or self.indices is None else labels[self.indices]
 
-    def _positions(self, indices: Tensor) -> list[int]:
-        chosen = indices if self.indices is None else self.indices[indices]
-        return chosen.tolist()
+    def _positions(self, indices: Tensor) -> Tensor:
+        return indices if self.indices is None else self.indices[indices]
 
     def _join(self, entries: list[Any]) -> Examples:
-        if self.collate is not None:
-            return to_examples_of_batch(to_batch(self.collate(entries)))
-        if isinstance(entries[0], dict):
-            return to_examples_of_batch(to_batch(torch.utils.data.default_collate(entries)))
+        if self.collate is not None or isinstance(entries[0], dict):
+            return to_examples_of_batch(to_batch((self.collate or default_collate)(entries)))
         return Examples(_stack_inputs([entry[0] for entry in entries]), _stack_labels([entry[1] for entry in entries]))
+
+    def _check(self, examples: Examples, where: str) -> Examples:
+        """Return examples as networks and losses take them."""
+        labels = check_labels(examples.labels, where, len(examples))
+        return _examples(check_input(examples.inputs, where, self.dtype), labels, where)
 
 
 @dataclass(frozen=True)
 class LoadedExamples:
-    """The examples of an iterable of batches that cannot be indexed: they come as they come.
-
-    Args:
-        stream: The batches.
-    """
+    """The examples of batches that cannot be indexed: they come in the batches and the order in which they come."""
 
     stream: Sequence[Batch]
 
@@ -113,20 +94,11 @@ class LoadedExamples:
         return sum(len(to_examples_of_batch(batch)) for batch in self.stream)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
-        """Yield all examples in the batches and the order in which they come.
-
-        Args:
-            size: Not used: the batches have their own sizes.
-            seed: Not used: a loader shuffles by itself.
-        """
-        return (to_examples_of_batch(batch) for batch in self.stream)
+        """Yield all examples; the batches have their own sizes, and a loader shuffles by itself."""
+        return map(to_examples_of_batch, self.stream)
 
     def take(self, indices: Tensor) -> Examples:
-        """Return some of the examples, in memory; reads as far as the last of them.
-
-        Args:
-            indices: Their positions.
-        """
+        """Return some of the examples, in memory; reads as far as the last of them."""
         parts, many = [], 0
         for part in self.batches(0):
             parts.append(part)
@@ -136,11 +108,7 @@ class LoadedExamples:
         return join_examples(parts).take(indices)
 
     def subset(self, indices: Tensor) -> ExampleSet:
-        """Return some of the examples, in memory.
-
-        Args:
-            indices: Their positions.
-        """
+        """Return some of the examples, in memory."""
         return self.take(indices)
 
     def labels_of(self) -> Tensor | None:
@@ -168,37 +136,27 @@ def to_examples(data: Any, reading: ReadOptions = ReadOptions(), name: str = "da
         size = count_examples([data[0]], where)
         return _examples(check_input(data[0], where, reading.dtype), check_labels(data[1], where, size), where)
     if isinstance(data, DataLoader) and _takes_each_once(data):
-        default = data.collate_fn is torch.utils.data.default_collate
-        collate = None if default else data.collate_fn
+        collate = None if data.collate_fn is default_collate else data.collate_fn
         return StreamedExamples(data.dataset, None, data.num_workers, collate, name, reading.dtype)
-    if _is_indexed(data):
+    indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "column_names")
+    known = isinstance(data, Sequence | Tensor | np.ndarray | dict | DataLoader)
+    if is_entries(data) or (indexed and not known):
         return StreamedExamples(data, name=name, dtype=reading.dtype)
     source = to_source(data, name, reading)
     if isinstance(source.batches, BatchStream):
         return LoadedExamples(source.batches)
-    return join_examples([to_examples_of_batch(batch) for batch in source])
+    return join_examples(map(to_examples_of_batch, source))
 
 
 def fix_order(examples: ExampleSet) -> ExampleSet:
-    """Return examples that come in the same order each time: those of a loader, which may shuffle, in memory.
-
-    Args:
-        examples: The examples.
-    """
+    """Return examples that come in the same order each time: those of a loader, which may shuffle, in memory."""
     if isinstance(examples, CappedExamples):
         return CappedExamples(fix_order(examples.base), examples.most)
     return join_examples(examples.batches(0)) if isinstance(examples, LoadedExamples) else examples
 
 
 def to_examples_of_batch(batch: Batch) -> Examples:
-    """Return a batch of inputs and labels as examples.
-
-    Args:
-        batch: The batch.
-
-    Raises:
-        SourceError: If it has no labels.
-    """
+    """Return a batch of inputs and labels as examples."""
     if batch.labels is None:
         where = batch.where or "a batch"
         raise SourceError(f"learning needs labels, and {where} has none; give batches as (inputs, labels)")
@@ -208,24 +166,11 @@ def to_examples_of_batch(batch: Batch) -> Examples:
 
 
 def join_examples(parts: Iterable[Examples]) -> Examples:
-    """Return several sets of examples as one.
-
-    Args:
-        parts: The sets, whose inputs have the same structure.
-
-    Raises:
-        SourceError: If they do not.
-    """
+    """Return several sets of examples as one; their inputs must have the same structure."""
     parts = list(parts)
-    first, where = parts[0].inputs, parts[0].where.partition(", batch")[0]
     try:
-        labels = torch.cat([part.labels for part in parts])
-        if isinstance(first, Tensor):
-            return Examples(torch.cat([part.inputs for part in parts]), labels, where)
-        if isinstance(first, dict):
-            return Examples({name: torch.cat([part.inputs[name] for part in parts]) for name in first}, labels, where)
-        columns = zip(*(part.inputs for part in parts), strict=True)
-        return Examples(tuple(torch.cat(column) for column in columns), labels, where)
+        inputs, labels = tree_map(lambda *tensors: torch.cat(tensors), *((part.inputs, part.labels) for part in parts))
+        return Examples(inputs, labels, parts[0].where.partition(", batch")[0])
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         odd = next((part for part in parts if _form(part) != _form(parts[0])), parts[-1])
         raise SourceError(
@@ -234,31 +179,10 @@ def join_examples(parts: Iterable[Examples]) -> Examples:
         ) from error
 
 
-def to_input(value: Any) -> Any:
-    """Return one input as the network takes it: images of integers, as PIL gives them, become ``[C, H, W]`` in 0 to 1.
-
-    Args:
-        value: A tensor, an array, an image, or a structure of tensors, which stays as it is.
-    """
-    if isinstance(value, dict | tuple):
-        return value
-    if not isinstance(value, Tensor):
-        value = torch.as_tensor(np.array(value))
-        if value.dtype == torch.uint8 and value.dim() in (2, 3):
-            value = value.unsqueeze(0) if value.dim() == 2 else value.movedim(-1, 0)
-    return value.float() / 255 if value.dtype == torch.uint8 else value
-
-
 def _form(examples: Examples) -> list[Any]:
     """Return what sets of examples that are joined have in common: the structure and shapes of inputs and labels."""
     leaves, structure = tree_flatten((examples.inputs, examples.labels))
     return [structure, *(getattr(leaf, "shape", ())[1:] for leaf in leaves)]
-
-
-def _checked(examples: Examples, where: str, dtype: torch.dtype | None) -> Examples:
-    """Return examples as networks and losses take them."""
-    labels = check_labels(examples.labels, where, len(examples))
-    return _examples(check_input(examples.inputs, where, dtype), labels, where)
 
 
 def _examples(inputs: Any, labels: Tensor, where: str) -> Examples:
@@ -268,14 +192,25 @@ def _examples(inputs: Any, labels: Tensor, where: str) -> Examples:
         raise SourceError(f"{where or 'a batch'} holds {error}") from error
 
 
+def _to_input(value: Any) -> Any:
+    """Return one input as the network takes it: images of integers (PIL's) become ``[C, H, W]`` from 0 to 1."""
+    if isinstance(value, dict | tuple):
+        return value
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(np.array(value))
+        if value.dtype == torch.uint8 and value.dim() in (2, 3):
+            value = value.unsqueeze(0) if value.dim() == 2 else value.movedim(-1, 0)
+    return value.float() / 255 if value.dtype == torch.uint8 else value
+
+
 def _stack_inputs(inputs: list[Any]) -> Any:
     """Return inputs as a batch, ``[N, ...]``; tensors of one type are stacked before they are converted, in one go."""
     if not all(isinstance(x, Tensor) for x in inputs) or len({x.dtype for x in inputs}) > 1:
-        inputs = [to_input(x) for x in inputs]
+        inputs = [_to_input(x) for x in inputs]
     if not isinstance(inputs[0], Tensor):
-        return torch.utils.data.default_collate(inputs)
+        return default_collate(inputs)
     try:
-        return to_input(torch.stack(inputs))
+        return _to_input(torch.stack(inputs))
     except RuntimeError:
         sizes = sorted({str(tuple(x.shape)) for x in inputs})
         if len(sizes) == 1:
@@ -311,11 +246,3 @@ def _takes_each_once(loader: DataLoader[Any]) -> bool:
         return False
     again = isinstance(sampler, RandomSampler) and sampler.replacement
     return not again and not loader.drop_last and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
-
-
-def _is_indexed(data: Any) -> bool:
-    """Whether data are a data set with ``len`` and indices, or a list of entries (input, label)."""
-    if is_entries(data):
-        return True
-    known = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "column_names")
-    return known and not isinstance(data, Sequence | Tensor | np.ndarray | dict | DataLoader)

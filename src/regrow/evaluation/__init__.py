@@ -1,16 +1,22 @@
 """Measure networks: perplexity, multiple choice, accuracy, speed, memory and size, each with its error."""
 
-from regrow.evaluation.choice import CHOICE_TOKENS, choices, count_choice_tokens, items_in
-from regrow.evaluation.choice_results import Choices, PairedChoices, paired_choices
+from regrow.evaluation.choice import (
+    CHOICE_TOKENS,
+    Choices,
+    PairedChoices,
+    choices,
+    count_choice_tokens,
+    items_in,
+    paired_choices,
+)
 from regrow.evaluation.generation import generate_source
 from regrow.evaluation.harness import Harnessed, harness
 from regrow.evaluation.language import Paired, Perplexity, mean_and_error, paired_difference, perplexity
-from regrow.evaluation.latency import Latency, latency
 from regrow.evaluation.memory import Live, Memory, UnpredictableError, predict_memory, prefix_peaks, training
+from regrow.evaluation.objective import Accuracy, accuracy
 from regrow.evaluation.size import Size, dense, macs, size
 from regrow.evaluation.speed import Speed, speed
-from regrow.evaluation.timing import fastest_pass, lengthen, timing
-from regrow.evaluation.vision import Accuracy, accuracy
+from regrow.evaluation.timing import Latency, fastest_pass, latency, lengthen, timing
 
 __all__ = [
     "CHOICE_TOKENS",

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isnan, nan
 from statistics import fmean
-from typing import TypedDict
+from typing import Any
 
 from torch import Tensor, nn
 
 from regrow.core.objectives import CLASSIFICATION, IGNORED, Objective, Score
-from regrow.core.sources import Batch, logits_in, moved
+from regrow.core.sources import Batch, logits_in
 from regrow.core.tasks import ExampleSet, among, run_network
 from regrow.evaluation.forward import evaluating
 
@@ -22,17 +22,7 @@ BATCH = 500
 """How many examples are evaluated at a time."""
 
 
-class AccuracyRecord(TypedDict):
-    """The accuracy matrix and its metrics as JSON data."""
-
-    matrix: list[list[float]]
-    before: list[float]
-    average: float
-    average_along: float
-    learning: float
-    backward_transfer: float
-    forward_transfer: float
-    forgetting: float
+METRICS = ("average", "average_along", "learning", "backward_transfer", "forward_transfer", "forgetting")
 
 
 @dataclass(frozen=True)
@@ -87,18 +77,10 @@ class Matrix:
         later = [j for j in range(1, len(self.rows)) if len(self.rows[j - 1]) > j]
         return _mean(self.rows[j - 1][j] - self.before[j] for j in later) if later else 0.0
 
-    def record(self) -> AccuracyRecord:
+    def record(self) -> dict[str, Any]:
         """Return the matrix and all metrics as JSON data."""
-        return {
-            "matrix": [list(row) for row in self.rows],
-            "before": list(self.before),
-            "average": self.average,
-            "average_along": self.average_along,
-            "learning": self.learning,
-            "backward_transfer": self.backward_transfer,
-            "forward_transfer": self.forward_transfer,
-            "forgetting": self.forgetting,
-        }
+        metrics = {name: getattr(self, name) for name in METRICS}
+        return {"matrix": [list(row) for row in self.rows], "before": list(self.before), **metrics}
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -106,22 +88,12 @@ def _mean(values: Iterable[float]) -> float:
     return fmean(there) if there else nan
 
 
-def share_right(
-    model: nn.Module,
-    examples: ExampleSet,
-    classes: Tensor | None = None,
-) -> float:
-    """Return the accuracy: the fraction of examples whose greatest logit is that of their label.
-
-    Args:
-        model: Returns logits ``[N, classes]``; evaluated in eval mode.
-        examples: Inputs and labels.
-        classes: The classes that predictions are chosen among, ``[classes]`` bool; all if ``None``.
-    """
+def share_right(model: nn.Module, examples: ExampleSet, classes: Tensor | None = None) -> float:
+    """Return the accuracy: the fraction of examples whose greatest logit, among ``classes``, is that of their label."""
     right = counted = 0
     with evaluating(model) as device:
         for batch in examples.batches(BATCH):
-            answer = logits_in(run_network(model, moved(batch.inputs, device), device, batch.where))
+            answer = logits_in(run_network(model, batch.inputs, device, batch.where))
             right += int((among(answer, classes).argmax(-1).cpu() == batch.labels.cpu()).sum())
             counted += int((batch.labels != IGNORED).sum())
     return right / counted if counted else nan
@@ -141,7 +113,6 @@ def mean_score(model: nn.Module, examples: ExampleSet, objective: Objective, cla
     total = Score()
     with evaluating(model) as device:
         for batch in examples.batches(BATCH):
-            batch = batch.to(device)
             output = run_network(model, batch.inputs, device, batch.where)
-            total += objective.compute_score(output, Batch(labels=batch.labels, where=batch.where))
+            total += objective.compute_score(output, Batch(labels=batch.labels.to(device), where=batch.where))
     return total.mean

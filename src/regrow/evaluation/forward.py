@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from regrow.core.sources import Batch, device_of, logits_in, moved
+from regrow.core.sources import device_of
 
 
 @contextmanager
@@ -27,17 +27,3 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Run the model on a batch and return its logits, in the dtype in which they were computed.
-
-    Args:
-        model: The network.
-        batch: Its inputs; they are moved to the device.
-        device: The device of the model.
-
-    Raises:
-        TypeError: If the model returns no tensor of logits.
-    """
-    return logits_in(model(*moved(batch.args, device), **moved(dict(batch.kwargs), device)))

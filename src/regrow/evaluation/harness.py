@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.choice import Item, items_in
 from regrow.evaluation.forward import evaluating
-from regrow.nets.errors import first_line, needs
+from regrow.nets.loaded import needs
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -85,14 +86,13 @@ def harness(
     if tokenizer is None or not hasattr(model, "config"):
         raise ValueError(f"harness task {task!r}: only language models of transformers, with a tokenizer, can run it")
     with _quiet(), evaluating(model):
-        loaded = _loaded(task, items)
-        asked = _asked(model, tokenizer, task, progress)
+        loaded = _load_tasks(task, items)
         try:
-            found = evaluator.evaluate(asked, loaded, limit=items, log_samples=True)
+            results = evaluator.evaluate(_wrap(model, tokenizer, task, progress), loaded, limit=items, log_samples=True)
         except Exception as error:
             raise ValueError(f"harness task {task!r} failed: {type(error).__name__}: {first_line(error)}") from None
     name = Path(task).name.split(".")[0] if _is_file(task) else ""
-    return [_record(one, found, name or one) for one in loaded["tasks"]]
+    return [_read_result(key, results, name or key) for key in loaded["tasks"]]
 
 
 def dataset(file: str, items: int | None = None, **_: object) -> "DatasetDict":
@@ -117,38 +117,37 @@ def _prepared(item: Item) -> dict[str, Any]:
     return {"query": item["query"].rstrip(" "), "choices": endings, "gold": item["gold"]}
 
 
-def _loaded(task: str, items: int | None) -> dict[str, Any]:
+def _load_tasks(task: str, items: int | None) -> dict[str, Any]:
     """Load the tasks of a name, or the one task of a file."""
     from lm_eval.tasks import TaskManager
 
     if _is_file(task):
-        held = [_prepared(item) for item in items_in(Path(task), items)]
-        known = TaskManager(include_path=TASKS, include_defaults=False, metadata={"file": task, "items": items})
-        name, between = _form(held, task)
-        loaded = known.load([name])
+        manager = TaskManager(include_path=TASKS, include_defaults=False, metadata={"file": task, "items": items})
+        name, between = _form([_prepared(item) for item in items_in(Path(task), items)], task)
+        loaded = manager.load([name])
         loaded["tasks"][name].set_config("target_delimiter", between)
         return loaded
-    known = _known()
-    if task not in known.all_tasks:
-        near = difflib.get_close_matches(task, known.all_tasks, n=1)
+    manager = _all_tasks()
+    if task not in manager.all_tasks:
+        near = difflib.get_close_matches(task, manager.all_tasks, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "lm_eval ls tasks lists them; a file of items ends in .jsonl"
         raise ValueError(f"lm-eval has no task {task!r}; {hint}")
     try:
-        loaded = known.load([task])
+        loaded = manager.load([task])
     except Exception as error:
         raise ValueError(
             f"harness task {task!r} cannot be loaded ({type(error).__name__}: {first_line(error)[:200]}); it fetches "
             "its data from the network: connect, or give a file of items instead"
         ) from None
-    for one in loaded["tasks"].values():
-        if one.get_config("num_fewshot") is None:
-            one.set_config("num_fewshot", 0)
-        one.set_fewshot_seed(1234)  # the harness's own default
+    for part in loaded["tasks"].values():
+        if part.get_config("num_fewshot") is None:
+            part.set_config("num_fewshot", 0)
+        part.set_fewshot_seed(1234)  # the harness's own default
     return loaded
 
 
 @functools.cache
-def _known() -> Any:
+def _all_tasks() -> Any:
     """Return all tasks that the harness has; reading them takes seconds."""
     from lm_eval.tasks import TaskManager
 
@@ -161,19 +160,19 @@ def _form(items: Sequence[Mapping[str, Any]], task: str) -> tuple[str, str]:
     Raises:
         ValueError: If that is not the same for all items.
     """
-    kinds = {"continuation" in item for item in items}
+    forms = {"continuation" in item for item in items}
     between = {"" if item.get("query", ".")[-1:] in ("", "\n") else " " for item in items}
-    if len(kinds) > 1 or len(between) > 1:
-        what = "one form" if len(kinds) > 1 else "queries that all end with a line break, or none of them"
+    if len(forms) > 1 or len(between) > 1:
+        what = "one form" if len(forms) > 1 else "queries that all end with a line break, or none of them"
         raise ValueError(f"{task}: the harness wants items of {what}; split the file")
-    return "regrow_contexts" if kinds.pop() else "regrow_choice", between.pop()
+    return "regrow_contexts" if forms.pop() else "regrow_choice", between.pop()
 
 
-def _asked(model: nn.Module, tokenizer: Any, task: str, progress: Progress) -> Any:
+def _wrap(model: nn.Module, tokenizer: Any, task: str, progress: Progress) -> Any:
     """Wrap the network as the harness's model class, with progress reports."""
     from lm_eval.models.huggingface import HFLM
 
-    class Asked(HFLM):
+    class Reporting(HFLM):
         done = total = 0
 
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **more: Any) -> Any:
@@ -188,23 +187,23 @@ def _asked(model: nn.Module, tokenizer: Any, task: str, progress: Progress) -> A
 
     longest = getattr(model.config, "max_position_embeddings", None) or _LONGEST
     rows = max(1, min(16, _LOGITS // len(tokenizer)))
-    return Asked(pretrained=model, tokenizer=tokenizer, batch_size=rows, max_length=min(_LONGEST, longest))
+    return Reporting(pretrained=model, tokenizer=tokenizer, batch_size=rows, max_length=min(_LONGEST, longest))
 
 
-def _record(task: str, found: Mapping[str, Any], name: str) -> Harnessed:
+def _read_result(task: str, results: Mapping[str, Any], name: str) -> Harnessed:
     figures = {}
-    for key, value in found["results"][task].items():
+    for key, value in results["results"][task].items():
         metric, _, kept = key.partition(",")
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and kept:
             figures[metric if kept == "none" else key] = float(value)
-    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+    samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
     first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]] if samples else []
     per_item = {
         metric: tuple(float(sample[metric]) for sample in first)
         for metric in (first[0]["metrics"] if first else ())
         if all(isinstance(sample[metric], int | float) for sample in first)
     }
-    return Harnessed(name, len(first), figures, per_item, str(found["versions"].get(task, "")))
+    return Harnessed(name, len(first), figures, per_item, str(results["versions"].get(task, "")))
 
 
 def _is_file(task: str) -> bool:

@@ -8,18 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source, logits_in
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import gather_rows
-from regrow.evaluation.forward import evaluating, logits_of
+from regrow.evaluation.forward import evaluating
 
 _ENTRIES = 2**22
 """Entries of logits turned into float32 at a time (16 MB): 32 rows of a 131,072-token vocabulary."""
-
-
-_Row = tuple[list[float], list[int], list[int]]
-"""Of each window in a batch: the negative log-likelihood, the number of labelled positions, and of bytes."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +62,6 @@ class Perplexity:
         return math.exp(self.mean) if not self.mean > 700 else math.inf
 
     @property
-    def ppl_error(self) -> float:
-        """The standard error of the perplexity to first order, ppl · error."""
-        return self.ppl * self.error
-
-    @property
     def bits_per_byte(self) -> float | None:
         """Bits per byte, Σ nll / (ln 2 · Σ bytes), comparable between tokenizers; ``None`` if unknown."""
         return sum(self.nll) / math.log(2) / sum(self.bytes) if self.bytes else None
@@ -82,7 +72,7 @@ class Perplexity:
             "mean_nll": self.mean,
             "error": self.error,
             "ppl": self.ppl,
-            "ppl_error": self.ppl_error,
+            "ppl_error": self.ppl * self.error,
             "bits_per_byte": self.bits_per_byte,
         }
         return {
@@ -127,7 +117,6 @@ def perplexity(
     *,
     tokenizer: Any | None = None,
     outputs: Iterable[object] | None = None,
-    progress: Progress = silent,
     ranks: ProcessRank = SINGLE,
 ) -> Perplexity:
     """Measure the perplexity of a language model on a source.
@@ -138,31 +127,28 @@ def perplexity(
         tokenizer: If given, the bytes of the labelled tokens are counted, for bits per byte.
         outputs: The model's output for each batch of this rank, where it does not run as a whole; ``None``: it is
             called.
-        progress: Called with (batches done, batches in all, description).
         ranks: The processes that share the batches; all of them call this function, and rank 0 gets the result.
 
     Raises:
         ValueError: If the source has no labelled position.
     """
-    rows: list[_Row] = []
-    own = source if not ranks.several else Source(source.name, ranks.share(source.batches))
+    # Of each window in a batch: the negative log-likelihood, the number of labelled positions, and of bytes.
+    rows: list[Any] = []
+    batches = ranks.share(source.batches)
     with evaluating(model) as device:
-        answers = (logits_of(model, batch, device) for batch in own) if outputs is None else map(logits_in, outputs)
-        for done, (batch, logits) in enumerate(zip(own, answers, strict=False), start=1):
+        answers = (batch.to(device).run(model) for batch in batches) if outputs is None else outputs
+        for batch, answer in zip(batches, answers, strict=False):
             if batch.labels is None:
                 raise ValueError(f"source {source.name!r} has no labels; make it with regrow.data.windows")
-            losses = token_losses(logits, batch.labels.to(device))
+            losses = token_losses(logits_in(answer), batch.labels.to(device))
             counts = (batch.labels != -100).sum(-1).tolist()
-            many = [] if tokenizer is None else [_bytes(row, tokenizer) for row in batch.labels]
-            rows.append((losses.sum(-1).tolist(), counts, many))
-            progress(done, len(own), f"perplexity on {source.name}")
+            lengths = [] if tokenizer is None else [_count_bytes(row, tokenizer) for row in batch.labels]
+            rows.append((losses.sum(-1).tolist(), counts, lengths))
     rows = gather_rows(ranks, rows)
-    nll = tuple(value for row in rows for value in row[0])
-    tokens = tuple(value for row in rows for value in row[1])
-    lengths = tuple(value for row in rows for value in row[2])
+    nll, tokens, sizes = (tuple(value for row in rows for value in row[i]) for i in range(3))
     if not sum(tokens) and ranks.leads:
         raise ValueError(f"source {source.name!r} has no labelled position; give longer windows")
-    return Perplexity(source.name, nll, tokens, lengths, source.origin)
+    return Perplexity(source.name, nll, tokens, sizes, source.origin)
 
 
 def paired_difference(before: Perplexity, after: Perplexity) -> Paired:
@@ -227,14 +213,19 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.reshape(labels.shape)
 
 
-def _bytes(labels: Tensor, tokenizer: Any) -> int:
+def _count_bytes(labels: Tensor, tokenizer: Any) -> int:
     return len(tokenizer.decode(labels[labels != -100].tolist(), clean_up_tokenization_spaces=False).encode())
 
 
 def finite(value: float | None) -> float | None:
-    """Return the number if it is finite, else ``None``, as JSON has it.
-
-    Args:
-        value: A number, or ``None``.
-    """
+    """Return the number if it is finite, else ``None``, as JSON has it."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def share_error(share: float, n: int) -> float:
+    """Return the standard error of a proportion, √(p(1−p)/n).
+
+    >>> share_error(0.5, 100)
+    0.05
+    """
+    return math.sqrt(share * (1 - share) / n)

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from regrow.core.process_memory import read_peak, reset_peak, return_memory
 from regrow.core.sources import Batch, device_of, logits_in
@@ -24,7 +24,6 @@ Step = Callable[[nn.Module, Batch], Any]
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _KINDS = (bool, int, float, complex)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -175,14 +174,16 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
             copy = model()
     device = device_of(copy)
 
-    def empty(value: _T) -> Tensor | _T:
-        if not isinstance(value, Tensor):
-            return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    def empty(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     with mode, quiet():
-        batch = Batch(tree_map(empty, batch.args), tree_map(empty, dict(batch.kwargs)), empty(batch.labels))
-        live = Live(_given(copy, batch), item=1)
+        args, kwargs, labels = tree_map_only(Tensor, empty, (batch.args, dict(batch.kwargs), batch.labels))
+        batch = Batch(args, kwargs, labels)
+        parameters = list(copy.parameters())
+        inputs = (batch.args, dict(batch.kwargs), batch.labels)
+        held = tree_leaves((parameters, list(copy.buffers()), [p.grad for p in parameters], inputs))
+        live = Live([leaf for leaf in held if isinstance(leaf, Tensor)], item=1)
         try:
             with live:
                 for _ in range(2):
@@ -204,13 +205,6 @@ def prefix_peaks(prefix: Callable[[int, int], nn.Module], batch: Batch, step: St
     return cache(lambda first, last: predict_memory(partial(prefix, first, last), batch, step).peak)
 
 
-def _given(model: nn.Module, batch: Batch) -> list[Tensor]:
-    parameters = list(model.parameters())
-    gradients = [p.grad for p in parameters]
-    given = tree_leaves((parameters, list(model.buffers()), gradients, batch.args, dict(batch.kwargs), batch.labels))
-    return [leaf for leaf in given if isinstance(leaf, Tensor)]
-
-
 def peak_meter(device: torch.device) -> Callable[[], int | None]:
     """Start measuring memory; return a function that returns the most bytes allocated beyond those held now.
 
@@ -226,10 +220,5 @@ def peak_meter(device: torch.device) -> Callable[[], int | None]:
         return lambda: torch.cuda.max_memory_allocated(device) - held
     # Memory that an earlier call freed but the C library still holds would hide what this one needs.
     start = read_peak() if return_memory() and reset_peak() else None
-    if start is None:
-        return lambda: None  # another system or C library: no peak rather than a wrong one
-    return partial(_growth, start)
-
-
-def _growth(start: int) -> int:
-    return max((read_peak() or 0) - start, 0)
+    # On another system or with another C library, there is no peak rather than a wrong one.
+    return lambda: None if start is None else max((read_peak() or 0) - start, 0)

@@ -1,4 +1,4 @@
-"""Loss and score of a network on a source, for any objective, with standard errors."""
+"""Loss and score of a network on a source, for any objective, and the accuracy of an image classifier."""
 
 import math
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from regrow.core.objectives import NEXT_TOKEN, OWN, Objective, Score
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Source
+from regrow.core.sources import Source, logits_in
 from regrow.core.tables import Table, format_html
 from regrow.evaluation.forward import evaluating
+from regrow.evaluation.language import share_error
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def evaluate_objective(
     """
     total, rows = Score(), list[tuple[float, int]]()
     with evaluating(model) as device:
-        if objective is OWN:
-            _set_loss_mode(model)
+        if objective is OWN:  # such a network returns its losses in training mode
+            for module in model.modules():
+                module.training = not isinstance(module, _BatchNorm | _DropoutNd)
         for done, batch in enumerate(source, start=1):
             batch = batch.to(device)
             output = batch.run(model) if outputs is None else next(outputs)
@@ -100,7 +102,64 @@ def evaluate_objective(
     return Evaluation(source.name, objective.name, mean, error, objective.metric, total.mean, total.error, count)
 
 
-def _set_loss_mode(model: nn.Module) -> None:
-    """Put a network in training mode, in which it returns its losses; normalisation and dropout stay in eval mode."""
-    for module in model.modules():
-        module.training = not isinstance(module, _BatchNorm | _DropoutNd)
+@dataclass(frozen=True)
+class Accuracy:
+    """The result of an image classifier on a source: whether each image was classified correctly.
+
+    Args:
+        source: The name of the source.
+        right: Per labelled position, in order, whether the greatest logit is that of the label.
+        origin: Where the source comes from.
+    """
+
+    source: str
+    right: tuple[bool, ...]
+    origin: str = ""
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of images classified correctly."""
+        return sum(self.right) / len(self.right)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the accuracy, √(p(1−p)/n)."""
+        return share_error(self.accuracy, len(self.right))
+
+    def record(self) -> dict[str, object]:
+        """Return a summary as JSON-able data."""
+        return {
+            "source": self.source,
+            "origin": self.origin,
+            "images": len(self.right),
+            "accuracy": self.accuracy,
+            "error": self.error,
+        }
+
+
+def accuracy(model: nn.Module, source: Source) -> Accuracy:
+    """Measure the accuracy of an image classifier on a source.
+
+    Args:
+        model: Called with the inputs of each batch; returns logits ``[batch, classes]``.
+        source: Batches with a class per image, ``[batch]``; −100 leaves an image out.
+
+    Raises:
+        ValueError: If no image has a label, or a label is not one of the model's classes.
+    """
+    right: list[bool] = []
+    with evaluating(model) as device:
+        for batch in source:
+            if batch.labels is None:
+                raise ValueError(f"source {source.name!r} has no labels")
+            labels = batch.labels.to(device)
+            logits = logits_in(batch.to(device).run(model))
+            if int(labels.max()) >= logits.shape[-1]:
+                raise ValueError(
+                    f"source {source.name!r} has class {int(labels.max())}, the model knows {logits.shape[-1]} classes"
+                )
+            labelled = labels != -100
+            right += (logits.argmax(-1)[labelled] == labels[labelled]).tolist()
+    if not right:
+        raise ValueError(f"source {source.name!r} has no labelled image")
+    return Accuracy(source.name, tuple(right), source.origin)

@@ -1,7 +1,7 @@
 """The size of a network: parameters, multiply–accumulates of dense kernels, and bytes at a stated dtype."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.core.axes import AxisGraph
 from regrow.core.dims import size_of
-from regrow.core.sources import moved
 from regrow.core.tasks import first_tensor, run_network
 from regrow.evaluation.forward import evaluating
 
@@ -34,7 +33,7 @@ class Size:
 
     def record(self) -> dict[str, object]:
         """Return the sizes as JSON-able data."""
-        return {"parameters": self.parameters, "counted": self.counted, "bytes": self.bytes, "dtype": self.dtype}
+        return asdict(self)
 
 
 def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = torch.float32) -> Size:
@@ -53,8 +52,7 @@ def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = tor
     """
     every = dict(model.named_parameters(remove_duplicate=False))
     names = tuple(counted)
-    missing = [name for name in names if name not in every]
-    if missing:
+    if missing := [name for name in names if name not in every]:
         raise KeyError(f"the model has no parameter {missing[0]!r}")
     stored = _distinct(model.state_dict(keep_vars=True).values())
     return Size(
@@ -95,7 +93,7 @@ def dense(model: nn.Module, inputs: Any) -> dict[str, int]:
     weights = _distinct(model.parameters())
     counter = FlopCounterMode(display=False)
     with evaluating(model) as device, counter:
-        run_network(model, moved(inputs, device))
+        run_network(model, inputs, device)
     return {
         "parameters": sum(p.numel() for p in weights),
         "nonzero": sum(int(p.count_nonzero()) for p in weights),
@@ -105,5 +103,4 @@ def dense(model: nn.Module, inputs: Any) -> dict[str, int]:
 
 
 def _distinct(tensors: Iterable[object]) -> list[Tensor]:
-    result: dict[int, Tensor] = {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}
-    return list(result.values())
+    return list({id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}.values())

@@ -1,16 +1,17 @@
-"""Speed: seconds, tokens per second and peak memory of several models, measured in alternation."""
+"""Speed: seconds, tokens per second and peak memory of a model; and what every measurement of time needs."""
 
 import gc
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Batch, moved
+from regrow.core.sources import Batch
 from regrow.evaluation.forward import evaluating
 from regrow.evaluation.memory import peak_meter
 
@@ -76,90 +77,60 @@ class Speed:
 
 
 def speed(
-    models: Mapping[str, nn.Module],
-    batch: Batch,
-    *,
-    repeats: int = 7,
-    warmup: int = 1,
-    progress: Progress = silent,
-) -> dict[str, Speed]:
-    """Time one forward pass of each model on the same batch (for a language model: prefill).
-
-    The models alternate, and each round begins with another one, so that a change in the machine's load affects all of
-    them equally.
+    model: nn.Module, batch: Batch, *, name: str = "model", repeats: int = 7, progress: Progress = silent
+) -> Speed:
+    """Time a forward pass of a model (for a language model: prefill), after a call that is not timed.
 
     Args:
-        models: Name → model; each on its device.
+        model: The model, on its device.
         batch: The inputs of the pass. A batch of one token measures the latency of a single position.
-        repeats: Timed calls per model.
-        warmup: Untimed calls per model before.
+        name: What the result calls the model.
+        repeats: Timed calls.
         progress: Called with (calls done, calls in all, description).
 
-    Returns:
-        Name → speed, in the order of ``models``.
-
     Raises:
-        ValueError: If there is no model, or ``repeats`` is not at least 1.
+        ValueError: If ``repeats`` is not at least 1.
     """
-    if not models or repeats < 1 or warmup < 0:
-        raise ValueError(f"speed needs a model and at least 1 repeat; got {len(models)} models, {repeats} repeats")
-    names = list(models)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    peaks: dict[str, list[int]] = {name: [] for name in names}
-    total = (warmup + repeats) * len(names)
-    for turn in range(warmup + repeats):
-        for step in range(len(names)):
-            name = names[(turn + step) % len(names)]
-            taken, peak = _one_call(models[name], batch)
-            if turn >= warmup:
-                seconds[name].append(taken)
-                peaks[name] += [] if peak is None else [peak]
-            progress(turn * len(names) + step + 1, total, "speed")
-    positions = positions_of(batch)
-    return {name: Speed(name, tuple(seconds[name]), positions, tuple(peaks[name])) for name in names}
-
-
-def _one_call(model: nn.Module, batch: Batch) -> tuple[float, int | None]:
-    with evaluating(model) as device:
-        args, kwargs = moved(batch.args, device), moved(dict(batch.kwargs), device)
-        # A collection during a timed call would be blamed on the model.
-        gc.collect()
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            peak = peak_meter(device)
-            waiting_for(device)
+    if repeats < 1:
+        raise ValueError(f"speed needs at least 1 repeat; got {repeats}")
+    seconds, peaks = list[float](), list[int]()
+    weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    for turn in range(1 + repeats):
+        with evaluating(model) as device, pause_collection():
+            inputs, peak = batch.to(device), peak_meter(device)
+            wait_for(device)
             begin = time.perf_counter()
-            model(*args, **kwargs)
-            waiting_for(device)
-            taken = time.perf_counter() - begin
-            extra = peak()
-        finally:
-            if enabled:
-                gc.enable()
-    return taken, None if extra is None else extra + _weight_bytes(model)
+            model(*inputs.args, **inputs.kwargs)
+            wait_for(device)
+            taken, extra = time.perf_counter() - begin, peak()
+        if turn:
+            seconds.append(taken)
+            peaks += [] if extra is None else [extra + weights]
+        progress(turn + 1, 1 + repeats, "speed")
+    return Speed(name, tuple(seconds), count_positions(batch), tuple(peaks))
 
 
-def waiting_for(device: torch.device) -> None:
-    """Wait until a device has finished its work.
+@contextmanager
+def pause_collection() -> Iterator[None]:
+    """Disable garbage collection in the block, so that it does not fall into a timed call."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
-    Args:
-        device: The device.
-    """
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def _weight_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
-
-
-def positions_of(batch: Batch) -> int:
-    """Return how many tokens, or images, a batch holds.
-
-    Args:
-        batch: The batch.
-    """
+def count_positions(batch: Batch) -> int:
+    """Return how many tokens, or images, a batch holds."""
     tensors = [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, torch.Tensor)]
     if not tensors:
         return 1

@@ -1,14 +1,14 @@
-"""Measure how the time of a forward pass depends on axis widths, on this device.
+"""Measure how the time of a forward pass depends on axis widths, and which operations and layers it goes to.
 
 Parts of the network are called at several widths in alternation. On a single CPU thread the clock is that of the
 thread, which does not run while other processes have the CPU.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import lcm
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_map
 
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Timing
+from regrow.core.candidates import candidates_in
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Batch, moved
+from regrow.core.sources import Batch
 from regrow.evaluation.forward import evaluating
-from regrow.evaluation.speed import positions_of, waiting_for
+from regrow.evaluation.speed import count_positions, pause_collection, wait_for
 from regrow.tracing.trial import Resizing, resize_copy
 
 SHARES = (0.25, 0.5, 0.75)
@@ -61,15 +62,14 @@ def timing(
     kinds: dict[tuple[Any, ...], list[Axis]] = {}
     for axis in units:
         kinds.setdefault(axis.kind, []).append(axis)
-    members = {one[len(one) // 2].key: one for one in kinds.values()}
+    members = {group[len(group) // 2].key: group for group in kinds.values()}
     with evaluating(model) as device:
         batch = batch.to(device)
-        whole = _Call(model, moved(batch.args, device), moved(dict(batch.kwargs), device))
-        met = _met(whole, [_holders(axes, axes[key]) for key in members])
+        whole = _Call(model, batch.args, dict(batch.kwargs))
         calls: dict[tuple[str, int], _Call] = {}
-        for key, found in zip(members, met, strict=True):
+        for key, call in zip(members, _find_calls(whole, [_holders(axes, axes[key]) for key in members]), strict=True):
             for width in _widths(axes[key], round_to):
-                calls[key, width] = _at(model, axes, axes[key], width, found)
+                calls[key, width] = _resize_call(model, axes, axes[key], width, call)
         fastest = _rounds([whole, *calls.values()], device, repeats, progress)
     curves: dict[str, dict[int, float]] = {key: {} for key in members}
     for (key, width), taken in zip(calls, fastest[1:], strict=True):
@@ -80,13 +80,13 @@ def timing(
     scale = min(1.0, total / most) if most else 1.0
     return Timing(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        positions=positions_of(batch),
+        positions=count_positions(batch),
         total=total,
         curves={
             key: tuple((width, round(curve[-1][1] - (curve[-1][1] - taken) * scale)) for width, taken in curve)
             for key, curve in smooth.items()
         },
-        names={axis.key: key for key, own in members.items() for axis in own},
+        names={axis.key: key for key, group in members.items() for axis in group},
     )
 
 
@@ -99,8 +99,8 @@ def fastest_pass(model: nn.Module, batch: Batch, *, repeats: int = 9) -> int:
         repeats: The number of timed calls, after a warm-up call.
     """
     with evaluating(model) as device:
-        call = _Call(model, moved(batch.args, device), moved(dict(batch.kwargs), device))
-        return _rounds([call], device, repeats, silent)[0]
+        batch = batch.to(device)
+        return _rounds([_Call(model, batch.args, dict(batch.kwargs))], device, repeats, silent)[0]
 
 
 def lengthen(batch: Batch, tokens: int) -> Batch:
@@ -116,16 +116,17 @@ def lengthen(batch: Batch, tokens: int) -> Batch:
     Raises:
         ValueError: If it has no rows of integers.
     """
-    found: list[Tensor] = []
+    changed = False
 
     def longer(value: Any) -> Any:
+        nonlocal changed
         if not isinstance(value, Tensor) or value.dim() != 2 or value.is_floating_point():
             return value
-        found.append(value)
+        changed = True
         return value.repeat(1, -(-tokens // value.shape[1]))[:, :tokens]
 
     args, kwargs = tree_map(longer, batch.args), tree_map(longer, dict(batch.kwargs))
-    if not found:
+    if not changed:
         raise ValueError(f"the example has no rows of tokens, so none of {tokens} can be made: leave @{tokens} away")
     return replace(batch, args=args, kwargs=kwargs)
 
@@ -150,29 +151,25 @@ def _together(axes: AxisGraph, axis: Axis) -> list[Axis]:
 
 def _holders(axes: AxisGraph, axis: Axis) -> list[str]:
     """Return the paths of the modules that contain all tensors of an axis, the innermost first."""
-    paths = [slot.name.split(".")[:-1] for one in _together(axes, axis) for slot in one.slots]
+    paths = [slot.name.split(".")[:-1] for other in _together(axes, axis) for slot in other.slots]
     shared = 0
     while all(len(path) > shared for path in paths) and len({path[shared] for path in paths}) == 1:
         shared += 1
     return [".".join(paths[0][:n]) for n in range(shared, -1, -1)]
 
 
-def _met(whole: _Call, holders: Iterable[list[str]]) -> list[_Call]:
+def _find_calls(whole: _Call, holders: list[list[str]]) -> list[_Call]:
     """Return, for each list of modules, the first that is called in a pass, with the input of its first call."""
-    holders = list(holders)
     seen: dict[str, _Call] = {"": whole}
 
-    def watch(path: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            known = seen.get(path)
-            seen[path] = replace(known, times=known.times + 1) if known else _Call(module, args, kwargs, path)
+    def note(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        known = seen.get(path)
+        seen[path] = replace(known, times=known.times + 1) if known else _Call(module, args, kwargs, path)
 
-        return note
-
-    paths = {path for row in holders for path in row if path}
-    hooks = [
-        whole.module.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in paths
-    ]
+    hooks = []
+    for path in {path for row in holders for path in row if path}:
+        module = whole.module.get_submodule(path)
+        hooks.append(module.register_forward_pre_hook(partial(note, path), with_kwargs=True))
     try:
         whole()
     finally:
@@ -190,70 +187,59 @@ def _widths(axis: Axis, round_to: int) -> list[int]:
     return sorted({axis.size, *inner, min(least, axis.size)}, reverse=True)
 
 
-def _at(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, met: _Call) -> _Call:
+def _resize_call(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, call: _Call) -> _Call:
     """Return the call of a module with the axis at another width."""
-    sizes = axes.sizes() | {one.key: width for one in _together(axes, axis)}
-    copy = resize_copy(model, axes, Resizing(sizes))[0].get_submodule(met.path)
-    made = replace(met, module=_filled(copy, met.module).eval())
+    sizes = axes.sizes() | {other.key: width for other in _together(axes, axis)}
+    copy = resize_copy(model, axes, Resizing(sizes))[0].get_submodule(call.path)
+    # The copy has no data: it gets the first entries of the tensors of the module that it was cut from.
+    module = call.module
+    state: dict[str, Tensor] = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    for path, part in copy.named_modules(remove_duplicate=False):
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for table in tables:
+            for name, like in table.items():
+                if like is not None:
+                    entries = tuple(slice(n) for n in like.shape)
+                    whole = state[f"{path}.{name}".lstrip(".")].detach()
+                    data = whole[entries].clone(memory_format=torch.contiguous_format)
+                    table[name] = nn.Parameter(data, requires_grad=False) if table is tables[0] else data
+    resized = replace(call, module=copy.eval())
     try:
-        made()
+        resized()
     except Exception as error:
         raise ValueError(
-            f"{met.path or 'the network'} does not run at {width} units of {axis.key!r}, so its time is not known; "
+            f"{call.path or 'the network'} does not run at {width} units of {axis.key!r}, so its time is not known; "
             f"leave that axis out with --exclude ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
         ) from error
-    return made
-
-
-def _filled(part: nn.Module, like: nn.Module) -> nn.Module:
-    """Give a module without data the first entries of the tensors of the module that it was cut from."""
-    state: dict[str, Tensor] = {**dict(like.named_parameters(remove_duplicate=False)), **dict(like.named_buffers())}
-    for path, module in part.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for name, own in list(module._parameters.items()):
-            if own is not None:
-                setattr(module, name, nn.Parameter(_first(state[prefix + name], own), requires_grad=False))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = _first(state[prefix + name], buffer)
-    return part
-
-
-def _first(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.detach()[tuple(slice(n) for n in like.shape)].clone(memory_format=torch.contiguous_format)
+    return resized
 
 
 def _rounds(calls: Sequence[_Call], device: torch.device, repeats: int, progress: Progress) -> list[int]:
     """Return the fastest call of each in nanoseconds; calls alternate, and each round begins with another one."""
     fastest = [0] * len(calls)
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time_ns if alone else time.perf_counter_ns
+    clock = _clock(device)
     with pause_collection():
         for turn in range(1 + repeats):
             for step in range(len(calls)):
                 at = (turn + step) % len(calls)
-                waiting_for(device)
-                begin = clock()
-                calls[at]()
-                waiting_for(device)
-                taken = clock() - begin
+                taken = _time_call(calls[at], device, clock)
                 if turn:
                     fastest[at] = min(fastest[at] or taken, taken)
             progress(turn + 1, 1 + repeats, "timing widths")
     return fastest
 
 
-@contextmanager
-def pause_collection() -> Iterator[None]:
-    """Disable garbage collection in the block, so that it does not fall into a timed call."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _clock(device: torch.device) -> Callable[[], int]:
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time_ns if alone else time.perf_counter_ns
+
+
+def _time_call(call: _Call, device: torch.device, clock: Callable[[], int]) -> int:
+    wait_for(device)
+    begin = clock()
+    call()
+    wait_for(device)
+    return clock() - begin
 
 
 def _never_falling(curve: dict[int, float]) -> list[tuple[int, float]]:
@@ -266,3 +252,98 @@ def _never_falling(curve: dict[int, float]) -> list[tuple[int, float]]:
     for width in sorted(curve, reverse=True):
         result.append((width, min(curve[width], result[-1][1]) if result else curve[width]))
     return result[::-1]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The milliseconds of a forward pass, divided among operations, sums and layers.
+
+    Args:
+        total: Milliseconds of the whole pass.
+        ops: Path of a candidate operation → its milliseconds.
+        sums: Path of candidates → milliseconds beside those of their operations.
+        layers: Path of a layer that lies in no operation → its milliseconds.
+    """
+
+    total: float
+    ops: dict[str, float]
+    sums: dict[str, float]
+    layers: dict[str, float]
+
+    @property
+    def rest(self) -> float:
+        """The milliseconds that no module accounts for."""
+        return max(0.0, self.total - sum(sum(part.values()) for part in (self.ops, self.sums, self.layers)))
+
+
+def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
+    """Measure the milliseconds of each candidate operation, each sum of them, and each layer outside.
+
+    All are timed by hooks in the same forward passes; passes without hooks in between give the total. The fastest of
+    all repeats counts. Candidates within an operation are a part of it.
+
+    Args:
+        model: The network, on the device to measure.
+        batch: The inputs of the pass.
+        repeats: The number of timed passes of both kinds, after a warm-up pass.
+
+    >>> table = latency(nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)), Batch((torch.ones(8, 4),)))
+    >>> list(table.layers), table.total >= sum(table.layers.values())
+    (['0', '2'], True)
+    """
+    sums = candidates_in(model)
+    every = tuple(f"{path}." for paths in sums.values() for path in paths)
+    sums = {path: paths for path, paths in sums.items() if not f"{path}.".startswith(every)}
+    ops = [path for paths in sums.values() for path in paths]
+    inside = tuple(f"{path}." for path in ops)
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+        and name not in sums
+        and not f"{name}.".startswith(inside)
+    ]
+    with evaluating(model) as device, pause_collection():
+        batch, clock = batch.to(device), _clock(device)
+        call, total, fastest = _Call(model, batch.args, dict(batch.kwargs)), float("inf"), dict[str, float]()
+        for turn in range(1 + repeats):
+            taken = _time_call(call, device, clock)
+            total = min(total, taken) if turn else total
+            with _timing_calls(model, [*ops, *sums, *layers], device, fastest):
+                call()
+            if not turn:
+                fastest.clear()
+    # What is never called takes no time.
+    times = {path: fastest.get(path, 0.0) for path in (*ops, *sums, *layers)}
+    for path, paths in sums.items():
+        times[path] = max(0.0, times[path] - sum(times[op] for op in paths))
+    # Clocks inside take time themselves: together, parts are no more than the whole.
+    part = min(1.0, total / (sum(times.values()) or 1.0)) / 1e6
+    ops_, sums_, layers_ = ({path: times[path] * part for path in paths} for paths in (ops, sums, layers))
+    return Latency(total / 1e6, ops_, sums_, layers_)
+
+
+@contextmanager
+def _timing_calls(
+    model: nn.Module, paths: Iterable[str], device: torch.device, fastest: dict[str, float]
+) -> Iterator[None]:
+    """Record the nanoseconds of the fastest call of each module in the block."""
+    clock, begun, hooks = _clock(device), dict[str, int](), []
+
+    def begin(path: str, *_: Any) -> None:
+        wait_for(device)
+        begun[path] = clock()
+
+    def end(path: str, *_: Any) -> None:
+        wait_for(device)
+        fastest[path] = min(fastest.get(path, float("inf")), clock() - begun[path])
+
+    for path in paths:
+        module = model.get_submodule(path)
+        hooks += [module.register_forward_pre_hook(partial(begin, path))]
+        hooks += [module.register_forward_hook(partial(end, path))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

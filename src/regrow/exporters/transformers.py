@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from regrow import store
 from regrow.core.axes import Example
+from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
 from regrow.exporters.staging import staging_folder
 from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.blocks import ATTENTION, MLP, DecoderLayer, blocks
-from regrow.nets.errors import first_line
 from regrow.nets.examples import guessed_example, written_shape
 from regrow.nets.language import example_of_transformers, origin_of, quiet, require_transformers
 from regrow.store import portable

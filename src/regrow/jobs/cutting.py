@@ -14,8 +14,8 @@ from regrow.core.plan import Plan
 from regrow.core.sources import Source
 from regrow.distributed import ProcessRank
 from regrow.jobs.forward_outputs import run_once
-from regrow.jobs.reconstruction import keep_dense, reconstruct
 from regrow.jobs.recording import ActiveRun, Record
+from regrow.jobs.recovering import keep_dense, reconstruct
 from regrow.nets import Loaded
 from regrow.scoring import weights_of
 from regrow.store.statistics import parameter_sums

@@ -4,20 +4,20 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from regrow import evaluation
 from regrow.core.amounts import parse_bytes
 from regrow.core.process_memory import reset_peak
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch
-from regrow.data.joined import join_batches
+from regrow.data.batch_streams import join_batches
 from regrow.jobs.inputs import SourceSpecs, read_sources
 from regrow.jobs.models import DTYPES, ModelSpec, load_model
 from regrow.jobs.streamed import needs_of_model, start_streaming
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting
-from regrow.nets.weight_files import check_unchanged
+from regrow.nets.devices import autocasting
+from regrow.nets.loaded import check_unchanged
 from regrow.settings.declaration import check_settings
 from regrow.settings.evaluate import Settings
 from regrow.streaming.network import StreamedNetwork
@@ -116,13 +116,14 @@ def _evaluate(
     for file in map(Path, settings.choices):
         if loaded.tokenizer is None:
             raise ValueError(f"--choices {file} needs a tokenizer, and {model} has none; leave it out")
-        more: Any = {"task": file.name.split(".")[0], "outputs": network.outputs if network else None}
-        score = evaluation.choices(loaded.model, loaded.tokenizer, evaluation.items_in(file, items), **more)
+        task, run = file.name.split(".")[0], cast(Any, network).outputs if network else None
+        held = evaluation.items_in(file, items)
+        score = evaluation.choices(loaded.model, loaded.tokenizer, held, task=task, outputs=run)
         result["choices"].append(score.record())
     for task in settings.harness:
         tasks = evaluation.harness(loaded.model, loaded.tokenizer, task, items=items, progress=progress)
         result["harness"] += [one.record() for one in tasks]
     if settings.speed:
         batch = tests[0].batches[0] if tests else Batch(loaded.example.args, loaded.example.kwargs)
-        result["speed"] = evaluation.speed({"model": loaded.model}, batch, progress=progress)["model"].record()
+        result["speed"] = evaluation.speed(loaded.model, batch, progress=progress).record()
     return result

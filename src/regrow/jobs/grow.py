@@ -1,34 +1,52 @@
 """Grow a network such that its outputs do not change, whether named on the command line or given in Python."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from regrow import store
-from regrow.core.axes import AxisGraph
+from regrow.allocation.deepening import deepening
+from regrow.allocation.widening import PARTS, widening
+from regrow.core.amounts import Increase
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.errors import RefusedError
 from regrow.core.objectives import Objective
-from regrow.core.plan import Plan
-from regrow.core.process_memory import reset_peak
+from regrow.core.plan import Change, Fill, Plan
 from regrow.core.progress import Progress, silent
-from regrow.jobs.generated import fill_generated
-from regrow.jobs.growing import GrowthSpec, plan_growth
-from regrow.jobs.growth import CheckedGrowth, GrowthData
-from regrow.jobs.inputs import SourceHalves, SourceSpecs, count_windows, describe_sources, read_sources
+from regrow.core.sources import preserve_random_state
+from regrow.distributed import SINGLE
+from regrow.jobs.forward_outputs import NetworkState, examples_of, measure_change, measure_exactly, outputs_of, run_once
+from regrow.jobs.inputs import SourceHalves, SourceSpecs, describe_sources, fill_generated, read_sources
 from regrow.jobs.measuring import measure_run
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.recording import Clock, Invocation, Record, Recorder, RunStart, record_plan
-from regrow.jobs.training_memory import plan_growth_memory
+from regrow.jobs.recording import ActiveRun, Clock, Invocation, Recorder, RunStart, record_plan
 from regrow.nets import Loaded
-from regrow.nets.precision import check_precision
+from regrow.nets.devices import autocasting, check_precision
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.grow import Settings
 from regrow.store.run_folder import RunFolder
-from regrow.streaming.requirements import MemoryTerms, record_peak
+from regrow.surgery import apply, verify
+from regrow.surgery.runner import Answers
+from regrow.surgery.whole import shallow_copy
 from regrow.tracing import trace
-from regrow.training.grown import GrowthTraining
+from regrow.tracing.capture import first_line
+from regrow.tracing.meta_copy import cast_example
+from regrow.tracing.stacks import find_stacks, insert_copies
+from regrow.training.step import added_entries
+from regrow.training.tune import GrowthTraining, mean_loss, train_grown
+
+CHANGE = 1e-3
+"""The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
+PASSED_ON = 1e-7
+"""The largest relative change behind blocks that give their input unchanged: every operation gets the same numbers."""
+OTHER_STACK = "name other stacks in blocks, or widen it with mlp, heads or channels"
+AS_BEFORE = "the network is as it was"
 
 
 @dataclass(frozen=True)
@@ -41,9 +59,8 @@ class GrowInputs:
         data: The data for training and evaluation.
         objective: What the network is trained for; ``None``: what fits the labels.
         lenient: Whether the data for evaluation are those for training, whose labels need not fit.
-        describe: Returns what is recorded of the data.
+        specs: The sources of the data; ``None``: they have no names.
         call: What the result depends on besides settings, for a call from Python.
-        predict: Returns what a plan needs of a limit of memory, or refuses it; ``None``: there is no limit.
     """
 
     loaded: Loaded
@@ -51,9 +68,8 @@ class GrowInputs:
     data: SourceHalves
     objective: Objective | None = None
     lenient: bool = False
-    describe: Callable[[SourceHalves], list[dict[str, object]] | None] = lambda data: None
+    specs: SourceSpecs | None = None
     call: dict[str, object] | None = None
-    predict: Callable[[Plan], MemoryTerms | None] = lambda plan: None
 
 
 @dataclass(frozen=True)
@@ -64,14 +80,12 @@ class GrowResult:
         plan: The plan.
         axes: The axes before the growth.
         model: The network, grown unless only the plan was made.
-        folder: The finished run folder; ``None``: nothing was recorded.
         warnings: Which axes cannot be widened.
     """
 
     plan: Plan
     axes: AxisGraph
     model: nn.Module
-    folder: RunFolder | None
     warnings: tuple[str, ...] = ()
 
 
@@ -101,65 +115,214 @@ def carry_out(
         RefusedError: If the outputs change by more than rounding; the network is as it was then.
     """
     check_settings(settings)
-    spec, identity = spec_of(settings), {"verb": "grow", "settings": record_settings(settings)}
+    identity = {"verb": "grow", "settings": record_settings(settings)}
     recorder.check(identity)
     clock = Clock(None)
-    reset_peak()
     opened = inputs(clock)
     loaded, axes, data = opened.loaded, opened.axes, opened.data
     with clock.stage("plan"):
-        plan, notes = plan_growth(loaded.model, axes, spec)
+        plan, notes = plan_growth(loaded.model, axes, settings)
         if not grows:
-            return GrowResult(plan, axes, loaded.model, None, (*notes,))
-        needs = opened.predict(plan)
+            return GrowResult(plan, axes, loaded.model, notes)
     with recorder.begin(RunStart(identity, loaded, call=opened.call)) as record:
         clock.folder = record
-        if data.pending:
+        if opened.specs and data.pending:
             with clock.stage("generate"):
-                specs = _sources(settings)
-                windows = count_windows(specs.tokens, specs.seq_len)
-                data = fill_generated(data, specs, loaded, windows, record.path, progress=progress)
-        record.update(notes=[*loaded.notes, *notes], sources=opened.describe(data))
-        _grow(settings, replace(opened, data=data), record, plan, clock, progress)
-        if needs:
-            record.update(memory=record_peak(needs))
-        return GrowResult(plan, axes, loaded.model, recorder.finish(record, clock.seconds), (*notes,))
+                data = fill_generated(data, opened.specs, loaded, folder=record.path, progress=progress)
+        sources = describe_sources(opened.specs, data) if opened.specs else None
+        record.update(notes=[*loaded.notes, *notes], sources=sources)
+        _grow(settings, replace(opened, data=data), ActiveRun(record, SINGLE, clock, progress), plan)
+        recorder.finish(record, clock.seconds)
+        return GrowResult(plan, axes, loaded.model, notes)
 
 
-def _grow(settings: Settings, inputs: GrowInputs, record: Record, plan: Plan, clock: Clock, progress: Progress) -> None:
+def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
     """Grow the network, train it, and save it; measure it before and after."""
-    loaded, axes = inputs.loaded, inputs.axes
+    loaded, axes, record = inputs.loaded, inputs.axes, run.record
 
     def measure(axes: AxisGraph, name: str) -> None:
-        with clock.stage("evaluate"):
+        with run.clock.stage("evaluate"):
             measure_run(
                 record,
                 loaded,
                 axes,
-                inputs.data.evaluation,
-                inputs.data.seen,
+                inputs.data,
                 name,
-                progress,
+                run.progress,
                 precision=settings.precision,
                 objective=inputs.objective,
                 lenient=inputs.lenient,
             )
 
     measure(axes, "before")
-    proof = settings.proof and record.kept
-    grown, row = CheckedGrowth(loaded.model, axes, plan, proof, clock.stage, progress).carry_out()
+    state = NetworkState.of(loaded.model)
+    try:
+        with preserve_random_state():
+            grown, row = _grow_checked(run, loaded.model, axes, plan, settings.proof and record.kept)
+    except BaseException:
+        state.restore()
+        raise
     record_plan(record, plan, axes, grown)
     if row:
         record.log("verify", **row)
     if settings.steps:
-        with clock.stage("train"):
-            training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
-            data = GrowthData(inputs.data.calibration, training, settings.precision, inputs.objective)
-            data.train(loaded.model, axes, plan, record, progress)
+        with run.clock.stage("train"):
+            _train(settings, inputs, run, plan)
     if record.kept:
-        with clock.stage("save"):
+        with run.clock.stage("save"):
             store.write_model(loaded, record.path)
     measure(grown, "after")
+
+
+def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[Plan, tuple[str, ...]]:
+    """Return the plan of a growth, and notes on axes of the wanted kinds that cannot be widened.
+
+    Args:
+        model: The network; it is left unchanged.
+        axes: Its axes.
+        settings: How much it grows, and how new units are initialised.
+
+    Raises:
+        ValueError: If nothing is to grow, or the network has nothing of a kind or name that can; the message says why.
+    """
+    settings.check_growth()
+    parts = {part: Increase.parse(amount) for part in PARTS if (amount := getattr(settings, part))}
+    named = {key: Increase.parse(amount) for key, amount in settings.named().items()}
+    blocks = {stack: Increase.parse(amount) for stack, amount in settings.stacks().items()}
+    even, fill = settings.fill == "pair", Fill(settings.fill, settings.seed)
+    wide = widening(axes, parts, named, round_to=settings.round_to, regular=settings.regular, even=even)
+    with preserve_random_state():
+        insert = deepening(find_stacks(model, axes), blocks) if blocks else {}
+    changes = {}
+    for key, units in wide.grow.items():
+        axis = axes[key]
+        changes[key] = Change(axis.size, tuple(range(axis.size)), axis.slots, axis.ids, grow=units, fill=fill)
+    origin: dict[str, Any] = {"method": "grow", **{part: str(increase) for part, increase in parts.items()}}
+    for what, increases in (("axis", named), ("blocks", blocks)):
+        if increases:
+            origin[what] = {name: str(increase) for name, increase in increases.items()}
+    plan = Plan(changes, origin={**origin, "fill": settings.fill}, insert=insert)
+    plan.check(axes)
+    reasons: dict[str, list[str]] = {}
+    for key, why in wide.refused.items():
+        reasons.setdefault(why, []).append(key)
+    notes = (
+        f"{len(keys)} {'axis keeps its' if len(keys) == 1 else 'axes keep their'} width ({keys[0]}"
+        f"{', …' if len(keys) > 1 else ''}): {why}"
+        for why, keys in reasons.items()
+    )
+    return plan, tuple(notes)
+
+
+def _grow_checked(
+    run: ActiveRun, model: nn.Module, axes: AxisGraph, plan: Plan, proof: bool
+) -> tuple[AxisGraph, dict[str, Any]]:
+    """Grow a network in place; return the axes afterwards, and the ``verify`` row of a run.
+
+    Raises:
+        RefusedError: If the outputs change by more than rounding; names the stack, if one is the cause.
+    """
+    if any(x.is_meta for x in model.parameters()):
+        return apply(model, axes, plan)[1], {}
+    examples = examples_of(cast_example(axes.example, model))
+    run_once(model, examples[0])
+    before = [(examples[0], outputs_of(model, examples[0]))]
+    for example in examples[1:]:
+        with suppress(Exception):  # a size that the network does not take
+            before.append((example, outputs_of(model, example)))
+    if not before[0][1]:
+        raise RefusedError("what the network returns has no tensor that could be compared; let it return tensors")
+    exact = 0.0
+    if plan.insert:  # on accelerators, sums may differ from run to run
+        exact = max(PASSED_ON, min(3 * measure_exactly(before[0][1], _run_grown(model, examples[0])), CHANGE))
+    for path in plan.insert:
+        _check_stack(model, plan, path, before, exact)
+    row: dict[str, Any] = {}
+    if proof:
+        with run.clock.stage("verify"):
+            run.progress(0, 1, "comparing the outputs in float64")
+            result = verify(model, axes, plan)
+            row = {**asdict(result), "dtype": "float64"}
+            if not result.ok:
+                raise _changed_outputs(result.max_abs_diff, result.bound, "float64")
+    with run.clock.stage("apply"):
+        run.progress(0, 1, "growing")
+        _, after = apply(model, axes, plan)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    share = CHANGE * (1 if dtype in ("float32", "float64") else 100) if plan.changes else exact
+    measured = [measure_change(outputs, _run_grown(model, x)) for x, outputs in before]
+    for change, largest in measured:
+        if not change <= share * (largest or 1.0):
+            raise _changed_outputs(change, share * largest, dtype)
+    change, largest = measured[0]
+    row = row or {"max_abs_diff": change, "bound": share * largest, "ok": True, "dtype": dtype}
+    return after, row | {"output_change": change, "relative_change": change / (largest or 1.0), "output_dtype": dtype}
+
+
+def _check_stack(
+    model: nn.Module, plan: Plan, path: str, before: Sequence[tuple[Example, Answers]], share: float
+) -> None:
+    """Raise ``RefusedError`` unless a copy of the network with more blocks in one stack gives what it gave before.
+
+    The blocks give their input unchanged, so that every operation behind them gets the same numbers.
+    """
+    twin = shallow_copy(model)
+    try:
+        insert_copies(twin, path, plan.insert[path])
+        worst = max(measure_exactly(outputs, outputs_of(twin, x)) for x, outputs in before)
+    except Exception as error:
+        raise RefusedError(
+            f"stack {path!r} cannot get further blocks: the network does not run with them: {first_line(error)}; "
+            f"{OTHER_STACK}; {AS_BEFORE}"
+        ) from None
+    if not worst <= share:
+        what = f"by up to {100 * worst:.2g} %" if isfinite(worst) else "their number or shape"
+        raise RefusedError(
+            f"stack {path!r} cannot get further blocks: the outputs would change {what}, since the network uses states "
+            f"between its blocks, how many there are, or random numbers; {OTHER_STACK}; {AS_BEFORE}"
+        )
+
+
+def _run_grown(model: nn.Module, example: Example) -> Answers:
+    try:
+        return outputs_of(model, example)
+    except Exception as error:
+        raise RefusedError(
+            f"the grown network does not run on what the network ran on: {first_line(error)}; {AS_BEFORE}"
+        ) from None
+
+
+def _changed_outputs(change: float, bound: float, dtype: str) -> RefusedError:
+    return RefusedError(
+        f"the growth changes the outputs by {change:.3g} in {dtype}, the bound is {bound:.3g}; {AS_BEFORE}, nothing "
+        "is saved; please report this"
+    )
+
+
+def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
+    """Train a network that has grown; log the loss before and after where the run is kept."""
+    model, sources, record = inputs.loaded.model, inputs.data.calibration, run.record
+    training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
+    added = added_entries(model, inputs.axes, plan)
+
+    def measure_loss() -> float:
+        if not record.kept:
+            return 0.0
+        with preserve_random_state(*(generator for source in sources for generator in source.generators)):
+            return mean_loss(model, sources, inputs.objective)
+
+    with autocasting(model, settings.precision):
+        before = measure_loss()
+        train_grown(model, sources, added, training, objective=inputs.objective, progress=run.progress)
+        record.log(
+            "training",
+            loss_before=before,
+            loss_after=measure_loss(),
+            steps=settings.steps,
+            train=settings.train,
+            lr=settings.lr,
+            parameters=sum(int(entries.sum()) for entries in added.values()),
+        )
 
 
 def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> GrowInputs:
@@ -173,19 +336,19 @@ def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> Grow
     Raises:
         ValueError: If the model or a source is not usable; says which, and the remedy.
     """
+    sources, progress = (*settings.on, *settings.sources), invocation.progress
     with clock.stage("load"):
-        loaded = load_model(_model(settings), invocation.progress, invocation.code)
+        spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
+        loaded = load_model(spec, progress, invocation.code)
         check_precision(loaded.model, settings.precision)
-        specs = _sources(settings)
+        specs = SourceSpecs(
+            settings.eval_tokens, settings.seq_len, settings.on, settings.sources, settings.tokens, settings.seed
+        )
         data = read_sources(specs, loaded)
     with clock.stage("trace"):
-        invocation.progress(0, 1, "tracing")
+        progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-
-    def predict(plan: Plan) -> MemoryTerms | None:
-        return plan_growth_memory(settings, loaded, axes, plan, invocation.memory, invocation.announce)
-
-    return GrowInputs(loaded, axes, data, describe=partial(describe_sources, specs), predict=predict)
+    return GrowInputs(loaded, axes, data, specs=specs)
 
 
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
@@ -202,30 +365,3 @@ def run(settings: Settings, invocation: Invocation) -> RunFolder:
     recorder = invocation.recorder(settings, settings.model, undo=settings.undo)
     carry_out(settings, partial(open_named, settings, invocation), recorder, progress=invocation.progress)
     return RunFolder(Path(invocation.out))
-
-
-def spec_of(settings: Settings) -> GrowthSpec:
-    """Return how much a run grows its model.
-
-    Args:
-        settings: The settings of the run.
-    """
-    return GrowthSpec.parse(
-        {"mlp": settings.mlp, "heads": settings.heads, "channels": settings.channels},
-        settings.named(),
-        settings.stacks(),
-        fill=settings.fill,
-        seed=settings.seed,
-        round_to=settings.round_to,
-        regular=settings.regular,
-    )
-
-
-def _model(settings: Settings) -> ModelSpec:
-    sources = (*settings.on, *settings.sources)
-    return ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
-
-
-def _sources(settings: Settings) -> SourceSpecs:
-    amounts = settings.eval_tokens, settings.seq_len
-    return SourceSpecs(*amounts, settings.on, settings.sources, settings.tokens, settings.seed)

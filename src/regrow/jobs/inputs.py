@@ -1,22 +1,32 @@
-"""The data of a run: calibration and evaluation halves of its sources, as text windows or images for its model."""
+"""The data of a run: calibration and evaluation halves of its sources, and text that its model generates."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from regrow import data
 from regrow.core.errors import InputError
+from regrow.core.progress import Progress, silent
 from regrow.core.source_names import GENERATED, check_evaluated
 from regrow.core.sources import Batch, Source
 from regrow.data import Half
+from regrow.data.text import find_separator, find_start, token_windows
 from regrow.data.vision import digits, images
-from regrow.data.windows import find_separator, find_start, token_windows
-from regrow.evaluation.generation import check_generation, describe_generated
+from regrow.distributed import SINGLE, ProcessRank
+from regrow.distributed.parallel import broadcast_tensors
+from regrow.evaluation.generation import check_generation, describe_generated, generate_tokens
 from regrow.nets import Loaded
+from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.statistics import parameter_sums
+from regrow.store.tensors import read_tensors, write_tensors
+
+FILE = "generated/windows.safetensors"
+"""The file in a run folder: a folder of its own, since loaders of models read all weights beside a configuration."""
+FORMAT = "regrow-generated/1"
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,11 @@ class SourceSpecs:
     tokens: int = 0
     seed: int = 0
     generated_tokens: int = 0
+
+    @property
+    def generated_windows(self) -> int:
+        """How many windows of generated text are used."""
+        return count_windows(self.generated_tokens or self.tokens, self.seq_len)
 
 
 @dataclass(frozen=True)
@@ -70,11 +85,7 @@ class SourceHalves:
 
 @dataclass(frozen=True)
 class PendingWindows(Sequence[Batch]):
-    """Windows that the model is still to generate: only their number is known.
-
-    Args:
-        number: The number of windows.
-    """
+    """Windows that the model is still to generate: only their number is known."""
 
     number: int
 
@@ -84,6 +95,15 @@ class PendingWindows(Sequence[Batch]):
     def __getitem__(self, index: object) -> NoReturn:
         """Raise RuntimeError: there is nothing to read."""
         raise RuntimeError(f"window {index} is read before it is generated")
+
+
+def count_windows(tokens: int, seq_len: int) -> int:
+    """Return how many windows of a text source are read.
+
+    >>> count_windows(100, 32), count_windows(20, 32)
+    (3, 1)
+    """
+    return max(1, tokens // seq_len)
 
 
 def read_sources(specs: SourceSpecs, loaded: Loaded, generated: Tensor | None = None) -> SourceHalves:
@@ -107,78 +127,33 @@ def read_sources(specs: SourceSpecs, loaded: Loaded, generated: Tensor | None = 
         raise InputError(f"source {GENERATED!r} is text that the model generates; give {GENERATED}=PATH another name")
     return SourceHalves(
         tuple(
-            generated_source(specs, loaded, generated)
+            _generated_source(specs, loaded, generated)
             if spec == GENERATED
-            else _source(specs, loaded, spec, Half.CALIBRATION, specs.tokens)
+            else _read_source(specs, loaded, spec, Half.CALIBRATION, specs.tokens)
             for spec in specs.sources
         ),
-        tuple(_source(specs, loaded, spec, Half.EVALUATION, specs.eval_tokens) for spec in every if spec != GENERATED),
+        tuple(
+            _read_source(specs, loaded, spec, Half.EVALUATION, specs.eval_tokens) for spec in every if spec != GENERATED
+        ),
         generated,
     )
 
 
-def generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None) -> Source:
-    """Return the source of text that the model generated.
-
-    Args:
-        specs: The sources, and how much of each.
-        loaded: The model.
-        tokens: The tokens of at least as many windows; ``None``: they are pending.
-
-    Raises:
-        InputError: If the model has no tokenizer, or cannot generate text.
-    """
-    if loaded.tokenizer is None:
-        raise InputError(
-            f"source {GENERATED!r} is text that the model generates, and this model has no tokenizer; name a language "
-            "model, or another source"
-        )
-    check_generation(loaded.model)
-    find_separator(loaded.tokenizer)
-    n = count_windows(specs.generated_tokens or specs.tokens, specs.seq_len)
-    if tokens is None:
-        return Source(GENERATED, PendingWindows(n))
-    origin = describe_generated(n, specs.seq_len, specs.seed)
-    return token_windows(GENERATED, tokens[:n], find_start(loaded.tokenizer), origin)
-
-
-def count_windows(tokens: int, seq_len: int) -> int:
-    """Return how many windows of a text source are read.
-
-    >>> count_windows(100, 32), count_windows(20, 32)
-    (3, 1)
-
-    Args:
-        tokens: The tokens asked for.
-        seq_len: Tokens per window.
-    """
-    return max(1, tokens // seq_len)
-
-
-def _source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amount: int) -> Source:
+def _read_source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amount: int) -> Source:
+    seed = specs.seed if half is Half.CALIBRATION else 0
     if loaded.tokenizer is not None:
         n = count_windows(amount, specs.seq_len)
-        seed = specs.seed if half is Half.CALIBRATION else 0
         return data.windows(data.text(spec), loaded.tokenizer, n=n, seq_len=specs.seq_len, seed=seed, half=half)
-    shape = _image_shape(loaded, spec)
-    seed = specs.seed if half is Half.CALIBRATION else 0
+    _, channels, size, _ = _image_shape(loaded, spec)
     if spec == "digits":
-        return digits(n=amount, size=shape[-1], channels=shape[1], seed=seed, half=half)
-    name, equals, path = spec.partition("=")
-    if not equals or not name.strip() or not path.strip():
+        return digits(n=amount, size=size, channels=channels, seed=seed, half=half)
+    name, _, path = spec.partition("=")
+    if not name.strip() or not path.strip():
         raise InputError(
             f"source {spec!r} names no images, which this model takes; write digits, or NAME=FOLDER of class folders"
         )
-    return images(
-        name,
-        Path(path),
-        n=amount,
-        size=shape[-1],
-        channels=shape[1],
-        seed=seed,
-        half=half,
-        normalised=loaded.origin.normalised_images,
-    )
+    shift = loaded.origin.normalised_images
+    return images(name, Path(path), n=amount, size=size, channels=channels, seed=seed, half=half, normalised=shift)
 
 
 def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
@@ -199,26 +174,144 @@ def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
             f"source {spec!r} gives square images of 1 or 3 channels, and the model takes "
             f"{shape[1]} × {height} × {width}; use regrow.prune in Python with batches of your own"
         )
-    kind = next(loaded.model.parameters()).dtype
-    if kind != torch.float32:
-        raise InputError(f"images are read in float32, and the model is in {str(kind)[6:]}; leave out --dtype")
+    dtype = next(loaded.model.parameters()).dtype
+    if dtype != torch.float32:
+        raise InputError(f"images are read in float32, and the model is in {str(dtype)[6:]}; leave out --dtype")
     return shape
 
 
-def describe_sources(specs: SourceSpecs, kinds: SourceHalves) -> list[dict[str, object]]:
-    """Return the rows of ``run.json`` about the sources: name, origin, and tokens used.
-
-    Args:
-        specs: The sources, and how much of each.
-        kinds: The data that were read.
-    """
-    tests, rows = iter(kinds.evaluation), []
+def describe_sources(specs: SourceSpecs, halves: SourceHalves) -> list[dict[str, object]]:
+    """Return the rows of ``run.json`` about the sources: name, origin, and tokens used."""
+    tests, rows = iter(halves.evaluation), []
     for i, spec in enumerate((*specs.sources, *specs.unseen)):
-        own = kinds.calibration[i] if i < len(kinds.calibration) else None
+        calibration = halves.calibration[i] if i < len(halves.calibration) else None
         test = None if spec == GENERATED else next(tests)
-        parts = {"calibration": own, "evaluation": test}
-        name = next(one.name for one in (test, own) if one is not None)
-        origin = "; ".join(f"{half}: {one.origin}" for half, one in parts.items() if one is not None)
-        counts = {f"{half}_tokens": one.tokens if one else 0 for half, one in parts.items()}
+        parts = {"calibration": calibration, "evaluation": test}
+        name = next(source.name for source in (test, calibration) if source is not None)
+        origin = "; ".join(f"{half}: {source.origin}" for half, source in parts.items() if source is not None)
+        counts = {f"{half}_tokens": source.tokens if source else 0 for half, source in parts.items()}
         rows.append({"name": name, "spec": spec, "origin": origin, **counts})
     return rows
+
+
+def _generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None) -> Source:
+    """Return the source of text that the model generated, of at least as many windows; ``None``: they are pending.
+
+    Raises:
+        InputError: If the model has no tokenizer, or cannot generate text.
+    """
+    if loaded.tokenizer is None:
+        raise InputError(
+            f"source {GENERATED!r} is text that the model generates, and this model has no tokenizer; name a language "
+            "model, or another source"
+        )
+    check_generation(loaded.model)
+    find_separator(loaded.tokenizer)
+    n = specs.generated_windows
+    if tokens is None:
+        return Source(GENERATED, PendingWindows(n))
+    origin = describe_generated(n, specs.seq_len, specs.seed)
+    return token_windows(GENERATED, tokens[:n], find_start(loaded.tokenizer), origin)
+
+
+def fill_generated(
+    halves: SourceHalves,
+    specs: SourceSpecs,
+    loaded: Loaded,
+    n: int = 0,
+    folder: Path | None = None,
+    *,
+    known: Sequence[Path | Tensor] = (),
+    progress: Progress = silent,
+    ranks: ProcessRank = SINGLE,
+    weights: Sequence[float] | None = None,
+) -> SourceHalves:
+    """Generate the text of a run, or read what its folder has of it; without a source that is pending, do nothing.
+
+    Args:
+        halves: The data of the run.
+        specs: The sources, and how much of each.
+        loaded: The model that generates.
+        n: How many windows are stored; 0: as many as ``specs`` says, which is the least.
+        folder: The run folder, which gets the windows, stretch by stretch; ``None``: nothing is written.
+        known: Windows of the same model, or run folders that may have some.
+        progress: Called with (tokens so far, tokens in all, what is being done).
+        ranks: The processes; rank 0 generates for all.
+        weights: A sum of each parameter of the model; ``None``: they are in memory, and are summed.
+
+    Raises:
+        InputError: If the model cannot generate text.
+        StoreError: If the disk is full.
+    """
+    if not halves.pending:
+        return halves
+    n = n or specs.generated_windows
+    tokens = torch.full((n, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
+    if ranks.leads:
+        header = _describe_windows(specs, loaded, weights)
+        _copy_known(tokens, (*known, *([folder] if folder else [])), header)
+
+        def store() -> None:
+            if folder is not None:
+                with explain_os_errors(folder / FILE):
+                    (folder / FILE).parent.mkdir(exist_ok=True)
+                write_tensors(folder / FILE, {"tokens": tokens}, header, FORMAT)
+
+        if (tokens < 0).any():
+            separator = find_separator(loaded.tokenizer)
+            generate_tokens(loaded.model, tokens, separator, specs.seed, progress=progress, store=store)
+        store()
+    broadcast_tensors(ranks, [tokens])
+    calibration = (
+        _generated_source(specs, loaded, tokens) if isinstance(source.batches, PendingWindows) else source
+        for source in halves.calibration
+    )
+    return replace(halves, calibration=tuple(calibration), generated=tokens)
+
+
+def check_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[Path], weights: Sequence[float]) -> None:
+    """Raise InputError unless run folders have all text of a run whose network, read block by block, cannot generate.
+
+    ``weights`` has a sum of each parameter of the model, which has no numbers.
+    """
+    n = specs.generated_windows
+    tokens = torch.full((n, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
+    _copy_known(tokens, known, _describe_windows(specs, loaded, weights))
+    if missing := int((tokens < 0).any(1).sum()):
+        raise InputError(
+            f"source 'generated' lacks {missing} of {n} windows, and a network that is read one block at a time cannot "
+            "generate them; give more --memory, or fewer --tokens"
+        )
+
+
+def _describe_windows(specs: SourceSpecs, loaded: Loaded, weights: Sequence[float] | None) -> dict[str, object]:
+    """Return what the text depends on: seed, first token, vocabulary and weights."""
+    model: Any = loaded.model
+    return {
+        "seed": specs.seed,
+        "separator": find_separator(loaded.tokenizer),
+        "vocabulary": len(model.get_input_embeddings().weight),
+        "weights": parameter_sums(model) if weights is None else list(weights),
+    }
+
+
+def _copy_known(tokens: Tensor, known: Sequence[Path | Tensor], header: Mapping[str, object]) -> None:
+    """Fill in windows that are known, as far as they have the same length."""
+    for source in known:
+        stored = source if isinstance(source, Tensor) else _read_windows(source / FILE, header)
+        if stored is not None and stored.shape[1] == tokens.shape[1]:
+            n = min(len(tokens), len(stored))
+            tokens[:n] = torch.where(stored[:n] >= 0, stored[:n], tokens[:n])
+
+
+def _read_windows(path: Path, header: Mapping[str, object]) -> Tensor | None:
+    """Return stored windows; ``None`` if there is no usable file, or it is of another model, seed or vocabulary."""
+    try:
+        recorded, tensors = read_tensors(path, FORMAT)
+    except StoreError:
+        return None
+    tokens = tensors.get("tokens")
+    if tokens is None or tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel():
+        return None
+    valid = int(tokens.min()) >= -1 and int(tokens.max()) < int(str(header["vocabulary"]))
+    return tokens if valid and all(recorded.get(name) == value for name, value in header.items()) else None

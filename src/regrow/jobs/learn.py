@@ -4,43 +4,102 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from regrow import store
-from regrow.core.process_memory import reset_peak
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN
 from regrow.core.progress import Progress, silent
+from regrow.core.sources import moved
+from regrow.core.tasks import Task, first_examples, input_shape
+from regrow.data import MissingError, SourceError
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import Parallel, broadcast_record
-from regrow.jobs.learn_inputs import BegunRun, LearnInputs, open_named
-from regrow.jobs.learning_record import LearningRecord, record_matrix
-from regrow.jobs.recording import (
-    Clock,
-    FolderRecorder,
-    Invocation,
-    Record,
-    Recorder,
-    RunStart,
-    read_history,
+from regrow.evaluation.continual import Matrix
+from regrow.jobs.recording import Clock, FolderRecorder, Invocation, Record, Recorder, RunStart, read_history
+from regrow.jobs.same_inputs import check_same_settings, check_same_tasks
+from regrow.jobs.starting import (
+    TaskSpecs,
+    check_outputs,
+    load_start,
+    make_task_schedule,
+    read_tasks,
+    record_tasks,
+    select_known,
 )
-from regrow.jobs.same_inputs import check_same_tasks
 from regrow.jobs.trackers import tracking
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
+from regrow.nets.devices import choose_device
+from regrow.nets.examples import image_example
 from regrow.nets.files import check_files
+from regrow.nets.loaded import Loaded
+from regrow.nets.small import small
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.learn import Settings
 from regrow.store.errors import StoreError
 from regrow.store.replacing import clear_leftovers
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import check_repeatable, convert_settings
-from regrow.streaming.requirements import record_peak
-from regrow.training.checkpoint import CHECKPOINT, History, check_checkpoint, count_tasks, write_checkpoint
-from regrow.training.continual import accuracy_matrix, untrained_accuracies
+from regrow.tracing import trace
+from regrow.tracing.meta_copy import clone_model
+from regrow.training.checkpoint import CHECKPOINT, History, check_checkpoint, read_start, write_checkpoint
+from regrow.training.continual import TaskSchedule, accuracy_matrix, untrained_accuracies
 from regrow.training.continual import learn as train_tasks
 from regrow.training.fit import Fitted
-from regrow.training.learner import Context, write_replacements
-from regrow.training.resuming import read_start
+from regrow.training.learner import Context, Learner, write_replacements
+from regrow.training.schedule import NO_AXES
 from regrow.training.state import TrainState
+from regrow.training.step import is_settled
+
+
+@dataclass(frozen=True)
+class LearnInputs:
+    """What a run learns, and with which network.
+
+    Args:
+        loaded: The network, changed in place.
+        axes: Its axes.
+        tasks: All tasks.
+        learner: The method.
+        schedule: How each task is trained.
+        checkpoint: The file with the state of the training, relative to the run folder; ``None``: there is none.
+        untrained: Returns the network before the run once more; ``None``: no tasks are added to the run.
+        new: Whether the network is new, so that nothing is recorded of it.
+        sequence: What is recorded of the tasks.
+        call: What the result depends on besides settings, for a call from Python.
+    """
+
+    loaded: Loaded
+    axes: AxisGraph
+    tasks: Sequence[Task]
+    learner: Learner[Any]
+    schedule: TaskSchedule
+    checkpoint: Path | None = Path(CHECKPOINT)
+    untrained: Callable[[], Loaded] | None = None
+    new: bool = False
+    sequence: Sequence[object] | None = None
+    call: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class BegunRun:
+    """A run to which tasks are added.
+
+    Args:
+        path: The folder that has its files.
+        sequences: The sequences of tasks that it has had.
+        over: How many of its tasks are over.
+        without_old: Whether data of these may be missing.
+        recorded: What it has recorded of its tasks.
+    """
+
+    path: Path
+    sequences: tuple[str, ...]
+    over: int
+    without_old: bool
+    recorded: object
 
 
 def carry_out(
@@ -70,9 +129,8 @@ def carry_out(
     identity = {"verb": "learn", "settings": record_settings(settings), "defaults": taken}
     recorder.check(identity)
     clock = Clock(None)
-    reset_peak()
     opened = inputs(clock)
-    loaded, tasks, needs = opened.loaded, opened.tasks, opened.memory
+    loaded, tasks = opened.loaded, opened.tasks
     check_same_tasks(ranks, loaded.model, tasks)
     with recorder.begin(RunStart(identity, None if opened.new else loaded, call=opened.call)) as record:
         clock.folder = record
@@ -86,7 +144,6 @@ def carry_out(
         if missing := [task.name for task in tasks if task.gone]:
             record.log("gone", tasks=missing)
         record.log("matrix", tasks=[task.name for task in tasks], **record_matrix(accuracy_matrix(fitted.state)))
-        record.update(memory=record_peak(needs) if needs else None)
         recorder.finish(record, clock.seconds)
         return fitted
 
@@ -118,16 +175,150 @@ def _learn(inputs: LearnInputs, record: Record, ranks: ProcessRank, progress: Pr
     return fitted
 
 
-def run(settings: Settings, invocation: Invocation) -> RunFolder:
-    """Learn the tasks that settings name, as ``regrow learn`` does, and return the folder.
+@dataclass
+class LearningRecord:
+    """Writes what a training has reached into its run, if that is in a folder: each plan, event and task once."""
+
+    run: Record
+    tasks: Sequence[Task]
+    plans: int = 0
+    events: int = 0
+    over: int = 0
+
+    def resume(self, start: TrainState[Any]) -> None:
+        """Take back plans that the training does not have yet, and write what is missing."""
+        if isinstance(self.run, RunFolder):
+            self.run.own_ledger.truncate(len(start.plans))
+            self.plans = len(self.run.own_ledger)
+            self.write(start)
+
+    def write(self, now: TrainState[Any]) -> None:
+        """Write what is new since the last call."""
+        if not isinstance(self.run, RunFolder):
+            return
+        for plan in now.plans[self.plans :]:
+            self.run.own_ledger.append(plan)
+        # The other growth events are watched further, and are logged at the end of their task.
+        settled = len([*takewhile(lambda event: is_settled(event) or event["task"] < now.number, now.events)])
+        for i in range(self.events, settled):
+            self.run.log("growth", number=i, **now.events[i])
+        for i in range(self.over, now.number):
+            scores = list(now.rows[i])
+            # Scores that are no shares, of values or of a loss of one's own, are beside the accuracy.
+            others: dict[str, Any] = {} if _are_shares(scores) else {"scores": scores}
+            accuracy = [None] * len(scores) if others else scores
+            self.run.log("task", name=self.tasks[i].name, accuracy=accuracy, **now.sizes[i], **others)
+        self.plans, self.events, self.over = len(now.plans), settled, now.number
+
+
+def record_matrix(matrix: Matrix) -> dict[str, Any]:
+    """Return the scores of all tasks as JSON data; if they are no shares, they are in ``scores``, and accuracy is none.
+
+    >>> record_matrix(Matrix(((-0.5,),), (-2.0,)))["matrix"]
+    [[None]]
+    """
+    record: dict[str, Any] = dict(matrix.record())
+    if all(map(_are_shares, (*matrix.rows, matrix.before))):
+        return record
+    nothing: dict[str, Any] = dict.fromkeys(record)
+    nothing |= {"matrix": [[None] * len(row) for row in matrix.rows], "before": [None] * len(matrix.before)}
+    return nothing | {"scores": record}
+
+
+def _are_shares(scores: Sequence[float]) -> bool:
+    return all(0 <= score <= 1 or score != score for score in scores)
+
+
+def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
+    """Return a learner; a method with a seed gets the run's, unless ``settings`` has another."""
+    entry = find_method(MethodKind.CONTINUAL, method)
+    learner: Learner[Any] = entry.made(method, select_known(entry, {"seed": seed}) | dict(settings))
+    return learner
+
+
+def open_named(
+    settings: Settings, invocation: Invocation, clock: Clock, *, begun: BegunRun | None = None
+) -> LearnInputs:
+    """Open the network and the tasks that settings name.
 
     Args:
         settings: The settings of the run.
         invocation: How the command was called.
+        clock: Times the stages ``load`` and ``trace``.
+        begun: The run to which the last tasks are added; ``None``: all are those of a new run.
 
     Raises:
-        ValueError: As :func:`carry_out`.
+        ValueError: If the network or a sequence is not usable; says which, and the remedy.
     """
+    check_same_settings(invocation.ranks, settings)
+    device = choose_device(settings.device, invocation.ranks)
+    learner = build_learner(settings.method, settings.method_settings, settings.seed)
+    with clock.stage("load"):
+        known, folder = (begun.sequences, begun.path) if begun else (settings.tasks, None)
+        start = load_start(settings.model, known, settings.input, invocation, folder)
+        tasks, outputs = _read_named(settings, start, learner, begun)
+
+        def build() -> Loaded:
+            if start:
+                return replace(start, model=clone_model(start.model).to(device))
+            model, origin = small(settings.model, input_shape(tasks[0].train), outputs, settings.seed)
+            return Loaded(model.to(device), None, image_example(model, *origin.input_shape), origin)
+
+        loaded, new = build(), start is None
+    with clock.stage("trace"):
+        example = start.example if start else Example((first_examples(tasks[0].train, 2).inputs,))
+        args, kwargs = moved((example.args, dict(example.kwargs)), device)
+        axes = trace(loaded.model, *args, **kwargs) if new or learner.uses_axes else NO_AXES
+    schedule = make_task_schedule(settings, CLASSIFICATION if loaded.tokenizer is None else NEXT_TOKEN)
+    names = record_tasks(settings.tasks, tasks)
+    return LearnInputs(loaded, axes, tasks, learner, schedule, untrained=build, new=new, sequence=names)
+
+
+def specs_of(settings: Settings, start: Loaded | None = None) -> TaskSpecs:
+    """Return the tasks of a run on a network with weights (``start``) or a new one, and how much data is used."""
+    specs = TaskSpecs(settings.tasks, settings.train, settings.test, settings.scenario, settings.seed)
+    return specs.fit(start, settings.seq_len)
+
+
+def _read_named(
+    settings: Settings, start: Loaded | None, learner: Learner[Any], begun: BegunRun | None
+) -> tuple[list[Task], int]:
+    """Return all tasks, and the number of the network's outputs; raise ValueError if it has fewer."""
+    specs = specs_of(settings, start)
+    old = _read_old(begun, specs, settings.method, learner) if begun else read_tasks(specs)
+    tasks = old
+    if begun:
+        tasks = read_tasks(replace(specs, sequences=settings.tasks[len(begun.sequences) :]), before=old)
+    had, outputs = (
+        max(settings.classes, 1 + max((c for task in some for c in task.classes), default=0)) for some in (old, tasks)
+    )
+    if start and start.tokenizer is None:
+        check_outputs(start, tasks[0], outputs)
+    elif outputs > had:
+        raise ValueError(
+            f"{', '.join(task.name for task in tasks[len(old) :])} has classes up to {outputs - 1}, and the network of "
+            f"the run has outputs for {had}: begin a run with --classes {outputs}"
+        )
+    return tasks, outputs
+
+
+def _read_old(begun: BegunRun, specs: TaskSpecs, method: str, learner: Learner[Any]) -> list[Task]:
+    """Return the tasks that a run has had, without data where these may be missing."""
+    try:
+        old = read_tasks(replace(specs, sequences=begun.sequences), begun.recorded if begun.without_old else None)
+    except MissingError as error:
+        if begun.without_old:
+            raise SourceError(f"{error}; this run did not note what its tasks were like") from None
+        raise MissingError(f"{error}; with --without-old, tasks that are over need no data any more") from None
+    if late := [task.name for task in old[begun.over :] if task.gone]:
+        raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
+    if learner.trains_on_past and (gone := [task.name for task in old if task.gone]):
+        raise SourceError(f"{method} learns from all examples, and those of {', '.join(gone)} are not there")
+    return old
+
+
+def run(settings: Settings, invocation: Invocation) -> RunFolder:
+    """Learn the tasks that settings name, as ``regrow learn`` does, and return the folder."""
 
     def open_inputs(clock: Clock) -> LearnInputs:
         if invocation.ranks.leads and (begun := RunFolder.open_unfinished(invocation.out)):
@@ -195,9 +386,6 @@ class ExtensionRecorder:
     def begin(self, start: RunStart) -> Iterator[Record]:
         """Open the run for writing inside the ``with`` block.
 
-        Args:
-            start: What it starts from.
-
         Raises:
             StoreError: If another process has changed it since it was read.
         """
@@ -211,12 +399,7 @@ class ExtensionRecorder:
             yield folder
 
     def finish(self, record: Record, seconds: Mapping[str, float]) -> RunFolder:
-        """Complete the run, as :meth:`FolderRecorder.finish`.
-
-        Args:
-            record: The run.
-            seconds: Stage → the time that it took.
-        """
+        """Complete the run, as :meth:`FolderRecorder.finish`."""
         return self.folder.finish(record, seconds)
 
 
@@ -234,10 +417,10 @@ def _read_begun(
     check_repeatable(out, record)
     was = convert_settings(record["settings"], Settings)
     refuse_recorded_code(was.method, record["command"])
-    check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
+    done = check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
     added = _added(record.get("extension"), was.tasks, more, total)
     if added or not record.get("finished") or folder.path != out:
-        return record, count_tasks(folder.path / CHECKPOINT), added
+        return record, done, added
     if more:
         raise StoreError(
             f"{out} has learned {', '.join(more)} by this very command; to learn the same once more, add "

@@ -1,7 +1,7 @@
 """Measurements of a model before and after a cut: size, quality, and the quantity that its budget counts."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -14,13 +14,14 @@ from regrow.core.amounts import STEPS, Measure
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
-from regrow.core.progress import Progress, silent
+from regrow.core.progress import Progress
 from regrow.core.sources import Batch, Source, preserve_random_state, seed_generators
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.evaluation.objective import Evaluation, evaluate_objective
+from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.recording import Record
 from regrow.nets import Loaded
-from regrow.nets.precision import autocasting
+from regrow.nets.devices import autocasting
 from regrow.streaming.network import StreamedNetwork
 from regrow.tracing.capture import first_line
 
@@ -29,10 +30,9 @@ def measure_run(
     record: Record,
     loaded: Loaded,
     axes: AxisGraph,
-    tests: tuple[Source, ...],
-    seen: frozenset[str],
+    data: SourceHalves,
     name: str,
-    progress: Progress = silent,
+    progress: Progress,
     *,
     precision: str = "float32",
     objective: Objective | None = None,
@@ -50,8 +50,7 @@ def measure_run(
         record: The run that gets the rows; without one that measures, nothing is done.
         loaded: The model.
         axes: Its axes.
-        tests: The evaluation sources.
-        seen: The names of the sources that were used for calibration.
+        data: The data: it is evaluated on the evaluation halves.
         name: The name of the model in the rows: ``dense``, ``cut`` (before layers are fitted), ``pruned`` or
             ``recovered``.
         progress: Called with (steps done, steps in all, what is being done).
@@ -68,23 +67,32 @@ def measure_run(
         return {}
     loaded = loaded if network is None else replace(loaded, model=network.model)
     columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
-    _log_size(record, loaded.model, axes, columns)
-    tests = tests if objective is None or objective in (CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN) else ()
+    size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
+    counts = {"params_all": size.parameters, "params_counted": size.counted, "macs": evaluation.macs(axes)}
+    record.log("size", **columns, **counts, bytes=size.bytes, dtype=size.dtype)
+    tests = data.evaluation if objective in (None, CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN) else ()
     generators = [generator for source in tests for generator in source.generators]
     perplexities: dict[str, evaluation.Perplexity] = {}
     with preserve_random_state(*generators), autocasting(loaded.model, precision):
         seed_generators(*generators)
-        complete = [known[source.name] for source in tests if source.name in known] if known else []
-        whole = len(complete) == len(tests) > 0
-        results = complete if whole else _evaluate(loaded, tests, name, progress, network, ranks, objective)
+        results: Iterable[evaluation.Perplexity | evaluation.Accuracy | Evaluation]
+        if known and all(source.name in known for source in tests):
+            results = [known[source.name] for source in tests]
+        elif objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
+            results = _evaluate_text(loaded, tests, name, progress, network, ranks)
+        else:
+            results = _evaluate(loaded, tests, name, progress, objective)
         try:
             for result in results:
                 if isinstance(result, evaluation.Perplexity):
                     perplexities[result.source] = result
-                    row = {"source": result.source, "seen": result.source in seen, **_perplexity(result)}
-                    record.log("perplexity", **columns, **row)
+                    _log_perplexity(record, result, columns, result.source in data.seen)
                 else:
-                    record.log("choice", task=result.source, **columns, **_accuracy(result))
+                    if isinstance(result, Evaluation):
+                        score, error, n = result.score, result.score_error, result.count
+                    else:
+                        score, error, n = result.accuracy, result.error, len(result.right)
+                    record.log("choice", task=result.source, **columns, acc=score, acc_se=error, n=n)
                 if known is not None and not isinstance(result, Evaluation):
                     known[result.source] = result
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -96,10 +104,50 @@ def measure_run(
     return perplexities
 
 
-def _log_size(record: Record, model: nn.Module, axes: AxisGraph, columns: dict[str, Any]) -> None:
-    size = evaluation.size(model, axes.counted, next(model.parameters()).dtype)
-    counts = {"params_all": size.parameters, "params_counted": size.counted, "macs": evaluation.macs(axes)}
-    record.log("size", **columns, **counts, bytes=size.bytes, dtype=size.dtype)
+def _log_perplexity(record: Record, result: evaluation.Perplexity, columns: Mapping[str, Any], seen: bool) -> None:
+    windows = result.record()
+    record.log(
+        "perplexity",
+        **columns,
+        source=result.source,
+        seen=seen,
+        ppl=result.ppl,
+        nll=result.mean,
+        se=result.error,
+        tokens=windows["tokens"],
+        bits_per_byte=result.bits_per_byte,
+        nll_per_window=windows["nll_per_window"],
+    )
+
+
+def _evaluate(
+    loaded: Loaded, tests: Sequence[Source], name: str, progress: Progress, objective: Objective | None
+) -> Iterator[evaluation.Accuracy | Evaluation]:
+    for i, source in enumerate(tests):
+        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
+        first = (batch.labels for batch in islice(source, 1))
+        classes = objective is CLASSIFICATION and all(isinstance(one, Tensor) and one.dim() == 1 for one in first)
+        if objective is None or classes:
+            yield evaluation.accuracy(loaded.model, source)
+        else:
+            yield evaluate_objective(loaded.model, source, objective)
+
+
+def _evaluate_text(
+    loaded: Loaded,
+    tests: Sequence[Source],
+    name: str,
+    progress: Progress,
+    network: StreamedNetwork | None,
+    ranks: ProcessRank,
+) -> Iterator[evaluation.Perplexity]:
+    """Yield the perplexity of a language model on each source; with several ranks, on rank 0."""
+    shares = [ranks.share(source.batches) for source in tests]
+    walk = network.outputs([batch for share in shares for batch in share]) if network and tests else None
+    for i, (source, share) in enumerate(zip(tests, shares, strict=True)):
+        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
+        outputs = None if walk is None else islice(walk, len(share))
+        yield evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer, outputs=outputs, ranks=ranks)
 
 
 def log_pairs(
@@ -122,65 +170,6 @@ def log_pairs(
     for name in (name for name in before if name in after):
         pair = evaluation.paired_difference(before[name], after[name])
         record.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
-
-
-def _evaluate(
-    loaded: Loaded,
-    tests: Sequence[Source],
-    name: str,
-    progress: Progress,
-    network: StreamedNetwork | None,
-    ranks: ProcessRank,
-    objective: Objective | None,
-) -> Iterator[evaluation.Perplexity | evaluation.Accuracy | Evaluation]:
-    if objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
-        yield from _evaluate_text(loaded, tests, name, progress, network, ranks)
-        return
-    for i, source in enumerate(tests):
-        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
-        if objective is None or (objective is CLASSIFICATION and _one_class_each(source)):
-            yield evaluation.accuracy(loaded.model, source)
-        else:
-            yield evaluate_objective(loaded.model, source, objective)
-
-
-def _one_class_each(source: Source) -> bool:
-    return all(isinstance(batch.labels, Tensor) and batch.labels.dim() == 1 for batch in islice(source, 1))
-
-
-def _evaluate_text(
-    loaded: Loaded,
-    tests: Sequence[Source],
-    name: str,
-    progress: Progress,
-    network: StreamedNetwork | None,
-    ranks: ProcessRank,
-) -> Iterator[evaluation.Perplexity]:
-    """Yield the perplexity of a language model on each source; with several ranks, on rank 0."""
-    shares = [ranks.share(source.batches) for source in tests]
-    walk = network.outputs([batch for share in shares for batch in share]) if network and tests else None
-    for i, (source, share) in enumerate(zip(tests, shares, strict=True)):
-        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
-        outputs = None if walk is None else islice(walk, len(share))
-        yield evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer, outputs=outputs, ranks=ranks)
-
-
-def _perplexity(one: evaluation.Perplexity) -> dict[str, Any]:
-    record = one.record()
-    return {
-        "ppl": one.ppl,
-        "nll": one.mean,
-        "se": one.error,
-        "tokens": record["tokens"],
-        "bits_per_byte": one.bits_per_byte,
-        "nll_per_window": record["nll_per_window"],
-    }
-
-
-def _accuracy(result: evaluation.Accuracy | Evaluation) -> dict[str, Any]:
-    if isinstance(result, Evaluation):
-        return {"acc": result.score, "acc_se": result.score_error, "n": result.count}
-    return {"acc": result.accuracy, "acc_se": result.error, "n": len(result.right)}
 
 
 def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:

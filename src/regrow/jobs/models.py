@@ -1,24 +1,34 @@
-"""Load the models that commands work on, by name or from a run folder."""
+"""Load the models that commands work on, by name or from a run folder, and choose the input to trace them with."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from regrow import nets, store
 from regrow.core.axes import AxisGraph, Example
+from regrow.core.limits import expanded
 from regrow.core.progress import Progress, silent
-from regrow.jobs.example_inputs import find_input, input_arguments
-from regrow.nets import Loaded, ModelError
-from regrow.nets.code import call_builder, check_code, import_builder
+from regrow.core.sources import moved
+from regrow.data.vision import side_of
+from regrow.nets import Loaded, ModelError, Origin
 from regrow.nets.devices import choose_device
-from regrow.nets.examples import read_shape, shaped_example
+from regrow.nets.examples import (
+    guessed_example,
+    image_example,
+    read_shape,
+    say_guess,
+    shaped_example,
+    text_example,
+    written_shape,
+)
 from regrow.nets.files import check_files
+from regrow.nets.load import call_builder, check_code, import_builder
+from regrow.nets.loaded import WeightFile
 from regrow.nets.packaged import PACKAGED
-from regrow.nets.weight_files import WeightFile
 from regrow.store import probe
 from regrow.store.run_record import RUN, read_run
 from regrow.streaming.opening import open_network
@@ -58,48 +68,37 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
     Raises:
         ValueError: If it cannot be loaded, or ``code`` is missing or not needed.
     """
-    device = choose_device(spec.device)
-    folder = Path(spec.name)
+    device, dtype, folder = choose_device(spec.device), DTYPES.get(spec.dtype), Path(spec.name)
     if not (folder / store.SHAPES).is_file():
         check_code(spec.name, False, code)
-        given = input_arguments(spec.name, spec.input, spec.sources)
-        return nets.load(spec.name, dtype=DTYPES.get(spec.dtype), device=device, **given, progress=progress)
+        shape = read_shape(spec.input) if spec.input else None
+        pixels = 0 if spec.input or folder.exists() else find_image_side(spec.sources)
+        return nets.load(spec.name, dtype=dtype, device=device, example=shape, pixels=pixels, progress=progress)
     check_files(folder)
     shapes = store.read_shapes(folder)
-    recorded = shapes.origin
     try:
-        check_code(recorded.reference, recorded.kind == "callable", code)
+        check_code(shapes.origin.reference, shapes.origin.kind == "callable", code)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
     builder = import_builder(code) if code else None
-    own, example = call_builder(builder, code) if builder else (None, None)
-    stored = {folder / name: one.sha256 for name, one in shapes.files.items()}
-    files = tuple(WeightFile(path, digest, held=True) for path, digest in stored.items() if path.is_file())
-    net = store.load(folder, model=own, device=device, dtype=DTYPES.get(spec.dtype))
-    tokenizer: Any = getattr(net, "tokenizer", None)
-    origin = replace(recorded, name=folder.name, builder=builder)
+    built, shown = call_builder(builder, code) if builder else (None, None)
+    digests = {folder / name: file.sha256 for name, file in shapes.files.items()}
+    files = tuple(WeightFile(path, digest, held=True) for path, digest in digests.items() if path.is_file())
+    model = store.load(folder, model=built, device=device, dtype=dtype)
+    origin = replace(shapes.origin, name=folder.name, builder=builder)
     if spec.input:
-        example = shaped_example(net, read_shape(spec.input))
-    if example is None:
-        run = read_run(folder) if (folder / RUN).is_file() else {}
-        probed = partial(probe.read_example, folder / probe.FILE, net) if shapes.probe.file is not None else None
-        example = find_input(net, origin, run, spec.sources, tokenizer, probed)
-    return Loaded(net, tokenizer, _move_example(example, device), origin, files=files)
+        shown = shaped_example(model, read_shape(spec.input))
+    probed = shapes.probe.file is not None
+    example = shown or _find_example(model, origin, folder, spec.sources, probed)
+    example = Example(moved(example.args, device), moved(dict(example.kwargs), device))
+    return Loaded(model, getattr(model, "tokenizer", None), example, origin, files=files)
 
 
 def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> tuple[Loaded, AxisGraph]:
     """Return a model and its axes, without reading its weights where the folder says all shapes.
 
     The weights of transformers folders, of saved transformers models and of packaged models are not read: parameters
-    are fake tensors. Other models are loaded.
-
-    Args:
-        spec: Which model, and how.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: As for :func:`load_model`.
-
-    Raises:
-        ValueError: As :func:`load_model`.
+    are fake tensors. Other models are loaded; arguments and errors are those of :func:`load_model`.
     """
     if not code and not spec.input and (spec.name in PACKAGED or Path(spec.name).is_dir()):
         with suppress(ValueError):  # what cannot be opened so is loaded, or refused with the reason
@@ -110,8 +109,45 @@ def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") ->
     return loaded, trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
 
 
-def _move_example(example: Example, device: torch.device) -> Example:
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, torch.Tensor) else value
+def find_image_side(sources: Sequence[str]) -> int:
+    """Return the side in pixels of the images of the first source that has square images of one size; 0 if none has.
 
-    return Example(tuple(map(moved, example.args)), {key: moved(value) for key, value in example.kwargs.items()})
+    >>> find_image_side(["digits"]), find_image_side(["news"])
+    (8, 0)
+    """
+    for spec in sources:
+        _, _, path = spec.partition("=")
+        if side := 8 if spec == "digits" else side_of(expanded(Path(path))) if path else 0:
+            return side
+    return 0
+
+
+def record_input(loaded: Loaded) -> dict[str, str]:
+    """Return the entry of ``run.json`` about the input shape of a traced model, if a single shape describes it."""
+    shape = written_shape(loaded.example)
+    return {"input": shape} if loaded.tokenizer is None and shape and "," not in shape else {}
+
+
+def _find_example(model: nn.Module, origin: Origin, folder: Path, sources: Sequence[str], probed: bool) -> Example:
+    """Return an example input for the network of a run folder; a guessed one is logged.
+
+    ``probed``: whether the folder has the input with which the network was saved.
+
+    Raises:
+        ModelError: If no input shape is known and none can be guessed.
+    """
+    run = read_run(folder) if (folder / RUN).is_file() else {}
+    if (tokenizer := getattr(model, "tokenizer", None)) is not None:
+        return text_example(model, len(tokenizer))
+    if isinstance(recorded := run.get("input"), str):
+        return shaped_example(model, read_shape(recorded))
+    if shape := origin.input_shape:
+        return image_example(model, *shape)
+    pixels = find_image_side(sources)
+    if probed and not pixels:
+        return probe.read_example(folder / probe.FILE, model)
+    if (guess := guessed_example(model, pixels)) is None:
+        raise ModelError(f"{origin.name}: the model does not say what input it takes; give --input 1x3x32x32")
+    if not pixels:
+        say_guess(guess)
+    return guess

@@ -1,4 +1,4 @@
-"""The model that a run starts from: a record in its ``run.json``, its plans in the ledger, and a copy to return to."""
+"""The runs that made a network: what a run records of the one before it, and the copy of the model to return to."""
 
 import hashlib
 import shutil
@@ -15,7 +15,15 @@ from regrow.core.plan import Plan
 from regrow.nets import Loaded
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger
-from regrow.store.replacing import copy_folder, count_bytes, record_files, shares_blocks
+from regrow.store.replacing import (
+    check_files,
+    clear_leftovers,
+    copy_folder,
+    count_bytes,
+    record_files,
+    replace_folder,
+    shares_blocks,
+)
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import RUN, read_run
 from regrow.store.shapes import Kind, Shapes
@@ -60,9 +68,9 @@ def start_from(
     Raises:
         StoreError: If an interrupted run is resumed from another model than it was started from.
     """
-    place = Path(model)
-    parent = read_parent(place) if (place / store.SHAPES).is_file() else None
-    recorded, files = folder.run().get("parent"), {one.path.name: one.record for one in loaded.files}
+    source = Path(model)
+    parent = read_parent(source) if (source / store.SHAPES).is_file() else None
+    recorded, files = folder.run().get("parent"), {file.path.name: file.record for file in loaded.files}
     folder.inputs.extend(loaded.files)
     if recorded is not None:
         known = recorded.get("files", {})
@@ -70,12 +78,12 @@ def start_from(
         if recorded["weights"] != parent.weights if parent else other:
             raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
         return
-    snapshot = _copy(place if parent else None, loaded, folder.path / BEFORE, outside) if undo else None
-    own = folder.path / "ledger.json"
+    snapshot = _copy(source if parent else None, loaded, folder.path / BEFORE, outside) if undo else None
     if parent and parent.plans:
-        own.unlink(missing_ok=True)
+        ledger = folder.path / "ledger.json"
+        ledger.unlink(missing_ok=True)
         for plan in parent.plans:
-            Ledger(own).append(plan)
+            Ledger(ledger).append(plan)
     folder.update(
         parent={
             "name": parent.name if parent else Path(model).name,
@@ -90,14 +98,7 @@ def start_from(
 
 
 def read_parent(folder: Path) -> Parent:
-    """Return what a run records of the saved model that it starts from.
-
-    Args:
-        folder: A finished run folder, or another saved model.
-
-    Raises:
-        StoreError: If a file is damaged.
-    """
+    """Return what a run records of the saved model that it starts from: a finished run, or another folder."""
     shapes = store.read_shapes(folder)
     ledger = Ledger(folder / "ledger.json")
     run = read_run(folder) if (folder / RUN).is_file() else None
@@ -107,11 +108,7 @@ def read_parent(folder: Path) -> Parent:
 
 
 def describe_stage(folder: RunFolder) -> dict[str, Any]:
-    """Return the record of a run among the stages of its network, as JSON data; its model is saved.
-
-    Args:
-        folder: The run.
-    """
+    """Return the record of a run among the stages of its network, as JSON data; its model is saved."""
     shapes = store.read_shapes(folder.path)
     run = folder.run()
     plans = folder.own_ledger.plans()
@@ -130,9 +127,6 @@ def describe_stage(folder: RunFolder) -> dict[str, Any]:
 def describe_plans(plans: Sequence[Plan]) -> str:
     """Return what plans changed, in words; empty if nothing.
 
-    Args:
-        plans: The plans.
-
     >>> from regrow.core.plan import Change
     >>> describe_plans([Plan({"fc.weight:0": Change(8, (0, 1, 2), ())})])
     '5 units cut'
@@ -149,21 +143,13 @@ def describe_plans(plans: Sequence[Plan]) -> str:
 
 
 def digest_weights(shapes: Shapes) -> str:
-    """Return the SHA-256 of the digests of all tensors of a saved model, by name.
-
-    Args:
-        shapes: Its ``shapes.json``.
-    """
+    """Return the SHA-256 of the digests of all tensors of a saved model, by name."""
     lines = (f"{name} {stored.sha256}\n" for name, stored in sorted(shapes.tensors.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def count_parameters(shapes: Shapes) -> int:
-    """Return the number of parameters of a saved model.
-
-    Args:
-        shapes: Its ``shapes.json``.
-    """
+    """Return the number of parameters of a saved model."""
     return sum(prod(one.shape) for one in shapes.tensors.values() if one.kind is Kind.PARAMETER)
 
 
@@ -211,3 +197,58 @@ def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTen
         if name not in files or files[name]["sha256"] != expected.sha256:
             raise StoreError(f"{(source or target) / name} was changed while it was copied; run again")
     return {"bytes": count_bytes(target), "files": files}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run among those that made a network.
+
+    Args:
+        record: Its record: ``name``, ``verb``, ``command``, ``changed``, ``before`` and ``parameters``.
+        snapshot: The folder with the model before it; ``None`` if there is none.
+    """
+
+    record: dict[str, Any]
+    snapshot: Path | None
+
+
+def read_stages(run: Path) -> list[Stage]:
+    """Return the runs that made the network of a finished run folder, in order."""
+    folder = RunFolder.open(run)
+    records = [*folder.run().get("stages", ()), describe_stage(folder)]
+    stages, at = [], folder.path
+    for record in reversed(records):
+        at = at / BEFORE
+        stages.append(Stage(record, at if (at / store.SHAPES).is_file() else None))
+    return stages[::-1]
+
+
+def undo(run: Path, out: Path | None = None) -> Path:
+    """Replace a run by what it started from: the earlier run, or the model as it was loaded, bit for bit.
+
+    Args:
+        run: A finished run folder.
+        out: The folder to write, new or empty; ``None``: the run folder itself, which is replaced in one step.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        StoreError: If the run kept no copy of the model before it, a file of that is damaged, or ``out`` is not empty;
+            nothing is changed.
+    """
+    folder = RunFolder.open(run)
+    before, snapshot = run / BEFORE, folder.run().get("snapshot")
+    if snapshot is None:
+        why = "it was started with --no-undo" if "parent" in folder.run() else "the network was new"
+        raise StoreError(f"{run} holds no model from before the run ({why}); give a run folder with {BEFORE}/")
+    if before.is_symlink() or not before.is_dir():
+        raise StoreError(f"{before} is no folder any more; put the one of the run there again")
+    out = out or run
+    clear_leftovers(out)
+    if out != run and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StoreError(f"{out} exists and is not empty; choose another folder, or delete it")
+    with explain_os_errors(out), replace_folder(out) as new:
+        copy_folder(before, new, link=out == run)
+        check_files(new, snapshot["files"], before)
+    return out

@@ -5,14 +5,7 @@ from contextlib import contextmanager
 
 from rich import progress as rich
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from regrow.core.progress import Progress, silent
@@ -29,12 +22,6 @@ class Bar(rich.Progress):
                 yield Text(how, no_wrap=False, overflow="fold")
 
 
-def columns() -> tuple[ProgressColumn, ...]:
-    """Return the columns of a bar: the present work, the amount done, the time so far, and the time left."""
-    description = TextColumn("{task.description}", markup=False)
-    return description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-
-
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
     """Show a progress bar with the time left, which is gone after the ``with`` block.
@@ -45,7 +32,8 @@ def progress_bar(console: Console) -> Iterator[Progress]:
     Args:
         console: Where it is shown.
     """
-    with Bar(*columns(), console=console, transient=True) as progress:
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Bar(TextColumn("{task.description}", markup=False), *columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=1)
         shown = ""
 

@@ -23,20 +23,28 @@ from regrow.distributed.parallel import broadcast_record
 from regrow.jobs import measuring, pruning
 from regrow.jobs.calibration import calibrate, open_journal, write_scores
 from regrow.jobs.cutting import WholeNetwork
-from regrow.jobs.generated import count_generated, fill_generated
-from regrow.jobs.inputs import SourceHalves, describe_sources, read_sources
+from regrow.jobs.inputs import SourceHalves, describe_sources, fill_generated, read_sources
 from regrow.jobs.models import load_model
 from regrow.jobs.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
-from regrow.jobs.reconstruction import check_amount, check_reconstruction, choose_sources
 from regrow.jobs.recording import ActiveRun, Clock, Invocation, NoRecorder, Recorder, RunStart, record_plan
-from regrow.jobs.recovering import broadcast_recovered, check_recovery, log_differences, recover
+from regrow.jobs.recovering import (
+    broadcast_recovered,
+    check_amount,
+    check_reconstruction,
+    check_recovery,
+    choose_sources,
+    count_generated,
+    log_differences,
+    recover,
+)
 from regrow.jobs.same_inputs import check_same_inputs, check_same_settings
 from regrow.jobs.shared_work import SharedWork
 from regrow.jobs.streamed_run import PrunedNetwork, open_streamed
 from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
+from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
+from regrow.nets.devices import autocasting, check_precision
 from regrow.nets.loaded import check_same_files
-from regrow.nets.precision import autocasting, check_precision
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import Settings
 from regrow.store.run_folder import RunFolder
@@ -219,8 +227,7 @@ class PruneJob:
                 run.record,
                 network.loaded,
                 axes,
-                self.data.evaluation,
-                self.data.seen,
+                self.data,
                 name,
                 run.progress,
                 precision=self.settings.precision,
@@ -320,18 +327,8 @@ class PruneJob:
         assert self.inputs.load_dense is not None
         dense, texts = self.inputs.load_dense(), self.inputs.read(settings.recover_tokens, self.data.generated)
         check_same_files(loaded, dense)
-        recover(
-            record,
-            loaded.model,
-            dense,
-            self.axes,
-            plan,
-            texts,
-            settings.recover,
-            seed=settings.seed,
-            precision=settings.precision,
-            progress=run.progress,
-        )
+        task = RecoveryTask(loaded.model, dense.model, self.axes, plan, texts, settings.seed, progress=run.progress)
+        recover(record, task, settings.recover, origin=dense.origin.record(), precision=settings.precision)
         self.inputs.network.save(record)
 
 

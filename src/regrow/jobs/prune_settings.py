@@ -11,7 +11,7 @@ from regrow.core.references import names_code
 from regrow.jobs.inputs import SourceSpecs
 from regrow.jobs.models import ModelSpec
 from regrow.methods import MethodKind, find_method
-from regrow.nets.code import check_code
+from regrow.nets.load import check_code
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
 from regrow.store.run_record import convert_settings
 

@@ -1,6 +1,6 @@
 """What pruning needs in Python and on the command line: the method, its budget and its measurements, checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +11,17 @@ from regrow.core.amounts import Measure
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget, Timing
 from regrow.core.evidence import Evidence, Need
+from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
+from regrow.core.scores import Statistics
 from regrow.core.sources import Source
-from regrow.data.joined import join_batches
+from regrow.data.batch_streams import join_batches
+from regrow.distributed import SINGLE, ProcessRank
 from regrow.jobs.measuring import timed_input
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
 from regrow.scoring import collect
-from regrow.scoring.collect import check_sources
+from regrow.scoring.collect import BlockVisits, check_sources
 
 
 def build_pruner(method: str, settings: Mapping[str, object]) -> Pruner:
@@ -43,7 +46,12 @@ def collect_evidence(
     progress: Progress = silent,
     batch_size: int = 1,
     units: Sequence[Axis] | None = None,
-    **resume: Any,
+    *,
+    objective: Objective | None = None,
+    visits: BlockVisits | None = None,
+    done: Mapping[tuple[str, int], Statistics] | None = None,
+    on_done: Callable[[str, int, Statistics], None] | None = None,
+    ranks: ProcessRank = SINGLE,
 ) -> Evidence:
     """Measure what a method needs on the sources; a source is split if the method compares more than there are.
 
@@ -56,17 +64,31 @@ def collect_evidence(
         batch_size: How many examples run at a time, where smaller batches can be joined; methods that need gradients
             of weights run the batches as they are.
         units: The axes that may be cut, which are measured; ``None``: ``axes.units()``.
-        **resume: Of :func:`regrow.scoring.collect`: ``done`` and ``on_done``, to store and reuse finished shards, and
-            ``objective``.
+        objective: What the network is trained for; ``None``: what fits the labels.
+        visits: Runs the network one block at a time; ``None``: it is in memory.
+        done: (source, shard) → sums of finished shards, which are not measured again.
+        on_done: Called with the source, the shard and its sums when a shard is finished.
+        ranks: The processes, which share the batches.
     """
     if pruner.needs <= {Need.WEIGHTS}:
         return Evidence()
-    report = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
     several, notes = divide_sources(pruner, sources)
     most = 1 if Need.GRADIENTS in pruner.needs else batch_size
     joined = [join_batches(source, most, pruner.shards) for source in several]
-    given: Any = {"shards": pruner.shards, "units": units, "progress": report}
-    statistics = collect(model, axes, joined, pruner.needs, **given, **resume)
+    statistics = collect(
+        model,
+        axes,
+        joined,
+        pruner.needs,
+        shards=pruner.shards,
+        units=units,
+        objective=objective,
+        visits=visits,
+        done=done,
+        on_done=on_done,
+        progress=lambda name, count, total: progress(count, total, f"measuring {name}"),
+        ranks=ranks,
+    )
     return Evidence(statistics, {source.name: source for source in several}, notes=notes)
 
 

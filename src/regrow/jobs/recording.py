@@ -13,7 +13,7 @@ from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.jobs.example_inputs import record_input
+from regrow.jobs.models import record_input
 from regrow.jobs.parents import check_room, describe_stage, start_from
 from regrow.jobs.trackers import tracking
 from regrow.nets import Loaded

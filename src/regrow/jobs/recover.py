@@ -1,8 +1,7 @@
 """Recover a network whose last change of shape was a cut, whether a run folder or given in Python, on every rank."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,27 @@ from regrow.core.progress import Progress, silent
 from regrow.core.references import names_code
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
-from regrow.jobs import prune_settings as pruning_run
-from regrow.jobs.generated import check_stored, fill_generated
-from regrow.jobs.inputs import SourceHalves, count_windows, describe_sources, read_sources
-from regrow.jobs.last_cut import LastCut, find_cut
-from regrow.jobs.measuring import measure_run
-from regrow.jobs.models import load_model
+from regrow.evaluation import Perplexity
+from regrow.jobs.inputs import SourceHalves, SourceSpecs, check_stored, describe_sources, fill_generated, read_sources
+from regrow.jobs.measuring import log_pairs, measure_run
+from regrow.jobs.models import DTYPES, load_model
+from regrow.jobs.prune_settings import model_spec, source_specs
 from regrow.jobs.recording import Clock, Invocation, Record, Recorder, RunStart
-from regrow.jobs.recovering import log_differences, recover
-from regrow.jobs.recovery_memory import predict_recovery
+from regrow.jobs.recovering import LastCut, find_cut, log_differences, recover
 from regrow.jobs.same_inputs import check_same_inputs, check_same_settings
-from regrow.jobs.streamed_recovery import StreamedRecovery, open_recovery
+from regrow.jobs.streamed import needs_of_model, start_streaming
+from regrow.jobs.streamed_recovery import StreamedRecovery, plan_recovery, predict_recovery
 from regrow.methods import MethodKind, find_method
+from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
-from regrow.nets.devices import choose_device
-from regrow.nets.precision import check_precision
+from regrow.nets.devices import check_precision, choose_device
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.store.ledger import with_branches_of
 from regrow.store.run_folder import RunFolder
+from regrow.streaming.opening import open_network
 from regrow.streaming.requirements import MemoryPlan, MemoryTerms, record_peak
+from regrow.surgery import verify
 from regrow.tracing import trace
 
 
@@ -51,9 +51,9 @@ class RecoverInputs:
         data: The data to learn from, and for evaluation.
         evaluated: The precision in which the networks before were evaluated.
         objective: What the network is trained for; ``None``: what fits the labels.
-        generate: Returns the data with the text that the dense network generates; gets the run.
-        measured: The measurements of the networks before and after the cut; ``None``: only their sizes are measured.
-        describe: Returns what is recorded of the data.
+        specs: The sources of the data; ``None``: they have no names.
+        known: Run folders that may have text that the dense network has generated.
+        measured: The measurements of the networks before and after the cut; ``None``: these are measured.
         call: What the result depends on besides settings, for a call from Python.
         streamed: Both networks one block at a time; ``None``: they are in memory.
         memory: What the run needs of a limit of memory; ``None``: there is none.
@@ -66,25 +66,12 @@ class RecoverInputs:
     data: SourceHalves
     evaluated: str = "float32"
     objective: Objective | None = None
-    generate: Callable[[SourceHalves, Record], SourceHalves] = lambda data, record: data
+    specs: SourceSpecs | None = None
+    known: tuple[Path, ...] = ()
     measured: Sequence[dict[str, Any]] | None = None
-    describe: Callable[[SourceHalves], list[dict[str, object]] | None] = lambda data: None
     call: dict[str, object] | None = None
     streamed: StreamedRecovery | None = None
     memory: MemoryTerms | MemoryPlan | None = None
-
-
-@dataclass(frozen=True)
-class RecoverResult:
-    """The result of a recovery.
-
-    Args:
-        row: What the method returned, with ``by``, ``tokens`` and ``seconds``.
-        folder: The finished run folder; ``None``: nothing was recorded.
-    """
-
-    row: dict[str, Any]
-    folder: RunFolder | None
 
 
 def carry_out(
@@ -94,8 +81,11 @@ def carry_out(
     parallel: Parallel = ALONE,
     *,
     progress: Progress = silent,
-) -> RecoverResult:
+) -> dict[str, Any]:
     """Recover a network whose last change of shape was a cut, and record it. An interrupted run is resumed.
+
+    Returns:
+        What the method returned, with ``by``, ``tokens`` and ``seconds``.
 
     Args:
         settings: The settings of the run.
@@ -123,28 +113,37 @@ def carry_out(
     check_same_inputs(ranks, [] if streamed else [dense.model, loaded.model], opened.data)
     with recorder.begin(RunStart(identity, loaded, call=opened.call)) as record:
         clock.folder = record
-        data = opened.generate(opened.data, record)
-        record.update(notes=list(dense.notes), sources=opened.describe(data))
+        data, specs = opened.data, opened.specs
+        if specs and data.pending:
+            data = fill_generated(
+                data,
+                specs,
+                dense,
+                folder=record.path if record.kept else None,
+                known=opened.known,
+                progress=progress,
+                ranks=ranks,
+                weights=streamed.dense.weights.sums() if streamed else None,
+            )
+        sources = describe_sources(specs, data) if specs else None
+        record.update(notes=list(dense.notes), sources=sources)
         _record_cut(record, opened, progress)
         pair = streamed.start(record.path) if streamed else None
         with clock.stage("recover"):
-            row = recover(
-                record,
+            task = RecoveryTask(
                 loaded.model,
-                dense,
+                dense.model,
                 opened.axes,
                 opened.plan,
                 data.calibration,
-                settings.by,
-                settings=settings.recovery_settings,
-                seed=settings.seed,
-                number=number,
-                precision=precision,
-                objective=opened.objective,
+                settings.seed,
                 progress=progress,
+                objective=opened.objective,
                 parallel=parallel,
                 streamed=pair,
             )
+            origin, changed = dense.origin.record(), settings.recovery_settings
+            row = recover(record, task, settings.by, changed, origin=origin, number=number, precision=precision)
         if record.kept:
             outside = streamed.outside(loaded, pair.changed) if streamed and pair else None
             with clock.stage("save"):
@@ -153,7 +152,8 @@ def carry_out(
             with clock.stage("evaluate"):
                 _measure_recovered(record, opened, data, number, ranks, progress)
         record.update(memory=record_peak(opened.memory) if opened.memory else None)
-        return RecoverResult(row, recorder.finish(record, clock.seconds))
+        recorder.finish(record, clock.seconds)
+        return row
 
 
 def _measure_recovered(
@@ -167,8 +167,7 @@ def _measure_recovered(
         record,
         loaded,
         after,
-        data.evaluation,
-        data.seen,
+        data,
         "recovered",
         progress,
         precision=inputs.evaluated,  # as the models before it were evaluated
@@ -181,17 +180,26 @@ def _measure_recovered(
 
 
 def _record_cut(record: Record, inputs: RecoverInputs, progress: Progress) -> None:
-    """Record what is known of the networks before and after the cut; where nothing is, their sizes."""
+    """Record the cut, and the measurements of the networks before and after it."""
     if inputs.call is not None and isinstance(record, RunFolder) and not len(record.ledger):
         record.ledger.append(inputs.plan)  # the ledger begins with the cut that is made up for
         record.update(parent={**record.run()["parent"], "plans": 1})
-    if inputs.measured is not None:
-        _copy_measurements(inputs.measured, record)
-    elif record.kept:
+    recoveries = 0
+    for row in inputs.measured or ():
+        recoveries += row["what"] == "recovery"
+        if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
+            record.log(**{**({"round": recoveries} if recoveries > 1 else {}), **row})
+    if inputs.measured is None and record.kept:
         loaded = inputs.loaded
         cut = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-        for network, axes, name in ((inputs.dense, inputs.axes, "dense"), (loaded, cut, "pruned")):
-            measure_run(record, network, axes, (), frozenset(), name, progress)
+
+        def measure(network: Loaded, axes: AxisGraph, name: str) -> dict[str, Perplexity]:
+            return measure_run(record, network, axes, inputs.data, name, progress, objective=inputs.objective)
+
+        before = measure(inputs.dense, inputs.axes, "dense")
+        proof = verify(inputs.dense.model, inputs.axes, inputs.plan)
+        record.log("verify", **asdict(proof), dtype="float64")
+        log_pairs(record, before, measure(loaded, cut, "pruned"), {})
 
 
 def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> RunFolder:
@@ -209,7 +217,6 @@ def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> Ru
     Raises:
         ValueError: If the network was not cut, or changed its shape since, or a setting or ``code`` does not fit.
     """
-    check_settings(settings)
     find_method(MethodKind.RECOVERY, settings.by).made(settings.by, settings.recovery_settings)
     source, ranks, progress = RunFolder.open(settings.run), invocation.ranks, invocation.progress
     cut = find_cut(source, invocation.code)
@@ -221,19 +228,25 @@ def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> Ru
         check_same_settings(ranks, settings)
         needs, streamed = _plan_memory(settings, source, cut, invocation)
         dense, loaded = streamed.models() if streamed else _load_models(source, cut, invocation)
-        data = _read_data(settings, cut, source, loaded, streamed)
+        if streamed:
+            axes = streamed.dense.axes
+        else:
+            axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
+            axes = with_branches_of([cut.plan], dense.model, axes)  # of modules that the cut dropped
+        specs, known = source_specs(cut.settings, settings.tokens), (cut.folder.path, source.path)
+        data = read_sources(specs, loaded)
+        if streamed and data.pending:  # a network that is read block by block cannot generate
+            check_stored(specs, streamed.dense.loaded, known, streamed.dense.weights.sums())
         return RecoverInputs(
             dense,
             loaded,
-            streamed.dense.axes if streamed else _trace_dense(dense, cut),
+            axes,
             cut.plan,
             data,
             cut.settings.precision,
-            generate=lambda data, record: _generate(
-                data, cut, settings, dense, ranks, progress, record, source, streamed
-            ),
+            specs=specs,
+            known=known,
             measured=measured,
-            describe=partial(describe_sources, pruning_run.source_specs(cut.settings)),
             streamed=streamed,
             memory=needs,
         )
@@ -241,44 +254,6 @@ def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> Ru
     recorder = invocation.recorder(settings, settings.run, undo=settings.undo)
     carry_out(complete, open_inputs, recorder, Parallel(ranks, fsdp), progress=progress)
     return RunFolder(Path(invocation.out))
-
-
-def _read_data(
-    settings: Settings, cut: LastCut, source: RunFolder, loaded: Loaded, streamed: StreamedRecovery | None
-) -> SourceHalves:
-    """Read the data; without the dense model in memory, all text that it generates must be in earlier run folders."""
-    specs = pruning_run.source_specs(cut.settings, settings.tokens)
-    kinds = read_sources(specs, loaded)
-    if streamed and kinds.pending:
-        known, windows = (cut.folder.path, source.path), count_windows(specs.tokens, specs.seq_len)
-        check_stored(kinds, specs, streamed.dense.loaded, windows, known, streamed.dense.weights.sums())
-    return kinds
-
-
-def _generate(
-    kinds: SourceHalves,
-    cut: LastCut,
-    settings: Settings,
-    dense: Loaded,
-    ranks: ProcessRank,
-    progress: Progress,
-    record: Record,
-    source: RunFolder,
-    streamed: StreamedRecovery | None,
-) -> SourceHalves:
-    """Return the data with text that the dense model generates, as far as earlier run folders have none of it."""
-    specs = pruning_run.source_specs(cut.settings, settings.tokens)
-    return fill_generated(
-        kinds,
-        specs,
-        dense,
-        count_windows(specs.tokens, specs.seq_len),
-        record.path if record.kept else None,
-        known=(cut.folder.path, source.path),
-        progress=progress,
-        ranks=ranks,
-        weights=streamed.dense.weights.sums() if streamed and kinds.pending else None,
-    )
 
 
 def _plan_memory(
@@ -290,17 +265,42 @@ def _plan_memory(
     reset_peak()
     terms = predict_recovery(settings, source.path, cut, parse_bytes(invocation.memory))
     if terms.needed > terms.limit and settings.by in CLOSED_FORM:
-        streamed = open_recovery(settings, source, cut, terms, invocation.announce)
+        streamed = _open_streamed(settings, source, cut, terms, invocation.announce)
         return streamed.plan, streamed
     terms.check(f"recovery by {settings.by}")
     invocation.announce(str(terms))
     return terms, None
 
 
-def _trace_dense(dense: Loaded, cut: LastCut) -> AxisGraph:
-    """Return the axes of the dense network, with its modules if the cut dropped some."""
-    axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
-    return with_branches_of([cut.plan], dense.model, axes)
+def _open_streamed(
+    settings: Settings, source: RunFolder, cut: LastCut, terms: MemoryTerms, announce: Callable[[str], None]
+) -> StreamedRecovery:
+    """Open the networks of a recovery that does not fit into its memory, and predict what it needs block by block.
+
+    Args:
+        settings: The settings of the recovery.
+        source: The run to recover.
+        cut: The cut behind it.
+        terms: What it needs of the limit with both networks in memory.
+        announce: Called with one line that says how the run stays within the limit.
+
+    Raises:
+        InputError: If the recovery, the cut, or how the model runs, needs both networks in memory.
+        ResourceError: If it does not fit even with one block in memory.
+        StoreError: If a saved network gives another output than the recorded one.
+    """
+    spec = model_spec(cut.settings)
+    dtype = DTYPES.get(spec.dtype)
+    dense = open_network(str(cut.before or spec.name), dtype)
+    if cut.before:
+        origin = replace(dense.loaded.origin, name=Path(spec.name).name)
+        dense = replace(dense, loaded=replace(dense.loaded, origin=origin))
+    plan, lacking = plan_recovery(settings, cut, dense, terms)
+    needs = {"recovery where the run dropped whole modules": bool(cut.plan.drop)}
+    start_streaming(dense, plan, needs | needs_of_model(spec, cut.settings.precision, dense), announce)
+    recovered = open_network(str(source.path), dtype)
+    recovered.check_output()
+    return StreamedRecovery(dense, recovered, plan, lacking)
 
 
 def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted: Settings) -> None:
@@ -312,15 +312,6 @@ def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted
             f"{settings.run} was trained by {moved} since its cut, which may have moved its biases; "
             "bias comes first, on the pruned run"
         )
-
-
-def _copy_measurements(rows: Sequence[dict[str, Any]], record: Record) -> None:
-    """Copy the measurements of the source run into the run that recovers it."""
-    recoveries = 0
-    for row in rows:
-        recoveries += row["what"] == "recovery"
-        if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
-            record.log(**{**({"round": recoveries} if recoveries > 1 else {}), **row})
 
 
 def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
@@ -337,7 +328,7 @@ def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
 
 def _load_models(source: RunFolder, cut: LastCut, invocation: Invocation) -> tuple[Loaded, Loaded]:
     """Load the model before the cut, and the one to recover."""
-    spec, ranks, code = pruning_run.model_spec(cut.settings), invocation.ranks, invocation.code
+    spec, ranks, code = model_spec(cut.settings), invocation.ranks, invocation.code
     if ranks.several:  # each takes a GPU of its own, whichever the pruning run had
         spec = replace(spec, device=str(choose_device(spec.device.partition(":")[0], ranks)))
     own = replace(spec, name=str(source.path))

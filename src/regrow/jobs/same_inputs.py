@@ -25,63 +25,32 @@ EXAMPLES = 256
 
 
 def check_same_settings(ranks: ProcessRank, settings: "DataclassInstance", memory: str = "") -> None:
-    """Raise InputError on every rank unless all have the same settings.
+    """Raise InputError on every rank unless all have the same settings, and the same limit of memory."""
+    values = {name: value for name, value in record_settings(settings).items() if name not in _PATHS}
+    if not _are_same(ranks, fingerprint(Source("", ()), values, memory)):
+        raise InputError("the processes have different settings; start all with the same command")
 
-    Args:
-        ranks: The processes.
-        settings: The settings of the run.
-        memory: How much memory each process may use.
 
-    Raises:
-        InputError: If they differ.
-    """
+def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights], halves: SourceHalves) -> None:
+    """Raise InputError on every rank unless all have the same weights (of networks, or in their files) and data."""
     if ranks.several:
-        values = {name: value for name, value in record_settings(settings).items() if name not in _PATHS}
-        own = fingerprint(Source("", ()), values, memory)
-        if not everywhere(ranks, broadcast_record(ranks, own) == own):
-            raise InputError("the processes have different settings; start all with the same command")
-
-
-def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights], kinds: SourceHalves) -> None:
-    """Raise InputError on every rank unless all have the same weights and data.
-
-    Args:
-        ranks: The processes.
-        networks: The networks, or the weights of those that run one block at a time.
-        kinds: The data.
-
-    Raises:
-        InputError: If they differ.
-    """
-    if not ranks.several:
-        return
-    _check_weights(ranks, networks)
-    every = (*kinds.calibration, *kinds.evaluation)
-    sources = [one for one in every if not isinstance(one.batches, PendingWindows)]  # which rank 0 will generate
-    _check_data(ranks, [source.name for source in sources], [fingerprint(source) for source in sources])
+        _check_weights(ranks, networks)
+        every = (*halves.calibration, *halves.evaluation)
+        sources = [source for source in every if not isinstance(source.batches, PendingWindows)]  # rank 0 generates
+        _check_data(ranks, [source.name for source in sources], [fingerprint(source) for source in sources])
 
 
 def check_same_tasks(ranks: ProcessRank, model: nn.Module, tasks: Sequence[Task]) -> None:
-    """Raise InputError on every rank unless all have the same weights, and tasks that start with the same examples.
-
-    Args:
-        ranks: The processes.
-        model: The network.
-        tasks: The tasks.
-
-    Raises:
-        InputError: If they differ.
-    """
+    """Raise InputError on every rank unless all have the same weights, and tasks that start with the same examples."""
     if ranks.several:
         _check_weights(ranks, [model])
         parts = (first_examples(part, EXAMPLES) for task in tasks for part in (task.train, task.test))
-        sums = [[checksum(first_tensor(one.inputs)), checksum(one.labels)] for one in parts]
+        sums = [[checksum(first_tensor(part.inputs)), checksum(part.labels)] for part in parts]
         _check_data(ranks, [task.name for task in tasks], sums)
 
 
 def _check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights]) -> None:
-    sums = [checksum(tensor) for one in networks for tensor in _saved_tensors(one)]
-    if not everywhere(ranks, broadcast_record(ranks, sums) == sums):
+    if not _are_same(ranks, [checksum(tensor) for network in networks for tensor in _saved_tensors(network)]):
         raise InputError(
             "the processes have models of different weights; seed the function that builds it, or copy the same folder "
             "to all hosts"
@@ -89,15 +58,19 @@ def _check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeig
 
 
 def _check_data(ranks: ProcessRank, names: Sequence[str], sums: Sequence[object]) -> None:
-    own = [*names, *sums]
-    if not everywhere(ranks, broadcast_record(ranks, own) == own):
+    if not _are_same(ranks, [*names, *sums]):
         listed = ", ".join(dict.fromkeys(names))
         raise InputError(f"the processes read different data for {listed}; copy the same files to all hosts")
+
+
+def _are_same(ranks: ProcessRank, record: object) -> bool:
+    """Whether all ranks have the same JSON data."""
+    return not ranks.several or everywhere(ranks, broadcast_record(ranks, record) == record)
 
 
 def _saved_tensors(network: nn.Module | StoredWeights) -> Iterator[Tensor]:
     """Yield the parameters and saved buffers of a network; of one that runs one block at a time, one is in memory."""
     if isinstance(network, nn.Module):
-        yield from (one for one in network.state_dict().values() if isinstance(one, Tensor))
+        yield from (value for value in network.state_dict().values() if isinstance(value, Tensor))
     else:
         yield from (network[name] for name, _ in network.places())

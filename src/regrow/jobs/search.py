@@ -1,25 +1,29 @@
 """Search a space for a network of a given size, whether named on the command line or given in Python, on every rank."""
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import nan
+from math import inf, nan
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from regrow.core.amounts import parse_bytes
+from regrow import store
+from regrow.core.amounts import parse_bytes, short
+from regrow.core.axes import AxisGraph
 from regrow.core.candidates import Staged, fold_scales
+from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import preserve_random_state
+from regrow.core.tables import Table, format_html, format_text
 from regrow.core.tasks import first_examples, input_shape
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import Parallel
 from regrow.evaluation import dense, fastest_pass
 from regrow.evaluation.continual import mean_score
-from regrow.jobs.recording import Clock, Invocation, Record, Recorder, RunStart, read_history
+from regrow.jobs.recording import ActiveRun, Clock, Invocation, Record, Recorder, RunStart, read_history
 from regrow.jobs.same_inputs import check_same_settings, check_same_tasks
 from regrow.jobs.search_inputs import (
     Parts,
@@ -31,33 +35,116 @@ from regrow.jobs.search_inputs import (
     read_parts,
     trace_examples,
 )
-from regrow.jobs.search_record import SearchRecord, SearchResult, write_network, write_passed
-from regrow.jobs.spaces import build_space, extract_network
-from regrow.jobs.stage_memory import MemoryWatch
+from regrow.jobs.spaces import MemoryWatch, build_space, extract_network
 from regrow.jobs.starting import find_start
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.retrain import RetrainState, build
 from regrow.methods.search.retrain import Settings as RetrainSettings
-from regrow.methods.search.space import measure_whole
+from regrow.methods.search.space import copy_state, measure_whole
 from regrow.methods.search.state import SearchState
 from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
+from regrow.nets.loaded import Origin
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.search import Settings
 from regrow.store.run_folder import RunFolder
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.checkpoint import CHECKPOINT, History, write_checkpoint
+from regrow.training.checkpoint import CHECKPOINT, History, read_start, write_checkpoint
 from regrow.training.continual import learn
 from regrow.training.fit import Fitted, finish
 from regrow.training.learner import Boundary, Context, Event, write_replacements
-from regrow.training.resuming import read_start
 from regrow.training.state import TrainState
 
 RETRAINING = "retraining.safetensors"
 GIVEN = ("target", "measure", "stages", "seed")
 """Names of method settings that the run sets from its own settings."""
+
+
+FOLDER = "front"
+"""The folder of the networks that a search passed on the way to its target, a Pareto front."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The network that a search found.
+
+    Args:
+        model: The network, without any part of the method: the one that was given, changed in place.
+        axes: Its axes.
+        plans: Every change of shape, in order.
+        measure: What the target counts: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
+        target: The largest allowed size.
+        before: The size before the search.
+        size: The size now.
+        saved: ``operations``, ``filters`` and ``weights`` → how much of the size each of them saved.
+        metric: The name of the score, such as ``accuracy``.
+        score: The score on the validation data; higher is better.
+        rows: One row per epoch: validation score (``accuracy``), size, allowed size, kept fractions.
+    """
+
+    model: nn.Module
+    axes: AxisGraph
+    plans: tuple[Plan, ...]
+    measure: str
+    target: float
+    before: float
+    size: float
+    saved: Mapping[str, float]
+    metric: str
+    score: float
+    rows: tuple[Mapping[str, Any], ...]
+
+    def __str__(self) -> str:
+        return format_text([self._table()], self._summary())
+
+    def _repr_html_(self) -> str:
+        """Return the sizes as an HTML table, for notebooks."""
+        return format_html([self._table()], self._summary())
+
+    def _table(self) -> Table:
+        rows = [(name, short(value)) for name, value in self.saved.items() if value]
+        return Table("", ("removed", self.measure), rows, (1,))
+
+    def _summary(self) -> str:
+        sizes = f"{short(self.before)} → {short(self.size)} {self.measure} (target {short(self.target)})"
+        return f"{sizes}, validation {self.metric} {self.score:.3f}"
+
+
+@dataclass
+class SearchRecord:
+    """Collects the rows of a search (kind and values), and writes what it has reached, each thing once."""
+
+    record: Record
+    watch: MemoryWatch
+    rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    plans: int = 0
+    events: int = 0
+    written: int = 0
+
+    def log(self, kind: str, /, **row: Any) -> None:
+        """Take a row, which :meth:`write` writes with the state that it belongs to."""
+        if kind != "status":
+            self.rows.append((kind, row))
+
+    def of(self, kind: str) -> tuple[dict[str, Any], ...]:
+        """Return the rows of a kind."""
+        return tuple(row for name, row in self.rows if name == kind)
+
+    def write(self, now: TrainState[Any], *, unfinished: int = 0) -> None:
+        """Write what is new since the last call; ``unfinished`` stages at the end may yet need more memory."""
+        if isinstance(self.record, RunFolder):
+            for plan in now.plans[self.plans :]:
+                self.record.own_ledger.append(plan)
+        for i in range(self.events, len(now.events)):
+            self.record.log("commit", number=i, **now.events[i])
+        for kind, row in self.rows[self.written :]:
+            self.record.log(kind, **row)
+        self.plans, self.events, self.written = len(now.plans), len(now.events), len(self.rows)
+        stages = [*self.watch.rows.values()]
+        for i, stage in enumerate(stages[: len(stages) - unfinished]):
+            self.record.log("memory", number=i, **asdict(stage))
 
 
 def carry_out(
@@ -99,16 +186,17 @@ def carry_out(
         record.update(latency=asdict(table) if table else None)
         if opened.stages:
             record.log("stages", **asdict(opened.stages))
-        before = measure_whole(search.rules.space, (), context)
+        before = measure_whole(search.space, (), context)
         with clock.stage("search"):
-            fitted, log = _search(settings, opened, search, context, record, checkpoint, ranks, progress)
+            active = ActiveRun(record, ranks, clock, progress)
+            fitted, log = _search(settings, opened, search, context, active, checkpoint)
             found, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
             measure_statistics(found, context, settings.batch_size)
         example = first_examples(parts.search.test if parts.test is None else parts.test, 1).inputs
         with clock.stage("evaluate"):
             score = mean_score(found, parts.search.test, parts.objective) if ranks.leads else nan
             if record.kept:
-                write_network(found, record.path / "found", origin, opened)
+                _write_network(found, record.path / "found", origin, opened)
                 if 0 <= score <= 1:
                     record.log("found", accuracy=score, **dense(found, example))
                 else:  # such as a negative loss
@@ -119,20 +207,19 @@ def carry_out(
                 found = retrain(record, replace(settings, inherit=inherit), parts, found, progress, ranks)
         with clock.stage("evaluate"):
             if record.kept:
-                write_network(found, record.path, origin, opened)
+                _write_network(found, record.path, origin, opened)
                 if table and batch:
                     record.log("latency", whole=table.total, found=fastest_pass(found, batch) / 1e6)
-                if parts.test is not None:
-                    accuracy = mean_score(found, parts.test, parts.objective)
+                if parts.test is not None and 0 <= (accuracy := mean_score(found, parts.test, parts.objective)) <= 1:
                     record.log("test", accuracy=accuracy, images=len(parts.test), **dense(found, example))
         recorder.finish(record, clock.seconds)
-        (levels,) = log.of("levels")
+        (levels,), space = log.of("levels"), search.space
         return SearchResult(
             found,
             fitted.axes,
             fitted.state.plans,
-            str(search.rules.space.measure),
-            search.rules.space.target,
+            str(space.measure),
+            space.target,
             before,
             levels["size"],
             levels["saved"],
@@ -143,22 +230,16 @@ def carry_out(
 
 
 def _search(
-    settings: Settings,
-    inputs: SearchInputs,
-    search: Search,
-    context: Context,
-    record: Record,
-    checkpoint: Path | None,
-    ranks: ProcessRank,
-    progress: Progress,
+    settings: Settings, inputs: SearchInputs, search: Search, context: Context, run: ActiveRun, checkpoint: Path | None
 ) -> tuple[Fitted[SearchState], SearchRecord]:
     """Run or resume the search; return the network, cut by all plans, and the rows that were logged."""
-    place, undo, history = checkpoint or record.path / STATISTICS / CHECKPOINT, context.undo, None
+    record, undo, history = run.record, context.undo, None
+    file = checkpoint or record.path / STATISTICS / CHECKPOINT
     if record.kept:
-        place.parent.mkdir(exist_ok=True)
-    if place.is_file():
+        file.parent.mkdir(exist_ok=True)
+    if file.is_file():
         history = read_history(record, "commit") if isinstance(record, RunFolder) else History()
-    model, axes, state = read_start(ranks, history, place, context.model, context.axes, search.learner.state, undo)
+    model, axes, state = read_start(run.ranks, history, file, context.model, context.axes, search.learner.state, undo)
     if isinstance(record, RunFolder):
         record.own_ledger.truncate(len(state.plans))
     if state.learner.recomputed:
@@ -170,13 +251,12 @@ def _search(
     def write(now: TrainState[SearchState], there: Context) -> None:
         if isinstance(record, RunFolder) and now.epoch:
             with preserve_random_state(*inputs.generators):
-                write_passed(record, search, now, there, inputs)
+                _write_passed(record, search, now, there, inputs)
         log.write(now, unfinished=1)
         if record.kept or checkpoint:
-            recomputed = bool(search.rules.space.ends) and cast(Staged, there.model).recomputed
-            own = replace(now.learner, memory=dict(watch.rows), recomputed=recomputed)
-            logged = log.events if record.kept else None
-            write_checkpoint(place, there.model, replace(now, learner=own), undo, logged=logged)
+            recomputed = bool(search.space.ends) and cast(Staged, there.model).recomputed
+            now = replace(now, learner=replace(now.learner, memory=dict(watch.rows), recomputed=recomputed))
+            write_checkpoint(file, there.model, now, undo, logged=log.events if record.kept else None)
 
     context = replace(context, model=model, axes=axes, log=log.log)
     if settings.epochs:
@@ -191,18 +271,50 @@ def _search(
             checkpoint=write,
             around=watch,
             log=log.log,
-            progress=progress,
-            parallel=Parallel(ranks, by_rows=True),
+            progress=run.progress,
+            parallel=Parallel(run.ranks, by_rows=True),
         )
     else:
-        own = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
-        fitted = Fitted(model, axes, replace(state, learner=own))
+        begun = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
+        fitted = Fitted(model, axes, replace(state, learner=begun))
     log.write(fitted.state)
     end = replace(context, model=fitted.model, axes=fitted.axes, epoch=settings.epochs)
     fitted, last = finish(search.learner, fitted, end)
     fitted = replace(fitted, state=replace(fitted.state, plans=(*fitted.state.plans, *last)))
     log.write(fitted.state)
     return fitted, log
+
+
+def _write_passed(
+    folder: RunFolder, search: Search, state: TrainState[SearchState], context: Context, inputs: SearchInputs
+) -> None:
+    """Write the network that the masks keep at the end of an epoch of the last stage to ``front/EPOCH``, and a row."""
+    space, searched = search.space, state.learner
+    if not search.shrinks or space.part(searched.stage) != space.part(-1) or not search.trains(searched, context):
+        return
+    sizes: list[float] = []
+
+    def log(kind: str, /, **row: Any) -> None:
+        if kind == "levels":
+            sizes.append(row["size"])
+
+    model, epoch = clone_model(context.model), context.epoch + 1
+    there = replace(context, model=model, epoch=epoch, undo=UndoStore(), log=log)
+    learner = replace(search.learner, plan=lambda reached, end: search.finalize(reached, end, inf))
+    fitted, _ = finish(learner, Fitted(model, context.axes, replace(state, learner=copy_state(searched))), there)
+    net, origin = extract_network(fitted.model, inputs.origin, in_place=inputs.in_place)
+    measure_statistics(net, context, inputs.schedule.batch_size)
+    _write_network(net, folder.path / FOLDER / f"{epoch:04d}", origin, inputs)
+    accuracy = mean_score(net, context.task.test, context.objective)
+    counts = {"parameters": sum(p.numel() for p in net.parameters())}
+    counts["nonzero"] = sum(int(p.count_nonzero()) for p in net.parameters())
+    folder.log("front", epoch=epoch, size=sizes[-1], accuracy=accuracy, **counts)
+
+
+def _write_network(model: nn.Module, folder: Path, origin: Origin, inputs: SearchInputs) -> None:
+    """Write a network that a search left into a folder, with the tokenizer of the network that it started from."""
+    start = inputs.start
+    store.write_model(replace(start, model=model, origin=origin) if start else model, folder, origin=origin)
 
 
 def retrain(
@@ -233,15 +345,15 @@ def retrain(
     axes = trace_examples(model, parts.whole, parts.kwargs)
     context = Context(model, axes, parts.whole, objective=parts.objective)
     learner = build(RetrainSettings(cutout=settings.cutout), context, dict(searched.named_parameters()))
-    place = record.path / STATISTICS / RETRAINING
-    place.parent.mkdir(exist_ok=True)
+    file = record.path / STATISTICS / RETRAINING
+    file.parent.mkdir(exist_ok=True)
 
     def write(now: TrainState[RetrainState], there: Context) -> None:
         if record.kept:
-            write_checkpoint(place, there.model, now)
+            write_checkpoint(file, there.model, now)
 
-    history = History() if place.is_file() else None
-    model, axes, state = read_start(ranks, history, place, model, axes, learner.state)
+    history = History() if file.is_file() else None
+    model, axes, state = read_start(ranks, history, file, model, axes, learner.state)
     fitted = learn(
         model,
         axes,
@@ -271,7 +383,7 @@ def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> Sear
         ResourceError: If this machine does not have the device.
     """
     with clock.stage("load"):
-        start = find_start(settings.space, settings.data, settings.input, invocation.code, invocation.progress)
+        start = find_start(settings.space, settings.data, settings.input, invocation)
         device = choose_device(settings.device, invocation.ranks)
         _check_retraining(settings, start)
         parts = read_parts(settings, start)

@@ -1,13 +1,14 @@
 """What a search starts from: a network and its axes, data split by purpose, and the method."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
+from regrow.allocation.cost import Cost
 from regrow.allocation.stages import MemoryStages
 from regrow.allocation.timed import Prices, spread_times
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
@@ -17,15 +18,13 @@ from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from regrow.core.references import names_code
 from regrow.core.sources import Batch, device_of, moved
 from regrow.core.tasks import CappedExamples, ExampleSet, Task, first_examples, pack_batch
-from regrow.data import streams
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation import Latency, latency
-from regrow.jobs.starting import image_shape
-from regrow.jobs.targets import find_granularities, parse_target
-from regrow.jobs.task_sequences import TaskSpecs, read_text
-from regrow.methods import MethodEntry, MethodKind, find_method
+from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_known
+from regrow.methods import MethodKind, find_method
 from regrow.methods.search.assembly import Search
+from regrow.methods.search.space import GRANULARITIES
 from regrow.nets import Loaded
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
@@ -94,24 +93,8 @@ class SearchInputs:
 
 
 def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: str = "constant") -> TaskSchedule:
-    """Return how a network is trained by the settings of a search.
-
-    Args:
-        settings: The settings of the run.
-        objective: What the network is trained for.
-        epochs: Passes over the data.
-        decay: As for :class:`regrow.training.continual.TaskSchedule`.
-    """
-    return TaskSchedule(
-        epochs=max(1, epochs),
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-        decay=decay,
-        precision=settings.precision,
-        objective=objective,
-    )
+    """Return how a network is trained by the settings of a search, for a number of epochs."""
+    return replace(make_task_schedule(replace(settings, epochs=max(1, epochs)), objective), decay=decay)
 
 
 def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
@@ -124,7 +107,9 @@ def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
     Raises:
         SourceError: If the data are missing.
     """
-    base, text = _read_task(settings, start), start is not None and start.tokenizer is not None
+    specs = TaskSpecs((settings.data,), settings.train, settings.test, seed=settings.seed)
+    specs = replace(specs, normalised=names_code(settings.space)).fit(start, settings.seq_len)
+    base, text = read_tasks(specs)[0], specs.tokenizer is not None
     n = len(base.train)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
     many = max(1, round(settings.validation * n))
@@ -143,37 +128,46 @@ def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
     )
 
 
-def _read_task(settings: Settings, start: Loaded | None) -> Task:
-    """Return all training and test examples, in the form that the network takes."""
-    train, test, seed = settings.train, settings.test, settings.seed
-    if start and start.tokenizer is not None:
-        specs = TaskSpecs((settings.data,), train, test, seed=seed, tokenizer=start.tokenizer, seq_len=settings.seq_len)
-        return read_text(settings.data, specs)
-    shape = image_shape(start) if start else ()
-    normalised = start.origin.normalised_images if start else names_code(settings.space)
-    task = streams.of(settings.data, train, test, seed, size=shape[1:], normalised=normalised)
-    return streams.alike([task], shape)[0] if shape else task
-
-
 def trace_examples(model: nn.Module, task: Task, kwargs: Mapping[str, Any]) -> AxisGraph:
-    """Return the axes of a network, traced with two training examples.
-
-    Args:
-        model: The network.
-        task: The data.
-        kwargs: Further keyword arguments of the network.
-    """
+    """Return the axes of a network, traced with two training examples and further keyword arguments."""
     return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **kwargs)
 
 
-def select_known(entry: MethodEntry, given: Mapping[str, object]) -> dict[str, object]:
-    """Return those of some settings that a method has.
+def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
+    """Return a target as a measure and a number.
 
     Args:
-        entry: The method.
-        given: The settings.
+        text: ``params=0.5M``, ``nonzero=50k``, ``macs=3M``, ``bytes=200k``, ``ms=20``; a fraction of the whole space's
+            cost, ``macs=20%``; or a fraction of its parameters, ``0.2``.
+        axes: The axes of the whole space.
+        table: The measured latencies of the whole space, for a target in ms.
+
+    Raises:
+        ValueError: If it is none of these, or more than the whole space has.
     """
-    return {name: given[name] for name in (one.name for one in fields(entry.settings)) if name in given}
+    target = parse_search_target(text)
+    measure = target.measure
+    if measure == Measure.TIME and table is None:
+        raise ValueError("how long the space takes was not measured: evaluation.latency(…) does it")
+    counted = Measure.PARAMETERS if measure == Measure.NONZERO else measure
+    whole: float = table.total if table else Cost(axes, counted).total
+    number = target.amount or target.share * whole
+    if not 0 < number < whole:
+        has = f"{whole:.4g}" if table else f"{whole:,.0f}"
+        raise ValueError(f"the target {text} is not below what the whole space has, {has} {measure}")
+    return measure, number
+
+
+def make_search(settings: Settings, measure: Measure, known: Mapping[str, object], **inputs: object) -> Search:
+    """Return the search method of a run, with those settings that it has and that follow from its network.
+
+    Zeroed weights count as removed under ``nonzero`` only, so the method does not search them for another measure.
+    """
+    levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
+    entry = find_method(MethodKind.SEARCH, settings.method)
+    known = select_known(entry, {"measure": str(measure), "levels": levels, **known})
+    search: Search = entry.made(settings.method, known | dict(settings.method_settings), **inputs)
+    return search
 
 
 def build_search(
@@ -199,52 +193,39 @@ def build_search(
         ValueError: If there is no such method, a setting of it is wrong, the target cannot be met, or it does not
             search in the planned stages.
     """
-    method, entry = settings.method, find_method(MethodKind.SEARCH, settings.method)
     measure, most = parse_target(settings.target, axes, table)
-    known: dict[str, object] = {
-        "target": most,
-        "measure": str(measure),
-        "levels": find_granularities(measure),
-        "seed": settings.seed,
-        "stages": tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else (),
-    }
+    stages = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
+    known: dict[str, object] = {"target": most, "seed": settings.seed, "stages": stages}
     if not augments:
         known["augment"] = False
+    candidates = candidates_in(model)
     if isinstance(model, Bench201):
         known["levels"] = ("operations",)
-    elif measure == Measure.TIME:
-        # A narrow layer may take longer than a wide one.
-        known["levels"] = ("operations",) if candidates_in(model) else ("filters",)
-    prices: Prices | None = None
+    elif measure == Measure.TIME:  # a narrow layer may take longer than a wide one
+        known["levels"] = ("operations",) if candidates else ("filters",)
+    inputs: dict[str, Prices] = {}
     if table:
-        tables = {"ops": table.ops, "beside": table.sums, "layers": table.layers}
-        prices = spread_times(axes, candidates_in(model), **tables, rest=table.rest)
-    own = select_known(entry, known) | dict(settings.method_settings)
-    search: Search = entry.made(method, own, **({"prices": prices} if prices else {}))
+        prices = spread_times(axes, candidates, ops=table.ops, beside=table.sums, layers=table.layers, rest=table.rest)
+        if most <= prices.rest:
+            raise ValueError(f"{prices.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
+        inputs["prices"] = prices
+    search = make_search(settings, measure, known, **inputs)
     if settings.epochs < 1 and search.needs_epochs:
-        raise ValueError(f"{method} learns in epochs: take --epochs 1 or more")
-    if prices and most <= prices.rest:
-        raise ValueError(f"{prices.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
-    space = search.rules.space
+        raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
+    space = search.space
     if isinstance(model, Bench201) and "filters" in space.granularities:
         raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
     if plan is not None and space.ends != plan.ends:
         ends = ", ".join(str(end + 1) for end in plan.ends)
         raise ValueError(
-            f"within {format_bytes(parse_bytes(settings.memory))}, stages end at parts {ends}, and {method} does not "
-            "search in these: give more --memory or none, or a method and settings that do"
+            f"within {format_bytes(parse_bytes(settings.memory))}, stages end at parts {ends}, and {settings.method} "
+            "does not search in these: give more --memory or none, or a method and settings that do"
         )
     return search
 
 
 def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> None:
-    """Measure the running statistics of a found network's BatchNorms again, on training examples in random order.
-
-    Args:
-        model: The network; changed in place.
-        context: The context of the search, with its data and its seed.
-        batch_size: Examples per batch.
-    """
+    """Measure the running statistics of a found network's BatchNorms again, on training examples in random order."""
     if tune.find_running(model):
         examples = context.task.train.batches(batch_size, seed=context.seed)
         tune.recalibrate(model, [(pack_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])

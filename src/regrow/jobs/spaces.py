@@ -1,38 +1,48 @@
-"""Search spaces by name, and the plain network that remains of one after a search."""
+"""Search spaces by name, the memory of their stages, and the plain network that remains after a search."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from regrow.allocation.stages import MemoryBudgetError, MemoryStages
+from regrow.allocation.stages import MemoryBudgetError, MemoryStages, Peak
 from regrow.allocation.stages import stages as cut
-from regrow.core.amounts import parse_bytes
+from regrow.core.amounts import format_bytes, parse_bytes
 from regrow.core.candidates import Prefix, Staged, fold_scales
 from regrow.core.references import names_code
-from regrow.core.sources import Batch, logits_in
+from regrow.core.sources import Batch, device_of, logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, pack_batch
-from regrow.jobs.search_inputs import select_known
-from regrow.jobs.stage_memory import predict_peaks
+from regrow.evaluation import Live, predict_memory, prefix_peaks, training
+from regrow.evaluation.memory import peak_meter
+from regrow.jobs.search_inputs import make_search
 from regrow.jobs.starting import check_outputs
-from regrow.jobs.targets import find_granularities
-from regrow.methods import MethodKind, find_method
 from regrow.methods.search.assembly import Search
+from regrow.methods.search.state import SearchState, StageMemory
 from regrow.nets import Loaded, bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
-from regrow.nets.code import Builder, call_builder, import_builder
-from regrow.nets.fits import check_space_fits
+from regrow.nets.load import Builder, call_builder, import_builder
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
+from regrow.nets.staged import check_space_fits
 from regrow.settings.search import Settings, parse_search_target
-from regrow.tracing.placeholder import find_placeholders
+from regrow.tracing.branches import find_placeholders
+from regrow.training.learner import Context
 
+STAGED: Mapping[str, tuple[type[Cells | Mobile], Callable[..., Mapping[str, Any]], Callable[..., Prefix], str]] = {
+    "cells": (Cells, cells.supernet, cells.prefix, "cells"),
+    "mobile": (Mobile, mobile.supernet, mobile.prefix, "blocks"),
+}
+"""Space that can be searched in stages → its network, its description, a part of it, and what its parts are."""
+MASKS, WEIGHT, GRANULARITY = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
+"""The memory of a step with masks, relative to one without: a factor, and additional bytes per weight; and further
+bytes per weight for each granularity that is searched."""
 SpaceNetwork = Cells | Mobile | Bench201
 """A network of one of the built-in search spaces."""
 
@@ -50,119 +60,87 @@ def build_space(
     Raises:
         ValueError: If there is no such space, the budget is too small for any stages, or there are none to cut.
     """
-    space, stages, memory = settings.space, settings.stages, settings.memory
+    space, stages, seed = settings.space, settings.stages, settings.seed
     if start:
-        refuse_stages(space, stages, memory)
+        _refuse_stages(space, settings)
         if start.tokenizer is None:
             check_outputs(start, task, 1 + max(task.classes))
         return start.model, start.origin, None
-    entry = find_method(MethodKind.SEARCH, settings.method)
-    measure = parse_search_target(settings.target).measure
-    known = {"measure": str(measure), "levels": find_granularities(measure)}
-    search: Search = entry.made(settings.method, select_known(entry, known) | dict(settings.method_settings))
     shape, classes = list(input_shape(task.train)), 1 + max(task.classes)
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
-        refuse_stages(f"{space} has one topology for all cells, so it", stages, memory)
+        _refuse_stages(f"{space} has one topology for all cells, so it", settings)
         edges = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=settings.stride)
         check_space_fits(edges, f"a search of {space}")
-        return _initialise(Bench201, edges, settings.seed), Origin("bench201", "bench201", edges, space), None
-    found = _find_staged(space, shape, classes, settings.stride)
-    if found is None:
-        refuse_stages(space, stages, memory)
+        return _initialise(Bench201, edges, seed), Origin("bench201", "bench201", edges, space), None
+    fit = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})|mobile:(\d{1,3})-(\d{1,2})", space)
+    if not fit:
+        _refuse_stages(space, settings)
         if names_code(space):
             builder = import_builder(space)
-            return _build_own(space, builder, task, settings.seed), Origin("callable", space, {}, space, builder), None
-        return *small(space, shape, classes, settings.seed), None
-    check_space_fits(found.whole(), f"a search of {space}")
-    plan = None
-    if memory:
-        first = first_examples(task.train, settings.batch_size)
-        batch = pack_batch(first.inputs, first.labels)
-        plan = _plan_stages(found, batch, parse_bytes(memory), search.stage_share, search.masked)
-    config = found.whole(heads=plan.ends if plan else stage_ends(found.parts, stages or min(3, found.parts)))
-    net = _initialise(found.net, config, settings.seed)
+            return _build_named(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
+        return *small(space, shape, classes, seed), None
+    kind = space.partition(":")[0]
+    network, supernet, prefix, parts = STAGED[kind]
+    sizes = dict(zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False))
+    describe = partial(supernet, shape, classes, stride=settings.stride, **sizes)
+    whole, plan = describe(), None
+    check_space_fits(whole, f"a search of {space}")
+    count = len(whole[parts])
+    if settings.memory:
+        # Where stages end is not known yet: a classifier behind every part is no less than there will be.
+        plan = _plan_stages(settings, task, partial(prefix, describe(heads=range(count))), count)
+    config = describe(heads=plan.ends if plan else stage_ends(count, stages or min(3, count)))
+    net = _initialise(network, config, seed)
     net.recomputed = plan is not None and plan.recomputed
-    return net, Origin(found.kind, found.kind, config, space), plan
+    return net, Origin(kind, kind, config, space), plan
 
 
-def refuse_stages(what: str, stages: int, memory: str) -> None:
-    """Raise ValueError if stages or a memory budget are asked for of a network that is searched in one stage.
-
-    Args:
-        what: The network, for the message.
-        stages: The number of stages that is asked for; 0: none.
-        memory: The memory budget; empty: none.
-
-    Raises:
-        ValueError: Names the option.
-    """
-    if memory or stages > 1:
-        raise ValueError(f"{what} is searched in one stage: no --{'memory' if memory else f'stages {stages}'}")
+def _refuse_stages(what: str, settings: Settings) -> None:
+    """Raise ValueError if stages or a memory budget are asked for of a network that is searched in one stage."""
+    if settings.memory or settings.stages > 1:
+        option = "memory" if settings.memory else f"stages {settings.stages}"
+        raise ValueError(f"{what} is searched in one stage: no --{option}")
 
 
-def _build_own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
+def _build_named(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
     """Build a network by the user's own code, with random weights, and check its outputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, _ = call_builder(builder, space)
-    said = logits_in(model.eval()(first_examples(task.train, 2).inputs))
+    outputs = logits_in(model.eval()(first_examples(task.train, 2).inputs))
     classes = 1 + max(task.classes)
-    if said.shape != (2, classes):
-        raise ValueError(f"{space} answers {tuple(said.shape)} to two images of {classes} classes")
+    if outputs.shape != (2, classes):
+        raise ValueError(f"{space} answers {tuple(outputs.shape)} to two images of {classes} classes")
     return model
 
 
-@dataclass(frozen=True)
-class _StagedSpace:
-    """A space that can be searched in stages: its network, its description, and its number of parts."""
-
-    kind: str
-    net: type[Cells] | type[Mobile]
-    whole: Callable[..., Mapping[str, object]]
-    prefix: Callable[..., Prefix]
-    parts: int
-
-
-def _find_staged(space: str, shape: Sequence[int], classes: int, stride: int) -> _StagedSpace | None:
-    if fit := re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})", space):
-        width, many, nodes = map(int, fit.groups())
-        whole = partial(cells.supernet, shape, classes, width=width, cells=many, nodes=nodes, stride=stride)
-        return _StagedSpace("cells", Cells, whole, cells.prefix, many)
-    if fit := re.fullmatch(r"mobile:(\d{1,3})-(\d{1,2})", space):
-        width, many = map(int, fit.groups())
-        blocks = partial(mobile.supernet, shape, classes, width=width, blocks=many, stride=stride)
-        return _StagedSpace("mobile", Mobile, blocks, mobile.prefix, len(blocks()["blocks"]))
-    return None
-
-
-def _plan_stages(found: _StagedSpace, batch: Batch, budget: int, share: float, masked: Collection[str]) -> MemoryStages:
+def _plan_stages(settings: Settings, task: Task, build: Callable[..., Prefix], parts: int) -> MemoryStages:
     """Return the fewest stages within a memory budget; if there are none, with recomputation in the backward pass."""
-    # Where stages end is not known yet: a classifier behind every part is no less than there will be.
-    prefix = partial(found.prefix, found.whole(heads=range(found.parts)), share=share)
+    search = make_search(settings, parse_search_target(settings.target).measure, {})
+    first, budget = first_examples(task.train, settings.batch_size), parse_bytes(settings.memory)
+    batch = pack_batch(first.inputs, first.labels)
 
-    def recomputed(first: int, last: int) -> Prefix:
-        made = prefix(first, last)
-        cast(Staged, made.net).recomputed = True
-        return made
+    def build_prefix(recomputes: bool, first: int, last: int) -> Prefix:
+        prefix = build(first, last, search.stage_share)
+        if recomputes:
+            cast(Staged, prefix.net).recomputed = True
+        return prefix
 
+    peaks = [predict_peaks(search.masked, partial(build_prefix, recomputes), batch) for recomputes in (False, True)]
     try:
-        return cut(predict_peaks(masked, prefix, batch), found.parts, budget)
+        return cut(peaks[0], parts, budget)
     except MemoryBudgetError:
-        return replace(cut(predict_peaks(masked, recomputed, batch), found.parts, budget), recomputed=True)
+        return replace(cut(peaks[1], parts, budget), recomputed=True)
 
 
-def _initialise(kind: type[SpaceNetwork], config: Mapping[str, Any], seed: int) -> SpaceNetwork:
+def _initialise(network: type[SpaceNetwork], config: Mapping[str, Any], seed: int) -> SpaceNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kind(config)
+        return network(config)
 
 
 def stage_ends(parts: int, stages: int) -> tuple[int, ...]:
-    """Return the last part of each stage, for stages of nearly equal numbers of parts.
-
-    Args:
-        parts: The number of parts (cells or blocks) of the space.
-        stages: The number of stages.
+    """Return the last part of each stage, for stages of nearly equal numbers of parts (cells or blocks).
 
     >>> stage_ends(8, 3), stage_ends(6, 1)
     ((2, 4, 7), (5,))
@@ -198,21 +176,125 @@ def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False)
 
 
 def rebuild(config: Mapping[str, Any], model: SpaceNetwork) -> SpaceNetwork:
-    """Build the network that a description gives, with the parameters of the super-network that it describes.
-
-    Args:
-        config: The description of the network.
-        model: The super-network after the search.
-    """
-    found = type(model)(config)
+    """Build the network that a description gives, with the parameters of the searched super-network (``model``)."""
+    network = type(model)(config)
     if isinstance(model, Cells | Mobile):
-        found.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too
-    names = found.state_dict().keys()
+        network.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too
+    names = network.state_dict().keys()
     state = {name: value for name, value in model.state_dict().items() if name in names}
     for path, node in model.named_modules():
         if f"{path}.scale" in state:
             gone = find_placeholders(node)
             alive = [i for i, name in enumerate(node.get_submodule("ops")._modules) if f"ops.{name}" not in gone]
             state[f"{path}.scale"] = state[f"{path}.scale"][alive]
-    found.load_state_dict(state)
-    return found.eval()
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def predict_peaks(masked: Collection[str], prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
+    """Return a function (first part that is complete, last part that runs) → the predicted peak of a stage in bytes.
+
+    ``masked`` are the granularities whose masks need memory; ``prefix`` returns the part that runs in a stage.
+    """
+    plain = prefix_peaks(prefix, batch, _step())
+
+    def peak(first: int, last: int) -> int:
+        with torch.device("meta"):
+            many = prefix(first, last).many()
+        return _add_masks(masked, plain(first, last), many)
+
+    return peak
+
+
+def predict_stage(search: Search, state: SearchState, context: Context, batch: Batch) -> int:
+    """Predict the peak memory of the current stage in bytes, without running the network."""
+    net = Prefix(context.model, search.space.part(state.stage))
+    removed = context.undo.contents().values() if context.undo else ()
+    cut_bytes = sum(tensor.untyped_storage().nbytes() for tensor in removed)
+    return _add_masks(search.masked, predict_memory(net, batch, _step()).peak, net.many()) + cut_bytes
+
+
+def _step() -> Callable[[nn.Module, Batch], Any]:
+    return training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+
+
+def _add_masks(masked: Collection[str], plain: int, weights: int) -> int:
+    return int(MASKS * plain) + (WEIGHT + sum(GRANULARITY[name] for name in masked)) * weights
+
+
+@dataclass
+class MemoryWatch:
+    """Keeps each stage of a search within a memory budget, and measures steps of it with and without masks trained.
+
+    Args:
+        search: The method.
+        budget: The budget in bytes; 0: none, and nothing is measured.
+        size: Examples per step.
+        rows: Stage → its measured memory.
+        predictions: Stage that started in this process → its predicted peak, in bytes.
+    """
+
+    search: Search
+    budget: int
+    size: int
+    rows: dict[str, StageMemory] = field(default_factory=dict)
+    predictions: dict[int, int] = field(default_factory=dict)
+
+    def __call__(self, state: SearchState, context: Context, step: int) -> AbstractContextManager[None]:
+        """Return a context manager around a training step, which measures two steps per stage, with and without masks.
+
+        Raises:
+            MemoryBudgetError: If the stage needs more than the budget, even with recomputed parts.
+        """
+        if not self.budget:
+            return nullcontext()
+        stage = state.stage
+        if stage and stage not in self.predictions:
+            self.predictions[stage] = self._fit(state, context)
+        if step > 1:
+            return nullcontext()
+        row, trains = self.rows.get(f"{stage}"), self.search.trains(state, context)
+        if row is None or row.epoch == context.epoch + 1 or trains > row.joint:
+            return self._measure(context, stage, trains)
+        return nullcontext()
+
+    def _fit(self, state: SearchState, context: Context) -> int:
+        """Return a stage's predicted peak in bytes; turn recomputation on if it exceeds the budget."""
+        net, first = cast(Staged, context.model), first_examples(context.task.train, self.size)
+        batch = pack_batch(first.inputs, first.labels)
+        needed = predict_stage(self.search, state, context, batch)
+        if needed > self.budget and not net.recomputed:
+            net.recomputed = True
+            needed = predict_stage(self.search, state, context, batch)
+        if needed > self.budget:
+            raise MemoryBudgetError(
+                f"{format_bytes(self.budget)} of memory do not suffice: stage {state.stage + 1} needs "
+                f"{format_bytes(needed)} ({needed} bytes), as earlier ones left the network and with parts computed "
+                "anew. What they found is kept, but cannot go on with another budget: search anew, with more --memory "
+                "or a smaller --batch-size",
+                needed,
+                self.search.space.part(state.stage),
+            )
+        return needed
+
+    @contextmanager
+    def _measure(self, context: Context, stage: int, trains: bool) -> Iterator[None]:
+        removed = context.undo.contents().values() if context.undo else ()
+        live = Live([*context.model.parameters(), *context.model.buffers(), *removed])
+        resident = peak_meter(device_of(context.model))
+        with live:
+            yield
+        extra = resident()
+        row = StageMemory(
+            stage,
+            context.epoch + 1,
+            trains,
+            live.held,
+            live.peak,
+            None if extra is None else extra + live.held,
+            self.predictions.get(stage),
+            cast(Staged, context.model).recomputed,
+        )
+        before = self.rows.get(f"{stage}", row)
+        if before.epoch < row.epoch or before.peak <= row.peak:
+            self.rows[f"{stage}"] = row

@@ -1,23 +1,156 @@
-"""The network that a learning run or a search starts from, with its weights, if it is not built anew."""
+"""The network with its weights and the tasks that a learning run or a search starts from."""
 
 import re
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from regrow import store
 from regrow.core.errors import InputError
-from regrow.core.progress import Progress, silent
+from regrow.core.objectives import Objective
 from regrow.core.references import names_code
 from regrow.core.sources import logits_in
-from regrow.core.tasks import Task, first_examples, run_network
+from regrow.core.tasks import Task, first_examples, input_shape, run_network
+from regrow.data import Half, MissingError, SourceError, streams, text, windows
+from regrow.data.datasets import LoadedExamples, join_examples, to_examples_of_batch
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.parents import BEFORE
-from regrow.jobs.task_sequences import parse_sequence
+from regrow.jobs.recording import Invocation
+from regrow.methods import MethodEntry
 from regrow.nets import Loaded
-from regrow.nets.code import check_code
+from regrow.nets.load import check_code
 from regrow.nets.small import BUILDERS
+from regrow.store.errors import StoreError
+from regrow.training.continual import TaskSchedule
+
+MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
+"""The largest number of values in an example, and of classes, that a file may claim."""
+
+
+@dataclass(frozen=True)
+class TaskSpecs:
+    """The sequences of tasks of a run, and how much of their data is used.
+
+    Args:
+        sequences: ``permuted:DATA:N``, ``rotated:DATA:N``, ``split:DATA:N``, or ``DATA`` for a single task.
+        train: The number of training examples of each data set; 0: all.
+        test: The number of test examples; 0: all.
+        scenario: ``domain``, ``class`` or ``task``; split tasks are relabelled in the first.
+        seed: Seed of permutations and of the choice of examples.
+        shape: The shape ``[C, H, W]`` that images are converted to; empty: that of the first task's images.
+        normalised: Whether the network takes normalised images (``Origin.normalised_images``).
+        tokenizer: The tokenizer of a language model, whose tasks are text domains; ``None``: tasks are of images.
+        seq_len: Tokens per window of text.
+    """
+
+    sequences: tuple[str, ...]
+    train: int = 0
+    test: int = 0
+    scenario: str = "domain"
+    seed: int = 0
+    shape: tuple[int, ...] = ()
+    normalised: bool = False
+    tokenizer: Any = None
+    seq_len: int = 256
+
+    def fit(self, start: Loaded | None, seq_len: int) -> "TaskSpecs":
+        """Return the same for a network with weights, which decides the form of the data; as they are for a new one."""
+        if start is None:
+            return self
+        if start.tokenizer is not None:
+            return replace(self, tokenizer=start.tokenizer, seq_len=seq_len)
+        return replace(self, shape=_image_shape(start), normalised=start.origin.normalised_images)
+
+
+def read_tasks(specs: TaskSpecs, recorded: object = None, before: Sequence[Task] = ()) -> list[Task]:
+    """Return the tasks of a run, with their data; all images get the shape that the network, or the first task, has.
+
+    Args:
+        specs: The sequences, and how much of their data.
+        recorded: The record of each sequence's tasks in ``run.json``, which replaces data that are missing; ``None``:
+            all data must be there.
+        before: Tasks that come before these.
+
+    Raises:
+        SourceError: If a sequence is misspelled, or its data are missing.
+        StoreError: If the record of a sequence is invalid.
+    """
+    tasks = [*before]
+    for i, spec in enumerate(specs.sequences):
+        try:
+            tasks += _read_sequence(spec, specs)
+        except MissingError:
+            if not isinstance(recorded, list) or i >= len(recorded):
+                raise
+            tasks += _read_recorded(recorded[i], parse_sequence(spec)[2])
+    if specs.tokenizer is not None or (len(tasks) == 1 and not specs.shape):
+        return tasks
+    return streams.alike(tasks, specs.shape)
+
+
+def _read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
+    if specs.tokenizer is not None:
+        return [_read_text(spec, specs)]
+    transformation, data, n = parse_sequence(spec)
+    base = streams.of(data, specs.train, specs.test, specs.seed, size=specs.shape[1:], normalised=specs.normalised)
+    if n < 1:
+        raise SourceError(f"{spec}: a sequence has at least one task")
+    match transformation:
+        case "":
+            return [base]
+        case "permuted":
+            return streams.permuted_tasks(base, n, specs.seed)
+        case "rotated":
+            return streams.rotated_tasks(base, n)
+    return streams.split(base, n, relabel=specs.scenario == "domain")
+
+
+def parse_sequence(spec: str) -> tuple[str, str, int]:
+    """Return the transformation, the data's name and the number of tasks of a sequence (``TaskSpecs.sequences``).
+
+    >>> parse_sequence("permuted:digits:5"), parse_sequence("digits")
+    (('permuted', 'digits', 5), ('', 'digits', 1))
+    """
+    fit = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
+    return (fit[1], fit[2], int(fit[3])) if fit else ("", spec, 1)
+
+
+def _read_text(spec: str, specs: TaskSpecs) -> Task:
+    """Return a text domain as a task: windows of its calibration half to train on, of its other half to test on."""
+    domain = text(spec)
+    train, test = (
+        windows(domain, specs.tokenizer, n=n or None, seq_len=specs.seq_len, seed=specs.seed, half=half)
+        for n, half in ((specs.train, Half.CALIBRATION), (specs.test, Half.EVALUATION))
+    )
+    return Task(domain.name, join_examples(map(to_examples_of_batch, train)), LoadedExamples(test.batches), ())
+
+
+def record_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list[dict[str, object]]]:
+    """Return the record of each sequence's tasks that is needed once their data are missing, as JSON data."""
+    records: list[dict[str, object]] = [
+        {"name": task.name, "inputs": list(input_shape(task.train)), "classes": list(task.classes)} for task in tasks
+    ]
+    rest = iter(records)
+    return [list(islice(rest, parse_sequence(spec)[2])) for spec in sequences]
+
+
+def _read_recorded(record: object, many: int) -> list[Task]:
+    """Return the tasks of a sequence from an untrusted ``run.json``, without data."""
+    tasks = []
+    for entry in record if isinstance(record, list) else []:
+        match entry:
+            case {"name": str(name), "inputs": [int(), int(), int()] as inputs, "classes": [int(), *_] as classes}:
+                valid = all(type(c) is int and 0 <= c < MOST_CLASSES for c in classes)
+                if valid and min(inputs) > 0 and prod(inputs) <= MOST_INPUTS:
+                    tasks.append(Task.of_gone(name, tuple(inputs), tuple(classes)))
+    if len(tasks) != many:
+        raise StoreError(f"run.json tells of {many} tasks what cannot be ({str(record)[:80]}); restore it")
+    return tasks
 
 
 def is_new(model: str) -> bool:
@@ -25,22 +158,13 @@ def is_new(model: str) -> bool:
 
     >>> is_new("mlp:100-100"), is_new("resnet18")
     (True, False)
-
-    Args:
-        model: The name.
     """
     small = model.partition(":")[0] in BUILDERS or re.fullmatch(r"[\w-]+:\d+(-\d+)*", model)
     return bool(small) and not Path(model).exists()
 
 
 def load_start(
-    model: str,
-    sequences: tuple[str, ...],
-    shape: str = "",
-    *,
-    run: Path | None = None,
-    code: str = "",
-    progress: Progress = silent,
+    model: str, sequences: tuple[str, ...], shape: str, invocation: Invocation, run: Path | None = None
 ) -> Loaded | None:
     """Return the network that a run trains on, in float32; ``None`` if it is built anew.
 
@@ -48,23 +172,21 @@ def load_start(
         model: The name of the network, or a run folder.
         sequences: The names of its data, which may give the size of its images.
         shape: The shape of its input, like ``1x3x32x32``; empty: from the model, or its data.
+        invocation: How the command was called.
         run: The folder of a run that is resumed, whose copy of the network is read if there is one.
-        code: The function ``pkg.mod:fn`` that builds the network, if that is the user's own code and the name comes
-            from a file.
-        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If it cannot be loaded, or ``code`` is missing or not needed.
     """
+    code, progress = invocation.code, invocation.progress
     if is_new(model):
         check_code(model, False, code)
         return None
-    data = tuple(parse_sequence(one)[1] for one in sequences)
-    sources = tuple(one if one == "digits" else f"data={one}" for one in data)
+    data = (parse_sequence(spec)[1] for spec in sequences)
+    sources = tuple(name if name == "digits" else f"data={name}" for name in data)
     spec = ModelSpec(model, "float32", input=shape, sources=sources)
-    kept = run / BEFORE if run else None
-    if kept and (kept / store.SHAPES).is_file():
-        loaded = load_model(replace(spec, name=str(kept)), progress, code)
+    if run and (run / BEFORE / store.SHAPES).is_file():
+        loaded = load_model(replace(spec, name=str(run / BEFORE)), progress, code)
         return replace(loaded, origin=replace(loaded.origin, name=Path(model).name))
     if run and names_code(model):
         check_code(model, True, code)
@@ -72,34 +194,19 @@ def load_start(
     return load_model(spec, progress, code)
 
 
-def find_start(space: str, data: str, shape: str = "", code: str = "", progress: Progress = silent) -> Loaded | None:
+def find_start(space: str, data: str, shape: str, invocation: Invocation) -> Loaded | None:
     """Return the network with its weights that is searched, in float32; ``None`` if the name is that of a search space.
 
-    Args:
-        space: The search space, ``pkg.mod:fn``, a run folder, or the name of a model.
-        data: The name of the data, which may give the size of its images.
-        shape: As for :func:`load_start`.
-        code: As for :func:`load_start`.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: As :func:`load_start`.
+    Arguments and errors are as for :func:`load_start`.
     """
     if not Path(space).exists() and ":" in space and not space.startswith("torchvision:"):
-        check_code(space, False, code)
+        check_code(space, False, invocation.code)
         return None
-    return load_start(space, (data,), shape, code=code, progress=progress)
+    return load_start(space, (data,), shape, invocation)
 
 
-def image_shape(loaded: Loaded) -> tuple[int, ...]:
-    """Return the shape ``[C, H, W]`` of the images that a network takes.
-
-    Args:
-        loaded: The network.
-
-    Raises:
-        InputError: If it takes no images.
-    """
+def _image_shape(loaded: Loaded) -> tuple[int, ...]:
+    """Return the shape ``[C, H, W]`` of the images that a network takes; raise InputError if it takes none."""
     shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
     if len(shape) != 4:
         raise InputError(
@@ -110,16 +217,7 @@ def image_shape(loaded: Loaded) -> tuple[int, ...]:
 
 
 def check_outputs(loaded: Loaded, task: Task, classes: int) -> None:
-    """Raise InputError unless a network has an output for every class.
-
-    Args:
-        loaded: The network.
-        task: A task, in the form that the network takes.
-        classes: The number of classes.
-
-    Raises:
-        InputError: If it has fewer outputs, or outputs of another form.
-    """
+    """Raise InputError unless a network has an output for every class; the task has the form that it takes."""
     model = loaded.model.eval()
     with torch.no_grad():
         outputs = logits_in(run_network(model, first_examples(task.train, 2).inputs)).shape
@@ -129,3 +227,16 @@ def check_outputs(loaded: Loaded, task: Task, classes: int) -> None:
             f"{loaded.origin.name or 'the network'} has {has}, and the tasks have {classes} classes; "
             "give a model with an output for each class"
         )
+
+
+def select_known(entry: MethodEntry, settings: Mapping[str, object]) -> dict[str, object]:
+    """Return those of some settings that a method has."""
+    return {field.name: settings[field.name] for field in fields(entry.settings) if field.name in settings}
+
+
+def make_task_schedule(settings: object, objective: Objective) -> TaskSchedule:
+    """Return how a network is trained by the settings of a run that have the name of a field of the schedule."""
+    shared: Any = {
+        field.name: getattr(settings, field.name) for field in fields(TaskSchedule) if hasattr(settings, field.name)
+    }
+    return TaskSchedule(**shared, objective=objective)

@@ -11,17 +11,15 @@ from regrow.core.source_names import GENERATED
 from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation import UnpredictableError
 from regrow.evaluation.generation import predict_generation
-from regrow.jobs.generated import count_generated
 from regrow.jobs.models import ModelSpec
 from regrow.jobs.prune_settings import budget_of
-from regrow.jobs.reconstruction import count_tokens
 from regrow.jobs.recording import Invocation
-from regrow.jobs.recovery_memory import (
+from regrow.jobs.recovering import count_generated, count_tokens
+from regrow.jobs.streamed_recovery import (
     PAIRED,
     SPARE,
     count_activations,
     plan_pairing,
-    predict_gradients,
     predict_later_recovery,
     predict_learning,
     predict_pairing,
@@ -32,9 +30,6 @@ from regrow.scoring.collect import differentiated
 from regrow.settings.prune import Settings, complete_reconstruction
 from regrow.streaming.opening import OpenedNetwork, limit_caches
 from regrow.streaming.requirements import MemoryPlan, enough, plan_memory, with_products
-
-RESULTS = "results"
-"""The folder, among the files for resuming, with the hidden states for which memory has no room."""
 
 
 def plan_streaming(
@@ -134,15 +129,12 @@ def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork)
     if opened.loaded.tokenizer is None:
         raise InputError(f"what {what} needs is predicted for models that take text only; leave out --memory")
     try:
-        sums = pruner.shards * max(pruner.sources, len(settings.sources)) if gradients else 0
         if gradients:
-            units = budget_of(settings).units(opened.axes)
-            needed = predict_gradients(model, differentiated(model, opened.axes, units), window, sums)
-        if masks:
-            needed = max(needed, predict_learning(model, window, settings.batch_size, 0))
-        if pruner.runs_network:
-            batch_size = 1 if gradients else settings.batch_size
-            needed = max(needed, predict_learning(model, window, batch_size, sums))
+            names = differentiated(model, opened.axes, budget_of(settings).units(opened.axes))
+            sums = pruner.shards * max(pruner.sources, len(settings.sources))
+            needed = predict_learning(model, names, window, 1, sums)
+        elif masks or pruner.runs_network:
+            needed = predict_learning(model, (), window, settings.batch_size, 0)
         if settings.recover:
             needed = max(needed, predict_later_recovery(settings.recover, model, window, settings.recover_tokens))
         if settings.reconstruct:

@@ -22,12 +22,11 @@ from regrow.jobs.cutting import WholeNetwork
 from regrow.jobs.inputs import count_windows
 from regrow.jobs.models import DTYPES
 from regrow.jobs.prune_settings import model_spec, seeded_settings
-from regrow.jobs.reconstruction import reconstruct
 from regrow.jobs.recording import ActiveRun, Invocation, Record
-from regrow.jobs.recovery_memory import PAIRED, explain_lacking, predict_pairing
+from regrow.jobs.recovering import reconstruct
 from regrow.jobs.shared_work import SharedWork
-from regrow.jobs.streamed import RESULTS, needs_of_model, plan_streaming
-from regrow.jobs.streamed_recovery import StreamedRecovery
+from regrow.jobs.streamed import needs_of_model, plan_streaming
+from regrow.jobs.streamed_recovery import PAIRED, RESULTS, StreamedRecovery, explain_lacking, predict_pairing
 from regrow.nets import Loaded
 from regrow.scoring.layer_orders import BATCH
 from regrow.settings.prune import Settings

@@ -8,6 +8,7 @@ that builds it from them, and the paper to cite. Packages add methods by entry p
 import ast
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from enum import StrEnum
@@ -51,13 +52,10 @@ class MethodEntry:
     def defaults(self, given: Collection[str]) -> dict[str, Any]:
         """Return the default of every setting not in ``given``; a run records them, since another version may differ.
 
-        Args:
-            given: The names of the settings that the user gave.
-
         >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(given={"compensate"})
         {'allocation': 'uniform', 'minimum': 1}
         """
-        return {one.name: one.default for one in fields(self.settings) if one.name not in given}
+        return {field.name: field.default for field in fields(self.settings) if field.name not in given}
 
     def made(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
         """Build the method with the given settings, after checking their names and types.
@@ -72,21 +70,23 @@ class MethodEntry:
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings must be a dict from names to values, got {settings!r:.60}")
-        defaults = {field.name: field.default for field in fields(self.settings)}
-        given = dict(settings)
-        for key, value in list(given.items()):
+        defaults = self.defaults(())
+        checked = {}
+        for key, value in settings.items():
             if key not in defaults:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults) or 'none'}")
-            if type(value) is int and type(defaults[key]) is float:
-                value = given[key] = float(value)
-            if isinstance(value, str | list) and type(defaults[key]) is tuple:
-                value = given[key] = self._several(name, key, value)
-            if type(value) is not type(defaults[key]):
-                kind = type(defaults[key]).__name__
-                raise ValueError(f"{name}: {key} is of type {kind}, like its default {defaults[key]!r}; got {value!r}")
-        return self.build(self.settings(**given), **inputs)
+            kind = type(defaults[key])
+            if type(value) is int and kind is float:
+                value = float(value)
+            if isinstance(value, str | list) and kind is tuple:
+                value = self._parse_tuple(name, key, value)
+            if type(value) is not kind:
+                default = f"{kind.__name__}, like its default {defaults[key]!r}"
+                raise ValueError(f"{name}: {key} is of type {default}; got {value!r}")
+            checked[key] = value
+        return self.build(self.settings(**checked), **inputs)
 
-    def _several(self, name: str, key: str, value: str | list[object]) -> tuple[Any, ...]:
+    def _parse_tuple(self, name: str, key: str, value: str | list[object]) -> tuple[Any, ...]:
         """Return a setting of several values as a tuple of the right type; a string is split at commas."""
         parts = value.split(",") if isinstance(value, str) else value
         kind = get_args(get_type_hints(self.settings)[key])[0]
@@ -100,92 +100,62 @@ class MethodTable(Mapping[str, MethodEntry]):
     """The methods of one kind by name; the module of a method is imported when its entry is read.
 
     Args:
-        kind: The kind.
-        modules: Name → the module in ``regrow.methods``, which has ``Settings``, ``build`` and ``CITATION``.
+        kind: The kind, and the folder of its methods in ``regrow.methods``.
+        *names: Names of methods, and of their modules or folders, which have ``Settings``, ``build`` and ``CITATION``.
     """
 
-    def __init__(self, kind: MethodKind, modules: Mapping[str, str]) -> None:
-        self._kind, self._modules = kind, modules
+    def __init__(self, kind: MethodKind, *names: str) -> None:
+        self._kind, self._names = kind, names
 
     def __getitem__(self, name: str) -> MethodEntry:
-        module = importlib.import_module(f"regrow.methods.{self._modules[name]}")
+        if name not in self._names:
+            raise KeyError(name)
+        module = importlib.import_module(f"regrow.methods.{self._kind}.{name}")
         return MethodEntry(self._kind, module.Settings, module.build, module.CITATION, module.__doc__ or "")
 
     def settings_of(self, name: str) -> tuple[str, ...] | None:
-        """Return the names of a method's settings, read from its source without importing it; ``None`` if not found.
-
-        Args:
-            name: The method's name.
-        """
-        place = Path(__file__).parent.joinpath(*self._modules[name].split("."))
-        for file in (place.with_suffix(".py"), place / "settings.py"):
+        """Return the names of a method's settings, read from its source without importing it; ``None`` if not found."""
+        path = Path(__file__).parent / self._kind / name
+        for file in (path.with_suffix(".py"), *path.glob("*.py")):
             for node in ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else ():
-                if isinstance(node, ast.ClassDef) and node.name == "Settings" and not node.bases:
-                    fields = (one.target for one in node.body if isinstance(one, ast.AnnAssign))
-                    return tuple(one.id for one in fields if isinstance(one, ast.Name))
+                if isinstance(node, ast.ClassDef) and node.name == "Settings":
+                    targets = (item.target for item in node.body if isinstance(item, ast.AnnAssign))
+                    return tuple(target.id for target in targets if isinstance(target, ast.Name))
         return None
 
     def __contains__(self, name: object) -> bool:
-        return name in self._modules
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._names)
 
-
-METHODS = MethodTable(
-    MethodKind.PRUNING,
-    {
-        "random": "pruning.random",
-        "magnitude": "pruning.magnitude",
-        "wanda_sp": "pruning.wanda_sp",
-        "flap": "pruning.flap",
-        "gprune": "pruning.gprune",
-        "llm_pruner": "pruning.llm_pruner",
-        "obs": "pruning.obs",
-        "depth": "pruning.depth",
-        "fisher": "pruning.fisher",
-        "fisher_obs": "pruning.fisher_obs",
-    },
-)
-"""The pruning methods, by name."""
-
-LEARNERS = MethodTable(
-    MethodKind.CONTINUAL,
-    {
-        "naive": "continual.naive",
-        "ewc": "continual.ewc",
-        "si": "continual.si",
-        "lwf": "continual.lwf",
-        "replay": "continual.replay",
-        "packnet": "continual.packnet",
-        "wsn": "continual.wsn",
-        "sparsegrow": "continual.sparsegrow",
-    },
-)
-"""The continual-learning methods, by name."""
-
-SEARCHERS = MethodTable(
-    MethodKind.SEARCH,
-    {"mgas": "search.mgas", "blind": "search.baselines", "darts": "search.darts", "gold_nas": "search.gold_nas"},
-)
-"""The architecture-search methods, by name."""
-
-RECOVERIES = MethodTable(
-    MethodKind.RECOVERY,
-    {"bias": "recovery.bias", "refit": "recovery.refit", "lora": "recovery.lora", "distil": "recovery.distil"},
-)
-"""The methods that recover accuracy which pruning lost, by name."""
 
 TABLES: Mapping[MethodKind, MethodTable] = {
-    MethodKind.PRUNING: METHODS,
-    MethodKind.CONTINUAL: LEARNERS,
-    MethodKind.SEARCH: SEARCHERS,
-    MethodKind.RECOVERY: RECOVERIES,
+    MethodKind.PRUNING: MethodTable(
+        MethodKind.PRUNING,
+        "random",
+        "magnitude",
+        "wanda_sp",
+        "flap",
+        "gprune",
+        "llm_pruner",
+        "obs",
+        "depth",
+        "fisher",
+        "fisher_obs",
+    ),
+    MethodKind.CONTINUAL: MethodTable(
+        MethodKind.CONTINUAL, "naive", "ewc", "si", "lwf", "replay", "packnet", "wsn", "sparsegrow"
+    ),
+    MethodKind.SEARCH: MethodTable(MethodKind.SEARCH, "mgas", "blind", "darts", "gold_nas"),
+    MethodKind.RECOVERY: MethodTable(MethodKind.RECOVERY, "bias", "refit", "lora", "distil"),
 }
 """All methods of this package, by kind and name."""
+METHODS, LEARNERS, SEARCHERS, RECOVERIES = (TABLES[kind] for kind in MethodKind)
+"""The methods of pruning, continual learning, architecture search, and recovery."""
 
 
 def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
@@ -203,53 +173,45 @@ def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
     for table in _tables(kind):
         if name in table:
             return table[name]
-    from regrow.nets.code import import_object
+    from regrow.nets.load import import_object
 
-    if names_code(name):
-        return _checked(kind, name, import_object(name))
-    return _checked(kind, name, import_object(_added()[name].value))
+    value = import_object(name if names_code(name) else _added()[name].value)
+    if not isinstance(value, MethodEntry):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a regrow.methods.MethodEntry; name one")
+    if kind and value.kind != kind:
+        raise ValueError(f"{name} is a method of {value.kind}, and one of {kind} is needed; name one")
+    return value
 
 
-def check_name(kind: MethodKind | None, name: str) -> None:
+def check_name(kind: MethodKind | None, name: str, settings: Collection[str] = ()) -> None:
     """Raise ValueError unless a name is that of a method, or may be that of user code; imports no method.
 
     Args:
         kind: The kind that the method must have; ``None``: any.
         name: The name, as for :func:`find_method`.
+        settings: The names of settings; a method of this package must have them.
 
     Raises:
-        ValueError: If there is no such method; suggests the nearest name.
+        ValueError: If there is no such method (suggests the nearest name), or no such setting (lists those there are).
     """
     tables = _tables(kind)
-    if any(name in table for table in tables) or names_code(name) or name in (added := _added()):
+    if table := next((table for table in tables if name in table), None):
+        known = table.settings_of(name) if settings else None
+        for key in settings:
+            if known is not None and key not in known:
+                raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
+        return
+    if names_code(name) or name in (added := _added()):
         return
     elsewhere = {other for table in TABLES.values() for other in table}
-    known = [*(key for table in tables for key in table), *(added.keys() - elsewhere)]
-    near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
+    names = [*(key for table in tables for key in table), *(added.keys() - elsewhere)]
+    near = get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? the" if near else "the"
     what, all_of = ("recovery", "recoveries") if kind == MethodKind.RECOVERY else ("method", "methods")
-    raise ValueError(f"there is no {what} {name!r}; {hint} {all_of} are {', '.join(known)}")
+    raise ValueError(f"there is no {what} {name!r}; {hint} {all_of} are {', '.join(names)}")
 
 
-def check_setting_names(kind: MethodKind, name: str, settings: Collection[str]) -> None:
-    """Raise ValueError if a method of this package certainly has no such setting; imports no method.
-
-    Args:
-        kind: The kind of the method.
-        name: Its name.
-        settings: The names of the settings that are given.
-
-    Raises:
-        ValueError: If there is no such setting; lists those that there are.
-    """
-    table = TABLES[kind]
-    known = table.settings_of(name) if name in table else None
-    for key in settings:
-        if known is not None and key not in known:
-            raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
-
-
-def _tables(kind: MethodKind | None) -> list[Mapping[str, MethodEntry]]:
+def _tables(kind: MethodKind | None) -> list[MethodTable]:
     return [TABLES[kind]] if kind else [*TABLES.values()]
 
 
@@ -260,12 +222,7 @@ def _added() -> dict[str, EntryPoint]:
 def refuse_recorded_code(name: str, command: str) -> None:
     """Raise ValueError if the method named in a run folder is user code: names in files are never imported.
 
-    Args:
-        name: The method's name as the run folder records it.
-        command: The command line that started the run, for the message.
-
-    Raises:
-        ValueError: If the name is that of user code, ``package.module:NAME``; the message names the remedy.
+    The message names ``command``, the command line that started the run.
     """
     if names_code(name):
         raise ValueError(
@@ -276,22 +233,8 @@ def refuse_recorded_code(name: str, command: str) -> None:
 
 def added_methods() -> dict[str, MethodEntry]:
     """Return the methods that installed packages add, by name; those that cannot be imported are left out."""
-    from regrow.nets.code import import_object
-
     methods = {}
-    for point in _added().values():
-        try:
-            value = import_object(point.value)
-        except ValueError:
-            continue
-        if isinstance(value, MethodEntry):
-            methods[point.name] = value
+    for name in _added():
+        with suppress(ValueError):
+            methods[name] = find_method(None, name)
     return methods
-
-
-def _checked(kind: MethodKind | None, name: str, value: object) -> MethodEntry:
-    if not isinstance(value, MethodEntry):
-        raise ValueError(f"{name} is a {type(value).__name__}, not a regrow.methods.MethodEntry; name one")
-    if kind and value.kind != kind:
-        raise ValueError(f"{name} is a method of {value.kind}, and one of {kind} is needed; name one")
-    return value

@@ -1,7 +1,6 @@
 """A replacement for ``nn.MultiheadAttention`` whose heads can be pruned."""
 
 from collections.abc import Container
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +62,9 @@ class Attention(nn.Module):
             raise ValueError("is_causal says that attn_mask is causal, and there is no attn_mask; give it")
         single = query.dim() == 2
         if single:
-            query, key, value = (one.unsqueeze(0) for one in (query, key, value))
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
         elif not self.batch_first:
-            query, key, value = (one.transpose(0, 1) for one in (query, key, value))
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(key).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(value).unflatten(-1, (self.num_heads, self.v_head_dim)).transpose(1, 2)
@@ -102,21 +101,18 @@ def replace_attention(model: nn.Module, names: Container[str] | None = None) -> 
     >>> type(layer.self_attn).__name__, layer.self_attn.q_proj.weight.shape
     ('Attention', torch.Size([6, 6]))
     """
-    made: dict[nn.Module, Attention] = {}  # one that two modules share stays shared
-
-    def openable(module: nn.Module | None, path: str) -> bool:
-        if not isinstance(module, nn.MultiheadAttention) or type(module) is not nn.MultiheadAttention:
-            return False
-        closed = module.bias_k is not None or module.add_zero_attn
-        return not closed and (names is None or f"{path}q_proj.weight" in names)
-
-    if openable(model, ""):
-        return Attention(cast(nn.MultiheadAttention, model))
-    for path, parent in list(model.named_modules(remove_duplicate=False)):
-        for name, child in list(parent._modules.items()):
-            if child is not None and (child in made or openable(child, f"{path}.{name}." if path else f"{name}.")):
-                made[child] = made.get(child) or Attention(cast(nn.MultiheadAttention, child))
-                setattr(parent, name, made[child])
+    replaced: dict[nn.Module, Attention] = {}  # one that two modules share stays shared
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module not in replaced:
+            if type(module) is not nn.MultiheadAttention or module.bias_k is not None or module.add_zero_attn:
+                continue
+            if names is not None and f"{path}.q_proj.weight".lstrip(".") not in names:
+                continue
+            replaced[module] = Attention(module)
+        if not path:
+            return replaced[module]
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, replaced[module])
     return model
 
 
@@ -134,9 +130,9 @@ def _joined(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, heads: 
     for mask, padded in ((attn_mask, False), (padding, True)):
         if mask is None:
             continue
-        added = (
-            torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
-        )
+        added = mask
+        if mask.dtype == torch.bool:
+            added = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
         if padded:
             added = added.reshape(-1, 1, 1, added.shape[-1])
         elif added.dim() == 3:

@@ -6,33 +6,21 @@ each of six edges.
 """
 
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.core.candidates import Candidates
-from regrow.nets.errors import ModelError
+from regrow.nets.loaded import ModelError
+from regrow.nets.staged import MOST, check_sizes, explain_description
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 """The operations, by their names in NAS-Bench-201."""
 
 EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 """The edges as (from node, to node), in the order of NAS-Bench-201's notation."""
-
-MOST = 2**14
-
-
-class Bench201Config(TypedDict):
-    """The configuration of :class:`Bench201`, as JSON data."""
-
-    shape: list[int]
-    classes: int
-    width: int
-    cells: int
-    stride: int
-    edges: list[list[str]]
 
 
 class Nothing(nn.Module):
@@ -52,12 +40,7 @@ class ReluConvNorm(nn.Sequential):
 
 
 def operation(name: str, width: int) -> nn.Module:
-    """Build an operation of the search space, from ``width`` channels to ``width`` channels.
-
-    Args:
-        name: One of ``OPERATIONS``.
-        width: Channels of input and output.
-    """
+    """Build one of ``OPERATIONS``, from ``width`` channels to ``width`` channels."""
     match name:
         case "none":
             return Nothing()
@@ -146,7 +129,7 @@ class Bench201(nn.Module):
         return result
 
 
-def supernet(shape: Sequence[int], classes: int, *, width: int = 16, cells: int = 5, stride: int = 1) -> Bench201Config:
+def supernet(shape: Sequence[int], classes: int, *, width: int = 16, cells: int = 5, stride: int = 1) -> dict[str, Any]:
     """Return the configuration of the super-network: every operation on every edge; defaults as in the paper.
 
     Args:
@@ -160,7 +143,7 @@ def supernet(shape: Sequence[int], classes: int, *, width: int = 16, cells: int 
     return {"shape": [*shape], "classes": classes, "width": width, "cells": cells, "stride": stride, "edges": edges}
 
 
-def describe(config: Mapping[str, object], gone: Container[str]) -> Bench201Config:
+def describe(config: Mapping[str, object], gone: Container[str]) -> dict[str, Any]:
     """Return the configuration of the network that a search left.
 
     Args:
@@ -175,26 +158,16 @@ def describe(config: Mapping[str, object], gone: Container[str]) -> Bench201Conf
     return {**whole, "edges": edges}
 
 
-def check_description(config: Mapping[str, object]) -> Bench201Config:
-    """Return a configuration of :class:`Bench201`, or raise ModelError if it is invalid; builds nothing.
-
-    Args:
-        config: The configuration.
-
-    Raises:
-        ModelError: If it is invalid; says what is wrong.
-    """
+def check_description(config: Mapping[str, object]) -> dict[str, Any]:
+    """Return a configuration of :class:`Bench201`, or raise ModelError if it is invalid; builds nothing."""
     data: Any = config
-    try:
+    with explain_description("NAS-Bench-201"):
         shape, edges = data["shape"], data["edges"]
         sizes = [*shape, data["classes"], data["width"], data["cells"], data["stride"]]
         right = len(shape) == 3 and len(edges) == len(EDGES)
         right = right and all(type(ops) is list and 0 < len(ops) == len({*ops}) for ops in edges)
         right = right and all(name in OPERATIONS for ops in edges for name in ops)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"not the description of a network of NAS-Bench-201: {error!r:.80}") from None
-    if odd := [size for size in sizes if type(size) is not int or not 0 < size <= MOST]:
-        raise ModelError(f"a network of NAS-Bench-201 has sizes from 1 to {MOST}; got {odd[0]!r:.40}")
+    check_sizes("NAS-Bench-201", sizes)
     if data["cells"] > 64 or data["width"] > MOST // 4:
         raise ModelError(f"at most 64 cells per stage and {MOST // 4} channels; got {data['cells']}-{data['width']}")
     if not right:

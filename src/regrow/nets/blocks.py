@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.nets.errors import ModelError
+from regrow.nets.loaded import ModelError
 
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -32,14 +32,7 @@ class DecoderLayer:
 
 
 def blocks(model: nn.Module) -> list[DecoderLayer]:
-    """Return the layers of a Llama-like decoder (separate q, k, v layers, gated MLP), of any width.
-
-    Args:
-        model: The network.
-
-    Raises:
-        ModelError: If the network is not such a decoder.
-    """
+    """Return the layers of a Llama-like decoder (separate q, k, v layers, gated MLP), of any width."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ModelError(f"{type(model).__name__} is no Llama-like decoder: it has no model.layers")

@@ -1,9 +1,17 @@
-"""Choose the device on which a network runs, before anything is loaded."""
+"""The device on which a network runs, and the precision of its forward passes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from regrow.core.errors import InputError, ResourceError
+from regrow.core.sources import device_of
 from regrow.distributed import SINGLE, ProcessRank, choose_rank_device
+from regrow.settings.shared import PRECISION
 
 
 def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torch.device:
@@ -26,15 +34,13 @@ def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torc
     there = devices_here()
     name = choose_rank_device(str(name), ranks, torch.cuda.device_count())
     if name == "auto":
-        return torch.device("cuda" if any(one.startswith("cuda") for one in there) else "cpu")
+        return torch.device("cuda" if "cuda:0" in there else "cpu")
     try:
         device = torch.device(name)
     except (RuntimeError, ValueError):
         raise InputError(f"there is no device {str(name)!r}; write auto, cpu, cuda, cuda:1 or mps") from None
-    kind = device.type
-    if kind not in {one.partition(":")[0] for one in there} or (device.index or 0) >= sum(
-        one.partition(":")[0] == kind for one in there
-    ):
+    alike = [other for other in there if other.partition(":")[0] == device.type]
+    if (device.index or 0) >= len(alike):
         raise ResourceError(f"device {name} is not available; this machine has {', '.join(there)}; use --device cpu")
     return device
 
@@ -42,8 +48,59 @@ def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torc
 def devices_here() -> list[str]:
     """Return the names of the devices of this machine that models can run on, like ``cpu`` and ``cuda:0``."""
     result = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        result.append("mps")
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        result += [f"xpu:{i}" for i in range(torch.xpu.device_count())]
-    return result
+    result += ["mps"] if torch.backends.mps.is_available() else []
+    return result + [f"xpu:{i}" for i in range(torch.xpu.device_count())]
+
+
+def check_precision(model: nn.Module, precision: str) -> None:
+    """Raise InputError unless a network can compute in a precision."""
+    if precision not in PRECISION.choices:
+        raise InputError(f"precision must be one of {', '.join(PRECISION.choices)}, got {precision!r:.40}")
+    if precision == "float32":
+        return
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if torch.float32 not in dtypes:
+        stored = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "no numbers"
+        raise InputError(
+            f"precision {precision} computes weights of float32 in {precision}, and these are {stored}; leave it out, "
+            "or load them with --dtype float32"
+        )
+
+
+@contextmanager
+def autocasting(model: nn.Module, precision: str) -> Iterator[None]:
+    """Compute the forward passes of a network in a precision inside the ``with`` block; its outputs are float32 again.
+
+    Only what runs inside a call of the network is computed so: weights keep their format, and losses, sums and
+    optimizers theirs.
+
+    >>> net = nn.Linear(2, 2)
+    >>> with torch.no_grad(), autocasting(net, "bfloat16"):
+    ...     net.weight.fill_(1 / 3)[0, 0].item() == net(torch.eye(2))[0, 0].item(), net(torch.eye(2)).dtype
+    (False, torch.float32)
+    """
+    check_precision(model, precision)
+    if precision == "float32":
+        yield
+        return
+    entered: list[torch.autocast] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        # No cache of cast weights: a recovery changes them within a pass.
+        entered.append(torch.autocast(device_of(model).type, torch.bfloat16, cache_enabled=False))
+        entered[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        entered.pop().__exit__(None, None, None)
+        return tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, output)
+
+    called = {part for part in (model, getattr(model, "base_model", None)) if isinstance(part, nn.Module)}
+    hooks = [part.register_forward_pre_hook(enter) for part in called]
+    hooks += [part.register_forward_hook(leave, always_call=True) for part in called]
+    try:
+        yield
+    finally:
+        while entered:  # an interrupt runs no hooks
+            entered.pop().__exit__(None, None, None)
+        for hook in hooks:
+            hook.remove()

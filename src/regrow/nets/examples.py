@@ -12,7 +12,7 @@ from torch import nn
 
 from regrow.core.axes import Example
 from regrow.core.sources import device_of
-from regrow.nets.errors import ModelError
+from regrow.nets.loaded import ModelError
 
 TOKENS = 16
 PIXELS = 224
@@ -23,13 +23,7 @@ _log = logging.getLogger("regrow")
 
 
 def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, TOKENS)) -> Example:
-    """Return an example input for a language model: a short row of different tokens, int64, without a cache.
-
-    Args:
-        model: The language model; the tokens are put on its device.
-        vocabulary: The number of tokens in its vocabulary.
-        shape: The shape of the tokens, ``[batch, tokens]``.
-    """
+    """Return an example input for a language model: a short row of different tokens, int64, without a cache."""
     # Multiples of a prime: spread over the vocabulary, and not the low ids that are special tokens.
     tokens = ((torch.arange(1, prod(shape) + 1) * 7919) % vocabulary).view(*shape).to(device_of(model))
     accepted = inspect.signature(model.forward).parameters
@@ -40,12 +34,7 @@ def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, T
 
 
 def image_example(model: nn.Module, *shape: int) -> Example:
-    """Return one image of noise, ``[1, *shape]``, in the model's dtype and on its device; always the same.
-
-    Args:
-        model: The network.
-        *shape: Channels and sizes, such as 3, 224, 224.
-    """
+    """Return one image of noise, ``[1, *shape]``, in the model's dtype and on its device; always the same."""
     return _noise(model, (1, *shape))
 
 
@@ -54,10 +43,6 @@ def shaped_example(model: nn.Module, shape: Sequence[int]) -> Example:
 
     >>> shaped_example(nn.Linear(3, 2), (5, 3)).args[0].shape, shaped_example(nn.Embedding(7, 2), (1, 4)).args[0].dtype
     (torch.Size([5, 3]), torch.int64)
-
-    Args:
-        model: The network; the input is in its dtype and on its device.
-        shape: The shape, batch included, such as 1, 3, 32, 32.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Embedding):
@@ -72,12 +57,6 @@ def read_shape(text: str) -> tuple[int, ...]:
 
     >>> read_shape("1x3x32x32")
     (1, 3, 32, 32)
-
-    Args:
-        text: Sizes joined by ``x``.
-
-    Raises:
-        ModelError: If it is not a shape, or has more than 2^28 entries.
     """
     if not re.fullmatch(r"\d{1,9}(x\d{1,9})*", text) or not 0 < prod(map(int, text.split("x"))) <= MOST:
         raise ModelError(f"an input is sizes joined by x, batch first, like 1x3x32x32; got {text!r:.60}")
@@ -87,22 +66,15 @@ def read_shape(text: str) -> tuple[int, ...]:
 def written_shape(example: Example) -> str:
     """Return the shapes of an input's tensors in the form that :func:`read_shape` parses, joined by commas.
 
-    Args:
-        example: The input.
-
     >>> written_shape(Example((torch.ones(1, 3, 8, 8),)))
     '1x3x8x8'
     """
-    flat = [x for one in example.args for x in (one if isinstance(one, list | tuple) else [one])]
-    return ", ".join("x".join(map(str, x.shape)) for x in flat if isinstance(x, torch.Tensor))
+    values = [x for value in example.args for x in (value if isinstance(value, list | tuple) else [value])]
+    return ", ".join("x".join(map(str, x.shape)) for x in values if isinstance(x, torch.Tensor))
 
 
 def say_guess(example: Example) -> None:
-    """Log which example input was guessed, since multiply–accumulates are counted for it.
-
-    Args:
-        example: The input.
-    """
+    """Log which example input was guessed, since multiply–accumulates are counted for it."""
     _log.warning(
         "example input: %s (guessed; set it with --input 1x3x32x32, or give an image source)", written_shape(example)
     )
@@ -113,10 +85,6 @@ def guessed_example(model: nn.Module, pixels: int = 0) -> Example | None:
 
     >>> guessed_example(nn.Sequential(nn.Linear(3, 2))).args[0].shape
     torch.Size([1, 3])
-
-    Args:
-        model: The network.
-        pixels: Height and width of images, if known; 224 if 0.
     """
     for layer in model.modules():
         match layer:
@@ -125,8 +93,7 @@ def guessed_example(model: nn.Module, pixels: int = 0) -> Example | None:
             case nn.Linear():
                 return image_example(model, layer.in_features)
             case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-                spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-                rank = next(rank for kind, rank in spatial.items() if isinstance(layer, kind))
+                rank = layer.weight.dim() - 2
                 sides = (16, 112, 112) if rank == 3 else (pixels or PIXELS,) * rank
                 return image_example(model, layer.in_channels, *sides)
             case _ if any(True for _ in layer.parameters(recurse=False)):
@@ -141,12 +108,7 @@ def _noise(model: nn.Module, shape: Sequence[int]) -> Example:
 
 
 def takes(model: nn.Module, example: Example) -> bool:
-    """Whether a network in eval mode runs on an input without an error.
-
-    Args:
-        model: The network.
-        example: The input.
-    """
+    """Whether a network in eval mode runs on an input without an error."""
     try:
         with torch.no_grad():
             model(*example.args, **example.kwargs)

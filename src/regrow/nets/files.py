@@ -1,47 +1,47 @@
-"""Check model files before loading: that they are complete, of plausible size, and fit into memory."""
+"""Check model files before loading: that they are complete, of plausible size, fit into memory, and name no code."""
 
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from regrow.core.errors import InputError
+from regrow.core.errors import first_line
 from regrow.core.limits import MAX_LAYERS, MAX_WIDTH, check_memory, check_regular, read_json
-from regrow.nets.errors import ModelError, first_line
+from regrow.nets.loaded import ModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = ("eager", "sdpa")
+"""The attention implementations that need no code but torch's."""
+DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+MODELS = r"models\.(?!auto\.)\w+\.modeling_\w+"
+TOKENIZERS = r"models\.(?!auto\.)\w+\.tokenization_\w+|tokenization_utils_\w+"
+_FETCHING = frozenset({"use_pretrained_backbone", "use_kernels"})
+_IGNORED = frozenset({"auto_map", "custom_pipelines"})
 _SIZES = re.compile(r"(size|dim|dims|width|widths|heads?|hidden|channels|embd|experts|inner|positions|groups|labels)$")
 _READ = frozenset({".json", ".jsonl", ".jinja", ".txt", ".model", ".safetensors"})
 _LAYERS = re.compile(r"(layers?|blocks|depths?)$")
+_MOST_SETTINGS = 10_000
 _BYTES = {"F64": 8, "F32": 4, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 def check_safetensors(file: Path) -> dict[str, int]:
-    """Raise ModelError unless a safetensors file is complete; return its number of entries per dtype.
-
-    Args:
-        file: The file.
-
-    Returns:
-        Dtype, as safetensors names it → how many entries there are.
-
-    Raises:
-        ModelError: If the file is truncated or damaged.
-    """
+    """Raise ModelError unless a safetensors file is complete; return its number of entries per dtype."""
     from safetensors import SafetensorError, safe_open
 
     counts: dict[str, int] = {}
+    check_regular(file)
     try:
-        check_regular(file)
         with safe_open(file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118 (it is no dictionary)
                 part = content.get_slice(name)
                 if not is_possible(part.get_shape()):
-                    raise InputError(f"{file}: {name!r:.60} has the shape {part.get_shape()!s:.60}; download it again")
+                    raise ModelError(f"{file}: {name!r:.60} has the shape {part.get_shape()!s:.60}; download it again")
                 counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + prod(part.get_shape())
-    except InputError as error:
-        raise ModelError(str(error)) from error
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is truncated or damaged ({first_line(error)}); copy or download it again") from None
     return counts
@@ -52,45 +52,23 @@ def is_possible(shape: Sequence[int]) -> bool:
 
     >>> is_possible([3, 0]), is_possible([2**59, 2**59, 0])
     (True, False)
-
-    Args:
-        shape: Its sizes, none of them negative.
     """
     return prod(max(1, size) for size in shape) < 2**59
 
 
 def check_files(folder: Path) -> None:
-    """Raise ModelError unless the settings, tokenizer and weight files of a folder are regular files in it.
-
-    Args:
-        folder: The folder of the model. One in the hub's cache has links to the files of its model beside it.
-
-    Raises:
-        ModelError: If one is not; names the first. Opening a FIFO would block forever.
-    """
+    """Raise ModelError unless the settings, tokenizer and weight files of a folder are regular files in it."""
     real = folder.resolve()
     within = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
     for path in sorted(folder.iterdir()):
         if path.suffix in _READ:
-            try:
-                check_regular(path)
-            except InputError as error:
-                raise ModelError(str(error)) from error
+            check_regular(path)
             if path.resolve().parent not in within:
                 raise ModelError(f"{path} leads out of the folder; put the file itself there")
 
 
 def check_weight_names(folder: Path, config: Mapping[str, object], name: str) -> None:
-    """Raise ModelError if the configuration or an index of a folder names weights that do not lie in it.
-
-    Args:
-        folder: The folder of the model.
-        config: Its configuration.
-        name: The name of the model, for messages.
-
-    Raises:
-        ModelError: Names the file.
-    """
+    """Raise ModelError if the configuration or an index of a folder names weights that do not lie in it."""
     named = config.get("transformers_weights") or ""
     if not isinstance(named, str) or Path(named).name != named:
         raise ModelError(f"{name}: config.json names the weights {named!r:.60}, which is no file beside it; restore it")
@@ -99,39 +77,21 @@ def check_weight_names(folder: Path, config: Mapping[str, object], name: str) ->
 
 
 def read_shards(index: Path) -> dict[str, str]:
-    """Return tensor → the name of the file beside an index that holds it.
-
-    Args:
-        index: The index, in JSON.
-
-    Raises:
-        ModelError: If it is no such index, or names a file elsewhere.
-    """
-    try:
-        data = read_json(index)
-    except InputError as error:
-        raise ModelError(str(error)) from None
+    """Return tensor → the name of the file beside an index that holds it."""
+    data = read_json(index)
     named = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(named, dict) or not named or not all(isinstance(one, str) for one in named.values()):
+    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
         raise ModelError(f"{index} has no weight_map from tensors to files; copy or download it again")
-    for one in sorted(set(named.values())):
-        if Path(one).name != one or not one.endswith(".safetensors"):
-            raise ModelError(f"{index} names the file {one!r:.60}, which is no .safetensors file beside it; restore it")
+    for file in sorted(set(named.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(
+                f"{index} names the file {file!r:.60}, which is no .safetensors file beside it; restore it"
+            )
     return named
 
 
 def check_weights(files: list[Path], name: str, width: int | None) -> None:
-    """Raise an error unless weight files are complete and fit into memory.
-
-    Args:
-        files: Safetensors files.
-        name: The name of the model, for messages.
-        width: Bytes per floating-point entry once loaded; as stored if ``None``.
-
-    Raises:
-        ModelError: If a file is truncated or damaged.
-        ResourceError: If there is not enough memory.
-    """
+    """Raise an error unless weight files are complete and fit into memory."""
     needed = 0
     for file in files:
         for kind, many in check_safetensors(file).items():
@@ -141,25 +101,11 @@ def check_weights(files: list[Path], name: str, width: int | None) -> None:
 
 
 def check_config(path: Path, name: str) -> dict[str, object]:
-    """Read a ``config.json`` and raise ModelError unless its sizes are ones that a network can have.
-
-    Args:
-        path: The file.
-        name: The name of the model, for messages.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ModelError: If it is not an object, or a size is too large; names the entry.
-    """
-    try:
-        config = read_json(path)
-    except InputError as error:
-        raise ModelError(f"{name}: {error}") from error
+    """Read a ``config.json`` and raise ModelError unless its sizes are ones that a network can have."""
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ModelError(f"{name}: config.json is a {type(config).__name__}, not an object; restore it")
-    for key, value in _entries(config):
+    for key, value in settings_of(config):
         for number in value if isinstance(value, list) else [value]:
             most = MAX_LAYERS if _LAYERS.search(key) else MAX_WIDTH if _SIZES.search(key) else 2**63 - 1
             if type(number) is int and not -most <= number <= most:
@@ -167,41 +113,22 @@ def check_config(path: Path, name: str) -> dict[str, object]:
     return config
 
 
-def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _entries(value)
-        else:
-            yield key, value
-
-
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _ARRAY, _MOST_TENSORS = 8, 9, 2**16
 
 
 def check_gguf(path: Path, name: str) -> None:
-    """Raise ModelError unless the header of a GGUF file is consistent with the file's length.
-
-    Args:
-        path: The file.
-        name: The name of the model, for messages.
-
-    Raises:
-        ModelError: If it is not a GGUF file, or a count or length in it exceeds the file.
-        ResourceError: If its weights, as float32, do not fit into memory.
-    """
+    """Raise ModelError unless the header of a GGUF file is consistent with the file's length."""
+    check_regular(path)
     try:
-        check_regular(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ModelError(f"{name}: not a GGUF file (its first bytes are not 'GGUF'); download it again")
             needed = _header(file, size)
-    except InputError as error:
-        raise ModelError(str(error)) from error
+    except ModelError:
+        raise
     except (struct.error, ValueError, OSError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"{name}: truncated or damaged ({first_line(error)}); download it again") from None
     check_memory(needed, f"loading {name} as float32", "take a smaller model")
 
@@ -264,3 +191,70 @@ def _skip_value(file: BinaryIO, kind: int, size: int, inner: bool = False) -> No
         _skip(file, struct.calcsize(_NUMBERS[kind]), size)
     else:
         raise ValueError(f"an entry of the unknown kind {kind}")
+
+
+def library_class(name: str, modules: str) -> type | None:
+    """Return the class of transformers that a file names, or ``None`` if transformers has none of this name."""
+    import transformers
+
+    place = getattr(transformers, "_class_to_module", {}).get(name)
+    if not isinstance(place, str) or not re.fullmatch(modules, place):
+        return None
+    kind = getattr(transformers, name, None)
+    inside = isinstance(kind, type) and kind.__module__.startswith("transformers.")
+    return kind if inside else None
+
+
+def model_class(name: str) -> "type[PreTrainedModel] | None":
+    """Return the model class of transformers that a file names, or ``None`` if there is none of this name."""
+    import transformers
+
+    kind = library_class(name, MODELS)
+    return kind if kind is not None and issubclass(kind, transformers.PreTrainedModel) else None
+
+
+def check_settings(config: Mapping[str, object], *, automatic: bool = False) -> None:
+    """Raise ModelError if a setting of a configuration, nested or not, would load code or fetch files."""
+    for key, value in settings_of(config):
+        if key in _IGNORED and automatic:
+            continue
+        attention = key in ("attn_implementation", "_attn_implementation", "experts_implementation")
+        if (attention and value not in (None, *ATTENTION)) or (key in ("quantization_config", *_IGNORED) and value):
+            raise ModelError(f"the setting {key!r} ({value!s:.60}) would load other code; take it out")
+        if key in _FETCHING and value:
+            raise ModelError(f"the setting {key!r} ({value!s:.60}) would fetch files or code; take it out")
+        if key in ("dtype", "torch_dtype") and value not in (None, "auto", *DTYPES):
+            raise ModelError(f"the setting {key!r} is {value!s:.60}; known dtypes: {', '.join(DTYPES)}")
+
+
+def check_tokenizer(settings: Mapping[str, object]) -> None:
+    """Raise ModelError unless a tokenizer's settings name a transformers class and no files elsewhere."""
+    named = settings.get("tokenizer_class")
+    if named is not None and (not isinstance(named, str) or library_class(named, TOKENIZERS) is None):
+        raise ModelError(f"'tokenizer_class' is {named!s:.60}, which is no tokenizer of transformers; take it out")
+    if away := next((key for key, value in settings.items() if leads_away(key, value)), ""):
+        raise ModelError(f"{away!r} leads out of the folder ({settings[away]!s:.60}); take that line out")
+
+
+def leads_away(key: str, value: object) -> bool:
+    """Whether a setting names a file outside the folder.
+
+    >>> leads_away("vocab_file", "../vocab.json"), leads_away("vocab_file", "vocab.json")
+    (True, False)
+    """
+    return key.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value)
+
+
+def settings_of(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Yield every setting of a configuration, those of nested ones too."""
+    waiting: list[Any] = [config]
+    for _ in range(_MOST_SETTINGS):
+        if not waiting:
+            return
+        nested = waiting.pop()
+        for key, value in nested.items() if isinstance(nested, Mapping) else (("", part) for part in nested):
+            if key:
+                yield key, value
+            if isinstance(value, Mapping | list):
+                waiting.append(value)
+    raise ModelError(f"the configuration has more than {_MOST_SETTINGS} nested settings; restore it")

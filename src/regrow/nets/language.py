@@ -5,54 +5,49 @@ import io
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import replace
 from pathlib import Path
+from threading import get_ident
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from regrow.core.axes import Example
-from regrow.nets.errors import ModelError, first_line, needs
+from regrow.core.errors import first_line
 from regrow.nets.examples import PIXELS, image_example, text_example
-from regrow.nets.files import check_config, check_files, check_gguf, check_weight_names, check_weights
-from regrow.nets.library import check_settings, check_tokenizer, model_class
-from regrow.nets.loaded import Loaded, Origin
+from regrow.nets.files import (
+    check_config,
+    check_files,
+    check_gguf,
+    check_settings,
+    check_tokenizer,
+    check_weight_names,
+    check_weights,
+    model_class,
+)
+from regrow.nets.loaded import Loaded, ModelError, Origin, needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HUB_TIMEOUT = 10.0
+Empty = Callable[[nn.Parameter], nn.Parameter]
+"""Function of a parameter, that returns one of its shape, dtype and device without numbers."""
 
 
 def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
-    """Load a model and its tokenizer from a transformers folder with safetensors weights.
-
-    Args:
-        folder: The folder.
-        name: The name of the model, for messages.
-        dtype: The dtype of the weights; as stored if ``None``.
-
-    Raises:
-        ModelError: If the folder holds no model, only pickled weights, files that are damaged, or settings that would
-            load code.
-    """
-    check_folder(folder, name, dtype)
+    """Load a model and its tokenizer from a transformers folder with safetensors weights."""
+    _check_folder(folder, name, dtype)
     return _load(str(folder), name=name, dtype=dtype)
 
 
 def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
-    """Load a model from the Hugging Face hub; from its local cache without network access if it is there.
-
-    Args:
-        name: The hub id, ``ORG/NAME``.
-        dtype: The dtype of the weights; as stored if ``None``.
-
-    Raises:
-        ModelError: If it is not cached and the hub cannot be reached or does not have it.
-    """
+    """Load a model from the Hugging Face hub; from its local cache without network access if it is there."""
     require_transformers()
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -70,24 +65,14 @@ def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
 
 
 def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
-    """Load a model from a GGUF file, with its quantised weights converted to dense ones.
-
-    Args:
-        path: The file.
-        name: The name of the model, for messages.
-        dtype: The dtype of the weights; float32 if ``None``.
-
-    Raises:
-        ModelError: If the file is not GGUF or holds an architecture that transformers cannot read from one.
-    """
+    """Load a model from a GGUF file, with its quantised weights converted to dense ones."""
     check_gguf(path, name)
     for package in ("gguf", "accelerate"):
         _require(package)
     with tempfile.TemporaryDirectory(prefix="regrow-") as alone:
         # transformers takes a folder, and would read configurations and tokenizers that happen to lie beside the file.
-        place = Path(alone) / "model.gguf"
-        place.symlink_to(path.resolve())
-        loaded = _load(alone, name=name, dtype=dtype or torch.float32, gguf_file=place.name)
+        (Path(alone) / "model.gguf").symlink_to(path.resolve())
+        loaded = _load(alone, name=name, dtype=dtype or torch.float32, gguf_file="model.gguf")
     model: Any = loaded.model
     _check_surplus(path, model, name)
     # save_pretrained refuses a model that still calls itself quantised.
@@ -95,16 +80,11 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     note = f"{path.name}: quantised weights, turned into dense {str(model.dtype).removeprefix('torch.')}"
-    return Loaded(model, loaded.tokenizer, loaded.example, origin_of(model, name), (note, *loaded.notes))
+    return replace(loaded, origin=origin_of(model, name), notes=(note, *loaded.notes))
 
 
 def origin_of(model: "PreTrainedModel", name: str) -> Origin:
-    """Return the origin of a transformers model: how to build its architecture again.
-
-    Args:
-        model: The model.
-        name: What the user called it.
-    """
+    """Return the origin of a transformers model: how to build its architecture again."""
     config = parse_configuration(model.config.to_json_string(use_diff=False))
     return Origin("transformers", type(model).__name__, _plain(config), name)
 
@@ -116,23 +96,12 @@ def _plain(config: dict[str, object]) -> dict[str, object]:
 
 
 def parse_configuration(text: str) -> dict[str, object]:
-    """Parse a transformers configuration from JSON text, which writes infinity as ``{"__float__": "Infinity"}``.
-
-    Args:
-        text: The JSON text.
-    """
-    return json.loads(text, object_hook=lambda one: float(one["__float__"]) if one.keys() == {"__float__"} else one)
+    """Parse a transformers configuration from JSON text, which writes infinity as ``{"__float__": "Infinity"}``."""
+    return json.loads(text, object_hook=lambda part: float(part["__float__"]) if part.keys() == {"__float__"} else part)
 
 
 def build_transformers(origin: Origin) -> nn.Module:
-    """Build a transformers architecture on the CPU; parameters are *not* initialised, buffers are right.
-
-    Args:
-        origin: How to build it.
-
-    Raises:
-        ModelError: If transformers does not know the class or the configuration.
-    """
+    """Build a transformers architecture on the CPU; parameters are *not* initialised, buffers are right."""
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
 
@@ -153,11 +122,7 @@ def build_transformers(origin: Origin) -> nn.Module:
 
 
 def require_transformers() -> ModuleType:
-    """Return the transformers package, or raise ModelError if it is not installed.
-
-    Raises:
-        ModelError: If it is not installed.
-    """
+    """Return the transformers package, or raise ModelError if it is not installed."""
     return _require("transformers")
 
 
@@ -184,7 +149,7 @@ def _load(where: str, *, name: str, dtype: torch.dtype | None, **files: Any) -> 
     require_transformers()
     try:
         with quiet():
-            auto = class_for(where, name, files)
+            auto = _class_for(where, name, files)
             model, info = auto.from_pretrained(
                 where,
                 dtype=dtype or "auto",
@@ -197,34 +162,26 @@ def _load(where: str, *, name: str, dtype: torch.dtype | None, **files: Any) -> 
         raise
     except Exception as error:
         raise ModelError(f"cannot load {name}: {_explained(error)}") from None
-    if info["missing_keys"]:
-        first = sorted(info["missing_keys"])[0]
+    if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{name}: the weights lack {len(info['missing_keys'])} parameters, {first!r} first; "
+            f"{name}: the weights lack {len(missing)} parameters, {missing[0]!r} first; "
             "the file is incomplete or belongs to another configuration: download it again"
         )
-    if info["unexpected_keys"]:
-        first = sorted(info["unexpected_keys"])[0]
+    if unexpected := sorted(info["unexpected_keys"]):
         raise ModelError(
-            f"{name}: the weights hold {len(info['unexpected_keys'])} tensors that config.json does not describe, "
-            f"{first!r} first; the configuration belongs to another model: download both again"
+            f"{name}: the weights hold {len(unexpected)} tensors that config.json does not describe, "
+            f"{unexpected[0]!r} first; the configuration belongs to another model: download both again"
         )
-    model.eval()
-    tokenizer = None if not is_text(model) else read_tokenizer(where, files)
-    return Loaded(model, tokenizer, example_of_transformers(model), origin_of(model, name))
+    return _complete(model, where, name, files)
 
 
-def class_for(where: str, name: str, files: dict[str, Any]) -> Any:
-    """Return the transformers class that the configuration of a model names.
+def _complete(model: "PreTrainedModel", where: str, name: str, files: dict[str, Any]) -> Loaded:
+    tokenizer = _read_tokenizer(where, files) if is_text(model) else None
+    return Loaded(model.eval(), tokenizer, example_of_transformers(model), origin_of(model, name))
 
-    Args:
-        where: The folder or hub id.
-        name: The name of the model, for messages.
-        files: Further arguments of ``from_pretrained``.
 
-    Raises:
-        ModelError: If a setting would load code.
-    """
+def _class_for(where: str, name: str, files: dict[str, Any]) -> Any:
+    """Return the transformers class that the configuration of a model names."""
     transformers = require_transformers()
     settings, _ = transformers.PretrainedConfig.get_config_dict(where, **files)
     try:
@@ -232,18 +189,13 @@ def class_for(where: str, name: str, files: dict[str, Any]) -> Any:
     except ModelError as error:
         raise ModelError(f"{name}: config.json: {error}") from None
     config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **files)
-    names = [one for one in getattr(config, "architectures", None) or () if isinstance(one, str)]
-    known = next((kind for one in names if (kind := model_class(one)) is not None), None)
-    return known or transformers.AutoModelForCausalLM
+    names = [name for name in getattr(config, "architectures", None) or () if isinstance(name, str)]
+    known = filter(None, map(model_class, names))
+    return next(known, transformers.AutoModelForCausalLM)
 
 
-def read_tokenizer(where: str, files: dict[str, Any]) -> Any | None:
-    """Return the tokenizer of a transformers model, or ``None`` if it has none that can be read.
-
-    Args:
-        where: The folder or hub id.
-        files: Further arguments of ``from_pretrained``.
-    """
+def _read_tokenizer(where: str, files: dict[str, Any]) -> Any | None:
+    """Return the tokenizer of a transformers model, or ``None`` if it has none that can be read."""
     transformers = require_transformers()
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -258,20 +210,12 @@ def read_tokenizer(where: str, files: dict[str, Any]) -> Any | None:
 
 
 def is_text(model: "PreTrainedModel") -> bool:
-    """Whether a transformers model takes text.
-
-    Args:
-        model: The model.
-    """
+    """Whether a transformers model takes text."""
     return model.main_input_name == "input_ids"
 
 
 def example_of_transformers(model: "PreTrainedModel") -> Example:
-    """Return an input of the form that a transformers model takes: tokens or an image.
-
-    Args:
-        model: The model.
-    """
+    """Return an input of the form that a transformers model takes: tokens or an image."""
     if is_text(model):
         return text_example(model, model.config.get_text_config().vocab_size)
     size = getattr(model.config, "image_size", PIXELS)
@@ -279,19 +223,8 @@ def example_of_transformers(model: "PreTrainedModel") -> Example:
     return image_example(model, getattr(model.config, "num_channels", 3), height, width)
 
 
-def check_folder(folder: Path, name: str, dtype: torch.dtype | None, *, whole: bool = True) -> None:
-    """Raise an error unless a folder holds the complete files of a transformers model.
-
-    Args:
-        folder: The folder.
-        name: The name of the model, for messages.
-        dtype: The dtype that the weights will have; as stored if ``None``.
-        whole: Whether all weights must fit into memory at once.
-
-    Raises:
-        ModelError: If it holds no model, only pickled weights, or files that are damaged.
-        ResourceError: If the weights do not fit into memory.
-    """
+def _check_folder(folder: Path, name: str, dtype: torch.dtype | None, *, whole: bool = True) -> None:
+    """Raise an error unless a folder holds the complete files of a transformers model."""
     if not (folder / "config.json").exists():
         raise ModelError(f"{name}: not a model folder (it has no config.json); give a transformers folder")
     check_files(folder)
@@ -321,11 +254,12 @@ def _check_surplus(path: Path, model: nn.Module, name: str) -> None:
     embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     tied = embeddings is not None and embeddings.weight is cast(Any, model).get_input_embeddings().weight
     spare = ("rope_freqs", "rope_factors", *(("output.weight",) if tied else ()))
-    held = {one.name: int(one.n_elements) for one in gguf.GGUFReader(path).tensors if not one.name.startswith(spare)}
+    tensors = {tensor.name: int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors}
+    held = sum(count for key, count in tensors.items() if not key.startswith(spare))
     taken = sum(parameter.numel() for parameter in model.parameters())
-    if sum(held.values()) > taken:
+    if held > taken:
         raise ModelError(
-            f"{name}: the file holds {sum(held.values()):,} weights, of which its metadata describe {taken:,}; "
+            f"{name}: the file holds {held:,} weights, of which its metadata describe {taken:,}; "
             "it is damaged or of another version: download it again"
         )
 
@@ -347,3 +281,51 @@ def _require(package: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError:
         raise needs("llm", package) from None
+
+
+def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored: torch.dtype, empty: Empty) -> Loaded:
+    """Build the model of a transformers folder: parameters have no numbers, buffers that code computes are right."""
+    _check_folder(folder, name, None, whole=False)
+    transformers = require_transformers()
+    from transformers.initialization import no_init_weights
+
+    where = str(folder)
+    try:
+        with quiet():
+            kind = _class_for(where, name, {})
+            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
+            recorded = getattr(config, "dtype", None)
+            chosen = dtype or (getattr(torch, recorded) if isinstance(recorded, str) else recorded) or stored
+            with no_init_weights(), replacing_parameters(empty):
+                model = kind._from_config(config, dtype=chosen)
+            model.tie_weights()
+            if model.can_generate():
+                with suppress(OSError):  # it has none
+                    model.generation_config = transformers.GenerationConfig.from_pretrained(where)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot build {name} without its weights: {first_line(error)}; prune it in memory") from None
+    exact = any(getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    if chosen in (torch.float16, torch.bfloat16) and exact:
+        raise ModelError(f"{name} keeps some weights in float32, which is not read block by block; prune it in memory")
+    return _complete(model, where, name, {})
+
+
+@contextmanager
+def replacing_parameters(empty: Empty) -> Iterator[None]:
+    """Context manager in which each parameter that a module registers is replaced by one without numbers.
+
+    The hook acts in all threads: parameters of others are left as they are.
+    """
+    thread = get_ident()
+
+    def replaced(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return empty(parameter) if get_ident() == thread else parameter
+
+    # Its stub says that hooks return nothing; what they return takes the parameter's place.
+    handle = register_module_parameter_registration_hook(replaced)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,37 +1,39 @@
 """Load a model by name: the network, its tokenizer, an example input, and how to build it again."""
 
+import importlib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
 
 from regrow.core.axes import Example
+from regrow.core.errors import InputError, first_line
 from regrow.core.limits import expanded
 from regrow.core.model_names import HUB, find_problem
 from regrow.core.references import names_code
 from regrow.nets.attention import replace_attention
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
-from regrow.nets.code import call_builder, import_builder
 from regrow.nets.devices import choose_device
-from regrow.nets.errors import ModelError, first_line
 from regrow.nets.examples import guessed_example, image_example, say_guess, shaped_example, takes, written_shape
 from regrow.nets.language import build_transformers, example_of_transformers, load_folder, load_gguf, load_hub
-from regrow.nets.loaded import Loaded, Origin
+from regrow.nets.loaded import Loaded, ModelError, Origin, find_weight_files
 from regrow.nets.mobile import Mobile
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.small import build_small
 from regrow.nets.vision import build_torchvision, example_of, load_torchvision
-from regrow.nets.weight_files import find_weight_files
 
 Progress = Callable[[int, int, str], None]
-Wanted = Callable[[nn.Module], Example]
-"""Function: network → the example input that the caller asked for."""
+Builder = Callable[[], object]
+"""A function that returns a network, or a network and its example input."""
 
 
 def load(
@@ -39,7 +41,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    example: Example | torch.Tensor | Sequence[Any] | None = None,
+    example: Example | Tensor | Sequence[Any] | None = None,
     pixels: int = 0,
     progress: Progress = lambda done, total, what: None,
 ) -> Loaded:
@@ -66,7 +68,12 @@ def load(
         ModelError: If the name leads to no model, or its weights are damaged, not finite, or a pickle.
     """
     device = choose_device(str(device))
-    loaded = _found(name, dtype, progress, None if example is None else lambda model: _input(model, example), pixels)
+    try:
+        loaded = _load(name, dtype, progress, example, pixels)
+    except ModelError:
+        raise
+    except InputError as error:
+        raise ModelError(str(error)) from error
     if example is not None:
         loaded = replace(loaded, example=_input(loaded.model, example), guessed=False)
     if not isinstance(loaded.model, nn.Module):
@@ -79,7 +86,9 @@ def load(
     check_finite(model, name)
     if loaded.guessed:
         say_guess(loaded.example)
-    return replace(loaded, model=model.eval(), example=_moved(loaded.example, dtype, device))
+    inputs = (loaded.example.args, dict(loaded.example.kwargs))
+    args, kwargs = tree_map_only(Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else None), inputs)
+    return replace(loaded, model=model.eval(), example=Example(args, kwargs))
 
 
 def build(origin: Origin) -> nn.Module:
@@ -118,12 +127,7 @@ _BUILDERS: Mapping[str, Callable[[Origin], nn.Module]] = {
 
 
 def example_for(model: nn.Module, origin: Origin) -> Example | None:
-    """Return an input that suits a network, by its origin; ``None`` if nothing is known.
-
-    Args:
-        model: The network; the input is in its dtype and on its device.
-        origin: Where the network comes from.
-    """
+    """Return an input that suits a network, by its origin; ``None`` if nothing is known."""
     match origin.kind:
         case "transformers":
             return example_of_transformers(model)
@@ -135,16 +139,7 @@ def example_for(model: nn.Module, origin: Origin) -> Example | None:
 
 
 def check_finite(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
-    """Raise ModelError unless all parameters are finite; buffers may hold anything, such as a mask of -inf.
-
-    Args:
-        model: The network.
-        name: The name of the network, for messages.
-        dtype: The dtype that the parameters will be cast to; not cast if ``None``.
-
-    Raises:
-        ModelError: If a parameter has a NaN or infinite entry; names the first.
-    """
+    """Raise ModelError unless all parameters are finite; buffers may hold anything, such as a mask of -inf."""
     for key, parameter in model.named_parameters():
         if bad := count_nonfinite(parameter.to(dtype) if dtype and parameter.is_floating_point() else parameter):
             if dtype and not count_nonfinite(parameter):
@@ -152,11 +147,8 @@ def check_finite(model: nn.Module, name: str, dtype: torch.dtype | None = None) 
             raise ModelError(f"{name}: {bad} entries of {key!r} are NaN or infinite; use an undamaged checkpoint")
 
 
-def count_nonfinite(tensor: torch.Tensor) -> int:
+def count_nonfinite(tensor: Tensor) -> int:
     """Return how many entries of a tensor are NaN or infinite; 0 for integers and for tensors without numbers.
-
-    Args:
-        tensor: Any tensor.
 
     >>> count_nonfinite(torch.tensor([0.0, float("nan"), float("-inf")]))
     2
@@ -165,31 +157,26 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
         return 0
     # In parts, since isfinite makes several copies of its input.
     whole = tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.numel() > _PART
-    parts = tensor.flatten().split(_PART) if whole else [tensor]
-    return sum(map(_count_nonfinite, parts))
-
-
-def _count_nonfinite(tensor: torch.Tensor) -> int:
-    wide = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite knows no eight-bit numbers
-    if bool(wide.sum().isfinite()):  # a sum is finite only if all its terms are, and takes a tenth of the time
-        return 0
-    finite = torch.isfinite(wide)
-    return 0 if bool(finite.all()) else int((~finite).sum())
+    count = 0
+    for part in tensor.flatten().split(_PART) if whole else [tensor]:
+        wide = part.float() if part.element_size() == 1 else part  # isfinite knows no eight-bit numbers
+        if not bool(wide.sum().isfinite()):  # finite only if all terms are; takes a tenth of the time
+            count += int((~torch.isfinite(wide)).sum())
+    return count
 
 
 _PART = 2**20
 
 
-def _found(name: str, dtype: torch.dtype | None, progress: Progress, wanted: Wanted | None, pixels: int) -> Loaded:
+def _load(name: str, dtype: torch.dtype | None, progress: Progress, example: Any, pixels: int) -> Loaded:
     if problem := find_problem(name):
         raise ModelError(problem)
     path = expanded(Path(name))
     if name in PACKAGED:
         path = packaged_folder(name, progress)
-        loaded = _watched(path, lambda: load_folder(path, name=name, dtype=dtype))
-        return replace(loaded, notes=(PACKAGED[name].note, *loaded.notes))
     if path.is_dir():
-        return _watched(path, lambda: load_folder(path, name=name, dtype=dtype))
+        loaded = _watched(path, lambda: load_folder(path, name=name, dtype=dtype))
+        return replace(loaded, notes=(PACKAGED[name].note, *loaded.notes)) if name in PACKAGED else loaded
     if path.is_file():
         return _watched(path, lambda: load_gguf(path, name=name, dtype=dtype))
     if name.startswith("torchvision:"):
@@ -199,7 +186,7 @@ def _found(name: str, dtype: torch.dtype | None, progress: Progress, wanted: Wan
         path = expanded(Path(weights))
         return _watched(path, lambda: load_torchvision(network, path, pixels))
     if names_code(name):
-        return _from_callable(name, wanted, pixels)
+        return _from_callable(name, example, pixels)
     if re.fullmatch(HUB, name):
         return load_hub(name, dtype=dtype)
     return load_torchvision(name, pixels=pixels)
@@ -209,63 +196,111 @@ def _watched(path: Path, read: Callable[[], Loaded]) -> Loaded:
     """Return what a function reads from a folder or file, with its weight files; refuse it if they change meanwhile."""
     files = find_weight_files(path)
     loaded = read()
-    for one in files:
-        one.check()
+    for file in files:
+        file.check()
     return replace(loaded, files=files)
 
 
-def _from_callable(name: str, wanted: Wanted | None, pixels: int) -> Loaded:
+def _from_callable(name: str, example: Any, pixels: int) -> Loaded:
     builder = import_builder(name)
-    model, example = call_builder(builder, name)
+    model, returned = call_builder(builder, name)
     model.eval()
     origin = Origin("callable", name, {}, name, builder)
-    if wanted is not None:
-        example = wanted(model)
-    if example is not None:
-        return Loaded(model, None, _taken(name, model, example), origin)
-    sized = guessed_example(model, pixels) if pixels else None
-    if sized is not None and takes(model, sized):
-        return Loaded(model, None, sized, origin)
-    example = guessed_example(model)
-    if example is None:
+    chosen, guessed = returned if example is None else _input(model, example), False
+    if chosen is None:
+        sized = guessed_example(model, pixels) if pixels else None
+        if sized is not None and takes(model, sized):
+            return Loaded(model, None, sized, origin)
+        chosen, guessed = guessed_example(model), True
+    if chosen is None:
         raise ModelError(
             f"{name}: cannot guess the model's input; give its shape with --input 1x3x32x32, or return (model, "
             "example input)"
         )
-    return Loaded(model, None, _taken(name, model, example), origin, guessed=True)
-
-
-def _taken(name: str, model: nn.Module, example: Example) -> Example:
-    """Return the example if the network runs on it, else raise ModelError."""
     try:
         with torch.no_grad():
-            model(*example.args, **example.kwargs)
+            model(*chosen.args, **chosen.kwargs)
     except Exception as error:
         raise ModelError(
-            f"{name}: the model does not take an input of {written_shape(example)} ({first_line(error)}); give its "
+            f"{name}: the model does not take an input of {written_shape(chosen)} ({first_line(error)}); give its "
             "shape with --input 1x3x32x32, or return (model, example input)"
         ) from None
-    return example
+    return Loaded(model, None, chosen, origin, guessed=guessed)
 
 
-def _input(model: nn.Module, value: Example | torch.Tensor | Sequence[Any]) -> Example:
+def _input(model: nn.Module, value: Example | Tensor | Sequence[Any]) -> Example:
     """Convert an example as users pass it (tensor, tensors or shape) to an ``Example``."""
     match value:
         case Example():
             return value
-        case torch.Tensor():
+        case Tensor():
             return Example((value,))
     if all(isinstance(size, int) for size in value):
         return shaped_example(model, tuple(value))
     return Example(tuple(value))
 
 
-def _moved(example: Example, dtype: torch.dtype | None, device: str | torch.device) -> Example:
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(device, dtype if value.is_floating_point() else None)
-        if isinstance(value, list | tuple):
-            return type(value)(move(part) for part in value)
-        return value
+def import_builder(name: str) -> Builder:
+    """Return the user's function that builds a network, given its name on the command line."""
+    return partial(_run, import_object(name))
 
-    return Example(tuple(move(v) for v in example.args), {k: move(v) for k, v in example.kwargs.items()})
+
+def import_object(name: str) -> Any:
+    """Import an object by the name that a user or an installed package's entry point gives."""
+    if not names_code(name):
+        raise ModelError(f"{name!r} does not name a function; write pkg.mod:fn, for example mynets:tiny")
+    module_name, _, attribute = name.partition(":")
+    try:
+        return _run(lambda: getattr(importlib.import_module(module_name), attribute))
+    except ImportError as error:
+        raise ModelError(
+            f"{name}: cannot import {module_name!r} ({first_line(error)}); modules are searched in the current folder "
+            "and among installed packages, and named without .py, for example mynets:tiny"
+        ) from None
+    except AttributeError as error:
+        raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
+    except Exception as error:
+        raise ModelError(f"{name}: importing it failed: {type(error).__name__}: {first_line(error)}; mend it") from None
+
+
+def check_code(recorded: str, needed: bool, code: str) -> None:
+    """Raise ModelError unless the user named a function if and only if the folder's network is built by one."""
+    if needed and not code:
+        name, known = recorded if names_code(recorded) else "pkg.mod:fn", f" ({recorded!r:.80})" if recorded else ""
+        raise ModelError(
+            f"its network is built by your own code{known}, and a name in a file is never imported; "
+            f"add --code {name} if you trust it (in Python: regrow.load(folder, model=function))"
+        )
+    if code and not needed:
+        raise ModelError(f"--code {code} is for a network that your own code builds, and this one is not; leave it out")
+
+
+def call_builder(builder: Builder, name: str) -> tuple[nn.Module, Example | None]:
+    """Call the user's function and return its network, and the example input if it returns one."""
+    try:
+        made = builder()
+    except AttributeError as error:
+        raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
+    except Exception as error:
+        raise ModelError(f"{name}: calling it failed: {type(error).__name__}: {first_line(error)}; mend it") from None
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{name}: returned a {type(model).__name__}, not a torch.nn.Module; name a function that returns a network"
+        )
+    if example is not None and not isinstance(example, Example):
+        example = Example(tuple(example) if isinstance(example, tuple | list) else (example,))
+    return model, example
+
+
+def _run(function: Callable[[], Any]) -> Any:
+    """Call a function with the current folder on ``sys.path``, as ``python -m`` does; console scripts do not."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        return function()
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)

@@ -1,21 +1,37 @@
-"""The result of loading a model: the network, an input for it, and how to build its architecture again."""
+"""The result of loading a model: the network, an input for it, how to build it again, and the files of its weights."""
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from regrow.core.axes import Example
-from regrow.nets.errors import ModelError
-from regrow.nets.weight_files import WeightFile
+from regrow.core.errors import InputError
+from regrow.core.limits import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KINDS = ("transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable")
-_OWN = ("small", "cells", "mobile", "bench201")
+_SUFFIXES = (".safetensors", ".gguf")
+
+
+class ModelError(InputError):
+    """Raised if a model cannot be found, read or built; one line with the value and the remedy."""
+
+
+def needs(extra: str, package: str) -> ModelError:
+    """Return the error for an optional package that is not installed, which an extra of regrow installs.
+
+    >>> str(needs("vision", "torchvision"))
+    "this needs torchvision, which is not installed: pip install 'regrow[vision]'"
+    """
+    return ModelError(f"this needs {package}, which is not installed: pip install 'regrow[{extra}]'")
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class Origin:
     @property
     def normalised_images(self) -> bool:
         """Whether it takes images normalised as torchvision's pretrained networks do, and not of values 0 to 1."""
-        return self.kind not in _OWN
+        return self.kind not in ("small", "cells", "mobile", "bench201")
 
     def record(self) -> dict[str, object]:
         """Return the origin as JSON data, without the function."""
@@ -72,14 +88,79 @@ class Origin:
         """
         try:
             data = json.loads(text)
-            kind, reference, config = data["kind"], data["reference"], data["config"]
-            name = data["name"]
+            kind, reference, config, name = (data[key] for key in ("kind", "reference", "config", "name"))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"not the origin of a model: {error!r}; restore the run's origin file") from None
         texts = all(isinstance(value, str) for value in (kind, reference, name))
         if kind not in KINDS or not texts or not isinstance(config, dict):
             raise ModelError(f"not the origin of a model: kind {kind!r}; known kinds: {', '.join(KINDS)}")
         return cls(kind, reference, config, name)
+
+
+class WeightFile:
+    """A file as it was when it was opened: its size, times and inode, and its digest where one is recorded.
+
+    Args:
+        path: The file.
+        sha256: Its recorded digest; empty if there is none.
+        handle: The descriptor of the open file; ``None``: the file that the path leads to now.
+        held: Whether its content stays with the reader (in memory, or mapped) when another file takes its place.
+
+    Raises:
+        InputError: If there is no such file.
+    """
+
+    def __init__(self, path: Path, sha256: str = "", handle: int | None = None, *, held: bool = False) -> None:
+        self.path, self.sha256, self.held = path, sha256, held
+        self.status = self._read(handle)
+
+    def check(self, handle: int | None = None) -> None:
+        """Raise InputError unless the file is the one that was opened, unchanged.
+
+        A file with a recorded digest that it still has was touched, linked or copied, not changed.
+
+        Args:
+            handle: The descriptor of the open file; ``None``: the file that the path leads to now.
+
+        Raises:
+            InputError: If another file has taken its place, or it was written to.
+        """
+        if (now := self._read(handle)) == self.status:
+            return
+        if self.sha256 and now[2] == self.status[2]:
+            with self.path.open("rb") as file:
+                if self._read(file.fileno()) == now and hashlib.file_digest(file, "sha256").hexdigest() == self.sha256:
+                    self.status = now
+                    return
+        raise InputError(f"{self.path} was replaced or written to while it was in use; nothing is saved, start again")
+
+    def unchanged_since(self, status: tuple[int, ...], handle: int) -> bool:
+        """Whether the open file has the given status still, so that what was read meanwhile is of one version.
+
+        Args:
+            status: An earlier :attr:`status`.
+            handle: The descriptor of the open file.
+        """
+        return self._read(handle) == status
+
+    @property
+    def record(self) -> dict[str, int]:
+        """What tells a later process whether the file is the same, as JSON data; times in nanoseconds."""
+        return dict(zip(("inode", "bytes", "modified", "changed"), self.status[1:], strict=True))
+
+    def leads_to_it(self) -> bool:
+        """Whether the path still leads to the file that was opened."""
+        try:
+            return self._read(None)[:2] == self.status[:2]
+        except InputError:
+            return False
+
+    def _read(self, handle: int | None) -> tuple[int, ...]:
+        try:
+            now = os.stat(self.path) if handle is None else os.fstat(handle)  # noqa: PTH116 (alike for both)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read any more ({reason(error)}); put it back") from None
+        return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
 @dataclass(frozen=True)
@@ -105,15 +186,20 @@ class Loaded:
     files: tuple[WeightFile, ...] = ()
 
 
+def find_weight_files(path: Path) -> tuple[WeightFile, ...]:
+    """Return the files with weights of a model that is loaded whole, from its folder or the file itself."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return tuple(WeightFile(file, held=True) for file in files if file.suffix in _SUFFIXES and file.is_file())
+
+
+def check_unchanged(files: Iterable[WeightFile]) -> None:
+    """Raise InputError if a file was changed while it was in use; one whose content is held may be gone or replaced."""
+    for file in files:
+        if not file.held or file.leads_to_it():
+            file.check()
+
+
 def check_same_files(first: Loaded, second: Loaded) -> None:
-    """Raise InputError if a model that was loaded twice was changed in between.
-
-    Args:
-        first: The model as it was loaded before.
-        second: The model as it was loaded again.
-
-    Raises:
-        InputError: Names the first file that was changed.
-    """
-    for one in (*first.files, *second.files):
-        one.check()
+    """Raise InputError if a file of a model that was loaded twice was changed in between."""
+    for file in (*first.files, *second.files):
+        file.check()

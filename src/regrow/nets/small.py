@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.nets.errors import ModelError
-from regrow.nets.fits import check_fits
-from regrow.nets.loaded import Origin
+from regrow.core.limits import check_memory
+from regrow.nets.loaded import ModelError, Origin
 
 MOST = 2**16
 GROUP = 2
@@ -37,24 +36,6 @@ def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple
     >>> net(torch.zeros(2, 1, 4, 4)).shape, origin.config["widths"]
     (torch.Size([2, 3]), [8, 6])
     """
-    origin = origin_of_small(spec, shape, classes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_small(origin), origin
-
-
-def origin_of_small(spec: str, shape: Sequence[int], classes: int) -> Origin:
-    """Return how to build the network of a short name, after checking that it fits into memory.
-
-    Args:
-        spec: As for :func:`small`.
-        shape: The shape of an input, ``[C, H, W]``.
-        classes: The number of logits.
-
-    Raises:
-        ModelError: If there is no such network.
-        ResourceError: If there is not enough memory for it.
-    """
     kind, _, numbers = spec.partition(":")
     if kind not in BUILDERS or not re.fullmatch(r"\d{1,5}(-\d{1,5})*", numbers):
         raise ModelError(
@@ -63,49 +44,33 @@ def origin_of_small(spec: str, shape: Sequence[int], classes: int) -> Origin:
         )
     config = {"widths": [int(n) for n in numbers.split("-")], "shape": list(map(int, shape)), "classes": classes}
     origin = Origin("small", kind, config, spec)
-    _builder(origin)
-    return origin
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_small(origin), origin
 
 
 def build_small(origin: Origin) -> nn.Module:
-    """Build the network of an origin, with random weights, in eval mode.
-
-    Args:
-        origin: How to build it.
-
-    Raises:
-        ModelError: If its sizes are invalid.
-    """
-    return _builder(origin)().eval()
-
-
-def _builder(origin: Origin) -> Callable[[], nn.Module]:
-    """Return a function that builds the network of an origin, after checking its sizes and memory."""
+    """Build the network of an origin, with random weights, in eval mode, after checking its sizes and memory."""
     config: Mapping[str, Any] = origin.config
-    numbers = [config.get("classes"), *_list(config.get("widths")), *_list(config.get("shape"))]
-    if origin.reference not in BUILDERS or not all(type(n) is int and 0 < n <= MOST for n in numbers):
+    lists = [config.get("widths"), config.get("shape")]
+    numbers = [config.get("classes"), *(n for part in lists if isinstance(part, list) for n in part)]
+    known = all(isinstance(part, list) and 0 < len(part) <= 64 for part in lists)
+    if origin.reference not in BUILDERS or not known or not all(type(n) is int and 0 < n <= MOST for n in numbers):
         raise ModelError(
             f"{origin.reference!r} with {dict(config)!s:.80} is not a small network, whose sizes are 1 to {MOST:,}; "
             "use other sizes, or restore the file that they come from"
         )
-    spelled = "-".join(map(str, config["widths"]))
     build = partial(BUILDERS[origin.reference], config["widths"], config["shape"], config["classes"])
-    check_fits(build, f"the network {origin.reference}:{spelled}")
-    return build
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) and 0 < len(value) <= 64 else [None]
+    with torch.device("meta"):
+        tensors = build().state_dict().values()
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    name = f"the network {origin.reference}:{'-'.join(map(str, config['widths']))}"
+    check_memory(needed, name, "take a smaller network")
+    return build().eval()
 
 
 def mlp(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
-    """Build a multilayer perceptron: linear layers with ReLUs between them, for flattened inputs.
-
-    Args:
-        widths: Widths of the hidden layers.
-        shape: The shape of an input, ``[C, H, W]``.
-        classes: The number of logits.
-    """
+    """Build a multilayer perceptron: linear layers with ReLUs between them, for flattened inputs."""
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise([prod(shape), *widths]):
         layers += [nn.Linear(before, after), nn.ReLU()]
@@ -139,12 +104,6 @@ def resnet(
     """Build a small residual network: a stem, stages of one residual block each, and a linear head.
 
     Each stage is twice as wide as the one before, at half its resolution.
-
-    Args:
-        widths: The width of the first stage, and the number of stages (3 if left out).
-        shape: The shape of an input, ``[C, H, W]``.
-        classes: The number of logits.
-        norm: Function from the number of channels to a normalisation layer.
     """
     width, stages = widths[0], widths[1] if len(widths) > 1 else 3
     sizes = [width * 2**i for i in range(min(stages, 8))]
@@ -154,16 +113,7 @@ def resnet(
 
 
 def resnet_gn(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
-    """Build a small residual network with GroupNorm, two channels per group.
-
-    Args:
-        widths: The width of the first stage, and the number of stages (3 if left out).
-        shape: The shape of an input, ``[C, H, W]``.
-        classes: The number of logits.
-
-    Raises:
-        ModelError: If the width is odd.
-    """
+    """Build a small residual network with GroupNorm, two channels per group."""
     if widths[0] % GROUP:
         raise ModelError(f"resnet-gn:{widths[0]} has groups of {GROUP} channels; take an even width")
     return resnet(widths, shape, classes, lambda n: nn.GroupNorm(n // GROUP, n))

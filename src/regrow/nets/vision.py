@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import Example
-from regrow.nets.errors import ModelError, first_line, needs
+from regrow.core.errors import first_line
 from regrow.nets.examples import PIXELS, image_example, takes
 from regrow.nets.files import check_weights
-from regrow.nets.loaded import Loaded, Origin
+from regrow.nets.loaded import Loaded, ModelError, Origin, needs
 
 _FETCHING = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone"})
 """Arguments of torchvision's builders that would download weights."""
@@ -31,28 +31,26 @@ def known_names() -> list[str]:
 
 
 def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) -> Loaded:
-    """Load a torchvision network with weights from a safetensors file, or with fixed random weights.
-
-    Args:
-        name: The name in torchvision, such as ``"resnet18"``.
-        weights: A state dict in safetensors format; the number of classes is taken from its last layer. Random if
-            ``None``.
-        pixels: Height and width of the images it will see; if it does not run on them, its default size is used.
-
-    Raises:
-        ModelError: If torchvision has no such network, or the file does not fit it.
-    """
+    """Load a torchvision network with weights from a safetensors file, or with fixed random weights."""
     arguments: dict[str, Any] = {}
     model = _build(name, arguments)
     notes: tuple[str, ...] = ()
     if weights is None:
         notes = (f"{name}: random weights; for trained ones give torchvision:{name}:FILE.safetensors",)
     else:
-        state = _read(weights)
-        arguments = _classes(model, state)
-        if arguments:
+        from safetensors.torch import load_file
+
+        check_weights([weights], str(weights), None)
+        state, own = load_file(weights), model.state_dict()
+        last = [key for key, value in own.items() if key.endswith("weight") and value.dim() >= 2][-1]
+        if last in state and len(state[last]) != len(own[last]):
+            arguments = {"num_classes": len(state[last])}
             model = _build(name, arguments)
-        _fill(model, state, name, weights)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())[:160]
+            raise ModelError(f"{weights} does not fit torchvision's {name}: {detail}") from None
     example, origin = example_of(name, model.eval()), Origin("torchvision", name, arguments, name)
     plain = len(example.args) == 1 and isinstance(example.args[0], Tensor) and example.args[0].dim() == 4
     sized = image_example(model, 3, pixels, pixels) if pixels and plain else None
@@ -62,17 +60,10 @@ def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) ->
 
 
 def build_torchvision(origin: Origin) -> nn.Module:
-    """Build a torchvision network on the CPU, in float32 and eval mode, without trained weights.
-
-    Args:
-        origin: How to build it.
-
-    Raises:
-        ModelError: If torchvision has no such network or refuses the arguments, or one of them would fetch weights.
-    """
+    """Build a torchvision network on the CPU, in float32 and eval mode, without trained weights."""
     for key, value in origin.config.items():
         numbers = value if isinstance(value, list | tuple) else [value]
-        if key in _FETCHING or not all(one is None or isinstance(one, int | float) for one in numbers):
+        if key in _FETCHING or not all(number is None or isinstance(number, int | float) for number in numbers):
             raise ModelError(f"the setting {key!r} ({value!s:.60}) is no number, or would fetch weights; take it out")
     return _build(origin.reference, origin.config).eval()
 
@@ -86,56 +77,24 @@ def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         near = difflib.get_close_matches(name, known_names(), n=1)
         hint = f"; did you mean torchvision:{near[0]}?" if near else ""
         raise ModelError(f"torchvision has no model {name!r}{hint}")
-    more = unweighted_arguments(name)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return get_model(name, weights=None, **(more | dict(arguments)))
+            return get_model(name, weights=None, **(unweighted_arguments(name) | dict(arguments)))
     except (TypeError, ValueError) as error:
         raise ModelError(f"torchvision cannot build {name} with {dict(arguments)}: {first_line(error)}") from None
 
 
 def unweighted_arguments(name: str) -> dict[str, bool | None]:
-    """Return the arguments that keep a builder from downloading weights or initialising them slowly.
-
-    Args:
-        name: The name of the network in torchvision.
-    """
-    more: dict[str, bool | None] = {"init_weights": False} if name in _SLOW_START else {}
+    """Return the arguments that keep a builder from downloading weights or initialising them slowly."""
+    result: dict[str, bool | None] = {"init_weights": False} if name in _SLOW_START else {}
     if "_rcnn" in name or name.startswith(("fcos", "retinanet", "ssd", "deeplab", "fcn_", "lraspp", "maskrcnn")):
-        more["weights_backbone"] = None
-    return more
-
-
-def _read(weights: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    check_weights([weights], str(weights), None)
-    return load_file(weights)
-
-
-def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, int]:
-    last = [key for key, value in model.state_dict().items() if key.endswith("weight") and value.dim() >= 2][-1]
-    if last in state and state[last].shape[0] != model.state_dict()[last].shape[0]:
-        return {"num_classes": int(state[last].shape[0])}
-    return {}
-
-
-def _fill(model: nn.Module, state: Mapping[str, Tensor], name: str, weights: Path) -> None:
-    try:
-        model.load_state_dict(dict(state))
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:160]
-        raise ModelError(f"{weights} does not fit torchvision's {name}: {detail}") from None
+        result["weights_backbone"] = None
+    return result
 
 
 def example_of(name: str, model: nn.Module) -> Example:
-    """Return an input of the form that a torchvision network was made for.
-
-    Args:
-        name: The name of the network in torchvision.
-        model: The network; the input is in its dtype and on its device.
-    """
+    """Return an input of the form that a torchvision network was made for."""
     from torchvision.models import get_model_builder, get_model_weights
 
     family = get_model_builder(name).__module__.removeprefix("torchvision.models.").split(".")

@@ -103,6 +103,14 @@ def check_constraints(settings: "DataclassInstance") -> None:
             raise ValueError(f"{name} must be {constraint}, got {value!r}; for example {name}={default}")
 
 
+@dataclass(frozen=True)
+class CheckedSettings:
+    """The base of settings whose constraints are checked when they are made."""
+
+    def __post_init__(self) -> None:
+        check_constraints(self)
+
+
 @cache
 def _constraints(kind: "type[DataclassInstance]") -> dict[str, Range | OneOf]:
     hints = get_type_hints(kind, include_extras=True)

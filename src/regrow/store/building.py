@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.core.errors import first_line
 from regrow.core.references import names_code
 from regrow.nets import ModelError, Origin, build, replace_attention
-from regrow.nets.errors import first_line
 from regrow.nets.language import origin_of
 from regrow.store import probe
 from regrow.store.attributes import unregistered_tensors

@@ -18,7 +18,7 @@ from regrow.core.errors import InputError
 from regrow.core.limits import read_text
 from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attention
 from regrow.nets.load import check_finite
-from regrow.nets.weight_files import check_unchanged
+from regrow.nets.loaded import check_unchanged
 from regrow.store import portable, probe
 from regrow.store.atomic import write_text
 from regrow.store.attributes import attribute_tensors

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from regrow.core.errors import first_line
 from regrow.nets import ModelError, Origin
-from regrow.nets.errors import first_line
+from regrow.nets.files import ATTENTION, check_settings, check_tokenizer, leads_away, settings_of
 from regrow.nets.language import parse_configuration, quiet, require_transformers
-from regrow.nets.library import ATTENTION, check_settings, check_tokenizer, leads_away, settings_of
 from regrow.store.atomic import staging_folder, sync, write_text
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.weights import inside
-from regrow.tracing.block_numbers import DEPTHS, PER_BLOCK
+from regrow.tracing.stacks import DEPTHS, PER_BLOCK
 
 INFORMATIVE = frozenset({"architectures", "transformers_version", "_name_or_path", "_attn_implementation"})
 _LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")

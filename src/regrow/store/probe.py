@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Example
+from regrow.core.errors import first_line
 from regrow.core.sources import device_of
-from regrow.nets.errors import first_line
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.schemas import Shape

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from regrow.core.axes import AxisGraph
 from regrow.core.tables import Table, format_html
-from regrow.nets.weight_files import WeightFile, check_unchanged
+from regrow.nets.loaded import WeightFile, check_unchanged
 from regrow.store import run_record, schemas
 from regrow.store.atomic import Lock, lock, write_text
 from regrow.store.convert import convert, read_json

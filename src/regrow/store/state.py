@@ -24,8 +24,8 @@ from regrow.store.errors import StoreError
 from regrow.store.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
 from regrow.store.tensors import as_bytes
 from regrow.tracing import attributes as named
-from regrow.tracing.block_copies import StackError, find_insertions, insert_copies
-from regrow.tracing.placeholder import find_placeholders, insert_placeholders
+from regrow.tracing.branches import find_placeholders, insert_placeholders
+from regrow.tracing.stacks import StackError, find_insertions, insert_copies
 
 
 @dataclass(frozen=True)

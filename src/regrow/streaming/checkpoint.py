@@ -19,9 +19,8 @@ from torch import Tensor
 
 from regrow.core.errors import InputError
 from regrow.core.limits import check_regular, parse_json
-from regrow.nets.errors import ModelError
 from regrow.nets.files import is_possible, read_shards
-from regrow.nets.weight_files import WeightFile
+from regrow.nets.loaded import WeightFile
 from regrow.store.errors import StoreError
 from regrow.store.tensors import DTYPE_NAMES
 
@@ -199,7 +198,7 @@ def _read_shards(folder: Path) -> dict[str, TensorPlace]:
     path = folder / INDEX
     try:
         named = read_shards(path)
-    except ModelError as error:
+    except InputError as error:
         raise StoreError(str(error)) from None
     result: dict[str, TensorPlace] = {}
     for file in sorted(set(named.values())):

@@ -32,7 +32,7 @@ from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, 
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture, evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model
-from regrow.tracing.precision import as_double
+from regrow.tracing.own_run import as_double
 from regrow.tracing.steps import operations, restate_steps
 
 

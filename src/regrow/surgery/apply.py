@@ -18,7 +18,8 @@ from regrow.surgery.output_comparison import RELATIVE_BOUND, ProposedChange, max
 from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.whole import NotAsRecordedError, check_own_run, run_whole_pair, trial_error
-from regrow.tracing.capture import Capture, holds_numbers, without_collection
+from regrow.tracing.capture import Capture, holds_numbers
+from regrow.tracing.interception import without_collection
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import code_of, state_of
 from regrow.tracing.readings import Recording, readings

@@ -16,19 +16,15 @@ from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import Exchange, carry_out, follow
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
 from regrow.surgery.whole import check_own_run
-from regrow.tracing.branch_sites import BranchError, RecordedModules, locate_branches
-from regrow.tracing.branches import branches, candidate_branches
-from regrow.tracing.caches import caches
+from regrow.tracing.branches import PlaceholderModule, branches, candidate_branches, insert_placeholders, set_modules
 from regrow.tracing.capture import Capture, TraceError, capture
-from regrow.tracing.effects import Effects, describe_effects
+from regrow.tracing.effects import BranchError, Effects, RecordedModules, describe_effects, locate_branches
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
-from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
 from regrow.tracing.readings import recording
-from regrow.tracing.rules import POINTWISE, RULES
-from regrow.tracing.steps import steps
+from regrow.tracing.rules import walk
+from regrow.tracing.steps import caches, steps
 from regrow.tracing.training_trace import trace_training
-from regrow.tracing.walk import walk
 
 T = TypeVar("T")
 
@@ -246,7 +242,7 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
 
 def _described(bare: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
     """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut."""
-    w = walk(recorded, RULES, POINTWISE)
+    w = walk(recorded)
     trace_training(bare, given, w)
     fresh, names = assemble(bare, w, axes.example)
     home = {slot: axis for axis in fresh for slot in axis.slots}

@@ -19,13 +19,13 @@ from regrow.core.plan import Plan, PlanError
 from regrow.surgery.output_comparison import max_difference
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing import TraceError, trace, with_branches
-from regrow.tracing.block_copies import StackError, insert_copies, put_back, remove_copies, stack_at
-from regrow.tracing.branch_sites import tensor_forms
 from regrow.tracing.branches import record_calls
 from regrow.tracing.capture import evaluating, first_line, holds_numbers
+from regrow.tracing.effects import tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import ROUNDING, is_equal, measure_distance, run_network
+from regrow.tracing.stacks import StackError, insert_copies, put_back, remove_copies, stack_at
 
 T = TypeVar("T")
 Rename = Callable[[str], str]

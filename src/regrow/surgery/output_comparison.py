@@ -23,7 +23,7 @@ from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.meta_copy import fake_example
 from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name
-from regrow.tracing.precision import as_double
+from regrow.tracing.own_run import as_double
 from regrow.tracing.readings import Readings, Recording
 from regrow.tracing.steps import operations
 from regrow.tracing.trial import Resizing, resize_copy

@@ -13,15 +13,13 @@ from torch.fx.node import map_aggregate
 from regrow.core.axes import Dim, size_of
 from regrow.core.branches import Branch
 from regrow.surgery.layout import Layout, lay_out
-from regrow.tracing.branch_sites import RecordedModules, locate_branches
 from regrow.tracing.capture import Capture
-from regrow.tracing.decisions import output_tensors
-from regrow.tracing.effects import Effects
-from regrow.tracing.fixed_results import ORDERS
+from regrow.tracing.decisions import ORDERS, output_tensors
+from regrow.tracing.effects import Effects, RecordedModules, locate_branches
 from regrow.tracing.model_state import state_of
-from regrow.tracing.nodes import op_name
-from regrow.tracing.precision import as_double, grouped_product, made_in_double, widen_dtype
-from regrow.tracing.readings import ReadDim, operands
+from regrow.tracing.nodes import op_name, operands
+from regrow.tracing.own_run import as_double, grouped_product, made_in_double, widen_dtype
+from regrow.tracing.readings import ReadDim
 from regrow.tracing.steps import operations
 
 Load = Callable[[str, bool], Tensor]

@@ -22,7 +22,8 @@ from regrow.surgery.output_comparison import (
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import Decisions, check_recording, record_run, run_whole_pair, shallow_copy
 from regrow.tracing.capture import Capture, holds_numbers
-from regrow.tracing.readings import Readings, inputs, readings
+from regrow.tracing.meta_copy import leaves_in
+from regrow.tracing.readings import Readings, readings
 from regrow.tracing.steps import difference, refold_steps
 from regrow.tracing.trial import Resizing
 
@@ -211,5 +212,4 @@ class _Runs:
             return readings(self.model, axes, self.example)
         if difference(refold_steps(axes, to.constants), planned, to.sizes, to.added) is not None:
             return readings(self.model, axes, self.example)
-        given = tuple(inputs(self.model, known.capture, self.example))
-        return Readings(known.capture, given, known.reads, axes.sizes(), None, ())
+        return Readings(known.capture, leaves_in(self.example), known.reads, axes.sizes(), ())

@@ -18,10 +18,9 @@ from regrow.surgery.compensate import bias_of, check_bias, mean_contribution
 from regrow.surgery.runner import Answers, Runner, floats, loader, masking
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing.capture import Capture, TraceError, capture, evaluating, first_line, holds_numbers
-from regrow.tracing.meta_copy import cast_example, copy_model
+from regrow.tracing.meta_copy import cast_example, copy_model, map_tensors
 from regrow.tracing.model_state import preserve_state
-from regrow.tracing.own_run import compare_with_recording
-from regrow.tracing.precision import CastsToDouble, example_in_double, made_in_double
+from regrow.tracing.own_run import CastsToDouble, as_double, compare_with_recording, made_in_double
 from regrow.tracing.readings import readings
 
 Decisions = tuple[Decision, ...] | None
@@ -38,7 +37,7 @@ def run_whole_pair(
 ) -> tuple[Answers, Answers, Decisions]:
     """Run the masked network and its cut copy; return the outputs of both, and their data-dependent decisions."""
     widened = _widened(model, axes) if double else shallow_copy(model)
-    example = example_in_double(example) if double else example
+    example = map_tensors(example, as_double) if double else example
     whole = mask_units(widened, axes, plan) if axes.declared else widened
     taken, masked, orders = decisions, [], []
     if axes.recorded == "not":
@@ -55,7 +54,7 @@ def run_whole_pair(
         )
         runner = Runner(recorded.capture, recorded.given, loader(whole), double, mask)
         runner.run_until()
-        taken, masked, orders = recorded.decisions, runner.answers, runner.orders
+        taken, masked, orders = recorded.capture.decisions, runner.answers, runner.orders
     cut, _ = carried(shallow_copy(widened), axes, plan)
     try:
         shrunk = _run(cut, example, double, taken, orders)

@@ -4,15 +4,13 @@
 broken. In a test suite of your own, parametrize over :data:`LAWS` and call each law with the method and its settings.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from regrow.methods import MethodEntry, MethodKind, find_method
 from regrow.testing import continual, pruning, recovery, search
+from regrow.testing.continual import Law
 
 __all__ = ["LAWS", "check_method"]
-
-Law = Callable[[MethodEntry, Mapping[str, object]], None]
-"""(method, its settings) → ``None``; raises ``AssertionError`` if the method breaks the law."""
 
 LAWS: Mapping[MethodKind, Mapping[str, Law]] = {
     MethodKind.PRUNING: pruning.LAWS,

@@ -19,15 +19,19 @@ from regrow.nets.small import small
 from regrow.surgery.gate import parametrize
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.apply_plan import apply_plan
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import Fitted
 from regrow.training.learner import Context, Learner, write_replacements
 from regrow.training.state import TrainState, axis_tensors, restore_state, values_of
+from regrow.training.step import apply_plan
 
 CLASSES, SIDE = 4, 6
 SCHEDULE = TaskSchedule(epochs=3, batch_size=16, lr=0.1)
+
+
+Law = Callable[[MethodEntry, Mapping[str, object]], None]
+"""(method, its settings) → ``None``; raises ``AssertionError`` if the method breaks the law."""
 
 
 class StoppedError(Exception):
@@ -35,12 +39,7 @@ class StoppedError(Exception):
 
 
 def make_tasks(count: int = 2, side: int = SIDE) -> list[Task]:
-    """Small classification tasks: noisy copies of ``CLASSES`` patterns, other patterns in each task.
-
-    Args:
-        count: The number of tasks.
-        side: The height and width of the patterns.
-    """
+    """Small classification tasks: noisy copies of ``CLASSES`` patterns, other patterns in each task."""
     tasks = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
@@ -57,30 +56,25 @@ def _noisy(patterns: Tensor, many: int, generator: torch.Generator) -> Examples:
 
 
 def make_network(tasks: list[Task]) -> tuple[nn.Module, AxisGraph]:
-    """Return a small network with random weights, and its axes.
-
-    Args:
-        tasks: The tasks, whose images it must accept.
-    """
+    """Return a small network with random weights, and its axes."""
     model, _ = small("mlp:16-12", (1, SIDE, SIDE), CLASSES)
     return model, trace(model, first_examples(tasks[0].train, 2).inputs)
 
 
 def _fit(
-    method: MethodEntry, settings: Mapping[str, object], tasks: list[Task], **more: Any
+    method: MethodEntry,
+    settings: Mapping[str, object],
+    tasks: list[Task],
+    schedule: TaskSchedule = SCHEDULE,
+    checkpoint: Callable[[TrainState[Any], Context], None] | None = None,
 ) -> tuple[Learner[Any], Fitted[Any]]:
     learner = method.made("the method", settings)
     model, axes = make_network(tasks)
-    return learner, learn(model, axes, tasks, learner, more.pop("schedule", SCHEDULE), **more)
+    return learner, learn(model, axes, tasks, learner, schedule, checkpoint=checkpoint)
 
 
 def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the learner is a :class:`Learner`, and its state is a frozen dataclass.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: the learner is a :class:`Learner`, and its state is a frozen dataclass."""
     learner = method.made("the method", settings)
     assert isinstance(learner, Learner), f"build returns a {type(learner).__name__}, not a Learner"
     state = learner.state
@@ -89,35 +83,20 @@ def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
 
 
 def check_learning(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the first task is learned to more than twice the accuracy of chance.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: the first task is learned to more than twice the accuracy of chance."""
     _, fitted = _fit(method, settings, make_tasks(1), schedule=replace(SCHEDULE, epochs=6))
     accuracy = fitted.state.rows[0][0]
     assert accuracy > 2 / CLASSES, f"accuracy {accuracy:.2f} on the first task; chance is {1 / CLASSES:.2f}"
 
 
 def check_seed(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: two runs with the same seed give the same weights, bit for bit.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: two runs with the same seed give the same weights, bit for bit."""
     first, second = (_fit(method, settings, make_tasks())[1].model for _ in range(2))
     assert_equal_tensors(first.state_dict(), second.state_dict(), "two runs with the same seed differ")
 
 
 def check_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: training that is stopped after any epoch and resumed from its checkpoint ends with the same bits.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: training that is stopped after any epoch and resumed from its checkpoint ends with the same bits."""
     tasks = make_tasks()
     _, whole = _fit(method, settings, tasks)
     for stop in range(1, 2 * SCHEDULE.epochs):
@@ -151,12 +130,7 @@ def _stop_and_read(
 
 
 def check_stored_state(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: a state that is restored from its tensors and values equals the original.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: a state that is restored from its tensors and values equals the original."""
     learner, fitted = _fit(method, settings, make_tasks())
     state = fitted.state.learner
     restored = restore_state(learner.state, axis_tensors(state), values_of(state))
@@ -165,12 +139,7 @@ def check_stored_state(method: MethodEntry, settings: Mapping[str, object]) -> N
 
 
 def check_plans(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the state follows plans of other origin that cut and widen the network, and training goes on.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: the state follows plans of other origin that cut and widen the network, and training goes on."""
     tasks = make_tasks()
     learner, fitted = _fit(method, settings, tasks[:1])
     context, state = Context(fitted.model, fitted.axes, tasks[0]), fitted.state.learner
@@ -189,12 +158,7 @@ def check_plans(method: MethodEntry, settings: Mapping[str, object]) -> None:
 
 
 def check_mixed_precision(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: with losses computed in bfloat16, parameters and the learner's state stay in float32.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: with losses computed in bfloat16, parameters and the learner's state stay in float32."""
     _, fitted = _fit(method, settings, make_tasks(), schedule=replace(SCHEDULE, precision="bfloat16"))
     assert {p.dtype for p in fitted.model.parameters()} == {torch.float32}, "parameters changed their precision"
     kinds = {one.values.dtype for one in axis_tensors(fitted.state.learner).values()}
@@ -202,12 +166,7 @@ def check_mixed_precision(method: MethodEntry, settings: Mapping[str, object]) -
 
 
 def check_finished(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the network that is saved, without its learner, has the logits of the network that was evaluated.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: the network that is saved, without its learner, has the logits of the network that was evaluated."""
     tasks = make_tasks()
     learner, fitted = _fit(method, settings, tasks)
     state, last = fitted.state.learner, len(tasks) - 1
@@ -227,7 +186,7 @@ def assert_equal_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tenso
     assert not different, f"{where}: {', '.join(different)}"
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
+LAWS: Mapping[str, Law] = {
     "a learner and its state are frozen records": check_record,
     "the first task is learned": check_learning,
     "the same seed gives the same weights": check_seed,

@@ -1,7 +1,7 @@
 """Laws that every one-shot pruning method must obey, on a small network in float64."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -16,6 +16,7 @@ from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodEntry
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.surgery import apply, verify
+from regrow.testing.continual import Law
 from regrow.tracing import trace
 
 INPUTS, CLASSES, WIDTHS = 6, 4, (24, 16)
@@ -24,12 +25,7 @@ DOMAINS = 3
 
 
 def make_network(order: Sequence[int] | None = None, *, tied: bool = False) -> tuple[nn.Module, AxisGraph]:
-    """A small classifier in float64 with fixed random weights, and its axes.
-
-    Args:
-        order: A permutation of the units of the first hidden layer; as they are unless given.
-        tied: Whether two layers in the middle share one weight.
-    """
+    """A small classifier in float64 with fixed random weights, and its axes."""
     torch.manual_seed(0)
     first, second = WIDTHS
     model = nn.Sequential(
@@ -65,27 +61,14 @@ def make_sources() -> list[Source]:
 def make_plan(
     method: MethodEntry, settings: Mapping[str, object], model: nn.Module, axes: AxisGraph, keep: float = 0.5
 ) -> Plan:
-    """Return the method's plan for a network.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-        model: The network.
-        axes: Its axes.
-        keep: The fraction of the parameters that stays.
-    """
+    """Return the method's plan for a network."""
     pruner = method.made("the method", settings)
     evidence = collect_evidence(model, axes, pruner, make_sources())
     return plan_cut(pruner, model, axes, Budget(keep), evidence).plan
 
 
 def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the method is a :class:`Pruner`, and every setting is documented in the docstring of its settings.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: the method is a :class:`Pruner`, and every setting is documented in the docstring of its settings."""
     pruner = method.made("the method", settings)
     assert isinstance(pruner, Pruner), f"build returns a {type(pruner).__name__}, not a Pruner"
     page = method.settings.__doc__ or ""
@@ -94,12 +77,7 @@ def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
 
 
 def check_budget(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: a budget is met within one unit, and never exceeded.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: a budget is met within one unit, and never exceeded."""
     model, axes = make_network()
     cost = Cost(axes)
     for keep in KEEPS:
@@ -115,12 +93,7 @@ def _largest_unit(cost: Cost, axes: AxisGraph) -> float:
 
 
 def check_seed(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the same seed gives the same plan, the plan survives JSON, and planning does not change the network.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: the same seed gives the same plan, the plan survives JSON, and planning does not change the network."""
     model, axes = make_network()
     before = copy.deepcopy(model.state_dict())
     first, second = (make_plan(method, settings, model, axes) for _ in range(2))
@@ -131,12 +104,7 @@ def check_seed(method: MethodEntry, settings: Mapping[str, object]) -> None:
 
 
 def check_cut(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the plan is valid, the cut network computes what the masked one does, and its outputs are finite.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: the plan is valid, the cut network computes what the masked one does, and its outputs are finite."""
     model, axes = make_network()
     inputs = torch.randn(5, INPUTS, dtype=torch.float64)
     for keep in KEEPS:
@@ -179,12 +147,7 @@ def check_compensation(method: MethodEntry, settings: Mapping[str, object]) -> N
 
 
 def check_permutation(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: permuting the units of a network permutes the plan.
-
-    Args:
-        method: The method.
-        settings: Settings that differ from the defaults.
-    """
+    """Law: permuting the units of a network permutes the plan."""
     order = torch.randperm(WIDTHS[0], generator=torch.Generator().manual_seed(1)).tolist()
     plans = [make_plan(method, settings, *make_network(which)) for which in (None, order)]
     key = "0.weight:0"
@@ -192,7 +155,7 @@ def check_permutation(method: MethodEntry, settings: Mapping[str, object]) -> No
     assert sorted(order[unit] for unit in moved) == sorted(kept), "other units are kept of a permuted network"
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
+LAWS: Mapping[str, Law] = {
     "a pruner is a record of functions": check_record,
     "a budget is met within one unit": check_budget,
     "every axis is scored": check_scores,

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,18 +15,12 @@ from regrow.core.sources import Batch, Source
 from regrow.methods import MethodEntry
 from regrow.methods.recovery.task import RecoveryTask
 from regrow.surgery import apply
-from regrow.testing.continual import StoppedError, assert_equal_tensors
+from regrow.testing.continual import Law, StoppedError, assert_equal_tensors
 from regrow.testing.pruning import make_network, make_sources
 
 
 def make_task(checkpoint: Path | None = None, progress: Progress = silent) -> RecoveryTask:
-    """Return a small classifier of which a third of the units was cut, and inputs of several distributions.
-
-    Args:
-        checkpoint: The file to which a recovery writes its progress, and from which an interrupted one resumes;
-            ``None``: none is written.
-        progress: Called with (steps done, steps in all, what is being done).
-    """
+    """Return a small classifier of which a third of the units was cut, and inputs of several distributions."""
     model, axes = make_network()
     keep = {axis.key: [*range(axis.size * 2 // 3)] for axis in axes.units()}
     plan, dense = Plan.keeping(axes, keep), copy.deepcopy(model)
@@ -87,7 +81,7 @@ def check_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
     assert_equal_tensors(whole, resumed, "resumed")
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
+LAWS: Mapping[str, Law] = {
     "shapes stay, and the dense network too": check_shapes,
     "the same seed gives the same weights": check_seed,
     "killed and resumed gives the same bits": check_resume,

@@ -23,7 +23,7 @@ from regrow.nets.cells import Cells, supernet
 from regrow.nets.loaded import Origin
 from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
-from regrow.testing.continual import StoppedError, assert_equal_tensors, make_tasks
+from regrow.testing.continual import Law, StoppedError, assert_equal_tensors, make_tasks
 from regrow.tracing import trace
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, learn
@@ -54,18 +54,16 @@ def _trace_space() -> AxisGraph:
 
 
 def _make(method: MethodEntry, settings: Mapping[str, object]) -> Search:
-    given = {"target": TARGETS[str(settings.get("measure", "params"))], "measure": "params", "stages": (1,)} | dict(
-        settings
-    )
-    made: Search = method.made("the method", given)
+    target = TARGETS[str(settings.get("measure", "params"))]
+    made: Search = method.made("the method", {"target": target, "measure": "params", "stages": (1,), **settings})
     return made
 
 
-def _search(method: MethodEntry, settings: Mapping[str, object], **more: Any) -> tuple[Search, Fitted[Any], Context]:
+def _search(method: MethodEntry, settings: Mapping[str, object]) -> tuple[Search, Fitted[Any], Context]:
     """Search, without the plans after the last epoch."""
     model, axes, task = make_network()
-    search, undo = _make(method, settings), more.pop("undo", UndoStore())
-    fitted = learn(model, axes, [task], search.learner, SCHEDULE, undo=undo, **more)
+    search, undo = _make(method, settings), UndoStore()
+    fitted = learn(model, axes, [task], search.learner, SCHEDULE, undo=undo)
     epochs, steps = SCHEDULE.epochs, -(-len(task.train) // SCHEDULE.batch_size)
     return search, fitted, Context(fitted.model, fitted.axes, task, 0, epochs, epochs, steps, undo=undo)
 
@@ -147,7 +145,7 @@ def check_finished(method: MethodEntry, settings: Mapping[str, object]) -> None:
     assert torch.allclose(plain, finished, atol=1e-4), "the plain network gives other outputs than the finished one"
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
+LAWS: Mapping[str, Law] = {
     "a search and its state are frozen records": check_record,
     "the target is met": check_target,
     "killed and resumed gives the same bits": check_resume,

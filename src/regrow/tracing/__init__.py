@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.operations import Tracer
 from regrow.tracing.branches import candidate_branches, with_branches
-from regrow.tracing.caches import caches
 from regrow.tracing.capture import (
     Capture,
     TraceError,
@@ -20,19 +19,18 @@ from regrow.tracing.capture import (
     example_of,
     first_line,
     holds_numbers,
-    without_collection,
 )
 from regrow.tracing.graph import assemble
+from regrow.tracing.interception import without_collection
 from regrow.tracing.kinds import check_traceable, with_remedies
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.other_sizes import freeze_by_size
 from regrow.tracing.own_run import compare_with_recording
 from regrow.tracing.readings import recording
-from regrow.tracing.rules import POINTWISE, RULES
-from regrow.tracing.steps import steps
+from regrow.tracing.rules import walk
+from regrow.tracing.steps import caches, steps
 from regrow.tracing.training_trace import trace_training
 from regrow.tracing.trial import freeze_failing
-from regrow.tracing.walk import walk
 
 __all__ = ["TraceError", "trace", "with_branches"]
 
@@ -95,7 +93,7 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _traced(model: nn.Module, example: Example, others: Sequence[Example]) -> AxisGraph:
     recorded, unproven = _recorded(model, example)
-    w = walk(recorded, RULES, POINTWISE)
+    w = walk(recorded)
     trained = trace_training(model, example, w)
     axes, names = assemble(model, w, example)
     axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model))

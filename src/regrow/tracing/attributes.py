@@ -6,7 +6,7 @@ one.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -61,43 +61,32 @@ Alike = list[tuple[Expr, Expr, str]]
 
 
 def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], Alike]:
-    """Return ``module:attribute`` → the dimension whose size it holds, and pairs of dimensions that share one.
-
-    Args:
-        model: The traced network.
-        w: The walk, with the numbers used in reshapes and slices.
-        dims: Name of a parameter or buffer → its dimensions.
-    """
-    result: dict[str, Expr] = {}
+    """Return ``module:attribute`` → the dimension whose size it holds, and pairs of dimensions that share one."""
+    result: dict[str, dict[str, Expr]] = {path: {} for path, _ in model.named_modules()}
     alike: Alike = []
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
-        own = {leaf: dims[dot + leaf] for leaf in (*module._parameters, *module._buffers) if dot + leaf in dims}
-        shapes = {leaf: tuple(map(d.size, exprs)) for leaf, exprs in own.items()}
-        restated = restated_sizes(module, shapes, _output_dim(own))
-        result |= {f"{path}:{name}": own[tensor][dim] for name, (tensor, dim) in restated.items()}
+        tensors = {leaf: dims[dot + leaf] for leaf in (*module._parameters, *module._buffers) if dot + leaf in dims}
+        shapes = {leaf: tuple(map(d.size, exprs)) for leaf, exprs in tensors.items()}
+        restated = restated_sizes(module, shapes, _output_dim(tensors))
+        result[path] |= {name: tensors[tensor][dim] for name, (tensor, dim) in restated.items()}
     for path, expr in w.groups:
         for name in ("groups", "num_groups"):
             if vars(_module(model, path)).get(name) == d.size(expr):
-                result[f"{path}:{name}"] = expr
+                result.setdefault(path, {})[name] = expr
     literals: dict[str, list[Literal]] = {}
-    for one in w.literals:
-        literals.setdefault(one.module, []).append(one)
+    for literal in w.literals:
+        literals.setdefault(literal.module, []).append(literal)
     for path, module in model.named_modules():
+        known, written = result[path], literals.get(path, ())
         for name, value in _numbers(module):
-            if f"{path}:{name}" not in result and (exprs := _of_literals(literals.get(path, ()), name, value)):
-                result[f"{path}:{name}"] = exprs[0]
+            if name not in known and (exprs := _of_literals(written, name, value)):
+                known[name] = exprs[0]
                 alike += [(exprs[0], other, f"`{name}` of {path or 'the model'} sets both") for other in exprs[1:]]
-    places: dict[str, dict[str, Expr]] = {}
-    for place, expr in result.items():
-        path, _, name = place.partition(":")
-        places.setdefault(path, {})[name] = expr
+        known |= _of_products(module, written, known)
     for path, module in model.named_modules():
-        counts_of = _of_products(module, literals.get(path, ()), places.get(path, {}))
-        result |= {f"{path}:{name}": expr for name, expr in counts_of.items()}
-    for path, module in model.named_modules():
-        _channels(path, module, result, dims)
-    return result, alike
+        _channels(module, result[path], dims.get(f"{path}.weight" if path else "weight"))
+    return {f"{path}:{name}": expr for path, known in result.items() for name, expr in known.items()}, alike
 
 
 def restated_sizes(
@@ -105,54 +94,35 @@ def restated_sizes(
 ) -> dict[str, tuple[str, int]]:
     """Return the attributes of a module that hold sizes of its own tensors: name → (tensor, dimension).
 
-    An attribute with another value than the size is left out, whatever its name.
-
-    Args:
-        module: The module.
-        shapes: Name of a parameter or buffer of the module → its shape.
-        output: The dimension of ``weight`` that equals the bias's, if known; it decides the order for a square weight.
+    An attribute with another value than the size is left out, whatever its name. ``output`` is the dimension of
+    ``weight`` that equals the bias's, if known; it decides the order for a square weight.
     """
     places = {name: spots for name, spots in OF_WEIGHT.items() if name in vars(module)}
     weight = shapes.get("weight", ())
     for first, second, produced in PAIRS:
         if len(weight) == 2 and {first, second} <= places.keys():
             values = vars(module)[first], vars(module)[second]
-            transposed = (
-                all(type(one) is int for one in values)
-                and values == weight[::-1]
-                and (values != weight or (output is not None and output != (first, second).index(produced)))
-            )
-            if transposed:
+            square = values == weight and (output is None or output == (first, second).index(produced))
+            if {*map(type, values)} == {int} and values == weight[::-1] and not square:
                 places |= {first: (("weight", 1),), second: (("weight", 0),)}
     result = {}
     for name, spots in places.items():
         value = vars(module)[name]
         value = value[0] if isinstance(value, tuple) and value else value
-        fitting = (at for at in spots if at[1] < len(shapes.get(at[0], ())) and shapes[at[0]][at[1]] == value)
-        if type(value) is int and (place := next(fitting, None)):
-            result[name] = place
+        fitting = (spot for spot in spots if shapes.get(spot[0], ())[spot[1] : spot[1] + 1] == (value,))
+        if type(value) is int and (spot := next(fitting, None)):
+            result[name] = spot
     return result
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:
-    """Return an attribute of a module; ``config.num_attention_heads`` names one of its configuration.
-
-    Args:
-        module: The module.
-        name: The name of the attribute.
-    """
+    """Return an attribute of a module; ``config.num_attention_heads`` names one of its configuration."""
     owner, _, leaf = name.rpartition(".")
     return getattr(getattr(module, owner) if owner else module, leaf)
 
 
 def set_attribute(module: nn.Module, name: str, value: object) -> None:
-    """Set an attribute of a module; a configuration is copied first, since other layers share it.
-
-    Args:
-        module: The module.
-        name: The name of the attribute, such as ``config.num_attention_heads``.
-        value: The new value.
-    """
+    """Set an attribute of a module; a configuration is copied first, since other layers share it."""
     owner, _, leaf = name.rpartition(".")
     if owner:
         setattr(module, owner, copy.copy(getattr(module, owner)))
@@ -160,11 +130,7 @@ def set_attribute(module: nn.Module, name: str, value: object) -> None:
 
 
 def counts(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield name (``config.name``) and value of each number of heads, groups or experts in a module's configuration.
-
-    Args:
-        module: The module.
-    """
+    """Yield name (``config.name``) and value of each number of heads, groups or experts in a module's configuration."""
     config = vars(module).get("config")
     for name in sorted(COUNTS) if hasattr(config, "__dict__") and not isinstance(config, nn.Module) else ():
         value = getattr(config, name, None)
@@ -173,26 +139,14 @@ def counts(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def repeats(model: nn.Module, path: str, size: int) -> bool:
-    """Whether an attribute of a module, or of the one around it, holds ``size`` as a number of repetitions.
-
-    Args:
-        model: The network.
-        path: The path of the module.
-        size: The number of repetitions.
-    """
+    """Whether an attribute of a module, or of the one around it, holds ``size`` as a number of repetitions."""
     parts = path.split(".")
     owners = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
     return any(vars(_module(model, owner)).get(name) == size for owner in owners[:2] for name in REPEATS)
 
 
 def epsilon(model: nn.Module, path: str, value: float | None) -> str:
-    """Return ``module:attribute`` of the constant under a norm's root; empty if no attribute holds it.
-
-    Args:
-        model: The network.
-        path: The path of the norm.
-        value: The constant.
-    """
+    """Return ``module:attribute`` of the constant under a norm's root; empty if no attribute holds it."""
     values = vars(_module(model, path))
     return next((f"{path}:{name}" for name in EPSILONS if name in values and values[name] == value), "")
 
@@ -208,12 +162,10 @@ def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
             yield name, value
 
 
-def _output_dim(own: Mapping[str, Dims]) -> int | None:
+def _output_dim(tensors: Mapping[str, Dims]) -> int | None:
     """Return the dimension of ``weight`` that the bias shares; ``None`` if it is ambiguous."""
-    weight, bias = own.get("weight", ()), own.get("bias", ())
-    if len(bias) != 1:
-        return None
-    same = [dim for dim, expr in enumerate(weight) if d.identical(expr, bias[0])]
+    weight, bias = tensors.get("weight", ()), tensors.get("bias", ())
+    same = [dim for dim, expr in enumerate(weight) if len(bias) == 1 and d.identical(expr, bias[0])]
     return same[0] if len(same) == 1 else None
 
 
@@ -222,28 +174,32 @@ def _of_literals(literals: Sequence[Literal], name: str, value: int) -> list[Exp
 
     If the number of heads equals their width, one number stands for both: a width is the last number of a reshape.
     """
-    seen = [one for one in literals if one.number == value and d.is_free(one.expr)]
+    seen = [literal for literal in literals if literal.number == value and d.is_free(literal.expr)]
     if name in REPEATS:
-        seen = [one for one in seen if _is_repeat(one.expr)]
+        seen = [literal for literal in seen if _is_repeat(literal.expr)]
     else:
-        seen = [one for one in seen if not _is_repeat(one.expr)] or seen
-        seen = [one for one in seen if one.last == (name in WIDTHS)] or seen
+        seen = [literal for literal in seen if not _is_repeat(literal.expr)] or seen
+        seen = [literal for literal in seen if literal.last == (name in WIDTHS)] or seen
     distinct: list[Expr] = []
-    for one in seen:
-        if not any(d.identical(one.expr, other) for other in distinct):
-            distinct.append(one.expr)
+    for literal in seen:
+        if not _is_among(literal.expr, distinct):
+            distinct.append(literal.expr)
     return distinct
+
+
+def _is_among(expr: Expr, others: Iterable[Expr]) -> bool:
+    return any(d.identical(expr, other) for other in others)
 
 
 def _of_products(module: nn.Module, literals: Sequence[Literal], known: Mapping[str, Expr]) -> dict[str, Expr]:
     """Return counts, of the module or its configuration, of which it uses a multiple in reshapes or slices."""
-    here = [one.expr for one in literals if d.is_free(one.expr)]
+    written = [part for literal in literals if d.is_free(literal.expr) for part in _outermost(literal.expr)]
     made: dict[str, Expr] = {}
-    own = [(name, value) for name, value in _numbers(module) if name in COUNTS and name not in known]
-    for name, value in (*own, *counts(module)) if here else ():
+    listed = [(name, value) for name, value in _numbers(module) if name in COUNTS and name not in known]
+    for name, value in (*listed, *counts(module)) if written else ():
         fitting: list[Expr] = []
-        for expr in (one for whole in here for one in _outermost(whole)):
-            if d.size(expr) == value > 1 and not any(d.identical(expr, one) for one in (*known.values(), *fitting)):
+        for expr in written:
+            if d.size(expr) == value > 1 and not _is_among(expr, (*known.values(), *fitting)):
                 fitting.append(expr)
         if len(fitting) == 1:
             made[name] = fitting[0]
@@ -263,15 +219,14 @@ def _is_repeat(expr: Expr) -> bool:
     return isinstance(whole, d.Leaf) and bool(whole.integer)
 
 
-def _channels(path: str, module: nn.Module, places: dict[str, Expr], dims: Mapping[str, Dims]) -> None:
+def _channels(module: nn.Module, known: dict[str, Expr], kernel: Dims | None) -> None:
     """Add the channel and group counts of a convolution; its input channels count all groups."""
-    own = dims.get(f"{path}.weight" if path else "weight")
-    if own is None or not isinstance(module, nn.modules.conv._ConvNd):
+    if kernel is None or not isinstance(module, nn.modules.conv._ConvNd):
         return
-    if module.groups == d.size(own[0]) and d.size(own[1]) == 1:  # depthwise, also where the weight is used elsewhere
-        places.setdefault(f"{path}:groups", own[0])
-    group = places.get(f"{path}:groups", d.frozen(module.groups, "a fixed number of groups"))
+    if module.groups == d.size(kernel[0]) and d.size(kernel[1]) == 1:  # depthwise, also where the weight is shared
+        known.setdefault("groups", kernel[0])
+    group = known.get("groups", d.frozen(module.groups, "a fixed number of groups"))
     first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-    for name, expr in ((first, own[0]), (second, d.times(group, own[1]))):
+    for name, expr in ((first, kernel[0]), (second, d.times(group, kernel[1]))):
         if getattr(module, name) == d.size(expr):
-            places[f"{path}:{name}"] = expr
+            known[name] = expr

@@ -12,7 +12,7 @@ from typing import Any
 
 from regrow.core.operations import Numbers
 from regrow.tracing.capture import Capture
-from regrow.tracing.nodes import op_name, shape_of, shapes_of
+from regrow.tracing.nodes import as_list, op_name, shape_of, shapes_of
 from regrow.tracing.steps import calls
 
 
@@ -49,31 +49,21 @@ def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
     class and both have operations of their own beside those of their children (a residual block of another width). It
     is a block if it reads two weights or more and its operations are contiguous; the outermost such modules count, and
     the operations between two of them are a block too.
-
-    Args:
-        recorded: The recording of the network.
-
-    Returns:
-        The blocks in the order in which they run; each operation is in exactly one.
     """
     net = _Net.of(recorded)
-    repeated = sorted(net.repeated(range(len(net.steps))), key=lambda one: one.start)
-    bounds: list[tuple[str, int, int]] = []
-    at, end = 0, len(net.steps)
-    for one in repeated:
-        if one.start > at:
-            bounds.append(("", at, one.start))
-        bounds.append((one.path, one.start, one.stop))
-        at = one.stop
-    if at < end:
-        bounds.append(("", at, end))
-    kinds: dict[Any, int] = {}
-    return tuple(
-        GraphBlock(
-            path, start, stop, *net.seams(start, stop), kinds.setdefault(net.form(start, stop, sized=False), len(kinds))
-        )
-        for path, start, stop in bounds
-    )
+    end = len(net.steps)
+    repeated = sorted(net.repeated(range(end)), key=lambda block: block.start)
+    result: list[GraphBlock] = []
+    numbers: dict[int, int] = {}
+    at = 0
+    for block in (*repeated, GraphBlock("", end, end)):
+        for path, start, stop in (("", at, block.start), (block.path, block.start, block.stop)):
+            if start < stop:
+                form = net.form(start, stop, sized=False)
+                kind = numbers.setdefault(form, len(numbers))
+                result.append(GraphBlock(path, start, stop, *net.seams(start, stop), kind))
+        at = block.stop
+    return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ class _Net:
         last: dict[int, int] = {}
         for i, (node, numbers, operands) in enumerate(calls(recorded, ())):
             around = tuple((path, kind) for path, kind, *_ in (node.meta.get("nn_module_stack") or {}).values() if path)
-            steps.append(_BlockStep(op_name(node), _hashable(shapes_of(node)), numbers, operands, around))
+            steps.append(_BlockStep(op_name(node), tuple(as_list(shapes_of(node))), numbers, operands, around))
             last.update((one, i) for one in operands if isinstance(one, int))
         return cls(steps, {name: shape_of(node) for node, name in recorded.states.items()}, last)
 
@@ -116,7 +106,11 @@ class _Net:
         whole = {path: part for path, part in children.items() if self._is_block(part)}
         forms = {path: self.form(part[0], part[-1] + 1) for path, part in whole.items()}
         kinds = {path: self.steps[part[0]].modules[depth][1] for path, part in whole.items()}
-        classes = {path: kind for path, kind in kinds.items() if self._has_own(whole[path], depth + 1)}
+        classes = {
+            path: kind
+            for path, kind in kinds.items()
+            if any(len(self.steps[i].modules) == depth + 1 for i in whole[path])
+        }
         alike, same = Counter(forms.values()), Counter(classes.values())
         result = []
         for path, part in children.items():
@@ -145,18 +139,8 @@ class _Net:
         read = {one for i in own for one in self.steps[i].operands if isinstance(one, str)}
         return sum(len(self.shapes.get(name) or ()) > 1 for name in read) > 1
 
-    def _has_own(self, own: Sequence[int], depth: int) -> bool:
-        """Whether a module runs operations outside all of its children."""
-        return any(len(self.steps[i].modules) == depth for i in own)
-
     def form(self, start: int, stop: int, sized: bool = True) -> int:
-        """Return a hash of what some operations compute, independent of names and of where their inputs come from.
-
-        Args:
-            start: The number of the first operation.
-            stop: The number of the last operation plus one.
-            sized: Whether sizes count; otherwise only whether they are 0, 1 or larger.
-        """
+        """Return a hash of what some operations compute, independent of names and of where their inputs come from."""
         outside: dict[int | str, int] = {}
         form = []
         for step in self.steps[start:stop]:
@@ -185,7 +169,3 @@ class _Net:
 def _unsized(shape: Any) -> Any:
     """Return a shape, or several, with every size above 1 replaced by 2."""
     return tuple(map(_unsized, shape)) if isinstance(shape, list | tuple) else shape if shape is None else min(shape, 2)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value

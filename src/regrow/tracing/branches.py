@@ -1,7 +1,7 @@
 """Find the modules that can be dropped whole, because they only add to a value that exists without them."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,19 +13,65 @@ from torch.fx import Node
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.branches import Branch, Placeholder, lies_in
 from regrow.core.candidates import Candidates, candidates_in
-from regrow.tracing.block_numbers import FIRST
-from regrow.tracing.branch_sites import (
-    BranchError,
-    BranchSite,
-    RecordedModules,
-    tensor_forms,
-)
 from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
-from regrow.tracing.effects import Effects
-from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
+from regrow.tracing.effects import BranchError, BranchSite, Effects, RecordedModules, outermost, tensor_forms
+from regrow.tracing.meta_copy import cast_example, fake_copy
 from regrow.tracing.model_state import preserve_state, state_of
 from regrow.tracing.nodes import op_name
-from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
+from regrow.tracing.repeated_calls import FIRST
+
+
+class PlaceholderModule(nn.Module):
+    """Replaces a dropped module so that the code around it still runs: it returns zeros, its own input, or ``None``.
+
+    The zeros are new at every call, since code may write into them.
+
+    Args:
+        placeholder: Which argument it takes, and what it returns.
+        of: The module that it replaces; its plain attributes are copied, since code around it may read them.
+
+    >>> PlaceholderModule(Placeholder("zero", 0))(torch.ones(3))
+    tensor([0., 0., 0.])
+    """
+
+    def __init__(self, placeholder: Placeholder, of: nn.Module | None = None) -> None:
+        super().__init__()
+        self.placeholder = placeholder
+        for name, value in vars(of).items() if of is not None else ():
+            if type(value) in (bool, int, float, str) and not name.startswith("_"):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> object:
+        """Return zeros like the argument, or the argument, in the form of the dropped module's output; or ``None``."""
+        placeholder = self.placeholder
+        if placeholder.gives == "nothing":
+            return None
+        given = args[placeholder.takes] if isinstance(placeholder.takes, int) else kwargs[placeholder.takes]
+        value = torch.zeros_like(given) if placeholder.gives == "zero" else given
+        return tuple(value if i == placeholder.at else None for i in range(placeholder.of)) if placeholder.of else value
+
+    def extra_repr(self) -> str:
+        """Return what the placeholder gives: ``zero``, ``input`` or ``nothing``."""
+        return self.placeholder.gives
+
+
+def insert_placeholders(model: nn.Module, placeholders: Mapping[str, Placeholder]) -> dict[str, nn.Module]:
+    """Replace modules by placeholders, in place; return path → the replaced module."""
+    gone = {path: model.get_submodule(path) for path in placeholders}
+    set_modules(model, {path: PlaceholderModule(placeholder, gone[path]) for path, placeholder in placeholders.items()})
+    return gone
+
+
+def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Set modules at their paths, in place."""
+    for path, module in modules.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+
+
+def find_placeholders(model: nn.Module) -> dict[str, Placeholder]:
+    """Return path → placeholder of every dropped module of a network."""
+    return {path: module.placeholder for path, module in model.named_modules() if isinstance(module, PlaceholderModule)}
 
 
 @dataclass(frozen=True)
@@ -66,9 +112,6 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 def candidate_branches(model: nn.Module) -> dict[str, Branch]:
     """Return the operations of every :class:`regrow.Candidates` as branches, which need no analysis.
 
-    Args:
-        model: The network.
-
     >>> candidate_branches(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))["0.ops.a"].gives
     'nothing'
     """
@@ -82,35 +125,23 @@ def candidate_branches(model: nn.Module) -> dict[str, Branch]:
 
 
 def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:
-    """Return the path of every module that runs → the branch it is, or the reason why it cannot be dropped.
-
-    Args:
-        model: The network; it is left unchanged.
-        recorded: The recording of the network.
-        example: The input it was recorded with.
-    """
+    """Return the path of every module that runs → the branch it is, or the reason why it cannot be dropped."""
     if recorded.decisions is not None:
         return {}
-    copy, mode = meta_copy(model, {})
-    given = fake_example(cast_example(example, model), mode)
+    copy, fake = fake_copy(model, cast_example(example, model))
     try:
-        calls, answer = record_calls(copy, given)
+        calls, answer = record_calls(copy, fake)
     except Exception as error:
         reason = f"the network does not run on tensors without numbers: {first_line(error)}"
         return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
     search = _Search(RecordedModules(Effects(recorded)), copy, calls)
     result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
     result = _once(result, copy)
-    return _tried(result, copy, given, calls, answer)
+    return result | _Dropping(copy, fake, calls, answer).tried(result)
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:
-    """Run a network on an example; return module path → its calls, and the network's output.
-
-    Args:
-        model: The network.
-        example: Its input.
-    """
+    """Run a network on an example; return module path → its calls, and the network's output."""
     calls: dict[str, list[ModuleCall]] = {}
 
     def noting(path: str) -> Any:
@@ -152,28 +183,24 @@ class _Search:
             left = next((node for node in self.recorded.inside[path] if node not in dead), None)
             if left is not None:
                 raise BranchError(f"{op_name(left)} in it is used elsewhere too")
-            top = self._gone(dead)
+            top = outermost(name for name, nodes in self.recorded.inside.items() if dead.issuperset(nodes))
             if path not in top:
-                raise BranchError(f"it goes with {next(one for one in top if lies_in(path, one))}")
+                raise BranchError(f"it goes with {next(name for name in top if lies_in(path, name))}")
             return Branch(path, self._placeholders(path, top, at, dead))
         except BranchError as error:
             return Branch(path, reason=str(error))
 
-    def _gone(self, dead: set[Node]) -> list[str]:
-        """Return the outermost modules of which no operation is left."""
-        gone = {path for path, nodes in self.recorded.inside.items() if dead.issuperset(nodes)}
-        return [path for path in gone if not any(lies_in(path, other) and path != other for other in gone)]
-
     def _placeholders(self, path: str, top: list[str], at: BranchSite, dead: set[Node]) -> dict[str, Placeholder]:
         placeholders: dict[str, Placeholder] = {}
-        for one in sorted(top, key=lambda name: (name != path, name)):
-            module = self.model.get_submodule(one)
-            kept = any(True for _ in (*module.parameters(), *module.buffers()))
+        for name in sorted(top, key=lambda name: (name != path, name)):
             try:
-                placeholders[one] = self._placeholder(one, at if one == path else None)
+                placeholders[name] = self._placeholder(name, at if name == path else None)
             except BranchError as error:
-                if kept or one == path:
-                    raise BranchError(str(error) if one == path else f"{one} would go with it, but {error}") from None
+                if name == path:
+                    raise
+                module = self.model.get_submodule(name)
+                if any(True for _ in (*module.parameters(), *module.buffers())):
+                    raise BranchError(f"{name} would go with it, but {error}") from None
         self._check_names(placeholders, dead)
         self._check_first(placeholders)
         return placeholders
@@ -186,18 +213,18 @@ class _Search:
         form = None if at is None else at.node.meta["val"]
         of, place = self._answer(call.answer, form)
         given: list[tuple[int | str, object]] = [*enumerate(call.args), *call.kwargs.items()]
-        tensors = [(where, x) for where, x in given if isinstance(x, Tensor)]
+        tensors = [(name, x) for name, x in given if isinstance(x, Tensor)]
         if not tensors:
             raise BranchError("it is given no tensor")
-        alike = [where for where, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
-        takes = [*alike, tensors[0][0]][0]
+        alike = [name for name, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
+        takes = alike[0] if alike else tensors[0][0]
         return Placeholder("zero" if at is None or at.source is None else "input", takes, of, place)
 
     @staticmethod
     def _answer(answer: object, form: Tensor | None) -> tuple[int, int]:
         if isinstance(answer, Tensor):
             return 0, 0
-        if not isinstance(answer, tuple) or type(answer) is not tuple:
+        if type(answer) is not tuple:
             raise BranchError(f"it answers with a {type(answer).__name__}")
         tensors = [i for i, x in enumerate(answer) if isinstance(x, Tensor)]
         alike = [i for i in tensors if form is None or answer[i].shape == form.shape]
@@ -235,15 +262,15 @@ class _Search:
         for name, why in FIRST.items():
             for path, module in self.model.named_modules():
                 if type(number := vars(module).get(name)) is int:
-                    one = (number, path, why)
-                    result[name, _kind(module)] = min(result.get((name, _kind(module)), one), one)
+                    numbered, key = (number, path, why), (name, _kind(module))
+                    result[key] = min(result.get(key, numbered), numbered)
         return {path: why for _, path, why in result.values()}
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    own = sorted((name, value) for name, value in vars(module).items() if isinstance(value, str | bool))
+    settings = sorted((name, value) for name, value in vars(module).items() if isinstance(value, str | bool))
     none = sorted(name for name, value in vars(module).items() if value is None and not name.startswith("_"))
-    return type(module), tuple(own), tuple(none)
+    return type(module), tuple(settings), tuple(none)
 
 
 def _once(known: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
@@ -255,59 +282,51 @@ def _once(known: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
         if branch.free and (frees := frozenset(filter(branch.holds, numel))):
             same.setdefault(frees, []).append(branch)
     for frees, members in same.items():
-        own = {one.module: sum(numel[name] for name in frees if lies_in(name, one.module)) for one in members}
-        best = max(members, key=lambda one: (one.gives == "input", own[one.module]))
-        for one in members:
-            if one is not best:
-                result[one.module] = Branch(one.module, reason=f"it takes away what {best.module} does")
+        inside = {b.module: sum(numel[name] for name in frees if lies_in(name, b.module)) for b in members}
+        best = max(members, key=lambda branch: (branch.gives == "input", inside[branch.module]))
+        for branch in members:
+            if branch is not best:
+                result[branch.module] = Branch(branch.module, reason=f"it takes away what {best.module} does")
     return result
 
 
-def _tried(
-    known: Mapping[str, Branch],
-    copy: nn.Module,
-    example: Example,
-    calls: Mapping[str, list[ModuleCall]],
-    answer: Any,
-) -> dict[str, Branch]:
-    """Run the network without branches, equally named ones together, or each alone where that fails."""
-    result = dict(known)
-    for members in _classes(known):
-        if _problem(members, copy, example, calls, answer):
-            for one in members:
-                if problem := _problem([one], copy, example, calls, answer):
-                    result[one.module] = replace(one, placeholders={}, reason=problem)
-    return result
+@dataclass(frozen=True)
+class _Dropping:
+    """Runs a network without some branches, and compares the forms of its outputs."""
 
+    copy: nn.Module
+    example: Example
+    calls: Mapping[str, list[ModuleCall]]
+    answer: object
 
-def _classes(known: Mapping[str, Branch]) -> Iterator[list[Branch]]:
-    classes: dict[tuple[str, str], list[Branch]] = {}
-    for path, branch in known.items():
-        if branch.free:
-            classes.setdefault((re.sub(r"\d+", "#", path), branch.gives), []).append(branch)
-    yield from classes.values()
+    def tried(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
+        """Drop equally named branches together, or each alone where that fails; return those that cannot be dropped."""
+        classes: dict[tuple[str, str], list[Branch]] = {}
+        for path, branch in known.items():
+            if branch.free:
+                classes.setdefault((re.sub(r"\d+", "#", path), branch.gives), []).append(branch)
+        result: dict[str, Branch] = {}
+        for members in classes.values():
+            for branch in members if self.problem(members) else ():
+                if problem := self.problem([branch]):
+                    result[branch.module] = Branch(branch.module, reason=problem)
+        return result
 
-
-def _problem(
-    members: Sequence[Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[ModuleCall]], answer: object
-) -> str:
-    placeholders = {path: placeholder for one in members for path, placeholder in one.placeholders.items()}
-    outer = {
-        p: s for p, s in placeholders.items() if not any(lies_in(p, other) and p != other for other in placeholders)
-    }
-    gone = insert_placeholders(copy, outer)
-    try:
-        now, said = record_calls(copy, example)
-    except Exception as error:
-        return f"the network does not run without it: {first_line(error)}"
-    finally:
-        set_modules(copy, gone)
-    for one in members:
-        if one.module in now and tensor_forms(now[one.module][0].answer)[:1] != tensor_forms(_part(calls, one))[:1]:
-            return "what takes its place would have another shape"
-    return "" if tensor_forms(said) == tensor_forms(answer) else "the network would answer in another shape"
-
-
-def _part(calls: Mapping[str, list[ModuleCall]], branch: Branch) -> object:
-    answer, placeholder = calls[branch.module][0].answer, branch.placeholders[branch.module]
-    return answer[placeholder.at] if placeholder.of and isinstance(answer, tuple) else answer
+    def problem(self, members: Sequence[Branch]) -> str:
+        """Return what is wrong with the network without some branches; empty if nothing is."""
+        placeholders = {path: placeholder for branch in members for path, placeholder in branch.placeholders.items()}
+        gone = insert_placeholders(self.copy, {path: placeholders[path] for path in outermost(placeholders)})
+        try:
+            calls, answer = record_calls(self.copy, self.example)
+        except Exception as error:
+            return f"the network does not run without it: {first_line(error)}"
+        finally:
+            set_modules(self.copy, gone)
+        for branch in members:
+            before, placeholder = self.calls[branch.module][0].answer, branch.placeholders[branch.module]
+            if placeholder.of and isinstance(before, tuple):
+                before = before[placeholder.at]
+            after = calls[branch.module][0].answer if branch.module in calls else before
+            if tensor_forms(after)[:1] != tensor_forms(before)[:1]:
+                return "what takes its place would have another shape"
+        return "" if tensor_forms(answer) == tensor_forms(self.answer) else "the network would answer in another shape"

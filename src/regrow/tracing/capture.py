@@ -1,12 +1,11 @@
 """Record a model run on an example as a graph of ATen operations, with the name of each parameter and buffer."""
 
-import gc
 import inspect
 import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import StringIO
@@ -19,16 +18,15 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Decision, Example
 from regrow.core.operations import Tracer
 from regrow.tracing.decisions import OutputError
-from regrow.tracing.interception import as_exporting
-from regrow.tracing.meta_copy import fake_example, meta_copy
+from regrow.tracing.interception import as_exporting, without_collection
+from regrow.tracing.meta_copy import fake_copy, leaves_in
 from regrow.tracing.model_state import describe_state, preserve_state
 from regrow.tracing.nodes import shapes_of
-from regrow.tracing.record import record
+from regrow.tracing.record import Recorder, record
 
 
 class TraceError(ValueError):
@@ -66,6 +64,12 @@ class Capture:
         """The operations as a runnable module."""
         return GraphModule(self.root, self.graph)
 
+    @cached_property
+    def inputs(self) -> list[Node]:
+        """The placeholders of the network's inputs, in order."""
+        known = self.states.keys() | self.constants.keys()
+        return [node for node in self.graph.nodes if node.op == "placeholder" and node not in known]
+
 
 def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
     """Return the example as it will be run: with ``use_cache=False`` where the model has that argument."""
@@ -98,48 +102,44 @@ def capture(
     Raises:
         TraceError: If the model cannot be recorded; the message says why.
     """
-    refusal, refused = "", None
-    with evaluating(model), torch.enable_grad(), quiet(), lightly(lines), preserve_state(model, outside=True):
+    name, refusal, refused = type(model).__name__, "", None
+    with in_mode(model, training=False), _recording(model, lines):
         if decisions is None:
             try:
                 return _on_fake_data(model, example, tracer)
             except OutputError as error:
-                raise TraceError(f"{type(model).__name__} cannot be traced: {error}") from error
+                raise TraceError(f"{name} cannot be traced: {error}") from error
             except Exception as error:
                 refusal, refused = first_line(error), error
                 if not holds_numbers(model, example):
                     raise _refused(model, refusal) from error
         try:
-            recorded = _eager(model, example, decisions or (), refusal, orders)
+            recorded = _captured(model, record(model, example, decisions or (), orders), refusal)
             return recorded if decisions is not None else _again(model, example, recorded)
         except Exception as error:
             if refused is None:
-                raise TraceError(
-                    f"{type(model).__name__} cannot be run again as recorded: {first_line(error)}"
-                ) from error
+                raise TraceError(f"{name} cannot be run again as recorded: {first_line(error)}") from error
             if first_line(error) == refusal:
                 raise TraceError(
-                    f"{type(model).__name__} does not run on the example input: {refusal}. "
+                    f"{name} does not run on the example input: {refusal}. "
                     "Give an input of the shape and type that its forward takes"
                 ) from refused
             raise _refused(model, f"{refusal}. Nor does it run: {first_line(error)}") from refused
 
 
 def in_training(model: nn.Module, example: Example) -> Capture:
-    """Record a model in training mode on fake data, since some networks use more of their parameters then.
-
-    Args:
-        model: The model; its state is restored afterwards.
-        example: The input to run it on.
-
-    Raises:
-        TraceError: If it cannot be recorded so.
-    """
-    with in_mode(model, training=True), torch.enable_grad(), quiet(), lightly(), preserve_state(model, outside=True):
+    """Record a model in training mode on fake data, since some networks use more of their parameters then."""
+    with in_mode(model, training=True), _recording(model):
         try:
-            return _on_fake_data(model, example)
+            return _on_fake_data(model, example, None)
         except Exception as error:
             raise _refused(model, first_line(error)) from error
+
+
+@contextmanager
+def _recording(model: nn.Module, lines: bool = False) -> Iterator[None]:
+    with torch.enable_grad(), quiet(), lightly(lines), preserve_state(model, outside=True):
+        yield
 
 
 class _KeptError(RuntimeError):
@@ -149,7 +149,7 @@ class _KeptError(RuntimeError):
         return "it reads what it kept when it ran before"
 
 
-def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None = None) -> Capture:
+def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None) -> Capture:
     if tracer != Tracer.EXPORT:
         try:
             return _dry(model, example, tracer or Tracer.COPY)
@@ -163,19 +163,17 @@ def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None = No
 
 def _dry(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
     """Record a run on fake data that leaves the model unchanged and fails where data would decide something."""
-    leaves = tree_leaves((example.args, dict(example.kwargs)))
+    leaves = leaves_in(example)
     if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _PLAIN), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
     known = holds_numbers(model, example)
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
-        model, mode = meta_copy(model, {})
-        example = fake_example(example, mode)
-    plain = tracer == Tracer.PLAIN
-    with torch.no_grad() if plain else as_exporting():
-        recorded = _eager(model, example, (), "", every_name=True, copies=tracer == Tracer.COPY)
-    if known and any(isinstance(x, FakeTensor) for x in recorded.constants.values()):
+        model, example = fake_copy(model, example)
+    with torch.no_grad() if tracer == Tracer.PLAIN else as_exporting():
+        recorder = record(model, example, every_name=True, copies=tracer == Tracer.COPY)
+    if known and any(isinstance(x, FakeTensor) for x in recorder.constants.values()):
         raise _KeptError
-    return replace(recorded, decisions=None, tracer=tracer)
+    return replace(_captured(model, recorder), decisions=None, tracer=tracer)
 
 
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
@@ -195,11 +193,10 @@ def _exported(model: nn.Module, example: Example) -> Capture:
     for node in program.graph.nodes:
         shapes_of(node)  # sizes that only the data know are a refusal too
     states = {node: names[node.name] for node in given if node.name in names}
-    parameters = set(signature.inputs_to_parameters.values())
     return Capture(
         graph=program.graph,
         states=states,
-        unused=tuple(name for node, name in states.items() if not node.users and name in parameters),
+        unused=_unused(states, signature.inputs_to_parameters.values()),
         constants={node: program.constants[lifted[node.name]] for node in given if node.name in lifted},
         tracer=Tracer.EXPORT,
         root=program.graph_module,
@@ -216,26 +213,22 @@ def _asking_no_data() -> FakeTensorMode:
         return FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=True, export=True)
 
 
-def _eager(
-    model: nn.Module,
-    example: Example,
-    answers: tuple[Decision, ...],
-    refusal: str,
-    orders: Iterable[Tensor] = (),
-    every_name: bool = False,
-    copies: bool = True,
-) -> Capture:
-    seen = record(model, example.args, dict(example.kwargs), answers, orders, every_name, copies)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=not every_name)}
+def _captured(model: nn.Module, seen: Recorder, refusal: str = "") -> Capture:
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return Capture(
         graph=seen.graph,
         states=seen.states,
-        unused=tuple(name for node, name in seen.states.items() if not node.users and name in parameters),
+        unused=_unused(seen.states, parameters),
         constants=seen.constants,
         decisions=tuple(seen.decisions),
         refusal=refusal,
         values=tuple(seen.values),
     )
+
+
+def _unused(states: Mapping[Node, str], parameters: Iterable[str]) -> tuple[str, ...]:
+    known = {*parameters}
+    return tuple(name for node, name in states.items() if not node.users and name in known)
 
 
 def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
@@ -244,8 +237,8 @@ def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
     If the network does not run on fake data, no copy will, and the real run is returned.
     """
     try:
-        copy, mode = meta_copy(model, {})
-        again = _eager(copy, fake_example(example, mode), recorded.decisions or (), recorded.refusal)
+        copy, fake = fake_copy(model, example)
+        again = _captured(copy, record(copy, fake, recorded.decisions or ()), recorded.refusal)
         return replace(again, values=recorded.values)
     except Exception:
         return recorded
@@ -268,7 +261,7 @@ def first_line(error: Exception) -> str:
 
 def holds_numbers(model: nn.Module, example: Example) -> bool:
     """Whether all tensors have real data, which could decide something."""
-    tensors = [*model.parameters(), *model.buffers(), *tree_leaves((example.args, dict(example.kwargs)))]
+    tensors = [*model.parameters(), *model.buffers(), *leaves_in(example)]
     return not any(isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta) for x in tensors)
 
 
@@ -276,44 +269,30 @@ def holds_numbers(model: nn.Module, example: Example) -> bool:
 def quiet() -> Iterator[None]:
     """Context manager that silences torch's logs, warnings and stderr; the caller reports a failure itself."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
-    before = [logger.disabled for logger in loggers]
-    try:
+    with ExitStack() as stack:
         for logger in loggers:
+            stack.callback(setattr, logger, "disabled", logger.disabled)
             logger.disabled = True
-        with redirect_stderr(StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+        stack.enter_context(redirect_stderr(StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
 
 
 _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 @contextmanager
-def without_collection() -> Iterator[None]:
-    """Context manager without cyclic garbage collection, which would search all objects of torch again and again."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@contextmanager
 def lightly(lines: bool = False) -> Iterator[None]:
     """Context manager without garbage collection and, unless ``lines``, without stack traces: a third of the time."""
-    config, name = torch.fx.config, "do_not_emit_stack_traces"
-    before = getattr(config, name, False)
-    setattr(config, name, not lines)
+    config = torch.fx.config
+    before = getattr(config, "do_not_emit_stack_traces", False)
+    config.do_not_emit_stack_traces = not lines
     try:
         with without_collection():
             yield
     finally:
-        setattr(config, name, before)
+        config.do_not_emit_stack_traces = before
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
@@ -323,17 +302,13 @@ def evaluating(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Context manager in which the model is in training or evaluation mode; each module gets its own mode back."""
+    """Context manager in which the model is in one mode and uncompiled; each module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
+    compiled = "torch._dynamo" in sys.modules
     try:
-        with _uncompiled():
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Context manager in which modules compiled by ``torch.compile`` run uncompiled."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -1,16 +1,44 @@
 """Decisions that a run takes from data, and the values by which two runs are compared."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from types import FunctionType, MethodType
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from regrow.tracing.fixed_results import is_floating
-from regrow.tracing.model_state import find_tensors
-from regrow.tracing.reachable import contents_of
+from regrow.tracing.model_state import contents_of, find_tensors
+
+Sorted = Tensor | Sequence[Tensor]
+"""The result of a sorting operation: the positions, or (values, positions)."""
+
+
+def cast_answer(asked: list[Tensor], answer: object) -> object:
+    """Return a replayed decision in the precision of the tensors it was taken on."""
+    dtypes = {x.dtype for x in asked if x.is_floating_point()}
+    return tree_map_only(Tensor, lambda x: x.to(*dtypes) if x.is_floating_point() and len(dtypes) == 1 else x, answer)
+
+
+def reorder(x: Tensor, dim: int, result: Sorted, order: Tensor | None) -> Sorted:
+    """Return the result of a sorting operation in a given order, if that has the right shape."""
+    positions = result if isinstance(result, Tensor) else result[1]
+    if order is None or order.shape != positions.shape:
+        return result
+    return order if isinstance(result, Tensor) else (x.gather(dim, order), order)
+
+
+ORDERS = frozenset(
+    (
+        torch.ops.aten.sort.default,
+        torch.ops.aten.sort.stable,
+        torch.ops.aten.topk.default,
+        torch.ops.aten.argsort.default,
+        torch.ops.aten.argsort.stable,
+    )
+)
+"""Operations that put entries in order, with the positions as their only or second result."""
 
 
 class OutputError(TypeError):
@@ -22,31 +50,21 @@ class DivergedError(RuntimeError):
 
 
 def decision(*asked: Tensor) -> tuple[Tensor, ...]:
-    """Mark a data-dependent decision in a graph: it takes the tensors that were read; the result is a constant.
-
-    Args:
-        *asked: The tensors on which the decision is based; they are returned.
-    """
+    """Mark a data-dependent decision in a graph: it takes the tensors that were read; the result is a constant."""
     return asked
 
 
 def compared_operands(node: Node) -> list[Node]:
     """Return the floating-point operands from which an operation computes integers or booleans."""
     made = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
-    if node.op != "call_function" or (node.target is not decision and all(map(is_floating, made))):
+    if node.op != "call_function" or (node.target is not decision and all(x.is_floating_point() for x in made)):
         return []
-    read = [(one, one.meta["val"]) for one in node.all_input_nodes]
-    return [one for one, value in read if isinstance(value, Tensor) and is_floating(value)]
+    read = [(operand, operand.meta["val"]) for operand in node.all_input_nodes]
+    return [operand for operand, value in read if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def output_tensors(value: object) -> list[Tensor]:
     """Return the tensors in a network's output: entries of any collection, and attributes and slots of other objects.
-
-    Args:
-        value: What the network returned.
-
-    Raises:
-        OutputError: If it has no tensor, or one in a part without order, that is read only once, or in a function.
 
     >>> import dataclasses, torch
     >>> Pair = dataclasses.make_dataclass("Pair", ["first", "rest"], slots=True)

@@ -8,7 +8,7 @@ In all functions ``expr``, ``a`` and ``b`` are dimensions; ``why`` and ``reason`
 dimension is reported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from math import lcm, prod
@@ -90,17 +90,13 @@ def resolve(expr: Expr) -> Expr:
 
 def times(*parts: Expr) -> Expr:
     """Return the product of dimensions, flattened."""
-    flat: list[Expr] = []
-    for part in map(resolve, parts):
-        flat.extend(part.parts if isinstance(part, Times) else (part,))
+    flat = _flat(parts, Times)
     return flat[0] if len(flat) == 1 else Times(tuple(flat))
 
 
 def plus(*parts: Expr) -> Expr:
     """Return the concatenation of dimensions, flattened."""
-    flat: list[Expr] = []
-    for part in map(resolve, parts):
-        flat.extend(part.parts if isinstance(part, Plus) else (part,))
+    flat = _flat(parts, Plus)
     return flat[0] if len(flat) == 1 else Plus(tuple(flat))
 
 
@@ -125,6 +121,11 @@ def leaves(expr: Expr) -> Iterator[Leaf]:
             yield from leaves(part)
 
 
+def new(n: int) -> Expr:
+    """Return a new dimension of size ``n``."""
+    return ONE if n == 1 else Leaf(n)
+
+
 def frozen(n: int, reason: str) -> Expr:
     """Return a new dimension of size ``n`` that cannot change, with the reason."""
     return ONE if n == 1 else Leaf(n, frozen=reason)
@@ -134,6 +135,12 @@ def freeze(expr: Expr, reason: str) -> None:
     """Freeze every leaf of a dimension: its size cannot change. An earlier reason is kept."""
     for leaf in leaves(expr):
         leaf.frozen = leaf.frozen or reason
+
+
+def clash(a: Expr, b: Expr, why: str) -> None:
+    """Freeze two dimensions that cannot agree."""
+    freeze(a, why)
+    freeze(b, why)
 
 
 def is_free(expr: Expr) -> bool:
@@ -171,7 +178,7 @@ def unify(a: Expr, b: Expr, why: str) -> None:
     if identical(a, b):
         return
     if size(a) != size(b):
-        _clash(a, b, why)
+        clash(a, b, why)
     elif isinstance(a, Leaf):
         _bind(a, b, why)
     elif isinstance(b, Leaf):
@@ -204,14 +211,9 @@ def split_product(expr: Expr, sizes: list[int], why: str) -> list[Expr]:
     return parts
 
 
-def _clash(a: Expr, b: Expr, why: str) -> None:
-    freeze(a, why)
-    freeze(b, why)
-
-
 def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
     if any(part is leaf for part in leaves(expr)):
-        _clash(leaf, expr, f"{why}: the dimension would have to contain itself")
+        clash(leaf, expr, f"{why}: the dimension would have to contain itself")
         return
     if leaf.frozen:
         freeze(expr, leaf.frozen)
@@ -248,7 +250,7 @@ def _align_products(a: list[Expr], b: list[Expr], why: str) -> None:
             unify(times(*small[:taken]), large.pop(0), why)
             del small[:taken]
         else:
-            _clash(times(*a), times(*b), why)
+            clash(times(*a), times(*b), why)
             return
         a[:] = _flat(a, Times)
         b[:] = _flat(b, Times)
@@ -261,7 +263,7 @@ def _align_sums(a: list[Expr], b: list[Expr], why: str) -> None:
         if n == m:
             unify(small.pop(0), large.pop(0), why)
         elif any(_holds(small, leaf) for leaf in leaves(large[0])) or (pieces := _cut(large[0], n)) is None:
-            _clash(plus(*a), plus(*b), why)
+            clash(plus(*a), plus(*b), why)
             return
         else:
             large[:1] = pieces
@@ -269,7 +271,7 @@ def _align_sums(a: list[Expr], b: list[Expr], why: str) -> None:
         b[:] = _flat(b, Plus)
 
 
-def _flat(parts: list[Expr], kind: type[Times] | type[Plus]) -> list[Expr]:
+def _flat(parts: Iterable[Expr], kind: type[Times] | type[Plus]) -> list[Expr]:
     flat: list[Expr] = []
     for part in map(resolve, parts):
         flat.extend(part.parts if isinstance(part, kind) else (part,))
@@ -299,7 +301,7 @@ def _distribute(product: Times, sum_: Plus, why: str) -> None:
     n = size(inner)
     assert isinstance(first, Leaf)
     if any(size(part) % n for part in sum_.parts) or any(_holds([sum_], leaf) for leaf in leaves(product)):
-        _clash(product, sum_, why)
+        clash(product, sum_, why)
         return
     pieces = tuple(Leaf(size(part) // n) for part in sum_.parts)
     _share(first, pieces)

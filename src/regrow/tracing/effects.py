@@ -1,6 +1,7 @@
-"""Data flow in a recorded network: on which operations its outputs depend, and whether a value is only ever added."""
+"""Locate modules in a recording, and find those whose output is only added to the rest, which can be dropped."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
@@ -9,9 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.node import Argument
+from torch.utils._pytree import tree_leaves
 
+from regrow.core.branches import Branch, lies_in
 from regrow.tracing.capture import Capture
-from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, module_of, op_name, shapes_of
+from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, module_of, op_name, shapes_of, writes
 
 Replaced = Mapping[Node, Node | None]
 """Node → the node whose value replaces its own; ``None``: zeros replace it."""
@@ -43,11 +46,7 @@ class Effects:
         self.end = next(node for node in self.inputs if node.op == "output")
 
     def same(self, node: Argument) -> Node:
-        """Return the node that made the tensor, behind casts that change nothing.
-
-        Args:
-            node: Any node of the recording.
-        """
+        """Return the node that made the tensor, behind casts that change nothing."""
         assert isinstance(node, Node)
         return self._same.get(node, node)
 
@@ -71,45 +70,33 @@ class Effects:
         return result
 
     def root(self, value: Argument) -> Node:
-        """Return the node that made the memory in which a value lies, behind views.
-
-        Args:
-            value: A node, or a list of nodes, whose first counts.
-        """
-        node = self.same(value[0] if isinstance(value, list | tuple) else value)
-        while node.op == "call_function" and node.args and _views(node):
-            first = node.args[0]
-            node = self.same(first[0] if isinstance(first, list | tuple) else first)
-        return node
+        """Return the node that made the memory in which a value lies, behind views."""
+        while True:
+            node = self.same(value[0] if isinstance(value, list | tuple) else value)
+            if node.op != "call_function" or not node.args or not _views(node):
+                return node
+            value = node.args[0]
 
     def live(self, replaced: Replaced) -> set[Node]:
         """Return the nodes on which the outputs depend once some values are replaced, without the replaced ones.
 
         An operation that writes into a tensor in place counts where that tensor does.
-
-        Args:
-            replaced: The replaced values.
         """
-        result: set[Node] = set()
-        zeros: set[Node] = set()
+        reached: set[Node] = set()
         ask = [*self.inputs[self.end]]
-        ask += [one for origin, ones in self.writers.items() if origin.op == "placeholder" for one in ones]
+        ask += [node for origin, nodes in self.writers.items() if origin.op == "placeholder" for node in nodes]
         while ask:
             node = replacement_of(ask.pop(), replaced)
-            if node in result or node in zeros:
-                continue
-            (zeros if node in replaced else result).add(node)
-            ask += [*(() if node in replaced else self.inputs[node]), *self.writers.get(node, ())]
-        return result
+            if node not in reached:
+                reached.add(node)
+                ask += [*(() if node in replaced else self.inputs[node]), *self.writers.get(node, ())]
+        return reached - replaced.keys()
 
     def only_added(self, zeros: Iterable[Node]) -> str:
         """Return why the values of some nodes are not only summands; empty if they are.
 
         They are if everything computed from them before an addition is 0 where they are 0, and the other summand
         depends on the network's input.
-
-        Args:
-            zeros: The nodes whose values zeros would replace.
         """
         silent = set(zeros)
         first = min(map(self.place.__getitem__, silent), default=0)
@@ -139,24 +126,10 @@ class Effects:
 
 
 def replacement_of(node: Node, replaced: Replaced) -> Node:
-    """Return the node whose value replaces that of another one; a node replaced by zeros, or not at all, itself.
-
-    Args:
-        node: The node.
-        replaced: Node → its replacement.
-    """
+    """Return the node whose value replaces that of another one; a node replaced by zeros, or not at all, itself."""
     while (source := replaced.get(node)) is not None:
         node = source
     return node
-
-
-def writes(node: Node) -> bool:
-    """Whether an operation writes into a tensor in place.
-
-    Args:
-        node: The operation.
-    """
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _hands_on(node: Node) -> bool:
@@ -171,21 +144,14 @@ def _hands_on(node: Node) -> bool:
 
 def _views(node: Node) -> bool:
     returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return any(one.alias_info is not None for one in returns) or op_name(node) in ALIASES | {
-        *("reshape", "flatten", "getitem")
-    }
+    named = op_name(node) in ALIASES | {"reshape", "flatten", "getitem"}
+    return named or any(result.alias_info is not None for result in returns)
 
 
 def describe_effects(ours: Effects, replaced: Replaced, theirs: Effects, zeros: Mapping[Node, Node]) -> str:
     """Return the first difference between a network with replaced values and another network; empty if none.
 
     Both are reduced to the operations on which their outputs depend, which are compared one by one.
-
-    Args:
-        ours: The network whose values are replaced.
-        replaced: Its replaced values.
-        theirs: The other network.
-        zeros: Node of ours that is replaced by zeros → the node of theirs that makes these zeros.
     """
     partner: dict[Node, Node] = dict(zeros)
     kept, other = ours.live(replaced), theirs.live(dict.fromkeys(zeros.values()))
@@ -213,16 +179,12 @@ def _placed(ours: Capture, kept: set[Node], theirs: Capture, other: set[Node], p
             return f"{ours.states[node]} is gone"
         partner[node] = named[ours.states[node]]
 
-    def given(recorded: Capture) -> list[Node]:
-        places = [node for node in recorded.graph.nodes if node.op in ("placeholder", "get_attr")]
-        return [node for node in places if node not in recorded.states and node not in recorded.constants]
-
-    mine, its = ([n for n in one.constants if n in alive] for one, alive in ((ours, kept), (theirs, other)))
-    if len(mine) != len(its) or len(given(ours)) != len(given(theirs)):
+    mine, its = ([n for n in run.constants if n in alive] for run, alive in ((ours, kept), (theirs, other)))
+    given, takes = ([*run.inputs, *run.graph.find_nodes(op="get_attr")] for run in (ours, theirs))
+    equal = len(mine) == len(its) and len(given) == len(takes)
+    if not equal or not all(_equal(ours.constants[a], theirs.constants[b]) for a, b in zip(mine, its, strict=True)):
         return "the network makes other constants"
-    if not all(_equal(ours.constants[a], theirs.constants[b]) for a, b in zip(mine, its, strict=True)):
-        return "the network makes other constants"
-    partner.update(zip([*mine, *given(ours)], [*its, *given(theirs)], strict=True))
+    partner.update(zip([*mine, *given], [*its, *takes], strict=True))
     return ""
 
 
@@ -244,3 +206,107 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return any(isinstance(x, FakeTensor) or x.is_meta for x in (one, other)) or torch.equal(one, other)
+
+
+@dataclass(frozen=True)
+class BranchSite:
+    """The output of a droppable module in a recording, and the value that replaces it.
+
+    Args:
+        node: The node of the module's output.
+        source: The module's input, if that passes through to the output; ``None``: zeros replace the output.
+    """
+
+    node: Node
+    source: Node | None
+
+
+class BranchError(Exception):
+    """Raised with the reason why a module cannot be dropped."""
+
+
+@dataclass(frozen=True)
+class RecordedModules:
+    """The operations of a recording, grouped by module.
+
+    Args:
+        effects: The recording's operations and their users.
+    """
+
+    effects: Effects
+
+    @cached_property
+    def inside(self) -> dict[str, list[Node]]:
+        """Path of a module → the operations in it, those of its children included."""
+        result: dict[str, list[Node]] = {}
+        for node in self.effects.calls:
+            for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
+                if path:
+                    result.setdefault(path, []).append(node)
+        return result
+
+    def site(self, path: str) -> BranchSite:
+        """Return the output of a module and its replacement, if the module can be dropped."""
+        known = dict.fromkeys(self.inside.get(path, []))
+        if not known:
+            raise BranchError("nothing is recorded in it: it hands on what it is given")
+        given = [node for node in known if not known.keys() >= {*self.effects.users.get(node, ())}]
+        if len(given) != 1:
+            raise BranchError("several things in it are used outside of it" if given else "nothing uses what it gives")
+        (node,) = given
+        if not isinstance(node.meta.get("val"), Tensor):
+            raise BranchError("what it gives is no tensor")
+        problem = self.effects.only_added(given)
+        if not problem:
+            return BranchSite(node, None)
+        source = self._through(node, known)
+        if source is None:
+            raise BranchError(problem)
+        if any(one not in known for origin in known for one in self.effects.writers.get(origin, ())):
+            raise BranchError("what it gives is written into afterwards, which would change its input")
+        return BranchSite(node, source)
+
+    def _through(self, node: Node, known: Container[Node]) -> Node | None:
+        """Return the outside value that reaches a node through additions only, once, in the same shape; or ``None``."""
+        ends, ask, sums = [], [node], 0
+        while ask:
+            one = ask.pop()
+            if one not in known:
+                ends.append(one)
+            elif op_name(one) == "add" and not one.kwargs:
+                ask += [self.effects.same(part) for part in one.args[:2] if isinstance(part, Node)]
+                sums += all(isinstance(part, Node) or part == 0 for part in one.args[:2])
+            elif op_name(one) in ALIASES | {"dropout"}:
+                ask += [self.effects.same(part) for part in one.args[:1]]
+        ends = [one for one in ends if one not in self.effects.fixed]
+        if len(ends) != 1 or not sums:
+            return None
+        return ends[0] if tensor_forms(node.meta.get("val")) == tensor_forms(ends[0].meta.get("val")) else None
+
+    def dead(self, at: BranchSite) -> set[Node]:
+        """Return the operations on which no output depends once the branch is dropped."""
+        return {*self.effects.calls} - self.effects.live({at.node: at.source})
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """Return the paths of modules that lie in no other one."""
+    every = [*paths]
+    return [path for path in every if not any(lies_in(path, other) and path != other for other in every)]
+
+
+def locate_branches(recorded: RecordedModules, branches: Iterable[Branch]) -> dict[Node, Node | None]:
+    """Return what dropping branches replaces in a recording: output node → input node, or ``None`` for zeros."""
+    replaced: dict[Node, Node | None] = {}
+    for branch in branches:
+        at = recorded.site(branch.module)
+        if (at.source is None) != (branch.gives == "zero"):
+            raise BranchError(f"{branch.module} does something else here")
+        replaced[at.node] = at.source
+    if problem := recorded.effects.only_added(node for node, source in replaced.items() if source is None):
+        raise BranchError(problem)
+    return replaced
+
+
+def tensor_forms(value: object) -> list[tuple[torch.Size, torch.dtype]]:
+    """Return (shape, dtype) of every tensor in a nested value."""
+    return [(x.shape, x.dtype) for x in tree_leaves(value) if isinstance(x, Tensor)]

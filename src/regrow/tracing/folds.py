@@ -1,72 +1,60 @@
-"""Find axis sizes used as divisors (in norms, means, attention scales), and what can compensate for a change."""
+"""What a change of an axis' size does besides cutting: divisors that a fold compensates, and new units that start at 0.
 
-from dataclasses import dataclass
+A new unit of a neutral axis has no effect where only weights read it, since these can be 0. On a folded axis, over
+which a norm runs, its value itself must be 0 wherever it is read; that is followed here from operation to operation,
+up to one that is not known to map 0 to 0.
+"""
+
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from regrow.core.axes import Mark
+from regrow.core.axes import Fold, Mark, Role
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
-from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import ALIASES, module_of, op_name, operand_of, uncast, wholes
-from regrow.tracing.walk import Dims, Walk
+from regrow.tracing.nodes import (
+    ALIASES,
+    ZERO_PRESERVING,
+    argument,
+    module_of,
+    op_name,
+    operand_of,
+    operands_in,
+    shapes_of,
+    uncast,
+    wholes,
+    writes,
+)
+from regrow.tracing.walk import Dims, Reading, Value, Walk, all_dims
 
 
-@dataclass(frozen=True)
-class FoldSite:
-    """A fold whose dimensions are still expressions, not yet axes.
-
-    Args:
-        over: The dimensions whose size is the divisor.
-        weight: The parameter that compensates for a change of the size.
-        kind: ``"norm"`` or ``"scale"``, as in :class:`regrow.core.axes.Fold`.
-        plus: The constant that the network adds to the parameter before it multiplies.
-        epsilon: ``module:attribute`` that holds the constant under the root; empty for ``"scale"``.
-        value: The constant under the root.
-    """
-
-    over: Dims
-    weight: str
-    kind: str = "norm"
-    plus: float = 0.0
-    epsilon: str = ""
-    value: float = 0.0
-
-
-def folds(model: nn.Module, w: Walk) -> list[FoldSite]:
-    """Return the folds of a network, and freeze the dimensions of norms and means without one.
-
-    Args:
-        model: The network.
-        w: The walk over its recording.
-    """
-    result: list[FoldSite] = []
+def folds(model: nn.Module, w: Walk) -> list[tuple[Dims, Fold]]:
+    """Return the divisors of a network and their folds, and freeze the dimensions of norms and means without one."""
+    result: list[tuple[Dims, Fold]] = []
     for node, kind in w.norms:
         over = size_divided_by(w, node, kind)
         if not any(map(d.is_free, over)):
             continue
         match kind:
             case "mean":
-                own = _spelled_out(model, w, node, over)
+                made = _spelled_out(model, w, node, over)
             case "rms_norm":
-                own = _one_operation(model, w, node, over)
+                made = _one_operation(model, w, node, over)
             case _:
-                own = _query(w, node, over)
-        if not own or {one.weight for one in own} & {other.weight for other in result}:
+                made = _query(w, node)
+        if made and {fold.weight for fold in made}.isdisjoint(fold.weight for _, fold in result):
+            reader = "attention is scaled by its size" if kind == "scale" else "a root-mean-square norm runs over it"
             for expr in over:
-                d.freeze(expr, w.why(node, _REASONS[kind]))
+                d.mark(expr, Mark.FOLDED, w.why(node, reader))
+            result += [(over, fold) for fold in made]
         else:
-            for expr in over:
-                d.mark(expr, Mark.FOLDED, w.why(node, _MARKS.get(kind, "a root-mean-square norm runs over it")))
-            result += own
+            w.freeze(node, _REASONS[kind], *over)
     return result
-
-
-_MARKS = {"scale": "attention is scaled by its size"}
 
 
 _REASONS = {
@@ -76,15 +64,9 @@ _REASONS = {
 }
 
 
-def size_divided_by(w: Walk, node: Node, kind: str) -> tuple[Expr, ...]:
-    """Return the dimensions by whose size a norm, mean or attention scale divides.
-
-    Args:
-        w: The walk.
-        node: The operation.
-        kind: ``"mean"``, ``"rms_norm"`` or ``"scale"``.
-    """
-    dims = w.of(operand_of(node))
+def size_divided_by(w: Walk, node: Node, kind: str) -> Dims:
+    """Return the dimensions by whose size a norm, mean or attention scale divides."""
+    dims = w.first(node)
     if kind == "scale":
         return dims[-1:]
     if kind == "rms_norm":
@@ -92,67 +74,59 @@ def size_divided_by(w: Walk, node: Node, kind: str) -> tuple[Expr, ...]:
     return tuple(dims[i % len(dims)] for i in wholes(node.args[1])) if len(node.args) > 1 else dims
 
 
-def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[FoldSite]:
-    weight = w.source(node.args[2]) if len(node.args) > 2 else ""
-    value: Any = node.args[3] if len(node.args) > 3 else None
+def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
+    value: Any = argument(node, 3)
+    weight = w.source(argument(node, 2))
     epsilon = attributes.epsilon(model, module_of(node), value)
     if not weight or not epsilon or len(over) != 1:
         return []
-    if value is None:
-        value = torch.finfo(node.meta["val"].dtype).eps
-    return [FoldSite(over, weight, epsilon=epsilon, value=float(value))]
+    value = torch.finfo(node.meta["val"].dtype).eps if value is None else value
+    return [Fold((), weight, epsilon=epsilon, value=float(value))]
 
 
-def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[FoldSite]:
+def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
     """Return the fold of a norm spelled out as ``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``."""
     squared = operand_of(node)
     if len(over) != 1 or not _is_square(squared):
         return []
     added = _only_user(node, "add")
-    value = added.args[1] if added is not None else None
-    root = _only_user(added, "rsqrt") if added is not None else None
-    if root is None and added is not None and (power := _only_user(added, "pow")) is not None and power.args[1] == -0.5:
+    root = _only_user(added, "rsqrt")
+    if root is None and (power := _only_user(added, "pow")) is not None and power.args[1] == -0.5:
         root = power
-    if root is None or not isinstance(value, float):
-        return []
     scaled = _only_user(root, "mul")
-    gained = _only_user(scaled, "mul") if scaled is not None else None
-    epsilon = attributes.epsilon(model, module_of(node), value)
-    if scaled is None or gained is None or not epsilon or _bare(squared.args[0]) not in map(_bare, scaled.args):
+    gained = _only_user(scaled, "mul")
+    if added is None or scaled is None or gained is None or not isinstance(value := added.args[1], float):
         return []
-    gain = next((arg for arg in gained.all_input_nodes if _bare(arg) is not scaled), None)
-    weight, plus = _gain(w, gain)
-    return [FoldSite(over, weight, plus=plus, epsilon=epsilon, value=value)] if weight else []
+    epsilon = attributes.epsilon(model, module_of(node), value)
+    if not epsilon or _bare(squared.args[0]) not in map(_bare, scaled.args):
+        return []
+    weight, plus = _gain(w, next((arg for arg in gained.all_input_nodes if _bare(arg) is not scaled), None))
+    return [Fold((), weight, plus=plus, epsilon=epsilon, value=value)] if weight else []
 
 
-def _query(w: Walk, node: Node, over: Dims) -> list[FoldSite]:
+def _query(w: Walk, node: Node) -> list[Fold]:
     """Return folds of the weight and bias of the layer that makes the query, if it makes nothing else."""
     made = node.args[0]
     while isinstance(made, Node) and op_name(made) in _RESHAPES and len(made.users) == 1:
         made = made.args[0]
     if not isinstance(made, Node) or op_name(made) != "linear" or len(made.users) != 1:
         return []
-    states = [arg for arg in made.args[1:] if isinstance(arg, Node)]
+    states = operands_in(made.args[1:])
     if any(state not in w.capture.states or len(state.users) != 1 for state in states):
         return []
-    return [FoldSite(over, w.capture.states[state], kind="scale") for state in states]
+    return [Fold((), w.capture.states[state], kind="scale") for state in states]
 
 
 _RESHAPES = frozenset(("view", "reshape", "unflatten", "transpose", "permute", "contiguous", "clone"))
 
 
 def _gain(w: Walk, node: Node | None) -> tuple[str, float]:
-    if node is None:
-        return "", 0.0
-    if name := w.source(node):
-        return name, 0.0
     bare = _bare(node)
-    if bare is not None and op_name(bare) == "add":
-        terms = [arg for arg in bare.args if isinstance(arg, Node)]
+    if not w.source(node) and bare is not None and op_name(bare) == "add":
         numbers = [arg for arg in bare.args if isinstance(arg, int | float)]
-        if len(terms) == len(numbers) == 1:
-            return w.source(terms[0]), float(numbers[0])
-    return "", 0.0
+        if len(operands_in(bare.args)) == len(numbers) == 1:
+            return w.source(*operands_in(bare.args)), float(numbers[0])
+    return w.source(node), 0.0
 
 
 def _is_square(node: Node) -> bool:
@@ -170,10 +144,112 @@ def _bare(value: Argument) -> Node | None:
     return uncast(value) if isinstance(value, Node) else None
 
 
-def _only_user(node: Node, name: str) -> Node | None:
+def _only_user(node: Node | None, name: str) -> Node | None:
     """Return the only user of a node's value, through casts, if it is an operation of that name; else ``None``."""
-    users = [user for user in node.users if op_name(user) != "_assert_tensor_metadata"]
+    users = [user for user in node.users if op_name(user) != "_assert_tensor_metadata"] if node is not None else []
     if len(users) != 1:
         return None
     user = users[0]
     return _only_user(user, name) if op_name(user) in ALIASES else user if op_name(user) == name else None
+
+
+def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
+    """Return leaf number → why its new units would change the output or could never learn; others can be widened."""
+    zeros = _zeros(w)
+    result: dict[int, str] = {}
+    for reading in w.readings:
+        for leaf in d.leaves(w.of(reading.operand)[reading.dim]):
+            if reason := _reason(w, reading, leaf, zeros):
+                result.setdefault(leaf.number, reason)
+    for expr, weight in w.also:
+        for leaf in d.leaves(expr) if not weight else ():
+            result.setdefault(leaf.number, "in training it is read with no weight that could be 0")
+    for node, name in w.capture.states.items():
+        if name in tensors and not tensors[name].is_floating_point():
+            for number in _carried(w.of(node)):
+                result.setdefault(number, f"{name} does not hold real numbers, of which some could be 0")
+    return result
+
+
+def _reason(w: Walk, reading: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> str:
+    why = partial(w.why, reading.node)
+    if reading.groups is not None and leaf in d.leaves(reading.groups):
+        return ""  # a new group is normed by itself
+    if reading.fill != 0:
+        return why("it would be taken over new units too")
+    meeting = op_name(reading.node) in _MEETINGS
+    if meeting and not reading.weight:
+        return why("its units meet units there, not weights")
+    if meeting and w.source(reading.operand):
+        return why("weights meet weights there, and neither makes its units")
+    if leaf.mark is Mark.FOLDED:
+        return "" if leaf.number in zeros[reading.operand] else why("new units are not known to be 0 there")
+    return "" if reading.weight else why("it reads new units with no weight that could be 0")
+
+
+def _zeros(w: Walk) -> dict[Node, frozenset[int]]:
+    """Return node → the leaves on which its value is 0 if the weights that make and shift new units are 0."""
+    zeros: dict[Node, frozenset[int]] = {}
+    spoiled: set[int] = set()  # written into in place: whoever else sees the same memory is not 0 there either
+    for node in w.capture.graph.nodes:
+        dims = w.dims.get(node)
+        carried = _carried(dims)
+        zeros[node] = frozenset(carried & _known(w, node, zeros)) if carried else frozenset()
+        if writes(node):
+            spoiled |= carried - zeros[node]
+    return {node: known - spoiled for node, known in zeros.items()}
+
+
+def _carried(dims: Value) -> set[int]:
+    return {leaf.number for expr in all_dims(dims) for leaf in d.leaves(expr)}
+
+
+def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int]:
+    if node in w.capture.states:
+        name = w.capture.states[node]
+        return {
+            leaf.number
+            for dim, expr in enumerate(w.of(node))
+            if w.roles.get((name, dim), set()) & {Role.PRODUCES, Role.SHIFTS}
+            for leaf in d.leaves(expr)
+        }
+    if node.op != "call_function":
+        return set()
+    name = op_name(node)
+    operands = [operand for operand in node.all_input_nodes if shapes_of(operand) is not None]
+    common = _common(operands, zeros)
+    match name:
+        case "mul":
+            return set().union(*(zeros[operand] for operand in operands))
+        case "add" | "sub":
+            numbers = [value for value in node.args[:2] if isinstance(value, int | float)]
+            return set() if any(numbers) else common
+        case "div":
+            return {*zeros[operands[0]]} if len(operands) == 1 and operands[0] is node.args[0] else set()
+        case "pow":
+            exponent = node.args[1]
+            return common if isinstance(exponent, int | float) and exponent > 0 else set()
+        case "linear" | "conv1d" | "conv2d" | "conv3d":
+            # A unit is 0 for any input if its weights and its bias are 0.
+            made = operands_in(node.args[1:3])
+            return _common(made, zeros) & _carried(w.of(made[0])[:1])
+        case "zeros_like":
+            return _carried(w.of(node))
+        case "batch_norm":
+            return _common(operands_in([node.args[i] for i in (0, 2, 3)]), zeros)
+        case "embedding" | "rms_norm":
+            return {*zeros[operand_of(node)]}
+    return common if name in ZERO_PRESERVING | _SUMS | ALIASES else set()
+
+
+def _common(nodes: list[Node], zeros: Mapping[Node, frozenset[int]]) -> set[int]:
+    return set.intersection(*({*zeros[node]} for node in nodes)) if nodes else set()
+
+
+_MEETINGS = frozenset(
+    ("matmul", "mm", "bmm", "baddbmm", "addmm", "linear", "mv", "dot", "scaled_dot_product_attention")
+)
+
+_MORE = "square cat concat sum mean avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d"
+_SUMS = frozenset(_MORE.split())
+"""Further operations whose result is 0 where all operands are 0."""

@@ -5,75 +5,186 @@ their kernels are written in Python: half a millisecond to five. The operations 
 consists of, for operands on one device; fake tensors handle all others, and whatever fails here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import no_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
-T = TypeVar("T")
+from regrow.tracing.nodes import leaves_of, map_arguments, operands_in
 
 
-def map_arguments(value: object, kind: type[T], change: Callable[[T], object]) -> Any:
-    """Return an operation's nested arguments with every instance of a type replaced.
+class ConstantResults:
+    """The nodes of a recording whose values are made of constants alone, and their values once they are needed."""
 
-    Args:
-        value: Lists, tuples and dicts of anything.
-        kind: The type.
-        change: Returns the replacement.
+    def __init__(self) -> None:
+        self.known: dict[Node, Any] = {}
+        self.calls: list[tuple[Node, Any, Any, Any]] = []
 
-    >>> map_arguments((1, [2, "x"], {"y": 3}), int, str)
-    ('1', ['2', 'x'], {'y': '3'})
-    """
-    if isinstance(value, kind):
-        return change(value)
-    if isinstance(value, list):
-        return [map_arguments(one, kind, change) for one in value]
-    if isinstance(value, tuple):
-        return tuple([map_arguments(one, kind, change) for one in value])
-    return {name: map_arguments(one, kind, change) for name, one in value.items()} if isinstance(value, dict) else value
+    def __contains__(self, node: object) -> bool:
+        return node in self.known
+
+    def add_call(self, node: Node, func: Any, args: Any, kwargs: Any) -> None:
+        """Add an operation on constants; it is run when a value is needed."""
+        self.known[node] = None
+        self.calls.append((node, func, args, kwargs))
+
+    def holds(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether an operation works on constants alone, and draws no random numbers."""
+        constant = all(node in self.known for node in operands_in((args, kwargs)))
+        return constant and torch.Tag.nondeterministic_seeded not in func.tags
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation on constants and return its result."""
+        with no_python_dispatcher(), unset_fake_temporarily():
+            self._catch_up()
+            return self._result(func, args, kwargs)
+
+    def forget(self, args: Any, kwargs: Any) -> None:
+        """Forget constants that an operation on other tensors too may write into, and all that share their storage."""
+        nodes = [node for node in operands_in((args, kwargs)) if node in self.known]
+        if not nodes:
+            return
+        with no_python_dispatcher(), unset_fake_temporarily():
+            self._catch_up()
+        written = {place for node in nodes for place in _storages(self.known[node])}
+        self.known = {node: x for node, x in self.known.items() if written.isdisjoint(_storages(x))}
+
+    def _catch_up(self) -> None:
+        """Run the operations that were added since."""
+        for node, func, args, kwargs in self.calls:
+            self.known[node] = self._result(func, args, kwargs)
+        self.calls.clear()
+
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        values, named = map_arguments((args, kwargs), Node, self.known.__getitem__)
+        return func(*values, **named)
+
+
+def _storages(value: Any) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(value) if isinstance(x, Tensor)}
+
+
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device] | int
+"""Shape, strides, dtype and device of a result; the index of the operand that is returned itself."""
+
+_MOST = 20_000
+_known: dict[object, Form | list[Form]] = {}
+
+
+def remember_result(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode, infer: Callable[[], Any]
+) -> Any:
+    """Return what an operation gives on fake tensors, inferred only if it was not seen with such operands."""
+    operands: list[Tensor] = []
+    try:
+        key = (func, torch.get_default_dtype(), _key(args, mode, operands), _key(kwargs, mode, operands))
+        known = _known.get(key)
+    except TypeError:  # an argument of another kind
+        return infer()
+    if func._schema.is_mutable or mode.shape_env is not None or torch._C._is_any_autocast_enabled():
+        return infer()
+    if known is None:
+        result = infer()
+        if (forms := _forms(result, operands)) is not None:
+            if len(_known) >= _MOST:
+                forget_results()
+            _known[key] = forms
+        return result
+    with no_python_dispatcher():
+        if isinstance(known, list):
+            return [_made(form, operands, mode) for form in known]
+        return _made(known, operands, mode)
+
+
+def forget_results() -> None:
+    """Forget all results."""
+    _known.clear()
+
+
+def _made(form: Form, operands: list[Tensor], mode: FakeTensorMode) -> Tensor:
+    if isinstance(form, int):
+        return operands[form]
+    shape, stride, dtype, device = form
+    return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+
+
+def _key(value: Any, mode: FakeTensorMode, operands: list[Tensor]) -> object:
+    """Return what identifies an argument, and collect its tensors; raise TypeError where nothing does."""
+    kind = type(value)
+    if kind is FakeTensor:
+        if value.fake_mode is not mode or value.constant is not None or not is_plain(value):
+            raise TypeError
+        operands.append(value)
+        return (value.shape, value.stride(), value.dtype, value.fake_device, index_of(value, operands))
+    if kind is tuple or kind is list:
+        return (kind, *[_key(part, mode, operands) for part in value])
+    if kind is dict:
+        return tuple([(name, _key(part, mode, operands)) for name, part in value.items()])
+    if kind is int or value is None or kind in _NAMES:
+        return value
+    if kind is float or kind is bool:
+        return (kind, value)
+    raise TypeError
+
+
+_NAMES = frozenset((str, torch.dtype, torch.device, torch.layout, torch.memory_format))
+
+
+def index_of(value: object, values: Sequence[object]) -> int | None:
+    """Return the index of an object itself among others; ``None`` if it is not one of them."""
+    return next((i for i, other in enumerate(values) if other is value), None)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is dense, and neither conjugated nor negated by a flag."""
+    return x.layout is torch.strided and not x.is_conj() and not x.is_neg()
+
+
+def _forms(result: Any, operands: list[Tensor]) -> Form | list[Form] | None:
+    """Return the forms of a result; ``None`` if they do not say all about it."""
+    if type(result) is list:
+        forms = [form for part in result if (form := _form(part, operands)) is not None]
+        return forms if len(forms) == len(result) else None
+    return _form(result, operands)
+
+
+def _form(x: Any, operands: list[Tensor]) -> Form | None:
+    if (index := index_of(x, operands)) is not None:
+        return index
+    if type(x) is not FakeTensor or not is_plain(x):
+        return None
+    shares = x.untyped_storage()._cdata in {part.untyped_storage()._cdata for part in operands}
+    if shares or x.requires_grad or x.storage_offset():
+        return None
+    return x.shape, x.stride(), x.dtype, x.fake_device
 
 
 def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, object], mode: FakeTensorMode) -> object:
-    """Infer by a rule the shape and dtype that an operation gives, faster than torch; ``NotImplemented`` without one.
-
-    Args:
-        func: The operation.
-        args: Its positional arguments; tensors are fake.
-        kwargs: Its arguments by name.
-        mode: The mode of the fake tensors.
-    """
+    """Infer what an operation gives by a rule, faster than torch; ``NotImplemented`` without one."""
     rule = _RULES.get(func)
     if (rule is None and func not in _KERNELS) or torch._C._is_any_autocast_enabled():
         return NotImplemented
-    given: list[Tensor] = []
-    map_arguments((args, kwargs), Tensor, given.append)
-    if not given or any(
-        type(x) is not FakeTensor or x.fake_mode is not mode or x.layout is not torch.strided for x in given
-    ):
+    tensors = [x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)]
+    operands = [x for x in tensors if type(x) is FakeTensor and x.fake_mode is mode and x.layout is torch.strided]
+    if len({x.fake_device for x in operands}) != 1 or len(operands) < len(tensors):
         return NotImplemented
-    device, dtype = given[0].fake_device, given[0].dtype  # type: ignore[attr-defined]
-    if any(x.fake_device != device for x in given):  # type: ignore[attr-defined]
-        return NotImplemented
+    device, dtype = operands[0].fake_device, operands[0].dtype
     with no_python_dispatcher():
-        if rule is not None and dtype.is_floating_point and all(x.dtype is dtype for x in given):
+        if rule is not None and dtype.is_floating_point and all(x.dtype is dtype for x in operands):
             result = rule(*args, **kwargs)
             if isinstance(result, Tensor):
                 return result
             if result is not None:
                 shape, *stride = result
-                form = (
-                    torch.empty_strided(shape, *stride, dtype=dtype, device="meta") if stride else _plain(shape, dtype)
-                )
-                return FakeTensor(mode, form, device)
+                empty = torch.empty_strided if stride else torch.empty
+                return FakeTensor(mode, empty(shape, *stride, dtype=dtype, device="meta"), device)
         return _by_kernel(func, args, kwargs, mode, device) if func in _KERNELS else NotImplemented
-
-
-def _plain(shape: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: torch.device) -> Any:
@@ -85,9 +196,9 @@ def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: 
         known[id(made)] = x
         return made
 
-    given = map_arguments((args, kwargs), Tensor, form)
+    operands = map_arguments((args, kwargs), Tensor, form)
     try:
-        out = func(*given[0], **given[1])
+        out = func(*operands[0], **operands[1])
     except Exception:
         return NotImplemented
     return map_arguments(out, Tensor, lambda x: known[id(x)] if id(x) in known else FakeTensor(mode, x, device))
@@ -128,11 +239,6 @@ def _paired_in_place(x: Tensor, y: Any, **more: Any) -> Any:
     return x if fits else None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    fits = weight.dim() == 2 and x.shape[-1:] == weight.shape[1:] and _of(bias, weight.shape[:1])
-    return ((*x.shape[:-1], weight.shape[0]),) if fits and x.is_contiguous() and x.dim() > 1 else None
-
-
 def _convolution(
     x: Tensor,
     weight: Tensor,
@@ -147,7 +253,7 @@ def _convolution(
         return None
     if weight.shape[0] % groups or not _of(bias, weight.shape[:1]) or not prod(x.shape) or not prod(weight.shape):
         return None
-    steps, pads, gaps = (list(one) * n if len(one) == 1 else one for one in (stride, padding, dilation))
+    steps, pads, gaps = (list(part) * n if len(part) == 1 else part for part in (stride, padding, dilation))
     sides = [
         (side + 2 * pad - gap * (kernel - 1) - 1) // step + 1
         for side, kernel, step, pad, gap in zip(x.shape[2:], weight.shape[2:], steps, pads, gaps, strict=True)
@@ -157,7 +263,7 @@ def _convolution(
 
 def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *more: Any) -> Any:
     known = mean is not None and variance is not None
-    fits = all(_of(one, x.shape[1:2]) for one in (weight, bias, mean, variance))
+    fits = all(_of(part, x.shape[1:2]) for part in (weight, bias, mean, variance))
     return (x.shape,) if known and fits and x.dim() > 1 and x.is_contiguous() else None
 
 
@@ -165,15 +271,6 @@ def _layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *mor
     own = tuple(x.shape[x.dim() - len(over) :])
     fits = own == tuple(over) and _of(weight, own) and _of(bias, own)
     return (x.shape,) if fits and x.is_contiguous() else None
-
-
-def _cat(parts: Any, dim: int = 0) -> Any:
-    first = parts[0].shape
-    at = dim % len(first) if len(first) else 0
-    rest = {(*one.shape[:at], *one.shape[at + 1 :]) for one in parts if one.dim() == len(first)}
-    if not len(first) or len(rest) > 1 or any(one.dim() != len(first) or not one.is_contiguous() for one in parts):
-        return None
-    return ((*first[:at], sum(one.shape[at] for one in parts), *first[at + 1 :]),)
 
 
 def _of(x: Tensor | None, shape: Any) -> bool:
@@ -198,10 +295,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_ops("add.Tensor sub.Tensor mul.Tensor div.Tensor"), _paired),
     **dict.fromkeys(_ops("add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor"), _paired_in_place),
     **dict.fromkeys(_ops("conv1d conv2d conv3d"), _convolution),
-    **dict.fromkeys(_ops("linear"), _linear),
     **dict.fromkeys(_ops("batch_norm"), _batch_norm),
     **dict.fromkeys(_ops("layer_norm"), _layer_norm),
-    **dict.fromkeys(_ops("cat"), _cat),
 }
 
 _KERNELS = frozenset(

@@ -1,39 +1,32 @@
 """Turn a finished walk into an :class:`~regrow.core.axes.AxisGraph`: slots, keys, marks and reasons as plain data."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
 
 from torch import nn
 
-from regrow.core.axes import Axis, AxisGraph, Dim, Example, Fold, Mark, Product, Role, Slot, Sum, Work
+from regrow.core.axes import Axis, AxisGraph, Dim, Example, Mark, Product, Role, Slot, Sum, Work, axes_in, size_of
 from regrow.core.dims import occurrences
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
-from regrow.tracing.folds import folds
+from regrow.tracing.folds import folds, not_zero_initialisable
 from regrow.tracing.kinds import unalterable
 from regrow.tracing.model_state import state_of
 from regrow.tracing.walk import Dims, Walk, all_dims
-from regrow.tracing.zero_init import not_zero_initialisable
 
 Multiple = tuple[Leaf, int]
 """A leaf, and how many entries of the dimension each of its units counts for."""
 
 
 def group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
-    """Return leaf number → label of its group of equal sizes, and how many entries each of its units counts for.
-
-    Args:
-        w: The walk; dimensions that cannot be matched are frozen.
-    """
+    """Return leaf number → label of its group of equal sizes, and how many entries each of its units counts for."""
     pairs: list[tuple[Multiple, Multiple, str]] = []
     for a, b, why in w.equal:
         leaves = _pairs(a, b)
         if leaves is None:
-            d.freeze(a, why)
-            d.freeze(b, why)
+            d.clash(a, b, why)
         else:
             pairs += [(x, y, why) for x, y in leaves]
     again = True
@@ -41,16 +34,14 @@ def group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
         again = False
         for (a, _), (b, _), why in pairs:
             if bool(a.frozen) != bool(b.frozen):
-                d.freeze(a, why)
-                d.freeze(b, why)
+                d.clash(a, b, why)
                 again = True
     held: dict[int, tuple[str, int]] = {}
     for (a, times_a), (b, times_b), why in pairs:
         label = held.get(a.number, held.get(b.number, (f"count-{a.number}", 0)))[0]
         for leaf, times in ((a, times_a), (b, times_b)):
             if held.setdefault(leaf.number, (label, times)) != (label, times):
-                d.freeze(a, why)
-                d.freeze(b, why)
+                d.clash(a, b, why)
     return held
 
 
@@ -97,47 +88,27 @@ class Names:
     keys: Mapping[int, str]
 
     def dim(self, expr: Expr) -> Dim:
-        """Return an expression as a dimension written in axes.
-
-        Args:
-            expr: The expression of a dimension.
-        """
+        """Return an expression as a dimension written in axes."""
         expr = d.resolve(expr)
-        match expr:
-            case Leaf():
-                return self.keys.get(expr.number, expr.size)
-            case d.Times(parts):
-                return _joined(Product, [self.dim(part) for part in parts])
-            case d.Plus(parts):
-                return _joined(Sum, [self.dim(part) for part in parts])
+        if isinstance(expr, Leaf):
+            return self.keys.get(expr.number, expr.size)
+        parts = self.dims(expr.parts)
+        whole = Product(parts) if isinstance(expr, d.Times) else Sum(parts)
+        return whole if {*axes_in(whole)} else size_of(whole, {})
 
     def dims(self, exprs: Dims) -> tuple[Dim, ...]:
-        """Return several expressions as dimensions written in axes.
-
-        Args:
-            exprs: The expressions of a tensor's dimensions.
-        """
+        """Return several expressions as dimensions written in axes."""
         return tuple(map(self.dim, exprs))
 
 
-def _joined(kind: type[Product] | type[Sum], parts: list[Dim]) -> Dim:
-    if all(isinstance(part, int) for part in parts):
-        numbers = [part for part in parts if isinstance(part, int)]
-        return prod(numbers) if kind is Product else sum(numbers)
-    return kind(tuple(parts))
-
-
 def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Names]:
-    """Return the axis graph of a walked network, and the names of its axes for writing further expressions.
-
-    Args:
-        model: The network.
-        w: The walk over its recording.
-        example: The input it was recorded with.
-    """
+    """Return the axis graph of a walked network, and the names of its axes for writing further expressions."""
     state = {name: w.of(node) for node, name in w.capture.states.items() if name not in w.capture.unused}
     ties = _ties(model, w, state)
-    _freeze_unreachable(model, w, ties)
+    aliases = _aliases(ties)
+    unused = {*w.capture.unused}
+    unreached = tuple(name for name in w.capture.unused if unused.issuperset(aliases.get(name, ())))
+    _freeze_unreachable(model, w, unreached)
     _freeze_unsettable(model, w)
     for name, reason in unalterable(model):
         for expr in state.get(name, ()):
@@ -148,7 +119,6 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     held = group_equal_sizes(w)
     places = {name: list(_places(name, dims)) for name, dims in state.items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    aliases = _aliases(ties)
     by_leaf: dict[int, list[Slot]] = {}
     leaf_of: dict[int, Leaf] = {}
     for own in places.values():
@@ -162,6 +132,8 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     tensors = {name: tensor for name, tensor in tensors.items() if id(tensor) in lasting}
     axes, keys = _axes(leaf_of, by_leaf, held, read, not_zero_initialisable(w, tensors))
     names = Names(keys)
+    divisors = [replace(fold, over=names.dims(over)) for over, fold in sites]
+    written = {place: names.dim(expr) for place, expr in integers.items()}
     shapes: dict[str, tuple[Dim, ...]] = {
         name: names.dims(state[name]) if name in state else tuple(tensor.shape) for name, tensor in tensors.items()
     }
@@ -174,13 +146,9 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             itemsize={name: tensor.element_size() for name, tensor in tensors.items()},
             ties=ties,
             work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
-            integers={key: names.dim(expr) for key, expr in integers.items() if not isinstance(names.dim(expr), int)},
-            folds=tuple(
-                Fold(over, site.weight, site.kind, site.plus, site.epsilon, site.value)
-                for site, over in ((site, names.dims(site.over)) for site in sites)
-                if not all(isinstance(dim, int) for dim in over)
-            ),
-            unreached=tuple(n for n in w.capture.unused if not _used_elsewhere(n, ties, w.capture.unused)),
+            integers={place: dim for place, dim in written.items() if not isinstance(dim, int)},
+            folds=tuple(fold for fold in divisors if not all(isinstance(dim, int) for dim in fold.over)),
+            unreached=unreached,
             notes=tuple(dict.fromkeys(w.notes)),
             decisions=w.capture.decisions,
             tracer=w.capture.tracer,
@@ -203,52 +171,37 @@ def _ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, str]:
         known = state.get(name) or state.get(original)
         if known is None:
             continue
-        for own, other in zip(state.setdefault(name, known), state.setdefault(original, known), strict=True):
-            d.unify(own, other, f"{name} and {original} are one tensor, and their uses have no common form")
+        for expr, other in zip(state.setdefault(name, known), state.setdefault(original, known), strict=True):
+            d.unify(expr, other, f"{name} and {original} are one tensor, and their uses have no common form")
         if name in w.capture.unused or original in w.capture.unused:
             state[name] = state[original] = known
     return ties
 
 
-def _used_elsewhere(name: str, ties: Mapping[str, str], unused: tuple[str, ...]) -> bool:
-    """Whether a tensor has another name under which it is used."""
-    first = ties.get(name, name)
-    names = {first, *(other for other, original in ties.items() if original == first)}
-    return not names <= set(unused)
-
-
-def _freeze_unreachable(model: nn.Module, w: Walk, ties: Mapping[str, str]) -> None:
+def _freeze_unreachable(model: nn.Module, w: Walk, unreached: Iterable[str]) -> None:
     """Freeze dimensions that unused modules might read: those of the size that such a module expects."""
-    for name in w.capture.unused:
-        tensor = model.get_parameter(name)
-        if tensor.dim() < 2 or _used_elsewhere(name, ties, w.capture.unused):
-            continue
-        width = tensor.shape[1]
+    for name in unreached:
+        shape = model.get_parameter(name).shape
         for expr in (expr for dims in w.dims.values() for expr in all_dims(dims)):
-            if d.size(expr) == width and d.is_free(expr):
+            if len(shape) > 1 and d.size(expr) == shape[1]:
                 d.freeze(expr, f"{name}, which the example does not reach, may read it")
 
 
 def _freeze_unsettable(model: nn.Module, w: Walk) -> None:
     """Freeze repetitions whose number no attribute holds."""
-    for one in w.literals:
-        leaf, where = d.resolve(one.expr), one.module
-        if (
-            isinstance(leaf, Leaf)
-            and leaf.integer
-            and not leaf.frozen
-            and not attributes.repeats(model, where, one.number)
-        ):
+    for literal in w.literals:
+        leaf, where = d.resolve(literal.expr), literal.module
+        if isinstance(leaf, Leaf) and leaf.integer and not attributes.repeats(model, where, literal.number):
             d.freeze(leaf, f"it is a repetition in {where or 'the model'}, and no attribute there sets how often")
 
 
 def _places(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
     for i, expr in enumerate(dims):
-        inside = {str(leaf.number): leaf for leaf in d.leaves(expr)}
-        sizes = {key: leaf.size for key, leaf in inside.items()}
-        dim = Names({leaf.number: key for key, leaf in inside.items()}).dim(expr)
-        for key, leaf in inside.items():
-            for loops, inner, offset in occurrences(dim, key, sizes):
+        inside = {leaf.number: leaf for leaf in d.leaves(expr)}
+        sizes = {str(number): leaf.size for number, leaf in inside.items()}
+        dim = Names({number: str(number) for number in inside}).dim(expr)
+        for number, leaf in inside.items():
+            for loops, inner, offset in occurrences(dim, str(number), sizes):
                 starts = [
                     offset + sum(n * stride for n, (_, stride) in zip(at, loops[1:], strict=True))
                     for at in product(*(range(times) for times, _ in loops[1:]))
@@ -339,12 +292,10 @@ def _key(slot: Slot, taken: Mapping[str, Axis]) -> str:
 def _counted(w: Walk, ties: Mapping[str, str], state: Mapping[str, Dims]) -> tuple[str, ...]:
     """Return the weights of which ``keep`` is a fraction: without embeddings and the output head that mirrors them."""
     tables = {ties.get(name, name) for name in w.tables}
-    counted = []
+    counted: dict[str, None] = {}
     for name in w.weights:
-        first = ties.get(name, name)
-        heads = w.tables and any(
-            leaf.frozen == "it is an output of the model" for expr in state[name] for leaf in d.leaves(expr)
-        )
-        if first not in tables and first not in counted and not heads and len(state[name]) > 1:
-            counted.append(first)
+        first, leaves = ties.get(name, name), [leaf for expr in state[name] for leaf in d.leaves(expr)]
+        head = w.tables and any(leaf.frozen == "it is an output of the model" for leaf in leaves)
+        if first not in tables and not head and len(state[name]) > 1:
+            counted[first] = None
     return tuple(counted)

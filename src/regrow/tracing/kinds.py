@@ -1,6 +1,6 @@
 """Recognise networks that cannot be traced as they are (scripted, quantised, sharded), and say what to do instead."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from regrow.core.axes import AxisGraph
+from regrow.core.axes import AxisGraph, Mark
 from regrow.tracing.capture import TraceError
 
 _SCRIPTED = "torch.jit fixed its code and its shapes; trace the Python module that it was made from"
@@ -37,15 +37,12 @@ _CLASSES = {
 They are names, since importing the classes would take longer than most traces.
 """
 
-_PACKAGES = {"torch.ao.nn.quantized": _QUANTISED, "torch.ao.nn.intrinsic.quantized": _QUANTISED}
-"""Package of a class → why its modules cannot be traced, and the remedy."""
+_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+"""Packages of quantised modules."""
 
 
 def check_traceable(model: nn.Module) -> None:
     """Raise :class:`TraceError` for a network that cannot be traced, naming the module and the remedy.
-
-    Args:
-        model: The network.
 
     >>> check_traceable(nn.LazyLinear(3))
     Traceback (most recent call last):
@@ -62,9 +59,8 @@ def _problem(path: str, module: nn.Module) -> str:
     for base in type(module).__mro__:
         if base.__module__.startswith("torch.") and (why := _CLASSES.get(base.__name__)):
             return f"{where}: {why.format(path=path or 'model')}"
-    for package, why in _PACKAGES.items():
-        if type(module).__module__.startswith(package):
-            return f"{where}: {why}"
+    if type(module).__module__.startswith(_PACKAGES):
+        return f"{where}: {_QUANTISED}"
     if isinstance(module, GraphModule) and getattr(module.train, "__module__", "").startswith("torch.export"):
         return f"{where}: torch.export fixed its code and its shapes; trace the Python module that it was made from"
     if isinstance(module, nn.DataParallel) and module.device_ids:
@@ -88,22 +84,14 @@ def _of_tensors(model: nn.Module) -> Iterator[str]:
 
 
 def unalterable(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the parameters and buffers whose shapes must not change, and why: a spectral norm, or shared memory.
-
-    Args:
-        model: The network.
-    """
+    """Yield the parameters and buffers whose shapes must not change, and why: a spectral norm, or shared memory."""
+    spectral = "the weight is divided by a spectral norm, which the cut would change; remove it first"
     for path, module in model.named_modules():
         for name, remedy in _computed(path, module, spectral=True):
-            yield (
-                name,
-                f"the weight is divided by a spectral norm, which the cut would change; remove it first: {remedy}",
-            )
-    for one, other in _overlapping(model):
-        yield (
-            one,
-            f"it shares memory with {other}, which a cut would end; tie them (one parameter, two names), or clone one",
-        )
+            yield name, f"{spectral}: {remedy}"
+    remedy = "tie them (one parameter, two names), or clone one"
+    for name, other in _overlapping(model):
+        yield name, f"it shares memory with {other}, which a cut would end; {remedy}"
 
 
 def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -113,11 +101,10 @@ def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
         if x.layout is torch.strided and x.numel():
             start = int(x.storage_offset()) * x.element_size()
             extent = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
-            stores.setdefault(x.untyped_storage()._cdata, []).append(
-                (start, start + extent * x.element_size(), name, x)
-            )
+            entry = (start, start + extent * x.element_size(), name, x)
+            stores.setdefault(x.untyped_storage()._cdata, []).append(entry)
     for held in stores.values():
-        held.sort(key=lambda one: one[:2])
+        held.sort(key=lambda entry: entry[:2])
         for i, (_, end, name, x) in enumerate(held):
             for start, _, other, y in held[i + 1 :]:
                 if start >= end:
@@ -130,13 +117,13 @@ def _meet(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors in one storage have entries in common."""
     if x.dtype != y.dtype or x.numel() + y.numel() > _MOST_ENTRIES:
         return True
-    places = []
-    for one in (x, y):
-        place = torch.full((1,) * one.dim(), int(one.storage_offset()))
-        for i, (n, step) in enumerate(zip(one.shape, one.stride(), strict=True)):
-            place = place + (torch.arange(n) * step).view([-1 if j == i else 1 for j in range(one.dim())])
-        places.append(place.flatten())
-    return bool(torch.isin(*places).any())
+    entries = []
+    for tensor in (x, y):
+        at = torch.tensor([int(tensor.storage_offset())])
+        for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+            at = (at[:, None] + torch.arange(n) * step).flatten()
+        entries.append(at)
+    return bool(torch.isin(*entries).any())
 
 
 _MOST_ENTRIES = 1 << 22
@@ -145,9 +132,6 @@ _MOST_ENTRIES = 1 << 22
 
 def recompute_weights(model: nn.Module) -> None:
     """Recompute the weights that hooks compute before each run (weight norm, spectral norm, pruning masks).
-
-    Args:
-        model: The network; changed in place.
 
     >>> net = torch.nn.utils.prune.l1_unstructured(nn.Linear(3, 2), "weight", 2)
     >>> net.weight_orig, net.weight_mask = nn.Parameter(net.weight_orig[:1]), net.weight_mask[:1]
@@ -168,41 +152,28 @@ def with_remedies(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 
     A weight that is computed from others at every call, by a norm over some of its dimensions, cannot lose entries of
     these: all others would change.
-
-    Args:
-        model: The network.
-        axes: Its axes.
     """
     computed = {name: remedy for path, module in model.named_modules() for name, remedy in _computed(path, module)}
-    if not computed:
-        return axes
-
-    def remedy_for(key: str) -> str:
-        axis = axes[key]
+    reasons = {}
+    for axis in axes:
         remedy = next((computed[slot.name] for slot in axis.slots if slot.name in computed), "")
         known = axis.free or axis.size == 1 or axis.reason in _OUTER or "remove it first" in axis.reason
-        return "" if known else remedy
+        if remedy and not known:
+            reasons[axis.key] = f"{axis.reason}; remove it first: {remedy}"
+    return freeze_axes(axes, reasons)
 
-    remedies = {key: remedy for key in axes.axes if (remedy := remedy_for(key))}
-    return axes.with_axes(
-        {
-            key: replace(axis, reason=f"{axis.reason}; remove it first: {remedies[key]}") if key in remedies else axis
-            for key, axis in axes.axes.items()
-        }
-    )
+
+def freeze_axes(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
+    """Return the graph with some axes frozen for other reasons (axis key → reason)."""
+    frozen = {key: replace(axes[key], mark=Mark.FROZEN, reason=reason) for key, reason in reasons.items()}
+    return axes.with_axes({**axes.axes, **frozen}) if frozen else axes
 
 
 _OUTER = ("it is a dimension of the model's input", "it is an output of the model")
 
 
 def _computed(path: str, module: nn.Module, spectral: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield each tensor from which a module computes a weight, and the call that ends the parametrisation.
-
-    Args:
-        path: The path of the module.
-        module: The module.
-        spectral: Whether to yield only those that are divided by a spectral norm.
-    """
+    """Yield each tensor from which a module computes a weight, and the call that ends the parametrisation."""
     at, dot = f"model.{path}" if path else "model", f"{path}." if path else ""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and not spectral:

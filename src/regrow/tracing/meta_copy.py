@@ -3,13 +3,14 @@
 import copy
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from operator import is_not
 from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from regrow.core.axes import Example
 from regrow.tracing.model_state import find_tensors, state_of
@@ -17,41 +18,27 @@ from regrow.tracing.model_state import find_tensors, state_of
 M = TypeVar("M", bound=nn.Module)
 
 
-def meta_copy(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, FakeTensorMode]:
+def meta_copy(model: M, shapes: Mapping[str, tuple[int, ...]]) -> tuple[M, FakeTensorMode]:
     """Return a copy of a model with fake parameters and buffers, in other shapes where given, and its fake mode.
 
     Tensors that are neither parameters nor buffers keep their numbers, which are shared.
-
-    Args:
-        model: The model; it is left unchanged.
-        shapes: Name of a parameter or buffer → its new shape.
-
-    Returns:
-        The copy, whose parameters and buffers are fake, and the mode in which it runs.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, object] = {}
 
     for name, tensor in state_of(model).items():
-        if id(tensor) in memo and name not in shapes:
-            continue
-        memo[id(tensor)] = without_numbers(mode, shapes.get(name, tuple(tensor.shape)), tensor)
+        if name in shapes or id(tensor) not in memo:
+            memo[id(tensor)] = without_numbers(mode, shapes.get(name, tensor.shape), tensor)
 
     def other(tensor: Tensor) -> Tensor:
         known = not isinstance(tensor, FakeTensor)
-        return tensor.detach() if known else without_numbers(mode, tuple(tensor.shape), tensor.detach())
+        return tensor.detach() if known else without_numbers(mode, tensor.shape, tensor.detach())
 
     return copy_model(model, other, memo), mode
 
 
 def without_numbers(mode: FakeTensorMode, shape: tuple[int, ...], like: Tensor) -> FakeTensor:
-    """Return a fake tensor or parameter of a shape, with the dtype, device and kind of another one.
-
-    Args:
-        mode: The fake mode.
-        shape: The shape.
-        like: The tensor or parameter that it resembles.
-    """
+    """Return a fake tensor or parameter of a shape, with the dtype, device and kind of another one."""
     made = FakeTensor(mode, torch.empty(shape, dtype=like.dtype, device="meta"), like.device)
     if isinstance(like, nn.Parameter):  # what nn.Parameter makes of a subclass, without running operations
         made.requires_grad_(like.requires_grad)
@@ -60,14 +47,10 @@ def without_numbers(mode: FakeTensorMode, shape: tuple[int, ...], like: Tensor) 
 
 
 def empty_parameters(mode: FakeTensorMode) -> Callable[[nn.Parameter], nn.Parameter]:
-    """Return a function from a parameter to one of its shape, dtype and device that is fake.
-
-    Args:
-        mode: The fake mode.
-    """
+    """Return a function from a parameter to one of its shape, dtype and device that is fake."""
 
     def empty(parameter: nn.Parameter) -> nn.Parameter:
-        made = without_numbers(mode, tuple(parameter.shape), parameter)
+        made = without_numbers(mode, parameter.shape, parameter)
         return parameter if isinstance(parameter, FakeTensor) else made  # type: ignore[return-value]
 
     return empty
@@ -77,11 +60,6 @@ def copy_model(model: M, made: Callable[[Tensor], Tensor], memo: dict[int, objec
     """Deep-copy a model with each tensor replaced by what a function returns for it; non-leaf tensors are allowed.
 
     Attributes that cannot be copied (a lock, an open file) are shared.
-
-    Args:
-        model: The model; it is left unchanged.
-        made: Returns the tensor of the copy for a tensor of the model.
-        memo: ``id`` of an object → what replaces it in the copy; completed in place.
 
     >>> net = nn.Linear(2, 1)
     >>> net.last = net(torch.ones(1, 2))
@@ -93,9 +71,6 @@ def copy_model(model: M, made: Callable[[Tensor], Tensor], memo: dict[int, objec
 
 def clone_model(model: M) -> M:
     """Deep-copy a model with all of its tensors, like ``copy.deepcopy``, but also one that holds non-leaf tensors.
-
-    Args:
-        model: The model; it is left unchanged.
 
     >>> net = nn.Linear(2, 1)
     >>> net.last = net(torch.ones(1, 2))
@@ -132,19 +107,17 @@ class _Copy:
             return self.tensor(value)
         if isinstance(value, nn.Module):
             return self.module(value)
-        if kind is dict or kind is OrderedDict:
-            made = self.memo[id(value)] = kind()
-            for key, one in value.items():
-                made[self.value(key)] = self.value(one)
+        if kind in (dict, OrderedDict, list, deque):
+            made: Any = deque(maxlen=value.maxlen) if kind is deque else kind()
+            self.memo[id(value)] = made
+            if isinstance(value, dict):
+                made.update((self.value(key), self.value(part)) for key, part in value.items())
+            else:
+                made.extend(map(self.value, value))
             return made
-        if kind is list or kind is deque:
-            row: list[object] | deque[object] = [] if kind is list else deque(maxlen=value.maxlen)
-            self.memo[id(value)] = row
-            row.extend(map(self.value, value))
-            return row
         if kind is tuple or kind is set:
             made = kind(map(self.value, value))
-            if kind is set or any(one is not old for one, old in zip(made, value, strict=True)):
+            if kind is set or any(map(is_not, made, value)):
                 return self.memo.setdefault(id(value), made)
             return value
         return self.other(value)
@@ -180,33 +153,31 @@ _WHOLE = frozenset((int, float, bool, str, type(None), type, FunctionType, torch
 """Types of values that a copy shares with the model."""
 
 
+def leaves_in(example: Example) -> list[Any]:
+    """Return the tensors and other values in an example, in the order of the placeholders of a recording."""
+    return tree_leaves((example.args, dict(example.kwargs)))
+
+
+def map_tensors(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
+    """Return an example with every tensor changed."""
+    return Example(*tree_map_only(Tensor, change, (example.args, dict(example.kwargs))))
+
+
 def fake_example(example: Example, mode: FakeTensorMode) -> Example:
-    """Return an example with its tensors as fake tensors of a mode.
-
-    Args:
-        example: The example.
-        mode: The fake mode.
-    """
-
-    def fake(value: Any) -> Any:
-        return mode.from_tensor(value) if isinstance(value, Tensor) else value
-
-    return Example(tree_map(fake, example.args), tree_map(fake, dict(example.kwargs)))
+    """Return an example with its tensors as fake tensors of a mode."""
+    return map_tensors(example, mode.from_tensor)
 
 
 def cast_example(example: Example, model: nn.Module) -> Example:
-    """Return an example with floating-point tensors in the model's dtype, if the model has only one.
-
-    Args:
-        example: The example.
-        model: The model whose dtype it gets.
-    """
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if len(kinds) != 1:
+    """Return an example with floating-point tensors in the model's dtype, if the model has only one."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1:
         return example
-    (dtype,) = kinds
+    (dtype,) = dtypes
+    return map_tensors(example, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
-    def fit(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return Example(tree_map(fit, example.args), tree_map(fit, dict(example.kwargs)))
+def fake_copy(model: M, example: Example) -> tuple[M, Example]:
+    """Return a copy of a model without numbers, and an example for it."""
+    copied, mode = meta_copy(model, {})
+    return copied, fake_example(example, mode)

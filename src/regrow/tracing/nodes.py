@@ -1,12 +1,15 @@
 """Read the nodes of a recorded graph: operation, module, shape and arguments."""
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import Argument
 
+T = TypeVar("T")
 Shape = tuple[int, ...]
 Shapes = Shape | list[Shape | None] | None
 """The shape of a tensor; a list of them for several values; ``None`` for what is no tensor."""
@@ -37,26 +40,52 @@ def _name_of(target: object) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
+def map_arguments(value: object, kind: type[T], change: Callable[[T], object]) -> Any:
+    """Return an operation's nested arguments with every instance of a type replaced.
+
+    >>> map_arguments((1, [2, "x"], {"y": 3}), int, str)
+    ('1', ['2', 'x'], {'y': '3'})
+    """
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, list):
+        return [map_arguments(part, kind, change) for part in value]
+    if isinstance(value, tuple):
+        return tuple([map_arguments(part, kind, change) for part in value])
+    if isinstance(value, dict):
+        return {name: map_arguments(part, kind, change) for name, part in value.items()}
+    return value
+
+
 def leaves_of(value: object) -> list[object]:
     """Return the leaves of nested lists, tuples and dicts, in order.
-
-    Args:
-        value: The arguments of a call.
 
     >>> leaves_of((1, [2, {"x": 3}]))
     [1, 2, 3]
     """
-    result: list[object] = []
-    _collect(value, result)
-    return result
+    if isinstance(value, dict):
+        return leaves_of([*value.values()])
+    return [leaf for part in value for leaf in leaves_of(part)] if isinstance(value, list | tuple) else [value]
 
 
-def _collect(value: object, result: list[object]) -> None:
-    if isinstance(value, list | tuple | dict):
-        for one in value.values() if isinstance(value, dict) else value:
-            _collect(one, result)
-    else:
-        result.append(value)
+def operands_in(value: object) -> list[Node]:
+    """Return the nodes in an argument, or in nested lists of arguments, in order."""
+    return [leaf for leaf in leaves_of(value) if isinstance(leaf, Node)]
+
+
+def operands(node: Node) -> list[Node]:
+    """Return the tensors that an operation takes, as nodes, in order."""
+    return operands_in((node.args, node.kwargs))
+
+
+def parameters_of(target: object) -> Sequence[Any]:
+    """Return the parameters in an operation's schema; none if it has no schema."""
+    return getattr(getattr(target, "_schema", None), "arguments", ())
+
+
+def writes(node: Node) -> bool:
+    """Whether an operation writes into a tensor in place."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def module_of(node: Node) -> str:
@@ -82,10 +111,15 @@ def shape_of(node: Node) -> Shape:
     return shape
 
 
+def as_list(value: T | list[T]) -> list[T]:
+    """Return a list as it is, and a single value as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
 def result_shapes(node: Node) -> list[Shape]:
     """Return the shapes of a node's values, of which each must be a tensor; of a single value, that of it alone."""
-    shapes, result = shapes_of(node), []
-    for shape in shapes if isinstance(shapes, list) else [shapes]:
+    result = []
+    for shape in as_list(shapes_of(node)):
         assert shape is not None
         result.append(shape)
     return result
@@ -99,67 +133,49 @@ def uncast(node: Node) -> Node:
 
 
 def argument(node: Node, position: int, *names: str) -> Argument:
-    """Return an argument of a call, given by position or by one of its names; ``None`` if it is left out.
-
-    Args:
-        node: The call.
-        position: Its place among the positional arguments, from 0.
-        names: The names under which it may be given.
-    """
+    """Return an argument of a call, given by position or by one of its names; ``None`` if it is left out."""
     if len(node.args) > position:
         return node.args[position]
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)
 
 
 def operand_of(node: Node, position: int = 0, *names: str) -> Node:
-    """Return an argument of a call that is the result of another one.
-
-    Args:
-        node: The call.
-        position: Its place among the positional arguments, from 0.
-        names: The names under which it may be given.
-    """
+    """Return an argument of a call that is the result of another one."""
     value = argument(node, position, *names)
     assert isinstance(value, Node)
     return value
 
 
-def operands_in(value: Argument) -> list[Node]:
-    """Return the nodes in a list of arguments, or the argument itself if it is a node; others are left out.
-
-    Args:
-        value: An argument.
-    """
-    return [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, Node)]
-
-
 def whole(value: Argument) -> int:
-    """Return an argument that is a whole number.
-
-    Args:
-        value: An argument.
-    """
+    """Return an argument that is a whole number."""
     assert isinstance(value, int)
     return int(value)
 
 
 def wholes(value: Argument) -> list[int]:
-    """Return an argument that is a list of whole numbers, or one such number, as a list.
-
-    Args:
-        value: An argument.
-    """
+    """Return an argument that is a list of whole numbers, or one such number, as a list."""
     return [whole(one) for one in (value if isinstance(value, list | tuple) else [value])]
 
 
 def axis_of(node: Node, position: int, rank: int, default: int = 0) -> int:
-    """Return which dimension an argument of a call names, as an index from 0.
-
-    Args:
-        node: The call.
-        position: The place of the argument among the positional ones.
-        rank: How many dimensions the tensor has.
-        default: The dimension where the call names none.
-    """
+    """Return which dimension an argument of a call names, as an index from 0."""
     value = argument(node, position, "dim")
     return (default if value is None else whole(value)) % max(rank, 1)
+
+
+def permutation(node: Node, rank: int) -> list[int] | None:
+    """Return which dimension of its operand each one of a transposed tensor is; ``None`` for other operations."""
+    order = list(range(rank))
+    match op_name(node):
+        case "mT" | "mH" | "adjoint":
+            order[-2], order[-1] = order[-1], order[-2]
+        case "t" | "numpy_T":
+            order.reverse()
+        case "transpose" | "swapaxes":
+            a, b = axis_of(node, 1, rank), axis_of(node, 2, rank)
+            order[a], order[b] = order[b], order[a]
+        case "permute":
+            order = [i % rank for i in wholes(node.args[1])]
+        case _:
+            return None
+    return order

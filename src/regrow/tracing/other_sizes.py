@@ -12,19 +12,17 @@ from functools import cached_property
 from math import prod
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from regrow.core.axes import Axis, AxisGraph, Dim, Example, Mark, Product, axes_in, size_of
+from regrow.core.axes import Axis, AxisGraph, Dim, Example, Product, axes_in, size_of
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.graph import assemble
 from regrow.tracing.interception import limit_calls
-from regrow.tracing.meta_copy import fake_example, meta_copy
-from regrow.tracing.nodes import op_name, shapes_of
-from regrow.tracing.rules import POINTWISE, RULES
+from regrow.tracing.kinds import freeze_axes
+from regrow.tracing.meta_copy import fake_copy, leaves_in, map_tensors
+from regrow.tracing.nodes import Shapes, as_list, op_name, shapes_of
+from regrow.tracing.rules import walk
 from regrow.tracing.steps import calls, first_difference, operations
-from regrow.tracing.trial import Resizing, classes_of, record_resized
-from regrow.tracing.trial_sizes import deep_cuts
-from regrow.tracing.walk import walk
+from regrow.tracing.trial import Resizing, classes_of, deep_cuts, record_resized
 
 REASON = "what the network does with it depends on the batch size or length of the input"
 """Why an axis is frozen that no operation freezes on the traced example."""
@@ -37,13 +35,7 @@ LONGER = 3
 
 
 def freeze_by_size(model: nn.Module, axes: AxisGraph, examples: Sequence[Example] = ()) -> AxisGraph:
-    """Return the graph with every axis frozen that cannot be cut on inputs of other sizes.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes, as traced on one example.
-        examples: The inputs to try; none: a larger one that the network takes, and a smaller one.
-    """
+    """Return the graph with every axis frozen that cannot be cut on inputs of other sizes."""
     if axes.decisions is not None or not axes.steps or not axes.free():
         return axes
     families = [[example] for example in examples] or [list(_larger(axes)), list(_smaller(axes))]
@@ -60,9 +52,9 @@ def freeze_by_size(model: nn.Module, axes: AxisGraph, examples: Sequence[Example
 
 def _record(model: nn.Module, axes: AxisGraph, example: Example) -> Capture:
     """Record the network on an example, on fake tensors, unless it runs many more operations (one per token) there."""
-    copy, mode = meta_copy(model, {})
+    copy, fake = fake_copy(model, example)
     with limit_calls(LONGER * len(axes.recording.capture.graph.nodes)):
-        return capture(copy, fake_example(example, mode), tracer=axes.tracer)
+        return capture(copy, fake, tracer=axes.tracer)
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,7 @@ def _freeze_on(probe: _Probe) -> AxisGraph:
 
 def _with_marks(probe: _Probe) -> AxisGraph:
     """Return the graph without the axes to which a trace on the other example gives another mark."""
-    w = walk(probe.recorded, RULES, POINTWISE)
+    w = walk(probe.recorded)
     other, _ = assemble(probe.model, w, probe.example)
     marks = {frozenset(axis.slots): axis for axis in other}
     reasons = {}
@@ -139,12 +131,8 @@ def _with_marks(probe: _Probe) -> AxisGraph:
 
 def _frozen(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
     counts = {axes[key].count: reason for key, reason in reasons.items() if axes[key].count}
-
-    def freeze(axis: Axis) -> Axis:
-        reason = reasons.get(axis.key) or (counts.get(axis.count, "") if axis.free else "")
-        return replace(axis, mark=Mark.FROZEN, reason=reason) if reason else axis
-
-    return axes.with_axes({key: freeze(axis) for key, axis in axes.axes.items()}) if reasons else axes
+    others = {axis.key: counts[axis.count] for axis in axes.free() if axis.count in counts}
+    return freeze_axes(axes, {**others, **reasons})
 
 
 def _trial_problem(
@@ -169,14 +157,14 @@ def _trial_problem(
 
 def _fits(
     known: Sequence[tuple[Dim, ...] | None],
-    before: object,
-    after: object,
+    before: Shapes,
+    after: Shapes,
     sizes: Mapping[str, int],
     new_sizes: Mapping[str, int],
     same_input: bool = False,
 ) -> bool:
     """Whether the shape of a result follows from its shape at other sizes of axes, and of the input unless the same."""
-    several, others = (shape if isinstance(shape, list) else [shape] for shape in (before, after))
+    several, others = as_list(before), as_list(after)
     if len(several) != len(others):
         return False
     for dims, shape, other in zip(known, several, others, strict=False):
@@ -200,18 +188,6 @@ def _fits_dim(
     parts = [part for part in dim.parts if {*axes_in(part)}]  # the others may be sizes of the input
     units, new_units = (prod(size_of(part, sized) for part in parts) for sized in (sizes, new_sizes))
     return new * units == old * new_units if same_input else not (old % units or new % new_units)
-
-
-def _shapes(example: Example) -> list[tuple[int, ...]]:
-    leaves, _ = tree_flatten((example.args, dict(example.kwargs)))
-    return [tuple(x.shape) for x in leaves if isinstance(x, Tensor)]
-
-
-def _resized(example: Example, shapes: Iterator[tuple[int, ...]]) -> Example:
-    """Return an example with tensors of other shapes, whose entries do not matter."""
-    leaves, spec = tree_flatten((example.args, dict(example.kwargs)))
-    made = [x.new_zeros(()).expand(next(shapes)) if isinstance(x, Tensor) else x for x in leaves]
-    return Example(*tree_unflatten(made, spec))
 
 
 def _larger(axes: AxisGraph) -> Iterator[Example]:
@@ -243,14 +219,13 @@ def _smaller(axes: AxisGraph) -> Iterator[Example]:
 
 def _main_shape(example: Example) -> tuple[int, ...]:
     """Return the shape of the first tensor of an example; empty if it has no entries."""
-    shape = next((shape for shape in _shapes(example) if shape), ())
-    return shape if prod(shape) else ()
+    main = next((x for x in leaves_in(example) if isinstance(x, Tensor) and x.dim()), None)
+    return tuple(main.shape) if main is not None and main.numel() else ()
 
 
 def _lengths(axes: AxisGraph) -> list[tuple[int, ...]]:
     """Return the dimensions of the first tensor that may be lengths: of tokens, of a sequence, or of an image."""
-    leaves, _ = tree_flatten((axes.example.args, dict(axes.example.kwargs)))
-    main = next(x for x in leaves if isinstance(x, Tensor) and x.dim())
+    main = next(x for x in leaves_in(axes.example) if isinstance(x, Tensor) and x.dim())
     if main.dim() == 2:
         return [] if main.is_floating_point() else [(1,)]
     if main.dim() == 3:
@@ -273,4 +248,4 @@ def _grown(example: Example, main: tuple[int, ...], batch: int, lengths: Mapping
                 result.append(by_size.get(n, n) if i > 0 and n > 1 else n)
         return tuple(result)
 
-    return _resized(example, map(grow, _shapes(example)))
+    return map_tensors(example, lambda x: x.new_zeros(()).expand(grow(tuple(x.shape))))  # entries do not matter

@@ -4,27 +4,99 @@ A recording is made on fake tensors, in export mode, and the operations of repea
 asks for any of this, or for state that nobody compares, runs otherwise when users run it.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.core.axes import Example
 from regrow.tracing.capture import Capture, evaluating, quiet
 from regrow.tracing.decisions import output_tensors
-from regrow.tracing.effects import Effects, writes
+from regrow.tracing.effects import Effects
 from regrow.tracing.interception import follow_modules
+from regrow.tracing.meta_copy import leaves_in, map_tensors
 from regrow.tracing.model_state import describe_state, preserve_state, state_of
-from regrow.tracing.nodes import module_of, op_name
-from regrow.tracing.precision import CastsToDouble, as_double, example_in_double, made_in_double, widen_dtype
+from regrow.tracing.nodes import module_of, op_name, writes
+
+
+@contextmanager
+def made_in_double(double: bool) -> Iterator[None]:
+    """Context manager in which torch's default dtype is float64, if ``double``, so that new tensors are too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if double else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class CastsToDouble(TorchFunctionMode):
+    """Torch function mode that turns every cast to a shorter float into one to float64, and operands if asked to."""
+
+    def __init__(self, operands: bool = False) -> None:
+        super().__init__()
+        self.change = _widen if operands else widen_dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(self.change, (args, kwargs or {}))
+        return _EXACT.get(func, func)(*args, **kwargs)
+
+
+T = TypeVar("T")
+
+
+def widen_dtype(value: T) -> T | torch.dtype:
+    """Return float64 for a shorter floating-point dtype; any other argument of an operation unchanged."""
+    short = isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
+    return torch.float64 if short else value
+
+
+def as_double(value: T) -> T | Tensor:
+    """Return a floating-point tensor in float64; any other value unchanged."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _widen(value: Any) -> Any:
+    return as_double(widen_dtype(value))
+
+
+def grouped_product(
+    x: Tensor,
+    weight: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute torch's grouped matrix product in float64, for which torch has no kernel."""
+    if bias is not None:
+        raise NotImplementedError("a grouped matrix product takes no bias, in torch neither; add it to the result")
+    if offs is None:
+        return x @ weight
+    ends = offs.tolist()
+    parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    if x.dim() == 3:
+        return torch.cat([one @ weight[:, part] for one, part in zip(x, parts, strict=True)], 1)
+    if weight.dim() == 2:
+        return torch.stack([x[:, part] @ weight[part] for part in parts])
+    rows = [x[part] @ one for part, one in zip(parts, weight, strict=True)]
+    return torch.cat([*rows, x.new_zeros(len(x) - (ends[-1] if ends else 0), weight.shape[-1])])
+
+
+_EXACT: Mapping[object, Callable[..., Tensor]] = {
+    **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double),
+    **dict.fromkeys(
+        (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)), grouped_product
+    ),
+}
+
 
 BOUND = 1e-9
 """The largest float64 difference allowed, relative to the largest output."""
@@ -52,11 +124,6 @@ def compare_with_recording(model: nn.Module, recorded: Capture, example: Example
     Both run without gradients in evaluation mode, with the same random numbers. Outputs that are not equal bit for bit
     may differ by three times the rounding of the recording, and not in float64. In float64 one tensor at a time is in
     memory. The network's state is restored.
-
-    Args:
-        model: The network, with numbers.
-        recorded: Its recording.
-        example: The input to run on, with the shapes of the recording.
     """
     written = Effects(recorded).writers if any(map(writes, recorded.graph.nodes)) else {}
     names = [recorded.states[node] for node in written if node in recorded.states]
@@ -101,32 +168,18 @@ def _compare(
     return RunComparison(f"its outputs differ by {distance:.1e} of {largest:.1e} from what was recorded{where}")
 
 
-@contextmanager
-def _in_double() -> Iterator[None]:
-    """Context manager in which every function casts its operands to float64, and casts to shorter floats too."""
-    with made_in_double(True), CastsToDouble(), _OperandsInDouble():
-        yield
-
-
 def run_network(model: nn.Module, example: Example, double: bool = False) -> list[Tensor]:
-    """Return the tensors in the output of a network's own forward pass, in evaluation mode; its state is restored.
-
-    Args:
-        model: The network.
-        example: The input.
-        double: Whether to compute in float64; tensors are cast where they are used.
-    """
+    """Return the tensors in the output of a network's own forward pass, in evaluation mode; its state is restored."""
     with preserve_state(model, entries=True):
         return _run(model, example, double)
 
 
 def _run(model: nn.Module, example: Example, double: bool = False) -> list[Tensor]:
     """As :func:`run_network`, but what the run changes stays."""
-    example = example_in_double(example) if double else example
-    args, kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (example.args, dict(example.kwargs)))
+    given = map_tensors(example, lambda x: (as_double(x) if double else x).detach().clone())
     with _same_numbers(), evaluating(model), quiet(), torch.no_grad():
-        with _in_double() if double else nullcontext():
-            result = model(*args, **kwargs)
+        with made_in_double(double), CastsToDouble(operands=True) if double else nullcontext():
+            result = model(*given.args, **given.kwargs)
         return [x.detach().clone() for x in output_tensors(result)]
 
 
@@ -171,18 +224,6 @@ class _Replay(Interpreter):
         return target(*args, **kwargs)
 
 
-class _OperandsInDouble(TorchFunctionMode):
-    """Torch function mode that casts the operands of every function to float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(as_double, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def _widen(value: Any) -> Any:
-    return as_double(widen_dtype(value))
-
-
 @contextmanager
 def _same_numbers() -> Iterator[None]:
     """Context manager in which torch draws the same random numbers each time."""
@@ -194,24 +235,15 @@ def _same_numbers() -> Iterator[None]:
 
 def _inputs(model: nn.Module, recorded: Capture, example: Example, written: Container[Node]) -> list[object]:
     """Return the value of each placeholder; what the recording writes into is copied."""
-    state, leaves = state_of(model), iter(tree_leaves((example.args, dict(example.kwargs))))
-    values: list[object] = []
-    for node in recorded.graph.nodes:
-        if node.op == "placeholder":
-            known = node in recorded.states or node in recorded.constants
-            value = state[recorded.states[node]].detach() if node in recorded.states else recorded.constants.get(node)
-            value = value if known else next(leaves)
-            values.append(value.clone() if isinstance(value, Tensor) and node in written else value)
-    return values
+    state = state_of(model)
+    values: dict[Node, object] = {node: state[name].detach() for node, name in recorded.states.items()}
+    values |= recorded.constants | dict(zip(recorded.inputs, leaves_in(example), strict=True))
+    nodes = [node for node in recorded.graph.nodes if node.op == "placeholder"]
+    return [x.clone() if node in written and isinstance(x := values[node], Tensor) else values[node] for node in nodes]
 
 
 def is_equal(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether two networks' outputs are equal bit for bit, NaN included.
-
-    Args:
-        outputs: The outputs of one network.
-        others: The outputs of the other.
-    """
+    """Whether two networks' outputs are equal bit for bit, NaN included."""
     return len(outputs) == len(others) and all(
         x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | ((x != x) & (y != y))).all())
         for x, y in zip(outputs, others, strict=True)
@@ -222,10 +254,6 @@ def measure_distance(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> tup
     """Return the largest difference of two networks' outputs, and the largest output.
 
     The difference is infinite if shapes or integers differ.
-
-    Args:
-        outputs: The outputs of one network.
-        others: The outputs of the other.
     """
     distance, largest = 0.0, 0.0
     if len(outputs) != len(others):

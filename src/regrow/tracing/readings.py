@@ -1,12 +1,11 @@
 """Record where a network reads its axes, so that it can be run with dropped units replaced there."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.core.operations import Tracer
@@ -15,12 +14,13 @@ from regrow.tracing.capture import Capture, capture
 from regrow.tracing.decisions import compared_operands
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.graph import Names, assemble
+from regrow.tracing.meta_copy import leaves_in
 from regrow.tracing.model_state import code_of, state_of
-from regrow.tracing.nodes import leaves_of
-from regrow.tracing.rules import POINTWISE, RULES
+from regrow.tracing.nodes import operands
+from regrow.tracing.rules import walk
 from regrow.tracing.steps import operations
 from regrow.tracing.training_trace import trace_training
-from regrow.tracing.walk import Walk, walk
+from regrow.tracing.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,12 @@ class Recording:
         """Whether the model and the example still have the code, shapes, dtypes and devices of the recording.
 
         Constants are not compared: :func:`regrow.tracing.trial.rehearse` does that, on a new recording.
-
-        Args:
-            model: The model.
-            example: The input that it would be recorded with.
         """
-        state, states = state_of(model), self.capture.states
-        places = [node for node in self.capture.graph.nodes if node.op == "placeholder"]
-        inputs = [node for node in places if node not in states and node not in self.capture.constants]
-        leaves = tree_leaves((example.args, dict(example.kwargs)))
+        state, inputs, leaves = state_of(model), self.capture.inputs, leaves_in(example)
         return (
             self.code == code_of(model)
             and len(inputs) == len(leaves)
-            and all(_is_alike(state.get(name), node.meta["val"]) for node, name in states.items())
+            and all(_is_alike(state.get(name), node.meta["val"]) for node, name in self.capture.states.items())
             and all(_is_alike(leaf, node.meta.get("val")) for node, leaf in zip(inputs, leaves, strict=True))
         )
 
@@ -93,11 +86,6 @@ class Recording:
         """Return a recording of a model that was cast, moved or changed since; made once for all that are alike.
 
         A new walk would not see axes of which one unit is left, so the dimensions that are read stay.
-
-        Args:
-            model: The model as it is now; it is left unchanged.
-            example: The input to record with.
-            tracer: How to record.
         """
         if not (self._renewed and self._renewed[-1].fits(model, example)):
             recorded = capture(model, example, tracer=tracer)
@@ -123,42 +111,26 @@ class Readings:
 
     Args:
         capture: The operations, to be run one by one.
-        inputs: The value of each placeholder.
+        given: The tensors and other values that the network is given.
         reads: The dimensions that are read.
         sizes: The size of each axis that occurs in them.
-        decisions: The data-dependent values of an eager run; ``None`` where fake data were enough.
         compared: In an eager recording, each operand from which an operation computes integers or booleans: the
             operation, the operand, and its dimensions written in axes.
     """
 
     capture: Capture
-    inputs: tuple[object, ...]
+    given: Sequence[object]
     reads: tuple[ReadDim, ...]
     sizes: Mapping[str, int]
-    decisions: tuple[Decision, ...] | None
     compared: tuple[tuple[Node, Node, tuple[Dim, ...]], ...]
-
-    @property
-    def given(self) -> list[object]:
-        """The values of the network's inputs alone, in order."""
-        places = [node for node in self.capture.graph.nodes if node.op == "placeholder"]
-        known = self.capture.states.keys() | self.capture.constants.keys()
-        return [value for node, value in zip(places, self.inputs, strict=True) if node not in known]
 
 
 def readings(
     model: nn.Module, axes: AxisGraph, example: Example, decisions: tuple[Decision, ...] | None = None
 ) -> Readings:
-    """Record a network anew and return where it reads the axes of ``axes``.
-
-    Args:
-        model: The network.
-        axes: Its axes; keys are theirs, also where a cut has moved axes since they were traced.
-        example: The input to record with, and to run on.
-        decisions: As for :func:`regrow.tracing.capture.capture`.
-    """
+    """Record a network anew and return where it reads the axes of ``axes``."""
     recorded = capture(model, example, decisions, tracer=axes.tracer)
-    w = walk(recorded, RULES, POINTWISE, cautious=False)
+    w = walk(recorded, cautious=False)
     if axes.trained:
         trace_training(model, example, w)
     fresh, names = assemble(model, w, example)
@@ -170,10 +142,9 @@ def readings(
 
     return Readings(
         capture=recorded,
-        inputs=tuple(inputs(model, recorded, example)),
+        given=leaves_in(example),
         reads=reads(w, written),
         sizes={renamed[axis.key]: axis.size for axis in fresh},
-        decisions=recorded.decisions,
         compared=tuple(
             (node, one, tuple(map(written, w.of(one))))
             for node in (recorded.graph.nodes if recorded.decisions is not None else ())
@@ -183,25 +154,14 @@ def readings(
 
 
 def recording(model: nn.Module, w: Walk, names: Names) -> Recording | None:
-    """Return a walked network's recording; ``None`` where data decide which operations run.
-
-    Args:
-        model: The network.
-        w: The walk.
-        names: Writes expressions in axes.
-    """
+    """Return a walked network's recording; ``None`` where data decide which operations run."""
     if w.capture.decisions is not None:
         return None
     return Recording(w.capture, reads(w, lambda expr: 1 if expr is None else names.dim(expr)), code_of(model))
 
 
 def reads(w: Walk, written: Callable[[Expr | None], Dim]) -> tuple[ReadDim, ...]:
-    """Return the dimensions in which a walked network reads its axes.
-
-    Args:
-        w: The walk.
-        written: Returns an expression (or ``None``) as a dimension written in axes.
-    """
+    """Return the dimensions in which a walked network reads its axes."""
     step = {node: i for i, node in enumerate(operations(w.capture))}
     return tuple(
         ReadDim(
@@ -217,15 +177,6 @@ def reads(w: Walk, written: Callable[[Expr | None], Dim]) -> tuple[ReadDim, ...]
     )
 
 
-def operands(node: Node) -> list[Node]:
-    """Return the tensors that an operation takes, as nodes, in order.
-
-    Args:
-        node: The operation.
-    """
-    return [one for one in leaves_of((node.args, node.kwargs)) if isinstance(one, Node)]
-
-
 def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
     match dim:
         case str():
@@ -235,24 +186,3 @@ def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
         case Sum(parts):
             return Sum(tuple(_renamed(part, names) for part in parts))
     return dim
-
-
-def inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[object]:
-    """Yield the value of each placeholder of a recording, in order.
-
-    Args:
-        model: The network.
-        recorded: Its recording.
-        example: The input.
-    """
-    state = state_of(model)
-    given = iter(tree_leaves((example.args, dict(example.kwargs))))
-    for node in recorded.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        if node in recorded.states:
-            yield state[recorded.states[node]]
-        elif node in recorded.constants:
-            yield recorded.constants[node]
-        else:
-            yield next(given)

@@ -10,9 +10,8 @@ That a cut network does the same as the masked one follows by induction over the
 were the same, the tensors that the next is based on are the same, and so is its result.
 """
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any
 
@@ -26,54 +25,52 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKey
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from regrow.core.axes import Decision
-from regrow.tracing.constant_results import ConstantResults
-from regrow.tracing.decisions import DivergedError, compared_operands, decision, output_tensors
-from regrow.tracing.fixed_results import ORDERS, cast_answer, is_floating, reorder
-from regrow.tracing.form_cache import remember_result
-from regrow.tracing.forms import infer_result, map_arguments
-from regrow.tracing.interception import SpellOut, follow_modules, most_calls
-from regrow.tracing.model_state import describe_state
+from regrow.core.axes import Decision, Example
+from regrow.tracing.decisions import (
+    ORDERS,
+    DivergedError,
+    cast_answer,
+    compared_operands,
+    decision,
+    output_tensors,
+    reorder,
+)
+from regrow.tracing.forms import ConstantResults, infer_result, remember_result
+from regrow.tracing.interception import LINE, SpellOut, follow_modules, line_here, most_calls
+from regrow.tracing.model_state import describe_state, select_state
+from regrow.tracing.nodes import map_arguments
 from regrow.tracing.repeated_calls import RepeatedCalls
-from regrow.tracing.source_lines import LINE, line_here
-from regrow.tracing.tensor_map import TensorMap
 
 
-@dataclass
-class Record:
-    """The recording of one run while it is made.
+class TensorMap:
+    """Mapping of tensor, by identity, → node that keeps its tensors; faster than one that lets them go."""
 
-    Args:
-        graph: The operations; placeholders are parameters, buffers, inputs and constants.
-        states: Placeholder → name of the parameter or buffer.
-        constants: Placeholder → its value: tensors that the network made from numbers, and results of decisions.
-        decisions: The data-dependent decisions, in order.
-        values: On real tensors only: the floating-point outputs, then the tensors from which integers or booleans were
-            computed.
-    """
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[Tensor, Node]] = {}
 
-    graph: Graph = field(default_factory=Graph)
-    states: dict[Node, str] = field(default_factory=dict)
-    constants: dict[Node, Tensor] = field(default_factory=dict)
-    decisions: list[Decision] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    def __getitem__(self, key: Tensor) -> Node:
+        return self._entries[id(key)][1]
+
+    def __setitem__(self, key: Tensor, value: Node) -> None:
+        self._entries[id(key)] = (key, value)
+
+    def __contains__(self, key: object) -> bool:
+        return id(key) in self._entries
 
 
 def record(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    example: Example,
     answers: tuple[Decision, ...] = (),
     orders: Iterable[Tensor] = (),
     every_name: bool = False,
     copies: bool = True,
-) -> Record:
+) -> "Recorder":
     """Run a network and record its operations; if its first run caches something, those of its second run.
 
     Args:
         model: The network, on real or on fake tensors.
-        args: Its positional inputs, of the same kind.
-        kwargs: Its inputs by name, of the same kind.
+        example: Its input, on tensors of the same kind.
         answers: Decisions of an earlier run to replay; once they are used up, the data decide, if there are any.
         orders: For each sorting operation the order to use, if it has the right shape; for comparing two networks on
             real tensors, which may order equal values differently.
@@ -84,87 +81,99 @@ def record(
     Raises:
         DivergedError: If a decision is not the next one to replay, or is not given and needs real data.
     """
-    tensors = (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs)))
+    leaves, spec = tree_flatten((example.args, dict(example.kwargs)))
+    tensors = (*model.parameters(), *model.buffers(), *leaves)
     fake = next((x.fake_mode for x in tensors if isinstance(x, FakeTensor)), None)
     once = not every_name
     names = [name for name, _ in (*model.named_parameters("", True, once), *model.named_buffers("", True, once))]
     before, orders = describe_state(model), list(orders)
 
-    def run() -> Record:
-        seen = Record()
-        inputs, spec = tree_flatten(tree_map_only(Tensor, _copy, (args, kwargs)))
-        given, named = tree_unflatten(inputs, spec)
+    def run() -> Recorder:
+        inputs = [_copy(x) if isinstance(x, Tensor) else x for x in leaves]
+        args, kwargs = tree_unflatten(inputs, spec)
         with follow_modules(model) as running:
-            recorder = _Recorder(seen, answers, orders, running, fake)
+            recorder = Recorder(answers, orders, running, fake)
             with torch._C.DisableTorchFunction():
-                recorder.begin(model, names, inputs)
+                for name, tensor in select_state(model, names).items():
+                    recorder.states[recorder.placeholder(tensor)] = name
+                for value in inputs:
+                    recorder.placeholder(value)
             copying = copies and fake is not None and torch.fx.config.do_not_emit_stack_traces
-            repeated = RepeatedCalls(model, recorder) if copying else None
-            with SpellOut(), enable_python_dispatcher(), repeated.active() if repeated else nullcontext(), recorder:
-                result = model(*given, **named)
+            repeated = RepeatedCalls(model, recorder).active() if copying else nullcontext()
+            with SpellOut(), enable_python_dispatcher(), repeated, recorder:
+                result = model(*args, **kwargs)
         recorder.end(result)
-        return seen
+        return recorder
 
     if fake is None and not answers:
         with torch.no_grad():
-            first, others = tree_map_only(Tensor, _copy, (args, kwargs))
-            model(*first, **others)
+            args, kwargs = tree_map_only(Tensor, _copy, (example.args, dict(example.kwargs)))
+            model(*args, **kwargs)
         return run()
     try:
-        seen = run()
+        recorder = run()
     except DivergedError:
         if describe_state(model) == before:
             raise
         return run()
-    return seen if describe_state(model) == before else run()
+    return recorder if describe_state(model) == before else run()
 
 
-class _Recorder(ProxyTorchDispatchMode):
+class Recorder(ProxyTorchDispatchMode):
     """Torch dispatch mode that records operations before autograd and decompositions, as ``torch.export`` does.
 
     The base class is one that torch accepts at this place; everything else is done here. Each operation is also run on
     fake tensors: where these cannot tell the result, the data decide.
+
+    Args:
+        answers: As for :func:`record`.
+        orders: As for :func:`record`.
+        running: Returns the modules that run, by path.
+        fake: The mode of the fake tensors of the run; ``None``: it runs on real ones.
+
+    Attributes:
+        graph: The operations; placeholders are parameters, buffers, inputs and constants.
+        states: Placeholder → name of the parameter or buffer.
+        constants: Placeholder → its value: tensors that the network made from numbers, and results of decisions.
+        decisions: The data-dependent decisions, in order.
+        values: On real tensors only: the floating-point outputs, then the tensors from which integers or booleans were
+            computed.
+        nodes: Tensor → its node.
+        plain: The nodes whose values are made of constants.
+        calls: The recorded operations, in order.
     """
 
     def __init__(
         self,
-        seen: Record,
         answers: tuple[Decision, ...],
         orders: Iterable[Tensor],
-        running: Callable[[], Any],
-        fake: Any,
+        running: Callable[[], dict[str, Any]],
+        fake: FakeTensorMode | None,
     ) -> None:
         super().__init__(PythonKeyTracer(), "real", pre_dispatch=True)
-        self.seen, self.running, self.real = seen, running, fake is None
+        self.graph = Graph()
+        self.states: dict[Node, str] = {}
+        self.constants: dict[Node, Tensor] = {}
+        self.decisions: list[Decision] = []
+        self.values: list[Tensor] = []
+        self.running, self.real = running, fake is None
         self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
         self.answers, self.orders = iter(answers), iter(orders)
-        self.nodes: MutableMapping[Tensor, Node] = WeakTensorKeyDictionary() if self.real else TensorMap()
+        self.nodes: Any = WeakTensorKeyDictionary() if self.real else TensorMap()
         self.plain = ConstantResults()
         self.labels: dict[Any, str] = {}
-        self.compared: list[Tensor] = []
         self.calls: list[Node] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing here is compiled, and torch would load its compiler to make sure
 
-    def begin(self, model: nn.Module, names: list[str], inputs: list[Any]) -> None:
-        """Add a placeholder for each named parameter and buffer, and for each input."""
-        for name in names:
-            path, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(path)
-            tensor = owner._parameters.get(leaf, owner._buffers.get(leaf))
-            if tensor is not None:
-                self.seen.states[self._placeholder(tensor)] = name
-        for value in inputs:
-            self._placeholder(value)
-
     def end(self, result: Any) -> None:
         """Add the output to the graph."""
         tensors = output_tensors(result)
-        self.seen.graph.output(tuple(map(self._node, tensors)))
+        self.graph.output(tuple(map(self._node, tensors)))
         if self.real:
-            self.seen.values = [*(x.detach() for x in tensors if is_floating(x)), *self.compared]
+            self.values[:0] = [x.detach() for x in tensors if x.is_floating_point()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -191,8 +200,8 @@ class _Recorder(ProxyTorchDispatchMode):
         self._keep_judged(node, args, kwargs)
         out = func(*args, **kwargs) if self.real else form
         if self.real and func in ORDERS:
-            given = {**dict(zip((one.name for one in func._schema.arguments), args, strict=False)), **kwargs}
-            out = reorder(args[0], given.get("dim", -1), out, next(self.orders, None))
+            dim = {**dict(zip((x.name for x in func._schema.arguments), args, strict=False)), **kwargs}.get("dim", -1)
+            out = reorder(args[0], dim, out, next(self.orders, None))
         if plain:
             self.plain.add_call(node, func, nodes, named)
         self._name(node, out, form, plain)
@@ -225,23 +234,22 @@ class _Recorder(ProxyTorchDispatchMode):
         node = self._write(decision, tuple(nodes), {}, [_val(one) for one in nodes])
         node.meta["asks"] = str(func)
         self._keep_judged(node, args, kwargs)
-        module, given = next(reversed(node.meta["nn_module_stack"]), ""), next(self.answers, None)
+        module, known = next(reversed(node.meta["nn_module_stack"]), ""), next(self.answers, None)
         where = f"{func} in {module or 'the model'}"
-        if given is None and not self.real:
+        if known is None and not self.real:
             raise DivergedError(f"{where} asks what the recorded run did not ask")
-        if given is not None and (given.op, given.module) != (str(func), module):
-            raise DivergedError(
-                f"{where} asks where {given.op} in {given.module or 'the model'} asked when it was recorded"
-            )
-        answer = func(*args, **kwargs) if given is None else cast_answer(asked, given.answer)
-        self.seen.decisions.append(Decision(str(func), module, tree_map_only(Tensor, _copy, answer)))
+        if known is not None and (known.op, known.module) != (str(func), module):
+            before = f"{known.op} in {known.module or 'the model'}"
+            raise DivergedError(f"{where} asks where {before} asked when it was recorded")
+        answer = func(*args, **kwargs) if known is None else cast_answer(asked, known.answer)
+        self.decisions.append(Decision(str(func), module, tree_map_only(Tensor, _copy, answer)))
         node.meta["number"] = not isinstance(answer, Tensor | list | tuple)
         return tree_map_only(Tensor, lambda x: self._constant(x, plain=False), answer)
 
     def _keep_judged(self, node: Node, args: Any, kwargs: Any) -> None:
         if self.real:
             live = {self._node(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-            self.compared += [_copy(live[one]) for one in compared_operands(node)]
+            self.values += [_copy(live[one]) for one in compared_operands(node)]
 
     def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         node = self._add(target, args, kwargs)
@@ -251,28 +259,20 @@ class _Recorder(ProxyTorchDispatchMode):
         return node
 
     def _add(self, target: Any, args: Any, kwargs: Any) -> Node:
-        graph = self.seen.graph
         if len(self.calls) >= most_calls.get():
             raise RuntimeError(f"it runs more than {len(self.calls)} operations")
         if target not in self.labels:
-            self.labels[target] = graph._target_to_str(target)
-        node = graph.create_node("call_function", target, args, kwargs, self.labels[target])
+            self.labels[target] = self.graph._target_to_str(target)
+        node = self.graph.create_node("call_function", target, args, kwargs, self.labels[target])
         self.calls.append(node)
         return node
 
     def constants_and_decisions(self) -> int:
         """Return how many constants and decisions were recorded."""
-        return len(self.seen.constants) + len(self.seen.decisions)
+        return len(self.constants) + len(self.decisions)
 
     def write_copy(self, node: Node, args: Any, kwargs: Any, stack: dict[str, Any]) -> Node:
-        """Record an operation once more, on other operands and in another module.
-
-        Args:
-            node: The operation.
-            args: Its positional operands now.
-            kwargs: Its operands by name now.
-            stack: The modules that run it.
-        """
+        """Record an operation once more, on other operands and in another module."""
         made = self._add(node.target, args, kwargs)
         made.meta |= node.meta | {"nn_module_stack": stack}
         return made
@@ -294,22 +294,22 @@ class _Recorder(ProxyTorchDispatchMode):
         if x not in self.nodes:
             if torch._C._functorch.is_functorch_wrapped_tensor(x):
                 raise RuntimeError("it runs inside torch.func (vmap, grad), whose tensors cannot be recorded")
-            self._constant(x, own=True)
+            self._constant(x, copied=False)
         return self.nodes[x]
 
-    def _constant(self, x: Tensor, plain: bool = True, own: bool = False) -> Tensor:
-        """Add a placeholder for a tensor and return the tensor itself if ``own``, else a copy."""
-        flowing = x if own else _copy(x) if self.real else self.fake.from_tensor(x)
-        node = self._placeholder(flowing)
-        self.seen.constants[node] = _copy(x)
+    def _constant(self, x: Tensor, plain: bool = True, copied: bool = True) -> Tensor:
+        """Add a placeholder for a tensor and return a copy, or the tensor itself unless ``copied``."""
+        flowing = x if not copied else _copy(x) if self.real else self.fake.from_tensor(x)
+        node = self.placeholder(flowing)
+        self.constants[node] = _copy(x)
         if plain and not isinstance(x, FakeTensor):
-            self.plain.add(node, _copy(x))
+            self.plain.known[node] = _copy(x)
         return flowing
 
-    def _placeholder(self, value: Any) -> Node:
-        graph = self.seen.graph
-        with graph.inserting_before(self.calls[0]) if self.calls else nullcontext():
-            node = graph.placeholder(f"given_{len(graph.nodes)}")
+    def placeholder(self, value: Any) -> Node:
+        """Add an input of the graph: a parameter, a buffer, a constant, or an input of the network."""
+        with self.graph.inserting_before(self.calls[0]) if self.calls else nullcontext():
+            node = self.graph.placeholder(f"given_{len(self.graph.nodes)}")
         node.meta["val"] = value
         if isinstance(value, Tensor):
             node.meta["val"] = value if isinstance(value, FakeTensor) else self.fake.from_tensor(value)

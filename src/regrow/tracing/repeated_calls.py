@@ -16,48 +16,88 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import no_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from regrow.tracing.block_numbers import FIRST
-from regrow.tracing.constant_results import ConstantResults
-from regrow.tracing.forms import map_arguments
-from regrow.tracing.model_state import Snapshot
-from regrow.tracing.module_structure import PLAIN, Numbers, numbers_of, structure_of
+from regrow.tracing.forms import index_of, is_plain
+from regrow.tracing.model_state import Snapshot, is_plain_object
+from regrow.tracing.nodes import map_arguments, operands_in, parameters_of, writes
+
+if TYPE_CHECKING:
+    from regrow.tracing.record import Recorder
+
+FIRST: Mapping[str, str] = {"layer_idx": "a cache of keys and values counts tokens by it"}
+"""Attributes that number modules → why the first module of its class must not be dropped."""
+
+Numbers = Mapping[nn.Module, Mapping[str, int]]
+"""Module → the attributes that number it."""
+
+PLAIN = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+"""Types whose values are compared."""
+
+
+def numbers_of(module: nn.Module) -> dict[str, int]:
+    """Return the integers that number a module, where nothing but the module itself answers for the name."""
+    values = {name: vars(module).get(name) for name in FIRST if not hasattr(type(module), name)}
+    return {name: value for name, value in values.items() if type(value) is int}
+
+
+def structure_of(module: nn.Module, numbers: Numbers) -> tuple[object, ...]:
+    """Return what tells a module from others: classes, attributes and tensors."""
+    places: dict[int, int] = {}
+    parts: list[object] = []
+    objects: dict[int, object] = {}
+    for path, child in module.named_modules():
+        for name, value in vars(child).items():
+            if name in _HOOKS:
+                if value:
+                    raise TypeError
+            elif name in ("_parameters", "_buffers"):
+                for leaf, x in value.items():
+                    parts.append((path, leaf, None if x is None else _tensor(x, places.setdefault(id(x), len(places)))))
+            elif name == "_modules":
+                parts.append((path, tuple([(leaf, inner is None) for leaf, inner in value.items()])))
+            elif name not in numbers.get(child, ()):
+                parts.append((path, name, _attribute(value, objects)))
+        parts.append(type(child))
+    return tuple(parts)
+
+
+_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
+
+
+def _tensor(x: Tensor, place: int) -> object:
+    return (type(x), isinstance(x, nn.Parameter), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, place)
+
+
+def _attribute(value: Any, objects: dict[int, object]) -> object:
+    """Return the contents of a plain attribute or object (a configuration), and the identity of any other."""
+    kind = type(value)
+    if kind in PLAIN:
+        return (kind, value)
+    if kind is tuple or kind is list:
+        return (kind, *[_attribute(one, objects) for one in value])
+    if kind is dict:
+        return (kind, *[(name, _attribute(one, objects)) for name, one in value.items()])
+    if kind is set:
+        return (kind, frozenset(value))
+    if isinstance(value, random.Random) or kind.__module__.startswith("numpy.random"):
+        raise TypeError  # what it gives next is not seen
+    if id(value) not in objects:
+        objects[id(value)] = (kind, id(value))
+        if is_plain_object(value) and not isinstance(value, Tensor | nn.Module) and not callable(value):
+            objects[id(value)] = (kind, *[(name, _attribute(one, objects)) for name, one in vars(value).items()])
+    return objects[id(value)]
+
 
 _TRIES = 3
 """How many calls of a structure are examined before its modules are run each time."""
-
-
-class Recorder(Protocol):
-    """What records the operations of a run on fake tensors.
-
-    Args:
-        nodes: Tensor → its node.
-        plain: The nodes whose values are made of constants.
-        calls: The recorded operations, in order.
-        fake: The mode of the fake tensors.
-    """
-
-    nodes: Any
-    plain: ConstantResults
-    calls: list[Node]
-    fake: FakeTensorMode
-
-    def running(self) -> dict[str, Any]:
-        """Return the modules that run, by path."""
-
-    def constants_and_decisions(self) -> int:
-        """Return how many constants and decisions were recorded."""
-
-    def write_copy(self, node: Node, args: Any, kwargs: Any, stack: dict[str, Any]) -> Node:
-        """Record an operation once more, on other operands and in another module."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +133,7 @@ class RepeatedCalls:
         recorder: What records its operations.
     """
 
-    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+    def __init__(self, model: nn.Module, recorder: "Recorder") -> None:
         self.recorder = recorder
         self.paths = {module: path for path, module in model.named_modules()}
         self.numbers = {module: own for module in model.modules() if (own := numbers_of(module))}
@@ -109,10 +149,10 @@ class RepeatedCalls:
             yield
             return
         run, find = nn.Module.__call__, nn.Module.__getattr__
-        inside = {one for block in self.repeated for one in block.modules()}
-        numbers = {module: own for module, own in self.numbers.items() if module in inside}
-        for module, own in numbers.items():
-            for name in own:
+        inside = {module for block in self.repeated for module in block.modules()}
+        numbers = {module: values for module, values in self.numbers.items() if module in inside}
+        for module, values in numbers.items():
+            for name in values:
                 del vars(module)[name]
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -121,8 +161,8 @@ class RepeatedCalls:
         def read(module: nn.Module, name: str) -> Any:
             if name in FIRST:
                 self.reads += 1  # also where there is none: whether there is one may decide something
-                if name in (own := numbers.get(module, {})):
-                    return own[name]
+                if name in (values := numbers.get(module, {})):
+                    return values[name]
             return find(module, name)
 
         nn.Module.__call__, nn.Module.__getattr__ = call, read  # type: ignore[method-assign]
@@ -130,9 +170,8 @@ class RepeatedCalls:
             yield
         finally:
             nn.Module.__call__, nn.Module.__getattr__ = run, find  # type: ignore[method-assign]
-            for module, own in numbers.items():
-                for name, value in own.items():
-                    vars(module).setdefault(name, value)
+            for module, values in numbers.items():
+                vars(module).update({**values, **vars(module)})
 
     def _called(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
@@ -174,18 +213,15 @@ class RepeatedCalls:
         tensors: list[Tensor],
     ) -> Any:
         """Copy the operations of a known call, and return the result of this one."""
-        names = {
-            self.paths[one]: self.paths[other]
-            for one, other in zip(known.module.modules(), module.modules(), strict=True)
-            if one in self.paths and other in self.paths
-        }
+        pairs = zip(known.module.modules(), module.modules(), strict=True)
+        names = {self.paths[a]: self.paths[b] for a, b in pairs if a in self.paths and b in self.paths}
         stacks: dict[int, dict[str, Any]] = {}
         for node in known.calls:
-            args, kwargs = map_arguments((node.args, node.kwargs), Node, lambda one: mapping.get(one, one))
+            args, kwargs = map_arguments((node.args, node.kwargs), Node, lambda operand: mapping.get(operand, operand))
             old = node.meta["nn_module_stack"]
             if id(old) not in stacks:
-                own = {names.get(path, path): kind for path, (_, kind) in old.items() if path not in known.outer}
-                stacks[id(old)] = self.recorder.running() | {path: (path, kind) for path, kind in own.items()}
+                inner = [(names.get(path, path), kind) for path, (_, kind) in old.items() if path not in known.outer]
+                stacks[id(old)] = self.recorder.running() | {path: (path, kind) for path, kind in inner}
             mapping[node] = self.recorder.write_copy(node, args, kwargs, stacks[id(old)])
         for x, before, after in zip(tensors, known.given, known.after, strict=True):
             if after is not before:
@@ -217,7 +253,7 @@ class RepeatedCalls:
             return _plain(x)
         if type(x) is not FakeTensor or x.fake_mode is not self.recorder.fake or x not in self.recorder.nodes:
             raise TypeError
-        if x.layout is not torch.strided or x.constant is not None or x.is_conj() or x.is_neg():
+        if x.constant is not None or not is_plain(x):
             raise TypeError
         node = self.recorder.nodes[x]
         same = node if node in self.recorder.plain else None  # its value could decide something
@@ -241,17 +277,17 @@ def _mapping(known: tuple[Node, ...], given: tuple[Node, ...]) -> dict[Node, Nod
 
 def _repeated(model: nn.Module, numbers: Numbers) -> frozenset[nn.Module]:
     """Return the modules of lists and sequences of which another one has the same structure, or is the same."""
-    found = set()
+    result: set[nn.Module] = set()
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList | nn.Sequential | nn.ModuleDict):
             alike: dict[object, list[nn.Module]] = {}
-            kinds = Counter(type(one) for one in stack._modules.values())
-            for one in stack._modules.values():
-                if one is not None and len(one._modules) and (kinds[type(one)] > 1 or len(stack) == 1):
+            classes = Counter(map(type, stack._modules.values()))
+            for child in stack._modules.values():
+                if child is not None and len(child._modules) and (classes[type(child)] > 1 or len(stack) == 1):
                     with suppress(TypeError):
-                        alike.setdefault(structure_of(one, numbers), []).append(one)
-            found |= {one for same in alike.values() for one in same if len(same) > 1 or len(stack) == 1}
-    return frozenset(found)
+                        alike.setdefault(structure_of(child, numbers), []).append(child)
+            result |= {child for same in alike.values() for child in same if len(same) > 1 or len(stack) == 1}
+    return frozenset(result)
 
 
 def _plain(value: Any) -> object:
@@ -272,32 +308,28 @@ def _context() -> tuple[object, ...]:
     )
 
 
-def _source(x: Any, inputs: list[Tensor], nodes: Mapping[Tensor, Node]) -> tuple[str, Any]:
+def _source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
     """Return where an entry of a result comes from."""
     if not isinstance(x, Tensor):
         return ("plain", x) if type(x) in PLAIN else ("unknown", None)
-    if (place := next((i for i, one in enumerate(inputs) if one is x), None)) is not None:
-        return "given", place
-    usual = type(x) is FakeTensor and x.layout is torch.strided and not (x.requires_grad or x.is_conj() or x.is_neg())
-    node = nodes.get(x) if usual and not x.storage_offset() else None
+    if (index := index_of(x, inputs)) is not None:
+        return "given", index
+    usual = type(x) is FakeTensor and is_plain(x) and not x.requires_grad
+    node = nodes[x] if usual and not x.storage_offset() and x in nodes else None
     return ("made", node) if node is not None and node.meta["val"] is x else ("unknown", None)
 
 
 def _reaches_others(calls: tuple[Node, ...], given: set[Node]) -> bool:
     """Whether an operation writes into a tensor that is not of the call, or gives one."""
-    made = {*calls}
+    inside = {*calls} | given
     for node in calls:
-        known = {id(one.meta["val"]) for one in node.all_input_nodes if one not in made | given}
-        if id(node.meta["val"]) in known:
+        outside = {id(operand.meta["val"]) for operand in node.all_input_nodes if operand not in inside}
+        if id(node.meta["val"]) in outside:
             return True
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        values = {**dict(zip((one.name for one in schema.arguments), node.args, strict=False)), **node.kwargs}
-        for one in schema.arguments:
-            if one.alias_info is not None and one.alias_info.is_write:
-                written: list[Node] = []
-                map_arguments(values.get(one.name), Node, written.append)
-                if any(node not in made | given for node in written):
-                    return True
+        if outside and writes(node):
+            takes = parameters_of(node.target)
+            values = {**dict(zip((taken.name for taken in takes), node.args, strict=False)), **node.kwargs}
+            written = [values.get(taken.name) for taken in takes if taken.alias_info and taken.alias_info.is_write]
+            if any(operand not in inside for operand in operands_in(written)):
+                return True
     return False

@@ -1,20 +1,173 @@
 """Find stacks of residual blocks, and the parameters of a block that make a copy compute nothing when they are 0."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Product, RecordedStep, Role, axes_in
 from regrow.core.branches import lies_in
-from regrow.core.insertion import Stack
-from regrow.tracing.block_copies import StackError, stack_at
+from regrow.core.insertion import Insertion, Stack
 from regrow.tracing.branches import ModuleCall, record_calls
 from regrow.tracing.capture import TraceError, first_line
-from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
+from regrow.tracing.meta_copy import cast_example, copy_model, fake_copy
 from regrow.tracing.nodes import ALIASES
+from regrow.tracing.repeated_calls import FIRST
+
+DEPTHS = frozenset(("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
+"""Names of configuration entries that hold how many blocks a stack has."""
+
+PER_BLOCK = frozenset(("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers"))
+"""Names of configuration entries that hold a list with one entry per block."""
+
+INSERTIONS = "block_insertions"
+"""The attribute of a stack that records the insertions into it which no configuration tells of."""
+_NUMBERED = re.compile(r"(.*?)(\d+)")
+
+
+class StackError(ValueError):
+    """Raised with the reason why a module is no stack into which the blocks can be inserted."""
+
+
+def stack_at(model: nn.Module, path: str, size: int) -> nn.Sequential | nn.ModuleList:
+    """Return the stack of a path."""
+    stack = dict(model.named_modules()).get(path)
+    if not isinstance(stack, nn.Sequential | nn.ModuleList):
+        raise StackError(f"the network has no nn.Sequential or nn.ModuleList {path!r}")
+    if len(stack) != size:
+        raise StackError(f"stack {path!r} has {len(stack)} modules here, not {size}")
+    _prefix(stack)
+    return stack
+
+
+def insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
+    """Put copies of blocks into a stack, in place; parameters that are to be 0 in a copy are set to 0."""
+    old = list(stack_at(model, path, insertion.size))
+    made = {copy.position: _copied(model, old[copy.of], copy.zeros) for copy in insertion.copies}
+    _insert(model, path, insertion, [made.get(i, old[of]) for i, of in enumerate(insertion.sources)], ())
+
+
+def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> list[nn.Module]:
+    """Take the blocks of an insertion out of a stack again, in place; return all modules that it had."""
+    stack = stack_at(model, path, insertion.after)
+    before = list(stack)
+    _replace(stack, [before[i] for i in insertion.kept], insertion.kept)
+    _deepen(model, path, insertion.after, insertion.kept)
+    if insertions := getattr(stack, INSERTIONS, ()):
+        setattr(stack, INSERTIONS, insertions[:-1])
+        if len(insertions) == 1:
+            delattr(stack, INSERTIONS)
+    return before
+
+
+def put_back(model: nn.Module, path: str, insertion: Insertion, modules: Sequence[nn.Module]) -> None:
+    """Undo :func:`remove_copies`, in place."""
+    _insert(model, path, insertion, modules, insertion.kept)
+
+
+def _insert(
+    model: nn.Module, path: str, insertion: Insertion, modules: Sequence[nn.Module], moved: Sequence[int]
+) -> None:
+    stack = stack_at(model, path, insertion.size)
+    _replace(stack, modules, insertion.sources, moved)
+    if not _deepen(model, path, insertion.size, insertion.sources):
+        setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
+
+
+def find_insertions(model: nn.Module) -> dict[str, tuple[Insertion, ...]]:
+    """Return path of a stack → the insertions into it, in order, that no configuration tells of."""
+    return {path: vars(module)[INSERTIONS] for path, module in model.named_modules() if INSERTIONS in vars(module)}
+
+
+def _replace(
+    stack: nn.Sequential | nn.ModuleList,
+    modules: Sequence[nn.Module],
+    sources: Sequence[int],
+    moved: Sequence[int] = (),
+) -> None:
+    """Give a stack other modules under consecutive names, and renumber those that hold their own number.
+
+    Numbers change from the index in ``sources`` to the new one; in the modules ``moved`` alone, if there are any.
+    """
+    prefix, start = _prefix(stack)
+    stack._modules.clear()
+    stack._modules.update({f"{prefix}{start + i}": module for i, module in enumerate(modules)})
+    for i, (module, of) in enumerate(zip(modules, sources, strict=True)):
+        for child in module.modules() if not moved or i in moved else ():
+            for name in FIRST:
+                if type(number := vars(child).get(name)) is int:
+                    setattr(child, name, number + i - of)
+
+
+def _prefix(stack: nn.Sequential | nn.ModuleList) -> tuple[str, int]:
+    """Return what the names of a stack's modules have in common, and the number of the first."""
+    names = list(stack._modules)
+    first = _NUMBERED.fullmatch(names[0]) if names else None
+    if first is None or names != [f"{first[1]}{int(first[2]) + i}" for i in range(len(names))]:
+        raise StackError("the modules of the stack have names that are not numbered one after the other")
+    return first[1], int(first[2])
+
+
+def _copied(model: nn.Module, block: nn.Module, zeros: Sequence[str]) -> nn.Module:
+    """Return a copy of a block that shares what the block shares with the rest of the network (a configuration)."""
+    names = dict(block.named_parameters())
+    if lost := next((name for name in zeros if name not in names), ""):
+        raise StackError(f"a block that is copied has no parameter {lost!r}")
+    inside = {*block.modules()}
+    outside = {module for module in _others(model, block) if module not in inside}
+    shared = {id(value) for module in outside for value in vars(module).values() if _is_shareable(value)}
+    memo: dict[int, Any] = {}
+    for module in inside:
+        memo |= {id(value): value for value in vars(module).values() if id(value) in shared}
+        memo |= {id(child): child for child in module._modules.values() if child in outside}
+    made: nn.Module = copy_model(block, lambda x: x.detach().clone(), memo)
+    parameters = dict(made.named_parameters())
+    with torch.no_grad():
+        for name in zeros:
+            parameters[name].zero_()
+    return made
+
+
+def _others(model: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a network that are reached without entering a block."""
+    yield model
+    for child in model._modules.values():
+        if child is not None and child is not block:
+            yield from _others(child, block)
+
+
+def _is_shareable(value: object) -> bool:
+    plain = (int, float, bool, str, bytes, type, dict, list, tuple, set, Tensor, nn.Module)
+    return value is not None and not isinstance(value, plain) and not callable(value)
+
+
+def _deepen(model: nn.Module, path: str, size: int, sources: Sequence[int]) -> bool:
+    """Set the depth in the configurations around a stack; return whether the network's own one tells it."""
+    parts, told = path.split("."), False
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    whole = getattr(model, "config", None)
+    text = getattr(whole, "get_text_config", lambda: None)()
+    for config in (getattr(module, "config", None) for module in around):
+        values: Mapping[str, Any] = getattr(config, "__dict__", {})
+        deep = [name for name, value in values.items() if name in DEPTHS and type(value) is int and value == size]
+        rows = [name for name in values if name in PER_BLOCK and _length(values[name]) == size]
+        for name in deep:
+            setattr(config, name, len(sources))
+        for name in rows if deep else ():
+            setattr(config, name, type(values[name])(values[name][i] for i in sources))
+        told |= bool(deep) and (config is whole or config is text)
+    return told
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, list | tuple) else -1
+
 
 _KEEP = ALIASES | {
     *("dropout", "relu", "hardtanh", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze"),
@@ -28,17 +181,9 @@ def find_stacks(model: nn.Module, axes: AxisGraph) -> dict[str, Stack]:
 
     A module can be copied if it runs once, gives a tensor of the form of its first input, to which it has added
     something (a rectifier may follow), and parameters write what is added. Of stacks in stacks, the innermost count.
-
-    Args:
-        model: The traced network; it is left unchanged.
-        axes: Its axes.
-
-    Raises:
-        TraceError: If the network does not run on tensors without numbers.
     """
-    copy, mode = meta_copy(model, {})
     try:
-        calls, _ = record_calls(copy, fake_example(cast_example(axes.example, model), mode))
+        calls, _ = record_calls(*fake_copy(model, cast_example(axes.example, model)))
     except Exception as error:
         raise TraceError(f"the network does not run on tensors without numbers: {first_line(error)}") from None
     blocks = _Blocks(axes, calls)
@@ -49,15 +194,15 @@ def find_stacks(model: nn.Module, axes: AxisGraph) -> dict[str, Stack]:
                 stack_at(model, path, len(module))
             except StackError:
                 continue
-            kinds = [type(one) for one in module]
+            classes = Counter(map(type, module))
             zeros = {
                 i: names
-                for i, name in enumerate(module._modules)
-                if kinds.count(kinds[i]) > 1 and (names := blocks.zeros(f"{path}.{name}"))
+                for i, (name, child) in enumerate(module._modules.items())
+                if classes[type(child)] > 1 and (names := blocks.zeros(f"{path}.{name}"))
             }
             if zeros:
                 result[path] = Stack(len(module), zeros)
-    return {path: one for path, one in result.items() if not any(lies_in(o, path) and o != path for o in result)}
+    return {path: stack for path, stack in result.items() if not any(lies_in(o, path) and o != path for o in result)}
 
 
 @dataclass(frozen=True)
@@ -75,8 +220,7 @@ class _Blocks:
         inside = {i for i, step in enumerate(self.axes.steps) if lies_in(step.module, path)}
         outputs = [i for i in inside if not inside.issuperset(self.users.get(i, ())) or i not in self.users]
         names = self._written(outputs[0], inside) if len(outputs) == 1 else ()
-        within = all(lies_in(name, path) and name in self.axes.parameters for name in names)
-        return tuple(name.removeprefix(f"{path}.") for name in names) if within else ()
+        return tuple(n.removeprefix(f"{path}.") for n in names) if all(lies_in(n, path) for n in names) else ()
 
     def _written(self, output: int, inside: set[int]) -> tuple[str, ...]:
         """Return the parameters of the last operations before the sums that make an output; empty without a sum."""
@@ -93,26 +237,25 @@ class _Blocks:
                 ask += [one for one in before if one not in seen]
                 seen |= {*before}
             else:
-                found = [*_names(step)] or self._makers(number, inside, output)
-                if not found:
+                makers = [*_names(step)] or self._makers(number, inside, output)
+                if not makers:
                     return ()
-                names |= dict.fromkeys(found)
-        own = [name for name in names if name in self.axes.parameters]
-        return tuple(own) if passed and sums else ()
+                names |= dict.fromkeys(makers)
+        return tuple(name for name in names if name in self.axes.parameters) if passed and sums else ()
 
     def _makers(self, number: int, inside: set[int], output: int) -> list[str]:
         """Return the nearest parameters before an operation, in a block, that make units of the output's axes."""
         out = {key for dims in self.axes.steps[output].shapes for key in axes_in(Product(dims or ()))}
         makes = {s.name for key in out for s in self.axes[key].slots if s.role in (Role.PRODUCES, Role.SHIFTS)}
         ask, seen = [number], {number}
-        found: list[str] = []
-        for one in ask:  # which grows
-            own = [name for name in _names(self.axes.steps[one]) if name in makes]
-            found += own
-            before = [i for i in self.axes.steps[one].operands if isinstance(i, int) and i in inside and i not in seen]
-            ask += before if not own else []
+        makers: list[str] = []
+        for step in map(self.axes.steps.__getitem__, ask):  # which grows
+            names = [name for name in _names(step) if name in makes]
+            makers += names
+            before = [i for i in step.operands if isinstance(i, int) and i in inside and i not in seen]
+            ask += before if not names else []
             seen |= {*before}
-        return found
+        return makers
 
     @cached_property
     def users(self) -> dict[int, list[int]]:

@@ -5,8 +5,10 @@ A run that is killed and resumed from its checkpoint ends with the same bits as 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,8 @@ from regrow.core.axes import AxisGraph, Dim, Product, Sum
 from regrow.core.axis_tensor import AxisTensor
 from regrow.core.plan import Plan
 from regrow.core.sources import device_of
+from regrow.distributed import ProcessRank
+from regrow.distributed.parallel import broadcast_file, broadcast_record
 from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
@@ -28,8 +32,6 @@ S = TypeVar("S")
 
 CHECKPOINT = "course.safetensors"
 FORMAT = "regrow-course/3"
-_COUNTED = ("number", "epoch", "step", "before", "loss", "validation")
-_GROWING = ("rows", "sizes", "events")
 
 
 @dataclass(frozen=True)
@@ -60,43 +62,25 @@ def write_checkpoint(
     header: Mapping[str, object] | None = None,
     writes: bool = True,
 ) -> None:
-    """Write a checkpoint of a network and its training, atomically: the whole file, or nothing.
-
-    Args:
-        path: The file to create or replace.
-        model: The network.
-        state: The state of the training.
-        undo: The store of what plans removed from the network, for learners that restore units.
-        logged: The number of events, from the first on, that are in the run's :class:`History`, together with all plans
-            and the rows of finished tasks; the file leaves these out, so that it does not grow with the number of
-            tasks. ``None``: they are in the file.
-        trained_only: Whether only the parameters with ``requires_grad`` are written, because nothing else changes.
-        header: Further JSON data for the header of the file.
-        writes: Whether this rank writes the file; others only take part in gathering sharded tensors.
-
-    Raises:
-        StoreError: If the disk is full or the file cannot be written.
-    """
+    """Write a checkpoint of a network and its training, atomically: the whole file, or nothing."""
     tensors = axis_tensors(state.learner)
     weights = _trained(model) if trained_only else model.state_dict()
     parts: dict[str, Tensor] = {f"model {name}": value for name, value in weights.items()}
     parts |= {f"learner {name}": one.values for name, one in tensors.items()}
-    numbers: dict[str, Any] = {}
-    for name, memory in state.moments.items():
-        for what, value in memory.items():
-            if isinstance(value, Tensor):
-                parts[f"optimiser {what} {name}"] = value
-            elif value is not None:
-                numbers[f"{what} {name}"] = value
+    moments = {f"{what} {name}": value for name, memory in state.moments.items() for what, value in memory.items()}
+    parts |= {f"optimiser {name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     if undo is not None:
         parts |= {f"undo_store {name}": value for name, value in undo.contents().items()}
+    fields: tuple[str, ...] = ("number", "epoch", "step", "before", "loss", "validation")
+    if logged is None:
+        fields += ("rows", "sizes", "events")
     whole: dict[str, Any] = {
         **(header or {}),
         "along": {name: [_to_json(one.dims), one.lr] for name, one in tensors.items()},
         "values": values_of(state.learner),
-        "numbers": numbers,
-        "course": {name: getattr(state, name) for name in (*_COUNTED, *(_GROWING if logged is None else ()))},
-        "plans": len(state.plans) if logged is not None else [json.loads(plan.to_json()) for plan in state.plans],
+        "numbers": {name: value for name, value in moments.items() if not isinstance(value, Tensor | None)},
+        "course": {name: getattr(state, name) for name in fields},
+        "plans": [json.loads(plan.to_json()) for plan in state.plans] if logged is None else len(state.plans),
         "logged": logged,
         "open": state.events[logged:] if logged is not None else [],
     }
@@ -131,8 +115,8 @@ def read_checkpoint(
     try:
         header, tensors = read_tensors(path, FORMAT)
         record = convert(header, schemas.CourseHeader)
-        plans, measured = _measured(record, history or History())
-        model, axes = replay(model, axes, plans, undo)
+        state = _progress(record, history or History(), learner)
+        model, axes = replay(model, axes, state.plans, undo)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "undo_store": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(" ")
@@ -144,76 +128,95 @@ def read_checkpoint(
         for name, value in parts["undo_store"].items():
             removed[name].copy_(value)
         device = device_of(model)
-        own = {
+        along = {
             name: AxisTensor(parts["learner"][name].to(device), tuple(map(_from_json, dims)), lr)
             for name, (dims, lr) in record.along.items()
         }
-        restored = restore_state(learner, own, record.values)
-        moments = _moments(parts["optimiser"], record.numbers)
-        state = TrainState(restored, plans=tuple(plans), moments=moments, **measured)
+        moments: dict[str, dict[str, Any]] = {}
+        for key, number in {**parts["optimiser"], **record.numbers}.items():
+            what, _, name = key.partition(" ")
+            moments.setdefault(name, {})[what] = number
+        learned = restore_state(learner, along, record.values)
+        return model, axes, replace(state, learner=learned, moments=moments)
     except (ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise _damaged(path, error) from None
-    return model, axes, state
 
 
-def check_checkpoint(path: Path, history: History) -> None:
-    """Raise StoreError unless a run's logs have everything that its checkpoint relies on; changes nothing.
+def read_start(
+    ranks: ProcessRank,
+    history: History | None,
+    checkpoint: Path,
+    model: nn.Module,
+    axes: AxisGraph,
+    learner: S,
+    undo: UndoStore | None = None,
+) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
+    """Return network, axes and training state from which training resumes; all ranks call this.
 
-    Args:
-        path: The checkpoint; nothing is checked if it does not exist.
-        history: The logged rows and plans.
-
-    Raises:
-        StoreError: If rows or plans are missing, or the file is damaged.
+    Rank 0, which alone reads the run folder, gives its history; ``None``: training starts.
     """
-    if not path.is_file():
-        return
-    try:
-        _, known = _measured(convert(read_header(path, FORMAT), schemas.CourseHeader), history)
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from None
-    if len(known["rows"]) < known["number"]:
-        raise StoreError(
-            f"{path.with_name('metrics.jsonl')} holds {len(known['rows'])} of the {known['number']} tasks that are "
-            "over; restore it"
-        )
+    if ranks.several:
+        stored = history and {**vars(history), "plans": [plan.to_json() for plan in history.plans]}
+        if record := broadcast_record(ranks, stored):
+            record["plans"] = [Plan.from_json(plan) for plan in record["plans"]]
+            record["rows"] = [tuple(row) for row in record["rows"]]
+        history = record and History(**record)
+    if history is None:
+        return model, axes, TrainState(learner)
+    with TemporaryDirectory(prefix="regrow-") if ranks.several else nullcontext("") as folder:
+        path = broadcast_file(ranks, checkpoint, Path(folder))
+        return read_checkpoint(path, model, axes, learner, history, undo)
 
 
-def count_tasks(path: Path) -> int:
-    """Return the number of finished tasks of a checkpoint; 0 if the file does not exist.
-
-    Args:
-        path: The checkpoint.
+def check_checkpoint(path: Path, history: History) -> int:
+    """Return the number of finished tasks of a checkpoint; 0 if there is none.
 
     Raises:
-        StoreError: If the file is damaged.
+        StoreError: If the file is damaged, or logs lack rows or plans that it relies on.
     """
     if not path.is_file():
         return 0
     try:
-        return convert(read_header(path, FORMAT), schemas.CourseHeader).course.number
+        state = _progress(convert(read_header(path, FORMAT), schemas.CourseHeader), history, None)
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
+    if len(state.rows) < state.number:
+        raise StoreError(
+            f"{path.with_name('metrics.jsonl')} holds {len(state.rows)} of the {state.number} tasks that are over; "
+            "restore it"
+        )
+    return state.number
 
 
-def _measured(record: schemas.CourseHeader, history: History) -> tuple[list[Plan], dict[str, Any]]:
-    """Return the applied plans, and the other stored fields of a training state."""
+def _progress(record: schemas.CourseHeader, history: History, learner: S) -> TrainState[S]:
+    """Return the stored training state with the learner's initial state, and without moments."""
     course = record.course
     if isinstance(record.plans, int):
         many, logged = record.plans, record.logged or 0
-        plans, rows = list(history.plans[:many]), list(history.rows[: course.number])
-        sizes, events = history.sizes[: course.number], [*history.events[:logged], *record.open]
-        for name, logs, expected in (("ledger.json", plans, many), ("metrics.jsonl", events[:logged], logged)):
+        plans, changes = history.plans[:many], history.events[:logged]
+        for name, logs, expected in (("ledger.json", plans, many), ("metrics.jsonl", changes, logged)):
             if len(logs) < expected:
                 raise ValueError(f"{name} holds {len(logs)} of the {expected} changes of shape that it relies on")
+        rows: Sequence[Sequence[float]] = history.rows[: course.number]
+        sizes, events = history.sizes[: course.number], [*changes, *record.open]
     else:
         for plan in record.plans:
             convert(plan, schemas.PlanJson)
         plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
-        rows, sizes, events = [tuple(row) for row in course.rows], course.sizes, course.events
-    known: dict[str, Any] = {"number": course.number, "epoch": course.epoch, "step": course.step, "loss": course.loss}
-    known |= {"before": tuple(course.before), "validation": tuple(course.validation)}
-    return plans, known | {"rows": tuple(rows), "sizes": tuple(sizes), "events": tuple(events)}
+        rows, sizes, events = course.rows, course.sizes, course.events
+    return TrainState(
+        learner,
+        course.number,
+        course.epoch,
+        course.step,
+        tuple(map(tuple, rows)),
+        tuple(course.before),
+        tuple(plans),
+        tuple(events),
+        tuple(sizes),
+        loss=course.loss,
+        validation=tuple(course.validation),
+    )
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
@@ -223,14 +226,6 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _damaged(path: Path, error: Exception) -> StoreError:
     text = " ".join(str(error).split())[:200]
     return StoreError(text if text.startswith(str(path)) else f"{path} cannot be used ({text}); restore it")
-
-
-def _moments(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    moments: dict[str, dict[str, Any]] = {}
-    for key, value in {**tensors, **numbers}.items():
-        what, _, name = key.partition(" ")
-        moments.setdefault(name, {})[what] = value
-    return moments
 
 
 def _to_json(dim: Any) -> Any:

@@ -1,33 +1,34 @@
 """Continual learning: the training loop over a sequence of tasks, with the accuracy matrix around it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import isnan, nan
 from statistics import fmean
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.core.axes import AxisGraph
+from regrow.core.axis_tensor import AxisTensor
 from regrow.core.objectives import CLASSIFICATION, Objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.tasks import Examples, ExampleSet, Task
+from regrow.core.tasks import Examples, ExampleSet, Task, first_examples, run_network
 from regrow.data.datasets import fix_order
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import ALONE, Parallel
 from regrow.evaluation.continual import Matrix, mean_score
+from regrow.settings.constraints import OneOf, Range, check_constraints
 from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
 from regrow.training.fit import Around, Fitted, Observer, fit
-from regrow.training.gradients import NO_CONTEXT
 from regrow.training.learner import PLAIN, Context, Learner
-from regrow.training.optimizers import OptimizerSettings
-from regrow.training.schedule import NO_AXES, Phase, Schedule
+from regrow.training.schedule import NO_AXES, OptimizerSettings, Phase, Schedule
 from regrow.training.shared_rows import sharing_rows
-from regrow.training.sizes import measure_sizes
 from regrow.training.state import TrainState, axis_tensors
 
 S = TypeVar("S")
@@ -61,33 +62,24 @@ class TaskSchedule:
         ValueError: If a value is out of range.
     """
 
-    scenario: str = "domain"
-    epochs: int = 5
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    lr: float = 0.01
+    scenario: Annotated[str, OneOf(*SCENARIOS)] = "domain"
+    epochs: Annotated[int, Range(1)] = 5
+    batch_size: Annotated[int, Range(1)] = 64
+    optimizer: Annotated[str, OneOf("sgd", "adamw")] = "sgd"
+    lr: Annotated[float, Range(0, above=True)] = 0.01
     weight_decay: float = 0.0
     seed: int = 0
-    decay: str = "constant"
-    precision: str = "float32"
-    held_out: float = 0.0
-    patience: int = 0
+    decay: Annotated[str, OneOf("constant", "cosine")] = "constant"
+    precision: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
+    held_out: Annotated[float, Range(0, 1, below=True)] = 0.0
+    patience: Annotated[int, Range(0)] = 0
     objective: Objective = CLASSIFICATION
     build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
 
     def __post_init__(self) -> None:
-        if self.scenario not in SCENARIOS:
-            raise ValueError(f"the scenario is one of {', '.join(SCENARIOS)}; got {self.scenario!r}")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.held_out < 1 or self.patience < 0:
-            raise ValueError(
-                f"held_out must be from 0 to below 1 and patience at least 0, got {self.held_out:g} and {self.patience}"
-            )
+        check_constraints(self)
         if self.patience and not self.held_out:
             raise ValueError(f"patience {self.patience} needs examples to judge by; give held_out, for example 0.1")
-        self.training()
 
     def training(self) -> Schedule:
         """Return the schedule for the training loop: optimizer, decay, precision and seed."""
@@ -105,30 +97,12 @@ def learn(
     state: TrainState[S] | None = None,
     undo: UndoStore | None = None,
     checkpoint: Callable[[TrainState[S], Context], None] | None = None,
-    around: Around = lambda state, context, step: NO_CONTEXT,
+    around: Around = lambda state, context, step: nullcontext(),
     log: Callable[..., None] = lambda kind, **row: None,
     progress: Progress = silent,
     parallel: Parallel = ALONE,
 ) -> Fitted[S]:
-    """Train a network on a sequence of tasks, and measure accuracy on all tasks after each one.
-
-    Args:
-        model: The network; trained, and perhaps changed in shape, in place.
-        axes: The network's present axes.
-        tasks: All tasks; those that ``state`` counts as finished are only evaluated on.
-        learner: The method: what differs from plain training.
-        schedule: How each task is trained.
-        state: The state from which an interrupted call resumes; ``None``: from the start.
-        undo: The store of what plans removed from the network, for learners that restore units.
-        checkpoint: Called after each epoch and each task with a state that can be resumed from.
-        around: (learner's state, context, step) → a context manager inside which the step is taken.
-        log: Receives the rows that the learner logs.
-        progress: Called with (steps done, steps in all, what is being done).
-        parallel: The processes that share the examples of each batch; all of them call this function.
-
-    Raises:
-        ValueError: If the loss is not finite, or the learner needs class probabilities and the objective has none.
-    """
+    """Train a network on a sequence of tasks, and measure accuracy on all tasks after each one."""
     if learner.classes_only and schedule.objective is not CLASSIFICATION:
         raise ValueError(
             f"this method needs class probabilities, and the objective is {schedule.objective.name}; "
@@ -156,25 +130,14 @@ def learn(
 
 
 def accuracy_matrix(state: TrainState[S]) -> Matrix:
-    """Return the accuracy matrix measured so far.
-
-    Args:
-        state: The state of the training.
-    """
+    """Return the accuracy matrix measured so far."""
     return Matrix(state.rows, state.before)
 
 
 def untrained_accuracies(
     model: nn.Module, tasks: Sequence[Task], schedule: TaskSchedule, ranks: ProcessRank = SINGLE
 ) -> tuple[float, ...]:
-    """Return the accuracy of an untrained network on the test examples of every task.
-
-    Args:
-        model: The network.
-        tasks: All tasks.
-        schedule: Gives the scenario.
-        ranks: The processes that share the examples.
-    """
+    """Return the accuracy of an untrained network on the test examples of every task."""
     with sharing_rows(model, ranks):
         return accuracies(Context(model, NO_AXES, tasks[0]), tasks, PLAIN, PLAIN.state, schedule)
 
@@ -182,29 +145,25 @@ def untrained_accuracies(
 def accuracies(
     context: Context, tasks: Sequence[Task], learner: Learner[S], state: S, schedule: TaskSchedule
 ) -> tuple[float, ...]:
-    """Return a row of the accuracy matrix: the accuracy on every task after training on task ``context.number``.
-
-    Args:
-        context: The network, and the task that was trained last.
-        tasks: All tasks.
-        learner: The learner, whose replacements are evaluated.
-        state: Its state.
-        schedule: Gives the scenario.
-    """
+    """Return a row of the accuracy matrix: the accuracy on every task after training on task ``context.number``."""
     row = []
-    for number, task in enumerate(tasks):
+    for number in range(len(tasks)):
         there = replace(context, answered=number, classes=None)
         with parametrize(context.model, learner.parametrize(state, there).values):
-            choice = _choice(schedule, tasks, context.number, number)
-            row.append(nan if task.gone else mean_score(context.model, task.test, schedule.objective, choice))
+            row.append(_score(context, tasks, number, schedule))
     return tuple(row)
+
+
+def _score(context: Context, tasks: Sequence[Task], number: int, schedule: TaskSchedule) -> float:
+    """Return the accuracy on a task after training on task ``context.number``; NaN if its examples are gone."""
+    if tasks[number].gone:
+        return nan
+    choice = _choice(schedule, tasks, context.number, number)
+    return mean_score(context.model, tasks[number].test, schedule.objective, choice)
 
 
 def probed_tasks(number: int) -> list[int]:
     """Return the tasks whose accuracy is measured around a change of shape: all so far, or at most 20, evenly spaced.
-
-    Args:
-        number: The number of the current task, from 0.
 
     >>> probed_tasks(2), len(probed_tasks(500)), probed_tasks(500)[:3], probed_tasks(500)[-1]
     ([0, 1, 2], 20, [0, 26, 53], 500)
@@ -225,15 +184,17 @@ def _phase(
     second: ExampleSet | None = None
     held_out: ExampleSet | None = None
     context = Context(nn.Identity(), NO_AXES, task, number, seed=schedule.seed)
+
+    def split(examples: ExampleSet, many: int, purpose: int) -> tuple[ExampleSet, ExampleSet]:
+        order = torch.randperm(len(examples), generator=context.generator(purpose))
+        first, last = order.split([len(examples) - many, many])
+        return examples.subset(first), examples.subset(last)
+
     if schedule.held_out:
-        n, many = len(train), max(1, round(schedule.held_out * len(train)))
-        order = torch.randperm(n, generator=context.generator(14)).split([n - many, many])
-        train, held_out = (task.train.subset(part) for part in order)
+        train, held_out = split(train, max(1, round(schedule.held_out * len(train))), 14)
         task = replace(task, train=train)
     if share:
-        n, many = len(train), int(share * len(train))
-        order = torch.randperm(n, generator=context.generator(12)).split([n - many, many])
-        train, second = (task.train.subset(part) for part in order)
+        train, second = split(train, int(share * len(train)), 12)
     steps = -(-len(train) // schedule.batch_size)
 
     def batches(context: Context) -> Iterator[tuple[Sequence[Examples], Examples | None]]:
@@ -248,15 +209,14 @@ def _phase(
         with torch.no_grad(), parametrize(context.model, values), sharing_rows(context.model, ranks):
             return mean_score(context.model, held_out or task.test, schedule.objective, classes)
 
-    objective, patience = schedule.objective, schedule.patience
     return Phase(
         task,
         (steps,) * schedule.epochs,
         batches,
         classes,
-        objective=objective,
+        objective=schedule.objective,
         validate=validate if held_out else None,
-        patience=patience,
+        patience=schedule.patience,
     )
 
 
@@ -285,12 +245,21 @@ def _choice(schedule: TaskSchedule, tasks: Sequence[Task], after: int, answered:
 def _observer(tasks: Sequence[Task], learner: Learner[S], schedule: TaskSchedule, ranks: ProcessRank) -> Observer[S]:
     start = perf_counter()
 
-    def before_plan(state: S, context: Context) -> tuple[list[float], Tensor]:
-        with sharing_rows(context.model, ranks):
-            return _probe(tasks, learner, state, schedule, context)
+    def probe(state: S, context: Context) -> tuple[list[float], Tensor]:
+        """Measure, within a task, the accuracy on tasks so far and the logits of some test examples."""
+        model, was = context.model, context.model.training
+        values = learner.parametrize(state, context).values
+        with torch.no_grad(), sharing_rows(model, ranks), parametrize(model, values):
+            scores = [_score(context, tasks, number, schedule) for number in probed_tasks(context.number)]
+            model.eval()
+            try:
+                inputs = next(context.task.test.batches(256)).inputs
+                return scores, context.logits(inputs).nan_to_num(neginf=0.0)
+            finally:
+                model.train(was)
 
     def after_plan(state: S, context: Context, plan: Plan, before: tuple[list[float], Tensor]) -> dict[str, Any]:
-        probed, after = probed_tasks(context.number), before_plan(state, context)
+        probed, after = probed_tasks(context.number), probe(state, context)
         changes = plan.changes.items()
         return {
             "grown": {key: change.grow for key, change in changes if change.grow},
@@ -315,25 +284,22 @@ def _observer(tasks: Sequence[Task], learner: Learner[S], schedule: TaskSchedule
         start = perf_counter()
         return row, sizes
 
-    return Observer(before_plan, after_plan, task_end)
+    return Observer(probe, after_plan, task_end)
 
 
-def _probe(
-    tasks: Sequence[Task], learner: Learner[S], state: S, schedule: TaskSchedule, context: Context
-) -> tuple[list[float], Tensor]:
-    """Measure, within a task, the accuracy on tasks so far and the logits of some test examples."""
-    model, was = context.model, context.model.training
-    with torch.no_grad(), parametrize(model, learner.parametrize(state, context).values):
-        accuracies = [
-            nan
-            if tasks[i].gone
-            else mean_score(model, tasks[i].test, schedule.objective, _choice(schedule, tasks, context.number, i))
-            for i in probed_tasks(context.number)
-        ]
-    model.eval()
-    try:
-        with torch.no_grad(), parametrize(model, learner.parametrize(state, context).values):
-            inputs = next(context.task.test.batches(256)).inputs
-            return accuracies, context.logits(inputs).nan_to_num(neginf=0.0)
-    finally:
-        model.train(was)
+def measure_sizes(context: Context, tensors: Mapping[str, AxisTensor]) -> dict[str, Any]:
+    """Return the size of a network at the end of a task: parameters, multiply–accumulates, widths, bytes of state."""
+    parameters, was = context.parameters(), context.model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run_network(context.model.eval(), first_examples(context.task.train, 1).inputs)
+    context.model.train(was)
+    held = [one.values for one in tensors.values()]
+    return {
+        "task": context.number,
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "nonzero": sum(int(p.count_nonzero()) for p in parameters.values()),
+        "macs": counter.get_total_flops() // 2,  # of one example
+        # Bytes of masks, memories and factors; a mask takes a bit per entry.
+        "remembered": sum(-(-x.numel() // 8) if x.dtype == torch.bool else x.numel() * x.itemsize for x in held),
+        "widths": {axis.key: axis.size for axis in context.axes.units()},
+    }

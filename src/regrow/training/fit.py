@@ -5,7 +5,7 @@ It knows no method: a :class:`regrow.training.learner.Learner` says what differs
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -18,14 +18,20 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.distributed.parallel import ALONE, Parallel, broadcast_tensors
 from regrow.surgery import UndoStore
-from regrow.training.apply_plan import apply_plan
-from regrow.training.gradients import NO_CONTEXT, compute_gradients
-from regrow.training.growth_metrics import gradient_shares, mark_entries, new_entries, smooth, start_watch, watch
-from regrow.training.interrupts import Deferral, defer_interrupts
 from regrow.training.learner import Boundary, Context, Event, Learner, write_replacements
-from regrow.training.optimizers import Optimizers
-from regrow.training.schedule import Phase, Schedule
+from regrow.training.schedule import Optimizers, Phase, Schedule
 from regrow.training.state import TrainState, axis_tensors
+from regrow.training.step import (
+    Deferral,
+    added_entries,
+    apply_plan,
+    compute_gradients,
+    defer_interrupts,
+    gradient_shares,
+    smooth,
+    start_watch,
+    watch,
+)
 
 S = TypeVar("S")
 
@@ -75,7 +81,7 @@ def fit(
     checkpoint: Callable[[TrainState[S], Context], None] | None = None,
     seconds: float | None = None,
     observe: Observer[S] | None = None,
-    around: Around = lambda state, context, step: NO_CONTEXT,
+    around: Around = lambda state, context, step: nullcontext(),
     log: Callable[..., None] = lambda kind, **row: None,
     progress: Progress = silent,
     parallel: Parallel = ALONE,
@@ -107,8 +113,7 @@ def fit(
     run = _Run(phases, learner, schedule, checkpoint, seconds, observe or Observer(), around, progress, log, parallel)
     undo = undo if undo is not None else (UndoStore() if learner.restores else None)
     while state.number < len(phases):
-        context = run.context(model, axes, state.number, state.epoch, undo)
-        context, state = _fit_task(run, context, state)
+        context, state = _fit_task(run, run.context(model, axes, state, undo), state)
         model, axes = context.model, context.axes
     return Fitted(model, axes, state)
 
@@ -137,19 +142,19 @@ class _Run(Generic[S]):
         else:
             self.sink(kind, **row)
 
-    def context(self, model: nn.Module, axes: AxisGraph, number: int, epoch: int, undo: UndoStore | None) -> Context:
-        phase, past = self.phases[number], tuple(one.task for one in self.phases[:number])
+    def context(self, model: nn.Module, axes: AxisGraph, state: TrainState[S], undo: UndoStore | None) -> Context:
+        phase = self.phases[state.number]
         return Context(
             model,
             axes,
             phase.task,
-            number,
-            epoch,
+            state.number,
+            state.epoch,
             len(phase.epochs),
             phase.epochs[0] if phase.epochs else 0,
             phase.classes,
             self.schedule.seed,
-            past,
+            tuple(past.task for past in self.phases[: state.number]),
             undo=undo,
             log=self.log,
             objective=phase.objective,
@@ -158,26 +163,18 @@ class _Run(Generic[S]):
 
 @dataclass
 class _Latest(Generic[S]):
-    """The state after the last step: that at the start of the epoch, and what has changed since."""
+    """The state after the last step."""
 
     run: _Run[S]
     context: Context
     optimizers: Optimizers
-    start: TrainState[S]
+    state: TrainState[S]
     written: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        start = self.start
-        self.own, self.step, self.loss, self.events = start.learner, start.step, start.loss, start.events
-
-    @property
-    def state(self) -> TrainState[S]:
-        return replace(self.start, learner=self.own, step=self.step, loss=self.loss, events=self.events)
 
     def write(self) -> None:
         """Call ``checkpoint`` with the state after the last step."""
         self.written = time.monotonic()
-        moments = self.optimizers.moments(self.context.parameters(), axis_tensors(self.own))
+        moments = self.optimizers.moments(self.context.parameters(), axis_tensors(self.state.learner))
         if self.run.checkpoint:
             self.run.checkpoint(replace(self.state, moments=moments), self.context)
 
@@ -187,11 +184,10 @@ def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Con
     learner, phase = run.learner, run.phases[state.number]
     run.notes.clear()
     start = Event.RESUME if state.epoch or state.step else Event.TASK_START
-    own = learner.boundary(state.learner, context, Boundary(start))
+    state = replace(state, learner=learner.boundary(state.learner, context, Boundary(start)))
     optimizers = Optimizers(run.schedule.optimizer, learner.optimizer, scheduled=learner.scheduled)
-    optimizers.collect(context.parameters(), axis_tensors(own))
-    optimizers.restore(context.parameters(), axis_tensors(own), state.moments)
-    state = replace(state, learner=own)
+    optimizers.collect(context.parameters(), axis_tensors(state.learner))
+    optimizers.restore(context.parameters(), axis_tensors(state.learner), state.moments)
     for epoch in range(state.epoch, len(phase.epochs)):
         if phase.is_over(state.validation):
             break
@@ -203,7 +199,7 @@ def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Con
         try:
             with defer_interrupts() as deferral:
                 _fit_epoch(latest, new, deferral)
-            own = learner.boundary(latest.own, context, Boundary(Event.EPOCH_END))
+            own = learner.boundary(latest.state.learner, context, Boundary(Event.EPOCH_END))
             _check_ranks(run, context, own)
         except KeyboardInterrupt:
             if run.seconds is not None and not run.parallel.fsdp:  # other ranks have stopped anywhere
@@ -236,11 +232,7 @@ def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Con
 def _apply_plans(
     run: _Run[S], context: Context, state: TrainState[S], optimizers: Optimizers
 ) -> tuple[Context, TrainState[S], dict[str, Tensor]]:
-    """Apply the learner's plans between two epochs.
-
-    Returns:
-        Besides: name of a parameter → the positions of what the last plan has added; nothing if it did not grow.
-    """
+    """Apply the learner's plans between two epochs; also return the entries that the last one has added."""
     new: dict[str, Tensor] = {}
     while True:
         plan, own = run.learner.plan(state.learner, context)
@@ -248,13 +240,13 @@ def _apply_plans(
         run.parallel.check_same("changes of shape", plan and plan.to_json())
         if plan is None:
             break
-        measured, marked, axes = run.observe.before_plan(own, context), mark_entries(context), context.axes
+        measured, axes = run.observe.before_plan(own, context), context.axes
         context, own = apply_plan(run.learner, own, context, plan, optimizers)
         row = run.observe.after_plan(own, context, plan, measured)
         event = {"task": context.number, "epoch": context.epoch, **row, **start_watch(state.loss)}
         state = replace(state, learner=own, plans=(*state.plans, plan), events=(*state.events, event))
         grew = any(change.grow for change in plan.changes.values())
-        new = new_entries(marked, axes, plan) if grew else {}
+        new = added_entries(context.model, axes, plan) if grew else {}
     optimizers.collect(context.parameters(), axis_tensors(state.learner))
     return replace(context, applied=0), state, new
 
@@ -271,14 +263,6 @@ def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fi
     """Apply the plans that a learner makes after the last epoch, and write its replacements into the parameters.
 
     It starts with ``Event.RESUME``, since the state may have been read from the checkpoint of the last epoch.
-
-    Args:
-        learner: The learner.
-        fitted: The result of training.
-        context: The context at the end of training; its ``epoch`` is ``epochs``.
-
-    Returns:
-        The plain network, and the plans in order.
     """
     own, plans = learner.boundary(fitted.state.learner, context, Boundary(Event.RESUME)), []
     while True:
@@ -293,39 +277,36 @@ def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fi
 
 
 def _fit_epoch(latest: _Latest[S], new: dict[str, Tensor], deferral: Deferral) -> None:
-    """Take the remaining steps of an epoch.
-
-    Args:
-        latest: The state, which changes with every step.
-        new: Name of a parameter → the positions of its new entries, for the first step.
-        deferral: Holds back Ctrl-C while the parameters and the state change.
-    """
-    run, context, optimizers, number = latest.run, latest.context, latest.optimizers, latest.start.number
-    learner, schedule, phase = run.learner, run.schedule, run.phases[number]
+    """Take the remaining steps of an epoch."""
+    run, context, optimizers, state = latest.run, latest.context, latest.optimizers, latest.state
+    learner, schedule, phase = run.learner, run.schedule, run.phases[state.number]
     if phase.seeded:
         torch.manual_seed(context.generator(context.epoch, 1).initial_seed() % 2**63)  # Dropout, augmentation
-    own, events = learner.boundary(latest.own, context, Boundary(Event.EPOCH_START)), latest.events
-    done, total, first = sum(phase.epochs[: context.epoch]), sum(phase.epochs), latest.step
-    for i, (batches, second) in islice(enumerate(phase.batches(context)), first, None):
+    state = replace(state, learner=learner.boundary(state.learner, context, Boundary(Event.EPOCH_START)))
+    done, total = sum(phase.epochs[: context.epoch]), sum(phase.epochs)
+    for i, (batches, second) in islice(enumerate(phase.batches(context)), state.step, None):
         if schedule.decay != "constant" or schedule.warm_up:
             optimizers.set_rates(schedule.share(done + i, total))
-        with run.around(own, context, i):
+        with run.around(state.learner, context, i):
             optimizers.clear_gradients()
-            given = learner, own, context, i, batches, second, schedule.precision
-            step, loss = compute_gradients(*given, run.parallel)
+            step, loss = compute_gradients(
+                learner, state.learner, context, i, batches, second, schedule.precision, run.parallel
+            )
             if new:
-                events, new = (*events[:-1], {**events[-1], **gradient_shares(context, new)}), {}
-            own = learner.project(own, context, step)
+                event = {**state.events[-1], **gradient_shares(context, new)}
+                state, new = replace(state, events=(*state.events[:-1], event)), {}
+            own = learner.project(state.learner, context, step)
             if schedule.clip:
                 nn.utils.clip_grad_norm_([p for p in context.parameters().values() if p.requires_grad], schedule.clip)
             with deferral:
                 optimizers.step()
-                own, smoothed = learner.after_step(own, context, step), smooth(latest.loss, loss)
-                events = watch(events, number, smoothed)
-                latest.own, latest.step, latest.loss, latest.events = own, i + 1, smoothed, events
+                own, smoothed = learner.after_step(own, context, step), smooth(state.loss, loss)
+                events = watch(state.events, state.number, smoothed)
+                state = replace(state, learner=own, step=i + 1, loss=smoothed, events=events)
+                latest.state = state
         if run.progress is not silent:
             text = run.notes.get("status", {}).get("text", context.task.name)
-            run.progress(number * total + done + i + 1, len(run.phases) * total, f"{text}, loss {loss:.3f}")
+            run.progress(state.number * total + done + i + 1, len(run.phases) * total, f"{text}, loss {loss:.3f}")
         if run.seconds is not None and run.parallel.decide(time.monotonic() - latest.written > run.seconds):
             latest.write()
-    latest.own = own
+    latest.state = state

@@ -209,11 +209,6 @@ class Boundary:
     before: Context | None = None
 
 
-def parametrize_nothing(state: object, context: Context) -> Replacements:
-    """Default ``parametrize`` hook: replace no parameter."""
-    return NO_REPLACEMENTS
-
-
 def task_loss(state: object, context: Context, step: Step) -> Loss:
     """Default ``loss`` hook: return the loss of the context's objective, with the network's output as ``aux``.
 
@@ -224,21 +219,6 @@ def task_loss(state: object, context: Context, step: Step) -> Loss:
     else:
         output = run_network(context.model, step.batch.inputs, context.device)
     return Loss(context.objective.loss(output, step.batch.labels), output)
-
-
-def keep_gradients(state: S, context: Context, step: Step) -> S:
-    """Default ``project`` hook: do not change gradients."""
-    return state
-
-
-def keep_state(state: S, context: Context, step: Step) -> S:
-    """Default ``after_step`` hook: do not change parameters or state."""
-    return state
-
-
-def plan_nothing(state: S, context: Context) -> tuple[Plan | None, S]:
-    """Default ``plan`` hook: do not change the network's shape."""
-    return None, state
 
 
 def set_train_mode(state: S, context: Context, boundary: Boundary) -> S:
@@ -279,11 +259,11 @@ class Learner(Generic[S]):
     """
 
     state: S
-    parametrize: Callable[[S, Context], Replacements] = parametrize_nothing
+    parametrize: Callable[[S, Context], Replacements] = lambda state, context: NO_REPLACEMENTS
     loss: Callable[[S, Context, Step], Loss] = task_loss
-    project: Callable[[S, Context, Step], S] = keep_gradients
-    after_step: Callable[[S, Context, Step], S] = keep_state
-    plan: Callable[[S, Context], tuple[Plan | None, S]] = plan_nothing
+    project: Callable[[S, Context, Step], S] = lambda state, context, step: state
+    after_step: Callable[[S, Context, Step], S] = lambda state, context, step: state
+    plan: Callable[[S, Context], tuple[Plan | None, S]] = lambda state, context: (None, state)
     boundary: Callable[[S, Context, Boundary], S] = set_train_mode
     optimizer: str = ""
     scheduled: bool = False
@@ -304,13 +284,7 @@ PLAIN: Learner[NoState] = Learner(NoState())
 
 
 def write_replacements(learner: Learner[S], state: S, context: Context) -> None:
-    """Write the tensors that replace parameters at evaluation into the parameters, so that no learner is needed.
-
-    Args:
-        learner: The learner.
-        state: Its last state.
-        context: The network, changed in place.
-    """
+    """Write the tensors that replace parameters at evaluation into the parameters, so that no learner is needed."""
     context = replace(context, answered=context.number)
     with torch.no_grad():
         for name, value in learner.parametrize(state, context).values.items():
@@ -332,10 +306,5 @@ def tensor_along(context: Context, name: str, values: Tensor | None = None, lr: 
 
 
 def flags_along(context: Context, name: str) -> AxisTensor:
-    """Return a bool tensor with the axes of the parameter ``name``, ``False`` everywhere.
-
-    Args:
-        context: The network.
-        name: The parameter's name.
-    """
+    """Return a bool tensor with the axes of the parameter ``name``, ``False`` everywhere."""
     return tensor_along(context, name, torch.zeros_like(context.model.get_parameter(name), dtype=torch.bool))

@@ -1,17 +1,21 @@
 """Schedules: which batches a network is trained on, for how long, and at which learning rates."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph
+from regrow.core.axis_tensor import AxisTensor
 from regrow.core.objectives import CLASSIFICATION, Objective
+from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task
+from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.surgery.layout import resize_axis_tensor
 from regrow.training.learner import Context
-from regrow.training.optimizers import OptimizerSettings
 
 NO_AXES = AxisGraph({}, {}, frozenset())
 """An empty axis graph, for networks whose shape does not change in training."""
@@ -19,8 +23,33 @@ Batches = Iterator[tuple[Sequence[Any], Examples | None]]
 """Per step: the batches whose mean loss is minimised, and a batch of the second part of the training examples."""
 
 
+Moments = Mapping[str, Mapping[str, Any]]
+"""Name of a parameter, or ``learner NAME`` of a learner's tensor → its optimizer state, such as momentum."""
+
+
 @dataclass(frozen=True)
-class Schedule:
+class OptimizerSettings(CheckedSettings):
+    """The optimizer of the network: kind, learning rate and weight decay.
+
+    Args:
+        kind: ``sgd`` (momentum 0.9, Nesterov) or ``adamw``.
+        lr: Learning rate of the network's parameters.
+        weight_decay: Weight decay of the network's parameters.
+        build: (parameter groups) → an optimizer of the user's own, such as ``functools.partial(torch.optim.Adam,
+            lr=1e-3)``, which replaces all of the above.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    kind: Annotated[str, OneOf("sgd", "adamw")] = "sgd"
+    lr: Annotated[float, Range(0, above=True)] = 0.01
+    weight_decay: float = 0.0
+    build: Callable[[Any], torch.optim.Optimizer] | None = None
+
+
+@dataclass(frozen=True)
+class Schedule(CheckedSettings):
     """Optimizer, learning-rate schedule, gradient clipping, precision and seed of a training.
 
     Args:
@@ -34,24 +63,14 @@ class Schedule:
     """
 
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    decay: str = "constant"
+    decay: Annotated[str, OneOf("constant", "cosine")] = "constant"
     warm_up: float = 0.0
     clip: float = 0.0
-    precision: str = "float32"
+    precision: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.decay not in ("constant", "cosine"):
-            raise ValueError(f"decay is constant or cosine, got {self.decay!r}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"the precision is float32 or bfloat16, got {self.precision!r}")
 
     def share(self, step: int, steps: int) -> float:
         """Return the learning rate of a step as a fraction of the largest one.
-
-        Args:
-            step: The number of the step, from 0.
-            steps: The number of steps of all epochs.
 
         >>> schedule = Schedule(decay="cosine", warm_up=0.1)
         >>> [round(schedule.share(step, 20), 2) for step in (0, 1, 2, 11, 19)]
@@ -91,25 +110,122 @@ class Phase:
     patience: int = 0
 
     def is_over(self, scores: Sequence[float]) -> bool:
-        """Whether the task ends early: none of the last ``patience`` scores is the best one.
-
-        Args:
-            scores: The scores of all epochs so far.
-        """
+        """Whether the task ends early: none of the last ``patience`` scores is the best one."""
         return 0 < self.patience < len(scores) and max(scores[-self.patience :]) <= max(scores[: -self.patience])
 
 
 def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequence[Any]]) -> Phase:
-    """Return a phase that trains on batches of sources instead of a task's examples.
-
-    Args:
-        name: The name in progress and error messages.
-        epochs: The number of steps of each epoch.
-        batches: The number of a step, from 0 → the batches whose mean loss is minimised.
-    """
+    """Return a phase that trains on batches of sources instead of a task's examples."""
 
     def batches_of(context: Context) -> Batches:
         first = sum(epochs[: context.epoch])
         return ((batches(step), None) for step in range(first, first + epochs[context.epoch]))
 
     return Phase(Task.of_gone(name, (), (0,)), tuple(epochs), batches_of, seeded=False)
+
+
+class Optimizers:
+    """The optimizer of the network, and that of its learner's tensors if they have their own.
+
+    Args:
+        settings: The settings of the network's optimizer.
+        learner: ``""``: the network's optimizer trains the learner's tensors too; ``"adam"``: Adam
+            with β = (0.5, 0.999) does.
+        scheduled: Whether the learning rates of the learner's tensors follow the schedule.
+    """
+
+    def __init__(self, settings: OptimizerSettings, learner: str, *, scheduled: bool = False) -> None:
+        self.scheduled = scheduled
+        groups: list[dict[str, Any]] = [{"params": []}]
+        lr, decay = settings.lr, settings.weight_decay
+        self.network: torch.optim.Optimizer
+        if settings.build is not None:
+            self.network = settings.build(groups)
+        elif settings.kind == "adamw":
+            self.network = torch.optim.AdamW(groups, lr=lr, weight_decay=decay)
+        else:
+            self.network = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=decay)
+        self.lr = float(self.network.param_groups[0]["lr"])
+        self.all: list[torch.optim.Optimizer] = [self.network]
+        if learner == "adam":
+            self.all.append(torch.optim.Adam([{"params": []}], betas=(0.5, 0.999)))
+
+    def set_rates(self, share: float) -> None:
+        """Set the learning rates that follow the schedule to a fraction of their largest values."""
+        self.network.param_groups[0]["lr"] = self.lr * share
+        if self.scheduled:
+            for group in self.all[-1].param_groups:
+                if "largest_lr" in group:
+                    group["lr"] = group["largest_lr"] * share
+
+    def clear_gradients(self) -> None:
+        """Remove all gradients."""
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Take one optimizer step for everything that is trained."""
+        for optimizer in self.all:
+            optimizer.step()
+
+    def collect(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> None:
+        """Register exactly the given tensors for training, and discard the optimizer state of all others."""
+        self.network.param_groups[0]["params"] = [p for p in parameters.values() if p.requires_grad]
+        by_rate: dict[float, list[Tensor]] = {}
+        for one in tensors.values():
+            if one.lr is not None:
+                by_rate.setdefault(one.lr, []).append(one.values.requires_grad_())
+        last = self.all[-1]
+        del last.param_groups[1 if last is self.network else 0 :]
+        for rate, values in by_rate.items():
+            last.add_param_group({"params": values, "lr": rate, "largest_lr": rate, "weight_decay": 0.0})
+        known = {id(p) for optimizer in self.all for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in self.all:
+            for lost in [one for one in optimizer.state if id(one) not in known]:
+                del optimizer.state[lost]
+            for group in optimizer.param_groups:
+                if group.get("foreach", False) is None and all(one.device.type == "cpu" for one in group["params"]):
+                    group["foreach"] = False  # as torch decides for a CPU, but not anew in every step
+
+    def follow(self, old: Mapping[str, AxisTensor], new: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -> None:
+        """Resize the optimizer state of the learner's tensors; surgery does so for the network's parameters."""
+
+        def resize(value: Any, like: AxisTensor) -> Any:
+            if not isinstance(value, Tensor) or not value.dim():
+                return value
+            return resize_axis_tensor(AxisTensor(value, like.dims), axes, plan).values
+
+        state = self.all[-1].state
+        for name, one in old.items():
+            if memory := state.pop(one.values, {}):
+                state[new[name].values] = {what: resize(value, one) for what, value in memory.items()}
+
+    def moments(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> Moments:
+        """Return the optimizer state of every trained tensor, by name."""
+        return {
+            name: dict(optimizer.state[one])
+            for name, one, optimizer in self._trained(parameters, tensors)
+            if one in optimizer.state
+        }
+
+    def restore(
+        self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor], moments: Moments
+    ) -> None:
+        """Set the optimizer state to what :meth:`moments` returned; step counts stay on their device."""
+        for name, one, optimizer in self._trained(parameters, tensors):
+            if name in moments:
+                optimizer.state[one] = {
+                    what: value.to(one.device if value.dim() else value.device, copy=True)
+                    if isinstance(value, Tensor)
+                    else value
+                    for what, value in moments[name].items()
+                }
+
+    def _trained(
+        self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]
+    ) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
+        for name, parameter in parameters.items():
+            yield name, parameter, self.network
+        for name, one in tensors.items():
+            if one.lr is not None:
+                yield f"learner {name}", one.values, self.all[-1]

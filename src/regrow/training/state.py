@@ -18,7 +18,7 @@ from regrow.core.axis_tensor import AxisTensor
 from regrow.core.plan import Plan
 from regrow.store.convert import convert
 from regrow.surgery.layout import resize_axis_tensor
-from regrow.training.optimizers import Moments
+from regrow.training.schedule import Moments
 
 S = TypeVar("S")
 
@@ -29,19 +29,12 @@ _ONE, _SEVERAL = (AxisTensor, AxisTensor | None), (Mapping[str, AxisTensor], dic
 
 
 def derived(make: Callable[[], Any]) -> Any:
-    """Declare a field of a state that is computed from the rest: not stored, and not changed by plans.
-
-    Args:
-        make: Returns the initial value.
-    """
+    """Declare a field of a state that is computed from the rest: not stored, and not changed by plans."""
     return field(default_factory=make, repr=False, compare=False, metadata={"derived": True})
 
 
 def axis_tensors(state: Any) -> dict[str, AxisTensor]:
     """Return the tensors of a state by name: that of the field, followed by the key if it is a mapping.
-
-    Args:
-        state: The state.
 
     >>> import torch
     >>> from dataclasses import dataclass
@@ -59,15 +52,7 @@ def axis_tensors(state: Any) -> dict[str, AxisTensor]:
 
 
 def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
-    """Return the state with other tensors, named as by :func:`axis_tensors`; those that are missing are removed.
-
-    Args:
-        state: The state.
-        tensors: The tensors by name.
-
-    Raises:
-        ValueError: If the state has no field for a tensor, or a required tensor is missing.
-    """
+    """Return the state with other tensors, named as by :func:`axis_tensors`; those that are missing are removed."""
     known = _tensor_fields(_kind(state))
     values: dict[str, Any] = {name: None if single else {} for name, single in known.items()}
     for key, one in tensors.items():
@@ -85,38 +70,19 @@ def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
 
 
 def follow_plan(state: S, axes: AxisGraph, plan: Plan) -> S:
-    """Return the state after a plan: kept entries of its tensors keep their values, new ones are 0.
-
-    Args:
-        state: The state before the plan.
-        axes: The axes before the plan.
-        plan: The plan.
-    """
+    """Return the state after a plan: kept entries of its tensors keep their values, new ones are 0."""
     return with_axis_tensors(
         state, {name: resize_axis_tensor(one, axes, plan) for name, one in axis_tensors(state).items()}
     )
 
 
 def values_of(state: Any) -> dict[str, Any]:
-    """Return the fields of a state that are JSON data, by name.
-
-    Args:
-        state: The state.
-    """
+    """Return the fields of a state that are JSON data, by name."""
     return {name: msgspec.to_builtins(getattr(state, name)) for name in _value_fields(_kind(state))}
 
 
 def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[str, Any]) -> S:
-    """Rebuild a state from its stored tensors and values.
-
-    Args:
-        state: The learner's initial state.
-        tensors: The result of :func:`axis_tensors`.
-        values: The result of :func:`values_of`.
-
-    Raises:
-        ValueError: If a tensor is unknown, or a value is missing or of another type.
-    """
+    """Rebuild a state from its stored tensors and values."""
     hints, names = get_type_hints(type(state)), _value_fields(_kind(state))
     if missing := [name for name in names if name not in values]:
         raise ValueError(f"the value {missing[0]!r} is missing")

@@ -1,23 +1,25 @@
-"""BatchNorm recalibration and fine-tuning after a cut, without which a pruned convolutional network is useless."""
+"""Training after a change of shape: BatchNorm recalibration, fine-tuning, and training of what a growth has added."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regrow.core.errors import InputError
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of
 from regrow.core.tasks import Task
 from regrow.data.batch_streams import BatchStream
+from regrow.tracing.capture import evaluating
 from regrow.training.fit import fit
-from regrow.training.learner import PLAIN, Context, Loss, Step
-from regrow.training.optimizers import OptimizerSettings
-from regrow.training.schedule import NO_AXES, Phase, Schedule, source_phase
+from regrow.training.hooks import keep_modes
+from regrow.training.learner import PLAIN, Boundary, Context, Loss, NoState, Step, set_train_mode
+from regrow.training.schedule import NO_AXES, OptimizerSettings, Phase, Schedule, source_phase
 
 
 def recalibrate(model: nn.Module, sources: Iterable[Iterable[Batch]]) -> int:
@@ -36,37 +38,32 @@ def recalibrate(model: nn.Module, sources: Iterable[Iterable[Batch]]) -> int:
     layers = find_running(model)
     if not layers:
         return 0
-    modes = {module: module.training for module in model.modules()}
+    device = device_of(model)
     before = [(layer, layer.momentum, layer.num_batches_tracked, _copies([layer])) for layer in layers]
     measured = [False] * len(layers)
-    model.eval()
-    for layer in layers:
-        layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device_of(model))
-        layer.reset_running_stats()
-        layer.momentum = None  # a cumulative average
-        layer.train()
-    try:
-        with torch.no_grad():
-            for batch in (batch for source in sources for batch in source):
-                _measure(model, layers, batch.to(device_of(model)))
-        measured = [bool(layer.num_batches_tracked) for layer in layers]
-    finally:
-        for new, (layer, momentum, count, copies) in zip(measured, before, strict=True):
-            if new and count is not None and layer.num_batches_tracked is not None:
-                count.copy_(layer.num_batches_tracked)
-            layer.momentum, layer.num_batches_tracked = momentum, count
-            _restore([] if new else copies)
-        for module, mode in modes.items():
-            module.training = mode
+    with keep_modes(model), torch.no_grad():
+        model.eval()
+        for layer in layers:
+            layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device)
+            layer.reset_running_stats()
+            layer.momentum = None  # a cumulative average
+            layer.train()
+        try:
+            for source in sources:
+                for batch in source:
+                    _measure(model, layers, batch.to(device))
+            measured = [bool(layer.num_batches_tracked) for layer in layers]
+        finally:
+            for new, (layer, momentum, count, copies) in zip(measured, before, strict=True):
+                if new and count is not None and layer.num_batches_tracked is not None:
+                    count.copy_(layer.num_batches_tracked)
+                layer.momentum, layer.num_batches_tracked = momentum, count
+                _restore([] if new else copies)
     return sum(measured)
 
 
 def find_running(model: nn.Module) -> list[_BatchNorm]:
-    """Return the BatchNorms of a network that keep running statistics.
-
-    Args:
-        model: The network.
-    """
+    """Return the BatchNorms of a network that keep running statistics."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     return [layer for layer in layers if layer.running_mean is not None and layer.running_var is not None]
 
@@ -96,29 +93,16 @@ def _measure(model: nn.Module, layers: Sequence[_BatchNorm], batch: Batch) -> No
 def recalibrate_changed(model: nn.Module, plan: Plan, sources: Sequence[Source]) -> str:
     """Measure the running statistics of every BatchNorm again, if a plan has changed the network.
 
-    Args:
-        model: The network after the plan; changed in place.
-        plan: The plan.
-        sources: The data.
-
-    Returns:
-        What a user must know: that there were BatchNorms and nothing to measure them with; empty otherwise.
+    It returns what a user must know: that there were BatchNorms and nothing to measure them with; empty otherwise.
     """
     changed = plan.changes_modules or any(not change.idle for change in plan.changes.values())
     layers = find_running(model) if changed and device_of(model).type != "meta" else []
-    if not layers:
+    if not layers or (sources and recalibrate(model, sources)):
         return ""
+    problem = f"the running statistics of {len(layers)} BatchNorm layers are those of the uncut network"
     if not sources:
-        return (
-            f"the running statistics of {len(layers)} BatchNorm layers are those of the uncut network, which costs "
-            "accuracy; give data, on which they are measured again"
-        )
-    if recalibrate(model, sources):
-        return ""
-    return (
-        f"the running statistics of {len(layers)} BatchNorm layers are those of the uncut network, which costs "
-        "accuracy: the data do not reach them; give batches of several examples"
-    )
+        return f"{problem}, which costs accuracy; give data, on which they are measured again"
+    return f"{problem}, which costs accuracy: the data do not reach them; give batches of several examples"
 
 
 def finetune(
@@ -133,59 +117,102 @@ def finetune(
     objective: Objective | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Train on a source's labels for a few epochs, with a learning rate that falls as a half cosine.
-
-    Args:
-        model: A network, changed in place; left in the mode it was in.
-        source: Batches with labels.
-        epochs: Passes over the source, each in its own order; that of the loader, if the source is one.
-        lr: The first learning rate, of SGD with Nesterov momentum 0.9.
-        weight_decay: Weight decay of the optimizer.
-        clip: The largest norm of the gradient; larger ones are scaled down to it.
-        seed: Seed of the order of batches, and of Dropout.
-        objective: What the network is trained for; ``None``: what fits the labels.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: If the source is empty, its batches have no labels and the network returns no loss, or the loss
-            stops being finite.
-    """
+    """Train on a source's labels for a few epochs, with a learning rate that falls as a half cosine."""
     if not len(source):
         raise ValueError(f"source {source.name!r} is empty; give one with batches to train on")
-    objective = objective or choose_objective(None, source.batches[0])
-    generator = torch.Generator().manual_seed(seed)
-    order = [i for _ in range(epochs) for i in torch.randperm(len(source), generator=generator).tolist()]
-    phase = (
-        _stream_phase(source, epochs)
-        if isinstance(source.batches, BatchStream)
-        else source_phase("fine-tuning", [len(source)] * epochs, lambda step: [source.batches[order[step]]])
-    )
+    learner = replace(PLAIN, loss=_objective_loss(objective or choose_objective(None, source.batches[0])))
+    if isinstance(source.batches, BatchStream):  # a user's loader is read from its start in every epoch
+        task, steps = Task.of_gone("fine-tuning", (), (0,)), (len(source),) * epochs
+        phase = Phase(task, steps, lambda context: (([batch], None) for batch in source), seeded=False)
+    else:
+        order = _shuffle(len(source), epochs, seed)
+        phase = source_phase("fine-tuning", [len(source)] * epochs, lambda step: [source.batches[order[step]]])
     schedule = Schedule(OptimizerSettings("sgd", lr, weight_decay), "cosine", clip=clip, seed=seed)
     torch.manual_seed(seed)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        fit(model, NO_AXES, [phase], replace(PLAIN, loss=objective_loss(objective)), schedule, progress=progress)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with keep_modes(model):
+        fit(model, NO_AXES, [phase], learner, schedule, progress=progress)
 
 
-def objective_loss(objective: Objective) -> Callable[[Any, Context, Step], Loss]:
-    """Return the ``loss`` hook that computes an objective on batches of inputs and labels.
+def _objective_loss(objective: Objective) -> Callable[[Any, Context, Step], Loss]:
+    """Return the ``loss`` hook that computes an objective on batches of inputs and labels."""
+    return lambda state, context, step: Loss(objective.compute_loss(step.batch.run(context.model), step.batch))
+
+
+def _shuffle(count: int, epochs: int, seed: int) -> list[int]:
+    """Return the numbers of batches in random order, for several epochs."""
+    generator = torch.Generator().manual_seed(seed)
+    return [i for _ in range(epochs) for i in torch.randperm(count, generator=generator).tolist()]
+
+
+@dataclass(frozen=True)
+class GrowthTraining:
+    """How a grown network is trained, by AdamW with a learning rate that falls as a half cosine.
 
     Args:
-        objective: What the network is trained for.
+        steps: The number of steps, of one batch each.
+        lr: The first learning rate.
+        new_only: Whether only entries that the growth has added are trained; all others stay as they are, bit for bit.
+        seed: Seed of the order of batches, and of Dropout.
     """
 
-    def loss(state: object, context: Context, step: Step) -> Loss:
-        batch = step.batch
-        return Loss(objective.compute_loss(batch.run(context.model), batch))
+    steps: int
+    lr: float
+    new_only: bool
+    seed: int
 
-    return loss
+
+def train_grown(
+    model: nn.Module,
+    sources: Sequence[Source],
+    new: Mapping[str, Tensor],
+    training: GrowthTraining,
+    objective: Objective | None,
+    progress: Progress,
+) -> None:
+    """Train a grown network on the labels of sources, in place; it is left in the mode it was in."""
+    batches = [batch for source in sources for batch in source.batches]
+    if not batches:
+        raise InputError("there is nothing to train on; give a source with batches")
+    order = _shuffle(len(batches), -(-training.steps // len(batches)), training.seed)
+    phase = source_phase("training", [training.steps], lambda step: [batches[order[step]]])
+    schedule = Schedule(OptimizerSettings("adamw", training.lr), "cosine", clip=1.0, seed=training.seed)
+    learner = replace(PLAIN, loss=_objective_loss(objective or choose_objective(None, batches[0])))
+
+    def mask_old(state: NoState, context: Context, step: Step) -> NoState:
+        for name, parameter in context.parameters().items():
+            if name in new and parameter.grad is not None:
+                parameter.grad.mul_(new[name])
+        return state
+
+    def keep_statistics(state: NoState, context: Context, event: Boundary) -> NoState:
+        """Set training mode, but for BatchNorms without new channels."""
+        state = set_train_mode(state, context, event)
+        for path, module in context.model.named_modules():
+            if isinstance(module, _BatchNorm) and f"{path}.weight" not in new:
+                module.eval()
+        return state
+
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    if training.new_only:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in new)
+        learner = replace(learner, project=mask_old, boundary=keep_statistics)
+    torch.manual_seed(training.seed)
+    try:
+        with keep_modes(model):
+            fit(model, NO_AXES, [phase], learner, schedule, progress=progress)
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
 
 
-def _stream_phase(source: Source, epochs: int) -> Phase:
-    """Return a phase that reads a user's loader from its start in every epoch, in the loader's own order."""
-    task = Task.of_gone("fine-tuning", (), (0,))
-    steps = (len(source),) * epochs
-    return Phase(task, steps, lambda context: (([batch], None) for batch in source), seeded=False)
+@torch.no_grad()
+def mean_loss(model: nn.Module, sources: Sequence[Source], objective: Objective | None) -> float:
+    """Return the mean loss of a network over the batches of sources, in eval mode."""
+    batches = [batch for source in sources for batch in source.batches]
+    objective = objective or choose_objective(None, batches[0])
+    device = device_of(model)
+    with evaluating(model):
+        losses = [float(objective.compute_loss(b.run(model), b)) for b in (x.to(device) for x in batches)]
+    return sum(losses) / len(losses)

@@ -9,10 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import regrow
 from regrow.data.streams import digits_task, fewer, permuted_tasks, split
 from regrow.evaluation.continual import share_right
-from regrow.jobs.learn import Settings, run
-from regrow.jobs.learn_inputs import specs_of
+from regrow.jobs.learn import Settings, run, specs_of
 from regrow.jobs.recording import Invocation
-from regrow.jobs.task_sequences import read_tasks
+from regrow.jobs.starting import read_tasks
 from regrow.methods import LEARNERS
 from regrow.methods.continual.lwf import _old_logits
 from regrow.nets.small import small

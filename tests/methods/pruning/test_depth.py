@@ -18,12 +18,13 @@ from regrow.core.errors import RefusedError
 from regrow.core.evidence import Evidence
 from regrow.core.sources import Batch, Source, labelled_logits
 from regrow.jobs.pruning import build_pruner, check_pruning, collect_evidence
-from regrow.methods.pruning import depth, replay
+from regrow.methods.pruning import depth
+from regrow.methods.pruning.depth import replay
 from regrow.methods.pruning.depth.modules import modules_of
 from regrow.methods.pruning.pruner import Cut, plan_cut, with_modules
 from regrow.store import save
 from regrow.surgery import verify
-from regrow.tracing.placeholder import PlaceholderModule
+from regrow.tracing.branches import PlaceholderModule
 
 WORDS, BLOCKS = 50, 4
 

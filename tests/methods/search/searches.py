@@ -3,9 +3,9 @@
 import torch
 
 from regrow.methods.search.space import measure_size
-from regrow.training.apply_plan import apply_plan
 from regrow.training.continual import learn
 from regrow.training.learner import Boundary, Context, Event, Step, write_replacements
+from regrow.training.step import apply_plan
 
 
 def start(search, context):
@@ -27,7 +27,7 @@ def ended(model, axes, task, schedule):
 
 def finalize(search, state, context, target=None):
     """Apply all plans after the last epoch."""
-    target = search.rules.space.target if target is None else target
+    target = search.space.target if target is None else target
     while True:
         plan, state = search.finalize(state, context, target)
         if plan is None:
@@ -42,7 +42,7 @@ def change(search, state, context, plan):
 
 def size(search, state, context):
     """The size of the trained part."""
-    return measure_size(search.rules, state, context)
+    return measure_size(search, state, context)
 
 
 def replace_parameters(search, state, context):

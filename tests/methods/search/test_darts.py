@@ -24,10 +24,8 @@ from regrow.allocation.edges import Edges
 from regrow.allocation.partial import partial_channels
 from regrow.core.candidates import candidates_in
 from regrow.core.tasks import Examples, Task
-from regrow.methods.search.darts import Settings, build
-from regrow.methods.search.importance import choose_operations, weigh_operations
-from regrow.nets.cell_operations import operation
-from regrow.nets.cells import Cells, supernet
+from regrow.methods.search.darts import Settings, build, choose_operations, weigh_operations
+from regrow.nets.cells import Cells, operation, supernet
 from regrow.nets.small import small
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule, learn
@@ -202,12 +200,12 @@ def test_two_edges_into_a_node_stay_with_their_best_operation(run, task):
 def test_the_target_is_met_by_the_same_share_of_every_width_and_only_if_it_must(run, task):
     search, context, state = end(run, task, 1e4)
     whole_size, widths = count_left(context, 1), {key: axis.size for key, axis in context.axes.axes.items()}
-    assert search.rules.summary(state) == {"discretised": whole_size, "below": True} and state.saved.filters == 0
+    assert search.summary(state) == {"discretised": whole_size, "below": True} and state.saved.filters == 0
     assert all(axis.size == axis.next_id for axis in context.axes.axes.values())
     for share in (0.9, 0.7):
         search, context, state = end(run, task, share * whole_size)
         assert 0.85 * share * whole_size < count_left(context, 1) <= share * whole_size
-        assert search.rules.summary(state) == {"discretised": whole_size, "below": False}
+        assert search.summary(state) == {"discretised": whole_size, "below": False}
         lost = {widths[axis.key] - axis.size for axis in context.axes.units() if axis.size < 6}
         assert lost <= {0, 1, 2} and len(lost) <= 2
     with pytest.raises(ValueError, match="cannot be reached"):
@@ -267,12 +265,12 @@ def test_with_partial_channels_what_is_left_is_whole_and_answers_as_its_masks_di
 def test_a_collapse_to_skips_is_told(run, task):
     search, _, _, state = run
     state = copy.deepcopy(state)
-    masks = search.rules.masks(state, ended(run[2], run[1], task, SCHEDULE), None, False)
-    assert state.history[-1]["skips"] == search.rules.shares(state, masks)["skips"] < 1
+    masks = search.masks(state, ended(run[2], run[1], task, SCHEDULE), None, False)
+    assert state.history[-1]["skips"] == search.shares(state, masks)["skips"] < 1
     for i, path in enumerate(state.layout.ops):
         if ".skip_" in path:
             state.alpha.values.data[state.edges.table[state.edges.edge[i], state.edges.column[i]]] = 9.0
-    assert search.rules.shares(state, masks)["skips"] == 1.0
+    assert search.shares(state, masks)["skips"] == 1.0
 
 
 def test_a_network_without_candidates_is_refused(task):

@@ -81,9 +81,9 @@ def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
     search, state, context = begun(axes, task, target=100.0, drops_per_epoch=2, drop_below=0.0, keep_above=1.0)
     ops = state.layout.ops
     second = [i for i, path in enumerate(ops) if path.startswith("cells.0.") and path.endswith("_1")]
-    left = search.rules.masks(state, context, None, False).ops.clone()
+    left = search.masks(state, context, None, False).ops.clone()
     left[second[1:]] = 0.0
-    drop, state = drop_operations(search.rules, state, context, left)
+    drop, state = drop_operations(search, state, context, left)
     context, state = change(
         search, state, context, drop
     )  # one operation alone reads the second input of the first cell
@@ -111,7 +111,7 @@ def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task,
     drop, state = plan(search, state, context)
     context, state = change(search, state, context, drop)
     assert all(set(paths) & set(context.axes.branches) for paths in context.model.needed())
-    ops = search.rules.masks(state, context, None, False).ops
+    ops = search.masks(state, context, None, False).ops
     assert not bool(state.layout.open(0, ops).any())  # each that is left is the last of its node or of its input
     search, state, context = begun(axes, task, target=6000.0, drops_per_epoch=1000, keep_above=1.0)
     whole_size, prices = size(search, state, context), state.layout.prices().tolist()

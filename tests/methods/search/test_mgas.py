@@ -30,13 +30,12 @@ from regrow.core.tasks import Examples, Task
 from regrow.data import streams
 from regrow.methods.search import commit
 from regrow.methods.search.commit import cut_masked, restore_filters
-from regrow.methods.search.controller import lift_cheap_operations
-from regrow.methods.search.importance import score_cut_filters
-from regrow.methods.search.mgas import Settings, build
+from regrow.methods.search.mgas import Settings, build, lift_cheap_operations
 from regrow.methods.search.space import (
     GRANULARITIES,
     build_layout,
     iterate_spans,
+    score_cut_filters,
     set_zeros,
     update_layout,
 )
@@ -48,7 +47,7 @@ from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import PLAIN, Boundary, Context, Event, Step
-from regrow.training.optimizers import Optimizers
+from regrow.training.schedule import Optimizers
 
 CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
 SCHEDULE = TaskSchedule(epochs=6, batch_size=50, lr=0.02)
@@ -82,7 +81,7 @@ def search_with(**more):
 
 
 def masks_of(search, state, context, learning=False):
-    return search.rules.masks(state, context, None, learning)
+    return search.masks(state, context, None, learning)
 
 
 def test_at_first_nothing_stands_otherwise(task, axes):
@@ -90,7 +89,7 @@ def test_at_first_nothing_stands_otherwise(task, axes):
     state = start(search, context)
     x = task.test.inputs[:8]
     for stage, last in enumerate((0, 1)):
-        state = update_layout(search.rules, replace(state, stage=stage), context)
+        state = update_layout(search, replace(state, stage=stage), context)
         plain = context.model.upto(x, last)
         with parametrize(context.model, replace_parameters(search, state, context)):
             assert torch.equal(context.logits(x), plain)
@@ -140,7 +139,7 @@ def test_what_earlier_stages_kept_is_pruned_again_or_not(task, axes, reprune):
     step = replace(step, aux=search.learner.loss(state, context, step).aux)
     state = search.learner.after_step(state, context, step)
     masks = masks_of(search, state, context)
-    found = build_layout(search.rules.space, state.axes, context, 0)
+    found = build_layout(search.space, state.axes, context, 0)
     earlier = found.runs
     least = len(found.needed)
     assert (int(masks.ops[earlier].sum()) > least) is not reprune and int(masks.ops[~earlier].sum()) <= least
@@ -197,7 +196,7 @@ def test_the_pull_at_a_cut_filter_is_the_gradient_of_its_scale(task, axes):
     state, other = set_zeros(state, gone), set_zeros(other, gone)
     context, state = change(search, state, context, Plan.keeping(axes, keep))
     answers = context.model(inputs)
-    scores = score_cut_filters(search.rules, state, context, lost, Examples(inputs, labels))
+    scores = score_cut_filters(search, state, context, lost, Examples(inputs, labels))
     pulls = {(key, one): pull for pull, key, one in scores}
     assert torch.equal(context.model(inputs), answers)  # on a copy alone
     assert len(pulls) == 2 * len(lost) and len({f"{pull:.6f}" for pull in pulls.values()}) > len(lost)
@@ -230,7 +229,7 @@ def test_filters_come_back_where_the_loss_pulls_most(task, axes, monkeypatch):
         return [(float(one == 0) + (key == keys[1]), key, one) for key, ids in cut.items() for one in ids]
 
     monkeypatch.setattr(commit, "score_cut_filters", score)
-    plan, _ = restore_filters(search.rules, 0.3, state, context)
+    plan, _ = restore_filters(search, 0.3, state, context)
     assert seen == [({key: [*ids] for key, ids in state.cut.items()}, 50)]  # as many examples as a step has
     assert {key: change.restore for key, change in plan.changes.items()} == {keys[1]: (0,)}
 
@@ -266,7 +265,7 @@ def test_the_authors_controller_raises_its_pressure(task, axes):
     search = search_with(controller="feedback", levels=("operations",), stages=(1,), regrow=0.0)
     _, trained = train(search, network(), axes, task, TaskSchedule(epochs=4, batch_size=75))
     state = trained.learner
-    assert 0 < state.penalty < 0.01 and state.multiplier == 0 and search.rules.fills_with_bare
+    assert 0 < state.penalty < 0.01 and state.multiplier == 0 and search.fills_with_bare
     assert state.filter_thresholds.lr == state.operation_thresholds.lr
 
 
@@ -348,7 +347,7 @@ def test_nodes_are_thinned_unless_they_end_with_one_operation(task, begun):
         batch = Examples(task.train.inputs[:20], task.train.labels[:20])
         with torch.no_grad():
             found = compute_loss(search, state, context, batch).value
-        return float(found), state.layout, search.rules.allowed(replace(state, examples=20), context, 2500.0)
+        return float(found), state.layout, search.allowed(replace(state, examples=20), context, 2500.0)
 
     without_penalty, without_cost = {"sparsity_penalty": 0.0}, {"min_cost": 0.0}
     (with_both, layout, allowed), (cost, *_), (penalty, *_), (neither, *_) = (
@@ -413,7 +412,7 @@ def test_what_costs_nothing_is_pressed_on_and_goes_though_it_makes_nothing_small
     }
     state.alpha.values.data[[*first.values()]] = -50.0
     state = replace(state, start=1e9, goal=1e9)
-    plan, _ = cut_masked(search.rules, state, context, masks_of(search, state, context), 2500.0)
+    plan, _ = cut_masked(search, state, context, masks_of(search, state, context), 2500.0)
     assert [*plan.drop] == [layout.ops[first["max"]]]  # what costs comes back, as long as it is allowed
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from regrow.exporters.written import ExportError
 from regrow.nets.blocks import ATTENTION, DecoderLayer, blocks
-from regrow.nets.errors import ModelError
-from regrow.tracing.placeholder import PlaceholderModule
+from regrow.nets.loaded import ModelError
+from regrow.tracing.branches import PlaceholderModule
 
 CHECKED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """The transformers classes whose logits were compared with llama.cpp's."""

@@ -33,7 +33,7 @@ from regrow.exporters.gguf.quants import BLOCK, KINDS, Floats, allowed_error, en
 from regrow.exporters.gguf.tokens import Vocabulary, vocabulary, write_vocabulary
 from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets.blocks import ATTENTION, MLP
-from regrow.nets.errors import needs
+from regrow.nets.loaded import needs
 from regrow.store.atomic import atomic_write, check_output
 from regrow.store.errors import StoreError
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from regrow.core.axes import Example
+from regrow.core.errors import first_line
 from regrow.core.sources import logits_in
 from regrow.exporters.written import ExportError
-from regrow.nets.errors import first_line
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
 """Names of dynamic sizes. The total counts past and new tokens, both of which the attention mask covers."""

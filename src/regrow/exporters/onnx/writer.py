@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import Example
+from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.forward import evaluating
 from regrow.exporters.onnx.calls import (
@@ -36,8 +37,8 @@ from regrow.exporters.onnx.int8 import quantise
 from regrow.exporters.onnx.placing import clear_abandoned, place_file
 from regrow.exporters.onnx.reading import OnnxSession, compare_predictions, difference
 from regrow.exporters.written import ExportError, Written
-from regrow.nets.errors import first_line, needs
 from regrow.nets.examples import guessed_example, image_example
+from regrow.nets.loaded import needs
 from regrow.store.atomic import check_output, staging_folder
 from regrow.store.errors import StoreError, explain_os_errors
 

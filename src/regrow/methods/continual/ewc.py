@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from regrow.core.axis_tensor import AxisTensor
-from regrow.settings.constraints import Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, Range
+from regrow.training.hooks import copy_parameters, quadratic_loss
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
-from regrow.training.parameters import copy_parameters, quadratic_loss
 
 CITATION = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of elastic weight consolidation: penalty strength, decay of older Fisher information, sample count.
 
     Args:
@@ -33,9 +33,6 @@ class Settings:
     strength: Annotated[float, Range(0)] = 10.0
     decay: Annotated[float, Range(0, 1)] = 1.0
     samples: Annotated[int, Range(1)] = 200
-
-    def __post_init__(self) -> None:
-        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,7 @@ class EwcState:
 
 
 def build(settings: Settings) -> Learner[EwcState]:
-    """Return the learner that trains with elastic weight consolidation.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the learner that trains with elastic weight consolidation."""
 
     def compute_loss(state: EwcState, context: Context, step: Step) -> Loss:
         return quadratic_loss(context, step, settings.strength / 2, state.fisher, state.anchor)

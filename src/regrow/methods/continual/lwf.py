@@ -15,15 +15,15 @@ from torch import Tensor
 from regrow.core.axis_tensor import AxisTensor
 from regrow.core.sources import logits_in
 from regrow.core.tasks import among, run_network
-from regrow.settings.constraints import Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, Range
+from regrow.training.hooks import copy_parameters
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode
-from regrow.training.parameters import copy_parameters
 
 CITATION = "Li and Hoiem, Learning without forgetting, ECCV 2016"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of learning without forgetting: strength and temperature of the distillation loss.
 
     Args:
@@ -33,9 +33,6 @@ class Settings:
 
     strength: Annotated[float, Range(0)] = 1.0
     temperature: Annotated[float, Range(0, above=True)] = 2.0
-
-    def __post_init__(self) -> None:
-        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,7 @@ class LwfState:
 
 
 def build(settings: Settings) -> Learner[LwfState]:
-    """Return the learner that trains with learning without forgetting.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the learner that trains with learning without forgetting."""
 
     def compute_loss(state: LwfState, context: Context, step: Step) -> Loss:
         logits = logits_in(run_network(context.model, step.batch.inputs))

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from regrow.core.tasks import Examples
-from regrow.settings.constraints import OneOf, check_constraints
+from regrow.settings.constraints import CheckedSettings, OneOf
+from regrow.training.hooks import train_with_frozen_norms
 from regrow.training.learner import Context, Learner, Loss, Step, set_train_mode, task_loss
-from regrow.training.norms import train_with_frozen_norms
 
 CITATION = "controls"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of the controls: which one is run.
 
     Args:
@@ -24,9 +24,6 @@ class Settings:
     """
 
     keep: Annotated[str, OneOf("nothing", "data", "network")] = "nothing"
-
-    def __post_init__(self) -> None:
-        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,7 @@ class NaiveState:
 
 
 def build(settings: Settings) -> Learner[NaiveState]:
-    """Return the learner of the chosen control.
-
-    Args:
-        settings: Which control.
-    """
+    """Return the learner of the chosen control."""
 
     def compute_loss(state: NaiveState, context: Context, step: Step) -> Loss:
         if settings.keep != "data" or not context.past:

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from regrow.core.axis_tensor import AxisTensor
 from regrow.core.plan import Plan
-from regrow.settings.constraints import Range, check_constraints
-from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step
-from regrow.training.norms import train_with_frozen_norms
-from regrow.training.parameters import restore_entries
+from regrow.settings.constraints import CheckedSettings, Range
+from regrow.training.hooks import copy_weights, protect_entries, restore_entries, train_with_frozen_norms
+from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, tensor_along
 from regrow.training.state import derived
 
 CITATION = "Mallya and Lazebnik, PackNet, CVPR 2018"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of PackNet: the pruned fraction, and whether evaluation is given the task.
 
     Args:
@@ -35,9 +34,6 @@ class Settings:
 
     prune: Annotated[float, Range(0, 1, below=True)] = 0.5
     use_task_id: bool = False
-
-    def __post_init__(self) -> None:
-        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -53,15 +49,10 @@ class PackNetState:
     owner: Mapping[str, AxisTensor] = field(default_factory=dict)
     pruned: bool = False
     before: Mapping[str, Tensor] = derived(dict)
-    """The weights before the step."""
 
 
 def build(settings: Settings) -> Learner[PackNetState]:
-    """Return the learner that trains with PackNet.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the learner that trains with PackNet."""
 
     def select_weights(state: PackNetState, context: Context) -> Replacements:
         number = context.answered
@@ -74,18 +65,11 @@ def build(settings: Settings) -> Learner[PackNetState]:
         )
 
     def mask_gradients(state: PackNetState, context: Context, step: Step) -> PackNetState:
-        parameters = context.parameters()
-        for name, parameter in parameters.items():
-            if parameter.grad is None:
-                continue
-            if name in state.owner:
-                parameter.grad.masked_fill_(~_trainable(state, context, name), 0.0)
-            elif context.number:
-                parameter.grad = None
-        return replace(state, before={name: parameters[name].detach().clone() for name in context.weights})
+        protect_entries(context, _protected(state, context))
+        return replace(state, before=copy_weights(context))
 
     def restore_owned(state: PackNetState, context: Context, step: Step) -> PackNetState:
-        restore_entries(context, state.before, {name: ~_trainable(state, context, name) for name in state.before})
+        restore_entries(context, state.before, _protected(state, context))
         return state
 
     def prune_halfway(state: PackNetState, context: Context) -> tuple[Plan | None, PackNetState]:
@@ -93,11 +77,15 @@ def build(settings: Settings) -> Learner[PackNetState]:
             return None, _prune(state, context, settings.prune)
         return None, state
 
-    def own(state: PackNetState, context: Context, boundary: Boundary) -> PackNetState:
+    def react(state: PackNetState, context: Context, boundary: Boundary) -> PackNetState:
         train_with_frozen_norms(state, context, boundary)
         match boundary.event:
             case Event.TASK_START:
-                free = {name: _free(context, name) for name in context.weights}
+                parameters = context.parameters()
+                free = {
+                    name: tensor_along(context, name, torch.zeros_like(parameters[name], dtype=torch.int32))
+                    for name in context.weights
+                }
                 return PackNetState({**free, **state.owner})
             case Event.TASK_END if not state.pruned:
                 return _prune(state, context, settings.prune)
@@ -109,18 +97,14 @@ def build(settings: Settings) -> Learner[PackNetState]:
         project=mask_gradients,
         after_step=restore_owned,
         plan=prune_halfway,
-        boundary=own,
+        boundary=react,
     )
 
 
-def _free(context: Context, name: str) -> AxisTensor:
-    like = context.parameters()[name]
-    return AxisTensor(torch.zeros(like.shape, dtype=torch.int32, device=like.device), context.axes.shapes[name])
-
-
-def _trainable(state: PackNetState, context: Context, name: str) -> Tensor:
-    owner = state.owner[name].values
-    return owner == context.number + 1 if state.pruned else owner == 0
+def _protected(state: PackNetState, context: Context) -> dict[str, Tensor]:
+    """Return which entries of the weights the current task does not train."""
+    trained = context.number + 1 if state.pruned else 0
+    return {name: owner.values != trained for name, owner in state.owner.items()}
 
 
 def _prune(state: PackNetState, context: Context, share: float) -> PackNetState:

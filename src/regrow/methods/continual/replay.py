@@ -16,15 +16,15 @@ import torch.nn.functional as F
 
 from regrow.core.axis_tensor import AxisTensor
 from regrow.core.tasks import among
-from regrow.settings.constraints import Range, check_constraints
-from regrow.training import reservoir
+from regrow.settings.constraints import CheckedSettings, Range
+from regrow.training.hooks import draw_rows, offer_rows
 from regrow.training.learner import Context, Learner, Loss, Step
 
 CITATION = "Chaudhry et al., On tiny episodic memories in continual learning, 2019; Buzzega et al., DER++, NeurIPS 2020"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of experience replay: memory size, and the weights of the losses on replayed examples.
 
     Args:
@@ -38,9 +38,6 @@ class Settings:
     logit_weight: Annotated[float, Range(0)] = 0.0
     label_weight: Annotated[float, Range(0)] = 1.0
     asymmetric_loss: bool = False
-
-    def __post_init__(self) -> None:
-        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -61,20 +58,21 @@ class ReplayState:
     seen: int = 0
     recalled: int = 0
 
+    @property
+    def rows(self) -> dict[str, AxisTensor | None]:
+        """The stored tensors by name."""
+        return {"inputs": self.inputs, "labels": self.labels, "logits": self.logits}
+
 
 def build(settings: Settings) -> Learner[ReplayState]:
-    """Return the learner that trains with experience replay.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the learner that trains with experience replay."""
 
     def compute_loss(state: ReplayState, context: Context, step: Step) -> Loss:
         batch = step.batch
         logits = context.logits(batch.inputs)
         present = among(logits, context.task_classes) if settings.asymmetric_loss else logits
         loss = F.cross_entropy(present, batch.labels)
-        rows = reservoir.draw(_memory(state), context, settings.memory, len(batch))
+        rows = draw_rows(state.rows, state.seen, state.recalled, context, settings.memory, len(batch))
         if rows:
             again = context.replay_logits(rows["inputs"], rows["labels"])
             loss = loss + settings.label_weight * F.cross_entropy(again, rows["labels"])
@@ -85,19 +83,12 @@ def build(settings: Settings) -> Learner[ReplayState]:
         return Loss(loss, (logits.detach().float(), bool(rows)))
 
     def remember(state: ReplayState, context: Context, step: Step) -> ReplayState:
-        logits, read = step.aux
-        memory = _memory(state)
-        if read:
-            memory = replace(memory, recalled=memory.recalled + 1)
-        if settings.logit_weight or not context.epoch:
-            rows = {"inputs": step.batch.inputs, "labels": step.batch.labels, "logits": logits}
-            memory = reservoir.offer(memory, context, settings.memory, rows)
-        return ReplayState(**memory.rows, seen=memory.seen, recalled=memory.recalled)
+        batch, (logits, read) = step.batch, step.aux
+        state = replace(state, recalled=state.recalled + read)
+        if context.epoch and not settings.logit_weight:
+            return state
+        rows = {"inputs": batch.inputs, "labels": batch.labels, "logits": logits}
+        stored = offer_rows(state.rows, state.seen, context, settings.memory, rows)
+        return ReplayState(**stored, seen=state.seen + len(batch), recalled=state.recalled)
 
     return Learner(ReplayState(), loss=compute_loss, after_step=remember, classes_only=True)
-
-
-def _memory(state: ReplayState) -> reservoir.Reservoir:
-    rows = {"inputs": state.inputs, "labels": state.labels, "logits": state.logits}
-    filled = {name: one for name, one in rows.items() if one is not None}
-    return reservoir.Reservoir(filled, state.seen, state.recalled)

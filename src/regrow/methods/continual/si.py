@@ -12,15 +12,15 @@ from typing import Annotated
 import torch
 
 from regrow.core.axis_tensor import AxisTensor
-from regrow.settings.constraints import Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, Range
+from regrow.training.hooks import copy_parameters, quadratic_loss
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
-from regrow.training.parameters import copy_parameters, quadratic_loss
 
 CITATION = "Zenke et al., Continual learning through synaptic intelligence, ICML 2017"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of synaptic intelligence: penalty strength, and damping of the importance.
 
     Args:
@@ -31,9 +31,6 @@ class Settings:
 
     strength: Annotated[float, Range(0)] = 0.1
     damping: Annotated[float, Range(0, above=True)] = 0.1
-
-    def __post_init__(self) -> None:
-        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,7 @@ class SiState:
 
 
 def build(settings: Settings) -> Learner[SiState]:
-    """Return the learner that trains with synaptic intelligence.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the learner that trains with synaptic intelligence."""
 
     def compute_loss(state: SiState, context: Context, step: Step) -> Loss:
         return quadratic_loss(context, step, settings.strength, state.weight, state.anchor)

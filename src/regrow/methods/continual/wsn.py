@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from regrow.core.axis_tensor import AxisTensor
-from regrow.settings.constraints import Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, Range
+from regrow.training.hooks import copy_weights, protect_entries, restore_entries, train_with_frozen_norms
 from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, flags_along, tensor_along
-from regrow.training.norms import train_with_frozen_norms
-from regrow.training.parameters import restore_entries
 from regrow.training.state import derived
 
 CITATION = "Kang et al., Forget-free continual learning with winning subnetworks, ICML 2022"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of winning subnetworks: density of the masks, use of task identities, and the scores' learning rate.
 
     Args:
@@ -37,9 +36,6 @@ class Settings:
     use_task_id: bool = False
     lr: float = 0.01
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -57,45 +53,35 @@ class WsnState:
     used: Mapping[str, AxisTensor] = field(default_factory=dict)
     mask: Mapping[str, AxisTensor] = field(default_factory=dict)
     before: Mapping[str, Tensor] = derived(dict)
-    """The weights when the task started, or the run was resumed."""
 
 
 def build(settings: Settings) -> Learner[WsnState]:
-    """Return the learner that trains with winning subnetworks.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the learner that trains with winning subnetworks."""
 
     def select_weights(state: WsnState, context: Context) -> Replacements:
         parameters, number = context.parameters(), context.answered
         if number is None:
             scores = {name: state.score[name].values for name in context.weights}
             return Replacements(
-                {name: parameters[name] * _SelectLargest.apply(one, settings.share) for name, one in scores.items()}
+                {name: parameters[name] * _SelectLargest.apply(score, settings.share) for name, score in scores.items()}
             )
-        masks = {name: one.values for name, one in state.used.items()}
+        masks = _values(state.used)
         if settings.use_task_id and number <= context.number:
             word = f"{number} "
-            masks = {key.removeprefix(word): one.values for key, one in state.mask.items() if key.startswith(word)}
+            masks = {key.removeprefix(word): mask.values for key, mask in state.mask.items() if key.startswith(word)}
         return Replacements({name: parameters[name].detach() * mask for name, mask in masks.items()})
 
     def mask_gradients(state: WsnState, context: Context, step: Step) -> WsnState:
-        parameters = context.parameters()
         if context.number and not state.before:
-            state = replace(state, before={name: parameters[name].detach().clone() for name in context.weights})
-        for name, parameter in parameters.items():
-            if name not in state.used:
-                parameter.grad = None if context.number else parameter.grad
-            elif parameter.grad is not None:
-                parameter.grad.masked_fill_(state.used[name].values, 0.0)
+            state = replace(state, before=copy_weights(context))
+        protect_entries(context, _values(state.used))
         return state
 
     def restore_used(state: WsnState, context: Context, step: Step) -> WsnState:
-        restore_entries(context, state.before, {name: one.values for name, one in state.used.items()})
+        restore_entries(context, state.before, _values(state.used))
         return state
 
-    def own(state: WsnState, context: Context, boundary: Boundary) -> WsnState:
+    def react(state: WsnState, context: Context, boundary: Boundary) -> WsnState:
         train_with_frozen_norms(state, context, boundary)
         match boundary.event:
             case Event.TASK_START if context.number:
@@ -107,8 +93,12 @@ def build(settings: Settings) -> Learner[WsnState]:
         return state
 
     return Learner(
-        WsnState(), parametrize=select_weights, project=mask_gradients, after_step=restore_used, boundary=own
+        WsnState(), parametrize=select_weights, project=mask_gradients, after_step=restore_used, boundary=react
     )
+
+
+def _values(tensors: Mapping[str, AxisTensor]) -> dict[str, Tensor]:
+    return {name: tensor.values for name, tensor in tensors.items()}
 
 
 def _draw_scores(context: Context, settings: Settings) -> WsnState:

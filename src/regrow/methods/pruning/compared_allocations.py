@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from regrow.allocation import BudgetError, uniform
 from regrow.core.axes import Mark
 from regrow.core.objectives import choose_objective
+from regrow.core.scores import Scores
 from regrow.core.sources import Batch, device_of
-from regrow.methods.pruning.pruner import Kept, PruningTask
+from regrow.methods.pruning.pruner import Kept, PruningTask, Ranking
 from regrow.scoring import constant_inputs
 from regrow.scoring.spaces import inner
 from regrow.surgery.gate import gate_inputs, gates_of
@@ -22,99 +22,68 @@ LABELS = 2000
 ALL, INNER, RANKED = "all blocks pruned", "first and last blocks unpruned", "one ranking of all units"
 
 
-@dataclass(frozen=True)
-class ChosenAllocation:
-    """The allocation that was taken among several.
-
-    Args:
-        name: Its name.
-        kept: Axis key → the units that stay.
-        losses: Name of an allocation → its mean loss on calibration data before any refit; empty if none was compared.
-        notes: What a reader of the plan should know.
-    """
-
-    name: str
-    kept: Kept
-    losses: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def findings(self) -> dict[str, object]:
-        """The losses, for a report; empty if none was compared."""
-        return {"starts": self.losses} if self.losses else {}
+Candidates = dict[str, tuple[Scores, Callable[[], Kept]]]
+"""Name of an allocation → the scores that it follows from, and a function that makes it."""
 
 
-def uniform_candidates(
-    task: PruningTask, values: Mapping[str, Tensor], spare: tuple[float, float], minimum: int
-) -> dict[str, Callable[[], Kept]]:
+def uniform_candidates(task: PruningTask, scores: Scores, spare: tuple[float, float], minimum: int) -> Candidates:
     """Return the allocations that cut the same fraction of each axis: outside the first and last blocks, and in all.
-
-    Args:
-        task: The network, the axes that may be cut, and the budget; where it cuts every block alike, all are cut.
-        values: Axis key → the importance of its units, ``[size]``.
-        spare: The fractions of the numbered blocks, at the beginning and at the end, that stay unpruned in the first;
-            where no block is, there is only the second.
-        minimum: The smallest number of units that stay in an axis.
 
     Source: ours; leaving outer blocks unpruned is from LLM-Pruner (arXiv 2305.11627).
     """
     some = inner(task.units, *spare)
-    whole = task.budget.regular or len(some) == len(task.units)
-    result: dict[str, Callable[[], Kept]] = {}
-    for name, units in {**({} if whole else {INNER: some}), ALL: task.units}.items():
-        scored = {axis.key: values[axis.key] for axis in units if axis.key in values}
-        result[name] = partial(uniform, task.axes, scored, task.budget, minimum=minimum)
+    sets = {ALL: task.units}
+    if not task.budget.regular and len(some) < len(task.units):
+        sets = {INNER: some, **sets}
+    result: Candidates = {}
+    for name, units in sets.items():
+        values = {axis.key: scores.values[axis.key] for axis in units if axis.key in scores.values}
+        result[name] = scores, partial(uniform, task.axes, values, task.budget, minimum=minimum)
     return result
 
 
-def choose_allocation(
-    task: PruningTask, candidates: Mapping[str, Callable[[], Kept]], *, compensate: bool
-) -> ChosenAllocation:
-    """Return the allocation under which the masked network has the lowest loss.
+def choose_allocation(task: PruningTask, candidates: Candidates, *, compensate: bool) -> Ranking:
+    """Return the scores and units of the allocation under which the masked network has the lowest loss.
 
     Allocations that cannot meet the budget are left out. Where the losses cannot be compared (units at whose mark
     masking is not cutting, no labelled batch), the first one is taken. A note says either.
 
-    Args:
-        task: The network, the axes that may be cut, and the data.
-        candidates: Name of an allocation → returns the units that stay, or raises :class:`BudgetError`.
-        compensate: Whether the mean of dropped inputs takes their place.
-
-    Raises:
-        BudgetError: If no allocation can meet the budget.
-
     Source: ours.
     """
-    found: dict[str, Kept] = {}
+    kept: dict[str, Kept] = {}
     notes: list[str] = []
-    for name, allocate in candidates.items():
+    for name, (_, allocate) in candidates.items():
         try:
-            found[name] = allocate()
+            kept[name] = allocate()
         except BudgetError:
-            if not found and len(notes) == len(candidates) - 1:
+            if not kept and len(notes) == len(candidates) - 1:
                 raise
             notes.append(f"{name}: cannot meet the budget")
-    first, distinct, cuts = next(iter(found)), dict[str, Kept](), []
-    for name, kept in found.items():
-        cut = {key: units for key, units in kept.items() if len(units) < task.axes[key].size}
+    distinct: dict[str, Kept] = {}
+    cuts: list[Kept] = []
+    for name, units in kept.items():
+        cut = {key: those for key, those in units.items() if len(those) < task.axes[key].size}
         if cut not in cuts:
             cuts.append(cut)
-            distinct[name] = kept
-    if len(distinct) == 1:
-        return ChosenAllocation(first, found[first], notes=tuple(notes))
-    exact = all(axis.mark is Mark.NEUTRAL for axis in task.units)
-    losses = _compare(task, distinct, compensate) if exact else {}
-    if not losses:
-        why = (
-            "no batch has labels and a finite loss"
-            if exact
-            else "a unit that is masked is not one that is cut, with this --mark"
-        )
-        return ChosenAllocation(first, found[first], notes=(*notes, f"allocations were not compared: {why}"))
-    ordered = sorted(losses.items(), key=lambda one: one[1])
-    listed = ", ".join(f"{name} {loss:.3f}" for name, loss in ordered)
-    notes.append(f"the allocation with the lowest loss before any refit was taken: {listed}")
-    return ChosenAllocation(ordered[0][0], found[ordered[0][0]], losses, tuple(notes))
+            distinct[name] = units
+    losses: dict[str, float] = {}
+    if len(distinct) > 1:
+        exact = all(axis.mark is Mark.NEUTRAL for axis in task.units)
+        losses = _compare(task, distinct, compensate) if exact else {}
+        if losses:
+            listed = ", ".join(f"{name} {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda item: item[1]))
+            notes.append(f"the allocation with the lowest loss before any refit was taken: {listed}")
+        elif exact:
+            notes.append("allocations were not compared: no batch has labels and a finite loss")
+        else:
+            notes.append(
+                "allocations were not compared: a unit that is masked is not one that is cut, with this --mark"
+            )
+    best = min(losses, key=lambda name: losses[name]) if losses else next(iter(kept))
+    scores, units = candidates[best][0], kept[best]
+    values = {key: scores.values[key] for key in units}
+    findings = {"starts": losses} if losses else {}
+    return Ranking(replace(scores, values=values, notes=(*scores.notes, *notes)), lambda _: findings, units)
 
 
 def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> dict[str, float]:

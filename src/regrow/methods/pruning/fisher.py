@@ -18,7 +18,7 @@ from regrow.core.scores import Scores
 from regrow.methods.pruning.compared_allocations import RANKED, choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, one_score
 from regrow.scoring.spaces import OUTER_BLOCKS
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, OneOf, Range
 
 CITATION = (
     "Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018, arXiv:1801.05787; for masks as "
@@ -27,7 +27,7 @@ CITATION = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of ``fisher``: allocation, unpruned blocks and compensation.
 
     Args:
@@ -48,16 +48,9 @@ class Settings:
     spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
     minimum: Annotated[int, Range(1)] = 1
 
-    def __post_init__(self) -> None:
-        check_constraints(self)
-
 
 def build(settings: Settings) -> Pruner:
-    """Return the pruner that removes the units of least Fisher information.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the pruner that removes the units of least Fisher information."""
     spare, needs = (settings.spare_first, settings.spare_last), {Need.WEIGHTS, Need.FISHER}
     score = partial(_score, per_weight=settings.allocation == "ranked")
     if settings.allocation != "measured":
@@ -87,12 +80,6 @@ def _compare(task: PruningTask, settings: Settings) -> Ranking:
     """Return the scores of the allocation with the lowest loss, and the units that stay in it."""
     scores = _score(task, per_weight=False)
     ranked = _per_weight(task, scores)
-    spare = settings.spare_first, settings.spare_last
-    candidates = uniform_candidates(task, scores.values, spare, settings.minimum)
-    candidates[RANKED] = partial(rank, task.axes, ranked, task.budget, minimum=settings.minimum)
-    chosen = choose_allocation(task, candidates, compensate=settings.compensate)
-    taken = ranked if chosen.name == RANKED else scores
-    values = {key: taken.values[key] for key in chosen.kept}
-    return Ranking(
-        replace(taken, values=values, notes=(*taken.notes, *chosen.notes)), lambda _: chosen.findings, chosen.kept
-    )
+    candidates = uniform_candidates(task, scores, (settings.spare_first, settings.spare_last), settings.minimum)
+    candidates[RANKED] = ranked, partial(rank, task.axes, ranked, task.budget, minimum=settings.minimum)
+    return choose_allocation(task, candidates, compensate=settings.compensate)

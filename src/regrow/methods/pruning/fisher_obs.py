@@ -20,7 +20,7 @@ from regrow import scoring
 from regrow.allocation import uniform
 from regrow.core.evidence import Need
 from regrow.core.scores import Scores
-from regrow.data.joined import join_sources
+from regrow.data.batch_streams import join_sources
 from regrow.methods.pruning.compared_allocations import choose_allocation, uniform_candidates
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
 from regrow.scoring.activations import energy
@@ -68,11 +68,7 @@ class Settings:
 
 
 def build(settings: Settings) -> Pruner:
-    """Return the pruner that removes units in the order of the loss that their removal adds.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the pruner that removes units in the order of the loss that their removal adds."""
     spare = settings.spare_first, settings.spare_last
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, Need.FISHER}),
@@ -105,11 +101,8 @@ def _score(task: PruningTask, settings: Settings) -> Ranking:
         progress=task.progress,
     )
     values = {key: orders[key].scores() if key in orders else own for key, own in alone.values.items()}
-    make = partial(Scores, metric="fisher_obs", sources=alone.sources, tokens=alone.tokens)
+    scores = Scores(values, "fisher_obs", alone.sources, alone.tokens)
     if settings.spare != "measured":
-        return Ranking(make(values))
-    spare = settings.spare_first, settings.spare_last
-    candidates = uniform_candidates(task, values, spare, settings.minimum)
-    chosen = choose_allocation(task, candidates, compensate=settings.compensate)
-    scores = make({key: values[key] for key in chosen.kept}, notes=chosen.notes)
-    return Ranking(scores, lambda _: chosen.findings, chosen.kept)
+        return Ranking(scores)
+    candidates = uniform_candidates(task, scores, (settings.spare_first, settings.spare_last), settings.minimum)
+    return choose_allocation(task, candidates, compensate=settings.compensate)

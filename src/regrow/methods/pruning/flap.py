@@ -13,7 +13,7 @@ from regrow import scoring
 from regrow.core.evidence import Need
 from regrow.core.scores import Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, OneOf, Range
 
 CITATION = (
     "An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, AAAI 2024, arXiv:2312.11983"
@@ -21,7 +21,7 @@ CITATION = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of ``flap``: the form of the fluctuation score, allocation and compensation.
 
     Args:
@@ -41,16 +41,9 @@ class Settings:
     square_blocks: bool = False
     minimum: Annotated[int, Range(1)] = 1
 
-    def __post_init__(self) -> None:
-        check_constraints(self)
-
 
 def build(settings: Settings) -> Pruner:
-    """Return the FLAP pruner: weighted input variance (WIFV), one global ranking, bias compensation.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the FLAP pruner: weighted input variance (WIFV), one global ranking, bias compensation."""
     pool = "standardised" if settings.allocation == "ranked" else "sum"
 
     def score(task: PruningTask) -> Scores:

@@ -13,13 +13,13 @@ from regrow.core.evidence import Need
 from regrow.core.scores import Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scoring.spaces import OUTER_BLOCKS
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, OneOf, Range
 
 CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of ``llm_pruner``: the form of the Taylor score, allocation, unpruned blocks and compensation.
 
     Args:
@@ -39,16 +39,9 @@ class Settings:
     spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
     minimum: Annotated[int, Range(1)] = 1
 
-    def __post_init__(self) -> None:
-        check_constraints(self)
-
 
 def build(settings: Settings) -> Pruner:
-    """Return the LLM-Pruner: Taylor scores, the same fraction of all but the outer blocks, bias compensation.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the LLM-Pruner: Taylor scores, the same fraction of all but the outer blocks, bias compensation."""
     how = "zscore" if settings.allocation == "ranked" else "none"
 
     def score(task: PruningTask) -> Scores:

@@ -7,7 +7,7 @@ from regrow import scoring
 from regrow.core.evidence import Need
 from regrow.core.scores import Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, OneOf, Range
 
 CITATION = (
     "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710; "
@@ -16,7 +16,7 @@ CITATION = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of ``magnitude``: which weights the norm is of, allocation and compensation.
 
     Args:
@@ -31,16 +31,9 @@ class Settings:
     compensate: bool = False
     minimum: Annotated[int, Range(1)] = 1
 
-    def __post_init__(self) -> None:
-        check_constraints(self)
-
 
 def build(settings: Settings) -> Pruner:
-    """Return the magnitude pruner: column norms, the same fraction of every axis ("mag-sp" in FLAP's repository).
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the magnitude pruner: column norms, the same fraction of every axis ("mag-sp" in FLAP's repository)."""
     how = "zscore" if settings.allocation == "ranked" else "none"
 
     def score(task: PruningTask) -> Scores:

@@ -14,11 +14,11 @@ from typing import Annotated
 from regrow import scoring
 from regrow.core.evidence import Need
 from regrow.core.scores import Scores
-from regrow.data.joined import join_sources
+from regrow.data.batch_streams import join_sources
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scoring.activations import energy
 from regrow.scoring.layer_orders import BATCH, order_layers
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, OneOf, Range
 
 CITATION = (
     "Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992; for units as "
@@ -27,7 +27,7 @@ CITATION = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of ``obs``: the ridge, allocation, unpruned blocks and compensation.
 
     Args:
@@ -47,16 +47,9 @@ class Settings:
     spare_last: Annotated[float, Range(0, 1, below=True)] = 0.0
     minimum: Annotated[int, Range(1)] = 1
 
-    def __post_init__(self) -> None:
-        check_constraints(self)
-
 
 def build(settings: Settings) -> Pruner:
-    """Return the pruner that removes units in the order of their second-order cost.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the pruner that removes units in the order of their second-order cost."""
     spare = settings.spare_first, settings.spare_last
     needs = {Need.WEIGHTS, Need.ACTIVATIONS}
     pruner = one_score("obs", settings, needs, partial(_score, settings=settings), spare)

@@ -4,11 +4,11 @@ Most pruning papers are a choice of these functions; :class:`Pruner` is a record
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,8 +26,9 @@ from regrow.scoring import means, random, uncompensated, weights_of, weights_wit
 from regrow.scoring.collect import BlockVisits
 from regrow.scoring.spaces import inner
 from regrow.tracing import with_branches
-from regrow.training.freeze import freeze
+from regrow.training.hooks import freeze
 
+NOT_FINITE = "the predictions hold NaN or infinity; try float32 or bfloat16"
 Kept = Mapping[str, tuple[int, ...]]
 """Axis key → the units that are kept."""
 
@@ -148,27 +149,9 @@ class Cut:
     findings: Mapping[str, object] = field(default_factory=dict)
 
 
-class OneScoreSettings(Protocol):
-    """The settings that every pruner of one score has; a dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    @property
-    def allocation(self) -> str:
-        """The name of the allocation."""
-
-    @property
-    def compensate(self) -> bool:
-        """Whether the mean of dropped inputs is added to biases."""
-
-    @property
-    def minimum(self) -> int:
-        """The smallest number of units that stay in an axis."""
-
-
 def one_score(
     name: str,
-    settings: OneScoreSettings,
+    settings: Any,
     needs: Collection[Need],
     score: Callable[[PruningTask], Scores],
     spare: tuple[float, float] = (0.0, 0.0),
@@ -195,28 +178,12 @@ def one_score(
 def pooled_means(
     model: nn.Module, axes: AxisGraph, kept: Kept, evidence: Evidence
 ) -> Mapping[str, Mapping[int, float]]:
-    """Return the means of dropped inputs over all sources, as :attr:`Pruner.compensate` does.
-
-    Args:
-        model: The network.
-        axes: The axes of the network.
-        kept: The units that stay in each axis that is cut.
-        evidence: The measurements.
-    """
+    """Return the means of dropped inputs over all sources, as :attr:`Pruner.compensate` does."""
     return means(model, axes, kept, evidence.pooled(gradients=False))
 
 
 def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
-    """Raise ValueError unless a method can meet a budget, whatever it will measure.
-
-    Args:
-        pruner: The method.
-        axes: The axes of the network.
-        budget: How much may stay.
-
-    Raises:
-        ValueError: If it cannot.
-    """
+    """Raise ValueError unless a method can meet a budget, whatever it will measure."""
     units = _units(pruner, axes, budget)
     if pruner.drop is None:
         pruner.allocate(axes, random(axes, units=units), budget)
@@ -227,19 +194,14 @@ def check_objective(pruner: Pruner, sources: Iterable[Source], objective: Object
     """Raise ValueError if a method compares probabilities of classes, and the network predicts something else.
 
     A loss of the user's own says nothing about that, and is taken.
-
-    Args:
-        pruner: The method.
-        sources: The data.
-        objective: What the network is trained for; ``None``: it follows from the labels.
     """
     if not pruner.compares_classes:
         return
-    first = () if objective else chain.from_iterable(islice(source, 1) for source in sources)
-    for own in [objective] if objective else [choose_objective(None, batch) for batch in first]:
-        if own in (MULTI_LABEL, REGRESSION):
+    batches = [] if objective else [batch for source in sources for batch in islice(source, 1)]
+    for kind in [objective] if objective else [choose_objective(None, batch) for batch in batches]:
+        if kind in (MULTI_LABEL, REGRESSION):
             raise ValueError(
-                f"{pruner.origin.get('method', 'this method')} compares probabilities of classes, got {own.name}; "
+                f"{pruner.origin.get('method', 'this method')} compares probabilities of classes, got {kind.name}; "
                 "use another method, for example fisher or obs, or loss='classification' if these are classes"
             )
 
@@ -258,24 +220,7 @@ def plan_cut(
     visits: BlockVisits | None = None,
     objective: Objective | None = None,
 ) -> Cut:
-    """Score the units of a network, choose which stay within the budget, and return the plan; the model is unchanged.
-
-    Args:
-        pruner: The method.
-        model: The network; it is not changed.
-        axes: The axes of the network.
-        budget: How much may stay.
-        evidence: The measurements that the method needs; ``None``: nothing was measured.
-        weights: Parameter name → tensor, where the network has no numbers; ``None``: those of the network.
-        checkpoint: The file from which interrupted learning resumes; ``None``: it starts again.
-        header: Returns JSON data for the header of that file.
-        progress: Called with (steps done, steps in all, what is being done).
-        visits: Runs the network block by block, where it has no numbers; ``None``: it runs as a whole.
-        objective: What the network is trained for; ``None``: it follows from the labels.
-
-    Raises:
-        ValueError: If the budget cannot be met, or evidence is missing or not finite.
-    """
+    """Score units, choose which stay within the budget, and return the plan; the model is unchanged."""
     evidence, removal = evidence or Evidence(), Removal()
     axes = with_modules(pruner, model, axes)
     units, whole, given = _units(pruner, axes, budget), axes, budget
@@ -304,25 +249,13 @@ def plan_cut(
 
 
 def with_modules(pruner: Pruner, model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes with the modules that can be dropped, if a method drops some and they are not known yet.
-
-    Args:
-        pruner: The method.
-        model: The network.
-        axes: Its axes.
-    """
+    """Return the axes with the modules that can be dropped, if a method drops some and they are not known yet."""
     known = any(branch.free and branch.gives != "nothing" for branch in axes.branches.values())
     return with_branches(model, axes) if pruner.drop and axes.steps and not (known or axes.declared) else axes
 
 
 def without_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) -> tuple[AxisGraph, Budget]:
-    """Return the axes without modules that are dropped, and the budget for what is left: the same limit.
-
-    Args:
-        axes: The axes of the whole network.
-        budget: How much of it may stay.
-        modules: The paths of the modules.
-    """
+    """Return the axes without modules that are dropped, and the budget for what is left: the same limit."""
     if not modules:
         return axes, budget
     limit = budget.limit(cost_of(axes, budget).total)

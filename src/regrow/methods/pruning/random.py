@@ -5,13 +5,13 @@ from typing import Annotated
 
 from regrow import scoring
 from regrow.methods.pruning.pruner import Pruner, one_score
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, OneOf, Range
 
 CITATION = "No paper: uniform random scores, a control."
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of ``random``: seed, allocation and compensation.
 
     Args:
@@ -26,16 +26,9 @@ class Settings:
     compensate: bool = False
     minimum: Annotated[int, Range(1)] = 1
 
-    def __post_init__(self) -> None:
-        check_constraints(self)
-
 
 def build(settings: Settings) -> Pruner:
-    """Return the random pruner: random scores, the same fraction of every axis, no compensation by default.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the random pruner: random scores, the same fraction of every axis, no compensation by default."""
     return one_score(
         "random", settings, (), lambda task: scoring.random(task.axes, units=task.units, seed=settings.seed)
     )

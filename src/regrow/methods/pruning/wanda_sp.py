@@ -12,7 +12,7 @@ from regrow import scoring
 from regrow.core.evidence import Need
 from regrow.core.scores import Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import CheckedSettings, OneOf, Range
 
 CITATION = (
     "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, arXiv:2306.11695; "
@@ -21,7 +21,7 @@ CITATION = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of ``wanda_sp``: allocation and compensation.
 
     Args:
@@ -35,16 +35,9 @@ class Settings:
     compensate: bool = True
     minimum: Annotated[int, Range(1)] = 1
 
-    def __post_init__(self) -> None:
-        check_constraints(self)
-
 
 def build(settings: Settings) -> Pruner:
-    """Return the Wanda-sp pruner: mean abs(W) · rms(x) per unit, the same fraction of every axis, bias compensation.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the Wanda-sp pruner: mean abs(W) · rms(x) per unit, the same fraction of every axis, bias compensation."""
     pool = "standardised" if settings.allocation == "ranked" else "sum"
 
     def score(task: PruningTask) -> Scores:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regrow.core.evidence import Need
 from regrow.core.plan import Plan
 from regrow.core.scores import Moments, Statistics
-from regrow.methods.recovery.streamed import StreamedPair
-from regrow.methods.recovery.task import Recovery, RecoveryTask
+from regrow.methods.recovery.task import Recovery, RecoveryTask, StreamedPair, set_bias
 from regrow.scoring import collect, means, uncompensated
 from regrow.surgery.compensate import bias_of, offsets
 from regrow.surgery.layout import plan_layouts
@@ -30,27 +29,12 @@ class Settings:
 
 
 def build(settings: Settings) -> Recovery:
-    """Return the recovery that compensates biases.
-
-    Args:
-        settings: Without effect.
-    """
+    """Return the recovery that compensates biases."""
     return partial(bias, settings=settings)
 
 
 def bias(task: RecoveryTask, settings: Settings) -> dict[str, object]:
-    """Add the mean contribution of dropped inputs to biases, where that is exact; layers without a bias get one.
-
-    Args:
-        task: The two networks, the cut and the text.
-        settings: Without effect.
-
-    Returns:
-        ``biases``: how many were changed; ``note``: why none were, if the plan had done it already, or which could not.
-
-    Raises:
-        ValueError: If a source has fewer batches than needed, or its activations are not finite.
-    """
+    """Add the mean contribution of dropped inputs to biases, where that is exact; layers without a bias get one."""
     if task.plan.means:
         return {"biases": 0, "note": "the plan carries the means of what it dropped; they are in the biases already"}
     kept = {key: change.keep for key, change in task.plan.changes.items() if not change.idle}
@@ -81,25 +65,6 @@ def _streamed_offsets(task: RecoveryTask, pair: StreamedPair, plan: Plan) -> dic
     return result
 
 
-def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
-    """Set the bias of a layer, in place; a layer that has none gets one.
-
-    Args:
-        model: The network.
-        name: The name of the bias, such as ``fc.bias``.
-        value: Its values, ``[outputs]``.
-    """
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = module._parameters.get(leaf)
-    if old is None:
-        trains = next(model.parameters()).requires_grad
-        setattr(module, leaf, nn.Parameter(value.clone(), requires_grad=trains))
-    else:
-        with torch.no_grad():
-            old.copy_(value)
-
-
 def _measured(task: RecoveryTask) -> Statistics:
     """Return the moments of the inputs of every weight in the dense network, pooled over all sources."""
     sums: dict[str, Moments] = {}
@@ -109,14 +74,12 @@ def _measured(task: RecoveryTask) -> Statistics:
         for name, total in totals.items():
             blank = torch.zeros_like(total)
             sums[name] = Moments(stored["counts"][name], total, blank, 0, blank, blank)
-    for i, source in enumerate(task.sources):
-        if i < first:
-            continue
-        report = lambda name, done, total: task.progress(done, total, f"measuring {name}")  # noqa: E731
-        visits = task.streamed.dense if task.streamed else None
+    visits = task.streamed.dense if task.streamed else None
+    report = lambda name, done, total: task.progress(done, total, f"measuring {name}")  # noqa: E731
+    for number, source in enumerate(task.sources[first:], first + 1):
         measured = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, visits=visits, progress=report)
-        (one,) = measured[source.name]
-        sums = {name: sums[name] + moments if name in sums else moments for name, moments in one.moments.items()}
+        (shard,) = measured[source.name]
+        sums = {name: sums[name] + moments if name in sums else moments for name, moments in shard.moments.items()}
         counts = {name: moments.count for name, moments in sums.items()}
-        task.write(i + 1, {name: moments.total for name, moments in sums.items()}, {"counts": counts})
+        task.write(number, {name: moments.total for name, moments in sums.items()}, {"counts": counts})
     return Statistics("+".join(source.name for source in task.sources), 0, sums)

@@ -6,8 +6,11 @@ Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531). 
 the cut one, in float32, more numbers per trained parameter: its gradient, Adam's two moments and the best value so far.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +19,15 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.core.sources import Batch, labelled_logits, logits_in
-from regrow.methods.recovery.fitting import fit_recovery
-from regrow.methods.recovery.task import Recovery, RecoveryTask, precise
-from regrow.training.freeze import freeze
+from regrow.methods.recovery.task import Recovery, RecoveryTask, fit_recovery
+from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.training.hooks import freeze
 
 CITATION = "Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"
-TRAINED = ("all", "cut")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of ``distil``: learning rate, loss, trained parameters, and evaluation on held-out text.
 
     Args:
@@ -40,44 +42,22 @@ class Settings:
     """
 
     lr: float = 1e-4
-    temperature: float = 1.0
-    mix: float = 0.1
-    train: str = "all"
-    passes: int = 2
-    windows: int = 4
-    checks: int = 4
-    held_out: float = 0.125
+    temperature: Annotated[float, Range(0, above=True)] = 1.0
+    mix: Annotated[float, Range(0, 1)] = 0.1
+    train: Annotated[str, OneOf("all", "cut")] = "all"
+    passes: Annotated[int, Range(1)] = 2
+    windows: Annotated[int, Range(1)] = 4
+    checks: Annotated[int, Range(1)] = 4
+    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.125
 
 
 def build(settings: Settings) -> Recovery:
-    """Return the recovery that distils the dense network into the cut one.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the recovery that distils the dense network into the cut one."""
     return partial(distil, settings=settings)
 
 
 def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
-    """Train the cut network to predict what the dense one predicts, in place.
-
-    Args:
-        task: The two networks and the text.
-        settings: The settings of distillation.
-
-    Returns:
-        What :func:`regrow.methods.recovery.fitting.fit_recovery` returns, and how many parameters were trained.
-
-    Raises:
-        ValueError: If a setting is of no use, the batches have no labels while ``mix`` asks for them, or the loss stops
-            being finite.
-    """
-    if settings.train not in TRAINED:
-        raise ValueError(f"distil trains {' or '.join(TRAINED)}; got train={settings.train!r}")
-    if not settings.temperature > 0 or not 0 <= settings.mix <= 1:
-        raise ValueError(
-            f"distil takes a temperature above 0 and a mix from 0 to 1; got {settings.temperature} and {settings.mix}"
-        )
+    """Train the cut network to predict what the dense one predicts, in place."""
     names = set(cut_tensors(task.model, task.axes, task.plan)) if settings.train == "cut" else None
     parameters = {name: p for name, p in task.model.named_parameters() if names is None or name in names}
     with freeze(task.model, task.dense), precise(task.model):
@@ -88,11 +68,6 @@ def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
     """Return T² · KL(softmax(dense / T) ‖ softmax(logits / T)), mean over positions, in nats.
 
-    Args:
-        logits: Logits of the network that is trained, ``[positions, classes]``.
-        dense: Logits of the teacher, ``[positions, classes]``.
-        temperature: T.
-
     >>> bool(divergence(torch.ones(2, 3), torch.zeros(2, 3)).abs() < 1e-6)
     True
     """
@@ -101,13 +76,7 @@ def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tenso
 
 
 def cut_tensors(model: nn.Module, axes: AxisGraph, plan: Plan) -> list[str]:
-    """Return the names of the parameters that a plan cut, and of all vectors: gains of norms, biases.
-
-    Args:
-        model: The cut network.
-        axes: The axes of the network before the cut.
-        plan: The cut.
-    """
+    """Return the names of the parameters that a plan cut, and of all vectors: gains of norms, biases."""
     cut = {
         axes.ties.get(slot.name, slot.name)
         for key, change in plan.changes.items()
@@ -127,3 +96,27 @@ def _loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Tensor:
     if settings.mix:
         loss = loss + settings.mix * task.loss_of(answer, batch)
     return loss
+
+
+@contextmanager
+def precise(model: nn.Module) -> Iterator[None]:
+    """Convert a half-precision network to float32 inside the ``with`` block; its own precision returns after it."""
+    half = (torch.float16, torch.bfloat16)
+    parameters = [(p, p.dtype) for p in model.parameters() if p.dtype in half]
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.dtype in half
+    ]
+    for parameter, _ in parameters:
+        parameter.data = parameter.data.float()
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in parameters:
+            parameter.data = parameter.data.to(dtype)
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer

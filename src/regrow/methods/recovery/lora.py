@@ -8,24 +8,24 @@ Hu et al., LoRA (arXiv 2106.09685), through the package peft. LLM-Pruner (arXiv 
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from regrow.core.axes import AxisGraph
 from regrow.core.sources import Batch
-from regrow.methods.recovery.fitting import fit_recovery
-from regrow.methods.recovery.task import Recovery, RecoveryTask
-from regrow.nets.errors import needs
-from regrow.tracing.placeholder import set_modules
-from regrow.training.freeze import freeze
+from regrow.methods.recovery.task import Recovery, RecoveryTask, fit_recovery
+from regrow.nets.loaded import needs
+from regrow.settings.constraints import CheckedSettings, Range
+from regrow.tracing.branches import set_modules
+from regrow.training.hooks import freeze
 
 CITATION = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv:2106.09685"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """Settings of ``lora``: learning rate, rank and scale of the adapters, and evaluation on held-out text.
 
     Args:
@@ -41,21 +41,14 @@ class Settings:
     lr: float = 1e-3
     rank: int = 16
     alpha: float = 32.0
-    passes: int = 1
-    windows: int = 4
-    checks: int = 4
-    held_out: float = 0.125
+    passes: Annotated[int, Range(1)] = 1
+    windows: Annotated[int, Range(1)] = 4
+    checks: Annotated[int, Range(1)] = 4
+    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.125
 
 
 def build(settings: Settings) -> Recovery:
-    """Return the recovery that trains and merges LoRA adapters.
-
-    Args:
-        settings: Its settings.
-
-    Raises:
-        ModelError: If peft is not installed.
-    """
+    """Return the recovery that trains and merges LoRA adapters."""
     if find_spec("peft") is None:
         raise needs("recover", "peft")
     return partial(lora, settings=settings)
@@ -66,16 +59,6 @@ def lora(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 
     The weights are frozen and keep their precision; adapters are in float32, with their gradients, Adam's two moments
     and the best values so far.
-
-    Args:
-        task: The cut network and the text; the dense network is not used.
-        settings: The settings of LoRA.
-
-    Returns:
-        What :func:`regrow.methods.recovery.fitting.fit_recovery` returns, and how many parameters were trained.
-
-    Raises:
-        ValueError: If peft is not installed, the network has no linear layer, or the loss stops being finite.
     """
 
     def loss(task: RecoveryTask, batch: Batch) -> torch.Tensor:
@@ -93,15 +76,7 @@ def lora(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 
 
 def linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
-    """Return the paths of the linear layers that a ``keep`` fraction counts: all but embeddings and tied output layers.
-
-    Args:
-        model: The network.
-        axes: Its axes.
-
-    Raises:
-        ValueError: If the network has no such layer.
-    """
+    """Return the paths of the linear layers that a ``keep`` fraction counts: not embeddings and tied output layers."""
     paths = [name.removesuffix(".weight") for name in axes.counted if name.endswith(".weight")]
     modules = dict(model.named_modules())
     # transformers' Conv1D is a linear map under another name.
@@ -112,14 +87,7 @@ def linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
 
 
 def adapted(model: nn.Module, paths: list[str], settings: Settings, seed: int = 0) -> dict[str, nn.Parameter]:
-    """Put an adapter around each of some layers, in place, and return the adapters' parameters by name.
-
-    Args:
-        model: The network.
-        paths: The paths of the layers.
-        settings: Rank and scale of the adapters.
-        seed: Seed of the initial A matrices.
-    """
+    """Put an adapter around each of some layers, in place, and return the adapters' parameters by name."""
     import peft
 
     known = {id(parameter) for parameter in model.parameters()}
@@ -131,12 +99,7 @@ def adapted(model: nn.Module, paths: list[str], settings: Settings, seed: int = 
 
 
 def merged(model: nn.Module, *, undo: bool = False) -> None:
-    """Remove the adapters, in place, after adding their changes to the weights (unless ``undo``).
-
-    Args:
-        model: A network with adapters.
-        undo: Whether the adapters' changes are discarded.
-    """
+    """Remove the adapters, in place, after adding their changes to the weights (unless ``undo``)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}

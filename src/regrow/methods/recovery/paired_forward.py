@@ -6,8 +6,6 @@ layer until all others have reached it, so that of what lies between two layers 
 
 import queue
 import threading
-from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,29 +52,22 @@ class LayerCall:
     other: Tensor | None = None
 
 
-class LayerCalls(TorchFunctionMode, ABC):
-    """Calls :meth:`handle` for each watched layer, as soon as its output is first used.
+class LayerCalls(TorchFunctionMode):
+    """Calls a function for each watched layer, as soon as its output is first used.
 
     A view of the output with the same channels, and dropout in evaluation mode, do not count as a use.
 
     Args:
         watched: ``id`` of a weight → its name.
+        handle: The function.
     """
 
-    def __init__(self, watched: Mapping[int, str]) -> None:
+    def __init__(self, watched: Mapping[int, str], handle: Callable[[LayerCall], None]) -> None:
         super().__init__()
-        self.watched = watched
+        self.watched, self.handle = watched, handle
         self.waiting: dict[int, LayerCall] = {}
         self.views: dict[int, tuple[int, Tensor]] = {}
         """``id`` of a view → ``id`` of the output that it is a view of, and the view."""
-
-    @abstractmethod
-    def handle(self, call: LayerCall) -> None:
-        """Handle a watched layer; subclasses say how.
-
-        Args:
-            call: The layer, its input and its output.
-        """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -89,7 +80,8 @@ class LayerCalls(TorchFunctionMode, ABC):
                 answer = func(*args, **kwargs)  # .shape, .dtype; but .T is the tensor itself
                 if not isinstance(answer, Tensor):
                     return answer
-            if used and _keeps_values(func, kwargs) and self._follow(used[0], result := func(*args, **kwargs)):
+            keeps = func is torch.Tensor.view or (func is F.dropout and not kwargs.get("training", True))
+            if used and keeps and self._follow(used[0], result := func(*args, **kwargs)):
                 return result
             for tensor in reversed(used):
                 if call := self._pop(tensor):
@@ -104,11 +96,7 @@ class LayerCalls(TorchFunctionMode, ABC):
         return result
 
     def call_of(self, tensor: Tensor) -> LayerCall | None:
-        """Return the layer whose output a tensor is, in the shape of the tensor; ``None`` if it is no unused output.
-
-        Args:
-            tensor: Any tensor.
-        """
+        """Return the layer whose output a tensor is, in the shape of the tensor; ``None`` if it is no unused output."""
         first, view = self.views.get(id(tensor), (id(tensor), None))
         call = self.waiting.get(first)
         if call is None or view is None:
@@ -136,12 +124,11 @@ class LayerCalls(TorchFunctionMode, ABC):
     def _settle(
         self, call: LayerCall, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        other = None
         if func in ADDITIONS and len(args) == 2 and not kwargs:
-            a, b = args
-            other = b if a is call.output else a
-        same = isinstance(other, Tensor) and other is not call.output and other.shape == call.output.shape
-        self.handle(replace(call, other=other if same else None))
+            other = args[1] if args[0] is call.output else args[0]
+            if isinstance(other, Tensor) and other is not call.output and other.shape == call.output.shape:
+                call = replace(call, other=other)
+        self.handle(call)
 
     def finish(self) -> None:
         """Call :meth:`handle` for the watched layers whose outputs were never used, once a forward pass has ended."""
@@ -151,42 +138,8 @@ class LayerCalls(TorchFunctionMode, ABC):
             self.handle(self.waiting.pop(first))
 
 
-def _keeps_values(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
-    return func is torch.Tensor.view or (func is F.dropout and not kwargs.get("training", True))
-
-
 def _compute_in_shape(compute: Callable[[], Tensor], shape: torch.Size) -> Tensor:
     return compute().view(shape)
-
-
-class CallCounter(LayerCalls):
-    """Counts how often each watched layer runs, and how often its output is first used by being added to a tensor.
-
-    Args:
-        watched: ``id`` of a weight → its name.
-    """
-
-    def __init__(self, watched: Mapping[int, str]) -> None:
-        super().__init__(watched)
-        self.times, self.added = Counter[str](), Counter[str]()
-
-    def handle(self, call: LayerCall) -> None:
-        """Count a layer.
-
-        Args:
-            call: The layer, its input and its output.
-        """
-        self.times[call.name] += 1
-        self.added[call.name] += call.other is not None
-
-
-class _Offering(LayerCalls):
-    def __init__(self, watched: Mapping[int, str], outputs: "LayerOutputs", number: int) -> None:
-        super().__init__(watched)
-        self.outputs, self.number = outputs, number
-
-    def handle(self, call: LayerCall) -> None:
-        self.outputs.offer(self.number, call.name, call.output, call.other)
 
 
 class LayerOutputs:
@@ -205,15 +158,7 @@ class LayerOutputs:
         self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
 
     def __call__(self, number: int, name: str) -> tuple[Tensor, Tensor | None] | None:
-        """Return a layer's output and the tensor added to it, if any; ``None`` if the network does not run the layer.
-
-        Args:
-            number: The number of the batch; batches are requested in turn, layer after layer.
-            name: The name of the layer's weight.
-
-        Raises:
-            Exception: The error that stopped the forward pass.
-        """
+        """Return a layer's output and the tensor added to it, if any; ``None`` if the layer does not run."""
         while (number, name) not in self._early:
             if self._ended:
                 return None
@@ -231,14 +176,7 @@ class LayerOutputs:
         return self._early.pop((number, name))
 
     def offer(self, number: int, name: str, output: Tensor, other: Tensor | None) -> None:
-        """Hand over a layer's output, from a thread, wait for the next request, and let the others go first.
-
-        Args:
-            number: The number of the batch.
-            name: The name of the layer's weight.
-            output: The layer's output.
-            other: The tensor that is added to it, if any.
-        """
+        """Hand over a layer's output, from a thread, wait for the next request, and let the others go first."""
         self._queue.put(((number, name), output, other))
         self._wait()
         self._turns.wait(number)
@@ -250,7 +188,7 @@ class LayerOutputs:
 
     @contextmanager
     def _offering(self, number: int, watched: Mapping[int, str]) -> Iterator[None]:
-        mode = _Offering(watched, self, number)
+        mode = LayerCalls(watched, lambda call: self.offer(number, call.name, call.output, call.other))
         with mode, torch.no_grad():
             yield
         mode.finish()
@@ -269,14 +207,7 @@ class LayerOutputs:
 
 @contextmanager
 def run_in_thread(run: Callable[[Around, Turns], object], count: int = 1) -> Iterator[LayerOutputs]:
-    """Run a network in threads, layer by layer, only as far as its outputs are requested in the ``with`` block.
-
-    Args:
-        run: Runs the network, in parts or as a whole, each batch and part in the context that it is given: a function
-            of the number of the batch and of ``id`` of a weight → its name; and the batches in the turns that it is
-            given.
-        count: The number of batches.
-    """
+    """Run a network in threads, layer by layer, only as far as its outputs are requested in the ``with`` block."""
     outputs = LayerOutputs(run, count)
     outputs._thread.start()
     try:

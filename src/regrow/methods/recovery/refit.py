@@ -28,10 +28,10 @@ there are sources), for the present layer with k inputs. Of a network that is re
 block and the next one are in memory instead. A resumed run repeats the forward pass, but solves no layer twice.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -39,30 +39,27 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.errors import ResourceError
 from regrow.core.sources import Batch, device_of
-from regrow.core.turns import StopRunError, Turns
-from regrow.methods.recovery.bias import set_bias
-from regrow.methods.recovery.fit_batches import join_all, keeps_state, read_state, regroup
-from regrow.methods.recovery.paired_forward import run_in_thread
-from regrow.methods.recovery.refit_layers import find_layers
-from regrow.methods.recovery.refit_work import Layer, LayerOrderError, RefitWork
-from regrow.methods.recovery.solve import RidgeCandidates
-from regrow.methods.recovery.streamed_refit import (
-    check_places,
-    compare_outputs,
-    refit_blocks,
-    refit_paired_blocks,
+from regrow.methods.recovery.refit_work import (
+    Layer,
+    LayerOrderError,
+    RefitWork,
+    join_all,
+    keeps_state,
+    read_state,
+    regroup,
 )
-from regrow.methods.recovery.streams import RefitInDense, RefitPaired, Refitting
-from regrow.methods.recovery.task import Recovery, RecoveryTask
-from regrow.streaming.network import Around
-from regrow.surgery.compensate import bias_of
-from regrow.training.freeze import freeze
+from regrow.methods.recovery.solve import RidgeCandidates
+from regrow.methods.recovery.streams import check_places, compare_outputs, count_calls, refit_layers
+from regrow.methods.recovery.task import Recovery, RecoveryTask, set_bias
+from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.surgery.compensate import bias_of, read_dim
+from regrow.surgery.layout import plan_layouts
+from regrow.training.hooks import freeze
 
 CITATION = (
     "regrow's own; after the least-squares reconstruction of He et al., Channel Pruning, ICCV 2017, arXiv:1707.06168"
 )
 TARGETS = ("auto", "own", "dense", "residual")
-CHOICES = ("held_out", "left_out_source")
 CLOSE = 0.01
 """The largest relative root mean square error at which the dense network with the cut layers counts as the cut one."""
 
@@ -85,64 +82,45 @@ class Settings:
             alike, and biases are not; otherwise in proportion to the mean, which few strong inputs dominate.
     """
 
-    target: str = "auto"
+    target: Annotated[str, OneOf(*TARGETS)] = "auto"
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-    held_out: float = 0.125
-    choose_on: str = "held_out"
+    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.125
+    choose_on: Annotated[str, OneOf("held_out", "left_out_source")] = "held_out"
     shrinkages: tuple[float, ...] = (1.0,)
     standardize: bool = False
 
+    def __post_init__(self) -> None:
+        check_constraints(self)
+        if not self.ridges or min(self.ridges) < 0:
+            raise ValueError(f"ridges must be numbers from 0, got {self.ridges}; for example ridges=0.01,0.1")
+        if not self.shrinkages or not all(0 < factor <= 1 for factor in self.shrinkages):
+            raise ValueError(f"shrinkages must be above 0 and up to 1, got {self.shrinkages}; for example 0.9,1")
+
 
 def build(settings: Settings) -> Recovery:
-    """Return the recovery that refits layers by least squares.
-
-    Args:
-        settings: Its settings.
-
-    Raises:
-        ValueError: If a setting is of no use.
-    """
-    _check(settings)
+    """Return the recovery that refits layers by least squares."""
     return partial(refit, settings=settings)
 
 
 def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
-    """Refit the layers of the cut network that read cut units, by least squares and in place.
-
-    Args:
-        task: The two networks, the cut and the text, in windows of one length.
-        settings: The settings of the fit.
-
-    Returns:
-        ``layers``: per refitted layer :meth:`RidgeCandidates.record`: the error before and after, relative to the
-        target's energy, and the ridge (0: it stayed); ``left_out``: name → why a layer was not refitted; ``target``:
-        which was used; ``note``: why not the wanted one, or no left-out source, if not; ``choose_on``, if it was
-        left-out sources. JSON data.
-
-    Raises:
-        ValueError: If a setting is of no use, the windows differ in shape, nothing that was cut can be refitted, or
-            ``own`` cannot be worked out for this network.
-    """
-    _check(settings)
+    """Refit the layers of the cut network that read cut units, by least squares and in place."""
     parts, candidates = _arrange(task, settings)
-    one = parts[0][0].to(device_of(task.model))
+    first = parts[0][0].to(device_of(task.model))
     trains = next(task.model.parameters()).requires_grad
     with freeze(task.model, task.dense), torch.no_grad():
         state = read_state(task.model)
-        found = find_layers(task, one)
-        layers, left_out = found.layers, found.left_out
+        layers, left_out, added = find_layers(task, first)
         if left_out and not layers:
-            name, why = next(iter(left_out.items()))
-            raise ValueError(f"{name}, which reads what was cut, cannot be refitted: {why}; recover by distil")
+            raise ValueError(f"{_refuse_first(left_out)}; recover by distil")
         if task.streamed:
             check_places(task.streamed, layers)
-        named = {layer.name: layer for layer in layers}
         batches = join_all(parts) if keeps_state(task.model, state) else regroup(parts)
+        named = {layer.name: layer for layer in layers}
         work = RefitWork(task, named, candidates, batches, dict(task.model.named_parameters()))
         work.changed = task.streamed.changed if task.streamed else None
-        no_stream = settings.target == "residual" and bool(layers) and not found.added
+        no_stream = settings.target == "residual" and bool(layers) and not added
         wanted = "auto" if no_stream else settings.target.replace("residual", "dense")
-        problem = "" if wanted == "dense" else _explain_mismatch(work, left_out, one)
+        problem = "" if wanted == "dense" else _explain_mismatch(work, left_out, first)
         if problem and wanted == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
         target = "dense" if problem else wanted.replace("auto", "own")
@@ -151,9 +129,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         biased = _with_biases(task.model, layers)
         work.own = dict(task.model.named_parameters())
         work.resume()
-        joined = False
-        if not work.done:
-            joined = _refit(work, parts, target, biased)
+        joined = not work.done and _refit(work, parts, target, biased)
     for name in biased:
         path, _, leaf = bias_of(name).rpartition(".")
         if name in work.refitted:
@@ -166,9 +142,12 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         notes.append("no fitted layer's output is added to a residual stream directly, so target=own")
     if settings.choose_on == "left_out_source" and not candidates.left_out:
         notes.append("there is one source alone, so the ridge was chosen on its held-out part")
-    more: dict[str, object] = {"note": "; ".join(notes)} if notes else {}
-    more |= {"choose_on": settings.choose_on} if candidates.left_out else {}
-    return {"layers": work.records, "left_out": left_out, "target": target, **more}
+    summary: dict[str, object] = {"layers": work.records, "left_out": left_out, "target": target}
+    if notes:
+        summary["note"] = "; ".join(notes)
+    if candidates.left_out:
+        summary["choose_on"] = settings.choose_on
+    return summary
 
 
 def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[list[Batch]], RidgeCandidates]:
@@ -182,108 +161,74 @@ def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[list[Batch]],
     return parts, RidgeCandidates(settings.ridges, settings.shrinkages, left_out, settings.standardize)
 
 
-def _check(settings: Settings) -> None:
-    """Raise ValueError if a setting is of no use."""
-    if settings.target not in TARGETS or not settings.ridges or min(settings.ridges) < 0:
-        given = f"target={settings.target!r}, ridges={settings.ridges}"
-        raise ValueError(f"refit takes the target {' or '.join(TARGETS)}, and ridges from 0; got {given}")
-    if settings.choose_on not in CHOICES or not all(0 < one <= 1 for one in settings.shrinkages or (0,)):
-        given = f"choose_on={settings.choose_on!r}, shrinkages={settings.shrinkages}"
-        raise ValueError(
-            f"refit takes choose_on {' or '.join(CHOICES)}, and shrinkages above 0 and up to 1; got {given}"
-        )
+def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str], bool]:
+    """Find the layers that read cut units, sorted by name.
+
+    It returns those that can be refitted, the name of each other and why it cannot, and whether the output of at least
+    one of the first is added to another tensor as it is, as where a layer writes to a residual stream directly.
+    """
+    axes, lays = task.axes, plan_layouts(task.axes, task.plan)
+    names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}
+    times, added = count_calls(task, names, batch)
+    layers, left_out = [], {}
+    for name in sorted(names):
+        dim = read_dim(axes, name)
+        problem = _explain_left_out(task, name, dim, times[name])
+        if problem or dim is None:
+            left_out[name] = problem
+            continue
+        rows = [lay.source for at, lay in lays[name].items() if at != dim]
+        layers.append(Layer(name, dim, lays[name][dim].source, rows[0] if rows else None))
+    return layers, left_out, any(added[layer.name] for layer in layers)
+
+
+def _explain_left_out(task: RecoveryTask, name: str, dim: int | None, calls: int) -> str:
+    """Say why a layer cannot be refitted; empty if it can."""
+    ties = task.axes.ties
+    if name in ties or name in ties.values() or name not in dict(task.model.named_parameters()):
+        return "its weight is shared"
+    if dim is None:
+        return "it reads several axes, or one in several places"
+    module, weight = task.model.get_submodule(name.rpartition(".")[0]), task.model.get_parameter(name)
+    if calls != 1:
+        return f"its weight is seen at work {calls} times in one pass"
+    if isinstance(module, nn.Conv2d):
+        plain = module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
+        return "" if plain else "a convolution in groups, or padded otherwise than with zeros"
+    if weight.dim() != 2 or dim not in (0, 1) or isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Embedding):
+        return f"a {type(module).__name__} is neither a linear map nor a two-dimensional convolution"
+    return ""
+
+
+def _refuse_first(left_out: Mapping[str, str]) -> str:
+    name, why = next(iter(left_out.items()))
+    return f"{name}, which reads what was cut, cannot be refitted: {why}"
 
 
 def _refit(work: RefitWork, parts: Sequence[Sequence[Batch]], target: str, biased: Sequence[str]) -> bool:
     """Refit all layers; returns whether the data had to run in one batch, since not all of them run every layer."""
-    for batches in (work.batches, None):
-        if batches is None:
-            work.start_again(regroup(parts, most=1))
-        try:
-            _refit_batches(work, target, biased)
-        except LayerOrderError as error:
-            problem = str(error)
-        else:
-            return batches is None
-    raise ValueError(f"{problem}, also in one batch; give data with the same arguments, or recover by distil")
-
-
-def _refit_batches(work: RefitWork, target: str, biased: Sequence[str]) -> None:
-    if work.task.streamed is not None:
-        run = refit_blocks if target == "own" else refit_paired_blocks
-        run(work, work.task.streamed, biased)
-    elif target == "own":
-        _refit_in_dense(work)
-    else:
-        _refit_paired(work)
-
-
-def _refit_in_dense(work: RefitWork) -> None:
-    dense = work.task.dense
-    _run(work, dense, partial(RefitInDense, _watched(dense, work.layers), work))
-
-
-def _refit_paired(work: RefitWork) -> None:
-    task, waiting, batches = work.task, work.waiting, work.batches
-    watched = _watched(task.dense, waiting)
-
-    def run(around: Around, turns: Turns) -> None:
-        def run_one(number: int) -> None:
-            with around(number, watched):
-                _run_batch(task.dense, batches[number].batch)
-
-        turns.run(run_one)
-
-    with run_in_thread(run, len(batches)) as dense:
-        _run(work, task.model, partial(RefitPaired, _watched(task.model, waiting), work, dense=dense))
-
-
-def _watched(model: nn.Module, names: Mapping[str, Any] | set[str]) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters() if name in names}
-
-
-def _run(work: RefitWork, model: nn.Module, mode: Callable[[int, Turns], Refitting]) -> None:
-    """Run a network until its last layer is refitted; a user's interrupt first writes the layers done so far."""
-    turns = Turns(len(work.batches))
-
-    def run_one(number: int) -> None:
-        own = mode(number, turns)
-        with torch.no_grad():
-            with own:
-                _run_batch(model, work.batches[number].batch)
-            own.finish()
-
     try:
-        turns.run(run_one)
-    except StopRunError:
-        pass
-    except KeyboardInterrupt:
-        work.write()
-        raise
-
-
-def _run_batch(model: nn.Module, batch: Batch) -> Any:
-    """Return what a network gives for a batch, which may be on another device."""
-    there = batch.to(device_of(model))
-    return there.run(model)
+        refit_layers(work, target, biased)
+        return False
+    except LayerOrderError:
+        work.start_again(regroup(parts, most=1))
+    try:
+        refit_layers(work, target, biased)
+    except LayerOrderError as error:
+        raise ValueError(
+            f"{error}, also in one batch; give data with the same arguments, or recover by distil"
+        ) from None
+    return True
 
 
 def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
     """Say why the dense network with the cut one's layers in it is not the cut network; empty if it is."""
-    dense, model = work.task.dense, work.task.model
-    for name, why in left_out.items():
-        return f"{name}, which reads what was cut, cannot be refitted: {why}"
+    if left_out:
+        return _refuse_first(left_out)
     if not work.layers:
         return ""
-    if work.task.streamed is None:
-        mode = RefitInDense(_watched(dense, work.layers), work, 0, Turns(1), fit=False)
-        with mode:
-            carried = _run_batch(dense, batch)
-        mode.finish()
-        own = batch.run(model)
-    else:
-        carried, own = compare_outputs(work, work.task.streamed, batch)
-    for a, b in zip(tree_leaves(carried), tree_leaves(own), strict=False):
+    carried, recovered = compare_outputs(work, batch)
+    for a, b in zip(tree_leaves(carried), tree_leaves(recovered), strict=False):
         if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape:
             away = float((a.double() - b.double()).square().mean().sqrt() / b.double().square().mean().sqrt())
             close = CLOSE * (10 if a.dtype in (torch.float16, torch.bfloat16) else 1)

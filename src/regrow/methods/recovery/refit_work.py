@@ -1,23 +1,116 @@
-"""The progress of a refit: the layers, the sums over positions of the present one, and what is solved."""
+"""The progress of a refit: the data in batches, the layers, the sums of the present one, and what is solved."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from regrow.core.sources import Batch
 from regrow.core.turns import StopRunError
-from regrow.methods.recovery.fit_batches import FitBatch
+from regrow.data.batch_streams import concatenate, form_of, is_joinable
 from regrow.methods.recovery.solve import RidgeCandidates, Sums
-from regrow.methods.recovery.streamed import ChangedTensors
-from regrow.methods.recovery.task import RecoveryTask
+from regrow.methods.recovery.task import ChangedTensors, RecoveryTask
 from regrow.surgery.compensate import bias_of
 
 SECONDS = 60.0
 """The longest time between two checkpoints, in seconds, as long as layers are handled."""
+ELEMENTS, BATCHES = 2048, 16
+"""The fewest elements of inputs (tokens of text) that run together, unless there are fewer in all; and into how many
+batches the data are divided at most."""
+_OWN = ("_parameters", "_buffers", "_modules")
+"""The attributes of a module that hold its parts."""
+
+
+@dataclass(frozen=True)
+class FitBatch:
+    """Text or images that run through the networks together, and the parts of the data that they belong to.
+
+    Args:
+        batch: The inputs.
+        parts: Per stretch of the batch, in order, the number of its part, and the number of its last example, from 1.
+    """
+
+    batch: Batch
+    parts: tuple[tuple[int, int], ...]
+
+
+def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: int = BATCHES) -> list[FitBatch]:
+    """Return the data in larger batches, which may hold the end of one part and the beginning of the next.
+
+    >>> text = [Batch((torch.zeros(1, 4),))] * 3
+    >>> [one.parts for one in regroup([text, text[:1]], elements=8)]
+    [((0, 2),), ((0, 1), (1, 2))]
+    """
+    plain = [(part, replace(batch, labels=None)) for part, batches in enumerate(parts) for batch in batches]
+    every = [(part, batch, *_size(batch)) for part, batch in plain]
+    check_lengths([batch for _, batch, _, _ in every])
+    least = max(elements, -(-sum(count for *_, count in every) // most))
+    groups: list[list[tuple[int, Batch, int, int]]] = []
+    size, last, joined = 0, list[Any](), False
+    for one in every:
+        form, joins = form_of(one[1]), is_joinable(one[1])
+        if size >= least or not joins or not joined or form != last:
+            groups.append([])
+            size, last, joined = 0, form, joins
+        groups[-1].append(one)
+        size += one[3]
+    result = []
+    for group in groups:
+        counts = {part: sum(count for _, _, count, _ in own) for part, own in groupby(group, lambda one: one[0])}
+        ends = tuple(zip(counts, accumulate(counts.values()), strict=True))
+        result.append(FitBatch(concatenate([batch for _, batch, _, _ in group]), ends))
+    return result
+
+
+def join_all(parts: Sequence[Sequence[Batch]]) -> list[FitBatch]:
+    """Return the data as a single batch, for a network that keeps tensors of a forward pass in its modules."""
+    batches = regroup(parts, most=1)
+    if len(batches) > 1:
+        raise ValueError(
+            f"this network keeps tensors in its modules, so that all data must run in one batch, and {len(batches)} of "
+            "these cannot be joined; give batches with the same arguments, or recover by distil"
+        )
+    return batches
+
+
+def _size(batch: Batch) -> tuple[int, int]:
+    """Return how many examples and elements the first tensor of a batch has; 1 without a tensor."""
+    inputs = [*batch.args, *batch.kwargs.values()]
+    first = next((one for one in inputs if isinstance(one, Tensor) and one.dim()), torch.zeros(1))
+    return len(first), first.numel()
+
+
+def read_state(model: nn.Module) -> dict[str, object]:
+    """Return the attributes of a network's modules that hold tensors, and its buffers, by name."""
+    return {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in (vars(module) | module._buffers).items()
+        if name not in _OWN and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+    }
+
+
+def keeps_state(model: nn.Module, before: Mapping[str, object]) -> bool:
+    """Whether a forward pass has put tensors into modules, which batches in turns would take from each other."""
+    after = read_state(model)
+    return after.keys() != before.keys() or any(value is not before[name] for name, value in after.items())
+
+
+def check_lengths(batches: Iterable[Batch]) -> None:
+    """Raise ValueError if inputs of batches differ in a dimension other than the first."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for batch in batches:
+        for name, value in {**{str(i): one for i, one in enumerate(batch.args)}, **batch.kwargs}.items():
+            if isinstance(value, Tensor):
+                shapes.setdefault(name, set()).add(tuple(value.shape[1:]))
+    for several in shapes.values():
+        if len(several) > 1:
+            raise ValueError(f"refit needs windows of one length, and these have {sorted(several)[:3]}; cut them alike")
 
 
 @dataclass(frozen=True)
@@ -106,39 +199,19 @@ class RefitWork:
         self.task.write(len(self.records), tensors, {"layers": [dict(row) for row in self.records]})
 
     def start_again(self, batches: Sequence[FitBatch]) -> None:
-        """Divide the data otherwise; layers that are done stay so.
-
-        Args:
-            batches: All the text or images.
-        """
+        """Divide the data otherwise; layers that are done stay so."""
         self.batches, self._sums, self._reached, self._added = batches, {}, [], 0
 
     def reach(self, layer: Layer) -> None:
-        """Note that a batch has reached a layer.
-
-        Args:
-            layer: The layer.
-
-        Raises:
-            LayerOrderError: If another batch has reached another layer instead.
-        """
+        """Note that a batch has reached a layer."""
         if self._reached and self._reached[-1] != layer.name:
             raise LayerOrderError(f"{layer.name} runs where {self._reached[-1]} does on other data")
         self._reached.append(layer.name)
 
     def add(
-        self, layer: Layer, number: int, inputs: Tensor, target: Tensor, missing: Tensor, shown: Tensor | None = None
+        self, layer: Layer, number: int, inputs: Tensor, target: Tensor, missing: Tensor, shown: Tensor | None
     ) -> None:
-        """Add the rows of a batch to the sums of a layer.
-
-        Args:
-            layer: The layer.
-            number: The number of the batch.
-            inputs: The inputs of the layer, ``[rows, k]``.
-            target: The outputs that it should have, ``[rows, out]``.
-            missing: The target minus the current output, ``[rows, out]``.
-            shown: Which rows count, ``[rows]`` bool on the CPU; ``None``: all.
-        """
+        """Add the rows of a batch to the sums of a layer."""
         if bias_of(layer.name) in self.own:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         parts = self.batches[number].parts
@@ -152,15 +225,7 @@ class RefitWork:
         self._added += 1
 
     def finish(self, layer: Layer) -> None:
-        """Refit a layer that all batches have reached, unless the first of them to go on has seen to it.
-
-        Args:
-            layer: The layer.
-
-        Raises:
-            LayerOrderError: If a batch has not reached it, or the dense network does not run it on one.
-            StopRunError: If all layers are refitted.
-        """
+        """Refit a layer that all batches have reached, unless the first of them to go on has seen to it."""
         if self._reached and self._reached[-1] == layer.name:
             if len(self._reached) < len(self.batches) or self._added not in (0, len(self.batches)):
                 raise LayerOrderError(f"{layer.name} does not run on part of the data")
@@ -178,12 +243,7 @@ class RefitWork:
             raise StopRunError
 
     def solve(self, layer: Layer, sums: Sequence[Sums]) -> None:
-        """Fit a layer by ridge regression, in place, and record its error before and after.
-
-        Args:
-            layer: The layer.
-            sums: The sums over the rows of each part of the data.
-        """
+        """Fit a layer by ridge regression, in place, and record its error before and after."""
         weight, bias = self.own[layer.name], self.own.get(bias_of(layer.name))
         choice = self.candidates.choose(sums, bias=bias is not None)
         if (change := choice.change) is not None:

@@ -1,8 +1,10 @@
-"""The input of a recovery: the networks before and after a cut, text to train on, and a file for its progress."""
+"""The input of a recovery: the networks before and after a cut, text, and a file for its progress; and its training."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,90 @@ from regrow.core.axes import AxisGraph
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Batch, Source
-from regrow.distributed.parallel import ALONE, Parallel
-from regrow.methods.recovery.streamed import StreamedPair
+from regrow.core.sources import Batch, Source, device_of, drawn
+from regrow.distributed.parallel import ALONE, Parallel, everywhere
 from regrow.store import schemas
 from regrow.store.convert import convert
-from regrow.store.errors import StoreError
-from regrow.store.tensors import read_tensors, write_tensors
+from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.tensors import read_header, read_tensors, write_tensors
+from regrow.streaming.network import StreamedNetwork
+from regrow.training.checkpoint import read_checkpoint, write_checkpoint
+from regrow.training.fit import fit
+from regrow.training.hooks import EarlyStopping, Tensors, restore_best, with_early_stopping
+from regrow.training.learner import Context, Learner, Loss
+from regrow.training.schedule import NO_AXES, OptimizerSettings, Schedule, source_phase
+from regrow.training.state import TrainState
 
-FORMAT = "regrow-recovery/1"
+FORMAT, CHANGED_FORMAT = "regrow-recovery/1", "regrow-changed/1"
+REFIT_FIELDS = ("weight", "ridge")
+"""What the record of a layer that refit has solved has, as far as a resumed refit reads it."""
+
+
+class ChangedTensors:
+    """Tensors of a network that a recovery has changed, in files, one per step; each access reads one.
+
+    Args:
+        folder: The folder of the files; made when the first is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.key = folder, ""
+        self.records: list[dict[str, Any]] = []
+        self.places: dict[str, Path] = {}
+
+    def open(self, key: str, fields: Collection[str] = ()) -> None:
+        """Find the steps of an interrupted recovery; files of another one, and damaged ones, are deleted."""
+        self.key, self.records, self.places = key, [], {}
+        for i, path in enumerate(sorted(self.folder.glob("*.safetensors"))):
+            try:
+                header = read_header(path, CHANGED_FORMAT)
+            except StoreError:
+                header = {}
+            names, record = header.get("names"), header.get("record")
+            expected = header.get("key") == key and path == self._path(i) and len(self.records) == i
+            if expected and isinstance(names, list) and isinstance(record, dict) and record.keys() >= set(fields):
+                self._add(path, names, record)
+            else:
+                path.unlink()
+
+    def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> None:
+        """Write the tensors that a step has changed."""
+        path = self._path(len(self.records))
+        with explain_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors, {"key": self.key, "record": dict(record)}, CHANGED_FORMAT)
+        self._add(path, [*tensors], dict(record))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the new value of a tensor."""
+        return read_tensors(self.places[name], CHANGED_FORMAT)[1][name]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06}.safetensors"
+
+    def _add(self, path: Path, names: list[str], record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self.places |= dict.fromkeys(names, path)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedPair:
+    """The two networks of a recovery, each with one block in memory at a time.
+
+    Args:
+        dense: The network before the cut.
+        model: The network after the cut, as it was before the recovery.
+        changed: What the recovery has made of its tensors.
+        lacking: Why memory has no room for a block of both at a time, and what to do; empty: it has.
+    """
+
+    dense: StreamedNetwork
+    model: StreamedNetwork
+    changed: ChangedTensors
+    lacking: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,46 +135,23 @@ class RecoveryTask:
     streamed: StreamedPair | None = None
 
     def loss_of(self, output: object, batch: Batch) -> Tensor:
-        """Return the loss of a batch by its labels, a scalar.
-
-        Args:
-            output: What the network returned for the batch.
-            batch: The batch.
-        """
+        """Return the loss of a batch by its labels, a scalar."""
         objective = self.objective or choose_objective(None, batch)
         return objective.compute_loss(output, batch)
 
     def parts(self, share: float) -> tuple[list[list[Batch]], list[Batch]]:
-        """Return the training batches of each source, and the held-out batches of all sources; no batch is both.
-
-        Args:
-            share: The fraction of each source that is held out, above 0 and below 1.
-
-        Raises:
-            ValueError: If there is no source, one has a single batch, or ``share`` is out of range.
-        """
+        """Return the training batches of each source, and the held-out batches of all sources; no batch is both."""
         if not self.sources:
             raise ValueError("recovery learns from text or images; give at least one source, like --source news")
         if few := next((source for source in self.sources if len(source) < 2), None):
             raise ValueError(
                 f"source {few.name!r} has {len(few)} batches; one is held out, so give at least two (more tokens)"
             )
-        if not 0 < share < 1:
-            raise ValueError(f"held_out is the share that judges, above 0 and below 1; got {share:g}")
         halves = [source.held_out(share) for source in self.sources]
         return [fit for fit, _ in halves], [batch for _, held in halves for batch in held]
 
     def write(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, object]) -> None:
-        """Write the progress of a closed-form recovery to the checkpoint, if the task has one.
-
-        Args:
-            step: The number of sources or layers that are done.
-            tensors: The results so far, by name.
-            values: Further state, as JSON data.
-
-        Raises:
-            StoreError: If the disk is full or the file cannot be written.
-        """
+        """Write the progress of a closed-form recovery to the checkpoint, if the task has one."""
         if self.checkpoint is not None:
             write_tensors(self.checkpoint, tensors, {**self.header(), "step": step, "values": dict(values)}, FORMAT)
 
@@ -117,29 +171,119 @@ Recovery = Callable[[RecoveryTask], dict[str, object]]
 """Changes a task's network in place, and returns a summary as JSON data."""
 
 
-@contextmanager
-def precise(model: nn.Module) -> Iterator[None]:
-    """Convert a half-precision network to float32 inside the ``with`` block; its own precision returns after it.
+def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
+    """Set the bias of a layer, in place; a layer that has none gets one."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = module._parameters.get(leaf)
+    if old is None:
+        trains = next(model.parameters()).requires_grad
+        setattr(module, leaf, nn.Parameter(value.clone(), requires_grad=trains))
+    else:
+        with torch.no_grad():
+            old.copy_(value)
 
-    Args:
-        model: The network; changed in place.
+
+SECONDS = 120.0
+"""The longest time between two checkpoints, in seconds; one is also written after every evaluation."""
+
+
+def fit_recovery(
+    task: RecoveryTask,
+    parameters: Mapping[str, nn.Parameter],
+    loss: Callable[[RecoveryTask, Batch], Tensor],
+    s: Any,
+) -> dict[str, Any]:
+    """Train parameters of a cut network in place, and restore the values that were best on held-out batches.
+
+    ``s.lr`` is the peak learning rate: it rises over the first tenth of the steps, then falls as a half cosine.
+    A step takes ``windows`` batches from the sources in turn, which are read ``passes`` times; ``checks`` evaluations
+    use the fraction ``held_out`` of each source.
     """
-    half = (torch.float16, torch.bfloat16)
-    parameters = [(p, p.dtype) for p in model.parameters() if p.dtype in half]
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.dtype in half
-    ]
-    for parameter, _ in parameters:
-        parameter.data = parameter.data.float()
-    for module, name, buffer in buffers:
-        module._buffers[name] = buffer.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in parameters:
-            parameter.data = parameter.data.to(dtype)
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
+    train, held = task.parts(s.held_out)
+    held = [batch.to(device_of(task.model)) for batch in held]
+    steps = max(1, round(s.passes * sum(map(len, train)) / s.windows))
+    ends = sorted({round(steps * (i + 1) / s.checks) for i in range(s.checks)} | {0, steps})
+    epochs = [end - start for start, end in pairwise(ends)]
+    phase = source_phase(
+        "training", epochs, lambda step: [batch for _, batch in drawn(train, s.windows, step, task.seed)]
+    )
+    schedule = Schedule(OptimizerSettings("adamw", s.lr), "cosine", warm_up=0.1, clip=1.0, seed=task.seed)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    with _shard(task, _read(task)) as (task, state):
+        learner = with_early_stopping(
+            Learner[Tensors](
+                {},
+                loss=lambda state, context, step: Loss(loss(task, step.batch)),
+                boundary=lambda state, context, boundary: state,
+            ),
+            lambda state, context: fsum(task.parallel.values(lambda batch: float(loss(task, batch)), held)) / len(held),
+        )
+
+        def write(state: TrainState[EarlyStopping], context: Context) -> None:
+            leads = task.parallel.ranks.leads
+            if task.checkpoint is not None and (leads or task.parallel.fsdp):
+                write_checkpoint(
+                    task.checkpoint, task.model, state, trained_only=True, header=task.header(), writes=leads
+                )
+
+        fitted = fit(
+            task.model,
+            NO_AXES,
+            [phase],
+            learner,
+            schedule,
+            state=state,
+            checkpoint=write,
+            seconds=SECONDS,
+            progress=task.progress,
+            parallel=task.parallel,
+        )
+        stopped = fitted.state.learner
+        restore_best(task.model, stopped)
+    return {"steps": steps, "best": stopped.best_check.step, "history": [asdict(check) for check in stopped.history]}
+
+
+@contextmanager
+def _shard(
+    task: RecoveryTask, state: TrainState[EarlyStopping] | None
+) -> Iterator[tuple[RecoveryTask, TrainState[EarlyStopping] | None]]:
+    """Shard the networks and the training state among all ranks inside the ``with`` block, if the task asks for it."""
+    if not task.parallel.fsdp:
+        yield task, state
+        return
+    from regrow.distributed.fsdp import shard_like, sharded
+
+    recording = task.axes.recording
+    blocks = [block.path for block in recording.blocks if block.path] if recording else []
+    with sharded([task.model, task.dense], blocks) as (model, dense):
+        if state:
+            parameters = dict(model.named_parameters())
+            best = {
+                name: replace(one, values=shard_like(one.values, parameters[name]))
+                for name, one in state.learner.best.items()
+            }
+            moments = {
+                name: {
+                    what: shard_like(value, parameters[name]) if isinstance(value, Tensor) else value
+                    for what, value in memory.items()
+                }
+                for name, memory in state.moments.items()
+            }
+            state = replace(state, learner=replace(state.learner, best=best), moments=moments)
+        yield replace(task, model=model, dense=dense), state
+
+
+def _read(task: RecoveryTask) -> TrainState[EarlyStopping] | None:
+    """Return the training state from the checkpoint; ``None`` if there is no checkpoint, or it cannot be used."""
+    state, ranks = None, task.parallel.ranks
+    if task.checkpoint is not None and task.checkpoint.is_file():
+        with suppress(StoreError):
+            state = read_checkpoint(task.checkpoint, task.model, NO_AXES, EarlyStopping(), trained_only=True)[2]
+    if not (everywhere(ranks, state is not None) or everywhere(ranks, state is None)):
+        raise StoreError(
+            f"{task.checkpoint} cannot be read by all processes; make room in their folders for temporary files "
+            "(TMPDIR), and give the same command again"
+        )
+    return state

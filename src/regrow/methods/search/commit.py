@@ -1,6 +1,6 @@
 """Commits of a search: plans that remove what is masked, fit the network to its budget, or restore units."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,13 +13,15 @@ from regrow.allocation.regrowth import sample_operations
 from regrow.core.candidates import single_in
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples
-from regrow.methods.search.importance import differentiate_weights, measure_relative, score_cut_filters
 from regrow.methods.search.space import (
     Rules,
     build_layout,
     clear_thresholds,
+    differentiate_weights,
+    measure_relative,
     measure_size,
     measure_whole,
+    score_cut_filters,
     set_zeros,
     update_layout,
 )
@@ -28,20 +30,11 @@ from regrow.training.learner import Context
 
 Commit = tuple[Plan | None, SearchState]
 """A plan (``None``: no change), and the state of the search after it was made."""
-CommitStep = Callable[[SearchState, Context], Commit]
 
 
 @torch.no_grad()
 def cut_masked(rules: Rules, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
-    """Plan the removal of what is masked, limited by the controller's allowed size and by what the target needs.
-
-    Args:
-        rules: The choices of the method.
-        state: The state of the search.
-        context: The network.
-        masks: The masks; 0 for what is removed.
-        target: The largest allowed size of the whole network at the end.
-    """
+    """Plan the removal of what is masked, limited by the controller's allowed size and by what the target needs."""
     layout, space = state.layout, rules.space
     masks = limit_removal(layout, masks, rules.allowed(state, context, target), rules.fills_with_bare)
     masks = protect_cheapest(build_layout(space, state.axes, context, space.part(-1)), masks, target, space.cuts)
@@ -68,15 +61,8 @@ def cut_masked(rules: Rules, state: SearchState, context: Context, masks: GateMa
 
 
 def drop_operations(rules: Rules, state: SearchState, context: Context, ops: Tensor) -> Commit:
-    """Plan to drop operations that the masks still keep, which changes the network's outputs.
-
-    Args:
-        rules: The choices of the method.
-        state: The state of the search.
-        context: The network.
-        ops: The mask of the operations that remain, ``[operations]``.
-    """
-    masks = replace(rules.masks(state, context, None, False), ops=ops)
+    """Plan to drop operations that the masks still keep, which changes the network's outputs."""
+    masks = replace(rules.masks(state, context), ops=ops)
     drop, _ = select_removed(state.layout, masks, context.axes)
     if not drop:
         return None, state
@@ -90,39 +76,24 @@ def fit_to_budget(rules: Rules, state: SearchState, context: Context, target: fl
     """Plan the removal of what is masked and, least important first, of as much more as the target requires.
 
     Of candidates marked as exclusive, all but one are dropped afterwards.
-
-    Args:
-        rules: The choices of the method.
-        state: The state of the search.
-        context: The network.
-        target: The largest allowed size of the network.
-
-    Raises:
-        ValueError: If the target cannot be reached.
     """
     with torch.no_grad():
-        masks = rules.masks(state, context, None, False)
+        masks = rules.masks(state, context)
         relative = None if masks.over is None else measure_relative(state, context, masks)
         ops, filters, weights = commits.fit_to_budget(state.layout, masks, relative, target)
         state = replace(state, zero_mask=state.zero_mask | weights)
-        masks = replace(rules.masks(state, context, None, False), ops=ops, filters=filters)
+        masks = replace(rules.masks(state, context), ops=ops, filters=filters)
     plan, state = cut_masked(rules, state, context, masks, target)
     clear_thresholds(state)
     return (plan, state) if plan else keep_single(rules, state, context)
 
 
 def keep_single(rules: Rules, state: SearchState, context: Context) -> Commit:
-    """Plan to drop all but the most important of candidates of which only one may remain.
-
-    Args:
-        rules: The choices of the method.
-        state: The state of the search.
-        context: The network.
-    """
+    """Plan to drop all but the most important of candidates of which only one may remain."""
     sets, layout, alpha = single_in(context.model), state.layout, state.alpha.values.detach()
     if not sets:
         return None, state
-    ops = rules.masks(state, context, None, False).ops.detach().clone()
+    ops = rules.masks(state, context).ops.detach().clone()
     number = {path: i for i, path in enumerate(layout.ops)}
     for paths in sets:
         own = [number[path] for path in paths if layout.alive[number[path]]]
@@ -135,22 +106,9 @@ def keep_single(rules: Rules, state: SearchState, context: Context) -> Commit:
 def select_lowest(
     rules: Rules, state: SearchState, context: Context, low: float, high: float, each: int
 ) -> tuple[Tensor, int]:
-    """Select the operations that remain after those with the smallest fraction of their node's importance are dropped.
-
-    Args:
-        rules: The choices of the method.
-        state: The state of the search.
-        context: The network.
-        low: All operations with at most this fraction are dropped.
-        high: No operation with a larger fraction is dropped.
-        each: The largest number of decisions on operations between ``low`` and ``high``.
-
-    Returns:
-        The mask of those that remain, ``[operations]``, and how many decisions were made; operations that are tied are
-        one decision.
-    """
+    """Select the operations that remain after those of the smallest share of their node's importance are dropped."""
     layout, space, target = state.layout, rules.space, rules.space.target
-    masks = rules.masks(state, context, None, False)
+    masks = rules.masks(state, context)
     left, size = masks.ops.clone(), measure_size(rules, state, context)
     kept, shares, _ = layout.shares(masks, state.alpha.values)
     prices, many, reachable = layout.prices(), 0, least(layout, space.cuts) <= target
@@ -170,13 +128,7 @@ def select_lowest(
 
 
 def revive_operations(share: float, state: SearchState, context: Context) -> Commit:
-    """Plan to restore a fraction of the operations dropped in this stage, sampled as MG-DARTS samples them.
-
-    Args:
-        share: The fraction of the dropped operations that is restored.
-        state: The state of the search.
-        context: The network.
-    """
+    """Plan to restore a fraction of the operations dropped in this stage, sampled as MG-DARTS samples them."""
     layout, many = state.layout, int(share * len(state.dropped))
     dead = [p for p, a, r in zip(layout.ops, layout.alive, layout.runs, strict=True) if r and not a]
     alive = [p for p, a, r in zip(layout.ops, layout.alive, layout.runs, strict=True) if r and a]
@@ -188,14 +140,7 @@ def revive_operations(share: float, state: SearchState, context: Context) -> Com
 
 
 def restore_filters(rules: Rules, share: float, state: SearchState, context: Context) -> Commit:
-    """Plan to restore a fraction of the filters cut in this stage: those whose scale has the largest gradient.
-
-    Args:
-        rules: The choices of the method.
-        share: The fraction of the cut filters that is restored.
-        state: The state of the search.
-        context: The network, and the store of what was removed.
-    """
+    """Plan to restore a fraction of the filters cut in this stage: those whose scale has the largest gradient."""
     stored = context.undo.restorable if context.undo else {}
     there = {key: stored.get(key, ()) for key in state.layout.levels.axes}
     cut_here = {key: [one for one in ids if one in there.get(key, ())] for key, ids in state.cut.items()}
@@ -210,19 +155,12 @@ def restore_filters(rules: Rules, share: float, state: SearchState, context: Con
 
 
 def release_weights(rules: Rules, share: float, state: SearchState, context: Context) -> SearchState:
-    """Return the state in which a fraction of the zeroed weights may train again: those with the largest gradient.
-
-    Args:
-        rules: The choices of the method.
-        share: The fraction of the weights fixed at 0 that is released.
-        state: The state of the search.
-        context: The network.
-    """
+    """Return the state in which a fraction of the zeroed weights may train again: those with the largest gradient."""
     zero = state.zero_mask
     if not (many := int(share * int(zero.sum()))):
         return state
     slopes = differentiate_weights(rules, state, context, take_examples(context))
-    own = rules.masks(state, context, None, False).filter_scale
+    own = rules.masks(state, context).filter_scale
     scale = torch.cat([own, own.new_ones(1)])
     gradient = torch.where(zero, (slopes * scale[state.layout.levels.reads]).abs(), -1.0)
     released = zero.clone()
@@ -231,12 +169,7 @@ def release_weights(rules: Rules, share: float, state: SearchState, context: Con
 
 
 def reset_modules(context: Context, paths: Sequence[str]) -> None:
-    """Re-initialise modules at random, in place.
-
-    Args:
-        context: The network, and the seed.
-        paths: The paths of the modules.
-    """
+    """Re-initialise modules at random, in place."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.generator(context.epoch, 9).initial_seed() % 2**63)
         for path in paths:
@@ -246,24 +179,13 @@ def reset_modules(context: Context, paths: Sequence[str]) -> None:
 
 
 def take_examples(context: Context) -> Examples:
-    """Return a batch of as many training examples as a step has; more could need more memory.
-
-    Args:
-        context: The training data and the seed.
-    """
+    """Return a batch of as many training examples as a step has; more could need more memory."""
     many = -(-len(context.task.train) // context.steps)
     return next(context.task.train.batches(many, seed=context.generator(context.epoch, 8).initial_seed()))
 
 
 def account_plan(rules: Rules, state: SearchState, context: Context, plan: Plan) -> SearchState:
-    """Return the state after a plan: its new layout, and the savings of operations and filters so far.
-
-    Args:
-        rules: The choices of the method.
-        state: The state before.
-        context: The network after the plan.
-        plan: The plan.
-    """
+    """Return the state after a plan: its new layout, and the savings of operations and filters so far."""
     before, now = state.whole, measure_whole(rules.space, state.axes, context)
     if plan.back:
         operations = before - now

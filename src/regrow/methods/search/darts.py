@@ -19,32 +19,28 @@ Where we differ: every cell has its own α, unless ``shared``; there is no opera
 are affine; and the learning rate of α is divided by the number of steps; it equals the authors' at their 50 epochs.
 """
 
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Annotated
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from regrow.allocation.edges import Edges, select_operations
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.partial import partial_channels
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
-from regrow.methods.search.assembly import Search, compute_loss, follow_training
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.sources import move_tensors
+from regrow.core.tasks import Examples
+from regrow.methods.search.assembly import Search
 from regrow.methods.search.commit import Commit, cut_masked, fit_to_budget
-from regrow.methods.search.importance import (
-    choose_operations,
-    draw_importance,
-    find_edges,
-    mask_by_thresholds,
-    measure_skips,
-    rank_evenly,
-    replace_scales,
-    set_importance_gradients,
-)
-from regrow.methods.search.space import Rules, SearchSpace, check_space, measure_size
+from regrow.methods.search.space import SearchSpace, measure_size, rank_evenly, scale_candidates
 from regrow.methods.search.state import SearchState
+from regrow.nets.cells import Cells
 from regrow.settings.constraints import Range, check_constraints
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step
+from regrow.surgery.gate import parametrize
+from regrow.training.learner import Boundary, Context, Event, Replacements, Step
 
 CITATION = (
     "Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search (arXiv 1806.09055), first order; edges, warm, "
@@ -88,90 +84,126 @@ class Settings:
         Measure(self.measure)
 
 
-def build(settings: Settings, prices: Prices | None = None) -> Search:
-    """Return the DARTS search.
+class Darts(Search):
+    """The DARTS search."""
 
-    Args:
-        settings: Its settings.
-        prices: The time that weights and operations take, if ``measure`` is ``ms``.
-    """
-    s = settings
-    space = SearchSpace(
-        s.target, Measure(s.measure), ("filters",), s.stages[-1:], prices, removable=("operations", "filters")
-    )
-    rules = Rules(
-        space,
-        partial(_mask, space),
-        rates=lambda context: (s.lr / (context.epochs * context.steps or 1), 0.0),
-        allowed=lambda state, context, target: 0.0 if state.chosen is None else target,
-        shares=measure_skips,
-        summary=lambda state: _summarize(s, state),
-        own_parametrize=replace_scales,
-    )
-    learner = Learner(
-        SearchState(),
-        parametrize=rules.parametrize,
-        loss=lambda state, context, step: Loss(compute_loss(context, step.batch, s.augment)),
-        project=partial(_project, s),
-        plan=partial(_plan, rules),
-        boundary=partial(_follow, s, rules),
-        optimizer="adam",
-        second_share=0.5,
-    )
-    return Search(rules, learner, partial(_finalize, rules), asdict(s), check=partial(check_space, space))
+    second_share = 0.5
+
+    def __init__(self, s: Settings, prices: Prices | None = None) -> None:
+        removable = ("operations", "filters")
+        super().__init__(
+            s, SearchSpace(s.target, Measure(s.measure), ("filters",), s.stages[-1:], prices, removable=removable)
+        )
+        self.s = s
+
+    def masks(
+        self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False
+    ) -> GateMasks:
+        """Everything is kept; in the end only the chosen operations are."""
+        masks = super().masks(state, context, flat, learning)
+        return masks if state.chosen is None else replace(masks, ops=masks.ops * choose_operations(state))
+
+    def rates(self, context: Context) -> tuple[float, float]:
+        """Return the learning rates of α, and of thresholds, which are not trained."""
+        return self.s.lr / (context.epochs * context.steps or 1), 0.0
+
+    def allowed(self, state: SearchState, context: Context, target: float) -> float:
+        """Before operations are chosen, and for that, as much is removed as is masked."""
+        return target if state.chosen else 0.0
+
+    def shares(self, state: SearchState, masks: GateMasks) -> dict[str, float]:
+        """Return the kept fractions, and that of skips among the chosen operations; near 1 DARTS has collapsed."""
+        chosen = [path for path, here in zip(state.layout.ops, choose_operations(state), strict=True) if here]
+        skips = sum(path.rpartition(".")[2].startswith("skip") for path in chosen)
+        return super().shares(state, masks) | {"skips": skips / max(1, len(chosen))}
+
+    def summary(self, state: SearchState) -> dict[str, float]:
+        """Return the size of the chosen operations with all their filters, and whether it met the target already."""
+        size = state.chosen
+        return {} if size is None else {"discretised": size, "below": size <= self.s.target}
+
+    @torch.no_grad()
+    def parametrize(self, state: SearchState, context: Context) -> Replacements:
+        """Return the candidates' scales without gradients for α, for the examples that train the weights."""
+        return Replacements(_scale_by_softmax(state, context))
+
+    def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
+        """Find edges, draw α and β at the start, and let channels bypass operations."""
+        begins, s = boundary.event == Event.TASK_START, self.s
+        if begins or boundary.event == Event.RESUME:
+            state = replace(state, edges=_find_edges(context, s.shared, s.shared or s.partial > 1))
+        edges = state.edges
+        state = super().boundary(state, context, boundary)
+        if begins:
+            lr = self.rates(context)[0]
+            beta = _draw_importance(context, edges.betas, lr, 14) if s.edges else None
+            state = replace(state, edges=edges, alpha=_draw_importance(context, edges.entries, lr, 11), beta=beta)
+        if s.partial > 1 and state.chosen is None and not state.handles:
+            weights = state.edge_weights
+            state = replace(state, handles=tuple(partial_channels(context.model, s.partial, lambda: weights)))
+        return state
+
+    def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
+        """Clip the gradients of the network; set those of α and β from the second part of the examples."""
+        state = super().project(state, context, step)
+        if context.epoch >= self.s.warm * context.epochs and step.second is not None:
+            self._differentiate(state, context, step.second)
+        return state
+
+    def _differentiate(self, state: SearchState, context: Context, batch: Examples) -> None:
+        """Set the gradients of α and β to those of a loss; parameters and running statistics do not change."""
+        learned = [tensor.values for tensor in (state.alpha, state.beta) if tensor is not None]
+        buffers = [*context.model.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        with parametrize(context.model, _scale_by_softmax(state, context)):
+            gradients = torch.autograd.grad(self.compute_loss(context, batch), learned)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        for values, gradient in zip(learned, gradients, strict=True):
+            values.grad = gradient + self.s.decay * values.detach()
+
+    def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
+        """First drop all operations that are not chosen; then cut filters, if the target requires it."""
+        if state.chosen is None:
+            for handle in state.handles:
+                handle.remove()
+            state = replace(state, chosen=0.0)
+            plan, state = cut_masked(self, state, context, self.masks(state, context), target)
+            state = replace(state, chosen=measure_size(self, state, context))
+            if plan:
+                return plan, state
+        return fit_to_budget(self, rank_evenly(state), context, target)
 
 
-def _mask(space: SearchSpace, state: SearchState, context: Context, flat: Tensor | None, learning: bool) -> GateMasks:
-    """Everything is kept; in the end only the chosen operations are."""
-    masks = mask_by_thresholds(space, True, state, context, flat, learning)
-    return masks if state.chosen is None else replace(masks, ops=masks.ops * choose_operations(state))
+build = Darts
 
 
-def _summarize(s: Settings, state: SearchState) -> dict[str, float]:
-    """Return the size of the chosen operations with all their filters, and whether it met the target already."""
-    size = state.chosen
-    return {} if size is None else {"discretised": size, "below": size <= s.target}
+def weigh_operations(state: SearchState) -> Tensor:
+    """Return the softmax weight of each operation on its edge, times the edge's weight if it has one."""
+    return state.edges.share(state.alpha.values, None if state.beta is None else state.beta.values)
 
 
-def _follow(s: Settings, rules: Rules, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-    begins = boundary.event == Event.TASK_START
-    if begins or boundary.event == Event.RESUME:
-        state = replace(state, edges=find_edges(context, s.shared, s.shared or s.partial > 1))
-    edges = state.edges
-    state = follow_training(rules, state, context, boundary)
-    if begins:
-        lr = rules.rates(context)[0]
-        beta = draw_importance(context, edges.betas, lr, 14) if s.edges else None
-        state = replace(state, edges=edges, alpha=draw_importance(context, edges.entries, lr, 11), beta=beta)
-    if s.partial > 1 and state.chosen is None and not state.handles:
-        weights = state.edge_weights
-        state = replace(state, handles=tuple(partial_channels(context.model, s.partial, lambda: weights)))
-    return state
+def choose_operations(state: SearchState) -> Tensor:
+    """Return the final choice as a mask: per node the best operation of its two best edges, ``[operations]`` bool."""
+    return select_operations(weigh_operations(state).detach(), state.edges.edge, state.layout.node)
 
 
-def _project(s: Settings, state: SearchState, context: Context, step: Step) -> SearchState:
-    """Clip the gradients of the network; set those of α and β from the second part of the examples."""
-    nn.utils.clip_grad_norm_(context.parameters().values(), s.clip)
-    if context.epoch >= s.warm * context.epochs and step.second is not None:
-        second = step.second
-        set_importance_gradients(state, context, lambda: compute_loss(context, second, s.augment), s.decay)
-    return state
+def _find_edges(context: Context, shared: bool, cells: bool) -> Edges:
+    """Return which edge of a cell each operation lies on, and which operations share α."""
+    if cells and not isinstance(context.model, Cells):
+        raise ValueError("shared and partial need a network of cells, and this is none; use a space cells:…")
+    edges = Edges.of(context.model, context.model.alike() if shared and isinstance(context.model, Cells) else {})
+    return move_tensors(edges, context.device)
 
 
-def _plan(rules: Rules, state: SearchState, context: Context) -> Commit:
-    at_end = context.epoch == context.epochs
-    return _finalize(rules, state, context, rules.space.target) if at_end else (None, state)
+def _draw_importance(context: Context, n: int, lr: float, purpose: int) -> AxisTensor:
+    """Return small random importances, so that at first all operations of an edge have about the same weight."""
+    return AxisTensor((1e-3 * torch.randn(n, generator=context.generator(purpose))).to(context.device), (n,), lr)
 
 
-def _finalize(rules: Rules, state: SearchState, context: Context, target: float) -> Commit:
-    """First drop all operations that are not chosen; then cut filters, if the target requires it."""
-    if state.chosen is None:
-        for handle in state.handles:
-            handle.remove()
-        state = replace(state, chosen=0.0)
-        masks = rules.masks(state, context, None, False)
-        plan, state = cut_masked(replace(rules, allowed=lambda *_: 0.0), state, context, masks, target)
-        state = replace(state, chosen=measure_size(rules, state, context))
-        if plan:
-            return plan, state
-    return fit_to_budget(rules, rank_evenly(state), context, target)
+def _scale_by_softmax(state: SearchState, context: Context) -> dict[str, Tensor]:
+    """Return the scale of each candidate by name, and store the edges' weights for channels that bypass operations."""
+    share, edges = weigh_operations(state) * state.layout.alive, state.edges
+    weight = share.new_ones(len(edges.node)) if state.beta is None else edges.between(state.beta.values)
+    state.edge_weights[:] = weight.split(edges.into)
+    return scale_candidates(context, share, keep=False)

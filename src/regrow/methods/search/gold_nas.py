@@ -16,26 +16,23 @@ the number of epochs; what exceeds the target at the end is dropped by the size 
 1 / steps; and the seven operations of our space are searched, not the authors' two.
 """
 
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.candidates import candidates_in
 from regrow.core.sources import to_host
-from regrow.methods.search.assembly import Search, compute_loss, follow_training
+from regrow.methods.search.assembly import Search, add_losses, raise_penalty
 from regrow.methods.search.commit import Commit, drop_operations, fit_to_budget, select_lowest
-from regrow.methods.search.controller import add_losses, raise_penalty
-from regrow.methods.search.importance import mask_by_thresholds, scale_by_importance
-from regrow.methods.search.space import Rules, SearchSpace, check_space, measure_size
+from regrow.methods.search.space import SearchSpace, measure_size
 from regrow.methods.search.state import SearchState
 from regrow.settings.constraints import Range, check_constraints
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step
+from regrow.training.learner import Boundary, Context, Event, Loss, Step
 
 CITATION = "Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331); reconstructed"
 
@@ -81,86 +78,79 @@ class Settings:
         Measure(self.measure)
 
 
-def build(settings: Settings, prices: Prices | None = None) -> Search:
-    """Return the GOLD-NAS-like search.
+class GoldNas(Search):
+    """The GOLD-NAS-like search."""
 
-    Args:
-        settings: Its settings.
-        prices: The time that weights and operations take, if ``measure`` is ``ms``.
-    """
-    s = settings
-    space = SearchSpace(s.target, Measure(s.measure), ("operations",), s.stages[-1:], prices)
-    rules = Rules(
-        space,
-        partial(_mask, space),
-        rates=lambda context: (s.lr / max(1, (context.epochs - s.warm) * context.steps), 0.0),
-        trains=lambda state, context: context.epoch >= s.warm,
-    )
-    learner = Learner(
-        SearchState(),
-        parametrize=rules.parametrize,
-        loss=partial(_compute_loss, s, rules),
-        project=partial(_clip, s),
-        after_step=_add_losses,
-        plan=partial(_plan, s, rules),
-        boundary=partial(_follow, rules),
-        optimizer="adam",
-    )
-    finalize = partial(fit_to_budget, rules)
-    return Search(rules, learner, finalize, asdict(s), shrinks=True, check=partial(_check, s, space))
+    shrinks = True
+
+    def __init__(self, s: Settings, prices: Prices | None = None) -> None:
+        super().__init__(s, SearchSpace(s.target, Measure(s.measure), ("operations",), s.stages[-1:], prices))
+        self.s = s
+
+    def check(self, context: Context) -> None:
+        """Refuse, besides, a search in which nothing would be dropped, or a network without candidates."""
+        if not candidates_in(context.model):
+            raise ValueError("GOLD-NAS searches operations, and this network has no candidates: mark some")
+        if context.epochs < self.s.warm + 2:
+            raise ValueError(
+                f"in {context.epochs} epochs no operation is dropped: the first {self.s.warm} train weights only, and "
+                f"nothing is dropped after the last one; use --epochs {self.s.warm + 2} or more, or a smaller warm"
+            )
+        super().check(context)
+
+    def rates(self, context: Context) -> tuple[float, float]:
+        """Return the learning rates of α, and of thresholds, which are not trained."""
+        return self.s.lr / max(1, (context.epochs - self.s.warm) * context.steps), 0.0
+
+    def trains(self, state: SearchState, context: Context) -> bool:
+        """Whether α is trained in this epoch."""
+        return context.epoch >= self.s.warm
+
+    def masks(
+        self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False
+    ) -> GateMasks:
+        """Return masks that keep every operation until it is dropped (or α is below −13.8), scaled by 2 σ(α)."""
+        masks = super().masks(state, context, flat, learning)
+        alpha = state.alpha.values if learning else state.alpha.values.detach()
+        share = alpha.sigmoid().index_select(0, state.layout.tied)
+        return replace(masks, ops=masks.ops.detach(), op_scale=2 * share * masks.ops.detach())
+
+    def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
+        """Cross-entropy, and λ times the regulariser of operations."""
+        plain = self.compute_loss(context, step.batch)
+        if not self.trains(state, context) or not state.penalty:
+            return Loss(plain, ())
+        kept, share, many = state.layout.shares(step.replaced.aux, state.alpha.values)
+        cost = torch.where(kept, state.layout.prices(), 0.0)
+        weight = 1 + self.s.cost_weight * cost / (cost.sum() / kept.sum()).clamp_min(1e-12)
+        regularizer = state.penalty * torch.where(kept, weight * torch.log1p(many * share), 0.0).sum()
+        return Loss(plain + regularizer, (plain.detach(), regularizer.detach()))
+
+    def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
+        """Add up the losses of the epoch."""
+        return add_losses(state, [float(loss) for loss in to_host(step.aux)])
+
+    def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
+        """Start the sums of losses again in each epoch."""
+        state = super().boundary(state, context, boundary)
+        return replace(state, losses=(0.0, 0.0)) if boundary.event == Event.EPOCH_START else state
+
+    def plan(self, state: SearchState, context: Context) -> Commit:
+        """Drop the lowest operations after each epoch that trained α, except the last; then fit to the target."""
+        s = self.s
+        if context.epoch == context.epochs:
+            return self.finalize(state, context, s.target)
+        if context.epoch <= s.warm or context.applied:
+            return None, state
+        if measure_size(self, state, context) <= s.target:
+            return None, replace(state, penalty=0.0)
+        each = s.drops_per_epoch or -(-len(state.layout.tied.unique()) // (context.epochs - s.warm - 1))
+        left, many = select_lowest(self, state, context, s.drop_below, s.keep_above, each)
+        return drop_operations(self, raise_penalty(state, many, few=each, many=2 * each, factor=2), context, left)
+
+    def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
+        """Drop what exceeds the target by the size of α."""
+        return fit_to_budget(self, state, context, target)
 
 
-def _check(s: Settings, space: SearchSpace, context: Context) -> None:
-    """Refuse, besides, a search in which nothing would be dropped, or a network without candidates."""
-    if not candidates_in(context.model):
-        raise ValueError("GOLD-NAS searches operations, and this network has no candidates: mark some")
-    if context.epochs < s.warm + 2:
-        raise ValueError(
-            f"in {context.epochs} epochs no operation is dropped: the first {s.warm} train weights only, and nothing "
-            f"is dropped after the last one; use --epochs {s.warm + 2} or more, or a smaller warm"
-        )
-    check_space(space, context)
-
-
-def _mask(space: SearchSpace, state: SearchState, context: Context, flat: Tensor | None, learning: bool) -> GateMasks:
-    """Return masks that keep every operation until it is dropped (or α is below −13.8); no thresholds are trained."""
-    return scale_by_importance(mask_by_thresholds(space, False, state, context, flat, learning), state, learning)
-
-
-def _compute_loss(s: Settings, rules: Rules, state: SearchState, context: Context, step: Step) -> Loss:
-    """Cross-entropy, and λ times the regulariser of operations."""
-    plain = compute_loss(context, step.batch, s.augment)
-    if not rules.trains(state, context) or not state.penalty:
-        return Loss(plain, ())
-    kept, share, many = state.layout.shares(step.replaced.aux, state.alpha.values)
-    cost = torch.where(kept, state.layout.prices(), 0.0)
-    weight = 1 + s.cost_weight * cost / (cost.sum() / kept.sum()).clamp_min(1e-12)
-    regularizer = state.penalty * torch.where(kept, weight * torch.log1p(many * share), 0.0).sum()
-    return Loss(plain + regularizer, (plain.detach(), regularizer.detach()))
-
-
-def _clip(s: Settings, state: SearchState, context: Context, step: Step) -> SearchState:
-    nn.utils.clip_grad_norm_(context.parameters().values(), s.clip)
-    return state
-
-
-def _add_losses(state: SearchState, context: Context, step: Step) -> SearchState:
-    return add_losses(state, [float(one) for one in to_host(step.aux)])
-
-
-def _follow(rules: Rules, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-    state = follow_training(rules, state, context, boundary)
-    return replace(state, losses=(0.0, 0.0)) if boundary.event == Event.EPOCH_START else state
-
-
-def _plan(s: Settings, rules: Rules, state: SearchState, context: Context) -> Commit:
-    """Drop the lowest operations after each epoch in which α was trained, except the last; then fit to the target."""
-    if context.epoch == context.epochs:
-        return fit_to_budget(rules, state, context, s.target)
-    if context.epoch <= s.warm or context.applied:
-        return None, state
-    if measure_size(rules, state, context) <= s.target:
-        return None, replace(state, penalty=0.0)
-    each = s.drops_per_epoch or -(-len(state.layout.tied.unique()) // (context.epochs - s.warm - 1))
-    left, many = select_lowest(rules, state, context, s.drop_below, s.keep_above, each)
-    return drop_operations(rules, raise_penalty(state, many, few=each, many=2 * each, factor=2), context, left)
+build = GoldNas

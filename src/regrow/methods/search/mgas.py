@@ -25,25 +25,34 @@ the next one begins, thresholds start at 0, and a fraction of the operations dro
 as the authors sample them.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
-from torch import nn
+import torch
+from torch import Tensor
 
+from regrow.allocation.gates import GateMasks
 from regrow.allocation.levels import check_levels
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
+from regrow.core.axis_tensor import AxisTensor
+from regrow.core.sources import to_host
 from regrow.methods.search import commit
-from regrow.methods.search.assembly import Search, compute_loss, follow_training, log_status
+from regrow.methods.search.assembly import Search, add_losses, raise_penalty
 from regrow.methods.search.commit import Commit
-from regrow.methods.search.controller import Controller, add_pressure, cut_due, follow_step, slow_filters
-from regrow.methods.search.importance import mask_by_thresholds, smooth_gradient, start_drift
-from regrow.methods.search.space import GRANULARITIES, Rules, SearchSpace
-from regrow.methods.search.stages import Stages, check_stages, protect_earlier, start_stage, take_turns
+from regrow.methods.search.space import (
+    GRANULARITIES,
+    SearchSpace,
+    build_layout,
+    clear_thresholds,
+    measure_masked,
+    measure_size,
+    update_layout,
+)
 from regrow.methods.search.state import SearchState
 from regrow.settings.constraints import OneOf, Range, check_constraints
-from regrow.training.learner import Boundary, Context, Event, Learner, Step
+from regrow.training.learner import Boundary, Context, Event, Loss, Step
 
 CITATION = "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from abstract and authors' code"
 
@@ -120,101 +129,198 @@ class Settings:
         check_levels(self.levels, Measure(self.measure))
 
 
-def build(settings: Settings, prices: Prices | None = None) -> Search:
-    """Return the MGAS search.
+class Mgas(Search):
+    """The MGAS search: a schedule of stages, and a controller, which makes the network smaller by one of two rules."""
 
-    Args:
-        settings: Its settings.
-        prices: The time that weights and operations take, if ``measure`` is ``ms``.
-    """
-    s = settings
-    thins = s.controller == "dual" and "operations" in s.levels
-    space = SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices)
-    penalty = s.sparsity_penalty if thins else 0.0
-    stages = Stages(max(1, len(s.stages)), s.warm, s.every, s.share, penalty, s.reprune)
-    controller = Controller(s.controller, stages, s.gain, s.min_cost if thins else 0.0, thins)
-    rules = Rules(
-        space,
-        masks=partial(mask_by_thresholds, space, True),
-        rates=lambda context: (s.lr / stages.steps(context), s.lr_threshold / stages.steps(context)),
-        trains=stages.trains,
-        allowed=lambda state, context, target: controller.allow(state, context),
-        fills_with_bare=not controller.min_cost,
-    )
-    own = _Mgas(s, rules, controller)
-    learner = Learner(
-        SearchState(),
-        parametrize=rules.parametrize,
-        loss=lambda state, context, step: add_pressure(
-            controller, state, context, step, compute_loss(context, step.batch, s.augment)
-        ),
-        project=partial(_project, s),
-        after_step=partial(follow_step, controller),
-        plan=partial(_plan, own),
-        boundary=partial(_follow, own),
-        optimizer="adam",
-        restores=True,
-    )
-    share = s.share + s.regrow * (1 - s.share) if "operations" in s.levels else 1.0
-    return Search(
-        rules,
-        learner,
-        partial(commit.fit_to_budget, rules),
-        asdict(s),
-        shrinks=True,
-        check=partial(check_stages, stages, space),
-        stage_share=share,
-        masked=s.levels,
-    )
+    shrinks = True
+    restores = True
+    trains_thresholds = True
+
+    def __init__(self, s: Settings, prices: Prices | None = None) -> None:
+        super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices))
+        self.s, self.stages, self.masked = s, max(1, len(s.stages)), s.levels
+        self.dual = s.controller == "dual"
+        self.thins = self.dual and "operations" in s.levels
+        """Whether the regulariser favours few operations per node, and not high thresholds."""
+        self.min_cost = s.min_cost if self.thins else 0.0
+        self.fills_with_bare = not self.min_cost
+        if "operations" in s.levels:
+            self.stage_share = s.share + s.regrow * (1 - s.share)
+
+    def bounds(self, context: Context, stage: int) -> tuple[int, int]:
+        """Return the first epoch of a stage, and of the next stage."""
+        epochs = context.epochs
+        return round(stage * epochs / self.stages), round((stage + 1) * epochs / self.stages)
+
+    def check(self, context: Context) -> None:
+        """Refuse stages without an epoch that trains masks, and a target that cannot be reached."""
+        n, warm = self.stages, self.s.warm
+        if n == 1 and not self.s.reprune:
+            raise ValueError("reprune=false needs several stages, and this search has one; use --stages 2")
+        bounds = [self.bounds(context, stage) for stage in range(n)]
+        if any(end - first <= warm for first, end in bounds):
+            raise ValueError(
+                f"{context.epochs} epochs leave a stage of {n} no epoch to learn masks in, since the first {warm} of "
+                f"each stage train weights alone; use --epochs {n * (warm + 1)} or more, fewer --stages, or a smaller "
+                "--set warm"
+            )
+        super().check(context)
+
+    def rates(self, context: Context) -> tuple[float, float]:
+        """Return the learning rates of α and κ, and of thresholds."""
+        steps = self._steps(context)
+        return self.s.lr / steps, self.s.lr_threshold / steps
+
+    def _steps(self, context: Context) -> int:
+        """Return the number of steps of a stage in which masks are trained."""
+        return max(1, (context.epochs // self.stages - self.s.warm) * context.steps)
+
+    def trains(self, state: SearchState, context: Context) -> bool:
+        """Whether masks are trained in this epoch."""
+        return context.epoch >= self.bounds(context, state.stage)[0] + self.s.warm
+
+    def allowed(self, state: SearchState, context: Context, target: float) -> float:
+        """Return the allowed size of the trained part now: from its initial size to the stage's goal, log-linearly.
+
+        It is reached a fifth of the stage before its end. The authors' controller has no schedule.
+        """
+        if not self.dual:
+            return state.goal
+        first, end = self.bounds(context, state.stage)
+        training = max(1, end - first - self.s.warm)
+        done = context.epoch - first - self.s.warm + state.examples / len(context.task.train)
+        progress = min(1.0, max(0.0, done / (0.8 * training)))
+        return float(state.start * (state.goal / state.start) ** progress)
+
+    def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
+        """Return cross-entropy + μ ((size + lifted) / allowed − 1) + λ · regulariser.
+
+        ``aux`` has the excess of the size, if it has a weight in the loss, cross-entropy, and regulariser, if any.
+        """
+        plain = loss = self.compute_loss(context, step.batch)
+        masks, layout, aux = step.replaced.aux, state.layout, list[Tensor]()
+        if not self.trains(state, context):
+            return Loss(loss, aux)
+        if self.dual:
+            allowed = self.allowed(replace(state, examples=state.examples + len(step.batch)), context, 0.0)
+            over = measure_masked(state, masks) / allowed - 1
+            aux.append(over.detach())
+            loss = loss + state.multiplier * (over + lift_cheap_operations(state, masks, self.min_cost) / allowed)
+        if state.penalty:
+            among = ~layout.single if self.thins else torch.ones_like(layout.single)
+            regularizer = layout.operation_regularizer(masks, state.alpha.values, among)
+            if not self.thins:  # otherwise μ raises thresholds
+                ops, filters, weights = (one.values for one in state.thresholds)
+                regularizer = regularizer + layout.threshold_regularizer(masks, (ops, filters, weights))
+            regularizer = state.penalty * regularizer
+            loss = loss + regularizer
+            aux += [plain.detach(), regularizer.detach()]
+        return Loss(loss, aux)
+
+    def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
+        """Clip gradients, and update the moving average of the gradient of α, s ← 0.9 s + gradient."""
+        state = super().project(state, context, step)
+        if (gradient := state.alpha.values.grad) is not None and state.drift is not None:
+            state.drift.values.mul_(0.9).add_(gradient)
+        return state
+
+    @torch.no_grad()
+    def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
+        """Clamp thresholds (to 0 in earlier stages that are not pruned again), and update μ."""
+        for thresholds, most in zip(state.thresholds, (0.99, 0.99, 2.0), strict=True):
+            thresholds.values.clamp_(0, most)
+        if state.earlier:
+            ops, axes = state.earlier
+            state.operation_thresholds.values.masked_fill_(ops, 0.0)
+            state.weight_thresholds.values[:-1].masked_fill_(ops, 0.0)
+            state.filter_thresholds.values.index_fill_(0, axes, 0.0)
+        multiplier, losses = state.multiplier, [float(number) for number in to_host(step.aux)]
+        if self.dual and self.trains(state, context):
+            multiplier = max(0.0, multiplier + self.s.gain / self._steps(context) * losses.pop(0))
+        state = replace(state, multiplier=multiplier, examples=state.examples + len(step.batch))
+        return add_losses(state, losses)
+
+    def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
+        """Start stages, re-initialise what is restored, and start sums of an epoch again."""
+        if self.s.revive == "fresh" and boundary.plan:
+            commit.reset_modules(context, boundary.plan.back)
+        state = super().boundary(state, context, boundary)
+        match boundary.event:
+            case Event.TASK_START:
+                alpha, filters = state.alpha, state.filter_thresholds
+                if self.thins and not bool(state.layout.single.all()) and filters.lr is not None:
+                    filters = replace(filters, lr=self.s.filter_lr_ratio * filters.lr)
+                drift = AxisTensor(torch.zeros_like(alpha.values), alpha.dims)
+                return self._start_stage(replace(state, drift=drift, filter_thresholds=filters), context, 0)
+            case Event.RESUME:
+                return self._protect_earlier(state, context)
+            case Event.EPOCH_START:
+                return replace(state, losses=(0.0, 0.0))
+            case Event.EPOCH_END:
+                return replace(state, examples=0)
+        return state
+
+    def _start_stage(self, state: SearchState, context: Context, stage: int) -> SearchState:
+        """Return the state at the start of a stage, with thresholds at 0 and the size that the stage has to reach."""
+        penalty = self.s.sparsity_penalty if self.thins else 0.0
+        state = replace(state, stage=stage, multiplier=0.0, dropped=(), cut={}, turn=0)
+        state = replace(state, penalty=penalty, penalty_step=1e-5, penalty_cap=100.0)
+        clear_thresholds(state)
+        state = self._protect_earlier(update_layout(self, state, context), context)
+        size = measure_size(self, state, context)
+        return replace(state, start=size, goal=self.s.target if stage == self.stages - 1 else self.s.share * size)
+
+    def _protect_earlier(self, state: SearchState, context: Context) -> SearchState:
+        """Return the state with the operations and axes of earlier stages, where these are not pruned again."""
+        if self.s.reprune or not state.stage:
+            return replace(state, earlier=())
+        layout = build_layout(self.space, state.axes, context, self.space.part(state.stage - 1))
+        return replace(state, earlier=(layout.runs, layout.axis.unique()))
+
+    def plan(self, state: SearchState, context: Context) -> Commit:
+        """Cut what is masked; at the end of a stage also restore a part of what it removed, and start the next stage.
+
+        Steps that were taken before at this boundary are skipped.
+        """
+        if context.epoch == context.epochs:
+            return self.finalize(state, context, self.s.target)
+        first, end = self.bounds(context, state.stage)
+        epochs, over = context.epoch - first - self.s.warm, context.epoch == end
+        steps = [self._cut] if over or (epochs > 0 and epochs % self.s.every == 0) else []
+        if over:
+            steps += [partial(commit.revive_operations, self.s.regrow), self._restore]
+        for turn in range(state.turn, len(steps)):
+            plan, state = steps[turn](replace(state, turn=turn + 1), context)
+            if plan:
+                return plan, state
+        state = replace(state, turn=0)
+        if over:
+            state = self._start_stage(state, context, state.stage + 1)
+            self.log_status(state, context)
+        return None, state
+
+    def _cut(self, state: SearchState, context: Context) -> Commit:
+        """Plan the removal of what is masked, and update λ under ``feedback``."""
+        before = len(state.dropped)
+        plan, state = commit.cut_masked(self, state, context, self.masks(state, context), self.s.target)
+        return plan, state if self.dual else raise_penalty(state, len(state.dropped) - before)
+
+    def _restore(self, state: SearchState, context: Context) -> Commit:
+        state = commit.release_weights(self, self.s.regrow_weights, state, context)
+        return commit.restore_filters(self, self.s.regrow_filters, state, context)
+
+    def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
+        """Remove what is masked, and what exceeds the target."""
+        return commit.fit_to_budget(self, state, context, target)
 
 
-@dataclass(frozen=True)
-class _Mgas:
-    """The parts of MGAS that its hooks share."""
-
-    settings: Settings
-    rules: Rules
-    controller: Controller
+build = Mgas
 
 
-def _follow(own: _Mgas, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-    if own.settings.revive == "fresh" and boundary.plan:
-        commit.reset_modules(context, boundary.plan.back)
-    state = follow_training(own.rules, state, context, boundary)
-    match boundary.event:
-        case Event.TASK_START:
-            state = slow_filters(own.controller, start_drift(state), own.settings.filter_lr_ratio)
-            return start_stage(own.controller.stages, own.rules, state, context, 0)
-        case Event.RESUME:
-            return protect_earlier(own.controller.stages, own.rules, state, context)
-        case Event.EPOCH_START:
-            return replace(state, losses=(0.0, 0.0))
-        case Event.EPOCH_END:
-            return replace(state, examples=0)
-    return state
-
-
-def _project(s: Settings, state: SearchState, context: Context, step: Step) -> SearchState:
-    nn.utils.clip_grad_norm_(context.parameters().values(), s.clip)
-    smooth_gradient(state)
-    return state
-
-
-def _plan(own: _Mgas, state: SearchState, context: Context) -> Commit:
-    """Cut what is masked; at the end of a stage also restore a part of what it removed, and start the next stage."""
-    if context.epoch == context.epochs:
-        return commit.fit_to_budget(own.rules, state, context, own.settings.target)
-    over = context.epoch == own.controller.stages.bounds(context.epochs, state.stage)[1]
-    steps = [partial(cut_due, own.controller, own.rules)]
-    if over:
-        steps += [partial(commit.revive_operations, own.settings.regrow), partial(_restore, own)]
-    plan, state = take_turns(steps if own.controller.stages.commits(state, context) else (), state, context)
-    if over and plan is None:
-        state = start_stage(own.controller.stages, own.rules, state, context, state.stage + 1)
-        log_status(own.rules, state, context)
-    return plan, state
-
-
-def _restore(own: _Mgas, state: SearchState, context: Context) -> Commit:
-    state = commit.release_weights(own.rules, own.settings.regrow_weights, state, context)
-    return commit.restore_filters(own.rules, own.settings.regrow_filters, state, context)
+def lift_cheap_operations(state: SearchState, masks: GateMasks, min_cost: float) -> Tensor:
+    """Return by how much kept operations cost less than ``min_cost``, in total; with the gradients of their masks."""
+    layout = state.layout
+    if layout.levels.timed or not min_cost:
+        return masks.ops.new_zeros(())
+    here = layout.alive & layout.runs & ~layout.single
+    return (masks.ops * here * (min_cost * layout.typical() - layout.prices()).clamp_min(0)).sum()

@@ -45,13 +45,7 @@ class RetrainState:
 
 
 def build(settings: Settings, context: Context, found: Mapping[str, Tensor]) -> Learner[RetrainState]:
-    """Return the learner that retrains a found network.
-
-    Args:
-        settings: The settings of the retraining.
-        context: The network as retraining starts.
-        found: The network's parameters as the search left them; weights that are 0 there stay 0.
-    """
+    """Return the learner that retrains a found network."""
     masks = {
         name: AxisTensor(found[name].detach() != 0, context.axes.shapes[name])
         for name in context.weights

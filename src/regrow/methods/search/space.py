@@ -1,10 +1,13 @@
-"""The space of a search: what may be removed, where it lies in the network, and what the network costs."""
+"""The space of a search: what may be removed, what it costs, the importance of its parts, and masks that follow."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.allocation.commits import least
@@ -13,10 +16,17 @@ from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axis_tensor import AxisTensor
-from regrow.core.candidates import Staged, candidates_in, single_in, tied_in
+from regrow.core.candidates import Staged, candidates_in, run_whole, single_in, tied_in
+from regrow.core.objectives import CLASSIFICATION
+from regrow.core.plan import Plan
 from regrow.core.sources import device_of, move_tensors
+from regrow.core.tasks import Examples
 from regrow.methods.search.state import SearchState
-from regrow.training.learner import Context, Replacements, flags_along
+from regrow.surgery import apply
+from regrow.surgery.gate import parametrize
+from regrow.tracing.meta_copy import clone_model
+from regrow.training.learner import Context, Replacements, Step, flags_along, task_loss
+from regrow.training.state import axis_tensors, follow_plan, with_axis_tensors
 
 GRANULARITIES = ("operations", "filters", "weights")
 
@@ -42,11 +52,7 @@ class SearchSpace:
     removable: tuple[str, ...] = ()
 
     def part(self, stage: int) -> int:
-        """Return the last part of the network that a stage trains; −1 for the whole network.
-
-        Args:
-            stage: The number of the stage, from 0; −1 for the last one.
-        """
+        """Return the last part of the network that a stage trains; −1 for the whole network."""
         return self.ends[stage] if self.ends else -1
 
     @property
@@ -55,58 +61,71 @@ class SearchSpace:
         return self.removable or self.granularities
 
 
-MaskRule = Callable[[SearchState, Context, Tensor | None, bool], GateMasks]
-"""(state, context, all weights ``[weights]`` or ``None``, whether masks have gradients) → masks."""
-
-
-@dataclass(frozen=True)
 class Rules:
     """A method's choices that the shared parts of a search call.
 
     Args:
         space: What the search may remove.
-        masks: Computes masks from importances and thresholds.
-        rates: context → the learning rates of importances and of thresholds.
-        trains: (state, context) → whether importances are trained in this epoch.
-        allowed: (state, context, target) → the allowed size of the trained part now; a commit removes no more than that
-            needs.
-        fills_with_bare: Whether a commit that would remove too much may also take back operations without weights.
-        shares: (state, masks) → the fraction of each granularity that masks keep, and further values to log each epoch.
-        summary: state → values to log at the end, besides sizes and fractions.
-        own_parametrize: (state, context) → the replaced parameters; ``None``: the masked parameters.
     """
 
-    space: SearchSpace
-    masks: MaskRule
-    rates: Callable[[Context], tuple[float, float]]
-    trains: Callable[[SearchState, Context], bool] = lambda state, context: True
-    allowed: Callable[[SearchState, Context, float], float] = lambda state, context, target: target
-    fills_with_bare: bool = True
-    shares: Callable[[SearchState, GateMasks], dict[str, float]] = lambda state, masks: measure_shares(state, masks)
-    summary: Callable[[SearchState], dict[str, float]] = lambda state: {}
-    own_parametrize: Callable[[SearchState, Context], Replacements] | None = None
+    fills_with_bare = True
+    """Whether a commit that would remove too much may also take back operations without weights."""
 
-    def parametrize(self, state: SearchState, context: Context) -> Replacements:
-        """Return the tensors that replace parameters in the forward pass.
+    trains_thresholds = False
 
-        Args:
-            state: The state of the search.
-            context: The network.
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+
+    def granularities(self, state: SearchState, context: Context) -> Sequence[str]:
+        """Return the granularities whose masks are computed; the others are complete."""
+        return self.space.granularities
+
+    def masks(
+        self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False
+    ) -> GateMasks:
+        """Return masks that keep what is at least as important as its threshold: σ(α), σ(κ), and |w| over its mean.
+
+        ``flat`` has all weights, ``[weights]``; ``learning``: whether masks have gradients.
         """
-        own = self.own_parametrize
-        return own(state, context) if own else mask_parameters(self, state, context)
+        layout, searched = state.layout, self.granularities(state, context)
+        if flat is None and "weights" in searched:
+            flat = layout.levels.flat(context.parameters())
+
+        def values(tensor: AxisTensor, trained: bool = True) -> Tensor:
+            return tensor.values if learning and trained else tensor.values.detach()
+
+        ops, filters, weights = (values(thresholds, self.trains_thresholds) for thresholds in state.thresholds)
+        kappa = [values(state.kappa[key]) for key in layout.levels.axes]
+        return layout.masks(
+            (values(state.alpha), ops) if "operations" in searched else None,
+            (torch.cat(kappa), filters) if "filters" in searched and kappa else None,
+            None if flat is None or "weights" not in searched else (flat, state.zero_mask, weights),
+        )
+
+    def rates(self, context: Context) -> tuple[float, float]:
+        """Return the learning rates of importances and of thresholds."""
+        return 0.0, 0.0
+
+    def trains(self, state: SearchState, context: Context) -> bool:
+        """Whether importances are trained in this epoch."""
+        return True
+
+    def allowed(self, state: SearchState, context: Context, target: float) -> float:
+        """Return the allowed size of the trained part now; a commit removes no more than that needs."""
+        return target
+
+    def shares(self, state: SearchState, masks: GateMasks) -> dict[str, float]:
+        """Return the fraction of each granularity that masks keep in the trained part, to log each epoch."""
+        runs, weights = state.layout.runs, masks.weights
+        return {
+            "operations": float(masks.ops[runs].mean()) if bool(runs.any()) else 1.0,
+            "filters": float(masks.filters.mean()) if state.layout.levels.filters else 1.0,
+            "weights": 1.0 if weights is None else float(weights.mean()),
+        }
 
 
 def check_space(space: SearchSpace, context: Context) -> None:
-    """Raise ValueError for a search whose target cannot be reached, or whose candidates contain other candidates.
-
-    Args:
-        space: What the search may remove.
-        context: The network.
-
-    Raises:
-        ValueError: For such a search; names the smallest size that can be reached, or the candidates.
-    """
+    """Raise ValueError for a search whose target cannot be reached, or whose candidates contain other candidates."""
     ops = [path for paths in candidates_in(context.model).values() for path in paths]
     for inner, outer in ((a, b) for a in ops for b in ops if a.startswith(f"{b}.")):
         raise ValueError(f"the candidate {inner} lies in another, {outer}: mark candidates on one level")
@@ -118,14 +137,7 @@ def check_space(space: SearchSpace, context: Context) -> None:
 
 
 def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, part: int) -> Gates:
-    """Return where operations, filters and weights lie in the network up to one of its parts, and what they cost.
-
-    Args:
-        space: What the search may remove.
-        axes: The keys of the axes when the search began; empty: the present ones.
-        context: The network.
-        part: The last part that counts; −1 for the whole network.
-    """
+    """Return where operations, filters and weights lie in the network up to one of its parts, and what they cost."""
     staged, sums = part >= 0, candidates_in(context.model)
 
     def runs(name: str) -> bool:
@@ -149,12 +161,7 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
 
 
 def start_search(rules: Rules, context: Context) -> SearchState:
-    """Return the initial state of a search, in which everything is kept.
-
-    Args:
-        rules: The choices of the method.
-        context: The network.
-    """
+    """Return the initial state of a search, in which everything is kept."""
     n = sum(map(len, candidates_in(context.model).values()))
     axes = tuple(axis.key for axis in context.axes.units())
     importance, threshold = rules.rates(context)
@@ -177,11 +184,6 @@ def update_layout(rules: Rules, state: SearchState, context: Context) -> SearchS
     """Return the state for the network as it is now, and let the network run up to the current stage's last part.
 
     κ and flags of what was removed with an operation are discarded; restored filters and weights get new ones.
-
-    Args:
-        rules: The choices of the method.
-        state: The state of the search.
-        context: The network.
     """
     part = rules.space.part(state.stage)
     if rules.space.ends:
@@ -200,118 +202,130 @@ def update_layout(rules: Rules, state: SearchState, context: Context) -> SearchS
 
 
 def iterate_spans(layout: Gates) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """Yield each axis key with the place of its first filter, its number of filters, and the least number it keeps.
-
-    Args:
-        layout: Where filters lie in the network.
-    """
+    """Yield each axis key with the place of its first filter, its number of filters, and the least number it keeps."""
     return zip(layout.levels.axes, layout.spans, strict=True)
 
 
 def set_zeros(state: SearchState, mask: Tensor) -> SearchState:
-    """Return the state with another set of weights fixed at 0.
-
-    Args:
-        state: The state of the search.
-        mask: ``True`` for weights fixed at 0, ``[weights]``.
-    """
+    """Return the state with another set of weights fixed at 0."""
     named = state.layout.levels.apart(mask)
     zeros = {name: replace(state.zeros[name], values=values.clone()) for name, values in named.items()}
     return replace(state, zeros={**state.zeros, **zeros}, zero_mask=mask)
 
 
 def clear_thresholds(state: SearchState) -> None:
-    """Set all thresholds to 0, in place, so that everything present is kept.
-
-    Args:
-        state: The state of the search.
-    """
+    """Set all thresholds to 0, in place, so that everything present is kept."""
     for one in state.thresholds:
         one.values.data.zero_()
 
 
 def measure_whole(space: SearchSpace, axes: tuple[str, ...], context: Context) -> float:
-    """Return the size of the whole network with nothing masked, without the classifiers of all stages but the last.
-
-    Args:
-        space: What the search may remove, and the measure.
-        axes: The keys of the axes when the search began.
-        context: The network.
-    """
+    """Return the size of the whole network with nothing masked, without the classifiers of all stages but the last."""
     layout = build_layout(space, axes, context, space.part(-1))
     ops = layout.alive.float()
     return float(layout.levels.size(ops, ops.new_ones(layout.levels.filters)))
 
 
 def measure_masked(state: SearchState, masks: GateMasks) -> Tensor:
-    """Return the size of the trained part under masks, a scalar with the masks' gradients.
-
-    Args:
-        state: The state of the search.
-        masks: The masks.
-    """
+    """Return the size of the trained part under masks, a scalar with the masks' gradients."""
     return state.layout.levels.size(masks.ops, masks.filters, masks.weights)
 
 
 def measure_size(rules: Rules, state: SearchState, context: Context) -> float:
-    """Return the size of the trained part under its current masks.
-
-    Args:
-        rules: The choices of the method.
-        state: The state of the search.
-        context: The network.
-    """
+    """Return the size of the trained part under its current masks."""
     with torch.no_grad():
-        return float(measure_masked(state, rules.masks(state, context, None, False)))
-
-
-def measure_shares(state: SearchState, masks: GateMasks) -> dict[str, float]:
-    """Return the fraction of each granularity that masks keep in the trained part.
-
-    Args:
-        state: The state of the search.
-        masks: The masks.
-    """
-    runs, weights = state.layout.runs, masks.weights
-    return {
-        "operations": float(masks.ops[runs].mean()) if bool(runs.any()) else 1.0,
-        "filters": float(masks.filters.mean()) if state.layout.levels.filters else 1.0,
-        "weights": 1.0 if weights is None else float(weights.mean()),
-    }
+        return float(measure_masked(state, rules.masks(state, context)))
 
 
 def mask_parameters(rules: Rules, state: SearchState, context: Context) -> Replacements:
-    """Return the parameters under their masks, with the masks as ``aux``, and gradients in epochs that train masks.
-
-    Args:
-        rules: The choices of the method.
-        state: The state of the search.
-        context: The network.
-    """
-    if context.training:
-        return _mask(rules, state, context, rules.trains(state, context))
-    with torch.no_grad():
-        return _mask(rules, state, context, False)
-
-
-def _mask(rules: Rules, state: SearchState, context: Context, learning: bool) -> Replacements:
+    """Return the parameters under their masks, with the masks as ``aux``, and gradients in epochs that train masks."""
     parameters, levels = context.parameters(), state.layout.levels
-    entrywise = levels.entrywise or "weights" in rules.space.granularities
-    flat = levels.flat(parameters) if entrywise else None
-    masks = rules.masks(state, context, flat, learning)
-    values = levels.replace_weights(parameters, flat, masks.filter_scale, masks.over)
-    return Replacements({**values, **scale_candidates(context, masks.op_scale, keep=True)}, masks)
+    with nullcontext() if context.training else torch.no_grad():
+        entrywise = levels.entrywise or "weights" in rules.space.granularities
+        flat = levels.flat(parameters) if entrywise else None
+        masks = rules.masks(state, context, flat, context.training and rules.trains(state, context))
+        values = levels.replace_weights(parameters, flat, masks.filter_scale, masks.over)
+        return Replacements({**values, **scale_candidates(context, masks.op_scale, keep=True)}, masks)
 
 
 def scale_candidates(context: Context, scale: Tensor, *, keep: bool) -> dict[str, Tensor]:
-    """Return the scales of candidate operations, by name of the parameter that holds them.
-
-    Args:
-        context: The network.
-        scale: One number per operation, ``[operations]``.
-        keep: Whether the numbers are multiplied by the scales that the network has.
-    """
+    """Return the scales of candidate operations, by name of the parameter that holds them."""
     sums = candidates_in(context.model)
     parts, parameters = scale.split([*map(len, sums.values())]), context.parameters()
     names = [f"{path}.scale".lstrip(".") for path in sums]
     return {name: parameters[name] * part if keep else part for name, part in zip(names, parts, strict=True)}
+
+
+def measure_relative(state: SearchState, context: Context, masks: GateMasks) -> Tensor:
+    """Return |w| divided by the mean |w| of what is kept of its tensor, ``[weights]``."""
+    levels = state.layout.levels
+    return levels.relative(levels.flat(context.parameters()), levels.standing(masks.ops, masks.filters))
+
+
+def rank_evenly(state: SearchState) -> SearchState:
+    """Return the state in which a filter's importance is its place in its axis, so all axes lose the same fraction."""
+
+    def rank(like: Tensor) -> Tensor:
+        n = len(like)
+        return torch.logit((torch.arange(n, 0, -1, device=like.device) - 0.5) / n)
+
+    return replace(state, kappa={key: replace(one, values=rank(one.values)) for key, one in state.kappa.items()})
+
+
+def differentiate_weights(rules: Rules, state: SearchState, context: Context, batch: Examples) -> Tensor:
+    """Return ∂ loss / ∂ the masked weights, ``[weights]``; the network is left in evaluation mode.
+
+    In that mode nothing is recomputed, so an eighth of the examples is used at a time.
+    """
+    values = mask_parameters(rules, state, replace(context, answered=context.number)).values
+    levels = state.layout.levels
+    learned = {name: values[name].detach().requires_grad_() for name in levels.weights}
+    total = torch.zeros(len(levels.reads), device=levels.reads.device)
+    context.model.eval()
+    for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
+        with parametrize(context.model, {**values, **learned}):
+            loss = _share_of_loss(context, batch.take(piece), len(batch))
+            gradients = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
+        total = total + levels.flat(dict(zip(learned, gradients, strict=True)))
+    return total
+
+
+def _share_of_loss(context: Context, piece: Examples, n: int) -> Tensor:
+    """Return what some of ``n`` examples contribute to the mean loss, a scalar."""
+    if context.objective is CLASSIFICATION:
+        return F.cross_entropy(context.logits(piece.inputs), piece.labels, reduction="sum") / n
+    return task_loss(None, context, Step(0, piece)).value * (len(piece) / n)
+
+
+def score_cut_filters(
+    rules: Rules, state: SearchState, context: Context, cut: Mapping[str, Sequence[int]], batch: Examples
+) -> list[tuple[float, str, int]]:
+    """Score cut filters by how much the loss would change if they came back: |∂ loss / ∂ g| at g = 0.
+
+    g scales what reads the filter. All of them are restored at this scale in a copy of the network, so that its outputs
+    are those of the network at the start of a stage, with thresholds at 0.
+    """
+    plan = Plan.restoring(context.axes, cut)
+    with run_whole(context.model):
+        copied = clone_model(context.model)
+    model, axes = apply(copied, context.axes, plan, undo=copy.copy(context.undo))
+    there = replace(context, model=model, axes=axes)
+    probe = copy_state(follow_plan(state, context.axes, plan))
+    clear_thresholds(probe)
+    probe = update_layout(rules, probe, there)
+    places = {key: [axes[key].ids.index(one) for one in ids] for key, ids in cut.items()}
+    for key, own in places.items():
+        probe.kappa[key].values[own] = -50.0
+    levels = probe.layout.levels
+    each = differentiate_weights(rules, probe, there, batch) * levels.flat(there.parameters()).detach()
+    score = each.new_zeros(levels.filters + 1).index_add(0, levels.reads, each).abs().tolist()
+    first = {key: base for key, (base, _, _) in iterate_spans(probe.layout)}
+    return [
+        (score[first[key] + i], key, one) for key, ids in cut.items() for i, one in zip(places[key], ids, strict=True)
+    ]
+
+
+def copy_state(state: SearchState) -> SearchState:
+    """Return the state with copies of its tensors, which can be changed in place."""
+    tensors = axis_tensors(state).items()
+    return with_axis_tensors(state, {name: replace(one, values=one.values.detach().clone()) for name, one in tensors})

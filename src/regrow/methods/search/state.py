@@ -9,7 +9,6 @@ from torch.utils.hooks import RemovableHandle
 
 from regrow.allocation.edges import Edges
 from regrow.allocation.gates import Gates
-from regrow.allocation.levels import Levels
 from regrow.core.axis_tensor import AxisTensor
 from regrow.training.state import derived
 
@@ -52,17 +51,6 @@ class StageMemory:
     resident: int | None
     predicted: int | None
     recomputed: bool
-
-
-def _no_layout() -> Gates:
-    places, flags = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
-    levels = Levels((), (), {}, 0)
-    return Gates(levels, (), flags, flags, (), places, places, flags, places, (), ())
-
-
-def _no_edges() -> Edges:
-    places = torch.zeros(0, dtype=torch.long)
-    return Edges(places, places, places, 0, places, places, ())
 
 
 def _empty() -> AxisTensor:
@@ -137,12 +125,12 @@ class SearchState:
     removal: float = 0.0
     memory: Mapping[str, StageMemory] = field(default_factory=dict)
     recomputed: bool = False
-    layout: Gates = derived(_no_layout)
+    layout: Gates = derived(lambda: None)
     zero_mask: Tensor = derived(lambda: torch.zeros(0, dtype=torch.bool))
     earlier: tuple[Tensor, ...] = derived(tuple)
     examples: int = derived(int)
     turn: int = derived(int)
-    edges: Edges = derived(_no_edges)
+    edges: Edges = derived(lambda: None)
     edge_weights: list[Tensor] = derived(list)
     handles: tuple[RemovableHandle, ...] = derived(tuple)
     chosen: float | None = derived(lambda: None)

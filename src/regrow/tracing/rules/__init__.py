@@ -1,25 +1,107 @@
-"""Rules of operations: how the dimensions of an operation's result follow from those of its operands.
+"""Rules of operations: how the dimensions of a result follow from those of operands; and the walk that applies them.
 
 There is one small function per operation, in one table. Each takes the walk and the operation's node, ties or freezes
 the dimensions of the operands, notes which it sums over, and returns the dimensions of the result (a list of them for
 several results).
 """
 
-from regrow.tracing.rules import contract, entries, make, norms, picks, recurrent, reduce, regions, repeats, shapes
-from regrow.tracing.walk import Rule
+from collections import Counter
+from collections.abc import Callable, Mapping
 
-POINTWISE: Rule = entries.pointwise
+import torch
+from torch.fx import Node
 
-RULES: dict[str, Rule] = {
-    **entries.RULES,
-    **contract.RULES,
-    **norms.RULES,
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import Capture
+from regrow.tracing.nodes import as_list, module_of, op_name, operand_of, shapes_of, whole
+from regrow.tracing.rules import contract, make, picks, recurrent, reduce, shapes
+from regrow.tracing.walk import Dims, Value, Walk, all_dims
+
+RULES: dict[str, Callable[[Walk, Node], Value]] = {
     **reduce.RULES,
-    **shapes.RULES,
-    **repeats.RULES,
-    **picks.RULES,
     **make.RULES,
+    **contract.RULES,
+    **shapes.RULES,
+    **picks.RULES,
     **recurrent.RULES,
-    **regions.RULES,
 }
 """Operation name → rule. Operations that torch tags as pointwise need no entry."""
+
+
+def walk(capture: Capture, cautious: bool = True, known: Mapping[str, Dims] | None = None) -> Walk:
+    """Walk over a recorded graph and give every dimension an expression, by the rules of its operations.
+
+    Args:
+        capture: The recorded graph.
+        cautious: Whether to freeze dimensions in data-dependent code: on other data it may run other operations.
+        known: Name of a parameter or buffer → its dimensions from an earlier walk; new ones unless given.
+    """
+    w = Walk(capture)
+    if capture.decisions is not None:
+        w.notes.append(_how(capture))
+    for node in capture.graph.nodes:
+        if node.op == "placeholder":
+            w.dims[node] = _placeholder(w, node, known or {})
+        elif node.op == "output":
+            for expr in (expr for out in node.all_input_nodes for expr in all_dims(w.dims[out])):
+                d.freeze(expr, "it is an output of the model")
+        elif node.op == "call_function":
+            w.dims[node] = _call(w, node)
+        else:
+            w.dims[node] = w.fresh(node, f"made by {node.op}")
+        if cautious and w.decided:
+            w.passed_on(node)
+    return w
+
+
+def _how(capture: Capture) -> str:
+    places = Counter((one.op, one.module or "the model") for one in capture.decisions or ())
+    ways = ", ".join(f"{op} in {module} ({n}×)" for (op, module), n in places.most_common(4))
+    more = f" and in {len(places) - 4} more ways" if len(places) > 4 else ""
+    return (
+        f"recorded from one run, since torch.export refuses: {capture.refusal or 'data decide what the network does'}. "
+        f"What it does where data decide otherwise than by {ways or 'none'}{more} was not seen"
+    )
+
+
+def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Value:
+    shape = shapes_of(node)
+    if isinstance(shape, tuple) and node in w.capture.states:
+        return known.get(w.capture.states[node]) or tuple(d.ONE if n == 1 else d.Leaf(n) for n in shape)
+    origin = "a tensor that is no parameter or buffer" if node in w.capture.constants else "the model's input"
+    return w.fresh(node, f"it is a dimension of {origin}")
+
+
+def _call(w: Walk, node: Node) -> Value:
+    name = op_name(node)
+    if name == "getitem":
+        value = w.dims[operand_of(node)]
+        return value[whole(node.args[1])] if isinstance(value, list) else None
+    rule = RULES.get(name)
+    if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+        rule = reduce.pointwise
+    if rule is not None and shapes_of(node) is not None:
+        try:
+            dims = rule(w, node)
+            _assert_sizes(node, dims)
+            return dims
+        except _MISFITS:
+            pass  # a form of the operation that the rule does not know: it counts as one without a rule
+    if name.startswith("_assert"):
+        return None
+    free = [expr for one in node.all_input_nodes for expr in all_dims(w.dims[one]) if d.is_free(expr)]
+    if free:
+        w.freeze(node, "an operation without a rule reads it", *free)
+        w.notes.append(f"no rule fits {node.target} in {module_of(node) or 'the model'}: what it reads is frozen")
+    return w.fresh(node, f"made by {name}")
+
+
+_MISFITS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def _assert_sizes(node: Node, dims: Value) -> None:
+    shape = shapes_of(node)
+    assert isinstance(dims, list) == isinstance(shape, list)
+    for expected, value in zip(as_list(shape), as_list(dims), strict=True):
+        sizes = None if value is None else tuple(map(d.size, value))
+        assert expected is None or sizes == expected, f"{node.target}: dimensions {sizes} for shape {expected}"

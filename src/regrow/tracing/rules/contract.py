@@ -6,7 +6,7 @@ from torch.fx.node import Argument
 from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, whole
+from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, parameters_of, whole
 from regrow.tracing.walk import Dims, Walk
 
 
@@ -17,7 +17,7 @@ def linear(w: Walk, node: Node) -> Dims:
     w.role(weight, 0, Role.PRODUCES)
     out = (*w.of(x)[:-1], w.of(weight)[0])
     _add_bias(w, node, argument(node, 2, "bias"), out)
-    _count(w, node, (*out, w.of(x)[-1]))
+    w.contracts(node, (x, weight), (*out, w.of(x)[-1]))
     return out
 
 
@@ -35,21 +35,19 @@ def matmul(w: Walk, node: Node) -> Dims:
 
 def _product(w: Walk, node: Node, a: Node, b: Node) -> Dims:
     left, right = w.of(a), w.of(b)
-    inner = max(len(right) - 2, 0)
-    _contract(w, node, (a, len(left) - 1), (b, inner))
+    _contract(w, node, (a, len(left) - 1), (b, max(len(right) - 2, 0)))
     if len(right) > 1:
         w.role(b, len(right) - 1, Role.PRODUCES)
     out: list[Expr] = []
-    batch_a, batch_b = left[:-2], right[:-2]
-    rank = max(len(batch_a), len(batch_b))
-    for i in range(-rank, 0):
-        pair = [batch[i] for batch in (batch_a, batch_b) if len(batch) >= -i and d.size(batch[i]) != 1]
+    batches = left[:-2], right[:-2]
+    for i in range(-max(map(len, batches)), 0):
+        pair = [batch[i] for batch in batches if len(batch) >= -i and d.size(batch[i]) != 1]
         if len(pair) == 2:
-            d.unify(pair[0], pair[1], w.why(node, "batch dimensions of a product have no common form"))
+            w.unify(node, pair[0], pair[1], "batch dimensions of a product have no common form")
         out.append(pair[0] if pair else d.ONE)
     out += left[-2:-1] if len(left) > 1 else ()
     out += right[-1:] if len(right) > 1 else ()
-    _count(w, node, (*out, left[-1]))
+    w.contracts(node, (a, b), (*out, left[-1]))
     return tuple(out)
 
 
@@ -58,31 +56,28 @@ def einsum(w: Walk, node: Node) -> Dims:
     equation, operands = node.args[:2]
     assert isinstance(equation, str) and isinstance(operands, list | tuple)
     tensors = operands_in(operands)
-    terms, result = _letters(equation, [len(w.of(one)) for one in tensors])
+    terms, result = _letters(equation, [len(w.of(tensor)) for tensor in tensors])
     known: dict[str, Expr] = {}
     for tensor, term in zip(tensors, terms, strict=True):
         for letter, expr in zip(term, w.of(tensor), strict=True):
             if term.count(letter) > 1:
-                d.freeze(expr, w.why(node, "a diagonal of it is taken"))
+                w.freeze(node, "a diagonal of it is taken", expr)
             if d.size(known.get(letter, d.ONE)) == 1:
                 known[letter] = expr
             elif d.size(expr) > 1:
-                d.unify(known[letter], expr, w.why(node, "dimensions of one letter have no common form"))
+                w.unify(node, known[letter], expr, "dimensions of one letter have no common form")
     for letter, expr in known.items():
-        holders = [one for one, term in zip(tensors, terms, strict=True) if letter in term]
+        holders = {i: tensor for i, tensor in enumerate(tensors) if letter in terms[i]}
         summed = letter not in result and d.size(expr) > 1
         role = Role.CONSUMES if summed else Role.SCALES if len(holders) > 1 else Role.PRODUCES
-        for tensor, term in zip(tensors, terms, strict=True):
-            if letter in term:
-                w.role(tensor, term.index(letter), role)
+        for i, tensor in holders.items():
+            w.role(tensor, terms[i].index(letter), role)
         if summed:
-            first = min(holders, key=lambda one: bool(w.source(one)))
-            others = [w.source(one) for one in holders if one is not first]
-            w.reads(node, first, terms[tensors.index(first)].index(letter), weight=next(filter(None, others), ""))
-    for tensor in tensors:
-        if len(tensors) > 1 and (name := w.source(tensor)) and name not in w.weights:
-            w.weights.append(name)
-    _count(w, node, tuple(known.values()))
+            first = min(holders.values(), key=lambda tensor: bool(w.source(tensor)))
+            others = [w.source(tensor) for tensor in holders.values() if tensor is not first]
+            dim = terms[tensors.index(first)].index(letter)
+            w.reads(node, first, dim, weight=next(filter(None, others), ""))
+    w.contracts(node, tensors if len(tensors) > 1 else (), tuple(known.values()))
     return tuple(known[letter] for letter in result)
 
 
@@ -90,7 +85,7 @@ def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     """Return the letters of each operand and of the result, with an ellipsis replaced by letters."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    spare = "".join(sorted(set(map(chr, range(0x391, 0x3A0)))))  # capital Greek: no equation uses them
+    spare = "".join(map(chr, range(0x391, 0x3A0)))  # capital Greek: no equation uses them
     covers = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
     written = [term.replace("...", spare[max(covers) - n : max(covers)]) for term, n in zip(terms, covers, strict=True)]
     if arrow:
@@ -100,25 +95,27 @@ def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     return written, spare[: max(covers) if "..." in left else 0] + "".join(once)
 
 
-def _contract(w: Walk, node: Node, read: tuple[Node, int], weight: tuple[Node, int]) -> None:
-    (x, i), (other, k) = read, weight
-    d.unify(w.of(x)[i], w.of(other)[k], w.why(node, "the two sides of a sum have no common form"))
+def _contract(w: Walk, node: Node, *summed: tuple[Node, int]) -> None:
+    (x, i), (other, k) = summed
+    w.unify(node, w.of(x)[i], w.of(other)[k], "the two sides of a sum have no common form")
     w.reads(node, x, i, weight=w.source(other))
-    for operand, dim in (read, weight):
+    for operand, dim in summed:
         w.role(operand, dim, Role.CONSUMES)
-    for operand in (x, other):
-        if (name := w.source(operand)) and name not in w.weights:
-            w.weights.append(name)
+
+
+def _align(w: Walk, node: Node, operand: Node, dims: Dims, why: str) -> None:
+    """Tie an operand, whose dimensions of size 1 are broadcast, to the last dimensions of a tensor."""
+    shape = w.of(operand)
+    for expr, other in zip(shape, dims[len(dims) - len(shape) :], strict=True):
+        if d.size(expr) > 1:
+            w.unify(node, other, expr, why)
 
 
 def _add_bias(w: Walk, node: Node, bias: Argument, out: Dims) -> None:
-    if not isinstance(bias, Node):
-        return
-    dims = w.of(bias)
-    for i, expr in enumerate(dims):
-        w.role(bias, i, Role.SHIFTS)
-        if d.size(expr) > 1:
-            d.unify(out[len(out) - len(dims) + i], expr, w.why(node, "a bias has another form than its layer's output"))
+    if isinstance(bias, Node):
+        for i in range(len(w.of(bias))):
+            w.role(bias, i, Role.SHIFTS)
+        _align(w, node, bias, out, "a bias has another form than its layer's output")
 
 
 def convolution(w: Walk, node: Node) -> Dims:
@@ -126,14 +123,13 @@ def convolution(w: Walk, node: Node) -> Dims:
 
     With groups, the second dimension is the input channels of one group.
     """
-    x, weight, bias = operand_of(node, 0, "input"), operand_of(node, 1, "weight"), argument(node, 2, "bias")
+    x, weight = operand_of(node, 0, "input"), operand_of(node, 1, "weight")
     dims, kernel = w.of(x), w.of(weight)
     space = len(kernel) - 2
-    batch, channels = dims[: len(dims) - space - 1], dims[len(dims) - space - 1]
+    *batch, channels = dims[: len(dims) - space]
     for expr in kernel[2:]:
         d.freeze(expr, "it is a kernel's extent")
-    for expr in dims[len(dims) - space :]:
-        d.freeze(expr, w.why(node, "a convolution runs along it"))
+    w.freeze(node, "a convolution runs along it", *dims[len(dims) - space :])
     transposed = "transpose" in op_name(node)
     given = _argument(node, "groups", 6)
     groups = 1 if given is None else whole(given)
@@ -142,34 +138,27 @@ def convolution(w: Walk, node: Node) -> Dims:
     w.role(weight, 1, Role.PRODUCES if transposed else Role.CONSUMES)
     if not (groups > 1 and d.size(kernel[1]) == 1 and d.size(kernel[0]) == groups):
         w.reads(node, x, len(dims) - space - 1, weight=w.source(weight))
-    if (name := w.source(weight)) and name not in w.weights:
-        w.weights.append(name)
-    space_out = tuple(d.frozen(n, w.why(node, "made by a convolution")) for n in node.meta["val"].shape[-space:])
-    out = (*batch, made, *space_out)
-    if isinstance(bias, Node):
-        w.role(bias, 0, Role.SHIFTS)
-        d.unify(made, w.of(bias)[0], w.why(node, "a bias has another form than its layer's output"))
-    _count(w, node, (*out, kernel[0] if transposed else kernel[1], *kernel[2:]))
+    out = (*batch, made, *(w.frozen(node, n, "made by a convolution") for n in node.meta["val"].shape[-space:]))
+    _add_bias(w, node, argument(node, 2, "bias"), (made,))
+    w.contracts(node, (weight,), (*out, kernel[0] if transposed else kernel[1], *kernel[2:]))
     return out
 
 
 def _grouped(w: Walk, node: Node, channels: Expr, kernel: Dims, groups: int, transposed: bool) -> Expr:
     """Tie the input channels to the kernel and return the output channels."""
-    why = w.why(node, "a convolution's channels have no common form with its input's")
+    why = "a convolution's channels have no common form with its input's"
     first, second = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
     if groups == 1:
-        d.unify(channels, second, why)
+        w.unify(node, channels, second, why)
         return first
     if transposed:
-        for expr in (channels, *kernel[:2]):
-            d.freeze(expr, w.why(node, "a grouped transposed convolution reads it"))
-        return d.frozen(d.size(kernel[1]) * groups, w.why(node, "made by a grouped transposed convolution"))
+        w.freeze(node, "a grouped transposed convolution reads it", channels, *kernel[:2])
+        return w.frozen(node, d.size(kernel[1]) * groups, "made by a grouped transposed convolution")
     group = d.Leaf(groups)
-    inner = d.Leaf(d.size(channels) // groups) if d.size(channels) > groups else d.ONE
-    outer = d.Leaf(d.size(first) // groups) if d.size(first) > groups else d.ONE
-    d.unify(channels, d.times(group, inner), why)
-    d.unify(first, d.times(group, outer), why)
-    d.unify(inner, second, why)
+    inner, outer = d.new(d.size(channels) // groups), d.new(d.size(first) // groups)
+    w.unify(node, channels, d.times(group, inner), why)
+    w.unify(node, first, d.times(group, outer), why)
+    w.unify(node, inner, second, why)
     w.groups.append((module_of(node), group))
     return first
 
@@ -178,42 +167,30 @@ def attention(w: Walk, node: Node) -> Dims:
     """Rule for fused attention: ties query, key and value per head, and freezes the sequence that is attended over."""
     query = operand_of(node)
     q, k, v = w.of(query), w.of(operand_of(node, 1)), w.of(operand_of(node, 2))
-    why = w.why(node, "query, key and value have no common form")
-    d.unify(q[-1], k[-1], why)
-    d.unify(k[-2], v[-2], why)
-    d.mark(k[-2], Mark.COMPETED, why)
-    if d.is_free(k[-2]):
-        d.freeze(k[-2], w.why(node, "attention is taken over it"))
+    why = "query, key and value have no common form"
+    w.unify(node, q[-1], k[-1], why)
+    w.unify(node, k[-2], v[-2], why)
+    d.mark(k[-2], Mark.COMPETED, w.why(node, why))
+    w.freeze(node, "attention is taken over it", k[-2])
     grouped = bool(_argument(node, "enable_gqa", 7))
     for i in range(len(q) - 2):
-        d.unify(k[i], v[i], why)
-        if grouped and i == len(q) - 3 and d.size(q[i]) != d.size(k[i]):
-            d.unify(q[i], d.times(k[i], d.Leaf(d.size(q[i]) // d.size(k[i]))), why)
-        else:
-            d.unify(q[i], k[i], why)
+        w.unify(node, k[i], v[i], why)
+        repeated = grouped and i == len(q) - 3 and d.size(q[i]) != d.size(k[i])
+        w.unify(node, q[i], d.times(k[i], d.Leaf(d.size(q[i]) // d.size(k[i]))) if repeated else k[i], why)
     out = (*q[:-1], v[-1])
-    _mask(w, node, argument(node, 3), (*q[:-1], k[-2]))
+    if isinstance(mask := argument(node, 3), Node):
+        _align(w, node, mask, (*q[:-1], k[-2]), "a mask has another form than the attention")
     w.reads(node, query, len(q) - 1)
     if _argument(node, "scale", 6) is None:
         w.norms.append((node, "scale"))
-    _count(w, node, (*q, k[-2]))
-    _count(w, node, (*out, k[-2]))
+    w.contracts(node, (), (*q, k[-2]), (*out, k[-2]))
     return out
-
-
-def _mask(w: Walk, node: Node, mask: Argument, dims: Dims) -> None:
-    if isinstance(mask, Node):
-        own = w.of(mask)
-        for i, expr in enumerate(own):
-            if d.size(expr) > 1:
-                other = dims[len(dims) - len(own) + i]
-                d.unify(other, expr, w.why(node, "a mask has another form than the attention"))
 
 
 def embedding(w: Walk, node: Node) -> Dims:
     """Rule for embeddings: freezes the vocabulary, and appends ``W``'s second dimension to the index's."""
     table, index = operand_of(node), operand_of(node, 1)
-    d.freeze(w.of(table)[0], w.why(node, "it is a vocabulary, looked up by number"))
+    w.freeze(node, "it is a vocabulary, looked up by number", w.of(table)[0])
     w.role(table, 1, Role.PRODUCES)
     if name := w.source(table):
         w.tables.append(name)
@@ -222,12 +199,8 @@ def embedding(w: Walk, node: Node) -> Dims:
 
 def _argument(node: Node, name: str, position: int) -> Argument:
     """Return an argument of a call by its name in the operation's schema, or its position if it has no schema."""
-    takes = getattr(getattr(node.target, "_schema", None), "arguments", ())
-    return argument(node, next((i for i, one in enumerate(takes) if one.name == name), position), name)
-
-
-def _count(w: Walk, node: Node, dims: Dims) -> None:
-    w.work.append((module_of(node), op_name(node), dims))
+    takes = parameters_of(node.target)
+    return argument(node, next((i for i, taken in enumerate(takes) if taken.name == name), position), name)
 
 
 _CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"

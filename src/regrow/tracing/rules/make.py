@@ -8,10 +8,9 @@ from torch.fx.node import Argument
 from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import ALIASES, argument, module_of, op_name, operand_of, shape_of, shapes_of, uncast, whole
-from regrow.tracing.rules.entries import broadcast
-from regrow.tracing.rules.reduce import ordered
-from regrow.tracing.walk import Dims, Literal, Value, Walk
+from regrow.tracing.nodes import ALIASES, argument, op_name, operand_of, shape_of, uncast, whole
+from regrow.tracing.rules.reduce import ordered, pointwise
+from regrow.tracing.walk import Dims, Value, Walk
 
 ALIGNED = 16
 """Alignment in bytes of each row of an expert's matrix, as torch's grouped matrix product requires."""
@@ -19,17 +18,17 @@ ALIGNED = 16
 
 def constant(w: Walk, node: Node) -> Dims:
     """Rule for constant tensors (``zeros``, ``full``): every dimension is new, and takes on whatever it is tied to."""
-    made = tuple(d.ONE if n == 1 else d.Leaf(n) if n else d.frozen(n, "it is empty") for n in shape_of(node))
+    made = tuple(d.new(n) if n else d.frozen(n, "it is empty") for n in shape_of(node))
     for expr in made:
         if d.size(expr) > 1:
-            w.literals.append(Literal(module_of(node), d.size(expr), expr))
+            w.literal(node, d.size(expr), expr)
     return made
 
 
 def overwrite(w: Walk, node: Node) -> Dims:
     """Rule for ``copy_``, ``fill_``, ``zero_``: ties the written value to the tensor by broadcasting."""
-    broadcast(w, node, [one for one in node.all_input_nodes if isinstance(shapes_of(one), tuple)])
-    return w.of(operand_of(node))
+    pointwise(w, node)
+    return w.first(node)
 
 
 def weight_norm(w: Walk, node: Node) -> Dims:
@@ -38,19 +37,17 @@ def weight_norm(w: Walk, node: Node) -> Dims:
     along = whole(node.args[2]) if len(node.args) > 2 else 0
     for i, expr in enumerate(w.of(v)):  # along = -1: one gain for the whole weight
         if i == along:
-            d.unify(expr, w.of(g)[i], w.why(node, "a weight's gain has another form than the weight"))
+            w.unify(node, expr, w.of(g)[i], "a weight's gain has another form than the weight")
             w.role(v, i, Role.PRODUCES)
             w.role(g, i, Role.SCALES)
         else:
-            d.freeze(expr, w.why(node, "a weight is normalised over it"))
+            w.freeze(node, "a weight is normalised over it", expr)
     return w.of(v)
 
 
 def topk(w: Walk, node: Node) -> Value:
     """Rule for ``topk``: dropped units count as −∞; freezes the dimension if positions are not only counted."""
-    operand = operand_of(node)
-    dims, axis = w.of(operand), argument(node, 2)
-    axis = (-1 if axis is None else whole(axis)) % len(dims)
+    dims, axis = w.along(node, 2, -1)
     why = w.why(node, "its largest entries are picked")
     leaf, k = d.resolve(dims[axis]), whole(node.args[1])
     used = [user for user in node.users if user.args[1] == 1]
@@ -59,7 +56,7 @@ def topk(w: Walk, node: Node) -> Value:
     else:
         leaf.least = max(leaf.least, k)
         d.mark(leaf, Mark.COMPETED, why)
-        w.reads(node, operand, axis, -inf)
+        w.reads(node, operand_of(node), axis, -inf)
         w.picks[node] = dims[axis]
     out = (*dims[:axis], d.frozen(k, why), *dims[axis + 1 :])
     return [out, out]
@@ -70,8 +67,8 @@ def _only_counted(positions: Node) -> bool:
     for user in positions.users:
         name = op_name(user)
         if name == "sort":
-            sound = all(_only_counted(one) for one in user.users if one.args[1] == 0)
-        elif name in (*ALIASES, "reshape", "view", "flatten"):
+            sound = all(_only_counted(result) for result in user.users if result.args[1] == 0)
+        elif name in _RESHAPES:
             sound = _only_counted(user)
         else:
             sound = name in _COUNTS or name.startswith("_assert")
@@ -82,8 +79,7 @@ def _only_counted(positions: Node) -> bool:
 
 def running_total(w: Walk, node: Node) -> Value:
     """Rule for ``cumsum``: freezes the dimension, unless it counts picks, where unpicked units add 0."""
-    operand = operand_of(node)
-    return w.of(operand) if op_name(uncast(operand)) in _COUNTS else ordered(w, node)
+    return w.first(node) if op_name(uncast(operand_of(node))) in _COUNTS else ordered(w, node)
 
 
 def histogram(w: Walk, node: Node) -> Dims:
@@ -91,8 +87,8 @@ def histogram(w: Walk, node: Node) -> Dims:
     bins = shape_of(node)[0]
     picked = _picked(w, node.args[0])
     if picked is None or d.size(picked) != bins:
-        return constant(w, node) if bins == 1 else (d.frozen(bins, w.why(node, "it counts how often values occur")),)
-    w.literals.append(Literal(module_of(node), bins, picked))
+        return constant(w, node) if bins == 1 else (w.frozen(node, bins, "it counts how often values occur"),)
+    w.literal(node, bins, picked)
     return (picked,)
 
 
@@ -102,7 +98,7 @@ def _picked(w: Walk, node: Argument) -> Expr | None:
         source = node.args[0]
         if op_name(node) == "getitem" and isinstance(source, Node) and source in w.picks:
             return w.picks[source] if node.args[1] == 1 else None
-        if op_name(node) not in (*ALIASES, "reshape", "view", "flatten", "sort", "getitem"):
+        if op_name(node) not in _RESHAPES | {"sort", "getitem"}:
             return None
         node = source
     return None
@@ -112,20 +108,19 @@ def grouped_product(w: Walk, node: Node) -> Dims:
     """Rule for the grouped matrix product ``y[s] = x[s] W[e(s)]`` of experts, with ``W`` as [experts, in, out]."""
     x, weight, ends = (operand_of(node, i) for i in range(3))
     rows, kernel = w.of(x), w.of(weight)
-    d.unify(rows[1], kernel[1], w.why(node, "the two sides of a sum have no common form"))
-    d.unify(kernel[0], w.of(ends)[0], w.why(node, "experts and their rows have no common form"))
+    w.unify(node, rows[1], kernel[1], "the two sides of a sum have no common form")
+    w.unify(node, kernel[0], w.of(ends)[0], "experts and their rows have no common form")
     w.reads(node, x, 1, weight=w.source(weight))
     for expr in kernel[1:]:
         d.in_multiples(expr, max(1, ALIGNED // node.meta["val"].itemsize))
     for dim, role in enumerate((Role.SCALES, Role.CONSUMES, Role.PRODUCES)):
         w.role(weight, dim, role)
-    if (name := w.source(weight)) and name not in w.weights:
-        w.weights.append(name)
-    w.work.append((module_of(node), op_name(node), (rows[0], *kernel[1:])))
+    w.contracts(node, (weight,), (rows[0], *kernel[1:]))
     return (rows[0], kernel[2])
 
 
 _COUNTS = ("histc", "bincount")
+_RESHAPES = ALIASES | {"reshape", "view", "flatten"}
 _CONSTANT = "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor"
 
 RULES = {

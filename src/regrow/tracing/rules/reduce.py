@@ -1,28 +1,69 @@
-"""Rules for operations that sum, compare or order the entries of a dimension."""
+"""Rules for entrywise operations, and for those that sum, compare, order or normalise the entries of a dimension."""
 
 from dataclasses import replace
 from math import inf
 
 from torch.fx import Node
 
-from regrow.core.axes import Mark
+from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
-from regrow.tracing.nodes import argument, op_name, operand_of, result_shapes, shapes_of, wholes
-from regrow.tracing.rules.entries import pointwise
+from regrow.tracing.dimensions import Expr
+from regrow.tracing.nodes import (
+    ALIASES,
+    argument,
+    module_of,
+    op_name,
+    operand_of,
+    result_shapes,
+    shapes_of,
+    whole,
+    wholes,
+)
 from regrow.tracing.walk import Dims, Value, Walk
+
+
+def pointwise(w: Walk, node: Node) -> Dims:
+    """Rule for entrywise operations: ties dimensions at the same place; one of size 1 takes the other's."""
+    return broadcast(w, node, [arg for arg in node.all_input_nodes if isinstance(shapes_of(arg), tuple)])
+
+
+def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
+    """Tie the dimensions of operands aligned from the right, and return the dimensions of the broadcast result."""
+    rank = max((len(w.of(arg)) for arg in operands), default=0)
+    out: list[Expr] = [d.ONE] * rank
+    for arg in operands:
+        dims = w.of(arg)
+        for i, expr in enumerate(dims):
+            place = rank - len(dims) + i
+            w.role(arg, i, Role.SHIFTS if op_name(node) in ("add", "sub") else Role.SCALES)
+            if d.size(expr) == 1:
+                continue
+            if d.size(out[place]) == 1:
+                out[place] = expr
+            else:
+                w.unify(node, out[place], expr, "two dimensions meet that have no common form")
+    return tuple(out)
+
+
+def prelu(w: Walk, node: Node) -> Dims:
+    """Rule for PReLU: ties the slopes to the channels, unless there is one slope for all."""
+    slope, dims = operand_of(node, 1), w.first(node)
+    slopes = w.of(slope)
+    if slopes and d.size(slopes[0]) > 1:
+        w.role(slope, 0, Role.SCALES)
+        w.unify(node, dims[min(1, len(dims) - 1)], slopes[0], "slopes have another form than the channels")
+    return dims
 
 
 def _over(w: Walk, node: Node, position: int = 1) -> list[int]:
     """Return the dimensions that an operation runs over; all of them if it names none."""
-    rank = len(w.of(operand_of(node)))
+    rank = len(w.first(node))
     given = argument(node, position, "dim", "dims")
-    if given is None or given == []:
-        return list(range(rank))
-    return [axis % rank for axis in wholes(given)]
+    return list(range(rank)) if given is None or given == [] else [axis % rank for axis in wholes(given)]
 
 
 def _left(w: Walk, node: Node, over: list[int]) -> Dims:
-    dims = w.of(operand_of(node))
+    dims = w.first(node)
     kept = len(result_shapes(node)[0]) == len(dims)
     return tuple(d.ONE if i in over else expr for i, expr in enumerate(dims) if kept or i not in over)
 
@@ -35,33 +76,34 @@ def total(w: Walk, node: Node) -> Dims:
     return _left(w, node, over)
 
 
-def vector_norm(w: Walk, node: Node) -> Dims:
-    """Rule for vector norms: for orders 1 and 2 dropped units count as 0; other orders freeze the dimension."""
+def _measure(w: Walk, node: Node, over: list[int]) -> None:
+    """Read dimensions as vector norms do: for orders 1 and 2 dropped units count as 0; others freeze the dimension."""
     order = node.args[1] if len(node.args) > 1 else 2
-    over = _over(w, node, 2)
     for i in over:
         if order in (1, 2):
             w.reads(node, operand_of(node), i)
         else:
-            d.freeze(w.of(operand_of(node))[i], w.why(node, f"a norm of order {order} runs over it"))
+            w.freeze(node, f"a norm of order {order} runs over it", w.first(node)[i])
+
+
+def vector_norm(w: Walk, node: Node) -> Dims:
+    """Rule for vector norms."""
+    over = _over(w, node, 2)
+    _measure(w, node, over)
     return _left(w, node, over)
 
 
 def renorm(w: Walk, node: Node) -> Dims:
     """Rule for ``renorm``, which scales each slice by its norm: reads the other dimensions as a vector norm does."""
-    order, along = node.args[1], _over(w, node, 2)
-    for i, expr in enumerate(w.of(operand_of(node))):
-        if i not in along and order in (1, 2):
-            w.reads(node, operand_of(node), i)
-        elif i not in along:
-            d.freeze(expr, w.why(node, f"a norm of order {order} runs over it"))
-    return w.of(operand_of(node))
+    dims, along = w.first(node), _over(w, node, 2)
+    _measure(w, node, [i for i in range(len(dims)) if i not in along])
+    return dims
 
 
 def mean(w: Walk, node: Node) -> Dims:
     """Rule for means: dropped units count as 0; since the size is a divisor, a fold must compensate (found later)."""
     over = _over(w, node)
-    free = [i for i in over if d.is_free(w.of(operand_of(node))[i])]
+    free = [i for i in over if d.is_free(w.first(node)[i])]
     for i in free:
         w.reads(node, operand_of(node), i)
     if free:
@@ -71,11 +113,10 @@ def mean(w: Walk, node: Node) -> Dims:
 
 def softmax(w: Walk, node: Node) -> Dims:
     """Rule for softmax: marks the dimension as competed; dropped units count as −∞."""
-    over = _over(w, node)
-    for i in over:
-        d.mark(w.of(operand_of(node))[i], Mark.COMPETED, w.why(node, "a softmax runs over it"))
+    for i in _over(w, node):
+        d.mark(w.first(node)[i], Mark.COMPETED, w.why(node, "a softmax runs over it"))
         w.reads(node, operand_of(node), i, -inf)
-    return w.of(operand_of(node))
+    return w.first(node)
 
 
 def largest(w: Walk, node: Node) -> Value:
@@ -85,10 +126,10 @@ def largest(w: Walk, node: Node) -> Value:
     over = _over(w, node)
     several = isinstance(shapes_of(node), list)
     named = several and any(user.args[1] == 1 and user.users for user in node.users)
-    dims = w.of(operand_of(node))
+    dims = w.first(node)
     for i in over:
         if named:
-            d.freeze(dims[i], w.why(node, "the position of the maximum in it is used"))
+            w.freeze(node, "the position of the maximum in it is used", dims[i])
         d.mark(dims[i], Mark.COMPETED, w.why(node, "a maximum is taken over it"))
         w.reads(node, operand_of(node), i, -inf)
     left = _left(w, node, over)
@@ -99,23 +140,86 @@ def smallest(w: Walk, node: Node) -> Value:
     """Rule for minima: as for maxima, but dropped units count as +∞."""
     before = len(w.readings)
     out = largest(w, node)
-    for i in range(before, len(w.readings)):
-        w.readings[i] = replace(w.readings[i], fill=inf)
+    w.readings[before:] = [replace(reading, fill=inf) for reading in w.readings[before:]]
     return out
 
 
 def ordered(w: Walk, node: Node) -> Value:
     """Rule for operations that depend on the order or number of entries (sort, var, flip): freezes the dimension."""
-    dims = w.of(operand_of(node))
-    position = {"kthvalue": 2, "roll": 2, "diff": 2}.get(op_name(node), 1)
+    dims = w.first(node)
+    position = 2 if op_name(node) in ("kthvalue", "roll", "diff") else 1
     named = len(node.args) > position or {"dim", "dims"} & node.kwargs.keys()
     over = _over(w, node, position) if named or op_name(node) not in _LAST else [len(dims) - 1]
-    for i in over:
-        d.freeze(dims[i], w.why(node, f"`{op_name(node)}` runs along it"))
+    w.freeze(node, f"`{op_name(node)}` runs along it", *(dims[i] for i in over))
     shapes = shapes_of(node)
     if (shapes[0] if isinstance(shapes, list) else shapes) != tuple(map(d.size, dims)):
         return w.fresh(node, w.why(node, "made by an ordering"))
     return [dims for _ in shapes] if isinstance(shapes, list) else dims
+
+
+def batch_norm(w: Walk, node: Node) -> Dims:
+    """Rule for batch and instance norm: ties gain, bias and running statistics to the channels.
+
+    If statistics are taken from the entries, every dimension but the channels is frozen (a weight that is
+    standardised).
+    """
+    dims = w.first(node)
+    if node.args[3] is None or node.args[5]:  # no running mean, or not used
+        w.freeze(node, f"`{op_name(node)}` takes mean and variance over it", *dims[:1], *dims[2:])
+    for place, arg in enumerate(node.args[1:5]):
+        if isinstance(arg, Node):
+            w.role(arg, 0, Role.SHIFTS if place in (1, 2) else Role.SCALES)  # the bias and the running mean
+            w.unify(node, dims[1], w.of(arg)[0], "a norm's channels have another form than its input's")
+    return dims
+
+
+def layer_norm(w: Walk, node: Node) -> Dims:
+    """Rule for layer norm: marks the last dimensions as restated, since mean and variance are taken over kept units."""
+    return _norm(w, node, Mark.RESTATED, "a layer norm runs over it", None)
+
+
+def rms_norm(w: Walk, node: Node) -> Dims:
+    """Rule for root-mean-square norm: marks the last dimensions as folded, since their size is a divisor."""
+    dims = _norm(w, node, Mark.FOLDED, "a root-mean-square norm runs over it", 0.0)
+    w.norms.append((node, "rms_norm"))
+    return dims
+
+
+def _norm(w: Walk, node: Node, kind: Mark, why: str, fill: float | None) -> Dims:
+    dims, rank = w.first(node), len(wholes(node.args[1]))
+    over = dims[len(dims) - rank :]
+    _gains(w, node, over)
+    if rank == 1:
+        w.literal(node, d.size(over[0]), over[0], last=True)
+    else:
+        w.freeze(node, "a norm runs over several dimensions at once", *over)
+    for i, expr in enumerate(over, len(dims) - rank):
+        d.mark(expr, kind, w.why(node, why))
+        w.reads(node, operand_of(node), i, fill)
+    return dims
+
+
+def _gains(w: Walk, node: Node, over: Dims) -> None:
+    """Tie a norm's gain and bias to the dimensions that it runs over."""
+    for arg, role in zip(node.args[2:4], (Role.SCALES, Role.SHIFTS), strict=False):
+        if isinstance(arg, Node):
+            for i, (expr, gain) in enumerate(zip(over, w.of(arg), strict=True)):
+                w.role(arg, i, role)
+                w.unify(node, expr, gain, "a norm's gain has another form than its input")
+
+
+def group_norm(w: Walk, node: Node) -> Dims:
+    """Rule for group norm: whole groups can be cut; inside a group the norm is taken over kept units (restated)."""
+    groups, dims = whole(node.args[1]), w.first(node)
+    group, inner = d.new(groups), d.new(d.size(dims[1]) // groups)
+    channels = d.times(group, inner)
+    w.unify(node, dims[1], channels, "a norm's groups do not divide its input")
+    _gains(w, node, (channels,))
+    d.mark(inner, Mark.RESTATED, w.why(node, "a group norm runs over it inside each group"))
+    if groups > 1:
+        w.groups.append((module_of(node), group))
+    w.reads(node, operand_of(node), 1, None, groups=group)
+    return dims
 
 
 _LAST = frozenset(["sort", "argsort", "kthvalue", "median", "mode"])
@@ -124,7 +228,19 @@ _ORDERED = (
     "std_mean argmax argmin prod any all nanmean diff"
 )
 
+_IDENTITIES = (
+    "dropout feature_dropout alpha_dropout native_dropout zeros_like ones_like empty_like full_like rand_like "
+    "randn_like bernoulli"
+)
+_POINTWISE = (
+    "hardswish hardsigmoid hardtanh relu6 mish selu celu elu leaky_relu softplus softshrink hardshrink tanhshrink "
+    "log_sigmoid logsigmoid threshold where masked_fill"
+)
+
 RULES = {
+    **dict.fromkeys((*ALIASES, *_IDENTITIES.split()), Walk.first),
+    **dict.fromkeys(_POINTWISE.split(), pointwise),
+    **dict.fromkeys(("prelu", "_prelu_kernel"), prelu),
     "sum": total,
     "linalg_vector_norm": vector_norm,
     "norm": vector_norm,
@@ -134,4 +250,9 @@ RULES = {
     **dict.fromkeys(("amax", "max", "logsumexp"), largest),
     **dict.fromkeys(("amin", "min"), smallest),
     **dict.fromkeys(_ORDERED.split(), ordered),
+    "batch_norm": batch_norm,
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "group_norm": group_norm,
+    "instance_norm": batch_norm,
 }

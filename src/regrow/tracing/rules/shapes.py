@@ -10,31 +10,29 @@ from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import (
     argument,
     axis_of,
-    module_of,
     op_name,
     operand_of,
     operands_in,
+    permutation,
     result_shapes,
     shape_of,
     shapes_of,
     whole,
     wholes,
 )
-from regrow.tracing.walk import Dims, Literal, Value, Walk
+from regrow.tracing.walk import Dims, Value, Walk
 
 
 def reshape(w: Walk, node: Node) -> Dims:
     """Rule for reshapes: neighbouring dimensions are grouped so that sizes match, and tied as products."""
-    dims = w.of(operand_of(node))
-    shape = shape_of(node)
+    dims, shape = w.first(node), shape_of(node)
     why = w.why(node, "a reshape mixes it with its neighbours")
-    out = _regroup([expr for expr in dims if d.size(expr) != 1], [n for n in shape if n != 1], why)
-    filled = iter(out)
+    filled = iter(_regroup([expr for expr in dims if d.size(expr) != 1], [n for n in shape if n != 1], why))
     result = tuple(d.ONE if n == 1 else next(filled) for n in shape)
     numbers = _literals(node, dims)
     for i, (number, expr) in enumerate(zip(numbers, result, strict=False)):
         if number > 1:
-            w.literals.append(Literal(module_of(node), number, expr, last=i == len(numbers) - 1))
+            w.literal(node, number, expr, last=i == len(numbers) - 1)
     return result
 
 
@@ -50,7 +48,6 @@ def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
     if 0 in shape or not all(map(d.size, dims)):
         return [d.frozen(n, why) for n in shape]
     out: list[Expr] = []
-    dims, shape = list(dims), list(shape)
     while dims or shape:
         left, right = [dims.pop(0)], [shape.pop(0)]
         while (n := prod(map(d.size, left))) != (m := prod(right)):
@@ -64,33 +61,16 @@ def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
 
 
 def transpose(w: Walk, node: Node) -> Dims:
-    """Rule for ``transpose``: exchanges two dimensions."""
-    dims = list(w.of(operand_of(node)))
-    a, b = axis_of(node, 1, len(dims)), axis_of(node, 2, len(dims))
-    dims[a], dims[b] = dims[b], dims[a]
-    return tuple(dims)
-
-
-def last_two(w: Walk, node: Node) -> Dims:
-    """Rule for ``mT``: exchanges the last two dimensions."""
-    *rest, a, b = w.of(operand_of(node))
-    return (*rest, b, a)
-
-
-def reverse(w: Walk, node: Node) -> Dims:
-    """Rule for ``t``: reverses the order of the dimensions."""
-    return w.of(operand_of(node))[::-1]
-
-
-def permute(w: Walk, node: Node) -> Dims:
-    """Rule for ``permute``: reorders the dimensions."""
-    dims = w.of(operand_of(node))
-    return tuple(dims[i % len(dims)] for i in wholes(node.args[1]))
+    """Rule for ``transpose``, ``permute`` and the like: reorders the dimensions."""
+    dims = w.first(node)
+    order = permutation(node, len(dims))
+    assert order is not None
+    return tuple(dims[i] for i in order)
 
 
 def movedim(w: Walk, node: Node) -> Dims:
     """Rule for ``movedim``: moves some dimensions; the others keep their order."""
-    dims = w.of(operand_of(node))
+    dims = w.first(node)
     source, target = ([i % len(dims) for i in wholes(one)] for one in node.args[1:3])
     rest = [i for i in range(len(dims)) if i not in source]
     placed = dict(zip(target, source, strict=True))
@@ -100,14 +80,14 @@ def movedim(w: Walk, node: Node) -> Dims:
 
 def unsqueeze(w: Walk, node: Node) -> Dims:
     """Rule for ``unsqueeze``: inserts a dimension of size 1."""
-    dims = list(w.of(operand_of(node)))
+    dims = list(w.first(node))
     dims.insert(whole(node.args[1]) % (len(dims) + 1), d.ONE)
     return tuple(dims)
 
 
 def squeeze(w: Walk, node: Node) -> Dims:
     """Rule for ``squeeze``: removes dimensions of size 1."""
-    dims = w.of(operand_of(node))
+    dims = w.first(node)
     named = [i % len(dims) for i in wholes(node.args[1])] if len(node.args) > 1 else list(range(len(dims)))
     return tuple(expr for i, expr in enumerate(dims) if not (i in named and d.size(expr) == 1))
 
@@ -122,7 +102,7 @@ def concatenate(w: Walk, node: Node) -> Dims:
     for other in dims[1:]:
         for i, expr in enumerate(other):
             if i != axis and d.size(expr) > 1:
-                d.unify(out[i], expr, w.why(node, "joined tensors have no common form"))
+                w.unify(node, out[i], expr, "joined tensors have no common form")
     out[axis] = d.plus(*(one[axis] for one in dims))
     return tuple(out)
 
@@ -133,15 +113,14 @@ def stack(w: Walk, node: Node) -> Dims:
     out = list(w.of(parts[0]))
     for part in parts[1:]:
         for a, b in zip(out, w.of(part), strict=True):
-            d.unify(a, b, w.why(node, "stacked tensors have no common form"))
-    out.insert(axis_of(node, 1, len(out) + 1), d.frozen(len(parts), w.why(node, "made by stacking")))
+            w.unify(node, a, b, "stacked tensors have no common form")
+    out.insert(axis_of(node, 1, len(out) + 1), w.frozen(node, len(parts), "made by stacking"))
     return tuple(out)
 
 
 def split(w: Walk, node: Node) -> Value:
     """Rule for ``split`` and ``chunk``: cuts a dimension into pieces; equal pieces must keep equally many units."""
-    dims = w.of(operand_of(node))
-    axis = axis_of(node, 2, len(dims))
+    dims, axis = w.along(node, 2)
     lengths = [shape[axis] for shape in result_shapes(node)]
     why = w.why(node, "it is cut into pieces at a place that is inside a unit")
     pieces, rest = [], dims[axis]
@@ -149,55 +128,62 @@ def split(w: Walk, node: Node) -> Value:
         piece, rest = d.halves(rest, length, why)
         pieces.append(piece)
     pieces.append(rest)
-    for a, b in pairwise(pieces):
-        if op_name(node) != "split_with_sizes" and d.size(a) == d.size(b):
+    for a, b in pairwise(pieces) if op_name(node) != "split_with_sizes" else ():
+        if d.size(a) == d.size(b):
             w.equal.append((a, b, w.why(node, "its equal pieces must keep equally many units")))
-        elif op_name(node) != "split_with_sizes":
-            d.freeze(dims[axis], w.why(node, "it is cut into pieces of unequal size"))
+        else:
+            w.freeze(node, "it is cut into pieces of unequal size", dims[axis])
     for length, piece in zip(lengths, pieces, strict=True):
-        w.literals.append(Literal(module_of(node), length, piece))
-    return [(*dims[:axis], piece, *dims[axis + 1 :]) for piece in pieces]
+        w.literal(node, length, piece)
+    return [exchanged(dims, axis, piece) for piece in pieces]
+
+
+def exchanged(dims: Dims, axis: int, *exprs: Expr) -> Dims:
+    """Return dimensions with one replaced."""
+    return (*dims[:axis], *exprs, *dims[axis + 1 :])
 
 
 def piece(w: Walk, node: Node) -> Dims:
     """Rule for slices: cuts a dimension into the slice and the rest; a step other than 1 freezes it."""
-    dims = w.of(operand_of(node))
-    axis = axis_of(node, 1, len(dims))
+    dims, axis = w.along(node, 1)
     n = d.size(dims[axis])
     start, end = bounds(node)
     step = whole(node.args[4]) if len(node.args) > 4 else 1
     if start == 0 and end == n and step == 1:
         return dims
     if start >= end:
-        return (*dims[:axis], d.frozen(0, w.why(node, "it is empty")), *dims[axis + 1 :])
+        return exchanged(dims, axis, w.frozen(node, 0, "it is empty"))
     if step != 1 or not d.is_free(dims[axis]):
-        why = w.why(node, "some of its entries are picked by number")
-        d.freeze(dims[axis], why)
-        return (*dims[:axis], d.frozen(shape_of(node)[axis], why), *dims[axis + 1 :])
+        return pick(w, node, axis, "some of its entries are picked by number")
     why = w.why(node, "it is cut at a place that is inside a unit")
     before, rest = d.halves(dims[axis], start, why) if start else (d.ONE, dims[axis])
     if start:
         w.starts[node] = before
     middle, after = d.halves(rest, end - start, why) if end < n else (rest, d.ONE)
-    if n == 2 * (end - start) and (start == 0 or end == n) and not _cut_elsewhere(node, end - start):
-        w.equal.append(
-            (middle, after if start == 0 else before, w.why(node, "its halves must keep equally many units"))
-        )
+    if n == 2 * (end - start) and (start == 0 or end == n) and not _cut_elsewhere(node, axis, end - start):
+        other = after if start == 0 else before
+        w.equal.append((middle, other, w.why(node, "its halves must keep equally many units")))
     for number in (start, end, end - start):
         if number > 1:
-            w.literals.append(Literal(module_of(node), number, middle if number == end - start else before))
-    return (*dims[:axis], middle, *dims[axis + 1 :])
+            w.literal(node, number, middle if number == end - start else before)
+    return exchanged(dims, axis, middle)
 
 
-def _cut_elsewhere(node: Node, half: int) -> bool:
+def pick(w: Walk, node: Node, axis: int, why: str) -> Dims:
+    """Freeze a dimension from which an operation picks entries, and return the dimensions of its result."""
+    dims = w.first(node)
+    w.freeze(node, why, dims[axis])
+    return exchanged(dims, axis, w.frozen(node, shape_of(node)[axis], why))
+
+
+def _cut_elsewhere(node: Node, axis: int, half: int) -> bool:
     """Whether other slices of the same dimension cut it into more than two halves."""
-    axis = axis_of(node, 1, len(shape_of(operand_of(node))))
-    alike = [one for one in operand_of(node).users if op_name(one) == op_name(node) and len(one.args) > 1]
+    alike = [user for user in operand_of(node).users if op_name(user) == op_name(node) and len(user.args) > 1]
     return any(
         place not in (0, half, 2 * half)
-        for one in alike
-        if axis_of(one, 1, len(shape_of(operand_of(one)))) == axis
-        for place in bounds(one)
+        for user in alike
+        if axis_of(user, 1, len(shape_of(operand_of(user)))) == axis
+        for place in bounds(user)
     )
 
 
@@ -208,15 +194,13 @@ def bounds(node: Node) -> tuple[int, int]:
     if op_name(node) == "narrow":
         start = whole(node.args[2]) % n
         return start, start + whole(node.args[3])
-    given = ((argument(node, 2), 0), (argument(node, 3), n))
-    start, end = (default if value is None else whole(value) for value, default in given)
-    start, end = (max(value + n, 0) if value < 0 else min(value, n) for value in (start, end))
-    return start, end
+    given = (argument(node, i) for i in (2, 3))
+    return slice(*(None if value is None else whole(value) for value in given)).indices(n)[:2]
 
 
 def pixel_shuffle(w: Walk, node: Node) -> Dims:
     """Rule for pixel shuffle: ``C·r²`` channels become ``C`` channels on a finer grid; the factor r² is frozen."""
-    dims, shape = w.of(operand_of(node)), shape_of(node)
+    dims, shape = w.first(node), shape_of(node)
     why = w.why(node, "a pixel shuffle lays it out in space")
     channels, factor = d.split_product(dims[-3], [shape[-3], d.size(dims[-3]) // shape[-3]], why)
     d.freeze(factor, why)
@@ -225,13 +209,11 @@ def pixel_shuffle(w: Walk, node: Node) -> Dims:
 
 def per_channel(w: Walk, node: Node) -> Value:
     """Rule for pooling and resizing: passes batch and channels, freezes space."""
-    dims = w.of(operand_of(node))
+    dims = w.first(node)
     rank = _SPACE.get(op_name(node)[-2:], 2)
-    for expr in dims[len(dims) - rank :]:
-        d.freeze(expr, w.why(node, "a window slides along it"))
-    why = w.why(node, "made by a sliding window")
+    w.freeze(node, "a window slides along it", *dims[len(dims) - rank :])
     out: list[Dims | None] = [
-        (*dims[: len(dims) - rank], *(d.frozen(n, why) for n in shape[len(dims) - rank :]))
+        (*dims[: len(dims) - rank], *(w.frozen(node, n, "made by a sliding window") for n in shape[len(dims) - rank :]))
         for shape in result_shapes(node)
     ]
     return out if isinstance(shapes_of(node), list) else out[0]
@@ -239,25 +221,21 @@ def per_channel(w: Walk, node: Node) -> Value:
 
 def triangle(w: Walk, node: Node) -> Dims:
     """Rule for ``tril`` and ``triu``: freezes the last two dimensions, since the diagonal depends on positions."""
-    dims = w.of(operand_of(node))
-    for expr in dims[-2:]:
-        d.freeze(expr, w.why(node, "a diagonal runs through it"))
-    return dims
+    w.freeze(node, "a diagonal runs through it", *w.first(node)[-2:])
+    return w.first(node)
 
 
 def glu(w: Walk, node: Node) -> Dims:
     """Rule for GLU, where the second half gates the first: ties both halves, unit by unit."""
-    dims = w.of(operand_of(node))
-    axis = axis_of(node, 1, len(dims), -1)
+    dims, axis = w.along(node, 1, -1)
     first, second = d.halves(dims[axis], d.size(dims[axis]) // 2, w.why(node, "its halves are cut inside a unit"))
-    d.unify(first, second, w.why(node, "its halves have no common form"))
-    return (*dims[:axis], first, *dims[axis + 1 :])
+    w.unify(node, first, second, "its halves have no common form")
+    return exchanged(dims, axis, first)
 
 
 def frozen_whole(w: Walk, node: Node) -> Value:
     """Freeze all dimensions of the operand and return new frozen ones for the result."""
-    for expr in w.of(operand_of(node)):
-        d.freeze(expr, w.why(node, "its entries are picked or moved by number"))
+    w.freeze(node, "its entries are picked or moved by number", *w.first(node))
     return w.fresh(node, w.why(node, "made by picking entries"))
 
 
@@ -271,27 +249,16 @@ _WINDOWS = (
 
 RULES = {
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"), reshape),
-    "transpose": transpose,
-    "swapaxes": transpose,
-    "mT": last_two,
-    "mH": last_two,
-    "adjoint": last_two,
-    "t": reverse,
-    "numpy_T": reverse,
-    "permute": permute,
+    **dict.fromkeys(("transpose", "swapaxes", "mT", "mH", "adjoint", "t", "numpy_T", "permute"), transpose),
     "movedim": movedim,
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
-    "cat": concatenate,
-    "concat": concatenate,
-    "concatenate": concatenate,
+    **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
     "stack": stack,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), split),
-    "slice": piece,
-    "narrow": piece,
+    **dict.fromkeys(("slice", "narrow"), piece),
     "pixel_shuffle": pixel_shuffle,
     **dict.fromkeys(_WINDOWS.split(), per_channel),
-    "tril": triangle,
-    "triu": triangle,
+    **dict.fromkeys(("tril", "triu"), triangle),
     "glu": glu,
 }

@@ -9,19 +9,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from regrow.core.axes import axes_in
 from regrow.core.axis_tensor import AxisTensor
-from regrow.methods.continual.sparsegrow.state import SparseGrowState
+from regrow.methods.continual.sparsegrow.settings import SparseGrowState
 from regrow.scoring.factors import Factors, Gate, factors, join_bias, layers, part
 from regrow.training.learner import Context
 
 
 def add_factors(state: SparseGrowState, context: Context, samples: int) -> SparseGrowState:
-    """Add the current task's Kronecker factors of every layer to the sums over earlier tasks; return the new state.
-
-    Args:
-        state: The state of SparseGrow.
-        context: The network and its data at the end of the task.
-        samples: The number of examples on which the factors are estimated.
-    """
+    """Add the current task's Kronecker factors of every layer to the sums over earlier tasks; return the new state."""
     read, bias, used = dict(state.read), dict(state.bias), dict(state.used)
     train = context.task.train
     order = torch.randperm(len(train), generator=context.generator(4))[:samples]
@@ -47,11 +41,6 @@ def weigh_new_units(state: SparseGrowState, context: Context, share: float) -> N
     Hidden units that were inactive in all earlier tasks get it too: trained freely, they would become active on earlier
     inputs. Network outputs do not: a class that no task has had is free. Behind a norm that rescales groups of units
     (GroupNorm), new units are active on earlier inputs, however small their outputs: inputs from them count there.
-
-    Args:
-        state: The state of SparseGrow; its factors are changed in place.
-        context: The network, just grown.
-        share: The second moment assumed for inputs from new units behind such norms, as a fraction of the mean.
     """
     rescaled = _rescaled_axes(context)
     for name in gated_weights(state, context):
@@ -74,16 +63,8 @@ def _rescaled_axes(context: Context) -> set[str]:
     return {axis.key for axis in axes if any(slot.name.rpartition(".")[0] in norms for slot in axis.slots)}
 
 
-def build_gates(state: SparseGrowState, context: Context, strength: float, damping: float = 0.0) -> dict[str, Gate]:
-    """Return the gate of every layer that has Kronecker factors, by name of its weight.
-
-    Args:
-        state: The state of SparseGrow.
-        context: The network; its task's number is the number of tasks over which factors were added up.
-        strength: s of :class:`Gate`: the higher, the less a layer may move in directions that earlier tasks used.
-        damping: d, beside a mean diagonal of B of 1: how much a hidden unit counts that earlier tasks did not use. B
-            describes the earlier weights only: a unit that was inactive has none, and becomes active when trained.
-    """
+def build_gates(state: SparseGrowState, context: Context, strength: float, damping: float) -> dict[str, Gate]:
+    """Return the gate of every layer that has Kronecker factors, by name of its weight."""
     gates = {}
     for name in gated_weights(state, context):
         read, bias, used = (sums[name].values for sums in (state.read, state.bias, state.used))
@@ -99,44 +80,28 @@ def build_gates(state: SparseGrowState, context: Context, strength: float, dampi
 
 
 def gated_weights(state: SparseGrowState, context: Context) -> tuple[str, ...]:
-    """Return the names of the weights whose layers have Kronecker factors.
-
-    Args:
-        state: The state of SparseGrow.
-        context: The network.
-    """
+    """Return the names of the weights whose layers have Kronecker factors."""
     return tuple(name for name in layers(context.model) if name in state.read)
 
 
 def apply_gates(state: SparseGrowState, context: Context) -> None:
-    """Precondition the change of each gated layer's parameters since the gates were last applied; in place.
-
-    Args:
-        state: The state of SparseGrow, with the gates and the parameters after their last use.
-        context: The network.
-    """
-    parameters = context.parameters()
+    """Precondition the change of each gated layer's parameters since the gates were last applied; in place."""
     for name, gate in state.gates.items():
         before = state.last[name]
-        after = before + gate.through(join_bias(context.model, name) - before)
-        with torch.no_grad():
-            for which, value in part(context.model, name, after).items():
-                parameters[which].copy_(value)
+        _write(context, name, before + gate.through(join_bias(context.model, name) - before))
         state.last[name] = join_bias(context.model, name)
 
 
 def silence_new_units(context: Context, gates: Mapping[str, Gate], old: Mapping[str, Tensor]) -> None:
-    """Project the input weights of new units away from the inputs that earlier tasks fed their layers; in place.
-
-    Args:
-        context: The network, just grown.
-        gates: Weight name → its layer's gate.
-        old: Weight name → which of its rows belong to old units, ``[rows]`` bool.
-    """
-    parameters = context.parameters()
+    """Project the input weights of new units away from the inputs that earlier tasks fed their layers; in place."""
     for name in gates.keys() & old.keys():
         whole, new = join_bias(context.model, name), ~old[name]
         whole[new] = gates[name].away(whole[new])
-        with torch.no_grad():
-            for which, value in part(context.model, name, whole).items():
-                parameters[which].copy_(value)
+        _write(context, name, whole)
+
+
+@torch.no_grad()
+def _write(context: Context, name: str, rows: Tensor) -> None:
+    """Set the parameters of a layer, in place."""
+    for which, value in part(context.model, name, rows).items():
+        context.model.get_parameter(which).copy_(value)

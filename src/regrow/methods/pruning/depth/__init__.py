@@ -19,9 +19,8 @@ from regrow.core.amounts import Measure
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.evidence import Need
-from regrow.methods.pruning.depth.modules import candidates, least_cost, score_neurons
+from regrow.methods.pruning.depth.modules import Settings, candidates, least_cost, score_neurons
 from regrow.methods.pruning.depth.search import DepthSearch
-from regrow.methods.pruning.depth.settings import Settings
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, Removal, pooled_means, without_modules
 
 __all__ = ["CITATION", "Settings", "build"]
@@ -36,11 +35,7 @@ NAMED = 12
 
 
 def build(settings: Settings) -> Pruner:
-    """Return the pruner that drops whole modules.
-
-    Args:
-        settings: Its settings.
-    """
+    """Return the pruner that drops whole modules."""
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),
         score=lambda task: Ranking(score_neurons(settings, task)),

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from regrow import scoring
 from regrow.allocation import BudgetError, cost_of, uniform
@@ -15,20 +16,21 @@ from regrow.core.branches import Branch, lies_in
 from regrow.core.errors import RefusedError
 from regrow.core.scores import Scores
 from regrow.core.sources import Batch, Source
-from regrow.data.joined import join_batches
+from regrow.data.batch_streams import join_batches
 from regrow.evaluation.forward import evaluating
-from regrow.methods.pruning.depth.modules import least_cost, score_neurons
-from regrow.methods.pruning.depth.settings import Settings
-from regrow.methods.pruning.pruner import PruningTask, without_modules
-from regrow.methods.pruning.replay import NOT_FINITE, Outputs, Predictions, Replay
+from regrow.methods.pruning.depth.modules import Settings, least_cost, score_neurons
+from regrow.methods.pruning.depth.replay import Outputs, Predictions, Replay
+from regrow.methods.pruning.pruner import NOT_FINITE, PruningTask, without_modules
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors
-from regrow.surgery.gate import gates_of
-from regrow.tracing.placeholder import insert_placeholders, set_modules
+from regrow.surgery.gate import gate_inputs, gates_of
+from regrow.tracing.branches import insert_placeholders, set_modules
 from regrow.training.checkpoint import FORMAT
 
 POSITIONS = 2048
 """The most positions that run at a time: their logits are in memory."""
+MEMORY = 2**30
+"""The most bytes of outputs of blocks that are cached."""
 SECONDS = 30.0
 """The longest time between two checkpoints, in seconds."""
 
@@ -84,10 +86,6 @@ def first_batches(source: Source, tokens: int) -> tuple[list[Batch], list[Batch]
 
     Each part has at least one batch, as far as there are any; the source is not read further than that.
 
-    Args:
-        source: The source.
-        tokens: The tokens of the first part.
-
     >>> import torch
     >>> first, others = first_batches(Source("news", [Batch((torch.zeros(3, 1),)) for _ in range(9)]), 7)
     >>> len(first), len(others)
@@ -123,12 +121,12 @@ class DepthSearch:
             if not others:
                 self.short.append(source.name)
         with evaluating(task.model):
-            self.replay = Replay.of(task.model, task.axes, near[0], 1.0)
+            self.replay = Replay(task.model, near[0])
             self.near, self.held_out = map(self._with_predictions, (near, held_out))
-        self.cached: tuple[tuple[str, ...], list[Outputs | None]] = (), []
+        self.cached: tuple[tuple[str, ...], list[Outputs]] = (), []
 
     def _with_predictions(self, batches: Iterable[Batch]) -> list[tuple[Batch, Predictions]]:
-        result = [(one, Predictions.of(self.replay.run(one, {}, {}))) for one in batches]
+        result = [(one, Predictions.of(self.replay.run(one))) for one in batches]
         if not all(bool(dense.chances.isfinite().all()) for _, dense in result):
             raise RefusedError(NOT_FINITE)
         return result
@@ -144,9 +142,6 @@ class DepthSearch:
         """Return the modules in the order in which they are dropped, as far as the budget takes them.
 
         The next one is that whose absence raises the divergence least per unit of what the budget counts.
-
-        Raises:
-            RefusedError: If a module has to be dropped, and without any of those left the predictions are not finite.
         """
         whole = cost_of(self.task.axes, self.task.budget).total
         limit = self.task.budget.limit(whole)
@@ -179,9 +174,6 @@ class DepthSearch:
         """Return number of dropped modules → divergence on held-out windows, with neurons cut to the budget.
 
         Five numbers from none to all are measured, and then those halfway from the best one to its neighbours.
-
-        Raises:
-            RefusedError: If the predictions are not finite, however many are dropped.
         """
         scores = score_neurons(self.s, self.task)
         result: dict[int, float] = {}
@@ -216,9 +208,12 @@ class DepthSearch:
         gates = gates_of(rest, cut)
 
         def measure() -> float:
-            with evaluating(model), _without(model, [self.modules[one] for one in dropped]):
-                replay = replace(self.replay, axes=rest)
-                return _mean([(w.size, dense.divergence(replay.run(w, gates, fills))) for w, dense in self.held_out])
+            with (
+                evaluating(model),
+                _without(model, [self.modules[one] for one in dropped]),
+                gate_inputs(model, rest, gates, fills),
+            ):
+                return _mean([(w.size, dense.divergence(self.replay.run(w))) for w, dense in self.held_out])
 
         limit = budget.limit(cost_of(rest, budget).total)
         return self.journal.take(f"neurons to {limit}: {' '.join(sorted(dropped))}", measure)
@@ -227,18 +222,27 @@ class DepthSearch:
         """Return the divergence without some modules and another one; passes begin at the block of that one."""
 
         def measure() -> float:
-            model, windows = self.task.model, [one for one, _ in self.near]
+            model = self.task.model
             with evaluating(model), _without(model, [self.modules[one] for one in dropped]):
                 if self.cached[0] != tuple(dropped) or not self.cached[1]:
-                    _, outputs = self.replay.record(windows, [({}, {})] * len(windows), logits=False)
-                    self.cached = tuple(dropped), outputs
+                    self.cached = tuple(dropped), self._record()
                 losses, first = [], self._block(other)
                 with _without(model, [self.modules[other]]):
-                    for (w, dense), known in zip(self.near, self.cached[1], strict=True):
-                        losses.append((w.size, dense.divergence(self.replay.run(w, {}, {}, known, first))))
+                    for (w, dense), outputs in zip(self.near, self.cached[1], strict=True):
+                        losses.append((w.size, dense.divergence(self.replay.run(w, outputs, first))))
             return _mean(losses)
 
         return self.journal.take(" ".join(sorted([*dropped, other])), measure)
+
+    def _record(self) -> list[Outputs]:
+        """Return the outputs of the blocks on each window, as far as memory allows; empty beyond that."""
+        result: list[Outputs] = []
+        room = MEMORY
+        for window, _ in self.near:
+            outputs = self.replay.record(window)[1] if room > 0 and self.replay.blocks else ()
+            room -= sum(leaf.nbytes for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+            result.append(outputs if room > 0 else ())
+        return result
 
     def _block(self, module: str) -> int:
         """Return the number of the block of the stack in which a module lies; 0 if it lies in none."""

@@ -20,8 +20,7 @@ from regrow.allocation import module_costs, rank, ratios
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.evidence import Need
-from regrow.methods.pruning.gprune.masks import Comparison
-from regrow.methods.pruning.gprune.settings import Settings
+from regrow.methods.pruning.gprune.modules import Settings
 from regrow.methods.pruning.gprune.shares import score_units
 from regrow.methods.pruning.pruner import Pruner, pooled_means
 from regrow.scoring.base import BASES
@@ -31,17 +30,12 @@ __all__ = ["CITATION", "Settings", "build"]
 CITATION = "Liu et al., GPrune-LLM, 2026, arXiv:2603.13418 (reconstructed from the abstracts; no code was published)"
 
 
-def build(settings: Settings, compare: Comparison | None = None) -> Pruner:
-    """Return the GPrune-LLM pruner.
-
-    Args:
-        settings: Its settings.
-        compare: Returns the loss of a masked network; ``None``: a :class:`Comparison` as the settings say.
-    """
+def build(settings: Settings) -> Pruner:
+    """Return the GPrune-LLM pruner."""
     runs = settings.steps > 0 or settings.start == "best"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, scoring.METRICS[BASES[settings.base].metric][1]}),
-        score=partial(score_units, settings=settings, compare=compare),
+        score=partial(score_units, s=settings),
         allocate=partial(rank, minimum=settings.minimum),
         compensate=pooled_means if settings.compensate else None,
         origin={"method": "gprune", "settings": asdict(settings)},

@@ -1,13 +1,25 @@
 """Choices whose common beginning runs once have the scores of rows that run whole."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from regrow.core.errors import InputError
-from regrow.evaluation import choice, choices
+from regrow.evaluation import Choices, choices
 
+PATH = Path(__file__).parents[1] / "recipes" / "shared_beginnings.py"
 WORDS = 40
+
+
+def shared_choices(*args: object, **settings: object) -> Choices:
+    """Run the recipe."""
+    spec = importlib.util.spec_from_file_location("shared_beginnings", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.shared_choices(*args, **settings)
 
 
 class Numbers:
@@ -62,13 +74,12 @@ def items(count: int) -> list[dict]:
 
 @pytest.mark.parametrize("most", [1024, 12], ids=["together", "in parts"])
 @pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_scores_are_those_of_whole_rows(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_whole_rows(name: str, most: int) -> None:
     model, several = network(name), items(14)
     whole = choices(model, Numbers(), several)
-    monkeypatch.setattr(choice, "CHOICE_TOKENS", most)
     widths: list[int] = []
     hook = model.register_forward_pre_hook(lambda module, args: widths.append(args[0].numel()))
-    shared = choices(model, Numbers(), several, share=True)
+    shared = shared_choices(model, Numbers(), several, most=most)
     hook.remove()
     assert shared.margins == pytest.approx(whole.margins, abs=1e-4)
     assert shared.margins_per_byte == pytest.approx(whole.margins_per_byte, abs=1e-4)
@@ -78,9 +89,7 @@ def test_scores_are_those_of_whole_rows(name: str, most: int, monkeypatch: pytes
 
 def test_what_cannot_share_is_refused() -> None:
     with pytest.raises(InputError, match="a Plain takes no cache"):
-        choices(Plain(), Numbers(), items(1), share=True)
-    with pytest.raises(InputError, match="leave one of them out"):
-        choices(Plain(), Numbers(), items(1), share=True, outputs=lambda batches: [])
+        shared_choices(Plain(), Numbers(), items(1))
 
 
 class Plain(nn.Module):

@@ -1,0 +1,107 @@
+"""Random baselines of a search: random operations, the same fraction of every axis, or the smallest weights.
+
+A search should do better than these at the same size and with the same training (Li and Talwalkar, arXiv 1902.07638).
+With ``split`` set to what a search removed of each granularity, they show whether its choice of units matters, or only
+the amounts. The order of operations is drawn once and never trained: epochs of the search train weights alone.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from regrow.allocation.levels import check_levels
+from regrow.allocation.timed import Prices
+from regrow.core.amounts import Measure
+from regrow.methods.search.assembly import Search
+from regrow.methods.search.commit import Commit, fit_to_budget
+from regrow.methods.search.space import GRANULARITIES, SearchSpace, rank_evenly
+from regrow.methods.search.state import SearchState
+from regrow.training.learner import Boundary, Context, Event
+
+CITATION = "controls; Li, Talwalkar, Random Search and Reproducibility for NAS (arXiv 1902.07638)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the random baselines: what is removed, down to which size.
+
+    Args:
+        target: The largest allowed size of the found network, in units of ``measure``.
+        measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
+        what: ``operations``: dropped in random order until the target is met; ``filters``: every axis loses the same
+            fraction; ``weights``: the smallest are set to 0, for a target in ``nonzero``. Several apply in this order.
+        split: If there are several, the fraction of the removal that each is responsible for; 1 in all.
+        keep_bare: Whether operations without weights, such as pooling, are dropped last.
+        stages: The last part of the network that is used; set by the run.
+        seed: Seed of the random order.
+    """
+
+    target: float = 0.0
+    measure: str = "params"
+    what: tuple[str, ...] = ("operations",)
+    split: tuple[float, ...] = ()
+    keep_bare: bool = False
+    stages: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.what or list(self.what) != [name for name in GRANULARITIES if name in self.what]:
+            names = ", ".join(GRANULARITIES)
+            raise ValueError(f"what must be of {names}, in this order, got {', '.join(self.what) or 'none'}")
+        if len(self.what) > 1 and (
+            len(self.split) != len(self.what) or min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6
+        ):
+            split = ", ".join(f"{share:g}" for share in self.split) or "none"
+            raise ValueError(f"split must have a share for each of {', '.join(self.what)}, 1 in all, got {split}")
+        if self.keep_bare and ("operations" not in self.what or self.measure == Measure.TIME):
+            raise ValueError(
+                "keep_bare keeps operations without weights, so it needs what=operations and a target other than ms"
+            )
+        check_levels(self.what, Measure(self.measure))
+
+
+class RandomSearch(Search):
+    """The search that removes at random."""
+
+    needs_epochs = False
+
+    def __init__(self, s: Settings, prices: Prices | None = None) -> None:
+        super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.what, s.stages[-1:], prices))
+        self.s = s
+
+    def trains(self, state: SearchState, context: Context) -> bool:
+        """Importances are never trained."""
+        return False
+
+    def granularities(self, state: SearchState, context: Context) -> Sequence[str]:
+        """Return one granularity at a time after the last epoch."""
+        return (self.s.what[state.turn],) if context.epoch == context.epochs else self.s.what
+
+    def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
+        """Draw the order of operations at the start."""
+        state = super().boundary(state, context, boundary)
+        if boundary.event != Event.TASK_START:
+            return state
+        generator = replace(context, seed=self.s.seed).generator(11)
+        alpha = torch.randn(len(state.alpha.values), generator=generator).to(state.alpha.values.device)
+        if self.s.keep_bare:
+            alpha[state.layout.bare()] = 50.0
+        state = rank_evenly(replace(state, alpha=replace(state.alpha, values=alpha)))
+        return replace(state, removal=state.whole - self.s.target)
+
+    def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
+        """Let each granularity in turn lose its fraction of the removal."""
+        for turn in range(state.turn, len(self.s.what)):
+            state = replace(state, turn=turn)
+            alone = copy.copy(self)
+            alone.space = replace(self.space, granularities=(self.s.what[turn],))
+            left = target + sum(self.s.split[turn + 1 :]) * state.removal
+            plan, state = fit_to_budget(alone, state, context, left)
+            if plan:
+                return plan, state
+        return None, state
+
+
+build = RandomSearch

@@ -1,0 +1,191 @@
+"""What search spaces share: networks that run in stages, recomputed parts, and checks of descriptions and memory."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from regrow.core.candidates import candidates_in
+from regrow.core.limits import check_memory
+from regrow.nets.loaded import ModelError
+
+MOST = 2**14
+"""The largest size in a description."""
+COPIES = 3
+"""How many numbers a search holds per weight: the weight, its gradient and its momentum."""
+OPERATION_BYTES = 15_000
+"""Bytes of the Python modules of one operation, without weights (measured on networks of 784 to 19,712 operations)."""
+
+
+class StagedNetwork(nn.Module):
+    """A network of a stem, parts, and classifiers behind the last part and the end of each stage.
+
+    If ``recomputed`` is set, parts are computed again in the backward pass (gradient checkpointing), to save memory.
+    Subclasses have a ``stem``, their parts in a list named ``parts_name``, and ``heads`` by the index of a part.
+    """
+
+    parts_name: str
+    stem: nn.Module
+    heads: nn.ModuleDict
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recomputed = False
+        self.active: int | None = None
+
+    def run_part(self, part: Any, first: Tensor, second: Tensor) -> Tensor:
+        """Return the output of a part for the outputs of the last two parts."""
+        raise NotImplementedError
+
+    def classify(self, head: nn.Module, x: Tensor) -> Tensor:
+        """Return the logits of a classifier for the output of the part that it follows."""
+        raise NotImplementedError
+
+    def upto(self, x: Tensor, last: int) -> Tensor:
+        """Return the logits, ``[N, classes]``, of the classifier behind part ``last``; later parts do not run."""
+        return self._logits(x, [last])[0]
+
+    def within(self, name: str, last: int) -> bool:
+        """Whether the parameter ``name`` is used by :meth:`upto` for part ``last``."""
+        part, _, rest = name.partition(".")
+        number = int(rest.partition(".")[0]) if part != "stem" else 0
+        return part == "stem" or (number <= last if part == self.parts_name else number == last)
+
+    def needed(self) -> list[tuple[str, ...]]:
+        """Return sets of operations of each of which one must stay: those of each candidates."""
+        return [*candidates_in(self).values()]
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the logits behind part ``active``, or of every classifier if ``active`` is ``None``."""
+        logits = self._logits(x, sorted(map(int, self.heads)) if self.active is None else [self.active])
+        return logits[0] if len(logits) == 1 else tuple(logits)
+
+    def _logits(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+        result, parts = [], getattr(self, self.parts_name)
+        # Depthwise convolutions are faster in this layout on a CPU, most of all those of few channels.
+        first = second = self.stem(x.contiguous(memory_format=torch.channels_last))
+        for i in range(wanted[-1] + 1):
+            run = partial(again, parts[i]) if self.recomputed and self.training else parts[i]
+            first, second = second, self.run_part(run, first, second)
+            if i in wanted:
+                result.append(self.classify(self.heads[str(i)], second))
+        return result
+
+
+def again(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """Run ``module(*inputs)`` with gradient checkpointing: activations are recomputed in the backward pass.
+
+    Outputs and gradients are the same, bit for bit, at the time of one more forward pass. BatchNorm's running
+    statistics are updated once.
+
+    >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.ones(2, 4)
+    >>> first, second = (torch.autograd.grad(run(x).sum(), net[0].bias)[0] for run in (net, lambda x: again(net, x)))
+    >>> torch.equal(first, second)
+    True
+
+    Source: Chen et al., Training deep nets with sublinear memory cost (arXiv 1604.06174); ``torch.utils.checkpoint``.
+    """
+    if not torch.is_grad_enabled():
+        return module(*inputs)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _still(module)
+
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of BatchNorm unchanged in the block, though it normalises by the batch."""
+    norms = [
+        (norm, norm.momentum, norm.num_batches_tracked) for norm in module.modules() if isinstance(norm, _BatchNorm)
+    ]
+    for norm, _, seen in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None if seen is None else seen.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, seen in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, seen
+
+
+def is_spread(k: int, share: float) -> bool:
+    """Whether item ``k`` is among a fraction of items that are spread evenly; their number is rounded up.
+
+    >>> [k for k in range(30) if is_spread(k, 0.1)]
+    [0, 10, 20]
+    """
+    return ceil(round((k + 1) * share, 9)) > ceil(round(k * share, 9))  # 0.1 × 30 is 3.0000000000000004
+
+
+def norm_widths(module: nn.Module) -> list[int]:
+    """Return the channels of each BatchNorm in a module."""
+    return [norm.num_features for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+
+
+@contextmanager
+def explain_description(what: str) -> Iterator[None]:
+    """Turn errors of reading a description in the block into a ModelError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"not the description of a network of {what}: {error!r:.80}") from None
+
+
+def check_sizes(what: str, sizes: Sequence[object]) -> None:
+    """Raise ModelError unless all sizes of a description are whole numbers that a network can have."""
+    if odd := [size for size in sizes if type(size) is not int or not 0 < size <= MOST]:
+        raise ModelError(f"a network of {what} has sizes from 1 to {MOST}; got {odd[0]!r:.40}")
+
+
+def check_space_fits(config: Mapping[str, Any], what: str) -> None:
+    """Raise ResourceError unless the super-network of a search space fits into memory, by its configuration.
+
+    Only the weights of the operations and the modules that hold them are counted, which is less than the search will
+    need.
+    """
+    sizes = _of_blocks if "blocks" in config else _of_edges if "edges" in config else _of_cells
+    needed = sum(4 * COPIES * size + OPERATION_BYTES for size in sizes(config))
+    check_memory(needed, what, "take a smaller width, or fewer cells, nodes or blocks")
+
+
+def _of_cells(config: Mapping[str, Any]) -> Iterator[int]:
+    """Yield the number of weights of each operation, as ``cells.operation`` builds it."""
+    for cell in config["cells"]:
+        widths = [*cell["inputs"], *(node["width"] for node in cell["nodes"])]
+        for node in cell["nodes"]:
+            for name, source, mid in node["ops"]:
+                before, after = widths[source], node["width"]
+                match name[:3]:
+                    case "sep":
+                        yield int(name[3]) ** 2 * (before + mid) + mid * (before + after)
+                    case "dil":
+                        yield int(name[3]) ** 2 * before + before * after
+                    case _:
+                        yield before * after if name == "skip" and cell["reduce"] and source < 2 else 0
+
+
+def _of_blocks(config: Mapping[str, Any]) -> Iterator[int]:
+    """Yield the number of weights of each operation, as ``mobile.block`` builds it."""
+    before = config["stem"][-1]
+    for block in config["blocks"]:
+        for name, mid in block["ops"]:
+            yield 0 if name == "skip" else mid * (before + block["width"] + int(name[2]) ** 2)
+        before = block["width"]
+
+
+def _of_edges(config: Mapping[str, Any]) -> Iterator[int]:
+    """Yield the number of weights of each operation, as ``bench201.operation`` builds it."""
+    for stage in range(3):
+        for names in config["cells"] * config["edges"]:
+            for name in names:
+                convolved = name.startswith("nor_conv")
+                yield (config["width"] << stage) ** 2 * int(name[-1]) ** 2 if convolved else 0

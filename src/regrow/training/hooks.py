@@ -1,0 +1,238 @@
+"""What the hooks of several learners share: modes, penalties, protected entries, replay memories, early stopping."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from regrow.core.axis_tensor import AxisTensor
+from regrow.training.learner import (
+    Boundary,
+    Context,
+    Event,
+    Learner,
+    Loss,
+    Step,
+    set_train_mode,
+    task_loss,
+    tensor_along,
+)
+
+S = TypeVar("S")
+
+
+@contextmanager
+def freeze(*models: nn.Module) -> Iterator[None]:
+    """Put networks in evaluation mode and turn off their gradients inside the ``with`` block; restore both after it."""
+    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    with keep_modes(*models):
+        for model in models:
+            model.eval().requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def keep_modes(*models: nn.Module) -> Iterator[None]:
+    """Restore the modes of all modules after the ``with`` block."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
+
+
+def freeze_norms(model: nn.Module) -> None:
+    """Put BatchNorm modules in evaluation mode, so that they use and keep their running statistics."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+def train_with_frozen_norms(state: S, context: Context, boundary: Boundary) -> S:
+    """Hook ``boundary``: training mode when an epoch starts; after the first task, BatchNorm keeps its statistics."""
+    set_train_mode(state, context, boundary)
+    if boundary.event == Event.EPOCH_START and context.number:
+        freeze_norms(context.model)
+    return state
+
+
+def copy_parameters(context: Context) -> dict[str, AxisTensor]:
+    """Return a copy of every parameter by name, which follows plans."""
+    return {name: tensor_along(context, name, p.detach().clone()) for name, p in context.parameters().items()}
+
+
+def quadratic_loss(
+    context: Context,
+    step: Step,
+    strength: float,
+    importance: Mapping[str, AxisTensor],
+    anchor: Mapping[str, AxisTensor],
+) -> Loss:
+    """Return the loss + ``strength`` · Σ importance (θ − anchor)²; the loss alone in the first task."""
+    loss = task_loss(None, context, step).value
+    if context.number:
+        for name, parameter in context.parameters().items():
+            away = parameter - anchor[name].values
+            loss = loss + strength * (importance[name].values * away.square()).sum()
+    return Loss(loss)
+
+
+def copy_weights(context: Context) -> dict[str, Tensor]:
+    """Return a copy of every weight by name, from which :func:`restore_entries` restores entries."""
+    parameters = context.parameters()
+    return {name: parameters[name].detach().clone() for name in context.weights}
+
+
+def protect_entries(context: Context, protected: Mapping[str, Tensor]) -> None:
+    """Set gradients of protected entries to 0; after the first task, other parameters get no gradient."""
+    for name, parameter in context.parameters().items():
+        if name not in protected:
+            parameter.grad = None if context.number else parameter.grad
+        elif parameter.grad is not None:
+            parameter.grad.masked_fill_(protected[name], 0.0)
+
+
+def restore_entries(context: Context, values: Mapping[str, Tensor], protected: Mapping[str, Tensor]) -> None:
+    """Set protected entries of parameters back to earlier values, in place."""
+    parameters = context.parameters()
+    with torch.no_grad():
+        for name, value in values.items():
+            parameter = parameters[name]
+            torch.where(protected[name], value, parameter, out=parameter)
+
+
+def offer_rows(
+    stored: Mapping[str, AxisTensor | None], seen: int, context: Context, size: int, rows: Mapping[str, Tensor]
+) -> dict[str, AxisTensor]:
+    """Offer a batch to a replay memory of ``size`` examples by reservoir sampling; return its tensors.
+
+    Every example seen is stored with the same probability. Source: Vitter's algorithm R (ACM TOMS 11, 1985).
+    """
+    memory = {name: tensor for name, tensor in stored.items() if tensor is not None}
+    for name, like in rows.items():
+        shape = (size, *like.shape[1:])
+        if name not in memory:
+            memory[name] = AxisTensor(torch.zeros(shape, dtype=like.dtype, device=like.device), shape)
+    generator = context.generator(7, seen)
+    chosen: dict[int, int] = {}
+    for i in range(len(next(iter(rows.values())))):
+        index = seen if seen < size else int(torch.randint(seen + 1, (), generator=generator))
+        if index < size:
+            chosen[index] = i
+        seen += 1
+    if chosen:
+        indices, taken = (torch.tensor([*each]) for each in (chosen.keys(), chosen.values()))
+        for name, values in rows.items():
+            memory[name].values[indices.to(values.device)] = values[taken.to(values.device)]
+    return memory
+
+
+def draw_rows(
+    stored: Mapping[str, AxisTensor | None], seen: int, recalled: int, context: Context, size: int, n: int
+) -> dict[str, Tensor]:
+    """Draw ``n`` examples from a replay memory with replacement; returns none during the first task."""
+    filled = min(seen, size)
+    if not filled or not context.number:
+        return {}
+    picked = torch.randint(filled, (min(n, filled),), generator=context.generator(6, recalled + 1))
+    return {name: one.values[picked.to(one.values.device)] for name, one in stored.items() if one is not None}
+
+
+Tensors = Mapping[str, AxisTensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One evaluation on held-out data.
+
+    Args:
+        step: The number of training steps before it.
+        held_out: The loss on held-out data.
+    """
+
+    step: int
+    held_out: float
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """The state of a learner with early stopping: its own tensors, the best snapshot, and all evaluations.
+
+    Args:
+        tensors: The tensors that the learner trains.
+        best: The snapshot taken at the best evaluation.
+        history: Every evaluation.
+    """
+
+    tensors: Tensors = field(default_factory=dict)
+    best: Tensors = field(default_factory=dict)
+    history: tuple[Check, ...] = ()
+
+    @property
+    def best_check(self) -> Check:
+        """The evaluation with the lowest loss; the first of them in a tie."""
+        return min(self.history, key=lambda check: check.held_out)
+
+
+def trained_parameters(tensors: Tensors, context: Context) -> Tensors:
+    """Return a copy of the network's parameters that have ``requires_grad``."""
+    return {
+        name: AxisTensor(parameter.detach().clone(), tuple(parameter.shape))
+        for name, parameter in context.parameters().items()
+        if parameter.requires_grad
+    }
+
+
+def with_early_stopping(
+    learner: Learner[Tensors],
+    evaluate: Callable[[Tensors, Context], float],
+    snapshot: Callable[[Tensors, Context], Tensors] = trained_parameters,
+    start: EarlyStopping | None = None,
+) -> Learner[EarlyStopping]:
+    """Return a learner that is also evaluated on held-out data before the first step and after every epoch.
+
+    Args:
+        learner: The learner; its state is the tensors that it trains, empty if only the network is trained.
+        evaluate: (tensors, context) → the loss on held-out data.
+        snapshot: (tensors, context) → the tensors to store for the best state.
+        start: The initial state, if the evaluation before the first step has been made.
+    """
+
+    def check(state: EarlyStopping, context: Context, step: int) -> EarlyStopping:
+        with torch.no_grad():
+            loss = evaluate(state.tensors, context)
+            better = not state.history or loss < state.best_check.held_out
+            best = snapshot(state.tensors, context) if better else state.best
+        return replace(state, best=best, history=(*state.history, Check(step, loss)))
+
+    def boundary(state: EarlyStopping, context: Context, boundary: Boundary) -> EarlyStopping:
+        state = replace(state, tensors=learner.boundary(state.tensors, context, boundary))
+        if boundary.event == Event.TASK_START and not state.history:
+            return check(state, context, 0)
+        if boundary.event == Event.EPOCH_END:
+            return check(state, context, state.history[-1].step + context.steps)
+        return state
+
+    return Learner(
+        start or EarlyStopping(learner.state),
+        loss=lambda state, context, step: learner.loss(state.tensors, context, step),
+        boundary=boundary,
+        scheduled=learner.scheduled,
+    )
+
+
+def restore_best(model: nn.Module, state: EarlyStopping) -> None:
+    """Set the parameters of a network to the snapshot of the best evaluation, in place."""
+    with torch.no_grad():
+        for name, one in state.best.items():
+            model.get_parameter(name).copy_(one.values)
