@@ -26,7 +26,7 @@ from regrow import trace
 from regrow.core.tasks import Examples, Task
 from regrow.jobs.search import Settings, build_search, build_space
 from regrow.store.versions import versions
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Learner, NoState, Step
 from regrow.training.schedule import Optimizers, OptimizerSettings
 from regrow.training.state import axis_tensors

@@ -31,7 +31,7 @@ import torch
 
 from regrow.core.amounts import parse_bytes
 from regrow.nets.packaged import packaged_folder
-from regrow.store.tensor_file import TensorFile
+from regrow.store.tensors import TensorFile
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "streamed_pruning.jsonl"

@@ -25,7 +25,7 @@ from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.tracing.branches import find_placeholders
 from zoo import randomise
 

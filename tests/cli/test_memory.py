@@ -11,7 +11,7 @@ from regrow.streaming import requirements
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import open_network
-from regrow.streaming.results import BlockResults
+from regrow.streaming.weights import BlockResults
 
 SOURCE = ("--keep", "0.7", "--source", "news", "--tokens", "64", "--eval-tokens", "64", "--seq-len", "32")
 pytestmark = pytest.mark.usefixtures("no_figures")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from regrow.store.atomic import JSON, PAGES, check_output, write_output
 from regrow.store.errors import StoreError
-from regrow.store.outputs import JSON, PAGES, check_output, write_output
 
 SHOW = ("show", "toys:classifier", "--json")
 PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.6", "--no-verify", "--source", "digits")

@@ -10,7 +10,7 @@ import pytest
 from cli.conftest import Run, RunOnce
 from regrow.jobs import parents
 from regrow.jobs.parents import undo
-from regrow.store import load, snapshots
+from regrow.store import load, replacing
 from regrow.store.errors import StoreError
 
 CODE = ("--code", "toys:classifier")
@@ -197,7 +197,7 @@ def test_too_small_a_disk_is_noticed_before_the_run(chain: Run, monkeypatch: pyt
         assert not Path("three").exists()
     assert chain(*words, "--no-undo")[0] == 0
     shutil.rmtree("three")
-    monkeypatch.setattr(snapshots, "_clone", lambda *_: True)  # where copies take no room
+    monkeypatch.setattr(replacing, "_clone", lambda *_: True)  # where copies take no room
     monkeypatch.setattr(parents, "copy_folder", lambda source, target: shutil.copytree(source, target, dirs_exist_ok=1))
     code, out, err = chain("grow", "two", "--channels", "+1", *CODE, "--out", "three")
     assert code == 0 and "three/before holds what the run started from" in out and "iB: `regrow undo three`" in out, err
@@ -205,7 +205,7 @@ def test_too_small_a_disk_is_noticed_before_the_run(chain: Run, monkeypatch: pyt
 
 def test_what_a_run_starts_from_may_not_change_while_it_is_copied(chain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(source: Path, target: Path) -> None:
-        snapshots.copy_folder(source, target)
+        replacing.copy_folder(source, target)
         os.truncate(target / "model.safetensors", 1000)
 
     monkeypatch.setattr(parents, "copy_folder", late)
@@ -227,5 +227,5 @@ def test_a_file_shares_its_blocks_where_the_file_system_can(tmp_path: Path, monk
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "x").write_bytes(b"numbers")
     monkeypatch.setattr(fcntl, "ioctl", shared)
-    snapshots.copy_folder(tmp_path / "a", tmp_path / "b")
+    replacing.copy_folder(tmp_path / "a", tmp_path / "b")
     assert asked == [0x40049409] and (tmp_path / "b" / "x").read_bytes() == b"numbers"

@@ -12,8 +12,7 @@ from regrow import trace
 from regrow.core.errors import InputError
 from regrow.core.tasks import Examples, Task
 from regrow.distributed import SINGLE, read_ranks
-from regrow.distributed.exchange import gather_rows
-from regrow.distributed.parallel import Parallel
+from regrow.distributed.parallel import Parallel, gather_rows
 from regrow.jobs.learn import build_learner
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.shared_rows import sharing_rows

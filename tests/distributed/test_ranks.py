@@ -10,9 +10,8 @@ import torch
 
 from distributed.processes import finish, free_port, start
 from regrow.core.errors import InputError, ResourceError
-from regrow.distributed import SINGLE, ProcessRank, read_ranks
+from regrow.distributed import SINGLE, ProcessRank, choose_backend, choose_rank_device, read_ranks
 from regrow.distributed.group import Watch
-from regrow.distributed.ranks import choose_backend, choose_rank_device
 from regrow.nets.devices import choose_device
 
 RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "prune"
@@ -23,21 +22,21 @@ import torch
 from torch import nn
 from regrow.jobs.recovering import broadcast_recovered
 from regrow.distributed import read_ranks
-from regrow.distributed import exchange
+from regrow.distributed import parallel
 from regrow.distributed.group import connected
 
 ranks = read_ranks()
 with connected(ranks, print):
-    assert exchange.broadcast_record(ranks, {"rank": ranks.rank}) == {"rank": 0}
-    assert exchange.gather_rows(ranks, list(ranks.share("abcde"))) == list("abcde" if ranks.leads else "bd")
-    assert exchange.everywhere(ranks, True) and not exchange.everywhere(ranks, ranks.leads)
+    assert parallel.broadcast_record(ranks, {"rank": ranks.rank}) == {"rank": 0}
+    assert parallel.gather_rows(ranks, list(ranks.share("abcde"))) == list("abcde" if ranks.leads else "bd")
+    assert parallel.everywhere(ranks, True) and not parallel.everywhere(ranks, ranks.leads)
     if ranks.leads:
         for number in range(3):
-            record, tensors = exchange.receive(1)
+            record, tensors = parallel.receive(1)
             assert record == number and tensors[1].dtype == torch.bfloat16 and tensors[2].shape == (0, 2)
             assert tensors[0].tolist() == [number] * 3
     else:
-        outbox = exchange.Outbox()
+        outbox = parallel.Outbox()
         for number in range(3):
             parts = torch.full((3,), float(number)).double(), torch.ones(2, 2).bfloat16(), torch.ones(0, 2)
             outbox.send(number, parts)
@@ -45,14 +44,14 @@ with connected(ranks, print):
     torch.manual_seed(ranks.rank)
     model = nn.BatchNorm1d(3)
     nn.init.normal_(model.weight)
-    exchange.broadcast_model(ranks, model)
+    parallel.broadcast_model(ranks, model)
     torch.manual_seed(0)
     assert torch.equal(model.weight, nn.init.normal_(torch.empty(3)))
     torch.manual_seed(ranks.rank)
     model = nn.Sequential(nn.Linear(2, 3, bias=ranks.leads), nn.Linear(3, 2))
     broadcast_recovered(ranks, model)
     values = [[*one.shape, *one.flatten().tolist()] for one in model.parameters()]
-    assert len(values) == 4 and exchange.broadcast_record(ranks, values) == values
+    assert len(values) == 4 and parallel.broadcast_record(ranks, values) == values
 """
 
 DIFFERENT = """
@@ -114,7 +113,7 @@ with connected(ranks, print):
 
 KILLED = """
 import os, signal, sys, time
-from regrow.distributed import exchange, group, read_ranks
+from regrow.distributed import parallel, group, read_ranks
 from regrow.distributed.group import connected
 
 group.SILENCE = 3.0
@@ -125,13 +124,13 @@ def lost(line):
     os._exit(4)
 
 with connected(ranks, lost):
-    exchange.broadcast_record(ranks)
+    parallel.broadcast_record(ranks)
     if ranks.rank == int(sys.argv[1]):
         if sys.argv[2] == "raise":
             raise ValueError("the file is missing")
         os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[3] == "wait":
-        exchange.receive(int(sys.argv[1]))
+        parallel.receive(int(sys.argv[1]))
     time.sleep(60)
 """
 

@@ -32,7 +32,7 @@ from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.reports import write_page
 from regrow.settings.words import command_line
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 from regrow.store.run_folder import RunFolder
 from regrow.tracing import trace
 from regrow.training.learner import Context

@@ -16,7 +16,7 @@ from regrow.nets.bench201 import (
 )
 from regrow.nets.load import build
 from regrow.nets.loaded import ModelError, Origin
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from zoo import randomise
 
 MIXED = ("skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3", "none", "nor_conv_3x3")

@@ -10,7 +10,7 @@ from regrow.nets import cells, mobile
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.nets.staged import again
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from zoo import randomise
 
 NETS = {

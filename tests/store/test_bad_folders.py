@@ -305,7 +305,7 @@ def test_a_failed_save_leaves_the_model_that_was_there(own, mine, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for target in ("tensor_file.TensorFile.write", "atomic.os.write", "atomic.os.fsync"):
+    for target in ("tensors.TensorFile.write", "atomic.os.write", "atomic.os.fsync"):
         with monkeypatch.context() as patch, pytest.raises(StoreError, match="disk is full") as caught:
             patch.setattr(f"regrow.store.{target}", full)
             save(saved.small(), mine, origin=SMALL)

@@ -9,8 +9,8 @@ from torch import nn
 
 from regrow import Plan, trace
 from regrow.reports.reading import read_run
+from regrow.store.convert import expand_plans, from_intervals, to_intervals
 from regrow.store.errors import StoreError
-from regrow.store.intervals import expand_plans, from_intervals, to_intervals
 from regrow.store.ledger import Ledger
 
 RUN = {"format": "regrow-run/2", "verb": "prune", "command": "regrow prune m", "settings": {}, "defaults": {}}

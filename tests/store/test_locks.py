@@ -9,13 +9,13 @@ import pytest
 from torch import nn
 
 from regrow.store import StoreError, save
-from regrow.store.locks import lock
+from regrow.store.atomic import lock
 from regrow.store.run_folder import RunFolder
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from regrow.store.locks import lock
+from regrow.store.atomic import lock
 held = lock(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)

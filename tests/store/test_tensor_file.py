@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from regrow.store.shapes import DTYPES
-from regrow.store.tensor_file import TensorFile
+from regrow.store.tensors import TensorFile
 
 TENSORS = {
     **{f"{name}.weight": torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()},

@@ -6,15 +6,15 @@ from itertools import permutations
 import pytest
 import torch
 
-from regrow.store.tensor_file import TensorFile, TensorWriter, as_bytes
-from regrow.store.weights import measure
+from regrow.store.tensors import TensorFile, as_bytes
+from regrow.store.weights import TensorWriter, measure
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(5, dtype=torch.bfloat16), "none": torch.empty(0, 4)}
 
 
 @pytest.mark.parametrize("ahead", [1, 2**20])
 def test_digests_are_those_of_the_files(tmp_path, ahead, monkeypatch):
-    monkeypatch.setattr("regrow.store.tensor_file.FLUSHED", 20)
+    monkeypatch.setattr("regrow.store.weights.FLUSHED", 20)
     for order in permutations([*TENSORS, "other"]):
         tensors = {**TENSORS, "other": torch.tensor(2)}
         places = tmp_path / "one.safetensors", tmp_path / "two.safetensors"

@@ -1,6 +1,6 @@
 """The memory of released tensors is used again, and no tensor that is in use changes."""
 
-from regrow.streaming.buffer_pool import BufferPool
+from regrow.streaming.checkpoint import BufferPool
 
 
 def test_a_released_buffer_is_used_again_and_one_in_use_is_not() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regrow.core.errors import InputError
-from regrow.streaming.results import BlockResults
+from regrow.streaming.weights import BlockResults
 
 
 def test_a_result_that_is_changed_in_place_is_refused():
@@ -24,6 +24,6 @@ def test_results_in_one_folder_do_not_meet(tmp_path):
     with BlockResults(tmp_path) as one, BlockResults(tmp_path) as other:
         for number, results in enumerate((one, other)):
             results.put(0, 0, torch.full((2,), float(number)))
-        other.close()
+        other.__exit__()
         assert torch.equal(one.get(0, 0), torch.zeros(2))
     assert not any(tmp_path.iterdir())

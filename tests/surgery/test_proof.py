@@ -18,8 +18,8 @@ from regrow.core.plan import Fill, Plan, PlanError
 from regrow.surgery import UndoStore, apply
 from regrow.surgery import carry as carry_module
 from regrow.surgery.carry import prepare
+from regrow.surgery.output_comparison import ProposedChange
 from regrow.surgery.proof import _Pair, select_blocks
-from regrow.surgery.proposed_change import ProposedChange
 from regrow.tracing import trace
 from store.saved import small
 from zoo import Wired, randomise, trace_zoo
@@ -262,7 +262,7 @@ def test_tensors_that_are_not_those_checked_are_refused(
     def spoiling(*given: Any, **more: Any) -> Any:
         ready = prepare(*given, **more)
         if not more.get("exact"):
-            next(value for name, value in ready.done.values.items() if name.endswith(spoilt)).mul_(1.001)
+            next(value for name, value in ready.values.items() if name.endswith(spoilt)).mul_(1.001)
         return ready
 
     if net == "llama":
@@ -296,7 +296,7 @@ def test_what_is_restored_is_the_network_unmasked(name: str, monkeypatch: pytest
     def spoiling(*given: Any, **more: Any) -> Any:
         ready = prepare(*given, **more)
         for slot in axis.slots:  # a kept unit is not what it was
-            ready.done.values[slot.name].select(slot.dim, axis.size - 1).mul_(1.5)
+            ready.values[slot.name].select(slot.dim, axis.size - 1).mul_(1.5)
         return ready
 
     with monkeypatch.context() as patch:

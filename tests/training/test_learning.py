@@ -24,7 +24,7 @@ from regrow.jobs.starting import TaskSpecs, read_tasks
 from regrow.methods import LEARNERS, MethodKind, find_method
 from regrow.nets.small import small
 from regrow.reports import write_page
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 from regrow.tracing import trace
 from regrow.training.checkpoint import write_checkpoint
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn

@@ -147,7 +147,7 @@ def check_json(path: Path, *inputs: str) -> None:
         path: The file.
         *inputs: What the command reads, which must not be overwritten: files, ``NAME=PATH``, or other names.
     """
-    from regrow.store.outputs import JSON, check_output
+    from regrow.store.atomic import JSON, check_output
 
     files = [part for text in inputs for part in (text, text.partition("=")[2]) if part]
     check_output(path, JSON, files, streams=True)

@@ -69,7 +69,7 @@ def report(run: Path, out: Path | None, markdown: bool) -> None:
 def _write_page(runs: "tuple[Path, ...] | list[Path]", out: Path, text: str = "") -> None:
     """Write a page to a file that the user names, once that is known to be possible, and print a text before it."""
     from regrow.reports import write_page
-    from regrow.store.outputs import PAGES, check_output, write_output
+    from regrow.store.atomic import PAGES, check_output, write_output
 
     check_output(out, PAGES, streams=True)
     if text:
@@ -114,7 +114,7 @@ def history(run: Path) -> None:
 @click.option("--out", type=options.PATH, help="The file to write, .toml or .yaml; default: print as TOML.")
 def settings(run: Path, out: Path | None) -> None:
     """Write the settings of RUN to a file for --config. Names of your own code are left out."""
-    from regrow.store.outputs import check_output, write_output
+    from regrow.store.atomic import check_output, write_output
     from regrow.store.replacing import settle
     from regrow.store.run_record import convert_settings, read_run, unfinished_folder
 

@@ -58,7 +58,7 @@ def _show_plan(settings: Settings, path: Path | None, code: str) -> None:
 
     from regrow.jobs.grow import carry_out, open_named
     from regrow.jobs.recording import Invocation, NoRecorder
-    from regrow.store.outputs import JSON, write_output
+    from regrow.store.atomic import JSON, write_output
 
     with working() as progress:
         inputs = partial(open_named, settings, Invocation(code=code, progress=progress))

@@ -115,7 +115,7 @@ def _prune_several(runs: list[Settings], out: Path | None, *, code: str, memory:
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
     from regrow.jobs.prune import plan_named
     from regrow.jobs.recording import Invocation
-    from regrow.store.outputs import JSON, write_output
+    from regrow.store.atomic import JSON, write_output
 
     with working() as progress:
         plan = plan_named(settings, Invocation(code=code, memory=memory, announce=say, progress=progress))

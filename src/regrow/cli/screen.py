@@ -75,7 +75,7 @@ def say(text: str, *, lines: bool = False) -> None:
 
 def write_json(path: Path, data: object) -> None:
     """Write JSON data to a file that the user names."""
-    from regrow.store.outputs import JSON, write_output
+    from regrow.store.atomic import JSON, write_output
 
     write_output(path, json.dumps(data, indent=1) + "\n", JSON)
 

@@ -46,12 +46,7 @@ def sharded(models: Sequence[nn.Module], blocks: Sequence[str]) -> Iterator[list
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return the shard of a whole tensor that this rank holds of a parameter.
-
-    Args:
-        value: A tensor of the parameter's shape, the same on all ranks.
-        parameter: The sharded parameter.
-    """
+    """Return the shard of a whole tensor that this rank holds of a parameter."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from regrow.core.errors import ResourceError
-from regrow.distributed.ranks import ProcessRank, choose_backend
+from regrow.distributed import ProcessRank, choose_backend
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""
@@ -35,26 +35,13 @@ class Store(Protocol):
     """What all processes share: bytes by name, as ``torch.distributed.Store`` has them."""
 
     def set(self, key: str, value: str, /) -> None:
-        """Set a value.
-
-        Args:
-            key: Its name.
-            value: The value.
-        """
+        """Set a value."""
 
     def get(self, key: str, /) -> bytes:
-        """Return a value, waiting until it is set.
-
-        Args:
-            key: Its name.
-        """
+        """Return a value, waiting until it is set."""
 
     def check(self, keys: list[str], /) -> bool:
-        """Whether all values are set.
-
-        Args:
-            keys: Their names.
-        """
+        """Whether all values are set."""
 
 
 @dataclass
@@ -75,11 +62,7 @@ class Watch:
     """When SIGTERM came; 0: not yet."""
 
     def run(self, wake: int) -> None:
-        """Give signs of life and look for those of the others, until ``closing`` is set or a rank has ended.
-
-        Args:
-            wake: A file descriptor that gives a byte for each signal that the process gets.
-        """
+        """Give signs of life and look for those of the others, until ``closing`` is set or a rank has ended."""
         try:
             self._run(wake)
         except Exception as error:
@@ -93,22 +76,26 @@ class Watch:
             beats += 1
             try:
                 self.store.set(f"beat/{self.ranks.rank}", str(beats))
-                line = self._failure() or self._silence(seen)
+                if self.store.check(["failed"]):
+                    self.store.set(f"known/{self.ranks.rank}", "")
+                    line = self.store.get("failed").decode()
+                else:
+                    line = self._silence(seen)
             except RuntimeError:
-                line = f"{self._keeper()} has ended, killed or out of memory; {RESUME}"
+                agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                keeper = "torchrun" if agent else f"rank 0 of {self.ranks.size}"
+                line = f"{keeper} has ended, killed or out of memory; {RESUME}"
                 if self.closing.wait(INTERVAL):
                     return
             if line and not self.closing.is_set():
                 self.lost(line)
                 return
-            self._sleep(wake)
+            ready, _, _ = select.select([wake], [], [], INTERVAL)
+            if ready and signal.SIGTERM in os.read(wake, 64) and not self.terminated:
+                self.terminated = time.monotonic()
 
     def report(self, line: str) -> None:
-        """Tell the other ranks why this one ends, and wait until they know, or a few seconds.
-
-        Args:
-            line: Which rank it is, the problem and the remedy.
-        """
+        """Tell the other ranks why this one ends, and wait until they know, or a few seconds."""
         self.closing.set()
         others = [f"known/{rank}" for rank in range(self.ranks.size) if rank != self.ranks.rank]
         with suppress(RuntimeError):
@@ -119,12 +106,6 @@ class Watch:
                 if self.store.check(others):
                     return
                 time.sleep(0.1)
-
-    def _failure(self) -> str:
-        if not self.store.check(["failed"]):
-            return ""
-        self.store.set(f"known/{self.ranks.rank}", "")
-        return self.store.get("failed").decode()
 
     def _silence(self, seen: dict[int, tuple[bytes, float]]) -> str:
         """Return a line about a rank that gave no sign of life for too long; empty if all did."""
@@ -138,27 +119,12 @@ class Watch:
                 return f"rank {rank} of {self.ranks.size} has ended, killed or out of memory; {RESUME}"
         return f"{self.ranks} was stopped by SIGTERM; {RESUME}" if ended else ""
 
-    def _keeper(self) -> str:
-        return (
-            "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else f"rank 0 of {self.ranks.size}"
-        )
-
-    def _sleep(self, wake: int) -> None:
-        ready, _, _ = select.select([wake], [], [], INTERVAL)
-        if ready and signal.SIGTERM in os.read(wake, 64) and not self.terminated:
-            self.terminated = time.monotonic()
-
 
 @contextmanager
 def watching(ranks: ProcessRank, store: Store, lost: Callable[[str], None]) -> Iterator[Watch]:
     """Watch the other ranks inside the ``with`` block.
 
     SIGTERM, by which torchrun ends all ranks once one has failed, ends the process through ``lost``, with the reason.
-
-    Args:
-        ranks: The processes.
-        store: The store that all share; another connection to it than the one that the work uses.
-        lost: As for :class:`Watch`.
     """
     watch = Watch(ranks, store, lost)
     wake, woken = os.pipe()
@@ -188,20 +154,12 @@ _BROKEN = re.compile(r"\[[^\]]*\bgloo/[^\]]*\]|Connection (closed|reset) by peer
 def connected(
     ranks: ProcessRank, lost: Callable[[str], None], describe: Callable[[BaseException], str] = str
 ) -> Iterator[None]:
-    """Connect the processes that torchrun has started, inside the ``with`` block; they leave it together.
-
-    Args:
-        ranks: The processes.
-        lost: Called from another thread with one line once a rank has ended or failed; it ends the process.
-        describe: Returns the line that the other ranks print about an error of this one.
-
-    Raises:
-        ResourceError: If the processes do not find one another, or the connection breaks.
-    """
+    """Connect the processes that torchrun has started, inside the ``with`` block; they leave it together."""
     store = _meet(ranks)
     with watching(ranks, store.clone(), lost) as watch:
         try:
-            _connect(ranks, store)
+            backend = choose_backend(torch.cuda.device_count(), dist.is_nccl_available())
+            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK)
             yield
             dist.barrier()
         except BaseException as error:
@@ -218,11 +176,6 @@ def _meet(ranks: ProcessRank) -> Any:
             f"{ranks} cannot reach the others ({' '.join(str(error).split())[:120]}); start {ranks.size} processes "
             "with torchrun, or with the same MASTER_ADDR and MASTER_PORT"
         ) from error
-
-
-def _connect(ranks: ProcessRank, store: Any) -> None:
-    backend = choose_backend(torch.cuda.device_count(), dist.is_nccl_available())
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK)
 
 
 def _is_broken(error: BaseException) -> bool:

@@ -5,18 +5,155 @@ Either every rank holds the whole network (data parallel), or its parameters, gr
 by block among the ranks (FSDP2, ``torch.distributed.fsdp.fully_shard``).
 """
 
+import json
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow.core.errors import ResourceError
-from regrow.distributed.exchange import broadcast_record, checksum, everywhere
-from regrow.distributed.ranks import SINGLE, ProcessRank
+from regrow.distributed import SINGLE, ProcessRank
+
+PENDING = 2**28
+"""The most bytes that wait to be sent; a rank that is further ahead waits."""
+
+
+class Outbox:
+    """Sends messages to rank 0 while the next ones are computed; they arrive in order."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[Any, Tensor]] = deque()
+        self.bytes = 0
+
+    def send(self, record: object, tensors: Sequence[Tensor] = ()) -> None:
+        """Send a record and tensors to rank 0."""
+        plain = [tensor.contiguous() for tensor in tensors]
+        forms = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in plain]
+        text = _text({"record": record, "tensors": forms})
+        for part in (torch.tensor([len(text)]), text, *(_as_bytes(tensor) for tensor in plain if tensor.numel())):
+            self.waiting.append((dist.isend(part, 0), part))
+            self.bytes += part.nbytes
+        while self.bytes > PENDING:
+            self._wait()
+
+    def flush(self) -> None:
+        """Wait until everything is sent."""
+        while self.waiting:
+            self._wait()
+
+    def _wait(self) -> None:
+        work, part = self.waiting.popleft()
+        work.wait()
+        self.bytes -= part.nbytes
+
+
+def receive(rank: int) -> tuple[Any, list[Tensor]]:
+    """Return the next record and tensors that a rank sent to this one."""
+    length = torch.empty(1, dtype=torch.int64)
+    dist.recv(length, rank)
+    text = torch.empty(int(length), dtype=torch.uint8)
+    dist.recv(text, rank)
+    message = json.loads(text.numpy().tobytes())
+    tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in message["tensors"]]
+    for tensor in tensors:
+        if tensor.numel():
+            dist.recv(_as_bytes(tensor), rank)
+    return message["record"], tensors
+
+
+def broadcast_record(ranks: ProcessRank, record: object = None) -> Any:
+    """Return the record of rank 0 on every rank."""
+    if not ranks.several:
+        return record
+    text = _text(record) if ranks.leads else torch.empty(0, dtype=torch.uint8)
+    length = torch.tensor([len(text)])
+    dist.broadcast(length, 0)
+    if not ranks.leads:
+        text = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(text, 0)
+    return json.loads(text.numpy().tobytes())
+
+
+def gather_rows(ranks: ProcessRank, rows: Sequence[Any]) -> list[Any]:
+    """Return the rows of all ranks on rank 0, in the order of the items that :meth:`ProcessRank.share` dealt out."""
+    if not ranks.leads:
+        outbox = Outbox()
+        outbox.send(list(rows))
+        outbox.flush()
+        return list(rows)
+    parts = [list(rows), *(receive(rank)[0] for rank in range(1, ranks.size))]
+    return [parts[i % ranks.size][i // ranks.size] for i in range(sum(map(len, parts)))]
+
+
+def everywhere(ranks: ProcessRank, holds: bool) -> bool:
+    """Whether a condition holds on every rank."""
+    if not ranks.several:
+        return holds
+    least = torch.tensor([int(holds)])
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return bool(least)
+
+
+def broadcast_model(ranks: ProcessRank, model: nn.Module) -> None:
+    """Set the parameters and buffers of a network to those of rank 0, in place."""
+    broadcast_tensors(ranks, [*model.parameters(), *model.buffers()])
+
+
+def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
+    """Set tensors to those of rank 0, in place."""
+    if not ranks.several:
+        return
+    with torch.no_grad():
+        for tensor in tensors:
+            here = tensor.detach().cpu().contiguous()
+            if here.numel():
+                dist.broadcast(_as_bytes(here), 0)
+            if not ranks.leads:
+                tensor.copy_(here)
+
+
+def broadcast_file(ranks: ProcessRank, path: Path, place: Path) -> Path:
+    """Return a file of rank 0 on every rank: the file itself on rank 0, a copy elsewhere; it need not exist."""
+    if not ranks.several:
+        return path
+    left = broadcast_record(ranks, path.stat().st_size if ranks.leads and path.is_file() else -1)
+    target = path if ranks.leads else place / path.name
+    if left < 0:
+        return target
+    with target.open("rb" if ranks.leads else "wb") as file:
+        while left:
+            size = min(left, PENDING)
+            part = torch.frombuffer(bytearray(file.read(size) if ranks.leads else size), dtype=torch.uint8)
+            dist.broadcast(part, 0)
+            if not ranks.leads:
+                file.write(part.numpy().data)
+            left -= size
+    return target
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of the bytes of a tensor.
+
+    >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
+    False
+    """
+    own = tensor.detach().cpu().contiguous()
+    return zlib.crc32(_as_bytes(own).numpy().data) if own.numel() else 0
+
+
+def _text(record: object) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
 
 T = TypeVar("T")
 BUCKET = 2**25
@@ -39,14 +176,7 @@ class Parallel:
     by_rows: bool = False
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
-        """Return the batches of this rank.
-
-        Args:
-            batches: The batches of one step.
-
-        Raises:
-            ValueError: If they cannot be dealt out evenly.
-        """
+        """Return the batches of this rank."""
         if self.by_rows:
             return batches
         if len(batches) % self.ranks.size:
@@ -57,21 +187,13 @@ class Parallel:
         return self.ranks.share(batches)
 
     def divisor(self, many: int) -> float:
-        """Return by what the loss of each batch is divided, so that gradients add up to that of the mean.
-
-        Args:
-            many: How many batches a step takes.
-        """
+        """Return by what the loss of each batch is divided, so that gradients add up to that of the mean."""
         return many / self.ranks.size if self.fsdp else many  # FSDP takes the mean over ranks
 
     def reduce(self, parameters: Sequence[Tensor], loss: float) -> float:
         """Sum the gradients of all ranks, in place, and return the mean loss of a step over all batches.
 
         By rows, gradients are averaged, and the loss is returned as it is, since all ranks have the same.
-
-        Args:
-            parameters: Everything that is trained, in the same order on all ranks.
-            loss: The sum of this rank's losses, each divided by :meth:`divisor`.
         """
         if not self.ranks.several:
             return loss
@@ -84,24 +206,11 @@ class Parallel:
         return float(total) / (self.ranks.size if self.fsdp else 1)
 
     def decide(self, holds: bool) -> bool:
-        """Return the decision of rank 0.
-
-        Args:
-            holds: The decision of this rank.
-        """
-        if self.ranks.several:
-            flag = torch.tensor(int(holds))
-            dist.broadcast(flag, 0)
-            return bool(flag)
-        return holds
+        """Return the decision of rank 0."""
+        return bool(broadcast_record(self.ranks, holds))
 
     def check_same(self, what: str, *data: object) -> None:
-        """Raise ResourceError on every rank unless all have the same data.
-
-        Args:
-            what: The name of the data, for the message.
-            *data: Tensors, and JSON data.
-        """
+        """Raise ResourceError on every rank unless all have the same data."""
         if not self.ranks.several:
             return
         own = zlib.crc32(repr([checksum(one) if isinstance(one, Tensor) else one for one in data]).encode())
@@ -112,12 +221,7 @@ class Parallel:
             )
 
     def values(self, function: Callable[[T], float], items: Sequence[T]) -> list[float]:
-        """Return the value of each item, on all ranks; each rank computes its share.
-
-        Args:
-            function: Runs the network, and returns a number.
-            items: The items, the same on all ranks.
-        """
+        """Return the value of each item, on all ranks; each rank computes its share."""
         size, last = self.ranks.size, len(items) - 1
         # All ranks call the function equally often: a sharded network runs on all of them at once.
         own = [function(items[min(first + self.ranks.rank, last)]) for first in range(0, len(items), size)]
@@ -134,11 +238,7 @@ ALONE = Parallel()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the shards of all ranks, which all call this; one that is not sharded is returned as it is.
-
-    Args:
-        tensor: The tensor.
-    """
+    """Return a tensor with the shards of all ranks, which all call this; others are returned unchanged."""
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow.core.sources import Source, logits_in
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import gather_rows
+from regrow.distributed.parallel import gather_rows
 from regrow.evaluation.forward import evaluating
 
 _ENTRIES = 2**22

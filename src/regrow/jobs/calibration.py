@@ -13,7 +13,7 @@ from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
 from regrow.core.scores import Evidence, Scores, Statistics
 from regrow.core.sources import Source
-from regrow.distributed.exchange import broadcast_record
+from regrow.distributed.parallel import broadcast_record
 from regrow.jobs import pruning
 from regrow.jobs.recording import ActiveRun, Record
 from regrow.jobs.shared_work import SharedWork

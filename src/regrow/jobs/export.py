@@ -17,7 +17,7 @@ from regrow.core.process_memory import read_resident, reset_peak
 from regrow.core.progress import Progress, silent
 from regrow.settings.declaration import check_settings
 from regrow.settings.export import FORMATS, Settings
-from regrow.store.outputs import check_output
+from regrow.store.atomic import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

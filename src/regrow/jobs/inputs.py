@@ -17,7 +17,7 @@ from regrow.data import Half
 from regrow.data.text import find_separator, find_start, token_windows
 from regrow.data.vision import digits, images
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_tensors
+from regrow.distributed.parallel import broadcast_tensors
 from regrow.evaluation.generation import check_generation, describe_generated, generate_tokens
 from regrow.nets import Loaded
 from regrow.store.errors import StoreError, explain_os_errors

@@ -16,8 +16,7 @@ from regrow.core.sources import moved
 from regrow.core.tasks import Task, first_examples, input_shape
 from regrow.data import MissingError, SourceError
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_record
-from regrow.distributed.parallel import Parallel
+from regrow.distributed.parallel import Parallel, broadcast_record
 from regrow.evaluation.continual import Matrix
 from regrow.jobs.recording import Clock, FolderRecorder, Invocation, Record, Recorder, RunStart, read_history
 from regrow.jobs.same_inputs import check_same_settings, check_same_tasks

@@ -15,11 +15,18 @@ from regrow.core.plan import Plan
 from regrow.nets import Loaded
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger
-from regrow.store.replacing import clear_leftovers, replace_folder
+from regrow.store.replacing import (
+    check_files,
+    clear_leftovers,
+    copy_folder,
+    count_bytes,
+    record_files,
+    replace_folder,
+    shares_blocks,
+)
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import RUN, read_run
 from regrow.store.shapes import Kind, Shapes
-from regrow.store.snapshots import check_files, copy_folder, count_bytes, record_files, shares_blocks
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
 

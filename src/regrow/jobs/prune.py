@@ -19,7 +19,7 @@ from regrow.core.process_memory import reset_peak
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_record
+from regrow.distributed.parallel import broadcast_record
 from regrow.jobs import measuring, pruning
 from regrow.jobs.calibration import calibrate, open_journal, write_scores
 from regrow.jobs.cutting import WholeNetwork

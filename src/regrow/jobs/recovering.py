@@ -17,7 +17,7 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source
 from regrow.distributed import ProcessRank
-from regrow.distributed.exchange import broadcast_file, broadcast_model, broadcast_record
+from regrow.distributed.parallel import broadcast_file, broadcast_model, broadcast_record
 from regrow.evaluation import Perplexity, paired_difference
 from regrow.jobs.inputs import SourceHalves, count_windows
 from regrow.jobs.parents import BEFORE, describe_plans

@@ -9,7 +9,7 @@ from regrow.core.errors import InputError
 from regrow.core.sources import Source
 from regrow.core.tasks import Task, first_examples, first_tensor
 from regrow.distributed import ProcessRank
-from regrow.distributed.exchange import broadcast_record, checksum, everywhere
+from regrow.distributed.parallel import broadcast_record, checksum, everywhere
 from regrow.jobs.inputs import PendingWindows, SourceHalves
 from regrow.settings.declaration import record_settings
 from regrow.store.statistics import fingerprint

@@ -19,7 +19,7 @@ from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from regrow.core.sources import Batch, device_of, moved
 from regrow.core.tasks import CappedExamples, ExampleSet, Task, first_examples, pack_batch
 from regrow.distributed import ProcessRank
-from regrow.distributed.exchange import broadcast_record
+from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation import Latency, latency
 from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_known
 from regrow.methods import MethodKind, find_method

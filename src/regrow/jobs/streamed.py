@@ -8,7 +8,7 @@ from regrow.core.errors import InputError, ResourceError
 from regrow.core.names import GENERATED
 from regrow.core.process_memory import return_memory
 from regrow.core.scores import Need
-from regrow.distributed.exchange import broadcast_record
+from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation import UnpredictableError
 from regrow.evaluation.generation import predict_generation
 from regrow.jobs.models import ModelSpec

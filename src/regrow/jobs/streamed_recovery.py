@@ -32,12 +32,11 @@ from regrow.settings.recover import Settings
 from regrow.store import statistics
 from regrow.store.errors import StoreError
 from regrow.store.shapes import Shapes
-from regrow.store.skeleton import load_saved_skeleton
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
-from regrow.streaming.opening import OpenedNetwork
+from regrow.streaming.opening import OpenedNetwork, load_saved_skeleton
 from regrow.streaming.requirements import BLOCKS, MemoryPlan, MemoryTerms, explain_refusal, plan_memory
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing.blocks import GraphBlock

@@ -16,7 +16,7 @@ from regrow.core.plan import Plan
 from regrow.core.process_memory import return_memory
 from regrow.core.sources import Source
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import broadcast_record, everywhere
+from regrow.distributed.parallel import broadcast_record, everywhere
 from regrow.jobs import pruning
 from regrow.jobs.cutting import WholeNetwork
 from regrow.jobs.inputs import count_windows

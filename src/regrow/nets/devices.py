@@ -10,14 +10,14 @@ from torch.utils._pytree import tree_map_only
 
 from regrow.core.errors import InputError, ResourceError
 from regrow.core.sources import device_of
-from regrow.distributed.ranks import SINGLE, ProcessRank, choose_rank_device
+from regrow.distributed import SINGLE, ProcessRank, choose_rank_device
 from regrow.settings.shared import PRECISION
 
 
 def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torch.device:
     """Return the torch device of a name, or raise an error if this machine does not have it.
 
-    Of several processes that share a run, each gets a GPU of its own (``regrow.distributed.ranks.choose_rank_device``).
+    Of several processes that share a run, each gets a GPU of its own (``regrow.distributed.choose_rank_device``).
 
     >>> choose_device("cpu")
     device(type='cpu')

@@ -17,15 +17,12 @@ import msgspec
 from regrow.core.errors import ResourceError
 from regrow.reports.records import AxisKind, AxisWidth, Bounds, MassiveActivation, MissingFile, ScoreRows
 from regrow.reports.runs import RunFindings
-from regrow.store.convert import convert
+from regrow.store.convert import convert, expand_plans, read_json
 from regrow.store.errors import StoreError
-from regrow.store.intervals import expand_plans
 from regrow.store.metrics import Metrics
-from regrow.store.plan_schemas import PlanJson
 from regrow.store.replacing import WORK, settle
-from regrow.store.run_record import read_json
 from regrow.store.run_record import read_run as read_settings
-from regrow.store.schemas import AxisRow, AxisRows, LedgerJson, RunJson, ScoreSummary, StageJson
+from regrow.store.schemas import AxisRow, AxisRows, LedgerJson, PlanJson, RunJson, ScoreSummary, StageJson
 
 ABSENT = {
     "ledger.json": "the plan: which units stayed",

@@ -9,7 +9,7 @@ import msgspec
 
 from regrow.reports import quantities
 from regrow.store.measurements import Figure, SizeRow
-from regrow.store.plan_schemas import Count
+from regrow.store.schemas import Count
 
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1.001)] | None
 Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)] | None

@@ -25,8 +25,7 @@ from regrow.reports.records import (
     geometric_mean,
 )
 from regrow.store.measurements import BudgetRow, Figure
-from regrow.store.plan_schemas import Count
-from regrow.store.schemas import StageJson
+from regrow.store.schemas import Count, StageJson
 
 
 class HeldOut(msgspec.Struct, frozen=True):

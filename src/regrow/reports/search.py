@@ -12,7 +12,7 @@ from regrow.reports import quantities as q
 from regrow.reports.reading import RunRecord
 from regrow.reports.records import Amount, Fraction, KeyNumber
 from regrow.reports.runs import FoundNetwork, Level, Run, SearchEpoch, SearchRun, ShapeChange, StagePeaks
-from regrow.store.plan_schemas import Count
+from regrow.store.schemas import Count
 
 LEVELS = ("operations", "filters", "weights")
 

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from regrow.core.scores import Statistics
 from regrow.core.sources import Batch, to_host
-from regrow.distributed import ProcessRank, exchange
+from regrow.distributed import ProcessRank
+from regrow.distributed.parallel import Outbox, receive
 
 
 def add_batches(
     step: Callable[[Batch, Statistics], None], batches: Iterable[Batch], sums: Statistics, ranks: ProcessRank
 ) -> Iterator[None]:
     """Measure batches, the same on all ranks, and add their sums, which end up on rank 0; yields after each batch."""
-    outbox = exchange.Outbox()
+    outbox = Outbox()
     for number, batch in enumerate(batches):
         owner = number % ranks.size
         if owner == ranks.rank and ranks.leads:
@@ -24,7 +25,7 @@ def add_batches(
             step(batch, part)
             _send(outbox, part)
         elif ranks.leads:
-            sums.accumulate(Statistics.assemble("", *exchange.receive(owner)))
+            sums.accumulate(Statistics.assemble("", *receive(owner)))
         yield
     outbox.flush()
 
@@ -34,13 +35,13 @@ def gather_sums(parts: Sequence[Statistics], many: int, ranks: ProcessRank) -> I
     if ranks.leads:
         for number in range(many):
             owner = number % ranks.size
-            yield parts[number // ranks.size] if not owner else Statistics.assemble("", *exchange.receive(owner))
+            yield parts[number // ranks.size] if not owner else Statistics.assemble("", *receive(owner))
         return
-    outbox = exchange.Outbox()
+    outbox = Outbox()
     for part in parts:
         _send(outbox, part)
     outbox.flush()
 
 
-def _send(outbox: exchange.Outbox, sums: Statistics) -> None:
+def _send(outbox: Outbox, sums: Statistics) -> None:
     outbox.send(sums.header(), to_host(sums.tensors()))

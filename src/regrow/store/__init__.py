@@ -14,16 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CARRIED", "SHAPES", "StoreError", "load", "read_shapes", "save", "write_model"]
 
-_MODULES = {
-    **dict.fromkeys(("CARRIED", "load", "read_shapes", "save", "write_model"), "regrow.store.models"),
-    "SHAPES": "regrow.store.shapes",
-}
-
 
 def __getattr__(name: str) -> Any:
     """Return a public name; its module is imported on first use."""
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module 'regrow.store' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
-    globals()[name] = value
+    value = globals()[name] = getattr(importlib.import_module("regrow.store.models"), name)
     return value

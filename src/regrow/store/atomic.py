@@ -2,30 +2,96 @@
 
 Unfinished files lie in a folder ``.NAME.<hex>.partial`` that the writing process has locked. If the process is killed,
 the next command that writes ``NAME`` finds the folder unlocked and deletes it.
+
+Of output files that a user names, a symbolic link is followed: its target is replaced as a whole. A character device, a
+FIFO and the standard output are written to directly. An existing file is replaced only if its suffix is one of the
+output's and if it is not part of a run folder or model folder.
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.locks import LockedError, lock
+from regrow.store.errors import StoreError, check_readable, explain_os_errors
 
-__all__ = [
-    "LEFTOVER",
-    "StoreError",
-    "atomic_write",
-    "explain_os_errors",
-    "staging_folder",
-    "sweep",
-    "sync",
-    "write_bytes",
-    "write_text",
-]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class LockedError(StoreError):
+    """Raised if another process is writing to the folder."""
+
+
+class Lock:
+    """An exclusive lock on a folder, held until it is released or the process ends.
+
+    Nothing is locked if ``handle``, the descriptor of the open folder, is ``None``: the file system has no locks.
+    """
+
+    def __init__(self, handle: int | None) -> None:
+        self.handle, self.sure = handle, handle is not None
+
+    def release(self) -> None:
+        """Release the lock; releasing it twice is no error."""
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def lock(folder: Path) -> Lock:
+    """Lock a folder exclusively, or raise LockedError if another process holds its lock."""
+    while True:
+        if fcntl is None:
+            return Lock(None)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(handle)
+            os.close(handle)
+            raise LockedError(
+                f"{folder} is being written by another process{holder}; wait for it, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(handle)
+            return Lock(None)
+        try:
+            # Between opening and locking, the folder may have been exchanged for another one, or deleted.
+            if os.path.samestat(os.fstat(handle), folder.stat()):
+                return Lock(handle)
+        except OSError:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """Return `` (process N)`` for the process that has locked an open folder; empty if it is not known."""
+    place = os.fstat(handle)
+    wanted = f"{os.major(place.st_dev):02x}:{os.minor(place.st_dev):02x}:{place.st_ino}"
+    try:
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            parts = line.split()
+            if len(parts) > 5 and parts[1] == "FLOCK" and parts[5] == wanted and int(parts[4]) > 0:
+                return f" (process {parts[4]})"
+    except (OSError, ValueError):
+        pass
+    return ""
+
 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 """Pattern of the names of unfinished files and folders, and of replaced folders that are being deleted."""
@@ -33,18 +99,7 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; it replaces ``path`` when the block ends without an error.
-
-    Args:
-        path: The file to make or replace; its folder must exist.
-
-    Returns:
-        A file of the same name in a temporary folder beside it. If the block fails, it is deleted and the old file
-        stays.
-
-    Raises:
-        StoreError: If the disk is full or write permission is missing.
-    """
+    """Yield a temporary path to write to; it replaces ``path`` when the block ends without an error."""
     path = Path(path)
     with explain_os_errors(path), staging_folder(path) as stage:
         temporary = stage / path.name
@@ -61,13 +116,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write bytes to a file atomically: it has all of the new content or all of the old.
 
-    Args:
-        path: The file to make or replace; its folder must exist.
-        data: The new content.
-
-    Raises:
-        StoreError: If the disk is full or write permission is missing; the old file stays.
-
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "note.txt"
     >>> write_bytes(path, b"whole")
@@ -75,30 +123,23 @@ def write_bytes(path: Path, data: bytes) -> None:
     (b'whole', 1)
     """
     with atomic_write(path) as temporary, temporary.open("wb", buffering=0) as file:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(file.fileno(), left) :]
+        write_all(file.fileno(), data)
+
+
+def write_all(handle: int, data: bytes) -> None:
+    """Write bytes to an open file, in as many pieces as the system takes."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(handle, left) :]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text in UTF-8 to a file atomically: it has all of the new content or all of the old.
-
-    Args:
-        path: The file to make or replace; its folder must exist.
-        text: The new content.
-
-    Raises:
-        StoreError: If the disk is full or write permission is missing; the old file stays.
-    """
+    """Write text in UTF-8 to a file atomically: it has all of the new content or all of the old."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk (fsync).
-
-    Args:
-        path: The file or folder.
-    """
+    """Flush a file's content, or a folder's list of names, to the disk (fsync)."""
     # Windows cannot open a folder; a rename there is durable in its own time.
     if os.name == "nt" and path.is_dir():
         return
@@ -114,12 +155,6 @@ def staging_folder(path: Path) -> Iterator[Path]:
     """Yield a new, locked folder beside ``path`` for unfinished files; it is deleted at the end.
 
     Staging folders that killed processes left behind are deleted first.
-
-    Args:
-        path: The file or folder that will be made.
-
-    Raises:
-        OSError: If the folder cannot be made.
     """
     sweep(path)
     while True:
@@ -136,23 +171,98 @@ def staging_folder(path: Path) -> Iterator[Path]:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """Return the unfinished folders beside ``path`` that were to become it, of live processes too.
-
-    Args:
-        path: The file or folder.
-    """
+    """Return the unfinished folders beside ``path`` that were to become it, of live processes too."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(partial|old)")
     entries = path.parent.iterdir() if path.parent.is_dir() else ()
     return sorted(one for one in entries if name.fullmatch(one.name) and one.is_dir() and not one.is_symlink())
 
 
 def sweep(path: Path) -> None:
-    """Delete the unfinished folders that killed processes left beside ``path``.
-
-    Args:
-        path: The file or folder that they were to become.
-    """
+    """Delete the unfinished folders that killed processes left beside ``path``."""
     for one in leftovers(path):
         with contextlib.suppress(LockedError, FileNotFoundError), lock(one) as owner:
             if owner.sure:
                 shutil.rmtree(one, ignore_errors=True)
+
+
+JSON = (".json",)
+PAGES = (".html", ".htm")
+PAGE = "report.html"
+"""The report page of a run, which may be written again in its run folder."""
+_RECORDS = ("run.json", "shapes.json", "config.json")
+"""A folder that holds one of these files is a run folder or a model folder."""
+
+
+def check_output(
+    path: Path, suffixes: Sequence[str], inputs: Iterable[str | Path] = (), *, streams: bool = False
+) -> Path:
+    """Raise StoreError unless an output file may be created or replaced; nothing is opened or changed.
+
+    Returns:
+        The file to write: ``path``, or the target if it is a symbolic link.
+    """
+    target = Path(os.path.realpath(path))
+    with explain_os_errors(path):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            if not target.parent.is_dir():
+                raise StoreError(f"{path}: there is no folder {target.parent}; make it, or choose another") from None
+            return target
+    if _is_stream(status):
+        if streams:
+            return path
+        raise StoreError(f"{path} is a device, a FIFO or the standard output; name a regular file")
+    if not stat.S_ISREG(status.st_mode):
+        check_readable(path)
+    if any(_is_same(status, one) for one in inputs):
+        raise StoreError(f"{path} is an input of this command; name another output file")
+    if target.suffix.lower() not in suffixes:
+        raise StoreError(f"{path} exists and is not a {suffixes[0]} file; name a new file")
+    if target.name != PAGE and any((target.parent / name).exists() for name in _RECORDS):
+        raise StoreError(f"{path} is part of a run folder or model folder; name a new file, or one in another folder")
+    return target
+
+
+def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
+    """Write text in UTF-8 to a file that the user names: atomically, or directly if it is a stream."""
+    target = check_output(path, suffixes, streams=True)
+    with explain_os_errors(path):
+        status = path.stat() if path.exists() else None
+    if status is None or not _is_stream(status):
+        write_text(target, text)
+        return
+    with explain_os_errors(path):
+        descriptor = _descriptor(status)
+        try:
+            # A FIFO that no process reads is refused instead of waited for.
+            flags = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+            handle = os.open(path, flags) if descriptor is None else os.dup(descriptor)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            raise StoreError(f"{path} is a FIFO that no process reads; start its reader first") from None
+        try:
+            os.set_blocking(handle, True)
+            write_all(handle, text.encode("utf-8"))
+        finally:
+            os.close(handle)
+
+
+def _is_stream(status: os.stat_result) -> bool:
+    return stat.S_ISCHR(status.st_mode) or stat.S_ISFIFO(status.st_mode) or _descriptor(status) is not None
+
+
+def _descriptor(status: os.stat_result) -> int | None:
+    """Return the descriptor of standard output or error if a file is the same one, else ``None``."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(status, os.fstat(number)):
+                return number
+    return None
+
+
+def _is_same(status: os.stat_result, name: str | Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.samestat(status, os.stat(name))  # noqa: PTH116 (any text, such as the name of a model)
+    return False

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 
 _OWN = frozenset(vars(nn.Module()))
 """Attributes that every module has: its parameters, buffers, submodules and hooks."""
@@ -14,9 +14,6 @@ _DEEPEST = 4
 
 def attribute_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return dotted name → tensor, for every tensor that a module holds as a plain attribute.
-
-    Args:
-        model: The network.
 
     >>> import torch
     >>> net = nn.Linear(2, 2)
@@ -35,9 +32,6 @@ def attribute_tensors(model: nn.Module) -> dict[str, Tensor]:
 def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return place → tensor, for every tensor inside a list, tuple or dict that a module holds.
 
-    Args:
-        model: The network.
-
     >>> import torch
     >>> net = nn.Linear(2, 2)
     >>> net.anchors = [torch.ones(2)]
@@ -54,25 +48,12 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unregistered_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return name or place → tensor, for every tensor that is neither a parameter nor a buffer.
-
-    Args:
-        model: The network.
-    """
+    """Return name or place → tensor, for every tensor that is neither a parameter nor a buffer."""
     return attribute_tensors(model) | packed_tensors(model)
 
 
 def check_place(model: nn.Module, place: str, shape: tuple[int, ...]) -> None:
-    """Raise StoreError unless a tensor of a shape may be put into a list or mapping that a module holds.
-
-    Args:
-        model: The network, newly built.
-        place: The place, as :func:`packed_tensors` names it.
-        shape: The shape.
-
-    Raises:
-        StoreError: If a newly built network holds no tensor of this shape there.
-    """
+    """Raise StoreError unless a tensor of a shape may be put into a list or mapping that a module holds."""
     there = packed_tensors(model).get(place)
     if there is None or there.shape != shape:
         has = "no tensor" if there is None else f"a tensor of shape {tuple(there.shape)}"
@@ -87,23 +68,12 @@ def is_place(name: str) -> bool:
 
     >>> is_place("anchors[0]"), is_place("layer.scale")
     (True, False)
-
-    Args:
-        name: The name.
     """
     return name.endswith("]")
 
 
 def check_attribute(model: nn.Module, name: str) -> None:
-    """Raise StoreError unless a tensor may be assigned to a plain attribute of this name.
-
-    Args:
-        model: The network.
-        name: The dotted name of the attribute.
-
-    Raises:
-        StoreError: If there is no such module, or the name is one of its parameters, buffers, submodules or methods.
-    """
+    """Raise StoreError unless a tensor may be assigned to a plain attribute of this name."""
     path, _, leaf = name.rpartition(".")
     module = dict(model.named_modules()).get(path)
     parts = () if module is None else (*module._parameters, *module._buffers, *module._modules, *_OWN)
@@ -114,12 +84,7 @@ def check_attribute(model: nn.Module, name: str) -> None:
 
 
 def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> None:
-    """Replace tensors, in place, wherever modules hold them outside their parameters and buffers.
-
-    Args:
-        model: The network.
-        new: ``id`` of a tensor → the tensor that replaces it.
-    """
+    """Replace tensors, in place, wherever modules hold them outside their parameters and buffers."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if name not in _OWN and any(id(tensor) in new for _, tensor in _inside([value], _DEEPEST + 1)):

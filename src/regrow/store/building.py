@@ -16,10 +16,9 @@ from regrow.nets.language import origin_of
 from regrow.store import probe
 from regrow.store.attributes import unregistered_tensors
 from regrow.store.errors import StoreError
-from regrow.store.modules import drop, insert
 from regrow.store.pretrained import check_configuration, is_pretrained
 from regrow.store.shapes import DTYPES, SHAPES, Kind, Shapes
-from regrow.store.state import check, named_tensors, restore
+from regrow.store.state import check, drop, insert, named_tensors, restore
 
 Builder = Callable[[], Any]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -28,17 +27,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def build_checked(
     folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    """Return the architecture that a record describes, of its depth, after checking that it fits the record.
-
-    Args:
-        folder: The model folder.
-        shapes: The record of the folder.
-        model: The caller's own network, a function that builds it, or ``None`` to build it from the record.
-        dtype: The dtype to build a transformers model in; as recorded if ``None``.
-
-    Raises:
-        StoreError: If it cannot be built, or is another architecture; names the folder.
-    """
+    """Return the architecture that a record describes, of its depth, after checking that it fits the record."""
     try:
         net = build_network(folder, shapes, model, dtype)
         insert(net, shapes.inserted)
@@ -54,14 +43,7 @@ def build_checked(
 def build_network(
     folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    """Return the architecture that a record describes: newly built, or the one that the caller passes.
-
-    Args:
-        folder: The model folder.
-        shapes: The record of the folder.
-        model: The caller's own network, a function that builds it, or ``None`` to build it from the record.
-        dtype: The dtype to build a transformers model in; as recorded if ``None``.
-    """
+    """Return the architecture that a record describes: newly built, or the one that the caller passes."""
     origin = shapes.origin
     if origin.kind == "transformers":
         check_configuration(origin, folder, len(shapes.tensors))
@@ -97,9 +79,6 @@ def build_fresh(origin: Origin) -> nn.Module | None:
     The random state of the caller is restored.
 
     A user's own code is called only if the function was passed in this process; a recorded name is never imported.
-
-    Args:
-        origin: How to build the architecture.
     """
     if origin.kind == "callable" and origin.builder is None:
         return None
@@ -115,9 +94,6 @@ def build_fresh(origin: Origin) -> nn.Module | None:
 def describe_origin(model: nn.Module) -> Origin:
     """Return how an architecture is built, as far as the network says.
 
-    Args:
-        model: The network; its ``origin`` if it has one.
-
     >>> describe_origin(nn.Linear(1, 2)).reference
     ''
     """
@@ -127,24 +103,16 @@ def describe_origin(model: nn.Module) -> Origin:
         return origin_of(model, type(model).__name__)
     kind = type(model)
     reference = f"{kind.__module__}:{kind.__qualname__}"
-    needed = (one for one in inspect.signature(kind).parameters.values() if one.default is one.empty)
-    named = [one for one in needed if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-    own = kind.__module__.partition(".")[0] not in ("__main__", "torch", "torchvision")
-    return Origin("callable", reference if own and not named and names_code(reference) else "", {}, kind.__name__)
+    parameters = inspect.signature(kind).parameters.values()
+    needed = any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    importable = kind.__module__.partition(".")[0] not in ("__main__", "torch", "torchvision")
+    return Origin(
+        "callable", reference if importable and not needed and names_code(reference) else "", {}, kind.__name__
+    )
 
 
 def unsaved_change(model: nn.Module, fresh: nn.Module, shapes: Shapes, folder: Path) -> str:
-    """Return the first attribute that no file stores, if loading would fail because of it; else ``""``.
-
-    Args:
-        model: The network; it is not changed.
-        fresh: The same architecture newly built, with the same modules dropped; it may be overwritten with the weights.
-        shapes: The record of the network.
-        folder: The model folder, with its probe.
-
-    Returns:
-        ``module.attribute``; empty if loading will restore the network.
-    """
+    """Return the first attribute that no file stores, if loading would fail because of it; else ``""``."""
     kept = {place.replace(":", ".").removeprefix(".") for place in shapes.attributes}
     changed = next((place for place in differences(model, fresh) if place not in kept), "")
     if not changed:
@@ -169,10 +137,6 @@ def differences(model: nn.Module, fresh: nn.Module) -> Iterator[str]:
     >>> net[1] = nn.Tanh()
     >>> list(differences(net, nn.Sequential(nn.Linear(2, 3), nn.ReLU())))
     ['1 (a Tanh, not a ReLU)']
-
-    Args:
-        model: The network.
-        fresh: The newly built one.
     """
     others = dict(fresh.named_modules())
     usual = vars(nn.Module()).keys() | {"origin", "tokenizer"}

@@ -18,14 +18,7 @@ class StoreError(ValueError):
 
 
 def check_readable(path: Path) -> None:
-    """Raise StoreError unless a path names a regular file that may be read.
-
-    Args:
-        path: The path.
-
-    Raises:
-        StoreError: If it is missing, a folder, a device, a FIFO, or may not be read.
-    """
+    """Raise StoreError unless a path names a regular file that may be read."""
     try:
         check_regular(path)
     except InputError as error:
@@ -34,15 +27,7 @@ def check_readable(path: Path) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn operating-system errors in the block into a one-line StoreError with a remedy.
-
-    Args:
-        path: The file or folder that is written, for the message.
-
-    Raises:
-        StoreError: Instead of an ``OSError``, or of the error of a library that met one (those written in Rust raise a
-            plain ``Exception`` that ends in ``(os error 28)``).
-    """
+    """Turn operating-system errors in the block into a one-line StoreError with a remedy."""
     try:
         yield
     except Exception as error:

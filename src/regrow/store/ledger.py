@@ -1,6 +1,6 @@
 """The ledger of a run: every plan applied to the network, in order, so that it can be replayed, and what cuts removed.
 
-Unit ids are written as intervals (:mod:`regrow.store.intervals`).
+Unit ids are written as intervals (:mod:`regrow.store.convert`).
 """
 
 import json
@@ -13,15 +13,12 @@ import msgspec
 from torch import nn
 
 from regrow.core.axes import AxisGraph
-from regrow.core.errors import InputError
-from regrow.core.limits import parse_json, problem
 from regrow.core.plan import FORMAT as PLAN_FORMAT
 from regrow.core.plan import Plan, PlanError
-from regrow.store import plan_schemas, schemas
+from regrow.store import schemas
 from regrow.store.atomic import write_text
-from regrow.store.convert import check_format, convert
-from regrow.store.errors import StoreError, check_readable
-from regrow.store.intervals import expand_plans, shorten_plan
+from regrow.store.convert import check_format, convert, expand_plans, read_json, shorten_plan
+from regrow.store.errors import StoreError
 from regrow.store.tensors import read_tensors, write_tensors
 from regrow.surgery import UndoStore, apply
 from regrow.surgery.undo_store import FORMAT as UNDO_FORMAT
@@ -45,11 +42,7 @@ class Ledger:
     skip: int = 0
 
     def plans(self) -> tuple[Plan, ...]:
-        """Return every plan, in the order in which they were applied; empty if there is no file.
-
-        Raises:
-            StoreError: If the file is damaged, or holds an invalid plan; the message names the file and the plan.
-        """
+        """Return every plan, in the order in which they were applied; empty if there is no file."""
         plans = []
         for i, entry in enumerate(self._entries()[self.skip :], self.skip):
             try:
@@ -60,14 +53,7 @@ class Ledger:
         return tuple(plans)
 
     def append(self, plan: Plan) -> None:
-        """Write a plan to the end of the file; the plans before it are not parsed.
-
-        Args:
-            plan: The plan that was applied.
-
-        Raises:
-            StoreError: If the file is no ledger, or the disk is full; the file is then as it was.
-        """
+        """Write a plan to the end of the file; the plans before it are not parsed."""
         line = _line(json.loads(plan.to_json()))
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         if text.startswith(_HEAD) and text.endswith(_TAIL) and len(_HEAD + _TAIL) < len(text) < _LONGEST:
@@ -76,57 +62,33 @@ class Ledger:
             self._write([*map(_line, self._entries()), line])
 
     def replace(self, plan: Plan) -> None:
-        """Write the only plan of a run; that of an attempt that was stopped is replaced if it is another.
-
-        Args:
-            plan: The plan that was applied.
-
-        Raises:
-            StoreError: As :meth:`append`.
-        """
-        known = [_line(one) for one in self._entries()[self.skip :]]
-        if known != [_line(json.loads(plan.to_json()))]:
+        """Write the only plan of a run; that of an attempt that was stopped is replaced if it is another."""
+        if list(map(_line, self._entries()[self.skip :])) != [_line(json.loads(plan.to_json()))]:
             self.truncate(0)
             self.append(plan)
 
     def truncate(self, many: int) -> None:
-        """Remove all but the first ``many`` plans: those whose result a killed process did not store.
-
-        Args:
-            many: How many plans stay, besides the skipped ones; the file is deleted if none is left.
-
-        Raises:
-            StoreError: As :meth:`append`.
-        """
+        """Remove all but the first ``many`` plans: those whose result a killed process did not store."""
         entries, many = self._entries(), many + self.skip
         if len(entries) > many == 0:
             self.path.unlink()
         elif len(entries) > many:
-            self._write(list(map(_line, entries[:many])))
+            self._write(map(_line, entries[:many]))
 
-    def _write(self, lines: list[str]) -> None:
+    def _write(self, lines: Iterable[str]) -> None:
         write_text(self.path, _HEAD + ",\n".join(lines) + _TAIL)
 
     def __len__(self) -> int:
         return max(0, len(self._entries()) - self.skip)
 
     def _entries(self) -> list[Any]:
-        if not self.path.exists():
+        data = read_json(self.path, _LONGEST)
+        if data is None:
             return []
-        check_readable(self.path)
-        try:
-            if self.path.stat().st_size > _LONGEST:
-                raise StoreError(f"{self.path} is longer than any ledger; restore it")
-            text = self.path.read_text(encoding="utf-8")
-            data = parse_json(text, "its text")
-        except (OSError, ValueError, InputError) as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"{self.path} cannot be read ({problem(error)}); restore it") from None
         check_format(data, FORMAT, self.path)
         plans = convert(data, schemas.LedgerJson, self.path).plans
         try:
-            return expand_plans(plans, len(text))
+            return expand_plans(plans, self.path.stat().st_size)
         except StoreError as error:
             raise StoreError(f"{self.path}: {error}") from None
 
@@ -136,17 +98,9 @@ def _line(plan: Any) -> str:
 
 
 def read_plan(data: object) -> Plan:
-    """Read a plan from JSON data by a strict schema: missing, unknown and mistyped fields are errors.
-
-    Args:
-        data: One entry of a ledger, its intervals expanded.
-
-    Raises:
-        PlanError: If it is no plan, or an invalid one.
-        StoreError: If a field is missing, unknown or of another type.
-    """
+    """Read a plan from JSON data by a strict schema: missing, unknown and mistyped fields are errors."""
     if isinstance(data, dict) and data.get("format") == PLAN_FORMAT:
-        convert(data, plan_schemas.PlanJson)
+        convert(data, schemas.PlanJson)
     return Plan.from_json(json.dumps(data))
 
 
@@ -157,17 +111,8 @@ def replay(
 
     A plan that restores units restores those that the plans before it cut, with the weights that this model has.
 
-    Args:
-        model: The model as it was before the first plan; changed in place.
-        axes: The model's axes before the first plan.
-        plans: The plans in order, as :meth:`Ledger.plans` returns them.
-        undo: The undo store that gets the weights that are cut; a temporary one, unless given.
-
     Returns:
         The model, and its axes as they are now.
-
-    Raises:
-        PlanError: If a plan does not fit; the model is then as the plans before it left it.
     """
     plans = list(plans)
     back = any(plan.back or any(change.recalled for change in plan.changes.values()) for plan in plans)
@@ -179,39 +124,18 @@ def replay(
 
 
 def with_branches_of(plans: Iterable[Plan], model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes with the modules that can be dropped, if plans drop some that the axes do not name.
-
-    Args:
-        plans: The plans.
-        model: The network before them.
-        axes: Its axes.
-    """
+    """Return the axes with the modules that can be dropped, if plans drop some that the axes do not name."""
     unknown = any(path not in axes.branches for plan in plans for path in plan.drop)
     return with_branches(model, axes) if unknown else axes
 
 
 def write_undo_store(path: Path, undo: UndoStore) -> None:
-    """Write the units that cuts removed from a network to a file.
-
-    Args:
-        path: The file to make or replace; its folder must exist.
-        undo: The store of the removed units.
-
-    Raises:
-        StoreError: If the disk is full or the file cannot be written; an old file is not changed.
-    """
+    """Write the units that cuts removed from a network to a file."""
     write_tensors(path, undo.tensors(), {"undo_store": undo.record()}, UNDO_FORMAT)
 
 
 def read_undo_store(path: Path) -> UndoStore:
-    """Read the units that cuts removed from a file that :func:`write_undo_store` wrote.
-
-    Args:
-        path: The file.
-
-    Raises:
-        StoreError: If there is no such file, it is no undo store, or it is damaged.
-    """
+    """Read the units that cuts removed from a file that :func:`write_undo_store` wrote."""
     try:
         header, tensors = read_tensors(path, UNDO_FORMAT)
         record = convert(header.get("undo_store"), schemas.UndoStoreHeader)

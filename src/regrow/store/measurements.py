@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from regrow.store.plan_schemas import Count
+from regrow.store.schemas import Count
 
 Figure = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | None
 """A number; ``None`` if it was not finite."""
@@ -262,25 +262,26 @@ class LevelsRow(msgspec.Struct, frozen=True):
     saved: dict[str, Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]]
 
 
-class SearchResultRow(msgspec.Struct, frozen=True):
-    """The network that a search found."""
+class NetworkRow(msgspec.Struct, frozen=True):
+    """The size of a network that a search found."""
 
-    accuracy: Share
     parameters: Count
     nonzero: Count
     macs: Count
     bytes: Count
 
 
-class ScoreRow(msgspec.Struct, frozen=True):
+class SearchResultRow(NetworkRow, frozen=True):
+    """The network that a search found, with its accuracy."""
+
+    accuracy: Share
+
+
+class ScoreRow(NetworkRow, frozen=True):
     """The network that a search found, with the score of an objective whose scores are no accuracies."""
 
     metric: str
     score: Figure
-    parameters: Count
-    nonzero: Count
-    macs: Count
-    bytes: Count
 
 
 class TestRow(msgspec.Struct, frozen=True):

@@ -1,12 +1,11 @@
 """``metrics.jsonl``: the measurements of a run; each has a key, so that a resumed run adds none a second time."""
 
-import errno
+import contextlib
 import json
 import math
 import os
-import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,60 +13,35 @@ from typing import Any
 from regrow.core.errors import InputError
 from regrow.core.limits import parse_json
 from regrow.store import schemas
-from regrow.store.atomic import write_bytes
+from regrow.store.atomic import write_all, write_bytes
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
 from regrow.store.measurements import KINDS
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Append a line of JSON and flush it to the disk.
-
-    Args:
-        path: The file; it need not exist yet.
-        row: JSON data without NaN and infinity.
-
-    Raises:
-        StoreError: If it is not a regular file, or the disk is full; the file is then unchanged.
-    """
+    """Append a line of JSON and flush it to the disk; if that fails, truncate the file to its former end."""
     line = json.dumps(row, allow_nan=False) + "\n"
-    with explain_os_errors(path):
-        handle = _open(path)
+    with _opened(path) as handle:
+        end = _repair_end(handle)
         try:
-            _append(handle, line.encode())
-        finally:
-            os.close(handle)
+            os.lseek(handle, end, os.SEEK_SET)
+            write_all(handle, line.encode())
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, end)
+            raise
 
 
 def mend(path: Path) -> None:
-    """Remove a last line that a crash cut short; add the newline if only that is missing.
-
-    Args:
-        path: The file; it need not exist.
-
-    Raises:
-        StoreError: If it is not a regular file, or write permission is missing.
-    """
-    if not os.path.lexists(path):
-        return
-    with explain_os_errors(path):
-        handle = _open(path)
-        try:
+    """Remove a last line that a crash cut short; add the newline if only that is missing."""
+    if os.path.lexists(path):
+        with _opened(path) as handle:
             _repair_end(handle)
-        finally:
-            os.close(handle)
 
 
 def read(path: Path, kinds: Mapping[str, type[object]] | None = None) -> list[dict[str, Any]]:
-    """Read all rows in order; a last line that a crash cut short is left out.
-
-    Args:
-        path: The file; it need not exist.
-        kinds: Kind of row (its ``what``) → the type that the row must fit; rows of other kinds may hold anything.
-
-    Raises:
-        StoreError: If another line is damaged, or a row does not fit; names the line and the field.
-    """
+    """Read all rows in order; a last line that a crash cut short is left out."""
     if not path.is_file():
         return []
     check_readable(path)
@@ -84,7 +58,8 @@ def read(path: Path, kinds: Mapping[str, type[object]] | None = None) -> list[di
     return rows
 
 
-def _open(path: Path) -> int:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
     """Open a file for changes in place, so that no other name of the file is affected.
 
     A symbolic link is refused. A file with a second name (a hard link), as a killed process may leave it, is copied
@@ -93,40 +68,18 @@ def _open(path: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT
     for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):  # opening a device or FIFO must not wait
         flags |= getattr(os, name, 0)
-    while True:
+    with explain_os_errors(path):
         if path.is_symlink():
             raise StoreError(f"{path} is a symbolic link, and the file it leads to is not changed; delete the link")
+        if path.exists() and not path.is_file():
+            raise StoreError(f"{path} is not a regular file; delete it")
+        if path.exists() and path.stat().st_nlink > 1:
+            write_bytes(path, path.read_bytes())
+        handle = os.open(path, flags, 0o666)
         try:
-            handle = os.open(path, flags, 0o666)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            raise _irregular(path) from None
-        status = os.fstat(handle)
-        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-            return handle
-        os.close(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise _irregular(path)
-        write_bytes(path, path.read_bytes())
-
-
-def _irregular(path: Path) -> StoreError:
-    return StoreError(f"{path} is not a regular file; delete it")
-
-
-def _append(handle: int, line: bytes) -> None:
-    """Write a line at the end of a file; if that fails, truncate the file to its former end."""
-    end = _repair_end(handle)
-    try:
-        os.lseek(handle, end, os.SEEK_SET)
-        left = memoryview(line)
-        while left:
-            left = left[os.write(handle, left) :]
-        os.fsync(handle)
-    except OSError:
-        os.ftruncate(handle, end)
-        raise
+            yield handle
+        finally:
+            os.close(handle)
 
 
 def _repair_end(handle: int) -> int:
@@ -194,23 +147,11 @@ class Metrics:
         self.path = path
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return every row, in order; a last line that a crash truncated is left out.
-
-        Raises:
-            StoreError: If another line is damaged, or lacks what a row of its kind holds; names the line and the field.
-        """
+        """Return every row, in order; a last line that a crash truncated is left out."""
         return read(self.path, KINDS)
 
     def add(self, row: Mapping[str, object], number: int | None = None) -> bool:
-        """Append a row, unless one with its key is there, and say whether; it is on the disk when this returns.
-
-        Args:
-            row: The measurement; ``what`` is its kind. Numbers that are not finite become null.
-            number: The number of the row among its kind, from 0, for the kinds in ``NUMBERED``.
-
-        Raises:
-            StoreError: If the disk is full; the file then holds what it held.
-        """
+        """Append a row, unless one with its key is there, and say whether; it is on the disk when this returns."""
         plain = replace_nonfinite(row)
         key = _key(plain, number)
         if new := key is None or key not in self._keys:
@@ -232,9 +173,6 @@ class Metrics:
 
 def replace_nonfinite(value: Any) -> Any:
     """Return JSON data in which NaN and infinity, which JSON does not have, are replaced by null.
-
-    Args:
-        value: The data.
 
     >>> replace_nonfinite({"loss": float("nan"), "steps": (1, 2)})
     {'loss': None, 'steps': [1, 2]}

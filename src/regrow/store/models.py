@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import Example
+from regrow.core.errors import InputError
+from regrow.core.limits import read_text
 from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attention
 from regrow.nets.load import check_finite
 from regrow.nets.loaded import check_unchanged
@@ -26,11 +28,10 @@ from regrow.store.pretrained import (
     main_dtype,
     read_tokenizer,
     update_origin,
-    write_configuration,
     write_tokenizer,
 )
 from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, settle
-from regrow.store.shapes import DTYPES, SHAPES, Probe, Shapes
+from regrow.store.shapes import DTYPES, SHAPES, Kind, Probe, Shapes
 from regrow.store.state import describe, named_tensors, restore
 from regrow.store.versions import versions
 from regrow.store.weights import (
@@ -58,7 +59,6 @@ FILES = (
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
 """Name patterns of all files of a saved model."""
-_LONGEST = 2**28
 
 _log = logging.getLogger("regrow")
 
@@ -121,18 +121,6 @@ def write_model(
     """Write the files of a model into an unfinished folder, replacing those of another model.
 
     Each file is written atomically, but not all of them together; use :func:`save` for a finished folder.
-
-    Args:
-        model: As for :func:`save`.
-        folder: The folder; made if needed.
-        origin: As for :func:`save`.
-        tokenizer: As for :func:`save`.
-        dtype: As for :func:`save`.
-        example: As for :func:`save`.
-        outside: The tensors, where the network has no numbers; ``None``: they are in the network.
-
-    Raises:
-        StoreError: As :func:`save`.
     """
     given = model
     net = given.model if isinstance(given, Loaded) else given
@@ -171,7 +159,7 @@ def write_model(
             changed,
         )
     if origin.kind == "transformers":
-        _write_pretrained(net, shapes, folder)
+        portable.write_pretrained(net, shapes, folder)
     if hasattr(tokenizer, "save_pretrained"):
         write_tokenizer(tokenizer, folder)
     if isinstance(given, Loaded):
@@ -180,12 +168,7 @@ def write_model(
 
 
 def keep_others(old: Path, new: Path) -> None:
-    """Link or copy the files of an old folder that do not belong to its model into the new folder.
-
-    Args:
-        old: The folder that will be replaced; it need not exist.
-        new: The folder that will take its place; files that it has already stay.
-    """
+    """Link or copy the files of an old folder that do not belong to its model into the new folder."""
     if old.is_dir():
         link_tree(old, new, skip={path.name for path in _files_of_a_model(old)})
 
@@ -234,15 +217,14 @@ def _load(
     tensors = read_weights(folder, shapes, check=check)
     transformers = shapes.origin.kind == "transformers"
     if dtype is not None and transformers:
-        tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() and shapes.tensors[name].kind != "derived" else tensor
-            for name, tensor in tensors.items()
-        }
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and shapes.tensors[name].kind is not Kind.DERIVED:
+                tensors[name] = tensor.to(dtype)
     restore(net, shapes, tensors)
     net.eval()
     if check and (recorded := shapes.probe.file) is not None:
         check_file(inside(folder, probe.FILE), recorded)
-        dtypes = {DTYPES[one.dtype] for one in shapes.tensors.values()}
+        dtypes = {DTYPES[stored.dtype] for stored in shapes.tensors.values()}
         probe.check_probe(net, folder / probe.FILE, stored=dtypes, cast=transformers and dtype is not None)
     elif check:
         reason = shapes.probe.reason
@@ -252,25 +234,21 @@ def _load(
         if name in tensors:
             path, _, leaf = name.rpartition(".")
             vars(net.get_submodule(path))[leaf] = tensor.to(device)
-    found = read_tokenizer(folder) if transformers else None
-    own = shapes.origin.kind == "callable" and model is not None and not isinstance(model, nn.Module)
-    origin = replace(shapes.origin, builder=model) if own else shapes.origin
-    for name, value in (("origin", origin), ("tokenizer", found)):
-        if value is not None and not hasattr(net, name):
-            setattr(net, name, value)
+    builds = shapes.origin.kind == "callable" and model is not None and not isinstance(model, nn.Module)
+    origin = replace(shapes.origin, builder=model) if builds else shapes.origin
+    describe_loaded(net, origin, read_tokenizer(folder) if transformers else None)
     return net
 
 
+def describe_loaded(net: nn.Module, origin: Origin, tokenizer: Any | None) -> None:
+    """Give a loaded network its origin and tokenizer as attributes, unless it has attributes of these names."""
+    for name, value in (("origin", origin), ("tokenizer", tokenizer)):
+        if value is not None and not hasattr(net, name):
+            setattr(net, name, value)
+
+
 def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
-    """Read and validate ``shapes.json`` of a model folder.
-
-    Args:
-        folder: The model folder.
-        check: Whether to compare the record with its own digest.
-
-    Raises:
-        StoreError: If there is no such file, or it is damaged.
-    """
+    """Read and validate ``shapes.json`` of a model folder."""
     folder = Path(folder)
     settle(folder)
     if not folder.is_dir():
@@ -285,22 +263,10 @@ def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
             )
         raise StoreError(f"{folder} holds no saved model (no {SHAPES}); give the folder of a finished run")
     path = inside(folder, SHAPES)
-    if path.stat().st_size > _LONGEST:
-        raise StoreError(f"{path} is longer than any record; restore it")
     try:
-        return Shapes.from_json(path.read_text(encoding="utf-8"), check=check)
-    except (OSError, UnicodeDecodeError, StoreError) as error:
-        raise StoreError(f"{path}: {error}") from None
-
-
-def _write_pretrained(net: nn.Module, shapes: Shapes, folder: Path) -> None:
-    changes = portable.settings(net, shapes) if portable.is_changed(shapes) else None
-    if changes is None:
-        write_configuration(shapes.origin, net, folder)
-        return
-    reference = shapes.origin.reference
-    write_configuration(shapes.origin, net, folder, changes, portable.class_name(reference))
-    portable.write_code(net, reference, folder)
+        return Shapes.from_json(read_text(path), check=check)
+    except (InputError, StoreError) as error:
+        raise StoreError(f"{path}: {str(error).removeprefix(f'{path} ')}") from None
 
 
 def _write_probe(

@@ -25,13 +25,7 @@ _LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")
 
 
 def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
-    """Return the origin of a transformers model with its present depth, dtype and attention implementation.
-
-    Args:
-        origin: How to build the architecture.
-        model: The network as it is now.
-        dtype: The dtype that is recorded.
-    """
+    """Return the origin of a transformers model with its present depth, dtype and attention implementation."""
     config = {**origin.config, "dtype": str(dtype).removeprefix("torch.")}
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention in ATTENTION:
@@ -53,18 +47,7 @@ def _with_depth(config: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 def write_configuration(
     origin: Origin, model: object, folder: Path, changes: Mapping[str, object] | None = None, architecture: str = ""
 ) -> None:
-    """Write ``config.json`` (of the architecture before any cut) and ``generation_config.json``.
-
-    Args:
-        origin: How to build the architecture.
-        model: The network, for its generation settings.
-        folder: The model folder.
-        changes: Further entries of ``config.json``.
-        architecture: The class that it names; the origin's if empty.
-
-    Raises:
-        StoreError: If transformers does not know the configuration, or the disk is full.
-    """
+    """Write ``config.json`` (of the architecture before any cut) and ``generation_config.json``."""
     settings = dict(origin.config)
     settings.pop("attn_implementation", None)
     try:
@@ -85,15 +68,7 @@ def write_configuration(
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files, without paths of this machine.
-
-    Args:
-        tokenizer: The tokenizer, of transformers.
-        folder: The model folder.
-
-    Raises:
-        StoreError: If the disk is full.
-    """
+    """Write a tokenizer's files, without paths of this machine."""
     with (
         explain_os_errors(folder),
         staging_folder(folder / "tokenizer") as stage,
@@ -117,14 +92,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> Any | None:
-    """Load the tokenizer of a model folder, or return ``None`` if it has none; no code in it is run.
-
-    Args:
-        folder: The model folder.
-
-    Raises:
-        StoreError: If its files are damaged, or name files outside the folder.
-    """
+    """Load the tokenizer of a model folder, or return ``None`` if it has none; no code in it is run."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
@@ -145,16 +113,7 @@ def read_tokenizer(folder: Path) -> Any | None:
 
 
 def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
-    """Raise StoreError unless a recorded configuration is safe to build and agrees with ``config.json``.
-
-    Args:
-        origin: How to build the architecture, as recorded.
-        folder: The model folder.
-        tensors: How many tensors are recorded, which bounds the number of layers.
-
-    Raises:
-        StoreError: If a setting would fetch files, is absurdly large, or differs; names it.
-    """
+    """Raise StoreError unless a recorded configuration is safe to build and agrees with ``config.json``."""
     try:
         check_settings(origin.config)
         settings = list(settings_of(origin.config))
@@ -186,20 +145,12 @@ def _differing(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterat
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether the model's class is one of transformers' own.
-
-    Args:
-        model: The network.
-    """
+    """Whether the model's class is one of transformers' own."""
     return type(model).__module__.startswith("transformers.models.") and hasattr(model, "config")
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of most floating-point parameters.
-
-    Args:
-        model: The network.
-    """
+    """Return the dtype of most floating-point parameters."""
     counts: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():

@@ -5,9 +5,11 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -15,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.axes import Example
 from regrow.core.errors import first_line
 from regrow.core.sources import device_of
-from regrow.store.atomic import StoreError
 from regrow.store.convert import convert
-from regrow.store.schemas import ProbeHeader
+from regrow.store.errors import StoreError
+from regrow.store.schemas import Shape
 from regrow.store.shapes import DTYPES, PROBE
 from regrow.store.tensors import digest, read_tensors, write_tensors
 
@@ -30,6 +32,22 @@ SAMPLED = 4096
 LAW = 3
 """How many times its own rounding error an output may differ by if it is computed on another machine or version."""
 _LARGEST, _ELEMENTS = 2**28, 2**26
+
+
+class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The header of ``probe.st``: an input, in which a tensor is ``{"tensor": number}``, and digests of the output.
+
+    ``patterns`` has dtype and shape of tensors that a fixed pattern replaces; ``exact``: outputs must be bit-equal.
+    """
+
+    format: str
+    names: list[str]
+    sha256: str
+    inputs: tuple[Any, Any]
+    patterns: list[tuple[str, Shape] | None]
+    outputs: list[str]
+    exact: bool
+    conditions: dict[str, str]
 
 
 class UnprobedError(ValueError):
@@ -52,37 +70,27 @@ class Answer:
 def write_probe(
     model: nn.Module, example: Example, path: Path, *, cast: bool = False, aligned: bool | None = None
 ) -> None:
-    """Run a network on an input, and write the input and the output to a file.
-
-    Args:
-        model: The network; it is run in eval mode and restored.
-        example: The input to run. Large floating-point tensors are replaced by a pattern of the same shape.
-        path: The file to make.
-        cast: Whether its weights are stored in another dtype than they have now.
-        aligned: Whether all weights begin at a cache line; ``None``: as those of the network do.
-
-    Raises:
-        UnprobedError: If the network fails on the input, or the input cannot be stored.
-        StoreError: If the disk is full.
-    """
+    """Run a network on an input, and write the input and the output to a file."""
     inputs: list[Tensor] = []
     shape = [_to_json(list(example.args), inputs), _to_json(dict(example.kwargs), inputs)]
-    inputs = [_replace_large(one) for one in inputs]
+    large = [tensor.is_floating_point() and tensor.numel() > MOST for tensor in inputs]
+    inputs = [_pattern(x.shape, x.dtype) if is_large else x for x, is_large in zip(inputs, large, strict=True)]
     try:
-        said = compute_answer(model, shape, inputs)
+        answer = compute_answer(model, shape, inputs)
     except Exception as error:
         raise UnprobedError(f"the network does not take the example input ({first_line(error)[:120]})") from None
     aligned = all(map(_is_aligned, model.parameters())) if aligned is None else aligned
+    forms = [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for tensor in inputs]
     header = {
         "inputs": shape,
-        "patterns": [_describe_tensor(one) if _is_large(one) else None for one in inputs],
-        "outputs": list(said.digests),
+        "patterns": [form if is_large else None for form, is_large in zip(forms, large, strict=True)],
+        "outputs": list(answer.digests),
         # Kernels choose by the alignment and the layout of weights, and a loaded network has both in order.
         "exact": not cast and aligned,
         "conditions": conditions(),
     }
-    tensors = {f"i{i}": one for i, one in enumerate(inputs) if not _is_large(one)}
-    write_tensors(path, tensors | {f"o{i}": one for i, one in enumerate(said.samples)}, header, FORMAT)
+    tensors = {f"i{i}": tensor for i, tensor in enumerate(inputs) if not large[i]}
+    write_tensors(path, tensors | {f"o{i}": sample for i, sample in enumerate(answer.samples)}, header, FORMAT)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -90,39 +98,27 @@ def _is_aligned(tensor: Tensor) -> bool:
 
 
 def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] = (), cast: bool = False) -> None:
-    """Raise StoreError unless a loaded network gives the output that was recorded when it was saved.
-
-    Args:
-        model: The network, on the CPU; it is restored afterwards.
-        path: The file that :func:`write_probe` made.
-        stored: The dtypes in which its weights were stored.
-        cast: Whether the weights have been cast to another dtype since.
-
-    Raises:
-        StoreError: If the output differs, or the file is damaged; says by how much, and the remedy.
-    """
+    """Raise StoreError unless a loaded network gives the output that was recorded when it was saved."""
     header, inputs, before = _read(path)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    fitting = [one.to(dtype) if one.is_floating_point() else one for one in inputs]
+    fitting = _fitting(inputs, model)
     inputs = fitting if cast else inputs
     try:
         try:
             now = compute_answer(model, header.inputs, inputs)
         except Exception:
-            if header.exact or not any(one.dtype != other.dtype for one, other in zip(inputs, fitting, strict=True)):
+            if header.exact or [x.dtype for x in inputs] == [x.dtype for x in fitting]:
                 raise
             inputs = fitting  # its weights were stored in another dtype than it answered in when it was saved
             now = compute_answer(model, header.inputs, inputs)
     except Exception as error:
         raise StoreError(
-            f"{path.parent}: the network fails on the input it was saved with ({first_line(error)[:120]}); "
-            "build it with the code and versions it was saved with, or load it with check=False"
+            f"{path.parent}: the network fails on the input it was saved with ({first_line(error)[:120]}); {_REMEDY}"
         ) from None
     if now.digests == tuple(header.outputs):
         return
-    if [one.shape for one in now.samples] != [one.shape for one in before]:
+    if [x.shape for x in now.samples] != [x.shape for x in before]:
         raise StoreError(f"{path.parent}: the network answers in another form than the one that was saved; {_REMEDY}")
-    gap, size = _distance(before, now.samples), max((float(one.abs().max()) for one in before if len(one)), default=0.0)
+    gap, size = _distance(before, now.samples), max((float(x.abs().max()) for x in before if len(x)), default=0.0)
     same = header.exact and not cast and header.conditions == conditions()
     allowed = 0.0 if same else size * 64 * _epsilon(model, stored)
     if not same and not gap <= allowed:
@@ -135,71 +131,62 @@ def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] =
 
 
 def read_example(path: Path, model: nn.Module) -> Example:
-    """Return the input that was recorded when a network was saved, in the network's dtype.
-
-    Args:
-        path: The file that :func:`write_probe` made.
-        model: The loaded network.
-
-    Raises:
-        StoreError: If the file is damaged.
-    """
+    """Return the input that was recorded when a network was saved, in the network's dtype."""
     header, inputs, _ = _read(path)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
-        args, kwargs = _from_json(header.inputs, [x.to(dtype) if x.is_floating_point() else x for x in inputs])
+        args, kwargs = _from_json(header.inputs, _fitting(inputs, model))
         return Example(tuple(args), dict(kwargs))
     except (ValueError, TypeError) as error:
         raise StoreError(f"{path} is damaged ({error!s:.60}); copy it again") from None
+
+
+def _fitting(inputs: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
+    """Return floating-point inputs in the dtype of a network."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
 
 
 _REMEDY = "build it with the code and versions it was saved with, or load it with check=False"
 
 
 def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> Answer:
-    """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs.
-
-    Args:
-        model: The network; it is restored afterwards.
-        shape: The structure of its arguments as JSON data, with tensors numbered.
-        inputs: The tensors in the arguments, by number.
-    """
+    """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs."""
     device = device_of(model)
-    args, kwargs = _from_json(shape, [one.to(device) for one in inputs])
-    with preserve_modules(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    args, kwargs = _from_json(shape, [x.to(device) for x in inputs])
+    with _preserve_modules(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        outputs = [leaf.detach() for leaf in tree_leaves(model.eval()(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        leaves = tree_leaves(model.eval()(*args, **kwargs))
+        outputs = [leaf.detach().cpu().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
         if not outputs:
             raise ValueError("it gives no tensor")
-        outputs = [one.cpu().contiguous() for one in outputs]
-        samples = (one.flatten()[:: max(1, -(-one.numel() // SAMPLED))] for one in outputs)
-        wide = tuple(_real(one).to(torch.float64).clone() for one in samples)
-        return Answer(tuple(digest({"": one}) for one in outputs), wide)
+        samples = []
+        for output in outputs:
+            sample = output.flatten()[:: max(1, -(-output.numel() // SAMPLED))]
+            sample = torch.view_as_real(sample).flatten() if sample.is_complex() else sample
+            samples.append(sample.to(torch.float64).clone())
+        return Answer(tuple(digest({"": output}) for output in outputs), tuple(samples))
 
 
 @contextmanager
-def preserve_modules(model: nn.Module) -> Iterator[None]:
+def _preserve_modules(model: nn.Module) -> Iterator[None]:
     """Restore, when the block ends, all attributes of modules and their small buffers.
 
-    Args:
-        model: The network.
+    What modules reach besides is left alone: a network that is read block by block goes on with its memory.
     """
-    modules = list(model.modules())
-    states = [dict(vars(module)) for module in modules]
-    buffers = [dict(module._buffers) for module in modules]
-    kept = [(one, one.detach().clone()) for one in model.buffers() if one.numel() <= 2**20]
+    states = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    small = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.numel() <= 2**20]
     try:
         yield
     finally:
-        for module, state, own in zip(modules, states, buffers, strict=True):
+        for module, attributes, buffers in states:
             vars(module).clear()
-            vars(module).update(state)
+            vars(module).update(attributes)
             module._buffers.clear()
-            module._buffers.update(own)
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for one, before in kept:
-                if not torch.equal(one, before):
-                    one.copy_(before)
+            for buffer, before in small:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def conditions() -> dict[str, str]:
@@ -227,16 +214,12 @@ def _read(path: Path) -> tuple[ProbeHeader, list[Tensor], list[Tensor]]:
     header = convert(data, ProbeHeader, path)
     try:
         inputs = [
-            tensors[f"i{i}"] if told is None else _pattern(told[1], DTYPES[told[0]])
-            for i, told in enumerate(header.patterns)
+            tensors[f"i{i}"] if pattern is None else _pattern(pattern[1], DTYPES[pattern[0]])
+            for i, pattern in enumerate(header.patterns)
         ]
         return header, inputs, [tensors[f"o{i}"] for i in range(len(header.outputs))]
     except (KeyError, ValueError, RuntimeError) as error:
         raise StoreError(f"{path} is damaged ({error!s:.60}); copy it again") from None
-
-
-def _describe_tensor(tensor: Tensor) -> tuple[str, list[int]]:
-    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
 def _to_json(value: Any, tensors: list[Tensor]) -> Any:
@@ -272,34 +255,20 @@ def _from_json(shape: Any, tensors: Sequence[Tensor]) -> Any:
     raise ValueError(f"not an argument: {shape!s:.60}")
 
 
-def _is_large(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > MOST
-
-
-def _replace_large(tensor: Tensor) -> Tensor:
-    return _pattern(tensor.shape, tensor.dtype) if _is_large(tensor) else tensor
-
-
 def _pattern(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return numbers from -1 to 1 that are the same on every machine."""
-    count = 1
-    for size in shape:
-        count *= size
+    count = prod(shape)
     if not 0 <= count <= _ELEMENTS:
         raise ValueError(f"a tensor of {count} numbers")
     return (torch.arange(count) * 7919 % 257).to(torch.float32).div(128).sub(1).to(dtype).reshape(tuple(shape))
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor).flatten() if tensor.is_complex() else tensor
-
-
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Return the largest absolute difference; NaN equals NaN, and infinity equals infinity."""
     result = 0.0
-    for one, other in zip(a, b, strict=True):
-        different = ~((one == other) | (one.isnan() & other.isnan()))
-        gaps = (one - other)[different].abs()
+    for x, y in zip(a, b, strict=True):
+        different = ~((x == y) | (x.isnan() & y.isnan()))
+        gaps = (x - y)[different].abs()
         result = max(result, float(gaps.nan_to_num(torch.inf).max()) if len(gaps) else 0.0)
     return result
 
@@ -310,10 +279,10 @@ def _epsilon(model: nn.Module, stored: Iterable[torch.dtype]) -> float:
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
 
 
-def _rounding(model: nn.Module, shape: Any, inputs: Sequence[Tensor], said: Answer) -> float:
+def _rounding(model: nn.Module, shape: Any, inputs: Sequence[Tensor], answer: Answer) -> float:
     """Return how far a network's output is from its output in float64."""
     try:
-        wide = [one.double() if one.is_floating_point() else one for one in inputs]
-        return _distance(compute_answer(copy.deepcopy(model).double(), shape, wide).samples, said.samples)
+        wide = [x.double() if x.is_floating_point() else x for x in inputs]
+        return _distance(compute_answer(copy.deepcopy(model).double(), shape, wide).samples, answer.samples)
     except Exception:
         return 0.0

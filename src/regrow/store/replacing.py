@@ -9,15 +9,16 @@ from which :func:`settle` completes the replacement; every reader and writer of 
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from regrow.store.atomic import LEFTOVER, leftovers, staging_folder, sweep, sync
-from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.locks import Lock, LockedError, lock
+from regrow.store.atomic import LEFTOVER, PAGE, Lock, LockedError, leftovers, lock, staging_folder, sweep, sync
+from regrow.store.errors import StoreError, check_readable, explain_os_errors
 
 WORK = ".work"
 """Name of the folder, inside a run folder, with the files of an unfinished run."""
@@ -27,20 +28,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
-    """Yield a new folder that replaces ``folder`` as a whole when the block ends without an error.
-
-    Args:
-        folder: The folder to make or replace. The new one is empty; use :func:`link_tree` to keep files of the old one.
-        owner: The lock on ``folder``, if the caller holds it.
-
-    Returns:
-        The new folder, empty, of the same name in a temporary folder beside it.
-
-    Raises:
-        LockedError: If another process is writing to the folder.
-        StoreError: If the folder cannot be replaced, the disk is full or write permission is missing; nothing is
-        changed.
-    """
+    """Yield a new folder that replaces ``folder`` as a whole when the block ends without an error."""
     place = folder.resolve()
     check_replaceable(folder)
     with explain_os_errors(folder), _parents(place), contextlib.ExitStack() as stack:
@@ -63,15 +51,7 @@ def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise StoreError unless a folder can be created, or replaced as a whole.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        StoreError: If it is a file, a mount point or the current folder, or it or the folder around it may not be
-            written.
-    """
+    """Raise StoreError unless a folder can be created, or replaced as a whole."""
     place = folder.resolve()
     if place.exists() and not place.is_dir():
         raise StoreError(f"{folder} is a file; name a folder that does not exist yet")
@@ -87,24 +67,17 @@ def check_replaceable(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Complete the replacement of a folder that a killed process left half done, if there is one.
-
-    Args:
-        folder: The folder.
-    """
+    """Complete the replacement of a folder that a killed process left half done, if there is one."""
     place = folder.resolve()
     for stage in [] if place.exists() else leftovers(place):
-        if _was(stage, place).is_dir() and (stage / place.name).is_dir():
+        new = stage / place.name
+        if Path(f"{new}.replaced").is_dir() and new.is_dir():
             with contextlib.suppress(OSError):  # another reader did it
-                (stage / place.name).rename(place)
+                new.rename(place)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete the temporary folders that killed processes left beside a folder that they were replacing.
-
-    Args:
-        folder: The folder.
-    """
+    """Delete the temporary folders that killed processes left beside a folder that they were replacing."""
     settle(folder)
     sweep(folder.resolve())
 
@@ -112,36 +85,21 @@ def clear_leftovers(folder: Path) -> None:
 def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Collection[str] = ()) -> None:
     """Hard-link the files of a folder into another one, or copy them where links are not supported.
 
-    Args:
-        source: A folder.
-        target: An existing folder; files that it has already stay.
-        skip: Names in ``source`` that are left out. Unfinished files are left out everywhere.
-        copy: Names of files that will be written to in place, and so are copied.
+    Those called ``copy`` will be written to in place, and so are copied.
     """
-    for one in sorted(source.iterdir()):
-        place = target / one.name
-        if one.name in skip or LEFTOVER.fullmatch(one.name):
+    for path in sorted(source.iterdir()):
+        place = target / path.name
+        if path.name in skip or LEFTOVER.fullmatch(path.name):
             continue
-        if one.is_dir() and not one.is_symlink():
+        if path.is_dir() and not path.is_symlink():
             place.mkdir(exist_ok=True)
-            link_tree(one, place)
-        elif not place.exists():
-            if one.name in copy:
-                shutil.copy2(one, place)
-                continue
-            try:
-                os.link(one, place, follow_symlinks=False)
-            except OSError:  # a file system without links, or with too many of this file
-                shutil.copy2(one, place, follow_symlinks=False)
+            link_tree(path, place)
+        elif not place.exists() and (path.name in copy or not _link(path, place)):
+            shutil.copy2(path, place, follow_symlinks=path.name in copy)
 
 
 def read_whole(folder: Path, read: Callable[[], T]) -> T:
-    """Read several files of a folder consistently: all from before or all from after a replacement.
-
-    Args:
-        folder: The folder.
-        read: The function that reads it; called again if the folder was replaced in the meantime.
-    """
+    """Read several files of a folder consistently: all from before or all from after a replacement."""
     while True:
         settle(folder)
         before = _identity(folder)
@@ -163,10 +121,6 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _was(stage: Path, place: Path) -> Path:
-    return stage / f"{place.name}.replaced"
-
-
 def _exchange(new: Path, place: Path) -> None:
     """Give a folder the name of another one; if that exists, it moves to where the first one was."""
     if not place.exists():
@@ -176,15 +130,13 @@ def _exchange(new: Path, place: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             raise LockedError(f"{place} was made by another process meanwhile; choose another folder") from None
-        return
-    if _exchange_atomically(new, place):
-        return
-    place.rename(_was(new.parent, place))
-    try:
-        new.rename(place)
-    except FileNotFoundError:  # a reader has completed it
-        if not place.is_dir():
-            raise
+    elif not _exchange_atomically(new, place):
+        place.rename(f"{new}.replaced")
+        try:
+            new.rename(place)
+        except FileNotFoundError:  # a reader has completed it
+            if not place.is_dir():
+                raise
 
 
 def _exchange_atomically(one: Path, other: Path) -> bool:
@@ -222,3 +174,102 @@ def _sync_tree(folder: Path) -> None:
         elif one.is_file():
             sync(one)
     sync(folder)
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_CLONE = 0x40049409
+"""The request FICLONE of Linux: share the blocks of another file."""
+
+
+def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
+    """Copy the regular files of a folder; unfinished files, and links that lead out, are left out."""
+    for path in sorted(source.iterdir()):
+        name = path.name
+        # A link may lead to a file beside it alone.
+        leads_out = path.is_symlink() and not (path.is_file() and path.resolve().parent == path.parent.resolve())
+        if name == WORK or LEFTOVER.fullmatch(name) or leads_out:
+            continue
+        if path.is_dir():
+            (target / name).mkdir()
+            copy_folder(path, target / name, link=link)
+            continue
+        check_readable(path)
+        if not (link and path.lstat().st_nlink == 1 and not path.is_symlink() and _link(path, target / name)):
+            with path.open("rb") as file, (target / name).open("xb") as copy:
+                if not _clone(file, copy):
+                    shutil.copyfileobj(file, copy, 2**22)
+            shutil.copystat(path, target / name)
+
+
+def record_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return path in a folder → ``bytes`` and ``sha256`` of every file in it but pages, as JSON data."""
+    records: dict[str, dict[str, Any]] = {}
+    for path in _files(folder):
+        if path.name != PAGE:
+            check_readable(path)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            records[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return records
+
+
+def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: Path) -> None:
+    """Raise StoreError unless a folder holds the recorded files and no others but pages, which are made from them."""
+    found = record_files(folder)
+    for name, expected in recorded.items():
+        if name not in found:
+            raise StoreError(f"{shown / name} is missing or a link; put the file of the run there again")
+        if found[name] != expected:
+            state = "truncated" if found[name]["bytes"] < expected["bytes"] else "damaged or was changed"
+            raise StoreError(f"{shown / name} is {state}: it does not have the recorded SHA-256; copy it again")
+    if other := min(found.keys() - recorded.keys(), default=None):
+        raise StoreError(f"{shown / other} is no file of the run; move it elsewhere")
+
+
+def count_bytes(folder: Path) -> int:
+    """Return how many bytes a copy of a folder takes."""
+    return sum(path.stat().st_size for path in _files(folder))
+
+
+def shares_blocks(source: Path, folder: Path) -> bool:
+    """Whether a copy of a file would take no room on the disk, since it shares the blocks of the original."""
+    try:
+        with source.open("rb") as file, tempfile.TemporaryFile(dir=folder) as copy:
+            return _clone(file, copy)
+    except OSError:
+        return False
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the regular files in a folder and in those in it, without links and unfinished work, by name."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or path.name == WORK or LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            yield from _files(path)
+        elif path.is_file():
+            yield path
+
+
+def _clone(source: BinaryIO, target: Any) -> bool:
+    """Let an empty file share the blocks of another one; ``False`` where the file system cannot."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.ioctl(target.fileno(), _CLONE, source.fileno())
+    except OSError:
+        return False
+    return True
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Hard-link a file; ``False`` where the file system has no links, or too many of this file."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        return False
+    return True

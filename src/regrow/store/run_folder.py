@@ -5,23 +5,22 @@ for a result. At the end, the complete new folder replaces the old one, which ma
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar
 
 from regrow.core.axes import AxisGraph
 from regrow.core.tables import Table, format_html
 from regrow.nets.loaded import WeightFile, check_unchanged
 from regrow.store import run_record, schemas
-from regrow.store.atomic import write_text
-from regrow.store.convert import convert
+from regrow.store.atomic import Lock, lock, write_text
+from regrow.store.convert import convert, read_json
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger, read_undo_store, write_undo_store
-from regrow.store.locks import Lock, lock
 from regrow.store.metrics import Metrics, replace_nonfinite
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, link_tree, replace_folder, settle
 from regrow.store.versions import versions
@@ -63,35 +62,19 @@ class RunFolder:
         defaults: Mapping[str, object] | None = None,
         command: str = "",
     ) -> "RunFolder":
-        """Start a run in a new or empty folder, or resume the same run if it was interrupted.
-
-        Args:
-            out: The folder; locked until the run is finished or the ``with`` block is left.
-            verb: The command: ``"prune"``.
-            settings: Everything that the result depends on, as JSON data; a run with equal settings is the same run.
-            defaults: The method's defaults of all other settings; a run is only resumed if they are equal.
-            command: The command line that repeats the run.
-
-        Raises:
-            StoreError: If the folder holds something else, another run, or this one finished, or if another process is
-                writing there; nothing is touched.
-        """
+        """Start a run in a new or empty folder, or resume the same run if it was interrupted."""
         out, wanted = Path(out), run_record.run_identity(verb, settings, defaults)
         cls.check(out, verb=verb, settings=settings, defaults=defaults)
         with explain_os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             owner = lock(out)
-        try:
+        with _released_on_error(owner):
             resumed = run_record.is_resumable(out, wanted)
-            if resumed:
-                return cls(out / WORK, True, out, owner)
-            folder = cls(run_record.make_area(out), False, out, owner)
-            record = {"format": run_record.FORMAT, "command": command, "defaults": {}, **wanted}
-            folder._write(run_record.RUN, record | _now("started"))
-            return folder
-        except BaseException:
-            owner.release()
-            raise
+            folder = cls(out / WORK if resumed else run_record.make_area(out), resumed, out, owner)
+            if not resumed:
+                record = {"format": run_record.FORMAT, "command": command, "defaults": {}, **wanted}
+                folder._write(run_record.RUN, record | {"versions": versions(), "started": _now()})
+        return folder
 
     @classmethod
     def check(
@@ -105,9 +88,6 @@ class RunFolder:
         """Whether :meth:`create` with these arguments would resume an interrupted run (``False``: start a new one).
 
         What killed processes left beside the folder is deleted; nothing else is changed.
-
-        Raises:
-            StoreError: As :meth:`create`.
         """
         out = Path(out)
         check_replaceable(out)
@@ -122,40 +102,28 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, out: str | Path) -> "RunFolder":
-        """Open the run in a folder for writing, finished or not; a finished one does not change until :meth:`finish`.
-
-        Raises:
-            StoreError: If there is no run, or another process is writing there.
-        """
+        """Open the run in a folder for writing; a finished one does not change until :meth:`finish`."""
         out = Path(out)
         check_replaceable(out)
         with explain_os_errors(out):
             owner = lock(out)
-        try:
+        with _released_on_error(owner):
             if not run_record.unfinished_folder(out):
                 cls.open(out)
                 run_record.copy_into_area(out)
-        except BaseException:
-            owner.release()
-            raise
         return cls(out / WORK, True, out, owner)
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
-        """Open a finished run for reading.
-
-        Raises:
-            StoreError: If there is no readable ``run.json``, or the run is not finished; names the command for it.
-        """
+        """Open a finished run for reading."""
         path = Path(path)
         settle(path)
-        found = cls(path)
-        if not (path / run_record.RUN).is_file() or not found.run().get("finished"):
-            begun = cls.open_unfinished(path)
-            if begun is not None:
+        folder = cls(path)
+        if not (path / run_record.RUN).is_file() or not folder.run().get("finished"):
+            if begun := cls.open_unfinished(path):
                 raise StoreError(f"{path}: the run is not finished; resume it first: {begun.run().get('command')}")
-            found.run()
-        return found
+            folder.run()
+        return folder
 
     @classmethod
     def open_unfinished(cls, path: str | Path) -> "RunFolder | None":
@@ -165,52 +133,37 @@ class RunFolder:
 
     def _repr_html_(self) -> str:
         """Return what the run is and the sizes that it measured as HTML tables, for notebooks."""
-        run, sizes = self.run(), [row for row in self.metrics() if row["what"] == "size"]
+        run = self.run()
         facts = [(name, run[name]) for name in ("verb", "command", "started", "finished") if run.get(name)]
         columns = ("model", "params_all", "params_counted", "macs", "bytes")
-        rows = [tuple(row.get(name, "–") for name in columns) for row in sizes]
+        rows = [tuple(row.get(name, "–") for name in columns) for row in self.metrics() if row["what"] == "size"]
         heads = ("model", "parameters", "weights", "MACs", "bytes")
         return format_html([Table(str(self.path), ("", ""), facts), Table("", heads, rows, (1, 2, 3, 4))])
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.owner:
             self.owner.release()
 
     def run(self) -> dict[str, Any]:
-        """Return the content of ``run.json``.
-
-        Raises:
-            StoreError: If it is missing or damaged.
-        """
+        """Return the content of ``run.json``."""
         return run_record.read_run(self.path)
 
     def update(self, **fields: object) -> None:
-        """Set fields of ``run.json`` to JSON data, such as ``seconds`` or ``notes``; fields set to None are removed.
-
-        Raises:
-            StoreError: If the disk is full; the file is then as it was.
-        """
+        """Set fields of ``run.json`` to JSON data, such as ``seconds`` or ``notes``; fields set to None are removed."""
         self._write(run_record.RUN, {name: value for name, value in (self.run() | fields).items() if value is not None})
 
     def finish(self, write_page: WritePage | None = None, **fields: object) -> "RunFolder":
         """Complete the run: its files replace the folder for which it was started, atomically.
 
-        Args:
-            write_page: Writes the report page into the folder that it is given; the page is then part of the result.
-            fields: Fields of ``run.json`` to set, besides the finishing time.
-
         Returns:
             The finished run, without the files for resuming; the folder is no longer locked.
-
-        Raises:
-            ValueError: If a file of :attr:`inputs` was changed, or the disk is full; the old folder is not changed.
         """
         if self.out is None:
             raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")
-        self.update(**fields, **_now("finished"))
+        self.update(**fields, finished=_now())
         if write_page:
             write_page(self.path)
         check_unchanged(self.inputs)
@@ -231,120 +184,75 @@ class RunFolder:
         return Ledger(self.path / "ledger.json", int((self.run().get("parent") or {}).get("plans", 0)))
 
     def write_undo_store(self, undo: UndoStore) -> None:
-        """Write ``undo_store.safetensors``: the units that cuts removed, so that a later run can restore them.
-
-        Raises:
-            StoreError: If the disk is full; the file is then as it was.
-        """
+        """Write ``undo_store.safetensors``: the units that cuts removed, so that a later run can restore them."""
         write_undo_store(self.path / "undo_store.safetensors", undo)
 
     def read_undo_store(self) -> UndoStore:
-        """Return the store of what cuts removed; an empty store if none was written.
-
-        Raises:
-            StoreError: If the file is damaged.
-        """
+        """Return the store of what cuts removed; an empty store if none was written."""
         path = self.path / "undo_store.safetensors"
         return read_undo_store(path) if path.exists() else UndoStore()
 
     def log(self, what: str, *, number: int | None = None, **values: object) -> None:
-        """Append a measurement to ``metrics.jsonl`` unless it is there already; it is on the disk when this returns.
-
-        Args:
-            what: The kind of measurement: ``"perplexity"``, ``"size"``. Rows of a kind
-                in ``regrow.store.metrics.KEYS`` are identified by the fields named there; others are always added.
-            number: The number of this measurement among its kind, for ``regrow.store.metrics.NUMBERED``.
-            values: The measured values, as JSON data; numbers that are not finite become null.
-
-        Raises:
-            StoreError: If the disk is full; the file then holds what it held.
-        """
+        """Append a measurement to ``metrics.jsonl`` unless it is there already; it is on the disk when this returns."""
         if self._metrics.add({"what": what, **values}, number) and self.send:
             self.send({"what": what, **values})
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return every measurement of ``metrics.jsonl``, in order; a last line that a crash truncated is left out.
-
-        Raises:
-            StoreError: If another line is damaged, or lacks what a row of its kind holds; names the line and the field.
-        """
+        """Return every measurement of ``metrics.jsonl``, in order; a last line that a crash truncated is left out."""
         return self._metrics.rows()
 
     def last(self, what: str) -> dict[str, Any]:
-        """Return the last measurement of the kind ``what``.
-
-        Raises:
-            StoreError: If there is no measurement of this kind.
-        """
-        if not (found := [row for row in self.metrics() if row["what"] == what]):
+        """Return the last measurement of the kind ``what``."""
+        if not (rows := [row for row in self.metrics() if row["what"] == what]):
             raise StoreError(f"{self.path / 'metrics.jsonl'}: it has no measurement {what!r}; run the command again")
-        return found[-1]
+        return rows[-1]
 
     @cached_property
     def _metrics(self) -> Metrics:
         return Metrics(self.path / "metrics.jsonl")
 
     def write_axes(self, before: AxisGraph, after: AxisGraph) -> None:
-        """Write ``axes.json``: the axes of the model before and after the run.
-
-        Args:
-            before: The axes before.
-            after: The axes after.
-        """
+        """Write ``axes.json``: the axes of the model before and after the run."""
         rows = {"before": before, "after": after}
         self._write("axes.json", {name: [asdict(row) for row in axes.inventory()] for name, axes in rows.items()})
 
     def axes(self) -> dict[str, Any]:
-        """Return the content of ``axes.json``; empty if there is no such file.
-
-        Raises:
-            StoreError: If it is damaged; names the field.
-        """
+        """Return the content of ``axes.json``; empty if there is no such file."""
         return self._record("axes.json", schemas.AxisRows)
 
     def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, object]]) -> None:
-        """Write ``scores.json``: a summary of the importance scores of every axis.
-
-        Args:
-            metric: The name of the importance metric.
-            axes: Axis key → ``quantiles`` (21 numbers), ``kept_min``, ``dropped_max`` and ``massive`` (of units).
-        """
+        """Write ``scores.json``: a summary of the importance scores of every axis."""
         self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
 
     def scores(self) -> dict[str, Any]:
-        """Return the content of ``scores.json``; empty if there is no such file.
-
-        Raises:
-            StoreError: If it is damaged; names the field.
-        """
+        """Return the content of ``scores.json``; empty if there is no such file."""
         return self._record("scores.json", schemas.ScoreSummary)
 
     def write_findings(self, method: str, findings: Mapping[str, object]) -> None:
-        """Write ``findings.json``: the tables in which a method explains its choice.
-
-        Args:
-            method: The method's name.
-            findings: Tables by name, as JSON data.
-        """
+        """Write ``findings.json``: the tables in which a method explains its choice."""
         self._write("findings.json", {"method": method, **findings})
 
     def findings(self) -> dict[str, Any]:
-        """Return the content of ``findings.json``; empty if there is no such file.
-
-        Raises:
-            StoreError: If it is damaged; names the field.
-        """
+        """Return the content of ``findings.json``; empty if there is no such file."""
         return self._record("findings.json", schemas.Findings)
 
     def _write(self, name: str, data: Mapping[str, object]) -> None:
         write_text(self.path / name, json.dumps(replace_nonfinite(data), indent=1, allow_nan=False) + "\n")
 
     def _record(self, name: str, kind: type[Any]) -> dict[str, Any]:
-        if (data := run_record.read_json(self.path / name)) is not None:
+        if (data := read_json(self.path / name)) is not None:
             convert(data, kind, self.path / name)
         return dict(data or {})
 
 
-def _now(what: str) -> dict[str, Any]:
-    time = {what: datetime.now(UTC).isoformat(timespec="seconds")}
-    return {"versions": versions(), **time} if what == "started" else time
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def _released_on_error(owner: Lock) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        owner.release()
+        raise

@@ -12,13 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from regrow.core.errors import InputError
-from regrow.core.limits import parse_json, problem
 from regrow.settings.declaration import check_settings
 from regrow.store import schemas
 from regrow.store.atomic import LEFTOVER, write_text
-from regrow.store.convert import check_format, convert
-from regrow.store.errors import StoreError, check_readable, explain_os_errors
+from regrow.store.convert import check_format, convert, read_json
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.replacing import WORK, link_tree
 
 if TYPE_CHECKING:
@@ -27,40 +25,21 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound="DataclassInstance")
 RUN = "run.json"
 FORMAT = "regrow-run/2"
-_LONGEST = 2**28
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read and check the ``run.json`` of a run folder.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        StoreError: If it is missing or damaged.
-    """
-    data = read_json(folder / RUN)
-    if data is None:
+    """Read and check the ``run.json`` of a run folder."""
+    run: dict[str, Any] | None = read_json(folder / RUN)
+    if run is None:
         raise StoreError(f"{folder} is not a run folder (no {RUN}); give the folder of a run")
-    check_format(data, FORMAT, folder / RUN)
-    convert(data, schemas.RunJson, folder / RUN)
-    run: dict[str, Any] = data
+    check_format(run, FORMAT, folder / RUN)
+    convert(run, schemas.RunJson, folder / RUN)
     return run
 
 
 def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Settings:
-    """Convert the recorded settings of a run to the dataclass of its command, and check them.
-
-    Args:
-        values: The recorded settings.
-        kind: The dataclass of the command's settings.
-
-    Raises:
-        StoreError: If a setting is missing, of another type, or unknown: a setting that is ignored would be another
-            run.
-        InputError: If a setting is out of its range.
-    """
-    known = {one.name for one in fields(kind)}
+    """Convert the recorded settings of a run to the dataclass of its command, and check them."""
+    known = {field.name for field in fields(kind)}
     if unknown := sorted(values.keys() - known):
         raise StoreError(f"settings: {unknown[0]!r:.60} is unknown here; use the version of regrow that wrote the run")
     if missing := sorted(known - values.keys()):
@@ -71,15 +50,7 @@ def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Sett
 
 
 def check_repeatable(path: Path, run: Mapping[str, Any]) -> None:
-    """Raise StoreError if a run got its data from Python, so that no command line can read them again.
-
-    Args:
-        path: The folder.
-        run: The content of its ``run.json``.
-
-    Raises:
-        StoreError: Names the function to call.
-    """
+    """Raise StoreError if a run got its data from Python, so that no command line can read them again."""
     if run.get("python") is not None:
         raise StoreError(
             f"{path} was written by regrow.{run.get('verb')} in Python with data that no file names; call that again, "
@@ -87,97 +58,57 @@ def check_repeatable(path: Path, run: Mapping[str, Any]) -> None:
         )
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file that may be hostile; ``None`` if it does not exist.
-
-    Args:
-        path: The file.
-
-    Raises:
-        StoreError: If the file is damaged.
-    """
-    if not path.is_file():
-        return None
-    check_readable(path)
-    if path.stat().st_size > _LONGEST:
-        raise StoreError(f"{path} is too long to be of a run; restore it")
-    try:
-        return parse_json(path.read_text(encoding="utf-8"), "its text")
-    except (OSError, ValueError, InputError) as error:
-        raise StoreError(f"{path} cannot be read ({problem(error)}); restore it") from None
-
-
 def run_identity(verb: str, settings: Mapping[str, object], defaults: Mapping[str, object] | None) -> dict[str, Any]:
-    """Return what identifies a run (command, settings, defaults), as it would come back from ``run.json``.
-
-    Args:
-        verb: The command: ``"prune"``.
-        settings: Everything that the result depends on, as JSON data.
-        defaults: The method's defaults of all other settings.
-    """
-    given = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
-    identity: dict[str, Any] = json.loads(json.dumps(given))
-    return identity
+    """Return what identifies a run (command, settings, defaults), as it would come back from ``run.json``."""
+    identity = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
+    return dict(json.loads(json.dumps(identity)))
 
 
 def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise StoreError unless the run in a folder is the wanted one, and not finished.
-
-    Args:
-        path: The folder.
-        run: The content of its ``run.json``.
-        wanted: The result of :func:`run_identity` for the wanted run.
-
-    Raises:
-        StoreError: Names the first difference.
-    """
+    """Raise StoreError unless the run in a folder is the wanted one, and not finished."""
     if run["verb"] != wanted["verb"]:
         raise StoreError(f"{path} holds a run of {run['verb']!r}; choose another folder, or delete it")
-    old, new = run["settings"], wanted["settings"]
-    if other := [key for key in {**new, **old} if old.get(key) != new.get(key)]:
-        was, now = (json.dumps(settings.get(other[0]))[:60] for settings in (old, new))
+    if difference := _first_difference(run["settings"], wanted["settings"]):
+        name, was, now = difference
         raise StoreError(
-            f"{path} holds another run ({other[0]} was {was}, here {now}); choose another folder, or delete it"
+            f"{path} holds another run ({name} was {was}, here {now}); choose another folder, or delete it"
         )
     if run.get("finished"):
         raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
-    if "defaults" not in wanted:
-        return
-    old, new = run["defaults"], wanted["defaults"]
-    if other := [key for key in {**new, **old} if key not in old or old[key] != new.get(key)]:
-        was, now = (json.dumps(values[other[0]])[:60] if other[0] in values else "unknown" for values in (old, new))
+    if difference := _first_difference(run["defaults"], wanted.get("defaults", run["defaults"]), strict=True):
+        name, was, now = difference
         raise StoreError(
-            f"{path} was begun by regrow {run['versions'].get('regrow')}, where {other[0]} was {was} unless told, "
+            f"{path} was begun by regrow {run['versions'].get('regrow')}, where {name} was {was} unless told, "
             f"here {now}: finish it with that version, or choose another folder"
         )
 
 
-def unfinished_folder(out: Path) -> Path | None:
-    """Return the folder that has the files of the unfinished run in ``out``; ``None`` if there is none.
+def _first_difference(
+    old: Mapping[str, object], new: Mapping[str, object], *, strict: bool = False
+) -> tuple[str, str, str] | None:
+    """Return the name of the first setting that differs, and both values in short; ``None`` if all are equal.
 
-    Args:
-        out: The folder of the run.
-
-    Raises:
-        StoreError: If a ``run.json`` is damaged, or the working area leads out of the folder.
+    If ``strict``, one that the old settings do not have differs from one that is ``None``.
     """
+    for name in {**new, **old}:
+        if old.get(name) != new.get(name) or (strict and name not in old):
+            missing = "unknown" if strict else "null"
+            was, now = (json.dumps(values[name])[:60] if name in values else missing for values in (old, new))
+            return name, was, now
+    return None
+
+
+def unfinished_folder(out: Path) -> Path | None:
+    """Return the folder that has the files of the unfinished run in ``out``; ``None`` if there is none."""
     check_area(out / WORK)
     return out / WORK if (out / WORK / RUN).is_file() else None
 
 
 def is_resumable(out: Path, wanted: Mapping[str, object]) -> bool:
-    """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing, else it is refused.
-
-    Args:
-        out: The folder.
-        wanted: The result of :func:`run_identity` for the wanted run.
-
-    Raises:
-        StoreError: If the folder holds anything else: another run, this one finished, or files of something else.
-    """
+    """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing, else it is refused."""
     if not out.is_dir():
         return False
-    names = {one.name for one in out.iterdir() if not LEFTOVER.fullmatch(one.name)}
+    names = {path.name for path in out.iterdir() if not LEFTOVER.fullmatch(path.name)}
     if RUN in names:
         check_same(out, read_run(out), wanted)
         raise StoreError(f"{out / RUN} has no finishing time; restore it, or delete {out}")
@@ -191,39 +122,25 @@ def is_resumable(out: Path, wanted: Mapping[str, object]) -> bool:
 
 
 def check_area(area: Path) -> None:
-    """Raise StoreError if the working area or a folder in it is a symbolic link, so that all writes stay inside it.
-
-    Args:
-        area: The working area.
-
-    Raises:
-        StoreError: If one is a symbolic link, or the working area is a file.
-    """
+    """Raise StoreError if the working area or a folder in it is a symbolic link, so that all writes stay inside it."""
     inside = (Path(at) / name for at, names, _ in os.walk(area) for name in names)
-    for one in (area, *inside):
-        if one.is_symlink() or (one.exists() and not one.is_dir()):
-            raise StoreError(f"{one} is not a folder of its own, as unfinished work needs it; delete {area}")
+    for path in (area, *inside):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise StoreError(f"{path} is not a folder of its own, as unfinished work needs it; delete {area}")
 
 
 def make_area(out: Path) -> Path:
-    """Create an empty working area in a folder, and return its path.
-
-    Args:
-        out: The folder of the run.
-    """
+    """Create an empty working area in a folder, and return its path."""
+    area = out / WORK
     with explain_os_errors(out):
-        if (out / WORK).exists():
-            shutil.rmtree(out / WORK)
-        (out / WORK).mkdir()
-    return out / WORK
+        if area.exists():
+            shutil.rmtree(area)
+        area.mkdir()
+    return area
 
 
 def copy_into_area(out: Path) -> None:
-    """Fill the working area with the files of the finished run in a folder, so that they can be changed there.
-
-    Args:
-        out: The folder of the run.
-    """
+    """Fill the working area with the files of the finished run in a folder, so that they can be changed there."""
     area = make_area(out)
     with explain_os_errors(out):
         link_tree(out, area, skip={WORK, RUN}, copy={"metrics.jsonl"})

@@ -1,20 +1,88 @@
 """Schemas of the JSON records in files; :func:`regrow.store.convert.convert` validates them.
 
-A record from which a network is built may not have unknown fields; one that is only shown may. The schemas do not
-need torch.
+A record from which a network is built may not have unknown fields; one that is only shown may.
 """
 
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from regrow.store.plan_schemas import Count, InsertionJson, PlaceholderJson, Size
-
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Whole = Annotated[int, msgspec.Meta(ge=-(2**63) + 1, le=2**63 - 1)]
 Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
 Index = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,18}$")]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class SlotJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A slot: where the units of an axis lie in one dimension of a tensor."""
+
+    name: str
+    dim: Count
+    outer: Count
+    stride: Count
+    inner: Count
+    offset: Count
+    role: Literal["produces", "consumes", "scales", "shifts"]
+
+
+class FillJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How new units are initialised: the rule, and the random seed."""
+
+    rule: str
+    seed: Count
+
+
+class ChangeJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a plan does to one axis: units kept, added and restored."""
+
+    size: Count
+    keep: list[Count]
+    slots: list[SlotJson]
+    ids: list[Count]
+    grow: Count
+    fill: FillJson
+    restore: list[Count]
+    fresh: bool
+
+
+class PlaceholderJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The placeholder that replaces a dropped module: what it returns, and from which argument."""
+
+    gives: Literal["zero", "input", "nothing"]
+    takes: Annotated[int, msgspec.Meta(ge=0, lt=256)] | str
+    of: Annotated[int, msgspec.Meta(ge=0, le=256)]
+    at: Annotated[int, msgspec.Meta(ge=0, lt=256)]
+
+
+class BlockCopyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A copy of a block in a stack: its place, what it copies, and which of its parameters are 0."""
+
+    position: Size
+    of: Size
+    zeros: list[str]
+
+
+class InsertionJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Copies of blocks that are inserted into a stack."""
+
+    size: Size
+    copies: Annotated[list[BlockCopyJson], msgspec.Meta(max_length=4096)]
+
+
+class PlanJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A plan as JSON; ``origin`` is only informative."""
+
+    format: Literal["regrow-plan/1"]
+    changes: dict[str, ChangeJson]
+    origin: dict[str, Any]
+    means: dict[str, dict[str, float]]
+    drop: dict[str, dict[str, PlaceholderJson]]
+    back: list[str]
+    insert: dict[str, InsertionJson] = {}
+    remove: dict[str, InsertionJson] = {}
 
 
 class ParentJson(msgspec.Struct, frozen=True):
@@ -260,43 +328,9 @@ class CourseHeader(msgspec.Struct, frozen=True):
     open: list[dict[str, Any]]
 
 
-class StatisticsHeader(msgspec.Struct, frozen=True):
-    """The header of a file with the calibration statistics of one shard of a source."""
-
-    source: str
-    shard: Count
-    key: str
-    tokens: Count
-    moments: list[tuple[str, Count, Count]]
-    gradients: list[str]
-    fisher: list[str]
-
-
 class RecoveryHeader(msgspec.Struct, frozen=True):
     """The header of ``recovery.safetensors``, a checkpoint of recovery training."""
 
     step: Count
     values: dict[str, Any]
     key: str = ""
-
-
-class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The header of ``probe.st``: an input, and digests of the network's output for it.
-
-    Args:
-        inputs: The positional and the keyword arguments; a tensor is ``{"tensor": number}``.
-        patterns: For each input tensor its dtype and shape if a fixed pattern replaces it, ``None`` if its numbers are
-            stored.
-        outputs: The SHA-256 of each output tensor.
-        exact: Whether the weights had the memory layout of a loaded network, so that outputs must agree bit for bit.
-        conditions: Versions and hardware that the last bits of an output depend on.
-    """
-
-    format: str
-    names: list[str]
-    sha256: str
-    inputs: tuple[Any, Any]
-    patterns: list[tuple[str, Shape] | None]
-    outputs: list[str]
-    exact: bool
-    conditions: dict[str, str]

@@ -19,7 +19,7 @@ from regrow.nets import Origin
 from regrow.store import schemas
 from regrow.store.convert import check_format, convert
 from regrow.store.errors import StoreError
-from regrow.store.plan_schemas import InsertionJson, PlaceholderJson
+from regrow.store.schemas import InsertionJson, PlaceholderJson
 
 FORMAT = "regrow-shapes/2"
 DTYPES: Mapping[str, torch.dtype] = {
@@ -159,22 +159,14 @@ class Shapes:
             "dropped": list(self.dropped),
             "stands": {path: asdict(placeholder) for path, placeholder in self.placeholders.items()},
             "tensors": {name: _tensor_to_json(stored) for name, stored in self.tensors.items()},
-            "inserted": {path: [asdict(one) for one in several] for path, several in self.inserted.items()},
+            "inserted": {path: [asdict(row) for row in rows] for path, rows in self.inserted.items()},
         }
         data["sha256"] = content_digest(data)
         return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str, *, check: bool = True) -> "Shapes":
-        """Parse and validate a record, which may come from anybody.
-
-        Args:
-            text: The output of :meth:`to_json`.
-            check: Whether to compare the content with its digest.
-
-        Raises:
-            StoreError: If the text is not such a record, or was changed; the message says what is wrong.
-        """
+        """Parse and validate a record, which may come from anybody."""
         try:
             data: Any = parse_json(text, "it")
         except InputError as error:
@@ -183,34 +175,37 @@ class Shapes:
         record = convert(data, schemas.ShapesJson)
         if check and record.sha256 != content_digest(data):
             raise StoreError("it does not have the SHA-256 that it names: it is damaged or was changed; copy it again")
-        copies = sum(len(one.copies) for several in record.inserted.values() for one in several)
+        copies = sum(len(insertion.copies) for insertions in record.inserted.values() for insertion in insertions)
         if copies > len(record.tensors):
             raise StoreError(
                 f"inserted: {copies} blocks, but only {len(record.tensors)} tensors are stored; restore it"
             )
-        origin, probe = record.origin, record.probe
+        for place in record.attributes:
+            if place.count(":") != 1:
+                raise StoreError(f"attribute {place!r:.80} is not named module:attribute; restore it")
+        origin, probe = record.origin, Probe()
+        if "reason" in record.probe:
+            probe = Probe(reason=convert(record.probe, schemas.NoProbe, "probe").reason)
+        else:
+            stored = convert(record.probe, schemas.StoredFile, "probe")
+            probe = Probe(File(stored.bytes, stored.sha256, stored.header))
         return cls(
             Origin(origin.kind, origin.reference, origin.config, origin.name),
-            {name: _tensor(name, one) for name, one in record.tensors.items()},
-            {_place(place): value for place, value in record.attributes.items()},
+            {name: _tensor(name, stored) for name, stored in record.tensors.items()},
+            record.attributes,
             record.ties,
             tuple(record.dropped),
             record.compared,
-            {name: _file(name, one) for name, one in record.files.items()},
+            {name: _file(name, stored) for name, stored in record.files.items()},
             record.versions,
-            {path: _placeholder(path, one) for path, one in record.stands.items()},
-            Probe(reason=convert(probe, schemas.NoProbe, "probe").reason)
-            if "reason" in probe
-            else Probe(_file(PROBE, convert(probe, schemas.StoredFile, "probe"))),
-            {path: tuple(_insertion(path, one) for one in several) for path, several in record.inserted.items()},
+            {path: _placeholder(path, placeholder) for path, placeholder in record.stands.items()},
+            probe,
+            {path: tuple(_insertion(path, row) for row in rows) for path, rows in record.inserted.items()},
         )
 
 
 def content_digest(data: Mapping[str, object]) -> str:
     """Return the SHA-256 of a record's JSON with sorted keys and no spaces, leaving out ``sha256`` itself.
-
-    Args:
-        data: The record as JSON data.
 
     >>> content_digest({"b": 1, "a": 2}) == content_digest({"a": 2, "b": 1, "sha256": "…"})
     True
@@ -241,35 +236,31 @@ def _lines(value: Any) -> str:
     return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}"
 
 
-def _tensor(name: str, one: schemas.StoredTensor) -> Stored:
-    if one.dtype not in DTYPES:
-        raise StoreError(f"tensor {name!r} has the dtype {one.dtype!r:.80}; known dtypes: {', '.join(DTYPES)}")
-    return Stored(one.dtype, one.shape, Kind(one.kind), one.trains, one.was, one.added, one.sha256)
+def _tensor(name: str, record: schemas.StoredTensor) -> Stored:
+    if record.dtype not in DTYPES:
+        raise StoreError(f"tensor {name!r} has the dtype {record.dtype!r:.80}; known dtypes: {', '.join(DTYPES)}")
+    kind = Kind(record.kind)
+    return Stored(record.dtype, record.shape, kind, record.trains, record.was, record.added, record.sha256)
 
 
-def _place(place: str) -> str:
-    if place.count(":") != 1:
-        raise StoreError(f"attribute {place!r:.80} is not named module:attribute; restore it")
-    return place
-
-
-def _placeholder(path: str, one: PlaceholderJson) -> Placeholder:
+def _placeholder(path: str, record: PlaceholderJson) -> Placeholder:
     try:
-        return Placeholder(one.gives, one.takes, one.of, one.at)
+        return Placeholder(record.gives, record.takes, record.of, record.at)
     except ValueError as error:
         raise StoreError(f"stands: {path}: {error}; restore it") from None
 
 
-def _insertion(path: str, one: InsertionJson) -> Insertion:
-    insertion = Insertion(one.size, tuple(BlockCopy(copy.position, copy.of, tuple(copy.zeros)) for copy in one.copies))
+def _insertion(path: str, record: InsertionJson) -> Insertion:
+    copies = (BlockCopy(copy.position, copy.of, tuple(copy.zeros)) for copy in record.copies)
     try:
+        insertion = Insertion(record.size, tuple(copies))
         insertion.check(path)
     except ValueError as error:
         raise StoreError(f"inserted: {error}; restore it") from None
     return insertion
 
 
-def _file(name: str, one: schemas.StoredFile) -> File:
-    if name != PROBE and not FILE_NAME.fullmatch(name):
+def _file(name: str, record: schemas.StoredFile) -> File:
+    if not FILE_NAME.fullmatch(name):
         raise StoreError(f"{name!r:.80} is no name of a safetensors file in this folder; restore it")
-    return File(one.bytes, one.sha256, one.header)
+    return File(record.bytes, record.sha256, record.header)

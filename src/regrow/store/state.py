@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from regrow.core.branches import Placeholder, lies_in
+from regrow.core.change import Insertion
 from regrow.nets import Origin
-from regrow.store.atomic import StoreError
 from regrow.store.attributes import (
     attribute_tensors,
     check_attribute,
@@ -19,12 +20,12 @@ from regrow.store.attributes import (
     packed_tensors,
     replace_tensors,
 )
-from regrow.store.modules import drop, insert
+from regrow.store.errors import StoreError
 from regrow.store.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
-from regrow.store.tensor_file import as_bytes
+from regrow.store.tensors import as_bytes
 from regrow.tracing import attributes as named
-from regrow.tracing.branches import find_placeholders
-from regrow.tracing.stacks import find_insertions
+from regrow.tracing.branches import find_placeholders, insert_placeholders
+from regrow.tracing.stacks import StackError, find_insertions, insert_copies
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,7 @@ class Held:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Held]:
-    """Return every parameter and buffer under each of its names.
-
-    Args:
-        model: The network.
-    """
+    """Return every parameter and buffer under each of its names."""
     result: dict[str, Held] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
@@ -61,9 +58,6 @@ def named_tensors(model: nn.Module) -> dict[str, Held]:
 
 def find_ties(tensors: Mapping[str, Held]) -> dict[str, str]:
     """Return, for every further name of a tied tensor, its first name.
-
-    Args:
-        tensors: Name → tensor, from :func:`named_tensors`.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     >>> net["b"].weight = net["a"].weight
@@ -87,9 +81,6 @@ def find_ties(tensors: Mapping[str, Held]) -> dict[str, str]:
 def find_numbers(model: nn.Module) -> dict[str, Number]:
     """Return ``module:attribute`` → value, for every module attribute that is a number or a tuple of integers.
 
-    Args:
-        model: The network.
-
     >>> find_numbers(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))["1:normalized_shape"]
     (3,)
     """
@@ -104,9 +95,6 @@ def find_numbers(model: nn.Module) -> dict[str, Number]:
 def settable_places(model: nn.Module) -> set[str]:
     """Return ``module:attribute`` of attributes that are ``None`` and may become a number (a default epsilon).
 
-    Args:
-        model: The network.
-
     >>> settable_places(nn.RMSNorm(3))
     {':eps'}
     """
@@ -120,18 +108,7 @@ def settable_places(model: nn.Module) -> set[str]:
 
 
 def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: torch.dtype | None) -> Shapes:
-    """Return the record of a network: how it differs from its newly built architecture, without files.
-
-    Args:
-        model: The network.
-        fresh: The same architecture newly built, or ``None``: then everything is recorded. Modules that were dropped
-            from the network are dropped from it too.
-        origin: How to build the architecture.
-        dtype: The dtype in which floating-point tensors will be stored; unchanged if ``None``.
-
-    Raises:
-        StoreError: If the network could not be rebuilt from the record, or a tensor cannot be stored.
-    """
+    """Return the record of a network: how it differs from its newly built architecture, without files."""
     placeholders, inserted = find_placeholders(model), find_insertions(model)
     if fresh is not None:
         insert(fresh, inserted)
@@ -174,15 +151,7 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
 
 
 def check(fresh: nn.Module, shapes: Shapes) -> None:
-    """Raise StoreError unless a newly built network, with its modules dropped, fits the record.
-
-    Args:
-        fresh: The newly built network.
-        shapes: The record.
-
-    Raises:
-        StoreError: If a tensor or attribute is missing or has another shape; names the first.
-    """
+    """Raise StoreError unless a newly built network, with its modules dropped, fits the record."""
     there = named_tensors(fresh)
     for name, stored in shapes.tensors.items():
         if stored.kind is Kind.ATTRIBUTE and is_place(name):
@@ -212,24 +181,19 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
 
 
 def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> None:
-    """Give a newly built and checked network the recorded tensors and numbers, in place.
-
-    Args:
-        model: The newly built network.
-        shapes: The record.
-        tensors: Name → tensor, each in its own storage.
-    """
-    made: dict[str, Tensor] = {}
-    before = {name: here.tensor for name, here in named_tensors(model).items()} | packed_tensors(model)
+    """Give a newly built and checked network the recorded tensors and numbers, in place."""
+    before = {name: held.tensor for name, held in named_tensors(model).items()} | packed_tensors(model)
+    made = {name: tensors[name] for name in shapes.tensors}
     for name, stored in shapes.tensors.items():
-        value = tensors[name]
-        made[name] = nn.Parameter(value, stored.trains) if stored.kind is Kind.PARAMETER else value
+        if stored.kind is Kind.PARAMETER:
+            made[name] = nn.Parameter(tensors[name], stored.trains)
     made |= {name: made[first] for name, first in shapes.ties.items()}
     # Assigned as a user would, not through the dictionaries: some modules keep a second list of their weights.
-    places = {name for name, one in shapes.tensors.items() if one.kind is Kind.ATTRIBUTE and is_place(name)}
-    for name in (one for one in (*made, *shapes.dropped) if one not in places):
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, made.get(name))
+    places = {name for name, stored in shapes.tensors.items() if stored.kind is Kind.ATTRIBUTE and is_place(name)}
+    for name in (*made, *shapes.dropped):
+        if name not in places:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, made.get(name))
     replace_tensors(model, {id(old): made[name] for name, old in before.items() if name in made})
     packed = packed_tensors(model)
     if lost := next((name for name in places if not _same(packed[name], made[name])), ""):
@@ -247,7 +211,10 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
 
 def _check_tensor(fresh: nn.Module, here: Held | None, name: str, stored: Stored, compared: bool) -> None:
     if here is None:
-        if not _vacant(fresh, name) or (compared and not stored.added):
+        path, _, leaf = name.rpartition(".")
+        module = dict(fresh.named_modules(remove_duplicate=False)).get(path)
+        registered = {} if module is None else {**module._parameters, **module._buffers}
+        if leaf not in registered or (compared and not stored.added):
             raise StoreError(
                 f"the architecture has no place for the tensor {name!r}; it was built by other code or settings"
             )
@@ -279,11 +246,7 @@ def _check_number(place: str, value: Number, old: Number | None) -> None:
 
 
 def _unregistered_tensors(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
-    """Return the tensors in attributes, lists and mappings that a newly built network does not have so.
-
-    Raises:
-        StoreError: If a list or mapping has a tensor where a newly built network has none of its shape.
-    """
+    """Return the tensors in attributes, lists and mappings that a newly built network does not have so."""
     own = {id(here.tensor): name for name, here in named_tensors(model).items()}
     before = {} if fresh is None else {id(here.tensor): name for name, here in named_tensors(fresh).items()}
     built = attribute_tensors(fresh) if fresh is not None else {}
@@ -315,15 +278,6 @@ def _dtype(name: str, here: Held, dtype: torch.dtype | None) -> str:
     return known
 
 
-def _vacant(model: nn.Module, name: str) -> bool:
-    """Whether the network has a parameter or buffer of this name that is ``None``."""
-    path, _, leaf = name.rpartition(".")
-    module = dict(model.named_modules(remove_duplicate=False)).get(path)
-    return module is not None and any(
-        leaf in places and places[leaf] is None for places in (module._parameters, module._buffers)
-    )
-
-
 def _is_number(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return bool(value) and all(type(part) is int for part in value)
@@ -339,3 +293,23 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
         return False
     return torch.equal(as_bytes(a), as_bytes(b))
+
+
+def insert(fresh: nn.Module, inserted: Mapping[str, tuple[Insertion, ...]]) -> None:
+    """Insert copies of blocks into a newly built network, in place."""
+    try:
+        for path, insertions in inserted.items():
+            for insertion in insertions:
+                insert_copies(fresh, path, insertion)
+    except StackError as error:
+        raise StoreError(f"{error}; it was built by other code or settings") from None
+
+
+def drop(fresh: nn.Module, placeholders: Mapping[str, Placeholder]) -> None:
+    """Replace modules of a newly built network by placeholders, in place."""
+    known = dict(fresh.named_modules())
+    for path in placeholders:
+        nested = any(lies_in(path, other) for other in placeholders if other != path)
+        if not path or path not in known or nested:
+            raise StoreError(f"the architecture has no module {path!r} to drop; it was built by other code or settings")
+    insert_placeholders(fresh, placeholders)

@@ -5,13 +5,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 from torch import Tensor, nn
 
 from regrow.core.scores import Moments, Statistics
 from regrow.core.sources import Source, preserve_random_state
-from regrow.store import schemas
 from regrow.store.convert import convert
-from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.errors import explain_os_errors
+from regrow.store.schemas import Count
 from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
 FOLDER = "statistics"
@@ -20,12 +21,20 @@ FORMAT = "regrow-statistics/2"
 _SUMS = ("total", "square", "mean_total", "mean_square")
 
 
+class StatisticsHeader(msgspec.Struct, frozen=True):
+    """The header of a file with the calibration statistics of one shard of a source."""
+
+    source: str
+    shard: Count
+    key: str
+    tokens: Count
+    moments: list[tuple[str, Count, Count]]
+    gradients: list[str]
+    fisher: list[str]
+
+
 def file_name(source: str, shard: int) -> str:
     """Return a file name for a shard of a source: safe on every disk, and different for different sources.
-
-    Args:
-        source: The source's name.
-        shard: The number of the shard.
 
     >>> file_name("news", 0), file_name("../News", 0)
     ('news-0.safetensors', 'news-ea82aa80-0.safetensors')
@@ -41,10 +50,6 @@ def file_name(source: str, shard: int) -> str:
 def fingerprint(source: Source, *more: object) -> str:
     """Return a digest of everything that statistics on a source depend on.
 
-    Args:
-        source: The source; its batches count, not its origin.
-        more: Further data that count: the number of shards, what is measured, the digest of the model.
-
     >>> import torch
     >>> from regrow.core.sources import Batch
     >>> one, two = (Source("s", [Batch((torch.tensor([i]),))]) for i in (1, 2))
@@ -59,19 +64,11 @@ def fingerprint(source: Source, *more: object) -> str:
     return digest.hexdigest()
 
 
-def write_statistics(path: Path, source: str, shard: int, statistics: Statistics, key: str) -> None:
-    """Write the statistics of one shard of a source to a file.
-
-    Args:
-        path: The file.
-        source: The source's name.
-        shard: The number of the shard.
-        statistics: The measured sums.
-        key: The digest of what they depend on, from :func:`fingerprint`.
-
-    Raises:
-        StoreError: If the disk is full or the file cannot be written.
-    """
+def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
+    """Store the measurements on one shard of a source in a run folder; ``key`` is the digest of what they depend on."""
+    path = run / FOLDER / file_name(source, shard)
+    with explain_os_errors(path.parent):
+        path.parent.mkdir(exist_ok=True)
     tensors = {f"m{i}.{part}": getattr(m, part) for i, m in enumerate(statistics.moments.values()) for part in _SUMS}
     tensors |= {f"g{i}": gradient for i, gradient in enumerate(statistics.gradients.values())}
     tensors |= {f"f{i}": squares for i, squares in enumerate(statistics.fisher.values())}
@@ -87,75 +84,34 @@ def write_statistics(path: Path, source: str, shard: int, statistics: Statistics
     write_tensors(path, tensors, header, FORMAT)
 
 
-def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics | None:
-    """Read the statistics of a shard; ``None`` if the file is damaged or of another source, shard or key.
-
-    Args:
-        path: The file.
-        source: The source's name.
-        shard: The number of the shard.
-        key: The digest that the file must have.
-    """
-    try:
-        header, tensors = read_tensors(path, FORMAT)
-        record = convert(header, schemas.StatisticsHeader)
-        if (record.source, record.shard, record.key) != (source, shard, key):
-            return None
-        moments = {
-            name: Moments(count, tensors[f"m{i}.total"], tensors[f"m{i}.square"], sequences, *_means(tensors, i))
-            for i, (name, count, sequences) in enumerate(record.moments)
-        }
-        gradients = {name: tensors[f"g{i}"] for i, name in enumerate(record.gradients)}
-        fisher = {key: tensors[f"f{i}"] for i, key in enumerate(record.fisher)}
-        return Statistics(source, record.tokens, moments, gradients, fisher)
-    except (StoreError, ValueError, KeyError, TypeError):
-        return None
-
-
-def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
-    """Store the measurements on one shard of a source in a run folder, for resuming.
-
-    Args:
-        run: The run folder, or its working area.
-        source: The name of the source.
-        shard: The number of the shard.
-        statistics: The measured sums.
-        key: The digest of what they depend on (:func:`fingerprint`), by which they are found.
-
-    Raises:
-        StoreError: If the disk is full.
-    """
-    path = run / FOLDER / file_name(source, shard)
-    with explain_os_errors(path.parent):
-        path.parent.mkdir(exist_ok=True)
-    write_statistics(path, source, shard, statistics, key)
-
-
 def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
     """Return the shards that an interrupted calibration finished, by source and number, for ``collect(done=…)``.
 
-    Args:
-        run: The run folder, or its working area.
-        keys: Source name → the digest that its statistics must have.
-        shards: The number of parts into which each source is split.
+    Files that are damaged or of another source, shard or key are left out.
     """
     finished = {}
     for source, key in keys.items():
         for shard in range(shards):
-            path = run / FOLDER / file_name(source, shard)
-            if path.is_file() and (statistics := read_statistics(path, source, shard, key)) is not None:
-                finished[source, shard] = statistics
+            try:
+                header, tensors = read_tensors(run / FOLDER / file_name(source, shard), FORMAT)
+                record = convert(header, StatisticsHeader)
+                if (record.source, record.shard, record.key) == (source, shard, key):
+                    finished[source, shard] = _statistics(record, tensors)
+            except (ValueError, KeyError, TypeError):
+                continue
     return finished
 
 
-def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
-    return tensors[f"m{i}.mean_total"], tensors[f"m{i}.mean_square"]
+def _statistics(record: StatisticsHeader, tensors: Mapping[str, Tensor]) -> Statistics:
+    moments = {}
+    for i, (name, count, sequences) in enumerate(record.moments):
+        total, square, mean_total, mean_square = (tensors[f"m{i}.{part}"] for part in _SUMS)
+        moments[name] = Moments(count, total, square, sequences, mean_total, mean_square)
+    gradients = {name: tensors[f"g{i}"] for i, name in enumerate(record.gradients)}
+    fisher = {name: tensors[f"f{i}"] for i, name in enumerate(record.fisher)}
+    return Statistics(record.source, record.tokens, moments, gradients, fisher)
 
 
 def parameter_sums(model: nn.Module) -> list[float]:
-    """Return one sum per parameter, which tells different weights apart cheaply.
-
-    Args:
-        model: The network.
-    """
+    """Return one sum per parameter, which tells different weights apart cheaply."""
     return [float(p.detach().flatten()[:4096].float().double().sum()) for p in model.parameters()]

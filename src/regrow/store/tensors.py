@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,7 +18,92 @@ from regrow.distributed.parallel import whole
 from regrow.store.atomic import atomic_write
 from regrow.store.convert import check_format
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.tensor_file import TensorFile, as_bytes
+
+DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The names of dtypes in the file; tensors are sorted in this order, then by name."""
+
+
+class TensorFile:
+    """A safetensors file that is being written, its tensors one by one in any order.
+
+    Args:
+        path: The file.
+        entries: Name → dtype and shape of every tensor that it will hold.
+        metadata: Text entries of the file's metadata; sorted in the file.
+
+    Raises:
+        OSError: If the disk is full or write permission is missing.
+        ValueError: If the format has no name for a dtype.
+    """
+
+    def __init__(
+        self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
+        if unknown := [name for name, (dtype, _) in entries.items() if dtype not in DTYPE_NAMES]:
+            kind = str(entries[unknown[0]][0]).removeprefix("torch.")
+            raise ValueError(f"safetensors files do not hold {kind}, the dtype of {unknown[0]}; convert it first")
+        order = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
+        header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+        self.places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name in sorted(entries, key=lambda name: (order[entries[name][0]], name)):
+            dtype, shape = entries[name]
+            begin, end = end, end + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            self.places[name] = begin, end
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.path, self.header = path, struct.pack("<Q", len(text)) + text
+        self.file = path.open("wb", buffering=0)
+        self._write(0, memoryview(self.header))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor in its place."""
+        begin, end = self.places[name]
+        if tensor.nbytes != end - begin:
+            raise ValueError(f"{name} has {tensor.nbytes} bytes, not the {end - begin} in the header")
+        if end > begin:
+            self._write(len(self.header) + begin, memoryview(as_bytes(tensor).numpy().data))
+
+    def _write(self, start: int, view: memoryview) -> None:
+        self.file.seek(start)
+        while view:
+            view = view[self.file.write(view) :]
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor's entries in row-major order, as a one-dimensional CPU tensor.
+
+    >>> as_bytes(torch.ones(1, 2)[:, 0])
+    tensor([  0,   0, 128,  63], dtype=torch.uint8)
+    """
+    # A single entry is contiguous whatever its stride, and only a stride of 1 can be read as bytes.
+    plain = tensor.detach().cpu().contiguous()
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
+
 
 _RESERVED = frozenset({"format", "names", "sha256"})
 
@@ -23,19 +111,7 @@ _RESERVED = frozenset({"format", "names", "sha256"})
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], kind: str, *, writes: bool = True
 ) -> None:
-    """Write named tensors and a JSON header to one file atomically.
-
-    Args:
-        path: The file to make or replace; its folder must exist.
-        tensors: Name → tensor, of any device and memory layout; those that are sharded among ranks are gathered one
-            at a time.
-        header: JSON data to store with them. ``format``, ``names`` and ``sha256`` are added here.
-        kind: The name of the format with its version, such as ``"regrow-course/1"``.
-        writes: Whether this rank writes the file; others only take part in gathering sharded tensors.
-
-    Raises:
-        StoreError: If the disk is full or write permission is missing; the old file stays.
-    """
+    """Write named tensors and a JSON header to one file atomically."""
     if taken := _RESERVED & header.keys():
         raise ValueError(f"the header may not set {', '.join(sorted(taken))}")
     names = list(tensors)
@@ -59,33 +135,13 @@ def write_tensors(
 
 
 def read_header(path: Path, *kinds: str) -> dict[str, Any]:
-    """Read the header of a file written by :func:`write_tensors`, without its tensors.
-
-    Args:
-        path: The file.
-        *kinds: The formats that are accepted.
-
-    Raises:
-        StoreError: If there is no such file, or it is damaged or of another format.
-    """
+    """Read the header of a file written by :func:`write_tensors`, without its tensors."""
     with _telling(path), safe_open(path, framework="pt") as content:
         return _header(content, kinds)
 
 
 def open_checkpoint(path: Path, key: str, *kinds: str) -> dict[str, Any]:
-    """Return the header of an interrupted stage's checkpoint; a file of another stage or key is deleted.
-
-    Args:
-        path: The file, which need not exist; its folder is created.
-        key: The digest of what the stage depends on, which the header must have as ``key``.
-        *kinds: The formats that the checkpoint may have.
-
-    Returns:
-        The header; empty if there is no checkpoint.
-
-    Raises:
-        StoreError: If the folder cannot be created.
-    """
+    """Return the header of an interrupted stage's checkpoint; a file of another stage or key is deleted."""
     with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
     try:
@@ -101,15 +157,8 @@ def open_checkpoint(path: Path, key: str, *kinds: str) -> dict[str, Any]:
 def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a file written by :func:`write_tensors`, and check its digest.
 
-    Args:
-        path: The file.
-        *kinds: The formats that are accepted, as for :func:`read_header`.
-
     Returns:
         The header, and name → tensor, each in its own storage.
-
-    Raises:
-        StoreError: If there is no such file, or it is damaged, changed or of another format.
     """
     with _telling(path):
         with safe_open(path, framework="pt") as content:
@@ -124,11 +173,7 @@ def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of named tensors, independent of their order.
-
-    Args:
-        tensors: Name → tensor.
-    """
+    """Return the SHA-256 of named tensors, independent of their order."""
     hasher = hashlib.sha256()
     for name in sorted(tensors):
         add_to_digest(hasher, (name, tensors[name]))
@@ -136,12 +181,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def add_to_digest(hasher: Any, value: Any) -> None:
-    """Feed a value into a digest unambiguously: with its type, shape or length.
-
-    Args:
-        hasher: The hash object, of hashlib.
-        value: A tensor, text, bytes, a mapping, a sequence of values, or anything with a plain ``repr``.
-    """
+    """Feed a value into a digest unambiguously: with its type, shape or length."""
     match value:
         case Tensor():
             hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())

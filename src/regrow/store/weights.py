@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,17 +15,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from regrow.nets.load import count_nonfinite
-from regrow.store.atomic import StoreError, atomic_write, explain_os_errors, write_text
+from regrow.store.atomic import atomic_write, write_text
 from regrow.store.attributes import unregistered_tensors
-from regrow.store.errors import check_readable
+from regrow.store.errors import StoreError, check_readable, explain_os_errors
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
 from regrow.store.state import named_tensors
-from regrow.store.tensor_file import TensorFile, TensorWriter, as_bytes
+from regrow.store.tensors import TensorFile, as_bytes
 
 SHARD = 5 * 10**9
 """The most bytes of tensors in one file; more are split into several files."""
 AHEAD = 2**26
 """The most bytes of tensors that wait to be written."""
+FLUSHED = 2**27
+"""After how many bytes the disk is waited for: what the system keeps in memory until then counts for a limit."""
+_READ = 2**24
 _LONGEST = 2**28
 
 
@@ -46,46 +52,23 @@ class OutsideTensors:
 def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = SHARD) -> Shapes:
     """Write every recorded tensor: a model's own to ``model.safetensors``, others to ``buffers.safetensors``.
 
-    Args:
-        model: The network; it is not changed.
-        shapes: The record: which tensors, and in which dtype.
-        folder: The model folder; it must exist.
-        shard: The most bytes of tensors in one file.
-
-    Returns:
-        The record, with the length and digest of every file and the digest of every tensor.
-
-    Raises:
-        StoreError: If the disk is full or write permission is missing.
+    Returns the record, with the length and digest of every file and the digest of every tensor.
     """
-    places = {name: here.tensor for name, here in named_tensors(model).items()} | unregistered_tensors(model)
-    tensors = ((name, places[name]) for part in _files(shapes, shard).values() for name in part)
-    return _write(tensors, shapes, folder, shard)
+    tensors = {name: held.tensor for name, held in named_tensors(model).items()} | unregistered_tensors(model)
+    named = ((name, tensors[name]) for part in _files(shapes, shard).values() for name in part)
+    return _write(named, shapes, folder, shard)
 
 
-def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, ahead: int = AHEAD) -> Shapes:
-    """Write the files that :func:`write_weights` writes, from tensors that are given one by one in any order.
-
-    Args:
-        tensors: (name, tensor) of every recorded tensor; each is released once it is written.
-        shapes: The record: which tensors, and in which dtype.
-        folder: The model folder; it must exist.
-        ahead: The most bytes of tensors that wait to be written while the next ones are made.
-
-    Returns:
-        The record, with the length and digest of every file and the digest of every tensor.
-
-    Raises:
-        StoreError: If a parameter holds NaN or infinity, the disk is full or write permission is missing.
-    """
+def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, ahead: int) -> Shapes:
+    """Write the files that :func:`write_weights` writes, from tensors that are given one by one in any order."""
 
     def checked() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             stored = shapes.tensors[name]
-            own = tensor.detach().to("cpu", DTYPES[stored.dtype])
-            if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(own)):
+            tensor = tensor.detach().to("cpu", DTYPES[stored.dtype])
+            if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(tensor)):
                 raise StoreError(f"{bad} entries of {name!r} would be NaN or infinite; use another dtype")
-            yield name, own
+            yield name, tensor
 
     return _write(checked(), shapes, folder, SHARD, ahead)
 
@@ -93,49 +76,46 @@ def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Pa
 def _write(
     tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, shard: int, ahead: int = AHEAD
 ) -> Shapes:
-    """Write tensors that are given one by one, and return the record with all digests."""
     files = _files(shapes, shard)
-    opened: dict[str, TensorFile] = {}
+    places: dict[str, TensorFile] = {}
+    names: dict[Path, str] = {}
     with ExitStack() as stack:
         for name, part in files.items():
             entries = {key: (DTYPES[stored.dtype], stored.shape) for key, stored in part.items()}
             temporary = stack.enter_context(atomic_write(folder / name))
-            opened[name] = stack.enter_context(TensorFile(temporary, entries, {"format": "pt"}))
-        places = {key: opened[name] for name, part in files.items() for key in part}
+            file = stack.enter_context(TensorFile(temporary, entries, {"format": "pt"}))
+            names[temporary] = name
+            places |= dict.fromkeys(part, file)
         with TensorWriter(places, ahead) as writer:
             for key, tensor in tensors:
                 writer.write(key, tensor.detach().to("cpu", DTYPES[shapes.tensors[key].dtype]).contiguous())
             digests, written = writer.finish()
-    return _finish(shapes, folder, files, digests, {name: written[file.path] for name, file in opened.items()})
+    shards = {key: name for name, part in files.items() for key, stored in part.items() if stored.kind.carried}
+    if len({*shards.values()}) > 1:
+        size = sum(shapes.tensors[key].bytes for key in shards)
+        index = {"metadata": {"total_size": size}, "weight_map": shards}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    records = {name: replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
+    return replace(shapes, tensors=records, files={name: written[path] for path, name in names.items()})
 
 
 def _files(shapes: Shapes, shard: int) -> dict[str, dict[str, Stored]]:
     """Return file name → the tensors that it holds."""
-    own = {name: stored for name, stored in shapes.tensors.items() if stored.kind.carried}
-    rest = {name: stored for name, stored in shapes.tensors.items() if not stored.kind.carried}
-    parts = list(_parts(own, shard))
+    parts: list[dict[str, Stored]] = [{}]
+    rest: dict[str, Stored] = {}
+    size = 0
+    for name, stored in shapes.tensors.items():
+        if not stored.kind.carried:
+            rest[name] = stored
+            continue
+        if parts[-1] and size + stored.bytes > shard:
+            parts.append({})
+            size = 0
+        parts[-1][name] = stored
+        size += stored.bytes
     names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     files = {"model.safetensors": parts[0]} if len(parts) == 1 else dict(zip(names, parts, strict=True))
     return {**files, **({"buffers.safetensors": rest} if rest else {})}
-
-
-def _finish(
-    shapes: Shapes,
-    folder: Path,
-    files: Mapping[str, Mapping[str, Stored]],
-    digests: Mapping[str, str],
-    written: Mapping[str, File],
-) -> Shapes:
-    """Write the index of shards, and return the record with the digests of files and tensors."""
-    own = {key: (name, one) for name, part in files.items() for key, one in part.items() if one.kind.carried}
-    if len({name for name, _ in own.values()}) > 1:
-        index = {
-            "metadata": {"total_size": sum(stored.bytes for _, stored in own.values())},
-            "weight_map": {key: name for key, (name, _) in own.items()},
-        }
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    tensors = {name: replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
-    return replace(shapes, tensors=tensors, files=written)
 
 
 def read_weights(
@@ -145,19 +125,8 @@ def read_weights(
 
     Each tensor is copied to its own storage: the alignment of a memory-mapped one could change results.
 
-    Args:
-        folder: The model folder.
-        shapes: The record: which tensors the files must hold.
-        check: Compare with the recorded digests: of every tensor, or of whole files where an older folder has those
-            alone.
-        kinds: The kinds of tensors that are read; those of other kinds must be there.
-
     Returns:
         Name → tensor, on the CPU.
-
-    Raises:
-        StoreError: If a file is missing, truncated or changed, lacks a tensor or has one too many, or if a tensor has
-            another shape, dtype or digest than recorded, or if a parameter holds NaN or infinity; names the tensor.
     """
     result: dict[str, Tensor] = {}
     there: set[str] = set()
@@ -180,15 +149,7 @@ def read_weights(
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file in a folder, or raise StoreError if it is missing or leads elsewhere.
-
-    Args:
-        folder: The folder.
-        name: The name of the file.
-
-    Raises:
-        StoreError: If it lies elsewhere (a link, a path upward), does not exist or may not be read.
-    """
+    """Return the path of a file in a folder, or raise StoreError if it is missing or leads elsewhere."""
     path = folder / name
     if not path.is_file():
         raise StoreError(f"{path} is missing; copy the folder again")
@@ -199,20 +160,13 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def measure(path: Path) -> File:
-    """Return the size of a file, its SHA-256 and that of its header.
-
-    Args:
-        path: The file, in safetensors format.
-    """
+    """Return the size of a file, its SHA-256 and that of its header."""
     with explain_os_errors(path), path.open("rb") as file:
         return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), _header(path))
 
 
 def digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes in row-major order.
-
-    Args:
-        tensor: Any tensor.
 
     >>> digest(torch.zeros(2))[:8]
     'af5570f5'
@@ -228,16 +182,7 @@ def _header(path: Path) -> str:
 
 
 def check_file(path: Path, expected: File, *, digests: bool = True) -> None:
-    """Raise StoreError unless a file has the recorded size and header digest.
-
-    Args:
-        path: The file.
-        expected: The recorded size and digests.
-        digests: Whether to compare digests too, not just sizes.
-
-    Raises:
-        StoreError: If it is truncated, damaged or changed.
-    """
+    """Raise StoreError unless a file has the recorded size and header digest."""
     length = path.stat().st_size
     if length != expected.bytes:
         state = "truncated" if length < expected.bytes else "changed"
@@ -255,21 +200,105 @@ def _check(path: Path, name: str, tensor: Tensor, stored: Stored, check: bool) -
             f"{path}: {name!r} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, "
             f"the record says {stored.dtype} {stored.shape}; restore the file"
         )
-    own = tensor.clone(memory_format=torch.contiguous_format)
-    if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(own)):
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(tensor)):
         raise StoreError(f"{path}: {bad} entries of {name!r} are NaN or infinite; use an undamaged file")
-    if check and stored.sha256 and digest(own) != stored.sha256:
+    if check and digest(tensor) != stored.sha256:
         raise StoreError(
             f"{path}: {name!r} does not have the recorded SHA-256: it is damaged or was changed; copy it again"
         )
-    return own
+    return tensor
 
 
-def _parts(tensors: Mapping[str, Stored], shard: int) -> Iterator[dict[str, Stored]]:
-    part: dict[str, Stored] = {}
-    for name, stored in tensors.items():
-        if part and sum(other.bytes for other in part.values()) + stored.bytes > shard:
-            yield part
-            part = {}
-        part[name] = stored
-    yield part
+class FileDigest:
+    """The SHA-256 of a file that is written tensor by tensor, in any order.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: TensorFile) -> None:
+        self.path, self.start = file.path, len(file.header)
+        self.header = hashlib.sha256(file.header).hexdigest()
+        self.sha256 = hashlib.sha256(file.header)
+        self.todo = deque(sorted((place, name) for name, place in file.places.items()))
+        self.early: set[str] = set()
+
+    def add(self, name: str, data: memoryview) -> None:
+        """Add a tensor that was written to the file."""
+        if self.todo[0][1] != name:
+            self.early.add(name)
+            return
+        self.todo.popleft()
+        self.sha256.update(data)
+        while self.todo and self.todo[0][1] in self.early:
+            (begin, end), _ = self.todo.popleft()
+            self._read(begin, end)
+
+    def result(self) -> File:
+        """Return the size and the digests of the file, once all tensors were added."""
+        assert not self.todo
+        return File(self.path.stat().st_size, self.sha256.hexdigest(), self.header)
+
+    def _read(self, begin: int, end: int) -> None:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start + begin)
+            while begin < end and (part := file.read(min(_READ, end - begin))):
+                self.sha256.update(part)
+                begin += len(part)
+
+
+class TensorWriter:
+    """Writes tensors to their files in threads, and takes the digests of tensors and files.
+
+    Args:
+        files: The name of each tensor → the file to which it is written.
+        ahead: The most bytes of tensors that wait to be written; a larger tensor does not count, since whoever has it
+            keeps it in memory.
+    """
+
+    def __init__(self, files: Mapping[str, TensorFile], ahead: int) -> None:
+        self.files, self.ahead = files, ahead
+        self.digests: dict[Path, FileDigest] = {one.path: FileDigest(one) for one in files.values()}
+        self.tensors: dict[str, str] = {}
+        self.waiting: deque[tuple[int, tuple[Future[None], ...]]] = deque()
+        self.unflushed = 0
+        self.pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor; it must not change any more."""
+        size = tensor.nbytes if tensor.nbytes <= self.ahead else 0
+        while self.waiting and size + sum(other for other, _ in self.waiting) > self.ahead:
+            self._wait()
+        data = as_bytes(tensor)
+        work = self.pools[0].submit(self._write, name, tensor, data), self.pools[1].submit(self._digest, name, data)
+        self.waiting.append((size, work))
+
+    def finish(self) -> tuple[Mapping[str, str], Mapping[Path, File]]:
+        """Wait until all is written; return the SHA-256 of each tensor, and the size and digests of each file."""
+        while self.waiting:
+            self._wait()
+        return self.tensors, {path: one.result() for path, one in self.digests.items()}
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pool in self.pools:
+            pool.shutdown(cancel_futures=True)
+
+    def _wait(self) -> None:
+        for work in self.waiting.popleft()[1]:
+            work.result()
+
+    def _write(self, name: str, tensor: Tensor, data: Tensor) -> None:
+        file = self.files[name]
+        file.write(name, tensor)
+        self.digests[file.path].add(name, memoryview(data.numpy().data))
+        self.unflushed += tensor.nbytes
+        if self.unflushed > FLUSHED:
+            os.fsync(file.file.fileno())
+            self.unflushed = 0
+
+    def _digest(self, name: str, data: Tensor) -> None:
+        self.tensors[name] = hashlib.sha256(data.numpy().data).hexdigest()

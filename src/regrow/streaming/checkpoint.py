@@ -3,13 +3,16 @@
 Files are read, not memory-mapped: mapped pages count as resident memory, and nothing says when they are given back.
 """
 
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import TypeGuard
+from threading import Lock
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,8 +22,7 @@ from regrow.core.limits import check_regular, parse_json
 from regrow.nets.files import is_possible, read_shards
 from regrow.nets.loaded import WeightFile
 from regrow.store.errors import StoreError
-from regrow.store.tensor_file import DTYPE_NAMES
-from regrow.streaming.buffer_pool import BufferPool
+from regrow.store.tensors import DTYPE_NAMES
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LONGEST = 10**8
@@ -28,6 +30,38 @@ _LONGEST = 10**8
 _LINE = 64
 """The bytes of a cache line."""
 _DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class BufferPool:
+    """Memory of released tensors, which the next ones are read into.
+
+    Fresh memory costs several times what reading into it does: the system fills each of its pages with zeros first.
+    Buffers in use and free ones together take no more memory than were in use at some time.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[np.ndarray] = []
+        self.lock = Lock()
+
+    def allocate(self, size: int) -> Tensor:
+        """Return memory with any contents, ``[size]`` uint8; it becomes free once no tensor uses it any more."""
+        with self.lock:  # others add to the list meanwhile, but take nothing
+            fitting = [i for i, buffer in enumerate(self.free) if size <= len(buffer) <= size + size // 4]
+            if fitting:
+                memory = self.free.pop(min(fitting, key=lambda i: len(self.free[i])))
+            else:
+                left = size
+                while left > 0 and self.free:  # the system gets back as much as it gives
+                    left -= len(self.free.pop(max(range(len(self.free)), key=lambda i: len(self.free[i]))))
+                memory = torch.empty(size, dtype=torch.uint8).numpy()  # numpy's own asks for huge pages
+        lent = memory[:size]
+        weakref.finalize(lent, self.free.append, memory).atexit = False
+        return torch.from_numpy(lent)
+
+    def clear(self) -> None:
+        """Give free memory back to the system; memory in use is given back once it is released."""
+        with self.lock:
+            self.free.clear()
 
 
 @dataclass(frozen=True)
@@ -54,9 +88,7 @@ class TensorPlace:
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of safetensors files by name; each access reads one tensor from its file anew.
 
-    Args:
-        places: Name → where the tensor lies.
-        aligned: The tensors that begin at a cache line, wherever they lie in their file.
+    Those in ``aligned`` begin at a cache line, wherever they lie in their file.
     """
 
     def __init__(self, places: Mapping[str, TensorPlace], aligned: Collection[str] = ()) -> None:
@@ -65,19 +97,13 @@ class Checkpoint(Mapping[str, Tensor]):
     @property
     def files(self) -> tuple[WeightFile, ...]:
         """The files as they were when they were opened."""
-        return tuple({id(one.opened): one.opened for one in self.places.values() if one.opened}.values())
+        return tuple({id(place.opened): place.opened for place in self.places.values() if place.opened}.values())
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Return the checkpoint in a model folder: one file, or else shards with an index.
 
         If there are both, the single file counts, as in transformers.
-
-        Args:
-            folder: The folder.
-
-        Raises:
-            StoreError: If a file is missing or damaged, or the index names other tensors than its files hold.
         """
         if (folder / INDEX).exists() and not (folder / SINGLE).is_file():
             return cls(_read_shards(folder))
@@ -88,16 +114,8 @@ class Checkpoint(Mapping[str, Tensor]):
         return self.read(name)
 
     def read(self, name: str, pool: BufferPool | None = None) -> Tensor:
-        """Return a tensor on the CPU.
-
-        Args:
-            name: Its name.
-            pool: Where its memory comes from; ``None``: fresh memory.
-        """
+        """Return a tensor on the CPU, in memory of a pool if there is one."""
         return read_tensor(self.places[name], aligned=name in self.aligned, pool=pool)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -106,12 +124,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.places)
 
     def first_entries(self, name: str, many: int) -> Tensor:
-        """Return the first entries of a tensor in row-major order, without reading the rest.
-
-        Args:
-            name: The name of the tensor.
-            many: How many entries at most.
-        """
+        """Return the first entries of a tensor in row-major order, without reading the rest."""
         return read_tensor(self.places[name], many)
 
 
@@ -122,16 +135,6 @@ def read_tensor(
 
     Unless ``aligned``, it lies at the same place within a cache line as in the file, as a memory-mapped tensor does: at
     another one, kernels may sum in another order.
-
-    Args:
-        place: Where it lies.
-        most: How many entries are read, ``[entries]``; ``None``: all, in its shape.
-        aligned: Whether it begins at a cache line.
-        pool: Where its memory comes from; ``None``: fresh memory.
-
-    Raises:
-        InputError: If the file was changed since it was opened.
-        StoreError: If it cannot be read any more.
     """
     length = place.bytes if most is None else min(place.bytes, most * place.dtype.itemsize)
     room = torch.empty(length + _LINE, dtype=torch.uint8) if pool is None else pool.allocate(length + _LINE)
@@ -164,65 +167,31 @@ def _read_into(view: memoryview, place: TensorPlace, file: FileIO) -> bool:
 
 
 def read_places(path: Path, sha256: str = "") -> dict[str, TensorPlace]:
-    """Read the header of a safetensors file and return where its tensors lie.
-
-    Args:
-        path: The file.
-        sha256: Its digest, if it is recorded.
-
-    Raises:
-        StoreError: If the header is not valid: unknown dtypes, lengths that do not fit the shapes, bytes that belong to
-            no tensor or to two, or an end behind that of the file.
-    """
+    """Read the header of a safetensors file and return where its tensors lie."""
     try:
         check_regular(path)
         with path.open("rb") as file:
             opened = WeightFile(path, sha256, file.fileno())
-            with safe_open(path, framework="np"):  # refuses what other programs do not read
+            with safe_open(path, framework="np"):  # refuses what is no complete file of the format
                 pass
-            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
-            if not 0 < length <= min(_LONGEST, size - 8):
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= _LONGEST:
                 raise InputError(f"its header has {length} bytes")
             header = parse_json(file.read(length).decode(), "its header")
             opened.check()
-        return _places(opened, header, 8 + length, size)
+        assert isinstance(header, dict)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return {name: _place(opened, name, entry, 8 + length) for name, entry in entries.items()}
     except (InputError, OSError, UnicodeDecodeError, SafetensorError) as error:
         why = " ".join(str(error).split("; ")[0].split())[:120]
         raise StoreError(f"{path} is no complete safetensors file ({why}); copy or download it again") from None
 
 
-def _places(file: WeightFile, header: object, begin: int, size: int) -> dict[str, TensorPlace]:
-    if not isinstance(header, dict):
-        raise InputError("its header is no object")
-    result = {name: _place(file, name, entry, begin) for name, entry in header.items() if name != "__metadata__"}
-    at = begin
-    for name, place in sorted(result.items(), key=lambda item: (item[1].start, item[1].bytes)):
-        if place.start != at:
-            raise InputError(f"{name!r:.60} begins at byte {place.start}, the one before ends at {at}")
-        at += place.bytes
-    if at != size:
-        raise InputError(f"its tensors end at byte {at}, the file at {size}")
-    return result
-
-
-def _place(file: WeightFile, name: str, entry: object, begin: int) -> TensorPlace:
-    if not isinstance(entry, dict):
-        raise InputError(f"the entry of {name!r:.60} is no object")
-    dtype, shape, ends = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape"), entry.get("data_offsets")
-    if dtype is None:
-        raise InputError(f"the dtype of {name!r:.60} is {entry.get('dtype')!r:.20}")
-    if not _are_counts(shape) or not _are_counts(ends) or len(ends) != 2:
-        raise InputError(f"the shape or the place of {name!r:.60} is no list of numbers")
-    length = ends[1] - ends[0]
-    if length != prod(shape) * dtype.itemsize:
-        raise InputError(f"{name!r:.60} has {length} bytes, and its shape is {shape!s:.60}")
-    if not is_possible(shape):
-        raise InputError(f"the shape of {name!r:.60} is {shape!s:.60}")
-    return TensorPlace(file.path, dtype, tuple(shape), begin + ends[0], length, file)
-
-
-def _are_counts(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and len(value) < 2**6 and all(type(one) is int and 0 <= one < 2**60 for one in value)
+def _place(file: WeightFile, name: str, entry: Any, begin: int) -> TensorPlace:
+    dtype, shape, (start, stop) = _DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+    if dtype is None or prod(shape) * dtype.itemsize != stop - start or not is_possible(shape):
+        raise InputError(f"{name!r:.60} has {stop - start} bytes, and is {entry['dtype']!s:.20} {shape!s:.60}")
+    return TensorPlace(file.path, dtype, tuple(shape), begin + start, stop - start, file)
 
 
 def _read_shards(folder: Path) -> dict[str, TensorPlace]:
@@ -234,7 +203,7 @@ def _read_shards(folder: Path) -> dict[str, TensorPlace]:
     result: dict[str, TensorPlace] = {}
     for file in sorted(set(named.values())):
         places = read_places(folder / file)
-        expected = {name for name, one in named.items() if one == file}
+        expected = {name for name, holder in named.items() if holder == file}
         if other := min(expected ^ places.keys(), default=None):
             raise StoreError(f"{path} and {file} disagree about the tensor {other!r:.60}; download both again")
         result |= places

@@ -1,8 +1,8 @@
 """Cut a network that is larger than memory: block by block its tensors are cut, checked in float64 and written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.plan import Plan, PlanError
 from regrow.core.progress import Progress, silent
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.exchange import Outbox, receive
+from regrow.distributed.parallel import Outbox, receive
 from regrow.nets import Loaded
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
@@ -26,13 +26,13 @@ from regrow.streaming.weights import StoredWeights
 from regrow.surgery.apply import check, try_out
 from regrow.surgery.carry import commit, prepare
 from regrow.surgery.compensate import bias_of
-from regrow.surgery.output_comparison import Deviation, max_difference, max_magnitude
+from regrow.surgery.output_comparison import Deviation, ProposedChange, max_difference, max_magnitude
 from regrow.surgery.proof import changed_blocks, check_block
-from regrow.surgery.proposed_change import ProposedChange
 from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, reseed
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture, evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model
+from regrow.tracing.own_run import as_double
 from regrow.tracing.steps import operations, restate_steps
 
 
@@ -42,12 +42,6 @@ def check_streamed_run(
     """Raise ``PlanError`` unless a network's own forward pass gives what its recording gives.
 
     Outputs that are not equal bit for bit may differ by three times the rounding of the recording.
-
-    Args:
-        network: The network; its blocks are loaded as they are needed, twice.
-        recorded: Its recording.
-        blocks: The blocks of the recording.
-        example: The input of both.
     """
     with network.on_demand() as model, preserve_generators(), evaluating(model), torch.no_grad():
         reseed(0)
@@ -72,7 +66,7 @@ def _replay(
     def load(name: str, double: bool) -> Tensor:
         path, _, leaf = name.rpartition(".")
         tensor = getattr(network.model.get_submodule(path), leaf).detach()
-        return tensor.double() if double and tensor.is_floating_point() else tensor
+        return as_double(tensor) if double else tensor
 
     nodes = operations(recorded)
     names = {block.path: block.names for block in network.blocks}
@@ -108,19 +102,8 @@ class StreamedCut:
     ) -> list[Deviation]:
         """Cut and write the network, as ``store.write_model`` writes one that is in memory.
 
-        Args:
-            folder: The folder of the model.
-            proof: Whether every changed block is compared with the masked one in float64, and the cut network's own
-                forward pass with its recording.
-            progress: Called with (blocks done, blocks in all, what is being done).
-            ranks: The processes that share the blocks; this one is rank 0, and the others call :meth:`share`.
-
         Returns:
             How far the blocks that were compared are from the masked ones.
-
-        Raises:
-            PlanError: If a block of the cut network computes something else than the masked one.
-            StoreError: If the disk is full.
         """
         deviations: list[Deviation] = []
 
@@ -138,43 +121,30 @@ class StreamedCut:
             with network.on_demand() as model:
                 yield model
 
-        outside = OutsideTensors(each, running, self._is_aligned(), ahead=self.opened.network().largest_block)
+        weights, changed = self.opened.weights, self.change.ready.values
+        aligned = all(weights.is_aligned(name) for name in weights.stored if name not in changed)
+        outside = OutsideTensors(each, running, aligned, ahead=self.opened.network().largest_block)
         store.write_model(self.loaded, folder, outside=outside)
         return deviations
 
     def share(self, ranks: ProcessRank, *, proof: bool = True) -> None:
-        """Cut and check the blocks of this rank, and send them to rank 0, which writes them.
-
-        Args:
-            ranks: The processes.
-            proof: Whether every changed block is compared with the masked one in float64.
-
-        Raises:
-            PlanError: If a block of the cut network computes something else than the masked one.
-        """
+        """Cut and check the blocks of this rank, and send them to rank 0, which writes them."""
         network, outbox = self.opened.network(), Outbox()
-        blocks = ranks.share(_ordered(network))
-        changed = self._compared(proof)
-        with network.resident(network.outer, blocks[0].names if blocks else ()):
-            for i, one in enumerate(blocks):
+        blocks, compared = ranks.share(_ordered(network)), self._compared(proof)
+        names = [*(block.names for block in blocks), ()]
+        with network.resident(network.outer, names[0]):
+            for i, block in enumerate(blocks):
                 deviations: list[Deviation] = []
-                graph = [b for b in self.change.recording.blocks if b.path == one.path and b.path in changed]
-                with network.resident(one.names, blocks[i + 1].names if i + 1 < len(blocks) else ()):
-                    tensors = dict(self._cut(one.names, graph, deviations))
+                with network.resident(block.names, names[i + 1]):
+                    tensors = dict(self._cut(block.path, block.names, compared, deviations))
                     outbox.flush()  # no more than one block waits
-                    record = {"names": [*tensors], "deviations": [astuple(deviation) for deviation in deviations]}
-                    outbox.send(record, [*tensors.values()])
+                    outbox.send({"names": [*tensors], "deviations": deviations}, [*tensors.values()])
         outbox.flush()
 
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
-        """Return the cut network, to be run one block at a time.
-
-        Args:
-            folder: The folder in which it was written.
-            results: Where results of blocks are kept that memory has no room for; ``None``: in memory.
-        """
+        """Return the cut network, to be run one block at a time."""
         made, before = Checkpoint.open(folder).places, self.opened.weights
-        changed = self.change.ready.done.values.keys()
+        changed = self.change.ready.values.keys()
         # What the plan leaves alone is read from where it was, so that it lies in memory as in a network loaded whole.
         left = {name: before.checkpoint.places[before.stored[name]] for name in made if name not in changed}
         aligned = {*changed, *(name for name in left if before.stored[name] in before.checkpoint.aligned)}
@@ -182,11 +152,6 @@ class StreamedCut:
         weights.finite.update(changed & made.keys())  # checked when they were written
         assert self.change.axes.recording is not None
         return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
-
-    def _is_aligned(self) -> bool:
-        weights, changed = self.opened.weights, self.change.ready.done.values
-        rest = [name for name in weights.stored if name not in changed]
-        return all(weights.is_aligned(name) for name in rest)
 
     def _compared(self, proof: bool) -> set[str]:
         """Return the paths of the blocks that are compared."""
@@ -196,40 +161,40 @@ class StreamedCut:
         self, proof: bool, deviations: list[Deviation], progress: Progress, ranks: ProcessRank
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
-        network, graph, changed = self.opened.network(), self.change.recording.blocks, self._compared(proof)
-        derived = {
-            name: here.tensor for name, here in named_tensors(self.loaded.model).items() if not here.kind.carried
-        }
-        yield from derived.items()
+        network, compared, what = self.opened.network(), self._compared(proof), "cutting and checking the blocks"
+        for name, held in named_tensors(self.loaded.model).items():
+            if not held.kind.carried:
+                yield name, held.tensor
         ordered = _ordered(network)
         with network.resident(network.outer, ordered[0].names):
-            parts = [(tuple(b for b in graph if not b.path), network.outer)]
-            parts += [(tuple(b for b in graph if b.path == one.path), one.names) for one in ordered]
-            for i, (blocks, names) in enumerate(parts):
-                progress(i, len(parts), "cutting and checking the blocks")
-                if owner := (i - 1) % ranks.size if i else 0:
+            progress(0, len(ordered) + 1, what)
+            yield from self._cut("", network.outer, compared, deviations)
+            for i, block in enumerate(ordered):
+                progress(i + 1, len(ordered) + 1, what)
+                if owner := i % ranks.size:
                     record, tensors = receive(owner)
-                    deviations += [Deviation(*one) for one in record["deviations"]]
+                    deviations += [Deviation(*deviation) for deviation in record["deviations"]]
                     yield from zip(record["names"], tensors, strict=True)
                     continue
-                following = i - 1 + ranks.size if i else 0
-                with network.resident(names if i else (), ordered[following].names if following < len(ordered) else ()):
-                    yield from self._cut(names, [b for b in blocks if b.path in changed], deviations)
-        progress(len(parts), len(parts), "cutting and checking the blocks")
+                following = ordered[i + ranks.size].names if i + ranks.size < len(ordered) else ()
+                with network.resident(block.names, following):
+                    yield from self._cut(block.path, block.names, compared, deviations)
+        progress(len(ordered) + 1, len(ordered) + 1, what)
 
     def _cut(
-        self, names: tuple[str, ...], blocks: list[GraphBlock], deviations: list[Deviation]
+        self, path: str, names: tuple[str, ...], compared: Collection[str], deviations: list[Deviation]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of one block after the plan."""
+        """Yield the tensors of one block, or of what lies outside the blocks, after the plan."""
         change = self.change
-        own = {*names, *(bias_of(weight) for weight in change.plan.means if weight in names)}
-        ready = prepare(change.model, change.axes, change.plan, names=own)
-        for block in blocks:
-            deviations.append(check_block(replace(change, ready=ready), block))
-        for name in sorted(own):
-            value = ready.done.values.get(name)
-            path, _, leaf = name.rpartition(".")
-            yield name, getattr(change.model.get_submodule(path), leaf).detach() if value is None else value
+        cut = {*names, *(bias_of(weight) for weight in change.plan.means if weight in names)}
+        ready = prepare(change.model, change.axes, change.plan, names=cut)
+        for block in change.recording.blocks if path in compared else ():
+            if block.path == path:
+                deviations.append(check_block(replace(change, ready=ready), block))
+        for name in sorted(cut):
+            value = ready.values.get(name)
+            module, _, leaf = name.rpartition(".")
+            yield name, getattr(change.model.get_submodule(module), leaf).detach() if value is None else value
 
 
 def _ordered(network: StreamedNetwork) -> list[StreamedBlock]:
@@ -238,15 +203,7 @@ def _ordered(network: StreamedNetwork) -> list[StreamedBlock]:
 
 
 def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
-    """Try a plan on a copy without numbers of a network that is larger than memory.
-
-    Args:
-        opened: The network.
-        plan: The plan; it only cuts units.
-
-    Raises:
-        PlanError: If the plan does not fit the network, or the network does not run as planned.
-    """
+    """Try a plan on a copy without numbers of a network that is larger than memory."""
     model, axes = opened.loaded.model, opened.axes
     check(model, axes, plan)
     if plan.changes_modules or any(change.grow or change.restore for change in plan.changes.values()):

@@ -21,9 +21,7 @@ from regrow.core.errors import InputError
 from regrow.core.process_memory import return_memory
 from regrow.core.sources import Batch
 from regrow.core.turns import Turns
-from regrow.streaming.read_ahead import ReadAhead
-from regrow.streaming.results import BlockResults
-from regrow.streaming.weights import StoredWeights
+from regrow.streaming.weights import BlockResults, ReadAhead, StoredWeights
 from regrow.tracing.blocks import GraphBlock
 
 Around = Callable[[int, Mapping[int, str]], AbstractContextManager[object]]
@@ -46,6 +44,10 @@ class StreamedBlock:
     names: tuple[str, ...]
     last: int
     passed: int
+
+
+Replace = Callable[[int, StreamedBlock, Callable[..., Any]], Callable[..., Any]]
+"""Function of a block's number, the block, and its forward, that returns what replaces the forward."""
 
 
 class _ReachedError(BaseException):
@@ -78,12 +80,11 @@ class StreamedNetwork:
         self.ahead = ReadAhead(weights)
         self._running = threading.local()  # the number of the batch that runs in this thread
         self.places: dict[str, list[tuple[dict[str, Any], str]]] = {}
-        for path, module in model.named_modules():
-            dot = f"{path}." if path else ""
-            for held in (module._parameters, module._buffers):
-                for leaf in held:
-                    if (first := weights.first.get(dot + leaf)) is not None:
-                        self.places.setdefault(first, []).append((held, leaf))
+        for name, first in weights.first.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            held = module._parameters if leaf in module._parameters else module._buffers
+            self.places.setdefault(first, []).append((held, leaf))
 
     @property
     def largest_block(self) -> int:
@@ -92,19 +93,15 @@ class StreamedNetwork:
 
     @contextmanager
     def resident(self, names: Collection[str], following: Collection[str] = ()) -> Iterator[None]:
-        """Context manager in which stored tensors are loaded; they are released when it ends.
-
-        Args:
-            names: Their names.
-            following: The tensors that are loaded next; a thread reads them meanwhile.
-        """
+        """Context manager in which stored tensors are loaded; they are released when it ends."""
         before: dict[str, Any] = {}
         following = frozenset(following)
         try:
             for name in names:
                 held, leaf = self.places[name][0]
-                before[name], value = held[leaf], self.ahead.take(name)
-                self._put(name, nn.Parameter(value, before[name].requires_grad) if _is_parameter(held[leaf]) else value)
+                old = before[name] = held[leaf]
+                value = self.ahead.take(name)
+                self._put(name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
             self.ahead.start(following)
             yield
         except BaseException:
@@ -121,18 +118,9 @@ class StreamedNetwork:
             held[leaf] = value
 
     def visit(self, batches: Sequence[Batch], names: Collection[str], around: Around) -> None:
-        """Run batches block by block, as far as some weights are read.
-
-        Args:
-            batches: The batches.
-            names: The weights; each batch runs in ``around`` with those that are loaded then.
-            around: The context in which a batch runs through a block.
-        """
-        with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
-            passes = self.passes(names)
-            for number in range(passes):
-                for _ in self._pass(number, passes, batches, results, names, around):
-                    pass
+        """Run batches block by block, as far as some weights are read."""
+        for _ in self._run_blocks(self.passes(names), batches, names, around):
+            pass
 
     def visit_together(
         self,
@@ -142,17 +130,9 @@ class StreamedNetwork:
         turns: Turns,
         loading: Callable[[Mapping[int, str]], AbstractContextManager[object]] = lambda watched: nullcontext(),
     ) -> None:
-        """Run batches block by block as :meth:`visit` does, but in turns, in which they may wait for one another.
-
-        Args:
-            batches: The batches.
-            names: The weights; each batch runs in ``around`` with those that are loaded then.
-            around: The context in which a batch runs through a block.
-            turns: The turns of the batches.
-            loading: The context in which all batches run through a block, with ``id`` of a loaded weight → its name.
-        """
+        """Run batches block by block as :meth:`visit` does, but in turns, in which they may wait for one another."""
+        passes = self.passes(names)
         with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
-            passes = self.passes(names)
             for number in range(passes):
                 with self._loaded(number, passes, names) as watched, loading(watched):
                     run = partial(self._run_one, number, batches, results, around, watched)
@@ -160,11 +140,7 @@ class StreamedNetwork:
                         turns.run(run)
 
     def passes(self, names: Collection[str]) -> int:
-        """Return in how many passes all of some weights are read.
-
-        Args:
-            names: The weights.
-        """
+        """Return in how many passes all of some weights are read."""
         inside = {name: i for i, block in enumerate(self.blocks) for name in block.names}
         last = len(self.blocks)
         return 1 + max((inside.get(name, self.segments.get(name, last)) for name in names), default=-1)
@@ -175,25 +151,29 @@ class StreamedNetwork:
         names: Collection[str] = (),
         around: Around = lambda index, watched: nullcontext(),
     ) -> Iterator[Any]:
-        """Yield the network's output for each batch.
+        """Yield the network's output for each batch."""
+        return self._run_blocks(len(self.blocks) + 1, batches, names, around)
 
-        Args:
-            batches: The batches.
-            names: The weights that are passed to ``around``.
-            around: The context in which a batch runs through a block.
-        """
+    def _run_blocks(
+        self, passes: int, batches: Sequence[Batch], names: Collection[str], around: Around
+    ) -> Iterator[Any]:
+        """Run each block on all batches and keep its results; the pass behind the last block yields the outputs."""
         with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
-            passes = len(self.blocks) + 1
             for number in range(passes):
-                yield from self._pass(number, passes, batches, results, names, around)
+                with self._loaded(number, passes, names) as watched:
+                    for index in range(len(batches)):
+                        with self._replaced(self._answering(number, results)):
+                            output = self._run_one(number, batches, results, around, watched, index)
+                        if number == len(self.blocks):
+                            yield output
 
     @contextmanager
     def on_demand(self) -> Iterator[nn.Module]:
         """Context manager in which the network runs as any other: each block is loaded when it is called."""
 
-        def loading(block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def loading(at: int, block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                with self.resident(block.names, self._names(self.blocks.index(block) + 1)):
+                with self.resident(block.names, self._names(at + 1)):
                     return forward(*args, **kwargs)
 
             return run
@@ -204,23 +184,6 @@ class StreamedNetwork:
     def _names(self, number: int) -> tuple[str, ...]:
         """Return the stored tensors of a block; none behind the last."""
         return self.blocks[number].names if number < len(self.blocks) else ()
-
-    def _pass(
-        self,
-        number: int,
-        passes: int,
-        batches: Sequence[Batch],
-        results: BlockResults,
-        names: Collection[str],
-        around: Around,
-    ) -> Iterator[Any]:
-        """Run one block on all batches and keep its results; the last pass yields the network's outputs."""
-        with self._loaded(number, passes, names) as watched:
-            for index in range(len(batches)):
-                with self._replaced(self._answering(number, results)):
-                    output = self._run_one(number, batches, results, around, watched, index)
-                if number == len(self.blocks):
-                    yield output
 
     @contextmanager
     def _loaded(self, number: int, passes: int, names: Collection[str]) -> Iterator[dict[int, str]]:
@@ -241,31 +204,26 @@ class StreamedNetwork:
     ) -> Any:
         """Run one batch through one block; the pass behind the last block returns the network's output."""
         self._running.index = index
+        output, batch = None, batches[index]
         with around(index, watched):
-            output = self._run(batches[index], number == len(self.blocks))
+            try:
+                with torch.no_grad():
+                    output = self.model(*batch.args, **batch.kwargs)
+            except _ReachedError:
+                pass
+            else:
+                if number < len(self.blocks):
+                    name = self.weights.name
+                    raise InputError(f"{name} ran without one of its blocks on some data; load it in memory")
         for j, block in enumerate(self.blocks[:number]):
             if block.last == number:
                 results.drop(j, index)
         return output
 
-    def _run(self, batch: Batch, is_last: bool) -> Any:
-        try:
-            with torch.no_grad():  # not around a yield: it would hold for whoever reads the outputs
-                output = self.model(*batch.args, **batch.kwargs)
-        except _ReachedError:
-            return None
-        if not is_last:
-            raise InputError(f"{self.weights.name} ran without one of its blocks on some data; load it in memory")
-        return output
-
-    def _answering(
-        self, number: int, results: BlockResults
-    ) -> Callable[[StreamedBlock, Callable[..., Any]], Callable[..., Any]]:
+    def _answering(self, number: int, results: BlockResults) -> Replace:
         """Return the function that replaces the forward of each block in a pass, for the batch of the thread."""
 
-        def replaced(block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
-            at = self.blocks.index(block)
-
+        def replaced(at: int, block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
             def answer(*args: Any, **kwargs: Any) -> Any:
                 return results.get(at, self._running.index)
 
@@ -273,7 +231,7 @@ class StreamedNetwork:
                 if at > number:
                     raise InputError(f"{self.weights.name} runs its blocks in another order on some data")
                 result = forward(*args, **kwargs)
-                if block.passed > sum(isinstance(one, Tensor) for one in tree_leaves(result)):
+                if block.passed > sum(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
                     raise InputError(f"{block.path} passes on values beside its result; load the model in memory")
                 results.put(at, self._running.index, result)
                 raise _ReachedError
@@ -283,44 +241,39 @@ class StreamedNetwork:
         return replaced
 
     @contextmanager
-    def _replaced(self, made: Callable[[StreamedBlock, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    def _replaced(self, replace: Replace) -> Iterator[None]:
         """Context manager in which the forward of each block is replaced."""
         modules = [self.model.get_submodule(block.path) for block in self.blocks]
         before = [vars(module).get("forward") for module in modules]
         try:
-            for module, block in zip(modules, self.blocks, strict=True):
-                module.forward = made(block, module.forward)
+            for i, (module, block) in enumerate(zip(modules, self.blocks, strict=True)):
+                module.forward = replace(i, block, module.forward)
             yield
         finally:
-            for module, own in zip(modules, before, strict=True):
-                if own is None:
+            for module, forward in zip(modules, before, strict=True):
+                if forward is None:
                     vars(module).pop("forward", None)
                 else:
-                    module.forward = own
-
-
-def _is_parameter(value: object) -> bool:
-    return isinstance(value, nn.Parameter)
+                    module.forward = forward
 
 
 def _streamed_blocks(graph: Sequence[GraphBlock], weights: StoredWeights) -> tuple[StreamedBlock, ...]:
     """Return the blocks that are modules, after checking that each has weights of its own."""
-    modules = [one for one in graph if one.path]
+    modules = [block for block in graph if block.path]
     if len(modules) < 2:
         raise InputError(f"{weights.name} does not consist of blocks that follow one another; load it in memory")
-    order = {one.start: i for i, one in enumerate(modules)}
+    order = {block.start: i for i, block in enumerate(modules)}
     result = []
-    for one in modules:
-        own = {name for name in weights if name.startswith(f"{one.path}.")}
-        firsts = {weights.first[name] for name in own}
-        shared = [n for n, first in weights.first.items() if first in firsts and n not in own]
-        shared += [n for other in graph if other is not one for n in other.states if n in own]
+    for block in modules:
+        names = {name for name in weights if name.startswith(f"{block.path}.")}
+        firsts = {weights.first[name] for name in names}
+        shared = [name for name, first in weights.first.items() if first in firsts and name not in names]
+        shared += [name for other in graph if other is not block for name in other.states if name in names]
         if shared:
             raise InputError(f"{weights.name}: {shared[0]!r} is shared by several blocks; load it in memory")
-        made = set(one.outputs)
-        last = [order[other.start] if other.path else len(modules) for other in graph if made & {*other.inputs}]
-        passed = sum(any(step in other.inputs for other in graph) for step in one.outputs)
-        result.append(StreamedBlock(one.path, tuple(sorted(firsts)), max(last, default=0), passed))
+        last = [order.get(other.start, len(modules)) for other in graph if {*block.outputs} & {*other.inputs}]
+        passed = sum(any(step in other.inputs for other in graph) for step in block.outputs)
+        result.append(StreamedBlock(block.path, tuple(sorted(firsts)), max(last, default=0), passed))
     return tuple(result)
 
 
@@ -328,9 +281,9 @@ def _segments(graph: Sequence[GraphBlock]) -> dict[str, int]:
     """Return the pass in which each weight outside the blocks is read last."""
     result: dict[str, int] = {}
     number = 0
-    for one in graph:
-        if one.path:
+    for block in graph:
+        if block.path:
             number += 1
         else:
-            result |= dict.fromkeys(one.states, number)
+            result |= dict.fromkeys(block.states, number)
     return result

@@ -11,15 +11,20 @@ from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
 from regrow.core.process_memory import set_mmap_threshold
-from regrow.nets import Loaded
-from regrow.nets.files import check_config
-from regrow.nets.language import load_skeleton
+from regrow.nets import Loaded, ModelError
+from regrow.nets.examples import guessed_example, text_example
+from regrow.nets.files import check_config, check_files
+from regrow.nets.language import load_skeleton, replacing_parameters
 from regrow.nets.packaged import PACKAGED, packaged_folder
+from regrow.store.building import build_checked
+from regrow.store.errors import StoreError
+from regrow.store.models import describe_loaded, read_shapes
+from regrow.store.pretrained import read_tokenizer
 from regrow.store.probe import FILE, check_probe
 from regrow.store.replacing import read_whole
-from regrow.store.shapes import SHAPES
-from regrow.store.skeleton import load_saved_skeleton
-from regrow.store.weights import check_file, inside
+from regrow.store.shapes import DTYPES, SHAPES, Kind, Shapes
+from regrow.store.state import restore
+from regrow.store.weights import check_file, inside, read_weights
 from regrow.streaming.checkpoint import Checkpoint, TensorPlace, read_places
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.weights import StoredWeights
@@ -63,23 +68,12 @@ class OpenedNetwork:
     probe: Path | None = None
 
     def network(self, folder: Path | None = None) -> StreamedNetwork:
-        """Return the network, to be run one block at a time.
-
-        Args:
-            folder: Where results of blocks are kept that memory has no room for; ``None``: in memory.
-
-        Raises:
-            InputError: If it has no blocks, or blocks share weights.
-        """
+        """Return the network, to be run one block at a time."""
         graph = self.axes.recording.blocks if self.axes.recording is not None else ()
         return StreamedNetwork(self.loaded.model, self.weights, graph, folder)
 
     def check_output(self) -> None:
-        """Raise StoreError unless the network gives the output that was recorded when it was saved, if one was.
-
-        Raises:
-            StoreError: If the output differs; says by how much.
-        """
+        """Raise StoreError unless the network gives the output that was recorded when it was saved, if one was."""
         if self.probe is None:
             return
         stored = {place.dtype for place in self.weights.checkpoint.places.values()}
@@ -89,16 +83,7 @@ class OpenedNetwork:
 
 
 def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
-    """Open a transformers folder, a packaged model or a saved one, without loading its weights, and trace it.
-
-    Args:
-        name: The folder, or the name of a packaged model.
-        dtype: The dtype of the weights; as stored if ``None``.
-
-    Raises:
-        InputError: If it is no such folder, or its checkpoint has other names than the model.
-        StoreError: If a file is damaged.
-    """
+    """Open a transformers folder, a packaged model or a saved one, without loading its weights, and trace it."""
     folder = packaged_folder(name, lambda done, total, what: None) if name in PACKAGED else expanded(Path(name))
     if not folder.is_dir():
         raise InputError(
@@ -118,15 +103,16 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
 def _open_saved(folder: Path, name: str, dtype: torch.dtype | None) -> OpenedNetwork:
     """Open a model that regrow saved; its tensors begin at cache lines, as copies of those in files do."""
     loaded, shapes = load_saved_skeleton(folder, FakeTensorMode(allow_non_fake_inputs=True), dtype)
-    every: dict[str, TensorPlace] = {}
+    places: dict[str, TensorPlace] = {}
     for file, recorded in shapes.files.items():
-        every |= read_places(inside(folder, file), recorded.sha256)
-    places = {key: place for key, place in every.items() if shapes.tensors[key].kind.carried}
+        found = read_places(inside(folder, file), recorded.sha256)
+        places |= {key: place for key, place in found.items() if shapes.tensors[key].kind.carried}
     digests = {key: shapes.tensors[key].sha256 for key in places}
     weights = StoredWeights(Checkpoint(places, places), loaded.model, name, digests)
     loaded = replace(loaded, files=weights.checkpoint.files)
-    probe = inside(folder, FILE) if shapes.probe.file is not None else None
-    if probe is not None and shapes.probe.file is not None:
+    probe = None
+    if shapes.probe.file is not None:
+        probe = inside(folder, FILE)
         check_file(probe, shapes.probe.file)
     return OpenedNetwork(loaded, _traced(loaded), weights, probe)
 
@@ -144,3 +130,33 @@ def _check_names_no_weights(folder: Path, name: str) -> None:
             f"{name}: config.json names other weights (transformers_weights = {named!r:.60}), which are not read block "
             "by block; load it in memory (leave out --memory)"
         )
+
+
+def load_saved_skeleton(folder: Path, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> tuple[Loaded, Shapes]:
+    """Build the model of a folder that regrow wrote, as :func:`regrow.store.load` does, with fake parameters.
+
+    Buffers have their numbers. Neither the digests of parameters nor the recorded output are compared.
+
+    Returns:
+        The network in eval mode, its tokenizer, an example input and its origin; and the record of the folder.
+    """
+    shapes = read_shapes(folder)
+    if shapes.origin.kind != "transformers":
+        raise StoreError(f"{folder} holds no transformers model; leave out --memory, to load it whole")
+    check_files(folder)
+    with replacing_parameters(empty_parameters(mode)):
+        net = build_checked(folder, shapes, None, dtype)
+    tensors = read_weights(folder, shapes, kinds=[kind for kind in Kind if kind is not Kind.PARAMETER])
+    for name, stored in shapes.tensors.items():
+        if stored.kind is Kind.PARAMETER:
+            with mode:
+                tensors[name] = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        if dtype is not None and stored.kind is not Kind.DERIVED and tensors[name].is_floating_point():
+            tensors[name] = tensors[name].to(dtype)
+    restore(net, shapes, tensors)
+    tokenizer = read_tokenizer(folder)
+    example = guessed_example(net) if tokenizer is None else text_example(net, len(tokenizer))
+    if example is None:
+        raise ModelError(f"{folder}: the model does not say what input it takes; leave out --memory")
+    describe_loaded(net, shapes.origin, tokenizer)
+    return Loaded(net.eval(), tokenizer, example, replace(shapes.origin, name=folder.name)), shapes

@@ -98,14 +98,7 @@ class MemoryTerms:
         return f"memory: about {format_bytes(self.needed)} of {format_bytes(self.limit)}: {parts}"
 
     def check(self, what: str) -> None:
-        """Raise ResourceError if the limit does not suffice.
-
-        Args:
-            what: What is done, for the message.
-
-        Raises:
-            ResourceError: Names the largest term, and an amount that is enough.
-        """
+        """Raise ResourceError if the limit does not suffice."""
         if self.needed > self.limit:
             largest = max(self.terms, key=lambda name: self.terms[name])
             why = f": it needs about {format_bytes(self.needed)}, most of it {largest}"
@@ -121,19 +114,7 @@ def plan_memory(
     what: str = "pruning",
     held: int | None = None,
 ) -> MemoryPlan:
-    """Predict the memory that pruning or evaluating a network needs, and decide how it stays within a limit.
-
-    Args:
-        network: The network; it needs no numbers.
-        limit: The limit in bytes.
-        windows: The most windows of text that run at a time.
-        tokens: Tokens per window.
-        what: What is done: ``"pruning"``, or ``"evaluating"``, which makes no second copy of a block.
-        held: What the process held before the first of several runs; ``None``: what it holds now.
-
-    Raises:
-        ResourceError: If it does not fit even with one block in memory; names the least that is enough.
-    """
+    """Predict the memory that pruning or evaluating a network needs, and decide how it stays within a limit."""
     weights, model = network.weights, network.model
     size = {name: weights.bytes_of(name) for name in weights.stored}
     inside = [weights.like[name] for one in network.blocks for name in one.names]
@@ -157,17 +138,7 @@ def plan_memory(
 
 
 def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, units: Sequence[Axis]) -> MemoryPlan:
-    """Return the prediction with the sums of products of a method that takes them.
-
-    Args:
-        plan: The prediction for forward passes.
-        network: The network; it needs no numbers.
-        axes: Its axes.
-        units: The axes that may be cut.
-
-    Raises:
-        ResourceError: If the network does not fit, and the sums of one block do not either.
-    """
+    """Return the prediction with the sums of products of a method that takes them."""
     model = network.model
     shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
     every = {
@@ -186,30 +157,15 @@ def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, u
 
 
 def explain_refusal(what: str, needed: int, limit: int, why: str = ", even one block at a time") -> str:
-    """Return why a limit of memory does not suffice, with an amount that is enough.
-
-    Args:
-        what: What is done.
-        needed: What it needs, in bytes.
-        limit: The limit in bytes.
-        why: The reason, behind "impossible".
-    """
+    """Return why a limit of memory does not suffice, with an amount that is enough."""
     return f"{what} within {format_bytes(limit)} of memory is impossible{why}; use --memory {enough(needed)}"
 
 
 def record_peak(plan: MemoryPlan | MemoryTerms) -> dict[str, int | None]:
-    """Return the limit, the prediction and the most resident memory of this process, as JSON-able data.
-
-    Args:
-        plan: The prediction.
-    """
+    """Return the limit, the prediction and the most resident memory of this process, as JSON-able data."""
     return {"limit": plan.limit, "predicted": plan.needed, "peak": read_peak()}
 
 
 def enough(least: int) -> str:
-    """Return the amount of memory that a refusal names, like ``2.1GiB``.
-
-    Args:
-        least: What is needed, in bytes.
-    """
+    """Return the amount of memory that a refusal names, like ``2.1GiB``."""
     return format_bytes(int(MARGIN * least)).replace(" ", "")

@@ -1,15 +1,24 @@
-"""The stored weights of a network by name, each read when it is asked for and released by whoever asked."""
+"""What a streamed network needs from files: its stored weights, read one after another, and results of its blocks."""
 
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from regrow.core.errors import InputError
 from regrow.nets.load import count_nonfinite
 from regrow.store.errors import StoreError
+from regrow.store.state import named_tensors
+from regrow.store.tensors import as_bytes
 from regrow.store.weights import digest
-from regrow.streaming.buffer_pool import BufferPool
-from regrow.streaming.checkpoint import Checkpoint, TensorPlace
+from regrow.streaming.checkpoint import BufferPool, Checkpoint, TensorPlace, read_tensor
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -32,47 +41,45 @@ class StoredWeights(Mapping[str, Tensor]):
     ) -> None:
         self.checkpoint, self.name = checkpoint, name
         self.unchecked, self.finite = dict(digests or {}), set[str]()
-        self.like = _saved_tensors(model)
+        self.like = {key: held.tensor for key, held in named_tensors(model).items() if held.kind.carried}
         groups: dict[int, list[str]] = {}
         for key, tensor in self.like.items():
             groups.setdefault(id(tensor), []).append(key)
         self.first = {key: names[0] for names in groups.values() for key in names}
         self.stored: dict[str, str] = {}
+        places = checkpoint.places
         for names in groups.values():
-            there = next((key for key in names if key in checkpoint), None)
-            if there is None:
-                raise _other_names(name, f"lacks {names[0]!r}")
-            self.stored[names[0]] = there
-            place, wanted = checkpoint.places[there], self.like[there]
+            stored = next((key for key in names if key in places), None)
+            if stored is None:
+                raise self._other_names(f"lacks {names[0]!r}")
+            self.stored[names[0]] = stored
+            place, wanted = places[stored], self.like[stored]
             if place.shape != tuple(wanted.shape) or place.dtype.is_floating_point != wanted.is_floating_point():
-                raise _other_names(name, f"holds {there!r} as {place.dtype} {list(place.shape)}")
-        if other := next((key for key in checkpoint if key not in self.like), None):
-            raise _other_names(name, f"holds {other!r}")
+                raise self._other_names(f"holds {stored!r} as {place.dtype} {list(place.shape)}")
+        if other := next((key for key in places if key not in self.like), None):
+            raise self._other_names(f"holds {other!r}")
+
+    def _other_names(self, what: str) -> InputError:
+        return InputError(
+            f"{self.name}: its checkpoint {what}, unlike the model; a checkpoint whose names are converted is not read "
+            "block by block: load it in memory (leave out --memory)"
+        )
 
     def __getitem__(self, key: str) -> Tensor:
         """Return what :meth:`read` does, in fresh memory."""
         return self.read(key)
 
     def read(self, key: str, pool: BufferPool | None = None) -> Tensor:
-        """Return a tensor in memory of its own.
-
-        Args:
-            key: The name of the tensor.
-            pool: Where its memory comes from; ``None``: fresh memory.
-
-        Raises:
-            InputError: If it holds NaN or infinity.
-            StoreError: If it does not have the recorded digest.
-        """
+        """Return a tensor in memory of its own."""
         stored = self.stored[self.first[key]]
-        own = self.checkpoint.read(stored, pool)
-        if (expected := self.unchecked.get(stored)) and digest(own) != expected:
+        tensor = self.checkpoint.read(stored, pool)
+        if (expected := self.unchecked.get(stored)) and digest(tensor) != expected:
             raise StoreError(
                 f"{self.checkpoint.places[stored].file}: {stored!r} does not have the recorded SHA-256: it is damaged "
                 "or was changed; copy it again"
             )
         self.unchecked.pop(stored, None)
-        tensor = own.to(self.like[key].dtype)
+        tensor = tensor.to(self.like[key].dtype)
         if isinstance(self.like[key], nn.Parameter) and stored not in self.finite:
             if bad := count_nonfinite(tensor):
                 raise InputError(
@@ -100,47 +107,31 @@ class StoredWeights(Mapping[str, Tensor]):
         return StoredParameters(self)
 
     def bytes_of(self, key: str) -> int:
-        """Return how many bytes a tensor takes in memory.
-
-        Args:
-            key: The name of the tensor.
-        """
-        return self.like[key].numel() * self.like[key].element_size()
+        """Return how many bytes a tensor takes in memory."""
+        return self.like[key].nbytes
 
     def is_aligned(self, key: str) -> bool:
-        """Whether a tensor begins at a cache line when it is read.
-
-        Args:
-            key: The name of the tensor.
-        """
+        """Whether a tensor begins at a cache line when it is read."""
         stored, like = self.stored[self.first[key]], self.like[key]
         place = self.checkpoint.places[stored]
         return place.start % 64 == 0 or place.dtype != like.dtype or stored in self.checkpoint.aligned
 
     def sums(self) -> list[float]:
         """Return the sum of the first entries of every parameter, which tells different weights apart cheaply."""
-        own = (key for key, first in self.first.items() if key == first and isinstance(self.like[key], nn.Parameter))
-        parts = (self.checkpoint.first_entries(self.stored[key], 4096).to(self.like[key].dtype) for key in own)
+        keys = (key for key in self.stored if isinstance(self.like[key], nn.Parameter))
+        parts = (self.checkpoint.first_entries(self.stored[key], 4096).to(self.like[key].dtype) for key in keys)
         return [float(part.float().double().sum()) for part in parts]
 
 
 class StoredParameters(Mapping[str, Tensor]):
-    """The parameters among stored weights, each read when it is asked for, into the memory of released ones.
-
-    Args:
-        weights: The stored weights.
-    """
+    """The parameters among stored weights, each read when it is asked for, into the memory of released ones."""
 
     def __init__(self, weights: StoredWeights) -> None:
         self.weights, self.buffers = weights, BufferPool()
-        self.names = {key: None for key, one in weights.like.items() if isinstance(one, nn.Parameter)}
+        self.names = {key: None for key, tensor in weights.like.items() if isinstance(tensor, nn.Parameter)}
 
     def __getitem__(self, key: str) -> Tensor:
-        """Return a parameter in memory of its own.
-
-        Raises:
-            InputError: If it holds NaN or infinity.
-        """
+        """Return a parameter in memory of its own."""
         return self.weights.read(key, self.buffers)
 
     def __contains__(self, key: object) -> bool:
@@ -153,18 +144,87 @@ class StoredParameters(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and saved buffer under each of its names."""
-    result: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        dot = f"{path}." if path else ""
-        saved = {k: one for k, one in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        result |= {dot + k: one for k, one in {**module._parameters, **saved}.items() if one is not None}
-    return result
+class ReadAhead:
+    """Stored weights of which the next are read in a thread, into the memory of those that were released."""
+
+    def __init__(self, weights: StoredWeights) -> None:
+        self.weights, self.buffers = weights, BufferPool()
+        self.pool = ThreadPoolExecutor(1, "regrow-read")
+        self.started: dict[str, Future[Tensor]] = {}
+
+    def start(self, names: Collection[str]) -> None:
+        """Start to read tensors that are taken next; forget others that were started."""
+        for name in self.started.keys() - names:
+            self.started.pop(name).cancel()
+        for name in names:
+            if name not in self.started:
+                self.started[name] = self.pool.submit(self.weights.read, name, self.buffers)
+
+    def take(self, name: str) -> Tensor:
+        """Return a tensor: one that was started, or one that is read now."""
+        started = self.started.pop(name, None)
+        return self.weights.read(name, self.buffers) if started is None else started.result()
+
+    def release(self) -> None:
+        """Give the memory of released tensors back to the system, unless the next ones are read into it."""
+        if not self.started:
+            self.buffers.clear()
 
 
-def _other_names(name: str, what: str) -> InputError:
-    return InputError(
-        f"{name}: its checkpoint {what}, unlike the model; a checkpoint whose names are converted is not read block by "
-        "block: load it in memory (leave out --memory)"
-    )
+class BlockResults:
+    """What blocks returned for each batch, until its last reader: in memory, or in files in a folder of their own."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = None if folder is None else Path(mkdtemp(prefix="results-", dir=folder))
+        self.names = count()
+        self.values: dict[tuple[int, int], Any] = {}
+        self.versions: dict[tuple[int, int], list[int]] = {}
+
+    def put(self, block: int, batch: int, value: Any) -> None:
+        """Keep the result of a block for a batch."""
+        self.values[block, batch] = result = tree_map_only(Tensor, self._kept, value)
+        self.versions[block, batch] = _versions(result)
+
+    def get(self, block: int, batch: int) -> Any:
+        """Return a result; once it is dropped, one of the same form without numbers."""
+        value = self.values[block, batch]
+        before = self.versions.get((block, batch))  # none once it is dropped
+        if before is not None and before != _versions(value):
+            raise InputError(
+                f"the result of block {block + 1} is changed in place before its last use; load the model in memory "
+                "(leave out --memory)"
+            )
+        return tree_map_only(TensorPlace, read_tensor, value)
+
+    def drop(self, block: int, batch: int) -> None:
+        """Release the numbers of a result that no later block reads."""
+        self.versions.pop((block, batch), None)
+        self.values[block, batch] = tree_map_only(Tensor | TensorPlace, _release, self.values[block, batch])
+
+    def __enter__(self) -> "BlockResults":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.values.clear()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _kept(self, tensor: Tensor) -> Tensor | TensorPlace:
+        if self.folder is None:
+            return tensor.detach()
+        path = self.folder / f"result-{next(self.names)}"
+        as_bytes(tensor).numpy().tofile(path)
+        return TensorPlace(path, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
+
+
+def _versions(value: Any) -> list[int]:
+    """Return how often each tensor in memory was changed in place; those made in inference mode are not counted."""
+    held = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [0 if tensor.is_inference() else tensor._version for tensor in held]
+
+
+def _release(value: Tensor | TensorPlace) -> Tensor:
+    """Return a tensor without numbers in place of a result; its file is deleted."""
+    if isinstance(value, TensorPlace):
+        value.file.unlink(missing_ok=True)
+    return torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")

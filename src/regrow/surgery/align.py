@@ -20,15 +20,7 @@ STEP = 1e-3
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross entropy of a model on a labelled batch.
-
-    Args:
-        model: The network.
-        batch: Inputs and labels.
-
-    Raises:
-        ValueError: If the batch has no labels.
-    """
+    """Return the mean cross entropy of a model on a labelled batch."""
     if batch.labels is None:
         raise ValueError("aligning needs batches with labels, or a loss of your own: loss=function")
     return class_loss(model(*batch.args, **batch.kwargs), batch.labels)
@@ -100,23 +92,23 @@ def _gradients(
     model: nn.Module, entries: Sequence[Entries], batches: Sequence[Batch], loss: Loss
 ) -> dict[Entries, Tensor]:
     """Return the gradient of the loss, summed over the batches, in the given entries of parameters."""
-    names = list(dict.fromkeys(one.name for one in entries))
-    parameters = [model.get_parameter(name) for name in names]
-    trains = [parameter.requires_grad for parameter in parameters]
+    parameters = {part.name: model.get_parameter(part.name) for part in entries}
+    trains = [parameter.requires_grad for parameter in parameters.values()]
     total: dict[Entries, Tensor] = {}
-    device = parameters[0].device
+    device = parameters[entries[0].name].device
     try:
-        for parameter in parameters:
+        for parameter in parameters.values():
             parameter.requires_grad_(True)
         for batch in batches:
             with torch.enable_grad():
-                gradients = torch.autograd.grad(loss(model, batch.to(device)), parameters, materialize_grads=True)
-            whole = dict(zip(names, gradients, strict=True))
-            for one in entries:
-                part = one.of(whole[one.name]).float()
-                total[one] = total[one] + part if one in total else part
+                value = loss(model, batch.to(device))
+                gradients = torch.autograd.grad(value, [*parameters.values()], materialize_grads=True)
+            whole = dict(zip(parameters, gradients, strict=True))
+            for part in entries:
+                gradient = part.of(whole[part.name]).float()
+                total[part] = total[part] + gradient if part in total else gradient
     finally:
-        for parameter, train in zip(parameters, trains, strict=True):
+        for parameter, train in zip(parameters.values(), trains, strict=True):
             parameter.requires_grad_(train)
     return total
 
@@ -138,5 +130,4 @@ def _moved(model: nn.Module, pull: Mapping[Entries, Tensor]) -> Iterator[None]:
 
 
 def _root_mean_square(tensor: Tensor) -> float:
-    """Return the root mean square of a tensor's entries."""
     return float(tensor.detach().double().square().mean().sqrt())

@@ -1,6 +1,5 @@
 """Carry a plan out on a model: the only function of regrow that changes a model's shape."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,17 +11,14 @@ from torch.optim import Optimizer
 from regrow.core.axes import AxisGraph, size_of
 from regrow.core.axes.operations import Tracer
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import carry_out, commit, prepare
+from regrow.surgery.carry import commit, prepare
 from regrow.surgery.drop import bring_back, without_branches
-from regrow.surgery.eager import trial_error
-from regrow.surgery.forward_check import NotAsRecordedError, check_own_run, is_numberless
 from regrow.surgery.insert import with_stacks
-from regrow.surgery.output_comparison import max_difference, max_magnitude
+from regrow.surgery.output_comparison import RELATIVE_BOUND, ProposedChange, max_difference, max_magnitude
 from regrow.surgery.proof import check_blocks, describe_difference
-from regrow.surgery.proposed_change import RELATIVE_BOUND, ProposedChange
 from regrow.surgery.undo_store import UndoStore
-from regrow.surgery.whole import run_whole_pair
-from regrow.tracing.capture import Capture
+from regrow.surgery.whole import NotAsRecordedError, check_own_run, run_whole_pair, trial_error
+from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.interception import without_collection
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import code_of, state_of
@@ -107,10 +103,14 @@ def _apply(
     rehearsal = try_out(model, axes, plan, ready.resizing(axes), undo)
     known = axes
     if rehearsal is not None:
-        change = ProposedChange(model, axes, plan, axes.recording, rehearsal.planned, ready, undo)
-        known = _proved(change, rehearsal.present)
-    if known.recording is None and not is_numberless(model, axes):
-        _compare(model, axes, plan)
+        known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
+    if holds_numbers(model, axes.example):
+        if rehearsal is not None and not axes.declared and axes.decisions is None:
+            recording = _recorded(model, axes, rehearsal.present)
+            check_blocks(ProposedChange(model, axes, plan, recording, rehearsal.planned, ready, undo))
+            known = replace(known, recording=Recording(rehearsal.planned, recording.reads, recording.code))
+        elif known.recording is None:
+            _compare(model, axes, plan)
     return commit(model, known, plan, ready, optimizers, undo, partial(check_own_run, model))
 
 
@@ -120,16 +120,6 @@ def try_out(
     """Check on a copy that the network runs as planned; return the recordings of that, if there are any.
 
     Where axes were traced, the copy has no numbers and is recorded; for declared axes it is run on the example.
-
-    Args:
-        model: The model; it is left unchanged.
-        axes: Its axes.
-        plan: The plan.
-        to: The sizes and constants that the plan leads to.
-        undo: The undo store, where the plan restores units.
-
-    Raises:
-        PlanError: If the planned network runs other operations than the present one, or does not run.
     """
     rehearsal = None
     if axes.steps or not axes.declared:
@@ -137,20 +127,11 @@ def try_out(
         sizes = {**to.sizes, **{key: axes[key].size for key in axes.declared}}
         with without_collection():
             rehearsal = rehearse(model, axes, replace(to, sizes=sizes))
-    if axes.declared:
-        _try(model, axes, plan, undo)
+    if axes.declared and (problem := trial_error(model, axes, plan, undo)):
+        changed = [key for key in axes.declared if key in plan.changes]
+        hint = f"; is something of {' or '.join(changed)} not declared?" if changed else ""
+        raise PlanError(f"the plan cannot be carried out: {problem}{hint}")
     return rehearsal
-
-
-def _proved(change: ProposedChange, present: Capture | None) -> AxisGraph:
-    """Check the planned change on blocks of the network; return the axes with the planned network's recording."""
-    model, axes = change.model, change.axes
-    known = replace(axes, steps=restate_steps(axes.steps, change.planned), recording=None)
-    if is_numberless(model, axes) or axes.declared or axes.decisions is not None:
-        return known
-    recording = _recorded(model, axes, present)
-    check_blocks(replace(change, recording=recording))
-    return replace(known, recording=Recording(change.planned, recording.reads, recording.code))
 
 
 def _recorded(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Recording:
@@ -179,22 +160,8 @@ def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         raise PlanError(describe_difference(distance, max_magnitude(masked), *remedy))
 
 
-def _try(model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None) -> None:
-    """Apply the plan to a copy and run that on the example, since no recording shows the effect of declared axes."""
-    if problem := trial_error(model, axes, lambda other: carry_out(other, axes, plan, undo=copy.copy(undo))):
-        changed = [key for key in axes.declared if key in plan.changes]
-        hint = f"; is something of {' or '.join(changed)} not declared?" if changed else ""
-        raise PlanError(f"the plan cannot be carried out: {problem}{hint}")
-
-
 def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Raise :class:`PlanError` unless the plan fits the axes, and every tensor of the model has the shape they say.
-
-    Args:
-        model: The model.
-        axes: Its axes.
-        plan: The plan.
-    """
+    """Raise :class:`PlanError` unless the plan fits the axes, and every tensor of the model has the shape they say."""
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a regrow.Plan, got a {type(plan).__name__}; for example Plan.keeping(axes, ...)")
     plan.check(axes)

@@ -8,26 +8,35 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from mmap import PAGESIZE
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from regrow.core.axes import Axis, AxisGraph, Role, Slot, axes_in, size_of
+from regrow.core.axes import Axis, AxisGraph, Fold, Role, Slot, axes_in, size_of
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.compensate import bias_dim, bias_of, offsets
-from regrow.surgery.fold import Outcome, divisor_size, fold_constants, fold_values
-from regrow.surgery.layout import Layout, places, plan_layouts, slots_after, unit_ids_after
-from regrow.surgery.optimizer import Exchange, follow
+from regrow.surgery.compensate import bias_dim, bias_of, divisor_size, fold_constants, fold_values, offsets
+from regrow.surgery.layout import (
+    Layout,
+    Layouts,
+    ids_after,
+    next_ids_after,
+    places,
+    plan_layouts,
+    resize,
+    resize_moment,
+    slots_after,
+)
 from regrow.surgery.restore import plan_with_undo
 from regrow.surgery.undo_store import UndoStore
-from regrow.surgery.widen import resize, resize_moment, roles_of
 from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.kinds import recompute_weights
 from regrow.tracing.model_state import Snapshot, select_state, state_of
 from regrow.tracing.trial import Resizing, planned_integers
 
+T = TypeVar("T")
 LEAST = 2**26
 """The fewest bytes for which it is worth asking."""
 _MADV_PAGEOUT = 21
@@ -37,36 +46,24 @@ def release_pages(tensors: Iterable[Tensor]) -> None:
     """Let Linux reclaim the pages of tensors in memory-mapped files; they are read again from there if they are used.
 
     A checkpoint stays mapped while any of its tensors is in use, and its pages count as memory of the process.
-
-    Args:
-        tensors: Tensors that are not expected to be read again; those in other memory are left alone.
     """
-    large = [one for one in tensors if _is_plain(one) and one.nbytes >= 2 * PAGESIZE]
-    if sys.platform != "linux" or sum(one.nbytes for one in large) < LEAST:
+    plain = (x for x in tensors if x.layout is torch.strided and x.device.type == "cpu" and x.is_contiguous())
+    large = [x for x in plain if not isinstance(x, FakeTensor) and x.nbytes >= 2 * PAGESIZE]
+    if sys.platform != "linux" or sum(x.nbytes for x in large) < LEAST:
         return
-    ranges = _mapped_ranges()
-    starts = [start for start, _ in ranges]
-    advise = ctypes.CDLL(None).madvise
-    for one in large:
-        begin, end = -(-one.data_ptr() // PAGESIZE) * PAGESIZE, (one.data_ptr() + one.nbytes) // PAGESIZE * PAGESIZE
-        place = bisect_right(starts, begin) - 1
-        if place >= 0 and end <= ranges[place][1]:  # advice: where the kernel does not know it, nothing happens
-            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    strided = tensor.layout is torch.strided and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
-    return strided and tensor.is_contiguous()
-
-
-def _mapped_ranges() -> list[tuple[int, int]]:
-    """Return the address ranges of this process that files are mapped to, in ascending order."""
     try:
         rows = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     except OSError:
-        return []
+        return
     files = [row[0].split("-") for row in rows if row[4] != "0"]
-    return sorted((int(start, 16), int(stop, 16)) for start, stop in files)
+    ranges = sorted((int(start, 16), int(stop, 16)) for start, stop in files)
+    advise = ctypes.CDLL(None).madvise
+    for tensor in large:
+        begin = -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // PAGESIZE * PAGESIZE
+        place = bisect_right(ranges, begin, key=lambda mapped: mapped[0]) - 1
+        if place >= 0 and end <= ranges[place][1]:  # advice: where the kernel does not know it, nothing happens
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
 
 
 @dataclass(frozen=True)
@@ -76,23 +73,25 @@ class Prepared:
     Args:
         sizes: Axis key → its number of units after the plan.
         lays: Tensor name → dimension → the layout of its entries after the plan.
-        done: The tensors and constants to write.
+        values: Name → the tensor to set.
+        constants: ``module:attribute`` → the number to set.
+        folds: The folds after the plan.
+        removed: Biases that only compensation had added, and that are removed again.
         undo: The undo store after the plan; ``None`` without one.
     """
 
     sizes: Mapping[str, int]
-    lays: Mapping[str, Mapping[int, Layout]]
-    done: Outcome
+    lays: Layouts
+    values: Mapping[str, Tensor]
+    constants: Mapping[str, float | None]
+    folds: tuple[Fold, ...]
+    removed: tuple[str, ...] = ()
     undo: UndoStore | None = None
 
     def resizing(self, axes: AxisGraph) -> Resizing:
-        """Return the sizes, constants and biases of the planned network, without the values of its tensors.
-
-        Args:
-            axes: The axes before the plan.
-        """
-        added = {name: len(value) for name, value in self.done.values.items() if name not in axes.shapes}
-        return Resizing(self.sizes, self.done.constants, added, self.done.removed)
+        """Return the sizes, constants and biases of the planned network, without the values of its tensors."""
+        added = {name: len(value) for name, value in self.values.items() if name not in axes.shapes}
+        return Resizing(self.sizes, self.constants, added, self.removed)
 
 
 def carry_out(
@@ -102,15 +101,7 @@ def carry_out(
     optimizers: Sequence[Optimizer] = (),
     undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
-    """Apply a plan without the checks of :func:`regrow.apply`: for copies that are run and compared right after.
-
-    Args:
-        model: The model; changed in place.
-        axes: Its axes.
-        plan: The plan.
-        optimizers: The optimisers that follow.
-        undo: The undo store.
-    """
+    """Apply a plan without the checks of :func:`regrow.apply`: for copies that are run and compared right after."""
     return commit(model, axes, plan, prepare(model, axes, plan, undo), optimizers, undo)
 
 
@@ -124,60 +115,45 @@ def prepare(
 ) -> Prepared:
     """Compute the tensors that a plan leads to, without changing the model.
 
-    Args:
-        model: The model.
-        axes: Its axes before the plan.
-        plan: The plan.
-        undo: The undo store with the weights cut before; ``None`` without one.
-        names: The tensors to compute; all unless given.
-        exact: Whether to compute them in float64.
-
-    Raises:
-        PlanError: If the plan does not fit the model.
+    Only those called ``names`` if there are any; without rounding to the model's precision if ``exact``.
     """
-    sizes, seed = plan.sizes(axes), _seed(axes, plan)
+    sizes = plan.sizes(axes)
+    grown = [(key, change.fill.seed, axes[key].next_id) for key, change in sorted(plan.changes.items())]
+    seed = zlib.crc32(repr(grown).encode())
+    roles: dict[str, dict[int, set[Role]]] = {}
+    for slot in (slot for key in plan.changes for slot in axes[key].slots):
+        roles.setdefault(slot.name, {}).setdefault(slot.dim, set()).add(slot.role)
     part, plan = (axes, plan) if names is None else _restricted(axes, plan, names)
     lays = plan_layouts(part, plan)
-    roles = roles_of([(slot.name, slot.dim, slot.role) for key in plan.changes for slot in axes[key].slots])
     tensors = state_of(model) if names is None else select_state(model, names)
-    state = {name: tensor.detach() for name, tensor in tensors.items()}
-    stored: UndoStore | None = None
+    values: dict[str, Tensor] = {}
     with torch.no_grad():
-        values = {name: _exact(state[name]) for name in _gains(part, sizes) if name in state} if exact else {}
-        values |= {
-            name: resize(name, tensor, lays[name], roles.get(name, {}), seed, exact)
-            for name, tensor in state.items()
-            if name in lays
-        }
+        for name, tensor in tensors.items():
+            if name in lays:
+                values[name] = resize(name, tensor.detach(), lays[name], roles.get(name, {}), seed, exact)
+        if exact:
+            for fold in part.folds:
+                if fold.weight in tensors and divisor_size(fold, axes.sizes()) != divisor_size(fold, sizes):
+                    values.setdefault(fold.weight, tensors[fold.weight].detach().double())
         values |= offsets(model, axes, plan, lays, values, exact)
         if undo is None:
-            done = fold_values(model, part, sizes, values)
+            values |= fold_values(model, part, sizes, values)
+            ready = Prepared(sizes, lays, values, *fold_constants(model, part, sizes))
         else:
-            done, stored = plan_with_undo(undo, model, axes, plan, lays, values)
-    for name, value in done.values.items():
+            ready = Prepared(sizes, lays, *plan_with_undo(undo, model, axes, plan, lays, values))
+    for name, value in ready.values.items():
         if list(value.shape) != [size_of(dim, sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
-    return Prepared(sizes, lays, done, stored)
+    return ready
 
 
 def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
-    """Return the sizes, constants and biases that a plan leads to, without computing any tensor.
-
-    Args:
-        model: The model.
-        axes: Its axes before the plan.
-        plan: The plan.
-    """
+    """Return the sizes, constants and biases that a plan leads to, without computing any tensor."""
     sizes = plan.sizes(axes)
     constants, _ = fold_constants(model, axes, sizes)
     biases = [bias_of(weight) for weight in plan.means]
     added = {bias: size_of(bias_dim(axes, bias), sizes) for bias in biases if bias not in axes.shapes}
     return Resizing(sizes, constants, added)
-
-
-def _seed(axes: AxisGraph, plan: Plan) -> int:
-    grown = [(key, change.fill.seed, axes[key].next_id) for key, change in sorted(plan.changes.items())]
-    return zlib.crc32(repr(grown).encode())
 
 
 def _restricted(axes: AxisGraph, plan: Plan, names: Collection[str]) -> tuple[AxisGraph, Plan]:
@@ -190,15 +166,6 @@ def _restricted(axes: AxisGraph, plan: Plan, names: Collection[str]) -> tuple[Ax
     return replace(axes, shapes=shapes, folds=folds), replace(plan, changes=changes, means=means)
 
 
-def _gains(axes: AxisGraph, sizes: Mapping[str, int]) -> list[str]:
-    """Return the parameters that compensate for the divisors that change."""
-    return [fold.weight for fold in axes.folds if divisor_size(fold, axes.sizes()) != divisor_size(fold, sizes)]
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
 def commit(
     model: nn.Module,
     axes: AxisGraph,
@@ -208,55 +175,34 @@ def commit(
     undo: UndoStore | None = None,
     prove: Callable[[AxisGraph], AxisGraph] = lambda axes: axes,
 ) -> tuple[nn.Module, AxisGraph]:
-    """Write a prepared plan into the model, the optimisers and the undo store, in place.
-
-    Args:
-        model: The model.
-        axes: Its axes before the plan.
-        plan: The plan.
-        ready: What :func:`prepare` computed for it.
-        optimizers: The optimisers that follow.
-        undo: The undo store; replaced in place by its state after the plan.
-        prove: Called with the new axes when the model is changed; returns them. If it raises, the model is restored.
-
-    Returns:
-        The model, and its axes after the plan.
-
-    Raises:
-        PlanError: If an optimizer or a hook cannot follow; nothing is changed then.
-    """
-    done, lays = ready.done, ready.lays
+    """Write a prepared plan into the model, the optimisers and the undo store, in place; return model and axes."""
     parameters = dict(model.named_parameters())
-    exchanged = [Exchange(n, parameters[n], lays.get(n, {})) for n in (*done.values, *done.removed) if n in parameters]
-    _check_hooks(exchanged)
-    remember = follow(optimizers, exchanged, added=[n for n in done.values if n not in axes.shapes])
+    replaced = [name for name in (*ready.values, *ready.removed) if name in parameters]
+    exchanged = [Exchange(name, parameters[name], ready.lays.get(name, {})) for name in replaced]
+    for exchange in exchanged:
+        if exchange.old._backward_hooks or exchange.old._post_accumulate_grad_hooks:
+            raise PlanError(
+                f"{exchange.name} has a gradient hook, which does not follow a change of shape; remove it "
+                "(handle.remove()) and register it again on the new parameter"
+            )
+    remember = follow(optimizers, exchanged, added=[name for name in ready.values if name not in axes.shapes])
     before = Snapshot(model)
     try:
-        _commit(model, axes, ready, planned_integers(axes, ready.sizes))
-        after = prove(_after(axes, plan, lays, ready.sizes, done))
+        _write(model, axes, ready)
+        after = prove(_after(axes, plan, ready))
     except BaseException:
         before.restore()
         raise
     remember(dict(model.named_parameters()))
-    release_pages(one.old for one in exchanged)
+    release_pages(exchange.old for exchange in exchanged)
     if undo is not None:
         vars(undo).update(vars(ready.undo))
     return model, after
 
 
-def _check_hooks(exchanged: Sequence[Exchange]) -> None:
-    for one in exchanged:
-        if one.old._backward_hooks or one.old._post_accumulate_grad_hooks:
-            raise PlanError(
-                f"{one.name} has a gradient hook, which does not follow a change of shape; remove it (handle.remove()) "
-                "and register it again on the new parameter"
-            )
-
-
-def _commit(model: nn.Module, axes: AxisGraph, ready: Prepared, integers: Mapping[str, int]) -> None:
-    done = ready.done
+def _write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
     made: dict[str, nn.Parameter | Tensor] = {}
-    for name, value in done.values.items():
+    for name, value in ready.values.items():
         path, _, leaf = name.rpartition(".")
         module, first = model.get_submodule(path), axes.ties.get(name, name)
         if first not in made:
@@ -268,10 +214,10 @@ def _commit(model: nn.Module, axes: AxisGraph, ready: Prepared, integers: Mappin
             else:
                 made[first] = _successor(old, value, ready.lays.get(name, {}))
         setattr(module, leaf, made[first])  # as a user would: modules that keep lists of their weights notice
-    for name in done.removed:
+    for name in ready.removed:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, None)
-    for place, number in {**integers, **done.constants}.items():
+    for place, number in {**planned_integers(axes, ready.sizes), **ready.constants}.items():
         path, name = place.split(":")
         module = model.get_submodule(path)
         old_value = get_attribute(module, name)
@@ -298,32 +244,103 @@ def _laid_out(value: Tensor, like: Tensor | None) -> Tensor:
     return value.contiguous(memory_format=order) if like.is_contiguous(memory_format=order) else value
 
 
-def _after(
-    axes: AxisGraph,
-    plan: Plan,
-    lays: Mapping[str, Mapping[int, Layout]],
-    sizes: Mapping[str, int],
-    done: Outcome,
-) -> AxisGraph:
-    added = {name: (bias_dim(axes, name),) for name in done.values if name not in axes.shapes}
+def _after(axes: AxisGraph, plan: Plan, ready: Prepared) -> AxisGraph:
+    added = {name: (bias_dim(axes, name),) for name in ready.values if name not in axes.shapes}
+    ids, next_ids = ids_after(axes, plan), next_ids_after(axes, plan)
 
     def changed(axis: Axis) -> Axis:
-        change = plan.changes.get(axis.key)
-        ids = axis.ids if change is None else tuple(sorted(unit_ids_after(change, axis)))
-        slots = [slot for slot in slots_after(axis, axes, lays, sizes) if slot.name not in done.removed]
+        key = axis.key
+        slots = [slot for slot in slots_after(axis, axes, ready.lays, ready.sizes) if slot.name not in ready.removed]
         for name, (dim,) in added.items():
-            slots += [Slot(name, 0, *place, role=Role.SHIFTS) for place in places(dim, axis.key, sizes)]
-        next_id = axis.next_id + (0 if change is None else change.grow)
-        return replace(axis, size=sizes[axis.key], slots=tuple(slots), ids=ids, next_id=next_id)
+            slots += [Slot(name, 0, *place, role=Role.SHIFTS) for place in places(dim, key, ready.sizes)]
+        return replace(axis, size=ready.sizes[key], slots=tuple(slots), ids=ids[key], next_id=next_ids[key])
 
-    itemsize = {**axes.itemsize, **{name: done.values[name].element_size() for name in added}}
+    def left(entries: Mapping[str, T]) -> dict[str, T]:
+        return {name: entry for name, entry in entries.items() if name not in ready.removed}
+
+    # Declared sizes are in no recording.
+    moves_declared = not plan.changes.keys().isdisjoint(axes.declared)
     return replace(
         axes,
         axes={key: changed(axis) for key, axis in axes.axes.items()},
-        shapes={name: dims for name, dims in {**axes.shapes, **added}.items() if name not in done.removed},
-        parameters=(axes.parameters | added.keys()) - set(done.removed),
-        itemsize={name: size for name, size in itemsize.items() if name not in done.removed},
-        folds=done.folds,
-        recording=None if plan.changes.keys() & set(axes.declared) else axes.recording,
-        steps=() if plan.changes.keys() & set(axes.declared) else axes.steps,  # they know no declared sizes
+        shapes=left({**axes.shapes, **added}),
+        parameters=(axes.parameters | added.keys()) - set(ready.removed),
+        itemsize=left({**axes.itemsize, **{name: ready.values[name].element_size() for name in added}}),
+        folds=ready.folds,
+        recording=None if moves_declared else axes.recording,
+        steps=() if moves_declared else axes.steps,
     )
+
+
+FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
+"""Names of first moments in optimiser state: new entries get 0."""
+
+SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
+"""Names of second moments in optimiser state: new entries get the mean of the kept ones."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A parameter that a plan replaces or removes, and the layouts of its dimensions after the plan."""
+
+    name: str
+    old: nn.Parameter
+    lays: Mapping[int, Layout]
+
+
+def follow(
+    optimizers: Sequence[Optimizer], exchanged: Sequence[Exchange], added: Sequence[str] = ()
+) -> Callable[[Mapping[str, nn.Parameter]], None]:
+    """Compute the optimisers' state after a plan; return a function of the new parameters by name that writes it.
+
+    Groups, their settings and their order stay, so learning-rate schedulers keep working.
+    """
+    for optimizer in optimizers:
+        if hasattr(optimizer, "_params"):
+            kind = type(optimizer).__name__
+            raise PlanError(
+                f"{kind} keeps all parameters in one piece and cannot follow; make a new one after the change"
+            )
+    known = {id(exchange.old): exchange for exchange in exchanged}
+    states = [
+        {
+            id(parameter): {what: _state(what, value, known[id(parameter)]) for what, value in memory.items()}
+            for parameter, memory in optimizer.state.items()
+            if id(parameter) in known
+        }
+        for optimizer in optimizers
+    ]
+
+    def commit(made: Mapping[str, nn.Parameter]) -> None:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            for group in optimizer.param_groups:
+                params: list[nn.Parameter] = group["params"]
+                left = [p for p in params if id(p) not in known or known[id(p)].name in made]
+                params[:] = [made[known[id(p)].name] if id(p) in known else p for p in left]
+                for name in added:
+                    weight = made.get(name.removesuffix("bias") + "weight")
+                    if any(parameter is weight for parameter in params):
+                        params.append(made[name])
+            for exchange in exchanged:
+                if optimizer.state.pop(exchange.old, None) is not None and exchange.name in made:
+                    optimizer.state[made[exchange.name]] = state[id(exchange.old)]
+
+    return commit
+
+
+def _state(what: str, value: object, exchange: Exchange) -> object:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    name, old = exchange.name, exchange.old
+    if value.shape != old.shape:
+        raise PlanError(
+            f"the optimiser's {what!r} of {name} has shape {tuple(value.shape)}, not its parameter's "
+            f"{tuple(old.shape)}: it cannot follow a change of shape; make a new optimiser after the change"
+        )
+    if what not in FIRST | SECOND:
+        raise PlanError(
+            f"the optimiser keeps {what!r} for {name}; what new or kept units should have of it is not known; "
+            "make a new optimiser after the change"
+        )
+    with torch.no_grad():
+        return resize_moment(value, exchange.lays, mean=what in SECOND)

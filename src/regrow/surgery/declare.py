@@ -29,6 +29,7 @@ class _Place:
         dim: Which dimension; ``None`` for an integer.
         form: The dimension as a product or sum of axes and numbers.
         reads: Whether it follows the arrow, and so consumes the units.
+        extent: The number of its entries, or the integer.
     """
 
     axis: str
@@ -36,6 +37,7 @@ class _Place:
     dim: int | None
     form: Dim
     reads: bool
+    extent: int
 
     @property
     def text(self) -> str:
@@ -81,19 +83,17 @@ def declare(
     tensors = state_of(model)
     if axes is not None and (args or kwargs):
         raise DeclarationError("axes that were traced have an example already; give one or the other")
-    written = [one for name, text in units.items() for one in _written(name, text, units)]
-    for one in written:
-        _check_exists(model, tensors, one)
-    sizes = _sizes(model, tensors, written)
+    written = [place for name, text in units.items() for place in _written(model, tensors, name, text, units)]
+    sizes = _sizes(written)
     base = axes or _unknown(model, tensors, args, kwargs)
-    forms = _forms(base, written)
+    every = [replace(place, name=name) for place in written for name in _aliases(base, place.name)]
+    forms = _forms(base, every)
     shapes = {
         name: tuple(forms.get((name, dim), known) for dim, known in enumerate(dims))
         for name, dims in base.shapes.items()
     }
-    every = [replace(one, name=name) for one in written for name in _aliases(base, one)]
     made = {key: _axis(key, sizes, every, tensors) for key in units}
-    stated = {one.name: one.form for one in written if one.dim is None}
+    stated = {place.name: place.form for place in written if place.dim is None}
     return replace(
         base,
         axes={**_left(base, forms, made), **made},
@@ -104,7 +104,9 @@ def declare(
     )
 
 
-def _written(axis: str, text: str, units: Mapping[str, str]) -> Iterator[_Place]:
+def _written(
+    model: nn.Module, tensors: Mapping[str, Tensor], axis: str, text: str, units: Mapping[str, str]
+) -> Iterator[_Place]:
     if not axis.isidentifier():
         raise DeclarationError(f"axis {axis!r}: a declared axis has a name of letters, digits and _, like heads")
     sides = text.replace(",", " ").split("->")
@@ -115,12 +117,16 @@ def _written(axis: str, text: str, units: Mapping[str, str]) -> Iterator[_Place]
         )
     for side, reads in zip(sides, (False, True), strict=True):
         for word in side.split():
-            spot, _, form = word.partition("=")
-            name, _, last = spot.rpartition(":")
-            dim = _dim(axis, word, form, units) if form else axis
-            if axis not in axes_in(dim):
+            spot, _, formula = word.partition("=")
+            form = _dim(axis, word, formula, units) if formula else axis
+            if axis not in axes_in(form):
                 raise DeclarationError(f"axis {axis!r}: {word!r} does not say where {axis} is in it")
-            yield _Place(axis, name, int(last), dim, reads) if last.isdigit() else _Place(axis, spot, None, dim, reads)
+            name, _, last = spot.rpartition(":")
+            if last.isdigit():
+                extent = _extent(tensors, axis, name, int(last))
+                yield _Place(axis, name, int(last), form, reads, extent)
+            else:
+                yield _Place(axis, spot, None, form, reads, _integer(model, axis, spot))
 
 
 def _dim(axis: str, word: str, form: str, units: Mapping[str, str]) -> Dim:
@@ -146,71 +152,65 @@ def _dim(axis: str, word: str, form: str, units: Mapping[str, str]) -> Dim:
         raise DeclarationError(f"axis {axis!r}: {word!r} cannot be read; write it like 3*heads*16") from None
 
 
-def _check_exists(model: nn.Module, tensors: Mapping[str, Tensor], one: _Place) -> None:
-    if one.dim is None:
-        path, _, name = one.name.rpartition(":")
-        exists = path in dict(model.named_modules()) and hasattr(model.get_submodule(path), name.partition(".")[0])
-        if ":" not in one.name or not exists:
-            raise DeclarationError(
-                f"axis {one.axis!r}: {one.name!r} is neither tensor:dim, like fc1.weight:0, nor module:attribute"
-            )
-        value = get_attribute(model.get_submodule(path), name)
-        if type(value) is not int:
-            raise DeclarationError(
-                f"axis {one.axis!r}: {one.name!r} holds a {type(value).__name__}, not a whole number"
-            )
-        return
-    if one.name not in tensors:
-        near = get_close_matches(one.name, tensors, 3, 0.0)
-        raise DeclarationError(f"axis {one.axis!r}: the network has no tensor {one.name!r}; it has {', '.join(near)}")
-    if one.dim >= tensors[one.name].dim():
+def _integer(model: nn.Module, axis: str, place: str) -> int:
+    path, colon, name = place.rpartition(":")
+    module = dict(model.named_modules()).get(path)
+    if not colon or module is None or not hasattr(module, name.partition(".")[0]):
         raise DeclarationError(
-            f"axis {one.axis!r}: {one.name} has {tensors[one.name].dim()} dimensions, counted from 0; "
-            f"there is no {one.text}"
+            f"axis {axis!r}: {place!r} is neither tensor:dim, like fc1.weight:0, nor module:attribute"
         )
+    value = get_attribute(module, name)
+    if type(value) is not int:
+        raise DeclarationError(f"axis {axis!r}: {place!r} holds a {type(value).__name__}, not a whole number")
+    return value
 
 
-def _sizes(model: nn.Module, tensors: Mapping[str, Tensor], written: list[_Place]) -> dict[str, int]:
+def _extent(tensors: Mapping[str, Tensor], axis: str, name: str, dim: int) -> int:
+    if name not in tensors:
+        near = get_close_matches(name, tensors, 3, 0.0)
+        raise DeclarationError(f"axis {axis!r}: the network has no tensor {name!r}; it has {', '.join(near)}")
+    if dim >= tensors[name].dim():
+        raise DeclarationError(
+            f"axis {axis!r}: {name} has {tensors[name].dim()} dimensions, counted from 0; there is no {name}:{dim}"
+        )
+    return tensors[name].shape[dim]
+
+
+def _sizes(written: list[_Place]) -> dict[str, int]:
     """Return the size of each axis, from dimensions in which it is the only axis of unknown size."""
-
-    def extent(one: _Place) -> int:
-        if one.dim is not None:
-            return tensors[one.name].shape[one.dim]
-        path, _, name = one.name.rpartition(":")
-        return int(get_attribute(model.get_submodule(path), name))
-
     sizes: dict[str, int] = {}
     again = True
     while again:
         again = False
-        for one in written:
-            unknown = set(axes_in(one.form)) - sizes.keys()
+        for place in written:
+            unknown = set(axes_in(place.form)) - sizes.keys()
             if len(unknown) == 1:
                 (key,) = unknown
-                least, step = (size_of(one.form, {**sizes, key: n}) for n in (0, 1))
-                size, rest = divmod(extent(one) - least, step - least)
+                least, step = (size_of(place.form, {**sizes, key: n}) for n in (0, 1))
+                size, rest = divmod(place.extent - least, step - least)
                 if rest or size < 1:
                     raise DeclarationError(
-                        f"axis {key!r}: {one.text} has {extent(one)} entries, which do not divide so"
+                        f"axis {key!r}: {place.text} has {place.extent} entries, which do not divide so"
                     )
                 sizes[key], again = size, True
-    for one in written:
-        if set(axes_in(one.form)) - sizes.keys():
-            raise DeclarationError(f"axis {one.axis!r}: its size does not follow from {one.text}; give a plain place")
-        if (said := size_of(one.form, sizes)) != extent(one):
+    for place in written:
+        if set(axes_in(place.form)) - sizes.keys():
             raise DeclarationError(
-                f"axis {one.axis!r}: {one.text} has {extent(one)} entries, but with "
-                f"{', '.join(f'{key} = {size}' for key, size in sizes.items())} it would have {said}"
+                f"axis {place.axis!r}: its size does not follow from {place.text}; give a plain place"
+            )
+        if (stated := size_of(place.form, sizes)) != place.extent:
+            raise DeclarationError(
+                f"axis {place.axis!r}: {place.text} has {place.extent} entries, but with "
+                f"{', '.join(f'{key} = {size}' for key, size in sizes.items())} it would have {stated}"
             )
     return sizes
 
 
-def _forms(base: AxisGraph, written: list[_Place]) -> dict[tuple[str, int], Dim]:
+def _forms(base: AxisGraph, every: list[_Place]) -> dict[tuple[str, int], Dim]:
     forms: dict[tuple[str, int], Dim] = {}
-    for one in written:
-        for name in _aliases(base, one):
-            if one.dim is not None and forms.setdefault((name, one.dim), one.form) != one.form:
-                raise DeclarationError(f"axis {one.axis!r}: {one.text} is declared twice, in different forms")
+    for place in every:
+        if place.dim is not None and forms.setdefault((place.name, place.dim), place.form) != place.form:
+            raise DeclarationError(f"axis {place.axis!r}: {place.text} is declared twice, in different forms")
     for (name, dim), form in forms.items():
         if not isinstance(known := base.shapes[name][dim], int):
             free = next(iter(axes_in(known)))
@@ -218,30 +218,26 @@ def _forms(base: AxisGraph, written: list[_Place]) -> dict[tuple[str, int], Dim]
     return forms
 
 
-def _aliases(base: AxisGraph, one: _Place) -> list[str]:
-    """Return all names of the tensor at a place."""
-    first = base.ties.get(one.name, one.name)
-    return [first, *(name for name, other in base.ties.items() if other == first)]
+def _aliases(base: AxisGraph, name: str) -> list[str]:
+    """Return all names of a tensor."""
+    first = base.ties.get(name, name)
+    return [first, *(other for other, known in base.ties.items() if known == first)]
 
 
 def _axis(key: str, sizes: Mapping[str, int], every: list[_Place], tensors: Mapping[str, Tensor]) -> Axis:
     slots: dict[Slot, None] = {}
-    own = [one for one in every if one.dim is not None and key in axes_in(one.form)]
-    makers = [one for one in own if not one.reads]
-    heavy = [one for one in makers if tensors[one.name].dim() > 1] or makers[:1]
-    for one in own:
-        role = Role.CONSUMES if one.reads else Role.PRODUCES if one in heavy else _small(one.name)
-        assert one.dim is not None
-        for place in places(one.form, key, sizes):
-            slots[Slot(one.name, one.dim, *place, role=role)] = None
-    if not makers or not any(one.reads for one in own):
+    named = [place for place in every if key in axes_in(place.form)]
+    makers = [place for place in named if place.dim is not None and not place.reads]
+    heavy = [place for place in makers if tensors[place.name].dim() > 1] or makers[:1]
+    for place in named:
+        if place.dim is not None:
+            # A vector does not produce units by itself: it shifts or scales them.
+            small = Role.SHIFTS if place.name.endswith(("bias", "running_mean")) else Role.SCALES
+            role = Role.CONSUMES if place.reads else Role.PRODUCES if place in heavy else small
+            slots |= {Slot(place.name, place.dim, *at, role=role): None for at in places(place.form, key, sizes)}
+    if not makers or not any(place.reads and place.dim is not None for place in named):
         raise DeclarationError(f"axis {key!r}: name a tensor that {'reads' if makers else 'makes'} its units")
     return Axis(key, sizes[key], tuple(slots), Mark.NEUTRAL)
-
-
-def _small(name: str) -> Role:
-    """Return the role of a vector that does not produce units by itself: it shifts or scales them."""
-    return Role.SHIFTS if name.endswith(("bias", "running_mean")) else Role.SCALES
 
 
 def _left(base: AxisGraph, forms: Mapping[tuple[str, int], Dim], made: Mapping[str, Axis]) -> dict[str, Axis]:

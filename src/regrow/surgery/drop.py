@@ -5,19 +5,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import lcm
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
-from torch.fx import Node
 from torch.optim import Optimizer
 
 from regrow.core.axes import Axis, AxisGraph, Example, Mark, Work, axes_in
 from regrow.core.branches import Branch, Placeholder
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import carry_out
-from regrow.surgery.forward_check import check_own_run
-from regrow.surgery.optimizer import Exchange, follow
+from regrow.surgery.carry import Exchange, carry_out, follow
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
+from regrow.surgery.whole import check_own_run
 from regrow.tracing.branches import PlaceholderModule, branches, candidate_branches, insert_placeholders, set_modules
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.effects import BranchError, Effects, RecordedModules, describe_effects, locate_branches
@@ -31,48 +29,55 @@ from regrow.tracing.training_trace import trace_training
 T = TypeVar("T")
 
 
-def rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
+def _inside(axes: AxisGraph, branch: Branch) -> AxisGraph:
+    """Return the part of the axes that lies in a branch; operations, work and branches stay."""
+
+    def inside(entries: Mapping[str, T]) -> dict[str, T]:
+        return {name: entry for name, entry in entries.items() if branch.holds(name.partition(":")[0])}
+
+    slots = {axis.key: tuple(slot for slot in axis.slots if branch.holds(slot.name)) for axis in axes}
+    return replace(
+        axes,
+        axes={key: replace(axes[key], slots=inner) for key, inner in slots.items() if inner},
+        shapes=inside(axes.shapes),
+        parameters=frozenset(filter(branch.holds, axes.parameters)),
+        counted=tuple(filter(branch.holds, axes.counted)),
+        itemsize=inside(axes.itemsize),
+        ties=inside(axes.ties),
+        integers=inside(axes.integers),
+        folds=tuple(fold for fold in axes.folds if branch.holds(fold.weight)),
+        unreached=tuple(filter(branch.holds, axes.unreached)),
+    )
+
+
+def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
     """Return the network's axes with a branch restored; the axes inside it must not have changed since.
 
     The operations, work and branches of the result, and its order, must be taken from a new recording.
-
-    Args:
-        old: The network's axes before the branch was dropped.
-        branch: The branch.
-        axes: The network's axes without the branch.
     """
-
-    def held(name: str) -> bool:
-        return branch.holds(name.partition(":")[0])
-
-    own = {axis.key for axis in old if any(held(slot.name) for slot in axis.slots)}
-    lost = own - axes.axes.keys()
-
-    def both(before: Iterable[T], now: Iterable[T], name: Any = str) -> tuple[T, ...]:
-        return (*now, *(one for one in before if held(name(one))))
+    inner = _inside(old, branch)
+    lost = inner.axes.keys() - axes.axes.keys()
 
     def axis(key: str) -> Axis:
         if key not in old.axes:
             return axes[key]
         now = axes.axes.get(key) or replace(old[key], slots=())
-        slots = both(old[key].slots, now.slots, lambda slot: slot.name)
+        slots = (*now.slots, *(inner[key].slots if key in inner.axes else ()))
         return replace(old[key], size=now.size, ids=now.ids, next_id=now.next_id, slots=slots)
 
-    keys = [*(key for key in old.axes if key in own or key in axes.axes), *(axes.axes.keys() - old.axes.keys())]
+    keys = [key for key in old.axes if key in inner.axes or key in axes.axes]
+    resized = {at: dim for at, dim in old.integers.items() if not lost.isdisjoint(axes_in(dim))}
     return replace(
         axes,
-        axes={key: axis(key) for key in keys},
-        shapes={**{name: dims for name, dims in old.shapes.items() if held(name)}, **axes.shapes},
-        parameters=axes.parameters | frozenset(filter(held, old.parameters)),
-        counted=both(old.counted, axes.counted),
-        itemsize={**{name: size for name, size in old.itemsize.items() if held(name)}, **axes.itemsize},
-        ties={**{name: first for name, first in old.ties.items() if held(name)}, **axes.ties},
-        integers={
-            **{at: dim for at, dim in old.integers.items() if held(at) or lost & {*axes_in(dim)}},
-            **axes.integers,
-        },
-        folds=both(old.folds, axes.folds, lambda fold: fold.weight),
-        unreached=both(old.unreached, axes.unreached),
+        axes={key: axis(key) for key in (*keys, *(axes.axes.keys() - old.axes.keys()))},
+        shapes={**inner.shapes, **axes.shapes},
+        parameters=axes.parameters | inner.parameters,
+        counted=(*axes.counted, *inner.counted),
+        itemsize={**inner.itemsize, **axes.itemsize},
+        ties={**inner.ties, **axes.ties},
+        integers={**inner.integers, **resized, **axes.integers},
+        folds=(*axes.folds, *inner.folds),
+        unreached=(*axes.unreached, *inner.unreached),
     )
 
 
@@ -82,26 +87,17 @@ def without_branches(
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
     """Context manager in which the plan's branches are replaced by placeholders; undone if the body raises.
 
-    Args:
-        model: The network.
-        axes: Its axes.
-        plan: A plan that fits the axes.
-        optimizers: The optimisers; parameters of the branches leave their groups when the body has succeeded.
-        undo: The undo store; gets the modules when the body has succeeded.
-
     Yields:
         The axes without the branches, the rest of the plan for them, and the rest of the undo store.
-
-    Raises:
-        PlanError: If the network without the branches is not proved to compute what is left of the sums.
     """
     if undo is not None:
         undo.check_network(axes)
     removed = tuple(plan.drop.values())
     left = _without(model, axes, removed)
     rest = {key: replace(change, slots=left[key].slots) for key, change in plan.changes.items() if key in left.axes}
-    lost = [(n, p) for n, p in model.named_parameters() if any(branch.holds(n) for branch in removed)]
-    forget = follow(optimizers, [Exchange(name, parameter, {}) for name, parameter in lost])
+    named = model.named_parameters()
+    lost = [Exchange(name, old, {}) for name, old in named if any(branch.holds(name) for branch in removed)]
+    forget = follow(optimizers, lost)
     stowed, kept = undo.parted(removed, axes) if undo is not None else ({}, None)
     modules = insert_placeholders(model, _placeholders(removed))
     try:
@@ -111,29 +107,16 @@ def without_branches(
         raise
     forget({})
     if undo is not None and kept is not None:
-        held = {
-            p: replace(one, modules={at: modules[at] for at in one.branch.placeholders}) for p, one in stowed.items()
-        }
-        branches = {**kept.branches, **held}
+        branches = dict(kept.branches)
+        for path, branch in stowed.items():
+            branches[path] = replace(branch, modules={at: modules[at] for at in branch.branch.placeholders})
         vars(undo).update(vars(replace(kept, branches=branches, network=axes.network)))
 
 
 def bring_back(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> tuple[nn.Module, AxisGraph]:
-    """Restore dropped branches with the weights they had; return the model and its axes.
-
-    Args:
-        model: The network; changed in place.
-        axes: Its axes.
-        plan: Its ``back`` names the modules; it must change nothing else.
-        optimizers: Must be empty, since no optimiser can follow.
-        undo: The undo store that has the modules.
-
-    Raises:
-        PlanError: If a branch is not in the undo store or not dropped here, an axis that it lies on has changed since,
-            or the plan does anything else. Nothing is changed then.
-    """
+    """Restore dropped branches with the weights they had; return the model and its axes."""
     if undo is None or (lost := next((path for path in plan.back if path not in undo.branches), "")):
         missing = plan.back[0] if undo is None else lost
         raise PlanError(
@@ -147,13 +130,13 @@ def bring_back(
             "no optimiser can follow a branch that comes back, for no group of it is known; apply the plan without, "
             "then give the optimiser its parameters (add_param_group)"
         )
-    back, again = [], undo
-    left = axes
+    left, again = axes, undo
+    modules: dict[str, nn.Module] = {}
     for path in plan.back:
-        _check_back(model, removed := undo.branches[path])
-        back.append(removed := replay_cuts(removed, left))
-        left, again = rejoin_axes(removed.axes, removed.branch, left), again.rejoined(removed)
-    modules = {path: module for removed in back for path, module in removed.modules.items()}
+        _check_back(model, undo.branches[path].branch)
+        removed = _replay_cuts(undo.branches[path], left)
+        left, again = _rejoin_axes(removed.axes, removed.branch, left), again.rejoined(removed)
+        modules |= removed.modules
     placeholders = {path: model.get_submodule(path) for path in modules}
     like = next(model.parameters())
     for path, module in modules.items():
@@ -163,11 +146,10 @@ def bring_back(
         bare, mode = meta_copy(model, {})
         given = fake_example(cast_example(axes.example, model), mode)
         left = check_own_run(model, _described(bare, given, capture(bare, given, tracer=left.tracer), left))
-    except TraceError as error:
+    except BaseException as error:
         set_modules(model, placeholders)
-        raise PlanError(f"the network does not run with {', '.join(plan.back)} again: {error}") from None
-    except BaseException:
-        set_modules(model, placeholders)
+        if isinstance(error, TraceError):
+            raise PlanError(f"the network does not run with {', '.join(plan.back)} again: {error}") from None
         raise
     vars(undo).update(vars(again))
     return model, left
@@ -177,53 +159,37 @@ def _placeholders(branches: Iterable[Branch]) -> dict[str, Placeholder]:
     return {path: placeholder for branch in branches for path, placeholder in branch.placeholders.items()}
 
 
-def _check_back(model: nn.Module, removed: RemovedBranch) -> None:
+def _check_back(model: nn.Module, branch: Branch) -> None:
     known = dict(model.named_modules())
-    for path, placeholder in removed.branch.placeholders.items():
-        here = known.get(path)
-        if not isinstance(here, PlaceholderModule) or here.placeholder != placeholder:
+    for path, placeholder in branch.placeholders.items():
+        module = known.get(path)
+        if not isinstance(module, PlaceholderModule) or module.placeholder != placeholder:
             raise PlanError(f"{path} is not dropped here, so it cannot come back; bring back what it lies in first")
 
 
-def replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
-    """Return a dropped branch with the cuts that the network underwent since; the given branch is left unchanged.
-
-    Args:
-        removed: The branch as it was dropped.
-        axes: The network's axes now.
-
-    Raises:
-        PlanError: If the network has units that the branch never had.
-    """
-    old, holds = removed.axes, removed.branch.holds
-    own = {
-        axis.key: replace(axis, slots=slots)
-        for axis in old
-        if (slots := tuple(slot for slot in axis.slots if holds(slot.name)))
-    }
-    shared = [key for key in own if key in axes.axes and axes[key].ids != own[key].ids]
-    if not shared:
-        return removed
+def _replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
+    """Return a dropped branch with the cuts that the network underwent since; the given branch is left unchanged."""
+    old = removed.axes
+    inner = _inside(old, removed.branch)
     keep = {}
-    for key in shared:
-        place = {one: i for i, one in enumerate(own[key].ids)}
-        if not place.keys() >= set(axes[key].ids) or axes[key].next_id != own[key].next_id:
+    for axis in inner:
+        key, now = axis.key, axes.axes.get(axis.key)
+        if now is None or now.ids == axis.ids:
+            continue
+        positions = {unit: i for i, unit in enumerate(axis.ids)}
+        if not positions.keys() >= set(now.ids) or now.next_id != axis.next_id:
             raise PlanError(
                 f"axis {key!r} has other units than when {removed.branch.module} was dropped; cut those first"
             )
-        keep[key] = [place[one] for one in axes[key].ids]
-    inner = replace(
-        old,
-        axes={key: replace(axis, inside="") for key, axis in own.items()},
-        shapes={name: dims for name, dims in old.shapes.items() if holds(name)},
-        integers={place: dim for place, dim in old.integers.items() if holds(place.partition(":")[0])},
-        folds=tuple(fold for fold in old.folds if holds(fold.weight)),
-    )
+        keep[key] = [positions[unit] for unit in now.ids]
+    if not keep:
+        return removed
+    inner = replace(inner, axes={key: replace(axis, inside="") for key, axis in inner.axes.items()})
     # Only copies of the branch's modules are changed, inside an otherwise empty module.
     shell = _shell({path: copy.deepcopy(module) for path, module in removed.modules.items()})
     undo = copy.copy(removed.undo)
     shell, cut = carry_out(shell, inner, Plan.keeping(inner, keep), undo=undo)
-    left = {key: replace(axis, inside=own[key].inside) for key, axis in cut.axes.items()}
+    left = {key: replace(axis, inside=old[key].inside) for key, axis in cut.axes.items()}
     modules = {path: shell.get_submodule(path) for path in removed.modules}
     return replace(removed, axes=replace(old, axes={**old.axes, **left}), undo=undo, modules=modules)
 
@@ -265,10 +231,8 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
     except (BranchError, TraceError) as error:
         raise PlanError(f"{names} cannot be dropped: {error}") from None
     inside = RecordedModules(small).inside
-    zeros: dict[Node, Node] = {}
-    for (node, source), branch in zip(replaced.items(), proved, strict=True):
-        if source is None:
-            zeros[node] = inside[branch.module][-1]
+    pairs = zip(replaced.items(), proved, strict=True)
+    zeros = {node: inside[branch.module][-1] for (node, source), branch in pairs if source is None}
     if problem := describe_effects(whole, replaced, small, zeros):
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
@@ -277,14 +241,7 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
 
 
 def _described(bare: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
-    """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut.
-
-    Args:
-        bare: A copy of the present network without numbers.
-        given: The example it was recorded with.
-        recorded: The recording.
-        axes: Its axes, as far as they are known.
-    """
+    """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut."""
     w = walk(recorded)
     trace_training(bare, given, w)
     fresh, names = assemble(bare, w, axes.example)

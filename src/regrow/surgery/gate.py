@@ -19,13 +19,6 @@ def gate_inputs(
 
     A gate of 1 passes x, a gate of 0 the fill. With gates of 0 and 1 this is the network that the cut would leave, for
     axes that only weights consume; with means as fills, the bias-compensated one. Gradients reach the gates.
-
-    Args:
-        model: The network.
-        axes: Its axes.
-        gates: Axis key → one gate per unit, ``[size]``.
-        fills: Name of a consuming weight → the value that replaces each dropped input channel, ``[C]``; 0 where not
-            named.
     """
     reads = readers(axes, [axes[key] for key in gates])
     parameters = dict(model.named_parameters())
@@ -35,12 +28,7 @@ def gate_inputs(
 
 
 def gates_of(axes: AxisGraph, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Return gates of 1 for the units that stay and 0 for the others, axis key → ``[size]``.
-
-    Args:
-        axes: The axes of the network.
-        kept: Axis key → the units that stay.
-    """
+    """Return gates of 1 for the units that stay and 0 for the others, axis key → ``[size]``."""
     return {
         key: torch.zeros(axes[key].size).index_fill(0, torch.tensor(units, dtype=torch.int64), 1.0)
         for key, units in kept.items()
@@ -87,3 +75,30 @@ class _Gate(Feed):
             assert total is not None
             self.made[name, channels] = total
         return self.made[name, channels]
+
+
+@contextmanager
+def parametrize(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context manager in which modules use given tensors in place of parameters; gradients flow to their inputs.
+
+    It must last until the backward pass is over, since activation checkpointing runs modules again.
+
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> with parametrize(net, {"weight": net.weight * 0}):
+    ...     net(net.weight.new_ones(1, 2)).item()
+    0.0
+    """
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for name, value in values.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            parameter = module._parameters[leaf]
+            assert parameter is not None, f"{name} is no parameter"
+            held.append((module, leaf, parameter))
+            # Modules look up parameters by name only where they have no attribute of that name.
+            module.__dict__[leaf] = value
+        yield
+    finally:
+        for module, leaf, _ in held:
+            module.__dict__.pop(leaf, None)

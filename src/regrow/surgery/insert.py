@@ -4,29 +4,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from regrow.core.axes import Axis, AxisGraph, Example
+from regrow.core.axes import Axis, AxisGraph, Example, Slot
 from regrow.core.branches import lies_in
 from regrow.core.change import Change, Insertion
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.forward_check import is_numberless
 from regrow.surgery.output_comparison import max_difference
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing import TraceError, trace, with_branches
 from regrow.tracing.branches import record_calls
-from regrow.tracing.capture import evaluating, first_line
+from regrow.tracing.capture import evaluating, first_line, holds_numbers
 from regrow.tracing.effects import tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import ROUNDING, is_equal, measure_distance, run_network
 from regrow.tracing.stacks import StackError, insert_copies, put_back, remove_copies, stack_at
 
+T = TypeVar("T")
 Rename = Callable[[str], str]
 """Name of a module or tensor before a change of stacks → its name after it; empty if it is gone."""
 
@@ -37,19 +37,8 @@ def with_stacks(
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
     """Context manager in which the plan's blocks are inserted or removed; undone if the body raises.
 
-    Args:
-        model: The network.
-        axes: Its axes.
-        plan: A plan that fits the axes.
-        optimizers: Must be empty, since no optimiser can follow.
-        undo: The undo store; its names follow when the body has succeeded.
-
     Yields:
         The axes with the other blocks, the rest of the plan for them, and the undo store for them.
-
-    Raises:
-        PlanError: If there is no such stack, the network does not run with the other blocks, or an inserted block does
-            not give its input unchanged.
     """
     if optimizers:
         raise PlanError(
@@ -64,22 +53,22 @@ def with_stacks(
             raise PlanError(f"{next(iter(undo.branches))} is dropped; bring it back before blocks are inserted")
     _rehearse(model, axes, plan)
     example = cast_example(axes.example, model)
-    before = run_network(model, example) if plan.insert and not plan.remove and not is_numberless(model, axes) else None
+    before = (
+        run_network(model, example) if plan.insert and not plan.remove and holds_numbers(model, axes.example) else None
+    )
     restore = _change(model, plan)
     try:
         _check_identity(model, axes, plan.insert)
         if before is not None:
             _check_outputs(model, example, before, plan)
         rename = renaming(model, plan)
-        left = _retraced(model, axes, rename)
-        kept = None if undo is None else _renamed_store(undo, axes, left, rename)
-        changes = _changes(axes, left, plan, rename, model)
-        yield left, Plan(changes, origin=plan.origin), kept
-    except TraceError as error:
+        left, keys = _retraced(model, axes, rename)
+        kept = None if undo is None else _renamed_store(undo, keys, rename)
+        yield left, Plan(_changes(left, plan, keys, model), origin=plan.origin), kept
+    except BaseException as error:
         restore()
-        raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from None
-    except BaseException:
-        restore()
+        if isinstance(error, TraceError):
+            raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from None
         raise
     if undo is not None:
         vars(undo).update(vars(kept))
@@ -94,11 +83,11 @@ def _change(model: nn.Module, plan: Plan) -> Callable[[], None]:
             undo()
 
     try:
-        for path, one in plan.insert.items():
-            insert_copies(model, path, one)
-            undoing.append(partial(remove_copies, model, path, one))
-        for path, one in plan.remove.items():
-            undoing.append(partial(put_back, model, path, one, remove_copies(model, path, one)))
+        for path, insertion in plan.insert.items():
+            insert_copies(model, path, insertion)
+            undoing.append(partial(remove_copies, model, path, insertion))
+        for path, insertion in plan.remove.items():
+            undoing.append(partial(put_back, model, path, insertion, remove_copies(model, path, insertion)))
     except BaseException as error:
         restore()
         if isinstance(error, StackError):
@@ -108,11 +97,7 @@ def _change(model: nn.Module, plan: Plan) -> Callable[[], None]:
 
 
 def _rehearse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Run the network with the other blocks on a copy without numbers.
-
-    Raises:
-        PlanError: If it does not run, or gives tensors of other forms.
-    """
+    """Run the network with the other blocks on a copy without numbers."""
     for path, insertion in (*plan.insert.items(), *plan.remove.items()):
         try:
             stack_at(model, path, insertion.after if path in plan.remove else insertion.size)
@@ -136,10 +121,9 @@ def _rehearse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
 
 def _check_identity(model: nn.Module, axes: AxisGraph, insert: Mapping[str, Insertion]) -> None:
     """Run the network on the example; raise ``PlanError`` unless every inserted block gives its input unchanged."""
-    example = cast_example(axes.example, model)
-    given = [x for x in tree_leaves((example.args, dict(example.kwargs))) if isinstance(x, Tensor)]
-    if not insert or any(x.is_meta for x in (*model.parameters(), *given)):
+    if not insert or not holds_numbers(model, axes.example):
         return
+    example = cast_example(axes.example, model)
     inputs: dict[nn.Module, Tensor] = {}
     changes: dict[nn.Module, float] = {}
 
@@ -186,12 +170,7 @@ def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor],
 
 
 def renaming(model: nn.Module, plan: Plan) -> Rename:
-    """Return the function from names before a change of stacks to names after it.
-
-    Args:
-        model: The network after the change.
-        plan: The plan that changed it.
-    """
+    """Return the function from names before a change of stacks to names after it."""
     tables: dict[str, dict[str, str]] = {}
     for path, insertion in (*plan.insert.items(), *plan.remove.items()):
         names = list(model.get_submodule(path)._modules)
@@ -211,70 +190,64 @@ def renaming(model: nn.Module, plan: Plan) -> Rename:
     return rename
 
 
-def _retraced(model: nn.Module, axes: AxisGraph, rename: Rename) -> AxisGraph:
-    """Return the axes of the changed network, in which the units of old axes keep their ids."""
+def _retraced(model: nn.Module, axes: AxisGraph, rename: Rename) -> tuple[AxisGraph, dict[str, str]]:
+    """Return the axes of the changed network, in which the units of old axes keep their ids; and key → its new key.
+
+    An axis has a new key if one of its tensors is left.
+    """
     example = cast_example(axes.example, model)
     left = trace(model, *example.args, **example.kwargs)
-    if any(one.gives != "nothing" for one in axes.branches.values()):
+    if any(branch.gives != "nothing" for branch in axes.branches.values()):
         left = with_branches(model, left)
-    known = {}
-    for key, new in _keys(axes, left, rename).items():
-        if left[new].size == axes[key].size:
-            known[new] = replace(left[new], ids=axes[key].ids, next_id=axes[key].next_id)
-    return replace(left, axes={**left.axes, **known}, network=axes.network, example=axes.example)
-
-
-def _keys(axes: AxisGraph, left: AxisGraph, rename: Rename) -> dict[str, str]:
-    """Return key of an axis before the change → its key after it, for axes of which a tensor is left."""
-    home = {(slot.name, slot.dim, slot.offset, slot.inner): axis.key for axis in left for slot in axis.slots}
-    result = {}
+    home = {_spot(slot, slot.name): axis.key for axis in left for slot in axis.slots}
+    keys, known = {}, {}
     for axis in axes:
-        places = [(rename(slot.name), slot.dim, slot.offset, slot.inner) for slot in axis.slots]
-        if found := next((home[place] for place in places if place in home), ""):
-            result[axis.key] = found
-    return result
+        spots = [_spot(slot, rename(slot.name)) for slot in axis.slots]
+        if new := next((home[spot] for spot in spots if spot in home), ""):
+            keys[axis.key] = new
+            if left[new].size == axis.size:
+                known[new] = replace(left[new], ids=axis.ids, next_id=axis.next_id)
+    return replace(left, axes={**left.axes, **known}, network=axes.network, example=axes.example), keys
 
 
-def _changes(axes: AxisGraph, left: AxisGraph, plan: Plan, rename: Rename, model: nn.Module) -> dict[str, Change]:
+def _spot(slot: Slot, name: str) -> tuple[str, int, int, int]:
+    return name, slot.dim, slot.offset, slot.inner
+
+
+def _changes(left: AxisGraph, plan: Plan, keys: Mapping[str, str], model: nn.Module) -> dict[str, Change]:
     """Return the plan's changes for the changed network; copies get those of the blocks that they copy."""
-    keys = _keys(axes, left, rename)
     result: dict[str, Change] = {}
     for key, change in plan.changes.items():
         if change.idle or key not in keys:
             continue
-        result[keys[key]] = _moved(change, left[keys[key]])
+        axis = left[keys[key]]
+        twins = [axis]
         for path, insertion in plan.insert.items():
             names = list(model.get_submodule(path)._modules)
             for copy in insertion.copies:
                 source = f"{path}.{names[insertion.kept[copy.of]]}"
-                if all(lies_in(slot.name, source) for slot in left[keys[key]].slots):
-                    twin = _twin(left, left[keys[key]], source, f"{path}.{names[copy.position]}")
-                    result[twin.key] = _moved(change, twin)
+                if all(lies_in(slot.name, source) for slot in axis.slots):
+                    twins.append(_twin(left, axis, source, f"{path}.{names[copy.position]}"))
+        result |= {twin.key: replace(change, slots=twin.slots, ids=twin.ids) for twin in twins}
     return result
 
 
 def _twin(left: AxisGraph, axis: Axis, source: str, place: str) -> Axis:
     """Return the axis of a copied block that corresponds to an axis of the block that it copies."""
-    slot = axis.slots[0]
-    wanted = (place + slot.name[len(source) :], slot.dim, slot.offset, slot.inner)
-    return next(
-        one for one in left for s in one.slots if (s.name, s.dim, s.offset, s.inner) == wanted and one.size == axis.size
-    )
+    first = axis.slots[0]
+    wanted = _spot(first, place + first.name[len(source) :])
+    alike = (other for other in left if other.size == axis.size)
+    return next(other for other in alike if any(_spot(slot, slot.name) == wanted for slot in other.slots))
 
 
-def _moved(change: Change, axis: Axis) -> Change:
-    return replace(change, slots=axis.slots, ids=axis.ids)
-
-
-def _renamed_store(undo: UndoStore, axes: AxisGraph, left: AxisGraph, rename: Rename) -> UndoStore:
+def _renamed_store(undo: UndoStore, keys: Mapping[str, str], rename: Rename) -> UndoStore:
     """Return an undo store with the names of the changed network, without what was in removed blocks."""
-    keys = _keys(axes, left, rename)
 
-    def tensors(stored: Mapping[str, Any]) -> dict[str, Any]:
-        pairs = ((rename(name.partition(":")[0]), name, value) for name, value in stored.items())
-        return {new + name[len(name.partition(":")[0]) :]: value for new, name, value in pairs if new}
+    def tensors(stored: Mapping[str, T]) -> dict[str, T]:
+        split = ((*name.partition(":"), value) for name, value in stored.items())
+        return {new + colon + rest: value for old, colon, rest, value in split if (new := rename(old))}
 
-    def units(stored: Mapping[str, Any]) -> dict[str, Any]:
+    def units(stored: Mapping[str, T]) -> dict[str, T]:
         return {keys[key]: value for key, value in stored.items() if key in keys}
 
     return replace(

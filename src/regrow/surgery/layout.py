@@ -1,14 +1,15 @@
 """Layouts: for each entry of a dimension after a plan, its old index, whether it is new, and how it is initialised."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from regrow.core.axes import Axis, AxisGraph, Dim, Mark, Product, Slot, Sum, axes_in, size_of
-from regrow.core.axes.axis import occurrences
+from regrow.core.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
+from regrow.core.axes.axis import AxisTensor, occurrences
 from regrow.core.fills import FILLS, Growth
 from regrow.core.plan import Change, Plan
 
@@ -35,11 +36,7 @@ class Layout:
 
     @classmethod
     def of(cls, source: Tensor) -> "Layout":
-        """Return the layout in which old entries stay, in the given order, and none is new.
-
-        Args:
-            source: Indices of old entries, int64.
-        """
+        """Return the layout in which old entries stay, in the given order, and none is new."""
         no = torch.zeros(len(source), dtype=torch.bool)
         one = torch.ones(len(source), dtype=torch.float64)
         return cls(source, no, no, torch.arange(len(source)), one, one)
@@ -53,36 +50,27 @@ class Layout:
         return self.source[~self.is_new]
 
 
-def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
-    """Return tensor name → dimension → its layout after the plan, for every dimension that the plan changes.
+Layouts = Mapping[str, Mapping[int, Layout]]
+"""Name of a tensor → dimension → the layout of its entries after a plan."""
 
-    Args:
-        axes: The network's axes before the plan.
-        plan: The plan.
-    """
+
+def plan_layouts(axes: AxisGraph, plan: Plan) -> Layouts:
+    """Return tensor name → dimension → its layout after the plan, for every dimension that the plan changes."""
     sizes = axes.sizes()
-    lie = {key for dims in axes.shapes.values() for dim in dims for key in axes_in(dim)}
-    moved = {key: change for key, change in plan.changes.items() if key in lie and not change.idle}
-    units = {key: units_after(change, axes[key]) for key, change in moved.items()}
-    return {
-        name: pieces
-        for name, dims in axes.shapes.items()
-        if (
-            pieces := {
-                i: lay_out(d, sizes, units) for i, d in enumerate(dims) if not units.keys().isdisjoint(axes_in(d))
-            }
-        )
-    }
+    used = {key for dims in axes.shapes.values() for dim in dims for key in axes_in(dim)}
+    units = {k: units_after(change, axes[k]) for k, change in plan.changes.items() if k in used and not change.idle}
+    lays = {name: lay_out_dims(dims, sizes, units) for name, dims in axes.shapes.items()}
+    return {name: pieces for name, pieces in lays.items() if pieces}
+
+
+def lay_out_dims(dims: Sequence[Dim], sizes: Mapping[str, int], units: Mapping[str, Layout]) -> dict[int, Layout]:
+    """Return dimension index → its layout after a plan, for those of ``dims`` that change."""
+    moved = {i: dim for i, dim in enumerate(dims) if not units.keys().isdisjoint(axes_in(dim))}
+    return {i: lay_out(dim, sizes, units) for i, dim in moved.items()}
 
 
 def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Layout:
-    """Return the layout of a dimension after a plan, from the layouts of the axes that change.
-
-    Args:
-        dim: The dimension before.
-        sizes: Axis key → its number of units before.
-        units: Axis key → the layout of its units after, for each axis that changes.
-    """
+    """Return the layout of a dimension after a plan, from the layouts of the axes that change."""
     match dim:
         case int():
             return Layout.of(torch.arange(dim))
@@ -96,10 +84,10 @@ def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> 
         case Sum(parts):
             before, after, pieces = 0, 0, []
             for part in parts:
-                one = lay_out(part, sizes, units)
-                pieces.append(replace(one, source=one.source + before, twin=one.twin + after))
-                before, after = before + size_of(part, sizes), after + len(one)
-            return Layout(*(torch.cat([getattr(one, field.name) for one in pieces]) for field in fields(Layout)))
+                piece = lay_out(part, sizes, units)
+                pieces.append(replace(piece, source=piece.source + before, twin=piece.twin + after))
+                before, after = before + size_of(part, sizes), after + len(piece)
+            return Layout(*(torch.cat([vars(piece)[name] for piece in pieces]) for name in vars(pieces[0])))
 
 
 def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
@@ -108,24 +96,20 @@ def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
     def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.repeat_interleave(len(inner)), b.repeat(len(outer))
 
-    def index(a: Tensor, b: Tensor, width: int) -> Tensor:
-        high, low = pairs(a, b)
-        return high * width + low
-
-    is_new, drawn = (torch.logical_or(*pairs(getattr(outer, n), getattr(inner, n))) for n in ("is_new", "drawn"))
-    inward, outward = (torch.mul(*pairs(getattr(outer, n), getattr(inner, n))) for n in ("inward", "outward"))
-    source, twin = index(outer.source, inner.source, size), index(outer.twin, inner.twin, len(inner))
-    return Layout(source, is_new, drawn, twin, inward, outward)
+    return Layout(
+        torch.add(*pairs(outer.source * size, inner.source)),
+        torch.logical_or(*pairs(outer.is_new, inner.is_new)),
+        torch.logical_or(*pairs(outer.drawn, inner.drawn)),
+        torch.add(*pairs(outer.twin * len(inner), inner.twin)),
+        torch.mul(*pairs(outer.inward, inner.inward)),
+        torch.mul(*pairs(outer.outward, inner.outward)),
+    )
 
 
 def units_after(change: Change, axis: Axis) -> Layout:
     """Return the layout of an axis's units after its change, in the order of their ids; new ones as its fill says.
 
     Restored units lie among the kept ones, and are new until their stored weights are written.
-
-    Args:
-        change: The change to the axis.
-        axis: The axis before the change.
     """
     keep = torch.tensor(change.keep)
     old, n = Layout.of(keep), len(change.restore) + change.grow
@@ -138,38 +122,33 @@ def units_after(change: Change, axis: Axis) -> Layout:
     made = rule.fill(growth)
     source = torch.cat([keep, keep[made.donors]])
     units = Layout(source, growth.is_new, made.drawn, made.twin, made.inward, made.outward)
-    return _in_order(units, unit_ids_after(change, axis)) if change.restore else units
-
-
-def unit_ids_after(change: Change, axis: Axis) -> list[int]:
-    """Return the ids of an axis's units after its change: those kept, then those restored, then new ones.
-
-    Args:
-        change: The change.
-        axis: The axis before it.
-    """
-    kept = [axis.ids[unit] for unit in change.keep]
-    return [*kept, *change.restore, *range(axis.next_id, axis.next_id + change.grow)]
-
-
-def _in_order(units: Layout, ids: list[int]) -> Layout:
-    """Return the same units, sorted by their ids."""
-    order = torch.tensor(ids).argsort()
+    if not change.restore:
+        return units
+    order = torch.tensor(unit_ids_after(change, axis)).argsort()
     place = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
     return Layout(*(place[part[order]] if name == "twin" else part[order] for name, part in vars(units).items()))
 
 
-def slots_after(
-    axis: Axis, axes: AxisGraph, lays: Mapping[str, Mapping[int, Layout]], sizes: Mapping[str, int]
-) -> tuple[Slot, ...]:
-    """Return the slots of an axis after a plan, without those of which nothing is left.
+def unit_ids_after(change: Change, axis: Axis) -> list[int]:
+    """Return the ids of an axis's units after its change: those kept, then those restored, then new ones."""
+    kept = [axis.ids[unit] for unit in change.keep]
+    return [*kept, *change.restore, *range(axis.next_id, axis.next_id + change.grow)]
 
-    Args:
-        axis: The axis before the plan.
-        axes: The network's axes before the plan.
-        lays: Tensor name → dimension → its layout after the plan.
-        sizes: Axis key → its number of units after the plan.
-    """
+
+def ids_after(axes: AxisGraph, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return axis key → the ids of its units after a plan, ascending."""
+    changed = {key: tuple(sorted(unit_ids_after(change, axes[key]))) for key, change in plan.changes.items()}
+    return {axis.key: changed.get(axis.key, axis.ids) for axis in axes}
+
+
+def next_ids_after(axes: AxisGraph, plan: Plan) -> dict[str, int]:
+    """Return axis key → the id that the next unit added after a plan gets."""
+    grown = {key: change.grow for key, change in plan.changes.items()}
+    return {axis.key: axis.next_id + grown.get(axis.key, 0) for axis in axes}
+
+
+def slots_after(axis: Axis, axes: AxisGraph, lays: Layouts, sizes: Mapping[str, int]) -> tuple[Slot, ...]:
+    """Return the slots of an axis after a plan, without those of which nothing is left."""
     result: dict[Slot, None] = {}
     for slot in axis.slots:
         lay = lays.get(slot.name, {}).get(slot.dim)
@@ -188,11 +167,6 @@ def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, 
     """Yield ``(outer, stride, inner, offset)`` of every place where the units of an axis lie in a dimension.
 
     The numbers mean the same as in :class:`~regrow.core.axes.Slot`.
-
-    Args:
-        dim: The dimension.
-        key: The key of the axis.
-        sizes: Axis key → its number of units.
     """
     for loops, inner, offset in occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)
@@ -210,3 +184,72 @@ def _moved(slot: Slot, lay: Layout, size: int) -> Slot | None:
     blocks = len(first) // width
     stride = int(first[width] - first[0]) if blocks > 1 else size * width
     return Slot(slot.name, slot.dim, blocks, stride, width, int(first[0]), slot.role)
+
+
+Roles = Mapping[int, Collection[Role]]
+"""Dimension of a tensor → its roles in the axes that change there."""
+
+
+def resize(
+    name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0, exact: bool = False
+) -> Tensor:
+    """Return a tensor after a plan, cut and widened, in storage of its own.
+
+    New entries that scale or shift units copy those of a kept unit. Those that make or consume units are drawn at
+    random from the tensor's own values, unless they are copies. Weights that make new units are then multiplied by
+    ``inward``, weights that consume them by ``outward``, so that the network's outputs do not change.
+    """
+    old = tensor.flatten()
+    for dim, lay in lays.items():
+        tensor = tensor.index_select(dim, lay.source.to(tensor.device))
+    if exact and tensor.is_floating_point():
+        tensor = tensor.double()
+    for dim in sorted(lays, key=lambda dim: Role.CONSUMES in roles.get(dim, ())):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{seed}".encode()))
+        tensor = _filled(tensor, dim, lays[dim], roles.get(dim, ()), old, generator)
+    return tensor
+
+
+def _filled(
+    tensor: Tensor, dim: int, lay: Layout, roles: Collection[Role], old: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Return a tensor with the new entries of one dimension initialised and scaled."""
+    if not tensor.is_floating_point() or not bool(lay.is_new.any()):
+        return tensor
+    if bool(lay.drawn.any()) and (Role.PRODUCES in roles or Role.CONSUMES in roles):
+        new = lay.drawn.nonzero().flatten().to(tensor.device)
+        part = tensor.index_select(dim, new)
+        if old.is_meta or bool(old.any()):
+            drawn = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)].to(part.dtype)
+        else:  # a layer that starts at 0
+            drawn = torch.randn(part.shape, generator=generator).to(part) * (part.shape[dim] / part.numel()) ** 0.5
+        tensor = tensor.index_copy(dim, new, drawn).index_select(dim, lay.twin.to(tensor.device))
+    factor = torch.ones(len(lay), dtype=torch.float64)
+    factor = factor * lay.inward if Role.PRODUCES in roles or Role.SHIFTS in roles else factor
+    factor = factor * lay.outward if Role.CONSUMES in roles else factor
+    if bool((factor == 1).all()):
+        return tensor
+    shape = [1] * tensor.dim()
+    shape[dim] = -1
+    return tensor * factor.to(tensor).view(shape)
+
+
+def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Tensor:
+    """Return an optimiser's moment after a plan; kept entries are unchanged."""
+    for dim, lay in lays.items():
+        tensor = tensor.index_select(dim, lay.source.to(tensor.device))
+        if not bool(lay.is_new.any()):
+            continue
+        new, old = (flags.nonzero().flatten().to(tensor.device) for flags in (lay.is_new, ~lay.is_new))
+        part = tensor.index_select(dim, new)
+        kept = tensor.index_select(dim, old)
+        value = kept.mean(dim, keepdim=True).expand_as(part) if mean else torch.zeros_like(part)
+        tensor = tensor.index_copy(dim, new, value)
+    return tensor
+
+
+def resize_axis_tensor(tensor: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
+    """Return a tensor along axes after a plan: kept entries keep their values, new ones are 0 (``False``)."""
+    units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
+    lays = lay_out_dims(tensor.dims, axes.sizes(), units)
+    return AxisTensor(resize_moment(tensor.values.detach(), lays, mean=False), tensor.dims, tensor.lr)

@@ -1,6 +1,6 @@
 """New units after a plan: fit their weights to data, make them sparse, turn them; the network's outputs stay."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from regrow.core.plan import Plan, PlanError
 from regrow.core.sources import Batch, device_of, moved
 from regrow.scoring.watch import find_inputs
 from regrow.tracing.capture import evaluating
+
+_Spot = tuple[str, str, int]
+"""The key of an axis, the name of a parameter, and one of its dimensions."""
 
 
 def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batch]) -> nn.Module:
@@ -53,7 +56,7 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
     for key in new:
         if axes[key].mark is Mark.FOLDED:
             raise PlanError(f"axis {key!r}: nothing writes its new units yet, so they have no spread to fit")
-    spots = [*_rows(model, axes, new), *_channels(axes, new)]
+    spots: list[_Rows | _Channels] = [*_rows(model, axes, new), *_channels(axes, new)]
     met = list(_sums(model, spots, batches[:1]))
     for key in new:
         if not any(spot.axis == key for spot in met):
@@ -72,18 +75,8 @@ def sparsify_new_units(
 ) -> nn.Module:
     """Set a random part of the randomly initialised weights of new units to 0; each unit keeps at least one.
 
-    Args:
-        model: The network after the plan; changed in place.
-        axes: Its axes after the plan.
-        plan: The plan that added the units, by ``zero_out``.
-        density: The fraction of a unit's entries that stay, above 0.
-        generator: The random generator; torch's default unless given.
-
     Returns:
         The same model; its outputs are unchanged, since the other side of the units is still 0.
-
-    Raises:
-        PlanError: As :func:`fit_new_units`.
 
     >>> from regrow import apply, trace
     >>> net = nn.Sequential(nn.Linear(40, 7), nn.ReLU(), nn.Linear(7, 2))
@@ -103,17 +96,7 @@ def sparsify_new_units(
 
 
 def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Return axis key → the positions of the units that a plan added or restored afresh.
-
-    Args:
-        model: The network after the plan.
-        axes: Its axes after the plan.
-        plan: The plan that added them.
-
-    Raises:
-        PlanError: If it added none, or not by ``zero_out``, these are not the axes after it, or the zero weights of
-            the units have been trained since.
-    """
+    """Return axis key → the positions of the units that a plan added or restored afresh."""
     result = {}
     for key, change in plan.changes.items():
         if not change.new_units:
@@ -155,20 +138,11 @@ class Entries:
     where: tuple[int, ...]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return these entries of a tensor that has the parameter's shape.
-
-        Args:
-            tensor: A tensor in the shape of the parameter.
-        """
+        """Return these entries of a tensor that has the parameter's shape."""
         return tensor.index_select(self.dim, torch.tensor(self.where, device=tensor.device))
 
     def set(self, model: nn.Module, value: Tensor) -> None:
-        """Write a value into these entries of the model's parameter, in place.
-
-        Args:
-            model: The network; its parameter is changed in place.
-            value: The entries, or a tensor that broadcasts to them.
-        """
+        """Write a value into these entries of the model's parameter, in place."""
         tensor = model.get_parameter(self.name).detach()
         part = value.to(tensor).expand_as(self.of(tensor))
         tensor.index_copy_(self.dim, torch.tensor(self.where, device=tensor.device), part)
@@ -178,10 +152,6 @@ class Entries:
 
         The directions are made orthogonal to one another by the smallest change that does it (the polar factor);
         otherwise all rows would take the one best direction, and learn the same.
-
-        Args:
-            model: The network; its parameter is changed in place.
-            direction: The direction of each row, in the shape of the entries.
         """
         now = self.of(model.get_parameter(self.name).detach()).movedim(self.dim, 0)
         rows, old = (x.double().flatten(1) for x in (direction.movedim(self.dim, 0), now))
@@ -192,28 +162,27 @@ class Entries:
 
 
 def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
-    """Return the entries of new units as (randomly initialised, zero-initialised).
-
-    Args:
-        model: The network after the plan.
-        axes: Its axes after the plan.
-        new: Axis key → the positions of its new units.
-    """
-    parameters = dict(model.named_parameters())
-    positions: dict[Role, dict[tuple[str, str, int], list[int]]] = {Role.PRODUCES: {}, Role.CONSUMES: {}}
-    for key, units in new.items():
-        for slot in axes[key].slots:
-            name = axes.ties.get(slot.name, slot.name)
-            if slot.role in positions and name in parameters and parameters[name].dim() > 1:
-                own = positions[slot.role].setdefault((key, name, slot.dim), [])
-                own += slot.positions(axes[key].size)[units].flatten().tolist()
+    """Return the entries of new units as (randomly initialised, zero-initialised)."""
     drawn: list[Entries] = []
     zero: list[Entries] = []
-    for role, places in positions.items():
-        for place, where in places.items():
-            is_zero = (role is Role.PRODUCES) == (axes[place[0]].mark is Mark.FOLDED)
-            (zero if is_zero else drawn).append(Entries(*place, tuple(dict.fromkeys(where))))
+    for role in (Role.PRODUCES, Role.CONSUMES):
+        positions: dict[_Spot, list[int]] = {}
+        for spot, where in _weights(model, axes, new, role):
+            positions.setdefault(spot, []).extend(where[new[spot[0]]].flatten().tolist())
+        for spot, indices in positions.items():
+            is_zero = (role is Role.PRODUCES) == (axes[spot[0]].mark is Mark.FOLDED)
+            (zero if is_zero else drawn).append(Entries(*spot, tuple(dict.fromkeys(indices))))
     return drawn, zero
+
+
+def _weights(model: nn.Module, axes: AxisGraph, keys: Iterable[str], role: Role) -> Iterator[tuple[_Spot, Tensor]]:
+    """Yield (axis, weight, dimension) and the positions of every unit there, ``[units, positions]``."""
+    parameters = dict(model.named_parameters())
+    for key in keys:
+        for slot in axes[key].slots:
+            name = axes.ties.get(slot.name, slot.name)
+            if slot.role is role and name in parameters and parameters[name].dim() > 1:
+                yield (key, name, slot.dim), slot.positions(axes[key].size)
 
 
 @dataclass(frozen=True)
@@ -227,14 +196,16 @@ class _Rows:
     old: tuple[int, ...]
 
     def fit(self, model: nn.Module, mean: Tensor, variance: Tensor) -> None:
-        spread = variance.sqrt()
-        own, usual = spread[list(self.new)], spread[list(self.old)].median()
+        spread, new = variance.sqrt(), list(self.new)
+        own, usual = spread[new], spread[list(self.old)].median()
         factor = torch.where((own > 0) & (usual > 0), usual / own, 1.0)
-        factor *= torch.where(mean[list(self.new)] < -own, -1.0, 1.0)
+        factor *= torch.where(mean[new] < -own, -1.0, 1.0)
         path, _, leaf = self.name.rpartition(".")
-        bias = dict(model.named_parameters()).get(f"{path}.bias".lstrip(".")) if leaf == "weight" else None
-        for one, dim in ((model.get_parameter(self.name), self.dim), *([] if bias is None else [(bias, 0)])):
-            value, at = one.detach(), torch.tensor(self.new, device=one.device)
+        scaled = [(model.get_parameter(self.name), self.dim)]
+        if leaf == "weight" and (bias := model.get_submodule(path)._parameters.get("bias")) is not None:
+            scaled.append((bias, 0))
+        for parameter, dim in scaled:
+            value, at = parameter.detach(), torch.tensor(self.new, device=parameter.device)
             shape = [-1 if d == dim else 1 for d in range(value.dim())]
             value.index_copy_(dim, at, value.index_select(dim, at) * factor.view(shape).to(value))
 
@@ -254,35 +225,29 @@ class _Channels:
             own[at] = value[at].to(own)
 
 
-_Spot = _Rows | _Channels
+def _rows(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> list[_Rows]:
+    rows: dict[_Spot, tuple[list[int], list[int]]] = {}
+    for spot, where in _weights(model, axes, new, Role.PRODUCES):
+        is_new = torch.zeros(len(where), dtype=torch.bool).index_fill(0, new[spot[0]], True)
+        for positions, which in zip(rows.setdefault(spot, ([], [])), (is_new, ~is_new), strict=True):
+            positions += where[which].flatten().tolist()
+    return [_Rows(*spot, tuple(made), tuple(old)) for spot, (made, old) in rows.items()]
 
 
-def _rows(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> list[_Spot]:
-    parameters = dict(model.named_parameters())
-    places: dict[tuple[str, str, int], tuple[list[int], list[int]]] = {}
-    for key, units in new.items():
-        for slot in axes[key].slots:
-            name = axes.ties.get(slot.name, slot.name)
-            if slot.role is Role.PRODUCES and name in parameters and parameters[name].dim() > 1:
-                own, old = places.setdefault((key, name, slot.dim), ([], []))
-                is_new = torch.zeros(axes[key].size, dtype=torch.bool).index_fill(0, units, True)
-                where = slot.positions(axes[key].size)
-                own += where[is_new].flatten().tolist()
-                old += where[~is_new].flatten().tolist()
-    return [_Rows(*place, tuple(own), tuple(old)) for place, (own, old) in places.items()]
-
-
-def _channels(axes: AxisGraph, new: Mapping[str, Tensor]) -> list[_Spot]:
-    result: dict[tuple[str, str], list[int]] = {}
+def _channels(axes: AxisGraph, new: Mapping[str, Tensor]) -> list[_Channels]:
+    channels: dict[tuple[str, str], list[int]] = {}
     for key, units in new.items():
         for slot in axes[key].slots:
             name, _, leaf = slot.name.rpartition(".")
             if leaf == "running_var":
-                result.setdefault((key, name), []).extend(slot.positions(axes[key].size)[units].flatten().tolist())
-    return [_Channels(*place, tuple(own)) for place, own in result.items()]
+                positions = slot.positions(axes[key].size)[units]
+                channels.setdefault((key, name), []).extend(positions.flatten().tolist())
+    return [_Channels(*spot, tuple(positions)) for spot, positions in channels.items()]
 
 
-def _sums(model: nn.Module, spots: Sequence[_Spot], batches: Sequence[Batch]) -> dict[_Spot, tuple[Tensor, Tensor]]:
+def _sums(
+    model: nn.Module, spots: Sequence[_Rows | _Channels], batches: Sequence[Batch]
+) -> dict[_Rows | _Channels, tuple[Tensor, Tensor]]:
     """Return mean and variance of the outputs of rows and of the inputs of channels, in the order of execution."""
     watch = _Watch({id(model.get_parameter(s.name)): s.name for s in spots if isinstance(s, _Rows)})
     handles = [

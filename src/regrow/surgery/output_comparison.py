@@ -3,53 +3,117 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from regrow.core.axes import AxisGraph, Example, axes_in
+from regrow.core.axes import AxisGraph, Dim, Example, axes_in
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import prepare
-from regrow.surgery.compensate import bias_of
+from regrow.surgery.carry import Prepared, prepare
+from regrow.surgery.compensate import bias_of, read_dim
+from regrow.surgery.layout import Layout, ids_after, lay_out_dims, next_ids_after, units_after
 from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, loader, masking, preserve_generators, reseed
+from regrow.surgery.undo_store import UndoStore, locate_entries
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.meta_copy import fake_example
 from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name
 from regrow.tracing.own_run import as_double
-from regrow.tracing.readings import Readings
+from regrow.tracing.readings import Readings, Recording
 from regrow.tracing.steps import operations
 from regrow.tracing.trial import Resizing, resize_copy
 
+RELATIVE_BOUND = 1e-9
+"""The largest float64 difference allowed, relative to the largest value that is compared."""
+
+
+ROUNDING = 16
+"""How many units in the last place a tensor may differ from its value in float64."""
+
 
 @dataclass(frozen=True)
-class Deviation:
-    """How far a block of the cut network is from the masked one, in float64.
+class ProposedChange:
+    """A plan whose result is computed but not yet written.
 
     Args:
-        largest_difference: The largest absolute difference of a result.
-        bound: The largest difference allowed for it.
+        model: The network before the plan.
+        axes: Its axes.
+        plan: The plan.
+        recording: The network's operations, and where they read axes.
+        planned: The operations of the network after the plan.
+        ready: The computed tensors and sizes.
+        undo: The undo store before the plan; ``None`` without one.
     """
+
+    model: nn.Module
+    axes: AxisGraph
+    plan: Plan
+    recording: Recording
+    planned: Capture
+    ready: Prepared
+    undo: UndoStore | None = None
+
+    @property
+    def recalls(self) -> bool:
+        """Whether units are restored with the weights they had when cut."""
+        return any(change.recalled for change in self.plan.changes.values())
+
+    @cached_property
+    def units(self) -> dict[str, Layout]:
+        """Axis key → the layout of its units after the plan, for each axis that changes."""
+        return {k: units_after(one, self.axes[k]) for k, one in self.plan.changes.items() if not one.idle}
+
+    def lays(self, dims: Sequence[Dim]) -> dict[int, Layout]:
+        """Return dimension index → its layout after the plan, for those of ``dims`` that change."""
+        return lay_out_dims(dims, self.axes.sizes(), self.units)
+
+    @property
+    def bound(self) -> float:
+        """The largest relative difference allowed; larger where earlier folds were rounded to its precision."""
+        rounded = any(fold.weight in self.ready.values for fold in self.axes.folds)
+        if not self.recalls or not (rounded or (self.undo is not None and self.undo.means)):
+            return RELATIVE_BOUND
+        return ROUNDING * max(torch.finfo(one.dtype).eps for one in self.model.parameters() if one.is_floating_point())
+
+
+def computed_tensors(change: ProposedChange) -> set[str]:
+    """Return the names of the tensors that a plan computes (folded, compensated, widened) rather than selects from."""
+    folds = {fold.weight for fold in change.axes.folds}
+    biases = {bias_of(weight) for weight in change.plan.means}
+    grown = {name for name, lays in change.ready.lays.items() if any(bool(lay.is_new.any()) for lay in lays.values())}
+    return {name for name in folds | biases | grown if name in change.ready.values}
+
+
+def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
+    """Return weight → position of a restored input → the mean that had replaced it while it was cut."""
+    axes, plan = change.axes, change.plan
+    if change.undo is None or change.ready.undo is None:
+        return {}
+    next_ids, ids = next_ids_after(axes, plan), ids_after(axes, plan)
+    result: dict[str, dict[int, float]] = {}
+    for weight, row in change.undo.means.items():
+        dim, left = read_dim(axes, weight), change.ready.undo.means.get(weight, {})
+        assert dim is not None
+        for position, place in enumerate(locate_entries(axes.shapes[weight], next_ids, ids)[dim].tolist()):
+            if place in row and place not in left:
+                result.setdefault(weight, {})[position] = row[place]
+    return result
+
+
+class Deviation(NamedTuple):
+    """How far a block of the cut network is from the masked one, in float64, and how far it may be."""
 
     largest_difference: float
     bound: float
 
 
 def record_planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Example) -> Capture:
-    """Record the network that a plan leads to, on a copy without numbers.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes.
-        to: The sizes and constants that the plan leads to.
-        example: The input to record with.
-
-    Raises:
-        PlanError: If the planned network does not run.
-    """
+    """Record the network that a plan leads to, on a copy without numbers."""
     copy, mode = resize_copy(model, axes, to)
     try:
         return capture(copy, fake_example(example, mode), tracer=axes.tracer)
@@ -63,14 +127,6 @@ def run_pair(
     """Run the masked network and its cut copy from input to output; return the outputs of both.
 
     Of each network, the tensors of one block at a time are in memory beside the model.
-
-    Args:
-        model: The network.
-        axes: Its axes.
-        plan: The plan.
-        whole: The recorded network, and where it reads axes.
-        small: The recorded cut copy.
-        double: Whether to run in float64.
     """
     keep = {key: change.keep for key, change in plan.changes.items()}
     mask = masking(whole.capture, whole.reads, whole.sizes, keep, plan.means)
@@ -92,16 +148,7 @@ def run_both(
     theirs: Sequence[Node],
     tensors: "CutTensors",
 ) -> None:
-    """Run two recorded networks to their ends, block by block in turns, each block from the same random seed.
-
-    Args:
-        masked: The runner of the masked network.
-        shrunk: The runner of the cut network.
-        cut: The blocks that both consist of.
-        ours: The operations of the masked network.
-        theirs: The operations of the cut network.
-        tensors: The tensors of the cut network.
-    """
+    """Run two recorded networks to their ends, block by block in turns, each block from the same random seed."""
     with preserve_generators():
         for block in cut:
             last = block.stop == len(ours)
@@ -115,22 +162,12 @@ def run_both(
 
 
 def max_difference(ours: Answers, theirs: Answers) -> float:
-    """Return the largest absolute difference of two networks' outputs; infinite if shapes differ or one is NaN.
-
-    Args:
-        ours: The outputs of one network.
-        theirs: The outputs of the other.
-    """
+    """Return the largest absolute difference of two networks' outputs; infinite if shapes differ or one is NaN."""
     return float(measure_difference(ours, theirs))
 
 
 def measure_difference(ours: Answers, theirs: Answers) -> Tensor:
-    """Return what :func:`max_difference` does as a tensor, so that the host does not wait for it, ``[]`` float64.
-
-    Args:
-        ours: The outputs of one network.
-        theirs: The outputs of the other.
-    """
+    """Return what :func:`max_difference` does as a tensor, so that the host does not wait for it, ``[]`` float64."""
     if len(ours) != len(theirs):
         return torch.tensor(inf, dtype=torch.float64)
     return _largest([_gap(x.double(), y.double()) for x, y in common_outputs(ours, theirs)])
@@ -149,41 +186,24 @@ def _largest(numbers: list[Tensor]) -> Tensor:
 
 
 def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
-    """Return the pairs of outputs that both networks have and that are not empty.
-
-    Args:
-        ours: The outputs of one network.
-        theirs: The outputs of the other.
-    """
+    """Return the pairs of outputs that both networks have and that are not empty."""
     both = zip(ours, theirs, strict=False)  # what gives another number of answers is told by their distance
     return [(x, y) for x, y in both if x is not None and y is not None and x.numel()]
 
 
 def max_magnitude(answers: Answers) -> float:
-    """Return the largest finite absolute value in a network's outputs; 0 if there is none.
-
-    Args:
-        answers: The outputs.
-    """
+    """Return the largest finite absolute value in a network's outputs; 0 if there is none."""
     return float(measure_magnitude(answers))
 
 
 def measure_magnitude(answers: Answers) -> Tensor:
-    """Return what :func:`max_magnitude` does as a tensor, so that the host does not wait for it, ``[]`` float64.
-
-    Args:
-        answers: The outputs.
-    """
+    """Return what :func:`max_magnitude` does as a tensor, so that the host does not wait for it, ``[]`` float64."""
     sizes = (x.abs() for x in answers if x is not None and x.numel())
     return _largest([x.masked_fill(~x.isfinite(), 0).max().double() for x in sizes])
 
 
 def all_true(verdicts: list[Tensor]) -> bool:
-    """Whether all of several verdicts are true; the host waits for the device once.
-
-    Args:
-        verdicts: The verdicts, ``[]`` bool, on any devices.
-    """
+    """Whether all of several verdicts are true; the host waits for the device once."""
     return not verdicts or bool(_largest([(~one).double() for one in verdicts]) == 0)
 
 
@@ -213,11 +233,7 @@ class CutTensors:
 
     @contextmanager
     def of(self, names: Collection[str]) -> Iterator[None]:
-        """Context manager in which a block's tensors are at hand; large ones are computed when they are read.
-
-        Args:
-            names: The names of the block's parameters and buffers.
-        """
+        """Context manager in which a block's tensors are at hand; large ones are computed when they are read."""
         most = {name: WIDE if name in self.known or self.is_selection(name) else LARGE for name in names}
         own = [name for name in names if name in self.state and self.state[name].numel() <= most[name]]
         own += [bias_of(name) for name in names if name in self.plan.means and bias_of(name) not in own]
@@ -241,20 +257,12 @@ class CutTensors:
         return as_double(value) if double else value
 
     def is_selection(self, name: str) -> bool:
-        """Whether all entries of a tensor after the plan are entries of it before, so that none is rounded.
-
-        Args:
-            name: The name of the parameter or buffer.
-        """
+        """Whether all entries of a tensor after the plan are entries of it before, so that none is rounded."""
         keys = {key for dim in self.axes.shapes.get(name, ()) for key in axes_in(dim)} & self.plan.changes.keys()
         return name not in self.computed and not any(self.plan.changes[key].new_units for key in keys)
 
     def changes(self, name: str) -> bool:
-        """Whether the plan changes a tensor.
-
-        Args:
-            name: The name of the parameter or buffer.
-        """
+        """Whether the plan changes a tensor."""
         dims = self.axes.shapes.get(name, ())
         return any(key in self.plan.changes for dim in dims for key in axes_in(dim))
 
@@ -265,4 +273,4 @@ class CutTensors:
         left += [name for name in names if name in added and name not in own and name not in left]
         if not left:
             return own
-        return {**own, **prepare(self.model, self.axes, self.plan, names=left, exact=double).done.values}
+        return {**own, **prepare(self.model, self.axes, self.plan, names=left, exact=double).values}

@@ -17,19 +17,22 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.axes import Role, axes_in
 from regrow.core.plan import PlanError
 from regrow.surgery.compensate import bias_of
+from regrow.surgery.layout import resize
 from regrow.surgery.output_comparison import (
+    ROUNDING,
     CutTensors,
     Deviation,
+    ProposedChange,
     all_true,
+    computed_tensors,
     max_difference,
     max_magnitude,
     measure_difference,
     measure_magnitude,
+    restored_means,
     run_both,
 )
-from regrow.surgery.proposed_change import ROUNDING, ProposedChange, computed_tensors, restored_means
 from regrow.surgery.runner import Answers, Load, Masking, Runner, loader, masking, preserve_generators, reseed
-from regrow.surgery.widen import resize
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
@@ -57,12 +60,6 @@ def check_blocks(change: ProposedChange) -> None:
     A block runs on the same random numbers in both; values that depend on no parameter (positions, attention masks) are
     computed. Units that are restored are masked in the planned network. New ones are not: they must not change the
     function. If a block differs, or cannot run by itself, both networks run as a whole, on the example.
-
-    Args:
-        change: The prepared plan.
-
-    Raises:
-        PlanError: If they differ, or a computed tensor differs from its float64 value by more than rounding.
     """
     pair = _Pair(change)
     with preserve_generators():
@@ -80,16 +77,7 @@ def check_blocks(change: ProposedChange) -> None:
 
 
 def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
-    """Compare one block of the masked and the cut network in float64, as :func:`check_blocks` does; return how far.
-
-    Args:
-        change: The prepared plan. Its model needs numbers only for what the block reads and for buffers, and its
-            computed tensors only those of the block.
-        block: The block.
-
-    Raises:
-        PlanError: If they differ, or the block cannot run by itself.
-    """
+    """Compare one block of the masked and the cut network in float64, as :func:`check_blocks` does; return how far."""
     pair = _Pair(change, block)
     with preserve_generators():
         same = pair.same(block)
@@ -103,13 +91,7 @@ def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
 
 
 def describe_difference(distance: float, largest: float, remedy: str = "a fault of regrow, please report it") -> str:
-    """Return the error message for a planned network whose outputs differ from those of the masked one.
-
-    Args:
-        distance: The largest difference of an output.
-        largest: The largest output.
-        remedy: What the user can do.
-    """
+    """Return the error message for a planned network whose outputs differ from those of the masked one."""
     return (
         f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
         f"largest output is {largest:.1e} (float64); {remedy}"
@@ -120,35 +102,29 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
     """Return the blocks to check: of each changed class the narrowest, the widest, and two more if they are small.
 
     Where all are equally wide, the first is both.
-
-    Args:
-        change: The prepared plan.
     """
-    sizes = {name: value.numel() for name, value in {**state_of(change.model), **change.ready.done.values}.items()}
+    sizes = {name: value.numel() for name, value in {**state_of(change.model), **change.ready.values}.items()}
     classes: dict[int, list[tuple[int, GraphBlock]]] = {}
     for block in changed_blocks(change):
         classes.setdefault(block.kind, []).append((sum(sizes[name] for name in block.states), block))
     result: list[GraphBlock] = []
     for members in classes.values():
-        ordered = sorted(members, key=lambda one: one[0])
-        (least, narrowest), *between, (most, widest) = [ordered[0], *ordered]
-        extremes = [narrowest] if least == most else [narrowest, widest]
-        more = [block for _, block in between if block not in extremes] if most <= SMALL else []
-        result += [*extremes, *more][:PER_CLASS]
+        ordered = sorted(members, key=lambda member: member[0])
+        (least, narrowest), (most, widest) = ordered[0], ordered[-1]
+        selected = [narrowest] if least == most else [narrowest, widest]
+        if most <= SMALL:
+            selected += [block for _, block in ordered[:-1] if block not in selected]
+        result += selected[:PER_CLASS]
     return sorted(result, key=lambda block: block.start)
 
 
 def changed_blocks(change: ProposedChange) -> list[GraphBlock]:
-    """Return the blocks that a plan changes: those with operations on its axes, or with tensors that it computes.
-
-    Args:
-        change: The prepared plan.
-    """
-    moved, made = change.units.keys(), change.ready.done.values.keys()
+    """Return the blocks that a plan changes: those with operations on its axes, or with tensors that it computes."""
+    moved, made = change.units.keys(), change.ready.values.keys()
     steps = change.axes.steps
-    reach = [any(not moved.isdisjoint(axes_in(dim)) for row in one.shapes for dim in row or ()) for one in steps]
-    every = change.recording.blocks
-    return [one for one in every if any(reach[one.start : one.stop]) or not made.isdisjoint(one.states)]
+    reach = [any(not moved.isdisjoint(axes_in(dim)) for row in step.shapes for dim in row or ()) for step in steps]
+    blocks = change.recording.blocks
+    return [block for block in blocks if any(reach[block.start : block.stop]) or not made.isdisjoint(block.states)]
 
 
 class _Pair:
@@ -157,31 +133,33 @@ class _Pair:
     def __init__(self, change: ProposedChange, only: GraphBlock | None = None) -> None:
         self.change = change
         self.gaps: list[tuple[Tensor, Tensor]] = []
-        model, plan, capture, reads = change.model, change.plan, change.recording.capture, change.recording.reads
+        model, plan, recorded, ready = change.model, change.plan, change.recording, change.ready
         self.rounded = computed_tensors(change)
-        taken = {name: value for name, value in change.ready.done.values.items() if name not in self.rounded}
+        taken = {name: value for name, value in ready.values.items() if name not in self.rounded}
         self.cut = CutTensors(model, change.axes, plan, True, taken)
-        if only is not None:
-            reads = tuple(read for read in reads if only.start <= read.step < only.stop)
-        keep = {key: one.keep for key, one in plan.changes.items()}
-        mask = masking(capture, reads, change.axes.sizes(), keep, plan.means)
-        after: tuple[Capture, Load, Masking | None] = (change.planned, self.cut.load, None)
+        reads = tuple(read for read in recorded.reads if only is None or only.start <= read.step < only.stop)
+        keep = {key: units.keep for key, units in plan.changes.items()}
+        mask = masking(recorded.capture, reads, change.axes.sizes(), keep, plan.means)
+        load: Load = self.cut.load
+        back: Masking | None = None
         if change.recalls:
-            old = {key: tuple((~one.is_new).nonzero().flatten().tolist()) for key, one in change.units.items()}
-            back = masking(change.planned, reads, change.ready.sizes, old, restored_means(change))
-            after = (change.planned, loader(model, change.ready.done.values), back)
-        self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = ((capture, loader(model), mask), after)
-        self.nodes = tuple(operations(one) for one, *_ in self.sides)
+            old = {key: tuple((~lay.is_new).nonzero().flatten().tolist()) for key, lay in change.units.items()}
+            back = masking(change.planned, reads, ready.sizes, old, restored_means(change))
+            load = loader(model, ready.values)
+        self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = (
+            (recorded.capture, loader(model), mask),
+            (change.planned, load, back),
+        )
+        self.nodes = tuple(operations(capture) for capture, *_ in self.sides)
         self.steps = {node: i for nodes in self.nodes for i, node in enumerate(nodes)}
         example = cast_example(change.axes.example, model)
         self.given = tree_leaves((example.args, dict(example.kwargs)))
 
     def _fresh(self) -> tuple[Runner, Runner]:
-        (one, load, mask), (other, load_cut, mask_cut) = self.sides
+        (whole, load, mask), (planned, load_cut, mask_cut) = self.sides
         rounded = self.rounded  # a reference to this pair would be a cycle, and keep the tensors of its block
-        ours = Runner(one, self.given, load, True, mask, exact=lambda name: True)
-        theirs = Runner(other, self.given, load_cut, True, mask_cut, exact=lambda name: name not in rounded)
-        return ours, theirs
+        ours = Runner(whole, self.given, load, True, mask, exact=lambda name: True)
+        return ours, Runner(planned, self.given, load_cut, True, mask_cut, exact=lambda name: name not in rounded)
 
     @cached_property
     def runners(self) -> tuple[Runner, Runner]:
@@ -202,20 +180,16 @@ class _Pair:
     def same(self, block: GraphBlock) -> bool:
         """Whether both networks are known to compute the same in a block from the same inputs."""
         ours = self.nodes[0][block.start : block.stop]
-        local = all(op_name(one) in _LOCAL or torch.Tag.pointwise in getattr(one.target, "tags", ()) for one in ours)
-        try:
-            if local and self._same(block, CROP):
-                return True
-        except PlanError:
-            raise
-        except (_NotAloneError, RuntimeError, IndexError, ValueError):
-            pass  # it is no block of images after all
-        try:
-            return self._same(block, None)
-        except PlanError:
-            raise
-        except (_NotAloneError, RuntimeError, IndexError, ValueError):
-            return False
+        local = all(op_name(node) in _LOCAL or torch.Tag.pointwise in getattr(node.target, "tags", ()) for node in ours)
+        for crop in (CROP, None) if local else (None,):
+            try:
+                if self._same(block, crop):
+                    return True
+            except PlanError:
+                raise
+            except (_NotAloneError, RuntimeError, IndexError, ValueError):
+                pass  # such as a block that is none of images after all
+        return False
 
     def _same(self, block: GraphBlock, crop: int | None) -> bool:
         self.gaps.clear()
@@ -284,15 +258,17 @@ class _Pair:
     def _check_rounding(self, values: Mapping[str, Tensor]) -> None:
         """Raise ``PlanError`` if tensors to be written differ from the checked float64 ones by more than rounding."""
         change = self.change
-        # The undo store computes these from values stored before earlier cuts, which were rounded only once.
-        anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means if change.undo else ())}
+        if change.recalls:
+            return
+        names = self.rounded & values.keys()
+        if change.undo is not None:
+            # The undo store computes these from values stored before earlier cuts, which were rounded only once.
+            names -= {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means)}
         verdicts = {}
-        for name, exact in values.items() if not change.recalls else ():
-            done = change.ready.done.values[name]
-            if name not in self.rounded or (change.undo is not None and name in anew):
-                continue
-            bound = ROUNDING * torch.finfo(done.dtype).eps * measure_magnitude([exact])
-            verdicts[name] = measure_difference([exact], [done]).to(bound.device) <= bound
+        for name in sorted(names):
+            exact, written = values[name], change.ready.values[name]
+            bound = ROUNDING * torch.finfo(written.dtype).eps * measure_magnitude([exact])
+            verdicts[name] = measure_difference([exact], [written]).to(bound.device) <= bound
         if not all_true([*verdicts.values()]):
             name = next(name for name, same in verdicts.items() if not same)
             raise PlanError(

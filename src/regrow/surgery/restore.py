@@ -6,43 +6,24 @@ equal bit by bit.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Dim, Fold, Role, size_of
 from regrow.core.plan import Plan
-from regrow.surgery.compensate import bias_dim, bias_of, read_dim
-from regrow.surgery.fold import Outcome, divisor_size, rescale
-from regrow.surgery.layout import Layout, unit_ids_after
+from regrow.surgery.compensate import bias_dim, bias_of, divisor_size, read_dim, rescale
+from regrow.surgery.layout import Layout, Layouts, ids_after, next_ids_after
 from regrow.surgery.undo_store import Constant, RemovedWeights, UndoStore, get, locate_entries, put
 
 
 def plan_with_undo(
-    undo: UndoStore,
-    model: nn.Module,
-    axes: AxisGraph,
-    plan: Plan,
-    lays: Mapping[str, Mapping[int, Layout]],
-    values: Mapping[str, Tensor],
-) -> tuple[Outcome, UndoStore]:
-    """Compute a plan's tensors and the undo store after it, without changing anything.
-
-    Args:
-        undo: The undo store before the plan.
-        model: The network before the plan.
-        axes: Its axes before the plan.
-        plan: The plan.
-        lays: Tensor name → dimension → its layout after the plan.
-        values: The tensors after the plan by name: compensated, not yet folded, newly initialised where units are
-            restored.
-    """
+    undo: UndoStore, model: nn.Module, axes: AxisGraph, plan: Plan, lays: Layouts, values: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, float | None], tuple[Fold, ...], tuple[str, ...], UndoStore]:
+    """Compute a plan's tensors, constants, folds, removed biases, and the undo store after it; change nothing."""
     undo.check(axes, plan)
-    next_ids = {
-        axis.key: axis.next_id + (plan.changes[axis.key].grow if axis.key in plan.changes else 0) for axis in axes
-    }
-    way = _Way(undo.enlarged(axes, next_ids), model, axes, plan, lays, next_ids)
+    way = _Way(undo, model, axes, plan, lays)
     before, after = undo.means, way.means_after()
     biases = {bias_of(weight): weight for weight in {**before, **after}}
     result, removed = dict(values), []
@@ -57,37 +38,27 @@ def plan_with_undo(
                 removed.append(bias)
                 del result[bias], way.weights[bias]
     constants, folds = way.constants()
-    restorable = {
-        axis.key: tuple(sorted(ids))
-        for axis in axes
-        if (ids := (set(undo.restorable.get(axis.key, ())) | way.dropped(axis.key)) - set(way.ids_after[axis.key]))
-    }
+    restorable = {}
+    for axis in axes:
+        change = plan.changes.get(axis.key)
+        dropped = {axis.ids[unit] for unit in change.dropped} if change else set()
+        if ids := ({*undo.restorable.get(axis.key, ())} | dropped) - {*way.ids_after[axis.key]}:
+            restorable[axis.key] = tuple(sorted(ids))
     added = tuple(name for name in way.added if name not in removed)
-    done = UndoStore(way.weights, next_ids, restorable, after, way.known, added, undo.branches, axes.network)
-    return Outcome(result, constants, folds, tuple(removed)), done
+    store = UndoStore(way.weights, way.next_ids, restorable, after, way.known, added, undo.branches, axes.network)
+    return result, constants, folds, tuple(removed), store
 
 
-@dataclass
 class _Way:
     """Shared state of the steps of :func:`plan_with_undo`."""
 
-    undo: UndoStore
-    model: nn.Module
-    axes: AxisGraph
-    plan: Plan
-    lays: Mapping[str, Mapping[int, Layout]]
-    next_ids: Mapping[str, int]
-    weights: dict[str, RemovedWeights] = field(init=False)
-    known: dict[str, Constant] = field(init=False)
-
-    def __post_init__(self) -> None:
-        axes, plan = self.axes, self.plan
-        self.weights, self.known = dict(self.undo.weights), dict(self.undo.constants)
-        self.added = [*self.undo.added]
+    def __init__(self, undo: UndoStore, model: nn.Module, axes: AxisGraph, plan: Plan, lays: Layouts) -> None:
+        self.model, self.axes, self.plan, self.lays = model, axes, plan, lays
+        self.next_ids, self.ids_after = next_ids_after(axes, plan), ids_after(axes, plan)
+        self.undo = undo.enlarged(axes, self.next_ids)
+        self.weights, self.known, self.added = dict(self.undo.weights), dict(undo.constants), [*undo.added]
         self.recalls = any(change.recalled for change in plan.changes.values())
         self.ids = {axis.key: axis.ids for axis in axes}
-        changed = {key: tuple(sorted(unit_ids_after(change, axes[key]))) for key, change in plan.changes.items()}
-        self.ids_after = {**self.ids, **changed}
         self.sizes = (axes.sizes(), plan.sizes(axes))
         self.folds = {axes.ties.get(fold.weight, fold.weight): fold for fold in axes.folds}
 
@@ -108,10 +79,6 @@ class _Way:
         fold = self.folds.get(name)
         return divisor_size(fold, self.sizes[after]) if fold else 1
 
-    def dropped(self, key: str) -> set[int]:
-        change = self.plan.changes.get(key)
-        return {self.ids[key][unit] for unit in change.dropped} if change else set()
-
     def state(self, name: str) -> Tensor | None:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
@@ -129,21 +96,18 @@ class _Way:
     def stowed(self, name: str, now: Tensor, lost: Tensor | None = None) -> RemovedWeights:
         """Store a tensor's present values and return it; stored values from which the present ones follow stay."""
         where, n, now = self.here(name), self.size(name, False), now.cpu()
-        shape = [size_of(dim, self.next_ids) for dim in self.dims(name)]
         stored = self.weights.get(name)
         if stored is None:
+            shape = [size_of(dim, self.next_ids) for dim in self.dims(name)]
             sizes = torch.zeros(shape, dtype=torch.int32) if name in self.folds else None
             stored = RemovedWeights(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool), sizes)
         stored = replace(stored, values=stored.values.to(now.dtype))  # the network may have been cast since
-        old = get(stored.values, where)
         same = get(stored.held, where) & (self._written(name, stored, where, n, lost) == now)
         plain = now if lost is None else (now.double() - lost[where[0]]).to(now.dtype)
-        values = put(stored.values, where, torch.where(same, old, plain))
-        held = put(stored.held, where, torch.ones_like(same))
-        sizes = stored.sizes
+        values = put(stored.values, where, torch.where(same, get(stored.values, where), plain))
+        held, sizes = put(stored.held, where, torch.ones_like(same)), stored.sizes
         if sizes is not None:
-            was = get(sizes, where)
-            sizes = put(sizes, where, torch.where(same, was, torch.full_like(was, n)))
+            sizes = put(sizes, where, get(sizes, where).masked_fill(~same, n))
         self.weights[name] = RemovedWeights(values, held, sizes)
         return self.weights[name]
 
@@ -161,7 +125,7 @@ class _Way:
         now = self.state(name)
         assert now is not None
         stored, where, n = self.stowed(name, now), self.there(name), self.size(name, True)
-        was, new = self._followed(name, now.cpu())
+        was, new = _followed(self.lays.get(name, {}), now.cpu())
         made = was if made is None else made.cpu()
         held, kept = get(stored.held, where), torch.eq(was, made)
         if self.recalls:
@@ -170,16 +134,6 @@ class _Way:
             made = rescale(made, torch.tensor(self.size(name, False)), n, self.folds[name])
         old = held & torch.where(new, torch.tensor(self.recalls), kept)
         return torch.where(old, self._written(name, stored, where, n), made).to(now.device)
-
-    def _followed(self, name: str, now: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the present values at their new places, and which entries are new."""
-        lays = self.lays.get(name, {})
-        for dim, lay in lays.items():
-            now = now.index_select(dim, lay.source)
-        new = torch.zeros(now.shape, dtype=torch.bool)
-        for dim, lay in lays.items():
-            new |= lay.is_new.view([-1 if i == dim else 1 for i in range(now.dim())])
-        return now, new
 
     def _strangers(self, name: str, held: Tensor) -> Tensor:
         """Return the entries between units that never existed together: one was added while the other was cut."""
@@ -206,15 +160,7 @@ class _Way:
     def compensated(
         self, bias: str, weight: str, old: Mapping[int, float], new: Mapping[int, float], made: Tensor | None
     ) -> Tensor:
-        """Return a bias after the plan: its own value plus the mean contribution of the inputs that are cut.
-
-        Args:
-            bias: Its name.
-            weight: The weight beside it.
-            old: The means that replace dropped inputs before the plan.
-            new: Those after it.
-            made: The bias as the plan computed it, for entries that are new; ``None``: it has none.
-        """
+        """Return a bias after the plan: its own value plus the mean contribution of the inputs that are cut."""
         now, before, after = self.state(bias), self.size(bias, False), self.size(bias, True)
         if now is None:
             own = self.state(weight)
@@ -272,6 +218,16 @@ class _Way:
         gain = self.state(fold.weight)
         assert gain is not None
         return Constant(own, torch.finfo(gain.dtype).eps if own is None else fold.value, size)
+
+
+def _followed(lays: Mapping[int, Layout], now: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the present values at their new places, and which entries are new."""
+    for dim, lay in lays.items():
+        now = now.index_select(dim, lay.source)
+    new = torch.zeros(now.shape, dtype=torch.bool)
+    for dim, lay in lays.items():
+        new |= lay.is_new.view([-1 if i == dim else 1 for i in range(now.dim())])
+    return now, new
 
 
 def _read(axes: AxisGraph, weight: str) -> int:

@@ -1,6 +1,6 @@
 """Run a recorded network operation by operation, with dropped units replaced wherever they are read."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -64,37 +64,26 @@ def masking(
     keep: Mapping[str, tuple[int, ...]],
     means: Mapping[str, Mapping[int, float]],
     judged: Iterable[tuple[Node, Node, tuple[Dim, ...]]] = (),
-    drop: Iterable[Branch] = (),
+    drop: Collection[Branch] = (),
 ) -> Masking:
-    """Return the replacements that mask a recorded network to the kept units and branches.
-
-    Args:
-        recorded: The recorded network.
-        reads: Where its operations read axes.
-        sizes: The size of each axis.
-        keep: Axis key → the positions of its kept units; axes not named keep all.
-        means: Weight → position → the mean that replaces a dropped input.
-        judged: Operands that are compared too, with their dimensions.
-        drop: The branches that are dropped.
-    """
+    """Return the replacements that mask a recorded network to the kept units and branches."""
     nodes = operations(recorded)
-    result: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
+    masked: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
     groups: dict[Node, int] = {}
-    units = {key: Layout.of(torch.tensor(list(own), dtype=torch.long)) for key, own in keep.items()}
+    units = {key: Layout.of(torch.tensor(kept, dtype=torch.long)) for key, kept in keep.items()}
     for read in reads:
-        mask = keep_mask(read.dim, sizes, units)
+        mask = _keep_mask(read.dim, sizes, units)
         if not bool(mask.all()):
             node = nodes[read.step]
-            result.setdefault(node, []).append((read, operands(node)[read.operand], mask))
+            masked.setdefault(node, []).append((read, operands(node)[read.operand], mask))
             if read.fill is None:
-                groups[node] = int(keep_mask(read.groups, sizes, units).sum())
+                groups[node] = int(_keep_mask(read.groups, sizes, units).sum())
     watched: dict[Node, list[tuple[Node, bool]]] = {}
     for node, operand, dims in judged:
-        whole = all(bool(keep_mask(dim, sizes, units).all()) for dim in dims)
+        whole = all(bool(_keep_mask(dim, sizes, units).all()) for dim in dims)
         watched.setdefault(node, []).append((operand, whole))
-    gone = [*drop]
-    branches = locate_branches(RecordedModules(Effects(recorded)), gone) if gone else {}
-    return Masking(result, groups, means, watched, branches)
+    branches = locate_branches(RecordedModules(Effects(recorded)), drop) if drop else {}
+    return Masking(masked, groups, means, watched, branches)
 
 
 class Runner(Interpreter):
@@ -134,7 +123,7 @@ class Runner(Interpreter):
         for node in recorded.graph.nodes:
             if node.op == "placeholder" and node not in recorded.states:
                 value = recorded.constants[node] if node in recorded.constants else next(inputs)
-                self.env[node] = copy_written(as_double(value) if double else value)
+                self.env[node] = _copy_written(as_double(value) if double else value)
 
     def run_until(self, stop: Node | None = None) -> None:
         """Run on up to an operation, or to the end; loaded parameters are released then."""
@@ -146,27 +135,17 @@ class Runner(Interpreter):
                 if not self.masking.branches:  # a branch's input may be read where nothing else reads it any more
                     for one in self.user_to_last_uses.get(node, ()):
                         self.env.pop(one, None)
-                if node.op == "output":
-                    self.answers = [*floats(self.env[node]), *self.judged]
         self.held.clear()
 
     def run_only(
         self, nodes: Iterable[Node], before: Mapping[Node, object] | None = None, wanted: Sequence[Node] = ()
     ) -> list[object]:
-        """Run some operations and return the results of ``wanted``.
-
-        Args:
-            nodes: The operations, in order.
-            before: Results of earlier operations, for this call only; ``None``: new results are kept afterwards.
-            wanted: The operations whose results to return.
-        """
+        """Run some operations and return the results of ``wanted``."""
         known = set(self.env)
         self.env.update(before or {})
         with torch.no_grad(), made_in_double(self.double):
             for node in nodes:
                 self.env[node] = self.run_node(node)
-                if node.op == "output":
-                    self.answers = [*floats(self.env[node]), *self.judged]
         results = [self.env[node] for node in wanted]
         self.held.clear()
         if before is not None:
@@ -186,6 +165,8 @@ class Runner(Interpreter):
         out = self._restated(n, *restated[0]) if restated else self._run(n)
         if n.target in ORDERS:
             self.orders.append(out if isinstance(out, Tensor) else out[1])
+        if n.op == "output":
+            self.answers = [*floats(out), *self.judged]
         return out
 
     def value(self, node: Node) -> object:
@@ -194,10 +175,12 @@ class Runner(Interpreter):
             return self.env[node]
         if node not in self.held:
             value = self.load(self.states[node], self.double)
-            (self.env if node in self.written else self.held)[node] = (
-                copy_written(value) if node in self.written else value
-            )
-        return self.held.get(node, self.env.get(node))
+            if node in self.written:
+                self.env[node] = value = _copy_written(value)
+            else:
+                self.held[node] = value
+            return value
+        return self.held[node]
 
     def _tensor(self, node: Node) -> Tensor:
         value = self.value(node)
@@ -237,9 +220,7 @@ class Runner(Interpreter):
 
     def _in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
         """Compute a linear layer whose weight is cast to float64 some rows at a time."""
-        x = self._tensor(given)
-        for read, operand, mask in self.masking.reads.get(n, ()):
-            x = self._replaced(x, read, mask) if operand is given else x
+        x = self._masked_input(n, given)
         full, columns = self.load(self.states[weight], False), x.reshape(-1, x.shape[-1]).mT
         parts = [as_double(part) @ columns for part in full.split(max(1, MATRIX_PART // full.shape[1]))]
         made = torch.cat(parts).mT.contiguous().view(*x.shape[:-1], len(full))
@@ -265,15 +246,19 @@ class Runner(Interpreter):
 
     def _convolved_in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
         """Compute a convolution whose weight is cast to float64 some filters at a time."""
-        x = self._tensor(given)
-        for read, _, mask in self.masking.reads.get(n, ()):
-            x = self._replaced(x, read, mask)
+        x = self._masked_input(n, given)
         full = self.load(self.states[weight], False)
         rest = map_aggregate(n.args[3:], widen_dtype)
         many = max(1, PART // full[0].numel())
         target = cast(Callable[..., Tensor], n.target)
         made = torch.cat([target(x, as_double(part), None, *rest) for part in full.split(many)], 1)
         return made + self._tensor(bias[0]).view(-1, *(1 for _ in full.shape[2:])) if bias else made
+
+    def _masked_input(self, n: Node, given: Node) -> Tensor:
+        value = self._tensor(given)
+        for read, operand, mask in self.masking.reads.get(n, ()):
+            value = self._replaced(value, read, mask) if operand is given else value
+        return value
 
     def _replaced(self, value: Tensor, read: ReadDim, mask: Tensor) -> Tensor:
         shape = [1] * value.dim()
@@ -326,19 +311,13 @@ def floats(value: object) -> Answers:
     return [x for x in tensors if x.is_floating_point()] or [x.double() for x in tensors]
 
 
-def copy_written(value: T) -> T | Tensor:
+def _copy_written(value: T) -> T | Tensor:
     """Return a copy of a tensor that operations may write into; parameters and other values unchanged."""
     return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 
-def keep_mask(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Tensor:
-    """Return which entries of a dimension stay, ``[entries]`` bool, given the kept units of each axis.
-
-    Args:
-        dim: The dimension.
-        sizes: Axis key → its number of units.
-        units: Axis key → the layout of its kept units; axes not named keep all.
-    """
+def _keep_mask(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Tensor:
+    """Return which entries of a dimension stay, ``[entries]`` bool, given the kept units of each axis."""
     mask = torch.zeros(size_of(dim, sizes), dtype=torch.bool)
     mask[lay_out(dim, sizes, units).source] = True
     return mask

@@ -105,28 +105,20 @@ class UndoStore:
     network: str = field(default="", compare=False)
 
     def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, RemovedBranch], UndoStore]":
-        """Split the store for branches that are dropped: each branch with its own part, and the rest.
-
-        Args:
-            branches: The branches that are dropped.
-            axes: The network's axes before.
-        """
+        """Split the store for branches that are dropped: each branch with its own part, and the rest."""
         parts, rest = {}, self
         for branch in branches:
             stays = axes.without([branch]).axes.keys()
-            names = {name: branch.holds(name.partition(":")[0]) for name in rest._names()}
+            names = {*rest.weights, *rest.means, *rest.constants, *rest.added}
+            inside = {name for name in names if branch.holds(name.partition(":")[0])}
             # Branches dropped before stay in this store; otherwise each branch would contain all earlier ones.
-            goes = replace(rest._of({n for n in names if names[n]}, axes.axes.keys() - stays), branches={})
+            goes = replace(rest._of(inside, axes.axes.keys() - stays), branches={})
             parts[branch.module] = RemovedBranch(branch, axes, goes)
-            rest = rest._of({name for name in names if not names[name]}, {*stays})
+            rest = rest._of(names - inside, stays)
         return parts, rest
 
     def rejoined(self, removed: RemovedBranch) -> "UndoStore":
-        """Return the store after a branch is restored, with the cuts inside it restorable again.
-
-        Args:
-            removed: The branch.
-        """
+        """Return the store after a branch is restored, with the cuts inside it restorable again."""
         parts: dict[str, Any] = {
             name: {**getattr(self, name), **getattr(removed.undo, name)}
             for name in ("weights", "next_ids", "restorable", "means", "constants")
@@ -134,24 +126,14 @@ class UndoStore:
         left = {path: one for path, one in self.branches.items() if path != removed.branch.module}
         return replace(self, **parts, added=(*self.added, *removed.undo.added), branches=left)
 
-    def _names(self) -> set[str]:
-        return {*self.weights, *self.means, *self.constants, *self.added}
-
     def _of(self, names: Container[str], keys: Container[str]) -> "UndoStore":
         """Return the part of the store with tensors and constants of some names and axes of some keys."""
-
-        def those(what: Mapping[str, Any], which: Container[str]) -> dict[str, Any]:
-            return {name: value for name, value in what.items() if name in which}
-
-        return replace(
-            self,
-            weights=those(self.weights, names),
-            next_ids=those(self.next_ids, keys),
-            restorable=those(self.restorable, keys),
-            means=those(self.means, names),
-            constants=those(self.constants, names),
-            added=tuple(name for name in self.added if name in names),
-        )
+        fields = {"weights": names, "next_ids": keys, "restorable": keys, "means": names, "constants": names}
+        parts: dict[str, Any] = {
+            field: {name: value for name, value in getattr(self, field).items() if name in which}
+            for field, which in fields.items()
+        }
+        return replace(self, **parts, added=tuple(name for name in self.added if name in names))
 
     def contents(self) -> dict[str, Tensor]:
         """Return every stored tensor under a unique name, those of dropped branches too; not copied."""
@@ -167,11 +149,7 @@ class UndoStore:
         return {f"{part}:{name}": t for name, removed in self.weights.items() for part, t in removed.parts().items()}
 
     def record(self) -> dict[str, object]:
-        """Return everything but the tensors, as JSON data.
-
-        Raises:
-            PlanError: If it holds branches: those are modules, which no file keeps.
-        """
+        """Return everything but the tensors, as JSON data."""
         if self.branches:
             raise PlanError(
                 f"{next(iter(self.branches))} is in the undo store as a module, which no file keeps; bring it back"
@@ -187,50 +165,32 @@ class UndoStore:
         }
 
     @classmethod
-    def read(cls, record: Mapping[str, object], tensors: Mapping[str, Tensor]) -> "UndoStore":
-        """Rebuild an undo store from its JSON data and its tensors.
-
-        Args:
-            record: What :meth:`record` returned.
-            tensors: What :meth:`tensors` returned.
-
-        Raises:
-            PlanError: If they are no undo store, or damaged.
-        """
-        if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+    def read(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "UndoStore":
+        """Rebuild an undo store from its JSON data and its tensors."""
+        if record.get("format") != FORMAT:
             raise PlanError(f"not an undo store: expected the format {FORMAT!r}")
-        data: Any = record
         try:
             weights = {
-                str(name): RemovedWeights(
-                    tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}")
-                )
-                for name in data["shelves"]
+                name: RemovedWeights(tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}"))
+                for name in record["shelves"]
             }
-            if odd := [n for n, s in weights.items() if len({part.shape for part in s.parts().values()}) > 1]:
-                raise PlanError(f"a damaged undo store: the numbers of {odd[0]} have several shapes")
+            if odd := [
+                n for n, removed in weights.items() if len({part.shape for part in removed.parts().values()}) > 1
+            ]:
+                raise ValueError(f"the numbers of {odd[0]} have several shapes")
             return cls(
                 weights,
-                {str(key): int(n) for key, n in data["born"].items()},
-                {str(key): tuple(int(one) for one in ids) for key, ids in data["gone"].items()},
-                {str(n): {int(at): float(mean) for at, mean in row.items()} for n, row in data["means"].items()},
-                {str(place): Constant(**one) for place, one in data["constants"].items()},
-                tuple(str(name) for name in data["added"]),
+                dict(record["born"]),
+                {key: tuple(ids) for key, ids in record["gone"].items()},
+                {name: {int(at): mean for at, mean in row.items()} for name, row in record["means"].items()},
+                {place: Constant(**constant) for place, constant in record["constants"].items()},
+                tuple(record["added"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, PlanError):
-                raise
             raise PlanError(f"a damaged undo store: {error!r}") from None
 
     def check_network(self, axes: AxisGraph) -> None:
-        """Raise ``PlanError`` if the store has weights of another network than the one of these axes.
-
-        Args:
-            axes: The network's axes.
-
-        Raises:
-            PlanError: If the store is of another network.
-        """
+        """Raise ``PlanError`` if the store has weights of another network than the one of these axes."""
         if self.network and self.network != axes.network:
             raise PlanError(
                 "the undo store holds what was cut out of another network, or of this one before it was traced anew; "
@@ -238,15 +198,7 @@ class UndoStore:
             )
 
     def check(self, axes: AxisGraph, plan: Plan) -> None:
-        """Raise ``PlanError`` unless the store belongs to the network and has every unit that the plan restores.
-
-        Args:
-            axes: The network's axes.
-            plan: The plan.
-
-        Raises:
-            PlanError: If it is of another network, has other unit ids, or lacks a unit.
-        """
+        """Raise ``PlanError`` unless the store belongs to the network and has every unit that the plan restores."""
         self.check_network(axes)
         for key, n in self.next_ids.items():
             axis = axes.axes.get(key)
@@ -263,15 +215,7 @@ class UndoStore:
                 )
 
     def enlarged(self, axes: AxisGraph, next_ids: Mapping[str, int]) -> "UndoStore":
-        """Return the store with places for the units that were added since.
-
-        Args:
-            axes: The network's axes.
-            next_ids: Axis key → how many places its units will have.
-
-        Raises:
-            PlanError: If a stored tensor is not of the network.
-        """
+        """Return the store with places for the units that were added since."""
         before = {**next_ids, **self.next_ids}
         weights = {}
         for name, removed in self.weights.items():
@@ -292,39 +236,21 @@ class UndoStore:
 def locate_entries(
     dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Iterable[int]]
 ) -> list[Tensor]:
-    """Return the indices of a tensor's entries in its stored tensor, one index tensor per dimension.
-
-    Args:
-        dims: The tensor's dimensions.
-        next_ids: Axis key → how many places its units have in stored tensors.
-        ids: Axis key → the ids of its units.
-    """
+    """Return the indices of a tensor's entries in its stored tensor, one index tensor per dimension."""
     own = {key for dim in dims for key in axes_in(dim)} & ids.keys()
     units = {key: Layout.of(torch.tensor(list(ids[key]), dtype=torch.long)) for key in own}
     return [lay_out(dim, next_ids, units).source for dim in dims]
 
 
 def get(full: Tensor, where: list[Tensor]) -> Tensor:
-    """Return the entries of a stored tensor at the given indices of each dimension (ascending).
-
-    Args:
-        full: The stored tensor.
-        where: Indices of each dimension, ascending, one int64 tensor per dimension.
-    """
+    """Return the entries of a stored tensor at the given indices of each dimension (ascending)."""
     for dim, at in enumerate(where):
         full = full if len(at) == full.shape[dim] else full.index_select(dim, at)
     return full
 
 
 def put(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor:
-    """Return a stored tensor with the entries at the given indices of each dimension replaced by ``part``.
-
-    Args:
-        full: The stored tensor.
-        where: Indices of each dimension, ascending, one int64 tensor per dimension.
-        part: The new entries, in the shape of the indices.
-        dim: The dimension at which the recursion is.
-    """
+    """Return a stored tensor with the entries at the given indices of each dimension replaced by ``part``."""
     if dim == len(where):
         return part
     if len(where[dim]) == full.shape[dim]:

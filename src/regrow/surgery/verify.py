@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 
 from torch import nn
@@ -11,12 +11,17 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.plan import Plan
 from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, commit, prepare, resizing
-from regrow.surgery.forward_check import check_recording, is_numberless, record_run
-from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude, record_planned, run_pair
-from regrow.surgery.proposed_change import RELATIVE_BOUND
+from regrow.surgery.output_comparison import (
+    RELATIVE_BOUND,
+    common_outputs,
+    max_difference,
+    max_magnitude,
+    record_planned,
+    run_pair,
+)
 from regrow.surgery.runner import Answers
-from regrow.surgery.whole import Decisions, run_whole_pair, shallow_copy
-from regrow.tracing.capture import Capture
+from regrow.surgery.whole import Decisions, check_recording, record_run, run_whole_pair, shallow_copy
+from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.meta_copy import leaves_in
 from regrow.tracing.readings import Readings, readings
 from regrow.tracing.steps import difference, refold_steps
@@ -101,25 +106,23 @@ def verify(
 
 def _verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example) -> Verification:
     runs = _Runs(model, axes, example)
-    _, exact_masked, exact_shrunk, decisions = runs.both(plan, double=True)
-    _, masked, shrunk, _ = runs.both(plan, double=False, decisions=decisions)
+    exact_masked, exact_shrunk, decisions = runs.both(plan, double=True)
+    masked, shrunk, _ = runs.both(plan, double=False, decisions=decisions)
     difference, largest = max_difference(exact_masked, exact_shrunk), max_magnitude(exact_masked)
-    own, rounding = max_difference(masked, shrunk), max_difference(masked, exact_masked)
     holds = difference <= RELATIVE_BOUND * largest
     if not holds:
         _refuse(model, axes, plan)  # a plan that is refused is no wrong cut
-    unproven = runs.check_own_run(plan)
     rows = [(a, b) for a, b in common_outputs(masked, shrunk) if a.shape == b.shape]
     positions = sum(a[..., 0].numel() if a.dim() else 1 for a, _ in rows)
     return Verification(
         ok=holds and positions > 0,
         max_abs_diff=difference,
         bound=RELATIVE_BOUND * largest,
-        float32_diff=own,
-        rounding=rounding,
+        float32_diff=max_difference(masked, shrunk),
+        rounding=max_difference(masked, exact_masked),
         argmax_flips=sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in rows if a.dim()),
         positions=positions,
-        unproven=unproven,
+        unproven=runs.check_own_run(plan),
     )
 
 
@@ -127,17 +130,6 @@ def distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Itera
     """Yield each of many plans with its relative float64 difference, as :func:`verify` does for one.
 
     d = max |masked − shrunk| / max |masked|
-
-    Args:
-        model: The traced model; it is left unchanged.
-        axes: Its axes.
-        plans: Any number of plans, each for the unchanged model.
-
-    Yields:
-        Each plan with its d; the cut is exact where d is at most 1e-9.
-
-    Raises:
-        PlanError: If a plan does not fit the model; the plans before it have been yielded.
 
     >>> import torch
     >>> from regrow.tracing import trace
@@ -148,7 +140,7 @@ def distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Itera
     """
     runs = _Runs(model, axes, axes.example)
     for plan in plans:
-        _, masked, shrunk, _ = runs.both(plan, double=True)
+        masked, shrunk, _ = runs.both(plan, double=True)
         compared = bool(common_outputs(masked, shrunk))
         distance = max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0) if compared else inf
         if not distance <= RELATIVE_BOUND:
@@ -168,46 +160,37 @@ class _Checked(Exception):  # noqa: N818
     """Raised when a cut network has been checked, to have the model restored."""
 
 
-Run = tuple[Plan, Answers, Answers, Decisions]
-"""A plan, the outputs of the masked network, those of the cut one, and the data-dependent decisions of both."""
-
-
-@dataclass
 class _Runs:
     """Runs of the network masked and cut by several plans: recorded once, and once per plan."""
 
-    model: nn.Module
-    axes: AxisGraph
-    example: Example
-    recorded: Readings | None = field(default=None, init=False)
-    planned: tuple[Plan, Capture] | None = field(default=None, init=False)
+    def __init__(self, model: nn.Module, axes: AxisGraph, example: Example) -> None:
+        self.model, self.axes, self.example = model, axes, example
+        self.recorded: Readings | None = None
+        self.planned: tuple[Plan, Capture] | None = None
 
-    def both(self, plan: Plan, double: bool, decisions: Decisions = ()) -> Run:
-        """Run the masked and the cut network of a plan, in float64 or in the network's own precision."""
-        check(self.model, self.axes, plan)
+    def both(self, plan: Plan, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
+        """Run the masked and the cut network in float64 or their own precision; return outputs, and decisions."""
+        model, axes = self.model, self.axes
+        check(model, axes, plan)
         moved = any(change.restore for change in plan.changes.values())
-        if self.axes.declared or self.axes.decisions is not None or plan.changes_modules or moved:
-            taken = None if self.axes.decisions is None else decisions
+        if axes.declared or axes.decisions is not None or plan.changes_modules or moved:
+            taken = None if axes.decisions is None else decisions
             carried = apply if plan.changes_modules else carry_out
-            return plan, *run_whole_pair(self.model, self.axes, plan, self.example, double, taken, carried)
+            return run_whole_pair(model, axes, plan, self.example, double, taken, carried)
         if self.planned is None or self.planned[0] is not plan:
-            to = resizing(self.model, self.axes, plan)
-            self.planned = plan, record_planned(self.model, self.axes, to, self.example)
+            to = resizing(model, axes, plan)
+            self.planned = plan, record_planned(model, axes, to, self.example)
             self.recorded = self.recorded or self._present(to, self.planned[1])
         assert self.recorded is not None
-        masked, shrunk = run_pair(self.model, self.axes, plan, self.recorded, self.planned[1], double)
-        return plan, masked, shrunk, None
+        return *run_pair(model, axes, plan, self.recorded, self.planned[1], double), None
 
     def check_own_run(self, plan: Plan) -> str:
         """Compare the cut network's own forward pass with its recording; return why that could not be done.
 
         The model itself is cut for that, and restored: a copy may run otherwise.
-
-        Raises:
-            PlanError: If they differ.
         """
         model, axes = self.model, self.axes
-        if is_numberless(model, axes):
+        if not holds_numbers(model, axes.example):
             return "the network or its example has no numbers"
         if plan.changes_modules or (self.planned is None and axes.decisions is None):
             return ""  # the cut network itself was run
@@ -224,9 +207,9 @@ class _Runs:
 
     def _present(self, to: Resizing, planned: Capture) -> Readings:
         """Return the recording that the axes have, if the planned network shows that it still holds, or a new one."""
-        model, axes, known = self.model, self.axes, self.axes.recording
-        if known is None or not known.fits(model, self.example):
-            return readings(model, axes, self.example)
+        axes, known = self.axes, self.axes.recording
+        if known is None or not known.fits(self.model, self.example):
+            return readings(self.model, axes, self.example)
         if difference(refold_steps(axes, to.constants), planned, to.sizes, to.added) is not None:
-            return readings(model, axes, self.example)
+            return readings(self.model, axes, self.example)
         return Readings(known.capture, leaves_in(self.example), known.reads, axes.sizes(), ())

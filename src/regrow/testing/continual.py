@@ -16,7 +16,7 @@ from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task, first_examples
 from regrow.methods import MethodEntry
 from regrow.nets.small import small
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint

@@ -22,7 +22,7 @@ from regrow.methods.search.state import SearchState
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.loaded import Origin
 from regrow.surgery import UndoStore
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.testing.continual import Law, StoppedError, assert_equal_tensors, make_tasks
 from regrow.tracing import trace
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint

@@ -19,8 +19,8 @@ from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
 from regrow.core.sources import device_of
 from regrow.distributed import ProcessRank
-from regrow.distributed.exchange import broadcast_file, broadcast_record
-from regrow.store import plan_schemas, schemas
+from regrow.distributed.parallel import broadcast_file, broadcast_record
+from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.ledger import replay
@@ -201,7 +201,7 @@ def _progress(record: schemas.CourseHeader, history: History, learner: S) -> Tra
         sizes, events = history.sizes[: course.number], [*changes, *record.open]
     else:
         for plan in record.plans:
-            convert(plan, plan_schemas.PlanJson)
+            convert(plan, schemas.PlanJson)
         plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
         rows, sizes, events = course.rows, course.sizes, course.events
     return TrainState(

@@ -24,7 +24,7 @@ from regrow.distributed.parallel import ALONE, Parallel
 from regrow.evaluation.continual import Matrix, mean_score
 from regrow.settings.constraints import OneOf, Range, check_constraints
 from regrow.surgery import UndoStore
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.training.fit import Around, Fitted, Observer, fit
 from regrow.training.learner import PLAIN, Context, Learner
 from regrow.training.schedule import NO_AXES, OptimizerSettings, Phase, Schedule

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.distributed.exchange import broadcast_tensors
-from regrow.distributed.parallel import ALONE, Parallel
+from regrow.distributed.parallel import ALONE, Parallel, broadcast_tensors
 from regrow.surgery import UndoStore
 from regrow.training.learner import Boundary, Context, Event, Learner, write_replacements
 from regrow.training.schedule import Optimizers, Phase, Schedule

@@ -14,7 +14,7 @@ from regrow.core.objectives import CLASSIFICATION, Objective
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task
 from regrow.settings.constraints import CheckedSettings, OneOf, Range
-from regrow.surgery.parametrize import resize_axis_tensor
+from regrow.surgery.layout import resize_axis_tensor
 from regrow.training.learner import Context
 
 NO_AXES = AxisGraph({}, {}, frozenset())

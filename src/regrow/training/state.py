@@ -17,7 +17,7 @@ from regrow.core.axes import AxisGraph
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
 from regrow.store.convert import convert
-from regrow.surgery.parametrize import resize_axis_tensor
+from regrow.surgery.layout import resize_axis_tensor
 from regrow.training.schedule import Moments
 
 S = TypeVar("S")

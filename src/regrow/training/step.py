@@ -21,8 +21,9 @@ from regrow.core.sources import MISFITS, to_host
 from regrow.core.tasks import Examples
 from regrow.distributed.parallel import Parallel
 from regrow.surgery import apply
+from regrow.surgery.gate import parametrize
 from regrow.surgery.insert import renaming
-from regrow.surgery.parametrize import parametrize, resize_axis_tensor
+from regrow.surgery.layout import resize_axis_tensor
 from regrow.training.learner import Boundary, Context, Event, Learner, Step
 from regrow.training.schedule import Optimizers
 from regrow.training.shared_rows import sharing_rows

@@ -16,7 +16,7 @@ from regrow.methods import LEARNERS
 from regrow.methods.continual.lwf import _old_logits
 from regrow.nets.small import small
 from regrow.store.run_record import convert_settings
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
 from regrow.training.learner import Boundary, Context, Event, Step, task_loss

@@ -13,7 +13,7 @@ from regrow.methods import LEARNERS
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import build_gates
 from regrow.nets.small import small
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import PLAIN, Boundary, Context, Event, Learner, Step, task_loss

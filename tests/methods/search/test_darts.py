@@ -26,7 +26,7 @@ from regrow.core.tasks import Examples, Task
 from regrow.methods.search.darts import Settings, build, choose_operations, weigh_operations
 from regrow.nets.cells import Cells, operation, supernet
 from regrow.nets.small import small
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import Context, Event, Step
 

@@ -44,7 +44,7 @@ from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
 from regrow.surgery import UndoStore
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import PLAIN, Boundary, Context, Event, Step
 from regrow.training.schedule import Optimizers

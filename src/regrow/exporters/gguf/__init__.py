@@ -34,8 +34,7 @@ from regrow.exporters.gguf.tokens import Vocabulary, vocabulary, write_vocabular
 from regrow.exporters.written import CheckError, ExportError, Written
 from regrow.nets.blocks import ATTENTION, MLP
 from regrow.nets.loaded import needs
-from regrow.store.atomic import atomic_write
-from regrow.store.outputs import check_output
+from regrow.store.atomic import atomic_write, check_output
 
 __all__ = ["write"]
 _CHUNK = 1 << 22

@@ -44,9 +44,8 @@ from regrow.exporters.onnx.files import (
 from regrow.exporters.written import ExportError, Written
 from regrow.nets.examples import guessed_example, image_example
 from regrow.nets.loaded import needs
-from regrow.store.atomic import staging_folder
+from regrow.store.atomic import check_output, staging_folder
 from regrow.store.errors import explain_os_errors
-from regrow.store.outputs import check_output
 
 __all__ = ["OPSET", "write"]
 

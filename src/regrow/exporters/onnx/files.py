@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from regrow.data import Half, text, windows
 from regrow.exporters.onnx.calls import ExportedCall
 from regrow.exporters.written import ExportError
-from regrow.store.atomic import leftovers, sync
-from regrow.store.locks import LockedError, lock
+from regrow.store.atomic import LockedError, leftovers, lock, sync
 
 Checked = dict[str, float | int | str]
 

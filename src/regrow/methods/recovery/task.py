@@ -16,8 +16,7 @@ from regrow.core.objectives import Objective, choose_objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of, drawn
-from regrow.distributed.exchange import everywhere
-from regrow.distributed.parallel import ALONE, Parallel
+from regrow.distributed.parallel import ALONE, Parallel, everywhere
 from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, explain_os_errors

@@ -26,7 +26,7 @@ from regrow.methods.search.space import (
     update_layout,
 )
 from regrow.methods.search.state import SearchState
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step, task_loss
 
 

@@ -38,7 +38,7 @@ from regrow.methods.search.space import SearchSpace, measure_size, rank_evenly, 
 from regrow.methods.search.state import SearchState
 from regrow.nets.cells import Cells
 from regrow.settings.constraints import Range, check_constraints
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Replacements, Step
 
 CITATION = (

@@ -23,7 +23,7 @@ from regrow.core.sources import device_of, move_tensors
 from regrow.core.tasks import Examples
 from regrow.methods.search.state import SearchState
 from regrow.surgery import apply
-from regrow.surgery.parametrize import parametrize
+from regrow.surgery.gate import parametrize
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.learner import Context, Replacements, Step, flags_along, task_loss
 from regrow.training.state import axis_tensors, follow_plan, with_axis_tensors

@@ -15,6 +15,7 @@ from regrow.nets.attention import Attention
 from regrow.nets.blocks import DecoderLayer, blocks
 from regrow.nets.language import require_transformers
 from regrow.store.atomic import write_text
+from regrow.store.pretrained import write_configuration
 from regrow.store.shapes import Kind, Shapes
 from regrow.store.state import named_tensors
 
@@ -32,62 +33,54 @@ _PREFIX = """
 
 
 def is_changed(shapes: Shapes) -> bool:
-    """Whether a network differs from what its architecture's configuration builds.
-
-    Args:
-        shapes: The record of the saved network.
-    """
+    """Whether a network differs from what its architecture's configuration builds."""
     differing = any(one.was is not None or one.added or not one.kind.carried for one in shapes.tensors.values())
     return bool(differing or shapes.dropped or shapes.attributes or shapes.placeholders or shapes.inserted)
 
 
 def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
-    """Return, as JSON data for ``reshape_regrow``, how a network differs from what its configuration builds.
-
-    Args:
-        model: The network.
-        shapes: The record of the saved network.
-
-    Returns:
-        Every tensor of another shape, every changed number, what was dropped, and the numbers of derived buffers.
-        ``None`` if that does not suffice: for modules that only regrow has, or large derived buffers.
-    """
-    found = named_tensors(model)
-    inserted = {path: [asdict(one) for one in several] for path, several in shapes.inserted.items()}
-    own = {name: one for name, one in shapes.tensors.items() if one.kind is Kind.DERIVED}
+    """Return, as JSON data for ``reshape_regrow``, how a network differs from what its configuration builds."""
+    tensors = named_tensors(model)
+    derived = {name: stored for name, stored in shapes.tensors.items() if stored.kind is Kind.DERIVED}
     nothing = any(placeholder.gives == "nothing" for placeholder in shapes.placeholders.values())
     foreign = any(isinstance(module, Attention) for module in model.modules())
-    loose = any(one.kind is Kind.ATTRIBUTE for one in shapes.tensors.values())
-    if nothing or foreign or loose or sum(found[name].tensor.numel() for name in own) > MOST_DERIVED:
+    loose = any(stored.kind is Kind.ATTRIBUTE for stored in shapes.tensors.values())
+    if nothing or foreign or loose or sum(tensors[name].tensor.numel() for name in derived) > MOST_DERIVED:
         return None
+    inserted = {path: [asdict(insertion) for insertion in row] for path, row in shapes.inserted.items()}
     return {
         "tensors": {
-            name: list(one.shape)
-            for name, one in shapes.tensors.items()
-            if (one.was is not None or one.added) and one.kind is not Kind.DERIVED
+            name: list(stored.shape)
+            for name, stored in shapes.tensors.items()
+            if (stored.was is not None or stored.added) and name not in derived
         },
         "attributes": dict(shapes.attributes),
         "dropped": list(shapes.dropped),
         "stands": {path: asdict(placeholder) for path, placeholder in shapes.placeholders.items()},
         **({"inserted": inserted} if inserted else {}),
         "derived": {
-            name: {"dtype": one.dtype, "shape": list(one.shape), "numbers": found[name].tensor.flatten().tolist()}
-            for name, one in own.items()
+            name: {
+                "dtype": stored.dtype,
+                "shape": list(stored.shape),
+                "numbers": tensors[name].tensor.flatten().tolist(),
+            }
+            for name, stored in derived.items()
         },
     }
 
 
+def write_pretrained(model: nn.Module, shapes: Shapes, folder: Path) -> None:
+    """Write ``config.json``, and where its entries suffice to build a changed network, the code that does it."""
+    changes = settings(model, shapes) if is_changed(shapes) else None
+    if changes is None:
+        write_configuration(shapes.origin, model, folder)
+    else:
+        write_configuration(shapes.origin, model, folder, changes, class_name(shapes.origin.reference))
+        write_code(model, shapes.origin.reference, folder)
+
+
 def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
-    """Return the entries that ``config.json`` of a changed transformers model gets besides its configuration.
-
-    Args:
-        model: The network.
-        shapes: The record of the saved network.
-
-    Returns:
-        ``regrow`` (:func:`record`), ``auto_map`` and, for a Llama-like decoder, ``block_configs`` as NVIDIA's tools
-        write them. ``None`` if transformers could not build the network from them.
-    """
+    """Return the entries that ``config.json`` of a changed transformers model gets besides its configuration."""
     reference = shapes.origin.reference
     automatic = dict.fromkeys(_automatic(reference), reference)
     changes = record(model, shapes) if automatic and not shapes.inserted else None
@@ -106,9 +99,6 @@ def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
 def class_name(reference: str) -> str:
     """Return the name of the class that the modelling file defines for an architecture class.
 
-    Args:
-        reference: The class of transformers.
-
     >>> class_name("LlamaForCausalLM")
     'RegrownLlamaForCausalLM'
     """
@@ -116,14 +106,7 @@ def class_name(reference: str) -> str:
 
 
 def inner(model: nn.Module) -> tuple[str, str] | None:
-    """Return the class of the model within a network with a head, which ``AutoModel`` builds, and its name's prefix.
-
-    Args:
-        model: A transformers network.
-
-    Returns:
-        For a ``LlamaForCausalLM``: ``("LlamaModel", "model.")``. ``None`` if the network has no such part.
-    """
+    """Return the class of the model within a network with a head, which ``AutoModel`` builds, and its name's prefix."""
     path = getattr(model, "base_model_prefix", "")
     base = getattr(model, path, None) if path else None
     name = type(base).__name__
@@ -131,16 +114,7 @@ def inner(model: nn.Module) -> tuple[str, str] | None:
 
 
 def write_code(model: nn.Module, reference: str, folder: Path) -> None:
-    """Write ``modeling_regrow.py`` (subclasses of the architecture's classes) and ``reshape_regrow.py``.
-
-    Args:
-        model: The network.
-        reference: The class of transformers that builds the network.
-        folder: The model folder.
-
-    Raises:
-        StoreError: If the disk is full.
-    """
+    """Write ``modeling_regrow.py`` (subclasses of the architecture's classes) and ``reshape_regrow.py``."""
     classes = {reference: ""} | dict([within] if (within := inner(model)) else [])
     text = code("modeling_regrow.py")
     for name, prefix in classes.items():
@@ -153,11 +127,7 @@ def write_code(model: nn.Module, reference: str, folder: Path) -> None:
 
 
 def code(name: str) -> str:
-    """Return the text of a file that is copied into model folders.
-
-    Args:
-        name: The name of the file.
-    """
+    """Return the text of a file that is copied into model folders."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
@@ -168,12 +138,11 @@ def _automatic(reference: str) -> list[str]:
     require_transformers()
     result = []
     for name, automatic in vars(modeling_auto).items():
-        mapping: Any = getattr(automatic, "_model_mapping", None)
-        names: Mapping[str, Any] = getattr(mapping, "_model_mapping", {})
-        if name.startswith("AutoModel") and any(
-            reference in (one if isinstance(one, tuple) else (one,)) for one in names.values()
-        ):
-            result.append(name)
+        if name.startswith("AutoModel"):
+            mapping: Any = getattr(automatic, "_model_mapping", None)
+            classes: Mapping[str, Any] = getattr(mapping, "_model_mapping", {})
+            if any(reference in (known if isinstance(known, tuple) else (known,)) for known in classes.values()):
+                result.append(name)
     return sorted(result)
 
 
