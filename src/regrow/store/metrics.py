@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -77,6 +78,9 @@ def _opened(path: Path) -> Iterator[int]:
             write_bytes(path, path.read_bytes())
         handle = os.open(path, flags, 0o666)
         try:
+            opened = os.fstat(handle)  # another one may have taken its place since
+            if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
+                raise StoreError(f"{path} was exchanged while it was opened; run this again")
             yield handle
         finally:
             os.close(handle)

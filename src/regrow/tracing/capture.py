@@ -27,6 +27,7 @@ from regrow.tracing.meta_copy import fake_copy, leaves_in
 from regrow.tracing.model_state import describe_state, preserve_state
 from regrow.tracing.nodes import shapes_of
 from regrow.tracing.record import Recorder, record
+from regrow.tracing.repeated_calls import copy_repeats
 
 
 class TraceError(ValueError):
@@ -114,7 +115,7 @@ def capture(
                 if not holds_numbers(model, example):
                     raise _refused(model, refusal) from error
         try:
-            recorded = _captured(model, record(model, example, decisions or (), orders), refusal)
+            recorded = _captured(model, record(model, example, decisions or (), orders, copying=copy_repeats), refusal)
             return recorded if decisions is not None else _again(model, example, recorded)
         except Exception as error:
             if refused is None:
@@ -170,7 +171,7 @@ def _dry(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
         model, example = fake_copy(model, example)
     with torch.no_grad() if tracer == Tracer.PLAIN else as_exporting():
-        recorder = record(model, example, every_name=True, copies=tracer == Tracer.COPY)
+        recorder = record(model, example, every_name=True, copying=copy_repeats if tracer == Tracer.COPY else None)
     if known and any(isinstance(x, FakeTensor) for x in recorder.constants.values()):
         raise _KeptError
     return replace(_captured(model, recorder), decisions=None, tracer=tracer)
@@ -238,7 +239,7 @@ def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
     """
     try:
         copy, fake = fake_copy(model, example)
-        again = _captured(copy, record(copy, fake, recorded.decisions or ()), recorded.refusal)
+        again = _captured(copy, record(copy, fake, recorded.decisions or (), copying=copy_repeats), recorded.refusal)
         return replace(again, values=recorded.values)
     except Exception:
         return recorded

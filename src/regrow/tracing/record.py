@@ -11,7 +11,7 @@ were the same, the tensors that the next is based on are the same, and so is its
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from operator import getitem
 from typing import Any
 
@@ -39,7 +39,6 @@ from regrow.tracing.forms import ConstantResults, infer_result, remember_result
 from regrow.tracing.interception import LINE, SpellOut, follow_modules, line_here, most_calls
 from regrow.tracing.model_state import describe_state, select_state
 from regrow.tracing.nodes import map_arguments
-from regrow.tracing.repeated_calls import RepeatedCalls
 
 
 class TensorMap:
@@ -64,7 +63,7 @@ def record(
     answers: tuple[Decision, ...] = (),
     orders: Iterable[Tensor] = (),
     every_name: bool = False,
-    copies: bool = True,
+    copying: "Callable[[nn.Module, Recorder], AbstractContextManager[None]] | None" = None,
 ) -> "Recorder":
     """Run a network and record its operations; if its first run caches something, those of its second run.
 
@@ -76,7 +75,7 @@ def record(
             real tensors, which may order equal values differently.
         every_name: Whether a tied tensor is a placeholder under each of its names, and used under the last, as in
             ``torch.export``; otherwise under the first only.
-        copies: Whether the operations of repeated modules are copied from the first.
+        copying: Returns a context manager in which operations of repeated modules are copied; ``None``: all are run.
 
     Raises:
         DivergedError: If a decision is not the next one to replay, or is not given and needs real data.
@@ -98,8 +97,8 @@ def record(
                     recorder.states[recorder.placeholder(tensor)] = name
                 for value in inputs:
                     recorder.placeholder(value)
-            copying = copies and fake is not None and torch.fx.config.do_not_emit_stack_traces
-            repeated = RepeatedCalls(model, recorder).active() if copying else nullcontext()
+            plain = fake is None or not torch.fx.config.do_not_emit_stack_traces
+            repeated = nullcontext() if plain or copying is None else copying(model, recorder)
             with SpellOut(), enable_python_dispatcher(), repeated, recorder:
                 result = model(*args, **kwargs)
         recorder.end(result)

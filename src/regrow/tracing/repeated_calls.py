@@ -14,9 +14,9 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from regrow.tracing.forms import index_of, is_plain
 from regrow.tracing.model_state import Snapshot, is_plain_object
 from regrow.tracing.nodes import map_arguments, operands_in, parameters_of, writes
-
-if TYPE_CHECKING:
-    from regrow.tracing.record import Recorder
+from regrow.tracing.record import Recorder
 
 FIRST: Mapping[str, str] = {"layer_idx": "a cache of keys and values counts tokens by it"}
 """Attributes that number modules → why the first module of its class must not be dropped."""
@@ -125,6 +123,11 @@ class _RecordedCall:
     snapshot: Snapshot
 
 
+def copy_repeats(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]:
+    """Context manager in which the operations of repeated modules are copied from the first of them."""
+    return RepeatedCalls(model, recorder).active()
+
+
 class RepeatedCalls:
     """Runs modules, or copies what an equal call recorded.
 
@@ -133,7 +136,7 @@ class RepeatedCalls:
         recorder: What records its operations.
     """
 
-    def __init__(self, model: nn.Module, recorder: "Recorder") -> None:
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
         self.recorder = recorder
         self.paths = {module: path for path, module in model.named_modules()}
         self.numbers = {module: own for module in model.modules() if (own := numbers_of(module))}
