@@ -25,7 +25,7 @@ RUN_LINES = 450
 FUNCTION_LINES = 80
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
-CEILINGS = {"code_lines": 44_705, "tokens": 481_351, "files": 471}
+CEILINGS = {"code_lines": 41_040, "tokens": 446_800, "files": 344}
 """Of the whole source, as `benchmarks/code_counts.py` counts; they only fall."""
 
 VAGUE = {"utils", "util", "common", "misc", "helper", "helpers", "tools", "stuff"}
