@@ -88,7 +88,7 @@ def test_reconstruction_is_refused_before_a_run_starts() -> None:
         check_reconstruction(replace(text, recover="bias"))
     with pytest.raises(ValueError, match="refit has no setting 'rigde'"):
         check_reconstruction(replace(text, reconstruct_settings={"rigde": 1}))
-    with pytest.raises(ValueError, match="choose_on held_out or left_out_source"):
+    with pytest.raises(ValueError, match="choose_on must be one of held_out, left_out_source"):
         check_reconstruction(replace(text, reconstruct_settings={"choose_on": "test"}))
     with pytest.raises(InputError, match="--reconstruct-set says how --reconstruct fits layers, which is off"):
         Settings("m", reconstruct_settings={"target": "own"})

@@ -142,6 +142,11 @@ class ChangedExamples(_View):
         """The inputs of all examples, in memory."""
         return first_examples(self, len(self)).inputs
 
+    @property
+    def labels(self) -> Tensor:
+        """The labels of all examples."""
+        return first_examples(self, len(self)).labels
+
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
         """Yield all examples in batches, as :meth:`Examples.batches`."""
         return (Examples(self.change(batch.inputs), batch.labels) for batch in self.base.batches(size, seed))

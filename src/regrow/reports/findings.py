@@ -193,6 +193,12 @@ def _rule(run: Run, settings: dict[str, str]) -> str:
         ends = any(settings.get(name, "0").strip("0.") for name in ("spare_first", "spare_last")) and not run.regular
         where = " outside the first and last blocks, which stay whole," if ends else ""
         return f"Every candidate{where} loses the same fraction of its units, those with the lowest scores."
+    if spare := settings.get("spare"):
+        where = {
+            "always": " outside the first and last blocks, which stay whole,",
+            "measured": " (outside the first and last blocks, unless the loss is lower with these cut, too)",
+        }.get("" if run.regular else spare, "")
+        return f"Every candidate{where} loses the same fraction of its units, those whose removal adds least loss."
     return ""
 
 
