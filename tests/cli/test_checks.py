@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from regrow.nets.devices import choose_device
 from regrow.nets.files import check_config, check_files, check_gguf, check_safetensors
 from regrow.nets.small import small
 from regrow.settings import evaluate, learn, prune, recover, search
-from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.declaration import check_settings
 from regrow.store.atomic import atomic_write
 
 LEARN = ("learn", "digits", "--method", "naive", "--model", "mlp:4", "--out", "a/run")
@@ -66,7 +67,7 @@ def test_what_is_refused_is_one_line_and_leaves_no_folder(regrow: Run, name: str
 
 def test_mistyped_settings_of_a_run_folder_are_refused(regrow: Run) -> None:
     Path("run").mkdir()
-    base = record_settings(prune.Settings("resnet18", method="magnitude"))
+    base = asdict(prune.Settings("resnet18", method="magnitude"))
     for name, value in (("keep", "much"), ("sources", "digits"), ("sources", [1]), ("tokens", 0.5), ("proof", "no"),
                         ("model", 3), ("seed", -1), ("target", ["x"]), ("device", "x"), ("dtype", "x")):  # fmt: skip
         told = {"format": "regrow-run/2", "verb": "prune", "command": "", "defaults": {}, "versions": {}, "started": ""}

@@ -1,6 +1,7 @@
 """Several methods and fractions from one calibration are, each, the run of one method and fraction."""
 
 import json
+from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 from cli.conftest import Run
 from regrow.core.errors import InputError
 from regrow.scoring.collect import InputSums
-from regrow.settings.declaration import record_settings
 from regrow.settings.prune import Settings, name_folders
 from regrow.store.run_folder import RunFolder
 from regrow.streaming import requirements
@@ -152,7 +152,7 @@ def test_a_model_with_other_weights_each_time_is_refused(regrow: Run, tmp_path: 
 
 def test_a_folder_of_another_run_is_refused_before_any_plan_is_made(regrow: Run, tiny_language_model: Path) -> None:
     model = str(tiny_language_model)
-    other = record_settings(Settings(model, keep=0.6, tokens=64))
+    other = asdict(Settings(model, keep=0.6, tokens=64))
     RunFolder.create("plans/flap-0.6", verb="prune", settings=other).finish()
     code, _, err = regrow("prune", model, "--keep", "0.8", "--keep", "0.6", *DATA, "--out", "plans")
     assert code == 2 and "plans/flap-0.6 holds another run" in err
@@ -198,7 +198,7 @@ def test_a_stopped_command_says_whether_a_plan_was_begun(
     words = ("prune", model, "--keep", "0.8", "--keep", "0.6", *DATA, "--out", "plans")
     code, _, err = regrow(*words)
     assert code == 130 and "nothing was written" in err
-    settings = record_settings(Settings(model, keep=0.6, sources=("news",), tokens=192, eval_tokens=128, seq_len=64))
+    settings = asdict(Settings(model, keep=0.6, sources=("news",), tokens=192, eval_tokens=128, seq_len=64))
     with RunFolder.create("plans/flap-0.6", verb="prune", settings=settings):
         pass
     code, _, err = regrow(*words)

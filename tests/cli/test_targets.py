@@ -1,6 +1,7 @@
 """Targets, rounding and regular widths from the command line: met, told, and taken up again."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from cli.conftest import Run
 from regrow import load
 from regrow.jobs import pruning as prune
 from regrow.jobs.prune_settings import budget_of, read_pruning_settings
-from regrow.settings.declaration import record_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
 from regrow.store import StoreError
@@ -92,7 +92,7 @@ def test_times_are_measured_once_for_a_run(
 
 def test_recorded_settings_are_read_and_gone_on_with() -> None:
     settings = Settings("m", keep=0.7, measure="macs", sources=("news",))
-    recorded = json.loads(json.dumps(record_settings(settings)))
+    recorded = json.loads(json.dumps(asdict(settings)))
     with pytest.raises(StoreError, match="'something' is unknown here; use the version"):
         read_pruning_settings(recorded | {"something": 1})
     with pytest.raises(StoreError, match=r"settings: 'regular' is missing; restore run\.json"):
@@ -101,7 +101,7 @@ def test_recorded_settings_are_read_and_gone_on_with() -> None:
     budget = budget_of(settings)
     assert budget.target is None and not budget.regular and budget.keep == 0.7
     new = Settings("m", target="kv_cache=5M@64", regular=True, round_to=8)
-    assert read_pruning_settings(json.loads(json.dumps(record_settings(new)))) == new
+    assert read_pruning_settings(json.loads(json.dumps(asdict(new)))) == new
     again = "regrow prune m --method flap --target kv_cache=5M@64 --regular --round 8 --out o"
     assert command_line(new, "--out", "o") == again
     assert budget_of(new).measure == "kv_cache" and new.keep is None

@@ -1,7 +1,7 @@
 """``regrow.recover`` and ``regrow.finetune``: win back what a cut lost, with the dense network or without."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from regrow.jobs.recording import Clock
 from regrow.jobs.recover import RecoverInputs, carry_out
 from regrow.nets.devices import autocasting
 from regrow.settings import prune
-from regrow.settings.declaration import record_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.store.ledger import with_branches_of
 from regrow.store.statistics import parameter_sums
@@ -98,7 +97,7 @@ def recover(
         by,
         1,
         settings or {},
-        record_settings(prune.Settings(name)),
+        asdict(prune.Settings(name)),
         model=name,
         method=f"prune+{by}",
         seed=seed,

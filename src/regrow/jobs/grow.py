@@ -27,7 +27,7 @@ from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.recording import ActiveRun, Clock, Invocation, Recorder, RunStart, record_plan
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
-from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.declaration import check_settings
 from regrow.settings.grow import Settings
 from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
@@ -114,7 +114,7 @@ def carry_out(
         RefusedError: If the outputs change by more than rounding; the network is as it was then.
     """
     check_settings(settings)
-    identity = {"verb": "grow", "settings": record_settings(settings)}
+    identity = {"verb": "grow", "settings": asdict(settings)}
     recorder.check(identity)
     clock = Clock(None)
     opened = inputs(clock)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -36,7 +36,7 @@ from regrow.nets.examples import image_example
 from regrow.nets.files import check_files
 from regrow.nets.loaded import Loaded
 from regrow.nets.small import small
-from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.declaration import check_settings
 from regrow.settings.learn import Settings
 from regrow.store.errors import StoreError
 from regrow.store.replacing import clear_leftovers
@@ -126,7 +126,7 @@ def carry_out(
     """
     check_settings(settings)
     taken = find_method(MethodKind.CONTINUAL, settings.method).defaults({*settings.method_settings, "seed"})
-    identity = {"verb": "learn", "settings": record_settings(settings), "defaults": taken}
+    identity = {"verb": "learn", "settings": asdict(settings), "defaults": taken}
     recorder.check(identity)
     clock = Clock(None)
     opened = inputs(clock)

@@ -29,7 +29,7 @@ from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import check_precision, choose_device
-from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.declaration import check_settings
 from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.store.ledger import with_branches_of
 from regrow.store.run_folder import RunFolder
@@ -101,7 +101,7 @@ def carry_out(
     method = find_method(MethodKind.RECOVERY, settings.by)
     method.made(settings.by, settings.recovery_settings)
     taken = method.defaults({*settings.recovery_settings, "seed"})
-    identity = {"verb": "recover", "settings": record_settings(settings), "defaults": taken}
+    identity = {"verb": "recover", "settings": asdict(settings), "defaults": taken}
     recorder.check(identity)
     clock, ranks, number = Clock(None), parallel.ranks, len(settings.before) + 1
     with clock.stage("load"):

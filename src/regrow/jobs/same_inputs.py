@@ -1,6 +1,7 @@
 """Checks that all processes of a run have the same settings, weights and data."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from regrow.core.tasks import Task, first_examples, first_tensor
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record, checksum, everywhere
 from regrow.jobs.inputs import PendingWindows, SourceHalves
-from regrow.settings.declaration import record_settings
 from regrow.store.statistics import fingerprint
 from regrow.streaming.weights import StoredWeights
 
@@ -26,7 +26,7 @@ EXAMPLES = 256
 
 def check_same_settings(ranks: ProcessRank, settings: "DataclassInstance", memory: str = "") -> None:
     """Raise InputError on every rank unless all have the same settings, and the same limit of memory."""
-    values = {name: value for name, value in record_settings(settings).items() if name not in _PATHS}
+    values = {name: value for name, value in asdict(settings).items() if name not in _PATHS}
     if not _are_same(ranks, fingerprint(Source("", ()), values, memory)):
         raise InputError("the processes have different settings; start all with the same command")
 

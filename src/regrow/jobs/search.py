@@ -45,7 +45,7 @@ from regrow.methods.search.state import SearchState
 from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
 from regrow.nets.loaded import Origin
-from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.declaration import check_settings
 from regrow.settings.search import Settings
 from regrow.store.run_folder import RunFolder
 from regrow.store.statistics import FOLDER as STATISTICS
@@ -170,7 +170,7 @@ def carry_out(
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
     """
     check_settings(settings)
-    identity = {"verb": "search", "settings": record_settings(settings)}
+    identity = {"verb": "search", "settings": asdict(settings)}
     recorded, clock = recorder.check(identity), Clock(None)
     opened = inputs(clock)
     parts = opened.parts

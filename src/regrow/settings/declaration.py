@@ -11,7 +11,7 @@ regrow.core.errors.InputError: --epochs must be 1 to 100, got 0; for example --e
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -172,11 +172,6 @@ def check_settings(settings: "DataclassInstance") -> None:
     """Raise InputError unless every setting has its type, is among its choices and lies in its range."""
     for field in declared(type(settings)).values():
         field.check(getattr(settings, field.name))
-
-
-def record_settings(settings: "DataclassInstance") -> dict[str, Any]:
-    """Return the settings as ``run.json`` stores them."""
-    return asdict(settings)
 
 
 def _words_of(hint: Any) -> str:
