@@ -246,7 +246,8 @@ def _apply_plans(
         event = {"task": context.number, "epoch": context.epoch, **row, **start_watch(state.loss)}
         state = replace(state, learner=own, plans=(*state.plans, plan), events=(*state.events, event))
         grew = any(change.grow for change in plan.changes.values())
-        new = added_entries(context.model, axes, plan) if grew else {}
+        added = added_entries(context.model, axes, plan) if grew else {}
+        new = {name: entries.flatten().nonzero().flatten() for name, entries in added.items()}
     optimizers.collect(context.parameters(), axis_tensors(state.learner))
     return replace(context, applied=0), state, new
 

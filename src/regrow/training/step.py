@@ -180,14 +180,17 @@ def added_entries(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Te
 
 
 def gradient_shares(context: Context, new: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the fraction of the squared gradient norm in new entries, and the fraction of entries that are new."""
+    """Return the fraction of the squared gradient norm in new entries, and the fraction of entries that are new.
+
+    ``new`` has positions in flattened parameters: an accelerator would wait for the host to count those of a mask.
+    """
     parameters = context.parameters()
     squares = {name: p.grad.double().square() for name, p in parameters.items() if p.grad is not None}
     sums = [square.sum() for square in squares.values()]
-    sums += [square[new[name]].sum() for name, square in squares.items() if name in new]
+    sums += [squares[name].flatten().index_select(0, new[name]).sum() for name in squares if name in new]
     numbers = [float(one) for one in to_host(sums)]
     whole, added = sum(numbers[: len(squares)]), sum(numbers[len(squares) :])
-    many = sum(int(entries.sum()) for entries in new.values())
+    many = sum(map(len, new.values()))
     return {
         "newborn_gradient": added / whole if whole else 0.0,
         "newborn_entries": many / sum(parameter.numel() for parameter in parameters.values()),
