@@ -1,6 +1,6 @@
 # make demo    prune a real language model on four kinds of real text, and write a page about it
 # make test    run the whole suite
-# make test-all    the same with more random plans, kills and inputs
+# make test-all    the same with more random plans per network
 # make test-fast   a part of it, in two minutes
 # make check   style, types, import floors
 # make bench   the law on networks of full size, and what it costs to measure and cut

@@ -82,7 +82,7 @@ def test_a_run_goes_on_under_the_defaults_it_began_with(tmp_path):
 
     assert again(pace=0.25, levels=("a", "b")).run()["defaults"] == {"pace": 0.25, "levels": ["a", "b"]}
     assert again(pace=0.25, levels=("a", "b")).resumed
-    for other, words in (({"pace": 1.0}, "pace was 0.25 unless told, here 1.0"), ({"floor": 1}, "floor was unknown")):
+    for other, words in (({"pace": 1.0}, "pace was 0.25 by default, here 1.0"), ({"floor": 1}, "floor was unknown")):
         with pytest.raises(StoreError, match=f"begun by regrow .*, where {words}.*choose another folder"):
             again(**{"pace": 0.25, "levels": ("a", "b")} | other)
     for name in ("defaults", "versions"):

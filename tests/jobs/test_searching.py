@@ -192,7 +192,7 @@ def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: An
     area.mkdir(parents=True)
     told = {name: value for name, value in done.run().items() if name != "finished"}
     (area / "run.json").write_text(json.dumps(told | {"defaults": taken | {"filter_lr_ratio": 1.0}}))
-    with pytest.raises(StoreError, match=r"filter_lr_ratio was 1\.0 unless told, here 0\.25"):
+    with pytest.raises(StoreError, match=r"filter_lr_ratio was 1\.0 by default, here 0\.25"):
         run(SETTINGS, Invocation(place))
     assert [one.name for one in area.iterdir()] == ["run.json"]
     (area / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"inherit": True}}))
@@ -201,7 +201,7 @@ def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: An
 
 
 def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:
-    """On the same data and from the same weights; the seed of the run is that of the draw unless told."""
+    """On the same data and from the same weights; the seed of the run is that of the draw by default."""
     found = []
     for i, more in enumerate(({}, {"seed": 0}, {"seed": 1})):
         given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind"}

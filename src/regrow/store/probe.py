@@ -171,7 +171,7 @@ def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) ->
 def _preserve_modules(model: nn.Module) -> Iterator[None]:
     """Restore, when the block ends, all attributes of modules and their small buffers.
 
-    What modules reach besides is left alone: a network that is read block by block goes on with its memory.
+    What modules reach besides is left alone: a network that is read block by block keeps what it has read.
     """
     states = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     small = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.numel() <= 2**20]

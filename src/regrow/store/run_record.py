@@ -78,7 +78,7 @@ def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     if difference := _first_difference(run["defaults"], wanted.get("defaults", run["defaults"]), strict=True):
         name, was, now = difference
         raise StoreError(
-            f"{path} was begun by regrow {run['versions'].get('regrow')}, where {name} was {was} unless told, "
+            f"{path} was begun by regrow {run['versions'].get('regrow')}, where {name} was {was} by default, "
             f"here {now}: finish it with that version, or choose another folder"
         )
 

@@ -139,7 +139,7 @@ def check_stored_state(method: MethodEntry, settings: Mapping[str, object]) -> N
 
 
 def check_plans(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the state follows plans of other origin that cut and widen the network, and training goes on."""
+    """Law: the state follows plans of other origin that cut and widen the network, and it trains further."""
     tasks = make_tasks()
     learner, fitted = _fit(method, settings, tasks[:1])
     context, state = Context(fitted.model, fitted.axes, tasks[0]), fitted.state.learner

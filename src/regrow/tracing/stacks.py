@@ -149,7 +149,7 @@ def _is_shareable(value: object) -> bool:
 
 def _deepen(model: nn.Module, path: str, size: int, sources: Sequence[int]) -> bool:
     """Set the depth in the configurations around a stack; return whether the network's own one tells it."""
-    parts, told = path.split("."), False
+    parts, changed = path.split("."), False
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
     whole = getattr(model, "config", None)
     text = getattr(whole, "get_text_config", lambda: None)()
@@ -161,8 +161,8 @@ def _deepen(model: nn.Module, path: str, size: int, sources: Sequence[int]) -> b
             setattr(config, name, len(sources))
         for name in rows if deep else ():
             setattr(config, name, type(values[name])(values[name][i] for i in sources))
-        told |= bool(deep) and (config is whole or config is text)
-    return told
+        changed |= bool(deep) and (config is whole or config is text)
+    return changed
 
 
 def _length(value: object) -> int:

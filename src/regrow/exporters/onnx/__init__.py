@@ -176,7 +176,7 @@ def _record(call: ExportedCall, path: Path, progress: Progress, steps: int) -> _
             checked = _compare(session, labels)
         except Exception as error:
             reason = first_line(error)[:300]
-            if dynamic == () or call.cached:  # a text that goes on is longer each time
+            if dynamic == () or call.cached:  # the cache is longer at each step
                 raise ExportError(f"the network cannot be written as ONNX: {reason}") from None
             reasons = {**dict.fromkeys(sizes, reason), **reasons}
             continue
