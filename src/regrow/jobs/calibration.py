@@ -29,16 +29,7 @@ from regrow.training.checkpoint import FORMAT
 def write_scores(
     folder: Record, weights: Mapping[str, Tensor], axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
 ) -> None:
-    """Write a summary of the scores from which a plan was made into a run folder.
-
-    Args:
-        folder: The run folder.
-        weights: The parameters of the model by name.
-        axes: Its axes.
-        plan: The plan.
-        scores: The scores of the units.
-        evidence: The measured activations.
-    """
+    """Write a summary of the scores from which a plan was made into a run folder."""
     entries: dict[str, dict[str, Any]] = {}
     for key, values in scores.values.items():
         steps = torch.quantile(values.double(), torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
@@ -72,22 +63,7 @@ def calibrate(
     objective: Objective | None = None,
     shared: SharedWork,
 ) -> tuple[Evidence, str]:
-    """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
-
-    Args:
-        run: The run, in whose folder finished shards are stored; its processes share the batches, rank 0 gets the sums.
-        network: The network.
-        axes: Its axes.
-        pruner: The method, which says what is measured.
-        sources: The calibration data.
-        units: The axes that may be cut, which are measured.
-        batch_size: How many examples run at a time, as for :func:`regrow.jobs.pruning.collect_evidence`.
-        objective: What the model is trained for; ``None``: what fits the labels.
-        shared: What earlier runs of this process measured; gets what this one measures.
-
-    Returns:
-        The measurements, and a digest of everything that they depend on; empty if nothing is recorded.
-    """
+    """Measure what a pruning method needs on the sources, or resume an interrupted measurement."""
     record, ranks = run.record, run.ranks
     several, notes = pruning.divide_sources(pruner, sources)
     done: dict[tuple[str, int], Statistics] = {}
@@ -130,12 +106,7 @@ def calibrate(
 
 
 def open_journal(record: Record, key: str) -> Path | None:
-    """Return the file from which the learning of a plan resumes after an interruption; ``None`` if nothing is kept.
-
-    Args:
-        record: The run.
-        key: The digest of the measurements, as :func:`calibrate` returns it.
-    """
+    """Return the file from which the learning of a plan resumes after an interruption; ``None`` if nothing is kept."""
     if not record.kept:
         return None
     path = record.path / "statistics" / "learned.safetensors"

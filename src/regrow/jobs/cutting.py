@@ -24,12 +24,7 @@ from regrow.surgery import apply, verify
 
 @dataclass
 class WholeNetwork:
-    """A network in memory; it is cut in place.
-
-    Args:
-        loaded: The network, with what is needed to save it.
-        dense: After a cut: the network before it, if layers are fitted to that.
-    """
+    """A network in memory; it is cut in place."""
 
     loaded: Loaded
     dense: nn.Module | None = field(default=None, init=False)
@@ -50,33 +45,14 @@ class WholeNetwork:
         return weights_of(self.loaded.model)
 
     def use_folder(self, folder: Path) -> None:
-        """Do nothing: everything is in memory.
-
-        Args:
-            folder: The run folder, or a temporary one.
-        """
+        """Do nothing: everything is in memory."""
 
     def evaluators(self, ranks: ProcessRank) -> ProcessRank | None:
-        """Return the processes that share an evaluation: all, of text; rank 0 evaluates other data alone.
-
-        Args:
-            ranks: The processes.
-        """
+        """Return the processes that share an evaluation: all, of text; rank 0 evaluates other data alone."""
         return ranks if ranks.leads or self.loaded.tokenizer is not None else None
 
     def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan, *, proof: bool, fits: bool) -> AxisGraph:
-        """Carry out a plan, and return the axes after it.
-
-        Args:
-            run: The run, which gets a row on the proof; each of its processes cuts.
-            axes: The axes of the network.
-            plan: The plan.
-            proof: Whether the cut network is compared with the masked one in float64 before, if the run is kept.
-            fits: Whether layers are fitted to dense outputs later.
-
-        Raises:
-            RefusedError: If the cut network does not compute what the masked one does; nothing is changed then.
-        """
+        """Carry out a plan, and return the axes after it."""
         model = self.loaded.model
         if proof and run.record.kept:
             with run.clock.stage("verify"):
@@ -97,23 +73,11 @@ class WholeNetwork:
     def reconstruct(
         self, run: ActiveRun, axes: AxisGraph, plan: Plan, sources: Sequence[Source], settings: Mapping[str, Any]
     ) -> None:
-        """Fit layers that read cut units to dense outputs.
-
-        Args:
-            run: The run, which gets a row.
-            axes: The axes before the cut.
-            plan: The plan.
-            sources: The data to fit on.
-            settings: Settings that differ from the defaults.
-        """
+        """Fit layers that read cut units to dense outputs."""
         dense, self.dense = self.dense, None
         assert dense is not None
         reconstruct(self.loaded.model, dense, axes, plan, sources, settings, run.record, run.progress)
 
     def save(self, record: Record) -> None:
-        """Write the network into the folder of a run.
-
-        Args:
-            record: The run.
-        """
+        """Write the network into the folder of a run."""
         store.write_model(self.loaded, record.path)

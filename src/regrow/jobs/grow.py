@@ -50,37 +50,20 @@ AS_BEFORE = "the network is as it was"
 
 @dataclass(frozen=True)
 class GrowInputs:
-    """What a run grows, and on which data it is trained and measured.
-
-    Args:
-        loaded: The network.
-        axes: Its axes.
-        data: The data for training and evaluation.
-        objective: What the network is trained for; ``None``: what fits the labels.
-        lenient: Whether the data for evaluation are those for training, whose labels need not fit.
-        specs: The sources of the data; ``None``: they have no names.
-        call: What the result depends on besides settings, for a call from Python.
-    """
+    """What a run grows, and on which data it is trained and measured."""
 
     loaded: Loaded
     axes: AxisGraph
     data: SourceHalves
-    objective: Objective | None = None
+    objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     lenient: bool = False
-    specs: SourceSpecs | None = None
+    specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
     call: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
 class GrowResult:
-    """The result of a growth run.
-
-    Args:
-        plan: The plan.
-        axes: The axes before the growth.
-        model: The network, grown unless only the plan was made.
-        warnings: Which axes cannot be widened.
-    """
+    """The result of a growth run."""
 
     plan: Plan
     axes: AxisGraph
@@ -100,18 +83,6 @@ def carry_out(
 
     All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
     settings is resumed where the recorder has its folder.
-
-    Args:
-        settings: The settings of the run.
-        inputs: Opens the network and the data, and times that.
-        recorder: Where the run is recorded.
-        progress: Called with (steps done, steps in all, what is being done).
-        grows: Whether the network is grown; otherwise the run ends with the plan.
-
-    Raises:
-        ValueError: If a setting, the model or a source is not usable, or nothing of the wanted kind can grow; says
-            which, and the remedy.
-        RefusedError: If the outputs change by more than rounding; the network is as it was then.
     """
     check_settings(settings)
     identity = {"verb": "grow", "settings": asdict(settings)}
@@ -174,16 +145,7 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
 
 
 def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[Plan, tuple[str, ...]]:
-    """Return the plan of a growth, and notes on axes of the wanted kinds that cannot be widened.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes.
-        settings: How much it grows, and how new units are initialised.
-
-    Raises:
-        ValueError: If nothing is to grow, or the network has nothing of a kind or name that can; the message says why.
-    """
+    """Return the plan of a growth, and notes on axes of the wanted kinds that cannot be widened."""
     settings.check_growth()
     parts = {part: Increase.parse(amount) for part in PARTS if (amount := getattr(settings, part))}
     named = {key: Increase.parse(amount) for key, amount in settings.named().items()}
@@ -216,11 +178,7 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
 def _grow_checked(
     run: ActiveRun, model: nn.Module, axes: AxisGraph, plan: Plan, proof: bool
 ) -> tuple[AxisGraph, dict[str, Any]]:
-    """Grow a network in place; return the axes afterwards, and the ``verify`` row of a run.
-
-    Raises:
-        RefusedError: If the outputs change by more than rounding; names the stack, if one is the cause.
-    """
+    """Grow a network in place; return the axes afterwards, and the ``verify`` row of a run."""
     if any(x.is_meta for x in model.parameters()):
         return apply(model, axes, plan)[1], {}
     examples = examples_of(cast_example(axes.example, model))
@@ -325,16 +283,7 @@ def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -
 
 
 def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> GrowInputs:
-    """Open the network and the data that settings name.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-        clock: Times the stages ``load`` and ``trace``.
-
-    Raises:
-        ValueError: If the model or a source is not usable; says which, and the remedy.
-    """
+    """Open the network and the data that settings name."""
     sources, progress = (*settings.on, *settings.sources), invocation.progress
     with clock.stage("load"):
         spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
@@ -351,15 +300,7 @@ def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> Grow
 
 
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
-    """Grow the model that settings name, as ``regrow grow`` does, and return the folder.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-
-    Raises:
-        ValueError: As :func:`carry_out`.
-    """
+    """Grow the model that settings name, as ``regrow grow`` does, and return the folder."""
     settings.check_training()
     recorder = invocation.recorder(settings, settings.model, undo=settings.undo)
     carry_out(settings, partial(open_named, settings, invocation), recorder, progress=invocation.progress)

@@ -31,17 +31,7 @@ FORMAT = "regrow-generated/1"
 
 @dataclass(frozen=True)
 class SourceSpecs:
-    """The sources of a run, and how much of each is used.
-
-    Args:
-        eval_tokens: Evaluation tokens (or images) per source.
-        seq_len: Tokens per window of text.
-        sources: The sources for calibration, also used for evaluation, as ``--source`` takes them.
-        unseen: The sources for evaluation only.
-        tokens: Calibration tokens (or images) per source.
-        seed: Seed of the choice of calibration windows.
-        generated_tokens: Calibration tokens of text that the model generates; 0: as many as of other sources.
-    """
+    """The sources of a run, and how much of each is used."""
 
     eval_tokens: int
     seq_len: int
@@ -49,7 +39,7 @@ class SourceSpecs:
     unseen: tuple[str, ...] = ()
     tokens: int = 0
     seed: int = 0
-    generated_tokens: int = 0
+    generated_tokens: int = 0  # calibration tokens of text that the model generates; 0: as many as of other sources
 
     @property
     def generated_windows(self) -> int:
@@ -59,17 +49,11 @@ class SourceSpecs:
 
 @dataclass(frozen=True)
 class SourceHalves:
-    """The sources of a run: calibration halves, and evaluation halves of the same and then of unseen sources.
-
-    Args:
-        calibration: The calibration halves.
-        evaluation: The evaluation halves, of the same sources in the same order, then of unseen ones.
-        generated: The tokens of all windows that the model generated, of which ``calibration`` may have the first;
-            ``None``: none yet.
-    """
+    """The sources of a run: calibration halves, and evaluation halves of the same and then of unseen sources."""
 
     calibration: tuple[Source, ...]
     evaluation: tuple[Source, ...]
+    # The tokens of all windows that the model generated, of which `calibration` may have the first; `None`: none yet
     generated: Tensor | None = field(default=None, compare=False)
 
     @property
@@ -107,17 +91,7 @@ def count_windows(tokens: int, seq_len: int) -> int:
 
 
 def read_sources(specs: SourceSpecs, loaded: Loaded, generated: Tensor | None = None) -> SourceHalves:
-    """Read the calibration and evaluation halves of every named source; generated text has no evaluation half.
-
-    Args:
-        specs: The sources, and how much of each.
-        loaded: The model, whose tokenizer or input shape decides the form of the data.
-        generated: The tokens of the windows that the model generated, of which the source takes the first; ``None``:
-            they are pending.
-
-    Raises:
-        ValueError: If a source is unknown, empty, too short, named twice, or of no use for the model.
-    """
+    """Read the calibration and evaluation halves of every named source; generated text has no evaluation half."""
     check_evaluated(specs.unseen)
     every = (*specs.sources, *specs.unseen)
     names = [spec.partition("=")[0] for spec in every]
@@ -157,11 +131,7 @@ def _read_source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amou
 
 
 def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
-    """Return the shape ``[N, C, H, W]`` of the images that a model takes.
-
-    Raises:
-        InputError: If the model takes no square images, or is not in float32, in which images are read.
-    """
+    """Return the shape ``[N, C, H, W]`` of the images that a model takes."""
     shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
     if len(shape) != 4:
         raise InputError(
@@ -195,11 +165,7 @@ def describe_sources(specs: SourceSpecs, halves: SourceHalves) -> list[dict[str,
 
 
 def _generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None) -> Source:
-    """Return the source of text that the model generated, of at least as many windows; ``None``: they are pending.
-
-    Raises:
-        InputError: If the model has no tokenizer, or cannot generate text.
-    """
+    """Return the source of text that the model generated, of at least as many windows; ``None``: they are pending."""
     if loaded.tokenizer is None:
         raise InputError(
             f"source {GENERATED!r} is text that the model generates, and this model has no tokenizer; name a language "
@@ -226,23 +192,7 @@ def fill_generated(
     ranks: ProcessRank = SINGLE,
     weights: Sequence[float] | None = None,
 ) -> SourceHalves:
-    """Generate the text of a run, or read what its folder has of it; without a source that is pending, do nothing.
-
-    Args:
-        halves: The data of the run.
-        specs: The sources, and how much of each.
-        loaded: The model that generates.
-        n: How many windows are stored; 0: as many as ``specs`` says, which is the least.
-        folder: The run folder, which gets the windows, stretch by stretch; ``None``: nothing is written.
-        known: Windows of the same model, or run folders that may have some.
-        progress: Called with (tokens so far, tokens in all, what is being done).
-        ranks: The processes; rank 0 generates for all.
-        weights: A sum of each parameter of the model; ``None``: they are in memory, and are summed.
-
-    Raises:
-        InputError: If the model cannot generate text.
-        StoreError: If the disk is full.
-    """
+    """Generate the text of a run, or read what its folder has of it; without a source that is pending, do nothing."""
     if not halves.pending:
         return halves
     n = n or specs.generated_windows

@@ -56,27 +56,16 @@ from regrow.training.step import is_settled
 
 @dataclass(frozen=True)
 class LearnInputs:
-    """What a run learns, and with which network.
-
-    Args:
-        loaded: The network, changed in place.
-        axes: Its axes.
-        tasks: All tasks.
-        learner: The method.
-        schedule: How each task is trained.
-        checkpoint: The file with the state of the training, relative to the run folder; ``None``: there is none.
-        untrained: Returns the network before the run once more; ``None``: no tasks are added to the run.
-        new: Whether the network is new, so that nothing is recorded of it.
-        sequence: What is recorded of the tasks.
-        call: What the result depends on besides settings, for a call from Python.
-    """
+    """What a run learns, and with which network."""
 
     loaded: Loaded
     axes: AxisGraph
     tasks: Sequence[Task]
     learner: Learner[Any]
     schedule: TaskSchedule
+    # The file with the state of the training, relative to the run folder; `None`: there is none
     checkpoint: Path | None = Path(CHECKPOINT)
+    # Returns the network before the run once more; `None`: no tasks are added to the run
     untrained: Callable[[], Loaded] | None = None
     new: bool = False
     sequence: Sequence[object] | None = None
@@ -85,15 +74,7 @@ class LearnInputs:
 
 @dataclass(frozen=True)
 class BegunRun:
-    """A run to which tasks are added.
-
-    Args:
-        path: The folder that has its files.
-        sequences: The sequences of tasks that it has had.
-        over: How many of its tasks are over.
-        without_old: Whether data of these may be missing.
-        recorded: What it has recorded of its tasks.
-    """
+    """A run to which tasks are added."""
 
     path: Path
     sequences: tuple[str, ...]
@@ -113,16 +94,6 @@ def carry_out(
     """Learn tasks one after the other, and record it; return the network and what was measured.
 
     All mistakes in the settings and inputs are found before anything is recorded. An interrupted run is resumed.
-
-    Args:
-        settings: The settings of the run.
-        inputs: Opens the network and the tasks, and times that.
-        recorder: Where the run is recorded: rank 0 has a folder, or nothing is kept.
-        ranks: The processes that train together; all of them call this.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: If a setting, the network or a task is not usable; says which, and the remedy.
     """
     check_settings(settings)
     taken = find_method(MethodKind.CONTINUAL, settings.method).defaults({*settings.method_settings, "seed"})
@@ -239,17 +210,7 @@ def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Lea
 def open_named(
     settings: Settings, invocation: Invocation, clock: Clock, *, begun: BegunRun | None = None
 ) -> LearnInputs:
-    """Open the network and the tasks that settings name.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-        clock: Times the stages ``load`` and ``trace``.
-        begun: The run to which the last tasks are added; ``None``: all are those of a new run.
-
-    Raises:
-        ValueError: If the network or a sequence is not usable; says which, and the remedy.
-    """
+    """Open the network and the tasks that settings name."""
     check_same_settings(invocation.ranks, settings)
     device = choose_device(settings.device, invocation.ranks)
     learner = build_learner(settings.method, settings.method_settings, settings.seed)
@@ -337,15 +298,6 @@ def extend(
 
     A finished run does not change until they are learned. An interrupted call is resumed when it is repeated; a
     completed call is refused when it is repeated, unless ``total`` says that the same sequences come once more.
-
-    Args:
-        invocation: How the command was called; ``out`` is the folder of a run, finished or interrupted.
-        more: Further sequences, as ``Settings.tasks``; empty to finish an interrupted call.
-        without_old: Whether data of finished tasks may be missing; the network is then not evaluated on these.
-        total: The number of sequences that the run has in the end; ``None``: its own and ``more``.
-
-    Raises:
-        ValueError: If the folder is no learning run, a sequence is not usable, or this very call was completed.
     """
     out, ranks = Path(invocation.out), invocation.ranks
     known = broadcast_record(ranks, _read_begun(out, tuple(more), total) if ranks.leads else None)
@@ -366,13 +318,7 @@ def extend(
 
 @dataclass(frozen=True)
 class ExtensionRecorder:
-    """Records tasks that are added to a run in its folder, which does not change until they are learned.
-
-    Args:
-        folder: Records the run.
-        known: The content of ``run.json`` before.
-        more: The sequences of tasks that this call was given.
-    """
+    """Records tasks that are added to a run in its folder, which does not change until they are learned."""
 
     folder: FolderRecorder
     known: Mapping[str, Any]
@@ -384,11 +330,7 @@ class ExtensionRecorder:
 
     @contextmanager
     def begin(self, start: RunStart) -> Iterator[Record]:
-        """Open the run for writing inside the ``with`` block.
-
-        Raises:
-            StoreError: If another process has changed it since it was read.
-        """
+        """Open the run for writing inside the ``with`` block."""
         out, command = self.folder.out, self.folder.command
         with tracking(RunFolder.reopen(out), self.folder.track) as folder:
             if folder.run() != self.known:

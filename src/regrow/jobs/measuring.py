@@ -45,23 +45,6 @@ def measure_run(
     """Log size and quality of a model, and return its perplexities for paired comparison; no result depends on this.
 
     Loaders that shuffle give the same order each time, and their random state is restored.
-
-    Args:
-        record: The run that gets the rows; without one that measures, nothing is done.
-        loaded: The model.
-        axes: Its axes.
-        data: The data: it is evaluated on the evaluation halves.
-        name: The name of the model in the rows: ``dense``, ``cut`` (before layers are fitted), ``pruned`` or
-            ``recovered``.
-        progress: Called with (steps done, steps in all, what is being done).
-        precision: The precision of forward passes.
-        objective: What the network is trained for; ``None``: text if it has a tokenizer, otherwise classes. Of one that
-            has no rows, only the size is measured.
-        lenient: Whether the sources are no validation data, so that labels which do not fit give a warning.
-        network: The model, if it runs one block at a time.
-        ranks: The processes that share the evaluation of text.
-        known: Source name → result, where this model was measured before; gets the results.
-        recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
     """
     if not record.measured:
         return {}
@@ -156,14 +139,7 @@ def log_pairs(
     after: Mapping[str, evaluation.Perplexity],
     cut: Mapping[str, evaluation.Perplexity],
 ) -> None:
-    """Log paired differences in log-perplexity of the model after a run to the one before it; of these a page shows.
-
-    Args:
-        record: The run that gets the rows.
-        before: Source name → the perplexity before the run.
-        after: That after the run.
-        cut: That after the cut, before layers were fitted; empty if none were.
-    """
+    """Log paired differences in log-perplexity of the model after a run to the one before it; of these a page shows."""
     for name in (name for name in cut if name in after):
         pair = evaluation.paired_difference(cut[name], after[name])
         record.log("paired", source=name, delta_nll=pair.mean, se=pair.error, of=["cut", "pruned"])
@@ -176,13 +152,6 @@ def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisG
     """Log the quantity that a budget counts, before and after a cut, if that is an absolute target or time.
 
     For time, the rows have the prediction and the measured time, the fastest of several passes, before and after.
-
-    Args:
-        record: The run that gets the row.
-        model: The model after the cut, whose axes are ``after``.
-        before: The axes before the cut.
-        after: The axes after the cut.
-        budget: The budget.
     """
     if budget.target is None and budget.measure != Measure.TIME:
         return
@@ -197,12 +166,7 @@ def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisG
 
 
 def timed_input(axes: AxisGraph, budget: Budget) -> Batch:
-    """Return the input of a timed pass: the traced example, or as many tokens as a target names.
-
-    Args:
-        axes: The axes, with the traced example.
-        budget: The budget, with the target.
-    """
+    """Return the input of a timed pass: the traced example, or as many tokens as a target names."""
     batch = Batch(axes.example.args, axes.example.kwargs)
     tokens = budget.target.context if budget.target else 0
     return evaluation.lengthen(batch, tokens) if tokens else batch

@@ -54,49 +54,29 @@ from regrow.training import tune
 
 @dataclass(frozen=True)
 class PruneInputs:
-    """What a run prunes, and on which data.
-
-    Args:
-        network: The network.
-        axes: Its axes.
-        data: The data for calibration and evaluation.
-        read: Returns calibration data of another amount: (tokens over all sources, generated windows) → sources.
-        load_dense: Loads the network before the cut once more, for a recovery.
-        objective: What the network is trained for; ``None``: what fits the labels.
-        lenient: Whether the data for evaluation are those for calibration, whose labels need not fit.
-        describe: Returns what is recorded of the data.
-        call: What the result depends on besides settings, for a call from Python.
-        memory: How the run stays within a limit of memory; ``None``: there is none.
-        timing: The measured times of the network, if they are known.
-    """
+    """What a run prunes, and on which data."""
 
     network: PrunedNetwork
     axes: AxisGraph
     data: SourceHalves
+    # Returns calibration data of another amount: (tokens over all sources, generated windows) → sources
     read: Callable[[int, Tensor | None], Sequence[Source]]
     load_dense: Callable[[], Loaded] | None = None
-    objective: Objective | None = None
+    objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     lenient: bool = False
     describe: Callable[[SourceHalves], list[dict[str, object]] | None] = lambda data: None
     call: dict[str, object] | None = None
-    memory: MemoryPlan | None = None
+    memory: MemoryPlan | None = None  # how the run stays within a limit of memory; `None`: there is none
     timing: Timing | None = None
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The result of a pruning run.
-
-    Args:
-        plan: The plan.
-        loaded: The cut network; without numbers, if it was read one block at a time.
-        folder: The finished run folder; ``None``: nothing was recorded.
-        warnings: What a user must know of the data.
-    """
+    """The result of a pruning run."""
 
     plan: Plan
-    loaded: Loaded
-    folder: RunFolder | None
+    loaded: Loaded  # the cut network; without numbers, if it was read one block at a time
+    folder: RunFolder | None  # the finished run folder; `None`: nothing was recorded
     warnings: tuple[str, ...] = ()
 
 
@@ -114,19 +94,6 @@ def carry_out(
 
     All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
     settings is resumed where the recorder has its folder.
-
-    Args:
-        settings: The settings of the run.
-        inputs: Opens the network and the data, and times that.
-        recorder: Where the run is recorded: rank 0 has a folder, or nothing is kept.
-        ranks: The processes that share the run; all of them call this with the same settings.
-        shared: What earlier runs of this process, which differ in method and keep alone, need not do again; gets what
-            this one does. The result is the same.
-        progress: Called with (steps done, steps in all, what is being done).
-        cuts: Whether the network is cut; otherwise the run ends with the plan.
-
-    Raises:
-        ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
     """
     clock, shared = Clock(None), shared or SharedWork()
     job = prepare(settings, inputs, recorder, ranks, clock, shared=shared, progress=progress)
@@ -159,11 +126,7 @@ def prepare(
     shared: SharedWork,
     progress: Progress = silent,
 ) -> "PruneJob":
-    """Open the network and the data, and find all mistakes in them and in the settings; arguments as :func:`carry_out`.
-
-    Raises:
-        ValueError: As :func:`carry_out`.
-    """
+    """Open the network and the data, and find all mistakes in them and in the settings; arguments as :func:`carry_out`."""
     check_settings(settings)
     method = pruning.build_pruner(settings.method, seeded_settings(settings))
     check_recovery(settings.recover, settings.sources)
@@ -333,18 +296,7 @@ class PruneJob:
 
 
 def open_named(settings: Settings, invocation: Invocation, shared: SharedWork, clock: Clock) -> PruneInputs:
-    """Open the network and the data that settings name.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called. A network that does not fit into its memory is read one block at a time,
-            with the same result.
-        shared: What earlier runs of this process have opened.
-        clock: Times the stages ``load`` and ``trace``.
-
-    Raises:
-        ValueError: If the model or a source is not usable; says which, and the remedy.
-    """
+    """Open the network and the data that settings name."""
     spec, streamed = model_spec(settings), None
     load = partial(load_model, spec, invocation.progress, invocation.code)
     check_same_settings(invocation.ranks, settings, invocation.memory)
@@ -369,28 +321,13 @@ def open_named(settings: Settings, invocation: Invocation, shared: SharedWork, c
 
 
 def plan_named(settings: Settings, invocation: Invocation) -> Plan:
-    """Return the plan that a pruning run would make, and record nothing.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-    """
+    """Return the plan that a pruning run would make, and record nothing."""
     inputs = partial(open_named, settings, invocation, SharedWork())
     return carry_out(settings, inputs, NoRecorder(), progress=invocation.progress, cuts=False).plan
 
 
 def check_plans(plans: Mapping[str, Settings], invocation: Invocation, shared: SharedWork) -> None:
-    """Raise an error that names the plan unless all plans of one calibration can be made; nothing is recorded.
-
-    Args:
-        plans: Name of the plan → the settings of its run.
-        invocation: How the command was called.
-        shared: As for :func:`carry_out`.
-
-    Raises:
-        InputError: If a setting, or something that it names, is not usable.
-        ResourceError: If the memory of this machine, or that of the run, is too little.
-    """
+    """Raise an error that names the plan unless all plans of one calibration can be made; nothing is recorded."""
     for name, settings in plans.items():
         inputs = partial(open_named, settings, invocation, shared)
         try:
@@ -401,16 +338,7 @@ def check_plans(plans: Mapping[str, Settings], invocation: Invocation, shared: S
 
 
 def run(settings: Settings, invocation: Invocation, shared: SharedWork | None = None) -> RunFolder:
-    """Prune the model that settings name, as ``regrow prune`` does, and return the folder.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-        shared: As for :func:`carry_out`.
-
-    Raises:
-        ValueError: As :func:`carry_out`.
-    """
+    """Prune the model that settings name, as ``regrow prune`` does, and return the folder."""
     shared = shared or SharedWork()
     recorder = invocation.recorder(settings, settings.model, undo=settings.undo)
     inputs = partial(open_named, settings, invocation, shared)

@@ -17,16 +17,7 @@ from regrow.store.run_record import convert_settings
 
 
 def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Settings:
-    """Return the settings recorded in the ``run.json`` of a pruning run.
-
-    Args:
-        values: The recorded settings.
-        code: The function ``pkg.mod:fn`` that builds the model, if that is the user's own code: a recorded name is
-            never imported.
-
-    Raises:
-        ModelError: If the run needs the user's code and got none.
-    """
+    """Return the settings recorded in the ``run.json`` of a pruning run."""
     if names_code(str(values.get("model"))):
         check_code(str(values.get("model")), True, code)
         values = {**values, "model": code}
@@ -36,22 +27,13 @@ def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Setti
 
 
 def model_spec(settings: Settings) -> ModelSpec:
-    """Return which model a run prunes, and how it is loaded.
-
-    Args:
-        settings: The settings of the run.
-    """
+    """Return which model a run prunes, and how it is loaded."""
     sources = (*settings.sources, *settings.unseen)
     return ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
 
 
 def source_specs(settings: Settings, recovery_tokens: int = 0) -> SourceSpecs:
-    """Return which sources a run reads, and how much of each.
-
-    Args:
-        settings: The settings of the run.
-        recovery_tokens: The number of tokens for a recovery, shared by the sources; 0: the number for calibration.
-    """
+    """Return which sources a run reads, and how much of each."""
     tokens = recovery_tokens // max(1, len(settings.sources)) if recovery_tokens else settings.tokens
     amounts = settings.eval_tokens, settings.seq_len
     generated = 0 if recovery_tokens else settings.generated_tokens
@@ -59,11 +41,7 @@ def source_specs(settings: Settings, recovery_tokens: int = 0) -> SourceSpecs:
 
 
 def budget_of(settings: Settings) -> Budget:
-    """Return the budget of a run: how much may stay, and which axes may be cut.
-
-    Args:
-        settings: The settings of the run.
-    """
+    """Return the budget of a run: how much may stay, and which axes may be cut."""
     marks = frozenset(map(Mark, settings.marks))
     target = Target.parse(settings.target) if settings.target else None
     keep = 1.0 if settings.keep is None else settings.keep
@@ -72,11 +50,7 @@ def budget_of(settings: Settings) -> Budget:
 
 
 def record_defaults(settings: Settings) -> dict[str, Any]:
-    """Return the defaults of the method, and of the reconstruction and the recovery after it.
-
-    Args:
-        settings: The settings of the run.
-    """
+    """Return the defaults of the method, and of the reconstruction and the recovery after it."""
     taken = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
     more = find_method(MethodKind.RECOVERY, settings.recover).defaults({"seed"}) if settings.recover else {}
     more = {f"{settings.recover} {name}": value for name, value in more.items()}
@@ -93,10 +67,6 @@ def _record_reconstruction(settings: Settings) -> dict[str, Any]:
 
 
 def seeded_settings(settings: Settings) -> dict[str, Any]:
-    """Return the method's settings; a method with a seed gets the run's, unless it was given its own.
-
-    Args:
-        settings: The settings of the run.
-    """
+    """Return the method's settings; a method with a seed gets the run's, unless it was given its own."""
     has_seed = "seed" in getattr(find_method(MethodKind.PRUNING, settings.method).settings, "__dataclass_fields__", {})
     return {**({"seed": settings.seed} if has_seed else {}), **settings.method_settings}

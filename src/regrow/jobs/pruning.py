@@ -23,15 +23,7 @@ from regrow.scoring.collect import BlockVisits, check_sources, collect
 
 
 def build_pruner(method: str, settings: Mapping[str, object]) -> Pruner:
-    """Return a pruning method with the given settings, after checking them.
-
-    Args:
-        method: The method's name.
-        settings: Settings that differ from the defaults.
-
-    Raises:
-        ValueError: If the method or a setting is unknown, or a setting is of another type than its default.
-    """
+    """Return a pruning method with the given settings, after checking them."""
     chosen: Pruner = find_method(MethodKind.PRUNING, method).made(method, settings)
     return chosen
 
@@ -51,23 +43,7 @@ def collect_evidence(
     on_done: Callable[[str, int, Statistics], None] | None = None,
     ranks: ProcessRank = SINGLE,
 ) -> Evidence:
-    """Measure what a method needs on the sources; a source is split if the method compares more than there are.
-
-    Args:
-        model: The network.
-        axes: Its axes.
-        pruner: The method.
-        sources: The calibration data.
-        progress: Called with (steps done, steps in all, what is being done).
-        batch_size: How many examples run at a time, where smaller batches can be joined; methods that need gradients
-            of weights run the batches as they are.
-        units: The axes that may be cut, which are measured; ``None``: ``axes.units()``.
-        objective: What the network is trained for; ``None``: what fits the labels.
-        visits: Runs the network one block at a time; ``None``: it is in memory.
-        done: (source, shard) → sums of finished shards, which are not measured again.
-        on_done: Called with the source, the shard and its sums when a shard is finished.
-        ranks: The processes, which share the batches.
-    """
+    """Measure what a method needs on the sources; a source is split if the method compares more than there are."""
     if pruner.needs <= {Need.WEIGHTS}:
         return Evidence()
     several, notes = divide_sources(pruner, sources)
@@ -94,10 +70,6 @@ def divide_sources(pruner: Pruner, sources: Sequence[Source]) -> tuple[list[Sour
     """Return the sources that a method compares, and a note if one was split; given again, they are as they are.
 
     Where a method divides a source further, that of a loader is read once, so that parts do not overlap if it shuffles.
-
-    Args:
-        pruner: The method.
-        sources: The sources.
     """
     several, notes = split_sources(sources, pruner.sources)
     if pruner.shards > 1 or pruner.sources > 1:
@@ -107,10 +79,6 @@ def divide_sources(pruner: Pruner, sources: Sequence[Source]) -> tuple[list[Sour
 
 def split_sources(sources: Sequence[Source], least: int) -> tuple[list[Source], tuple[str, ...]]:
     """Return at least ``least`` sources, by splitting the longest into interleaved parts, and a note if it was split.
-
-    Args:
-        sources: The sources.
-        least: The smallest number of sources that the method needs.
 
     >>> parts, notes = split_sources([Source("news", [1, 2, 3, 4])], 3)
     >>> [(part.name, part.batches) for part in parts]
@@ -139,18 +107,7 @@ def with_timing(
     known: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Budget:
-    """Return the budget with the measured timing of the network, if it counts time; else the budget itself.
-
-    Args:
-        model: The network.
-        axes: The axes of the network.
-        budget: The budget.
-        known: ``Timing.record()`` of an earlier measurement, to be used instead of a new one.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: If its axes are declared and not traced, or a module cannot be timed.
-    """
+    """Return the budget with the measured timing of the network, if it counts time; else the budget itself."""
     if budget.measure != Measure.TIME or budget.timing is not None:
         return budget
     _check_countable(axes, budget)
@@ -176,17 +133,7 @@ def _check_countable(axes: AxisGraph, budget: Budget) -> None:
 
 
 def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequence[Source]) -> None:
-    """Raise ValueError unless a method can meet a budget and has data to measure on.
-
-    Args:
-        pruner: The method.
-        axes: The axes of the network.
-        budget: The budget.
-        sources: The calibration data.
-
-    Raises:
-        ValueError: If it cannot; names the least reachable keep, or the source that is too short.
-    """
+    """Raise ValueError unless a method can meet a budget and has data to measure on."""
     if not pruner.needs <= {Need.WEIGHTS}:
         if not sources:
             raise ValueError("this method measures on text or images; give it at least one source, like --source news")

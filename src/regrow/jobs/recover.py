@@ -41,23 +41,7 @@ from regrow.tracing import trace
 
 @dataclass(frozen=True)
 class RecoverInputs:
-    """What a run recovers, and on which data.
-
-    Args:
-        dense: The network before the cut.
-        loaded: The network after the cut.
-        axes: The axes of the dense network.
-        plan: The plan of the cut.
-        data: The data to learn from, and for evaluation.
-        evaluated: The precision in which the networks before were evaluated.
-        objective: What the network is trained for; ``None``: what fits the labels.
-        specs: The sources of the data; ``None``: they have no names.
-        known: Run folders that may have text that the dense network has generated.
-        measured: The measurements of the networks before and after the cut; ``None``: these are measured.
-        call: What the result depends on besides settings, for a call from Python.
-        streamed: Both networks one block at a time; ``None``: they are in memory.
-        memory: What the run needs of a limit of memory; ``None``: there is none.
-    """
+    """What a run recovers, and on which data."""
 
     dense: Loaded
     loaded: Loaded
@@ -65,13 +49,14 @@ class RecoverInputs:
     plan: Plan
     data: SourceHalves
     evaluated: str = "float32"
-    objective: Objective | None = None
-    specs: SourceSpecs | None = None
+    objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
+    specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
     known: tuple[Path, ...] = ()
+    # The measurements of the networks before and after the cut; `None`: these are measured
     measured: Sequence[dict[str, Any]] | None = None
     call: dict[str, object] | None = None
-    streamed: StreamedRecovery | None = None
-    memory: MemoryTerms | MemoryPlan | None = None
+    streamed: StreamedRecovery | None = None  # both networks one block at a time; `None`: they are in memory
+    memory: MemoryTerms | MemoryPlan | None = None  # what the run needs of a limit of memory; `None`: there is none
 
 
 def carry_out(
@@ -82,21 +67,7 @@ def carry_out(
     *,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Recover a network whose last change of shape was a cut, and record it. An interrupted run is resumed.
-
-    Returns:
-        What the method returned, with ``by``, ``tokens`` and ``seconds``.
-
-    Args:
-        settings: The settings of the run.
-        inputs: Opens the networks and the data, and times that.
-        recorder: Where the run is recorded: rank 0 has a folder, or nothing is kept.
-        parallel: The processes that train together; all of them call this.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: If a setting, a network or the data are not usable; says which, and the remedy.
-    """
+    """Recover a network whose last change of shape was a cut, and record it. An interrupted run is resumed."""
     check_settings(settings)
     method = find_method(MethodKind.RECOVERY, settings.by)
     method.made(settings.by, settings.recovery_settings)
@@ -207,15 +178,6 @@ def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> Ru
 
     The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
     are the same, and the measurements of the dense and the pruned model are copied.
-
-    Args:
-        settings: The settings of the recovery; those about the pruning run are read from its folder.
-        invocation: How the command was called. A run that is predicted to need more memory is refused if it trains; any
-            other reads the networks one block at a time, with the same result.
-        fsdp: Whether networks and training state are sharded among the processes.
-
-    Raises:
-        ValueError: If the network was not cut, or changed its shape since, or a setting or ``code`` does not fit.
     """
     find_method(MethodKind.RECOVERY, settings.by).made(settings.by, settings.recovery_settings)
     source, ranks, progress = RunFolder.open(settings.run), invocation.ranks, invocation.progress
@@ -275,20 +237,7 @@ def _plan_memory(
 def _open_streamed(
     settings: Settings, source: RunFolder, cut: LastCut, terms: MemoryTerms, announce: Callable[[str], None]
 ) -> StreamedRecovery:
-    """Open the networks of a recovery that does not fit into its memory, and predict what it needs block by block.
-
-    Args:
-        settings: The settings of the recovery.
-        source: The run to recover.
-        cut: The cut behind it.
-        terms: What it needs of the limit with both networks in memory.
-        announce: Called with one line that says how the run stays within the limit.
-
-    Raises:
-        InputError: If the recovery, the cut, or how the model runs, needs both networks in memory.
-        ResourceError: If it does not fit even with one block in memory.
-        StoreError: If a saved network gives another output than the recorded one.
-    """
+    """Open the networks of a recovery that does not fit into its memory, and predict what it needs block by block."""
     spec = model_spec(cut.settings)
     dtype = DTYPES.get(spec.dtype)
     dense = open_network(str(cut.before or spec.name), dtype)

@@ -53,17 +53,7 @@ def recover(
     number: int = 1,
     precision: str = "float32",
 ) -> dict[str, Any]:
-    """Recover a cut network by a method, or resume an interrupted recovery; log and return a ``recovery`` row.
-
-    Args:
-        record: The run, whose folder gets the checkpoint, and which gets the row.
-        task: The networks and the data; ``model`` is changed in place, and on all ranks that of rank 0 afterwards.
-        by: One of ``regrow.methods.RECOVERIES``.
-        settings: Settings of the recovery that differ from the defaults.
-        origin: How the dense network was built.
-        number: The number of this recovery of the network, from 1.
-        precision: The precision of forward passes of a recovery that trains.
-    """
+    """Recover a cut network by a method, or resume an interrupted recovery; log and return a ``recovery`` row."""
     settings = dict(settings or {})
     work, identity = find_method(MethodKind.RECOVERY, by).made(by, settings), (by, settings, task.seed, str(origin))
     fitted = REFIT_FIELDS if by == "refit" else ()
@@ -84,26 +74,7 @@ def reconstruct(
     progress: Progress = silent,
     streamed: StreamedPair | None = None,
 ) -> dict[str, Any]:
-    """Fit every layer that reads cut units by least squares, in place, or resume that; log a ``reconstruction`` row.
-
-    Args:
-        model: The network after the cut; changed in place.
-        dense: The network before the cut.
-        axes: The axes of the dense network.
-        plan: The plan of the cut.
-        sources: The data to fit on; layers are judged on each of them in turn, left out of the fit.
-        given: Settings of ``recover --by refit`` that differ from the defaults of a reconstruction.
-        record: The run, whose folder gets the checkpoint, and which gets the row; ``None``: nothing is written.
-        progress: Called with (steps done, steps in all, what is being done).
-        streamed: The two networks one block at a time, where they are larger than memory; the tensors that change are
-            kept in its files, and ``model`` has no numbers.
-
-    Returns:
-        What :func:`regrow.methods.recovery.refit.refit` returns, with ``tokens`` and ``seconds``.
-
-    Raises:
-        ValueError: If a setting is of no use, the data are too few, or no layer can be fitted.
-    """
+    """Fit every layer that reads cut units by least squares, in place, or resume that; log a ``reconstruction`` row."""
     settings = complete_reconstruction(given, [source.name for source in sources])
     work = find_method(MethodKind.RECOVERY, RECONSTRUCTION).made(RECONSTRUCTION, settings)
     task = RecoveryTask(model, dense, axes, plan, sources, progress=progress, streamed=streamed)
@@ -215,17 +186,7 @@ def check_reconstruction(settings: Settings, *, several: bool = False) -> None:
 def check_amount(
     settings: Settings, data: SourceHalves, read: Callable[[int, Tensor | None], Sequence[Source]], *, text: bool
 ) -> None:
-    """Raise ValueError, before a run folder is made, if there is too little data to reconstruct on.
-
-    Args:
-        settings: The settings of the run.
-        data: The data of the run.
-        read: Returns calibration data of another amount.
-        text: Whether the model takes text.
-
-    Raises:
-        ValueError: If there are no data, or a batch must be held out of a source that has no other.
-    """
+    """Raise ValueError, before a run folder is made, if there is too little data to reconstruct on."""
     if not settings.reconstruct:
         return
     if not data.calibration:
@@ -292,32 +253,16 @@ def keep_dense(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class LastCut:
-    """The cut after which a network has kept its shape.
-
-    Args:
-        folder: The pruning run that made it, or a recovery of that run.
-        settings: The settings of the pruning run.
-        plan: The plan of the cut.
-        before: The folder with a copy of the model before the cut; ``None`` if there is none.
-    """
+    """The cut after which a network has kept its shape."""
 
     folder: RunFolder
     settings: Settings
     plan: Plan
-    before: Path | None
+    before: Path | None  # the folder with a copy of the model before the cut; `None` if there is none
 
 
 def find_cut(source: RunFolder, code: str = "") -> LastCut:
-    """Return the cut that a recovery of a finished run makes up for.
-
-    Args:
-        source: The run.
-        code: The function ``pkg.mod:fn`` that builds the network, if that is the user's own code.
-
-    Raises:
-        StoreError: If the network was not cut by ``regrow prune``, or has changed its shape since.
-        ModelError: If ``code`` is missing.
-    """
+    """Return the cut that a recovery of a finished run makes up for."""
     folder = source
     while (verb := folder.run()["verb"]) not in ("prune", "recover"):
         if changed := describe_plans(folder.own_ledger.plans()):

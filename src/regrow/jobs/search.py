@@ -68,21 +68,7 @@ FOLDER = "front"
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The network that a search found.
-
-    Args:
-        model: The network, without any part of the method: the one that was given, changed in place.
-        axes: Its axes.
-        plans: Every change of shape, in order.
-        measure: What the target counts: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
-        target: The largest allowed size.
-        before: The size before the search.
-        size: The size now.
-        saved: ``operations``, ``filters`` and ``weights`` → how much of the size each of them saved.
-        metric: The name of the score, such as ``accuracy``.
-        score: The score on the validation data; higher is better.
-        rows: One row per epoch: validation score (``accuracy``), size, allowed size, kept fractions.
-    """
+    """The network that a search found."""
 
     model: nn.Module
     axes: AxisGraph
@@ -91,9 +77,9 @@ class SearchResult:
     target: float
     before: float
     size: float
-    saved: Mapping[str, float]
+    saved: Mapping[str, float]  # `operations`, `filters` and `weights` → how much of the size each of them saved
     metric: str
-    score: float
+    score: float  # the score on the validation data; higher is better
     rows: tuple[Mapping[str, Any], ...]
 
     def __str__(self) -> str:
@@ -156,19 +142,7 @@ def carry_out(
     checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> SearchResult:
-    """Search a network within the target size, train it if there are epochs for that, test it, and record it.
-
-    Args:
-        settings: The settings of the run.
-        inputs: Opens the network and the data.
-        recorder: Where the run is recorded, and resumed if it was interrupted: rank 0 has a folder, or nothing is kept.
-        ranks: The processes that train together; all of them call this with the same settings.
-        checkpoint: A file to resume from, for a run without a folder.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
-    """
+    """Search a network within the target size, train it if there are epochs for that, test it, and record it."""
     check_settings(settings)
     identity = {"verb": "search", "settings": asdict(settings)}
     recorded, clock = recorder.check(identity), Clock(None)
@@ -325,16 +299,7 @@ def retrain(
     progress: Progress = silent,
     ranks: ProcessRank = SINGLE,
 ) -> nn.Module:
-    """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0.
-
-    Args:
-        record: The run, for the checkpoint.
-        settings: The settings of the search.
-        parts: The data.
-        searched: The found network; it is not changed.
-        progress: Called with (steps done, steps in all, what is being done).
-        ranks: The processes that train together; all of them call this.
-    """
+    """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0."""
     model, schedule = clone_model(searched), make_schedule(settings, parts.objective, settings.retrain, "cosine")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -371,17 +336,7 @@ def retrain(
 
 
 def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> SearchInputs:
-    """Open the network and the data that settings name.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-        clock: Times the stages ``load`` and ``trace``.
-
-    Raises:
-        ValueError: If the network, the data or a setting of the training after the search are not usable.
-        ResourceError: If this machine does not have the device.
-    """
+    """Open the network and the data that settings name."""
     with clock.stage("load"):
         start = find_start(settings.space, settings.data, settings.input, invocation)
         device = choose_device(settings.device, invocation.ranks)
@@ -409,15 +364,7 @@ def _check_retraining(settings: Settings, start: Loaded | None) -> None:
 
 
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
-    """Search the space that settings name, as ``regrow search`` does, and return the folder.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-
-    Raises:
-        ValueError: As :func:`carry_out`.
-    """
+    """Search the space that settings name, as ``regrow search`` does, and return the folder."""
     check_settings(settings)
     check_same_settings(invocation.ranks, settings)
     recorder = invocation.recorder(settings, settings.space, undo=settings.undo)

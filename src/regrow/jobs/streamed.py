@@ -41,22 +41,7 @@ def plan_streaming(
     needs: Mapping[str, bool],
     earlier: MemoryPlan | None = None,
 ) -> MemoryPlan:
-    """Predict what a pruning run needs, and decide whether it reads the network one block at a time.
-
-    Args:
-        opened: The network.
-        invocation: How the run was called: its memory, and its processes, for all of which rank 0 decides.
-        settings: The settings of the run.
-        pruner: The method.
-        amounts: How many batches there are at most, and how many positions the longest has.
-        needs: What, besides the plans, needs the whole network in memory → whether the run has it.
-        earlier: The prediction for an earlier run of this process on the same model: what that run left in memory is
-            given back, and does not count.
-
-    Raises:
-        InputError: If the network or the method needs the whole network in memory, and that does not fit.
-        ResourceError: If it does not fit even with one block in memory.
-    """
+    """Predict what a pruning run needs, and decide whether it reads the network one block at a time."""
     limit, held = parse_bytes(invocation.memory), earlier.held if earlier else None
     plan = _with_learning(plan_memory(opened.network(), limit, *amounts, held=held), settings, pruner, opened)
     if invocation.ranks.several:
@@ -66,11 +51,7 @@ def plan_streaming(
 
 
 def _with_learning(plan: MemoryPlan, settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> MemoryPlan:
-    """Return the prediction with what the method needs besides forward passes, and what follows the cut.
-
-    Raises:
-        ResourceError: If the network does not fit, and with one block in memory the method does not either.
-    """
+    """Return the prediction with what the method needs besides forward passes, and what follows the cut."""
     units = budget_of(settings).units(opened.axes)
     if not plan.streams:
         needed = max(_predict_learning(settings, pruner, opened), _predict_generated(settings, opened))
@@ -148,13 +129,7 @@ def _predict_learning(settings: Settings, pruner: Pruner, opened: OpenedNetwork)
 
 
 def needs_of_model(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> dict[str, bool]:
-    """Return what of a model, and of how it runs, needs the whole network in memory → whether it is so.
-
-    Args:
-        spec: Which model, and how it is loaded.
-        precision: The precision of forward passes.
-        opened: The network.
-    """
+    """Return what of a model, and of how it runs, needs the whole network in memory → whether it is so."""
     return {
         "a model without text": opened.loaded.tokenizer is None,
         "--input": bool(spec.input),
@@ -166,18 +141,7 @@ def needs_of_model(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> di
 def start_streaming(
     opened: OpenedNetwork, plan: MemoryPlan, needs: Mapping[str, bool], announce: Callable[[str], None]
 ) -> bool:
-    """Whether a network is read one block at a time; prepare the process for that.
-
-    Args:
-        opened: The network.
-        plan: How the run stays within its memory.
-        needs: What needs the whole network in memory → whether the run has it.
-        announce: Called with one line that says how the run stays within its memory.
-
-    Raises:
-        InputError: If something needs the whole network, and that does not fit.
-        StoreError: If the network is a saved one and gives another output than the recorded one.
-    """
+    """Whether a network is read one block at a time; prepare the process for that."""
     _check_streamable(plan, needs)
     announce(str(plan))
     if plan.streams:

@@ -53,19 +53,12 @@ RESULTS = "results"
 
 @dataclass(frozen=True, eq=False)
 class StreamedRecovery:
-    """The networks before and after a cut, to be recovered one block at a time.
-
-    Args:
-        dense: The network before the cut, without numbers, and its stored weights.
-        cut: The network after the cut.
-        plan: How the run stays within its memory.
-        lacking: Why memory has no room for a block of both at a time, and what to do; empty: it has.
-    """
+    """The networks before and after a cut, to be recovered one block at a time."""
 
     dense: OpenedNetwork
     cut: OpenedNetwork
     plan: MemoryPlan
-    lacking: str = ""
+    lacking: str = ""  # why memory has no room for a block of both at a time, and what to do; empty: it has
 
     def models(self) -> tuple[Loaded, Loaded]:
         """Return the model before the cut, and the one to recover, both without numbers."""
@@ -119,11 +112,7 @@ class StreamedRecovery:
 
 
 def predict_recovery(settings: Settings, source: Path, cut: LastCut, limit: int) -> MemoryTerms:
-    """Predict what a recovery needs of a limit in bytes, with both networks in memory.
-
-    Raises:
-        InputError: If the network is no transformers model that takes text, or its memory depends on data.
-    """
+    """Predict what a recovery needs of a limit in bytes, with both networks in memory."""
     pruning, mode = cut.settings, FakeTensorMode(allow_non_fake_inputs=True)
     try:
         loaded, shapes = load_saved_skeleton(source, mode, DTYPES.get(pruning.dtype))
@@ -179,11 +168,7 @@ def count_sums(settings: Settings, cut: LastCut) -> int:
 
 
 def plan_recovery(settings: Settings, cut: LastCut, dense: OpenedNetwork, terms: MemoryTerms) -> tuple[MemoryPlan, str]:
-    """Predict what a recovery needs with one block in memory; raise ResourceError if that is more than the limit.
-
-    Returns:
-        The prediction, and why there is no room for a block of both networks at a time, if there is none.
-    """
+    """Predict what a recovery needs with one block in memory; raise ResourceError if that is more than the limit."""
     sources, window = max(1, len(cut.settings.sources)), cut.settings.seq_len
     windows = sources * count_windows(settings.tokens // sources, window)
     most = max(windows, (len(cut.settings.unseen) + sources) * count_windows(cut.settings.eval_tokens, window))
@@ -204,34 +189,13 @@ def predict_later_recovery(by: str, model: nn.Module, window: int, tokens: int, 
     """Return what a recovery within a pruning run needs beside what the process held, in bytes.
 
     Both networks count with the shapes before the cut, which is not known yet.
-
-    Args:
-        by: The recovery.
-        model: The network before the cut, without numbers.
-        window: Tokens per window.
-        tokens: Tokens that the recovery reads.
-        sums: As :func:`count_sums`.
-
-    Raises:
-        UnpredictableError: If its memory depends on data.
     """
     weights, work = _recovery_terms(by, model, _sizes(model)[1], window, tokens, sums)
     return SPARE + sum((*weights.values(), *work.values()))
 
 
 def predict_learning(model: nn.Module, names: Sequence[str], window: int, batch_size: int, sums: int) -> int:
-    """Return what a method that needs gradients of a network needs beside what the process held, in bytes.
-
-    Args:
-        model: The network, without numbers.
-        names: The parameters whose gradients are summed, in float32.
-        window: Tokens per window.
-        batch_size: Windows per batch.
-        sums: How many sums are kept.
-
-    Raises:
-        UnpredictableError: If its memory depends on data.
-    """
+    """Return what a method that needs gradients of a network needs beside what the process held, in bytes."""
     size = _sizes(model)[1]
     summed = sum(4 * model.get_parameter(name).numel() for name in names)
     activations = max(0, _predict_step("lora", model, window) - 4 * size)
@@ -271,12 +235,7 @@ def plan_pairing(plan: MemoryPlan, beside: int) -> MemoryPlan:
 
 
 def explain_lacking(plan: MemoryPlan, beside: int) -> str:
-    """Say why there is no room for refit to the dense network, and what to do; empty if there is.
-
-    Args:
-        plan: The prediction with one of the networks in memory, which says where hidden states are.
-        beside: What :func:`predict_pairing` returns.
-    """
+    """Say why there is no room for refit to the dense network, and what to do; empty if there is."""
     both = plan_pairing(plan, beside)
     if both.least + (0 if plan.on_disk else both.results) <= plan.limit:
         return ""

@@ -48,23 +48,14 @@ CUT = "cut"
 
 @dataclass(eq=False)
 class StreamedRun:
-    """A network that is pruned one block at a time; it has the interface of a network in memory.
-
-    Args:
-        opened: The network without numbers, and its stored weights.
-        plan: How the run stays within its memory.
-        dtype: The format of the weights; empty: that in which they are stored.
-        results: Where hidden states are kept that memory has no room for; ``None``: in memory.
-        change: The cut, once it is made.
-        running: Returns the cut network, or that whose layers are fitted; ``None``: it is not cut yet.
-        shared: Whether all processes see the files of the network.
-    """
+    """A network that is pruned one block at a time; it has the interface of a network in memory."""
 
     opened: OpenedNetwork
     plan: MemoryPlan
-    dtype: str = ""
-    results: Path | None = None
+    dtype: str = ""  # the format of the weights; empty: that in which they are stored
+    results: Path | None = None  # where hidden states are kept that memory has no room for; `None`: in memory
     change: StreamedCut | None = field(default=None, init=False)
+    # Returns the cut network, or that whose layers are fitted; `None`: it is not cut yet
     running: Callable[[], StreamedNetwork] | None = field(default=None, init=False)
     shared: bool = field(default=True, init=False)
 
@@ -92,11 +83,7 @@ class StreamedRun:
         return self.opened.weights.parameters()
 
     def use_folder(self, folder: Path) -> None:
-        """Keep hidden states in a folder, if memory has no room for them.
-
-        Args:
-            folder: The run folder, or a temporary one; what a killed run left in it is deleted.
-        """
+        """Keep hidden states in a folder, if memory has no room for them."""
         if self.plan.on_disk:
             self.results = folder / statistics.FOLDER / RESULTS
             shutil.rmtree(self.results, ignore_errors=True)
@@ -120,18 +107,7 @@ class StreamedRun:
         return OutsideTensors(each, running, all(map(weights.is_aligned, weights.stored)))
 
     def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan, *, proof: bool, fits: bool) -> AxisGraph:
-        """Try a plan, write the cut network into the run folder, and log how far its blocks are from the masked ones.
-
-        Args:
-            run: The run, whose folder gets the network; its processes share the blocks, and rank 0 writes.
-            axes: The axes of the network.
-            plan: The plan.
-            proof: Whether every changed block is compared.
-            fits: Whether layers are fitted to dense outputs later, so that the network goes to a folder of its own.
-
-        Returns:
-            The axes after the cut.
-        """
+        """Try a plan, write the cut network into the run folder, and log how far its blocks are from the masked ones."""
         with run.clock.stage("apply"):
             self.change = change = propose_cut(self.opened, plan)
             return_memory()
@@ -151,25 +127,13 @@ class StreamedRun:
         return change.axes
 
     def evaluators(self, ranks: ProcessRank) -> ProcessRank | None:
-        """Return the processes that share an evaluation; ``None``: rank 0 alone sees the files of the cut network.
-
-        Args:
-            ranks: The processes.
-        """
+        """Return the processes that share an evaluation; ``None``: rank 0 alone sees the files of the cut network."""
         return ranks if self.shared else SINGLE if ranks.leads else None
 
     def reconstruct(
         self, run: ActiveRun, axes: AxisGraph, plan: Plan, sources: Sequence[Source], settings: Mapping[str, Any]
     ) -> None:
-        """Fit the layers that read cut units one block at a time, and write the network into the run folder.
-
-        Args:
-            run: The run, which gets a row.
-            axes: The axes before the cut.
-            plan: The plan.
-            sources: The data to fit on.
-            settings: Settings that differ from the defaults.
-        """
+        """Fit the layers that read cut units one block at a time, and write the network into the run folder."""
         record, place = run.record, run.record.path / statistics.FOLDER / CUT
         cut = open_network(str(place), DTYPES.get(self.dtype))
         tokens, windows = (sum(counts) for counts in zip(*((one.tokens, len(one)) for one in sources), strict=True))
@@ -185,11 +149,7 @@ class StreamedRun:
         self.running = lambda: both.recovered(loaded, after, record.path)
 
     def save(self, record: Record) -> None:
-        """Do nothing: the network was written as it was cut.
-
-        Args:
-            record: The run.
-        """
+        """Do nothing: the network was written as it was cut."""
 
 
 def _log_deviations(record: Record, deviations: Sequence[Deviation]) -> None:
@@ -207,13 +167,7 @@ PrunedNetwork = WholeNetwork | StreamedRun
 def open_streamed(
     settings: Settings, invocation: Invocation, shared: SharedWork
 ) -> tuple[StreamedRun | None, MemoryPlan]:
-    """Open the network that settings name, to be read one block at a time unless it fits, and predict what it needs.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called, with its memory.
-        shared: What earlier runs of this process have opened.
-    """
+    """Open the network that settings name, to be read one block at a time unless it fits, and predict what it needs."""
     if shared.memory:
         gc.collect()
         return_memory()

@@ -29,14 +29,6 @@ _LABELS = ("model", "source", "task")
 def check_tracker(name: str, out: str | Path = "") -> None:
     """Raise an error unless a tracker is known and installed; imports nothing.
 
-    Args:
-        name: The name of a tracker; empty: none.
-        out: The run folder.
-
-    Raises:
-        InputError: If there is no such tracker, or its files would lie in the run folder.
-        ResourceError: If its package is missing.
-
     >>> check_tracker("paper")
     Traceback (most recent call last):
     regrow.core.errors.InputError: track must be one of tensorboard, mlflow, wandb, got 'paper'
@@ -51,9 +43,6 @@ def check_tracker(name: str, out: str | Path = "") -> None:
 
 def scalars_of(row: Mapping[str, object]) -> dict[str, float]:
     """Return the numbers of a row of measurements by the name of their series.
-
-    Args:
-        row: The row; ``what`` is its kind.
 
     >>> scalars_of({"what": "size", "model": "dense", "bytes": 8, "dtype": "float32"})
     {'size/dense/bytes': 8}
@@ -78,14 +67,6 @@ def tracking(folder: "RunFolder", name: str) -> "Iterator[RunFolder]":
     TensorBoard's files are in ``tensorboard/`` beside the run folder; MLflow and Weights & Biases follow their own
     settings. The run has the name of its folder, and the number of a row among its kind is its step. A resumed run goes
     on in the tracker's run, whose id is in ``run.json``. A tracker that fails gets nothing more, after one warning.
-
-    Args:
-        folder: The run, begun; locked until the end of the block.
-        name: The name of the tracker; empty: none.
-
-    Raises:
-        InputError: As :func:`check_tracker`.
-        ResourceError: As :func:`check_tracker`, or if the tracker cannot start.
     """
     check_tracker(name, folder.out or folder.path)
     with folder:
@@ -135,11 +116,7 @@ def _process_state() -> Iterator[None]:
 
 
 def _start(folder: "RunFolder", name: str) -> "tuple[GeneralTracker, str]":
-    """Start a tracker, or go on with its run; return it and the id of its run, empty if it has none.
-
-    Raises:
-        ResourceError: If it cannot start.
-    """
+    """Start a tracker, or go on with its run; return it and the id of its run, empty if it has none."""
     from accelerate import PartialState
     from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
 
