@@ -18,7 +18,7 @@ from regrow.core.progress import Progress, silent
 from regrow.jobs.grow import GrowInputs, carry_out
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import ActiveRun
 from regrow.settings.grow import Settings
 from regrow.store.statistics import parameter_sums
 
@@ -102,13 +102,13 @@ def grow(
     settings = replace(settings, precision=precision if steps else "float32")
     with visible(progress) as shown:
         inputs = partial(_open, arguments, destination, steps, shown)
-        result = carry_out(settings, inputs, destination.recorder("grow", model), progress=shown)
+        result = carry_out(settings, inputs, ActiveRun(destination.recorder("grow", model), progress=shown))
     for note in result.warnings:
         warnings.warn(note, stacklevel=2)
     return result.model, result.plan
 
 
-def _open(arguments: Arguments, destination: Destination, steps: int, progress: Progress, clock: Clock) -> GrowInputs:
+def _open(arguments: Arguments, destination: Destination, steps: int, progress: Progress, run: ActiveRun) -> GrowInputs:
     """Open the network and read the data."""
     inputs = arguments.read(progress, need=steps)
     return GrowInputs(

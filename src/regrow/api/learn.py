@@ -25,7 +25,7 @@ from regrow.evaluation.continual import Matrix
 from regrow.evaluation.forward import evaluating
 from regrow.jobs.learn import LearnInputs, build_learner, carry_out
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import ActiveRun
 from regrow.settings.declaration import declared
 from regrow.settings.learn import Settings
 from regrow.store.building import describe_origin
@@ -153,7 +153,7 @@ def learn(
     call = {"optimizer": name_of(optimizer), "training": training}
     open_inputs = partial(_open, method, net, every, learner, schedule, loss, axes, example is None, destination, call)
     with nullcontext(progress) if out is None else visible(progress) as shown:
-        fitted = carry_out(job, open_inputs, destination.recorder("learn", model), progress=shown)
+        fitted = carry_out(job, open_inputs, ActiveRun(destination.recorder("learn", model), progress=shown))
     state = fitted.state
     return Learned(fitted.model, fitted.axes, names, accuracy_matrix(state), state.plans, state.sizes)
 
@@ -169,7 +169,7 @@ def _open(
     takes_example: bool,
     destination: Destination,
     call: Mapping[str, object],
-    clock: Clock,
+    run: ActiveRun,
 ) -> LearnInputs:
     """Return the inputs of a run, checked, with what is recorded of them, and where its checkpoint is."""
     batch = first_batch(tasks[0])

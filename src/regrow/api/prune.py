@@ -21,14 +21,13 @@ from regrow.core.errors import InputError
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import preserve_random_state
-from regrow.jobs.cutting import WholeNetwork
+from regrow.jobs.calibration import PruneInputs
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.prune import PruneInputs, carry_out
-from regrow.jobs.prune_settings import seeded_settings
-from regrow.jobs.pruning import build_pruner
-from regrow.jobs.recording import Clock
-from regrow.jobs.streamed_run import PrunedNetwork, StreamedRun
+from regrow.jobs.prune import carry_out
+from regrow.jobs.pruning import pruner_of
+from regrow.jobs.recording import ActiveRun
+from regrow.jobs.run_networks import PrunedNetwork, StreamedRun, WholeNetwork
 from regrow.methods.recovery.refit_work import check_lengths
 from regrow.settings.prune import Settings
 
@@ -108,7 +107,9 @@ def prune(
     size, timing = _choose_size(keep, target, smaller), budget.pop("timing", None)
     call = _PruneCall(given, _describe(given, method, settings or {}, size, budget, reconstruct), timing, place, memory)
     with visible(progress) as shown:
-        result = carry_out(call.settings, partial(call.open, shown), place.recorder("prune", model), progress=shown)
+        result = carry_out(
+            call.settings, partial(call.open, shown), ActiveRun(place.recorder("prune", model), progress=shown)
+        )
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan
@@ -124,12 +125,12 @@ class _PruneCall:
     place: Destination
     memory: str
 
-    def open(self, progress: Progress, clock: Clock) -> PruneInputs:
+    def open(self, progress: Progress, run: ActiveRun) -> PruneInputs:
         """Open the network and read the data."""
         if self.memory and (streamed := self._open_streamed(progress)) is not None:
             return streamed
         inputs = self.given.read(progress, generates=True)
-        with clock.stage("trace"):
+        with run.stage("trace"):
             axes = inputs.trace() if self.given.axes is None else self.given.axes
         return self._complete(inputs, WholeNetwork(loaded_of(inputs)), axes)
 
@@ -147,8 +148,7 @@ class _PruneCall:
             f"device={given.device}": given.device not in (None, "cpu"),
             f"precision={given.precision}": given.precision != "float32",
         }
-        pruner = build_pruner(self.settings.method, seeded_settings(self.settings))
-        opened, inputs, plan = open_to_prune(given, memory, self.settings, pruner, needs, progress)
+        opened, inputs, plan = open_to_prune(given, memory, self.settings, pruner_of(self.settings), needs, progress)
         if not plan.streams:
             return None
         if self.place.out is None:
@@ -167,7 +167,6 @@ class _PruneCall:
             network,
             axes,
             SourceHalves(inputs.sources, inputs.tests),
-            lambda tokens, generated: inputs.sources,
             objective=inputs.objective,
             lenient=inputs.tests is inputs.sources,
             call=record_call(self.place, inputs, self.given.loss, network.sums),

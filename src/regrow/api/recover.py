@@ -18,7 +18,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import device_of
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import ActiveRun
 from regrow.jobs.recover import RecoverInputs, carry_out
 from regrow.nets.devices import autocasting
 from regrow.settings import prune
@@ -105,12 +105,12 @@ def recover(
     )
     with visible(progress) as shown:
         inputs = partial(_open, arguments, model, plan, destination, shown)
-        row = carry_out(job, inputs, destination.recorder("recover", model), progress=shown)
+        row = carry_out(job, inputs, ActiveRun(destination.recorder("recover", model), progress=shown))
     return {name: value for name, value in row.items() if name not in ("by", "tokens", "seconds")}
 
 
 def _open(
-    arguments: Arguments, model: nn.Module, plan: Plan, destination: Destination, progress: Progress, clock: Clock
+    arguments: Arguments, model: nn.Module, plan: Plan, destination: Destination, progress: Progress, run: ActiveRun
 ) -> RecoverInputs:
     """Read the data, and trace the dense network."""
     inputs = arguments.read(progress, generates=True)

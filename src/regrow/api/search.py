@@ -19,7 +19,7 @@ from regrow.core.sources import Source, device_of
 from regrow.core.tasks import CappedExamples, ExampleSet, Task
 from regrow.data.datasets import fix_order, to_examples
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import ActiveRun
 from regrow.jobs.search import SearchResult, carry_out
 from regrow.jobs.search_inputs import Parts, SearchInputs
 from regrow.settings.search import Settings
@@ -109,8 +109,8 @@ def search(
     call = _SearchCall(arguments, parts, loss, job, optimizer, training, destination, axes, example is None)
     with visible(progress) as shown:
         file = None if checkpoint is None else Path(checkpoint)
-        recorder = destination.recorder("search", model)
-        return carry_out(job, partial(call.open, shown), recorder, checkpoint=file, progress=shown)
+        run = ActiveRun(destination.recorder("search", model), progress=shown)
+        return carry_out(job, partial(call.open, shown), run, checkpoint=file)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class _SearchCall:
     axes: AxisGraph | None
     traces_data: bool
 
-    def open(self, progress: Progress, clock: Clock) -> SearchInputs:
+    def open(self, progress: Progress, run: ActiveRun) -> SearchInputs:
         """Open the network and read the data."""
         job, net = self.job, self.arguments.read(progress)
         task, test = _read_task(net, self.data, job.batch_size, job.seed)

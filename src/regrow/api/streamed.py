@@ -11,9 +11,9 @@ from regrow.core.progress import Progress
 from regrow.data.batch_streams import join_sources
 from regrow.data.batches import to_sources
 from regrow.jobs.evaluate import count_positions
+from regrow.jobs.memory_needs import plan_streaming
 from regrow.jobs.models import with_origin
 from regrow.jobs.recording import Invocation
-from regrow.jobs.streamed import plan_streaming
 from regrow.methods.pruning.pruner import Pruner
 from regrow.scoring.layer_orders import BATCH
 from regrow.settings.prune import Settings

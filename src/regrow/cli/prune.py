@@ -89,9 +89,9 @@ def _check_several(given: Given[Settings], dry_run: Path | None) -> None:
 
 def _prune_several(runs: list[Settings], out: Path | None, *, code: str, memory: str, track: str) -> None:
     """Prune with several methods or fractions: one calibration, and one run folder per plan below ``out``."""
+    from regrow.jobs.calibration import SharedWork, is_finished
     from regrow.jobs.prune import check_plans, run
     from regrow.jobs.recording import Invocation
-    from regrow.jobs.shared_work import SharedWork, is_finished
     from regrow.store.errors import StoreError
 
     if out is None:

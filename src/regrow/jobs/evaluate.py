@@ -21,9 +21,9 @@ from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import join_batches
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceSpecs, read_sources
+from regrow.jobs.memory_needs import needs_of_model, start_streaming
 from regrow.jobs.models import DTYPES, ModelSpec, load_model
 from regrow.jobs.recording import Invocation
-from regrow.jobs.streamed import needs_of_model, start_streaming
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting
 from regrow.nets.loaded import check_unchanged

@@ -64,8 +64,8 @@ def carry_out(
     opened = inputs()
     write = importlib.import_module(f"regrow.exporters.{settings.to}").write
     values = {"dtype": settings.dtype, "cache": settings.cache, "example": opened.example, "weights": opened.weights}
-    arguments = {name: values[name] for name in FORMATS[settings.to].takes}
-    written: Written = write(opened.model, out, progress=progress, **arguments)
+    taken = FORMATS[settings.to].takes
+    written: Written = write(opened.model, out, progress=progress, **{name: values[name] for name in taken})
     if opened.memory is None:
         return written
     from regrow.streaming.requirements import record_peak

@@ -25,7 +25,7 @@ CACHES = frozenset(("past_key_values", "cache_params", "mems"))
 
 
 def run_once(model: nn.Module, example: Example) -> None:
-    """Run a network on its example, so that what it caches when it meets inputs of that shape is known before a change."""
+    """Run a network on its example, so that what it caches for inputs of that shape is known before a change."""
     example = cast_example(example, model)
     with evaluating(model), torch.no_grad(), preserve_random_state(), preserve_generators():
         if device_of(model).type != "meta":
@@ -38,12 +38,12 @@ def outputs_of(model: nn.Module, example: Example) -> Answers:
 
     Random operations start from the same seed in every call. Caches of states per block are left out.
     """
-    args, kwargs = tree_map(_copied, (example.args, dict(example.kwargs)))
+    inputs = Example(*tree_map(_copied, (example.args, dict(example.kwargs))))
     with preserve_state(model, entries=True), preserve_random_state(), preserve_generators(), evaluating(model):
         reseed(0)
         random.seed(0)
         np.random.seed(0)
-        answers = [*_compared(model(*args, **kwargs))]
+        answers = [*_compared(model(*inputs.args, **inputs.kwargs))]
         unknown = [x.isnan() for x in answers if x.is_floating_point() and bool(x.isnan().any())]
         return [*(x.nan_to_num(0.0, torch.inf, -torch.inf) for x in answers), *unknown]
 

@@ -17,14 +17,12 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import RefusedError
 from regrow.core.objectives import Objective
 from regrow.core.plan import Change, Fill, Plan
-from regrow.core.progress import Progress, silent
 from regrow.core.sources import preserve_random_state
-from regrow.distributed import SINGLE
 from regrow.jobs.forward_outputs import NetworkState, examples_of, measure_change, measure_exactly, outputs_of, run_once
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, describe_sources, fill_generated, read_sources
-from regrow.jobs.measuring import measure_run
+from regrow.jobs.measuring import EvaluationData, measure_run
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.recording import ActiveRun, Clock, Invocation, Recorder, RunStart, record_plan
+from regrow.jobs.recording import ActiveRun, Invocation, RunStart
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
 from regrow.settings.declaration import check_settings
@@ -72,76 +70,59 @@ class GrowResult:
 
 
 def carry_out(
-    settings: Settings,
-    inputs: Callable[[Clock], GrowInputs],
-    recorder: Recorder,
-    *,
-    progress: Progress = silent,
-    grows: bool = True,
+    settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun, *, grows: bool = True
 ) -> GrowResult:
     """Grow a network such that its outputs do not change, train it if there are steps, and record it.
 
     All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
-    settings is resumed where the recorder has its folder.
+    settings is resumed where the recorder has its folder. If the outputs change by more than rounding, the network is
+    as it was. Unless it ``grows``, the run ends with the plan.
     """
     check_settings(settings)
     identity = {"verb": "grow", "settings": asdict(settings)}
-    recorder.check(identity)
-    clock = Clock(None)
-    opened = inputs(clock)
-    loaded, axes, data = opened.loaded, opened.axes, opened.data
-    with clock.stage("plan"):
+    run.recorder.check(identity)
+    opened = inputs(run)
+    loaded, axes, data, specs = opened.loaded, opened.axes, opened.data, opened.specs
+    with run.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, settings)
-        if not grows:
-            return GrowResult(plan, axes, loaded.model, notes)
-    with recorder.begin(RunStart(identity, loaded, call=opened.call)) as record:
-        clock.folder = record
-        if opened.specs and data.pending:
-            with clock.stage("generate"):
-                data = fill_generated(data, opened.specs, loaded, folder=record.path, progress=progress)
-        sources = describe_sources(opened.specs, data) if opened.specs else None
+    result = GrowResult(plan, axes, loaded.model, notes)
+    if not grows:
+        return result
+    with run.begin(RunStart(identity, loaded, call=opened.call)) as record:
+        if specs and data.pending:
+            with run.stage("generate"):
+                data = fill_generated(data, specs, loaded, folder=record.path, run=run)
+        sources = describe_sources(specs, data) if specs else None
         record.update(notes=[*loaded.notes, *notes], sources=sources)
-        _grow(settings, replace(opened, data=data), ActiveRun(record, SINGLE, clock, progress), plan)
-        recorder.finish(record, clock.seconds)
-        return GrowResult(plan, axes, loaded.model, notes)
+        _grow(settings, replace(opened, data=data), run, plan)
+        run.finish()
+    return result
 
 
 def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
     """Grow the network, train it, and save it; measure it before and after."""
     loaded, axes, record = inputs.loaded, inputs.axes, run.record
-
-    def measure(axes: AxisGraph, name: str) -> None:
-        with run.clock.stage("evaluate"):
-            measure_run(
-                record,
-                loaded,
-                axes,
-                inputs.data,
-                name,
-                run.progress,
-                precision=settings.precision,
-                objective=inputs.objective,
-                lenient=inputs.lenient,
-            )
-
-    measure(axes, "before")
+    data = EvaluationData(inputs.data, inputs.objective, settings.precision, inputs.lenient)
+    with run.stage("evaluate"):
+        measure_run(run, loaded, axes, data, "before")
     state = NetworkState.of(loaded.model)
     try:
         with preserve_random_state():
-            grown, row = _grow_checked(run, loaded.model, axes, plan, settings.proof and record.kept)
+            grown, proof = _grow_checked(run, loaded.model, axes, plan, settings.proof and record.kept)
     except BaseException:
         state.restore()
         raise
-    record_plan(record, plan, axes, grown)
-    if row:
-        record.log("verify", **row)
+    run.record_plan(plan, axes, grown)
+    if proof:
+        record.log("verify", proof)
     if settings.steps:
-        with run.clock.stage("train"):
+        with run.stage("train"):
             _train(settings, inputs, run, plan)
     if record.kept:
-        with run.clock.stage("save"):
+        with run.stage("save"):
             store.write_model(loaded, record.path)
-    measure(grown, "after")
+    with run.stage("evaluate"):
+        measure_run(run, loaded, grown, data, "after")
 
 
 def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[Plan, tuple[str, ...]]:
@@ -196,13 +177,13 @@ def _grow_checked(
         _check_stack(model, plan, path, before, exact)
     row: dict[str, Any] = {}
     if proof:
-        with run.clock.stage("verify"):
+        with run.stage("verify"):
             run.progress(0, 1, "comparing the outputs in float64")
             result = verify(model, axes, plan)
             row = {**asdict(result), "dtype": "float64"}
             if not result.ok:
                 raise _changed_outputs(result.max_abs_diff, result.bound, "float64")
-    with run.clock.stage("apply"):
+    with run.stage("apply"):
         run.progress(0, 1, "growing")
         _, after = apply(model, axes, plan)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -282,10 +263,10 @@ def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -
         )
 
 
-def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> GrowInputs:
+def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> GrowInputs:
     """Open the network and the data that settings name."""
     sources, progress = (*settings.on, *settings.sources), invocation.progress
-    with clock.stage("load"):
+    with run.stage("load"):
         spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
         loaded = load_model(spec, progress, invocation.code)
         check_precision(loaded.model, settings.precision)
@@ -293,7 +274,7 @@ def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> Grow
             settings.eval_tokens, settings.seq_len, settings.on, settings.sources, settings.tokens, settings.seed
         )
         data = read_sources(specs, loaded)
-    with clock.stage("trace"):
+    with run.stage("trace"):
         progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     return GrowInputs(loaded, axes, data, specs=specs)
@@ -302,6 +283,6 @@ def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> Grow
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Grow the model that settings name, as ``regrow grow`` does, and return the folder."""
     settings.check_training()
-    recorder = invocation.recorder(settings, settings.model, undo=settings.undo)
-    carry_out(settings, partial(open_named, settings, invocation), recorder, progress=invocation.progress)
+    inputs = partial(open_named, settings, invocation)
+    carry_out(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))

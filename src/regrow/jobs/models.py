@@ -128,8 +128,8 @@ def _find_example(model: nn.Module, origin: Origin, folder: Path, sources: Seque
         return text_example(model, len(tokenizer))
     if isinstance(recorded := run.get("input"), str):
         return shaped_example(model, read_shape(recorded))
-    if shape := origin.input_shape:
-        return image_example(model, *shape)
+    if origin.input_shape:
+        return image_example(model, *origin.input_shape)
     pixels = find_image_side(sources)
     if probed and not pixels:
         return probe.read_example(folder / probe.FILE, model)

@@ -29,8 +29,15 @@ def progress_bar(console: Console) -> Iterator[Progress]:
     Yields a function (steps done, steps in all, what is being done). The part of the text behind its first comma is
     shown below the bar; a new part before the comma restarts the bar.
     """
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Bar(TextColumn("{task.description}", markup=False), *columns, console=console, transient=True) as progress:
+    with Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
         task = progress.add_task("starting", total=1)
         shown = ""
 

@@ -46,7 +46,9 @@ class EmptyRecord:
     def update(self, **fields: object) -> None:
         """Do nothing."""
 
-    def log(self, what: str, *, number: int | None = None, **values: object) -> None:
+    def log(
+        self, what: str, row: Mapping[str, object] | None = None, /, *, number: int | None = None, **values: object
+    ) -> None:
         """Do nothing."""
 
     def write_axes(self, before: AxisGraph, after: AxisGraph) -> None:
@@ -61,30 +63,7 @@ class EmptyRecord:
 
 Record = RunFolder | EmptyRecord
 """A run while it is carried out."""
-
-
-@dataclass
-class Clock:
-    """Seconds spent in each stage of a run, written to the run folder after every stage."""
-
-    folder: Record | None  # the run folder; `None`: nothing is written
-    seconds: dict[str, float] = field(default_factory=dict)  # stage → seconds so far
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what is done inside the ``with`` block, and add it to the seconds of the stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
-        if self.folder:
-            self.folder.update(seconds=self.seconds)
-
-
-def record_plan(record: Record, plan: Plan, before: AxisGraph, after: AxisGraph) -> None:
-    """Record the only plan of a run, and the axes before and after it."""
-    if isinstance(record, RunFolder):
-        record.own_ledger.replace(plan)
-    record.write_axes(before, after)
+UNRECORDED = EmptyRecord(Path())
 
 
 @dataclass(frozen=True)
@@ -131,7 +110,9 @@ class FolderRecorder:
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the interrupted run has recorded, if there is one."""
-        RunFolder.check(self.out, **identity)
+        RunFolder.check(
+            self.out, verb=identity["verb"], settings=identity["settings"], defaults=identity.get("defaults")
+        )
         begun = RunFolder.open_unfinished(self.out)
         return begun.run() if begun else {}
 
@@ -163,14 +144,39 @@ Recorder = FolderRecorder | NoRecorder
 """Where a run is recorded."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ActiveRun:
-    """A run while it is carried out."""
+    """A run while it is carried out: where it is recorded, the processes that share it, and seconds per stage."""
 
-    record: Record
-    ranks: ProcessRank
-    clock: Clock
-    progress: Progress
+    recorder: Recorder = NoRecorder()
+    ranks: ProcessRank = SINGLE
+    progress: Progress = silent
+    record: Record = UNRECORDED
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is done inside the ``with`` block, and record it."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
+        self.record.update(seconds=self.seconds)
+
+    @contextmanager
+    def begin(self, start: RunStart) -> Iterator[Record]:
+        """Begin or resume the record inside the ``with`` block."""
+        with self.recorder.begin(start) as self.record:
+            yield self.record
+
+    def finish(self) -> RunFolder | None:
+        """Complete the record, once the network is saved; return its folder, if there is one."""
+        return self.recorder.finish(self.record, self.seconds)
+
+    def record_plan(self, plan: Plan, before: AxisGraph, after: AxisGraph) -> None:
+        """Record the only plan of a run, and the axes before and after it."""
+        if isinstance(self.record, RunFolder):
+            self.record.own_ledger.replace(plan)
+        self.record.write_axes(before, after)
 
 
 @dataclass(frozen=True)
@@ -186,26 +192,24 @@ class Invocation:
     progress: Progress = silent
     write_page: WritePage | None = None
 
-    def command(self, settings: "DataclassInstance") -> str:
-        """Return the command line that repeats the run."""
-        options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
-        return command_line(settings, *(word for option in options.items() if option[1] for word in option))
-
-    def recorder(self, settings: "DataclassInstance", model: str, *, undo: bool) -> Recorder:
-        """Return where the run is recorded: rank 0 has the folder."""
-        if not self.ranks.leads:
-            return NoRecorder(measured=True)
-        return FolderRecorder(self.out, model, self.command(settings), self.track, undo, self.write_page)
+    def start(self, settings: "DataclassInstance", model: str, *, undo: bool) -> ActiveRun:
+        """Return the run that starts from a network of this name; of several processes, rank 0 has the folder."""
+        recorder: Recorder = NoRecorder(measured=True)
+        if self.ranks.leads:
+            options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
+            command = command_line(settings, *(word for option in options.items() if option[1] for word in option))
+            recorder = FolderRecorder(self.out, model, command, self.track, undo, self.write_page)
+        return ActiveRun(recorder, self.ranks, self.progress)
 
 
-def find_difference(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+def find_difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     """Return the first input in which a call differs from the interrupted one, and the remedy.
 
     >>> find_difference({"loss": "L1Loss"}, {"loss": "MSELoss"})
     'loss was L1Loss, here MSELoss; give what the interrupted call had'
     """
-    name = next(name for name in {**recorded, **given} if recorded.get(name) != given.get(name))
-    was, now = recorded.get(name), given.get(name)
+    name = next(name for name in {**recorded, **present} if recorded.get(name) != present.get(name))
+    was, now = recorded.get(name), present.get(name)
     if isinstance(was, Mapping) and isinstance(now, Mapping):
         part = next(part for part in {**was, **now} if was.get(part) != now.get(part))
         was, now = was.get(part), now.get(part)
@@ -222,8 +226,10 @@ def find_difference(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> st
     return f"{name} was {was}, here {now}; give what the interrupted call had"
 
 
-def read_history(folder: RunFolder, events: str = "growth") -> History:
-    """Read the plans, the accuracy matrix, the task rows and the growth events of a run, for its checkpoint."""
+def read_history(folder: Record, events: str = "growth") -> History:
+    """Read the plans, the accuracy matrix, the task rows and the rows of changes of shape, for a run's checkpoint."""
+    if not isinstance(folder, RunFolder):
+        return History()
     metrics = folder.metrics()
     tasks = [dict(row) for row in metrics if row["what"] == "task"]
     if wrong := [i for i, row in enumerate(tasks) if row["task"] != i]:

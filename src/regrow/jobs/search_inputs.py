@@ -99,9 +99,9 @@ def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
     )
 
 
-def trace_examples(model: nn.Module, task: Task, kwargs: Mapping[str, Any]) -> AxisGraph:
-    """Return the axes of a network, traced with two training examples and further keyword arguments."""
-    return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **kwargs)
+def trace_examples(model: nn.Module, task: Task, parts: Parts) -> AxisGraph:
+    """Return the axes of a network, traced with two training examples of a task among the data."""
+    return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **parts.kwargs)
 
 
 def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
@@ -119,7 +119,9 @@ def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tu
     return measure, number
 
 
-def make_search(settings: Settings, measure: Measure, known: Mapping[str, object], **inputs: object) -> Search:
+def make_search(
+    settings: Settings, measure: Measure, known: Mapping[str, object], prices: Prices | None = None
+) -> Search:
     """Return the search method of a run, with those settings that it has and that follow from its network.
 
     Zeroed weights count as removed under ``nonzero`` only, so the method does not search them for another measure.
@@ -127,7 +129,11 @@ def make_search(settings: Settings, measure: Measure, known: Mapping[str, object
     levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
     entry = find_method(MethodKind.SEARCH, settings.method)
     known = select_known(entry, {"measure": str(measure), "levels": levels, **known})
-    search: Search = entry.made(settings.method, known | dict(settings.method_settings), **inputs)
+    search: Search = entry.made(
+        settings.method,
+        known | dict(settings.method_settings),
+        **({} if prices is None else {"prices": prices}),
+    )
     return search
 
 
@@ -151,13 +157,12 @@ def build_search(
         known["levels"] = ("operations",)
     elif measure == Measure.TIME:  # a narrow layer may take longer than a wide one
         known["levels"] = ("operations",) if candidates else ("filters",)
-    inputs: dict[str, Prices] = {}
+    prices = None
     if table:
         prices = spread_times(axes, candidates, ops=table.ops, beside=table.sums, layers=table.layers, rest=table.rest)
         if most <= prices.rest:
             raise ValueError(f"{prices.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
-        inputs["prices"] = prices
-    search = make_search(settings, measure, known, **inputs)
+    search = make_search(settings, measure, known, prices)
     if settings.epochs < 1 and search.needs_epochs:
         raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
     space = search.space

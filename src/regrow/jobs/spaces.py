@@ -50,7 +50,10 @@ SpaceNetwork = Cells | Mobile | Bench201
 def build_space(
     settings: Settings, task: Task, start: Loaded | None = None
 ) -> tuple[nn.Module, Origin, MemoryStages | None]:
-    """Return a search space as a network with random weights, its origin, and its stages if a memory budget sets them."""
+    """Return a search space as a network, its origin, and its stages if a memory budget sets them.
+
+    The network has random weights, or is the one that is searched instead of a new one (``start``).
+    """
     space, stages, seed = settings.space, settings.stages, settings.seed
     if start:
         _refuse_stages(space, settings)
@@ -72,8 +75,8 @@ def build_space(
         return *small(space, shape, classes, seed), None
     kind = space.partition(":")[0]
     network, supernet, prefix, parts = STAGED[kind]
-    sizes = dict(zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False))
-    describe = partial(supernet, shape, classes, stride=settings.stride, **sizes)
+    sizes = zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False)
+    describe = partial(supernet, shape, classes, stride=settings.stride, **dict(sizes))
     whole, plan = describe(), None
     check_space_fits(whole, f"a search of {space}")
     count = len(whole[parts])
@@ -219,7 +222,7 @@ class MemoryWatch:
     predictions: dict[int, int] = field(default_factory=dict)
 
     def __call__(self, state: SearchState, context: Context, step: int) -> AbstractContextManager[None]:
-        """Return a context manager around a training step, which measures two steps per stage, with and without masks."""
+        """Return a context manager around a training step; of each stage, steps with and without masks are measured."""
         if not self.budget:
             return nullcontext()
         stage = state.stage

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +28,9 @@ from regrow.nets.small import BUILDERS
 from regrow.store.errors import StoreError
 from regrow.training.continual import TaskSchedule
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
 """The largest number of values in an example, and of classes, that a file may claim."""
 
@@ -45,7 +48,7 @@ class TaskSpecs:
     shape: tuple[int, ...] = ()
     normalised: bool = False
     # The tokenizer of a language model, whose tasks are text domains; `None`: tasks are of images
-    tokenizer: Any = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
     seq_len: int = 256
 
     def fit(self, start: Loaded | None, seq_len: int) -> "TaskSpecs":
@@ -204,7 +207,5 @@ def select_known(entry: MethodEntry, settings: Mapping[str, object]) -> dict[str
 
 def make_task_schedule(settings: object, objective: Objective) -> TaskSchedule:
     """Return how a network is trained by the settings of a run that have the name of a field of the schedule."""
-    shared: Any = {
-        field.name: getattr(settings, field.name) for field in fields(TaskSchedule) if hasattr(settings, field.name)
-    }
-    return TaskSchedule(**shared, objective=objective)
+    names = [field.name for field in fields(TaskSchedule) if hasattr(settings, field.name)]
+    return TaskSchedule(**{name: getattr(settings, name) for name in names}, objective=objective)

@@ -122,11 +122,10 @@ def _start(folder: "RunFolder", name: str) -> "tuple[GeneralTracker, str]":
 
     place, run = Path(folder.out or folder.path).resolve(), folder.run()
     known = run.get("trackers", {}).get(name)
-    resuming = {"id": known, "resume": "allow"} if known else {}
     builders: Mapping[str, Any] = {
         "tensorboard": lambda: TensorBoardTracker(place.name, place.parent / "tensorboard"),
         "mlflow": lambda: MLflowTracker(PROJECT, run_name=place.name, run_id=known),
-        "wandb": lambda: WandBTracker(PROJECT, name=place.name, **resuming),
+        "wandb": lambda: WandBTracker(PROJECT, name=place.name, **({"id": known, "resume": "allow"} if known else {})),
     }
     plain = {key: value for key, value in run["settings"].items() if isinstance(value, str | int | float)}
     tracker: GeneralTracker | None = None
