@@ -265,7 +265,6 @@ def test_the_sums_of_obs_count(regrow, tiny_language_model, monkeypatch, whole, 
         (("--method", "fisher"), "computes gradients of masks"),
         (("--method", "fisher_obs"), "computes gradients of masks"),
         (("--method", "gprune"), "runs the masked network"),
-        (("--recover", "refit"), "--recover refit"),
         (("--precision", "bfloat16"), "--precision bfloat16"),
     ],
 )
@@ -279,15 +278,13 @@ def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, st
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("--recover", "distil"), "--recover distil needs the whole network"),
-        (("--recover", "refit"), "--recover refit needs the whole network"),
         (("--method", "llm_pruner"), "computes gradients of all weights, needs the whole network"),
         (("--method", "fisher"), "computes gradients of masks, needs the whole network"),
         (("--method", "gprune", "--source", "code", "--source", "talk"), "runs the masked network, needs the whole"),
         ((), ""),
     ],
 )
-def test_recovery_and_gradients_count(regrow, tiny_language_model, monkeypatch, words, match):
+def test_gradients_count(regrow, tiny_language_model, monkeypatch, words, match):
     monkeypatch.setattr(memory_needs, "SPARE", 2**37)
     command = ("prune", str(tiny_language_model), *words, *SOURCE, "--memory", "64GiB", "--dry-run", "plan.json")
     code, said, error = regrow(*command)
@@ -302,10 +299,12 @@ def test_recovery_and_gradients_count(regrow, tiny_language_model, monkeypatch, 
 def test_the_terms_of_recovery_and_gradients_follow_the_weights(tiny_language_model):
     model = open_network(str(tiny_language_model)).loaded.model
     own = sum(4 * one.numel() for one in model.parameters())
-    recoveries = {by: memory_needs.predict_later_recovery(by, model, 32, 256) for by in ("bias", "refit", "distil")}
+    terms = {by: memory_needs._recovery_terms(by, model, own, 32, 256, 3) for by in ("bias", "refit", "distil")}
+    recoveries = {by: sum((*weights.values(), *work.values())) for by, (weights, work) in terms.items()}
     spare = memory_needs.SPARE
-    assert spare + 2 * own < recoveries["bias"] < recoveries["refit"]
-    assert recoveries["distil"] > spare + 6 * own  # two networks, gradients, two moments, the best values
+    assert 2 * own < recoveries["bias"] < recoveries["refit"]
+    assert memory_needs.predict_reconstruction(model, 32, 256, 3) == spare + recoveries["refit"]
+    assert recoveries["distil"] > 6 * own  # two networks, gradients, two moments, the best values
     names = [name for name, _ in model.named_parameters()]
     one, two, three = (memory_needs.predict_learning(model, names, 32, 1, sums) for sums in (1, 2, 3))
     assert own <= two - one <= 2 * own

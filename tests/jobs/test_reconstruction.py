@@ -12,7 +12,7 @@ import regrow
 from regrow.core.errors import InputError
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.parents import undo
-from regrow.jobs.prune import check_repairs, run
+from regrow.jobs.prune import check_reconstruction, run
 from regrow.jobs.pruning import count_tokens
 from regrow.jobs.recording import Invocation
 from regrow.reports import summarise, to_html, to_markdown
@@ -81,15 +81,13 @@ def test_a_reconstruction_that_was_stopped_ends_as_one_that_was_not(tmp_path: Pa
 
 def test_reconstruction_is_refused_before_a_run_starts() -> None:
     text = Settings("m", sources=("news", "code"), reconstruct=True)
-    check_repairs(text)
+    check_reconstruction(text)
     with pytest.raises(InputError, match="in one process"):
-        check_repairs(text, several=True)
-    with pytest.raises(InputError, match="leave out one of them"):
-        check_repairs(replace(text, recover="bias"))
+        check_reconstruction(text, several=True)
     with pytest.raises(ValueError, match="refit has no setting 'rigde'"):
-        check_repairs(replace(text, reconstruct_settings={"rigde": 1}))
+        check_reconstruction(replace(text, reconstruct_settings={"rigde": 1}))
     with pytest.raises(ValueError, match="choose_on must be one of held_out, left_out_source"):
-        check_repairs(replace(text, reconstruct_settings={"choose_on": "test"}))
+        check_reconstruction(replace(text, reconstruct_settings={"choose_on": "test"}))
     with pytest.raises(InputError, match="--reconstruct-set says how --reconstruct fits layers, which is off"):
         Settings("m", reconstruct_settings={"target": "own"})
     assert count_tokens(replace(text, tokens=8192), True) == 16384 and count_tokens(text, True) == 8192

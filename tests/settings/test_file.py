@@ -20,7 +20,7 @@ from regrow.settings.words import (
 RUNS = [
     prune.Settings("smollm2-135m", keep=0.9, sources=("news", "mail=a b/"), proof=False, round_to=8, seed=2**62),
     prune.Settings("m", method="gprune", method_settings={"base": "flap", "gamma": 0.1}, target="kv_cache=50M@4096"),
-    prune.Settings("m", regular=True, marks=("neutral", "folded"), only=("*.mlp.*",), recover="refit", dtype="float16"),
+    prune.Settings("m", regular=True, marks=("neutral", "folded"), only=("*.mlp.*",), dtype="float16"),
     learn.Settings(("split:digits:5", "größer/\x7f\n"), method_settings={"levels": [1, 2], "named": True}, lr=1e-5),
     search.Settings("cells:4-3-2", "digits", "macs=20%", memory="2GiB", inherit=True, validation=0.25),
     evaluate.Settings("m", choices=("a.jsonl",), harness=("arc_easy",), speed=True),
@@ -82,7 +82,7 @@ def test_every_name_of_code_is_refused_in_a_file(tmp_path: Path) -> None:
     kinds = (prune.Settings, recover.Settings, learn.Settings, search.Settings, evaluate.Settings)
     named = [(kind, field) for kind in kinds for field in options_of(kind) if field.setting.code]
     assert {f"{kind.__module__[16:]} {field.key}" for kind, field in named} == {
-        "prune model", "prune method", "prune recover", "recover by", "learn model", "learn method", "search space",
+        "prune model", "prune method", "recover by", "learn model", "learn method", "search space",
         "search method", "evaluate model",
     }  # fmt: skip
     for kind, field in named:

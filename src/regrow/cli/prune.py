@@ -57,7 +57,7 @@ def prune(
         raise click.UsageError(
             f"--code is for a run folder; name the function in the place of MODEL: regrow prune {code}"
         )
-    options.say_code(settings.model, code, settings.method, settings.recover)
+    options.say_code(settings.model, code, settings.method)
     _check_several(given, dry_run)
     if dry_run:
         if read_ranks().several:

@@ -1,6 +1,6 @@
 """Calibration of a pruning run: each finished shard is stored, so that a killed run, or the next plan, has it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ from regrow.core.sources import Source
 from regrow.distributed.parallel import broadcast_record
 from regrow.jobs.inputs import SourceHalves, SourceSpecs
 from regrow.jobs.pruning import Measuring, collect_evidence, divide_sources
-from regrow.jobs.recording import ActiveRun, Record
+from regrow.jobs.recording import ActiveRun
 from regrow.jobs.run_networks import PrunedNetwork
 from regrow.methods.pruning.pruner import Pruner
-from regrow.nets import Loaded
 from regrow.scoring.metrics import energy, massive
 from regrow.scoring.weights import CachedColumns, readers
 from regrow.settings.prune import Settings
 from regrow.store import statistics
 from regrow.store.replacing import settle
+from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import RUN, is_resumable, read_run, run_identity
 from regrow.streaming.requirements import MemoryPlan
 
@@ -40,7 +40,6 @@ class PruneInputs:
     axes: AxisGraph
     data: SourceHalves
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
-    load_dense: Callable[[], Loaded] | None = None  # loads the network before the cut once more, for a recovery
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     lenient: bool = False  # whether the data for evaluation are those for calibration, whose labels need not fit
     call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
@@ -112,7 +111,7 @@ def calibrate(
 
 
 def write_scores(
-    record: Record, weights: Mapping[str, Tensor], axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
+    record: RunFolder, weights: Mapping[str, Tensor], axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
 ) -> None:
     """Write a summary of the scores from which a plan was made into a run folder."""
     entries: dict[str, dict[str, Any]] = {}

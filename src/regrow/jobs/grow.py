@@ -19,7 +19,7 @@ from regrow.core.objectives import Objective
 from regrow.core.plan import Change, Fill, Plan
 from regrow.core.sources import preserve_random_state
 from regrow.jobs.forward_outputs import NetworkState, examples_of, measure_change, measure_exactly, outputs_of, run_once
-from regrow.jobs.inputs import SourceHalves, SourceSpecs, describe_sources, fill_generated, read_sources
+from regrow.jobs.inputs import SourceHalves, SourceSpecs, complete_data, read_sources
 from regrow.jobs.measuring import EvaluationData, measure_run
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
@@ -82,18 +82,15 @@ def carry_out(
     identity = {"verb": "grow", "settings": asdict(settings)}
     run.recorder.check(identity)
     opened = inputs(run)
-    loaded, axes, data, specs = opened.loaded, opened.axes, opened.data, opened.specs
+    loaded, axes = opened.loaded, opened.axes
     with run.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, settings)
     result = GrowResult(plan, axes, loaded.model, notes)
     if not grows:
         return result
     with run.begin(RunStart(identity, loaded, call=opened.call)) as record:
-        if specs and data.pending:
-            with run.stage("generate"):
-                data = fill_generated(data, specs, loaded, folder=record.path, run=run)
-        sources = describe_sources(specs, data) if specs else None
-        record.update(notes=[*loaded.notes, *notes], sources=sources)
+        data = complete_data(run, opened.data, opened.specs, loaded)
+        record.update(notes=[*loaded.notes, *notes])
         _grow(settings, replace(opened, data=data), run, plan)
         run.finish()
     return result

@@ -230,6 +230,27 @@ def fill_generated(
     return replace(halves, calibration=tuple(calibration), generated=tokens)
 
 
+def complete_data(
+    run: ActiveRun,
+    halves: SourceHalves,
+    specs: SourceSpecs | None,
+    loaded: Loaded,
+    n: int = 0,
+    *,
+    known: Sequence[Path | Tensor] = (),
+    weights: Sequence[float] | None = None,
+) -> SourceHalves:
+    """Generate the text of a run by :func:`fill_generated`, and record its sources; data without names are complete."""
+    if specs is None:
+        return halves
+    if halves.pending:
+        folder = run.record.path if run.record.kept else None
+        with run.stage("generate"):
+            halves = fill_generated(halves, specs, loaded, n, folder, known=known, weights=weights, run=run)
+    run.record.update(sources=describe_sources(specs, halves))
+    return halves
+
+
 def check_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[Path], weights: Sequence[float]) -> None:
     """Raise InputError unless run folders have all text of a run whose network, read block by block, cannot generate.
 

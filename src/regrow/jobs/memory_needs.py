@@ -90,8 +90,7 @@ def plan_streaming(
     held, (batches, positions) = earlier.held if earlier else None, amounts
     plan = plan_memory(network, parse_bytes(invocation.memory), batches, positions, held=held)
     if not plan.streams:
-        later = max(_predict_repair(settings, pruner, opened), _predict_generated(settings, opened))
-        plan = replace(plan, whole=max(plan.whole, plan.held + later))
+        plan = replace(plan, whole=max(plan.whole, plan.held + _predict_besides(settings, pruner, opened)))
     ordered = with_products(plan, network, opened.axes, units) if pruner.products else plan
     if ordered.streams and settings.reconstruct:  # the sums of the method are released before
         plan = _with_reconstruction(plan, settings, opened)
@@ -104,7 +103,6 @@ def plan_streaming(
         f"method {settings.method}, which computes gradients of all weights,": Need.GRADIENTS in pruner.needs,
         f"method {settings.method}, which computes gradients of masks,": Need.FISHER in pruner.needs,
         f"method {settings.method}, which runs the masked network,": pruner.runs_network,
-        f"--recover {settings.recover}": bool(settings.recover),
         f"--source {GENERATED}": GENERATED in settings.sources,
         "a target in ms": settings.measure == Measure.TIME,
     }
@@ -139,14 +137,6 @@ def start_streaming(
     return plan.streams
 
 
-def _predict_generated(settings: Settings, opened: OpenedNetwork) -> int:
-    """Return what generating text needs of a network in memory, in bytes; 0 without it."""
-    if GENERATED not in settings.sources or opened.loaded.tokenizer is None:
-        return 0
-    model = opened.loaded.model
-    return SPARE + _sizes(model)[1] + predict_generation(model, count_generated(settings), settings.seq_len)
-
-
 def _with_reconstruction(plan: MemoryPlan, settings: Settings, opened: OpenedNetwork) -> MemoryPlan:
     """Return the prediction with what a reconstruction needs of one block; raise ResourceError if that is too much."""
     tokens = count_tokens(settings, text=True)
@@ -162,34 +152,33 @@ def _with_reconstruction(plan: MemoryPlan, settings: Settings, opened: OpenedNet
     return plan
 
 
-def _predict_repair(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
-    """Return what gradients, and the recovery after the cut, need of a network in memory, in bytes; 0 without them."""
-    gradients, runs, needed = Need.GRADIENTS in pruner.needs, Need.FISHER in pruner.needs or pruner.runs_network, 0
-    if not (gradients or runs or settings.recover or settings.reconstruct):
-        return 0
-    after = f"--recover {settings.recover}" if settings.recover else "--reconstruct" if settings.reconstruct else ""
-    what = after or f"--method {settings.method}"
-    model, window = opened.loaded.model, settings.seq_len
-    if opened.loaded.tokenizer is None:
+def _predict_besides(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
+    """Return the most bytes that generating text, gradients, and the repair after the cut need in memory."""
+    model, window, text = opened.loaded.model, settings.seq_len, opened.loaded.tokenizer is not None
+    gradients, runs = Need.GRADIENTS in pruner.needs, Need.FISHER in pruner.needs or pruner.runs_network
+    needed = [0]
+    if GENERATED in settings.sources and text:
+        needed.append(SPARE + _sizes(model)[1] + predict_generation(model, count_generated(settings), window))
+    if not (gradients or runs or settings.reconstruct):
+        return max(needed)
+    what = "--reconstruct" if settings.reconstruct else f"--method {settings.method}"
+    if not text:
         raise InputError(f"what {what} needs is predicted for models that take text only; leave out --memory")
     try:
         if gradients:
             names = differentiated(model, opened.axes, budget_of(settings).units(opened.axes))
             sums = pruner.shards * max(pruner.sources, len(settings.sources))
-            needed = predict_learning(model, names, window, 1, sums)
+            needed.append(predict_learning(model, names, window, 1, sums))
         elif runs:
-            needed = predict_learning(model, (), window, settings.batch_size, 0)
-        if settings.recover:
-            needed = max(needed, predict_later_recovery(settings.recover, model, window, settings.recover_tokens))
+            needed.append(predict_learning(model, (), window, settings.batch_size, 0))
         if settings.reconstruct:
             tokens, sums = count_tokens(settings, text=True), len(settings.sources) + 2
-            fitted = predict_later_recovery("refit", model, window, tokens, sums=sums)
-            if complete_reconstruction(settings.reconstruct_settings, settings.sources).get("target") in PAIRED:
-                fitted += count_activations(model, tokens, window)
-            needed = max(needed, fitted)
+            fit = complete_reconstruction(settings.reconstruct_settings, settings.sources)
+            beside = count_activations(model, tokens, window) if fit.get("target") in PAIRED else 0
+            needed.append(beside + predict_reconstruction(model, window, tokens, sums))
     except UnpredictableError as error:
         raise InputError(f"what {what} needs is not predicted: {error}; leave out --memory") from None
-    return needed
+    return max(needed)
 
 
 def predict_recovery(settings: RecoverSettings, source: Path, cut: LastCut, limit: int) -> MemoryTerms:
@@ -273,12 +262,12 @@ def plan_recovery(
     return plan, explain_lacking(plan, beside) if refits and not paired else ""
 
 
-def predict_later_recovery(by: str, model: nn.Module, window: int, tokens: int, *, sums: int = 3) -> int:
-    """Return what a recovery within a pruning run needs beside what the process held, in bytes.
+def predict_reconstruction(model: nn.Module, window: int, tokens: int, sums: int) -> int:
+    """Return what fitting layers within a pruning run needs beside what the process held, in bytes.
 
     Both networks count with the shapes before the cut, which is not known yet.
     """
-    weights, work = _recovery_terms(by, model, _sizes(model)[1], window, tokens, sums)
+    weights, work = _recovery_terms("refit", model, _sizes(model)[1], window, tokens, sums)
     return SPARE + sum((*weights.values(), *work.values()))
 
 

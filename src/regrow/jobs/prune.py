@@ -17,7 +17,7 @@ from regrow.core.process_memory import reset_peak
 from regrow.core.sources import Source
 from regrow.distributed.parallel import broadcast_record
 from regrow.jobs.calibration import PruneInputs, SharedWork, calibrate, write_scores
-from regrow.jobs.inputs import check_same_inputs, check_same_settings, describe_sources, fill_generated, read_sources
+from regrow.jobs.inputs import check_same_inputs, check_same_settings, complete_data, read_sources
 from regrow.jobs.measuring import EvaluationData, log_budget, log_pairs, measure_run
 from regrow.jobs.memory_needs import open_to_prune
 from regrow.jobs.models import load_model
@@ -34,14 +34,11 @@ from regrow.jobs.pruning import (
     with_timing,
 )
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
-from regrow.jobs.recovering import broadcast_recovered, log_differences, recover
 from regrow.jobs.run_networks import StreamedRun, WholeNetwork
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
-from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
-from regrow.nets.loaded import check_same_files
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
 from regrow.store.run_folder import RunFolder
@@ -82,8 +79,7 @@ def carry_out(
     with run.begin(RunStart(job.identity, network.loaded, network.outside, job.inputs.call)) as record:
         network.use_folder(record.path)
         job = job.with_generated()
-        sources = describe_sources(job.inputs.specs, job.inputs.data) if job.inputs.specs else None
-        record.update(sources=sources, timing=job.budget.timing.record() if job.budget.timing else None)
+        record.update(timing=job.budget.timing.record() if job.budget.timing else None)
         plan, notes = job.plan()
         if cuts and (run.ranks.leads or network.loaded.tokenizer is not None):  # rank 0 needs no help with other data
             dense = job.measure(axes, "dense")
@@ -103,7 +99,7 @@ def prepare(
     """Open the network and the data, and find all mistakes in them and in the settings."""
     check_settings(settings)
     method = pruner_of(settings)
-    check_repairs(settings, several=run.ranks.several)
+    check_reconstruction(settings, several=run.ranks.several)
     identity = {"verb": "prune", "settings": asdict(settings), "defaults": record_defaults(settings)}
     recorded = run.recorder.check(identity)
     reset_peak()
@@ -121,23 +117,13 @@ def prepare(
     return replace(job, budget=budget, inputs=replace(opened, axes=axes))
 
 
-def check_repairs(settings: Settings, *, several: bool = False) -> None:
-    """Raise ValueError unless the recovery and the reconstruction of a run, of ``several`` processes, can be done."""
-    if settings.recover:
-        find_method(MethodKind.RECOVERY, settings.recover).made(settings.recover, {})
-        if not settings.sources:
-            raise ValueError(
-                f"--recover {settings.recover} learns from text or images; give at least one source, like --source news"
-            )
+def check_reconstruction(settings: Settings, *, several: bool = False) -> None:
+    """Raise ValueError unless the reconstruction of a run, of ``several`` processes, can be done."""
     if settings.reconstruct:
         fit = complete_reconstruction(settings.reconstruct_settings, settings.sources)
         find_method(MethodKind.RECOVERY, RECONSTRUCTION).made(RECONSTRUCTION, fit)
         if several:
             raise InputError("--reconstruct runs in one process; leave out --reconstruct, or start without torchrun")
-        if settings.recover == "bias":
-            raise InputError(
-                "--reconstruct fits the biases that --recover bias would change again; leave out one of them"
-            )
 
 
 @dataclass(frozen=True)
@@ -171,19 +157,9 @@ class PruneJob:
 
     def with_generated(self) -> "PruneJob":
         """Return the job with the text that the network generates, if that is a source."""
-        inputs, shared, record = self.inputs, self.shared, self.run.record
-        if inputs.specs is None or not inputs.data.pending:
-            return self
-        with self.run.stage("generate"):
-            data = fill_generated(
-                inputs.data,
-                inputs.specs,
-                inputs.network.loaded,
-                count_generated(self.settings),
-                record.path if record.kept else None,
-                known=() if shared.generated is None else (shared.generated,),
-                run=self.run,
-            )
+        inputs, shared = self.inputs, self.shared
+        known, n = () if shared.generated is None else (shared.generated,), count_generated(self.settings)
+        data = complete_data(self.run, inputs.data, inputs.specs, inputs.network.loaded, n, known=known)
         shared.generated = data.generated
         return replace(self, inputs=replace(inputs, data=data))
 
@@ -230,10 +206,10 @@ class PruneJob:
                 )
             if cut.plan.notes:
                 record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])
-            if record.kept:
+            if isinstance(record, RunFolder):
                 write_scores(record, weights, axes, cut.plan, cut.scores, evidence)
-            if cut.findings:
-                record.write_findings(settings.method, cut.findings)
+                if cut.findings:
+                    record.write_findings(settings.method, cut.findings)
         broadcast_record(run.ranks, cut.plan.to_json())
         return cut.plan, evidence.notes
 
@@ -256,12 +232,6 @@ class PruneJob:
         log_pairs(record, dense, pruned)
         if notes:
             record.update(notes=[*record.run().get("notes", ()), *notes])
-        if settings.recover:
-            with run.stage("recover"):
-                if run.ranks.leads:
-                    self._recover(plan)
-                broadcast_recovered(run.ranks, model)
-            log_differences(record, self.measure(after, "recovered"))
         return notes
 
     def _tune(self, plan: Plan) -> tuple[str, ...]:
@@ -278,32 +248,17 @@ class PruneJob:
             note = tune.recalibrate_changed(loaded.model, plan, calibration)
         return (note,) if note else ()
 
-    def _recover(self, plan: Plan) -> None:
-        """Recover the cut model with the help of the dense one, which is loaded again, and save it."""
-        settings, inputs, run = self.settings, self.inputs, self.run
-        assert inputs.load_dense is not None
-        dense, loaded, sources = inputs.load_dense(), inputs.network.loaded, self._read(settings.recover_tokens)
-        check_same_files(loaded, dense)
-        task = RecoveryTask(loaded.model, dense.model, inputs.axes, plan, sources, settings.seed, progress=run.progress)
-        recover(run.record, task, settings.recover, origin=dense.origin.record(), precision=settings.precision)
-        inputs.network.save(run.record)
-
     def _fitted_sources(self) -> Sequence[Source]:
-        """Return the data that layers are fitted on."""
-        tokens = count_tokens(self.settings, self.inputs.network.loaded.tokenizer is not None)
-        return self.inputs.data.calibration if tokens == count_calibration(self.settings) else self._read(tokens)
-
-    def _read(self, total: int) -> Sequence[Source]:
-        """Return another amount of the calibration data, in tokens over all sources; data without names are all."""
+        """Return the data that layers are fitted on; data without names are all."""
         data, loaded = self.inputs.data, self.inputs.network.loaded
-        if self.inputs.specs is None:
+        tokens = count_tokens(self.settings, loaded.tokenizer is not None)
+        if self.inputs.specs is None or tokens == count_calibration(self.settings):
             return data.calibration
-        return read_sources(source_specs(self.settings, total), loaded, data.generated).calibration
+        return read_sources(source_specs(self.settings, tokens), loaded, data.generated).calibration
 
 
 def open_named(settings: Settings, invocation: Invocation, shared: SharedWork, run: ActiveRun) -> PruneInputs:
     """Open the network and the data that settings name; a network that is too large is read one block at a time."""
-    load = partial(load_model, model_spec(settings), invocation.progress, invocation.code)
     check_same_settings(run.ranks, settings, invocation.memory)
     network: WholeNetwork | StreamedRun | None = None
     axes = shared.axes
@@ -312,7 +267,7 @@ def open_named(settings: Settings, invocation: Invocation, shared: SharedWork, r
             opened, shared.memory = open_to_prune(settings, invocation, shared.memory)
             if shared.memory.streams:
                 network, axes = StreamedRun(opened, shared.memory), opened.axes
-        network = network or WholeNetwork(load())
+        network = network or WholeNetwork(load_model(model_spec(settings), invocation.progress, invocation.code))
         loaded, specs = network.loaded, source_specs(settings)
         check_precision(loaded.model, settings.precision)
         data = read_sources(specs, loaded)
@@ -321,7 +276,7 @@ def open_named(settings: Settings, invocation: Invocation, shared: SharedWork, r
             axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     if isinstance(network, WholeNetwork):
         shared.axes = axes
-    return PruneInputs(network, axes, data, specs, load, memory=shared.memory)
+    return PruneInputs(network, axes, data, specs, memory=shared.memory)
 
 
 def plan_named(settings: Settings, invocation: Invocation) -> Plan:

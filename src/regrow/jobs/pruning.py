@@ -87,8 +87,6 @@ def count_generated(settings: Settings) -> int:
     amounts = [settings.generated_tokens or settings.tokens]
     if settings.reconstruct and count_tokens(settings, text=True) != count_calibration(settings):
         amounts.append(source_specs(settings, count_tokens(settings, text=True)).tokens)
-    if settings.recover:
-        amounts.append(source_specs(settings, settings.recover_tokens).tokens)
     return count_windows(max(amounts), settings.seq_len)
 
 
@@ -107,11 +105,8 @@ def budget_of(settings: Settings) -> Budget:
 
 
 def record_defaults(settings: Settings) -> dict[str, Any]:
-    """Return the defaults of the method, and of the reconstruction and the recovery after it."""
+    """Return the defaults of the method, and of the reconstruction after it."""
     defaults = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
-    if settings.recover:
-        recovery = find_method(MethodKind.RECOVERY, settings.recover).defaults({"seed"})
-        defaults |= {f"{settings.recover} {name}": value for name, value in recovery.items()}
     if settings.reconstruct:
         fit = find_method(MethodKind.RECOVERY, RECONSTRUCTION).defaults({})
         fit |= complete_reconstruction({}, settings.sources)

@@ -51,15 +51,6 @@ class EmptyRecord:
     ) -> None:
         """Do nothing."""
 
-    def write_axes(self, before: AxisGraph, after: AxisGraph) -> None:
-        """Do nothing."""
-
-    def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, object]]) -> None:
-        """Do nothing."""
-
-    def write_findings(self, method: str, findings: Mapping[str, object]) -> None:
-        """Do nothing."""
-
 
 Record = RunFolder | EmptyRecord
 """A run while it is carried out."""
@@ -176,7 +167,7 @@ class ActiveRun:
         """Record the only plan of a run, and the axes before and after it."""
         if isinstance(self.record, RunFolder):
             self.record.own_ledger.replace(plan)
-        self.record.write_axes(before, after)
+            self.record.write_axes(before, after)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from regrow.jobs.inputs import (
     check_same_inputs,
     check_same_settings,
     check_stored,
-    describe_sources,
-    fill_generated,
+    complete_data,
     read_sources,
 )
 from regrow.jobs.measuring import EvaluationData, log_pairs, measure_run
@@ -92,11 +91,9 @@ def carry_out(
         opened.plan.check(opened.axes)
     check_same_inputs(run.ranks, [] if streamed else [dense.model, loaded.model], opened.data)
     with run.begin(RunStart(identity, loaded, call=opened.call)) as record:
-        data, specs = opened.data, opened.specs
-        if specs and data.pending:
-            folder, weights = record.path if record.kept else None, streamed.dense.weights.sums() if streamed else None
-            data = fill_generated(data, specs, dense, folder=folder, known=opened.known, weights=weights, run=run)
-        record.update(notes=list(dense.notes), sources=describe_sources(specs, data) if specs else None)
+        weights = streamed.dense.weights.sums() if streamed and opened.data.pending else None
+        data = complete_data(run, opened.data, opened.specs, dense, known=opened.known, weights=weights)
+        record.update(notes=list(dense.notes))
         _record_cut(run, opened)
         pair = streamed.start(record.path) if streamed else None
         with run.stage("recover"):
@@ -130,7 +127,8 @@ def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> No
     """Log size and quality of the recovered network, and how far it is from the networks before."""
     loaded, streamed, record = inputs.loaded, inputs.streamed, run.record
     after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    record.write_axes(inputs.axes, after)
+    if isinstance(record, RunFolder):
+        record.write_axes(inputs.axes, after)
     network = streamed.recovered(loaded, after, record.path) if streamed else None
     data = EvaluationData(inputs.data, inputs.objective, inputs.evaluated)
     perplexities = measure_run(run, loaded, after, data, "recovered", network=network, recoveries=number)
@@ -254,12 +252,16 @@ def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
     """Return the settings, completed from the folder of the run to recover and the cut behind it."""
     data = cut.folder.run()
     known = data["settings"]
-    inner = known if data["verb"] == "prune" else known["pruning"]
-    before = [*known["before"], known["by"]] if data["verb"] == "recover" else [inner["recover"]]
-    done = tuple(name for name in before if name)
-    method, keep = "+".join([inner["method"], *done, settings.by]), inner["keep"]
-    name = source.path.resolve().name
-    return replace(settings, run=name, pruning=inner, before=done, model=inner["model"], method=method, keep=keep)
+    pruning, before = (known, ()) if data["verb"] == "prune" else (known["pruning"], (*known["before"], known["by"]))
+    return replace(
+        settings,
+        run=source.path.resolve().name,
+        pruning=pruning,
+        before=before,
+        model=pruning["model"],
+        method="+".join([pruning["method"], *before, settings.by]),
+        keep=pruning["keep"],
+    )
 
 
 def _load_models(source: RunFolder, cut: LastCut, invocation: Invocation) -> tuple[Loaded, Loaded]:

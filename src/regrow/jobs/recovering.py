@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from regrow import store
 from regrow.core.plan import Plan
 from regrow.core.sources import Source
-from regrow.distributed import ProcessRank
-from regrow.distributed.parallel import broadcast_file, broadcast_model, broadcast_record
+from regrow.distributed.parallel import broadcast_file
 from regrow.evaluation import Perplexity
 from regrow.jobs.measuring import log_pairs
 from regrow.jobs.parents import BEFORE, describe_plans
@@ -22,7 +20,7 @@ from regrow.jobs.recording import UNRECORDED, Record
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery import task as recovery
-from regrow.methods.recovery.task import REFIT_FIELDS, set_bias
+from regrow.methods.recovery.task import REFIT_FIELDS
 from regrow.nets import ModelError
 from regrow.nets.devices import autocasting
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
@@ -109,18 +107,6 @@ def _resume(
         summary = work(replace(task, header=header))
     seconds = round(spent + time.perf_counter() - start, 1)
     return {"tokens": sum(source.tokens for source in task.sources), "seconds": seconds, **summary}
-
-
-def broadcast_recovered(ranks: ProcessRank, model: nn.Module) -> None:
-    """Set a network to that of rank 0, in place; biases that its recovery has added are added on the other ranks."""
-    if not ranks.several:
-        return
-    known = dict(model.named_parameters())
-    shapes = {name: [str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p in known.items()}
-    for name, (dtype, shape) in broadcast_record(ranks, shapes).items():
-        if name not in known:
-            set_bias(model, name, torch.zeros(shape, dtype=getattr(torch, dtype)))
-    broadcast_model(ranks, model)
 
 
 def log_differences(record: Record, perplexities: Mapping[str, Perplexity], number: int = 1) -> None:

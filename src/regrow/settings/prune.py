@@ -144,14 +144,6 @@ class Settings:
         "Epochs of fine-tuning after pruning (image models).",
         group=AFTER, range=Range(0, 10**6), example="1",
     )] = 0
-    recover: Annotated[str, Setting(
-        "Recover quality after pruning by this method: bias, refit, lora or distil.",
-        metavar="NAME", group=AFTER, code=True,
-    )] = ""
-    recover_tokens: Annotated[int, Setting(
-        "Tokens (image models: images) that --recover trains on, over all sources together.",
-        group=AFTER, range=Range(1, MANY),
-    )] = 32768
     reconstruct: Annotated[bool, Setting(
         "After the cut, fit every layer that reads cut units to its own dense output by least squares (with --source "
         "generated, unless a norm follows it: to what the dense network has there), with what is chosen judged on each "
