@@ -287,7 +287,7 @@ def run(settings: Settings, invocation: Invocation) -> RunFolder:
 
 
 def extend(
-    invocation: Invocation, more: Sequence[str], *, without_old: bool = False, total: int | None = None
+    invocation: Invocation, sequences: Sequence[str], *, without_old: bool = False, total: int | None = None
 ) -> RunFolder:
     """Train the network of a run on further tasks, possibly much later and in another process; all ranks call this.
 
@@ -297,7 +297,7 @@ def extend(
     not evaluated on these.
     """
     out, ranks = Path(invocation.out), invocation.ranks
-    known = broadcast_record(ranks, _read_begun(out, tuple(more), total) if ranks.leads else None)
+    known = broadcast_record(ranks, _read_begun(out, tuple(sequences), total) if ranks.leads else None)
     if known is None:
         return RunFolder(out)
     (record, over, added), folder = known, RunFolder.open_unfinished(out) or RunFolder(out)
@@ -309,7 +309,7 @@ def extend(
     run = invocation.start(settings, was.model, undo=False)
     if isinstance(made := run.recorder, FolderRecorder):
         run.recorder = ExtensionRecorder(
-            made.out, made.model, made.command, made.track, False, made.write_page, record, tuple(more)
+            made.out, made.model, made.command, made.track, False, made.write_page, record, tuple(sequences)
         )
     carry_out(settings, partial(open_named, whole, invocation, begun), run)
     return RunFolder(out)
@@ -344,7 +344,7 @@ class ExtensionRecorder(FolderRecorder):
 
 
 def _read_begun(
-    out: Path, more: tuple[str, ...], total: int | None
+    out: Path, sequences: tuple[str, ...], total: int | None
 ) -> tuple[dict[str, Any], int, tuple[str, ...]] | None:
     """Return ``run.json``, the number of tasks that are over, and the sequences to add; ``None`` if all is learned."""
     if out.is_dir():
@@ -358,26 +358,26 @@ def _read_begun(
     was = convert_settings(record["settings"], Settings)
     refuse_recorded_code(was.method, record["command"])
     done = check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
-    added = _added(record.get("extension"), was.tasks, more, total)
+    added = _added(record.get("extension"), was.tasks, sequences, total)
     if added or not record.get("finished") or folder.path != out:
         return record, done, added
-    if more:
+    if sequences:
         raise StoreError(
-            f"{out} has learned {', '.join(more)} by this very command; to learn the same once more, add "
-            f"--total {len(was.tasks) + len(more)}"
+            f"{out} has learned {', '.join(sequences)} by this very command; to learn the same once more, add "
+            f"--total {len(was.tasks) + len(sequences)}"
         )
     return None
 
 
-def _added(last: object, tasks: tuple[str, ...], more: tuple[str, ...], total: int | None) -> tuple[str, ...]:
+def _added(last: object, tasks: tuple[str, ...], sequences: tuple[str, ...], total: int | None) -> tuple[str, ...]:
     """Return the sequences that a call adds to those of a run: none if this very call, its last one, has added them."""
     if total is None:
-        return () if last == list(more) else more
-    if total == len(tasks) and tasks[len(tasks) - len(more) :] == more:
+        return () if last == list(sequences) else sequences
+    if total == len(tasks) and tasks[len(tasks) - len(sequences) :] == sequences:
         return ()
-    if total != len(tasks) + len(more):
+    if total != len(tasks) + len(sequences):
         raise ValueError(
             f"total must be how many sequences of tasks the run has in the end, got {total}; it has {len(tasks)} and "
-            f"{len(more)} are to come: --total {len(tasks) + len(more)}"
+            f"{len(sequences)} are to come: --total {len(tasks) + len(sequences)}"
         )
-    return more
+    return sequences

@@ -70,7 +70,7 @@ def start_from(
         parent={
             "name": parent.name if parent else Path(model).name,
             "weights": parent.weights if parent else "",
-            "parameters": sum(one.numel() for one in loaded.model.parameters()),
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
             "plans": len(parent.plans) if parent else 0,
             **({} if parent else {"files": files}),
         },
@@ -132,7 +132,7 @@ def digest_weights(shapes: Shapes) -> str:
 
 def count_parameters(shapes: Shapes) -> int:
     """Return the number of parameters of a saved model."""
-    return sum(prod(one.shape) for one in shapes.tensors.values() if one.kind is Kind.PARAMETER)
+    return sum(prod(stored.shape) for stored in shapes.tensors.values() if stored.kind is Kind.PARAMETER)
 
 
 def check_room(model: str, loaded: Loaded, out: str | Path, *, undo: bool = True) -> None:
@@ -140,12 +140,12 @@ def check_room(model: str, loaded: Loaded, out: str | Path, *, undo: bool = True
     begun = RunFolder.open_unfinished(out)
     if not undo or (begun and begun.run().get("parent") is not None):
         return
-    disk = next(one for one in (Path(out).absolute(), *Path(out).absolute().parents) if one.is_dir())
+    disk = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.is_dir())
     source = Path(model)
     if (source / store.SHAPES).is_file():
         needed = 0 if shares_blocks(source / store.SHAPES, disk) else count_bytes(source)
     else:
-        needed = sum(here.tensor.nbytes for here in named_tensors(loaded.model).values())
+        needed = sum(held.tensor.nbytes for held in named_tensors(loaded.model).values())
     if needed > (free := shutil.disk_usage(disk).free):
         raise ResourceError(
             f"{out}: the copy of {model} for `regrow undo` takes {format_bytes(needed)}, and {format_bytes(free)} are "

@@ -37,7 +37,7 @@ def check_tracker(name: str, out: str | Path = "") -> None:
         raise InputError(f"track must be one of {', '.join(TRACKERS)}, got {name!r:.40}")
     if name == "tensorboard" and Path(out).name == name:
         raise InputError(f"{out} is where the files of TensorBoard go; give the run folder another name")
-    if missing := [one for one in ("accelerate", name) if name and find_spec(one) is None]:
+    if missing := [package for package in ("accelerate", name) if name and find_spec(package) is None]:
         raise ResourceError(f"tracking by {name} needs {' and '.join(missing)}: pip install 'regrow[{name}]'")
 
 
@@ -52,7 +52,7 @@ def scalars_of(row: Mapping[str, object]) -> dict[str, float]:
     labels = [row["what"], *(row[name] for name in _LABELS if isinstance(row.get(name), str))]
     prefix = "/".join(re.sub(r"[^\w.-]", "_", str(label)) for label in labels)
     accuracy = row.get("accuracy")
-    several = {f"accuracy/{i}": one for i, one in enumerate(accuracy)} if isinstance(accuracy, list) else {}
+    several = {f"accuracy/{i}": value for i, value in enumerate(accuracy)} if isinstance(accuracy, list) else {}
     return {
         f"{prefix}/{name}": value
         for name, value in {**row, **several}.items()
@@ -120,12 +120,12 @@ def _start(folder: "RunFolder", name: str) -> "tuple[GeneralTracker, str]":
     from accelerate import PartialState
     from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
 
-    place, run = Path(folder.out or folder.path).resolve(), folder.run()
+    path, run = Path(folder.out or folder.path).resolve(), folder.run()
     known = run.get("trackers", {}).get(name)
     builders: Mapping[str, Any] = {
-        "tensorboard": lambda: TensorBoardTracker(place.name, place.parent / "tensorboard"),
-        "mlflow": lambda: MLflowTracker(PROJECT, run_name=place.name, run_id=known),
-        "wandb": lambda: WandBTracker(PROJECT, name=place.name, **({"id": known, "resume": "allow"} if known else {})),
+        "tensorboard": lambda: TensorBoardTracker(path.name, path.parent / "tensorboard"),
+        "mlflow": lambda: MLflowTracker(PROJECT, run_name=path.name, run_id=known),
+        "wandb": lambda: WandBTracker(PROJECT, name=path.name, **({"id": known, "resume": "allow"} if known else {})),
     }
     plain = {key: value for key, value in run["settings"].items() if isinstance(value, str | int | float)}
     tracker: GeneralTracker | None = None

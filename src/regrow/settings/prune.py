@@ -33,7 +33,7 @@ RECONSTRUCTION_DEFAULTS: Mapping[str, object] = {
 """The defaults of ``--reconstruct`` that differ from those of ``recover --by refit``."""
 
 
-def complete_reconstruction(given: Mapping[str, object], sources: Collection[str]) -> dict[str, object]:
+def complete_reconstruction(changed: Mapping[str, object], sources: Collection[str]) -> dict[str, object]:
     """Return settings of ``--reconstruct`` with its defaults.
 
     With text that the model generates among the data, layers are fitted to what the dense network has there, so that
@@ -44,7 +44,7 @@ def complete_reconstruction(given: Mapping[str, object], sources: Collection[str
     'residual'
     """
     target = {"target": "residual"} if GENERATED in sources else {}
-    return {**RECONSTRUCTION_DEFAULTS, **target, **given}
+    return {**RECONSTRUCTION_DEFAULTS, **target, **changed}
 
 
 @dataclass(frozen=True)

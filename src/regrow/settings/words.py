@@ -21,7 +21,7 @@ MAX_BYTES = 2**20
 """The largest size of a settings file, in bytes."""
 
 
-def command_line(settings: "DataclassInstance", *more: str) -> str:
+def command_line(settings: "DataclassInstance", *further: str) -> str:
     """Return the command line that runs with settings, and further words; only what differs from defaults is stated."""
     kind = type(settings)
     stated = [field for field in options_of(kind) if field.required or field.setting.one_of]
@@ -32,7 +32,7 @@ def command_line(settings: "DataclassInstance", *more: str) -> str:
         shown = field in stated or field.setting.shown or value != getattr(plain, field.name)
         if shown and value not in (None, ""):
             words += _words(field, value)
-    return shlex.join([*words, *more])
+    return shlex.join([*words, *further])
 
 
 def command_of(kind: type) -> str:
