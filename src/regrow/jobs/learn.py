@@ -287,7 +287,7 @@ def run(settings: Settings, invocation: Invocation) -> RunFolder:
 
 
 def extend(
-    invocation: Invocation, sequences: Sequence[str], *, without_old: bool = False, total: int | None = None
+    invocation: Invocation, more: Sequence[str], *, without_old: bool = False, total: int | None = None
 ) -> RunFolder:
     """Train the network of a run on further tasks, possibly much later and in another process; all ranks call this.
 
@@ -297,7 +297,7 @@ def extend(
     not evaluated on these.
     """
     out, ranks = Path(invocation.out), invocation.ranks
-    known = broadcast_record(ranks, _read_begun(out, tuple(sequences), total) if ranks.leads else None)
+    known = broadcast_record(ranks, _read_begun(out, tuple(more), total) if ranks.leads else None)
     if known is None:
         return RunFolder(out)
     (record, over, added), folder = known, RunFolder.open_unfinished(out) or RunFolder(out)
@@ -309,7 +309,7 @@ def extend(
     run = invocation.start(settings, was.model, undo=False)
     if isinstance(made := run.recorder, FolderRecorder):
         run.recorder = ExtensionRecorder(
-            made.out, made.model, made.command, made.track, False, made.write_page, record, tuple(sequences)
+            made.out, made.model, made.command, made.track, False, made.write_page, record, tuple(more)
         )
     carry_out(settings, partial(open_named, whole, invocation, begun), run)
     return RunFolder(out)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 from regrow.core.amounts import parse_share
 from regrow.core.errors import InputError
@@ -58,7 +58,7 @@ class Declared:
 
     name: str
     hint: object
-    default: object
+    default: Any
     setting: Setting
 
     @property
@@ -93,8 +93,7 @@ class Declared:
         """The type of one value: ``str``, ``int``, ``float`` or ``bool``."""
         if self.mapping:
             return str
-        kind: type = get_args(self.hint)[0] if get_origin(self.hint) else self.hint
-        return kind
+        return cast(type, get_args(self.hint)[0] if get_origin(self.hint) else self.hint)
 
     @property
     def example(self) -> str:
