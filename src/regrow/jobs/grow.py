@@ -21,7 +21,7 @@ from regrow.core.sources import preserve_random_state
 from regrow.jobs.forward_outputs import NetworkState, examples_of, measure_change, measure_exactly, outputs_of, run_once
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, complete_data, read_sources
 from regrow.jobs.measuring import EvaluationData, measure_run
-from regrow.jobs.models import ModelSpec, load_model
+from regrow.jobs.models import ModelSpec, load_model, trace_loaded
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
@@ -31,7 +31,6 @@ from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import shallow_copy
-from regrow.tracing import trace
 from regrow.tracing.capture import first_line
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
@@ -273,7 +272,7 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Gr
         data = read_sources(specs, loaded)
     with run.stage("trace"):
         progress(0, 1, "tracing")
-        axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        axes = trace_loaded(loaded)
     return GrowInputs(loaded, axes, data, specs=specs)
 
 

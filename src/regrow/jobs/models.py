@@ -96,7 +96,12 @@ def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") ->
             return opened.loaded, opened.axes
     loaded = load_model(spec, progress, code)
     progress(0, 1, "tracing")
-    return loaded, trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    return loaded, trace_loaded(loaded)
+
+
+def trace_loaded(loaded: Loaded) -> AxisGraph:
+    """Return the axes of a network, traced with its example."""
+    return trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
 
 
 def find_image_side(sources: Sequence[str]) -> int:

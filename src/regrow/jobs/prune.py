@@ -20,7 +20,7 @@ from regrow.jobs.calibration import PruneInputs, SharedWork, calibrate, write_sc
 from regrow.jobs.inputs import check_same_inputs, check_same_settings, complete_data, read_sources
 from regrow.jobs.measuring import EvaluationData, log_budget, log_pairs, measure_run
 from regrow.jobs.memory_needs import open_to_prune
-from regrow.jobs.models import load_model
+from regrow.jobs.models import load_model, trace_loaded
 from regrow.jobs.pruning import (
     budget_of,
     check_pruning,
@@ -44,7 +44,6 @@ from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruct
 from regrow.store.run_folder import RunFolder
 from regrow.store.tensors import open_checkpoint
 from regrow.streaming.requirements import record_peak
-from regrow.tracing import trace
 from regrow.training import tune
 from regrow.training.checkpoint import FORMAT
 
@@ -273,7 +272,7 @@ def open_named(settings: Settings, invocation: Invocation, shared: SharedWork, r
         data = read_sources(specs, loaded)
     with run.stage("trace"):
         if axes is None:
-            axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+            axes = trace_loaded(loaded)
     if isinstance(network, WholeNetwork):
         shared.axes = axes
     return PruneInputs(network, axes, data, specs, memory=shared.memory)

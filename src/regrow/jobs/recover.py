@@ -26,7 +26,7 @@ from regrow.jobs.inputs import (
 )
 from regrow.jobs.measuring import EvaluationData, log_pairs, measure_run
 from regrow.jobs.memory_needs import needs_of_model, plan_recovery, predict_recovery, start_streaming
-from regrow.jobs.models import DTYPES, load_model
+from regrow.jobs.models import DTYPES, load_model, trace_loaded
 from regrow.jobs.pruning import model_spec, source_specs
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
 from regrow.jobs.recovering import LastCut, find_cut, log_differences, recover
@@ -42,7 +42,6 @@ from regrow.store.run_folder import RunFolder
 from regrow.streaming.opening import open_network
 from regrow.streaming.requirements import MemoryPlan, MemoryTerms, record_peak
 from regrow.surgery import verify
-from regrow.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def carry_out(
 def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> None:
     """Log size and quality of the recovered network, and how far it is from the networks before."""
     loaded, streamed, record = inputs.loaded, inputs.streamed, run.record
-    after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    after = trace_loaded(loaded)
     if isinstance(record, RunFolder):
         record.write_axes(inputs.axes, after)
     network = streamed.recovered(loaded, after, record.path) if streamed else None
@@ -148,7 +147,7 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
             record.log(row["what"], {**({"round": recoveries} if recoveries > 1 else {}), **row})
     if inputs.measured is None and record.kept:
         dense, loaded = inputs.dense, inputs.loaded
-        cut = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        cut = trace_loaded(loaded)
         data, alone = EvaluationData(inputs.data, inputs.objective), replace(run, ranks=SINGLE)
         before = measure_run(alone, dense, inputs.axes, data, "dense")
         proof = verify(dense.model, inputs.axes, inputs.plan)
@@ -190,7 +189,7 @@ def open_named(
     if streamed:
         axes = streamed.dense.axes
     else:
-        axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
+        axes = trace_loaded(dense)
         axes = with_branches_of([cut.plan], dense.model, axes)  # of modules that the cut dropped
     specs, known = source_specs(cut.settings, settings.tokens), (cut.folder.path, source.path)
     data = read_sources(specs, loaded)

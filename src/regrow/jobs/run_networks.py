@@ -19,6 +19,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import broadcast_record, everywhere
 from regrow.jobs.forward_outputs import run_once
 from regrow.jobs.memory_needs import PAIRED, explain_lacking, predict_pairing
+from regrow.jobs.models import trace_loaded
 from regrow.jobs.recording import ActiveRun, Record
 from regrow.jobs.recovering import keep_dense, reconstruct
 from regrow.methods.recovery.task import ChangedTensors, RecoveryTask, StreamedPair
@@ -36,7 +37,6 @@ from regrow.streaming.opening import OpenedNetwork, open_network
 from regrow.streaming.requirements import MemoryPlan
 from regrow.streaming.weights import StoredWeights
 from regrow.surgery import apply, verify
-from regrow.tracing import trace
 
 CUT = "cut"
 """The folder, among the files for resuming, with the cut network as it is before layers are fitted."""
@@ -205,7 +205,7 @@ class StreamedRun:
         return_memory()
         store.write_model(loaded, record.path, outside=both.outside(loaded, pair.changed))
         shutil.rmtree(folder)
-        after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        after = trace_loaded(loaded)
         self.running = lambda: both.recovered(loaded, after, record.path)
 
     def save(self, record: Record) -> None:
