@@ -16,7 +16,7 @@ from regrow.core.axes import Example
 from regrow.core.errors import InputError
 from regrow.core.sources import Source, generators_of, preserve_random_state, seed_generators
 from regrow.data.batches import INPUTS
-from regrow.jobs.recording import FolderRecorder, NoRecorder, Recorder
+from regrow.jobs.recording import FolderRecorder, Recorder, Unrecorded
 from regrow.jobs.trackers import check_tracker
 from regrow.nets import Loaded
 from regrow.reports import ReportError, write_page
@@ -78,7 +78,7 @@ class Destination:
             model: The network as it was given: a module, or the name of a model.
         """
         if self.out is None:
-            return NoRecorder()
+            return Unrecorded()
         name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
         command = f"regrow.{verb}(…, out={str(self.out)!r}) in Python"
         return FolderRecorder(self.out, name, command, self.track, write_page=_write_page)

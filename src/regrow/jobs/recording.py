@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,12 +28,39 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EmptyRecord:
-    """A run of which nothing is kept; a stand-in for :class:`regrow.store.run_folder.RunFolder`."""
+class RunStart:
+    """What a run starts from."""
 
-    path: Path
+    identity: Mapping[str, Any]
+    loaded: Loaded | None  # the network before the run; `None`: it is new
+    outside: OutsideTensors | None = None
+    # What the result of a call from Python depends on besides settings, as JSON data; `None`: a command
+    call: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class Unrecorded:
+    """A run of which nothing is kept, as its recorder and its record: a stand-in for a folder.
+
+    ``measured``: whether quality is measured, on another rank, which shares the work of rank 0.
+    """
+
     measured: bool = False
+    path: Path = Path()  # a temporary folder, once it has begun
     kept: ClassVar[bool] = False
+
+    def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Return nothing: there is no earlier run."""
+        return {}
+
+    @contextmanager
+    def begin(self, start: RunStart) -> Iterator["Unrecorded"]:
+        """Yield a record with a temporary folder."""
+        with TemporaryDirectory(prefix="regrow-") as folder:
+            yield replace(self, path=Path(folder))
+
+    def finish(self, record: "Record", seconds: Mapping[str, float]) -> None:
+        """Do nothing."""
 
     def run(self) -> dict[str, Any]:
         """Return nothing."""
@@ -52,40 +79,9 @@ class EmptyRecord:
         """Do nothing."""
 
 
-Record = RunFolder | EmptyRecord
+UNRECORDED = Unrecorded()
+Record = RunFolder | Unrecorded
 """A run while it is carried out."""
-UNRECORDED = EmptyRecord(Path())
-
-
-@dataclass(frozen=True)
-class RunStart:
-    """What a run starts from."""
-
-    identity: Mapping[str, Any]
-    loaded: Loaded | None  # the network before the run; `None`: it is new
-    outside: OutsideTensors | None = None
-    # What the result of a call from Python depends on besides settings, as JSON data; `None`: a command
-    call: Mapping[str, object] | None = None
-
-
-@dataclass(frozen=True)
-class NoRecorder:
-    """Keeps nothing of a run."""
-
-    measured: bool = False
-
-    def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-    @contextmanager
-    def begin(self, start: RunStart) -> Iterator[Record]:
-        """Yield a record without content, and a temporary folder."""
-        with TemporaryDirectory(prefix="regrow-") as folder:
-            yield EmptyRecord(Path(folder), self.measured)
-
-    def finish(self, record: Record, seconds: Mapping[str, float]) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ class FolderRecorder:
         return record.finish(self.write_page, seconds=seconds, stage=describe_stage(record))
 
 
-Recorder = FolderRecorder | NoRecorder
+Recorder = FolderRecorder | Unrecorded
 """Where a run is recorded."""
 
 
@@ -139,7 +135,7 @@ Recorder = FolderRecorder | NoRecorder
 class ActiveRun:
     """A run while it is carried out: where it is recorded, the processes that share it, and seconds per stage."""
 
-    recorder: Recorder = NoRecorder()
+    recorder: Recorder = UNRECORDED
     ranks: ProcessRank = SINGLE
     progress: Progress = silent
     record: Record = UNRECORDED
@@ -185,7 +181,7 @@ class Invocation:
 
     def start(self, settings: "DataclassInstance", model: str, *, undo: bool) -> ActiveRun:
         """Return the run that starts from a network of this name; of several processes, rank 0 has the folder."""
-        recorder: Recorder = NoRecorder(measured=True)
+        recorder: Recorder = Unrecorded(measured=True)
         if self.ranks.leads:
             options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
             command = command_line(settings, *(word for option in options.items() if option[1] for word in option))
