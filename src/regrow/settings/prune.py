@@ -90,10 +90,9 @@ class Settings:
         group=AMOUNT,
     )] = False
     sources: Annotated[tuple[str, ...], Setting(
-        "A text domain: news, code, manual or talk (included), or NAME=PATH for your own file or folder of text; or "
-        "generated: text that the model itself generates, to calibrate on. For image models: digits, or NAME=FOLDER "
-        "with one folder per class. Repeat the option for several domains: a model calibrated on several loses less on "
-        "text of other domains.",
+        "A text domain: news, code, manual or talk (included), NAME=PATH for your own file or folder of text, or "
+        "generated: text of the model itself, to calibrate on. For image models: digits, or NAME=FOLDER with one folder "
+        "per class. Repeatable: a model calibrated on several domains loses less on text of others.",
         option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
     )] = ()
     unseen: Annotated[tuple[str, ...], Setting(
@@ -145,9 +144,8 @@ class Settings:
         group=AFTER, range=Range(0, 10**6), example="1",
     )] = 0
     reconstruct: Annotated[bool, Setting(
-        "After the cut, fit every layer that reads cut units to its own dense output by least squares (with --source "
-        "generated, unless a norm follows it: to what the dense network has there), with what is chosen judged on each "
-        "source in turn, left out of the fit (of a single source: on held-out text).",
+        "After the cut, fit every layer that reads cut units to its dense output by least squares; the ridge is judged "
+        "on each source in turn, left out of the fit (of a single source: on held-out text).",
         group=AFTER,
     )] = False
     reconstruct_tokens: Annotated[int, Setting(
