@@ -91,7 +91,7 @@ class Settings:
     )] = False
     sources: Annotated[tuple[str, ...], Setting(
         "A text domain: news, code, manual or talk (included), NAME=PATH for your own file or folder of text, or "
-        "generated: text of the model itself, to calibrate on. For image models: digits, or NAME=FOLDER with one folder "
+        "generated: text of the model itself, to calibrate on. For image models: digits, or NAME=FOLDER with a folder "
         "per class. Repeatable: a model calibrated on several domains loses less on text of others.",
         option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
     )] = ()
