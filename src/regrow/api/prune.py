@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -107,9 +106,7 @@ def prune(
     size, timing = _choose_size(keep, target, smaller), budget.pop("timing", None)
     call = _PruneCall(given, _describe(given, method, settings or {}, size, budget, reconstruct), timing, place, memory)
     with visible(progress) as shown:
-        result = carry_out(
-            call.settings, partial(call.open, shown), ActiveRun(place.recorder("prune", model), progress=shown)
-        )
+        result = carry_out(call.settings, call.open, ActiveRun(place.recorder("prune", model), progress=shown))
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan
@@ -125,11 +122,11 @@ class _PruneCall:
     place: Destination
     memory: str
 
-    def open(self, progress: Progress, run: ActiveRun) -> PruneInputs:
+    def open(self, run: ActiveRun) -> PruneInputs:
         """Open the network and read the data."""
-        if self.memory and (streamed := self._open_streamed(progress)) is not None:
+        if self.memory and (streamed := self._open_streamed(run.progress)) is not None:
             return streamed
-        inputs = self.given.read(progress, generates=True)
+        inputs = self.given.read(run.progress, generates=True)
         with run.stage("trace"):
             axes = inputs.trace() if self.given.axes is None else self.given.axes
         return self._complete(inputs, WholeNetwork(loaded_of(inputs)), axes)
