@@ -18,8 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from regrow.core.names import names_code
 
-GROUP = "regrow.methods"
-"""The group of entry points by which packages add methods."""
+GROUP = "regrow.methods"  # the group of entry points by which packages add methods
 
 
 class MethodKind(StrEnum):
@@ -133,6 +132,7 @@ class MethodTable(Mapping[str, MethodEntry]):
         return len(self._names)
 
 
+# All methods of this package, by kind and name.
 TABLES: Mapping[MethodKind, MethodTable] = {
     MethodKind.PRUNING: MethodTable(
         MethodKind.PRUNING,
@@ -153,9 +153,8 @@ TABLES: Mapping[MethodKind, MethodTable] = {
     MethodKind.SEARCH: MethodTable(MethodKind.SEARCH, "mgas", "blind", "darts", "gold_nas"),
     MethodKind.RECOVERY: MethodTable(MethodKind.RECOVERY, "bias", "refit", "lora", "distil"),
 }
-"""All methods of this package, by kind and name."""
+# The methods of pruning, continual learning, architecture search, and recovery.
 METHODS, LEARNERS, SEARCHERS, RECOVERIES = (TABLES[kind] for kind in MethodKind)
-"""The methods of pruning, continual learning, architecture search, and recovery."""
 
 
 def find_method(kind: MethodKind | None, name: str) -> MethodEntry:

@@ -61,8 +61,8 @@ def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis
     return tuple(name for name in bare if takes_constant(model, name, held))
 
 
+# ``id`` of a parameter → path and module of each that holds it.
 Holders = Mapping[int, Sequence[tuple[str, nn.Module]]]
-"""``id`` of a parameter → path and module of each that holds it."""
 
 
 def holders(model: nn.Module) -> Holders:

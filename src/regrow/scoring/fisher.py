@@ -21,8 +21,7 @@ from regrow.core.sources import Batch, logits_in
 from regrow.scoring.watch import Feed, rows_of
 from regrow.scoring.weights import Reader
 
-ENTRIES = 1 << 22
-"""Entries of the logits whose probabilities are in memory at a time, in float32."""
+ENTRIES = 1 << 22  # entries of the logits whose probabilities are in memory at a time, in float32
 
 
 class MaskGradients(Feed):

@@ -15,14 +15,11 @@ from regrow.scoring.gradients import evaluation_mode, trunk_of
 from regrow.scoring.watch import Feed, rows_of
 from regrow.scoring.weights import Reader, readers
 
-ROWS = 4096
-"""The number of rows summed at a time in float32."""
+ROWS = 4096  # the number of rows summed at a time in float32
+# The most bytes of sums that are kept at a time; layers beyond it are measured in another pass over the data.
 LIMIT = 2 * 2**30
-"""The most bytes of sums that are kept at a time; layers beyond it are measured in another pass over the data."""
-WIDEST = 16384
-"""The most inputs of a layer whose products are summed: those of more take over 2 GiB."""
-ORDERING = 4
-"""How many matrices of the size of a layer's sums ordering its units takes, beside the sums."""
+WIDEST = 16384  # the most inputs of a layer whose products are summed: those of more take over 2 GiB
+ORDERING = 4  # how many matrices of the size of a layer's sums ordering its units takes, beside the sums
 
 
 @dataclass
@@ -30,18 +27,12 @@ class Gram:
     """Sums over the inputs x of a layer, from which a constant c near their mean is subtracted.
 
     Without it, float32 would lose the variance of inputs that hardly vary beside their mean.
-
-    Args:
-        products: Σ (x − c) (x − c)ᵀ, ``[k, k]`` float64.
-        total: Σ (x − c), ``[k]`` float64.
-        constant: c, the mean of the first inputs, ``[k]`` float64.
-        rows: The number of inputs.
     """
 
-    products: Tensor
-    total: Tensor
-    constant: Tensor
-    rows: int = 0
+    products: Tensor  # σ (x − c) (x − c)ᵀ, `[k, k]` float64
+    total: Tensor  # σ (x − c), `[k]` float64
+    constant: Tensor  # c, the mean of the first inputs, `[k]` float64
+    rows: int = 0  # the number of inputs
 
     @classmethod
     def empty(cls, width: int, device: torch.device) -> "Gram":

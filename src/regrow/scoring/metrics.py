@@ -17,10 +17,8 @@ from regrow.scoring.spaces import OUTER_BLOCKS, normalise, standardise
 from regrow.scoring.weights import CachedColumns, Reader, columns, readers, scorable, tensors
 
 Units = Sequence[Axis] | None
-SHARE = 0.1
-"""The least fraction of its axis's total energy from which a unit is called massive."""
-FEWEST = 16
-"""Axes with fewer units are not searched for massive ones: a large fraction is nothing special there."""
+SHARE = 0.1  # the least fraction of its axis's total energy from which a unit is called massive
+FEWEST = 16  # axes with fewer units are not searched for massive ones: a large fraction is nothing special there
 
 
 def wanda_sp(
@@ -179,6 +177,7 @@ def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
     return Scores(values, "random")
 
 
+# Name → (metric, the statistics that it needs).
 METRICS: Mapping[str, tuple[Callable[..., Scores], Need]] = {
     "wifv": (wifv, Need.ACTIVATIONS),
     "wanda_sp": (wanda_sp, Need.ACTIVATIONS),
@@ -186,23 +185,17 @@ METRICS: Mapping[str, tuple[Callable[..., Scores], Need]] = {
     "fisher": (fisher, Need.FISHER),
     "magnitude": (magnitude, Need.WEIGHTS),
 }
-"""Name → (metric, the statistics that it needs)."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """Settings of a pruning baseline that another method can wrap: its metric, allocation and protected blocks.
+    """Settings of a pruning baseline that another method can wrap: its metric, allocation and protected blocks."""
 
-    Args:
-        metric: Its name in :data:`METRICS`.
-        allocation: The name of its allocation in :data:`regrow.allocation.ALLOCATIONS`.
-        options: Keyword arguments of the metric; without any, its scores are z-scored per axis.
-        spare: The fractions of blocks at the beginning and at the end of the network that are not pruned.
-    """
-
-    metric: str
-    allocation: str
+    metric: str  # its name in :data:`METRICS`
+    allocation: str  # the name of its allocation in :data:`regrow.allocation.ALLOCATIONS`
+    # Keyword arguments of the metric; without any, its scores are z-scored per axis.
     options: Mapping[str, str] = field(default_factory=dict)
+    # The fractions of blocks at the beginning and at the end of the network that are not pruned.
     spare: tuple[float, float] = (0.0, 0.0)
 
     def score(self, weights: Tensors, axes: AxisGraph, statistics: Statistics | None, units: Sequence[Axis]) -> Scores:
@@ -211,6 +204,7 @@ class Base:
         return scores if self.options else normalise(scores, "zscore")
 
 
+# Name of a pruning method → its settings as a baseline that can be wrapped.
 BASES: Mapping[str, Base] = {
     "flap": Base("wifv", "ranked", {"pool": "standardised"}),
     "wanda_sp": Base("wanda_sp", "uniform", {"pool": "standardised"}),
@@ -218,7 +212,6 @@ BASES: Mapping[str, Base] = {
     "magnitude": Base("magnitude", "uniform"),
     "fisher": Base("fisher", "uniform", spare=OUTER_BLOCKS),
 }
-"""Name of a pruning method → its settings as a baseline that can be wrapped."""
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,12 @@ from torch import Tensor
 from regrow.core.axes import Axis
 from regrow.core.scores import Scores, Statistics, Tensors, merged
 
-Row = dict[str, str | int | float]
-"""A row of a table in a report: column → value."""
+Row = dict[str, str | int | float]  # a row of a table in a report: column → value
 
-FEW = 16
-"""Axes with fewer units than this are ranked together with others of their kind: three ranks say little."""
-SHUFFLES = 20
-"""How often shards are shuffled for the null distribution of :func:`spectrum`."""
+FEW = 16  # axes with fewer units than this are ranked together with others of their kind: three ranks say little
+SHUFFLES = 20  # how often shards are shuffled for the null distribution of :func:`spectrum`
+# The fractions of the blocks, at the beginning and at the end, that several methods leave unpruned by default.
 OUTER_BLOCKS = (0.125, 0.0625)
-"""The fractions of the blocks, at the beginning and at the end, that several methods leave unpruned by default."""
 
 
 def standardise(values: Tensor) -> Tensor:
@@ -54,16 +51,10 @@ def normalise(scores: Scores, how: str) -> Scores:
 
 @dataclass(frozen=True)
 class Space:
-    """A ranking space: units ranked against each other, of one axis or of several small axes of one kind.
+    """A ranking space: units ranked against each other, of one axis or of several small axes of one kind."""
 
-    Args:
-        label: The kind of units (``Axis.label``).
-        keys: The axes, in the order of the network.
-        sizes: How many units each has.
-    """
-
-    label: str
-    keys: tuple[str, ...]
+    label: str  # the kind of units, `Axis.label`
+    keys: tuple[str, ...]  # the axes, in the order of the network
     sizes: tuple[int, ...]
 
     @property
@@ -106,16 +97,17 @@ def spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
     )
 
 
-def inner(units: Sequence[Axis], first: float, last: float) -> list[Axis]:
+def inner(units: Sequence[Axis], spare: tuple[float, float]) -> list[Axis]:
     """Return the axes that lie neither in the first nor in the last blocks of the network.
 
-    ``first`` and ``last`` are fractions of the blocks; a block is the first number in a tensor's dotted name. Axes that
-    lie in no block are always returned.
+    ``spare`` are their fractions of the blocks; a block is the first number in a tensor's dotted name. Axes that lie in
+    no block are always returned.
 
     >>> from regrow.core.axes import Axis
-    >>> [axis.key for axis in inner([Axis(key, 4, ()) for key in ("h.0.w", "h.1.w", "h.2.w", "head")], 0.4, 0.0)]
+    >>> [axis.key for axis in inner([Axis(key, 4, ()) for key in ("h.0.w", "h.1.w", "h.2.w", "head")], (0.4, 0.0))]
     ['h.1.w', 'h.2.w', 'head']
     """
+    first, last = spare
     matches = [re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units]
     blocks = sorted({int(match[1]) for match in matches if match})
     chosen = blocks[round(first * len(blocks)) : len(blocks) - round(last * len(blocks))]
@@ -129,17 +121,11 @@ def within(values: Tensors, among: Sequence[Space], each: Callable[[Tensor], Ten
 
 @dataclass(frozen=True)
 class Ranks:
-    """The importance rank of every unit on every source, and on every shard of each source.
+    """The importance rank of every unit on every source, and on every shard of each source."""
 
-    Args:
-        sources: The names of the M sources.
-        whole: Axis key → ``[M, size]``: ranks by the scores on whole sources.
-        shards: Axis key → ``[M, S, size]``: ranks by the scores on each of the S shards of a source.
-    """
-
-    sources: tuple[str, ...]
-    whole: Tensors
-    shards: Tensors
+    sources: tuple[str, ...]  # M names
+    whole: Tensors  # axis key → ranks by the scores on whole sources, [M, size]
+    shards: Tensors  # axis key → ranks by the scores on each of the S shards of a source, [M, S, size]
 
 
 def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space]) -> Ranks:
@@ -155,25 +141,14 @@ def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence
     return Ranks(tuple(scores), within(whole, among, percentile), within(parts, among, percentile))
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """How much each unit's rank varies between sources.
-
-    Args:
-        sigma: Axis key → the standard deviation of the rank over sources, ``[size]`` float64.
-    """
-
-    sigma: Tensors
-
-
-def sensitivity(ranking: Ranks) -> Sensitivity:
-    """Compute how much each unit's rank varies between sources: the standard deviation (ddof = 1) of its ranks.
+def sensitivity(ranking: Ranks) -> dict[str, Tensor]:
+    """Return how much each unit's rank varies: axis key → its standard deviation over sources, ``[size]`` float64.
 
     Source: GPrune-LLM (arXiv 2603.13418), ranking variance across data sets.
     """
     if len(ranking.sources) < 2:
         raise ValueError(f"sensitivity compares sources; there is only {ranking.sources}")
-    return Sensitivity({key: value.std(0) for key, value in ranking.whole.items()})
+    return {key: value.std(0) for key, value in ranking.whole.items()}
 
 
 def share_of(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
@@ -245,19 +220,12 @@ def _off_diagonal(square: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """Scores, ranks and sensitivity of units, computed from a given set of sources.
+    """Scores, ranks and sensitivity of units, computed from a given set of sources."""
 
-    Args:
-        pooled: The statistics of the sources, summed.
-        scores: The scores by the pooled statistics.
-        ranks: The ranks on each source and shard.
-        spread: How much the ranks differ between the sources.
-    """
-
-    pooled: Statistics
-    scores: Scores
+    pooled: Statistics  # summed over the sources
+    scores: Scores  # by the pooled statistics
     ranks: Ranks
-    spread: Sensitivity
+    sigma: Tensors  # how much the ranks vary between the sources
 
 
 def views(

@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_map_only
 from regrow.core.scores import Moments
 from regrow.core.sources import Batch, visible_positions
 
-Operands = tuple[Any, Any, int]
-"""A weight, the input it is contracted with, and which dimension of the input that is."""
+Operands = tuple[Any, Any, int]  # a weight, the input it is contracted with, and which dimension of the input that is
 
 
 def _layers(func: Callable[..., Any], x: Tensor, state: Any, params: Sequence[Tensor], *how: Any) -> Iterator[Operands]:
@@ -47,10 +46,9 @@ def _cell(x: Tensor, state: Any, inner: Tensor, back: Tensor, *_: Any) -> Iterat
     yield back, state[0] if isinstance(state, list | tuple) else state, -1
 
 
+# Entries summed at a time on a CPU: a chunk in float32 fits the cache, so half precision costs no extra memory.
 CHUNK = 1 << 18
-"""Entries summed at a time on a CPU: a chunk in float32 fits the cache, so half precision costs no extra memory."""
-GROUP = 64
-"""How many columns a kernel sums side by side."""
+GROUP = 64  # how many columns a kernel sums side by side
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Operands]:
@@ -80,6 +78,7 @@ _CONVOLUTIONS = (
     torch.conv_transpose3d,
 )
 Table = dict[Callable[..., Any], Callable[..., Iterator[Operands]]]
+# Function → the (weight, input, dimension) triples that a call of it contracts.
 CONTRACTIONS: Table = {
     F.linear: _linear,
     **dict.fromkeys(_MATMULS, _matmul),
@@ -87,12 +86,11 @@ CONTRACTIONS: Table = {
     **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
     **dict.fromkeys(_CONVOLUTIONS, _conv),
 }
-"""Function → the (weight, input, dimension) triples that a call of it contracts."""
+# The same inside recurrent layers. The projection of ``proj_size`` is not covered.
 RECURRENT: Table = {
     **{func: partial(_layers, func) for func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _cell),
 }
-"""The same inside recurrent layers. The projection of ``proj_size`` is not covered."""
 _EVERYWHERE = CONTRACTIONS | RECURRENT
 
 

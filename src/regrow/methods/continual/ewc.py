@@ -37,15 +37,11 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class EwcState:
-    """The state of EWC between tasks, by parameter name.
+    """The state of EWC between tasks, by parameter name."""
 
-    Args:
-        fisher: The diagonal of the Fisher information, summed over tasks (with ``decay``).
-        anchor: The parameters at the end of the last task.
-    """
-
+    # The diagonal of the Fisher information, summed over tasks (with `decay`).
     fisher: Mapping[str, AxisTensor] = field(default_factory=dict)
-    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)
+    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)  # the parameters at the end of the last task
 
 
 def build(settings: Settings) -> Learner[EwcState]:

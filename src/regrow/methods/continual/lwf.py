@@ -37,17 +37,11 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class LwfState:
-    """The state of LwF: the teacher, that is the network before the current task, and the classes seen.
+    """The state of LwF: the teacher, that is the network before the current task, and the classes seen."""
 
-    Args:
-        old: The teacher's parameters and buffers, by name.
-        known: The classes of earlier tasks.
-        seen: The classes of all tasks up to the current one.
-    """
-
-    old: Mapping[str, AxisTensor] = field(default_factory=dict)
-    known: list[int] = field(default_factory=list)
-    seen: list[int] = field(default_factory=list)
+    old: Mapping[str, AxisTensor] = field(default_factory=dict)  # the teacher's parameters and buffers, by name
+    known: list[int] = field(default_factory=list)  # the classes of earlier tasks
+    seen: list[int] = field(default_factory=list)  # the classes of all tasks up to the current one
 
 
 def build(settings: Settings) -> Learner[LwfState]:

@@ -38,17 +38,12 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class PackNetState:
-    """The state of PackNet, by name of a weight.
+    """The state of PackNet, by name of a weight."""
 
-    Args:
-        owner: The number of the task that owns each entry, from 1; 0 for free entries.
-        pruned: Whether the current task has pruned already.
-        before: The weights before the step.
-    """
-
+    # The number of the task that owns each entry, from 1; 0 for free entries.
     owner: Mapping[str, AxisTensor] = field(default_factory=dict)
-    pruned: bool = False
-    before: Mapping[str, Tensor] = derived(dict)
+    pruned: bool = False  # whether the current task has pruned already
+    before: Mapping[str, Tensor] = derived(dict)  # the weights before the step
 
 
 def build(settings: Settings) -> Learner[PackNetState]:

@@ -42,21 +42,13 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class ReplayState:
-    """The replay memory, and counters for its sampling.
+    """The replay memory, and counters for its sampling."""
 
-    Args:
-        inputs: The stored inputs, ``[examples, ...]``; ``None`` while the memory is empty.
-        labels: Their labels, ``[examples]``.
-        logits: The network's logits when they were stored, ``[examples, classes]``.
-        seen: The number of examples offered to the memory.
-        recalled: The number of times that examples were drawn from it.
-    """
-
-    inputs: AxisTensor | None = None
-    labels: AxisTensor | None = None
-    logits: AxisTensor | None = None
-    seen: int = 0
-    recalled: int = 0
+    inputs: AxisTensor | None = None  # the stored inputs, `[examples, ...]`; `None` while the memory is empty
+    labels: AxisTensor | None = None  # their labels, `[examples]`
+    logits: AxisTensor | None = None  # the network's logits when they were stored, `[examples, classes]`
+    seen: int = 0  # the number of examples offered to the memory
+    recalled: int = 0  # the number of times that examples were drawn from it
 
     @property
     def rows(self) -> dict[str, AxisTensor | None]:

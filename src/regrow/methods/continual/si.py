@@ -35,19 +35,13 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class SiState:
-    """The state of synaptic intelligence, by parameter name.
+    """The state of synaptic intelligence, by parameter name."""
 
-    Args:
-        weight: Ω, the importance to earlier tasks.
-        path: w, the path integral in the current task: how much the parameter has reduced the loss.
-        anchor: θ*, the values at the start of the current task.
-        last: The values after the last step.
-    """
-
-    weight: Mapping[str, AxisTensor] = field(default_factory=dict)
+    weight: Mapping[str, AxisTensor] = field(default_factory=dict)  # Ω, the importance to earlier tasks
+    # w, the path integral in the current task: how much the parameter has reduced the loss.
     path: Mapping[str, AxisTensor] = field(default_factory=dict)
-    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)
-    last: Mapping[str, AxisTensor] = field(default_factory=dict)
+    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)  # θ*, the values at the start of the current task
+    last: Mapping[str, AxisTensor] = field(default_factory=dict)  # the values after the last step
 
 
 def build(settings: Settings) -> Learner[SiState]:

@@ -40,19 +40,13 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class WsnState:
-    """The state of winning subnetworks, by name of a weight.
+    """The state of winning subnetworks, by name of a weight."""
 
-    Args:
-        score: The learned scores, of the weight's shape.
-        used: Which entries any finished task uses.
-        mask: Which entries one task uses; the key is ``"NUMBER NAME"``, with the task's number from 0.
-        before: The weights when the task started, or the run was resumed.
-    """
-
-    score: Mapping[str, AxisTensor] = field(default_factory=dict)
-    used: Mapping[str, AxisTensor] = field(default_factory=dict)
+    score: Mapping[str, AxisTensor] = field(default_factory=dict)  # the learned scores, of the weight's shape
+    used: Mapping[str, AxisTensor] = field(default_factory=dict)  # which entries any finished task uses
+    # Which entries one task uses; the key is `"NUMBER NAME"`, with the task's number from 0.
     mask: Mapping[str, AxisTensor] = field(default_factory=dict)
-    before: Mapping[str, Tensor] = derived(dict)
+    before: Mapping[str, Tensor] = derived(dict)  # the weights when the task started, or the run was resumed
 
 
 def build(settings: Settings) -> Learner[WsnState]:

@@ -17,13 +17,13 @@ from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.spaces import inner
 from regrow.surgery.gate import gate_inputs, gates_of
 
+# How many labels of each source (without labels: examples) the losses are measured on, in whole batches.
 LABELS = 2000
-"""How many labels of each source (without labels: examples) the losses are measured on, in whole batches."""
 ALL, INNER, RANKED = "all blocks pruned", "first and last blocks unpruned", "one ranking of all units"
 
 
+# Name of an allocation → the scores that it follows from, and a function that makes it.
 Candidates = dict[str, tuple[Scores, Callable[[], Kept]]]
-"""Name of an allocation → the scores that it follows from, and a function that makes it."""
 
 
 def uniform_candidates(task: PruningTask, scores: Scores, spare: tuple[float, float], minimum: int) -> Candidates:
@@ -31,7 +31,7 @@ def uniform_candidates(task: PruningTask, scores: Scores, spare: tuple[float, fl
 
     Source: ours; leaving outer blocks unpruned is from LLM-Pruner (arXiv 2305.11627).
     """
-    some = inner(task.units, *spare)
+    some = inner(task.units, spare)
     sets = {ALL: task.units}
     if not task.budget.regular and len(some) < len(task.units):
         sets = {INNER: some, **sets}

@@ -13,7 +13,7 @@ from torch import Tensor
 from regrow.core.plan import Plan
 from regrow.core.scores import Moments, Need, Statistics
 from regrow.methods.recovery.task import Recovery, RecoveryTask, StreamedPair, set_bias
-from regrow.scoring.collect import collect
+from regrow.scoring.collect import CollectionRun, collect
 from regrow.scoring.compensate import means, uncompensated
 from regrow.surgery.compensate import bias_of, offsets
 from regrow.surgery.layout import plan_layouts
@@ -74,10 +74,12 @@ def _measured(task: RecoveryTask) -> Statistics:
         for name, total in totals.items():
             blank = torch.zeros_like(total)
             sums[name] = Moments(stored["counts"][name], total, blank, 0, blank, blank)
-    visits = task.streamed.dense if task.streamed else None
-    report = lambda name, done, total: task.progress(done, total, f"measuring {name}")  # noqa: E731
+    run = CollectionRun(
+        visits=task.streamed.dense if task.streamed else None,
+        progress=lambda name, done, total: task.progress(done, total, f"measuring {name}"),
+    )
     for number, source in enumerate(task.sources[first:], first + 1):
-        measured = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, visits=visits, progress=report)
+        measured = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, run=run)
         (shard,) = measured[source.name]
         sums = {name: sums[name] + moments if name in sums else moments for name, moments in shard.moments.items()}
         counts = {name: moments.count for name, moments in sums.items()}

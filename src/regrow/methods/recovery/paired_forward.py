@@ -25,31 +25,22 @@ from regrow.streaming.network import Around
 ADDITIONS = frozenset(
     {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
 )
+# Names of tensor methods that read the shape or layout of a tensor and not its numbers.
 _SHAPE_METHODS = frozenset(
     {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "element_size"}
 )
-"""Names of tensor methods that read the shape or layout of a tensor and not its numbers."""
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A watched layer that has run, and whose output is about to be used for the first time.
+    """A watched layer that has run, and whose output is about to be used for the first time."""
 
-    Args:
-        name: The name of its weight.
-        value: The input of the layer.
-        dim: The dimension of the input that is contracted with the weight, negative: from the end.
-        output: The output of the layer; writing into it changes what the network goes on with.
-        again: Computes the output again, with the current weight.
-        other: The tensor that is added to the output, if that is its first use; else ``None``.
-    """
-
-    name: str
-    value: Tensor
-    dim: int
-    output: Tensor
-    again: Callable[[], Tensor]
-    other: Tensor | None = None
+    name: str  # the name of its weight
+    value: Tensor  # the input of the layer
+    dim: int  # the dimension of the input that is contracted with the weight, negative: from the end
+    output: Tensor  # the output of the layer; writing into it changes what the network goes on with
+    again: Callable[[], Tensor]  # computes the output again, with the current weight
+    other: Tensor | None = None  # the tensor that is added to the output, if that is its first use; else `None`
 
 
 class LayerCalls(TorchFunctionMode):
@@ -66,8 +57,8 @@ class LayerCalls(TorchFunctionMode):
         super().__init__()
         self.watched, self.handle = watched, handle
         self.waiting: dict[int, LayerCall] = {}
+        # ``id`` of a view → ``id`` of the output that it is a view of, and the view.
         self.views: dict[int, tuple[int, Tensor]] = {}
-        """``id`` of a view → ``id`` of the output that it is a view of, and the view."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -126,9 +117,10 @@ class LayerCalls(TorchFunctionMode):
                 call = replace(call, other=other)
         self.handle(call)
 
-    def finish(self) -> None:
-        """Call :meth:`handle` for the watched layers whose outputs were never used, once a forward pass has ended."""
-        while self.waiting:
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        """Call :meth:`handle` for the watched layers whose outputs were never used, unless the pass has failed."""
+        super().__exit__(kind, value, trace)
+        while self.waiting and kind is None:
             first = next(iter(self.waiting))
             self.views = {at: one for at, one in self.views.items() if one[0] != first}
             self.handle(self.waiting.pop(first))
@@ -171,9 +163,9 @@ class LayerOutputs:
             self._early[key] = output, other
         return self._early.pop((number, name))
 
-    def offer(self, number: int, name: str, output: Tensor, other: Tensor | None) -> None:
+    def _offer(self, number: int, call: LayerCall) -> None:
         """Hand over a layer's output, from a thread, wait for the next request, and let the others go first."""
-        self._queue.put(((number, name), output, other))
+        self._queue.put(((number, call.name), call.output, call.other))
         self._wait()
         self._turns.wait(number)
 
@@ -184,10 +176,8 @@ class LayerOutputs:
 
     @contextmanager
     def _offering(self, number: int, watched: Mapping[int, str]) -> Iterator[None]:
-        mode = LayerCalls(watched, lambda call: self.offer(number, call.name, call.output, call.other))
-        with mode, torch.no_grad():
+        with torch.no_grad(), LayerCalls(watched, lambda call: self._offer(number, call)):
             yield
-        mode.finish()
 
     def _run(self, run: Callable[[Around, Turns], object]) -> None:
         try:

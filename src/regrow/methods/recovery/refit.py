@@ -60,8 +60,8 @@ CITATION = (
     "regrow's own; after the least-squares reconstruction of He et al., Channel Pruning, ICCV 2017, arXiv:1707.06168"
 )
 TARGETS = ("auto", "own", "dense", "residual")
+# The largest relative root mean square error at which the dense network with the cut layers counts as the cut one.
 CLOSE = 0.01
-"""The largest relative root mean square error at which the dense network with the cut layers counts as the cut one."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,6 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         batches = join_all(parts) if keeps_state(task.model, state) else regroup(parts)
         named = {layer.name: layer for layer in layers}
         work = RefitWork(task, named, candidates, batches, dict(task.model.named_parameters()))
-        work.changed = task.streamed.changed if task.streamed else None
         no_stream = settings.target == "residual" and bool(layers) and not added
         wanted = "auto" if no_stream else settings.target.replace("residual", "dense")
         problem = "" if wanted == "dense" else _explain_mismatch(work, left_out, first)

@@ -17,25 +17,19 @@ from regrow.methods.recovery.solve import RidgeCandidates, Sums
 from regrow.methods.recovery.task import ChangedTensors, RecoveryTask
 from regrow.surgery.compensate import bias_of
 
-SECONDS = 60.0
-"""The longest time between two checkpoints, in seconds, as long as layers are handled."""
+SECONDS = 60.0  # the longest time between two checkpoints, in seconds, as long as layers are handled
+# The fewest elements of inputs (tokens of text) that run together, unless there are fewer in all; and into how many
+# batches the data are divided at most.
 ELEMENTS, BATCHES = 2048, 16
-"""The fewest elements of inputs (tokens of text) that run together, unless there are fewer in all; and into how many
-batches the data are divided at most."""
-_OWN = ("_parameters", "_buffers", "_modules")
-"""The attributes of a module that hold its parts."""
+_OWN = ("_parameters", "_buffers", "_modules")  # the attributes of a module that hold its parts
 
 
 @dataclass(frozen=True)
 class FitBatch:
-    """Text or images that run through the networks together, and the parts of the data that they belong to.
+    """Text or images that run through the networks together, and the parts of the data that they belong to."""
 
-    Args:
-        batch: The inputs.
-        parts: Per stretch of the batch, in order, the number of its part, and the number of its last example, from 1.
-    """
-
-    batch: Batch
+    batch: Batch  # the inputs
+    # Per stretch of the batch, in order, the number of its part, and the number of its last example, from 1.
     parts: tuple[tuple[int, int], ...]
 
 
@@ -115,19 +109,12 @@ def check_lengths(batches: Iterable[Batch]) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to refit, and which of the dense layer's inputs and outputs it still has.
+    """A layer to refit, and which of the dense layer's inputs and outputs it still has."""
 
-    Args:
-        name: The name of its weight.
-        dim: The dimension of the weight along which its inputs lie.
-        kept: The indices of the dense layer's inputs that the cut layer has.
-        rows: The indices of the dense layer's outputs that the cut layer has; ``None``: all.
-    """
-
-    name: str
-    dim: int
-    kept: Tensor
-    rows: Tensor | None
+    name: str  # the name of its weight
+    dim: int  # the dimension of the weight along which its inputs lie
+    kept: Tensor  # the indices of the dense layer's inputs that the cut layer has
+    rows: Tensor | None  # the indices of the dense layer's outputs that the cut layer has; `None`: all
 
 
 class LayerOrderError(BaseException):
@@ -139,30 +126,23 @@ class LayerOrderError(BaseException):
 
 @dataclass
 class RefitWork:
-    """The progress of a refit over all layers.
-
-    Args:
-        task: The two networks.
-        layers: Weight name → the layer.
-        candidates: What is tried for each layer.
-        batches: All the text or images.
-        own: The parameters of the cut network.
-        records: Per finished layer, in the order in which they run, :meth:`RidgeCandidates.record`.
-        changed: Where each layer is kept once it is solved, if the networks are larger than memory: ``own`` holds the
-            parameters of the present block alone. ``None``: all are in memory, and kept in the task's checkpoint.
-    """
+    """The progress of a refit over all layers."""
 
     task: RecoveryTask
     layers: Mapping[str, Layer]
     candidates: RidgeCandidates
     batches: Sequence[FitBatch]
-    own: Mapping[str, nn.Parameter]
-    records: list[dict[str, Any]] = field(default_factory=list)
-    changed: ChangedTensors | None = None
+    own: Mapping[str, nn.Parameter]  # the parameters of the cut network; if it is streamed, of the present block alone
+    records: list[dict[str, Any]] = field(default_factory=list)  # per finished layer, in the order in which they run
     _sums: dict[int, Sums] = field(default_factory=dict)
     _reached: list[str] = field(default_factory=list)
     _added: int = 0
     _written: float = field(default_factory=time.monotonic)
+
+    @property
+    def changed(self) -> ChangedTensors | None:
+        """Where each layer is kept once it is solved, if the networks are larger than memory; else the checkpoint."""
+        return self.task.streamed.changed if self.task.streamed else None
 
     @property
     def refitted(self) -> set[str]:

@@ -30,8 +30,8 @@ from regrow.training.schedule import NO_AXES, OptimizerSettings, Schedule, sourc
 from regrow.training.state import TrainState
 
 FORMAT, CHANGED_FORMAT = "regrow-recovery/1", "regrow-changed/1"
+# What the record of a layer that refit has solved has, as far as a resumed refit reads it.
 REFIT_FIELDS = ("weight", "ridge")
-"""What the record of a layer that refit has solved has, as far as a resumed refit reads it."""
 
 
 class ChangedTensors:
@@ -86,19 +86,12 @@ class ChangedTensors:
 
 @dataclass(frozen=True, eq=False)
 class StreamedPair:
-    """The two networks of a recovery, each with one block in memory at a time.
+    """The two networks of a recovery, each with one block in memory at a time."""
 
-    Args:
-        dense: The network before the cut.
-        model: The network after the cut, as it was before the recovery.
-        changed: What the recovery has made of its tensors.
-        lacking: Why memory has no room for a block of both at a time, and what to do; empty: it has.
-    """
-
-    dense: StreamedNetwork
-    model: StreamedNetwork
-    changed: ChangedTensors
-    lacking: str = ""
+    dense: StreamedNetwork  # the network before the cut
+    model: StreamedNetwork  # the network after the cut, as it was before the recovery
+    changed: ChangedTensors  # what the recovery has made of its tensors
+    lacking: str = ""  # why memory has no room for a block of both at a time, and what to do; empty: it has
 
 
 @dataclass(frozen=True)
@@ -167,8 +160,8 @@ class RecoveryTask:
         return record.step, tensors, record.values
 
 
+# Changes a task's network in place, and returns a summary as JSON data.
 Recovery = Callable[[RecoveryTask], dict[str, object]]
-"""Changes a task's network in place, and returns a summary as JSON data."""
 
 
 def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
@@ -184,8 +177,7 @@ def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
             old.copy_(value)
 
 
-SECONDS = 120.0
-"""The longest time between two checkpoints, in seconds; one is also written after every evaluation."""
+SECONDS = 120.0  # the longest time between two checkpoints, in seconds; one is also written after every evaluation
 
 
 def fit_recovery(

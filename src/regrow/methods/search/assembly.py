@@ -1,61 +1,60 @@
-"""The base of search methods: hooks of the training loop, and log rows, that all share."""
+"""The base of search methods: masks, hooks of the training loop, and log rows, that all share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from regrow.allocation.gates import GateMasks
 from regrow.core.amounts import short
+from regrow.core.axes.axis import AxisTensor
+from regrow.core.candidates import Staged, candidates_in
+from regrow.core.plan import Plan
+from regrow.core.sources import device_of
 from regrow.core.tasks import Examples
 from regrow.data.augment import is_images, shift_and_flip
 from regrow.evaluation.continual import mean_score
-from regrow.methods.search.commit import Commit, account_plan
 from regrow.methods.search.space import (
     GRANULARITIES,
-    Rules,
+    Savings,
     SearchSpace,
-    check_space,
-    mask_parameters,
+    SearchState,
+    build_layout,
+    iterate_spans,
     measure_masked,
-    measure_size,
-    start_search,
-    update_layout,
+    measure_whole,
+    scale_candidates,
 )
-from regrow.methods.search.state import SearchState
 from regrow.surgery.gate import parametrize
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step, task_loss
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step, flags_along, task_loss
+
+Commit = tuple[Plan | None, SearchState]  # a plan (``None``: no change), and the state after it was made
 
 
-class Search(Rules, ABC):
-    """A search method; subclasses override the hooks of :class:`regrow.training.learner.Learner` that they need.
+class Search(ABC):
+    """A search method; subclasses override the hooks of :class:`regrow.training.learner.Learner` that they need."""
 
-    Args:
-        s: The method's settings, a dataclass.
-        space: What the search may remove.
-    """
-
-    needs_epochs = True
-    """Whether the search has to be trained."""
-    shrinks = False
-    """Whether masks remove more and more in training, so that the network's size differs after each epoch."""
-    stage_share = 1.0
-    """The fraction of its operations that a part of the network is expected to have after its stage."""
-    masked: tuple[str, ...] = GRANULARITIES
-    """The granularities whose masks need memory in a step."""
+    needs_epochs = True  # whether the search has to be trained
+    shrinks = False  # whether masks remove more and more in training, so that the size differs after each epoch
+    stage_share = 1.0  # the fraction of its operations that a part of the network is expected to have after its stage
+    masked: tuple[str, ...] = GRANULARITIES  # the granularities whose masks need memory in a step
+    fills_with_bare = True  # whether a commit that would remove too much may also take back operations without weights
+    trains_thresholds = False
     second_share = 0.0
     restores = False
 
     def __init__(self, s: Any, space: SearchSpace) -> None:
-        super().__init__(space)
+        self.space = space
         self.settings: Mapping[str, Any] = asdict(s)
 
     def check(self, context: Context) -> None:
         """Raise ValueError for a search that cannot succeed."""
-        check_space(self.space, context)
+        self.space.check(context)
 
     @abstractmethod
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
@@ -77,9 +76,62 @@ class Search(Rules, ABC):
             restores=self.restores,
         )
 
+    def granularities(self, state: SearchState, context: Context) -> Sequence[str]:
+        """Return the granularities whose masks are computed; the others are complete."""
+        return self.space.granularities
+
+    def masks(
+        self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False
+    ) -> GateMasks:
+        """Return masks that keep what is at least as important as its threshold: σ(α), σ(κ), and |w| over its mean.
+
+        ``flat`` has all weights, ``[weights]``; ``learning``: whether masks have gradients.
+        """
+        layout, searched = state.layout, self.granularities(state, context)
+        if flat is None and "weights" in searched:
+            flat = layout.levels.flat(context.parameters())
+
+        def values(tensor: AxisTensor, trained: bool = True) -> Tensor:
+            return tensor.values if learning and trained else tensor.values.detach()
+
+        ops, filters, weights = (values(thresholds, self.trains_thresholds) for thresholds in state.thresholds)
+        kappa = [values(state.kappa[key]) for key in layout.levels.axes]
+        return layout.masks(
+            (values(state.alpha), ops) if "operations" in searched else None,
+            (torch.cat(kappa), filters) if "filters" in searched and kappa else None,
+            None if flat is None or "weights" not in searched else (flat, state.zero_mask, weights),
+        )
+
+    def rates(self, context: Context) -> tuple[float, float]:
+        """Return the learning rates of importances and of thresholds."""
+        return 0.0, 0.0
+
+    def trains(self, state: SearchState, context: Context) -> bool:
+        """Whether importances are trained in this epoch."""
+        return True
+
+    def allowed(self, state: SearchState, context: Context, target: float) -> float:
+        """Return the allowed size of the trained part now; a commit removes no more than that needs."""
+        return target
+
+    def shares(self, state: SearchState, masks: GateMasks) -> dict[str, float]:
+        """Return the fraction of each granularity that masks keep in the trained part, to log each epoch."""
+        runs, weights = state.layout.runs, masks.weights
+        return {
+            "operations": float(masks.ops[runs].mean()) if bool(runs.any()) else 1.0,
+            "filters": float(masks.filters.mean()) if state.layout.levels.filters else 1.0,
+            "weights": 1.0 if weights is None else float(weights.mean()),
+        }
+
     def parametrize(self, state: SearchState, context: Context) -> Replacements:
-        """Return the tensors that replace parameters in the forward pass."""
-        return mask_parameters(self, state, context)
+        """Return the parameters under their masks, the masks as ``aux``, and gradients in epochs that train masks."""
+        parameters, levels = context.parameters(), state.layout.levels
+        with nullcontext() if context.training else torch.no_grad():
+            entrywise = levels.entrywise or "weights" in self.space.granularities
+            flat = levels.flat(parameters) if entrywise else None
+            masks = self.masks(state, context, flat, context.training and self.trains(state, context))
+            values = levels.replace_weights(parameters, flat, masks.filter_scale, masks.over)
+            return Replacements({**values, **scale_candidates(context, masks.op_scale, keep=True)}, masks)
 
     def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
         """Return the loss of a batch, of randomly shifted and mirrored images with the setting ``augment``."""
@@ -104,10 +156,10 @@ class Search(Rules, ABC):
         """Start the state, let it follow plans, and log epochs and the result."""
         match boundary.event:
             case Event.TASK_START:
-                state = start_search(self, context)
+                state = self._start(context)
                 self.log_status(state, context)
             case Event.RESUME:
-                state = update_layout(self, state, context)
+                state = self.update_layout(state, context)
                 self.log_status(state, context)
             case Event.EPOCH_START:
                 context.model.train()
@@ -115,7 +167,63 @@ class Search(Rules, ABC):
                 state = self._log_epoch(state, context)
             case Event.FINISH:
                 self._log_result(state, context)
-        return account_plan(self, state, context, boundary.plan) if boundary.plan else state
+        return self._account_plan(state, context, boundary.plan) if boundary.plan else state
+
+    def _start(self, context: Context) -> SearchState:
+        """Return the initial state, in which everything is kept."""
+        operations = sum(map(len, candidates_in(context.model).values()))
+        axes = tuple(axis.key for axis in context.axes.units())
+        importance, threshold = self.rates(context)
+
+        def zeros(size: int, lr: float) -> AxisTensor:
+            return AxisTensor(torch.zeros(size, device=device_of(context.model)), (size,), lr)
+
+        state = SearchState(
+            alpha=zeros(operations, importance),
+            operation_thresholds=zeros(operations, threshold),
+            filter_thresholds=zeros(len(axes), threshold),
+            weight_thresholds=zeros(operations + 1, threshold),
+            axes=axes,
+            whole=measure_whole(self.space, axes, context),
+        )
+        return self.update_layout(state, context)
+
+    def update_layout(self, state: SearchState, context: Context) -> SearchState:
+        """Return the state for the network as it is now, and let the network run up to the current stage's last part.
+
+        κ and flags of what was removed with an operation are discarded; restored filters and weights get new ones.
+        """
+        part = self.space.part(state.stage)
+        if self.space.ends:
+            cast(Staged, context.model).active = part
+        layout = build_layout(self.space, state.axes, context, part)
+        kappa = {key: tensor for key, tensor in state.kappa.items() if key in context.axes.axes}
+        for key, (_, size, _) in iterate_spans(layout):
+            if key not in kappa:
+                values = layout.alive.new_zeros(size, dtype=torch.float32)
+                kappa[key] = AxisTensor(values, (key,), self.rates(context)[0])
+        zeros = {name: flags for name, flags in state.zeros.items() if name in context.axes.shapes}
+        for name in layout.levels.weights:
+            if name not in zeros:
+                zeros[name] = flags_along(context, name)
+        mask = torch.cat([zeros[name].values.reshape(-1) for name in layout.levels.weights])
+        return replace(state, kappa=kappa, zeros=zeros, layout=layout, zero_mask=mask)
+
+    def _account_plan(self, state: SearchState, context: Context, plan: Plan) -> SearchState:
+        """Return the state after a plan: its new layout, and the savings of operations and filters so far."""
+        before, now = state.whole, measure_whole(self.space, state.axes, context)
+        if plan.back:
+            operations = before - now
+        else:
+            operations, state = state.pending, replace(state, pending=0.0)
+        filters = before - now - operations
+        saved = Savings(state.saved.operations + operations, state.saved.filters + filters, state.saved.weights)
+        return self.update_layout(replace(state, whole=now, saved=saved), context)
+
+    def size(self, state: SearchState, context: Context) -> float:
+        """Return the size of the trained part under its current masks."""
+        with torch.no_grad():
+            return float(measure_masked(state, self.masks(state, context)))
 
     def compute_loss(self, context: Context, batch: Examples) -> Tensor:
         """Return the loss of the context's objective on a batch."""
@@ -160,7 +268,7 @@ class Search(Rules, ABC):
             kept=self.shares(state, self.masks(state, context)),
             measure=str(self.space.measure),
             asked=self.space.target,
-            size=measure_size(self, state, context),
+            size=self.size(state, context),
             **self.summary(state),
         )
 
@@ -179,10 +287,3 @@ def raise_penalty(state: SearchState, dropped: int, *, few: int = 24, many: int 
         step = factor * state.penalty_step
         return replace(state, penalty_step=step, penalty=state.penalty + step)
     return state
-
-
-def add_losses(state: SearchState, losses: Sequence[float]) -> SearchState:
-    """Return the state with the cross-entropy and the regulariser of one more step added to its sums."""
-    if not losses:
-        return state
-    return replace(state, losses=(state.losses[0] + losses[0], state.losses[1] + losses[1]))

@@ -32,10 +32,9 @@ from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import move_tensors
 from regrow.core.tasks import Examples
-from regrow.methods.search.assembly import Search
-from regrow.methods.search.commit import Commit, cut_masked, fit_to_budget
-from regrow.methods.search.space import SearchSpace, measure_size, rank_evenly, scale_candidates
-from regrow.methods.search.state import SearchState
+from regrow.methods.search.assembly import Commit, Search
+from regrow.methods.search.commit import cut_masked, fit_to_budget
+from regrow.methods.search.space import SearchSpace, SearchState, rank_evenly, scale_candidates
 from regrow.nets.cells import Cells
 from regrow.settings.constraints import Range, check_constraints
 from regrow.surgery.gate import parametrize
@@ -168,7 +167,7 @@ class Darts(Search):
                 handle.remove()
             state = replace(state, chosen=0.0)
             plan, state = cut_masked(self, state, context, self.masks(state, context), target)
-            state = replace(state, chosen=measure_size(self, state, context))
+            state = replace(state, chosen=self.size(state, context))
             if plan:
                 return plan, state
         return fit_to_budget(self, rank_evenly(state), context, target)

@@ -39,18 +39,8 @@ from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import to_host
 from regrow.methods.search import commit
-from regrow.methods.search.assembly import Search, add_losses, raise_penalty
-from regrow.methods.search.commit import Commit
-from regrow.methods.search.space import (
-    GRANULARITIES,
-    SearchSpace,
-    build_layout,
-    clear_thresholds,
-    measure_masked,
-    measure_size,
-    update_layout,
-)
-from regrow.methods.search.state import SearchState
+from regrow.methods.search.assembly import Commit, Search, raise_penalty
+from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, build_layout, measure_masked
 from regrow.settings.constraints import OneOf, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
 
@@ -140,8 +130,8 @@ class Mgas(Search):
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices))
         self.s, self.stages, self.masked = s, max(1, len(s.stages)), s.levels
         self.dual = s.controller == "dual"
+        # Whether the regulariser favours few operations per node, and not high thresholds.
         self.thins = self.dual and "operations" in s.levels
-        """Whether the regulariser favours few operations per node, and not high thresholds."""
         self.min_cost = s.min_cost if self.thins else 0.0
         self.fills_with_bare = not self.min_cost
         if "operations" in s.levels:
@@ -238,7 +228,7 @@ class Mgas(Search):
         if self.dual and self.trains(state, context):
             multiplier = max(0.0, multiplier + self.s.gain / self._steps(context) * losses.pop(0))
         state = replace(state, multiplier=multiplier, examples=state.examples + len(step.batch))
-        return add_losses(state, losses)
+        return state.with_losses(losses)
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
         """Start stages, re-initialise what is restored, and start sums of an epoch again."""
@@ -265,9 +255,9 @@ class Mgas(Search):
         penalty = self.s.sparsity_penalty if self.thins else 0.0
         state = replace(state, stage=stage, multiplier=0.0, dropped=(), cut={}, turn=0)
         state = replace(state, penalty=penalty, penalty_step=1e-5, penalty_cap=100.0)
-        clear_thresholds(state)
-        state = self._protect_earlier(update_layout(self, state, context), context)
-        size = measure_size(self, state, context)
+        state.clear_thresholds()
+        state = self._protect_earlier(self.update_layout(state, context), context)
+        size = self.size(state, context)
         return replace(state, start=size, goal=self.s.target if stage == self.stages - 1 else self.s.share * size)
 
     def _protect_earlier(self, state: SearchState, context: Context) -> SearchState:

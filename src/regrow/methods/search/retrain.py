@@ -35,12 +35,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class RetrainState:
-    """The state of the retraining: the fixed weight masks.
+    """The state of the retraining: the fixed weight masks."""
 
-    Args:
-        masks: Weight name → which entries may differ from 0; weights without zeros have no mask.
-    """
-
+    # Weight name → which entries may differ from 0; weights without zeros have no mask.
     masks: Mapping[str, AxisTensor] = field(default_factory=dict)
 
 
