@@ -8,18 +8,18 @@ from regrow.core.axes import Axis
 from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.gprune.modules import (
     LEAST,
-    PARTITIONS,
-    SWITCHES,
     Modules,
     partition,
     rank_in_modules,
     reliability,
 )
 from regrow.scoring.collect import collect
-from regrow.scoring.metrics import METRICS, peak_to_peak
+from regrow.scoring.metrics import peak_to_peak, wifv
 from regrow.scoring.spaces import percentile, ranks, sensitivity, spaces, spectrum
 from regrow.scoring.weights import weights_of
 
+PARTITIONS = ("thresholds", "random", "layer")
+SWITCHES = ("unreliable", "blend", "even", "never", "always", "reversed")
 N, M, S = 400, 4, 4
 AXES = [Axis("a", N, ()), Axis("b", N, ()), *(Axis(f"g{i}", 3, ()) for i in range(12))]
 AMONG = spaces(AXES)
@@ -161,7 +161,7 @@ def test_the_peak_to_peak_is_that_of_the_rows_of_a_unit() -> None:
 def test_ranks_of_real_statistics_have_the_shapes_they_should() -> None:
     model, axes = lm()
     found = collect(model, axes, [texts("x"), texts("y", seed=3)], {Need.ACTIVATIONS}, shards=2)
-    score = lambda s: METRICS["wifv"][0](weights_of(model), axes, s, units=axes.units())  # noqa: E731
+    score = lambda s: wifv(weights_of(model), axes, s, units=axes.units())  # noqa: E731
     by = {name: (score(shards[0] + shards[1]), [score(one) for one in shards]) for name, shards in found.items()}
     got = ranks(by, spaces(axes.units()))
     for axis in axes.units():

@@ -7,7 +7,7 @@ that builds it from them, and the paper to cite. Packages add methods by entry p
 
 import ast
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -57,15 +57,10 @@ class MethodEntry:
         return {field.name: field.default for field in fields(self.settings) if field.name not in given}
 
     def made(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
-        """Build the method with the given settings, after checking their names and types.
+        """Build the method ``name`` with the given settings, after checking their names and types.
 
-        Args:
-            name: The method's name, for error messages.
-            settings: Setting name → value; all others have their defaults.
-            **inputs: Further keyword arguments of ``build``, such as ``prices``, the time that operations take.
-
-        Raises:
-            ValueError: If a setting is unknown, or is of another type than its default.
+        All other settings have their defaults; ``inputs`` are further keyword arguments of ``build``, such as
+        ``prices``, the time that operations take.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings must be a dict from names to values, got {settings!r:.60}")
@@ -74,13 +69,13 @@ class MethodEntry:
         for key, value in settings.items():
             if key not in defaults:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults) or 'none'}")
-            kind = type(defaults[key])
-            if type(value) is int and kind is float:
+            wanted = type(defaults[key])
+            if type(value) is int and wanted is float:
                 value = float(value)
-            if isinstance(value, str | list) and kind is tuple:
+            if isinstance(value, str | list) and wanted is tuple:
                 value = self._parse_tuple(name, key, value)
-            if type(value) is not kind:
-                default = f"{kind.__name__}, like its default {defaults[key]!r}"
+            if type(value) is not wanted:
+                default = f"{wanted.__name__}, like its default {defaults[key]!r}"
                 raise ValueError(f"{name}: {key} is of type {default}; got {value!r}")
             checked[key] = value
         return self.build(self.settings(**checked), **inputs)
@@ -98,12 +93,10 @@ class MethodEntry:
 class MethodTable(Mapping[str, MethodEntry]):
     """The methods of one kind by name; the module of a method is imported when its entry is read.
 
-    Args:
-        kind: The kind, and the folder of its methods in ``regrow.methods``.
-        *names: Names of methods, and of their modules or folders, which have ``Settings``, ``build`` and ``CITATION``.
+    Names are those of modules or folders in the folder of the kind, with ``Settings``, ``build`` and ``CITATION``.
     """
 
-    def __init__(self, kind: MethodKind, *names: str) -> None:
+    def __init__(self, kind: MethodKind, names: Sequence[str]) -> None:
         self._kind, self._names = kind, names
 
     def __getitem__(self, name: str) -> MethodEntry:
@@ -132,28 +125,13 @@ class MethodTable(Mapping[str, MethodEntry]):
         return len(self._names)
 
 
-# All methods of this package, by kind and name.
-TABLES: Mapping[MethodKind, MethodTable] = {
-    MethodKind.PRUNING: MethodTable(
-        MethodKind.PRUNING,
-        "random",
-        "magnitude",
-        "wanda_sp",
-        "flap",
-        "gprune",
-        "llm_pruner",
-        "obs",
-        "depth",
-        "fisher",
-        "fisher_obs",
-    ),
-    MethodKind.CONTINUAL: MethodTable(
-        MethodKind.CONTINUAL, "naive", "ewc", "si", "lwf", "replay", "packnet", "wsn", "sparsegrow"
-    ),
-    MethodKind.SEARCH: MethodTable(MethodKind.SEARCH, "mgas", "blind", "darts", "gold_nas"),
-    MethodKind.RECOVERY: MethodTable(MethodKind.RECOVERY, "bias", "refit", "lora", "distil"),
+_NAMES = {
+    MethodKind.PRUNING: "random magnitude wanda_sp flap gprune llm_pruner obs depth fisher fisher_obs",
+    MethodKind.CONTINUAL: "naive ewc si lwf replay packnet wsn sparsegrow",
+    MethodKind.SEARCH: "mgas blind darts gold_nas",
+    MethodKind.RECOVERY: "bias refit lora distil",
 }
-# The methods of pruning, continual learning, architecture search, and recovery.
+TABLES: Mapping[MethodKind, MethodTable] = {kind: MethodTable(kind, names.split()) for kind, names in _NAMES.items()}
 METHODS, LEARNERS, SEARCHERS, RECOVERIES = (TABLES[kind] for kind in MethodKind)
 
 
@@ -185,13 +163,7 @@ def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
 def check_name(kind: MethodKind | None, name: str, settings: Collection[str] = ()) -> None:
     """Raise ValueError unless a name is that of a method, or may be that of user code; imports no method.
 
-    Args:
-        kind: The kind that the method must have; ``None``: any.
-        name: The name, as for :func:`find_method`.
-        settings: The names of settings; a method of this package must have them.
-
-    Raises:
-        ValueError: If there is no such method (suggests the nearest name), or no such setting (lists those there are).
+    A method of this package must also have the named ``settings``.
     """
     tables = _tables(kind)
     if table := next((table for table in tables if name in table), None):

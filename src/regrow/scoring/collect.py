@@ -20,8 +20,7 @@ from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source, to_host, visible_positions
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import Outbox, receive
-from regrow.scoring.fisher import MaskGradients, add_fisher
-from regrow.scoring.gradients import add_gradients, evaluation_mode, trunk_of
+from regrow.scoring.gradients import MaskGradients, add_fisher, add_gradients, evaluation_mode, trunk_of
 from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import group_by_weight, readers, scorable, tensors
 

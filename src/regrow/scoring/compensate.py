@@ -16,20 +16,12 @@ def means(
     kept: Mapping[str, Iterable[int]],
     statistics: Statistics,
 ) -> dict[str, dict[int, float]]:
-    """Return the mean of every dropped input, for the weights whose bias can absorb it exactly.
+    """Return the mean of every dropped input, for the weights whose bias can absorb it exactly, as ``Plan.means``.
 
     b′ = b + Σ over dropped j of W_j · E[x_j]. That is exact for a linear map and for an ungrouped convolution without
     padding. A padded convolution sees zeros at its borders, not the mean: it is left out. So is a weight that several
     modules share: their inputs may have different means, and each has its own bias. :func:`uncompensated` lists them.
-
-    Args:
-        model: The network, to see which convolutions are padded.
-        axes: Its axes.
-        kept: Axis key → the units kept (positions); other axes are not compensated.
-        statistics: Input moments, usually pooled over all sources. Weights without moments are left out.
-
-    Returns:
-        Consuming weight → position in its contracted dimension → E[x], as ``Plan.means`` wants it.
+    ``kept``: axis key → the units kept; weights without moments in ``statistics`` are left out.
 
     Source: An et al., FLAP (arXiv 2312.11983), section "Baseline bias compensation".
     """
@@ -91,8 +83,6 @@ def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
 def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
     """Whether a constant input to a weight can be moved exactly into the bias of its layer.
 
-    That holds for a linear layer and an ungrouped, unpadded convolution whose weight no other module shares.
-
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
     >>> takes_constant(net, "0.weight", holders(net)), takes_constant(net, "1.weight", holders(net))
     (True, False)
@@ -107,10 +97,7 @@ def constant_inputs(model: nn.Module, moments: Mapping[str, Moments]) -> dict[st
 
 
 def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
-    """Return notes on the weights that read dropped inputs and whose bias cannot absorb their means exactly.
-
-    One note per reason, with the first weight and the number of the others; empty if every weight is compensated.
-    """
+    """Return notes on the weights that read dropped inputs and whose bias cannot absorb their means, one per reason."""
     reasons: dict[str, list[str]] = {}
     held = holders(model)
     for name in dict.fromkeys(reader.slot.name for reader in readers(axes, [axes[key] for key in kept])):

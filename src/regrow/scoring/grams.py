@@ -29,8 +29,8 @@ class Gram:
     Without it, float32 would lose the variance of inputs that hardly vary beside their mean.
     """
 
-    products: Tensor  # σ (x − c) (x − c)ᵀ, `[k, k]` float64
-    total: Tensor  # σ (x − c), `[k]` float64
+    products: Tensor  # Σ (x − c) (x − c)ᵀ, `[k, k]` float64
+    total: Tensor  # Σ (x − c), `[k]` float64
     constant: Tensor  # c, the mean of the first inputs, `[k]` float64
     rows: int = 0  # the number of inputs
 
@@ -86,18 +86,11 @@ def sum_products(
     use: Callable[[str, Gram], None],
     visits: BlockVisits | None = None,
 ) -> None:
-    """Sum the products of the inputs of linear layers, and pass on the sums of each layer once they are complete.
+    """Sum the products of the inputs of linear layers, and pass each layer's name and sums on once they are complete.
 
-    Args:
-        model: The network.
-        widths: Name of the weight of each layer → its number of inputs.
-        batches: The data, without positions that an ``attention_mask`` hides: in memory, they run in as few passes as
-            the memory for sums allows, without the head if no layer lies in it; block by block, in one.
-        use: Called with the name of each layer and its sums, which it may use up.
-        visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
-
-    Raises:
-        ValueError: If no batch reaches a layer, or a layer runs in several parts of a network that runs in blocks.
+    ``widths``: name of a layer's weight → its number of inputs. Positions that an ``attention_mask`` hides are left
+    out. In memory the batches run in as few passes as the memory for sums allows, without the head if no layer lies in
+    it; by ``visits``, for a network that does not fit into memory, in one. ``use`` may use up the sums.
     """
     if not widths:
         return
@@ -144,11 +137,9 @@ def sum_products(
 
 
 def predict_products(layers: Sequence[tuple[int, int]], *, together: bool) -> int:
-    """Return the bytes for the sums of layers, and for ordering the units of the largest.
+    """Return the bytes for the sums of layers, of (inputs, outputs) each, and for ordering the units of the largest.
 
-    Args:
-        layers: The numbers of inputs and outputs of each layer.
-        together: Whether all are summed in one pass, as block by block; else in as many as :data:`LIMIT` asks for.
+    ``together``: whether all are summed in one pass, as block by block; else in as many as :data:`LIMIT` asks for.
 
     >>> predict_products([(1000, 100), (500, 100)], together=True)
     43600000

@@ -142,19 +142,18 @@ class Feed(TorchFunctionMode, ABC):
         if func in RECURRENT:
             args, kwargs = tree_map_only(Tensor, self._weighed, (args, kwargs))
         if (read := next(find_inputs(self.watched, func, args, kwargs), None)) is not None:
-            value, fed = read[1], self.fed(*read)
+            name, value, dim = read
+            fed = self.fed(name, value, dim)
             args = tuple(fed if arg is value else arg for arg in args)
             kwargs = {key: fed if arg is value else arg for key, arg in kwargs.items()}
         return func(*args, **kwargs)
 
 
 class InputSums(TorchFunctionMode):
-    """A torch-function mode that sums the inputs of watched weights into :class:`~regrow.core.scores.Moments`.
+    """A torch-function mode that sums the inputs of watched weights (``id`` → name) into ``Moments``.
 
-    Args:
-        watched: ``id`` of a weight → its name.
-        sequences: How many sequences the batch has; the rows of an input belong to them in equal, consecutive parts.
-        mask: ``[sequences, tokens]``, false at positions that do not count (padding); ``None``: all count.
+    The rows of an input belong to the sequences in equal, consecutive parts; ``mask`` ``[sequences, tokens]`` is false
+    at positions that do not count (padding).
     """
 
     def __init__(self, watched: Mapping[int, str], sequences: int, mask: Tensor | None) -> None:

@@ -109,13 +109,9 @@ class CachedColumns(Tensors):
 
 
 def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
-    """Return one norm per input channel of a weight, ``[groups * weight.shape[dim]]`` float64.
+    """Return a norm per input channel of a weight, contracted along ``dim``, ``[groups * weight.shape[dim]]`` float64.
 
-    Args:
-        weight: The weight.
-        dim: The dimension that is contracted with the input.
-        groups: The number of groups of a grouped convolution.
-        form: ``square``: ‖W_j‖². ``norm``: ‖W_j‖. ``mean``: mean over i of abs(W_ij).
+    ``form``: ``square``: ‖W_j‖²; ``norm``: ‖W_j‖; ``mean``: mean over i of abs(W_ij).
 
     >>> columns(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
     [25.0, 4.0]

@@ -6,7 +6,6 @@ is the one before the task.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import logits_in
 from regrow.core.tasks import among, run_network
-from regrow.settings.constraints import CheckedSettings, Range
+from regrow.settings.constraints import CheckedSettings, NonNegative, Positive
 from regrow.training.hooks import copy_parameters
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode
 
@@ -31,8 +30,8 @@ class Settings(CheckedSettings):
         temperature: T; a higher one gives classes of low probability more influence.
     """
 
-    strength: Annotated[float, Range(0)] = 1.0
-    temperature: Annotated[float, Range(0, above=True)] = 2.0
+    strength: NonNegative = 1.0
+    temperature: Positive = 2.0
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ weights.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
-from regrow.settings.constraints import CheckedSettings, Range
+from regrow.settings.constraints import CheckedSettings, FractionBelowOne
 from regrow.training.hooks import copy_weights, protect_entries, restore_entries, train_with_frozen_norms
 from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, tensor_along
 from regrow.training.state import derived
@@ -32,7 +31,7 @@ class Settings(CheckedSettings):
         use_task_id: Whether the task's identity is given at evaluation, so that the task's own mask can be used.
     """
 
-    prune: Annotated[float, Range(0, 1, below=True)] = 0.5
+    prune: FractionBelowOne = 0.5
     use_task_id: bool = False
 
 

@@ -7,12 +7,11 @@ is that of the task's loss alone), and negative contributions to Ω are set to 0
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.settings.constraints import CheckedSettings, Range
+from regrow.settings.constraints import CheckedSettings, NonNegative, Positive
 from regrow.training.hooks import copy_parameters, quadratic_loss
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
 
@@ -29,8 +28,8 @@ class Settings(CheckedSettings):
             importance.
     """
 
-    strength: Annotated[float, Range(0)] = 0.1
-    damping: Annotated[float, Range(0, above=True)] = 0.1
+    strength: NonNegative = 0.1
+    damping: Positive = 0.1
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,9 @@ def uniform_candidates(task: PruningTask, scores: Scores, spare: tuple[float, fl
 
     Source: ours; leaving outer blocks unpruned is from LLM-Pruner (arXiv 2305.11627).
     """
-    some = inner(task.units, spare)
-    sets = {ALL: task.units}
-    if not task.budget.regular and len(some) < len(task.units):
-        sets = {INNER: some, **sets}
+    inside, sets = inner(task.units, spare), {ALL: task.units}
+    if not task.budget.regular and len(inside) < len(task.units):
+        sets = {INNER: inside, **sets}
     result: Candidates = {}
     for name, units in sets.items():
         values = {axis.key: scores.values[axis.key] for axis in units if axis.key in scores.values}
@@ -68,22 +67,18 @@ def choose_allocation(task: PruningTask, candidates: Candidates, *, compensate: 
             distinct[name] = units
     losses: dict[str, float] = {}
     if len(distinct) > 1:
-        exact = all(axis.mark is Mark.NEUTRAL for axis in task.units)
-        losses = _compare(task, distinct, compensate) if exact else {}
+        note = "allocations were not compared: a unit that is masked is not one that is cut, with this --mark"
+        if all(axis.mark is Mark.NEUTRAL for axis in task.units):
+            losses = _compare(task, distinct, compensate)
+            note = "allocations were not compared: no batch has labels and a finite loss"
         if losses:
             listed = ", ".join(f"{name} {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda item: item[1]))
-            notes.append(f"the allocation with the lowest loss before any refit was taken: {listed}")
-        elif exact:
-            notes.append("allocations were not compared: no batch has labels and a finite loss")
-        else:
-            notes.append(
-                "allocations were not compared: a unit that is masked is not one that is cut, with this --mark"
-            )
+            note = f"the allocation with the lowest loss before any refit was taken: {listed}"
+        notes.append(note)
     best = min(losses, key=lambda name: losses[name]) if losses else next(iter(kept))
     scores, units = candidates[best][0], kept[best]
-    values = {key: scores.values[key] for key in units}
-    findings = {"starts": losses} if losses else {}
-    return Ranking(replace(scores, values=values, notes=(*scores.notes, *notes)), lambda _: findings, units)
+    scores = replace(scores, values={key: scores.values[key] for key in units}, notes=(*scores.notes, *notes))
+    return Ranking(scores, lambda _: {"starts": losses} if losses else {}, units)
 
 
 def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> dict[str, float]:
@@ -104,7 +99,7 @@ def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> d
         if min(row.values()) < math.inf:
             measured += batch.size
             sums = {name: sums[name] + row[name] * batch.size for name in masks}
-    return {name: one / measured for name, one in sums.items()} if measured else {}
+    return {name: total / measured for name, total in sums.items()} if measured else {}
 
 
 def _first(source: Iterable[Batch]) -> Iterator[Batch]:

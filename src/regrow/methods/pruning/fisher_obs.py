@@ -23,7 +23,7 @@ from regrow.methods.pruning.layer_orders import order_layers
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
 from regrow.scoring.metrics import energy, fisher
 from regrow.scoring.spaces import OUTER_BLOCKS
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import Count, FractionBelowOne, OneOf, Positive, check_constraints
 
 CITATION = (
     "Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992; Theis et al., "
@@ -46,12 +46,12 @@ class Settings:
         minimum: The smallest number of units that stay in an axis.
     """
 
-    ridge: Annotated[float, Range(0, above=True)] = 0.001
+    ridge: Positive = 0.001
     spare: Annotated[str, OneOf("measured", "always", "never")] = "measured"
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[0]
-    spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
-    minimum: Annotated[int, Range(1)] = 1
+    spare_first: FractionBelowOne = OUTER_BLOCKS[0]
+    spare_last: FractionBelowOne = OUTER_BLOCKS[1]
+    minimum: Count = 1
 
     def __post_init__(self) -> None:
         check_constraints(self)

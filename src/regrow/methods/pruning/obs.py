@@ -16,7 +16,7 @@ from regrow.methods.pruning.layer_orders import order_layers
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scoring.metrics import energy, wifv
 from regrow.scoring.spaces import normalise
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, FractionBelowOne, OneOf, Positive
 
 CITATION = (
     "Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992; for units as "
@@ -38,12 +38,12 @@ class Settings(CheckedSettings):
         minimum: The smallest number of units that stay in an axis.
     """
 
-    ridge: Annotated[float, Range(0, above=True)] = 0.001
+    ridge: Positive = 0.001
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = 0.0
-    spare_last: Annotated[float, Range(0, 1, below=True)] = 0.0
-    minimum: Annotated[int, Range(1)] = 1
+    spare_first: FractionBelowOne = 0.0
+    spare_last: FractionBelowOne = 0.0
+    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:

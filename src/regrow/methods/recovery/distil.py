@@ -20,7 +20,7 @@ from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.core.sources import Batch, labelled_logits, logits_in
 from regrow.methods.recovery.task import Recovery, RecoveryTask, fit_recovery
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, Fraction, OneOf, OpenFraction, Positive
 from regrow.training.hooks import freeze
 
 CITATION = "Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"
@@ -42,13 +42,13 @@ class Settings(CheckedSettings):
     """
 
     lr: float = 1e-4
-    temperature: Annotated[float, Range(0, above=True)] = 1.0
-    mix: Annotated[float, Range(0, 1)] = 0.1
+    temperature: Positive = 1.0
+    mix: Fraction = 0.1
     train: Annotated[str, OneOf("all", "cut")] = "all"
-    passes: Annotated[int, Range(1)] = 2
-    windows: Annotated[int, Range(1)] = 4
-    checks: Annotated[int, Range(1)] = 4
-    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.125
+    passes: Count = 2
+    windows: Count = 4
+    checks: Count = 4
+    held_out: OpenFraction = 0.125
 
 
 def build(settings: Settings) -> Recovery:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,24 +40,25 @@ def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: in
     >>> [one.parts for one in regroup([text, text[:1]], elements=8)]
     [((0, 2),), ((0, 1), (1, 2))]
     """
-    plain = [(part, replace(batch, labels=None)) for part, batches in enumerate(parts) for batch in batches]
-    every = [(part, batch, *_size(batch)) for part, batch in plain]
-    check_lengths([batch for _, batch, _, _ in every])
-    least = max(elements, -(-sum(count for *_, count in every) // most))
-    groups: list[list[tuple[int, Batch, int, int]]] = []
+    pieces = [(part, replace(batch, labels=None)) for part, batches in enumerate(parts) for batch in batches]
+    check_lengths([batch for _, batch in pieces])
+    least = max(elements, -(-sum(_size(batch)[1] for _, batch in pieces) // most))
+    groups: list[list[tuple[int, Batch]]] = []
     size, last, joined = 0, list[Any](), False
-    for one in every:
-        form, joins = form_of(one[1]), is_joinable(one[1])
+    for part, batch in pieces:
+        form, joins = form_of(batch), is_joinable(batch)
         if size >= least or not joins or not joined or form != last:
             groups.append([])
             size, last, joined = 0, form, joins
-        groups[-1].append(one)
-        size += one[3]
+        groups[-1].append((part, batch))
+        size += _size(batch)[1]
     result = []
     for group in groups:
-        counts = {part: sum(count for _, _, count, _ in own) for part, own in groupby(group, lambda one: one[0])}
-        ends = tuple(zip(counts, accumulate(counts.values()), strict=True))
-        result.append(FitBatch(concatenate([batch for _, batch, _, _ in group]), ends))
+        examples, ends = 0, dict[int, int]()
+        for part, batch in group:
+            examples += _size(batch)[0]
+            ends[part] = examples
+        result.append(FitBatch(concatenate([batch for _, batch in group]), tuple(ends.items())))
     return result
 
 
@@ -75,7 +76,7 @@ def join_all(parts: Sequence[Sequence[Batch]]) -> list[FitBatch]:
 def _size(batch: Batch) -> tuple[int, int]:
     """Return how many examples and elements the first tensor of a batch has; 1 without a tensor."""
     inputs = [*batch.args, *batch.kwargs.values()]
-    first = next((one for one in inputs if isinstance(one, Tensor) and one.dim()), torch.zeros(1))
+    first = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), torch.zeros(1))
     return len(first), first.numel()
 
 
@@ -99,7 +100,7 @@ def check_lengths(batches: Iterable[Batch]) -> None:
     """Raise ValueError if inputs of batches differ in a dimension other than the first."""
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for batch in batches:
-        for name, value in {**{str(i): one for i, one in enumerate(batch.args)}, **batch.kwargs}.items():
+        for name, value in {**{str(i): value for i, value in enumerate(batch.args)}, **batch.kwargs}.items():
             if isinstance(value, Tensor):
                 shapes.setdefault(name, set()).add(tuple(value.shape[1:]))
     for several in shapes.values():
@@ -227,13 +228,12 @@ class RefitWork:
         weight, bias = self.own[layer.name], self.own.get(bias_of(layer.name))
         choice = self.candidates.choose(sums, bias=bias is not None)
         if (change := choice.change) is not None:
-            own = change if bias is None else change[:-1]
-            weight.copy_(weight.double() + (own.T if layer.dim else own).reshape(weight.shape))
+            columns = change if bias is None else change[:-1]
+            weight.copy_(weight.double() + (columns.T if layer.dim else columns).reshape(weight.shape))
             if bias is not None:
                 bias.copy_(bias.double() + change[-1])
         record = self.candidates.record(layer.name, choice)
         self.records.append(record)
         if self.changed is not None:
-            named = {layer.name: weight, bias_of(layer.name): bias}
-            made = {name: one.detach() for name, one in named.items() if one is not None}
-            self.changed.write(made if record["ridge"] else {}, record)
+            names = [name for name in (layer.name, bias_of(layer.name)) if name in self.own and record["ridge"]]
+            self.changed.write({name: self.own[name].detach() for name in names}, record)

@@ -291,8 +291,8 @@ def _results_used(pair: StreamedPair) -> Iterator[threading.local]:
     def checked(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
-            for one in tree_leaves(result):
-                if isinstance(one, Tensor) and (call := modes.present.call_of(one)):
+            for leaf in tree_leaves(result):
+                if call := modes.present.waiting.get(id(leaf)):
                     raise InputError(
                         f"{path} returns the output of {call.name} as it is, so that refit with target=dense needs "
                         "both networks in memory; give more memory, or target=own"

@@ -35,14 +35,10 @@ REFIT_FIELDS = ("weight", "ridge")
 
 
 class ChangedTensors:
-    """Tensors of a network that a recovery has changed, in files, one per step; each access reads one.
-
-    Args:
-        folder: The folder of the files; made when the first is written.
-    """
+    """Tensors of a network that a recovery has changed, in files, one per step; each access reads one."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.key = folder, ""
+        self.folder, self.key = folder, ""  # the folder is made when the first file is written
         self.records: list[dict[str, Any]] = []
         self.places: dict[str, Path] = {}
 
@@ -252,17 +248,12 @@ def _shard(
     with sharded([task.model, task.dense], blocks) as (model, dense):
         if state:
             parameters = dict(model.named_parameters())
-            best = {
-                name: replace(one, values=shard_like(one.values, parameters[name]))
-                for name, one in state.learner.best.items()
-            }
-            moments = {
-                name: {
-                    what: shard_like(value, parameters[name]) if isinstance(value, Tensor) else value
-                    for what, value in memory.items()
-                }
-                for name, memory in state.moments.items()
-            }
+            best, moments = dict(state.learner.best), {name: dict(memory) for name, memory in state.moments.items()}
+            for name, tensor in best.items():
+                best[name] = replace(tensor, values=shard_like(tensor.values, parameters[name]))
+            for name, memory in moments.items():
+                whole = {key: value for key, value in memory.items() if isinstance(value, Tensor)}
+                memory |= {key: shard_like(value, parameters[name]) for key, value in whole.items()}
             state = replace(state, learner=replace(state.learner, best=best), moments=moments)
         yield replace(task, model=model, dense=dense), state
 

@@ -21,7 +21,6 @@ from regrow.methods.search.space import (
     build_layout,
     copy_state,
     iterate_spans,
-    measure_relative,
 )
 from regrow.surgery import apply
 from regrow.surgery.gate import parametrize
@@ -40,13 +39,13 @@ def cut_masked(search: Search, state: SearchState, context: Context, masks: Gate
     saved = savings(layout, masks)
     if masks.over is not None:
         state = state.with_zeros(state.zero_mask | (masks.over < 0))
-    lost = {
-        key: tuple(int(one) for i, one in enumerate(context.axes[key].ids) if i not in units)
-        for key, units in keep.items()
-    }
+    cut = dict(state.cut)
+    for key, units in keep.items():
+        lost = (int(unit) for i, unit in enumerate(context.axes[key].ids) if i not in units)
+        cut[key] = (*cut.get(key, ()), *lost)
     state = replace(
         state,
-        cut={**state.cut, **{key: (*state.cut.get(key, ()), *ids) for key, ids in lost.items()}},
+        cut=cut,
         saved=replace(state.saved, weights=saved["weights"]),
         pending=saved["operations"],
         dropped=(*state.dropped, *drop),
@@ -65,9 +64,8 @@ def drop_operations(search: Search, state: SearchState, context: Context, ops: T
     if not drop:
         return None, state
     state = replace(state, pending=savings(state.layout, masks)["operations"], dropped=(*state.dropped, *drop))
-    return Plan.dropping(
-        context.axes, drop, {}, origin={"method": "search", "epoch": context.epoch, "stood": True}
-    ), state
+    origin = {"method": "search", "epoch": context.epoch, "stood": True}
+    return Plan.dropping(context.axes, drop, {}, origin=origin), state
 
 
 def fit_to_budget(search: Search, state: SearchState, context: Context, target: float) -> Commit:
@@ -77,7 +75,9 @@ def fit_to_budget(search: Search, state: SearchState, context: Context, target: 
     """
     with torch.no_grad():
         masks = search.masks(state, context)
-        relative = None if masks.over is None else measure_relative(state, context, masks)
+        relative, levels = None, state.layout.levels
+        if masks.over is not None:
+            relative = levels.relative(levels.flat(context.parameters()), levels.standing(masks.ops, masks.filters))
         ops, filters, weights = commits.fit_to_budget(state.layout, masks, relative, target)
         state = replace(state, zero_mask=state.zero_mask | weights)
         masks = replace(search.masks(state, context), ops=ops, filters=filters)
@@ -94,9 +94,9 @@ def keep_single(search: Search, state: SearchState, context: Context) -> Commit:
     ops = search.masks(state, context).ops.detach().clone()
     number = {path: i for i, path in enumerate(layout.ops)}
     for paths in sets:
-        own = [number[path] for path in paths if layout.alive[number[path]]]
-        best = max(own, key=lambda i: float(alpha[layout.tied[i]]))
-        ops[[i for i in own if i != best]] = 0.0
+        alive = [number[path] for path in paths if layout.alive[number[path]]]
+        best = max(alive, key=lambda i: float(alpha[layout.tied[i]]))
+        ops[[i for i in alive if i != best]] = 0.0
     return drop_operations(search, state, context, ops)
 
 
@@ -127,28 +127,29 @@ def select_lowest(
 
 def revive_operations(share: float, state: SearchState, context: Context) -> Commit:
     """Plan to restore a fraction of the operations dropped in this stage, sampled as MG-DARTS samples them."""
-    layout, many = state.layout, int(share * len(state.dropped))
-    dead = [p for p, a, r in zip(layout.ops, layout.alive, layout.runs, strict=True) if r and not a]
-    alive = [p for p, a, r in zip(layout.ops, layout.alive, layout.runs, strict=True) if r and a]
+    layout, count = state.layout, int(share * len(state.dropped))
+    there = [(path, alive) for path, alive, runs in zip(layout.ops, layout.alive, layout.runs, strict=True) if runs]
+    dead, alive = [path for path, alive in there if not alive], [path for path, alive in there if alive]
     moved = [] if state.drift is None else state.drift.values.abs().tolist()
     drift = dict(zip(layout.ops, moved, strict=True))
     weight = dict(zip(layout.ops, state.alpha.values.detach().sigmoid().tolist(), strict=True))
-    back = sample_operations(dead, alive, drift, weight, many, context.generator(context.epoch, 7)) if dead else []
+    back = sample_operations(dead, alive, drift, weight, count, context.generator(context.epoch, 7)) if dead else []
     return Plan(back=tuple(back), origin={"method": "mgas", "epoch": context.epoch}) if back else None, state
 
 
 def restore_filters(search: Search, share: float, state: SearchState, context: Context) -> Commit:
     """Plan to restore a fraction of the filters cut in this stage: those whose scale has the largest gradient."""
-    stored = context.undo.restorable if context.undo else {}
-    there = {key: stored.get(key, ()) for key in state.layout.levels.axes}
-    cut_here = {key: [one for one in ids if one in there.get(key, ())] for key, ids in state.cut.items()}
-    lost = {key: ids for key, ids in cut_here.items() if ids}
+    stored, lost = context.undo.restorable if context.undo else {}, dict[str, list[int]]()
+    for key, ids in state.cut.items():
+        there = [unit for unit in ids if key in state.layout.levels.axes and unit in stored.get(key, ())]
+        if there:
+            lost[key] = there
     if not (many := int(share * sum(map(len, lost.values())))):
         return None, state
     back: dict[str, list[int]] = {}
     scores = score_cut_filters(search, state, context, lost, take_examples(context))
-    for _, key, one in sorted(scores, reverse=True)[:many]:
-        back.setdefault(key, []).append(one)
+    for _, key, unit in sorted(scores, reverse=True)[:many]:
+        back.setdefault(key, []).append(unit)
     return Plan.restoring(context.axes, back, origin={"method": "mgas", "epoch": context.epoch}), state
 
 
@@ -158,8 +159,8 @@ def release_weights(search: Search, share: float, state: SearchState, context: C
     if not (many := int(share * int(zero.sum()))):
         return state
     slopes = differentiate_weights(search, state, context, take_examples(context))
-    own = search.masks(state, context).filter_scale
-    scale = torch.cat([own, own.new_ones(1)])
+    scale = search.masks(state, context).filter_scale
+    scale = torch.cat([scale, scale.new_ones(1)])
     gradient = torch.where(zero, (slopes * scale[state.layout.levels.reads]).abs(), -1.0)
     released = zero.clone()
     released[gradient.topk(many).indices] = False
@@ -223,13 +224,10 @@ def score_cut_filters(
     probe = copy_state(follow_plan(state, context.axes, plan))
     probe.clear_thresholds()
     probe = search.update_layout(probe, there)
-    places = {key: [axes[key].ids.index(one) for one in ids] for key, ids in cut.items()}
-    for key, own in places.items():
-        probe.kappa[key].values[own] = -50.0
+    for key, ids in cut.items():
+        probe.kappa[key].values[[axes[key].ids.index(unit) for unit in ids]] = -50.0
     levels = probe.layout.levels
     each = differentiate_weights(search, probe, there, batch) * levels.flat(there.parameters()).detach()
     score = each.new_zeros(levels.filters + 1).index_add(0, levels.reads, each).abs().tolist()
     first = {key: base for key, (base, _, _) in iterate_spans(probe.layout)}
-    return [
-        (score[first[key] + i], key, one) for key, ids in cut.items() for i, one in zip(places[key], ids, strict=True)
-    ]
+    return [(score[first[key] + axes[key].ids.index(unit)], key, unit) for key, ids in cut.items() for unit in ids]

@@ -20,7 +20,6 @@ are affine; and the learning rate of α is divided by the number of steps; it eq
 """
 
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from regrow.methods.search.assembly import Commit, Search
 from regrow.methods.search.commit import cut_masked, fit_to_budget
 from regrow.methods.search.space import SearchSpace, SearchState, rank_evenly, scale_candidates
 from regrow.nets.cells import Cells
-from regrow.settings.constraints import Range, check_constraints
+from regrow.settings.constraints import Count, FractionBelowOne, check_constraints
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Replacements, Step
 
@@ -71,8 +70,8 @@ class Settings:
     shared: bool = False
     lr: float = 5.9
     edges: bool = False
-    warm: Annotated[float, Range(0, 1, below=True)] = 0.0
-    partial: Annotated[int, Range(1)] = 1
+    warm: FractionBelowOne = 0.0
+    partial: Count = 1
     decay: float = 1e-3
     clip: float = 5.0
     augment: bool = True

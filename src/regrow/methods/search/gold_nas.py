@@ -30,7 +30,7 @@ from regrow.core.sources import to_host
 from regrow.methods.search.assembly import Commit, Search, raise_penalty
 from regrow.methods.search.commit import drop_operations, fit_to_budget, select_lowest
 from regrow.methods.search.space import SearchSpace, SearchState
-from regrow.settings.constraints import Range, check_constraints
+from regrow.settings.constraints import NonNegative, Positive, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
 
 CITATION = "Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331); reconstructed"
@@ -62,9 +62,9 @@ class Settings:
     drop_below: float = 0.01
     keep_above: float = 0.05
     drops_per_epoch: Annotated[int, Range(0)] = 0
-    cost_weight: Annotated[float, Range(0)] = 1.0
-    lr: Annotated[float, Range(0)] = 8.0
-    clip: Annotated[float, Range(0, above=True)] = 5.0
+    cost_weight: NonNegative = 1.0
+    lr: NonNegative = 8.0
+    clip: Positive = 5.0
     augment: bool = True
 
     def __post_init__(self) -> None:

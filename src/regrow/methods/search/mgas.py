@@ -41,7 +41,7 @@ from regrow.core.sources import to_host
 from regrow.methods.search import commit
 from regrow.methods.search.assembly import Commit, Search, raise_penalty
 from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, build_layout, measure_masked
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import Count, Fraction, NonNegative, OneOf, Positive, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
 
 CITATION = "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from abstract and authors' code"
@@ -88,22 +88,22 @@ class Settings:
     measure: str = "nonzero"
     levels: tuple[str, ...] = GRANULARITIES
     stages: tuple[int, ...] = ()
-    share: Annotated[float, Range(0, 1)] = 0.5
+    share: Fraction = 0.5
     warm: Annotated[int, Range(0)] = 2
-    every: Annotated[int, Range(1)] = 2
+    every: Count = 2
     controller: Annotated[str, OneOf("dual", "feedback")] = "dual"
-    gain: Annotated[float, Range(0)] = 40.0
-    sparsity_penalty: Annotated[float, Range(0)] = 0.05
-    min_cost: Annotated[float, Range(0)] = 1.0
+    gain: NonNegative = 40.0
+    sparsity_penalty: NonNegative = 0.05
+    min_cost: NonNegative = 1.0
     reprune: bool = True
-    regrow: Annotated[float, Range(0, 1)] = 0.2
-    regrow_filters: Annotated[float, Range(0, 1)] = 0.0
-    regrow_weights: Annotated[float, Range(0, 1)] = 0.0
+    regrow: Fraction = 0.2
+    regrow_filters: Fraction = 0.0
+    regrow_weights: Fraction = 0.0
     revive: Annotated[str, OneOf("old", "fresh")] = "fresh"
-    lr: Annotated[float, Range(0)] = 8.0
-    lr_threshold: Annotated[float, Range(0)] = 2.0
-    filter_lr_ratio: Annotated[float, Range(0)] = 0.25
-    clip: Annotated[float, Range(0, above=True)] = 5.0
+    lr: NonNegative = 8.0
+    lr_threshold: NonNegative = 2.0
+    filter_lr_ratio: NonNegative = 0.25
+    clip: Positive = 5.0
     augment: bool = True
     seed: int = 0
 

@@ -200,12 +200,6 @@ def scale_candidates(context: Context, scale: Tensor, *, keep: bool) -> dict[str
     return {name: parameters[name] * part if keep else part for name, part in zip(names, parts, strict=True)}
 
 
-def measure_relative(state: SearchState, context: Context, masks: GateMasks) -> Tensor:
-    """Return |w| divided by the mean |w| of what is kept of its tensor, ``[weights]``."""
-    levels = state.layout.levels
-    return levels.relative(levels.flat(context.parameters()), levels.standing(masks.ops, masks.filters))
-
-
 def rank_evenly(state: SearchState) -> SearchState:
     """Return the state in which a filter's importance is its place in its axis, so all axes lose the same fraction."""
 

@@ -40,7 +40,7 @@ from regrow.core.sources import Batch
 from regrow.core.tasks import among
 from regrow.methods.continual.sparsegrow import gate
 from regrow.methods.continual.sparsegrow.gate import SparseGrowState
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
 from regrow.surgery import fit_new_units
 from regrow.surgery.new_units import new_units, sparsify_new_units, split_entries
 from regrow.training.hooks import draw_rows, freeze_norms, offer_rows
@@ -101,26 +101,26 @@ class Settings(CheckedSettings):
     """
 
     grow: Annotated[str, OneOf("short", "always", "never")] = "always"
-    late_phase: Annotated[float, Range(0, 1)] = 0.3
-    min_free: Annotated[float, Range(0, 1)] = 0.3
-    width: Annotated[float, Range(0, 1)] = 0.125
-    multiple: Annotated[int, Range(1)] = 8
+    late_phase: Fraction = 0.3
+    min_free: Fraction = 0.3
+    width: Fraction = 0.125
+    multiple: Count = 8
     cap: Annotated[float, Range(1)] = 1.5
-    density: Annotated[float, Range(0, 1)] = 0.5
+    density: Fraction = 0.5
     fit: bool = True
     threshold: Annotated[str, OneOf("dst", "adaptcl", "none")] = "dst"
     alpha: float = 1e-4
     new_unit_penalty: float = 10.0
     gate: Annotated[str, OneOf("kronecker", "hard", "none")] = "kronecker"
-    strength: Annotated[float, Range(0)] = 15.0
-    damping: Annotated[float, Range(0)] = 0.1
-    group_norm_damping: Annotated[float, Range(0)] = 0.1
-    samples: Annotated[int, Range(1)] = 2000
-    every: Annotated[int, Range(1)] = 4
+    strength: NonNegative = 15.0
+    damping: NonNegative = 0.1
+    group_norm_damping: NonNegative = 0.1
+    samples: Count = 2000
+    every: Count = 4
     project_new_units: bool = True
     norms: Annotated[str, OneOf("update", "freeze")] = "update"
     memory: Annotated[int, Range(0)] = 0
-    strength_factor: Annotated[float, Range(0, 1)] = 0.01
+    strength_factor: Fraction = 0.01
     asymmetric_loss: bool = True
     lr: float = 0.01
     seed: int = 0

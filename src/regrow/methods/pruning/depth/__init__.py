@@ -48,7 +48,7 @@ from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.metrics import wifv
 from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.scoring.weights import readers
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, FractionBelowOne, OneOf
 from regrow.surgery.gate import gate_inputs, gates_of
 
 CITATION = (
@@ -82,11 +82,11 @@ class Settings(CheckedSettings):
     unit: Annotated[str, OneOf("block", "attention", "mlp", "any")] = "block"
     search: Annotated[str, OneOf("greedy", "one_shot")] = "greedy"
     fill: Annotated[str, OneOf("neurons", "none")] = "neurons"
-    tokens: Annotated[int, Range(1)] = 512
+    tokens: Count = 512
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[0]
-    spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
-    minimum: Annotated[int, Range(1)] = 1
+    spare_first: FractionBelowOne = OUTER_BLOCKS[0]
+    spare_last: FractionBelowOne = OUTER_BLOCKS[1]
+    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:

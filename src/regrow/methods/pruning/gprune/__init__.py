@@ -25,8 +25,6 @@ from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
 from regrow.core.scores import Need, Scores, Statistics, merged
 from regrow.methods.pruning.gprune.modules import (
-    PARTITIONS,
-    SWITCHES,
     Masks,
     Modules,
     partition,
@@ -36,7 +34,7 @@ from regrow.methods.pruning.gprune.modules import (
 from regrow.methods.pruning.gprune.shares import ModuleShares, as_tensor, read_learning
 from regrow.methods.pruning.pruner import NOT_FINITE, Kept, Pruner, PruningTask, Ranking, pooled_means
 from regrow.scoring.compensate import constant_inputs
-from regrow.scoring.metrics import BASES, METRICS, peak_to_peak
+from regrow.scoring.metrics import BASES, peak_to_peak
 from regrow.scoring.spaces import (
     FEW,
     OUTER_BLOCKS,
@@ -51,13 +49,21 @@ from regrow.scoring.spaces import (
     within,
 )
 from regrow.scoring.weights import scorable
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import (
+    CheckedSettings,
+    Count,
+    Fraction,
+    NonNegative,
+    OneOf,
+    OpenFraction,
+    Positive,
+    Range,
+)
 from regrow.training.hooks import Check, EarlyStopping
 from regrow.training.state import TrainState
 
 CITATION = "Liu et al., GPrune-LLM, 2026, arXiv:2603.13418 (reconstructed from the abstracts; no code was published)"
 STARTS = ("base", "inner", "uniform")  # the allocations from which learning may start
-INSTEAD = ("peaks", "weights")  # the metrics that order switched modules
 
 
 @dataclass(frozen=True)
@@ -97,26 +103,26 @@ class Settings(CheckedSettings):
         seed: Seed of random partitions and of the order of windows.
     """
 
-    base: Annotated[str, OneOf(*BASES)] = "flap"
-    shards: Annotated[int, Range(1)] = 4
-    partition: Annotated[str, OneOf(*PARTITIONS)] = "thresholds"
-    switch: Annotated[str, OneOf(*SWITCHES)] = "blend"
-    switch_most: Annotated[float, Range(0, 1)] = 0.25
-    instead: Annotated[str, OneOf(*INSTEAD)] = "peaks"
+    base: Annotated[str, OneOf("flap", "wanda_sp", "llm_pruner", "magnitude", "fisher")] = "flap"
+    shards: Count = 4
+    partition: Annotated[str, OneOf("thresholds", "random", "layer")] = "thresholds"
+    switch: Annotated[str, OneOf("unreliable", "blend", "even", "never", "always", "reversed")] = "blend"
+    switch_most: Fraction = 0.25
+    instead: Annotated[str, OneOf("peaks", "weights")] = "peaks"
     scores_from: str = "pooled"
     cross: bool = True
-    start: Annotated[str, OneOf(*STARTS, "best")] = "best"
+    start: Annotated[str, OneOf("base", "inner", "uniform", "best")] = "best"
     steps: Annotated[int, Range(0)] = 40
-    windows: Annotated[int, Range(1)] = 2
-    every: Annotated[int, Range(1)] = 10
-    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
-    lr: Annotated[float, Range(0, above=True)] = 0.1
-    width: Annotated[float, Range(0, above=True)] = 0.05
-    width_few: Annotated[float, Range(0, above=True)] = 0.1
-    most: Annotated[float, Range(0, 1, above=True, below=True)] = 0.95
-    memory: Annotated[float, Range(0)] = 3.0
+    windows: Count = 2
+    every: Count = 10
+    held_out: OpenFraction = 0.25
+    lr: Positive = 0.1
+    width: Positive = 0.05
+    width_few: Positive = 0.1
+    most: OpenFraction = 0.95
+    memory: NonNegative = 3.0
     compensate: bool = True
-    minimum: Annotated[int, Range(1)] = 1
+    minimum: Count = 1
     seed: int = 0
 
 
@@ -124,7 +130,7 @@ def build(settings: Settings) -> Pruner:
     """Return the GPrune-LLM pruner."""
     runs = settings.steps > 0 or settings.start == "best"
     return Pruner(
-        needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, METRICS[BASES[settings.base].metric][1]}),
+        needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, BASES[settings.base].need}),
         score=partial(score_units, s=settings),
         allocate=partial(rank, minimum=settings.minimum),
         compensate=pooled_means if settings.compensate else None,

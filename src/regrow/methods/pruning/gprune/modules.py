@@ -10,8 +10,6 @@ from regrow.allocation.solved import soft_step
 from regrow.core.scores import Tensors, rank_order
 from regrow.scoring.spaces import Row, Space, percentile, within
 
-PARTITIONS = ("thresholds", "random", "layer")
-SWITCHES = ("unreliable", "blend", "even", "never", "always", "reversed")
 LEAST = 8  # modules with fewer units are merged with the module of the nearest mean sensitivity
 _GRID = ("robust weak", "robust strong", "sensitive weak", "sensitive strong")
 _HALVES = ("robust", "", "sensitive", "")
