@@ -11,10 +11,7 @@ from regrow.scoring.weights import readers
 
 
 def means(
-    model: nn.Module,
-    axes: AxisGraph,
-    kept: Mapping[str, Iterable[int]],
-    statistics: Statistics,
+    model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]], statistics: Statistics
 ) -> dict[str, dict[int, float]]:
     """Return the mean of every dropped input, for the weights whose bias can absorb it exactly, as ``Plan.means``.
 

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.core.objectives import (
-    CLASSIFICATION,
-    IGNORED,
-    MULTI_LABEL,
-    NEXT_TOKEN,
-    REGRESSION,
-    Objective,
-)
+from regrow.core.objectives import CLASSIFICATION, IGNORED, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective
 from regrow.core.sources import Batch, logits_in
 from regrow.scoring.watch import Feed, rows_of
 from regrow.scoring.weights import Reader

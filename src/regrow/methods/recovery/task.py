@@ -177,10 +177,7 @@ SECONDS = 120.0  # the longest time between two checkpoints, in seconds; one is 
 
 
 def fit_recovery(
-    task: RecoveryTask,
-    parameters: Mapping[str, nn.Parameter],
-    loss: Callable[[RecoveryTask, Batch], Tensor],
-    s: Any,
+    task: RecoveryTask, parameters: Mapping[str, nn.Parameter], loss: Callable[[RecoveryTask, Batch], Tensor], s: Any
 ) -> dict[str, Any]:
     """Train parameters of a cut network in place, and restore the values that were best on held-out batches.
 

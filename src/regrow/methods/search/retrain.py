@@ -49,10 +49,7 @@ def build(settings: Settings, context: Context, found: Mapping[str, Tensor]) -> 
         if not bool(found[name].all())
     }
     return Learner(
-        RetrainState(masks),
-        parametrize=_mask,
-        loss=partial(_compute_loss, settings),
-        project=partial(_clip, settings),
+        RetrainState(masks), parametrize=_mask, loss=partial(_compute_loss, settings), project=partial(_clip, settings)
     )
 
 

@@ -24,13 +24,7 @@ from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
 from regrow.core.scores import Need, Scores, Statistics, merged
-from regrow.methods.pruning.gprune.modules import (
-    Masks,
-    Modules,
-    partition,
-    rank_in_modules,
-    reliability,
-)
+from regrow.methods.pruning.gprune.modules import Masks, Modules, partition, rank_in_modules, reliability
 from regrow.methods.pruning.gprune.shares import ModuleShares, as_tensor, read_learning
 from regrow.methods.pruning.pruner import NOT_FINITE, Kept, Pruner, PruningTask, Ranking, pooled_means
 from regrow.scoring.compensate import constant_inputs

@@ -134,13 +134,7 @@ class Reliability:
 
 
 def reliability(
-    how: str,
-    among: Sequence[Space],
-    modules: Modules,
-    scores: Tensors,
-    sigma: Tensors,
-    *,
-    most: float = 0.25,
+    how: str, among: Sequence[Space], modules: Modules, scores: Tensors, sigma: Tensors, *, most: float = 0.25
 ) -> Reliability:
     """Compute how far the activation-based ranking of each module is trusted.
 
