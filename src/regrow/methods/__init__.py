@@ -48,13 +48,13 @@ class MethodEntry:
     citation: str
     about: str
 
-    def defaults(self, given: Collection[str]) -> dict[str, Any]:
-        """Return the default of every setting not in ``given``; a run records them, since another version may differ.
+    def defaults(self, chosen: Collection[str]) -> dict[str, Any]:
+        """Return the default of every setting not in ``chosen``; a run records them, since another version may differ.
 
-        >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(given={"compensate"})
+        >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(chosen={"compensate"})
         {'allocation': 'uniform', 'minimum': 1}
         """
-        return {field.name: field.default for field in fields(self.settings) if field.name not in given}
+        return {field.name: field.default for field in fields(self.settings) if field.name not in chosen}
 
     def made(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
         """Build the method ``name`` with the given settings, after checking their names and types.

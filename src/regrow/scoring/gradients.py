@@ -39,7 +39,7 @@ def add_gradients(
     chosen, many = {name: parameters[name] for name in names}, batch.size if count is None else count
     earlier = {name: parameter.grad for name, parameter in chosen.items()}
     # Before the activations are there, so that no gap is left between the sums.
-    fresh = {name: torch.empty_like(one, dtype=torch.float32) for name, one in chosen.items() if name not in sums}
+    fresh = {name: torch.empty_like(p, dtype=torch.float32) for name, p in chosen.items() if name not in sums}
     unread = {*fresh}
 
     def add(name: str, parameter: Tensor) -> None:
@@ -53,7 +53,7 @@ def add_gradients(
             sums[name].add_(gradient * many)
 
     loss = objective.compute_loss(batch.run(model), batch)
-    hooks = [one.register_post_accumulate_grad_hook(partial(add, name)) for name, one in chosen.items()]
+    hooks = [p.register_post_accumulate_grad_hook(partial(add, name)) for name, p in chosen.items()]
     try:
         for parameter in chosen.values():
             parameter.grad = None
@@ -128,10 +128,10 @@ class MaskGradients(Feed):
         """Return the same input, as a tensor whose gradient is that of this use alone."""
         if not torch.is_grad_enabled() or not value.is_floating_point():
             return value
-        own = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-        self._expect(name, own)
-        own.register_hook(partial(self._add, name, value.detach(), dim))
-        return own
+        use = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        self._expect(name, use)
+        use.register_hook(partial(self._add, name, value.detach(), dim))
+        return use
 
     def weighed(self, name: str, weight: Tensor) -> Tensor:
         """Return the weight times a mask of its inputs, whose gradient is that of the whole batch."""
@@ -183,12 +183,12 @@ def _to_units(values: Tensor, where: Tensor) -> Tensor:
     return parts[..., 0] if where.shape[1] == 1 else parts.sum(-1)
 
 
-def _added(one: Tensor, other: Tensor) -> Tensor:
+def _added(first: Tensor, other: Tensor) -> Tensor:
     """Return the sum of the gradients of two uses of a unit, summed over positions where these differ, then all."""
     for dim in (1, 0):
-        if one.shape != other.shape:
-            one, other = one.sum(dim, keepdim=True), other.sum(dim, keepdim=True)
-    return one + other
+        if first.shape != other.shape:
+            first, other = first.sum(dim, keepdim=True), other.sum(dim, keepdim=True)
+    return first + other
 
 
 def add_fisher(
@@ -222,7 +222,9 @@ def add_fisher(
         sums[key] = sums[key] + squares if key in sums else squares
 
 
-def draw_labels(output: object, batch: Batch, objective: Objective, origin: Batch) -> tuple[Tensor, Tensor] | None:
+def draw_labels(
+    output: object, batch: Batch, objective: Objective, origin: Batch | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Draw labels from a network's predictions; return the logits and the gradient of the summed loss in them.
 
     The random numbers of an example depend on its inputs alone, not on the batch that it is in; where the first

@@ -136,7 +136,7 @@ def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence
     if len({len(shards) for _, shards in scores.values()}) != 1:
         raise ValueError("every source needs equally many shards")
     keys = [key for space in among for key in space.keys]
-    whole = {key: torch.stack([one[key] for one, _ in scores.values()]) for key in keys}
+    whole = {key: torch.stack([pooled[key] for pooled, _ in scores.values()]) for key in keys}
     parts = {key: torch.stack([torch.stack([s[key] for s in shards]) for _, shards in scores.values()]) for key in keys}
     return Ranks(tuple(scores), within(whole, among, percentile), within(parts, among, percentile))
 
@@ -178,7 +178,7 @@ def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
         between, noise, ratio = _effects(shards)
         flat = shards.reshape(m * s, n)
         shuffled = [flat[torch.randperm(m * s, generator=generator)].reshape(m, s, n) for _ in range(SHUFFLES)]
-        null = torch.stack([_effects(one)[2] for one in shuffled])
+        null = torch.stack([_effects(draw)[2] for draw in shuffled])
         corner = null.flatten().quantile(0.95) if null.numel() < 2**24 else null[0].quantile(0.95)
         rho = _off_diagonal(torch.corrcoef(whole))
         mixed = torch.corrcoef(flat).reshape(m, s, m, s)

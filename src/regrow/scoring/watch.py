@@ -222,7 +222,7 @@ def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
     reuse = rows.is_contiguous()
     step = max(1, CHUNK // max(1, rows[0].numel())) if rows.device.type == "cpu" and len(rows) else max(1, len(rows))
     sums = [_sums(strip, channels, step, hidden, reuse) for strip in rows.split(_strip(rows, channels), channels)]
-    total, square = torch.cat([one for one, _ in sums], 1), torch.cat([one for _, one in sums])
+    total, square = torch.cat([totals for totals, _ in sums], 1), torch.cat([squares for _, squares in sums])
     if mask is None:
         means, count, sequences = total / max(1, rows.shape[positions]), len(rows) * rows.shape[positions], len(rows)
     else:
@@ -253,12 +253,12 @@ def _sums(rows: Tensor, channels: int, step: int, hidden: Tensor | None, reuse: 
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     room = torch.empty((min(step, len(rows)), *rows.shape[1:]), dtype=wide, device=rows.device) if reuse else None
     for index, part in enumerate(rows.split(step)):
-        own = None if room is None else room[: len(part)]
+        buffer = None if room is None else room[: len(part)]
         if part.dtype != wide:
-            part = part.to(wide) if own is None else own.copy_(part)
+            part = part.to(wide) if buffer is None else buffer.copy_(part)
         if hidden is not None:
             part = part.masked_fill(hidden[index * step : index * step + len(part), :, None], 0)
         totals.append(part.sum(positions).to(home, torch.float64))
-        squares = part * part if own is None else torch.mul(part, part, out=own)
+        squares = part * part if buffer is None else torch.mul(part, part, out=buffer)
         square += squares.sum((0, positions)).to(home, torch.float64)
     return torch.cat(totals), square

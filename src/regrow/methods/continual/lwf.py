@@ -70,7 +70,7 @@ def build(settings: Settings) -> Learner[LwfState]:
 
 def _old_logits(state: LwfState, context: Context, inputs: Tensor) -> Tensor:
     """Return the logits of the network as it was before the current task."""
-    old = {name: one.values for name, one in state.old.items()}
+    old = {name: tensor.values for name, tensor in state.old.items()}
     context.model.eval()
     with torch.no_grad():
         logits = logits_in(torch.func.functional_call(context.model, old, (inputs,)))

@@ -53,7 +53,7 @@ def build(settings: Settings) -> Learner[PackNetState]:
         if number is None or not settings.use_task_id or number > context.number:
             return Replacements()
         parameters = context.parameters()
-        owners = {name: one.values for name, one in state.owner.items()}
+        owners = {name: owner.values for name, owner in state.owner.items()}
         return Replacements(
             {name: parameters[name].detach() * ((o > 0) & (o <= number + 1)) for name, o in owners.items()}
         )

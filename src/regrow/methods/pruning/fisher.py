@@ -69,10 +69,10 @@ def _score(task: PruningTask, per_weight: bool) -> Scores:
 def _per_weight(task: PruningTask, scores: Scores) -> Scores:
     """Return the estimated loss per weight that a unit of the axis removes."""
     cost, values = cost_of(task.axes, task.budget), {}
-    for key, own in scores.values.items():
+    for key, losses in scores.values.items():
         axis = task.axes[key]
         least = min(axis.least, axis.size - 1)
-        values[key] = own * (axis.size - least) / max(1, cost.total - cost({key: least}))
+        values[key] = losses * (axis.size - least) / max(1, cost.total - cost({key: least}))
     return replace(scores, values=values, metric=f"{scores.metric}/cost")
 
 

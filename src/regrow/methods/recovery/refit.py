@@ -120,8 +120,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if task.streamed:
             check_places(task.streamed, layers)
         batches = join_all(parts) if keeps_state(task.model, state) else regroup(parts)
-        own = dict(task.model.named_parameters())
-        work = RefitWork(task, {layer.name: layer for layer in layers}, candidates, batches, own)
+        parameters = dict(task.model.named_parameters())
+        work = RefitWork(task, {layer.name: layer for layer in layers}, candidates, batches, parameters)
         no_stream = settings.target == "residual" and bool(layers) and not added
         wanted = "auto" if no_stream else settings.target.replace("residual", "dense")
         problem = "" if wanted == "dense" else _explain_mismatch(work, left_out, first)
@@ -131,7 +131,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if task.streamed and target == "dense" and task.streamed.lacking:
             raise ResourceError(f"{problem or 'target=dense'}: {task.streamed.lacking}")
         biased = _with_biases(task.model, layers)
-        work.own = dict(task.model.named_parameters())
+        work.parameters = dict(task.model.named_parameters())
         work.resume()
         joined = not work.done and _refit(work, parts, target, biased)
     for name in biased:

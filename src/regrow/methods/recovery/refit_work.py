@@ -133,7 +133,7 @@ class RefitWork:
     layers: Mapping[str, Layer]
     candidates: RidgeCandidates
     batches: Sequence[FitBatch]
-    own: Mapping[str, nn.Parameter]  # the parameters of the cut network; if it is streamed, of the present block alone
+    parameters: Mapping[str, nn.Parameter]  # of the cut network; if it is streamed, of the present block alone
     records: list[dict[str, Any]] = field(default_factory=list)  # per finished layer, in the order in which they run
     _sums: dict[int, Sums] = field(default_factory=dict)
     _reached: list[str] = field(default_factory=list)
@@ -169,14 +169,14 @@ class RefitWork:
             self.records = [dict(row) for row in stored["layers"]]
             with torch.no_grad():
                 for name, tensor in tensors.items():
-                    self.own[name].copy_(tensor)
+                    self.parameters[name].copy_(tensor)
 
     def write(self) -> None:
         """Write a checkpoint of the layers that are done, unless each is kept on its own."""
         if self.changed is not None:
             return
-        names = [n for weight in sorted(self.refitted) for n in (weight, bias_of(weight)) if n in self.own]
-        tensors = {name: self.own[name].detach() for name in names}
+        names = [n for weight in sorted(self.refitted) for n in (weight, bias_of(weight)) if n in self.parameters]
+        tensors = {name: self.parameters[name].detach() for name in names}
         self.task.write(len(self.records), tensors, {"layers": [dict(row) for row in self.records]})
 
     def start_again(self, batches: Sequence[FitBatch]) -> None:
@@ -193,7 +193,7 @@ class RefitWork:
         self, layer: Layer, number: int, inputs: Tensor, target: Tensor, missing: Tensor, shown: Tensor | None
     ) -> None:
         """Add the rows of a batch to the sums of a layer."""
-        if bias_of(layer.name) in self.own:
+        if bias_of(layer.name) in self.parameters:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         parts = self.batches[number].parts
         ends = [0, *(len(inputs) * end // parts[-1][1] for _, end in parts)]
@@ -225,7 +225,7 @@ class RefitWork:
 
     def solve(self, layer: Layer, sums: Sequence[Sums]) -> None:
         """Fit a layer by ridge regression, in place, and record its error before and after."""
-        weight, bias = self.own[layer.name], self.own.get(bias_of(layer.name))
+        weight, bias = self.parameters[layer.name], self.parameters.get(bias_of(layer.name))
         choice = self.candidates.choose(sums, bias=bias is not None)
         if (change := choice.change) is not None:
             columns = change if bias is None else change[:-1]
@@ -235,5 +235,5 @@ class RefitWork:
         record = self.candidates.record(layer.name, choice)
         self.records.append(record)
         if self.changed is not None:
-            names = [name for name in (layer.name, bias_of(layer.name)) if name in self.own and record["ridge"]]
-            self.changed.write({name: self.own[name].detach() for name in names}, record)
+            names = [name for name in (layer.name, bias_of(layer.name)) if name in self.parameters and record["ridge"]]
+            self.changed.write({name: self.parameters[name].detach() for name in names}, record)

@@ -82,8 +82,9 @@ def ridged(sums: Sums, ridge: float, *, standardize: bool = False, bias: bool = 
     """
     gram = sums.gram.clone()
     if standardize:
-        own = gram.diagonal()[: len(gram) - bias]
-        own.copy_(torch.where(own > 0, own * (1 + ridge), 1.0))  # the change of an input that is always 0 is 0
+        squares = gram.diagonal()[: len(gram) - bias]
+        # The change of an input that is always 0 is 0.
+        squares.copy_(torch.where(squares > 0, squares * (1 + ridge), 1.0))
     else:
         gram.diagonal().add_(ridge * gram.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(gram)
@@ -121,7 +122,7 @@ def _left(held: Sums, start: Tensor, change: Tensor, shrinkages: Sequence[float]
     shifted = held.cross - torch.outer(held.gram[:, -1], start[-1])
     origin = held.missing - float((start[-1] * (held.cross[-1] + shifted[-1])).sum())
     slope, curve = float((step * shifted).sum()), float((step * (held.gram @ step)).sum())
-    return {one: origin - 2 * one * slope + one * one * curve for one in shrinkages}
+    return {factor: origin - 2 * factor * slope + factor * factor * curve for factor in shrinkages}
 
 
 @dataclass(frozen=True)

@@ -76,13 +76,13 @@ def count_calls(task: RecoveryTask, names: Collection[str], batch: Batch) -> tup
 
 def compare_outputs(work: RefitWork, batch: Batch) -> tuple[Any, Any]:
     """Return the outputs of the dense network with the cut one's layers in it, and of the cut network."""
-    task, pair, own = work.task, work.task.streamed, _OwnTarget(work)
+    task, pair, cut = work.task, work.task.streamed, _OwnTarget(work)
 
     @contextmanager
     def carrying(number: int, watched: Mapping[int, str]) -> Iterator[None]:
         with (
-            own.resident(pair, watched.values(), ()) if pair else nullcontext(work.own) as work.own,
-            LayerCalls(watched, lambda call: own.put(work.layers[call.name], call)),
+            cut.resident(pair, watched.values(), ()) if pair else nullcontext(work.parameters) as work.parameters,
+            LayerCalls(watched, lambda call: cut.put(work.layers[call.name], call)),
         ):
             yield
 
@@ -117,9 +117,10 @@ def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
         @contextmanager
         def loading(watched: Mapping[int, str]) -> Iterator[None]:
             assert pair is not None
-            with fitted.resident(pair, watched.values(), added) as work.own, torch.no_grad():
-                for name in (name for name in work.own if name in pair.changed):  # refitted before an interruption
-                    work.own[name].copy_(pair.changed[name])
+            with fitted.resident(pair, watched.values(), added) as work.parameters, torch.no_grad():
+                for name in work.parameters:
+                    if name in pair.changed:  # refitted before an interruption
+                        work.parameters[name].copy_(pair.changed[name])
                 yield
 
         def refit(number: int, call: LayerCall) -> None:
@@ -196,7 +197,7 @@ class _OwnTarget:
         return _inputs(self.work.task.model, layer, kept, call.dim)
 
     def _output(self, layer: Layer, inputs: Tensor) -> Tensor:
-        weight, bias = self.work.own[layer.name], self.work.own.get(bias_of(layer.name))
+        weight, bias = self.work.parameters[layer.name], self.work.parameters.get(bias_of(layer.name))
         flat = weight.flatten(1) if layer.dim else weight.T
         return F.linear(inputs, flat.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
 
@@ -208,11 +209,11 @@ class _OwnTarget:
         stored = pair.model.weights.stored
         names = [name for weight in weights for name in (weight, bias_of(weight)) if name in stored]
         with pair.model.resident(names):
-            own = {name: pair.model.model.get_parameter(name) for name in names}
+            parameters = {name: pair.model.model.get_parameter(name) for name in names}
             for weight in set(weights) & set(added):
                 outputs = pair.model.model.get_parameter(bias_of(weight)).shape
-                own[bias_of(weight)] = nn.Parameter(own[weight].new_zeros(outputs), requires_grad=False)
-            yield own
+                parameters[bias_of(weight)] = nn.Parameter(parameters[weight].new_zeros(outputs), requires_grad=False)
+            yield parameters
 
 
 @dataclass

@@ -200,7 +200,7 @@ class Mgas(Search):
             among = ~layout.single if self.thins else torch.ones_like(layout.single)
             regularizer = layout.operation_regularizer(masks, state.alpha.values, among)
             if not self.thins:  # otherwise μ raises thresholds
-                ops, filters, weights = (one.values for one in state.thresholds)
+                ops, filters, weights = (thresholds.values for thresholds in state.thresholds)
                 regularizer = regularizer + layout.threshold_regularizer(masks, (ops, filters, weights))
             regularizer = state.penalty * regularizer
             loss = loss + regularizer

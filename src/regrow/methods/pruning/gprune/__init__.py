@@ -264,7 +264,7 @@ def order_modules(
     filled = constant_inputs(task.model, seen[0].pooled.moments) if s.compensate else ()
     return Masks(
         {key: torch.stack([m.labels[key] for m in formed]) for key in modules.labels},
-        {key: torch.stack([place[key] for place in places]) for key in modules.labels},
+        {key: torch.stack([ranks[key] for ranks in places]) for key in modules.labels},
         {name: torch.stack([view.pooled.moments[name].mean for view in seen]) for name in filled},
         torch.tensor([s.width_few if among[i].pooled else s.width for i in modules.spaces]).double(),
     )

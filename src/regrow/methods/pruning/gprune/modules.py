@@ -214,14 +214,14 @@ class Masks:
 
     def margins(self, share: Tensor, view: int = 0) -> dict[str, Tensor]:
         """Return each unit's relative rank minus its module's pruning ratio, by axis key; units below 0 are cut."""
-        return {key: place[view] - share[self.modules[key][view]] for key, place in self.places.items()}
+        return {key: ranks[view] - share[self.modules[key][view]] for key, ranks in self.places.items()}
 
     def gates(self, share: Tensor, view: int) -> dict[str, Tensor]:
         """Return 1 for units that stay and 0 for units that are cut, by axis key, with a gradient to the ratios."""
         gates = {}
-        for key, place in self.places.items():
+        for key, ranks in self.places.items():
             label = self.modules[key][view]
-            gates[key] = soft_step(place[view], share.index_select(0, label), self.width[label]).float()
+            gates[key] = soft_step(ranks[view], share.index_select(0, label), self.width[label]).float()
         return gates
 
     def filled(self, view: int) -> dict[str, Tensor]:
