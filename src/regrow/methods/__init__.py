@@ -57,10 +57,9 @@ class MethodEntry:
         return {field.name: field.default for field in fields(self.settings) if field.name not in chosen}
 
     def made(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
-        """Build the method ``name`` with the given settings, after checking their names and types.
+        """Build the method ``name`` with settings, after checking their names and types; others have their defaults.
 
-        All other settings have their defaults; ``inputs`` are further keyword arguments of ``build``, such as
-        ``prices``, the time that operations take.
+        ``inputs`` are further keyword arguments of ``build``, such as ``prices``, the time that operations take.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings must be a dict from names to values, got {settings!r:.60}")
@@ -91,10 +90,7 @@ class MethodEntry:
 
 
 class MethodTable(Mapping[str, MethodEntry]):
-    """The methods of one kind by name; the module of a method is imported when its entry is read.
-
-    Names are those of modules or folders in the folder of the kind, with ``Settings``, ``build`` and ``CITATION``.
-    """
+    """The methods of one kind, by the name of a module or folder; it is imported when its entry is read."""
 
     def __init__(self, kind: MethodKind, names: Sequence[str]) -> None:
         self._kind, self._names = kind, names
@@ -136,15 +132,10 @@ METHODS, LEARNERS, SEARCHERS, RECOVERIES = (TABLES[kind] for kind in MethodKind)
 
 
 def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
-    """Look up a method by name: built in, from an installed package, or from the user's own code.
+    """Look up a method by name: built in, from an installed package, or ``pkg.mod:NAME`` of the user's own code.
 
-    Args:
-        kind: The kind that the method must have; ``None``: any.
-        name: A name in :data:`TABLES`, that of an entry point of an installed package, or ``pkg.mod:NAME``, where NAME
-            is a :class:`MethodEntry` of your own code. Never pass a name of code that comes from a file.
-
-    Raises:
-        ValueError: If there is no such method (suggests the nearest name), or it has another kind.
+    NAME is then a :class:`MethodEntry`. Never pass a name of code that comes from a file. Raise ValueError if there is
+    no such method (suggests the nearest name), or it is not of the wanted kind.
     """
     check_name(kind, name)
     for table in _tables(kind):
@@ -191,10 +182,7 @@ def _added() -> dict[str, EntryPoint]:
 
 
 def refuse_recorded_code(name: str, command: str) -> None:
-    """Raise ValueError if the method named in a run folder is user code: names in files are never imported.
-
-    The message names ``command``, the command line that started the run.
-    """
+    """Raise ValueError if the method that a run folder names is user code; ``command`` started the run."""
     if names_code(name):
         raise ValueError(
             f"the run's method is your own code ({name!r:.80}), and a name in a file is never imported; install it as "

@@ -15,10 +15,8 @@ def means(
 ) -> dict[str, dict[int, float]]:
     """Return the mean of every dropped input, for the weights whose bias can absorb it exactly, as ``Plan.means``.
 
-    b′ = b + Σ over dropped j of W_j · E[x_j]. That is exact for a linear map and for an ungrouped convolution without
-    padding. A padded convolution sees zeros at its borders, not the mean: it is left out. So is a weight that several
-    modules share: their inputs may have different means, and each has its own bias. :func:`uncompensated` lists them.
-    ``kept``: axis key → the units kept; weights without moments in ``statistics`` are left out.
+    b′ = b + Σ over dropped j of W_j · E[x_j], exact for a linear map and for an ungrouped convolution without padding
+    whose weight no other module shares; :func:`uncompensated` lists the others. ``kept``: axis key → the units kept.
 
     Source: An et al., FLAP (arXiv 2312.11983), section "Baseline bias compensation".
     """

@@ -30,10 +30,8 @@ def add_gradients(
 ) -> Tensor:
     """Run the network on a batch, add the gradient of its *summed* loss to ``sums`` (float32); return the mean loss.
 
-    Summed, so that batches of different sizes can be merged. The backward pass itself runs on the mean, which half
-    precision can hold. Each gradient is added as soon as it is there, and then given back: one parameter's is in memory
-    at a time, beside the sums. ``count``: the labelled positions; ``None``: the host waits for the device to count
-    them.
+    The backward pass runs on the mean, which half precision can hold. Each gradient is added as soon as it is there,
+    and then given back: one parameter's is in memory at a time, beside the sums.
     """
     parameters = dict(model.named_parameters())
     chosen, many = {name: parameters[name] for name in names}, batch.size if count is None else count
@@ -89,10 +87,9 @@ def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = Non
 
 
 def trunk_of(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:
-    """Return the smallest part of a network to run: without the head, if none of the named weights lies in it.
+    """Return the part of a network to run: without the head, if none of the named weights lies in it.
 
-    That part is transformers' ``base_model``: a submodule that takes the same inputs. It may leave out weights that the
-    whole network uses (an encoder, a head).
+    That is transformers' ``base_model``, which takes the same inputs, but may leave out weights (an encoder, a head).
     """
     base = getattr(model, "base_model", None)
     prefix = next((name for name, module in model.named_modules() if module is base), "")
@@ -227,10 +224,9 @@ def draw_labels(
 ) -> tuple[Tensor, Tensor] | None:
     """Draw labels from a network's predictions; return the logits and the gradient of the summed loss in them.
 
-    The random numbers of an example depend on its inputs alone, not on the batch that it is in; where the first
-    dimension of no input is that of the labels, on all inputs and its index. Nothing is drawn for positions labelled
-    −100; classes, 0 or 1 for multi-label, normal numbers for regression; ``None`` for other losses. ``origin`` is the
-    batch on the device where it came from.
+    The random numbers of an example depend on its inputs alone; where the first dimension of no input is that of the
+    labels, on all inputs and its index. Nothing is drawn for positions labelled −100, and for losses of one's own.
+    ``origin`` is the batch on the device where it came from.
     """
     origin = batch if origin is None else origin
     if objective.name in (CLASSIFICATION.name, NEXT_TOKEN.name):

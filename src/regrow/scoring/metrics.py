@@ -76,8 +76,7 @@ def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: 
 def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
     """Score units by the Fisher information of their masks, ½ · mean over tokens of (Σ x · ∂L/∂x)².
 
-    That is the increase of the loss per token, to second order, if the unit's output were 0. Without statistics:
-    ‖W_j‖₂².
+    That is the increase of the loss per token, to second order, if the unit's output were 0. Without data: ‖W_j‖₂².
 
     Source: Theis et al., Fisher pruning (arXiv 1801.05787); masks of Transformers: Kwon et al. (arXiv 2204.09656).
     """
@@ -133,10 +132,8 @@ def magnitude(
 ) -> Scores:
     """Score units by the norm of their weights; needs no data.
 
-    ``columns`` (FLAP's repository, "mag-sp"): Σ over the unit's input channels j of ‖W_j‖₂, over all weights that read
-    it. ``group`` (DepGraph): the root of Σ w² over every parameter entry the unit owns.
-
-    Source: An et al., FLAP (arXiv 2312.11983), code; Fang et al., DepGraph (arXiv 2301.12900).
+    ``columns``: Σ over the unit's input channels j of ‖W_j‖₂, over all weights that read it (FLAP's code, "mag-sp").
+    ``group``: the root of Σ w² over every parameter entry the unit owns (Fang et al., DepGraph, arXiv 2301.12900).
     """
     values: dict[str, Tensor] = {}
     chosen = scorable(axes, units)
@@ -246,10 +243,9 @@ def to_units(
 ) -> dict[str, Tensor]:
     """Pool scores per input channel (weight → ``[C]`` float64) into one score per unit, axis key → ``[size]``.
 
-    ``sum``: Σ over the unit's channels and over the weights that read it. ``standardised`` (FLAP's AL-AM): each
-    weight's channels are first z-scored among themselves, then averaged over the unit's channels and its weights, so
-    that units of different layers and kinds can be ranked together; ``square_blocks`` squares those of units with
-    several channels before.
+    ``sum``: Σ over the unit's channels and the weights that read it. ``standardised`` (FLAP's AL-AM): each weight's
+    channels are z-scored among themselves, then averaged, so that units of different layers can be ranked together;
+    ``square_blocks`` squares those of units with several channels before.
     """
     parts: dict[str, list[Tensor]] = {}
     for reader in reads:

@@ -164,11 +164,10 @@ def share_of(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
 def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
     """Test per ranking space whether ranks differ between sources more than shuffled shards do; one row each.
 
-    The null shuffles shards over sources (one shuffle for all units of a draw). ``exceeds``: fraction of units with F >
-    1; ``significant``: with F above the null's 95 % point; ``share``: Σ between ÷ Σ (between + within), the fraction of
-    the variance of a shard's rank that is due to the source. ``spearman``: mean rank correlation between sources;
-    ``kendall_w``: ((M − 1) ρ + 1) / M; ``spearman_shards`` and ``spearman_within``: between shards of different sources
-    and of the same source, which are equally noisy. It takes at least 2 sources of at least 2 shards.
+    ``exceeds``: fraction of units with F > 1; ``significant``: with F above the 95 % point of the null, which shuffles
+    shards over sources; ``share``: the fraction of the variance of a shard's rank that is due to the source;
+    ``spearman``: mean rank correlation between sources, ``spearman_shards`` and ``spearman_within`` between shards of
+    different sources and of the same. It takes at least 2 sources of at least 2 shards.
     """
     generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []
@@ -235,10 +234,9 @@ def views(
     *,
     without_each: bool,
 ) -> Iterator[View]:
-    """Yield the view of all sources, then (with ``without_each``) one view with each source left out.
+    """Yield the view of all sources, then (with ``without_each``) one view with each of at least 3 sources left out.
 
-    A decision made without a source can be evaluated on that source as an unseen text domain. ``statistics``: source →
-    those of its shards; at least 2 sources, 3 to leave one out.
+    A decision made without a source can be evaluated on that source as an unseen text domain.
     """
     rows = {name: (score(merged(shards)), list(map(score, shards))) for name, shards in statistics.items()}
     for left_out in (None, *(rows if without_each else ())):

@@ -235,8 +235,7 @@ def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
 def _strip(rows: Tensor, channels: int) -> int:
     """Return how many channels are summed at a time: so many that a sequence fits the cache, or all.
 
-    A thread sums columns in groups of GROUP, and those that are left over in another order. So channels are split only
-    where nothing is left over in any thread, neither in the whole nor in a strip.
+    A thread sums columns in groups of GROUP, and what is left over in another order: so nothing may be left over.
     """
     width, group = rows.shape[channels], GROUP * torch.get_num_threads()
     splits = rows.device.type == "cpu" and channels == 2 and rows.is_contiguous() and width % group == 0

@@ -13,9 +13,8 @@ from regrow import Plan, apply, trace
 from regrow.core.sources import Batch, Source, logits_in
 from regrow.data.batch_streams import concatenate
 from regrow.evaluation import perplexity
-from regrow.methods import RECOVERIES, MethodKind, find_method
+from regrow.methods import RECOVERIES, MethodKind, find_method, recovery
 from regrow.methods.recovery import RecoveryTask, bias, distil, lora, refit, refit_work
-from regrow.methods.recovery import task as recovery
 from regrow.methods.recovery.refit_work import join_all, regroup
 from regrow.methods.recovery.solve import RidgeCandidates, Sums, ridged
 from regrow.training.step import defer_interrupts

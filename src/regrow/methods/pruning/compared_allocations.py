@@ -44,10 +44,8 @@ def uniform_candidates(task: PruningTask, scores: Scores, spare: tuple[float, fl
 def choose_allocation(task: PruningTask, candidates: Candidates, *, compensate: bool) -> Ranking:
     """Return the scores and units of the allocation under which the masked network has the lowest loss.
 
-    Allocations that cannot meet the budget are left out. Where the losses cannot be compared (units at whose mark
-    masking is not cutting, no labelled batch), the first one is taken. A note says either.
-
-    Source: ours.
+    Allocations that cannot meet the budget are left out. Where the losses cannot be compared, the first is taken. A
+    note says either. Source: ours.
     """
     kept: dict[str, Kept] = {}
     notes: list[str] = []

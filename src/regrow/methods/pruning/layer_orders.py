@@ -155,9 +155,9 @@ def order_layers(
 ) -> dict[str, Elimination]:
     """Remove the units of every axis that one linear layer reads, one after the other, as :func:`eliminate` does.
 
-    ``pooled`` are the sums over all sources; ``centre``: whether a bias makes up for the means of dropped inputs;
-    ``rates``: axis key → what the cost of each unit is multiplied by. Axes that several weights read, or other than
-    linear layers, and those whose inputs do not vary have no entry in the result.
+    ``pooled``: the sums over all sources; ``centre``: whether a bias makes up for the means of dropped inputs;
+    ``rates``: axis key → what the cost of each unit is multiplied by. Other axes, and inputs that do not vary, have no
+    entry.
     """
     parameters = dict(task.model.named_parameters(remove_duplicate=False))
     recurrent = [module for module in task.model.modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regrow.core.plan import Plan
 from regrow.core.scores import Moments, Need, Statistics
-from regrow.methods.recovery.task import Recovery, RecoveryTask, StreamedPair, set_bias
+from regrow.methods.recovery import Recovery, RecoveryTask, StreamedPair, set_bias
 from regrow.scoring.collect import CollectionRun, collect
 from regrow.scoring.compensate import means, uncompensated
 from regrow.surgery.compensate import bias_of, offsets

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.core.sources import Batch, labelled_logits, logits_in
-from regrow.methods.recovery.task import Recovery, RecoveryTask, fit_recovery
+from regrow.methods.recovery import Recovery, RecoveryTask, fit_recovery
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, OneOf, OpenFraction, Positive
 from regrow.training.hooks import freeze
 

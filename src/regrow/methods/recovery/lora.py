@@ -15,7 +15,7 @@ from torch import nn
 
 from regrow.core.axes import AxisGraph
 from regrow.core.sources import Batch
-from regrow.methods.recovery.task import Recovery, RecoveryTask, fit_recovery
+from regrow.methods.recovery import Recovery, RecoveryTask, fit_recovery
 from regrow.nets.loaded import needs
 from regrow.settings.constraints import CheckedSettings, Count, OpenFraction
 from regrow.tracing.branches import set_modules
@@ -55,11 +55,7 @@ def build(settings: Settings) -> Recovery:
 
 
 def lora(task: RecoveryTask, settings: Settings) -> dict[str, object]:
-    """Train adapters on the linear layers of the cut network, and merge them into its weights, in place.
-
-    The weights are frozen and keep their precision; adapters are in float32, with their gradients, Adam's two moments
-    and the best values so far.
-    """
+    """Train float32 adapters on the linear layers of the cut network, and merge them into its weights, in place."""
 
     def loss(task: RecoveryTask, batch: Batch) -> torch.Tensor:
         return task.loss_of(batch.run(task.model), batch)

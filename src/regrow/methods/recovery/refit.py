@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.errors import ResourceError
 from regrow.core.sources import Batch, device_of
+from regrow.methods.recovery import Recovery, RecoveryTask, set_bias
 from regrow.methods.recovery.refit_work import (
     Layer,
     LayerOrderError,
@@ -50,7 +51,6 @@ from regrow.methods.recovery.refit_work import (
 )
 from regrow.methods.recovery.solve import RidgeCandidates
 from regrow.methods.recovery.streams import check_places, compare_outputs, count_calls, refit_layers
-from regrow.methods.recovery.task import Recovery, RecoveryTask, set_bias
 from regrow.settings.constraints import OneOf, OpenFraction, check_constraints
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import plan_layouts

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.sources import Batch
 from regrow.core.turns import StopRunError
 from regrow.data.batch_streams import concatenate, form_of, is_joinable
+from regrow.methods.recovery import ChangedTensors, RecoveryTask
 from regrow.methods.recovery.solve import RidgeCandidates, Sums
-from regrow.methods.recovery.task import ChangedTensors, RecoveryTask
 from regrow.surgery.compensate import bias_of
 
 SECONDS = 60.0  # the longest time between two checkpoints, in seconds, as long as layers are handled
@@ -119,10 +119,7 @@ class Layer:
 
 
 class LayerOrderError(BaseException):
-    """Raised if layers run in different orders, or not at all, for different batches.
-
-    No ``except Exception`` of a network's code catches it.
-    """
+    """Raised if layers run in other orders on some data; no ``except Exception`` of a network's code catches it."""
 
 
 @dataclass

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.errors import InputError
 from regrow.core.sources import Batch, device_of
 from regrow.core.turns import StopRunError, Turns
+from regrow.methods.recovery import RecoveryTask, StreamedPair
 from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, LayerOutputs, run_in_thread
 from regrow.methods.recovery.refit_work import Layer, RefitWork
-from regrow.methods.recovery.task import RecoveryTask, StreamedPair
 from regrow.scoring.watch import visible_rows
 from regrow.streaming.network import Around, StreamedNetwork
 from regrow.surgery.compensate import bias_of

@@ -15,7 +15,7 @@ from regrow.core.candidates import run_whole, single_in
 from regrow.core.objectives import CLASSIFICATION
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples
-from regrow.methods.search.assembly import Commit, Search
+from regrow.methods.search import Commit, Search
 from regrow.methods.search.space import SearchState, build_layout, copy_state, iterate_spans
 from regrow.surgery import apply
 from regrow.surgery.gate import parametrize

@@ -31,7 +31,7 @@ from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import move_tensors
 from regrow.core.tasks import Examples
-from regrow.methods.search.assembly import Commit, Search
+from regrow.methods.search import Commit, Search
 from regrow.methods.search.commit import cut_masked, fit_to_budget
 from regrow.methods.search.space import SearchSpace, SearchState, rank_evenly, scale_candidates
 from regrow.nets.cells import Cells

@@ -27,7 +27,7 @@ from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.candidates import candidates_in
 from regrow.core.sources import to_host
-from regrow.methods.search.assembly import Commit, Search, raise_penalty
+from regrow.methods.search import Commit, Search, raise_penalty
 from regrow.methods.search.commit import drop_operations, fit_to_budget, select_lowest
 from regrow.methods.search.space import SearchSpace, SearchState
 from regrow.settings.constraints import NonNegative, Positive, Range, check_constraints

@@ -38,8 +38,7 @@ from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import to_host
-from regrow.methods.search import commit
-from regrow.methods.search.assembly import Commit, Search, raise_penalty
+from regrow.methods.search import Commit, Search, commit, raise_penalty
 from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, build_layout, measure_masked
 from regrow.settings.constraints import Count, Fraction, NonNegative, OneOf, Positive, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
