@@ -1,14 +1,14 @@
 """Make scores comparable: z-scores, ranks within spaces of units, and how much these vary between text domains."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from regrow.core.axes import Axis
-from regrow.core.scores import Scores, Statistics, Tensors, merged
+from regrow.core.scores import Scores, Tensors
 
 Row = dict[str, str | int | float]  # a row of a table in a report: column → value
 
@@ -215,32 +215,3 @@ def _effects(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _off_diagonal(square: Tensor) -> Tensor:
     n = len(square)
     return (square.sum() - square.diagonal().sum()) / (n * (n - 1))
-
-
-@dataclass(frozen=True)
-class View:
-    """Scores, ranks and sensitivity of units, computed from a given set of sources."""
-
-    pooled: Statistics  # summed over the sources
-    scores: Scores  # by the pooled statistics
-    ranks: Ranks
-    sigma: Tensors  # how much the ranks vary between the sources
-
-
-def views(
-    statistics: Mapping[str, Sequence[Statistics]],
-    score: Callable[[Statistics], Scores],
-    among: Sequence[Space],
-    *,
-    without_each: bool,
-) -> Iterator[View]:
-    """Yield the view of all sources, then (with ``without_each``) one view with each of at least 3 sources left out.
-
-    A decision made without a source can be evaluated on that source as an unseen text domain.
-    """
-    rows = {name: (score(merged(shards)), list(map(score, shards))) for name, shards in statistics.items()}
-    for left_out in (None, *(rows if without_each else ())):
-        names = [name for name in rows if name != left_out]
-        pooled = merged([shard for name in names for shard in statistics[name]])
-        ranking = ranks({name: rows[name] for name in names}, among)
-        yield View(pooled, score(pooled), ranking, sensitivity(ranking))

@@ -11,7 +11,7 @@ learning gain nothing over that last allocation, the switch a little: see docs/r
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from regrow.allocation.solved import module_costs, ratios
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
-from regrow.core.scores import Need, Scores, Statistics, merged
+from regrow.core.scores import Need, Scores, Statistics, Tensors, merged
 from regrow.methods.pruning.gprune.modules import Masks, Modules, partition, rank_in_modules, reliability
 from regrow.methods.pruning.gprune.shares import ModuleShares, as_tensor, read_learning
 from regrow.methods.pruning.pruner import NOT_FINITE, Kept, Pruner, PruningTask, Ranking, pooled_means
@@ -32,14 +32,15 @@ from regrow.scoring.metrics import BASES, peak_to_peak
 from regrow.scoring.spaces import (
     FEW,
     OUTER_BLOCKS,
+    Ranks,
     Space,
-    View,
     inner,
     percentile,
+    ranks,
+    sensitivity,
     share_of,
     spaces,
     spectrum,
-    views,
     within,
 )
 from regrow.scoring.weights import scorable
@@ -216,19 +217,36 @@ def score_units(task: PruningTask, s: Settings) -> Ranking:
     return Ranking(Scores(masks.margins(share), metric, task.evidence.sources, tokens), findings)
 
 
+@dataclass(frozen=True)
+class View:
+    """Scores, ranks and sensitivity of units, computed from a choice of sources."""
+
+    pooled: Statistics  # summed over the sources
+    scores: Scores
+    ranks: Ranks
+    sigma: Tensors  # how much the ranks vary between the sources
+
+
 def measure(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]:
-    """Score and rank the units with all sources and, under ``cross``, without each source in turn."""
-    sums = task.evidence.statistics
+    """Score and rank the units with all sources and, under ``cross``, without each source in turn.
 
-    def score(statistics: Statistics) -> Scores:
-        return BASES[s.base].score(task.weights, task.axes, statistics, units)
+    A decision made without a source can be evaluated on that source as an unseen text domain.
+    """
+    sums, groups = task.evidence.statistics, spaces(units)
 
-    seen = list(views(sums, score, spaces(units), without_each=s.cross))
-    if s.scores_from != "pooled":
-        names = _calibration_sources(s, tuple(sums))
-        by_source = {name: score(merged(sums[name])) for name in dict.fromkeys(names)}
-        seen = [replace(view, scores=by_source[name]) for view, name in zip(seen, names, strict=False)]
-    return seen
+    def score(shards: Sequence[Statistics]) -> Scores:
+        return BASES[s.base].score(task.weights, task.axes, merged(shards), units)
+
+    by_source = {name: (score(shards), [score([shard]) for shard in shards]) for name, shards in sums.items()}
+    scored_by = _calibration_sources(s, tuple(sums)) if s.scores_from != "pooled" else None
+    result = []
+    for number, left_out in enumerate((None, *(sums if s.cross else ()))):
+        names = [name for name in sums if name != left_out]
+        pooled = [shard for name in names for shard in sums[name]]
+        ranking = ranks({name: by_source[name] for name in names}, groups)
+        scores = by_source[scored_by[number]][0] if scored_by else score(pooled)
+        result.append(View(merged(pooled), scores, ranking, sensitivity(ranking)))
+    return result
 
 
 def _calibration_sources(s: Settings, sources: Sequence[str]) -> list[str]:

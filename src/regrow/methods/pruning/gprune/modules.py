@@ -224,10 +224,6 @@ class Masks:
             gates[key] = soft_step(ranks[view], share.index_select(0, label), self.width[label]).float()
         return gates
 
-    def filled(self, view: int) -> dict[str, Tensor]:
-        """Return the values that replace dropped inputs, by name of the weight that reads them."""
-        return {name: fill[view] for name, fill in self.fills.items()}
-
     def cut_shares(self, kept: Mapping[str, tuple[int, ...]]) -> Tensor:
         """Return the fraction of each module's units (first view) that a choice of units cuts."""
         labels = torch.cat([label[0] for label in self.modules.values()])

@@ -75,7 +75,8 @@ class ModuleShares:
         """Return the loss of the masked network on a batch, as a scalar with a gradient to the gates."""
         here = batch.to(device_of(self.task.model))
         chances, entropy = self._dense(batch, here)
-        with gate_inputs(self.task.model, self.task.axes, gates, self.masks.filled(view)):
+        fills = {name: fill[view] for name, fill in self.masks.fills.items()}
+        with gate_inputs(self.task.model, self.task.axes, gates, fills):
             logits = logits_in(here.run(self.task.model))
         # KL(p ‖ q) = H(p, q) − H(p), and the first is one fused operation: half the time of ``kl_div`` on text.
         return F.cross_entropy(labelled_logits(logits, here.labels).float(), chances) - entropy
