@@ -190,17 +190,15 @@ def differentiate_weights(search: Search, state: SearchState, context: Context, 
     context.model.eval()
     for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
         with parametrize(context.model, {**values, **learned}):
-            loss = _share_of_loss(context, batch.take(piece), len(batch))
+            examples = batch.take(piece)
+            if context.objective is CLASSIFICATION:
+                logits = context.logits(examples.inputs)
+                loss = F.cross_entropy(logits, examples.labels, reduction="sum") / len(batch)
+            else:
+                loss = task_loss(None, context, Step(0, examples)).value * (len(examples) / len(batch))
             gradients = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
         total = total + levels.flat(dict(zip(learned, gradients, strict=True)))
     return total
-
-
-def _share_of_loss(context: Context, piece: Examples, n: int) -> Tensor:
-    """Return what some of ``n`` examples contribute to the mean loss, a scalar."""
-    if context.objective is CLASSIFICATION:
-        return F.cross_entropy(context.logits(piece.inputs), piece.labels, reduction="sum") / n
-    return task_loss(None, context, Step(0, piece)).value * (len(piece) / n)
 
 
 def score_cut_filters(

@@ -128,7 +128,10 @@ class Darts(Search):
         """Find edges, draw α and β at the start, and let channels bypass operations."""
         begins, s = boundary.event == Event.TASK_START, self.s
         if begins or boundary.event == Event.RESUME:
-            state = replace(state, edges=_find_edges(context, s.shared, s.shared or s.partial > 1))
+            if (s.shared or s.partial > 1) and not isinstance(context.model, Cells):
+                raise ValueError("shared and partial need a network of cells, and this is none; use a space cells:…")
+            alike = context.model.alike() if s.shared and isinstance(context.model, Cells) else {}
+            state = replace(state, edges=move_tensors(Edges.of(context.model, alike), context.device))
         edges = state.edges
         state = super().boundary(state, context, boundary)
         if begins:
@@ -183,14 +186,6 @@ def weigh_operations(state: SearchState) -> Tensor:
 def choose_operations(state: SearchState) -> Tensor:
     """Return the final choice as a mask: per node the best operation of its two best edges, ``[operations]`` bool."""
     return select_operations(weigh_operations(state).detach(), state.edges.edge, state.layout.node)
-
-
-def _find_edges(context: Context, shared: bool, cells: bool) -> Edges:
-    """Return which edge of a cell each operation lies on, and which operations share α."""
-    if cells and not isinstance(context.model, Cells):
-        raise ValueError("shared and partial need a network of cells, and this is none; use a space cells:…")
-    edges = Edges.of(context.model, context.model.alike() if shared and isinstance(context.model, Cells) else {})
-    return move_tensors(edges, context.device)
 
 
 def _draw_importance(context: Context, n: int, lr: float, purpose: int) -> AxisTensor:

@@ -237,27 +237,25 @@ def measure(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]
     def score(shards: Sequence[Statistics]) -> Scores:
         return BASES[s.base].score(task.weights, task.axes, merged(shards), units)
 
-    by_source = {name: (score(shards), [score([shard]) for shard in shards]) for name, shards in sums.items()}
-    scored_by = _calibration_sources(s, tuple(sums)) if s.scores_from != "pooled" else None
-    result = []
-    for number, left_out in enumerate((None, *(sums if s.cross else ()))):
-        names = [name for name in sums if name != left_out]
-        pooled = [shard for name in names for shard in sums[name]]
-        ranking = ranks({name: by_source[name] for name in names}, groups)
-        scores = by_source[scored_by[number]][0] if scored_by else score(pooled)
-        result.append(View(merged(pooled), scores, ranking, sensitivity(ranking)))
-    return result
-
-
-def _calibration_sources(s: Settings, sources: Sequence[str]) -> list[str]:
-    """Return the source that scores units in each view: all sources, then without each in turn."""
-    if s.scores_from not in sources:
+    sources = tuple(sums)
+    if s.scores_from not in ("pooled", *sources):
         raise ValueError(
             f"scores_from must be pooled or a source, one of {', '.join(sources)}; got {s.scores_from!r}: name one of "
             "these"
         )
-    after = sources[(sources.index(s.scores_from) + 1) % len(sources)]
-    return [s.scores_from, *(after if name == s.scores_from else s.scores_from for name in sources)]
+    by_source = {name: (score(shards), [score([shard]) for shard in shards]) for name, shards in sums.items()}
+    result = []
+    for left_out in (None, *(sources if s.cross else ())):
+        names = [name for name in sources if name != left_out]
+        pooled = [shard for name in names for shard in sums[name]]
+        ranking = ranks({name: by_source[name] for name in names}, groups)
+        if s.scores_from == "pooled":
+            scores = score(pooled)
+        else:  # of a source, or the next one where it is left out
+            after = sources[(sources.index(s.scores_from) + 1) % len(sources)]
+            scores = by_source[after if left_out == s.scores_from else s.scores_from][0]
+        result.append(View(merged(pooled), scores, ranking, sensitivity(ranking)))
+    return result
 
 
 def form_modules(s: Settings, view: View, among: Sequence[Space]) -> Modules:
