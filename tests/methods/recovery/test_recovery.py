@@ -424,9 +424,9 @@ def test_bias_is_what_the_plan_could_have_refit_in_dense():
     kept = {key: change.keep for key, change in one.plan.changes.items()}
     plan = replace(one.plan, means=means(one.dense, one.axes, kept, seen))
     same, _ = apply(copy.deepcopy(one.dense), one.axes, plan)
-    assert bias.bias(one, bias.Settings())["biases"] == 4
+    assert bias.bias(one)["biases"] == 4
     torch.testing.assert_close(answers(one.model, one.sources[0]), answers(same, one.sources[0]))
-    again = bias.bias(replace(one, plan=plan), bias.Settings())
+    again = bias.bias(replace(one, plan=plan))
     assert again["biases"] == 0 and "already" in again["note"]
 
 

@@ -5,7 +5,6 @@ part of its plan. A plan that carries means has done it already.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,10 +29,10 @@ class Settings:
 
 def build(settings: Settings) -> Recovery:
     """Return the recovery that compensates biases."""
-    return partial(bias, settings=settings)
+    return bias
 
 
-def bias(task: RecoveryTask, settings: Settings) -> dict[str, object]:
+def bias(task: RecoveryTask) -> dict[str, object]:
     """Add the mean contribution of dropped inputs to biases, where that is exact; layers without a bias get one."""
     if task.plan.means:
         return {"biases": 0, "note": "the plan carries the means of what it dropped; they are in the biases already"}
