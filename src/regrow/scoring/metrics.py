@@ -26,9 +26,6 @@ def wanda_sp(
 ) -> Scores:
     """Score units by structured Wanda: mean absolute weight of an input channel × RMS of its activations.
 
-    The RMS is over positions, which is the original up to a constant for equally long sequences; ``pool`` is that of
-    :func:`to_units`.
-
     Source: Sun et al., Wanda (arXiv 2306.11695); its structured form in the code of FLAP (arXiv 2312.11983).
     """
     reads = readers(axes, scorable(axes, units))
@@ -49,8 +46,7 @@ def wifv(
     """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
 
     It estimates the output energy that is lost if channel j is replaced by its mean. The paper's variance is over
-    per-sequence *means* (``form="sequence"``), its code's over *positions* (``form="token"``). Not reproduced: that
-    code drops its first sequence, and updates its running mean before using it.
+    per-sequence *means* (``form="sequence"``), its code's over *positions* (``form="token"``).
 
     Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), paper and code.
     """
@@ -64,10 +60,7 @@ def wifv(
 
 
 def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: Units = None) -> Scores:
-    """Score units by the energy that they add to their layer's output, E[x_j²] · ‖W_j‖₂² per input channel j.
-
-    Source: ours; it shows which units carry massive activations (Sun et al. 2024, arXiv 2402.17762).
-    """
+    """Score units by the energy that they add to their layer's output, E[x_j²] · ‖W_j‖₂² per input channel j."""
     reads = readers(axes, scorable(axes, units))
     channels = _score_channels(weights, reads, statistics, "square", lambda m: m.square / m.count)
     return _finish("energy", to_units(channels, reads), statistics)
@@ -98,10 +91,8 @@ def taylor(
 ) -> Scores:
     """Score units by first-order Taylor importance: the estimated change of the loss if the unit were removed.
 
-    ``element1``: Σ over the parameters the unit runs through of Σ abs(w · g). ``vector``: Σ over the parameters and
-    over the unit's channels in each of abs(Σ w · g). g is the gradient of the mean loss. Without statistics: Σ w².
-
-    Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code (``param_first`` and ``vectorize``).
+    ``element1``: Σ abs(w · g) over the unit's parameters; ``vector``: Σ over its channels of abs(Σ w · g), with g the
+    gradient of the mean loss. Without statistics: Σ w². Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code.
     """
     values: dict[str, Tensor] = {}
     for axis in scorable(axes, units):
@@ -150,10 +141,7 @@ def magnitude(
 
 
 def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> Scores:
-    """Score units by Σ over the matrices that produce them of (max W + abs(min W)) over the unit's rows.
-
-    Source: ours; large row extremes were reported to hold up best as the sole criterion for gated units (peremartra).
-    """
+    """Score units by Σ over the matrices that produce them of (max W + abs(min W)) over the unit's rows."""
     values = {}
     for axis in scorable(axes, units):
         total = torch.zeros(axis.size, dtype=torch.float64)
@@ -213,10 +201,7 @@ class Massive:
 
 
 def massive(axes: AxisGraph, energy: Scores) -> list[Massive]:
-    """Return the units that contribute more than a tenth of their axis's :func:`energy`, largest first.
-
-    Source: the observation is Sun et al. 2024 (arXiv 2402.17762); the share as a measure is ours.
-    """
+    """Return the units with over a tenth of their axis's :func:`energy`, largest first (Sun et al., arXiv 2402.17762)."""
     result = []
     for key, values in energy.values.items():
         axis, total, middle = axes[key], float(values.sum()), float(values.median())

@@ -155,10 +155,9 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 
 
 def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str], bool]:
-    """Find the layers that read cut units, sorted by name.
+    """Return the layers that read cut units and can be refitted, sorted by name; of each other, why it cannot.
 
-    It returns those that can be refitted, the name of each other and why it cannot, and whether the output of at least
-    one of the first is added to another tensor as it is, as where a layer writes to a residual stream directly.
+    The last result is whether the output of at least one of the first is added to another tensor as it is.
     """
     axes, lays = task.axes, plan_layouts(task.axes, task.plan)
     names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}

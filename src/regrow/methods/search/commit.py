@@ -206,8 +206,7 @@ def score_cut_filters(
 ) -> list[tuple[float, str, int]]:
     """Score cut filters by how much the loss would change if they came back: |∂ loss / ∂ g| at g = 0.
 
-    g scales what reads the filter. All of them are restored at this scale in a copy of the network, so that its outputs
-    are those of the network at the start of a stage, with thresholds at 0.
+    g scales what reads the filter. All are restored at this scale in a copy of the network, with thresholds at 0.
     """
     plan = Plan.restoring(context.axes, cut)
     with run_whole(context.model):

@@ -157,12 +157,10 @@ def measure_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the Kronecker factors (A, B) of the Fisher matrix of every layer that the batches reach, by weight.
 
-    A = E[a aᵀ] over the layer's inputs a and positions, with a 1 appended for the bias, ``[n + 1, n + 1]``; for a
-    convolution a is a patch. B = E[g gᵀ] over the gradients g of log p(y) in its outputs, divided by the mean of its
-    diagonal, ``[m, m]``. The labels y are drawn from the network's own predictions, among ``classes``.
-
-    Source: Martens and Grosse, K-FAC (arXiv 1503.05671); convolutions after Grosse and Martens (arXiv 1602.01407),
-    with means in the place of sums over positions.
+    A = E[a aᵀ] over the layer's inputs a (of a convolution: patches), with a 1 appended for the bias, ``[n + 1, n +
+    1]``. B = E[g gᵀ] over the gradients g of log p(y) in its outputs, divided by the mean of its diagonal, ``[m, m]``.
+    Labels y are drawn from the network's own predictions, among ``classes``. Source: Martens and Grosse, K-FAC (arXiv
+    1503.05671); convolutions after Grosse and Martens (arXiv 1602.01407), with means in the place of sums.
 
     >>> net = nn.Sequential(nn.Linear(2, 3))
     >>> examples = Examples(torch.eye(2), torch.zeros(2))
@@ -237,9 +235,9 @@ def _add(sums: dict[str, AxisTensor], name: str, values: Tensor, dims: tuple) ->
 def weigh_new_units(state: SparseGrowState, context: Context, share: float) -> None:
     """Give new units the mean output importance of the others, so that the gate also protects their weights.
 
-    Hidden units that were inactive in all earlier tasks get it too: trained freely, they would become active on earlier
-    inputs. Network outputs do not: a class that no task has had is free. Behind a norm that rescales groups of units
-    (GroupNorm), new units are active on earlier inputs, however small their outputs: inputs from them count there.
+    Hidden units that were inactive in all earlier tasks get it too; network outputs do not: a class that no task has
+    had is free. Behind a norm that rescales groups of units (GroupNorm), inputs from new units count: they are active
+    there.
     """
     modules = dict(context.model.named_modules())
     norms = {path for path, module in modules.items() if isinstance(module, nn.GroupNorm | _InstanceNorm)}

@@ -164,8 +164,8 @@ def modules_of(axes: AxisGraph, unit: str) -> dict[str, Branch]:
     """Return the modules of a unit type that can be dropped, by path, in the order of the network.
 
     An attention is the innermost module that can be dropped and caches keys and values; a block is one around it; an
-    MLP is the outermost module without a cache. Without caches these types cannot be distinguished: each of
-    them gives the outermost modules that can be dropped.
+    MLP is the outermost module without a cache. Without caches, each type gives the outermost modules that can be
+    dropped.
     """
     free = {
         path: branch
