@@ -201,7 +201,7 @@ class Massive:
 
 
 def massive(axes: AxisGraph, energy: Scores) -> list[Massive]:
-    """Return the units with over a tenth of their axis's :func:`energy`, largest first (Sun et al., arXiv 2402.17762)."""
+    """Return the units with over a tenth of their axis's ``energy``, largest first (Sun et al., arXiv 2402.17762)."""
     result = []
     for key, values in energy.values.items():
         axis, total, middle = axes[key], float(values.sum()), float(values.median())
