@@ -11,8 +11,7 @@ from regrow.core.plan import Plan
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import Settings, run
 from regrow.jobs.recording import Invocation
-from regrow.methods.recovery import RecoveryTask
-from regrow.methods.recovery.task import FORMAT
+from regrow.methods.recovery import FORMAT, RecoveryTask
 from regrow.reports.summary import summarise
 from regrow.settings import recover
 from regrow.store import StoreError

@@ -36,7 +36,7 @@ from regrow.jobs.pruning import (
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
 from regrow.jobs.run_networks import StreamedRun, WholeNetwork
 from regrow.methods import MethodKind, find_method
-from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
+from regrow.methods.pruning.pruner import Pruner, PruningRun, check_objective, plan_cut, with_modules
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
 from regrow.settings.declaration import check_settings
@@ -196,12 +196,14 @@ class PruneJob:
                     axes,
                     self.budget,
                     evidence,
-                    weights=weights,
-                    checkpoint=checkpoint,
-                    header=lambda: {"key": key},
-                    progress=run.progress,
-                    visits=inputs.network.visits,
                     objective=inputs.objective,
+                    run=PruningRun(
+                        checkpoint=checkpoint,
+                        header=lambda: {"key": key},
+                        progress=run.progress,
+                        visits=inputs.network.visits,
+                        weights=weights,
+                    ),
                 )
             if cut.plan.notes:
                 record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])

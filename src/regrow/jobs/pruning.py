@@ -24,7 +24,7 @@ from regrow.jobs.models import ModelSpec
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
 from regrow.nets.load import check_code
-from regrow.scoring.collect import BlockVisits, check_sources, collect
+from regrow.scoring.collect import BlockVisits, CollectionRun, check_sources, collect
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
 from regrow.store.run_record import convert_settings
 
@@ -158,11 +158,13 @@ def collect_evidence(
         shards=pruner.shards,
         units=how.units,
         objective=how.objective,
-        visits=how.visits,
-        done=how.done,
-        on_done=how.on_done,
-        progress=lambda name, count, total: how.progress(count, total, f"measuring {name}"),
-        ranks=how.ranks,
+        run=CollectionRun(
+            visits=how.visits,
+            ranks=how.ranks,
+            done=how.done or {},
+            on_done=how.on_done or (lambda source, shard, sums: None),
+            progress=lambda name, count, total: how.progress(count, total, f"measuring {name}"),
+        ),
     )
     return Evidence(statistics, {source.name: source for source in divided}, notes=notes)
 

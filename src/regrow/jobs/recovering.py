@@ -17,10 +17,8 @@ from regrow.jobs.measuring import log_pairs
 from regrow.jobs.parents import BEFORE, describe_plans
 from regrow.jobs.pruning import read_pruning_settings
 from regrow.jobs.recording import UNRECORDED, Record
-from regrow.methods import MethodKind, find_method
-from regrow.methods.recovery import Recovery, RecoveryTask
-from regrow.methods.recovery import task as recovery
-from regrow.methods.recovery.task import REFIT_FIELDS
+from regrow.methods import MethodKind, find_method, recovery
+from regrow.methods.recovery import REFIT_FIELDS, Recovery, RecoveryTask
 from regrow.nets import ModelError
 from regrow.nets.devices import autocasting
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction

@@ -22,7 +22,7 @@ from regrow.jobs.memory_needs import PAIRED, explain_lacking, predict_pairing
 from regrow.jobs.models import trace_loaded
 from regrow.jobs.recording import ActiveRun, Record
 from regrow.jobs.recovering import keep_dense, reconstruct
-from regrow.methods.recovery.task import ChangedTensors, RecoveryTask, StreamedPair
+from regrow.methods.recovery import ChangedTensors, RecoveryTask, StreamedPair
 from regrow.nets import Loaded
 from regrow.scoring.weights import weights_of
 from regrow.store import statistics
