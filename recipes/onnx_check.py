@@ -23,7 +23,7 @@ from regrow.exporters.onnx import OPSET, write
 from regrow.exporters.onnx.calls import describe_call
 from regrow.exporters.onnx.files import OnnxSession, start_inputs
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.nets.examples import text_example
+from regrow.nets.loaded import text_example
 
 KINDS, PROMPTS, TOKENS = ("news", "code", "manual", "talk"), 50, 32
 

@@ -19,8 +19,7 @@ from regrow.evaluation.generation import generate_source
 from regrow.jobs.models import ModelSpec, load_model, with_origin
 from regrow.nets import Origin
 from regrow.nets.devices import check_precision, choose_device
-from regrow.nets.examples import guessed_example
-from regrow.nets.loaded import WeightFile
+from regrow.nets.loaded import WeightFile, guessed_example
 from regrow.store.building import describe_origin
 from regrow.tracing import TraceError, trace
 

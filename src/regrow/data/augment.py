@@ -11,19 +11,12 @@ SHIFT = 4
 
 
 def is_images(inputs: Any) -> bool:
-    """Whether inputs have the form of images, ``[N, C, H, W]`` of floats.
-
-    Args:
-        inputs: The inputs of a batch.
-    """
+    """Whether inputs have the form of images, ``[N, C, H, W]`` of floats."""
     return isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()
 
 
 def shift_and_flip(pictures: Tensor) -> Tensor:
     """Return images randomly shifted by up to 4 pixels (zero-padded) and mirrored with probability ½.
-
-    Args:
-        pictures: ``[N, C, H, W]``.
 
     >>> int(shift_and_flip(torch.ones(2, 1, 8, 8)).sum()) in range(32, 129)
     True
@@ -40,10 +33,6 @@ def shift_and_flip(pictures: Tensor) -> Tensor:
 
 def cut_out(pictures: Tensor, side: int) -> Tensor:
     """Return images with a random square set to 0 (cutout); its centre may lie anywhere in the image.
-
-    Args:
-        pictures: ``[N, C, H, W]``.
-        side: The side of the square in pixels; 0 returns the images unchanged.
 
     Source: DeVries and Taylor (arXiv 1708.04552).
 

@@ -23,15 +23,6 @@ TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", *LABELS)
 def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
     """Return one batch of a user's loader as inputs and labels.
 
-    Args:
-        item: A :class:`regrow.Batch`; a tensor of inputs; (inputs, labels), where inputs may be a tensor, several, or
-            a dict; a dict with inputs by name, and ``labels``; or, for detection, (list of images, list of targets).
-        where: What the message calls it: ``"source 'data', batch 3"``.
-        shift: As :attr:`regrow.data.batches.ReadOptions.shift`.
-
-    Raises:
-        SourceError: If it is none of these.
-
     >>> to_batch({"input_ids": torch.tensor([[5, 6, 7]])}, shift=True).labels
     tensor([[   6,    7, -100]])
     """
@@ -62,11 +53,7 @@ def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
 
 
 def is_entry(item: Any) -> bool:
-    """Whether an item is a single example (input, label) or a dict with a label, rather than a batch.
-
-    Args:
-        item: An item of an iterable.
-    """
+    """Whether an item is a single example (input, label) or a dict with a label, rather than a batch."""
     label = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
     if isinstance(item, Mapping):
         label = next((item[key] for key in LABELS if key in item), None)
@@ -79,15 +66,6 @@ def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, firs
     """Return a batch whose tensors networks and losses can take, or say in one line what is wrong with it.
 
     Inputs of other floating formats are cast, labels of whole numbers become int64, and no tensor has a gradient.
-
-    Args:
-        batch: The batch.
-        where: What messages call it: ``"source 'data', batch 3"``.
-        dtype: The floating format of the network; ``None``: inputs keep theirs.
-        first: The first batch of the source, which has labels of the same kind.
-
-    Raises:
-        SourceError: If it is empty, holds NaN or infinity, or tensors that cannot be read, or its labels are of no use.
 
     >>> check_batch(Batch((torch.ones(2, 3).double(),), labels=torch.tensor([0, 1], dtype=torch.int32)), "batch 0",
     ...     torch.float32)
@@ -114,15 +92,7 @@ def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, firs
 
 
 def count_examples(inputs: Sequence[Any], where: str) -> int:
-    """Return how many examples a batch has: the length of its first input.
-
-    Args:
-        inputs: The inputs.
-        where: What messages call the batch.
-
-    Raises:
-        SourceError: If it has none, or the first input has no dimension for them.
-    """
+    """Return how many examples a batch has: the length of its first input."""
     first = next((part for part in inputs if isinstance(part, Tensor | list | tuple)), None)
     if isinstance(first, Tensor) and not first.dim():
         raise SourceError(f"{where}: the input is a single number; give a tensor whose first dimension is the batch")
@@ -134,15 +104,7 @@ def count_examples(inputs: Sequence[Any], where: str) -> int:
 
 
 def from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
-    """Return an array as a tensor, of any byte order and strides.
-
-    Args:
-        value: The array.
-        where: What messages call the batch.
-
-    Raises:
-        SourceError: If it holds no numbers.
-    """
+    """Return an array as a tensor, of any byte order and strides."""
     try:
         return torch.as_tensor(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
     except TypeError:
@@ -150,17 +112,7 @@ def from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
 
 
 def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: str = "") -> Any:
-    """Return an input with its tensors as networks take them.
-
-    Args:
-        value: A tensor, an array, or lists, tuples and dicts of them; anything else is returned as it is.
-        where: What messages call the batch.
-        dtype: The floating format to which tensors are cast; ``None``: none.
-        name: The name of the input; a mask or bias may hold infinity.
-
-    Raises:
-        SourceError: If a tensor holds NaN or infinity, or has no plain numbers.
-    """
+    """Return an input with its tensors as networks take them."""
     match value:
         case np.ndarray():
             value = from_array(value, where)
@@ -182,14 +134,6 @@ def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: 
 
 def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
     """Return labels as losses take them: whole numbers int64, and bool per output float32.
-
-    Args:
-        labels: A tensor, an array, or a list of numbers.
-        where: What messages call the batch.
-        size: The number of examples, which tells a single label from one that has lost its dimension.
-
-    Raises:
-        SourceError: If they are no numbers, NaN or infinity, or have no dimension for the examples.
 
     >>> check_labels([True, False], "batch 0"), check_labels(torch.ones(1, 2, dtype=torch.bool), "batch 0")
     (tensor([1, 0]), tensor([[1., 1.]]))

@@ -52,23 +52,14 @@ class LazyBatches(Sequence[Batch]):
 
 @dataclass(frozen=True)
 class BatchStream(LazyBatches):
-    """The batches of a user's loader, read anew each time and never all in memory.
+    """The batches of a user's loader, read anew each time and never all in memory."""
 
-    Args:
-        loader: The iterable of batches, which starts again each time it is read.
-        name: The name of the source.
-        shift: As :attr:`regrow.data.batches.ReadOptions.shift`.
-        dtype: The floating format to which inputs are cast; ``None``: they keep theirs.
-        number: The number of batches; ``None``: what the loader says.
-        checked: Whether the loader is a list of batches that were checked.
-    """
-
-    loader: Iterable[Any]
-    name: str
-    shift: bool = False
-    dtype: torch.dtype | None = None
-    number: int | None = None
-    checked: bool = False
+    loader: Iterable[Any]  # the iterable of batches, which starts again each time it is read
+    name: str  # the name of the source
+    shift: bool = False  # as :attr:`regrow.data.batches.ReadOptions.shift`
+    dtype: torch.dtype | None = None  # the floating format to which inputs are cast; ``None``: they keep theirs
+    number: int | None = None  # the number of batches; ``None``: what the loader says
+    checked: bool = False  # whether the loader is a list of batches that were checked
 
     def __iter__(self) -> Iterator[Batch]:
         if self.checked:
@@ -110,17 +101,6 @@ def read_stream(
 
     Of a ``DataLoader`` that torch counts, only the first batch is read here. An iterable that can be read only once is
     kept in memory.
-
-    Args:
-        data: The iterable, of batches or of single examples.
-        name: The name of the source.
-        size: Examples per batch, where the iterable gives single examples.
-        shift: As :attr:`regrow.data.batches.ReadOptions.shift`.
-        dtype: The floating format to which inputs are cast; ``None``: they keep theirs.
-        need: How many batches are needed, if the iterable does not end; 0: all.
-
-    Raises:
-        SourceError: If it is empty or endless, a batch cannot be used, or it can be read once and memory is too small.
     """
     said = length_of(data)
     if isinstance(data, DataLoader) and _is_counted(data):
@@ -186,12 +166,7 @@ def guarded(data: Iterable[Any], name: str) -> Iterator[Any]:
 
 
 def _read(stream: BatchStream, most: int, need: int) -> tuple[list[Batch] | None, int | None]:
-    """Read an iterable once.
-
-    Returns:
-        Its batches, unless they take more than half of the free memory; and their number, unless there are more than
-        ``most``, or than ``need`` that fill the memory.
-    """
+    """Read an iterable once."""
     kept: list[Batch] | None = []
     free, number = (available_memory() or 2**33) // 2, 0
     for batch in stream:

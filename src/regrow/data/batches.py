@@ -27,29 +27,19 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How data are read.
+    """How data are read."""
 
-    Args:
-        batch_size: Examples per batch, where the data do not come in batches.
-        tokenizer: The tokenizer of a language model, for text; ``None``: text is refused.
-        seq_len: Tokens per window of text.
-        size: Height and width of images that are read from files.
-        shift: Whether labels in the shape of ``input_ids`` are those of the tokens themselves, as transformers takes
-            them, so that the labels of a batch are these, shifted by one; and made of ``input_ids`` if missing.
-        normalised: Normalise images that are read from files as torchvision's pretrained networks expect; otherwise
-            their values are 0 to 1.
-        dtype: The floating format of the network, to which inputs are cast; ``None``: they keep theirs.
-        need: How many batches are needed, if an iterable does not end; 0: all, so that it is refused.
-    """
-
-    batch_size: int = 32
-    tokenizer: Any = None
-    seq_len: int = 512
-    size: int = 224
+    batch_size: int = 32  # examples per batch, where the data do not come in batches
+    tokenizer: Any = None  # the tokenizer of a language model, for text; ``None``: text is refused
+    seq_len: int = 512  # tokens per window of text
+    size: int = 224  # height and width of images that are read from files
+    # whether labels in the shape of ``input_ids`` are those of the tokens themselves, as transformers takes them, so that the labels of a batch are these, shifted by one; and made of ``input_ids`` if missing
     shift: bool = False
+    # normalise images that are read from files as torchvision's pretrained networks expect; otherwise their values are 0 to 1
     normalised: bool = True
+    # the floating format of the network, to which inputs are cast; ``None``: they keep theirs
     dtype: torch.dtype | None = None
-    need: int = 0
+    need: int = 0  # how many batches are needed, if an iterable does not end; 0: all, so that it is refused
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -58,14 +48,6 @@ class ReadOptions:
 
 def to_sources(data: Any, reading: ReadOptions = ReadOptions()) -> list[Source]:
     """Return users' data as named sources.
-
-    Args:
-        data: One set of data, as :func:`to_source` takes it; a mapping from names to such; or several
-            :class:`regrow.Source`. ``None``: none.
-        reading: How they are read.
-
-    Raises:
-        SourceError: If the data are of no kind that can be read.
 
     >>> [source.name for source in to_sources({"a": torch.ones(2, 3), "b": torch.ones(2, 3)})]
     ['a', 'b']
@@ -83,18 +65,6 @@ def to_sources(data: Any, reading: ReadOptions = ReadOptions()) -> list[Source]:
 
 def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions()) -> Source:
     """Return users' data as a source of batches.
-
-    Args:
-        data: A tensor of inputs; a tuple of tensors, the last of which holds labels; a ``DataLoader`` or another
-            iterable of batches (tensors, (inputs, labels), dicts, :class:`regrow.Batch`), which is read anew each
-            time, or kept in memory if it can be read only once; a data set with ``len`` and indices (torch,
-            torchvision, Hugging Face); strings, for a tokenizer; a path to a folder of class folders with images, a
-            ``.csv`` of image paths and labels, a ``.jsonl`` of texts or chats, or a text file; a named text domain.
-        name: The name in results.
-        reading: How they are read.
-
-    Raises:
-        SourceError: If the data are of no kind that can be read, empty or endless, or a batch cannot be used.
 
     >>> source = to_source((torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 0])), reading=ReadOptions(batch_size=2))
     >>> len(source), source.batches[2].labels

@@ -21,24 +21,15 @@ from regrow.data.halves import SourceError
 
 @dataclass(frozen=True)
 class StreamedExamples:
-    """The examples of a data set with ``len`` and indices, read when they are needed.
+    """The examples of a data set with ``len`` and indices, read when they are needed."""
 
-    Args:
-        dataset: Entries are (input, label), with further parts ignored, or dicts that hold a label.
-        indices: The positions that belong to this set, ``[N]`` int64; ``None``: all.
-        workers: The number of processes that read ahead; 0: this one reads.
-        collate: (list of entries) → a batch, as :func:`regrow.data.batch_forms.to_batch` takes it; ``None``: torch's
-            way.
-        name: What error messages call it.
-        dtype: The floating format to which inputs are cast; ``None``: they keep theirs.
-    """
-
-    dataset: Any
-    indices: Tensor | None = None
-    workers: int = 0
+    dataset: Any  # entries are (input, label), with further parts ignored, or dicts that hold a label
+    indices: Tensor | None = None  # the positions that belong to this set, ``[N]`` int64; ``None``: all
+    workers: int = 0  # the number of processes that read ahead; 0: this one reads
+    # (list of entries) → a batch, as :func:`regrow.data.batch_forms.to_batch` takes it; ``None``: torch's way
     collate: Callable[[list[Any]], Any] | None = None
-    name: str = "data"
-    dtype: torch.dtype | None = None
+    name: str = "data"  # what error messages call it
+    dtype: torch.dtype | None = None  # the floating format to which inputs are cast; ``None``: they keep theirs
 
     def __len__(self) -> int:
         return len(self.dataset) if self.indices is None else len(self.indices)
@@ -117,18 +108,7 @@ class LoadedExamples:
 
 
 def to_examples(data: Any, reading: ReadOptions = ReadOptions(), name: str = "data") -> ExampleSet:  # noqa: B008
-    """Return a user's data as labelled examples; what can be read from disk stays there.
-
-    Args:
-        data: As for :func:`regrow.data.batches.to_source`, with labels; or an :class:`regrow.core.tasks.ExampleSet`. A
-            loader that gives each entry of its data set once is read from the data set, in batches and an order of the
-            reader; one that samples in another way, or drops the last batch, comes as it comes.
-        reading: How they are read.
-        name: What error messages call them.
-
-    Raises:
-        SourceError: If they are of no kind that can be read, or have no labels.
-    """
+    """Return a user's data as labelled examples; what can be read from disk stays there."""
     if isinstance(data, ExampleSet):
         return data
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):

@@ -142,19 +142,6 @@ def pictures(
     task. All images get one size. To a square one, others are scaled and cropped as ``regrow evaluate`` does it; to any
     other, they are scaled, which changes their aspect ratio. The images of a half are read while they are used if any
     has another size, or all need more than 1 GiB.
-
-    Args:
-        folder: The folder that contains ``train`` and ``test``.
-        name: The name of the data set in results.
-        train: The most training images, chosen at random before any is read; 0: all.
-        test: The most test images; 0: all.
-        seed: The random seed of the choice.
-        size: Height and width in pixels that a network takes, ``[H, W]``; empty: those of the first training image, in
-            the order of classes and file names, for both halves and whatever is chosen.
-        normalised: Normalise images as torchvision's pretrained networks expect; otherwise values are 0 to 1.
-
-    Raises:
-        SourceError: If there are no images, or a chosen one is damaged.
     """
     halves = [Path(folder) / half for half in ("train", "test")]
     classes = sorted({path.name for half in halves if half.is_dir() for path in half.iterdir() if path.is_dir()})
@@ -185,19 +172,7 @@ def of(
     size: Sequence[int] = (),
     normalised: bool = False,
 ) -> Task:
-    """Load a data set by name: ``digits``, a folder of MNIST's four files, or of ``train/CLASS/…`` images.
-
-    Args:
-        name: ``digits`` or the path of a folder.
-        train: The most training examples, chosen at random; 0: all.
-        test: The most test examples; 0: all.
-        seed: The random seed of the choice.
-        size: As for :func:`pictures`; other data sets keep theirs.
-        normalised: As for :func:`pictures`; digits and MNIST's files always have values 0 to 1.
-
-    Raises:
-        SourceError: If there is no such data set.
-    """
+    """Load a data set by name: ``digits``, a folder of MNIST's four files, or of ``train/CLASS/…`` images."""
     if min(train, test) < 0:
         raise SourceError(f"numbers of examples are 0, for all, or more; got train={train}, test={test}")
     if problem := find_data_problem(name):

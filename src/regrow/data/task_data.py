@@ -22,16 +22,6 @@ from regrow.data.halves import SourceError
 def to_tasks(tasks: Any, reading: ReadOptions = ReadOptions(), share: float = 0.1) -> list[Task]:  # noqa: B008
     """Return a user's sequence of tasks.
 
-    Args:
-        tasks: An Avalanche-shaped benchmark, with ``train_stream`` and ``test_stream`` of experiences that have a
-            ``dataset``; or an iterable of tasks: pairs (training data, test data), dicts with ``train``, ``test`` and
-            perhaps ``name``, :class:`regrow.core.tasks.Task`, or training data alone; or a dict from names to such.
-        reading: How data are read.
-        share: The fraction of training data alone that is held out for testing.
-
-    Raises:
-        SourceError: If there is no task, or one cannot be read.
-
     >>> data = torch.eye(20), torch.arange(20) % 2
     >>> [(task.name, len(task.train), len(task.test)) for task in to_tasks([(data, data), data])]
     [('task-1', 20, 20), ('task-2', 18, 2)]

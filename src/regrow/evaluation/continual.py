@@ -100,14 +100,7 @@ def share_right(model: nn.Module, examples: ExampleSet, classes: Tensor | None =
 
 
 def mean_score(model: nn.Module, examples: ExampleSet, objective: Objective, classes: Tensor | None = None) -> float:
-    """Return the mean score of a network on examples; of classes, the accuracy.
-
-    Args:
-        model: The network; evaluated in eval mode.
-        examples: Inputs and labels.
-        objective: What is scored.
-        classes: The classes that predictions are chosen among, ``[classes]`` bool; all if ``None``.
-    """
+    """Return the mean score of a network on examples; of classes, the accuracy."""
     if objective is CLASSIFICATION:
         return share_right(model, examples, classes)
     total = Score()

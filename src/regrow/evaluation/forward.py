@@ -11,14 +11,7 @@ from regrow.core.sources import device_of
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Put the model in eval mode without gradients for the block; every module's mode is restored.
-
-    Args:
-        model: The network.
-
-    Yields:
-        The device of the model's parameters.
-    """
+    """Put the model in eval mode without gradients for the block; every module's mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -53,18 +53,6 @@ def generate_tokens(
     After an end-of-text token a new text starts in the same window. The random numbers of a window depend on the seed
     and its index alone; the text depends on rounding, too, and so on the processor. The network computes in bfloat16,
     or in float32 on a processor that would be much slower in it.
-
-    Args:
-        model: A causal language model of transformers, of any widths.
-        tokens: ``[windows, length]`` int64; −1 where a token is missing, which holds for the end of a window.
-        start: The token before the first one of each window.
-        seed: The random seed.
-        progress: Called with (tokens so far, tokens in all, what is being done).
-        store: Called whenever ``tokens`` has a stretch more.
-
-    Raises:
-        InputError: If the network cannot generate text, or has no numbers.
-        RefusedError: If its logits are not finite.
     """
     check_generation(model)
     missing = (tokens < 0).any(1).nonzero().flatten()
@@ -93,11 +81,6 @@ def generate_tokens(
 
 def predict_generation(model: nn.Module, n: int, length: int) -> int:
     """Return what :func:`generate_tokens` needs besides the model, in bytes: a copy, the cache, and logits.
-
-    Args:
-        model: The network, which may be without numbers.
-        n: The number of windows.
-        length: Tokens per window.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
@@ -189,13 +172,6 @@ def _copy_to_sample(model: nn.Module) -> Any:
 def sample(logits: Tensor, draws: Tensor) -> Tensor:
     """Return one token per row, sampled from softmax(logits) by inverting its cumulative distribution.
 
-    Args:
-        logits: ``[N, vocabulary]``.
-        draws: ``[N]`` random numbers, uniform from 0 to 1.
-
-    Raises:
-        RefusedError: If a row has no finite largest logit.
-
     >>> sample(torch.tensor([[0.5, 0.25, 0.25]]).log().expand(3, 3), torch.tensor([0.4, 0.6, 0.9])).tolist()
     [0, 1, 2]
     """
@@ -223,16 +199,7 @@ def reply(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Generate the reply to a conversation as a stream of text pieces of whole characters, with a key-value cache.
-
-    Args:
-        model: A causal language model of transformers, of any widths.
-        tokenizer: Its tokenizer; if it has no chat template, the last message is passed as plain text.
-        messages: The conversation so far, as ``{"role": "user" | "assistant" | "system", "content": text}``.
-        longest: The most tokens of the reply; fewer if the model has no further positions.
-        temperature: 0 takes the likeliest token; otherwise tokens are sampled from softmax(logits / temperature).
-        seed: The random seed of the sampling.
-    """
+    """Generate the reply to a conversation as a stream of text pieces of whole characters, with a key-value cache."""
     tokens = prompt(tokenizer, messages).to(device_of(model))
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31

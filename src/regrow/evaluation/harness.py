@@ -96,13 +96,7 @@ def harness(
 
 
 def dataset(file: str, items: int | None = None, **_: object) -> "DatasetDict":
-    """Return the items of a file as the data set of a task file; called by the harness.
-
-    Args:
-        file: The file of items, as :func:`regrow.evaluation.items_in` reads them.
-        items: The number of items; all if ``None``.
-        **_: Ignored; the harness passes further settings.
-    """
+    """Return the items of a file as the data set of a task file; called by the harness."""
     from datasets import Dataset, DatasetDict
 
     return DatasetDict({"test": Dataset.from_list([_prepared(item) for item in items_in(Path(file), items)])})
@@ -155,11 +149,7 @@ def _all_tasks() -> Any:
 
 
 def _form(items: Sequence[Mapping[str, Any]], task: str) -> tuple[str, str]:
-    """Return which task file fits the items, and the text between the parts that it joins.
-
-    Raises:
-        ValueError: If that is not the same for all items.
-    """
+    """Return which task file fits the items, and the text between the parts that it joins."""
     forms = {"continuation" in item for item in items}
     between = {"" if item.get("query", ".")[-1:] in ("", "\n") else " " for item in items}
     if len(forms) > 1 or len(between) > 1:

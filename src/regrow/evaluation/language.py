@@ -195,15 +195,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy −log p of each labelled token, and 0 where there is no label.
-
-    Args:
-        logits: ``[..., vocabulary]``, any float dtype; never copied to float32 as a whole.
-        labels: ``[...]`` int64, −100 where there is no label.
-
-    Returns:
-        ``[...]`` float64.
-    """
+    """Return the cross-entropy −log p of each labelled token, and 0 where there is no label."""
     flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     losses = torch.zeros(wanted.shape, dtype=torch.float64, device=logits.device)
     for rows in (wanted != -100).nonzero()[:, 0].split(max(1, _ENTRIES // flat.shape[-1])):

@@ -210,9 +210,6 @@ def peak_meter(device: torch.device) -> Callable[[], int | None]:
 
     On a GPU that is what torch allocated, else resident memory of the process; ``None`` if the system does not report
     it.
-
-    Args:
-        device: The device to measure.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -21,27 +21,16 @@ from regrow.evaluation.language import Perplexity, share_error, token_losses
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss and score of a network on a source.
+    """Loss and score of a network on a source."""
 
-    Args:
-        source: The name of the source.
-        objective: The name of the objective.
-        loss: The mean loss per labelled position (of text: nats per token).
-        loss_error: The standard error of the loss over batches, or windows of text; NaN for a single one.
-        metric: The name of the score.
-        score: The mean score per labelled position; higher is better.
-        score_error: The standard error of the score.
-        count: The number of labelled positions.
-    """
-
-    source: str
-    objective: str
-    loss: float
-    loss_error: float
-    metric: str
-    score: float
-    score_error: float
-    count: int
+    source: str  # the name of the source
+    objective: str  # the name of the objective
+    loss: float  # the mean loss per labelled position (of text: nats per token)
+    loss_error: float  # the standard error of the loss over batches, or windows of text; NaN for a single one
+    metric: str  # the name of the score
+    score: float  # the mean score per labelled position; higher is better
+    score_error: float  # the standard error of the score
+    count: int  # the number of labelled positions
 
     @property
     def perplexity(self) -> float | None:
@@ -70,18 +59,7 @@ def evaluate_objective(
     outputs: Iterator[Any] | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure the loss and the score of a network on a source, one batch at a time.
-
-    Args:
-        model: The network; evaluated in eval mode, and in training mode if it returns its loss only there.
-        source: The data.
-        objective: What is measured.
-        outputs: What the network returns for each batch; ``None``: it is run.
-        progress: Called with (batches done, batches in all, description).
-
-    Raises:
-        ValueError: If the source is empty, or the loss cannot be computed.
-    """
+    """Measure the loss and the score of a network on a source, one batch at a time."""
     total, rows, windows = Score(), list[tuple[float, int]](), list[tuple[float, int]]()
     measured = replace(objective, loss=partial(_window_loss, windows)) if objective is NEXT_TOKEN else objective
     with evaluating(model) as device:

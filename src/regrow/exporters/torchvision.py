@@ -19,20 +19,7 @@ FILES = ("load_regrow.py", "reshape_regrow.py")
 
 
 def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> Written:
-    """Write a folder whose ``load_regrow.load()`` builds the network without regrow, and compare it.
-
-    Args:
-        model: A torchvision network, pruned or widened in any way.
-        out: The folder: new, empty, or of an earlier export.
-        progress: Called with (steps done, steps in all, description).
-
-    Returns:
-        What was written; ``checked`` compares the outputs of the built network with those of ``model``.
-
-    Raises:
-        ExportError: If torchvision alone could not build the network, or the outputs differ.
-        StoreError: If the disk is full, or the folder holds other files.
-    """
+    """Write a folder whose ``load_regrow.load()`` builds the network without regrow, and compare it."""
     origin = getattr(model, "origin", None)
     if not isinstance(origin, Origin) or origin.kind != "torchvision":
         raise ExportError("this is no torchvision network; export it to onnx")

@@ -18,9 +18,17 @@ from regrow.core.axes import Example
 from regrow.core.progress import Progress, silent
 from regrow.exporters.written import ROUNDING, ExportError, Written, compare_outputs, folder_bytes, staging_folder
 from regrow.nets import ModelError, Origin, build
-from regrow.nets.blocks import ATTENTION, MLP, DecoderLayer, blocks
-from regrow.nets.examples import guessed_example
-from regrow.nets.language import example_of_transformers, origin_of, quiet, require_transformers
+from regrow.nets.language import (
+    ATTENTION,
+    MLP,
+    DecoderLayer,
+    decoder_layers,
+    example_of_transformers,
+    origin_of,
+    quiet,
+    require_transformers,
+)
+from regrow.nets.loaded import guessed_example
 from regrow.store import portable
 from regrow.store.pretrained import update_origin
 from regrow.store.state import find_numbers, named_tensors
@@ -33,22 +41,7 @@ BIASES = {"attention_bias": ATTENTION, "mlp_bias": MLP}
 def write(
     model: nn.Module, out: Path, *, dtype: str = "", example: Example | None = None, progress: Progress = silent
 ) -> Written:
-    """Write a folder for ``from_pretrained``, load it with transformers alone, and compare the outputs.
-
-    Args:
-        model: A transformers network, pruned or widened in any way.
-        out: The folder: new, empty, or of an earlier export.
-        dtype: The dtype in which weights are stored, one of ``DTYPES``; unchanged if empty.
-        example: An input for the comparison; ``None``: one that suits the network.
-        progress: Called with (steps done, steps in all, description).
-
-    Returns:
-        What was written; ``checked`` compares the outputs of the loaded network with those of ``model``.
-
-    Raises:
-        ExportError: If transformers could not build the network, or the outputs differ.
-        StoreError: If the disk is full, or the folder holds other files.
-    """
+    """Write a folder for ``from_pretrained``, load it with transformers alone, and compare the outputs."""
     origin = getattr(model, "origin", None)
     origin = origin if isinstance(origin, Origin) else origin_of(model, type(model).__name__)
     if origin.kind != "transformers":
@@ -88,7 +81,7 @@ def build_plain(model: nn.Module, origin: Origin) -> nn.Module | None:
     The network built from those settings is compared with ``model``, tensor by tensor.
     """
     try:
-        settings = _settings(model, blocks(model), origin)
+        settings = _settings(model, decoder_layers(model), origin)
     except ModelError:
         settings = _hidden_settings(model, origin)
     if settings is None:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Example
 from regrow.core.errors import RefusedError, first_line
-from regrow.nets.examples import written_shape
+from regrow.nets.loaded import written_shape
 from regrow.store.errors import StoreError
 from regrow.store.models import keep_others
 from regrow.store.replacing import WORK, replace_folder
@@ -31,21 +31,14 @@ class CheckError(ExportError, RefusedError):
 
 @dataclass(frozen=True)
 class Written:
-    """The result of an export: where it is, its size, and how it compared with the network.
+    """The result of an export: where it is, its size, and how it compared with the network."""
 
-    Args:
-        path: The file or folder.
-        bytes: Its size on disk in bytes.
-        checked: Results of the comparison after reading it back: name (``max_abs_diff``, ``next_tokens_differ``) →
-            value.
-        notes: What a user of the file must know.
-        memory: The limit, the prediction and the peak in bytes, if memory was limited.
-    """
-
-    path: Path
-    bytes: int
+    path: Path  # the file or folder
+    bytes: int  # its size on disk in bytes
+    # results of the comparison after reading it back: name (``max_abs_diff``, ``next_tokens_differ``) → value
     checked: Mapping[str, float | int | str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what a user of the file must know
+    # the limit, the prediction and the peak in bytes, if memory was limited
     memory: Mapping[str, int | None] = field(default_factory=dict)
 
 

@@ -21,15 +21,6 @@ def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torc
 
     >>> choose_device("cpu")
     device(type='cpu')
-
-    Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on; ``auto``: ``cuda`` if there is one, else
-            ``cpu`` (parts of pruning and growing compute in float64, which ``mps`` does not have).
-        ranks: The processes that share the run.
-
-    Raises:
-        InputError: If the name is not that of a device.
-        ResourceError: If this machine, or this torch, does not have it; says which there are.
     """
     there = devices_here()
     name = choose_rank_device(str(name), ranks, torch.cuda.device_count())

@@ -14,8 +14,7 @@ from regrow.nets.loaded import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ATTENTION = ("eager", "sdpa")
-"""The attention implementations that need no code but torch's."""
+ATTENTION = ("eager", "sdpa")  # the attention implementations that need no code but torch's
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 MODELS = r"models\.(?!auto\.)\w+\.modeling_\w+"
@@ -237,11 +236,7 @@ def check_tokenizer(settings: Mapping[str, object]) -> None:
 
 
 def leads_away(key: str, value: object) -> bool:
-    """Whether a setting names a file outside the folder.
-
-    >>> leads_away("vocab_file", "../vocab.json"), leads_away("vocab_file", "vocab.json")
-    (True, False)
-    """
+    """Whether a setting names a file outside the folder."""
     return key.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value)
 
 

@@ -18,21 +18,31 @@ from regrow.core.axes import Example
 from regrow.core.errors import InputError, first_line
 from regrow.core.limits import expanded
 from regrow.core.names import HUB, find_problem, names_code
+from regrow.core.progress import Progress, silent
 from regrow.nets.attention import replace_attention
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.devices import choose_device
-from regrow.nets.examples import guessed_example, image_example, say_guess, shaped_example, takes, written_shape
 from regrow.nets.language import build_transformers, example_of_transformers, load_folder, load_gguf, load_hub
-from regrow.nets.loaded import Loaded, ModelError, Origin, find_weight_files
+from regrow.nets.loaded import (
+    Loaded,
+    ModelError,
+    Origin,
+    find_weight_files,
+    guessed_example,
+    image_example,
+    say_guess,
+    shaped_example,
+    takes,
+    written_shape,
+)
 from regrow.nets.mobile import Mobile
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.small import build_small
 from regrow.nets.vision import build_torchvision, example_of, load_torchvision
 
-Progress = Callable[[int, int, str], None]
-Builder = Callable[[], object]
-"""A function that returns a network, or a network and its example input."""
+Builder = Callable[[], object]  # returns a network, or a network and its example input
+_PART = 2**20
 
 
 def load(
@@ -42,7 +52,7 @@ def load(
     device: str | torch.device = "cpu",
     example: Example | Tensor | Sequence[Any] | None = None,
     pixels: int = 0,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> Loaded:
     """Load a model by name, with all that is needed to change its shape: tokenizer, example input, origin.
 
@@ -75,13 +85,10 @@ def load(
         raise ModelError(str(error)) from error
     if example is not None:
         loaded = replace(loaded, example=_input(loaded.model, example), guessed=False)
-    if not isinstance(loaded.model, nn.Module):
-        raise ModelError(f"{name}: not a torch.nn.Module but a {type(loaded.model).__name__}")
-    if loaded.origin.kind != "transformers" and dtype is not None:
-        loaded.model.to(dtype)
-    model = loaded.model.to(device)
+    model = loaded.model
     if loaded.origin.kind != "transformers":  # whose folders others load, by the names they know
-        model = replace_attention(model)
+        model = replace_attention(model.to(dtype))
+    model = model.to(device)
     check_finite(model, name)
     if loaded.guessed:
         say_guess(loaded.example)
@@ -114,6 +121,7 @@ def build(origin: Origin) -> nn.Module:
     return call_builder(origin.builder, origin.reference)[0].eval()
 
 
+# Kind of an origin → function that builds its network.
 _BUILDERS: Mapping[str, Callable[[Origin], nn.Module]] = {
     "transformers": build_transformers,
     "torchvision": build_torchvision,
@@ -122,7 +130,6 @@ _BUILDERS: Mapping[str, Callable[[Origin], nn.Module]] = {
     "mobile": lambda origin: Mobile(origin.config).eval(),
     "bench201": lambda origin: Bench201(origin.config).eval(),
 }
-"""Kind of an origin → function that builds its network."""
 
 
 def example_for(model: nn.Module, origin: Origin) -> Example | None:
@@ -162,9 +169,6 @@ def count_nonfinite(tensor: Tensor) -> int:
         if not bool(wide.sum().isfinite()):  # finite only if all terms are; takes a tenth of the time
             count += int((~torch.isfinite(wide)).sum())
     return count
-
-
-_PART = 2**20
 
 
 def _load(name: str, dtype: torch.dtype | None, progress: Progress, example: Any, pixels: int) -> Loaded:

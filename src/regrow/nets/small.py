@@ -13,24 +13,16 @@ from torch import Tensor, nn
 from regrow.core.limits import check_memory
 from regrow.nets.loaded import ModelError, Origin
 
-MOST = 2**16
-GROUP = 2
-"""Channels per group of a GroupNorm: few, since a network with GroupNorm is widened by whole groups."""
+MAX_SIZE = 2**16
+GROUP = 2  # channels per group of a GroupNorm: few, since a network with GroupNorm is widened by whole groups
 
 
 def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple[nn.Module, Origin]:
-    """Build a network by its short name, such as ``mlp:100-100``, with random weights; also return its origin.
+    """Build a network by its short name, with random weights; also return its origin.
 
-    Args:
-        spec: ``mlp:100-100`` (widths of hidden layers) or ``resnet:16`` (width of the first stage), ``resnet:16-3``
-            (stages, one residual block each); ``resnet-gn:16-3`` is the same with GroupNorm, whose output depends on
-            the input alone, while BatchNorm's depends on running statistics of earlier batches.
-        shape: The shape of an input, ``[C, H, W]``.
-        classes: The number of logits.
-        seed: The random seed of the weights.
-
-    Raises:
-        ModelError: If the name is none of these.
+    ``mlp:100-100`` names widths of hidden layers, ``resnet:16-3`` the width of the first stage, and stages of one
+    residual block each. ``resnet-gn:16-3`` is the same with GroupNorm, whose output depends on the input alone, while
+    BatchNorm's depends on running statistics of earlier batches.
 
     >>> net, origin = small("mlp:8-6", (1, 4, 4), 3)
     >>> net(torch.zeros(2, 1, 4, 4)).shape, origin.config["widths"]
@@ -55,10 +47,10 @@ def build_small(origin: Origin) -> nn.Module:
     lists = [config.get("widths"), config.get("shape")]
     numbers = [config.get("classes"), *(n for part in lists if isinstance(part, list) for n in part)]
     known = all(isinstance(part, list) and 0 < len(part) <= 64 for part in lists)
-    if origin.reference not in BUILDERS or not known or not all(type(n) is int and 0 < n <= MOST for n in numbers):
+    if origin.reference not in BUILDERS or not known or not all(type(n) is int and 0 < n <= MAX_SIZE for n in numbers):
+        problem = f"{origin.reference!r} with {dict(config)!s:.80} is not a small network"
         raise ModelError(
-            f"{origin.reference!r} with {dict(config)!s:.80} is not a small network, whose sizes are 1 to {MOST:,}; "
-            "use other sizes, or restore the file that they come from"
+            f"{problem}, whose sizes are 1 to {MAX_SIZE:,}; use other sizes, or restore the file that they come from"
         )
     build = partial(BUILDERS[origin.reference], config["widths"], config["shape"], config["classes"])
     with torch.device("meta"):
@@ -93,9 +85,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, before, H, W]`` → ``[N, after, H / stride, W / stride]``."""
-        hidden: Tensor = self.relu(self.bn1(self.conv1(x)))
-        out: Tensor = self.relu(self.shortcut(x) + self.bn2(self.conv2(hidden)))
-        return out
+        hidden = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.shortcut(x) + self.bn2(self.conv2(hidden)))
 
 
 def resnet(

@@ -2,21 +2,19 @@
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import Example
 from regrow.core.errors import first_line
-from regrow.nets.examples import PIXELS, image_example, takes
 from regrow.nets.files import check_weights
-from regrow.nets.loaded import Loaded, ModelError, Origin, needs
+from regrow.nets.loaded import PIXELS, Loaded, ModelError, Origin, image_example, needs, takes
 
+# Arguments of torchvision's builders that would download weights.
 _FETCHING = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone"})
-"""Arguments of torchvision's builders that would download weights."""
-
 # Builders that would otherwise draw their weights from scipy, one warning and many seconds each.
 _SLOW_START = frozenset({"googlenet", "inception_v3"})
 
@@ -32,18 +30,17 @@ def known_names() -> list[str]:
 
 def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) -> Loaded:
     """Load a torchvision network with weights from a safetensors file, or with fixed random weights."""
-    arguments: dict[str, Any] = {}
-    model = _build(name, arguments)
-    notes: tuple[str, ...] = ()
+    arguments: dict[str, object] = {}
+    model, notes = _build(name, arguments), tuple[str, ...]()
     if weights is None:
         notes = (f"{name}: random weights; for trained ones give torchvision:{name}:FILE.safetensors",)
     else:
         from safetensors.torch import load_file
 
         check_weights([weights], str(weights), None)
-        state, own = load_file(weights), model.state_dict()
-        last = [key for key, value in own.items() if key.endswith("weight") and value.dim() >= 2][-1]
-        if last in state and len(state[last]) != len(own[last]):
+        state, fresh = load_file(weights), model.state_dict()
+        last = [key for key, value in fresh.items() if key.endswith("weight") and value.dim() >= 2][-1]
+        if last in state and len(state[last]) != len(fresh[last]):
             arguments = {"num_classes": len(state[last])}
             model = _build(name, arguments)
         try:
@@ -51,12 +48,13 @@ def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) ->
         except RuntimeError as error:
             detail = " ".join(str(error).split())[:160]
             raise ModelError(f"{weights} does not fit torchvision's {name}: {detail}") from None
-    example, origin = example_of(name, model.eval()), Origin("torchvision", name, arguments, name)
-    plain = len(example.args) == 1 and isinstance(example.args[0], Tensor) and example.args[0].dim() == 4
-    sized = image_example(model, 3, pixels, pixels) if pixels and plain else None
-    if sized is not None and takes(model, sized):
-        return Loaded(model, None, sized, origin, notes)
-    return Loaded(model, None, example, origin, notes, guessed=True)
+    loaded = Loaded(model.eval(), None, example_of(name, model), Origin("torchvision", name, arguments, name), notes)
+    first = loaded.example.args[0]
+    if pixels and len(loaded.example.args) == 1 and isinstance(first, Tensor) and first.dim() == 4:
+        sized = image_example(model, 3, pixels, pixels)
+        if takes(model, sized):
+            return replace(loaded, example=sized)
+    return replace(loaded, guessed=True)
 
 
 def build_torchvision(origin: Origin) -> nn.Module:
@@ -68,7 +66,7 @@ def build_torchvision(origin: Origin) -> nn.Module:
     return _build(origin.reference, origin.config).eval()
 
 
-def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _build(name: str, arguments: Mapping[str, object]) -> nn.Module:
     try:
         from torchvision.models import get_model
     except ImportError:

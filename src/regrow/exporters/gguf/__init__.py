@@ -32,7 +32,7 @@ from regrow.exporters.gguf.network import NORMS, PARTS, Decoder, GgufLayer, desc
 from regrow.exporters.gguf.quants import BLOCK, TYPES, Floats, allowed_error, encode, fitting_type
 from regrow.exporters.gguf.tokens import Vocabulary, vocabulary, write_vocabulary
 from regrow.exporters.written import CheckError, ExportError, Written
-from regrow.nets.blocks import ATTENTION, MLP
+from regrow.nets.language import ATTENTION, MLP
 from regrow.nets.loaded import needs
 from regrow.store.atomic import atomic_write, check_output
 
@@ -66,21 +66,6 @@ def write(
 
     Only one tensor at a time is held in float32. Norms and biases are always stored in float32. Matrices whose row
     length does not fit a type (Q6_K: multiples of 256, Q8_0: of 32) are stored in the next wider one.
-
-    Args:
-        model: A Llama-like decoder of any widths, with its tokenizer as ``model.tokenizer`` (as :func:`regrow.load`
-            returns it); without one llama.cpp only takes token ids.
-        out: The file to make, or the ``.gguf`` file to replace.
-        dtype: The type of matrices: ``f32``, ``bf16``, ``f16``, ``q8_0`` or ``q6_k``.
-        weights: Name → parameter, where the network has none of their numbers; ``None``: they are in the network.
-        progress: Called with (steps done, steps in all, description).
-
-    Returns:
-        The file, its architecture, and the largest difference between a stored number and the network's.
-
-    Raises:
-        ExportError: If llama.cpp would compute something else, or the file differs from the network.
-        StoreError: If the file cannot be written.
     """
     try:
         import gguf

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.exporters.written import ExportError
-from regrow.nets.blocks import ATTENTION, DecoderLayer, blocks
+from regrow.nets.language import ATTENTION, DecoderLayer, decoder_layers
 from regrow.nets.loaded import ModelError
 from regrow.tracing.branches import PlaceholderModule
 
@@ -36,23 +36,14 @@ _EMPTY = 32
 
 @dataclass(frozen=True)
 class GgufLayer:
-    """A layer as it is written to the file.
+    """A layer as it is written to the file."""
 
-    Args:
-        module: The layer of the network.
-        block: The layer's sizes and linear layers.
-        heads: Query heads in the file: those of the network, or one with zero weights.
-        kv_heads: Key-value heads in the file.
-        width: MLP neurons in the file: those of the network, or some with zero weights.
-        scale: The factor on queries, since llama.cpp always divides scores by √d.
-    """
-
-    module: nn.Module
-    block: DecoderLayer
-    heads: int
-    kv_heads: int
-    width: int
-    scale: float = 1.0
+    module: nn.Module  # the layer of the network
+    block: DecoderLayer  # the layer's sizes and linear layers
+    heads: int  # query heads in the file: those of the network, or one with zero weights
+    kv_heads: int  # key-value heads in the file
+    width: int  # MLP neurons in the file: those of the network, or some with zero weights
+    scale: float = 1.0  # the factor on queries, since llama.cpp always divides scores by √d
 
     @property
     def has_attention(self) -> bool:
@@ -67,34 +58,21 @@ class GgufLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Llama-like network described in llama.cpp's terms.
+    """A Llama-like network described in llama.cpp's terms."""
 
-    Args:
-        name: The network's name, or that of its class.
-        embedding: The token embedding, ``[vocabulary, width]``.
-        norm: The gain of the last norm, ``[width]``.
-        head: The weight of the output layer, ``[vocabulary, width]``; ``embedding`` itself if they are tied.
-        layers: The layers in the file.
-        head_dim: Channels per head.
-        epsilon: The epsilon of all norms.
-        base: The base of the rotary frequencies.
-        factors: What the usual rotary frequencies are divided by, one per pair, ``[head_dim / 2]``; ``None`` if they
-            are the usual ones.
-        context: The longest text in tokens.
-        notes: What a user of the file must know.
-    """
-
-    name: str
-    embedding: Tensor
-    norm: Tensor
-    head: Tensor
-    layers: Sequence[GgufLayer]
-    head_dim: int
-    epsilon: float
-    base: float
+    name: str  # the network's name, or that of its class
+    embedding: Tensor  # the token embedding, ``[vocabulary, width]``
+    norm: Tensor  # the gain of the last norm, ``[width]``
+    head: Tensor  # the weight of the output layer, ``[vocabulary, width]``; ``embedding`` itself if they are tied
+    layers: Sequence[GgufLayer]  # the layers in the file
+    head_dim: int  # channels per head
+    epsilon: float  # the epsilon of all norms
+    base: float  # the base of the rotary frequencies
+    # what the usual rotary frequencies are divided by, one per pair, ``[head_dim / 2]``; ``None`` if they are the usual
+    # ones
     factors: Tensor | None
-    context: int
-    notes: tuple[str, ...]
+    context: int  # the longest text in tokens
+    notes: tuple[str, ...]  # what a user of the file must know
 
     @property
     def architecture(self) -> str:
@@ -108,7 +86,7 @@ class Decoder:
 def describe_decoder(model: nn.Module) -> Decoder:
     """Describe a network in llama.cpp's terms, or raise ExportError if llama.cpp cannot run it, or would differ."""
     try:
-        decoder_layers = blocks(model)
+        found = decoder_layers(model)
     except ModelError as error:
         raise ExportError(str(error)) from None
     net = cast(Any, model)
@@ -118,7 +96,7 @@ def describe_decoder(model: nn.Module) -> Decoder:
     scale = float(rotary.attention_scaling) ** 2
     described = [
         _layer(i, module, block, scale)
-        for i, (module, block) in enumerate(zip(net.model.layers, decoder_layers, strict=True))
+        for i, (module, block) in enumerate(zip(net.model.layers, found, strict=True))
     ]
     layers = [layer for layer in described if layer is not None]
     if not layers:

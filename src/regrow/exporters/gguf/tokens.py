@@ -38,44 +38,24 @@ WHOLE_WORDS = {"llama-bpe": True}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer data of a GGUF file.
+    """The tokenizer data of a GGUF file."""
 
-    Args:
-        model: ``"gpt2"`` (merges of bytes), ``"llama"`` (SentencePiece) or ``"no_vocab"``.
-        rule: llama.cpp's name of the rule that splits text.
-        tokens: The text of each token.
-        kinds: The GGUF type of each token.
-        merges: The BPE merges, best first; empty for SentencePiece.
-        scores: The score of each token for SentencePiece: a better merge has a higher score.
-        special: GGUF's name of a role (``bos``, ``eos``) → token id.
-        begins: Whether the beginning-of-text token is added.
-        ends: Whether the end-of-text token is added.
-        spaced: Whether a space is added before the text.
-        template: The chat template, in jinja.
-        notes: What a user of the file must know.
-    """
-
-    model: str
-    rule: str = ""
-    tokens: Sequence[str] = ()
-    kinds: Sequence[int] = ()
-    merges: Sequence[str] = ()
-    scores: Sequence[float] = ()
-    special: Mapping[str, int] = field(default_factory=dict)
-    begins: bool = False
-    ends: bool = False
-    spaced: bool = False
-    template: str = ""
-    notes: Sequence[str] = ()
+    model: str  # ``"gpt2"`` (merges of bytes), ``"llama"`` (SentencePiece) or ``"no_vocab"``
+    rule: str = ""  # llama.cpp's name of the rule that splits text
+    tokens: Sequence[str] = ()  # the text of each token
+    kinds: Sequence[int] = ()  # the GGUF type of each token
+    merges: Sequence[str] = ()  # the BPE merges, best first; empty for SentencePiece
+    scores: Sequence[float] = ()  # the score of each token for SentencePiece: a better merge has a higher score
+    special: Mapping[str, int] = field(default_factory=dict)  # GGUF's name of a role (``bos``, ``eos``) → token id
+    begins: bool = False  # whether the beginning-of-text token is added
+    ends: bool = False  # whether the end-of-text token is added
+    spaced: bool = False  # whether a space is added before the text
+    template: str = ""  # the chat template, in jinja
+    notes: Sequence[str] = ()  # what a user of the file must know
 
 
 def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
-    """Convert a tokenizer of transformers to GGUF's form, or raise ExportError if llama.cpp would tokenize differently.
-
-    Args:
-        tokenizer: The tokenizer, or ``None``: llama.cpp then only takes token ids.
-        rows: The number of rows of the embedding.
-    """
+    """Convert a tokenizer of transformers to GGUF's form, or raise ExportError if llama.cpp would tokenize differently."""
     if tokenizer is None:
         note = "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
         return Vocabulary("no_vocab", notes=(note,))
@@ -196,11 +176,7 @@ def _text_of(part: Any) -> str:
 
 
 def _adds_space(data: Mapping[str, Any], notes: list[str]) -> bool:
-    """Return whether SentencePiece adds a space before text; ``notes`` gets what differs in llama.cpp.
-
-    Raises:
-        ExportError: If it changes text in another way.
-    """
+    """Return whether SentencePiece adds a space before text; ``notes`` gets what differs in llama.cpp."""
     adds = replaces = False
     for step in (*_flat(data.get("normalizer")), *_flat(data.get("pre_tokenizer"))):
         match step:
@@ -227,9 +203,6 @@ def _ranks(pairs: Sequence[tuple[str, str]], tokens: Sequence[str], vocab: Colle
     llama.cpp joins any two pieces that form a token, the best token first; a tokenizer.json lists pairs. Both give the
     same result if every split of a token is listed, and all splits of one token are adjacent. Runs of one character
     (spaces) may share a rank: the first one grows as long as it can either way.
-
-    Raises:
-        ExportError: If these conditions do not hold.
     """
     made = [left + right for left, right in pairs]
     last = {token: i for i, token in enumerate(made)}

@@ -42,8 +42,7 @@ from regrow.exporters.onnx.files import (
     quantise,
 )
 from regrow.exporters.written import ExportError, Written
-from regrow.nets.examples import guessed_example, image_example
-from regrow.nets.loaded import needs
+from regrow.nets.loaded import guessed_example, image_example, needs
 from regrow.store.atomic import check_output, staging_folder
 from regrow.store.errors import explain_os_errors
 
@@ -83,30 +82,7 @@ def write(
     cache: bool = False,
     progress: Progress = silent,
 ) -> Written:
-    """Write a network as ONNX, and compare its outputs in onnxruntime with those in torch.
-
-    Args:
-        model: Any network that ``torch.export`` can record: pruned, widened, with branches dropped. It is not changed.
-        out: The file, ``….onnx``; its folder must exist. Weights of more than 2 GB are stored in ``….onnx.data`` beside
-            it, or ``….onnx.1.data`` if there is such a file already. Only the named file and the weights that it refers
-            to are replaced.
-        dtype: ``"float32"``, whatever the network's dtype is, or ``"int8"``: linear layers with weights in 8 bits and
-            activations rounded at run time (dynamic quantisation); all else is float32, and so are linear layers whose
-            input has outliers.
-        example: The input of the network; guessed from its origin or its first layer if ``None``. Batch and sequence
-            sizes are dynamic if the network allows it; all others are those of the example.
-        cache: For a language model of transformers: whether the graph takes the keys and values of earlier tokens
-            (``past_key_values.0.key`` …) and returns all of them (``present.0.key`` …), for generating text.
-        progress: Called with (steps done, steps in all, description).
-
-    Returns:
-        The file; the largest differences to torch at the example and at other sizes, and for language models how many
-        next tokens on real text differ; notes on opset, inputs and outputs.
-
-    Raises:
-        ExportError: If the network cannot be recorded, or the outputs differ. An earlier file then stays.
-        StoreError: If the file cannot be written.
-    """
+    """Write a network as ONNX, and compare its outputs in onnxruntime with those in torch."""
     out, steps = Path(out), 5 if dtype == "int8" else 4
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:

@@ -23,21 +23,13 @@ Labels = Mapping[str, Mapping[int, str]]
 
 @dataclass(frozen=True)
 class ExportedCall:
-    """A network as a function of named tensors.
+    """A network as a function of named tensors."""
 
-    Args:
-        run: A module that takes the inputs in their order and returns a tuple of tensors.
-        inputs: Name → the example's tensor.
-        outputs: The names of the outputs.
-        text: Whether it is a language model that predicts the next token.
-        most: The longest sequence that it takes; 0 if unknown.
-    """
-
-    run: nn.Module
-    inputs: Mapping[str, Tensor]
-    outputs: tuple[str, ...]
-    text: bool = False
-    most: int = 0
+    run: nn.Module  # a module that takes the inputs in their order and returns a tuple of tensors
+    inputs: Mapping[str, Tensor]  # name → the example's tensor
+    outputs: tuple[str, ...]  # the names of the outputs
+    text: bool = False  # whether it is a language model that predicts the next token
+    most: int = 0  # the longest sequence that it takes; 0 if unknown
 
     @property
     def cached(self) -> bool:
@@ -46,13 +38,7 @@ class ExportedCall:
 
 
 class Flat(nn.Module):
-    """Wraps a network so that it takes a flat list of tensors and returns a tuple of tensors.
-
-    Args:
-        model: The network.
-        leaves: All its arguments, flattened; tensors in it are replaced by those passed to ``forward``.
-        spec: The structure from which they were flattened, ``(args, kwargs)``.
-    """
+    """Wraps a network so that it takes a flat list of tensors and returns a tuple of tensors."""
 
     def __init__(self, model: nn.Module, leaves: Sequence[object], spec: TreeSpec) -> None:
         super().__init__()
@@ -103,16 +89,7 @@ class Cached(nn.Module):
 
 
 def describe_call(model: nn.Module, example: Example, *, cache: bool = False) -> ExportedCall:
-    """Describe how a network is called, by running it once on an example.
-
-    Args:
-        model: The network, in eval mode, in float32 on the CPU.
-        example: The input. A language model that takes an ``attention_mask`` gets one of ones.
-        cache: Whether the call takes and returns keys and values.
-
-    Raises:
-        ExportError: If the network fails on the example, returns no tensor, or has no cache although one is requested.
-    """
+    """Describe how a network is called, by running it once on an example."""
     parameters = inspect.signature(model.forward).parameters
     args, kwargs = example.args, dict(example.kwargs)
     names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL]

@@ -81,18 +81,7 @@ class OnnxSession:
 
 
 def compare_predictions(session: OnnxSession, tokenizer: object, lengths: Mapping[str, int]) -> Checked:
-    """Compare next-token predictions and log-likelihoods of file and network on text.
-
-    Args:
-        session: The opened file of a language model.
-        tokenizer: Its tokenizer, to use real text (the evaluation half of Python's manual); ``None``: random tokens.
-        lengths: ``batch`` and ``sequence``, if they are fixed.
-
-    Returns:
-        ``next_tokens`` (the number compared), ``next_tokens_differ``, ``next_tokens_margin`` (the largest gap, in
-        torch's logits, between the two tokens where they differ), ``next_tokens_on`` (what text), and for real text
-        ``nats_torch`` and ``nats_onnx`` per token.
-    """
+    """Compare next-token predictions and log-likelihoods of file and network on text."""
     tokens, differ, margin, nats = 0, 0, 0.0, torch.zeros(2, dtype=torch.float64)
     rows, text_name = _token_rows(session.call, tokenizer, lengths)
     for row in rows:
@@ -142,14 +131,7 @@ def _largest(values: Tensor) -> float:
 
 
 def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
-    """Write an ONNX file again with linear layers in int8, and return a note that says which.
-
-    Args:
-        path: The float32 file.
-        to: The file to write.
-        call: The description of the call that the file was written from.
-        largest: Bytes of weights above which they are stored in a file beside it.
-    """
+    """Write an ONNX file again with linear layers in int8, and return a note that says which."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -204,11 +186,6 @@ def place_file(path: Path, stage: Path, out: Path) -> int:
 
     The weights get an unused name; then the new file replaces the old one, and the weights of the old one are deleted.
     Nothing else is replaced or deleted.
-
-    Args:
-        path: The new file; large weights are in ``NAME.data`` beside it.
-        stage: The temporary folder that holds it. Until the end it also holds links to the weights that are deleted.
-        out: The path to move it to.
     """
     weights, old = path.with_name(f"{path.name}.data"), _weights_of(out)
     size = 0
