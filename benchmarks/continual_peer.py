@@ -26,7 +26,7 @@ from regrow.core.tasks import Task
 from regrow.data.streams import fewer, idx, permuted_tasks
 from regrow.evaluation.continual import share_right
 from regrow.methods import LEARNERS
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
 

@@ -18,7 +18,7 @@ import torch
 
 from regrow.core.tasks import Examples, Task
 from regrow.methods import LEARNERS
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.store.versions import versions
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn

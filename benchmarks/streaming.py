@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import regrow
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "streaming.json"

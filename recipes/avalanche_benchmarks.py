@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 import regrow
 from regrow.evaluation.continual import Matrix
-from regrow.nets.small import small
+from regrow.nets.vision import small
 
 VERSION = "0.6.0"
 ROOT = Path(__file__).parents[1]

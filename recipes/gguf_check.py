@@ -176,7 +176,7 @@ def learnt(steps: tuple[str, ...], rule: str) -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.BPE(ignore_merges=WHOLE_WORDS.get(rule, False)))
+    made = Tokenizer(models.BPE(ignore_merges=rule in WHOLE_WORDS))
     known = {
         "words": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),

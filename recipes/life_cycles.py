@@ -34,7 +34,7 @@ import torch
 from rows import head, line, rows
 
 from regrow import nets, trace
-from regrow.evaluation.size import dense
+from regrow.evaluation.measure import dense
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.parents import read_stages
 from regrow.store.ledger import Ledger, replay

@@ -10,9 +10,9 @@ from regrow.core.errors import InputError
 from regrow.core.sources import Batch, logits_in
 from regrow.evaluation import CHOICE_TOKENS, Choices
 from regrow.evaluation.choice import Item, Row, encode_choices, rate_choices
-from regrow.evaluation.forward import evaluating
 from regrow.evaluation.generation import empty_cache
 from regrow.evaluation.language import token_losses
+from regrow.evaluation.measure import evaluating
 
 Rows = list[tuple[int, Row]]
 """Rows that begin alike, with their numbers."""

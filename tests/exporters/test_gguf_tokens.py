@@ -9,9 +9,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from exporters.deci import File
 from exporters.test_gguf import llama
+from regrow.exporters import ExportError
 from regrow.exporters.gguf import write
 from regrow.exporters.gguf.tokens import BYTE, CONTROL, NORMAL, RULES, SPACE, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
-from regrow.exporters.written import ExportError
 
 TEXT = ["The cat sat on the mat, and the rat sat on the cat.", "12 + 345 = 357 of them, that is that."] * 3
 

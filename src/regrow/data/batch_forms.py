@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,34 @@ from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch, describe
 from regrow.data.halves import SourceError
 
-LABELS = ("labels", "label", "target", "targets", "y")
-"""The keys under which a batch or a row may hold its labels."""
-TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", *LABELS)
-"""The keys under which lists of numbers are a tensor, as tokenizers return them."""
+LABELS = ("labels", "label", "target", "targets", "y")  # keys under which a batch or a row may hold its labels
+TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", *LABELS)  # tokenizers return lists under these keys
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How data are read."""
+
+    batch_size: int = 32  # where the data do not come in batches
+    tokenizer: object = None  # without one, text is refused
+    seq_len: int = 512  # tokens per window of text
+    size: int = 224  # height and width of images that are read from files
+    # Labels in the shape of ``input_ids`` are those of the tokens themselves, as transformers takes them: they are
+    # shifted by one, and made of ``input_ids`` if missing.
+    shift: bool = False
+    normalised: bool = True  # images from files, as torchvision's pretrained networks expect; else 0 to 1
+    dtype: torch.dtype | None = None  # to which inputs are cast
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SourceError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+DEFAULTS = ReadOptions()
 
 
 def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
-    """Return one batch of a user's loader as inputs and labels.
+    """Return one batch of a user's loader as inputs and labels; ``where`` is what messages call it.
 
     >>> to_batch({"input_ids": torch.tensor([[5, 6, 7]])}, shift=True).labels
     tensor([[   6,    7, -100]])
@@ -62,6 +82,11 @@ def is_entry(item: Any) -> bool:
     return isinstance(label, int | float | np.generic) or (isinstance(label, Tensor) and label.dim() == 0)
 
 
+def is_entries(data: Any) -> bool:
+    """Whether data are a list of entries (input, label)."""
+    return isinstance(data, list) and bool(data) and is_entry(data[0])
+
+
 def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, first: Batch | None = None) -> Batch:
     """Return a batch whose tensors networks and losses can take, or say in one line what is wrong with it.
 
@@ -79,15 +104,10 @@ def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, firs
     # A vector of values is a single example, unless there is a label for each.
     row = len(args) == 1 and isinstance(args[0], Tensor) and args[0].dim() == 1 and args[0].is_floating_point()
     if labels is not None and row and len(labels) != size:
-        raise SourceError(
-            f"{where}: an input of shape {list(args[0].shape)} with labels of shape {list(labels.shape)} is a single "
-            "example; give DataLoader(data, batch_size=32)"
-        )
-    if first is not None and (form := _label_form(labels)) != _label_form(first.labels):
-        raise SourceError(
-            f"{where} has {form}, and the first batch {_label_form(first.labels)}; give batches of one kind, each with "
-            "labels"
-        )
+        shapes = f"an input of shape {list(args[0].shape)} with labels of shape {list(labels.shape)}"
+        raise SourceError(f"{where}: {shapes} is a single example; give DataLoader(data, batch_size=32)")
+    if first is not None and (form := _label_form(labels)) != (wanted := _label_form(first.labels)):
+        raise SourceError(f"{where} has {form}, and the first batch {wanted}; give batches of one kind, with labels")
     return replace(batch, args=args, kwargs=kwargs, labels=labels, where=where)
 
 
@@ -120,7 +140,7 @@ def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: 
             return {key: check_input(part, where, dtype, str(key)) for key, part in value.items()}
         case list() | tuple() if any(isinstance(part, Tensor | np.ndarray | dict | list) for part in value):
             parts = [check_input(part, where, dtype, name) for part in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+            return value._make(parts) if isinstance(value, tuple) and hasattr(value, "_make") else type(value)(parts)
     if not isinstance(value, Tensor):
         return value
     value = _plain(value, where, "an input")
@@ -147,10 +167,8 @@ def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
     labels = _plain(labels, where, "labels are")
     if not labels.dim():
         if size != 1:
-            raise SourceError(
-                f"{where}: labels have no dimension for the examples; if it is a single example, give the loader a "
-                "batch_size"
-            )
+            problem = "labels have no dimension for the examples"
+            raise SourceError(f"{where}: {problem}; if it is a single example, give the loader a batch_size")
         labels = labels.reshape(1)
     if problem := _damage(labels, infinite=False):
         raise SourceError(f"{where}: labels hold {problem}; leave the example out")
@@ -188,14 +206,14 @@ def _label_form(labels: Tensor | None) -> str:
 
 def are_labels(value: Any) -> bool:
     """Whether the last part of a batch holds labels: a tensor, an array, or a list of numbers."""
-    numbers = isinstance(value, list | tuple) and value and all(isinstance(x, int | float | np.generic) for x in value)
-    return bool(numbers) or isinstance(value, Tensor | np.ndarray)
+    if isinstance(value, list | tuple):
+        return len(value) > 0 and all(isinstance(x, int | float | np.generic) for x in value)
+    return isinstance(value, Tensor | np.ndarray)
 
 
 def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:
     item = {key: _from_numbers(value, where) if key in TOKENIZED else value for key, value in item.items()}
-    key = next((key for key in LABELS if key in item), None)
-    labels = item.pop(key) if key else None
+    labels = next((item.pop(key) for key in LABELS if key in item), None)
     ids = item.get("input_ids")
     if not shift or not isinstance(ids, Tensor):
         return Batch((), item, labels)
@@ -222,5 +240,5 @@ def _from_numbers(value: Any, where: str) -> Any:
     try:
         return torch.tensor(value)
     except (ValueError, TypeError, OverflowError) as error:
-        problem = f"{where}: lists of numbers are no tensor: {first_line(error)}"
-        raise SourceError(f"{problem}; pad them to one length") from error
+        problem = f"lists of numbers are no tensor: {first_line(error)}"
+        raise SourceError(f"{where}: {problem}; pad them to one length") from error

@@ -12,17 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.core.limits import check_memory, expanded, read_content
+from regrow.core.limits import check_memory, check_regular, expanded, read_content
 from regrow.core.names import DIGITS, find_data_problem
 from regrow.core.tasks import ChangedExamples, Examples, ExampleSet, Task, input_shape
 from regrow.data.datasets import StreamedExamples
 from regrow.data.halves import MissingError, SourceError
-from regrow.data.vision import PictureFiles, image_files, image_size, normalise_, read_digits, read_images
+from regrow.data.vision import PictureFiles, image_files, normalise_, open_image, read_digits
 
-_MOST = 2**28
-"""The largest file that is read, in bytes."""
-_IN_MEMORY = 2**30
-"""The most bytes of images that are read into memory."""
+_MAX_BYTES = 2**28  # of a file that is read
+_IN_MEMORY = 2**30  # bytes of images that are read into memory
 
 
 def permuted_tasks(base: Task, n: int, seed: int = 0) -> list[Task]:
@@ -116,10 +114,8 @@ def idx(folder: str | Path, name: str = "images") -> Task:
         halves.append(Examples(pixels.float().unsqueeze(1) / 255, labels.long()))
     train, test = halves
     if train.inputs.shape[1:] != test.inputs.shape[1:]:
-        sizes = (" × ".join(map(str, part.inputs.shape[2:])) for part in (train, test))
-        raise SourceError(
-            f"{folder}: training images have {' pixels, test images '.join(sizes)}; fetch the files again"
-        )
+        sizes = [" × ".join(map(str, part.inputs.shape[2:])) for part in (train, test)]
+        raise SourceError(f"{folder}: training images have {sizes[0]} pixels, test images {sizes[1]}; fetch them again")
     known = train.labels.unique()
     if strange := sorted(set(test.labels.tolist()) - set(known.tolist())):
         raise SourceError(f"{folder}: test images have class {strange[0]}, of which there is no training image")
@@ -164,15 +160,13 @@ def pictures(
 
 
 def of(
-    name: str,
-    train: int = 0,
-    test: int = 0,
-    seed: int = 0,
-    *,
-    size: Sequence[int] = (),
-    normalised: bool = False,
+    name: str, train: int = 0, test: int = 0, seed: int = 0, *, size: Sequence[int] = (), normalised: bool = False
 ) -> Task:
-    """Load a data set by name: ``digits``, a folder of MNIST's four files, or of ``train/CLASS/…`` images."""
+    """Load a data set by name: ``digits``, a folder of MNIST's four files, or of ``train/CLASS/…`` images.
+
+    ``train`` and ``test`` are the most examples of each, chosen at random (0: all); ``size`` and ``normalised`` are as
+    for :func:`pictures`. Digits and MNIST's files keep their size, and have values 0 to 1.
+    """
     if min(train, test) < 0:
         raise SourceError(f"numbers of examples are 0, for all, or more; got train={train}, test={test}")
     if problem := find_data_problem(name):
@@ -210,8 +204,35 @@ def _idx(folder: Path, name: str, dims: int) -> Tensor:
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise SourceError(f"{folder} has no {name} (or {name}.gz); give the folder of the four files")
-    raw = read_content(path, _MOST)
+    raw = read_content(path, _MAX_BYTES)
     shape = tuple(int.from_bytes(raw[4 * i + 4 : 4 * i + 8], "big") for i in range(dims))
     if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != 4 + 4 * dims + prod(shape) or not all(shape):
         raise SourceError(f"{path} is not a whole file of bytes in the idx format; fetch it again")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
+
+
+def read_images(files: Sequence[Path]) -> Tensor:
+    """Read images at their own size, which must be the same for all, ``[N, 3, H, W]`` float32, values 0 to 1."""
+    first = np.asarray(open_image(files[0]))
+    side = f"{first.shape[1]} × {first.shape[0]}"
+    check_memory(9 * len(files) * first.size, f"{len(files)} images of {side} pixels", "take fewer, or scale them down")
+    result = np.empty((len(files), *first.shape), np.uint8)
+    for i, file in enumerate(files):
+        pixels = np.asarray(open_image(file))
+        if pixels.shape != first.shape:
+            sizes = f"{pixels.shape[1]} × {pixels.shape[0]} pixels, {files[0]} has {side}"
+            raise SourceError(f"{file} has {sizes}; bring all to one size")
+        result[i] = pixels
+    return torch.from_numpy(result).permute(0, 3, 1, 2).float() / 255
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Return the size (width, height) of an image, from its header."""
+    try:
+        from PIL import Image
+
+        check_regular(file)
+        with Image.open(file) as opened:
+            return opened.size
+    except Exception:  # reading the image says what is wrong with it
+        return open_image(file).size

@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from regrow.core.objectives import CLASSIFICATION, IGNORED, Objective, Score
 from regrow.core.sources import Batch, logits_in
 from regrow.core.tasks import ExampleSet, among, run_network
-from regrow.evaluation.forward import evaluating
+from regrow.evaluation.measure import evaluating
 
-BATCH = 500
-"""How many examples are evaluated at a time."""
-
-
+BATCH = 500  # examples that are evaluated at a time
 METRICS = ("average", "average_along", "learning", "backward_transfer", "forward_transfer", "forgetting")
 
 

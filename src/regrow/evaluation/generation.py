@@ -13,30 +13,28 @@ from torch import Tensor, nn
 from regrow.core.errors import InputError, RefusedError
 from regrow.core.names import GENERATED
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Source, device_of
+from regrow.core.sources import Batch, Source, device_of
 from regrow.data.text import find_separator, find_start, token_windows
 from regrow.tracing.meta_copy import copy_model
 
-ROWS, ROWS_ON_CPU = 128, 32
-"""The most windows that are generated at a time: a step reads all weights, whatever their number."""
+ROWS, ROWS_ON_CPU = 128, 32  # windows that are generated at a time: a step reads all weights, whatever their number
+# After how many tokens of each window the result is stored, or after half of it if that is more. An interrupted call
+# resumes there. The network reads the tokens so far once more at each of these places, so they are few.
 STRETCH = 256
-"""After how many tokens of each window the result is stored, or after half of it if that is more. An interrupted call
-resumes there. The network reads the tokens so far once more at each of these places, so they are few."""
 _BLOCK = 256
+_REMEDY = "name a causal language model of transformers, or another source"
 
 
 def check_generation(model: nn.Module) -> None:
     """Raise InputError unless a network can generate text."""
     if not (hasattr(model, "generate") and getattr(model, "can_generate", bool)()):
-        raise InputError(
-            f"source 'generated' is text that the model generates, and a {type(model).__name__} has no generate(); "
-            "name a causal language model of transformers, or another source"
-        )
+        problem = f"source 'generated' is text that the model generates, and a {type(model).__name__} has no generate()"
+        raise InputError(f"{problem}; {_REMEDY}")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise InputError(
-            f"source 'generated' is text that the model continues by itself, and a {type(model).__name__} is an "
-            "encoder-decoder; name a causal language model of transformers, or another source"
+        problem = (
+            f"source 'generated' is text that the model continues, and a {type(model).__name__} is an encoder-decoder"
         )
+        raise InputError(f"{problem}; {_REMEDY}")
 
 
 def generate_tokens(
@@ -59,10 +57,8 @@ def generate_tokens(
     if not len(missing):
         return
     if device_of(model).type == "meta":
-        raise InputError(
-            "source 'generated' needs the whole network in memory, and it is read one block at a time; give more "
-            "--memory, or another source"
-        )
+        problem = "source 'generated' needs the whole network in memory, and it is read one block at a time"
+        raise InputError(f"{problem}; give more --memory, or another source")
     writer, length = _copy_to_sample(model), tokens.shape[1]
     stretch = max(STRETCH, -(-length // 2))
     for rows in missing.split(_count_rows(model)):
@@ -164,9 +160,9 @@ def _copy_to_sample(model: nn.Module) -> Any:
     from transformers import GenerationConfig
 
     parameters, dtype = {id(p) for p in model.parameters()}, sampling_dtype(model)
-    copy: Any = copy_model(model, lambda tensor: tensor.detach().to(dtype) if id(tensor) in parameters else tensor)
-    copy.generation_config = GenerationConfig()
-    return copy.eval()
+    copy = copy_model(model, lambda tensor: tensor.detach().to(dtype) if id(tensor) in parameters else tensor).eval()
+    cast(Any, copy).generation_config = GenerationConfig()
+    return copy
 
 
 def sample(logits: Tensor, draws: Tensor) -> Tensor:
@@ -213,7 +209,7 @@ def reply(
     sent, cache = "", empty_cache(model)
     for _ in range(min(longest, positions - tokens.shape[1])):
         with torch.no_grad():
-            logits = model(tokens, **cache).logits[0, -1].float().cpu()
+            logits = Batch((tokens,), cache).run(model).logits[0, -1].float().cpu()
         if temperature > 0:
             chosen = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
         else:

@@ -15,8 +15,8 @@ from regrow.core.objectives import NEXT_TOKEN, OWN, Objective, Score
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source, logits_in
 from regrow.core.tables import Table, format_html
-from regrow.evaluation.forward import evaluating
 from regrow.evaluation.language import Perplexity, share_error, token_losses
+from regrow.evaluation.measure import evaluating
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def evaluate_objective(
     squares = sum(((loss - mean) * n) ** 2 for loss, n in rows)
     error = math.sqrt(k / (k - 1) * squares) / count if k > 1 else math.nan
     if windows:
-        losses, counts = zip(*windows, strict=True)
-        text = Perplexity(source.name, losses, counts)
+        text = Perplexity(source.name, tuple(loss for loss, _ in windows), tuple(n for _, n in windows))
         mean, error = text.mean, text.error
     return Evaluation(source.name, objective.name, mean, error, objective.metric, total.mean, total.error, count)
 

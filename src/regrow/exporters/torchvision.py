@@ -9,7 +9,7 @@ from torch import nn
 
 from regrow import store
 from regrow.core.progress import Progress, silent
-from regrow.exporters.written import ExportError, Written, compare_outputs, folder_bytes, staging_folder
+from regrow.exporters import ExportError, Written, compare_outputs, folder_bytes, staging_folder
 from regrow.nets import Origin
 from regrow.nets.vision import example_of, unweighted_arguments
 from regrow.store import portable

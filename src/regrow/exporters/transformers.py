@@ -16,7 +16,7 @@ from torch import nn
 from regrow import store
 from regrow.core.axes import Example
 from regrow.core.progress import Progress, silent
-from regrow.exporters.written import ROUNDING, ExportError, Written, compare_outputs, folder_bytes, staging_folder
+from regrow.exporters import ROUNDING, ExportError, Written, compare_outputs, folder_bytes, staging_folder
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.language import (
     ATTENTION,
@@ -34,8 +34,8 @@ from regrow.store.pretrained import update_origin
 from regrow.store.state import find_numbers, named_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Settings of config.json that add a bias to every linear layer of a part; missing biases become zeros.
 BIASES = {"attention_bias": ATTENTION, "mlp_bias": MLP}
-"""Settings of config.json that add a bias to every linear layer of a kind; missing biases become zeros."""
 
 
 def write(
@@ -151,11 +151,10 @@ def _load(folder: Path, has_code: bool, attention: str) -> Any:
     """Load the folder with transformers' Auto class; of code, only that of this export is run."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config["architectures"][0]
-    arguments = {}
     if has_code:
         name = next(auto for auto, code in config["auto_map"].items() if code == f"modeling_regrow.{name}")
-        arguments = {"trust_remote_code": True}
+    auto = getattr(require_transformers(), name)
     with quiet():
-        model = getattr(require_transformers(), name).from_pretrained(str(folder), local_files_only=True, **arguments)
+        model = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=has_code)
         model.eval().set_attn_implementation(attention)
     return model

@@ -96,14 +96,13 @@ class Bench201(nn.Module):
         super().__init__()
         check_description(config)
         self.config = config
-        width, parts = config["width"], list[nn.Module]()
-        self.stem = build_stem(config, width)
+        width = config["width"]
+        self.stem, self.parts = build_stem(config, width), nn.Sequential()
         for stage in range(3):
             if stage:
-                parts.append(Reduction(width, 2 * width))
+                self.parts.append(Reduction(width, 2 * width))
                 width *= 2
-            parts += [Bench201Cell(width, config["edges"]) for _ in range(config["cells"])]
-        self.parts = nn.Sequential(*parts)
+            self.parts.extend(Bench201Cell(width, config["edges"]) for _ in range(config["cells"]))
         self.norm = nn.BatchNorm2d(width)
         self.head = nn.Linear(width, config["classes"])
 

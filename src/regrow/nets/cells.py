@@ -12,16 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.core.candidates import Candidates, Prefix, candidates_in
+from regrow.nets import staged
 from regrow.nets.loaded import ModelError
-from regrow.nets.staged import (
-    StagedNetwork,
-    build_stem,
-    check_sizes,
-    explain_description,
-    heads_fit,
-    is_spread,
-    norm_widths,
-)
+from regrow.nets.staged import StagedNetwork, norm_widths
 
 OPERATIONS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")  # in the order of the genotypes in MGAS's code
 MOST_CELLS, MOST_NODES = 64, 16
@@ -31,8 +24,10 @@ class Pointwise(nn.Sequential):
     """ReLU → 1 × 1 convolution → BatchNorm, with 2 × 2 average pooling first if the stride is 2."""
 
     def __init__(self, before: int, after: int, stride: int = 1) -> None:
-        first: list[nn.Module] = [nn.ReLU()] + ([nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else [])
-        super().__init__(*first, nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+        super().__init__(nn.ReLU())
+        if stride == 2:
+            self.append(nn.AvgPool2d(2, ceil_mode=True))
+        self.extend([nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after)])
 
 
 class Depthwise(nn.Sequential):
@@ -113,7 +108,7 @@ class Cells(StagedNetwork):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         check_description(config)
-        self.stem = build_stem(config, config["stem"])
+        self.stem = staged.build_stem(config, config["stem"])
         self.cells, self.heads = nn.ModuleList(), nn.ModuleDict()
         widths, scales = [config["stem"]] * 2, [0, 0]
         for i, plan in enumerate(config["cells"]):
@@ -191,7 +186,7 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     for i, cell in enumerate(cells[:before]):
         ops = [(name, j, n) for j, node in enumerate(cell["nodes"]) for n, (name, _, _) in enumerate(node["ops"])]
         ops.sort(key=lambda op: OPERATIONS.index(op[0]))
-        kept = {op[1:] for k, op in enumerate(ops) if is_spread(k, share)}
+        kept = {op[1:] for k, op in enumerate(ops) if staged.is_spread(k, share)}
         kept |= {(j, 0) for j in range(len(cell["nodes"])) if not any(at == j for at, _ in kept)}
         nodes = [
             {**node, "ops": [op for n, op in enumerate(node["ops"]) if (j, n) in kept]}
@@ -230,10 +225,10 @@ def describe(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dic
 
 def check_description(config: Mapping[str, Any]) -> None:
     """Raise ModelError unless a configuration of :class:`Cells` is valid; builds nothing."""
-    with explain_description("cells"):
+    with staged.explain_description("cells"):
         cells = config["cells"]
         sizes = [*config["shape"], config["classes"], config["stem"], config["stride"]]
-        valid = 0 < len(cells) <= MOST_CELLS and heads_fit(config, len(cells))
+        valid = 0 < len(cells) <= MOST_CELLS and staged.heads_fit(config, len(cells))
         for cell in cells:
             nodes = cell["nodes"]
             sizes += [*cell["inputs"], *(node["width"] for node in nodes)]
@@ -244,6 +239,6 @@ def check_description(config: Mapping[str, Any]) -> None:
                     name in OPERATIONS and type(source) is int and 0 <= source < known
                     for name, source, _ in node["ops"]
                 )
-        check_sizes("cells", sizes)
+        staged.check_sizes("cells", sizes)
         if not valid:
             raise ModelError("not the description of a network of cells: see regrow.nets.cells.Cells for what it holds")

@@ -335,6 +335,7 @@ def replacing_parameters(empty: Empty) -> Iterator[None]:
 class DecoderLayer:
     """The sizes and linear layers of one layer of a Llama-like decoder."""
 
+    module: nn.Module
     heads: int  # query heads; 0 if the attention was dropped
     kv_heads: int  # key-value heads
     head_dim: int  # channels per head
@@ -360,4 +361,4 @@ def _read_layer(layer: nn.Module, name: str) -> DecoderLayer:
     head_dim = int(getattr(modules.get("self_attn"), "head_dim", 0))
     heads, kv_heads = (linear[path].out_features // head_dim if path in linear else 0 for path in ATTENTION[:2])
     width = linear[MLP[0]].out_features if MLP[0] in linear else 0
-    return DecoderLayer(heads, kv_heads, head_dim, width, linear)
+    return DecoderLayer(layer, heads, kv_heads, head_dim, width, linear)

@@ -38,8 +38,7 @@ from regrow.nets.loaded import (
 )
 from regrow.nets.mobile import Mobile
 from regrow.nets.packaged import PACKAGED, packaged_folder
-from regrow.nets.small import build_small
-from regrow.nets.vision import build_torchvision, example_of, load_torchvision
+from regrow.nets.vision import build_small, build_torchvision, example_of, load_torchvision
 
 Builder = Callable[[], object]  # returns a network, or a network and its example input
 _PART = 2**20

@@ -196,7 +196,7 @@ def check_same_files(first: Loaded, second: Loaded) -> None:
 def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, TOKENS)) -> Example:
     """Return an example input for a language model: a short row of different tokens, int64, without a cache."""
     # Multiples of a prime: spread over the vocabulary, and not the low ids that are special tokens.
-    tokens = ((torch.arange(1, prod(shape) + 1) * 7919) % vocabulary).view(*shape).to(device_of(model))
+    tokens = ((torch.arange(1, prod(shape) + 1) * 7919) % vocabulary).view(tuple(shape)).to(device_of(model))
     kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         kwargs["decoder_input_ids"] = tokens
@@ -210,7 +210,7 @@ def image_example(model: nn.Module, *shape: int) -> Example:
 
 def noise_example(model: nn.Module, shape: Sequence[int]) -> Example:
     """Return noise of a shape in the model's dtype and on its device; always the same."""
-    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
     return Example((noise.to(next(model.parameters(), noise)),))
 
 
@@ -270,7 +270,7 @@ def guessed_example(model: nn.Module, pixels: int = 0) -> Example | None:
             case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
                 rank = layer.weight.dim() - 2
                 sides = (16, 112, 112) if rank == 3 else (pixels or PIXELS,) * rank
-                return image_example(model, layer.in_channels, *sides)
+                return noise_example(model, (1, layer.in_channels, *sides))
             case _ if any(True for _ in layer.parameters(recurse=False)):
                 return None
     return None

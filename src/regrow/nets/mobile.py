@@ -11,16 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.core.candidates import Candidates, Prefix
+from regrow.nets import staged
 from regrow.nets.loaded import ModelError
-from regrow.nets.staged import (
-    StagedNetwork,
-    build_stem,
-    check_sizes,
-    explain_description,
-    heads_fit,
-    is_spread,
-    norm_widths,
-)
+from regrow.nets.staged import StagedNetwork, norm_widths
 
 # Bottlenecks mb{kernel}e{expansion ratio}, with the ratio before any cut, and the identity.
 OPERATIONS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
@@ -33,8 +26,8 @@ class Bottleneck(nn.Sequential):
     """An inverted bottleneck: 1 × 1 → depthwise → 1 × 1 convolution, with BatchNorm, and ReLU6 after two."""
 
     def __init__(self, before: int, mid: int, after: int, kernel: int, stride: int) -> None:
-        first = [nn.Conv2d(before, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.ReLU6()]
-        super().__init__(*first, *_depthwise(mid, after, kernel, stride))
+        super().__init__(nn.Conv2d(before, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.ReLU6())
+        self.extend(_depthwise(mid, after, kernel, stride))
 
 
 def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Module]:
@@ -74,18 +67,17 @@ class Mobile(StagedNetwork):
         super().__init__()
         check_description(config)
         (first, width), blocks = config["stem"], config["blocks"]
-        self.stem = nn.Sequential(*build_stem(config, first), nn.ReLU6(), *_depthwise(first, width, 3, 1))
+        self.stem = staged.build_stem(config, first).append(nn.ReLU6()).extend(_depthwise(first, width, 3, 1))
         self.blocks, self.heads = nn.ModuleList(), nn.ModuleDict()
         for i, plan in enumerate(blocks):
             self.blocks.append(block(width, plan))
             width = channels = plan["width"]
             if i in config["heads"]:
-                layers = list[nn.Module]()
+                self.heads[str(i)] = head = nn.Sequential()
                 if i == len(blocks) - 1:
                     channels = config["mix"]
-                    layers = [nn.Conv2d(width, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU6()]
-                layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config["classes"])]
-                self.heads[str(i)] = nn.Sequential(*layers)
+                    head.extend([nn.Conv2d(width, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU6()])
+                head.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config["classes"])])
 
     def run_part(self, part: Callable[..., Tensor], first: Tensor, second: Tensor) -> Tensor:
         """Return the output of a block; ``skip`` reads a separate input."""
@@ -141,7 +133,7 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     """
     blocks, numbers = list(config["blocks"]), count()
     for i, plan in enumerate(blocks[:before]):
-        kept = [op for op in plan["ops"] if is_spread(next(numbers), share)]
+        kept = [op for op in plan["ops"] if staged.is_spread(next(numbers), share)]
         blocks[i] = {**plan, "ops": kept or plan["ops"][:1]}
     return {**config, "blocks": blocks}
 
@@ -170,10 +162,10 @@ def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> di
 
 def check_description(config: Mapping[str, Any]) -> None:
     """Raise ModelError unless a configuration of :class:`Mobile` is valid; builds nothing."""
-    with explain_description("blocks"):
+    with staged.explain_description("blocks"):
         blocks = config["blocks"]
         sizes = [*config["shape"], config["classes"], *config["stem"], config["stride"], config["mix"]]
-        valid = 0 < len(blocks) <= 128 and len(config["stem"]) == 2 and heads_fit(config, len(blocks))
+        valid = 0 < len(blocks) <= 128 and len(config["stem"]) == 2 and staged.heads_fit(config, len(blocks))
         before, skips_fit = config["stem"][-1], True
         for plan in blocks:
             width, stride, names = plan["width"], plan["stride"], [name for name, _ in plan["ops"]]
@@ -181,7 +173,7 @@ def check_description(config: Mapping[str, Any]) -> None:
             valid &= stride in (1, 2) and 0 < len(names) == len({*names} & {*OPERATIONS})
             skips_fit &= "skip" not in names or (stride == 1 and width == before)
             before = width
-        check_sizes("blocks", sizes)
+        staged.check_sizes("blocks", sizes)
         if not valid:
             what = "not the description of a network of blocks"
             raise ModelError(f"{what}: see regrow.nets.mobile.Mobile for what it holds")

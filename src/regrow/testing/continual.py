@@ -15,7 +15,7 @@ from regrow.core.axes.axis import size_of
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task, first_examples
 from regrow.methods import MethodEntry
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.surgery.gate import parametrize
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
@@ -196,4 +196,3 @@ LAWS: Mapping[str, Law] = {
     "mixed precision keeps parameters in float32": check_mixed_precision,
     "the finished network is the one evaluated": check_finished,
 }
-"""All laws of continual-learning methods, by name."""

@@ -151,4 +151,3 @@ LAWS: Mapping[str, Law] = {
     "killed and resumed gives the same bits": check_resume,
     "the finished network is the one searched": check_finished,
 }
-"""Every law by its name."""

@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow.data import Half, text, windows
+from regrow.exporters import ExportError
 from regrow.exporters.onnx.calls import ExportedCall
-from regrow.exporters.written import ExportError
 from regrow.store.atomic import LockedError, leftovers, lock, sync
 
 Checked = dict[str, float | int | str]
 
-OUTLIER = 100.0
-"""A layer is quantised if the largest magnitude in its input is at most this many times the mean magnitude."""
-
+OUTLIER = 100.0  # a layer is quantised if the largest magnitude in its input is at most this many times the mean
 WINDOWS, TOKENS = 16, 64
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules that a node comes from
 
@@ -114,7 +112,7 @@ def start_inputs(call: ExportedCall, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def _token_rows(call: ExportedCall, tokenizer: Any, lengths: Mapping[str, int]) -> tuple[list[Tensor], str]:
-    batch, length = lengths.get("batch", 1), lengths.get("sequence", min(TOKENS, call.most or TOKENS))
+    batch, length = lengths.get("batch", 1), lengths.get("sequence", min(TOKENS, call.max_length or TOKENS))
     n = max(2, WINDOWS // batch) * batch
     if tokenizer is None:
         known = next(iter(call.inputs.values())).flatten()
@@ -248,7 +246,7 @@ def _rename_weights(path: Path, name: str) -> None:
     """Make an ONNX file refer to its external weights by another name."""
     import onnx
 
-    model: Any = onnx.load(path, load_external_data=False)
+    model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regrow.core.amounts import short
 from regrow.core.tasks import Examples
-from regrow.data.augment import is_images, shift_and_flip
+from regrow.data.vision import is_images, shift_and_flip
 from regrow.evaluation.continual import mean_score
 from regrow.methods.search.commit import Commit, account_plan
 from regrow.methods.search.space import (

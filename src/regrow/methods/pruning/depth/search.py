@@ -17,7 +17,7 @@ from regrow.core.errors import RefusedError
 from regrow.core.scores import Scores
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import join_batches
-from regrow.evaluation.forward import evaluating
+from regrow.evaluation.measure import evaluating
 from regrow.methods.pruning.depth.modules import Settings, least_cost, score_neurons
 from regrow.methods.pruning.depth.replay import Outputs, Predictions, Replay
 from regrow.methods.pruning.pruner import NOT_FINITE, PruningTask, without_modules
