@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,14 @@ from regrow.data.halves import SourceError
 
 LABELS = ("labels", "label", "target", "targets", "y")  # keys under which a batch or a row may hold its labels
 TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", *LABELS)  # tokenizers return lists under these keys
+
+
+class IndexedData(Protocol):
+    """A data set that is read by index, or by slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,8 @@ def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
     got = f"a {type(item).__name__}"
     if isinstance(item, tuple | list):
         got += f" of {', '.join(type(part).__name__ for part in item[:3]) or 'nothing'}"
-    raise SourceError(
-        f"{where}: a batch must be a tensor, (inputs, labels), or a dict of tensors, got {got}; "
-        "give a collate_fn that returns one of these"
-    )
+    problem = f"a batch must be a tensor, (inputs, labels), or a dict of tensors, got {got}"
+    raise SourceError(f"{where}: {problem}; give a collate_fn that returns one of these")
 
 
 def is_entry(item: Any) -> bool:

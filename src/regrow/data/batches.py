@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from regrow.core.sources import Batch, Source
-from regrow.data.batch_forms import DEFAULTS, LABELS, ReadOptions, from_array, is_entries
+from regrow.data.batch_forms import DEFAULTS, LABELS, IndexedData, ReadOptions, from_array, is_entries
 from regrow.data.batch_streams import BatchStream, read_stream
 from regrow.data.halves import Half, SourceError
 from regrow.data.text import Text, chat_text, read, text, windows
@@ -173,7 +173,7 @@ def _is_numeric(value: object) -> bool:
 class _ColumnBatches:
     """Batches of rows of a columned data set, as dicts of tensors."""
 
-    data: Any
+    data: IndexedData
     columns: tuple[str, ...]
     size: int
 

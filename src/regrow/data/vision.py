@@ -16,6 +16,7 @@ from torch import Tensor
 from regrow.core.errors import InputError
 from regrow.core.limits import MAX_PIXELS, check_regular, expanded, reason
 from regrow.core.sources import Batch, Source
+from regrow.data.batch_forms import IndexedData
 from regrow.data.batch_streams import LazyBatches
 from regrow.data.halves import Half, SourceError
 
@@ -217,7 +218,7 @@ def image_table(file: Path, name: str, size: int, batch_size: int, *, normalised
 class ImageRows:
     """Rows of a data set as pairs (image ``[3, size, size]``, class)."""
 
-    data: Any
+    data: IndexedData
     image: str
     label: str
     size: int

@@ -114,9 +114,8 @@ def paired_choices(before: Choices, after: Choices) -> PairedChoices:
     n = len(before.right)
     if (before.task, n) != (after.task, len(after.right)):
         sizes = f"{before.task!r} ({n} items) and {after.task!r} ({len(after.right)} items)"
-        raise InputError(
-            f"{sizes} are not the same items; evaluate both models on the same file, with the same --items"
-        )
+        remedy = "evaluate both models on the same file, with the same --items"
+        raise InputError(f"{sizes} are not the same items; {remedy}")
 
     def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
         if odd := sorted({len(first), len(second)} - {n}):

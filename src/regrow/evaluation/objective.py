@@ -153,9 +153,8 @@ def accuracy(model: nn.Module, source: Source) -> Accuracy:
             labels = batch.labels.to(device)
             logits = logits_in(batch.to(device).run(model))
             if int(labels.max()) >= logits.shape[-1]:
-                raise ValueError(
-                    f"source {source.name!r} has class {int(labels.max())}, the model knows {logits.shape[-1]} classes"
-                )
+                classes = f"class {int(labels.max())}, the model knows {logits.shape[-1]} classes"
+                raise ValueError(f"source {source.name!r} has {classes}")
             labelled = labels != -100
             right += (logits.argmax(-1)[labelled] == labels[labelled]).tolist()
     if not right:

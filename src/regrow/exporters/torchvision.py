@@ -28,9 +28,8 @@ def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> Writte
         store.write_model(model, folder, origin=origin)
         record = portable.record(model, store.read_shapes(folder))
         if record is None:
-            raise ExportError(
-                f"{origin.name} has modules that torchvision has not (attention that was opened); export it to onnx"
-            )
+            modules = "modules that torchvision has not (attention that was opened)"
+            raise ExportError(f"{origin.name} has {modules}; export it to onnx")
         settings = unweighted_arguments(origin.reference) | dict(origin.config)
         build = {"builder": origin.reference, "settings": settings, "regrow": record}
         write_text(folder / "network.json", json.dumps(build, indent=1) + "\n")

@@ -57,9 +57,8 @@ def write(
             store.write_model(plain, folder, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
         has_code = (folder / "modeling_regrow.py").is_file()
         if not has_code and portable.is_changed(store.read_shapes(folder)):
-            raise ExportError(
-                f"transformers cannot build this {origin.reference} from what it records; export it to onnx"
-            )
+            problem = f"transformers cannot build this {origin.reference} from what it records"
+            raise ExportError(f"{problem}; export it to onnx")
         progress(1, 2, "loading it with transformers")
         loaded = _load(folder, has_code, getattr(cast(Any, model).config, "_attn_implementation", "sdpa"))
         example = example or guessed_example(model) or example_of_transformers(cast(Any, model))

@@ -158,10 +158,8 @@ def supernet(
     at which a stage of the search ends. The last cell has a classifier anyway.
     """
     if not 0 < cells <= MOST_CELLS or not 0 < nodes <= MOST_NODES:
-        raise ModelError(
-            f"a space of cells has 1 to {MOST_CELLS} cells of 1 to {MOST_NODES} nodes, got {cells} and {nodes}; write "
-            "it as cells:WIDTH-CELLS-NODES, for example cells:8-6-3"
-        )
+        sizes = f"1 to {MOST_CELLS} cells of 1 to {MOST_NODES} nodes, got {cells} and {nodes}"
+        raise ModelError(f"a space of cells has {sizes}; write it as cells:WIDTH-CELLS-NODES, for example cells:8-6-3")
     reductions = {cells // 3, 2 * cells // 3} - {0}
     stem, plans = 3 * width, list[dict[str, Any]]()
     for i in range(cells):

@@ -52,10 +52,8 @@ def check_precision(model: nn.Module, precision: str) -> None:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if torch.float32 not in dtypes:
         stored = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "no numbers"
-        raise InputError(
-            f"precision {precision} computes weights of float32 in {precision}, and these are {stored}; leave it out, "
-            "or load them with --dtype float32"
-        )
+        problem = f"precision {precision} computes weights of float32 in {precision}, and these are {stored}"
+        raise InputError(f"{problem}; leave it out, or load them with --dtype float32")
 
 
 @contextmanager

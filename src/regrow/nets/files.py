@@ -83,9 +83,8 @@ def read_shards(index: Path) -> dict[str, str]:
         raise ModelError(f"{index} has no weight_map from tensors to files; copy or download it again")
     for file in sorted(set(named.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelError(
-                f"{index} names the file {file!r:.60}, which is no .safetensors file beside it; restore it"
-            )
+            problem = f"names the file {file!r:.60}, which is no .safetensors file beside it"
+            raise ModelError(f"{index} {problem}; restore it")
     return named
 
 
@@ -112,7 +111,7 @@ def check_config(path: Path, name: str) -> dict[str, object]:
     return config
 
 
-_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
+_NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of a value in GGUF → its bytes
 _TEXT, _ARRAY, _MOST_TENSORS = 8, 9, 2**16
 
 
@@ -182,12 +181,12 @@ def _skip_value(file: BinaryIO, kind: int, size: int, inner: bool = False) -> No
         if many > size:
             raise ValueError(f"a list of {many:,} entries in a file of {size:,} bytes")
         if of in _NUMBERS:
-            _skip(file, many * struct.calcsize(_NUMBERS[of]), size)
+            _skip(file, many * _NUMBERS[of], size)
         else:
             for _ in range(many):
                 _skip_value(file, of, size, inner=True)
     elif kind in _NUMBERS:
-        _skip(file, struct.calcsize(_NUMBERS[kind]), size)
+        _skip(file, _NUMBERS[kind], size)
     else:
         raise ValueError(f"an entry of the unknown kind {kind}")
 

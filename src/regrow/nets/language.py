@@ -67,10 +67,9 @@ def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
         try:
             HfApi().model_info(name, timeout=HUB_TIMEOUT)
         except Exception as error:
-            raise ModelError(
-                f"{name!r} is no folder here, and the hub does not give it ({first_line(error)}); "
-                "check the name and the network, or give the folder of a downloaded model"
-            ) from None
+            problem = f"{name!r} is no folder here, and the hub does not give it ({first_line(error)})"
+            remedy = "check the name and the network, or give the folder of a downloaded model"
+            raise ModelError(f"{problem}; {remedy}") from None
     return _load(_Checkpoint(name, name, {"local_files_only": cached}), dtype)
 
 
@@ -171,15 +170,13 @@ def _load(checkpoint: _Checkpoint, dtype: torch.dtype | None) -> Loaded:
     except Exception as error:
         raise ModelError(f"cannot load {name}: {_explained(error)}") from None
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{name}: the weights lack {len(missing)} parameters, {missing[0]!r} first; "
-            "the file is incomplete or belongs to another configuration: download it again"
-        )
+        problem = f"the weights lack {len(missing)} parameters, {missing[0]!r} first"
+        remedy = "the file is incomplete or belongs to another configuration: download it again"
+        raise ModelError(f"{name}: {problem}; {remedy}")
     if unexpected := sorted(info["unexpected_keys"]):
-        raise ModelError(
-            f"{name}: the weights hold {len(unexpected)} tensors that config.json does not describe, "
-            f"{unexpected[0]!r} first; the configuration belongs to another model: download both again"
-        )
+        problem = f"the weights hold {len(unexpected)} tensors that config.json does not describe"
+        remedy = "the configuration belongs to another model: download both again"
+        raise ModelError(f"{name}: {problem}, {unexpected[0]!r} first; {remedy}")
     return _complete(model, checkpoint)
 
 
@@ -236,11 +233,9 @@ def _check_folder(folder: Path, name: str) -> list[Path]:
         raise ModelError(f"{name}: holds an adapter of peft beside the model; merge it first (merge_and_unload)")
     files = sorted(folder.glob("*.safetensors"))
     if not files and any(folder.glob("*.bin")):
-        raise ModelError(
-            f"{name}: its weights are a pickle, which could run code; convert it once: python -c "
-            f'"from transformers import AutoModelForCausalLM as A; '
-            f"A.from_pretrained('{name}').save_pretrained('{name}-safe')\""
-        )
+        code = f"AutoModelForCausalLM as A; A.from_pretrained('{name}').save_pretrained('{name}-safe')"
+        remedy = f'convert it once: python -c "from transformers import {code}"'
+        raise ModelError(f"{name}: its weights are a pickle, which could run code; {remedy}")
     if not files:
         raise ModelError(f"{name}: the folder has no .safetensors weights; download the model again")
     return files
@@ -257,19 +252,15 @@ def _check_surplus(path: Path, model: "PreTrainedModel", name: str) -> None:
     held = sum(count for key, count in tensors.items() if not key.startswith(spare))
     taken = sum(parameter.numel() for parameter in model.parameters())
     if held > taken:
-        raise ModelError(
-            f"{name}: the file holds {held:,} weights, of which its metadata describe {taken:,}; "
-            "it is damaged or of another version: download it again"
-        )
+        problem = f"the file holds {held:,} weights, of which its metadata describe {taken:,}"
+        raise ModelError(f"{name}: {problem}; it is damaged or of another version: download it again")
 
 
 def _explained(error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
-        return (
-            "it brings its own Python code, which is not run; if you trust it, build the model in a function of your "
-            "own and name that: pkg.mod:fn"
-        )
+        remedy = "if you trust it, build the model in a function of your own and name that: pkg.mod:fn"
+        return f"it brings its own Python code, which is not run; {remedy}"
     if "mismatch" in text:
         return "its weights have other shapes than config.json says; a folder made by regrow opens with regrow.load"
     return f"{' '.join(str(error).split())[:200]}; its files are damaged or do not belong together: download them again"

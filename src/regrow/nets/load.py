@@ -42,6 +42,7 @@ from regrow.nets.vision import build_small, build_torchvision, example_of, load_
 
 Builder = Callable[[], object]  # returns a network, or a network and its example input
 _PART = 2**20
+_GIVE_INPUT = "give its shape with --input 1x3x32x32, or return (model, example input)"
 
 
 def load(
@@ -113,10 +114,10 @@ def build(origin: Origin) -> nn.Module:
     if origin.kind != "callable":
         raise ModelError(f"cannot build a model of kind {origin.kind!r}")
     if origin.builder is None:
-        raise ModelError(
-            f"this model is built by your own code ({origin.reference!r:.80}), and a recorded name is never "
-            "imported; pass the function: Origin(..., builder=function)"
+        problem = (
+            f"this model is built by your own code ({origin.reference!r:.80}), and a recorded name is never imported"
         )
+        raise ModelError(f"{problem}; pass the function: Origin(..., builder=function)")
     return call_builder(origin.builder, origin.reference)[0].eval()
 
 
@@ -215,18 +216,13 @@ def _from_callable(name: str, example: Any, pixels: int) -> Loaded:
             return Loaded(model, None, sized, origin)
         chosen, guessed = guessed_example(model), True
     if chosen is None:
-        raise ModelError(
-            f"{name}: cannot guess the model's input; give its shape with --input 1x3x32x32, or return (model, "
-            "example input)"
-        )
+        raise ModelError(f"{name}: cannot guess the model's input; {_GIVE_INPUT}")
     try:
         with torch.no_grad():
             model(*chosen.args, **chosen.kwargs)
     except Exception as error:
-        raise ModelError(
-            f"{name}: the model does not take an input of {written_shape(chosen)} ({first_line(error)}); give its "
-            "shape with --input 1x3x32x32, or return (model, example input)"
-        ) from None
+        problem = f"the model does not take an input of {written_shape(chosen)} ({first_line(error)})"
+        raise ModelError(f"{name}: {problem}; {_GIVE_INPUT}") from None
     return Loaded(model, None, chosen, origin, guessed=guessed)
 
 
@@ -255,10 +251,9 @@ def import_object(name: str) -> Any:
     try:
         return _run(lambda: getattr(importlib.import_module(module_name), attribute))
     except ImportError as error:
-        raise ModelError(
-            f"{name}: cannot import {module_name!r} ({first_line(error)}); modules are searched in the current folder "
-            "and among installed packages, and named without .py, for example mynets:tiny"
-        ) from None
+        where = "modules are searched in the current folder and among installed packages"
+        remedy = f"{where}, and named without .py, for example mynets:tiny"
+        raise ModelError(f"{name}: cannot import {module_name!r} ({first_line(error)}); {remedy}") from None
     except AttributeError as error:
         raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
     except Exception as error:
@@ -269,10 +264,9 @@ def check_code(recorded: str, needed: bool, code: str) -> None:
     """Raise ModelError unless the user named a function if and only if the folder's network is built by one."""
     if needed and not code:
         name, known = recorded if names_code(recorded) else "pkg.mod:fn", f" ({recorded!r:.80})" if recorded else ""
-        raise ModelError(
-            f"its network is built by your own code{known}, and a name in a file is never imported; "
-            f"add --code {name} if you trust it (in Python: regrow.load(folder, model=function))"
-        )
+        problem = f"its network is built by your own code{known}, and a name in a file is never imported"
+        remedy = f"add --code {name} if you trust it (in Python: regrow.load(folder, model=function))"
+        raise ModelError(f"{problem}; {remedy}")
     if code and not needed:
         raise ModelError(f"--code {code} is for a network that your own code builds, and this one is not; leave it out")
 
@@ -287,9 +281,8 @@ def call_builder(builder: Builder, name: str) -> tuple[nn.Module, Example | None
         raise ModelError(f"{name}: calling it failed: {type(error).__name__}: {first_line(error)}; mend it") from None
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"{name}: returned a {type(model).__name__}, not a torch.nn.Module; name a function that returns a network"
-        )
+        problem = f"returned a {type(model).__name__}, not a torch.nn.Module"
+        raise ModelError(f"{name}: {problem}; name a function that returns a network")
     if example is not None and not isinstance(example, Example):
         example = Example(tuple(example) if isinstance(example, tuple | list) else (example,))
     return model, example

@@ -178,6 +178,4 @@ def check_description(config: Mapping[str, Any]) -> None:
             what = "not the description of a network of blocks"
             raise ModelError(f"{what}: see regrow.nets.mobile.Mobile for what it holds")
         if not skips_fit:
-            raise ModelError(
-                "skip is for blocks of stride 1 that are as wide as what they read; leave it out elsewhere"
-            )
+            raise ModelError("skip is for blocks of stride 1 as wide as what they read; leave it out elsewhere")

@@ -72,9 +72,8 @@ def packaged_folder(name: str, progress: Progress) -> Path:
         (scratch / "model").rename(folder)
     except OSError as error:
         if not folder.is_dir():  # another process may have been faster; its folder is as good
-            raise ModelError(
-                f"cannot write the cache {folder.parent} ({error.strerror or error}); set REGROW_CACHE"
-            ) from None
+            problem = f"cannot write the cache {folder.parent} ({error.strerror or error})"
+            raise ModelError(f"{problem}; set REGROW_CACHE") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder

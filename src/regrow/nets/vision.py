@@ -136,10 +136,8 @@ def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple
     """
     kind, _, numbers = spec.partition(":")
     if kind not in BUILDERS or not re.fullmatch(r"\d{1,5}(-\d{1,5})*", numbers):
-        raise ModelError(
-            f"no small network {spec!r}; write mlp:100-100 (hidden widths), resnet:16-3 (width, stages) or "
-            "resnet-gn:16-3 (the same with GroupNorm)"
-        )
+        forms = "mlp:100-100 (hidden widths), resnet:16-3 (width, stages) or resnet-gn:16-3 (the same with GroupNorm)"
+        raise ModelError(f"no small network {spec!r}; write {forms}")
     config = {"widths": [int(n) for n in numbers.split("-")], "shape": list(map(int, shape)), "classes": classes}
     origin = Origin("small", kind, config, spec)
     with torch.random.fork_rng(devices=[]):
@@ -155,9 +153,8 @@ def build_small(origin: Origin) -> nn.Module:
     known = all(isinstance(part, list) and 0 < len(part) <= 64 for part in lists)
     if origin.reference not in BUILDERS or not known or not all(type(n) is int and 0 < n <= MAX_SIZE for n in numbers):
         problem = f"{origin.reference!r} with {dict(config)!s:.80} is not a small network"
-        raise ModelError(
-            f"{problem}, whose sizes are 1 to {MAX_SIZE:,}; use other sizes, or restore the file that they come from"
-        )
+        remedy = "use other sizes, or restore the file that they come from"
+        raise ModelError(f"{problem}, whose sizes are 1 to {MAX_SIZE:,}; {remedy}")
     build = partial(BUILDERS[origin.reference], config["widths"], config["shape"], config["classes"])
     with torch.device("meta"):
         tensors = build().state_dict().values()

@@ -77,8 +77,8 @@ def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
     pruner = method.made("the method", settings)
     assert isinstance(pruner, Pruner), f"build returns a {type(pruner).__name__}, not a Pruner"
     page = method.settings.__doc__ or ""
-    silent = [one.name for one in fields(method.settings) if f"{one.name}:" not in page]
-    assert not silent, f"settings without a sentence in the docstring of Settings: {', '.join(silent)}"
+    missing = [field.name for field in fields(method.settings) if f"{field.name}:" not in page]
+    assert not missing, f"settings without a sentence in the docstring of Settings: {', '.join(missing)}"
 
 
 def check_budget(method: MethodEntry, settings: Mapping[str, object]) -> None:
@@ -130,9 +130,9 @@ def check_scores(method: MethodEntry, settings: Mapping[str, object]) -> None:
         cut = plan_cut(pruner, model, axes, Budget(0.5), evidence)
         for axis in axes.units():
             assert axis.key in cut.scores.values, f"the axis {axis.key} has no scores"
-            own = cut.scores.values[axis.key]
-            assert isinstance(own, Tensor) and own.shape == (axis.size,), f"{axis.key}: not one number per unit"
-            assert bool(own.isfinite().all()), f"{axis.key}: scores are not finite"
+            scores = cut.scores.values[axis.key]
+            assert isinstance(scores, Tensor) and scores.shape == (axis.size,), f"{axis.key}: not one number per unit"
+            assert bool(scores.isfinite().all()), f"{axis.key}: scores are not finite"
 
 
 def check_compensation(method: MethodEntry, settings: Mapping[str, object]) -> None:

@@ -31,16 +31,7 @@ from torch import Tensor, nn
 
 from regrow.core.progress import Progress, silent
 from regrow.exporters import CheckError, ExportError, Written
-from regrow.exporters.gguf.network import (
-    EXACT_SCALE,
-    NORMS,
-    PARTS,
-    Decoder,
-    describe_decoder,
-    has_attention,
-    has_mlp,
-    query_scale,
-)
+from regrow.exporters.gguf.network import NORMS, PARTS, Decoder, describe_decoder, query_scale
 from regrow.exporters.gguf.tokens import Vocabulary, vocabulary, write_vocabulary
 from regrow.nets.language import ATTENTION, MLP, DecoderLayer
 from regrow.nets.loaded import needs
@@ -120,12 +111,12 @@ def _pieces(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor]) -> It
     if decoder.factors is not None:
         yield plain("rope_freqs.weight", decoder.factors)
     for i, layer in enumerate(decoder.layers):
-        for norm, present, size, parts in (
-            ("input_layernorm", has_attention(layer), layer.heads * decoder.head_dim, ATTENTION),
-            ("post_attention_layernorm", has_mlp(layer), layer.width, MLP),
+        for norm, size, parts in zip(
+            NORMS, (layer.heads * decoder.head_dim, layer.width), (ATTENTION, MLP), strict=True
         ):
             if not size:
                 continue
+            present = parts[0] in layer.linear  # else zeros are written
             gain = getattr(layer.module, norm).weight if present else torch.ones(width)
             yield plain(f"blk.{i}.{NORMS[norm]}.weight", gain)
             for path in parts:
@@ -150,7 +141,7 @@ def _read_permuted(
     """Return a weight or bias with its rows in llama.cpp's order: pair i of a query or key head is rows 2i, 2i + 1."""
     rows = read(tensor)
     rows = rows.float() if rows.dim() == 1 else rows  # biases are stored so
-    if path == ATTENTION[0] and abs((scale := query_scale(layer, decoder.scale)) - 1) > EXACT_SCALE:
+    if path == ATTENTION[0] and (scale := query_scale(layer, decoder.scale)) != 1:
         rows = rows.float() * scale
     heads = dict(zip(ATTENTION, (layer.heads, layer.kv_heads), strict=False)).get(path, 0)
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else rows

@@ -30,7 +30,6 @@ PARTS = {
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 _EMPTY = 32  # the width of the MLP of zeros that is written where the network has none
-EXACT_SCALE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def describe_decoder(model: nn.Module) -> Decoder:
     layers = [kept for i, layer in enumerate(described) if (kept := _file_layer(i, layer)) is not None]
     if not layers:
         raise ExportError("every layer was dropped, so there is nothing for llama.cpp to run")
-    attending = [layer for layer in layers if has_attention(layer)]
+    attending = [layer for layer in layers if ATTENTION[0] in layer.linear]
     dims, dim = {layer.head_dim for layer in attending}, 2 * rotary.inv_freq.numel()
     if dims - {dim}:
         sizes = f"{', '.join(map(str, sorted(dims)))} channels, of which {dim} are rotated"
@@ -88,7 +87,7 @@ def describe_decoder(model: nn.Module) -> Decoder:
         notes.append(f"llama.cpp looks back without end, the network {window} tokens; so the longest text is that long")
     # Sine and cosine may be scaled (yarn): once in the query, once in the key.
     scale = float(rotary.attention_scaling) ** 2
-    if any(abs(query_scale(layer, scale) - 1) > EXACT_SCALE for layer in attending):
+    if any(query_scale(layer, scale) != 1 for layer in attending):
         notes.append("attention divides by another number than √d; the queries' weights take up the quotient")
     base = float(config.rope_parameters["rope_theta"])
     usual = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -127,19 +126,10 @@ def _check_kind(net: Any) -> None:
         raise ExportError(f"rope_type {rope!r} depends on the length of the text; llama.cpp files can hold {known}")
 
 
-def has_attention(layer: DecoderLayer) -> bool:
-    """Whether the network has the attention of a layer; else the file has one of zeros, or none."""
-    return ATTENTION[0] in layer.linear
-
-
-def has_mlp(layer: DecoderLayer) -> bool:
-    """Whether the network has the MLP of a layer; else the file has one of zeros."""
-    return MLP[0] in layer.linear
-
-
 def query_scale(layer: DecoderLayer, rotary: float) -> float:
     """Return the factor on queries, since llama.cpp always divides scores by √d; ``rotary`` is that of rotations."""
-    return rotary * (float(cast(Any, layer.module).self_attn.scaling) * math.sqrt(layer.head_dim))
+    scale = rotary * (float(cast(Any, layer.module).self_attn.scaling) * math.sqrt(layer.head_dim))
+    return scale if abs(scale - 1) > 1e-6 else 1.0
 
 
 def _file_layer(i: int, layer: DecoderLayer) -> DecoderLayer | None:
@@ -170,8 +160,8 @@ def _epsilon(net: Any, layers: Sequence[DecoderLayer]) -> float:
     """Return the epsilon of all norms; raise ExportError if they differ, since a file has one for all."""
     norms = [net.model.norm]
     for layer in layers:
-        present = zip(NORMS, (has_attention(layer), has_mlp(layer)), strict=True)
-        norms += [getattr(layer.module, name) for name, exists in present if exists]
+        parts = zip(NORMS, (ATTENTION, MLP), strict=True)
+        norms += [getattr(layer.module, name) for name, paths in parts if paths[0] in layer.linear]
     epsilons = sorted({float(norm.variance_epsilon) for norm in norms})
     if len(epsilons) > 1:
         values = f"{epsilons[0]:g} to {epsilons[-1]:g}"

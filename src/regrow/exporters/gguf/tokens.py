@@ -80,9 +80,7 @@ def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
         scores = [-float(ranks.get(t, 0)) if k == NORMAL else -1e6 for t, k in zip(tokens, types, strict=True)]
     elif normalizer := data.get("normalizer"):
         if normalizer.get("type") != "NFC":
-            raise ExportError(
-                f"the tokenizer rewrites text ({_text_of(normalizer)}) before it splits it; llama.cpp does not"
-            )
+            raise ExportError(f"the tokenizer rewrites text ({_text_of(normalizer)}), which llama.cpp does not do")
         notes.append("the tokenizer puts text into Unicode form NFC first; llama.cpp expects it to be so")
     return Vocabulary(
         "gpt2" if bytewise else "llama",
@@ -181,9 +179,7 @@ def _adds_space(data: Mapping[str, Any], notes: list[str]) -> bool:
                 if adds:
                     notes.append("llama.cpp puts a space before text that begins with one too; the tokenizer does not")
             case _:
-                raise ExportError(
-                    f"the tokenizer does more to text than llama.cpp's SentencePiece does: {_text_of(step)}"
-                )
+                raise ExportError(f"the tokenizer does more to text than llama.cpp's SentencePiece: {_text_of(step)}")
     if not replaces:
         raise ExportError("the tokenizer leaves spaces as they are, unlike SentencePiece")
     return adds
