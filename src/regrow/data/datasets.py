@@ -15,17 +15,8 @@ from regrow.core.errors import first_line
 from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch
 from regrow.core.tasks import CappedExamples, Examples, ExampleSet, Task, batch_indices
-from regrow.data import batch_streams
-from regrow.data.batch_forms import (
-    DEFAULTS,
-    ReadOptions,
-    are_labels,
-    check_input,
-    check_labels,
-    count_examples,
-    is_entries,
-    to_batch,
-)
+from regrow.data import batch_forms, batch_streams
+from regrow.data.batch_forms import DEFAULTS, ReadOptions, are_labels, check_input, check_labels, is_entries
 from regrow.data.batch_streams import BatchStream, guarded
 from regrow.data.batches import to_source
 from regrow.data.halves import SourceError
@@ -79,7 +70,7 @@ class StreamedExamples:
 
     def _join(self, entries: list[Any]) -> Examples:
         if self.collate is not None or isinstance(entries[0], dict):
-            return to_examples_of_batch(to_batch((self.collate or default_collate)(entries)))
+            return to_examples_of_batch(batch_forms.to_batch((self.collate or default_collate)(entries)))
         return Examples(_stack_inputs([entry[0] for entry in entries]), _stack_labels([entry[1] for entry in entries]))
 
     def _check(self, examples: Examples, where: str) -> Examples:
@@ -124,7 +115,7 @@ def to_examples(data: Any, reading: ReadOptions = DEFAULTS, name: str = "data") 
         return data
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         where = f"source {name!r}"
-        size = count_examples([data[0]], where)
+        size = batch_forms.count_examples([data[0]], where)
         return _examples(check_input(data[0], where, reading.dtype), check_labels(data[1], where, size), where)
     if isinstance(data, DataLoader) and _takes_each_once(data):
         collate = None if data.collate_fn is default_collate else data.collate_fn

@@ -137,7 +137,8 @@ def pictures(
     Classes are numbered in the order of their names; a folder without images has a number, and is no class of the
     task. All images get one size. To a square one, others are scaled and cropped as ``regrow evaluate`` does it; to any
     other, they are scaled, which changes their aspect ratio. The images of a half are read while they are used if any
-    has another size, or all need more than 1 GiB.
+    has another size, or all need more than 1 GiB. ``size`` is ``[H, W]``; empty: that of the first training image, in
+    the order of classes and file names. ``train`` and ``test`` are the most images of each, chosen at random; 0: all.
     """
     halves = [Path(folder) / half for half in ("train", "test")]
     classes = sorted({path.name for half in halves if half.is_dir() for path in half.iterdir() if path.is_dir()})
@@ -213,16 +214,12 @@ def _idx(folder: Path, name: str, dims: int) -> Tensor:
 
 def read_images(files: Sequence[Path]) -> Tensor:
     """Read images at their own size, which must be the same for all, ``[N, 3, H, W]`` float32, values 0 to 1."""
-    first = np.asarray(open_image(files[0]))
-    side = f"{first.shape[1]} × {first.shape[0]}"
-    check_memory(9 * len(files) * first.size, f"{len(files)} images of {side} pixels", "take fewer, or scale them down")
-    result = np.empty((len(files), *first.shape), np.uint8)
+    width, height = open_image(files[0]).size
+    needed = 27 * len(files) * width * height
+    check_memory(needed, f"{len(files)} images of {width} × {height} pixels", "take fewer, or scale them down")
+    result = np.empty((len(files), height, width, 3), np.uint8)
     for i, file in enumerate(files):
-        pixels = np.asarray(open_image(file))
-        if pixels.shape != first.shape:
-            sizes = f"{pixels.shape[1]} × {pixels.shape[0]} pixels, {files[0]} has {side}"
-            raise SourceError(f"{file} has {sizes}; bring all to one size")
-        result[i] = pixels
+        result[i] = np.asarray(open_image(file))
     return torch.from_numpy(result).permute(0, 3, 1, 2).float() / 255
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +25,8 @@ SHIFT = 4  # pixels, the largest shift in both directions
 # Names that the columns of paths and of classes may have in a table.
 PATHS = ("path", "file", "filename", "image", "image_path", "img")
 CLASSES = ("label", "class", "target", "y", "category")
-# Mean and standard deviation per colour that torchvision's pretrained networks expect.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per colour, as torchvision's pretrained networks expect
 
-T = TypeVar("T")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"})
 
 
@@ -81,8 +78,8 @@ class ImageFiles(LazyBatches):
     def read(self, positions: range) -> Iterator[Batch]:
         """Return some batches."""
         for i in positions:
-            start = i * self.batch_size
-            rows = [self.pictures[k] for k in range(start, min(start + self.batch_size, len(self.pictures)))]
+            indices = range(len(self.pictures))[i * self.batch_size : (i + 1) * self.batch_size]
+            rows = [self.pictures[index] for index in indices]
             inputs = torch.stack([picture for picture, _ in rows])
             inputs = inputs if self.channels == 3 else inputs.mean(1, keepdim=True)
             yield Batch((inputs,), labels=torch.tensor([label for _, label in rows]))
@@ -343,7 +340,7 @@ def _check_pixels(file: Path | str, width: int, height: int) -> None:
         raise SourceError(f"{file} is {width:,} × {height:,} pixels, at most {MAX_PIXELS:,} are read; scale it down")
 
 
-def _part(values: list[T], half: Half) -> list[T]:
+def _part(values: list[Any], half: Half) -> list[Any]:
     first, step = {Half.CALIBRATION: (0, 2), Half.EVALUATION: (1, 2), Half.WHOLE: (0, 1)}[half]
     return values[first::step]
 

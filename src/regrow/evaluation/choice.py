@@ -119,7 +119,8 @@ def paired_choices(before: Choices, after: Choices) -> PairedChoices:
 
     def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
         if odd := sorted({len(first), len(second)} - {n}):
-            raise InputError(f"{before.task!r} has {n} items, and margins of {odd[0]}; run choices on both again")
+            problem = f"{before.task!r} has {n} items, and scores or margins of {odd[0]}"
+            raise InputError(f"{problem}; run choices on both again")
         return mean_and_error([b - a for a, b in zip(first, second, strict=True)])
 
     return PairedChoices(

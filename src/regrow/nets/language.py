@@ -93,15 +93,14 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
 
 
 def origin_of(model: "PreTrainedModel", name: str) -> Origin:
-    """Return the origin of a transformers model: how to build its architecture again."""
-    config = parse_configuration(model.config.to_json_string(use_diff=False))
-    return Origin("transformers", type(model).__name__, _plain(config), name)
-
-
-def _plain(config: dict[str, object]) -> dict[str, object]:
-    """Return a configuration, nested ones included, without paths and without entries that name code."""
+    """Return the origin of a transformers model, without paths and without entries that name code."""
     away = ("_name_or_path", "quantization_config", "auto_map", "custom_pipelines")
-    return {k: _plain(v) if isinstance(v, dict) else v for k, v in config.items() if k not in away}
+
+    def plain(config: dict[str, object]) -> dict[str, object]:
+        return {k: plain(v) if isinstance(v, dict) else v for k, v in config.items() if k not in away}
+
+    config = parse_configuration(model.config.to_json_string(use_diff=False))
+    return Origin("transformers", type(model).__name__, plain(config), name)
 
 
 def parse_configuration(text: str) -> dict[str, object]:
@@ -124,8 +123,7 @@ def build_transformers(origin: Origin) -> nn.Module:
             model = cast(Any, architecture)._from_config(config)
     except Exception as error:
         raise ModelError(f"cannot build {origin.reference} from its configuration: {first_line(error)}") from None
-    # no_init_weights also skips the tying that initialisation would do.
-    model.tie_weights()
+    model.tie_weights()  # which initialisation would do
     return model.eval()
 
 
@@ -154,6 +152,7 @@ def quiet() -> Iterator[None]:
 
 
 def _load(checkpoint: _Checkpoint, dtype: torch.dtype | None) -> Loaded:
+    require_transformers()
     name = checkpoint.name
     try:
         with quiet():
@@ -248,8 +247,7 @@ def _check_surplus(path: Path, model: "PreTrainedModel", name: str) -> None:
     embeddings = cast(Any, model.get_output_embeddings())
     tied = embeddings is not None and embeddings.weight is cast(Any, model.get_input_embeddings()).weight
     spare = ("rope_freqs", "rope_factors", *(("output.weight",) if tied else ()))
-    tensors = {tensor.name: int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors}
-    held = sum(count for key, count in tensors.items() if not key.startswith(spare))
+    held = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors if not tensor.name.startswith(spare))
     taken = sum(parameter.numel() for parameter in model.parameters())
     if held > taken:
         problem = f"the file holds {held:,} weights, of which its metadata describe {taken:,}"
@@ -279,12 +277,11 @@ def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored:
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
 
-    where = str(folder)
-    checkpoint = _Checkpoint(where, name)
+    checkpoint = _Checkpoint(str(folder), name)
     try:
         with quiet():
             architecture = _class_for(checkpoint)
-            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(checkpoint.where, trust_remote_code=False)
             recorded = getattr(config, "dtype", None)
             chosen = dtype or (getattr(torch, recorded) if isinstance(recorded, str) else recorded) or stored
             with no_init_weights(), replacing_parameters(empty):
@@ -292,7 +289,7 @@ def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored:
             model.tie_weights()
             if model.can_generate():
                 with suppress(OSError):  # it has none
-                    model.generation_config = transformers.GenerationConfig.from_pretrained(where)
+                    model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.where)
     except ModelError:
         raise
     except Exception as error:
@@ -305,11 +302,8 @@ def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored:
 
 @contextmanager
 def replacing_parameters(empty: Empty) -> Iterator[None]:
-    """Context manager in which each parameter that a module registers is replaced by one without numbers.
-
-    The hook acts in all threads: parameters of others are left as they are.
-    """
-    thread = get_ident()
+    """Context manager in which each parameter that a module registers is replaced by one without numbers."""
+    thread = get_ident()  # the hook acts in all threads: parameters of others are left as they are
 
     def replaced(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         return empty(parameter) if get_ident() == thread else parameter

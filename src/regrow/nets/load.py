@@ -275,8 +275,6 @@ def call_builder(builder: Builder, name: str) -> tuple[nn.Module, Example | None
     """Call the user's function and return its network, and the example input if it returns one."""
     try:
         made = builder()
-    except AttributeError as error:
-        raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
     except Exception as error:
         raise ModelError(f"{name}: calling it failed: {type(error).__name__}: {first_line(error)}; mend it") from None
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
