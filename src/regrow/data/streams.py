@@ -17,7 +17,7 @@ from regrow.core.names import DIGITS, find_data_problem
 from regrow.core.tasks import ChangedExamples, Examples, ExampleSet, Task, input_shape
 from regrow.data.datasets import StreamedExamples
 from regrow.data.halves import MissingError, SourceError
-from regrow.data.vision import PictureFiles, image_files, normalise_, open_image, read_digits
+from regrow.data.vision import PictureFiles, check_pixels, image_files, normalise_, open_image, read_digits
 
 _MAX_BYTES = 2**28  # of a file that is read
 _IN_MEMORY = 2**30  # bytes of images that are read into memory
@@ -230,6 +230,7 @@ def image_size(file: Path) -> tuple[int, int]:
 
         check_regular(file)
         with Image.open(file) as opened:
+            check_pixels(file, *opened.size)
             return opened.size
     except Exception:  # reading the image says what is wrong with it
         return open_image(file).size

@@ -234,10 +234,9 @@ class ImageRows:
 
 
 def picture_tensor(picture: Any, size: int, name: str, *, normalised: bool) -> Tensor:
-    """Return a PIL image as ``[3, size, size]`` float32.
+    """Return the centre of a PIL image as ``[3, size, size]`` float32, its shorter side scaled to 8/7 of the size.
 
-    The shorter side is scaled to 8/7 of the size, and the centre cropped; an image that is of this size already is
-    taken as it is.
+    An image that is of this size already is taken as it is.
     """
     from PIL.Image import Resampling
 
@@ -245,7 +244,7 @@ def picture_tensor(picture: Any, size: int, name: str, *, normalised: bool) -> T
     if picture.size != (size, size):
         scale = size * 8 / 7 / min(picture.size)
         width, height = (max(size, round(side * scale)) for side in picture.size)
-        _check_pixels(name, width, height)  # one of 1 × 100,000 pixels would become 256 × 25,600,000
+        check_pixels(name, width, height)  # one of 1 × 100,000 pixels would become 256 × 25,600,000
         picture = picture.resize((width, height), Resampling.BILINEAR)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
@@ -285,7 +284,7 @@ def open_image(file: Path) -> Any:
         with warnings.catch_warnings():  # what pillow finds large is below the limit here
             warnings.simplefilter("ignore")
             with Image.open(file) as opened:
-                _check_pixels(file, *opened.size)
+                check_pixels(file, *opened.size)
                 return opened.convert("RGB")
     except InputError:
         raise
@@ -335,7 +334,8 @@ def cut_out(pictures: Tensor, side: int) -> Tensor:
     return pictures.masked_fill(blank.to(pictures.device), 0.0)
 
 
-def _check_pixels(file: Path | str, width: int, height: int) -> None:
+def check_pixels(file: Path | str, width: int, height: int) -> None:
+    """Raise SourceError unless an image is small enough to be read."""
     if not 0 < width * height <= MAX_PIXELS:
         raise SourceError(f"{file} is {width:,} × {height:,} pixels, at most {MAX_PIXELS:,} are read; scale it down")
 
