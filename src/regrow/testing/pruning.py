@@ -19,7 +19,7 @@ from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodEntry
 from regrow.methods.pruning.pruner import Pruner, plan_cut
-from regrow.methods.recovery.task import RecoveryTask
+from regrow.methods.recovery import RecoveryTask
 from regrow.surgery import apply, verify
 from regrow.testing.continual import Law, StoppedError, assert_equal_tensors
 from regrow.tracing import trace
