@@ -21,10 +21,9 @@ from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.effects import BranchError, Effects, RecordedModules, describe_effects, locate_branches
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
-from regrow.tracing.readings import recording
+from regrow.tracing.readings import recording, trace_training
 from regrow.tracing.rules import walk
 from regrow.tracing.steps import caches, steps
-from regrow.tracing.training_trace import trace_training
 
 T = TypeVar("T")
 

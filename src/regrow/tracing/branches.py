@@ -18,7 +18,7 @@ from regrow.tracing.effects import BranchError, BranchSite, Effects, RecordedMod
 from regrow.tracing.meta_copy import cast_example, fake_copy
 from regrow.tracing.model_state import preserve_state, state_of
 from regrow.tracing.nodes import op_name
-from regrow.tracing.repeated_calls import FIRST
+from regrow.tracing.repeated_calls import NUMBER
 
 
 class PlaceholderModule(nn.Module):
@@ -251,20 +251,20 @@ class _Search:
 
     def _check_first(self, placeholders: Mapping[str, Placeholder]) -> None:
         """Raise ``BranchError`` if the first of the numbered modules would be dropped, on which others depend."""
-        for path, why in self.first.items():
+        for path in self.first:
             if any(lies_in(path, other) for other in placeholders):
-                raise BranchError(f"{path} is the first of its kind, and {why}")
+                raise BranchError(
+                    f"{path} is the first of its kind, and a cache of keys and values counts tokens by it"
+                )
 
     @cached_property
-    def first(self) -> dict[str, str]:
-        """Path of the first numbered module of each kind → what depends on it."""
-        result: dict[Any, tuple[int, str, str]] = {}
-        for name, why in FIRST.items():
-            for path, module in self.model.named_modules():
-                if type(number := vars(module).get(name)) is int:
-                    numbered, key = (number, path, why), (name, _kind(module))
-                    result[key] = min(result.get(key, numbered), numbered)
-        return {path: why for _, path, why in result.values()}
+    def first(self) -> list[str]:
+        """The paths of the first numbered module of each kind."""
+        result: dict[Any, tuple[int, str]] = {}
+        for path, module in self.model.named_modules():
+            if type(number := vars(module).get(NUMBER)) is int:
+                result[_kind(module)] = min(result.get(_kind(module), (number, path)), (number, path))
+        return [path for _, path in result.values()]
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:

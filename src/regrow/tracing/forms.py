@@ -52,7 +52,7 @@ class ConstantResults:
             return
         with no_python_dispatcher(), unset_fake_temporarily():
             self._catch_up()
-        written = {place for node in nodes for place in _storages(self.known[node])}
+        written = {address for node in nodes for address in _storages(self.known[node])}
         self.known = {node: x for node, x in self.known.items() if written.isdisjoint(_storages(x))}
 
     def _catch_up(self) -> None:
@@ -207,22 +207,22 @@ def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: 
 # --- rules return a shape, a shape and strides, the operand that is returned itself, or None if they do not apply ----
 
 
-def _entrywise(x: Tensor, *numbers: Any, **more: Any) -> Any:
-    dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
-    return (x.shape, x.stride()) if dense and all(isinstance(n, int | float | str) for n in numbers) else None
+def _entrywise(x: Tensor, *others: Any, **settings: Any) -> Any:
+    tensors = [y for y in others if isinstance(y, Tensor)]
+    if len(tensors) > 1 or not all(isinstance(y, Tensor | int | float | str) for y in others):
+        return None
+    if all(x.shape == y.shape and x.stride() == y.stride() for y in tensors):
+        dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
+        return (x.shape, x.stride()) if dense else None
+    shape = _broadcast(x.shape, tensors[0].shape)
+    return (shape,) if shape is not None and x.is_contiguous() and tensors[0].is_contiguous() else None
 
 
-def _in_place(x: Tensor, *numbers: Any) -> Any:
-    return x if all(isinstance(n, int | float) for n in numbers) else None
-
-
-def _paired(x: Tensor, y: Any, **more: Any) -> Any:
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        return _entrywise(x, y) if isinstance(x, Tensor) else None
-    if x.shape == y.shape and x.stride() == y.stride():
-        return _entrywise(x)
-    shape = _broadcast(x.shape, y.shape)
-    return (shape,) if shape is not None and x.is_contiguous() and y.is_contiguous() else None
+def _in_place(x: Tensor, *others: Any, **settings: Any) -> Any:
+    tensors = [y for y in others if isinstance(y, Tensor)]
+    numbers = sum(isinstance(y, int | float) for y in others)
+    fits = all(_broadcast(x.shape, y.shape) == x.shape for y in tensors)
+    return x if fits and len(tensors) + numbers == len(others) else None
 
 
 def _broadcast(a: Any, b: Any) -> Any:
@@ -232,11 +232,6 @@ def _broadcast(a: Any, b: Any) -> Any:
     if all(m in (n, 1) for n, m in zip(a, padded, strict=True)):
         return a
     return padded if all(n in (m, 1) for n, m in zip(a, padded, strict=True)) else None
-
-
-def _paired_in_place(x: Tensor, y: Any, **more: Any) -> Any:
-    fits = not isinstance(y, Tensor) or _broadcast(x.shape, y.shape) == x.shape
-    return x if fits else None
 
 
 def _convolution(
@@ -261,15 +256,15 @@ def _convolution(
     return ((x.shape[0], weight.shape[0], *sides),) if min(sides) > 0 and min(pads) >= 0 else None
 
 
-def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *more: Any) -> Any:
+def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *settings: Any) -> Any:
     known = mean is not None and variance is not None
     fits = all(_of(part, x.shape[1:2]) for part in (weight, bias, mean, variance))
     return (x.shape,) if known and fits and x.dim() > 1 and x.is_contiguous() else None
 
 
-def _layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *more: Any) -> Any:
-    own = tuple(x.shape[x.dim() - len(over) :])
-    fits = own == tuple(over) and _of(weight, own) and _of(bias, own)
+def _layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *settings: Any) -> Any:
+    last = tuple(x.shape[x.dim() - len(over) :])
+    fits = last == tuple(over) and _of(weight, last) and _of(bias, last)
     return (x.shape,) if fits and x.is_contiguous() else None
 
 
@@ -283,17 +278,16 @@ def _ops(names: str) -> list[Any]:
     return [getattr(getattr(torch.ops.aten, name), overload) for name, overload in split]
 
 
+_ENTRYWISE = (
+    "relu gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu softplus elu mish neg rsqrt sqrt exp cos "
+    "sin square abs pow.Tensor_Scalar rsub.Scalar dropout add.Tensor sub.Tensor mul.Tensor div.Tensor"
+)
+_IN_PLACE = (
+    "relu_ silu_ sigmoid_ tanh_ hardswish_ hardtanh_ leaky_relu_ elu_ add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor"
+)
 _RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(
-        _ops(
-            "relu gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu softplus elu mish neg rsqrt sqrt "
-            "exp cos sin square abs pow.Tensor_Scalar rsub.Scalar dropout"
-        ),
-        _entrywise,
-    ),
-    **dict.fromkeys(_ops("relu_ silu_ sigmoid_ tanh_ hardswish_ hardtanh_ leaky_relu_ elu_"), _in_place),
-    **dict.fromkeys(_ops("add.Tensor sub.Tensor mul.Tensor div.Tensor"), _paired),
-    **dict.fromkeys(_ops("add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor"), _paired_in_place),
+    **dict.fromkeys(_ops(_ENTRYWISE), _entrywise),
+    **dict.fromkeys(_ops(_IN_PLACE), _in_place),
     **dict.fromkeys(_ops("conv1d conv2d conv3d"), _convolution),
     **dict.fromkeys(_ops("batch_norm"), _batch_norm),
     **dict.fromkeys(_ops("layer_norm"), _layer_norm),

@@ -34,9 +34,8 @@ def op_name(node: Node) -> str:
 
 @lru_cache(maxsize=4096)
 def _name_of(target: object) -> str:
-    name = (
-        target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
-    )
+    named = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    name: str = getattr(named, "__name__", "")
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
@@ -88,6 +87,11 @@ def writes(node: Node) -> bool:
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
+def modules_around(node: Node) -> list[tuple[str, type]]:
+    """Return (path, class) of the modules in whose forward a node was recorded, innermost last."""
+    return list((node.meta.get("nn_module_stack") or {}).values())
+
+
 def module_of(node: Node) -> str:
     """Return the dotted path of the innermost module in whose forward a node was recorded; empty: the model itself."""
     stack = node.meta.get("nn_module_stack")
@@ -118,11 +122,9 @@ def as_list(value: T | list[T]) -> list[T]:
 
 def result_shapes(node: Node) -> list[Shape]:
     """Return the shapes of a node's values, of which each must be a tensor; of a single value, that of it alone."""
-    result = []
-    for shape in as_list(shapes_of(node)):
-        assert shape is not None
-        result.append(shape)
-    return result
+    shapes = [shape for shape in as_list(shapes_of(node)) if shape is not None]
+    assert len(shapes) == len(as_list(shapes_of(node)))
+    return shapes
 
 
 def uncast(node: Node) -> Node:
@@ -154,7 +156,7 @@ def whole(value: Argument) -> int:
 
 def wholes(value: Argument) -> list[int]:
     """Return an argument that is a list of whole numbers, or one such number, as a list."""
-    return [whole(one) for one in (value if isinstance(value, list | tuple) else [value])]
+    return list(map(whole, value if isinstance(value, list | tuple) else [value]))
 
 
 def axis_of(node: Node, position: int, rank: int, default: int = 0) -> int:

@@ -18,7 +18,7 @@ from regrow.tracing.branches import ModuleCall, record_calls
 from regrow.tracing.capture import TraceError, first_line
 from regrow.tracing.meta_copy import cast_example, copy_model, fake_copy
 from regrow.tracing.nodes import ALIASES
-from regrow.tracing.repeated_calls import FIRST
+from regrow.tracing.repeated_calls import NUMBER
 
 DEPTHS = frozenset(("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
 """Names of configuration entries that hold how many blocks a stack has."""
@@ -100,9 +100,8 @@ def _replace(
     stack._modules.update({f"{prefix}{start + i}": module for i, module in enumerate(modules)})
     for i, (module, of) in enumerate(zip(modules, sources, strict=True)):
         for child in module.modules() if not moved or i in moved else ():
-            for name in FIRST:
-                if type(number := vars(child).get(name)) is int:
-                    setattr(child, name, number + i - of)
+            if type(number := vars(child).get(NUMBER)) is int:
+                setattr(child, NUMBER, number + i - of)
 
 
 def _prefix(stack: nn.Sequential | nn.ModuleList) -> tuple[str, int]:

@@ -6,8 +6,11 @@ from torch.fx.node import Argument
 from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, parameters_of, whole
-from regrow.tracing.walk import Dims, Walk
+from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, whole
+from regrow.tracing.walk import Dims, Rule, Walk
+
+ALIGNED = 16
+"""Alignment in bytes of each row of an expert's matrix, as torch's grouped matrix product requires."""
 
 
 def linear(w: Walk, node: Node) -> Dims:
@@ -119,10 +122,7 @@ def _add_bias(w: Walk, node: Node, bias: Argument, out: Dims) -> None:
 
 
 def convolution(w: Walk, node: Node) -> Dims:
-    """Rule for convolutions: ties input channels to ``W``'s second dimension and output channels to its first.
-
-    With groups, the second dimension is the input channels of one group.
-    """
+    """Rule for convolutions: ties input channels to ``W``'s second dimension (of one group) and output to its first."""
     x, weight = operand_of(node, 0, "input"), operand_of(node, 1, "weight")
     dims, kernel = w.of(x), w.of(weight)
     space = len(kernel) - 2
@@ -131,8 +131,7 @@ def convolution(w: Walk, node: Node) -> Dims:
         d.freeze(expr, "it is a kernel's extent")
     w.freeze(node, "a convolution runs along it", *dims[len(dims) - space :])
     transposed = "transpose" in op_name(node)
-    given = _argument(node, "groups", 6)
-    groups = 1 if given is None else whole(given)
+    groups = whole(argument(node, 6, "groups") or 1)
     made = _grouped(w, node, channels, kernel, groups, transposed)
     w.role(weight, 0, Role.CONSUMES if transposed and groups == 1 else Role.PRODUCES)
     w.role(weight, 1, Role.PRODUCES if transposed else Role.CONSUMES)
@@ -172,7 +171,7 @@ def attention(w: Walk, node: Node) -> Dims:
     w.unify(node, k[-2], v[-2], why)
     d.mark(k[-2], Mark.COMPETED, w.why(node, why))
     w.freeze(node, "attention is taken over it", k[-2])
-    grouped = bool(_argument(node, "enable_gqa", 7))
+    grouped = bool(argument(node, 7, "enable_gqa"))
     for i in range(len(q) - 2):
         w.unify(node, k[i], v[i], why)
         repeated = grouped and i == len(q) - 3 and d.size(q[i]) != d.size(k[i])
@@ -181,7 +180,7 @@ def attention(w: Walk, node: Node) -> Dims:
     if isinstance(mask := argument(node, 3), Node):
         _align(w, node, mask, (*q[:-1], k[-2]), "a mask has another form than the attention")
     w.reads(node, query, len(q) - 1)
-    if _argument(node, "scale", 6) is None:
+    if argument(node, 6, "scale") is None:
         w.norms.append((node, "scale"))
     w.contracts(node, (), (*q, k[-2]), (*out, k[-2]))
     return out
@@ -197,21 +196,27 @@ def embedding(w: Walk, node: Node) -> Dims:
     return (*w.of(index), *w.of(table)[1:])
 
 
-def _argument(node: Node, name: str, position: int) -> Argument:
-    """Return an argument of a call by its name in the operation's schema, or its position if it has no schema."""
-    takes = parameters_of(node.target)
-    return argument(node, next((i for i, taken in enumerate(takes) if taken.name == name), position), name)
+def grouped_product(w: Walk, node: Node) -> Dims:
+    """Rule for the grouped matrix product ``y[s] = x[s] W[e(s)]`` of experts, with ``W`` as [experts, in, out]."""
+    x, weight, ends = (operand_of(node, i) for i in range(3))
+    rows, kernel = w.of(x), w.of(weight)
+    _contract(w, node, (x, 1), (weight, 1))
+    w.unify(node, kernel[0], w.of(ends)[0], "experts and their rows have no common form")
+    for expr in kernel[1:]:
+        d.in_multiples(expr, max(1, ALIGNED // node.meta["val"].itemsize))
+    w.role(weight, 0, Role.SCALES)
+    w.role(weight, 2, Role.PRODUCES)
+    w.contracts(node, (weight,), (rows[0], *kernel[1:]))
+    return (rows[0], kernel[2])
 
 
-_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
-
-RULES = {
-    "linear": linear,
-    "addmm": addmm,
-    "baddbmm": addmm,
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), matmul),
-    **dict.fromkeys(_CONVOLUTIONS.split(), convolution),
-    "scaled_dot_product_attention": attention,
-    "embedding": embedding,
-    "einsum": einsum,
+RULES: dict[Rule, str] = {
+    linear: "linear",
+    addmm: "addmm baddbmm",
+    matmul: "matmul mm bmm mv dot",
+    convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    attention: "scaled_dot_product_attention",
+    embedding: "embedding",
+    einsum: "einsum",
+    grouped_product: "_grouped_mm grouped_mm_fallback",
 }
