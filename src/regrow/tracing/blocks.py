@@ -33,12 +33,11 @@ class GraphBlock:
 
 
 def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
-    """Divide a recorded network into blocks at its repeated modules; without repeated modules it is one block.
+    """Divide a recorded network into blocks: its outermost repeated modules, and the operations between two of them.
 
     A module is repeated if another one in the same parent runs the same operations on the same shapes, or is of its
     class and both have operations of their own beside those of their children (a residual block of another width). It
-    is a block if it reads two weights or more and its operations are contiguous; the outermost such modules count, and
-    the operations between two of them are a block too.
+    is a block if it reads two weights or more and its operations are contiguous.
     """
     net = _Net(recorded)
     end = len(net.steps)

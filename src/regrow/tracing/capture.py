@@ -77,19 +77,9 @@ def capture(
 ) -> Capture:
     """Run a model once and record its operations: on fake data, or on the example where data decide which ones run.
 
-    On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails.
-
-    Args:
-        model: The model; its state is restored afterwards.
-        example: The input to run it on.
-        decisions: Data-dependent values of an earlier eager run, to be replayed in a new one. An empty tuple: run
-            eagerly, and let the data decide. ``None``: try fake data first.
-        orders: As for :func:`regrow.tracing.record.record`.
-        tracer: How to record on fake data; ``None``: regrow copies repeated modules, or ``torch.export`` if that fails.
-        lines: Whether to note which line of the model's code ran each operation.
-
-    Raises:
-        TraceError: If the model cannot be recorded; the message says why.
+    On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails
+    (``tracer=None``). ``decisions`` of an earlier eager run are replayed in a new one; an empty tuple runs eagerly too,
+    and lets the data decide. The model's state is restored.
     """
     name, refusal, refused = type(model).__name__, "", None
     with in_mode(model, training=False), _recording(model):

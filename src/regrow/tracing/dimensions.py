@@ -3,9 +3,6 @@
 While a graph is walked, every dimension of every tensor is a leaf, a product (a reshaped dimension) or a sum (a
 concatenation). Unifying two dimensions splits leaves until both have the same form; where no common form exists, both
 are frozen with the reason. Nothing here depends on an operation or a network.
-
-In all functions ``expr``, ``a`` and ``b`` are dimensions; ``why`` and ``reason`` are the text with which a frozen
-dimension is reported.
 """
 
 from collections.abc import Iterable, Iterator

@@ -69,14 +69,7 @@ def copy_model(model: M, made: Callable[[Tensor], Tensor], memo: dict[int, objec
 
 
 def clone_model(model: M) -> M:
-    """Deep-copy a model with all of its tensors, like ``copy.deepcopy``, but also one that holds non-leaf tensors.
-
-    >>> net = nn.Linear(2, 1)
-    >>> net.last = net(torch.ones(1, 2))
-    >>> twin = clone_model(net)
-    >>> bool((twin.weight == net.weight).all()), twin.weight is net.weight
-    (True, False)
-    """
+    """Deep-copy a model with all of its tensors, like ``copy.deepcopy``, but also one that holds non-leaf tensors."""
     return copy_model(model, lambda x: x.detach().clone())
 
 

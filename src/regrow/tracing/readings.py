@@ -68,10 +68,8 @@ class Recording:
         )
 
     def renew(self, model: nn.Module, example: Example, tracer: Tracer) -> "Recording":
-        """Return a recording of a model that was cast, moved or changed since; made once for all that are alike.
-
-        A new walk would not see axes of which one unit is left, so the dimensions that are read stay.
-        """
+        """Return a recording of a model that was cast, moved or changed since; made once for all that are alike."""
+        # A new walk would not see axes of which one unit is left, so the dimensions that are read stay.
         if not (self._renewed and self._renewed[-1].fits(model, example)):
             recorded = capture(model, example, tracer=tracer)
             self._renewed[:] = [Recording(recorded, self.reads, code_of(model))]
@@ -199,14 +197,7 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | Non
 
 
 def _looks_at_mode(model: nn.Module) -> bool:
-    """Whether a network's own code (not torch's) reads ``training``.
-
-    >>> class Noisy(nn.Module):
-    ...     def forward(self, x):
-    ...         return x + x.std() if self.training else x
-    >>> _looks_at_mode(nn.Sequential(Noisy())), _looks_at_mode(nn.Dropout(0.5))
-    (True, False)
-    """
+    """Whether a network's own code (not torch's) reads ``training``."""
     return any("training" in names_in(code) for code in _code(model))
 
 

@@ -5,9 +5,6 @@ Where a network reads its data (which boxes overlap, which scores are high enoug
 follows from these decisions: each is a constant in it, and the tensors it was based on are read by a marker,
 :func:`decision`. With the same decisions the network runs again on tensors without numbers, at other sizes, and there
 every operation and every shape can be compared with the recording, those after a decision too.
-
-That a cut network does the same as the masked one follows by induction over the decisions: as long as the earlier ones
-were the same, the tensors that the next is based on are the same, and so is its result.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -87,21 +84,11 @@ def record(
     copying: bool = True,
     lines: bool = False,
 ) -> "Recorder":
-    """Run a network and record its operations; if its first run caches something, those of its second run.
+    """Run a network, on real or on fake tensors, and record its operations; its second run, if the first caches.
 
-    Args:
-        model: The network, on real or on fake tensors.
-        example: Its input, on tensors of the same kind.
-        answers: Decisions of an earlier run to replay; once they are used up, the data decide, if there are any.
-        orders: For each sorting operation the order to use, if it has the right shape; for comparing two networks on
-            real tensors, which may order equal values differently.
-        every_name: Whether a tied tensor is a placeholder under each of its names, and used under the last, as in
-            ``torch.export``; otherwise under the first only.
-        copying: Whether operations of repeated modules are copied, on fake tensors.
-        lines: Whether to note which line of the model's code ran each operation.
-
-    Raises:
-        DivergedError: If a decision is not the next one to replay, or is unknown and needs real data.
+    ``answers`` are decisions of an earlier run; after them the data decide. ``orders`` are those of its sorting
+    operations, as two networks may order equal values differently. With ``every_name`` a tied tensor is a placeholder
+    under each of its names, and used under the last, as in ``torch.export``; otherwise under the first only.
     """
     leaves, spec = tree_flatten((example.args, dict(example.kwargs)))
     tensors = (*model.parameters(), *model.buffers(), *leaves)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,7 +120,8 @@ def copy_repeats(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
     numbers = {module: vars(module).pop(NUMBER) for module in numbered & inside}
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return calls.call(run, module, args, kwargs) if module in repeated else run(module, *args, **kwargs)
+        run_module = partial(run, module, *args, **kwargs)
+        return calls.call(run_module, module, args, kwargs) if module in repeated else run_module()
 
     def read(module: nn.Module, name: str) -> Any:
         if name == NUMBER:
@@ -147,13 +149,13 @@ class _RepeatedCalls:
         self.tries: Counter[object] = Counter()
         self.reads = 0
 
-    def call(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def call(self, run: Callable[[], Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         try:
             key = (_structure_of(module), spec, self._forms(leaves), _context())
             hash(key)
         except TypeError:
-            return run(module, *args, **kwargs)
+            return run()
         inputs = [x for x in leaves if isinstance(x, Tensor)]
         tensors = [*inputs, *module.parameters(), *module.buffers()]
         nodes = tuple([self.recorder.nodes[x] for x in tensors])
@@ -161,7 +163,7 @@ class _RepeatedCalls:
         if known is not None and (mapping := _mapping(known.before, nodes)) and known.snapshot.is_unchanged():
             return self._copy(known, module, mapping, inputs, tensors)
         if self.tries[key] >= _TRIES:
-            return run(module, *args, **kwargs)
+            return run()
         self.tries[key] += 1
         snapshot, outer, start, state = (
             Snapshot(module),
@@ -169,7 +171,7 @@ class _RepeatedCalls:
             len(self.recorder.calls),
             self._state(),
         )
-        result = run(module, *args, **kwargs)
+        result = run()
         if self._state() == state and snapshot.is_unchanged():
             calls = tuple(self.recorder.calls[start:])
             after = tuple([self.recorder.nodes[x] for x in tensors])
@@ -183,10 +185,7 @@ class _RepeatedCalls:
         return result
 
     def _state(self) -> tuple[object, ...]:
-        """Return what must not change in a call: numbers read, constants, decisions, and random generators.
-
-        Of these, those of Python and NumPy; torch's draws are recorded operations.
-        """
+        """Return what must not change in a call: numbers read, constants, decisions, and Python's random generators."""
         numpy = sys.modules.get("numpy")
         leaves = tree_flatten(numpy.random.get_state(legacy=False))[0] if numpy is not None else []
         draws = [x.tobytes() if hasattr(x, "tobytes") else x for x in leaves]

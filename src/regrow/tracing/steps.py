@@ -38,10 +38,7 @@ MOST_STEPS = 16
 
 
 def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
-    """Return the keys and values that each attention reads, as dimensions per token.
-
-    Only attention over tokens of the model's input counts; tensors that are read twice are cached once.
-    """
+    """Return the keys and values that each attention over tokens of the input reads, as dimensions per token."""
     inputs = (*w.capture.inputs, *w.capture.constants)
     tokens = {leaf.number for node in inputs for expr in all_dims(w.dims[node]) for leaf in d.leaves(expr)}
     result: dict[tuple[Node, Node], Cache] = {}

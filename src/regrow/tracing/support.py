@@ -151,11 +151,7 @@ def recompute_weights(model: nn.Module) -> None:
 
 
 def with_remedies(model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes, with the call that removes the parametrisation in the reason of each axis that it froze.
-
-    A weight that is computed from others at every call, by a norm over some of its dimensions, cannot lose entries of
-    these: all others would change.
-    """
+    """Return the axes, with the call that removes the parametrisation in the reason of each axis that it froze."""
     computed = {name: remedy for path, module in model.named_modules() for name, remedy, _ in _computed(path, module)}
     reasons = {}
     for axis in axes:

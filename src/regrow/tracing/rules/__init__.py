@@ -14,10 +14,10 @@ from torch.fx import Node
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
 from regrow.tracing.nodes import as_list, module_of, op_name, operand_of, shapes_of, whole
-from regrow.tracing.rules import contract, picks, recurrent, reduce, shapes
+from regrow.tracing.rules import contract, picks, reduce, shapes
 from regrow.tracing.walk import Dims, Rule, Value, Walk, all_dims
 
-_TABLES = (reduce.RULES, contract.RULES, shapes.RULES, picks.RULES, recurrent.RULES)
+_TABLES = (reduce.RULES, contract.RULES, shapes.RULES, picks.RULES)
 RULES: dict[str, Rule] = {name: rule for table in _TABLES for rule, names in table.items() for name in names.split()}
 """Operation name → rule. Operations that torch tags as pointwise need no entry."""
 

@@ -157,13 +157,9 @@ def ordered(w: Walk, node: Node) -> Value:
 
 
 def batch_norm(w: Walk, node: Node) -> Dims:
-    """Rule for batch and instance norm: ties gain, bias and running statistics to the channels.
-
-    If statistics are taken from the entries, every dimension but the channels is frozen (a weight that is
-    standardised).
-    """
+    """Rule for batch and instance norm: ties gain, bias and running statistics to the channels."""
     dims = w.first(node)
-    if node.args[3] is None or node.args[5]:  # no running mean, or not used
+    if node.args[3] is None or node.args[5]:  # statistics are taken from the entries, of a weight, say
         w.freeze(node, f"`{op_name(node)}` takes mean and variance over it", *dims[:1], *dims[2:])
     roles = (Role.SCALES, Role.SHIFTS, Role.SHIFTS, Role.SCALES)  # gain, bias, running mean and variance
     for role, arg in zip(roles, node.args[1:5], strict=False):
