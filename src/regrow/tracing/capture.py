@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._functorch import config
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from regrow.core.axes import Decision, Example
@@ -45,11 +45,6 @@ class Capture:
     values: tuple[Tensor, ...] = ()  # of an eager run on real tensors: its outputs, and what decisions were based on
     tracer: Tracer = Tracer.COPY
     root: nn.Module = field(default_factory=nn.Module)  # the module that holds the attributes named in the graph
-
-    @cached_property
-    def module(self) -> GraphModule:
-        """The operations as a runnable module."""
-        return GraphModule(self.root, self.graph)
 
     @cached_property
     def inputs(self) -> list[Node]:

@@ -297,15 +297,13 @@ def code_of(model: nn.Module) -> tuple[object, ...]:
     >>> code_of(net) == before
     False
     """
-    return tuple(
-        (path, type(module), *((name, *map(_function, _functions(value))) for name, value in vars(module).items()))
-        for path, module in model.named_modules(remove_duplicate=False)
-    )
-
-
-def _functions(value: Any) -> list[Any]:
-    """Return an attribute's functions: itself, or those that it lists."""
-    return [*filter(callable, value.values() if isinstance(value, Mapping) else [value])]
+    rows: list[object] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        rows += [path, type(module)]
+        for name, value in vars(module).items():
+            functions = filter(callable, value.values() if isinstance(value, Mapping) else [value])
+            rows.append((name, *map(_function, functions)))
+    return tuple(rows)
 
 
 def _function(value: Any) -> Any:

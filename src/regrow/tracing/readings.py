@@ -1,6 +1,6 @@
 """Record where a network reads its axes, so that it can be run with dropped units replaced there."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import CodeType
@@ -169,7 +169,7 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | Non
     code reads its mode and other operations run then. Both walks are about the same parameters, so what the second one
     ties, freezes or marks holds in the first. Sizes that training alone divides by have no fold: they are frozen.
     """
-    if w.capture.decisions is not None or not (w.capture.unused or _looks_at_mode(model)):
+    if w.capture.decisions is not None or not (w.capture.unused or "training" in _names_read(model)):
         return None
     try:
         trained = in_training(model, example)
@@ -196,19 +196,13 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | Non
     return trained
 
 
-def _looks_at_mode(model: nn.Module) -> bool:
-    """Whether a network's own code (not torch's) reads ``training``."""
-    return any("training" in names_in(code) for code in _code(model))
-
-
-def _code(model: nn.Module) -> Iterator[CodeType]:
-    """Yield the code of a network's own classes, and of the functions that its modules hold."""
+def _names_read(model: nn.Module) -> set[str]:
+    """Return the names that a network's own code (not torch's) reads, in classes and in functions that modules hold."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
     defined = [base for base in classes if base.__module__.partition(".")[0] not in ("torch", "builtins")]
-    for value in (value for holder in (*defined, *model.modules()) for value in vars(holder).values()):
-        code = getattr(getattr(value, "__func__", value), "__code__", None)
-        if isinstance(code, CodeType):
-            yield code
+    values = [value for holder in (*defined, *model.modules()) for value in vars(holder).values()]
+    codes = [getattr(getattr(value, "__func__", value), "__code__", None) for value in values]
+    return {name for code in codes if isinstance(code, CodeType) for name in names_in(code)}
 
 
 def _names(recorded: Capture) -> list[str]:

@@ -37,11 +37,6 @@ NUMBER = "layer_idx"
 """The attribute that numbers the blocks of a network."""
 
 
-def _is_numbered(module: nn.Module) -> bool:
-    """Whether an integer numbers a module, and nothing but the module itself answers for the name."""
-    return type(vars(module).get(NUMBER)) is int and not hasattr(type(module), NUMBER)
-
-
 def _structure_of(module: nn.Module, numbered: Container[nn.Module] = ()) -> tuple[object, ...]:
     """Return what tells a module from others: classes, attributes and tensors, without the numbers of some modules."""
     ids: dict[int, int] = {}
@@ -109,7 +104,8 @@ class _RecordedCall:
 @contextmanager
 def copy_repeats(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
     """Context manager in which the operations of repeated modules are copied from the first of them."""
-    numbered = {module for module in model.modules() if _is_numbered(module)}
+    own = [module for module in model.modules() if not hasattr(type(module), NUMBER)]
+    numbered = {module for module in own if type(vars(module).get(NUMBER)) is int}
     repeated = _repeated(model, numbered)
     if not repeated:
         yield
