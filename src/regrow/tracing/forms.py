@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.tracing.nodes import leaves_of, map_arguments, operands_in
+from regrow.tracing.nodes import as_list, leaves_of, map_arguments, operands_in
 
 
 class ConstantResults:
@@ -74,7 +74,8 @@ Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device] | int
 """Shape, strides, dtype and device of a result; the index of the operand that is returned itself."""
 
 _MOST = 20_000
-_known: dict[object, Form | list[Form]] = {}
+_known: dict[object, tuple[list[Form], bool]] = {}
+"""Operation and operands → the forms of its results, and whether they are a list."""
 
 
 def remember_result(
@@ -91,15 +92,15 @@ def remember_result(
         return infer()
     if known is None:
         result = infer()
-        if (forms := _forms(result, operands)) is not None:
+        forms = [form for part in as_list(result) if (form := _form(part, operands)) is not None]
+        if len(forms) == len(as_list(result)):
             if len(_known) >= _MOST:
                 forget_results()
-            _known[key] = forms
+            _known[key] = forms, type(result) is list
         return result
     with no_python_dispatcher():
-        if isinstance(known, list):
-            return [_made(form, operands, mode) for form in known]
-        return _made(known, operands, mode)
+        made = [_made(form, operands, mode) for form in known[0]]
+        return made if known[1] else made[0]
 
 
 def forget_results() -> None:
@@ -146,15 +147,8 @@ def is_plain(x: Tensor) -> bool:
     return x.layout is torch.strided and not x.is_conj() and not x.is_neg()
 
 
-def _forms(result: Any, operands: list[Tensor]) -> Form | list[Form] | None:
-    """Return the forms of a result; ``None`` if they do not say all about it."""
-    if type(result) is list:
-        forms = [form for part in result if (form := _form(part, operands)) is not None]
-        return forms if len(forms) == len(result) else None
-    return _form(result, operands)
-
-
 def _form(x: Any, operands: list[Tensor]) -> Form | None:
+    """Return the form of a result; ``None`` if that does not say all about it."""
     if (index := index_of(x, operands)) is not None:
         return index
     if type(x) is not FakeTensor or not is_plain(x):

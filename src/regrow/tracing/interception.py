@@ -6,7 +6,7 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
@@ -32,16 +32,17 @@ LINE = "line"
 
 def line_here() -> Line | None:
     """Return the innermost line of a network's own code that is running now; ``None`` if there is none."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_own(frame.f_code.co_filename):
-        frame = frame.f_back
-    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+    return _first_own(traceback.walk_stack(None))
 
 
 def line_raised(error: BaseException) -> Line | None:
     """Return the innermost line of a network's own code in an error's traceback; ``None`` if there is none."""
-    frames = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)]
-    return next((line for line in reversed(frames) if _is_own(line[0])), None)
+    return _first_own(reversed([*traceback.walk_tb(error.__traceback__)]))
+
+
+def _first_own(frames: Iterable[tuple[FrameType, int]]) -> Line | None:
+    lines = ((frame.f_code.co_filename, number) for frame, number in frames)
+    return next((line for line in lines if _is_own(line[0])), None)
 
 
 def parting_line(runs: tuple[tuple[nn.Module, Example], tuple[nn.Module, Example]]) -> Line | None:

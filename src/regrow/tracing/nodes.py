@@ -129,7 +129,7 @@ def result_shapes(node: Node) -> list[Shape]:
 
 def uncast(node: Node) -> Node:
     """Return the node behind casts and copies."""
-    while node.op == "call_function" and op_name(node) in ALIASES and isinstance(node.args[0], Node):
+    while op_name(node) in ALIASES and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 

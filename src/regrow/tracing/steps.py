@@ -55,10 +55,10 @@ def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
 
 def _attention(w: Walk, node: Node) -> tuple[Node | None, Node | None, Expr]:
     """Return keys, values and the dimension attended over, if an operation is an attention, fused or its softmax."""
-    if node.op == "call_function" and op_name(node) == "scaled_dot_product_attention":
+    if op_name(node) == "scaled_dot_product_attention":
         key, value = operand_of(node, 1, "key"), operand_of(node, 2, "value")
         return key, value, w.of(key)[-2]
-    if node.op == "call_function" and op_name(node) in ("softmax", "_softmax"):
+    if op_name(node) in ("softmax", "_softmax"):
         over = w.of(node)[axis_of(node, 1, len(w.of(node)))]
         return _product(w, node, back=True), _product(w, node, back=False), over
     return None, None, d.ONE
@@ -71,7 +71,7 @@ def _product(w: Walk, softmax: Node, back: bool) -> Node | None:
         beyond: list[Node] = []
         for node in near:
             for other in node.all_input_nodes if back else node.users:
-                if other.op == "call_function" and op_name(other) in _PRODUCTS:
+                if op_name(other) in _PRODUCTS:
                     first, second = other.all_input_nodes[-2:] if len(other.all_input_nodes) > 1 else (other, other)
                     if first is not second and not w.source(first) and not w.source(second) and (back or first is node):
                         return second
@@ -87,7 +87,7 @@ _PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum"))
 def _smallest(node: Node) -> Node:
     """Return the smallest of a tensor and those from which it was only reshaped or repeated."""
     chain = [node]
-    while node.op == "call_function" and op_name(node) in _LAID_OUT and isinstance(node.args[0], Node):
+    while op_name(node) in _LAID_OUT and isinstance(node.args[0], Node):
         node = node.args[0]
         chain.append(node)
     return min(chain, key=lambda made: int(made.meta["val"].nbytes))

@@ -101,7 +101,7 @@ class Walk:
             return
         if origin := self._origin(node, dim):
             self.roles.setdefault(origin, set()).add(role)
-        elif node.op == "call_function" and op_name(node) in _ENTRYWISE and self.of_states(node):
+        elif op_name(node) in _ENTRYWISE and self.of_states(node):
             for operand in node.all_input_nodes:
                 aligned = dim - len(self.of(node)) + len(self.of(operand))
                 if aligned >= 0 and d.size(self.of(operand)[aligned]) == d.size(self.of(node)[dim]):

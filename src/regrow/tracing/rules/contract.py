@@ -299,8 +299,7 @@ def _begin(w: Walk, node: Node, state: Node, parts: list[Expr]) -> None:
     """Tie an initial state ``[layers × directions, batch, units]`` to the units that start from it."""
     held = w.stacked.get(state)
     if held is None:
-        made = uncast(state)
-        held = [w.of(state)[-1]] * (1 if made.op == "call_function" and op_name(made) in _ALIKE else len(parts))
+        held = [w.of(state)[-1]] * (1 if op_name(uncast(state)) in _ALIKE else len(parts))
     for expr, part in zip(held, parts, strict=False):
         w.unify(node, expr, part, "a state has another form than the hidden units")
 
