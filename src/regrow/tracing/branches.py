@@ -24,8 +24,7 @@ from regrow.tracing.repeated_calls import NUMBER
 class PlaceholderModule(nn.Module):
     """Replaces a dropped module so that the code around it still runs: it returns zeros, its own input, or ``None``.
 
-    The zeros are new at every call, since code may write into them. Plain attributes of the module ``of`` that it
-    replaces are copied, since code around it may read them.
+    Plain attributes of the module ``of`` that it replaces are copied, since code around it may read them.
 
     >>> PlaceholderModule(Placeholder("zero", 0))(torch.ones(3))
     tensor([0., 0., 0.])
@@ -102,11 +101,7 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 
 
 def candidate_branches(model: nn.Module) -> dict[str, Branch]:
-    """Return the operations of every :class:`regrow.Candidates` as branches, which need no analysis.
-
-    >>> candidate_branches(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))["0.ops.a"].gives
-    'nothing'
-    """
+    """Return the operations of every :class:`regrow.Candidates` as branches, which need no analysis."""
     return {
         path: Branch(path, {path: Placeholder("nothing", 0)})
         for parent, paths in candidates_in(model).items()

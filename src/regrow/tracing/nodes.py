@@ -57,11 +57,7 @@ def map_arguments(value: object, kind: type[T], change: Callable[[T], object]) -
 
 
 def leaves_of(value: object) -> list[object]:
-    """Return the leaves of nested lists, tuples and dicts, in order.
-
-    >>> leaves_of((1, [2, {"x": 3}]))
-    [1, 2, 3]
-    """
+    """Return the leaves of nested lists, tuples and dicts, in order."""
     if isinstance(value, dict):
         return leaves_of([*value.values()])
     return [leaf for part in value for leaf in leaves_of(part)] if isinstance(value, list | tuple) else [value]

@@ -134,14 +134,7 @@ _MOST_ENTRIES = 1 << 22
 
 
 def recompute_weights(model: nn.Module) -> None:
-    """Recompute the weights that hooks compute before each run (weight norm, spectral norm, pruning masks).
-
-    >>> net = torch.nn.utils.prune.l1_unstructured(nn.Linear(3, 2), "weight", 2)
-    >>> net.weight_orig, net.weight_mask = nn.Parameter(net.weight_orig[:1]), net.weight_mask[:1]
-    >>> recompute_weights(net)
-    >>> net.weight.shape
-    torch.Size([1, 3])
-    """
+    """Recompute the weights that hooks compute before each run (weight norm, spectral norm, pruning masks)."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm):

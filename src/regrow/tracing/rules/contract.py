@@ -322,7 +322,7 @@ def _picks(user: Node, state: Node) -> bool:
     if name in ALIASES:
         return all(_picks(reader, user) for reader in user.users)
     starts = name in GATES and state in user.all_input_nodes and state is not user.args[0]
-    return starts or (name == "select" and user.args[1] == 0)
+    return bool(starts or (name == "select" and user.args[1] == 0))
 
 
 def _copies(state: Node) -> Iterator[Node]:
