@@ -121,11 +121,10 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     except Exception as error:
         reason = f"the network does not run on tensors without numbers: {first_line(error)}"
         return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
-    search = _Search(Effects(recorded), copy, calls)
-    result = _without_repetitions(
-        {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}, copy
-    )
-    return result | _Dropping(copy, fake, calls, answer).failing(result)
+    search = _Search(Effects(recorded), copy, fake, calls, answer)
+    result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
+    result |= search.repetitions(result)
+    return result | search.failing(result)
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:
@@ -146,11 +145,13 @@ def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[Mod
 
 @dataclass(frozen=True)
 class _Search:
-    """Shared state of the search for branches."""
+    """Search for branches in a recording, and in runs of a copy without numbers."""
 
     effects: Effects
     model: nn.Module
+    example: Example
     calls: Mapping[str, list[ModuleCall]]
+    answer: object
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
@@ -188,7 +189,11 @@ class _Search:
                 if any(True for _ in (*module.parameters(), *module.buffers())):
                     raise BranchError(f"{name} would go with it, but {error}") from None
         self._check_names(placeholders, dead)
-        self._check_first(placeholders)
+        for name in self.first:
+            if any(lies_in(name, other) for other in placeholders):
+                raise BranchError(
+                    f"{name} is the first of its kind, and a cache of keys and values counts tokens by it"
+                )
         return placeholders
 
     def _placeholder(self, path: str, site: Site | None) -> Placeholder:
@@ -235,14 +240,6 @@ class _Search:
             if users and not goes(name) and dead.issuperset(users):
                 raise BranchError(f"{name} would be left, and nothing would use it")
 
-    def _check_first(self, placeholders: Mapping[str, Placeholder]) -> None:
-        """Raise ``BranchError`` if the first of the numbered modules would be dropped, on which others depend."""
-        for path in self.first:
-            if any(lies_in(path, other) for other in placeholders):
-                raise BranchError(
-                    f"{path} is the first of its kind, and a cache of keys and values counts tokens by it"
-                )
-
     @cached_property
     def first(self) -> list[str]:
         """The paths of the first numbered module of each kind."""
@@ -252,38 +249,20 @@ class _Search:
                 result[_kind(module)] = min(result.get(_kind(module), (number, path)), (number, path))
         return [path for _, path in result.values()]
 
-
-def _kind(module: nn.Module) -> tuple[Any, ...]:
-    settings = sorted((name, value) for name, value in vars(module).items() if isinstance(value, str | bool))
-    none = sorted(name for name, value in vars(module).items() if value is None and not name.startswith("_"))
-    return type(module), tuple(settings), tuple(none)
-
-
-def _without_repetitions(known: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
-    """Keep one of several branches that remove the same tensors: the one that leaves the least computation."""
-    result = dict(known)
-    numel = {name: x.numel() for name, x in model.named_parameters()}
-    same: dict[frozenset[str], list[Branch]] = {}
-    for branch in known.values():
-        if branch.free and (frees := frozenset(filter(branch.holds, numel))):
-            same.setdefault(frees, []).append(branch)
-    for frees, members in same.items():
-        inside = {b.module: sum(numel[name] for name in frees if lies_in(name, b.module)) for b in members}
-        best = max(members, key=lambda branch: (branch.gives == "input", inside[branch.module]))
-        for branch in members:
-            if branch is not best:
-                result[branch.module] = Branch(branch.module, reason=f"it takes away what {best.module} does")
-    return result
-
-
-@dataclass(frozen=True)
-class _Dropping:
-    """Runs a network without some branches, and compares the forms of its outputs."""
-
-    copy: nn.Module
-    example: Example
-    calls: Mapping[str, list[ModuleCall]]
-    answer: object
+    def repetitions(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
+        """Return the branches that remove the same tensors as another one, which leaves less computation."""
+        result: dict[str, Branch] = {}
+        numel = {name: x.numel() for name, x in self.model.named_parameters()}
+        same: dict[frozenset[str], list[Branch]] = {}
+        for branch in known.values():
+            if branch.free and (frees := frozenset(filter(branch.holds, numel))):
+                same.setdefault(frees, []).append(branch)
+        for frees, members in same.items():
+            inside = {b.module: sum(numel[name] for name in frees if lies_in(name, b.module)) for b in members}
+            best = max(members, key=lambda branch: (branch.gives == "input", inside[branch.module]))
+            reason = f"it takes away what {best.module} does"
+            result |= {b.module: Branch(b.module, reason=reason) for b in members if b is not best}
+        return result
 
     def failing(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
         """Return the branches that cannot be dropped; equally named ones are tried together, then each alone."""
@@ -301,13 +280,13 @@ class _Dropping:
     def problem(self, members: Sequence[Branch]) -> str:
         """Return what is wrong with the network without some branches; empty if nothing is."""
         placeholders = {path: placeholder for branch in members for path, placeholder in branch.placeholders.items()}
-        dropped = insert_placeholders(self.copy, {path: placeholders[path] for path in outermost(placeholders)})
+        dropped = insert_placeholders(self.model, {path: placeholders[path] for path in outermost(placeholders)})
         try:
-            calls, answer = record_calls(self.copy, self.example)
+            calls, answer = record_calls(self.model, self.example)
         except Exception as error:
             return f"the network does not run without it: {first_line(error)}"
         finally:
-            set_modules(self.copy, dropped)
+            set_modules(self.model, dropped)
         for branch in members:
             before, placeholder = self.calls[branch.module][0].answer, branch.placeholders[branch.module]
             if placeholder.of and isinstance(before, tuple):
@@ -316,3 +295,9 @@ class _Dropping:
             if tensor_forms(after)[:1] != tensor_forms(before)[:1]:
                 return "what takes its place would have another shape"
         return "" if tensor_forms(answer) == tensor_forms(self.answer) else "the network would answer in another shape"
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    settings = sorted((name, value) for name, value in vars(module).items() if isinstance(value, str | bool))
+    none = sorted(name for name, value in vars(module).items() if value is None and not name.startswith("_"))
+    return type(module), tuple(settings), tuple(none)

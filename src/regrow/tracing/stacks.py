@@ -58,8 +58,7 @@ def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> list[nn.
     """Take the blocks of an insertion out of a stack again, in place; return all modules that it had."""
     stack = stack_at(model, path, insertion.after)
     before = list(stack)
-    _replace(stack, [before[i] for i in insertion.kept], insertion.kept, range(len(insertion.kept)))
-    _deepen(model, path, insertion.after, insertion.kept)
+    _rearrange(model, path, [before[i] for i in insertion.kept], insertion.kept, range(len(insertion.kept)))
     if insertions := getattr(stack, INSERTIONS, ()):
         setattr(stack, INSERTIONS, insertions[:-1])
         if len(insertions) == 1:
@@ -76,30 +75,47 @@ def _insert(
     model: nn.Module, path: str, insertion: Insertion, modules: Sequence[nn.Module], moved: Sequence[int]
 ) -> None:
     stack = stack_at(model, path, insertion.size)
-    _replace(stack, modules, insertion.sources, moved)
-    if not _deepen(model, path, insertion.size, insertion.sources):
+    if not _rearrange(model, path, modules, insertion.sources, moved):
         setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
 
 
-def find_insertions(model: nn.Module) -> dict[str, tuple[Insertion, ...]]:
-    """Return path of a stack → the insertions into it, in order, that no configuration tells of."""
-    return {path: vars(module)[INSERTIONS] for path, module in model.named_modules() if INSERTIONS in vars(module)}
+def _rearrange(
+    model: nn.Module, path: str, modules: Sequence[nn.Module], sources: Sequence[int], moved: Sequence[int]
+) -> bool:
+    """Give a stack other modules, renumber those ``moved`` from ``sources``, and set the depth in configurations.
 
-
-def _replace(
-    stack: nn.Sequential | nn.ModuleList,
-    modules: Sequence[nn.Module],
-    sources: Sequence[int],
-    moved: Sequence[int],
-) -> None:
-    """Give a stack other modules under consecutive names, and renumber ``moved`` ones, from ``sources`` on."""
-    prefix, start = _prefix(stack)
+    Returns whether the network's own configuration tells the depth.
+    """
+    stack = model.get_submodule(path)
+    assert isinstance(stack, nn.Sequential | nn.ModuleList)
+    size, (prefix, start) = len(stack), _prefix(stack)
     stack._modules.clear()
     stack._modules.update({f"{prefix}{start + i}": module for i, module in enumerate(modules)})
     for i, (module, of) in enumerate(zip(modules, sources, strict=True)):
         for child in module.modules() if i in moved else ():
             if type(number := vars(child).get(NUMBER)) is int:
                 setattr(child, NUMBER, number + i - of)
+    parts, changed = path.split("."), False
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    whole = getattr(model, "config", None)
+    text = getattr(whole, "get_text_config", lambda: None)()
+    for config in (getattr(module, "config", None) for module in around):
+        values: Mapping[str, Any] = getattr(config, "__dict__", {})
+        deep = [name for name, value in values.items() if name in DEPTHS and type(value) is int and value == size]
+        if deep:
+            rows = [name for name in values if name in PER_BLOCK and isinstance(values[name], list | tuple)]
+            for name in deep:
+                setattr(config, name, len(sources))
+            for name in rows:
+                if len(values[name]) == size:
+                    setattr(config, name, type(values[name])(values[name][i] for i in sources))
+            changed |= config is whole or config is text
+    return changed
+
+
+def find_insertions(model: nn.Module) -> dict[str, tuple[Insertion, ...]]:
+    """Return path of a stack → the insertions into it, in order, that no configuration tells of."""
+    return {path: vars(module)[INSERTIONS] for path, module in model.named_modules() if INSERTIONS in vars(module)}
 
 
 def _prefix(stack: nn.Sequential | nn.ModuleList) -> tuple[str, int]:
@@ -141,28 +157,6 @@ def _others(model: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
 def _is_shareable(value: object) -> bool:
     plain = (int, float, bool, str, bytes, type, dict, list, tuple, set, Tensor, nn.Module)
     return value is not None and not isinstance(value, plain) and not callable(value)
-
-
-def _deepen(model: nn.Module, path: str, size: int, sources: Sequence[int]) -> bool:
-    """Set the depth in the configurations around a stack; return whether the network's own one tells it."""
-    parts, changed = path.split("."), False
-    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-    whole = getattr(model, "config", None)
-    text = getattr(whole, "get_text_config", lambda: None)()
-    for config in (getattr(module, "config", None) for module in around):
-        values: Mapping[str, Any] = getattr(config, "__dict__", {})
-        deep = [name for name, value in values.items() if name in DEPTHS and type(value) is int and value == size]
-        rows = [name for name in values if name in PER_BLOCK and _length(values[name]) == size]
-        for name in deep:
-            setattr(config, name, len(sources))
-        for name in rows if deep else ():
-            setattr(config, name, type(values[name])(values[name][i] for i in sources))
-        changed |= bool(deep) and (config is whole or config is text)
-    return changed
-
-
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, list | tuple) else -1
 
 
 _KEEP = ALIASES | {
