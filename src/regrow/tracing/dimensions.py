@@ -59,10 +59,8 @@ def resolve(expr: Expr) -> Expr:
             assert link is not None
             expr.link = resolve(link)
             return expr.link
-        case Times(parts):
-            return times(*parts)
-        case Plus(parts):
-            return plus(*parts)
+        case Times(parts) | Plus(parts):
+            return _joined(type(expr), parts)
 
 
 def times(*parts: Expr) -> Expr:
@@ -190,7 +188,7 @@ def halves(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
 def split_product(expr: Expr, sizes: list[int], why: str) -> list[Expr]:
     """Factor a dimension into new ones of the given sizes, outermost first; return these."""
     parts = list(map(new, sizes))
-    unify(expr, times(*parts), why)
+    unify(expr, _joined(Times, parts), why)
     return parts
 
 

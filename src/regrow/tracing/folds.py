@@ -7,7 +7,6 @@ up to one that is not known to map 0 to 0.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +63,12 @@ def size_divided_by(w: Walk, node: Node, kind: str) -> Dims:
 
 
 def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
-    value: Any = argument(node, 3)
-    weight = w.source(argument(node, 2))
-    epsilon = attributes.epsilon(model, module_of(node), value)
-    if not weight or not epsilon or len(over) != 1:
+    value, weight = argument(node, 3), w.source(argument(node, 2))
+    if not weight or not isinstance(value, float | None) or len(over) != 1:
         return []
+    epsilon = attributes.epsilon(model, module_of(node), value)
     value = torch.finfo(node.meta["val"].dtype).eps if value is None else value
-    return [Fold((), weight, epsilon=epsilon, value=float(value))]
+    return [Fold((), weight, epsilon=epsilon, value=value)] if epsilon else []
 
 
 def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
@@ -237,8 +235,7 @@ def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> frozens
 
 
 def _common(nodes: list[Node], zeros: Mapping[Node, frozenset[int]]) -> frozenset[int]:
-    first, *others = [zeros[node] for node in nodes] or [frozenset[int]()]
-    return first.intersection(*others)
+    return frozenset.intersection(*(zeros[node] for node in nodes)) if nodes else frozenset()
 
 
 _MEETINGS = frozenset(

@@ -105,7 +105,7 @@ class _Copy:
             return value
         if kind not in (dict, OrderedDict, list, deque):
             return self.other(value)
-        made: Any = deque(maxlen=value.maxlen) if kind is deque else kind()
+        made = kind(maxlen=value.maxlen) if kind is deque else kind()
         self.memo[id(value)] = made
         if isinstance(value, dict):
             made.update((self.value(key), self.value(part)) for key, part in value.items())

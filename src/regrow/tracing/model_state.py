@@ -29,7 +29,7 @@ LEAVES = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch
 class Snapshot:
     """Everything reachable from a value (a module, say), with its contents when the snapshot was made."""
 
-    value: Any
+    value: object
     inside: bool = True  # whether to save what only the value itself holds
     code: bool = True  # whether to follow functions and classes
     seen: set[int] = field(default_factory=set)

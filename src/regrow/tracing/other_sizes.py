@@ -140,14 +140,14 @@ def _frozen(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
 
 def _misfit(axes: AxisGraph, first: Capture, second: Capture, sizes: Mapping[str, int], same_input: bool) -> str:
     """Return where a shape does not follow from that at other sizes of axes, and of the input unless the same."""
-    before, after = operations(first), operations(second)
+    before, after, known = operations(first), operations(second), axes.sizes()
     for step, node, other in zip(axes.steps, before, after, strict=True) if len(axes.steps) == len(before) else ():
         shapes, others = as_list(shapes_of(node)), as_list(shapes_of(other))
         for dims, shape, new in zip(step.shapes, shapes, others, strict=False):
             if dims is None or shape is None or new is None:
                 continue
-            pairs = zip(dims, shape, new, strict=False)
-            if len(shape) != len(new) or not all(_fits(*pair, axes.sizes(), sizes, same_input) for pair in pairs):
+            fits = [_fits(dim, n, m, known, sizes, same_input) for dim, n, m in zip(dims, shape, new, strict=False)]
+            if len(shape) != len(new) or not all(fits):
                 return f"{step.op} in {step.module or 'the model'} has another shape at that size"
     return ""
 
