@@ -64,11 +64,11 @@ def size_divided_by(w: Walk, node: Node, kind: str) -> Dims:
 
 def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
     value, weight = argument(node, 3), w.source(argument(node, 2))
-    if not weight or not isinstance(value, float | None) or len(over) != 1:
+    if not weight or not isinstance(value, int | float | None) or len(over) != 1:
         return []
     epsilon = attributes.epsilon(model, module_of(node), value)
     value = torch.finfo(node.meta["val"].dtype).eps if value is None else value
-    return [Fold((), weight, epsilon=epsilon, value=value)] if epsilon else []
+    return [Fold((), weight, epsilon=epsilon, value=float(value))] if epsilon else []
 
 
 def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
