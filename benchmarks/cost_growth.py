@@ -45,7 +45,6 @@ from regrow.methods.pruning.pruner import plan_cut
 from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.tracing import trace
-from regrow.tracing.forms import forget_results
 
 OUT = Path(__file__).parent / "results" / "cost_growth.jsonl"
 PLOT = Path(__file__).parents[1] / "docs" / "cost-growth.svg"
@@ -96,7 +95,7 @@ def prepared(what: str, size: int) -> tuple[Callable[[], object], int]:
             config = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
             sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": size}
             deep = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, **sizes)).eval()
-        return lambda: (forget_results(), traced(deep)), size
+        return lambda: traced(deep), size
     if what == "units":
         wide = llama(inner=size)
 

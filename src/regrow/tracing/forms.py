@@ -5,7 +5,7 @@ their kernels are written in Python: half a millisecond to five. The operations 
 consists of, for operands on one device; fake tensors handle all others, and whatever fails here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.tracing.nodes import as_list, leaves_of, map_arguments, operands_in
+from regrow.tracing.nodes import leaves_of, map_arguments, operands_in
 
 
 class ConstantResults:
@@ -68,95 +68,6 @@ class ConstantResults:
 
 def _storages(value: Any) -> set[int]:
     return {x.untyped_storage().data_ptr() for x in tree_leaves(value) if isinstance(x, Tensor)}
-
-
-Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device] | int
-"""Shape, strides, dtype and device of a result; the index of the operand that is returned itself."""
-
-_MOST = 20_000
-_known: dict[object, tuple[list[Form], bool]] = {}
-"""Operation and operands → the forms of its results, and whether they are a list."""
-
-
-def remember_result(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode, infer: Callable[[], Any]
-) -> Any:
-    """Return what an operation gives on fake tensors, inferred only if it was not seen with such operands."""
-    operands: list[Tensor] = []
-    try:
-        key = (func, torch.get_default_dtype(), _key(args, mode, operands), _key(kwargs, mode, operands))
-        known = _known.get(key)
-    except TypeError:  # an argument of another kind
-        return infer()
-    if func._schema.is_mutable or mode.shape_env is not None or torch._C._is_any_autocast_enabled():
-        return infer()
-    if known is None:
-        result = infer()
-        forms = [form for part in as_list(result) if (form := _form(part, operands)) is not None]
-        if len(forms) == len(as_list(result)):
-            if len(_known) >= _MOST:
-                forget_results()
-            _known[key] = forms, type(result) is list
-        return result
-    with no_python_dispatcher():
-        made = [_made(form, operands, mode) for form in known[0]]
-        return made if known[1] else made[0]
-
-
-def forget_results() -> None:
-    """Forget all results."""
-    _known.clear()
-
-
-def _made(form: Form, operands: list[Tensor], mode: FakeTensorMode) -> Tensor:
-    if isinstance(form, int):
-        return operands[form]
-    shape, stride, dtype, device = form
-    return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
-
-
-def _key(value: Any, mode: FakeTensorMode, operands: list[Tensor]) -> object:
-    """Return what identifies an argument, and collect its tensors; raise TypeError where nothing does."""
-    kind = type(value)
-    if kind is FakeTensor:
-        if value.fake_mode is not mode or value.constant is not None or not is_plain(value):
-            raise TypeError
-        operands.append(value)
-        return (value.shape, value.stride(), value.dtype, value.fake_device, index_of(value, operands))
-    if kind is tuple or kind is list:
-        return (kind, *[_key(part, mode, operands) for part in value])
-    if kind is dict:
-        return tuple([(name, _key(part, mode, operands)) for name, part in value.items()])
-    if kind is int or value is None or kind in _NAMES:
-        return value
-    if kind is float or kind is bool:
-        return (kind, value)
-    raise TypeError
-
-
-_NAMES = frozenset((str, torch.dtype, torch.device, torch.layout, torch.memory_format))
-
-
-def index_of(value: object, values: Sequence[object]) -> int | None:
-    """Return the index of an object itself among others; ``None`` if it is not one of them."""
-    return next((i for i, other in enumerate(values) if other is value), None)
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether a tensor is dense, and neither conjugated nor negated by a flag."""
-    return x.layout is torch.strided and not x.is_conj() and not x.is_neg()
-
-
-def _form(x: Any, operands: list[Tensor]) -> Form | None:
-    """Return the form of a result; ``None`` if that does not say all about it."""
-    if (index := index_of(x, operands)) is not None:
-        return index
-    if type(x) is not FakeTensor or not is_plain(x):
-        return None
-    shares = x.untyped_storage()._cdata in {part.untyped_storage()._cdata for part in operands}
-    if shares or x.requires_grad or x.storage_offset():
-        return None
-    return x.shape, x.stride(), x.dtype, x.fake_device
 
 
 def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, object], mode: FakeTensorMode) -> object:

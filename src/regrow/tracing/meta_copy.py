@@ -99,19 +99,21 @@ class _Copy:
         if isinstance(value, nn.Module):
             return self.module(value)
         if kind is tuple or kind is set:
-            parts = kind(map(self.value, value))
-            if kind is set or any(map(is_not, parts, value)):
-                return self.memo.setdefault(id(value), parts)
+            members = kind(map(self.value, value))
+            if kind is set or any(map(is_not, members, value)):
+                return self.memo.setdefault(id(value), members)
             return value
         if kind not in (dict, OrderedDict, list, deque):
             return self.other(value)
-        made = kind(maxlen=value.maxlen) if kind is deque else kind()
-        self.memo[id(value)] = made
         if isinstance(value, dict):
-            made.update((self.value(key), self.value(part)) for key, part in value.items())
-        else:
-            made.extend(map(self.value, value))
-        return made
+            entries: dict[Any, Any] = kind()
+            self.memo[id(value)] = entries
+            entries.update((self.value(key), self.value(part)) for key, part in value.items())
+            return entries
+        parts: deque[Any] | list[Any] = deque(maxlen=value.maxlen) if isinstance(value, deque) else []
+        self.memo[id(value)] = parts
+        parts.extend(map(self.value, value))
+        return parts
 
     def tensor(self, tensor: Tensor) -> Tensor:
         made = self.made(tensor)

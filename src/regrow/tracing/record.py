@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.core.axes import Decision, Example
-from regrow.tracing.forms import ConstantResults, infer_result, remember_result
+from regrow.tracing.forms import ConstantResults, infer_result
 from regrow.tracing.interception import LINE, SpellOut, follow_modules, line_here, most_calls
 from regrow.tracing.model_state import describe_state, output_tensors, select_state
 from regrow.tracing.nodes import map_arguments
@@ -181,10 +181,7 @@ class Recorder(ProxyTorchDispatchMode):
         nodes, named = map_arguments((args, kwargs), Tensor, self._node)
         plain = self.plain.holds(func, nodes, named)
         try:
-            fake_args, fake_kwargs = map_arguments((nodes, named), Node, _val)
-            form = remember_result(
-                func, fake_args, fake_kwargs, self.fake, lambda: self._inferred(func, fake_args, fake_kwargs)
-            )
+            form = self._inferred(func, *map_arguments((nodes, named), Node, _val))
         except _DATA_DECIDE:
             if not plain:
                 return self._decided(func, args, kwargs)

@@ -26,7 +26,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from regrow.tracing.forms import index_of, is_plain
 from regrow.tracing.model_state import LEAVES, Snapshot, is_plain_object
 from regrow.tracing.nodes import map_arguments, operands_in, parameters_of, writes
 
@@ -235,12 +234,17 @@ class _RepeatedCalls:
     def _form(self, x: Any, index: int) -> object:
         if type(x) in LEAVES:
             return (type(x), x)
-        usual = type(x) is FakeTensor and x.fake_mode is self.recorder.fake and x.constant is None and is_plain(x)
+        usual = type(x) is FakeTensor and x.fake_mode is self.recorder.fake and x.constant is None and _is_plain(x)
         if not usual or x not in self.recorder.nodes:
             raise TypeError
         node = self.recorder.nodes[x]
         same = node if node in self.recorder.plain else None  # its value could decide something
         return (x.shape, x.stride(), x.storage_offset(), x.dtype, x.fake_device, x.requires_grad, index, same)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a tensor is dense, and neither conjugated nor negated by a flag."""
+    return x.layout is torch.strided and not x.is_conj() and not x.is_neg()
 
 
 def _mapping(known: tuple[Node, ...], nodes: tuple[Node, ...]) -> dict[Node, Node] | None:
@@ -280,9 +284,10 @@ def _source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
     """Return where an entry of a result comes from."""
     if not isinstance(x, Tensor):
         return ("plain", x) if type(x) in LEAVES else ("unknown", None)
-    if (index := index_of(x, inputs)) is not None:
-        return "operand", index
-    usual = type(x) is FakeTensor and is_plain(x) and not x.requires_grad
+    for index, operand in enumerate(inputs):
+        if operand is x:
+            return "operand", index
+    usual = type(x) is FakeTensor and _is_plain(x) and not x.requires_grad
     node = nodes[x] if usual and not x.storage_offset() and x in nodes else None
     return ("made", node) if node is not None and node.meta["val"] is x else ("unknown", None)
 
