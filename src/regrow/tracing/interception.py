@@ -32,7 +32,7 @@ LINE = "line"
 
 def line_here() -> Line | None:
     """Return the innermost line of a network's own code that is running now; ``None`` if there is none."""
-    return _first_own(traceback.walk_stack(None))
+    return _first_own(traceback.walk_stack(sys._getframe(1)))
 
 
 def line_raised(error: BaseException) -> Line | None:
