@@ -106,7 +106,7 @@ class _Copy:
         if kind not in (dict, OrderedDict, list, deque):
             return self.other(value)
         if isinstance(value, dict):
-            entries: dict[Any, Any] = kind()
+            entries: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
             self.memo[id(value)] = entries
             entries.update((self.value(key), self.value(part)) for key, part in value.items())
             return entries
