@@ -13,15 +13,13 @@ samples that all baselines have: no other choice is harder to beat. ``recovered 
 that baseline with ``--reconstruct``. With ``--against`` the differences are to that arm instead.
 """
 
-import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rows import head, line, rows
+from harness import Row, arguments, line, rows, table
 from width_pruning import OUT
 from width_pruning_arms import Arm, Draw, Series, arms, before, draw, minus, paired, recovered, strongest
 from width_pruning_bench import MARGIN, PER_BYTE, unpack
@@ -32,7 +30,6 @@ from width_pruning_points import (
     LEFT_OUT,
     RECONSTRUCTED,
     TASKS,
-    Row,
     named,
 )
 from width_pruning_stages import BASE_STAGES, BASES, CONTRASTS, STAGE_ARMS, staged
@@ -40,7 +37,7 @@ from width_pruning_stages import BASE_STAGES, BASES, CONTRASTS, STAGE_ARMS, stag
 
 def screen_table(every: Sequence[Row]) -> Iterator[str]:
     """What the best baselines lose on domains that were left out of calibration, and how many were tried."""
-    yield head(("keep", "fold", "baseline", "nats lost, first domain left out", "all left out", "to the best"))
+    yield from table(("keep", "fold", "baseline", "nats lost, first domain left out", "all left out", "to the best"))
     dense = {(row["on"], row["dtype"]): row for row in every if row["method"] == "dense"}
     for keep in sorted(KEEPS, reverse=True):
         for fold, names in enumerate(FOLDS):
@@ -81,7 +78,7 @@ def test_table(every: Sequence[Row]) -> Iterator[str]:
             f"{dense.bits():.4f} bits per byte; seen {math.exp(dense.level(seen=True)):.2f}."
         )
     yield ""
-    yield head(COLUMNS)
+    yield from table(COLUMNS)
     for keep in sorted(KEEPS, reverse=True):
         for fold in range(len(FOLDS)):
             found = arms(named(every, GPRUNE), keep, fold)
@@ -96,7 +93,7 @@ def test_table(every: Sequence[Row]) -> Iterator[str]:
 
 def against_table(every: Sequence[Row], name: str) -> Iterator[str]:
     """The differences of all arms to one of them, on the samples that both have."""
-    yield head(("keep", "fold", "arm", "difference, unseen, nats ± se [spread]", "difference, seen", "samples"))
+    yield from table(("keep", "fold", "arm", "difference, unseen, nats ± se [spread]", "difference, seen", "samples"))
     for keep, fold in product(sorted(KEEPS, reverse=True), range(len(FOLDS))):
         found = arms(named(every, GPRUNE), keep, fold)
         other = found.get(name)
@@ -134,9 +131,17 @@ def _each(arm: Arm, other: Arm, dense: Mapping[str, Sequence[float]]) -> str:
 def stages_table(every: Sequence[Row]) -> Iterator[str]:
     """Each stage with and without: a difference below 0 is a gain of the first arm."""
     every = named(every, {arm: ("mlp", settings) for arm, settings in STAGE_ARMS.items()})
-    yield head(
-        ("stage", "arm", "against", "keep", "fold", "difference, nats ± se [spread]", "standard errors", "samples")
+    columns = (
+        "stage",
+        "arm",
+        "against",
+        "keep",
+        "fold",
+        "difference, nats ± se [spread]",
+        "standard errors",
+        "samples",
     )
+    yield from table(columns)
     for stage, name, other in CONTRASTS:
         for keep in (0.8, 0.7):
             for fold in range(len(FOLDS)):
@@ -151,7 +156,9 @@ def stages_table(every: Sequence[Row]) -> Iterator[str]:
 
 def bases_table(every: Sequence[Row]) -> Iterator[str]:
     """Perplexity on unseen domains by base metric, and how much it depends on it, with and without the switch."""
-    yield head(("keep", "fold", "stages", *BASES, "worst against best, nats ± se [spread]", "max ÷ min", "samples"))
+    yield from table(
+        ("keep", "fold", "stages", *BASES, "worst against best, nats ± se [spread]", "max ÷ min", "samples")
+    )
     every = named(every, {staged(stage, base): ("mlp", own) for (stage, base), own in BASE_STAGES.items()})
     for keep in (0.8, 0.7):
         for fold, stage in product(range(len(FOLDS)), dict.fromkeys(stage for stage, _ in BASE_STAGES)):
@@ -172,7 +179,7 @@ def bases_table(every: Sequence[Row]) -> Iterator[str]:
 def zero_shot_table(every: Sequence[Row]) -> Iterator[str]:
     """Accuracy and margins over the items of all tasks, and differences to the strongest baseline, paired by item."""
     columns = ("accuracy, %", "per byte, %", "accuracy, difference", "per byte, difference")
-    yield head(("keep", "fold", "arm", *columns, "margin, difference", "margin per byte, difference", "samples"))
+    yield from table(("keep", "fold", "arm", *columns, "margin, difference", "margin per byte, difference", "samples"))
     dense = [row for row in every if row["method"] == "dense" and row["on"] == TASKS]
     for keep in sorted(KEEPS, reverse=True):
         for fold in range(len(FOLDS)):
@@ -216,21 +223,22 @@ def _mean(series: Series) -> float:
     return fmean(map(fmean, series.values()))
 
 
+TABLES = {
+    "screen": screen_table,
+    "test": test_table,
+    "stages": stages_table,
+    "bases": bases_table,
+    "zero_shot": zero_shot_table,
+}
+
+
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"screen": screen_table, "test": test_table, "stages": stages_table, "bases": bases_table}
-    tables["zero_shot"] = zero_shot_table
-    parser.add_argument("stage", choices=tables)
-    parser.add_argument("--out", type=Path, default=OUT, help="the rows of width_pruning.py")
-    parser.add_argument("--model", default="smollm2-135m", help="of which model")
-    parser.add_argument("--against", default="", help="test: the arm that differences are to")
-    args = parser.parse_args()
+    args = arguments(__doc__, OUT, {"stage": TABLES}, model="smollm2-135m", against="")
     every = [row for row in rows(args.out) if row["model"] == args.model]
     if args.against and (args.stage != "test" or all(row["arm"] != args.against for row in every)):
-        parser.error("--against takes the name of an arm of the stage test, as its table has it")
-    table = against_table(every, args.against) if args.against else tables[args.stage](every)
-    print("\n".join(table))
+        raise SystemExit("--against takes the name of an arm of the stage test, as its table has it")
+    print("\n".join(against_table(every, args.against) if args.against else TABLES[args.stage](every)))
 
 
 if __name__ == "__main__":
