@@ -21,8 +21,8 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -142,50 +142,41 @@ print(json.dumps({"read": read, "forward": forward}))
 
 
 @contextmanager
-def limited(limit: int) -> Iterator[tuple[Callable[[], None] | None, Callable[[], Row]]]:
-    """Yield what a child process calls to enter a control group with a limit of memory, and what reads its counters.
-
-    Without a limit, or where no group can be made, the first is ``None``; why is printed.
-    """
-    none: Row = {"limit": None}
+def limited(limit: int) -> Iterator[Path | None]:
+    """Make a control group with a limit of memory, which a process enters; without a limit there is none."""
     if not limit:
-        yield None, lambda: none
+        yield None
         return
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    first = next((path for _, names, path in lines if names == "memory"), None)
+    first = next((path for _, names, path in lines if names == "memory"), None)  # of the first version, if not None
     unified = next((path for number, _, path in lines if number == "0"), "/")
     base = Path("/sys/fs/cgroup", "memory" if first is not None else "", (first or unified).lstrip("/"))
     group = base / f"streamed-pruning-{os.getpid()}"
-    most = "memory.limit_in_bytes" if first is not None else "memory.max"
-    counter = "memory.failcnt" if first is not None else "memory.events"
+    group.mkdir()
     try:
-        group.mkdir()
-        (group / most).write_text(str(limit))
-    except OSError as error:
-        print(f"no control group with a limit of memory can be made here ({error}); it runs without")
-        with suppress(OSError):
-            group.rmdir()
-        yield None, lambda: none
-        return
-    try:
-        yield (
-            lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None,
-            lambda: {"limit": limit, "reclaims": (group / counter).read_text().split()},
-        )
+        (group / ("memory.max" if first is None else "memory.limit_in_bytes")).write_text(str(limit))
+        yield group
     finally:
         group.rmdir()
 
 
 def measured(script: str, *words: object, limit: int = 0) -> Row:
     """Run a script in a process of its own and return what it printed, as one record."""
-    command = [sys.executable, "-c", script, *map(str, words)]
-    with limited(limit) as (enter, counters):
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=enter)
-        more = counters() if limit else {}
     row: Row = {}
-    for line in done.stdout.splitlines():
-        row |= json.loads(line)
-    return row | more
+    with limited(limit) as group:
+
+        def enter() -> None:
+            if group:
+                (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        command = [sys.executable, "-c", script, *map(str, words)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=enter)
+        for line in done.stdout.splitlines():
+            row |= json.loads(line)
+        if group:
+            counter = next(group / name for name in ("memory.events", "memory.failcnt") if (group / name).exists())
+            row |= {"limit": limit, "reclaims": counter.read_text().split()}
+    return row
 
 
 def write_alone(folder: Path) -> float:

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from harness import Row, add, arguments, last_line
+from harness import Row, add, arguments, finished, last_line
 
 
 def read_rows(file: Path) -> list[list[str]]:
@@ -54,8 +54,7 @@ def run_row(words: Sequence[str], out: Path, threads: int, cwd: str) -> Row:
     text = " ".join(words)
     name = re.sub(r"[^\w.=]+", "-", text)[-60:].strip("-.") + "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
     folder, log, began, code = out / name, out / f"{name}.log", time.monotonic(), 0
-    record = folder / "run.json"
-    if not (record.is_file() and json.loads(record.read_text("utf-8")).get("finished")):
+    if not finished(folder):
         command = [sys.executable, "-m", "regrow", *words, "--out", str(folder)]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with log.open("wb") as file:

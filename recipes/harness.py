@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def arguments(
-    doc: str | None, out: Path | None = None, choice: Mapping[str, Any] | None = None, **options: Any
+    doc: str | None, out: Path | None = None, /, choice: Mapping[str, Any] | None = None, **options: Any
 ) -> Namespace:
     """Read the command line; the docstring of a script, which explains its options, is its ``--help``.
 
@@ -199,6 +199,12 @@ def again(job: object, *options: object) -> list[object]:
 def last_line(text: str) -> str:
     """Return the last line that is not empty."""
     return ([part.strip() for part in text.splitlines() if part.strip()] or [""])[-1][:300]
+
+
+def finished(folder: Path) -> bool:
+    """Whether a folder holds a finished run of regrow."""
+    record = folder / "run.json"
+    return record.is_file() and bool(json.loads(record.read_text("utf-8")).get("finished"))
 
 
 def tell(row: Row) -> None:

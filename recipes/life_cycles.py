@@ -16,18 +16,15 @@ to deer) and ``second`` (dog to truck), with all ten classes as folders, so that
 """
 
 import json
-import resource
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Row, arguments, last_line, rows, table, today
+from harness import Row, arguments, finished, last_line, rows, table, timed, today
 
 from regrow import nets, trace
 from regrow.evaluation.size import dense
@@ -111,22 +108,17 @@ CYCLES = {
 def run(words: list[str], work: Path, log: str) -> dict[str, float]:
     """Run a command of ``regrow``, with its output in a file; return its seconds, all attempts together."""
     print("regrow", *words, flush=True)
-    spent, start = _children(), time.perf_counter()
+    done = timed([sys.executable, "-m", "regrow", *words], work)
     with (work / f"{log}.log").open("a") as file:
-        done = subprocess.run([sys.executable, "-m", "regrow", *words], cwd=work, stdout=file, stderr=file, check=False)
-    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": _children() - spent}
+        file.write(done.text)
     times = work / f"{log}.seconds.json"
     before = json.loads(times.read_text()) if times.is_file() else {}
-    seconds = {name: round(before.get(name, 0) + value, 1) for name, value in seconds.items()}
+    taken = {"seconds": done.seconds, "cpu_seconds": done.cpu}
+    seconds = {name: round(before.get(name, 0) + value, 1) for name, value in taken.items()}
     times.write_text(json.dumps(seconds))
-    if done.returncode:
-        raise SystemExit(f"exit code {done.returncode}: {last_line((work / f'{log}.log').read_text())}")
+    if done.code:
+        raise SystemExit(f"exit code {done.code}: {last_line(done.text)}")
     return seconds
-
-
-def _children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def link_halves(cifar: Path, work: Path) -> None:
@@ -143,7 +135,7 @@ def link_halves(cifar: Path, work: Path) -> None:
                     place.symlink_to(cifar.resolve() / half / one, target_is_directory=True)
 
 
-def measure(cycle: Cycle, model: str, work: Path, sizes: Mapping[str, float]) -> dict[str, Any]:
+def measure(cycle: Cycle, model: str, work: Path, sizes: Mapping[str, float]) -> Row:
     """Return the size and the scores of a network: a run folder in the work folder, or a name."""
     file = work / f"{model}.json"
     if not file.is_file():
@@ -171,12 +163,7 @@ def spec_of(cycle: Cycle, model: str, work: Path) -> ModelSpec:
     return ModelSpec(model, "float32", input=shape)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a folder holds a finished run."""
-    return (folder / "run.json").is_file() and bool(RunFolder.open(folder).run().get("finished"))
-
-
-def stages(cycle: Cycle, name: str, work: Path, sizes: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+def stages(cycle: Cycle, name: str, work: Path, sizes: Mapping[str, float]) -> Iterator[Row]:
     """Run the stages that are not finished, and yield a row for each, after one for the first network."""
     shared = {"cycle": name, "unit": cycle.unit, "score": cycle.score, "sizes": dict(sizes)}
     first = measure(cycle, cycle.model, work, sizes)
@@ -186,7 +173,7 @@ def stages(cycle: Cycle, name: str, work: Path, sizes: Mapping[str, float]) -> I
         shown = {key: f"{value:g}" for key, value in sizes.items()}
         command = template.format(model=cycle.model, last=last, parameters=reached, **shown)
         words = [*command.split(), "--out", stage]
-        if not is_finished(work / stage):
+        if not finished(work / stage):
             run(words, work, stage)
         times = json.loads((work / f"{stage}.seconds.json").read_text())
         row = measure(cycle, stage, work, sizes)
@@ -194,14 +181,14 @@ def stages(cycle: Cycle, name: str, work: Path, sizes: Mapping[str, float]) -> I
         yield {**shared, "stage": stage, "command": f"regrow {' '.join(words)}", **row, **times}
 
 
-def check(cycle: Cycle, name: str, work: Path) -> dict[str, Any]:
+def check(cycle: Cycle, name: str, work: Path) -> Row:
     """Return what history, replay, undo and export of the last run give."""
     last = [*cycle.stages][-1]
     for left in ("undone", "exported", "export.log", "history.log"):
         shutil.rmtree(work / left) if (work / left).is_dir() else (work / left).unlink(missing_ok=True)
     run(["history", last], work, "history")
     known = read_stages(work / last)
-    result: dict[str, Any] = {
+    result: Row = {
         "cycle": name,
         "stage": "checks",
         "history": [{key: one.record.get(key) for key in ("name", "verb", "changed")} for one in known],
@@ -222,7 +209,7 @@ def check(cycle: Cycle, name: str, work: Path) -> dict[str, Any]:
     return result
 
 
-def compare_replay(cycle: Cycle, work: Path, last: str, plans: Any) -> dict[str, Any]:
+def compare_replay(cycle: Cycle, work: Path, last: str, plans: Any) -> Row:
     """Replay a ledger on the first architecture without weights, and compare each tensor with the last network's."""
     ours = load_model(spec_of(cycle, last, work)).model.state_dict()
     start = load_model(spec_of(cycle, cycle.model, work))
@@ -237,7 +224,7 @@ def compare_replay(cycle: Cycle, work: Path, last: str, plans: Any) -> dict[str,
     return {"tensors": len(ours), "differ": differ + sorted(theirs.keys() - ours.keys())}
 
 
-def compare_undone(cycle: Cycle, work: Path, last: str, many: int) -> dict[str, Any]:
+def compare_undone(cycle: Cycle, work: Path, last: str, many: int) -> Row:
     """Undo the last run until the start, in a folder of its own, and compare each tensor with the first network's."""
     run(["undo", last, "--out", "undone"], work, "undo")
     for _ in range(many - 1):
@@ -273,7 +260,7 @@ def show_stage(row: Row, bits: bool) -> list[str]:
     return [row["stage"], f"{row['parameters'] / 1e6:.2f} M", macs, *scores, f"{row.get('cpu_seconds', 0):.0f}"]
 
 
-def show_checks(row: Mapping[str, Any]) -> Iterator[str]:
+def show_checks(row: Row) -> Iterator[str]:
     """Yield what was checked after the last stage, as a list in Markdown."""
     runs = row["history"]
     names = ", ".join(f"{one['name']} ({one['changed']})" for one in runs)

@@ -17,6 +17,7 @@ operations count at their cost, so pools hardly count, no regulariser favours fe
 filters learn as fast as others. *Random units, MGAS's shares*: operations, filters and weights go in the shares of
 MGAS's own row, at random: the difference is what its choice of units is worth. Likewise with the shares of the search
 without the three additions.
+``--targets`` are shares of the space, ``--first`` and ``--seeds`` bound seeds, ``--match`` is part of an arm's name.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1 --cutout 16``.
 """
@@ -31,7 +32,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from harness import Row, add, arguments, difference, rows, spread, table
+from harness import Row, add, arguments, difference, finished, rows, spread, table
 
 import regrow
 from regrow.allocation.commits import kind_of
@@ -98,9 +99,7 @@ ARMS = (
 
 def once(settings: Settings, place: Path) -> RunFolder:
     """The run of a folder: gone on with, or as it is if it is over."""
-    if (place / "run.json").is_file() and (folder := RunFolder.open(place)).run().get("finished"):
-        return replace(folder, resumed=True)
-    return run(settings, Invocation(place))
+    return replace(RunFolder.open(place), resumed=True) if finished(place) else run(settings, Invocation(place))
 
 
 def best(settings: Settings, place: Path, draws: int) -> Settings:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Row, add, arguments, rows, table
+from harness import Row, add, arguments, finished, rows, table
 
 from regrow.cli.screen import working
 from regrow.jobs import recover as recovery_run
@@ -81,11 +81,6 @@ def won(nll: dict[str, dict[str, float]], kinds: tuple[str, ...]) -> float:
     """The share of the lost log-perplexity that came back, on some kinds together."""
     dense, cut, after = (math.fsum(nll[kind][side] for kind in kinds) for side in SIDES)
     return (cut - after) / (cut - dense)
-
-
-def finished(folder: Path) -> bool:
-    """Whether a run is over."""
-    return (folder / "run.json").is_file() and bool(RunFolder.open(folder).run().get("finished"))
 
 
 def run(args: Namespace) -> None:

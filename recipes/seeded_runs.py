@@ -167,16 +167,15 @@ def onnx_graph(path: Path) -> bytes:
 
 def digest(path: Path) -> dict[str, str]:
     """Return the digests of a run folder, or of what was exported or printed, by kind."""
+    digests = {"digests": digest_tensors(path)} if path.is_dir() else {}
     if not (path / "run.json").is_file():
-        files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-        parts = [[one.name, short(one.read_bytes())] for one in files if one.name != "model.safetensors"]
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        parts = [[file.name, short(file.read_bytes())] for file in files if file.name != "model.safetensors"]
         if path.suffix == ".json":
             parts = without_times(json.loads(path.read_text()))
         if path.suffix == ".onnx":
             parts = [["graph", short(onnx_graph(path))]]
-        weights = {"digests": digest_tensors(path)} if path.is_dir() else {}
-        return {**weights, "files": short(parts)}
-    digests = {"digests": digest_tensors(path)}
+        return {**digests, "files": short(parts)}
     if (path / "ledger.json").is_file():
         digests["plans"] = short(without_times(json.loads((path / "ledger.json").read_text())["plans"]))
     kinds: dict[str, list[object]] = {}

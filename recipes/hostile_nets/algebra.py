@@ -317,10 +317,7 @@ def attention_of_torch(random: Random) -> Built:
             nn.TransformerEncoderLayer(8, 2, 11, 0.0, batch_first=True, norm_first=flag),
             lambda m, x: m.core(x),
         ),
-        "decoder": lambda: (
-            nn.TransformerDecoderLayer(8, 2, 10, 0.0, batch_first=True),
-            lambda m, x: m.core(x, x),
-        ),
+        "decoder": lambda: (nn.TransformerDecoderLayer(8, 2, 10, 0.0, batch_first=True), lambda m, x: m.core(x, x)),
     }[kind]()
     return Built(Net(run, core=core), (torch.randn(2, 3, 8),))
 
