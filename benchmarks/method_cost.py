@@ -64,7 +64,12 @@ def show(every: list[Row]) -> None:
                 means = [fmean(row[name] for row in own) for name in ("cpu_s", "peak_mib")]
                 flap = flap or means
                 ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(means, flap, strict=True))
-                print(*group, arm, f"{means[0]:.1f} CPU s, {means[1]:.0f} MiB; {ratios} x flap", sep=", ")
+                print(
+                    *map(" ".join, zip(GIVEN, map(str, group), strict=True)),
+                    arm,
+                    f"{means[0]:.1f} CPU s, {means[1]:.0f} MiB; {ratios} x flap",
+                    sep=", ",
+                )
 
 
 def main() -> None:

@@ -26,7 +26,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import corpora
 import torch
 from shared import Row, add, arguments, rows, table
 
@@ -68,6 +67,8 @@ ARMS: Mapping[str, Arm] = {
 
 def measure(args: Namespace) -> None:
     """Measure the rows that are missing."""
+    import corpora
+
     torch.set_num_threads(1)
     known = {(row["fold"], row["keep"], row["arm"]) for row in rows(args.out)}
     loaded = load_model(ModelSpec(MODEL, "bfloat16"))

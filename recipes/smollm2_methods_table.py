@@ -38,8 +38,6 @@ from regrow.scoring.collect import collect
 
 OUT = Path(__file__).parent / "results" / "smollm2_methods.jsonl"
 SEEN = ("news", "code", "manual", "talk")
-UNOUT = Path(__file__).parent / "results" / "smollm2_methods.jsonl"
-SEEN = ("prose", "legal", "wiki", "dialogue")
 UNSEEN = ("prose", "legal", "wiki", "dialogue")
 METHOD_NAMES = ("flap", "wanda_sp", "llm_pruner", "random", "magnitude")
 
