@@ -216,7 +216,7 @@ class WidthPruningBench:
         found = []
         for path in map(Path, self.args.task):
             name, items = path.name.partition(".")[0], items_in(path, self.args.items)
-            one = choices(network, self.loaded.tokenizer, items, name)
+            one = choices(network, self.loaded.tokenizer, items, task=name)
             record = {key: value for key, value in one.record().items() if not isinstance(value, list)}
             record |= {
                 key: "".join(str(int(right)) for right in getattr(one, key)) for key in ("right", "right_per_byte")
