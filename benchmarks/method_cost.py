@@ -62,14 +62,10 @@ def show(every: list[Row]) -> None:
             own = [row for row in every if row["arm"] == arm and tuple(row[name] for name in GIVEN) == group]
             if own:
                 means = [fmean(row[name] for row in own) for name in ("cpu_s", "peak_mib")]
-                flap = flap or means
-                ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(means, flap, strict=True))
-                print(
-                    *map(" ".join, zip(GIVEN, map(str, group), strict=True)),
-                    arm,
-                    f"{means[0]:.1f} CPU s, {means[1]:.0f} MiB; {ratios} x flap",
-                    sep=", ",
-                )
+                flap = means if arm == "flap" else flap
+                ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(means, flap, strict=False))
+                given = ", ".join(f"{name} {value}" for name, value in zip(GIVEN, group, strict=True))
+                print(f"{given}, {arm}: {means[0]:.1f} CPU s, {means[1]:.0f} MiB; {ratios} x flap")
 
 
 def main() -> None:
