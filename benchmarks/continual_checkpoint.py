@@ -29,8 +29,8 @@ from regrow.core.tasks import Task
 from regrow.data.streams import fewer, idx, permuted_tasks
 from regrow.methods import LEARNERS
 from regrow.tracing import trace
-from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import learn
+from regrow.training.state import read_checkpoint, write_checkpoint
 
 OUT = Path("benchmarks/results/continual_checkpoint.json")
 ARMS = ("naive", "EWC 10", "replay 500")

@@ -22,6 +22,7 @@ from regrow.nets.small import small
 from regrow.store.versions import versions
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
+from regrow.training.fit import FitOptions
 
 NETS = {"mlp:100-100": ((1, 28, 28), 256), "resnet:16-3": ((3, 32, 32), 64)}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,7 +53,7 @@ def step(net: str, arm: str, steps: int) -> float:
         tasks,
         LEARNERS[method].made(method, settings),
         TaskSchedule(epochs=1, batch_size=batch),
-        progress=lambda done, total, what: moments.append(time.perf_counter()),
+        options=FitOptions(progress=lambda done, total, what: moments.append(time.perf_counter())),
     )
     own = moments[steps:]
     return (own[-1] - own[0]) / (len(own) - 1)

@@ -28,7 +28,7 @@ from regrow.jobs.search import Settings, build_search, build_space
 from regrow.store.versions import versions
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Learner, NoState, Step
-from regrow.training.schedule import Optimizers, OptimizerSettings
+from regrow.training.schedule import Optimizers, Schedule
 from regrow.training.state import axis_tensors
 
 
@@ -46,7 +46,7 @@ def step_of(learner: Learner[Any], context: Context, batch: Examples) -> Callabl
     """A training step, as the loop takes it."""
     state = learner.boundary(learner.state, context, Boundary(Event.TASK_START))
     context.model.train()
-    optimizers = Optimizers(OptimizerSettings(lr=0.01), learner.optimizer)
+    optimizers = Optimizers(Schedule(), learner)
     optimizers.collect(context.parameters(), axis_tensors(state))
 
     def step() -> None:

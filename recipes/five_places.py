@@ -22,7 +22,7 @@ import numpy as np
 from gguf_check import asked, prompts_of
 
 import regrow
-from regrow.store.pretrained import read_tokenizer
+from regrow.store.portable import read_tokenizer
 from regrow.store.versions import versions
 
 GREEDY = 4

@@ -28,7 +28,7 @@ import torch
 from gguf_check import prompts_of
 
 import regrow
-from regrow.store.pretrained import read_tokenizer
+from regrow.store.portable import read_tokenizer
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "vllm_cpu.jsonl"

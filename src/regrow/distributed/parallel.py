@@ -36,7 +36,7 @@ class Outbox:
         plain = [tensor.contiguous() for tensor in tensors]
         forms = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in plain]
         text = _text({"record": record, "tensors": forms})
-        for part in (torch.tensor([len(text)]), text, *(_as_bytes(tensor) for tensor in plain if tensor.numel())):
+        for part in (torch.tensor([len(text)]), text, *(as_bytes(tensor) for tensor in plain if tensor.numel())):
             self.waiting.append((dist.isend(part, 0), part))
             self.bytes += part.nbytes
         while self.bytes > PENDING:
@@ -63,7 +63,7 @@ def receive(rank: int) -> tuple[Any, list[Tensor]]:
     tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in message["tensors"]]
     for tensor in tensors:
         if tensor.numel():
-            dist.recv(_as_bytes(tensor), rank)
+            dist.recv(as_bytes(tensor), rank)
     return message["record"], tensors
 
 
@@ -113,7 +113,7 @@ def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             here = tensor.detach().cpu().contiguous()
             if here.numel():
-                dist.broadcast(_as_bytes(here), 0)
+                dist.broadcast(as_bytes(here), 0)
             if not ranks.leads:
                 tensor.copy_(here)
 
@@ -144,14 +144,15 @@ def checksum(tensor: Tensor) -> int:
     False
     """
     own = tensor.detach().cpu().contiguous()
-    return zlib.crc32(_as_bytes(own).numpy().data) if own.numel() else 0
+    return zlib.crc32(as_bytes(own).numpy().data) if own.numel() else 0
 
 
 def _text(record: object) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a contiguous tensor as bytes."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -209,11 +210,12 @@ class Parallel:
         """Return the decision of rank 0."""
         return bool(broadcast_record(self.ranks, holds))
 
-    def check_same(self, what: str, *data: object) -> None:
-        """Raise ResourceError on every rank unless all have the same data."""
+    def check_same(self, what: str, data: object) -> None:
+        """Raise ResourceError on every rank unless all have the same data, such as a list of tensors."""
         if not self.ranks.several:
             return
-        own = zlib.crc32(repr([checksum(one) if isinstance(one, Tensor) else one for one in data]).encode())
+        parts = data if isinstance(data, list) else [data]
+        own = zlib.crc32(repr([checksum(part) if isinstance(part, Tensor) else part for part in parts]).encode())
         if not everywhere(self.ranks, broadcast_record(self.ranks, own) == own):
             raise ResourceError(
                 f"the processes have computed different {what} from the same data, as different kinds of CPU may; "

@@ -22,7 +22,7 @@ from regrow.nets.blocks import ATTENTION, MLP, DecoderLayer, blocks
 from regrow.nets.examples import guessed_example
 from regrow.nets.language import example_of_transformers, origin_of, quiet, require_transformers
 from regrow.store import portable
-from regrow.store.pretrained import update_origin
+from regrow.store.portable import update_origin
 from regrow.store.state import find_numbers, named_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -23,7 +23,7 @@ from regrow.scoring.metrics import energy, massive
 from regrow.scoring.weights import readers
 from regrow.store import statistics
 from regrow.store.tensors import open_checkpoint
-from regrow.training.checkpoint import FORMAT
+from regrow.training.state import FORMAT
 
 
 def write_scores(

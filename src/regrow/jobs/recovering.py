@@ -37,7 +37,7 @@ from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import RUN, check_repeatable, convert_settings
 from regrow.store.statistics import fingerprint, parameter_sums
 from regrow.store.tensors import open_checkpoint
-from regrow.training import checkpoint as training
+from regrow.training import state as training
 
 LEAST_TOKENS = 8192
 """The fewest tokens of text to reconstruct on, unless another number is asked for."""

@@ -196,11 +196,7 @@ _RECORDS = ("run.json", "shapes.json", "config.json")
 def check_output(
     path: Path, suffixes: Sequence[str], inputs: Iterable[str | Path] = (), *, streams: bool = False
 ) -> Path:
-    """Raise StoreError unless an output file may be created or replaced; nothing is opened or changed.
-
-    Returns:
-        The file to write: ``path``, or the target if it is a symbolic link.
-    """
+    """Raise StoreError unless an output file may be created or replaced; nothing is opened or changed."""
     target = Path(os.path.realpath(path))
     with explain_os_errors(path):
         try:

@@ -83,28 +83,17 @@ def _replay(
 
 @dataclass(frozen=True, eq=False)
 class StreamedCut:
-    """A plan for a network that is larger than memory, tried on a copy without numbers.
-
-    Args:
-        opened: The network before the cut.
-        change: The plan, with the shapes of what it makes.
-        loaded: The cut network without numbers, its tokenizer, an example input and its origin.
-        axes: The axes of the cut network.
-    """
+    """A plan for a network that is larger than memory, tried on a copy without numbers."""
 
     opened: OpenedNetwork
-    change: ProposedChange
-    loaded: Loaded
+    change: ProposedChange  # the plan, with the shapes of what it makes
+    loaded: Loaded  # the cut network without numbers, its tokenizer, an example input and its origin
     axes: AxisGraph
 
     def write(
         self, folder: Path, *, proof: bool = True, progress: Progress = silent, ranks: ProcessRank = SINGLE
     ) -> list[Deviation]:
-        """Cut and write the network, as ``store.write_model`` writes one that is in memory.
-
-        Returns:
-            How far the blocks that were compared are from the masked ones.
-        """
+        """Cut and write the network, as ``store.write_model`` writes one that is in memory."""
         deviations: list[Deviation] = []
 
         def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:

@@ -29,24 +29,14 @@ MARGIN = 1.05
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a run stays within a limit of memory.
-
-    Args:
-        limit: The limit in bytes.
-        whole: What the run would need with the whole network in memory.
-        least: What it needs with one block in memory.
-        results: What the results of blocks for all windows take; in files if there is no room for them.
-        blocks: How many blocks the network has.
-        held: What the process held before the run.
-        decision: Whether rank 0 of several processes reads one block at a time; ``None``: the limit decides.
-    """
+    """How a run stays within a limit of memory."""
 
     limit: int
-    whole: int
-    least: int
-    results: int
+    whole: int  # what the run would need with the whole network in memory
+    least: int  # what it needs with one block in memory
+    results: int  # what the results of blocks for all windows take; in files if there is no room for them
     blocks: int
-    held: int
+    held: int  # what the process held before the run
     decision: bool | None = None
 
     @property
@@ -78,15 +68,10 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class MemoryTerms:
-    """What a run with whole networks in memory is predicted to need of a limit.
-
-    Args:
-        limit: The limit in bytes.
-        terms: What takes memory → how many bytes.
-    """
+    """What a run with whole networks in memory is predicted to need of a limit."""
 
     limit: int
-    terms: Mapping[str, int]
+    terms: Mapping[str, int]  # what takes memory → how many bytes
 
     @property
     def needed(self) -> int:
@@ -124,8 +109,8 @@ def plan_memory(
     entries = max(sum(weights.like[name].numel() for name in one.names) for one in network.blocks)
     exact = int(8 * EXACT * entries) if what == "pruning" else 0
     held, running = read_resident() if held is None else held, SPARE[what] + 3 * tokens * width * max(item, 4)
-    cast = any(place.dtype != weights.like[name].dtype for name, place in weights.places())
-    mapped = sum(place.bytes for _, place in weights.places()) if cast else 0  # of the files, while they are read
+    # Files that are mapped while they are read.
+    mapped = sum(place.bytes for _, place in weights.places()) if weights.cast else 0
     whole = held + max(running + exact, mapped) + int((WHOLE - (what != "pruning")) * sum(size.values()))
     # Behind the last block, the outputs are in memory instead of blocks.
     outer, outputs = sum(size[name] for name in network.outer), 2 * tokens * width * item

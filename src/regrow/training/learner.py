@@ -214,10 +214,8 @@ def task_loss(state: object, context: Context, step: Step) -> Loss:
 
     Of classes, the output is the logits, −∞ for classes outside ``context.classes``.
     """
-    if context.objective is CLASSIFICATION:
-        output: Any = context.logits(step.batch.inputs)
-    else:
-        output = run_network(context.model, step.batch.inputs, context.device)
+    inputs, classes = step.batch.inputs, context.objective is CLASSIFICATION
+    output = context.logits(inputs) if classes else run_network(context.model, inputs, context.device)
     return Loss(context.objective.loss(output, step.batch.labels), output)
 
 

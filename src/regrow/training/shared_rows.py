@@ -15,15 +15,13 @@ from regrow.core.errors import InputError
 from regrow.core.sources import device_of, logits_in
 from regrow.core.tasks import first_tensor
 from regrow.distributed import ProcessRank
+from regrow.distributed.parallel import as_bytes
 
 
 class SynchronisedBatchNorm(TorchFunctionMode):
     """Context manager in which BatchNorm in training mode normalises by the statistics of all ranks' examples.
 
     It must last until the backward pass is over, since activation checkpointing runs modules again.
-
-    Args:
-        active: Whether statistics are those of all ranks; it may change inside.
     """
 
     def __init__(self, active: bool = True) -> None:
@@ -118,12 +116,7 @@ def sharing_rows(model: nn.Module, ranks: ProcessRank) -> Iterator[None]:
 
 
 class _SharedForward:
-    """The hooks before and after a forward pass.
-
-    Args:
-        ranks: The processes.
-        norms: Says whether BatchNorm takes its statistics from all ranks.
-    """
+    """The hooks before and after a forward pass."""
 
     def __init__(self, ranks: ProcessRank, norms: SynchronisedBatchNorm) -> None:
         self.ranks, self.norms = ranks, norms
@@ -193,17 +186,13 @@ class _GatheredRows(torch.autograd.Function):
         padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather([_as_bytes(one) for one in parts], _as_bytes(padded))
+        dist.all_gather([as_bytes(one) for one in parts], as_bytes(padded))
         return torch.cat([part[:many] for part, many in zip(parts, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         start, end = ctx.bounds[ctx.ranks.rank : ctx.ranks.rank + 2]
         return gradient[start:end] * ctx.ranks.size, None, None
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _select(value: Any, many: int, rows: slice) -> Any:

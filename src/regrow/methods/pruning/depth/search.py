@@ -27,7 +27,7 @@ from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors
 from regrow.surgery.gate import gate_inputs, gates_of
 from regrow.tracing.branches import insert_placeholders, set_modules
-from regrow.training.checkpoint import FORMAT
+from regrow.training.state import FORMAT
 
 POSITIONS = 2048
 """The most positions that run at a time: their logits are in memory."""

@@ -33,12 +33,11 @@ from regrow.scoring.spaces import FEW, OUTER_BLOCKS, inner, share_of, spaces, wi
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header
 from regrow.surgery.gate import gate_inputs, gates_of
-from regrow.training.checkpoint import FORMAT, read_checkpoint, write_checkpoint
-from regrow.training.fit import fit
+from regrow.training.fit import FitOptions, fit
 from regrow.training.hooks import Check, EarlyStopping, Tensors, with_early_stopping
 from regrow.training.learner import Learner, Loss
-from regrow.training.schedule import NO_AXES, OptimizerSettings, Schedule, source_phase
-from regrow.training.state import TrainState
+from regrow.training.schedule import NO_AXES, Schedule, source_phase
+from regrow.training.state import FORMAT, TrainState, read_checkpoint, write_checkpoint
 
 SECONDS = 120.0
 """The longest time between two checkpoints, in seconds; one is also written after every evaluation."""
@@ -264,11 +263,9 @@ def _learn(
         task.axes,
         [source_phase("learning", epochs, shares.windows)],
         learner,
-        Schedule(OptimizerSettings("adamw", s.lr), "cosine", seed=s.seed),
+        Schedule("adamw", s.lr, decay="cosine", seed=s.seed),
         state=state,
-        checkpoint=lambda now, context: write(now),
-        seconds=SECONDS,
-        progress=task.progress,
+        options=FitOptions(checkpoint=lambda now, context: write(now), seconds=SECONDS, progress=task.progress),
     ).state
 
 
