@@ -118,12 +118,12 @@ def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
                 tensor.copy_(here)
 
 
-def broadcast_file(ranks: ProcessRank, path: Path, place: Path) -> Path:
+def broadcast_file(ranks: ProcessRank, path: Path, folder: Path) -> Path:
     """Return a file of rank 0 on every rank: the file itself on rank 0, a copy elsewhere; it need not exist."""
     if not ranks.several:
         return path
     left = broadcast_record(ranks, path.stat().st_size if ranks.leads and path.is_file() else -1)
-    target = path if ranks.leads else place / path.name
+    target = path if ranks.leads else folder / path.name
     if left < 0:
         return target
     with target.open("rb" if ranks.leads else "wb") as file:
@@ -143,8 +143,8 @@ def checksum(tensor: Tensor) -> int:
     >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
     False
     """
-    own = tensor.detach().cpu().contiguous()
-    return zlib.crc32(as_bytes(own).numpy().data) if own.numel() else 0
+    plain = tensor.detach().cpu().contiguous()
+    return zlib.crc32(as_bytes(plain).numpy().data) if plain.numel() else 0
 
 
 def _text(record: object) -> Tensor:
@@ -199,7 +199,10 @@ class Parallel:
         if not self.ranks.several:
             return loss
         if not self.fsdp:
-            _sum_gradients([one for one in parameters if one.requires_grad], self.ranks.size if self.by_rows else 1)
+            _sum_gradients(
+                [parameter for parameter in parameters if parameter.requires_grad],
+                self.ranks.size if self.by_rows else 1,
+            )
         if self.by_rows:
             return loss
         total = torch.tensor(loss, dtype=torch.float64)
@@ -215,8 +218,8 @@ class Parallel:
         if not self.ranks.several:
             return
         parts = data if isinstance(data, list) else [data]
-        own = zlib.crc32(repr([checksum(part) if isinstance(part, Tensor) else part for part in parts]).encode())
-        if not everywhere(self.ranks, broadcast_record(self.ranks, own) == own):
+        digest = zlib.crc32(repr([checksum(part) if isinstance(part, Tensor) else part for part in parts]).encode())
+        if not everywhere(self.ranks, broadcast_record(self.ranks, digest) == digest):
             raise ResourceError(
                 f"the processes have computed different {what} from the same data, as different kinds of CPU may; "
                 "start them on machines of one kind, with the same number of threads and version of torch"
@@ -226,10 +229,10 @@ class Parallel:
         """Return the value of each item, on all ranks; each rank computes its share."""
         size, last = self.ranks.size, len(items) - 1
         # All ranks call the function equally often: a sharded network runs on all of them at once.
-        own = [function(items[min(first + self.ranks.rank, last)]) for first in range(0, len(items), size)]
+        computed = [function(items[min(first + self.ranks.rank, last)]) for first in range(0, len(items), size)]
         if size == 1:
-            return own
-        here = torch.tensor(own, dtype=torch.float64)
+            return computed
+        here = torch.tensor(computed, dtype=torch.float64)
         parts = [torch.empty_like(here) for _ in range(size)]
         dist.all_gather(parts, here)
         return [float(parts[i % size][i // size]) for i in range(len(items))]
@@ -247,19 +250,19 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _sum_gradients(parameters: Sequence[Tensor], divisor: int) -> None:
     """Sum the gradients of all ranks over ``divisor``, in place; a parameter that no rank has one of stays without."""
-    there = torch.tensor([one.grad is not None for one in parameters], dtype=torch.uint8)
+    there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
     if len(there):
         dist.all_reduce(there, dist.ReduceOp.MAX)
-    parameters = [one for one, holds in zip(parameters, there.tolist(), strict=True) if holds]
-    for one in parameters:
-        if one.grad is None:
-            one.grad = torch.zeros_like(one)
+    parameters = [parameter for parameter, holds in zip(parameters, there.tolist(), strict=True) if holds]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     bucket: list[Tensor] = []
-    for i, one in enumerate(parameters):
-        assert one.grad is not None
-        bucket.append(one.grad)
+    for i, parameter in enumerate(parameters):
+        assert parameter.grad is not None
+        bucket.append(parameter.grad)
         following = parameters[i + 1] if i + 1 < len(parameters) else None
-        if following is None or following.dtype != one.dtype or sum(grad.nbytes for grad in bucket) > BUCKET:
+        if following is None or following.dtype != parameter.dtype or sum(grad.nbytes for grad in bucket) > BUCKET:
             joined = torch.cat([grad.reshape(-1) for grad in bucket])
             dist.all_reduce(joined)
             if divisor > 1:

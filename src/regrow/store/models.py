@@ -276,7 +276,7 @@ def _write_probe(
             raise probe.UnprobedError("no example input is known; give one: save(…, example=input)")
         there = named_tensors(net)
         cast = any(
-            str(there[n].tensor.dtype) != f"torch.{one.dtype}" for n, one in shapes.tensors.items() if n in there
+            str(there[n].tensor.dtype) != f"torch.{stored.dtype}" for n, stored in shapes.tensors.items() if n in there
         )
         probe.write_probe(net, example, folder / probe.FILE, cast=cast, aligned=aligned)
     except (probe.UnprobedError, ModelError) as error:

@@ -131,8 +131,8 @@ class RunFolder:
     @classmethod
     def open_unfinished(cls, path: str | Path) -> "RunFolder | None":
         """Open the unfinished run in a folder for reading; ``None`` if there is none."""
-        place = run_record.unfinished_folder(Path(path))
-        return cls(place) if place else None
+        area = run_record.unfinished_folder(Path(path))
+        return cls(area) if area else None
 
     def _repr_html_(self) -> str:
         """Return what the run is and the sizes that it measured as HTML tables, for notebooks."""

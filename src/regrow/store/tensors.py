@@ -101,7 +101,7 @@ def write_tensors(
     """Write named tensors and a JSON header to one file atomically."""
     names = list(tensors)
     # The file format restricts names: tensors are numbered.
-    here = {f"t{i}": one.detach() for i, one in enumerate(to_host(list(tensors.values())))}
+    here = {f"t{i}": tensor.detach() for i, tensor in enumerate(to_host(list(tensors.values())))}
     hasher = hashlib.sha256()
     for name in sorted(here):
         add_to_digest(hasher, (name, whole(here[name])))
@@ -110,7 +110,7 @@ def write_tensors(
         for name in sorted(here):
             whole(here[name])
         return
-    entries = {name: (one.dtype, tuple(one.shape)) for name, one in here.items()}
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in here.items()}
     with (
         atomic_write(path) as temporary,
         TensorFile(temporary, entries, {"regrow": json.dumps(record)}) as file,
@@ -125,13 +125,13 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
         return _header(content, (kind,))
 
 
-def open_checkpoint(path: Path, key: str, *kinds: str) -> dict[str, Any]:
+def open_checkpoint(path: Path, key: str, *formats: str) -> dict[str, Any]:
     """Return the header of an interrupted stage's checkpoint; a file of another stage or key is deleted."""
     with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
     try:
         with _telling(path), safe_open(path, framework="pt") as content:
-            header = _header(content, kinds)
+            header = _header(content, formats)
     except StoreError:
         header = {}
     if header.get("key") == key:
@@ -181,10 +181,10 @@ def add_to_digest(hasher: Any, value: Any) -> None:
             hasher.update(f"{value!r};".encode())
 
 
-def _header(content: Any, kinds: Sequence[str]) -> dict[str, Any]:
+def _header(content: Any, formats: Sequence[str]) -> dict[str, Any]:
     header = json.loads((content.metadata() or {}).get("regrow", "null"))
-    if not isinstance(header, dict) or header.get("format") not in kinds:
-        check_format(header, kinds[0], "it")
+    if not isinstance(header, dict) or header.get("format") not in formats:
+        check_format(header, formats[0], "it")
     names = header.get("names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) != len(names):
         raise ValueError("its names of tensors are damaged")

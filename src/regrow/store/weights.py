@@ -191,7 +191,7 @@ class FileDigest:
         self.path, self.start = file.path, len(file.header)
         self.header = hashlib.sha256(file.header).hexdigest()
         self.sha256 = hashlib.sha256(file.header)
-        self.todo = deque(sorted((place, name) for name, place in file.places.items()))
+        self.todo = deque(sorted((span, name) for name, span in file.places.items()))
         self.early: set[str] = set()
 
     def add(self, name: str, data: memoryview) -> None:
@@ -223,7 +223,7 @@ class TensorWriter:
 
     def __init__(self, files: Mapping[str, TensorFile], ahead: int) -> None:
         self.files, self.ahead = files, ahead
-        self.digests: dict[Path, FileDigest] = {one.path: FileDigest(one) for one in files.values()}
+        self.digests: dict[Path, FileDigest] = {file.path: FileDigest(file) for file in files.values()}
         self.tensors: dict[str, str] = {}
         self.waiting: deque[tuple[int, tuple[Future[None], ...]]] = deque()
         self.unflushed = 0
@@ -242,7 +242,7 @@ class TensorWriter:
         """Wait until all is written; return the SHA-256 of each tensor, and the size and digests of each file."""
         while self.waiting:
             self._wait()
-        return self.tensors, {path: one.result() for path, one in self.digests.items()}
+        return self.tensors, {path: digest.result() for path, digest in self.digests.items()}
 
     def __enter__(self) -> "TensorWriter":
         return self

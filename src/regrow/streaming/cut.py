@@ -102,8 +102,8 @@ class StreamedCut:
                     yield name, tensor
 
         @contextmanager
-        def running(place: Path) -> Iterator[nn.Module]:
-            network, change = self.network(place), self.change
+        def running(written: Path) -> Iterator[nn.Module]:
+            network, change = self.network(written), self.change
             if proof:
                 example = cast_example(change.axes.example, change.model)
                 check_streamed_run(network, change.planned, change.recording.blocks, example)
@@ -188,7 +188,7 @@ class StreamedCut:
 
 def _ordered(network: StreamedNetwork) -> list[StreamedBlock]:
     """Return the blocks in the order of the files as far as possible, so that these are hashed as they are written."""
-    return sorted(network.blocks, key=lambda one: f"{one.path}.")
+    return sorted(network.blocks, key=lambda block: f"{block.path}.")
 
 
 def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:

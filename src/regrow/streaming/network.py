@@ -72,7 +72,7 @@ class StreamedNetwork:
     @property
     def largest_block(self) -> int:
         """The bytes in memory of the largest block."""
-        return max(sum(map(self.weights.bytes_of, one.names)) for one in self.blocks)
+        return max(sum(map(self.weights.bytes_of, block.names)) for block in self.blocks)
 
     @contextmanager
     def resident(self, names: Collection[str], following: Collection[str] = ()) -> Iterator[None]:
@@ -173,8 +173,8 @@ class StreamedNetwork:
         """Context manager in which a block is in memory; gives ``id`` → name of the wanted weights that are loaded."""
         with self.resident(self._names(number), self._names(number + 1) if number + 1 < passes else ()):
             wanted = {*names} if number < len(self.blocks) else {*names} & {*self.outer}
-            own = self.model.named_parameters(remove_duplicate=False)
-            yield {id(one): name for name, one in own if name in wanted and not one.is_meta}
+            parameters = self.model.named_parameters(remove_duplicate=False)
+            yield {id(parameter): name for name, parameter in parameters if name in wanted and not parameter.is_meta}
 
     def _run_one(
         self,

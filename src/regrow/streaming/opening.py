@@ -86,7 +86,7 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
         return read_whole(folder, lambda: _open_saved(folder, name, dtype))
     _check_names_no_weights(folder, name)
     checkpoint, mode = Checkpoint.open(folder), FakeTensorMode(allow_non_fake_inputs=True)
-    stored = next((one.dtype for one in checkpoint.places.values() if one.dtype.is_floating_point), torch.float32)
+    stored = next((place.dtype for place in checkpoint.places.values() if place.dtype.is_floating_point), torch.float32)
     loaded = load_skeleton(folder, name=name, dtype=dtype, stored=stored, empty=empty_parameters(mode))
     loaded = replace(loaded, files=checkpoint.files)
     return OpenedNetwork(loaded, _traced(loaded), StoredWeights(checkpoint, loaded.model, name))
@@ -97,8 +97,8 @@ def _open_saved(folder: Path, name: str, dtype: torch.dtype | None) -> OpenedNet
     loaded, shapes = load_saved_skeleton(folder, FakeTensorMode(allow_non_fake_inputs=True), dtype)
     places: dict[str, TensorPlace] = {}
     for file, recorded in shapes.files.items():
-        found = read_places(inside(folder, file), recorded.sha256)
-        places |= {key: place for key, place in found.items() if shapes.tensors[key].kind.carried}
+        in_file = read_places(inside(folder, file), recorded.sha256)
+        places |= {key: place for key, place in in_file.items() if shapes.tensors[key].kind.carried}
     digests = {key: shapes.tensors[key].sha256 for key in places}
     weights = StoredWeights(Checkpoint(places, places), loaded.model, name, digests)
     loaded = replace(loaded, files=weights.checkpoint.files)

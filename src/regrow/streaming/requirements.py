@@ -59,10 +59,10 @@ class MemoryPlan:
     def __str__(self) -> str:
         if not self.streams:
             return f"memory: about {format_bytes(self.whole)} of {format_bytes(self.limit)}, with all blocks in memory"
-        place, needed = "in files" if self.on_disk else "in memory", format_bytes(self.needed)
+        where, needed = "in files" if self.on_disk else "in memory", format_bytes(self.needed)
         return (
             f"memory: about {needed} of {format_bytes(self.limit)}, with one of {self.blocks} blocks at a "
-            f"time and hidden states {place} (all at once: {format_bytes(self.whole)})"
+            f"time and hidden states {where} (all at once: {format_bytes(self.whole)})"
         )
 
 
@@ -102,11 +102,11 @@ def plan_memory(
     """Predict the memory that pruning or evaluating a network needs, and decide how it stays within a limit."""
     weights, model = network.weights, network.model
     size = {name: weights.bytes_of(name) for name in weights.stored}
-    inside = [weights.like[name] for one in network.blocks for name in one.names]
+    inside = [weights.like[name] for block in network.blocks for name in block.names]
     item = next(model.parameters()).element_size()
     width, inner = (max((p.shape[0] for p in some if p.dim() == 2), default=1) for some in (model.parameters(), inside))
     hidden = max((p.shape[-1] for p in model.parameters() if p.dim() == 1), default=1)
-    entries = max(sum(weights.like[name].numel() for name in one.names) for one in network.blocks)
+    entries = max(sum(weights.like[name].numel() for name in block.names) for block in network.blocks)
     exact = int(8 * EXACT * entries) if what == "pruning" else 0
     held, running = read_resident() if held is None else held, SPARE[what] + 3 * tokens * width * max(item, 4)
     # Files that are mapped while they are read.
@@ -125,17 +125,17 @@ def plan_memory(
 def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, units: Sequence[Axis]) -> MemoryPlan:
     """Return the prediction with the sums of products of a method that takes them."""
     model = network.model
-    shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     every = {
         name: (reader.width, shapes[name][1 - reader.slot.dim]) for name, reader in linear_readers(axes, units).items()
     }
-    weights = sum(one.numel() * one.itemsize for one in model.parameters())
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     whole = plan.held + SPARE["pruning"] + weights + predict_products([*every.values()], together=False)
     plan = replace(plan, whole=max(plan.whole, whole))
     if not plan.streams:
         return plan
     blocks = ([every[name] for name in block.names if name in every] for block in network.blocks)
-    plan = replace(plan, least=plan.least + max(predict_products(own, together=True) for own in blocks))
+    plan = replace(plan, least=plan.least + max(predict_products(sizes, together=True) for sizes in blocks))
     if plan.least > plan.limit:
         raise ResourceError(explain_refusal("summing products", plan.least, plan.limit) + ", or another method")
     return plan

@@ -208,7 +208,7 @@ def measure_sizes(context: Context, tensors: Mapping[str, AxisTensor]) -> dict[s
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run_network(context.model.eval(), first_examples(context.task.train, 1).inputs)
     context.model.train(was)
-    held = [one.values for one in tensors.values()]
+    held = [tensor.values for tensor in tensors.values()]
     return {
         "task": context.number,
         "parameters": sum(p.numel() for p in parameters.values()),

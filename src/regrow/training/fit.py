@@ -288,13 +288,13 @@ def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fi
 
     It starts with ``Event.RESUME``, since the state may have been read from the checkpoint of the last epoch.
     """
-    own, plans = learner.boundary(fitted.state.learner, context, Boundary(Event.RESUME)), []
+    learned, plans = learner.boundary(fitted.state.learner, context, Boundary(Event.RESUME)), []
     while True:
-        plan, own = learner.plan(own, context)
+        plan, learned = learner.plan(learned, context)
         if plan is None:
             break
-        context, own = apply_plan(learner, own, context, plan)
+        context, learned = apply_plan(learner, learned, context, plan)
         plans.append(plan)
-    own = learner.boundary(own, context, Boundary(Event.FINISH))
-    write_replacements(learner, own, context)
-    return Fitted(context.model, context.axes, replace(fitted.state, learner=own)), plans
+    learned = learner.boundary(learned, context, Boundary(Event.FINISH))
+    write_replacements(learner, learned, context)
+    return Fitted(context.model, context.axes, replace(fitted.state, learner=learned)), plans

@@ -146,7 +146,9 @@ def draw_rows(
     if not filled or not context.number:
         return {}
     picked = torch.randint(filled, (min(n, filled),), generator=context.generator(6, recalled + 1))
-    return {name: one.values[picked.to(one.values.device)] for name, one in stored.items() if one is not None}
+    return {
+        name: memory.values[picked.to(memory.values.device)] for name, memory in stored.items() if memory is not None
+    }
 
 
 Tensors = Mapping[str, AxisTensor]
@@ -217,5 +219,5 @@ def with_early_stopping(
 def restore_best(model: nn.Module, state: EarlyStopping) -> None:
     """Set the parameters of a network to the snapshot of the best evaluation, in place."""
     with torch.no_grad():
-        for name, one in state.best.items():
-            model.get_parameter(name).copy_(one.values)
+        for name, best in state.best.items():
+            model.get_parameter(name).copy_(best.values)

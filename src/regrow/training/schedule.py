@@ -122,9 +122,9 @@ class Optimizers:
         """Register exactly the given tensors for training, and discard the optimizer state of all others."""
         self.network.param_groups[0]["params"] = [p for p in parameters.values() if p.requires_grad]
         by_rate: dict[float, list[Tensor]] = {}
-        for one in tensors.values():
-            if one.lr is not None:
-                by_rate.setdefault(one.lr, []).append(one.values.requires_grad_())
+        for tensor in tensors.values():
+            if tensor.lr is not None:
+                by_rate.setdefault(tensor.lr, []).append(tensor.values.requires_grad_())
         last = self.all[-1]
         del last.param_groups[1 if last is self.network else 0 :]
         for rate, values in by_rate.items():
@@ -146,26 +146,26 @@ class Optimizers:
             return resize_axis_tensor(AxisTensor(value, like.dims), axes, plan).values
 
         state = self.all[-1].state
-        for name, one in old.items():
-            if memory := state.pop(one.values, {}):
-                state[new[name].values] = {what: resize(value, one) for what, value in memory.items()}
+        for name, tensor in old.items():
+            if memory := state.pop(tensor.values, {}):
+                state[new[name].values] = {what: resize(value, tensor) for what, value in memory.items()}
 
     def moments(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> Moments:
         """Return the optimizer state of every trained tensor, by name."""
         return {
-            name: dict(optimizer.state[one])
-            for name, one, optimizer in self._trained(parameters, tensors)
-            if one in optimizer.state
+            name: dict(optimizer.state[tensor])
+            for name, tensor, optimizer in self._trained(parameters, tensors)
+            if tensor in optimizer.state
         }
 
     def restore(
         self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor], moments: Moments
     ) -> None:
         """Set the optimizer state to what :meth:`moments` returned; step counts stay on their device."""
-        for name, one, optimizer in self._trained(parameters, tensors):
+        for name, tensor, optimizer in self._trained(parameters, tensors):
             if name in moments:
-                optimizer.state[one] = {
-                    what: value.to(one.device if value.dim() else value.device, copy=True)
+                optimizer.state[tensor] = {
+                    what: value.to(tensor.device if value.dim() else value.device, copy=True)
                     if isinstance(value, Tensor)
                     else value
                     for what, value in moments[name].items()
@@ -176,6 +176,6 @@ class Optimizers:
     ) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
         for name, parameter in parameters.items():
             yield name, parameter, self.network
-        for name, one in tensors.items():
-            if one.lr is not None:
-                yield f"learner {name}", one.values, self.all[-1]
+        for name, tensor in tensors.items():
+            if tensor.lr is not None:
+                yield f"learner {name}", tensor.values, self.all[-1]

@@ -133,8 +133,8 @@ class _SharedForward:
         self.bounds = [many * rank // size for rank in range(size + 1)]
         rows = slice(*self.bounds[self.ranks.rank : self.ranks.rank + 2])
         self.random = _RankRandomness(self.ranks.rank, device_of(model)) if model.training else None
-        return tuple(_select(one, many, rows) for one in args), {
-            name: _select(one, many, rows) for name, one in kwargs.items()
+        return tuple(_select(value, many, rows) for value in args), {
+            name: _select(value, many, rows) for name, value in kwargs.items()
         }
 
     def gather(self, model: nn.Module, args: Any, output: Any) -> Any:
@@ -143,10 +143,10 @@ class _SharedForward:
         if self.random:
             self.random.restore()
         logits = logits_in(output)
-        own = self.bounds[self.ranks.rank + 1] - self.bounds[self.ranks.rank]
-        if logits.shape[:1] != (own,):
+        rows = self.bounds[self.ranks.rank + 1] - self.bounds[self.ranks.rank]
+        if logits.shape[:1] != (rows,):
             raise InputError(
-                f"the network returned outputs of shape {list(logits.shape)} for {own} examples, which several "
+                f"the network returned outputs of shape {list(logits.shape)} for {rows} examples, which several "
                 "processes cannot put together; start it without torchrun"
             )
         return _GatheredRows.apply(logits, self.bounds, self.ranks)
@@ -186,7 +186,7 @@ class _GatheredRows(torch.autograd.Function):
         padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather([as_bytes(one) for one in parts], as_bytes(padded))
+        dist.all_gather([as_bytes(rank_rows) for rank_rows in parts], as_bytes(padded))
         return torch.cat([part[:many] for part, many in zip(parts, sizes, strict=True)])
 
     @staticmethod

@@ -74,12 +74,12 @@ def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
     """Return the state with other tensors, named as by :func:`axis_tensors`; those that are missing are removed."""
     known, _ = _fields(_kind(state))
     values: dict[str, Any] = {name: None if single else {} for name, single in known.items()}
-    for key, one in tensors.items():
+    for key, tensor in tensors.items():
         first, _, rest = key.partition(" ")
         if known.get(key, False):
-            values[key] = one
+            values[key] = tensor
         elif rest and not known.get(first, True):
-            values[first][rest] = one
+            values[first][rest] = tensor
         else:
             raise ValueError(f"the method has no tensor {key!r}")
     missing = [name for name, value in values.items() if value is None and getattr(state, name) is not None]
@@ -91,7 +91,7 @@ def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
 def follow_plan(state: S, axes: AxisGraph, plan: Plan) -> S:
     """Return the state after a plan: kept entries of its tensors keep their values, new ones are 0."""
     return with_axis_tensors(
-        state, {name: resize_axis_tensor(one, axes, plan) for name, one in axis_tensors(state).items()}
+        state, {name: resize_axis_tensor(tensor, axes, plan) for name, tensor in axis_tensors(state).items()}
     )
 
 
@@ -102,10 +102,10 @@ def values_of(state: Any) -> dict[str, Any]:
 
 def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[str, Any]) -> S:
     """Rebuild a state from its stored tensors and values."""
-    _, kinds = _fields(_kind(state))
-    if missing := [name for name in kinds if name not in values]:
+    _, types = _fields(_kind(state))
+    if missing := [name for name in types if name not in values]:
         raise ValueError(f"the value {missing[0]!r} is missing")
-    known = {name: convert(values[name], kind) for name, kind in kinds.items()}
+    known = {name: convert(values[name], kind) for name, kind in types.items()}
     return with_axis_tensors(replace(state, **known), tensors)  # type: ignore[type-var]
 
 
@@ -164,7 +164,7 @@ def write_checkpoint(
     tensors = axis_tensors(state.learner)
     weights = _trained(model) if trained_only else model.state_dict()
     parts: dict[str, Tensor] = {f"model {name}": value for name, value in weights.items()}
-    parts |= {f"learner {name}": one.values for name, one in tensors.items()}
+    parts |= {f"learner {name}": tensor.values for name, tensor in tensors.items()}
     moments = {f"{what} {name}": value for name, memory in state.moments.items() for what, value in memory.items()}
     parts |= {f"optimiser {name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     if undo is not None:
@@ -174,7 +174,7 @@ def write_checkpoint(
         fields += ("rows", "sizes", "events")
     whole: dict[str, Any] = {
         **(header or {}),
-        "along": {name: [_to_json(one.dims), one.lr] for name, one in tensors.items()},
+        "along": {name: [_to_json(tensor.dims), tensor.lr] for name, tensor in tensors.items()},
         "values": values_of(state.learner),
         "numbers": {name: value for name, value in moments.items() if not isinstance(value, Tensor | None)},
         "course": {name: getattr(state, name) for name in fields},

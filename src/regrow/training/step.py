@@ -70,7 +70,10 @@ def compute_gradients(
         step, total = replace(step, aux=loss.aux), total + value
         damaged = damaged or ("" if math.isfinite(value) else where)
     if parallel.ranks.several:
-        trained = [*context.parameters().values(), *(one.values for one in axis_tensors(state).values() if one.lr)]
+        trained = [
+            *context.parameters().values(),
+            *(tensor.values for tensor in axis_tensors(state).values() if tensor.lr),
+        ]
         total = parallel.reduce(trained, total)
     if not math.isfinite(total):
         raise ValueError(
@@ -110,9 +113,9 @@ def apply_plan(
     context = replace(context, model=model, axes=axes, applied=context.applied + 1)
     state = follow_plan(state, before.axes, plan)
     tensors = axis_tensors(state)
-    for one in tensors.values():
-        if one.lr is not None:
-            one.values.requires_grad_()
+    for tensor in tensors.values():
+        if tensor.lr is not None:
+            tensor.values.requires_grad_()
     if optimizers:
         optimizers.follow(old, tensors, before.axes, plan)
     state = learner.boundary(state, context, Boundary(Event.PLAN_APPLIED, plan, before))
@@ -151,7 +154,7 @@ def gradient_shares(context: Context, new: Mapping[str, Tensor]) -> dict[str, fl
     squares = {name: p.grad.double().square() for name, p in parameters.items() if p.grad is not None}
     sums = [square.sum() for square in squares.values()]
     sums += [squares[name].flatten().index_select(0, new[name]).sum() for name in squares if name in new]
-    numbers = [float(one) for one in to_host(sums)]
+    numbers = [float(number) for number in to_host(sums)]
     whole, added = sum(numbers[: len(squares)]), sum(numbers[len(squares) :])
     many = sum(map(len, new.values()))
     return {

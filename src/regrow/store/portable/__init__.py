@@ -45,7 +45,9 @@ _PREFIX = """
 
 def is_changed(shapes: Shapes) -> bool:
     """Whether a network differs from what its architecture's configuration builds."""
-    differing = any(one.was is not None or one.added or not one.kind.carried for one in shapes.tensors.values())
+    differing = any(
+        stored.was is not None or stored.added or not stored.kind.carried for stored in shapes.tensors.values()
+    )
     return bool(differing or shapes.dropped or shapes.attributes or shapes.placeholders or shapes.inserted)
 
 
@@ -99,7 +101,9 @@ def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         return None
     if within := inner(model):
         automatic["AutoModel"] = within[0]
-    names = {name: f"modeling_regrow.{class_name(one)}" for name, one in sorted(automatic.items())}
+    names = {
+        name: f"modeling_regrow.{class_name(reference_name)}" for name, reference_name in sorted(automatic.items())
+    }
     data: dict[str, Any] = {"regrow": changes, "auto_map": names}
     try:
         return data | {"block_configs": [_block_config(block) for block in blocks(model)]}
@@ -221,13 +225,13 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
             kept = {key: value for key, value in settings.items() if not leads_away(key, value)}
             kept.pop("name_or_path", None)
             path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for one in sorted(stage.rglob("*")):
-            place = folder / one.relative_to(stage)
-            if one.is_dir():
-                place.mkdir(exist_ok=True)
+        for path_in_stage in sorted(stage.rglob("*")):
+            target = folder / path_in_stage.relative_to(stage)
+            if path_in_stage.is_dir():
+                target.mkdir(exist_ok=True)
             else:
-                sync(one)
-                one.replace(place)
+                sync(path_in_stage)
+                path_in_stage.replace(target)
         sync(folder)
 
 
@@ -268,9 +272,9 @@ def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{folder}: config.json cannot be read ({first_line(error)}); restore it") from None
     if other:
-        key, found, expected = other
+        key, actual, expected = other
         raise StoreError(
-            f"{folder}: config.json has {key} = {str(found)[:60]}, but the model was saved with "
+            f"{folder}: config.json has {key} = {str(actual)[:60]}, but the model was saved with "
             f"{str(expected)[:60]}; restore it"
         )
 
