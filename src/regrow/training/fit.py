@@ -123,6 +123,20 @@ def fit(
     return Fitted(model, axes, state)
 
 
+@dataclass
+class _TaskLog:
+    """Routes the rows that a learner logs: to the task's row, to the progress text, or to ``log``."""
+
+    log: Log
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __call__(self, kind: str, /, **row: Any) -> None:
+        if kind in ("task", "status"):
+            self.notes[kind] = self.notes.get(kind, {}) | row
+        else:
+            self.log(kind, **row)
+
+
 class _TaskTraining(Generic[S]):
     """The training of one task."""
 
@@ -140,7 +154,7 @@ class _TaskTraining(Generic[S]):
         self.learner, self.schedule, self.options = learner, schedule, options
         self.state = state
         self.written = 0.0
-        self.notes: dict[str, dict[str, Any]] = {}  # what the learner logged of the task, and beside the progress
+        self.log = _TaskLog(options.log)
         self.optimizers = Optimizers(schedule, learner)
         self.context = Context(
             model,
@@ -157,13 +171,6 @@ class _TaskTraining(Generic[S]):
             log=self.log,
             objective=self.phase.objective,
         )
-
-    def log(self, kind: str, /, **row: Any) -> None:
-        """Route a row that the learner logs: to the task's row, to the progress text, or to ``log``."""
-        if kind in ("task", "status"):
-            self.notes[kind] = self.notes.get(kind, {}) | row
-        else:
-            self.options.log(kind, **row)
 
     def run(self) -> None:
         """Train, and leave the state after the task."""
@@ -186,7 +193,7 @@ class _TaskTraining(Generic[S]):
             number=self.state.number + 1,
             epoch=0,
             rows=(*self.state.rows, row),
-            sizes=(*self.state.sizes, sizes | self.notes.get("task", {})),
+            sizes=(*self.state.sizes, sizes | self.log.notes.get("task", {})),
             moments={},
             loss=None,
         )
@@ -259,7 +266,7 @@ class _TaskTraining(Generic[S]):
                     events = watch(state.events, state.number, smoothed)
                     self.state = state = replace(state, learner=learned, step=i + 1, loss=smoothed, events=events)
             if options.progress is not silent:
-                text = self.notes.get("status", {}).get("text", context.task.name)
+                text = self.log.notes.get("status", {}).get("text", context.task.name)
                 steps = state.number * total + done + i + 1
                 options.progress(steps, len(self.phases) * total, f"{text}, loss {loss:.3f}")
             seconds = options.seconds
