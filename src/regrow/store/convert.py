@@ -50,7 +50,7 @@ def check_fields(data: object, written: object) -> None:
             raise StoreError(f"{'unknown' if name in data else 'missing required'} field `{name:.80}`; restore it")
         for name, value in data.items():
             check_fields(value, written[name])
-    elif isinstance(data, list) and isinstance(written, list | tuple):
+    elif isinstance(data, list) and isinstance(written, list | tuple) and data and isinstance(data[0], dict | list):
         for value, other in zip(data, written, strict=True):
             check_fields(value, other)
 
