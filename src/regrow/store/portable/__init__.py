@@ -18,9 +18,8 @@ from torch import nn
 from regrow.core.errors import first_line
 from regrow.nets import ModelError, Origin
 from regrow.nets.attention import Attention
-from regrow.nets.blocks import DecoderLayer, blocks
 from regrow.nets.files import ATTENTION, check_settings, check_tokenizer, leads_away, settings_of
-from regrow.nets.language import parse_configuration, quiet, require_transformers
+from regrow.nets.language import DecoderLayer, decoder_layers, parse_configuration, quiet, require_transformers
 from regrow.store.atomic import staging_folder, sync, write_text
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.shapes import Kind, Shapes
@@ -106,7 +105,7 @@ def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
     }
     data: dict[str, Any] = {"regrow": changes, "auto_map": names}
     try:
-        return data | {"block_configs": [_block_config(block) for block in blocks(model)]}
+        return data | {"block_configs": [_block_config(block) for block in decoder_layers(model)]}
     except ModelError:
         return data
 
