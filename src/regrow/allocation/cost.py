@@ -225,11 +225,7 @@ def expand(dims: Iterable[Dim]) -> Monomials:
 
 
 def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
-    """Return the cost that a budget limits.
-
-    Raises:
-        ValueError: If the budget counts the key-value cache and the network has none, or time and none was measured.
-    """
+    """Return the cost that a budget limits."""
     if budget.measure == Measure.CACHE and not axes.caches:
         raise ValueError("no attention of this network reads keys and values of earlier tokens: there is no kv_cache")
     tokens = (budget.target.context if budget.target else 0) or 1

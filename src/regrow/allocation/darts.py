@@ -124,18 +124,6 @@ def partial_channels(model: nn.Module, many: int, weights: Callable[[], list[Ten
     The operation itself keeps all channels, but its convolutions see 0 in the others: it computes what a narrower one
     would, at the memory and time of the whole. The other channels are max-pooled where the node halves the resolution.
 
-    Args:
-        model: A network whose operations map C channels to C.
-        many: 1 / this fraction of the channels is processed; 4 in the paper.
-        weights: Function that returns the weights w of the edges into each node, node by node, ``[edges]`` each; called
-            in every forward pass.
-
-    Returns:
-        The handles of the hooks; call ``remove`` on each to undo them.
-
-    Raises:
-        ValueError: If the channels of a node are not a multiple of ``many``.
-
     >>> from regrow.core.candidates import Candidates
     >>> net = nn.Sequential(Candidates({"mixed": nn.Conv2d(2, 2, 1, bias=False)}))
     >>> _ = nn.init.constant_(net[0].ops["mixed"].weight, 5.0)

@@ -83,16 +83,7 @@ class Gates:
         filters: tuple[Tensor, Tensor] | None,
         weights: tuple[Tensor, Tensor, Tensor] | None,
     ) -> GateMasks:
-        """Compare importances with thresholds and return the masks and scales of all three levels.
-
-        Args:
-            ops: The importance logits α, ``[operations]``, and the thresholds of operations; ``None`` if operations are
-                not searched.
-            filters: The importance logits κ, ``[filters]``, and one threshold per axis of ``keys``; ``None`` if filters
-                are not searched.
-            weights: All weights ``[N]``, which of them are 0 for good ``[N]`` bool, and one threshold per operation,
-                with a last one for weights outside operations; ``None`` if weights are not searched.
-        """
+        """Compare importances with thresholds and return the masks and scales of all three levels."""
         one = self.alive.new_ones(len(self.ops), dtype=torch.float32)
         if ops is None:
             margin_o, mask_o, scale_o = one, self.alive.float(), self.alive.float()
@@ -155,11 +146,6 @@ class Gates:
         """Return the normalised importance of each active operation within its node.
 
         ``alpha`` has the importance logit of every operation, ``[operations]``.
-
-        Returns:
-            Which operations are active, ``[operations]`` bool; the importance of each divided by the sum over its node
-            (differentiable), 0 for the others; and the number N of active operations in its node. No operation is
-            picked by a mask, for which the host would wait.
         """
         active = self._active(masks)
         share = torch.where(active, alpha.sigmoid().index_select(0, self.tied), 0.0)
@@ -226,20 +212,7 @@ def gates(
     single: Sequence[Sequence[str]] = (),
     timed: Prices | None = None,
 ) -> Gates:
-    """Work out which operations, filters and weights may be removed in the running part of a network.
-
-    Args:
-        axes: The network's axes.
-        parameters: The parameters of the part that runs.
-        sums: Path of each sum of candidate operations → the paths of its operations.
-        keys: The axes that have thresholds, in the order of the thresholds.
-        needed: Sets of operations of each of which at least one must stay.
-        runs: Function: whether the operation at a path lies in the part that runs.
-        measure: The measure in which costs are counted.
-        tied: Path of each operation that is decided together with others → the path of the one that decides.
-        single: Sets of operations of which exactly one is left at the end.
-        timed: The milliseconds of entries and operations, if the measure is time.
-    """
+    """Work out which operations, filters and weights may be removed in the running part of a network."""
     index = levels(axes, parameters, sums, measure, timed)
     ops = tuple(path for paths in sums.values() for path in paths)
     number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single for path in paths}

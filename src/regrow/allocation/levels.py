@@ -176,14 +176,7 @@ class Levels:
     def replace_weights(
         self, parameters: Mapping[str, Tensor], flat: Tensor | None, filters: Tensor, over_by: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return the weights times the scale of the filter they read, and 0 below their threshold, by name.
-
-        Args:
-            parameters: Name → tensor.
-            flat: All weights in one vector, ``[N]``; ``None``: the network is masked tensor by tensor.
-            filters: The scale of each filter, ``[filters]``.
-            over_by: How far each weight is above its threshold, ``[N]``; ``None`` if weights are not masked.
-        """
+        """Return the weights times the scale of the filter they read, and 0 below their threshold, by name."""
         if flat is not None:
             return self.apart(self.masked(flat, filters, over_by))
         scale, result = _padded(filters), {}
@@ -199,16 +192,7 @@ class Levels:
         return (_padded(ops) > 0)[self.ops[:n]] & here[self.makes[:n]] & here[self.reads]
 
     def size(self, ops: Tensor, filters: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the network's cost under masks: Σ over entries of price · its operation · its filters · itself.
-
-        Args:
-            ops: Mask of operations, ``[operations]``.
-            filters: Mask of filters, ``[filters]``.
-            weights: Mask of weights, ``[N]``; ``None`` for all.
-
-        Returns:
-            A scalar that is differentiable with respect to the masks.
-        """
+        """Return the network's cost under masks: Σ over entries of price · its operation · its filters · itself."""
         every, here = _padded(ops), _padded(filters)
         whole = not (self.timed or ops.requires_grad or filters.requires_grad)  # added up without rounding
         fast = not self.entrywise or (whole and self.every > _LARGE * len(self.tensors))
@@ -248,17 +232,7 @@ def levels(
     measure: Measure,
     timed: Prices | None,
 ) -> Levels:
-    """Build the index vectors and costs of a network's operations, filters and weights.
-
-    Args:
-        axes: The network's axes.
-        parameters: Its parameters, tied ones once; and, where bytes are counted, the buffers of its state.
-        candidates: Path of each sum of candidate operations → the paths of its operations, in order; operations are
-            numbered from 0 across all sums.
-        measure: What an entry costs: 1, the multiply–accumulates per example that it takes part in, its bytes, or
-            milliseconds.
-        timed: The milliseconds of entries and operations; required if the measure is time.
-    """
+    """Build the index vectors and costs of a network's operations, filters and weights."""
     names = [name for name in parameters if name in axes.shapes]
     units = [
         axis

@@ -63,20 +63,6 @@ def rank(
     free but not scored, none is cut. In a regular budget so do all axes of one kind, in whatever block; if one of them
     is not scored, none is cut. Rounding is part of the steps: all sizes reached are multiples of ``budget.round_to``,
     or the present size; axes with fewer units than that are not rounded.
-
-    Args:
-        axes: The network's axes.
-        scores: Axis key → one score per unit, ``[size]``, comparable between axes; units with higher scores are kept.
-        budget: The limit; of its fields ``keep`` or ``target``, ``measure``, ``round_to`` and ``regular`` are used. The
-            axes to cut are those in ``scores``.
-        minimum: The least number of units that every axis keeps.
-
-    Returns:
-        Axis key → the positions of the units kept, ascending, for every scored axis.
-
-    Raises:
-        BudgetError: If the budget cannot be met.
-        ValueError: If scores do not fit the axes or are not numbers.
     """
     values = scores.values if isinstance(scores, Scores) else scores
     lanes = list(_lanes(axes, values, budget, minimum))
@@ -232,14 +218,7 @@ ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked"
 
 
 def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:
-    """Return the allocation function of a name; raise ValueError if there is none.
-
-    Args:
-        name: A key of :data:`ALLOCATIONS`.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return the allocation function of a name; raise ValueError if there is none."""
     if name not in ALLOCATIONS:
         raise ValueError(f"units are allocated by {', '.join(ALLOCATIONS)}; got {name!r}")
     return ALLOCATIONS[name]

@@ -18,15 +18,6 @@ def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95)
     b is found by bisection, and takes part in the derivative: ∂b/∂logits_g = −w_g with w ∝ cost · σ′, Σ w = 1. So the
     budget is met at every step of learning and needs no penalty.
 
-    Args:
-        logits: One learned logit per module, ``[modules]``; may require a gradient.
-        costs: The cost of all units of each module together, ``[modules]``, in any unit.
-        removed: The total cost to remove, in the same unit.
-        most: The largest fraction that any module may remove.
-
-    Raises:
-        ValueError: If more must be removed than all modules together may remove.
-
     >>> p = ratios(torch.zeros(2), torch.tensor([30.0, 10.0]), 8.0)
     >>> p.tolist(), float((p * torch.tensor([30.0, 10.0])).sum())
     ([0.20000000298023224, 0.20000000298023224], 8.0)
@@ -57,12 +48,6 @@ def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, bu
 
     A unit's cost is the average over all units that can be removed from its axis alone, which is exact where no two of
     the axes meet in one weight, as in a transformer.
-
-    Args:
-        axes: The network's axes.
-        labels: Axis key → the module index of each unit, ``[size]``.
-        modules: The number of modules.
-        budget: What is counted, and how much of it stays.
     """
     cost, costs = cost_of(axes, budget), torch.zeros(modules, dtype=torch.float64)
     for key, label in labels.items():
@@ -78,11 +63,6 @@ def soft_step(places: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
     """Return 1 for each unit that stays and 0 for each that is removed, with a sigmoid's gradient.
 
     The backward pass uses the slope of σ((place − share) / width).
-
-    Args:
-        places: The rank of each unit in its module, in (0, 1); the lowest are removed first.
-        share: The fraction of its module that is removed, one value per unit.
-        width: The range of ranks around the cut over which the gradient is noticeable.
     """
     soft = torch.sigmoid((places - share) / width)
     return (places >= share).to(soft) + (soft - soft.detach())

@@ -55,18 +55,6 @@ def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
     each stage, plan again from the next cell on. A final phase over all cells, all of them small, needs no more memory
     than the last stage.
 
-    Args:
-        peak: Peak memory as a function of (first cell with all candidates, last cell that runs). It must not fall with
-            more cells, and a cell must not need more after its stage than in it. Called once if one stage suffices,
-            else once more per cell and stage.
-        cells: The number of cells.
-        budget: The memory budget in bytes.
-        first: The first cell that is not searched yet.
-
-    Raises:
-        MemoryBudgetError: If a cell needs more even in a stage of its own.
-        ValueError: If there is no cell to search.
-
     >>> stages(lambda first, last: 10 * (last - first + 1) + 3 * first, cells=6, budget=30)
     MemoryStages(ends=(2, 4, 5), peaks=(30, 29, 25), recomputed=False)
     """

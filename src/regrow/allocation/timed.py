@@ -37,14 +37,6 @@ def spread_times(
     and half its outputs is assumed to need a quarter; a module without any spreads it evenly over its parameters; an
     operation without parameters carries it itself. The time of a sum beside its operations is divided equally among
     them.
-
-    Args:
-        axes: The axes of the network at which times were measured.
-        sums: Path of each sum of candidates → the paths of its operations.
-        ops: Path of an operation → milliseconds (:func:`regrow.evaluation.latency`).
-        beside: Path of a sum → its milliseconds beside those of its operations.
-        layers: Path of a layer that lies in no operation → milliseconds.
-        rest: Milliseconds that no module accounts for.
     """
     sizes, each, modules = axes.sizes(), _macs_per_entry(axes, _macs_per_module(axes)), {**layers, **ops}
     inside: dict[str, list[str]] = {}

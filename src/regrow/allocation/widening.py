@@ -39,19 +39,7 @@ def widening(
     regular: bool = False,
     even: bool = False,
 ) -> Widening:
-    """Return how many units each axis gains.
-
-    Args:
-        axes: The network's axes.
-        parts: ``"mlp"``, ``"heads"`` or ``"channels"`` → the increase of every axis of that kind.
-        named: Axis key, or a pattern of keys or of dotted names → the increase; it has precedence over ``parts``.
-        round_to: Widths become multiples of this, rounded up.
-        regular: Whether axes with the same role in several blocks get one width: the largest among them.
-        even: Whether the numbers of added units must be even, for units that are added in pairs.
-
-    Raises:
-        ValueError: If the network has no axis of a kind or name, or none of them can be widened; names the reason.
-    """
+    """Return how many units each axis gains."""
     wanted: dict[str, Increase] = {}
     refused: dict[str, str] = {}
     known = classify(axes) if parts else {}
@@ -89,9 +77,6 @@ def classify(axes: AxisGraph) -> dict[str, Part]:
     Linear layers make hidden neurons and read them, convolutions make channels. An axis to which a residual connection
     adds is neither. Where convolutions lie in numbered blocks, channels outside of them (the first layer's) do not
     count.
-
-    Args:
-        axes: The network's axes, frozen ones too.
     """
     steps, heads = axes.steps, _heads(axes)
     readers: dict[int | str, int] = {}  # the first operation that reads a parameter, or the result of an operation
@@ -164,11 +149,7 @@ def _lies_in(axis: Axis, others: Iterable[str], axes: AxisGraph) -> bool:
 
 
 def _named(axes: AxisGraph, name: str) -> list[Axis]:
-    """Return the axis of a key, or those whose key or tensors' names all fit a pattern.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return the axis of a key, or those whose key or tensors' names all fit a pattern."""
     if name in axes.axes:
         return [axes[name]]
     found = [a for a in axes if fnmatchcase(a.key, name) or all(matches(slot.name, name) for slot in a.slots)]
@@ -180,11 +161,7 @@ def _named(axes: AxisGraph, name: str) -> list[Axis]:
 
 
 def _widenable(found: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
-    """Return the keys of the axes that can be widened, and note the reason of the others.
-
-    Raises:
-        ValueError: If none can be widened.
-    """
+    """Return the keys of the axes that can be widened, and note the reason of the others."""
     keys = []
     for axis in found:
         if why := axis.narrow or ("" if axis.free else axis.reason):
@@ -244,16 +221,7 @@ def makers(axis: Axis, axes: AxisGraph) -> tuple[str, ...]:
 def growth(
     axes: AxisGraph, short: Iterable[Axis], base: Mapping[str, int], *, share: float, multiple: int, cap: float
 ) -> dict[str, int]:
-    """Return axis key → how many units it gains: ``share`` of its first size, rounded up, if the cap allows it.
-
-    Args:
-        axes: The network's axes.
-        short: The axes that run short, most urgent first.
-        base: The first size of each axis.
-        share: The fraction of an axis's first size that is added.
-        multiple: The number of added units is rounded up to a multiple of this.
-        cap: The most parameters the network may have, as a multiple of those it had at first.
-    """
+    """Return axis key → how many units it gains: ``share`` of its first size, rounded up, if the cap allows it."""
     sizes, names = axes.sizes(), axes.parameters - axes.ties.keys()
     most = cap * axes.count_entries(names, {**sizes, **base})
     result: dict[str, int] = {}

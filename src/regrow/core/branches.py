@@ -68,9 +68,6 @@ class Branch:
 
         >>> Branch("a.b", {"a.b": Placeholder("zero", 0)}).holds("a.b.weight")
         True
-
-        Args:
-            name: Its dotted name.
         """
         return any(lies_in(name, path) for path in self.placeholders)
 
@@ -80,9 +77,5 @@ def lies_in(name: str, path: str) -> bool:
 
     >>> lies_in("a.b.weight", "a.b"), lies_in("a.bc.weight", "a.b")
     (True, False)
-
-    Args:
-        name: The name of a module or tensor.
-        path: The path of the module.
     """
     return f"{name}.".startswith(f"{path}.")

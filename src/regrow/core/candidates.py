@@ -74,9 +74,6 @@ def fold_scales(model: nn.Module) -> None:
     >>> fold_scales(mixed)
     >>> mixed.scale.tolist()
     [1.0, 0.5]
-
-    Args:
-        model: A network with :class:`Candidates`; changed in place.
     """
     held = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -177,9 +174,6 @@ def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def tied_in(model: nn.Module) -> dict[str, str]:
     """Return the path of each operation that is tied to an earlier one → the path of the first operation of its group.
-
-    Raises:
-        ValueError: If :class:`Candidates` that are tied do not name the same operations in the same order.
 
     >>> tied_in(nn.Sequential(*(Candidates({"a": nn.Identity()}, tied="edge") for _ in range(2))))
     {'1.ops.a': '0.ops.a'}

@@ -121,10 +121,6 @@ def describe_misfit(output: object, labels: object, name: str) -> str:
 def class_loss(output: object, labels: object) -> Tensor:
     """Return the mean cross-entropy of class labels, in float32 or float64; the label −100 is not counted.
 
-    Args:
-        output: Logits ``[..., classes]`` or ``[batch, classes, ...]``, or an object, dict or tuple that holds them.
-        labels: Class per position, int64.
-
     >>> round(float(class_loss(torch.zeros(2, 4), torch.tensor([1, -100]))), 4)
     1.3863
     """
@@ -204,14 +200,6 @@ def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch
     Class labels (integers) mean ``classification``, or ``next-token`` where each position of a sequence of integers
     has one; values of 0 and 1 (floats) mean ``multi-label``; other floats ``regression``; no labels mean that the
     network returns its loss itself (``own``).
-
-    Args:
-        loss: An objective, its name, or a function (what the network returned, labels) → scalar; ``None``: by the
-            labels.
-        batch: A batch of the data.
-
-    Raises:
-        InputError: If there is no objective of that name.
 
     >>> choose_objective(None, Batch((torch.ones(2, 3),), labels=torch.tensor([0, 1]))).name
     'classification'

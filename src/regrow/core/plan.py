@@ -283,11 +283,7 @@ def _check_alone(parts: Mapping[str, object]) -> None:
 
 
 def _droppable(axes: AxisGraph, path: str) -> Branch:
-    """Return the branch of a module that can be dropped.
-
-    Raises:
-        PlanError: If it has none or cannot be dropped; the message says why, and which module inside it can be.
-    """
+    """Return the branch of a module that can be dropped."""
     branch = axes.branches.get(path)
     inner = [name for name, one in axes.branches.items() if one.free and lies_in(name, path)]
     remedy = f"; in it, {inner[0]} can" if inner else ""

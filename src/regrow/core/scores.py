@@ -193,14 +193,7 @@ class Evidence:
         return tuple(self.statistics)
 
     def pooled(self, *, gradients: bool = True) -> Statistics:
-        """Return the sums over all sources and shards.
-
-        Args:
-            gradients: Whether those of gradients are added up, too, which takes as much memory as the weights.
-
-        Raises:
-            ValueError: If nothing was measured.
-        """
+        """Return the sums over all sources and shards."""
         shards = [shard for shards in self.statistics.values() for shard in shards]
         if not shards:
             raise ValueError("this method needs calibration text or images; give it at least one --source")

@@ -20,12 +20,7 @@ class ExampleSet(Protocol):
         ...
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
-        """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
-
-        Args:
-            size: Examples per batch; the last batch may have fewer.
-            seed: Seed of the shuffling; ``None``: in order.
-        """
+        """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example."""
         ...
 
     def take(self, indices: Tensor) -> "Examples":
@@ -75,10 +70,6 @@ class Examples:
         """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
 
         BatchNorm cannot train on a single example; with ``size`` 1, or one example in all, none is left out.
-
-        Args:
-            size: Examples per batch; the last batch may have fewer.
-            seed: Seed of the shuffling; ``None``: in order.
 
         >>> parts = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
         >>> [len(batch) for batch in parts]
@@ -183,13 +174,7 @@ def input_shape(examples: ExampleSet) -> tuple[int, ...]:
 
 
 def batch_indices(n: int, size: int, seed: int | None = None) -> Iterator[Tensor]:
-    """Yield the positions of ``n`` examples in batches, ``[size]`` int64; the order of :meth:`Examples.batches`.
-
-    Args:
-        n: The number of examples.
-        size: Examples per batch; the last batch may have fewer.
-        seed: Seed of the shuffling; ``None``: in order.
-    """
+    """Yield the positions of ``n`` examples in batches, ``[size]`` int64; the order of :meth:`Examples.batches`."""
     order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     parts = order.split(size)
     single = seed is not None and n % size == 1 < min(n, size)  # the last part
@@ -222,27 +207,12 @@ def pack_batch(inputs: Any, labels: Tensor | None = None, where: str = "") -> Ba
 
 
 def run_network(model: nn.Module, inputs: Any, device: torch.device | None = None, where: str = "") -> Any:
-    """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name.
-
-    Args:
-        model: The network.
-        inputs: The inputs, which are moved to the network's device.
-        device: That device, if it is known.
-        where: What error messages call a batch of a user's data.
-
-    Raises:
-        InputError: If the network cannot take the inputs of a user's batch.
-    """
+    """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name."""
     return pack_batch(moved(inputs, device or device_of(model)), where=where).run(model)
 
 
 def among(logits: Tensor, classes: Tensor | None) -> Tensor:
     """Mask logits with −∞ for every class that may not be predicted.
-
-    Args:
-        logits: ``[N, outputs]``.
-        classes: Which of the first outputs may be predicted, ``[classes]`` or ``[N, classes]`` bool; all further
-            outputs are masked. ``None``: nothing is masked.
 
     >>> among(torch.zeros(1, 3), torch.tensor([True, False])).tolist()
     [[0.0, -inf, -inf]]

@@ -59,14 +59,7 @@ class Turns:
         self._error: BaseException | None = None
 
     def wait(self, number: int) -> None:
-        """Return once all other runs have waited, or ended, since this one last ran.
-
-        Args:
-            number: The number of the run that waits, from 0.
-
-        Raises:
-            StopRunError: If another run has raised an error meanwhile, or the user has interrupted all.
-        """
+        """Return once all other runs have waited, or ended, since this one last ran."""
         if self.count > 1:
             self._gates[self._following(number)].release()
             self._gates[number].acquire()
@@ -74,14 +67,7 @@ class Turns:
                 raise StopRunError
 
     def run(self, work: Callable[[int], object]) -> None:
-        """Run a function once per number, each in a thread, to its end; a single one runs in this thread.
-
-        Args:
-            work: The function, of the number of the run.
-
-        Raises:
-            BaseException: The first error of a run; the others are ended.
-        """
+        """Run a function once per number, each in a thread, to its end; a single one runs in this thread."""
         if self.count == 1:
             work(0)
             return

@@ -85,11 +85,7 @@ def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
 def without_branches(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
-    """Context manager in which the plan's branches are replaced by placeholders; undone if the body raises.
-
-    Yields:
-        The axes without the branches, the rest of the plan for them, and the rest of the undo store.
-    """
+    """Context manager in which the plan's branches are replaced by placeholders; undone if the body raises."""
     if undo is not None:
         undo.check_network(axes)
     removed = tuple(plan.drop.values())

@@ -35,11 +35,7 @@ Rename = Callable[[str], str]
 def with_stacks(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
-    """Context manager in which the plan's blocks are inserted or removed; undone if the body raises.
-
-    Yields:
-        The axes with the other blocks, the rest of the plan for them, and the undo store for them.
-    """
+    """Context manager in which the plan's blocks are inserted or removed; undone if the body raises."""
     if optimizers:
         raise PlanError(
             "no optimiser can follow blocks that are inserted or removed, for no group of theirs is known; apply the "

@@ -75,9 +75,6 @@ def sparsify_new_units(
 ) -> nn.Module:
     """Set a random part of the randomly initialised weights of new units to 0; each unit keeps at least one.
 
-    Returns:
-        The same model; its outputs are unchanged, since the other side of the units is still 0.
-
     >>> from regrow import apply, trace
     >>> net = nn.Sequential(nn.Linear(40, 7), nn.ReLU(), nn.Linear(7, 2))
     >>> axes = trace(net, torch.randn(2, 40))

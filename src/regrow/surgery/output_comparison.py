@@ -244,12 +244,7 @@ class CutTensors:
             self.values = {}
 
     def load(self, name: str, double: bool) -> Tensor:
-        """Return one tensor after the plan, in float64 if ``double``.
-
-        Args:
-            name: The name of the parameter or buffer.
-            double: Whether to return it in float64.
-        """
+        """Return one tensor after the plan, in float64 if ``double``."""
         if name in self.values and double == self.double:
             return self.values[name]
         value = self._worked_out([name], double).get(name)

@@ -190,11 +190,7 @@ class AxisGraph:
         return rows
 
     def tables(self, *, everything: bool = False) -> tuple[Table, Table]:
-        """Return the tables of ``regrow show``: the axes that can be cut, by kind, and the frozen ones, by reason.
-
-        Args:
-            everything: Whether every frozen axis has a row of its own.
-        """
+        """Return the tables of ``regrow show``: the axes that can be cut, by kind, and the frozen ones, by reason."""
         return tables_of(self.inventory(), everything=everything)
 
     def count_entries(self, names: Iterable[str], sizes: Mapping[str, int]) -> int:
@@ -222,11 +218,6 @@ class AxisGraph:
         """Return the axes that a pruning method may cut: free, of the given marks, not inside another chosen axis.
 
         Axes that must stay equal in size while their units count differently (``Axis.times``) are left out.
-
-        Args:
-            only: Patterns (``fnmatch``, or part of a dotted name); each tensor of an axis must match one; empty: all.
-            exclude: Patterns; an axis is left out as soon as one of its tensors matches.
-            marks: Which marks are allowed; neutral alone unless given.
         """
         uneven = {axis.count for axis in self if axis.count and axis.times != 1}
         chosen = tuple(
@@ -281,9 +272,5 @@ def matches(name: str, pattern: str) -> bool:
 
     >>> matches("layers.0.mlp.up_proj.weight", "mlp"), matches("layers.0.mlp.up_proj.weight", "layers.1*")
     (True, False)
-
-    Args:
-        name: The name of a parameter or buffer.
-        pattern: A shell pattern such as ``layers.1*``, or parts such as ``mlp.up_proj``.
     """
     return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
