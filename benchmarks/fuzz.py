@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from regrow.core.axes import Mark
-from regrow.core.fills import FILLS
+from regrow.core.change import FILLS
 from regrow.core.plan import PlanError
 from regrow.store.versions import versions
 from regrow.surgery.verify import RELATIVE_BOUND, distances

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regrow.core.axes import Axis, Mark, Role, Slot
-from regrow.core.fills import FILLS, Fill
 
 MOST = 2**24
 """The largest number of units that one change may add to an axis."""
@@ -23,6 +22,47 @@ MOST_BLOCKS = 4096
 
 class PlanError(ValueError):
     """Raised for a plan that cannot be read, or does not fit the network to which it is applied."""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How new units are initialised such that the network's outputs do not change.
+
+    New units can be fitted to data afterwards, with the outputs unchanged: :func:`regrow.fit_new_units` and
+    :func:`regrow.align_new_units` take a network that grew by ``zero_out``.
+
+    Args:
+        rule: ``zero_out``: random incoming weights, outgoing weights 0 (on the residual stream that root-mean-square
+            norms run over: incoming weights 0). ``split``: copies of kept units, which share the outgoing weights
+            (Net2Wider, Chen et al., 2016). ``pair``: pairs of equal random units with outgoing weights of opposite
+            sign.
+        seed: Seed of the random weights, and of the choice of units to copy.
+    """
+
+    rule: str = "zero_out"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FillRule:
+    """What plans must know about a rule that fills new units.
+
+    Args:
+        unread: Whether new units change nothing because weights of 0 make or read them: they can then be fitted to
+            data, and added where weights that read the units also do something else with them.
+        in_pairs: Whether units are added two by two.
+    """
+
+    unread: bool = False
+    in_pairs: bool = False
+
+
+FILLS: Mapping[str, FillRule] = {
+    "zero_out": FillRule(unread=True),
+    "split": FillRule(),
+    "pair": FillRule(in_pairs=True),
+}
+"""``Fill.rule`` → what plans must know about it; :func:`regrow.surgery.layout.units_after` carries it out."""
 
 
 @dataclass(frozen=True)

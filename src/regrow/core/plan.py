@@ -9,9 +9,8 @@ import msgspec
 
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.branches import Branch, lies_in
-from regrow.core.change import MOST, Change, Insertion, PlanError, growth_problem, unit_positions
+from regrow.core.change import MOST, Change, Fill, Insertion, PlanError, growth_problem, unit_positions
 from regrow.core.errors import InputError
-from regrow.core.fills import Fill
 from regrow.core.limits import parse_json
 from regrow.core.tables import Table, format_html
 

@@ -237,7 +237,7 @@ def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) 
 
 
 def logits_in(answer: Any) -> Tensor:
-    """Return the logits in a model's output: the output itself, ``.logits``, ``["logits"]``, ``["out"]`` or its first."""
+    """Return the logits in a model's output: the output itself, ``.logits``, ``["logits"]``, ``["out"]``, its first."""
     result = getattr(answer, "logits", answer)
     if isinstance(result, dict):
         result = result.get("logits", result.get("out"))

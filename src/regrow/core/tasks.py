@@ -20,7 +20,7 @@ class ExampleSet(Protocol):
         ...
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
-        """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example."""
+        """Yield all examples in batches of ``size``; a seed shuffles them and leaves out a last batch of one."""
         ...
 
     def take(self, indices: Tensor) -> "Examples":

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
 from regrow.core.axes import AxisGraph, Mark, Role
-from regrow.core.fills import FILLS
+from regrow.core.change import FILLS
 from regrow.core.plan import Plan, PlanError
 from regrow.core.sources import Batch, device_of, moved
 from regrow.scoring.watch import find_inputs

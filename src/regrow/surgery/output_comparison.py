@@ -1,9 +1,7 @@
 """Compare outputs of the masked network and its cut copy, which run side by side, block by block."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import inf
 from typing import NamedTuple
 
@@ -11,19 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from regrow.core.axes import AxisGraph, Dim, Example, axes_in
+from regrow.core.axes import AxisGraph, Dim, Example
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import Prepared, prepare
-from regrow.surgery.compensate import bias_of, read_dim
-from regrow.surgery.layout import Layout, ids_after, lay_out_dims, next_ids_after, units_after
-from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, loader, masking, preserve_generators, reseed
+from regrow.surgery.carry import Prepared
+from regrow.surgery.compensate import PlannedTensors, read_dim
+from regrow.surgery.layout import Layout, ids_after, lay_out_dims, next_ids_after
+from regrow.surgery.runner import Answers, Runner, loader, masking, preserve_generators, reseed
 from regrow.surgery.undo_store import UndoStore, locate_entries
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.meta_copy import fake_example
-from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name
-from regrow.tracing.own_run import as_double
 from regrow.tracing.readings import Readings, Recording
 from regrow.tracing.steps import operations
 from regrow.tracing.trial import Resizing, resize_copy
@@ -63,10 +59,10 @@ class ProposedChange:
         """Whether units are restored with the weights they had when cut."""
         return any(change.recalled for change in self.plan.changes.values())
 
-    @cached_property
+    @property
     def units(self) -> dict[str, Layout]:
         """Axis key → the layout of its units after the plan, for each axis that changes."""
-        return {k: units_after(one, self.axes[k]) for k, one in self.plan.changes.items() if not one.idle}
+        return self.ready.tensors.units
 
     def lays(self, dims: Sequence[Dim]) -> dict[int, Layout]:
         """Return dimension index → its layout after the plan, for those of ``dims`` that change."""
@@ -83,10 +79,7 @@ class ProposedChange:
 
 def computed_tensors(change: ProposedChange) -> set[str]:
     """Return the names of the tensors that a plan computes (folded, compensated, widened) rather than selects from."""
-    folds = {fold.weight for fold in change.axes.folds}
-    biases = {bias_of(weight) for weight in change.plan.means}
-    grown = {name for name, lays in change.ready.lays.items() if any(bool(lay.is_new.any()) for lay in lays.values())}
-    return {name for name in folds | biases | grown if name in change.ready.values}
+    return set(filter(change.ready.tensors.computes, change.ready.values))
 
 
 def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
@@ -131,12 +124,12 @@ def run_pair(
     keep = {key: change.keep for key, change in plan.changes.items()}
     mask = masking(whole.capture, whole.reads, whole.sizes, keep, plan.means)
     masked = Runner(whole.capture, whole.given, loader(model), double, mask, exact=lambda name: True)
-    cut = CutTensors(model, axes, plan, double)
-    shrunk = Runner(small, whole.given, cut.load, double, exact=cut.is_selection)
+    cut = PlannedTensors(model, axes, plan)
+    shrunk = Runner(small, whole.given, cut.load, double, exact=lambda name: not cut.computes(name))
     ours, theirs = operations(whole.capture), operations(small)
     alike = [op_name(node) for node in ours] == [op_name(node) for node in theirs]
     # If the network runs other operations at other sizes, the two have no common blocks.
-    run_both(masked, shrunk, blocks(whole.capture) if alike else (), ours, theirs, cut)
+    run_both(masked, shrunk, blocks(whole.capture) if alike else (), ours, theirs)
     return masked.answers, shrunk.answers
 
 
@@ -146,7 +139,6 @@ def run_both(
     cut: Sequence[GraphBlock],
     ours: Sequence[Node],
     theirs: Sequence[Node],
-    tensors: "CutTensors",
 ) -> None:
     """Run two recorded networks to their ends, block by block in turns, each block from the same random seed."""
     with preserve_generators():
@@ -154,9 +146,8 @@ def run_both(
             last = block.stop == len(ours)
             reseed(block.start)
             masked.run_until(None if last else ours[block.stop])
-            with tensors.of(block.states):
-                reseed(block.start)
-                shrunk.run_until(None if last else theirs[block.stop])
+            reseed(block.start)
+            shrunk.run_until(None if last else theirs[block.stop])
         masked.run_until()
         shrunk.run_until()
 
@@ -205,67 +196,3 @@ def measure_magnitude(answers: Answers) -> Tensor:
 def all_true(verdicts: list[Tensor]) -> bool:
     """Whether all of several verdicts are true; the host waits for the device once."""
     return not verdicts or bool(_largest([(~one).double() for one in verdicts]) == 0)
-
-
-class CutTensors:
-    """The tensors of a network after a plan, computed block by block to save memory.
-
-    Args:
-        model: The network.
-        axes: Its axes.
-        plan: The plan.
-        double: Whether they are computed in float64.
-        known: Tensors that are already computed, without rounding.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        axes: AxisGraph,
-        plan: Plan,
-        double: bool,
-        known: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.model, self.axes, self.plan, self.double, self.known = model, axes, plan, double, known or {}
-        self.state = state_of(model)
-        self.computed = {*(fold.weight for fold in axes.folds), *map(bias_of, plan.means)}
-        self.values: Mapping[str, Tensor] = {}
-
-    @contextmanager
-    def of(self, names: Collection[str]) -> Iterator[None]:
-        """Context manager in which a block's tensors are at hand; large ones are computed when they are read."""
-        most = {name: WIDE if name in self.known or self.is_selection(name) else LARGE for name in names}
-        own = [name for name in names if name in self.state and self.state[name].numel() <= most[name]]
-        own += [bias_of(name) for name in names if name in self.plan.means and bias_of(name) not in own]
-        self.values = self._worked_out(own, self.double)
-        try:
-            yield
-        finally:
-            self.values = {}
-
-    def load(self, name: str, double: bool) -> Tensor:
-        """Return one tensor after the plan, in float64 if ``double``."""
-        if name in self.values and double == self.double:
-            return self.values[name]
-        value = self._worked_out([name], double).get(name)
-        value = self.state[name].detach() if value is None else value
-        return as_double(value) if double else value
-
-    def is_selection(self, name: str) -> bool:
-        """Whether all entries of a tensor after the plan are entries of it before, so that none is rounded."""
-        keys = {key for dim in self.axes.shapes.get(name, ()) for key in axes_in(dim)} & self.plan.changes.keys()
-        return name not in self.computed and not any(self.plan.changes[key].new_units for key in keys)
-
-    def changes(self, name: str) -> bool:
-        """Whether the plan changes a tensor."""
-        dims = self.axes.shapes.get(name, ())
-        return any(key in self.plan.changes for dim in dims for key in axes_in(dim))
-
-    def _worked_out(self, names: Collection[str], double: bool) -> Mapping[str, Tensor]:
-        own = {n: as_double(self.known[n]) if double else self.known[n] for n in names if n in self.known}
-        left = [name for name in names if name not in own and self.changes(name)]
-        added = {bias_of(weight) for weight in self.plan.means}
-        left += [name for name in names if name in added and name not in own and name not in left]
-        if not left:
-            return own
-        return {**own, **prepare(self.model, self.axes, self.plan, names=left, exact=double).values}

@@ -9,21 +9,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regrow.core.axes import AxisGraph, Dim, Fold, Role, size_of
-from regrow.core.plan import Plan
-from regrow.surgery.compensate import bias_dim, bias_of, divisor_size, read_dim, rescale
-from regrow.surgery.layout import Layout, Layouts, ids_after, next_ids_after
+from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, divisor_size, read_dim, rescale
+from regrow.surgery.layout import Layout, ids_after, next_ids_after
 from regrow.surgery.undo_store import Constant, RemovedWeights, UndoStore, get, locate_entries, put
+from regrow.tracing.model_state import select_state
 
 
 def plan_with_undo(
-    undo: UndoStore, model: nn.Module, axes: AxisGraph, plan: Plan, lays: Layouts, values: Mapping[str, Tensor]
+    undo: UndoStore, tensors: PlannedTensors, values: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, float | None], tuple[Fold, ...], tuple[str, ...], UndoStore]:
-    """Compute a plan's tensors, constants, folds, removed biases, and the undo store after it; change nothing."""
+    """Compute a plan's tensors, constants, folds, removed biases, and the undo store after it; change nothing.
+
+    ``values`` are the tensors without folds.
+    """
+    axes, plan = tensors.axes, tensors.plan
     undo.check(axes, plan)
-    way = _Way(undo, model, axes, plan, lays)
+    way = _Way(undo, tensors)
     before, after = undo.means, way.means_after()
     biases = {bias_of(weight): weight for weight in {**before, **after}}
     result, removed = dict(values), []
@@ -52,17 +56,16 @@ def plan_with_undo(
 class _Way:
     """Shared state of the steps of :func:`plan_with_undo`."""
 
-    def __init__(self, undo: UndoStore, model: nn.Module, axes: AxisGraph, plan: Plan, lays: Layouts) -> None:
-        self.model, self.axes, self.plan, self.lays = model, axes, plan, lays
+    def __init__(self, undo: UndoStore, tensors: PlannedTensors) -> None:
+        self.model, self.lays = tensors.model, tensors.lays
+        self.axes, self.plan = axes, plan = tensors.axes, tensors.plan
         self.next_ids, self.ids_after = next_ids_after(axes, plan), ids_after(axes, plan)
         self.undo = undo.enlarged(axes, self.next_ids)
         self.weights, self.known, self.added = dict(self.undo.weights), dict(undo.constants), [*undo.added]
         self.recalls = any(change.recalled for change in plan.changes.values())
         self.ids = {axis.key: axis.ids for axis in axes}
-        self.sizes = (axes.sizes(), plan.sizes(axes))
+        self.sizes = (axes.sizes(), tensors.sizes)
         self.folds = {axes.ties.get(fold.weight, fold.weight): fold for fold in axes.folds}
-
-    # --- where, and at which size ---------------------------------------------------------------------------------
 
     def dims(self, name: str) -> tuple[Dim, ...]:
         # A bias that compensation is about to add has its weight's output dimension.
@@ -80,17 +83,13 @@ class _Way:
         return divisor_size(fold, self.sizes[after]) if fold else 1
 
     def state(self, name: str) -> Tensor | None:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        tensor = {**module._parameters, **module._buffers}.get(leaf)
+        tensor = select_state(self.model, [name]).get(name)
         return None if tensor is None else tensor.detach()
-
-    # --- tensors --------------------------------------------------------------------------------------------------
 
     def reached(self) -> list[str]:
         """Return the tensors to process, by first names: cut, restored, or rescaled for a divisor."""
         moves = any(change.dropped or change.restore for change in self.plan.changes.values())
-        moved = {self.axes.ties.get(name, name) for name in self.lays} if moves else set()
+        moved = {self.axes.ties.get(name, name) for name in self.axes.shapes if moves and self.lays(name)}
         return sorted(moved | {name for name in self.folds if self.size(name, False) != self.size(name, True)})
 
     def stowed(self, name: str, now: Tensor, lost: Tensor | None = None) -> RemovedWeights:
@@ -125,7 +124,7 @@ class _Way:
         now = self.state(name)
         assert now is not None
         stored, where, n = self.stowed(name, now), self.there(name), self.size(name, True)
-        was, new = _followed(self.lays.get(name, {}), now.cpu())
+        was, new = _followed(self.lays(name), now.cpu())
         made = was if made is None else made.cpu()
         held, kept = get(stored.held, where), torch.eq(was, made)
         if self.recalls:
@@ -143,8 +142,6 @@ class _Way:
             rest = [other for other in range(held.dim()) if other != dim]
             known &= held.any(rest, keepdim=True) if rest else held
         return known
-
-    # --- compensation ---------------------------------------------------------------------------------------------
 
     def means_after(self) -> dict[str, dict[int, float]]:
         """Return the means that replace dropped inputs after the plan, by their places in the stored weight."""
@@ -191,8 +188,6 @@ class _Way:
             for tap in columns[at].unbind(-1):
                 total = total + tap * mean
         return total
-
-    # --- constants ------------------------------------------------------------------------------------------------
 
     def constants(self) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
         """Return the epsilons of norms to set, and the folds after the plan."""
