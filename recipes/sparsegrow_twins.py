@@ -38,8 +38,7 @@ from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import weigh_new_units
 from regrow.methods.continual.sparsegrow.settings import SparseGrowState
 from regrow.nets.small import small
-from regrow.surgery.align import align_new_units
-from regrow.surgery.new_units import new_units, split_entries
+from regrow.surgery.new_units import align_new_units, new_units, split_entries
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import Boundary, Context, Event, Learner, flags_along

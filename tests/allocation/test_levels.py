@@ -68,7 +68,7 @@ def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
     masks = drawn_masks(found, parameters, seed)
     assert all(0.2 < float(mask.mean()) < 0.95 for mask in (masks.ops, masks.filters, masks.weights))
     flat = found.levels.flat(parameters)
-    stood = found.levels.apart(found.levels.masked(flat, masks.filter_scale.double(), masks.over))
+    stood = found.levels.replace_weights({}, flat, masks.filter_scale.double(), masks.over)
     start = 0
     for path, paths in candidates_in(net).items():
         stood[f"{path}.scale"] = parameters[f"{path}.scale"] * masks.op_scale[start : start + len(paths)]
@@ -126,7 +126,8 @@ def test_gradients_are_the_same_every_time_on_several_threads():
     def gradients():
         masks = found.masks((a, ops), (b, filters), (flat, gone, weights))
         total = found.levels.size(masks.ops, masks.filters, masks.weights) / len(flat)
-        total = total + found.levels.masked(flat, masks.filter_scale, masks.over).square().sum()
+        made = found.levels.flat(found.levels.replace_weights({}, flat, masks.filter_scale, masks.over))
+        total = total + made.square().sum()
         total = total + found.operation_regularizer(masks, a, torch.arange(len(found.ops)) % 2 == 0)
         total = total + found.threshold_regularizer(masks, (ops, filters, weights))
         return torch.autograd.grad(total, given)

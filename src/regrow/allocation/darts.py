@@ -98,14 +98,7 @@ class Edges:
 
 
 def select_operations(share: Tensor, edge: Tensor, node: Tensor) -> Tensor:
-    """Derive the discrete cell of DARTS: keep the best operation of each of the best edges into each node.
-
-    ``share``, ``edge`` and ``node`` are the softmax weight, edge and node of each operation; returns whether each is
-    kept, ``[operations]`` bool.
-
-    >>> select_operations(torch.tensor([0.1, 0.4, 0.3, 0.2]), torch.tensor([0, 0, 1, 2]), torch.zeros(4)).tolist()
-    [False, True, True, False]
-    """
+    """Return which operations the discrete cell of DARTS keeps: the best of each of the best edges into each node."""
     result, seen, left = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), INPUTS)
     edges, nodes = edge.tolist(), node.tolist()
     for i in share.argsort(descending=True, stable=True).tolist():

@@ -1,12 +1,11 @@
 """The three levels of a search (operations, filters, weights) as flat vectors, and the cost under masks.
 
 For every entry of every parameter there is the index of the filter it makes, of the filter it reads, and of the
-operation it lies in. So masks and costs of all levels take a few operations on long vectors.
-
-Where gradients flow, entries are picked by ``index_select``: on several threads, the gradient of ``x[i]`` adds up in
-a varying order, so that runs could not be reproduced. Networks of more than ``ENTRYWISE`` entries are priced and masked
-tensor by tensor instead, unless single weights are searched: the same numbers but for rounding, without the vectors.
-Where there are no gradients, smaller networks with large tensors are priced so too, if prices are whole numbers.
+operation it lies in. Where gradients flow, entries are picked by ``index_select``: on several threads, the gradient of
+``x[i]`` adds up in a varying order, so that runs could not be reproduced. Networks of more than ``ENTRYWISE`` entries
+are priced and masked tensor by tensor instead, unless single weights are searched: the same numbers but for rounding,
+without the vectors. Where there are no gradients, smaller networks with large tensors are priced so too, if prices are
+whole numbers.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.allocation.thresholds import keep_above
-from regrow.allocation.timed import Prices, above, count_macs
+from regrow.allocation.timed import Prices, above, split_cost
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Role
 
@@ -54,7 +53,8 @@ class TensorLayout:
         """Return the filter of each entry along ``makes`` or ``reads``, ``[entries]``; ``none`` where there is none."""
         if line is None:
             return torch.full((self.entries,), none, device=self.price.device)
-        return self.along(*line).expand(self.shape).reshape(-1)
+        dim, filters = line
+        return self.along(dim, filters).expand(self.shape).reshape(-1)
 
     def along(self, dim: int, values: Tensor) -> Tensor:
         """Return values along a dimension, ``[size]``, in a shape that is broadcast to the parameter's."""
@@ -148,7 +148,7 @@ class Levels:
             _ = self.reads, self.makes, self.ops, self.weight, self.price
 
     def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate all maskable weights (name → tensor) into one vector, ``[N]``."""
+        """Concatenate all maskable weights into one vector, ``[N]``."""
         return torch.cat([parameters[name].reshape(-1) for name in self.weights])
 
     def apart(self, flat: Tensor) -> dict[str, Tensor]:
@@ -168,18 +168,14 @@ class Levels:
         total, many = none.index_add(0, self.weight, size * here), none.index_add(0, self.weight, here)
         return size / (total / many.clamp_min(1)).clamp_min(1e-12)[self.weight]
 
-    def masked(self, flat: Tensor, filters: Tensor, over_by: Tensor | None) -> Tensor:
-        """Return :meth:`replace_weights` of weights in one vector, ``[N]``."""
-        scaled = flat * _padded(filters).index_select(0, self.reads)
-        return scaled if over_by is None else keep_above(scaled, over_by)
-
     def replace_weights(
         self, parameters: Mapping[str, Tensor], flat: Tensor | None, filters: Tensor, over_by: Tensor | None
     ) -> dict[str, Tensor]:
         """Return the weights times the scale of the filter they read, and 0 below their threshold, by name."""
-        if flat is not None:
-            return self.apart(self.masked(flat, filters, over_by))
         scale, result = _padded(filters), {}
+        if flat is not None:
+            scaled = flat * scale.index_select(0, self.reads)
+            return self.apart(scaled if over_by is None else keep_above(scaled, over_by))
         for name, tensor in zip(self.weights, self.masked_tensors, strict=True):
             if tensor.reads:
                 dim, line = tensor.reads
@@ -255,16 +251,12 @@ def levels(
             positions = slot.positions(axis.size)
             line[positions] = filters + torch.arange(axis.size)[:, None].expand_as(positions)
         filters += axis.size
-
-    def line_of(name: str, reads: bool) -> tuple[int, Tensor] | None:
-        if (name, reads) not in lines:
-            return None
-        dim, line = lines[name, reads]
-        return dim, torch.where(line < 0, filters, line)
+    for _, line in lines.values():
+        line[line < 0] = filters  # none
 
     numbers = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
     scales = {f"{path}.scale".lstrip("."): paths for path, paths in candidates.items()}
-    prices = _prices(axes, measure, timed, numbers)
+    prices = split_cost(axes, measure, timed, numbers)
     maskable, tensors = {*weights}, []
     for name in [*weights, *(name for name in names if name not in maskable)]:
         price = torch.tensor([prices.entries.get(name, 0.0)], dtype=torch.float64)
@@ -273,8 +265,8 @@ def levels(
             price = price + torch.tensor([prices.ops.get(path, 0.0) for path in paths])
         else:
             ops = [next((numbers[path] for path in above(name) if path in numbers), len(numbers))]
-        read = line_of(name, True) if name in maskable else None
-        tensors.append(TensorLayout(parameters[name].shape, line_of(name, False), read, torch.tensor(ops), price))
+        read = lines.get((name, True)) if name in maskable else None
+        tensors.append(TensorLayout(parameters[name].shape, lines.get((name, False)), read, torch.tensor(ops), price))
     sparse, counts_time = measure == Measure.NONZERO, measure == Measure.TIME
     return Levels(tuple(weights), tuple(tensors), first, filters, prices.rest, sparse, counts_time)
 
@@ -285,18 +277,3 @@ def _padded(values: Tensor) -> Tensor:
 
 def _join(parts: Sequence[Tensor], dtype: torch.dtype = torch.long) -> Tensor:
     return torch.cat([*parts]) if parts else torch.zeros(0, dtype=dtype)
-
-
-def _prices(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
-    match measure:
-        case Measure.PARAMETERS | Measure.NONZERO:
-            return Prices(dict.fromkeys(axes.shapes, 1.0))
-        case Measure.BYTES:
-            return Prices({name: float(axes.itemsize.get(name, 4)) for name in axes.shapes})
-        case Measure.MACS:
-            return count_macs(axes, ops)
-        case Measure.TIME if timed is not None:
-            return timed
-        case Measure.TIME:
-            raise ValueError("how long operations take was not measured: evaluation.latency(…) does it")
-    raise ValueError(f"a search does not count {measure}; count params, nonzero, macs, bytes or ms")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from regrow.allocation.cost import Cost, cost_of
 from regrow.core.amounts import STEPS
@@ -17,12 +18,7 @@ from regrow.core.scores import Scores, Tensors, rank_order
 
 
 class BudgetError(ValueError):
-    """Raised if a budget cannot be met by cutting the chosen axes; holds the least that can be reached.
-
-    Args:
-        message: What is wrong, and what would work.
-        least: The least fraction, in (0, 1], or the least amount in the target's unit, that can be reached.
-    """
+    """Raised if a budget cannot be met; ``least`` is the least fraction, or amount in the target's unit, that can."""
 
     def __init__(self, message: str, least: float) -> None:
         super().__init__(message)
@@ -31,13 +27,10 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Lane:
-    """Axes that must be cut together (often a single one), and the steps in which their size may shrink.
+    """Axes that are cut together, and the steps in which their size may shrink.
 
-    Args:
-        keys: The axes, which all have the same number of units.
-        orders: Per axis, its units from lowest to highest score.
-        steps: How many units each successive step removes from each axis.
-        values: The mean score of the units that each step removes, in non-decreasing order.
+    ``orders`` has per axis its units from lowest to highest score, ``values`` the mean score of the units that each
+    step removes, in non-decreasing order.
     """
 
     keys: tuple[str, ...]
@@ -176,21 +169,20 @@ def _refill(
     lanes: list[Lane],
     members: list[list[int]],
 ) -> None:
-    """Keep removed units after all, best first, as long as they fit; ``taken`` and ``vector`` are changed.
+    """Keep removed units after all, best first, as long as they fit; ``taken`` is changed.
 
     The remaining budget only shrinks and no unit gets cheaper as others return, so a lane that does not fit once is
     closed.
     """
-    left = limit - cost.at(vector)
     open_lanes = {lane for lane, many in enumerate(taken) if many}
     for lane in owner[: int(taken.sum())][::-1].tolist():
         if lane in open_lanes:
             units = int(lanes[lane].steps[taken[lane] - 1])
-            rise = cost.rise(vector, members[lane], units)
-            fits = rise <= left
+            wider = vector.copy()
+            wider[members[lane]] += units
+            fits = cost.at(wider) <= limit
             if fits:
-                left -= rise
-                vector[members[lane]] += units
+                vector = wider
                 taken[lane] -= 1
             if not fits or not taken[lane]:
                 open_lanes.remove(lane)
@@ -222,3 +214,61 @@ def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:
     if name not in ALLOCATIONS:
         raise ValueError(f"units are allocated by {', '.join(ALLOCATIONS)}; got {name!r}")
     return ALLOCATIONS[name]
+
+
+def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
+    """Return the fraction that each module removes, from learned logits, so that a budget is met exactly.
+
+    p = most · σ(logits + b), with the shift b such that Σ cost · p = removed.
+
+    b is found by bisection, and takes part in the derivative: ∂b/∂logits_g = −w_g with w ∝ cost · σ′, Σ w = 1. So the
+    budget is met at every step of learning and needs no penalty.
+
+    >>> p = ratios(torch.zeros(2), torch.tensor([30.0, 10.0]), 8.0)
+    >>> p.tolist(), float((p * torch.tensor([30.0, 10.0])).sum())
+    ([0.20000000298023224, 0.20000000298023224], 8.0)
+
+    Source: GPrune-LLM (arXiv 2603.13418) learns module-wise sparsity under a global budget; this form of it is ours.
+    """
+    if not 0 <= removed < most * float(costs.sum()):
+        raise ValueError(
+            f"{removed:g} of a cost of {float(costs.sum()):g} cannot be removed if every module keeps {1 - most:.0%}"
+        )
+    costs = costs.to(logits)
+    values, exact = logits.detach().double(), costs.double()
+    low, high = -60.0 - float(values.max()), 60.0 - float(values.min())
+    for _ in range(80):
+        shift = (low + high) / 2
+        if float((exact * most * torch.sigmoid(values + shift)).sum()) > removed:
+            high = shift
+        else:
+            low = shift
+    slope = torch.sigmoid(values + shift)
+    weights = exact * slope * (1 - slope)
+    weights = (weights / weights.sum().clamp_min(1e-300)).to(logits)
+    return most * torch.sigmoid(logits + shift - (weights * (logits - logits.detach())).sum())
+
+
+def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, budget: Budget) -> tuple[Tensor, float]:
+    """Return the cost of all units of each module, ``[modules]``, and the total cost that must be removed.
+
+    A unit's cost is the average over all units that can be removed from its axis alone, which is exact where no two of
+    the axes meet in one weight, as in a transformer.
+    """
+    cost, costs = cost_of(axes, budget), torch.zeros(modules, dtype=torch.float64)
+    for key, label in labels.items():
+        size = axes[key].size
+        low = min(axes[key].least, size - 1)
+        costs += torch.bincount(label, minlength=modules) * ((cost.total - cost({key: low})) / (size - low))
+    if budget.target is None:
+        return costs, cost.total * (1 - budget.keep)
+    return costs, float(max(0, cost.total - budget.limit(cost.total)))
+
+
+def soft_step(places: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
+    """Return 1 for each unit that stays and 0 for each that is removed, with a sigmoid's gradient.
+
+    The backward pass uses the slope of σ((place − share) / width).
+    """
+    soft = torch.sigmoid((places - share) / width)
+    return (places >= share).to(soft) + (soft - soft.detach())

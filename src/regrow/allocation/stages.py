@@ -15,13 +15,7 @@ Peak = Callable[[int, int], int]
 
 
 class MemoryBudgetError(ValueError):
-    """Raised if no choice of stages fits the memory budget; holds the least budget that one fits.
-
-    Args:
-        message: What is wrong, and what would work.
-        least: The least budget, in bytes, for which there are stages.
-        cell: The cell that needs it, searched in a stage of its own; the first is 0 here, and part 1 in the message.
-    """
+    """Raised if no stages fit the memory budget; ``cell`` needs ``least`` bytes in a stage of its own."""
 
     def __init__(self, message: str, least: int, cell: int) -> None:
         super().__init__(message)
@@ -30,13 +24,7 @@ class MemoryBudgetError(ValueError):
 
 @dataclass(frozen=True)
 class MemoryStages:
-    """The stages of a search whose memory is limited, in order.
-
-    Args:
-        ends: The index of the last cell of each stage, ascending.
-        peaks: The peak memory of each stage in bytes.
-        recomputed: Whether activations are recomputed in the backward pass (gradient checkpointing).
-    """
+    """The stages of a search whose memory is limited: the last cell of each, and its peak memory in bytes."""
 
     ends: tuple[int, ...]
     peaks: tuple[int, ...]

@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Product, size_of
 
 
 @dataclass(frozen=True)
 class Prices:
-    """The cost of a network by what it consists of: parameter entries, operations, and a rest.
+    """The cost of a network by what it consists of.
 
     Args:
         entries: Parameter or buffer name → the cost of each of its entries.
@@ -59,7 +60,23 @@ def spread_times(
     return Prices(entries, alone, rest)
 
 
-def count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
+def split_cost(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
+    """Return what entries and operations cost by a measure; ``timed`` is the answer for time."""
+    match measure:
+        case Measure.PARAMETERS | Measure.NONZERO:
+            return Prices(dict.fromkeys(axes.shapes, 1.0))
+        case Measure.BYTES:
+            return Prices({name: float(axes.itemsize.get(name, 4)) for name in axes.shapes})
+        case Measure.MACS:
+            return _count_macs(axes, ops)
+        case Measure.TIME if timed is not None:
+            return timed
+        case Measure.TIME:
+            raise ValueError("how long operations take was not measured: evaluation.latency(…) does it")
+    raise ValueError(f"a search does not count {measure}; count params, nonzero, macs, bytes or ms")
+
+
+def _count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
     """Return costs in multiply–accumulates of one example, per parameter entry and operation (path).
 
     Those of a module with a weight are spread over its entries. Those of other modules (attention, products of

@@ -19,12 +19,7 @@ _NAMES = {"mlp": "MLP", "heads": "attention heads", "channels": "inner channels 
 
 @dataclass(frozen=True)
 class Widening:
-    """How many units each axis gains, and why others cannot gain any.
-
-    Args:
-        grow: Axis key → the number of units it gains.
-        refused: Axis key → why it cannot be widened.
-    """
+    """Axis key → how many units it gains, and axis key → why others cannot gain any."""
 
     grow: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -74,9 +69,8 @@ def widening(
 def classify(axes: AxisGraph) -> dict[str, Part]:
     """Return axis key → what it is: hidden neurons of an MLP, attention heads, or inner channels of convolutions.
 
-    Linear layers make hidden neurons and read them, convolutions make channels. An axis to which a residual connection
-    adds is neither. Where convolutions lie in numbered blocks, channels outside of them (the first layer's) do not
-    count.
+    An axis to which a residual connection adds is neither. Where convolutions lie in numbered blocks, channels outside
+    of them (the first layer's) do not count.
     """
     steps, heads = axes.steps, _heads(axes)
     readers: dict[int | str, int] = {}  # the first operation that reads a parameter, or the result of an operation

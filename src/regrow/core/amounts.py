@@ -140,14 +140,6 @@ class Target:
 
         >>> Target.parse("kv_cache=50M@4096")
         Target(measure=<Measure.CACHE: 'kv_cache'>, amount=50000000.0, context=4096, share=0.0)
-        >>> str(Target.parse("params=70 %"))
-        'params=70%'
-
-        Args:
-            text: The target, such as ``params=100M``, ``macs=50%`` or ``kv_cache=50M@4096``.
-
-        Raises:
-            ValueError: If the text is no target; the message shows the form of one.
         """
         unit, equals, rest = text.strip().partition("=")
         much, at, context = rest.partition("@")
@@ -192,12 +184,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Increase:
-    """How much is added to a size: a number of units, or a fraction of the size.
-
-    Args:
-        units: The number of units; 0 where a fraction is given.
-        share: The fraction of the size; 0 where a number is given.
-    """
+    """How much is added to a size: a number of units, or a fraction of the size; the other is 0."""
 
     units: int = 0
     share: float = 0.0

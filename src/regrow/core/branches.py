@@ -39,15 +39,7 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class Branch:
-    """A module that can be dropped whole, with everything that goes with it, or the reason why it cannot.
-
-    Args:
-        module: The path of the module. Its output is replaced by zeros, its input or ``None``
-            (``placeholders[module].gives``).
-        placeholders: Module path → placeholder, for the module and for every module whose output only it uses (the norm
-            in front of an attention).
-        reason: Why it cannot be dropped; empty if it can.
-    """
+    """A module that can be dropped, or the reason why not; placeholders replace it and what only it uses."""
 
     module: str
     placeholders: Mapping[str, Placeholder] = field(default_factory=dict)

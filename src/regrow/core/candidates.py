@@ -136,12 +136,7 @@ def run_whole(model: nn.Module) -> Iterator[None]:
 
 
 class Prefix(nn.Module):
-    """The first parts of a staged network as a network of its own; later parts keep their parameters and do not run.
-
-    Args:
-        net: A :class:`Staged` network; a classifier follows part ``last``.
-        last: The index of the last part that runs.
-    """
+    """The parts of a :class:`Staged` network up to ``last``, as a network; later parts keep their parameters."""
 
     def __init__(self, net: nn.Module, last: int) -> None:
         super().__init__()

@@ -193,11 +193,9 @@ def growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> st
 
 @dataclass(frozen=True)
 class Stack:
-    """A container of modules, with those that can be copied such that the copy gives its input unchanged.
+    """A container of modules, and those of which a copy gives its input unchanged.
 
-    Args:
-        size: How many modules the container has.
-        zeros: Index of a module that can be copied → the names, within it, of the parameters that are 0 in a copy.
+    ``zeros``: index of such a module → the names, within it, of the parameters that are 0 in a copy.
     """
 
     size: int
@@ -206,14 +204,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class BlockCopy:
-    """A copy of a block in a stack.
-
-    Args:
-        position: Its index in the stack after the insertion; at least 1, since a block's input must be the output of
-            another block.
-        of: The index, before the insertion, of the block that it copies.
-        zeros: The names, within the block, of the parameters that are 0 in the copy.
-    """
+    """A copy of block ``of`` that is module ``position`` afterwards, at least 1; parameters ``zeros`` are 0 in it."""
 
     position: int
     of: int
@@ -222,12 +213,7 @@ class BlockCopy:
 
 @dataclass(frozen=True)
 class Insertion:
-    """Copies of blocks that are inserted into a stack.
-
-    Args:
-        size: How many modules the stack has before the insertion.
-        copies: The copies, by ascending position.
-    """
+    """Copies of blocks, by ascending position, that are inserted into a stack of ``size`` modules."""
 
     size: int
     copies: tuple[BlockCopy, ...]

@@ -18,13 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Score:
-    """The score of a network on some examples, as sums, so that batches can be added.
-
-    Args:
-        total: The sum of the per-example scores; higher is better.
-        squares: The sum of their squares.
-        count: The number of examples (labelled positions) scored.
-    """
+    """Sum and sum of squares of the scores of some examples, so that batches can be added; higher is better."""
 
     total: float = 0.0
     squares: float = 0.0

@@ -27,15 +27,7 @@ class Need(StrEnum):
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of each unit of each axis: units with the lowest scores are cut first.
-
-    Args:
-        values: Axis key → importance per unit, ``[size]`` float64; higher is more worth keeping.
-        metric: The name of the importance measure: ``"wifv"``, ``"magnitude"``.
-        sources: The names of the sources on which it was measured; empty for measures that need no data.
-        tokens: How many positions (tokens or pixels) were measured.
-        notes: Remarks for the report.
-    """
+    """Importance of each unit of each axis, ``[size]`` float64: units with the lowest scores are cut first."""
 
     values: Tensors
     metric: str
@@ -175,13 +167,7 @@ def _add_each(a: dict, b: dict) -> dict:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Calibration measurements that a pruning method scores units with, per source.
-
-    Args:
-        statistics: Source name → the sums of its shards (as many shards as the method asks for).
-        data: Source name → the batches themselves, for methods that read them again.
-        notes: Remarks for the report on the sources (such as one that had to be split).
-    """
+    """Calibration measurements that a pruning method scores units with: per source the sums of its shards, and data."""
 
     statistics: Mapping[str, Sequence[Statistics]] = field(default_factory=dict)
     data: Mapping[str, Source] = field(default_factory=dict)

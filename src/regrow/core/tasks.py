@@ -70,10 +70,6 @@ class Examples:
         """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
 
         BatchNorm cannot train on a single example; with ``size`` 1, or one example in all, none is left out.
-
-        >>> parts = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
-        >>> [len(batch) for batch in parts]
-        [2, 2]
         """
         return (self.take(part) for part in batch_indices(len(self), size, seed))
 
@@ -90,11 +86,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class _View:
-    """Examples that are read from others.
-
-    Args:
-        base: The others.
-    """
+    """Examples that are read from others."""
 
     base: ExampleSet
 
@@ -150,11 +142,7 @@ class ChangedExamples(_View):
 
 @dataclass(frozen=True)
 class CappedExamples(_View):
-    """Examples that come in batches of at most ``most``, for networks whose outputs are large.
-
-    Args:
-        most: The largest batch.
-    """
+    """Examples that come in batches of at most ``most``, for networks whose outputs are large."""
 
     most: int
 
@@ -227,15 +215,7 @@ def among(logits: Tensor, classes: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a continual-learning sequence: its training and test examples and its classes.
-
-    Args:
-        name: What results call it.
-        train: The training examples.
-        test: The test examples, never trained on.
-        classes: The class indices of the task, ascending.
-        gone: Whether its data are no longer available, so that a few zeros replace them and it is not evaluated.
-    """
+    """One task of a continual-learning sequence; a few zeros replace the data of one that are ``gone``."""
 
     name: str
     train: ExampleSet
@@ -246,5 +226,5 @@ class Task:
     @classmethod
     def of_gone(cls, name: str, shape: tuple[int, ...], classes: tuple[int, ...]) -> "Task":
         """Return a task whose data are no longer available: zeros in the shape of its inputs replace its examples."""
-        blank = Examples(torch.zeros(2, *shape), torch.full((2,), classes[0]))
+        blank = Examples(torch.zeros((2, *shape)), torch.full((2,), classes[0]))
         return cls(name, blank, blank, classes, gone=True)

@@ -82,7 +82,6 @@ class PlanJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drop: dict[str, dict[str, PlaceholderJson]]
     back: list[str]
     insert: dict[str, InsertionJson] = {}
-    remove: dict[str, InsertionJson] = {}
 
 
 class ParentJson(msgspec.Struct, frozen=True):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow.core.axes import Axis, AxisGraph, Fold, Role, Slot, size_of
+from regrow.core.axes import Axis, AxisGraph, Fold, Role, size_of
 from regrow.core.plan import Plan, PlanError
 from regrow.core.process_memory import release_pages
 from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, fold_constants
-from regrow.surgery.layout import Layout, ids_after, next_ids_after, places, resize_moment, slots_after
+from regrow.surgery.layout import Layout, ids_after, next_ids_after, resize_moment, slots_after, slots_in
 from regrow.surgery.restore import plan_with_undo
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing.attributes import get_attribute, set_attribute
@@ -27,13 +27,7 @@ T = TypeVar("T")
 class Prepared:
     """The computed result of a plan, before anything is changed.
 
-    Args:
-        tensors: Computes single tensors.
-        values: Name → the tensor to set.
-        constants: ``module:attribute`` → the number to set.
-        folds: The folds after the plan.
-        removed: Biases that only compensation had added, and that are removed again.
-        undo: The undo store after the plan; ``None`` without one.
+    ``values`` are the tensors to set; ``removed`` biases that only compensation had added; ``undo`` the later store.
     """
 
     tensors: PlannedTensors
@@ -183,7 +177,7 @@ def _after(axes: AxisGraph, plan: Plan, ready: Prepared) -> AxisGraph:
         moved = slots_after(axis, axes, ready.tensors.lays, ready.sizes)
         slots = [slot for slot in moved if slot.name not in ready.removed]
         for name, (dim,) in added.items():
-            slots += [Slot(name, 0, *place, role=Role.SHIFTS) for place in places(dim, key, ready.sizes)]
+            slots += slots_in(name, 0, Role.SHIFTS, dim, key, ready.sizes)
         return replace(axis, size=ready.sizes[key], slots=tuple(slots), ids=ids[key], next_id=next_ids[key])
 
     def left(entries: Mapping[str, T]) -> dict[str, T]:

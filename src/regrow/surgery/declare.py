@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.core.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
-from regrow.surgery.layout import places
+from regrow.surgery.layout import slots_in
 from regrow.tracing.attributes import get_attribute, restated_sizes
 from regrow.tracing.capture import example_of
 from regrow.tracing.model_state import state_of
@@ -21,15 +21,9 @@ class DeclarationError(ValueError):
 
 @dataclass(frozen=True)
 class _Place:
-    """One dimension of a tensor, or one integer attribute of a module, in a declaration.
+    """One dimension of a tensor, or one integer attribute of a module (``dim`` is ``None``), in a declaration.
 
-    Args:
-        axis: The axis in whose declaration it occurs.
-        name: The name of the tensor, or ``module:attribute``.
-        dim: Which dimension; ``None`` for an integer.
-        form: The dimension as a product or sum of axes and numbers.
-        reads: Whether it follows the arrow, and so consumes the units.
-        extent: The number of its entries, or the integer.
+    ``form`` is its formula, ``reads`` whether it follows the arrow, ``extent`` its entries or value.
     """
 
     axis: str
@@ -234,7 +228,7 @@ def _axis(key: str, sizes: Mapping[str, int], every: list[_Place], tensors: Mapp
             # A vector does not produce units by itself: it shifts or scales them.
             small = Role.SHIFTS if place.name.endswith(("bias", "running_mean")) else Role.SCALES
             role = Role.CONSUMES if place.reads else Role.PRODUCES if place in heavy else small
-            slots |= {Slot(place.name, place.dim, *at, role=role): None for at in places(place.form, key, sizes)}
+            slots |= dict.fromkeys(slots_in(place.name, place.dim, role, place.form, key, sizes))
     if not makers or not any(place.reads and place.dim is not None for place in named):
         raise DeclarationError(f"axis {key!r}: name a tensor that {'reads' if makers else 'makes'} its units")
     return Axis(key, sizes[key], tuple(slots), Mark.NEUTRAL)

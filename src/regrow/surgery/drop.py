@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import lcm
-from typing import TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -26,36 +25,13 @@ from regrow.tracing.rules import walk
 from regrow.tracing.steps import caches, steps
 from regrow.tracing.training_trace import trace_training
 
-T = TypeVar("T")
-
-
-def _inside(axes: AxisGraph, branch: Branch) -> AxisGraph:
-    """Return the part of the axes that lies in a branch; operations, work and branches stay."""
-
-    def inside(entries: Mapping[str, T]) -> dict[str, T]:
-        return {name: entry for name, entry in entries.items() if branch.holds(name.partition(":")[0])}
-
-    slots = {axis.key: tuple(slot for slot in axis.slots if branch.holds(slot.name)) for axis in axes}
-    return replace(
-        axes,
-        axes={key: replace(axes[key], slots=inner) for key, inner in slots.items() if inner},
-        shapes=inside(axes.shapes),
-        parameters=frozenset(filter(branch.holds, axes.parameters)),
-        counted=tuple(filter(branch.holds, axes.counted)),
-        itemsize=inside(axes.itemsize),
-        ties=inside(axes.ties),
-        integers=inside(axes.integers),
-        folds=tuple(fold for fold in axes.folds if branch.holds(fold.weight)),
-        unreached=tuple(filter(branch.holds, axes.unreached)),
-    )
-
 
 def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
     """Return the network's axes with a branch restored; the axes inside it must not have changed since.
 
     The operations, work and branches of the result, and its order, must be taken from a new recording.
     """
-    inner = _inside(old, branch)
+    inner = old.restricted(branch.holds)
     lost = inner.axes.keys() - axes.axes.keys()
 
     def axis(key: str) -> Axis:
@@ -66,7 +42,11 @@ def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
         return replace(old[key], size=now.size, ids=now.ids, next_id=now.next_id, slots=slots)
 
     keys = [key for key in old.axes if key in inner.axes or key in axes.axes]
-    resized = {at: dim for at, dim in old.integers.items() if not lost.isdisjoint(axes_in(dim))}
+    integers = {
+        name: dim
+        for name, dim in old.integers.items()
+        if branch.holds(name.partition(":")[0]) or not lost.isdisjoint(axes_in(dim))
+    }
     return replace(
         axes,
         axes={key: axis(key) for key in (*keys, *(axes.axes.keys() - old.axes.keys()))},
@@ -75,7 +55,7 @@ def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
         counted=(*axes.counted, *inner.counted),
         itemsize={**inner.itemsize, **axes.itemsize},
         ties={**inner.ties, **axes.ties},
-        integers={**inner.integers, **resized, **axes.integers},
+        integers={**integers, **axes.integers},
         folds=(*axes.folds, *inner.folds),
         unreached=(*axes.unreached, *inner.unreached),
     )
@@ -166,7 +146,7 @@ def _check_back(model: nn.Module, branch: Branch) -> None:
 def _replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
     """Return a dropped branch with the cuts that the network underwent since; the given branch is left unchanged."""
     old = removed.axes
-    inner = _inside(old, removed.branch)
+    inner = old.restricted(removed.branch.holds)
     keep = {}
     for axis in inner:
         key, now = axis.key, axes.axes.get(axis.key)

@@ -180,22 +180,19 @@ def slots_after(
             result[slot] = None
         elif axis.free:
             dim = axes.shapes[slot.name][slot.dim]
-            for outer, stride, inner, offset in places(dim, axis.key, sizes):
-                result[Slot(slot.name, slot.dim, outer, stride, inner, offset, slot.role)] = None
+            result |= dict.fromkeys(slots_in(slot.name, slot.dim, slot.role, dim, axis.key, sizes))
         elif (moved := _moved(slot, lay, axis.size)) is not None:
             result[moved] = None
     return tuple(result)
 
 
-def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield ``(outer, stride, inner, offset)`` of every place where the units of an axis lie in a dimension.
-
-    The numbers mean the same as in :class:`~regrow.core.axes.Slot`.
-    """
+def slots_in(name: str, index: int, role: Role, dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[Slot]:
+    """Yield a slot for each place where the units of an axis lie in a dimension of a tensor."""
     for loops, inner, offset in occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)
-        for at in product(*(range(n) for n, _ in loops[1:])):
-            yield outer, stride, inner, offset + sum(i * s for i, (_, s) in zip(at, loops[1:], strict=True))
+        for turns in product(*(range(n) for n, _ in loops[1:])):
+            before = sum(i * step for i, (_, step) in zip(turns, loops[1:], strict=True))
+            yield Slot(name, index, outer, stride, inner, offset + before, role)
 
 
 def _moved(slot: Slot, lay: Layout, size: int) -> Slot | None:

@@ -34,17 +34,7 @@ ROUNDING = 16
 
 @dataclass(frozen=True)
 class ProposedChange:
-    """A plan whose result is computed but not yet written.
-
-    Args:
-        model: The network before the plan.
-        axes: Its axes.
-        plan: The plan.
-        recording: The network's operations, and where they read axes.
-        planned: The operations of the network after the plan.
-        ready: The computed tensors and sizes.
-        undo: The undo store before the plan; ``None`` without one.
-    """
+    """A plan whose result is computed but not yet written; ``undo`` is the store before it."""
 
     model: nn.Module
     axes: AxisGraph

@@ -89,11 +89,11 @@ def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
     return Deviation(gap, largest)
 
 
-def describe_difference(distance: float, largest: float, remedy: str = "a fault of regrow, please report it") -> str:
+def describe_difference(distance: float, largest: float, remedy: str = "") -> str:
     """Return the error message for a planned network whose outputs differ from those of the masked one."""
     return (
         f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
-        f"largest output is {largest:.1e} (float64); {remedy}"
+        f"largest output is {largest:.1e} (float64); {remedy or 'a fault of regrow, please report it'}"
     )
 
 

@@ -127,17 +127,7 @@ def _verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example) -> 
 
 
 def distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[tuple[Plan, float]]:
-    """Yield each of many plans with its relative float64 difference, as :func:`verify` does for one.
-
-    d = max |masked − shrunk| / max |masked|
-
-    >>> import torch
-    >>> from regrow.tracing import trace
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> axes = trace(net, torch.ones(1, 4))
-    >>> [d < 1e-9 for _, d in distances(net, axes, [Plan.keeping(axes, {"0.weight:0": range(n)}) for n in (3, 5)])]
-    [True, True]
-    """
+    """Yield each of many plans with max |masked − shrunk| / max |masked| in float64."""
     runs = _Runs(model, axes, axes.example)
     for plan in plans:
         masked, shrunk, _ = runs.both(plan, double=True)

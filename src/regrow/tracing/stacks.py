@@ -48,13 +48,16 @@ def stack_at(model: nn.Module, path: str, size: int) -> nn.Sequential | nn.Modul
 
 def insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
     """Put copies of blocks into a stack, in place; parameters that are to be 0 in a copy are set to 0."""
-    old = list(stack_at(model, path, insertion.size))
+    stack = stack_at(model, path, insertion.size)
+    old = list(stack)
     made = {copy.position: _copied(model, old[copy.of], copy.zeros) for copy in insertion.copies}
-    _insert(model, path, insertion, [made.get(i, old[of]) for i, of in enumerate(insertion.sources)], ())
+    _replace(stack, [made.get(i, old[of]) for i, of in enumerate(insertion.sources)], insertion.sources)
+    if not _deepen(model, path, insertion.size, insertion.sources):
+        setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
 
 
-def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> list[nn.Module]:
-    """Take the blocks of an insertion out of a stack again, in place; return all modules that it had."""
+def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
+    """Undo :func:`insert_copies`, in place."""
     stack = stack_at(model, path, insertion.after)
     before = list(stack)
     _replace(stack, [before[i] for i in insertion.kept], insertion.kept)
@@ -63,21 +66,6 @@ def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> list[nn.
         setattr(stack, INSERTIONS, insertions[:-1])
         if len(insertions) == 1:
             delattr(stack, INSERTIONS)
-    return before
-
-
-def put_back(model: nn.Module, path: str, insertion: Insertion, modules: Sequence[nn.Module]) -> None:
-    """Undo :func:`remove_copies`, in place."""
-    _insert(model, path, insertion, modules, insertion.kept)
-
-
-def _insert(
-    model: nn.Module, path: str, insertion: Insertion, modules: Sequence[nn.Module], moved: Sequence[int]
-) -> None:
-    stack = stack_at(model, path, insertion.size)
-    _replace(stack, modules, insertion.sources, moved)
-    if not _deepen(model, path, insertion.size, insertion.sources):
-        setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
 
 
 def find_insertions(model: nn.Module) -> dict[str, tuple[Insertion, ...]]:
@@ -85,21 +73,16 @@ def find_insertions(model: nn.Module) -> dict[str, tuple[Insertion, ...]]:
     return {path: vars(module)[INSERTIONS] for path, module in model.named_modules() if INSERTIONS in vars(module)}
 
 
-def _replace(
-    stack: nn.Sequential | nn.ModuleList,
-    modules: Sequence[nn.Module],
-    sources: Sequence[int],
-    moved: Sequence[int] = (),
-) -> None:
+def _replace(stack: nn.Sequential | nn.ModuleList, modules: Sequence[nn.Module], sources: Sequence[int]) -> None:
     """Give a stack other modules under consecutive names, and renumber those that hold their own number.
 
-    Numbers change from the index in ``sources`` to the new one; in the modules ``moved`` alone, if there are any.
+    Numbers change from the index in ``sources`` to the new one.
     """
     prefix, start = _prefix(stack)
     stack._modules.clear()
     stack._modules.update({f"{prefix}{start + i}": module for i, module in enumerate(modules)})
     for i, (module, of) in enumerate(zip(modules, sources, strict=True)):
-        for child in module.modules() if not moved or i in moved else ():
+        for child in module.modules():
             for name in FIRST:
                 if type(number := vars(child).get(name)) is int:
                     setattr(child, name, number + i - of)

@@ -5,7 +5,7 @@ Some dimensions of a network's tensors always change together: the output of one
 :class:`AxisGraph` holds the axes of a network and every tensor's shape written in them: plain data, made by tracing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -153,11 +153,7 @@ class AxisGraph:
         return {axis.key: axis.size for axis in self}
 
     def batch_size(self) -> int:
-        """Return the batch size of the traced input.
-
-        That is the number of entries of its first list, or the leading size of its first tensor if the network's last
-        result has the same; 1 otherwise.
-        """
+        """Return the batch size of the traced input; 1 if first tensor and last result differ in their leading size."""
         values = (*self.example.args, *self.example.kwargs.values())
         first = next((value for value in values if isinstance(value, Tensor | list | tuple)), None)
         if isinstance(first, list | tuple):
@@ -234,9 +230,10 @@ class AxisGraph:
     def without(self, branches: Iterable[Branch]) -> "AxisGraph":
         """Return a copy without everything that dropping some branches removes, for costing what is left."""
         removed = list(branches)
+        return self.restricted(lambda name: not any(branch.holds(name) for branch in removed))
 
-        def stays(name: str) -> bool:
-            return not any(branch.holds(name) for branch in removed)
+    def restricted(self, stays: Callable[[str], bool]) -> "AxisGraph":
+        """Return a copy with the modules and tensors alone whose names stay, and with what is made of them."""
 
         def filtered(values: Mapping[str, Any]) -> dict[str, Any]:
             return {name: value for name, value in values.items() if stays(name)}

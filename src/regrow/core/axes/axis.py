@@ -39,14 +39,7 @@ Dim = int | str | Product | Sum
 
 @dataclass(frozen=True)
 class Cache:
-    """The keys and values that one attention caches per token, as dimensions, to compute the size of a key-value cache.
-
-    Args:
-        module: The path of the attention module.
-        keys: The dimensions of one token's keys, before key-value heads are repeated.
-        values: The dimensions of one token's values.
-        itemsize: Bytes per entry.
-    """
+    """The keys and values that one attention caches per token, before key-value heads are repeated."""
 
     module: str
     keys: tuple[Dim, ...]

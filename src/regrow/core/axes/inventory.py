@@ -11,21 +11,7 @@ from regrow.core.tables import Table
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table of axes.
-
-    Args:
-        key: The axis's key.
-        label: Which modules produce its units and which read them; the same for axes of one kind in every block.
-        block: The numbered block that all of its tensors lie in, such as ``model.layers.7``; empty if there are
-            several.
-        size: How many units.
-        mark: What cutting it does to the network's function (:class:`regrow.core.axes.Mark`).
-        reason: Why it is frozen or has its mark.
-        inside: The key of the axis whose units contain these units.
-        unit_params: How many parameters removing one unit saves; 0 if the axis is frozen.
-        unit_macs: How many multiply–accumulates per example removing one unit saves; 0 if the axis is frozen.
-        tensors: How many tensors it lies in.
-    """
+    """One row of the table of axes; a unit saves ``unit_params`` and ``unit_macs``, 0 on a frozen axis."""
 
     key: str
     label: str

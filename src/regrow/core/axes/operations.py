@@ -26,13 +26,7 @@ Numbers = tuple[Number | tuple[Number, ...], ...]
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply–accumulates of one contraction: the product of the sizes of ``dims``.
-
-    Args:
-        module: The path of the module in whose forward it ran.
-        op: The name of the operation.
-        dims: The dimensions whose product counts the multiply–accumulates.
-    """
+    """Multiply–accumulates of one contraction in a module: the product of the sizes of ``dims``."""
 
     module: str
     op: str
@@ -89,13 +83,7 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class Decision:
-    """A data-dependent value that the network used in one run, such as the result of ``.item()`` or of an NMS.
-
-    Args:
-        op: The operation that read the data: ``"aten.item.default"``, ``"torchvision.nms.default"``.
-        module: The path of the module in whose forward it ran.
-        answer: Its result: a number, or tensors (of positions, mostly).
-    """
+    """A data-dependent value that the network used in one run, such as the result of ``.item()`` or of an NMS."""
 
     op: str
     module: str

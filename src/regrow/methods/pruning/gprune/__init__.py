@@ -15,8 +15,7 @@ from functools import partial
 
 import torch
 
-from regrow.allocation.ranked import rank
-from regrow.allocation.solved import module_costs, ratios
+from regrow.allocation.ranked import module_costs, rank, ratios
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.scores import Need

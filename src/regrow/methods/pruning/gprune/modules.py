@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from regrow.allocation.solved import soft_step
+from regrow.allocation.ranked import soft_step
 from regrow.core.axes import Axis
 from regrow.core.scores import Scores, Statistics, merged
 from regrow.methods.pruning.pruner import PruningTask

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.allocation.ranked import BudgetError, allocation, rank, uniform
-from regrow.allocation.solved import module_costs, ratios
+from regrow.allocation.ranked import BudgetError, allocation, module_costs, rank, ratios, uniform
 from regrow.core.axes import AxisGraph
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.errors import RefusedError
