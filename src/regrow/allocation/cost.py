@@ -11,10 +11,10 @@ from regrow.core.amounts import Measure
 from regrow.core.axes import Axis, AxisGraph, Dim, Product, Sum, axes_in
 from regrow.core.budget import Budget, Timing
 
+# A polynomial in axis sizes: axis keys (sorted, with repetition) → integer coefficient
 Monomials = Counter[tuple[str, ...]]
-"""A polynomial in axis sizes: axis keys (sorted, with repetition) → integer coefficient."""
+# One summand of a cost: sizes of all axes, `[axes + 1]` int64 → steps of the measure
 Term = Callable[[np.ndarray], int]
-"""One summand of a cost: sizes of all axes, ``[axes + 1]`` int64 → steps of the measure."""
 
 
 class Cost:

@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from regrow.core.candidates import find_candidates
 
+# How many edges into a node DARTS keeps
 INPUTS = 2
-"""How many edges into a node DARTS keeps."""
 
 
 @dataclass(frozen=True)

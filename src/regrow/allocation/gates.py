@@ -12,11 +12,11 @@ from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph
 
+# A margin so far below 0 that the surrogate gradient of the step function vanishes there
 NEVER = -2.0
-"""A margin so far below 0 that the surrogate gradient of the step function vanishes there."""
 
+# Added to every threshold, so that a threshold of 0 removes what has importance 0
 _JUST = 1e-6
-"""Added to every threshold, so that a threshold of 0 removes what has importance 0."""
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from regrow.allocation.timed import Prices, above, split_cost
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Role
 
+# The most entries of a network that is priced and masked entry by entry where only operations and filters are
 ENTRYWISE = 2**24
-"""The most entries of a network that is priced and masked entry by entry where only operations and filters are."""
+# The mean number of entries of a tensor above which pricing tensors is faster than pricing entries
 _LARGE = 2**12
-"""The mean number of entries of a tensor above which pricing tensors is faster than pricing entries."""
 
 
 @dataclass(frozen=True)

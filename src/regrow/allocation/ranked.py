@@ -205,8 +205,8 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
     return BudgetError(f"{what} cannot be reached ({why}); {remedy}", reachable)
 
 
+# Name → allocation function: (axes, scores, budget, *, minimum, share) → axis key → units kept
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
-"""Name → allocation function: (axes, scores, budget, *, minimum, share) → axis key → units kept."""
 
 
 def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:

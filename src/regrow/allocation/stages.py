@@ -10,8 +10,8 @@ from functools import cache
 
 from regrow.core.amounts import format_bytes
 
+# Function: (first cell with all candidates, last cell that runs) → peak memory in bytes
 Peak = Callable[[int, int], int]
-"""Function: (first cell with all candidates, last cell that runs) → peak memory in bytes."""
 
 
 class MemoryBudgetError(ValueError):

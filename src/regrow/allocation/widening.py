@@ -13,7 +13,6 @@ from regrow.core.change import BlockCopy, Insertion, Stack
 
 Part = Literal["mlp", "heads", "channels"]
 PARTS: tuple[Part, ...] = ("mlp", "heads", "channels")
-"""The kinds of axes that can be widened by one name."""
 _NAMES = {"mlp": "MLP", "heads": "attention heads", "channels": "inner channels of convolutions"}
 
 

@@ -25,10 +25,10 @@ class Measure(StrEnum):
     TIME = "ms"
 
 
+# Measure → whole steps per unit of it, where that is not 1: milliseconds are counted in nanoseconds
 STEPS = {Measure.TIME: 10**6}
-"""Measure → whole steps per unit of it, where that is not 1: milliseconds are counted in nanoseconds."""
+# The measures whose value depends on the number of tokens, so that a target may name it (`@4096`)
 IN_CONTEXT = frozenset({Measure.CACHE, Measure.TIME})
-"""The measures whose value depends on the number of tokens, so that a target may name it (``@4096``)."""
 
 _AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?))?(b|\s*bytes?)?", re.IGNORECASE)
 _INCREASE = re.compile(r"\+?\s*(?:(\d+)|(\d+(?:\.\d*)?|\.\d+)\s*%)")

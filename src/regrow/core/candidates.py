@@ -95,17 +95,17 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module).forward.__module__.startswith("torch.nn.modules") and not module._forward_hooks
 
 
+# Layers whose output is linear in weight and bias together: scaling both scales the output
 _LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
-"""Layers whose output is linear in weight and bias together: scaling both scales the output."""
 
 
 class Staged(Protocol):
     """Interface of a network searchable in stages: it can run a first part alone, with a classifier of its own."""
 
+    # Whether activations are recomputed in the backward pass (checkpointing), to save memory
     recomputed: bool
-    """Whether activations are recomputed in the backward pass (checkpointing), to save memory."""
+    # The index of the last part that runs when the network is called; `None`: all parts run
     active: int | None
-    """The index of the last part that runs when the network is called; ``None``: all parts run."""
 
     def upto(self, x: Tensor, last: int) -> Tensor:
         """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run."""

@@ -12,12 +12,11 @@ from typing import Any
 
 from regrow.core.axes import Axis, Mark, Role, Slot
 
+# The largest number of units that one change may add to an axis
 MOST = 2**24
-"""The largest number of units that one change may add to an axis."""
 MOST_UNITS = 2**26
-"""The largest number of units of an axis."""
+# The largest number of modules of a stack, and of copies that one plan inserts into it
 MOST_BLOCKS = 4096
-"""The largest number of modules of a stack, and of copies that one plan inserts into it."""
 
 
 class PlanError(ValueError):
@@ -57,12 +56,12 @@ class FillRule:
     in_pairs: bool = False
 
 
+# `Fill.rule` → what plans must know about it; `regrow.surgery.layout.units_after` carries it out
 FILLS: Mapping[str, FillRule] = {
     "zero_out": FillRule(unread=True),
     "split": FillRule(),
     "pair": FillRule(in_pairs=True),
 }
-"""``Fill.rule`` → what plans must know about it; :func:`regrow.surgery.layout.units_after` carries it out."""
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,20 @@ from pathlib import Path
 
 from regrow.core.errors import InputError, ResourceError
 
+# The largest JSON file that is read; a ledger has its own, larger limit
 MAX_JSON_BYTES = 2**28
-"""The largest JSON file that is read; a ledger has its own, larger limit."""
+# How deep lists and objects may be nested in JSON
 MAX_JSON_DEPTH = 100
-"""How deep lists and objects may be nested in JSON."""
+# How much of a text file or folder is read; the rest is ignored
 MAX_TEXT_BYTES = 64_000_000
-"""How much of a text file or folder is read; the rest is ignored."""
+# Most decompressed bytes per byte of a `.gz` above a mebibyte; text has 3 to 20, a bomb about 1,000
 MAX_GZIP_RATIO = 200
-"""Most decompressed bytes per byte of a ``.gz`` above a mebibyte; text has 3 to 20, a bomb about 1,000."""
+# Most pixels of one image, as stored and as scaled: 8,192 × 8,192
 MAX_PIXELS = 2**26
-"""Most pixels of one image, as stored and as scaled: 8,192 × 8,192."""
+# Most layers of a network that a configuration file describes
 MAX_LAYERS = 1024
-"""Most layers of a network that a configuration file describes."""
+# The largest size in a configuration file: hidden units, vocabulary, positions
 MAX_WIDTH = 2**24
-"""The largest size in a configuration file: hidden units, vocabulary, positions."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",

@@ -10,10 +10,10 @@ from torch import Tensor
 from regrow.core.errors import InputError, first_line
 from regrow.core.sources import MISFITS, Batch, describe, logits_in
 
+# A user's loss: (what the network returned, labels of the batch) → scalar
 LossFunction = Callable[[object, object], Tensor]
-"""A user's loss: (what the network returned, labels of the batch) → scalar."""
+# The class label of a position that is not counted
 IGNORED = -100
-"""The class label of a position that is not counted."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,6 @@ OWN = Objective("own", own_loss)
 
 _KNOWN = (CLASSIFICATION, NEXT_TOKEN, MULTI_LABEL, REGRESSION, OWN)
 OBJECTIVES: Mapping[str, Objective] = {objective.name: objective for objective in _KNOWN}
-"""Name → objective."""
 
 
 def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch) -> Objective:

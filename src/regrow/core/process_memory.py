@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # numbers of parameters in malloc.h
 _MADV_PAGEOUT = 21
+# The fewest bytes of memory-mapped tensors for which it is worth asking to reclaim their pages
 LEAST = 2**26
-"""The fewest bytes of memory-mapped tensors for which it is worth asking to reclaim their pages."""
 
 
 def read_resident() -> int:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
+# Called with (steps done, steps in all, what is being done)
 Progress = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, what is being done)."""
 
 
 def silent(done: int, total: int, what: str) -> None:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from regrow.core.sources import Source
 
+# Axis key, or name of a parameter → tensor
 Tensors = Mapping[str, Tensor]
-"""Axis key, or name of a parameter → tensor."""
 SUMS = ("total", "square", "mean_total", "mean_square")
-"""The sums of :class:`Moments` that are tensors."""
 
 
 class Need(StrEnum):

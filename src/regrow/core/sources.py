@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from regrow.core.errors import InputError, first_line
 
 R = TypeVar("R")
+# The errors that networks and losses raise where inputs do not fit them; subclasses do not count (lack of memory)
 MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
-"""The errors that networks and losses raise where inputs do not fit them; subclasses do not count (lack of memory)."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [one.cpu() for one in result]
 
 
+# The most bytes that are copied to the CPU together, since they are in the device's memory twice
 _CHUNK = 2**28
-"""The most bytes that are copied to the CPU together, since they are in the device's memory twice."""
 
 
 def move_tensors(record: R, device: torch.device) -> R:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+# The largest number of rows that are shown; the rest are counted
 MOST_ROWS = 40
-"""The largest number of rows that are shown; the rest are counted."""
 
 
 @dataclass(frozen=True)

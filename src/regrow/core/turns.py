@@ -7,8 +7,8 @@ from contextvars import copy_context
 
 import torch
 
+# A context manager that gives a thread the state of another
 State = Callable[[], AbstractContextManager[None]]
-"""A context manager that gives a thread the state of another."""
 
 
 class StopRunError(BaseException):

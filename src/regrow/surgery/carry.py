@@ -197,11 +197,11 @@ def _after(axes: AxisGraph, plan: Plan, ready: Prepared) -> AxisGraph:
     )
 
 
+# Names of first moments in optimiser state: new entries get 0
 FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
-"""Names of first moments in optimiser state: new entries get 0."""
 
+# Names of second moments in optimiser state: new entries get the mean of the kept ones
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
-"""Names of second moments in optimiser state: new entries get the mean of the kept ones."""
 
 
 @dataclass(frozen=True)

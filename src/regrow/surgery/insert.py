@@ -25,8 +25,8 @@ from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import ROUNDING, is_equal, measure_distance, run_network
 from regrow.tracing.stacks import StackError, insert_copies, remove_copies
 
+# Name of a module or tensor before blocks are inserted → its name after that
 Rename = Callable[[str], str]
-"""Name of a module or tensor before blocks are inserted → its name after that."""
 
 
 @contextmanager

@@ -50,7 +50,6 @@ class Layout:
 
 
 Layouts = Mapping[str, Mapping[int, Layout]]
-"""Name of a tensor → dimension → the layout of its entries after a plan."""
 
 
 def plan_layouts(axes: AxisGraph, plan: Plan) -> Layouts:
@@ -207,8 +206,8 @@ def _moved(slot: Slot, lay: Layout, size: int) -> Slot | None:
     return Slot(slot.name, slot.dim, blocks, stride, width, int(first[0]), slot.role)
 
 
+# Dimension of a tensor → its roles in the axes that change there
 Roles = Mapping[int, Collection[Role]]
-"""Dimension of a tensor → its roles in the axes that change there."""
 
 
 def resize(

@@ -24,12 +24,12 @@ from regrow.tracing.readings import Readings, Recording
 from regrow.tracing.steps import operations
 from regrow.tracing.trial import Resizing, resize_copy
 
+# The largest float64 difference allowed, relative to the largest value that is compared
 RELATIVE_BOUND = 1e-9
-"""The largest float64 difference allowed, relative to the largest value that is compared."""
 
 
+# How many units in the last place a tensor may differ from its value in float64
 ROUNDING = 16
-"""How many units in the last place a tensor may differ from its value in float64."""
 
 
 @dataclass(frozen=True)

@@ -39,14 +39,14 @@ from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name, uncast
 from regrow.tracing.steps import operations
 
+# How many blocks of a class are checked at most: the narrowest, the widest, and two more if they are small
 PER_CLASS = 4
-"""How many blocks of a class are checked at most: the narrowest, the widest, and two more if they are small."""
 
+# The most entries in the tensors of a block that counts as small
 SMALL = 2**18
-"""The most entries in the tensors of a block that counts as small."""
 
+# Entries of each spatial dimension that a block is tested with, if its operations allow any size
 CROP = 3
-"""Entries of each spatial dimension that a block is tested with, if its operations allow any size."""
 
 
 class _NotAloneError(Exception):
@@ -325,10 +325,10 @@ def _is_float(node: Node) -> bool:
     return isinstance(form, Tensor) and form.is_floating_point()
 
 
+# Operations that run on images of any size, beside those that work entry by entry
 _LOCAL = frozenset(
     (
         *("conv1d", "conv2d", "conv3d", "batch_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "mean"),
         *("dropout", "output"),
     )
 )
-"""Operations that run on images of any size, beside those that work entry by entry."""

@@ -22,14 +22,14 @@ from regrow.tracing.own_run import as_double, grouped_product, made_in_double, w
 from regrow.tracing.readings import ReadDim
 from regrow.tracing.steps import operations
 
+# Function of a parameter's or buffer's name, and whether in float64, that returns the tensor
 Load = Callable[[str, bool], Tensor]
-"""Function of a parameter's or buffer's name, and whether in float64, that returns the tensor."""
 
+# Weights with more entries are cast to float64 in parts: computed ones above LARGE, stored ones above WIDE
 LARGE, WIDE = 2**24, 2**18
-"""Weights with more entries are cast to float64 in parts: computed ones above LARGE, stored ones above WIDE."""
 
+# How many entries a part of a convolution's weight has, for each of which the input is unfolded, and of a matrix
 PART, MATRIX_PART = 2**18, 2**16
-"""How many entries a part of a convolution's weight has, for each of which the input is unfolded, and of a matrix."""
 
 _CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 _READS_A_WEIGHT = _CONVOLUTIONS | {"embedding", "linear", "rms_norm"}

@@ -33,8 +33,8 @@ class Sum:
     parts: tuple["Dim", ...]
 
 
+# A dimension: a fixed size, the key of an axis, or a product or sum of dimensions
 Dim = int | str | Product | Sum
-"""A dimension: a fixed size, the key of an axis, or a product or sum of dimensions."""
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,19 @@ from regrow.core.axes.axis import Dim
 class Tracer(StrEnum):
     """How the operations of a network are recorded on fake tensors; later ones are slower and assume less."""
 
+    # In export mode; the operations of repeated modules are copied from the first
     COPY = "copy"
-    """In export mode; the operations of repeated modules are copied from the first."""
+    # In export mode; every module runs
     FULL = "full"
-    """In export mode; every module runs."""
+    # As the network runs without gradients, outside export mode; every module runs
     PLAIN = "plain"
-    """As the network runs without gradients, outside export mode; every module runs."""
+    # By `torch.export`
     EXPORT = "export"
-    """By ``torch.export``."""
 
 
 Number = int | float | str | None
+# The constants of an operation in order: numbers and words, and lists of them
 Numbers = tuple[Number | tuple[Number, ...], ...]
-"""The constants of an operation in order: numbers and words, and lists of them."""
 
 
 @dataclass(frozen=True)
