@@ -7,8 +7,7 @@ from math import ceil, lcm
 from typing import Literal
 
 from regrow.core.amounts import Increase
-from regrow.core.axes import Axis, AxisGraph, Role, axes_in, matches
-from regrow.core.axes.inventory import block
+from regrow.core.axes import Axis, AxisGraph, Role, axes_in, block, matches
 from regrow.core.change import BlockCopy, Insertion, Stack
 
 Part = Literal["mlp", "heads", "channels"]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import msgspec
 
@@ -16,6 +17,9 @@ from regrow.core.tables import Table, format_html
 __all__ = ["MOST", "Change", "Fill", "Plan", "PlanError"]
 
 FORMAT = "regrow-plan/1"
+Means = Mapping[str, Mapping[int, float]]
+Origin = Mapping[str, object]
+NONE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Plan:
     """
 
     changes: Mapping[str, Change] = field(default_factory=dict)
-    means: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    origin: Mapping[str, object] = field(default_factory=dict)
+    means: Means = field(default_factory=dict)
+    origin: Origin = field(default_factory=dict)
     drop: Mapping[str, Branch] = field(default_factory=dict)
     back: tuple[str, ...] = ()
     insert: Mapping[str, Insertion] = field(default_factory=dict)
@@ -82,12 +86,7 @@ class Plan:
 
     @classmethod
     def keeping(
-        cls,
-        axes: AxisGraph,
-        keep: Mapping[str, Iterable[int]],
-        *,
-        means: Mapping[str, Mapping[int, float]] | None = None,
-        origin: Mapping[str, object] | None = None,
+        cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], *, means: Means = NONE, origin: Origin = NONE
     ) -> "Plan":
         """Return a plan that cuts the named axes to the given units and leaves all other axes unchanged.
 
@@ -104,12 +103,7 @@ class Plan:
 
     @classmethod
     def growing(
-        cls,
-        axes: AxisGraph,
-        grow: Mapping[str, int],
-        fill: Fill | None = None,
-        *,
-        origin: Mapping[str, object] | None = None,
+        cls, axes: AxisGraph, grow: Mapping[str, int], fill: Fill | None = None, *, origin: Origin = NONE
     ) -> "Plan":
         """Return a plan that adds units to the named axes.
 
@@ -124,16 +118,11 @@ class Plan:
         """
         fill = fill or Fill()
         changes = {key: replace(_unchanged(axes, key), grow=units, fill=fill) for key, units in grow.items()}
-        return cls(changes, origin=origin or {})._checked(axes)
+        return cls(changes, origin=origin)._checked(axes)
 
     @classmethod
     def restoring(
-        cls,
-        axes: AxisGraph,
-        restore: Mapping[str, Iterable[int]],
-        fill: Fill | None = None,
-        *,
-        origin: Mapping[str, object] | None = None,
+        cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], fill: Fill | None = None, *, origin: Origin = NONE
     ) -> "Plan":
         """Return a plan that restores units that were cut (for whole modules use ``Plan(back=[path])``).
 
@@ -147,26 +136,20 @@ class Plan:
         Raises:
             PlanError: If an axis does not exist or is frozen, or a unit is alive or never existed.
         """
-        changes = {
-            key: replace(
-                _unchanged(axes, key),
-                restore=unit_positions(key, ids),
-                fresh=fill is not None,
-                fill=fill or Fill(),
-            )
-            for key, ids in restore.items()
-        }
-        return cls(changes, origin=origin or {})._checked(axes)
+        fresh, fill, changes = fill is not None, fill or Fill(), {}
+        for key, ids in restore.items():
+            changes[key] = replace(_unchanged(axes, key), restore=unit_positions(key, ids), fresh=fresh, fill=fill)
+        return cls(changes, origin=origin)._checked(axes)
 
     @classmethod
     def dropping(
         cls,
         axes: AxisGraph,
         modules: Iterable[str],
-        keep: Mapping[str, Iterable[int]] | None = None,
+        keep: Mapping[str, Iterable[int]] = NONE,
         *,
-        means: Mapping[str, Mapping[int, float]] | None = None,
-        origin: Mapping[str, object] | None = None,
+        means: Means = NONE,
+        origin: Origin = NONE,
     ) -> "Plan":
         """Return a plan that drops whole modules, and optionally cuts units elsewhere.
 
@@ -181,10 +164,8 @@ class Plan:
             PlanError: If there is no such module or it cannot be dropped (with the reason), or as :meth:`keeping`.
         """
         drop = {path: _droppable(axes, path) for path in modules}
-        changes = {
-            key: replace(_unchanged(axes, key), keep=unit_positions(key, units)) for key, units in (keep or {}).items()
-        }
-        return cls(changes, means or {}, origin or {}, drop)._checked(axes)
+        changes = {key: replace(_unchanged(axes, key), keep=unit_positions(key, units)) for key, units in keep.items()}
+        return cls(changes, means, origin, drop)._checked(axes)
 
     def _checked(self, axes: AxisGraph) -> "Plan":
         self.check(axes)
