@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regrow.allocation.levels import Levels, levels
-from regrow.allocation.thresholds import step_mask
+from regrow.allocation.levels import Levels, levels, step_mask
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph

@@ -14,10 +14,18 @@ from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import commit, prepare
 from regrow.surgery.drop import bring_back, without_branches
 from regrow.surgery.insert import with_copies
-from regrow.surgery.output_comparison import RELATIVE_BOUND, ProposedChange, max_difference, max_magnitude
+from regrow.surgery.output_comparison import (
+    RELATIVE_BOUND,
+    NotAsRecordedError,
+    ProposedChange,
+    check_own_run,
+    max_difference,
+    max_magnitude,
+    run_whole_pair,
+    trial_error,
+)
 from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.undo_store import UndoStore
-from regrow.surgery.whole import NotAsRecordedError, check_own_run, run_whole_pair, trial_error
 from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.interception import without_collection
 from regrow.tracing.meta_copy import cast_example

@@ -72,7 +72,8 @@ def prepare(
     with torch.no_grad():
         values = {name: unfolded.load(name) for name in known if unfolded.changes(name)}
         if undo is None:
-            ready = Prepared(tensors, values, *fold_constants(model, axes, tensors.sizes))
+            constants, folds, _ = fold_constants(model, axes, tensors.sizes)
+            ready = Prepared(tensors, values, constants, folds)
         else:
             ready = Prepared(tensors, *plan_with_undo(undo, tensors, values))
     for name, value in ready.values.items():
@@ -84,7 +85,7 @@ def prepare(
 def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
     """Return the sizes, constants and biases that a plan leads to, without computing any tensor."""
     sizes = plan.sizes(axes)
-    constants, _ = fold_constants(model, axes, sizes)
+    constants, *_ = fold_constants(model, axes, sizes)
     biases = [bias_of(weight) for weight in plan.means]
     added = {bias: size_of(bias_dim(axes, bias), sizes) for bias in biases if bias not in axes.shapes}
     return Resizing(sizes, constants, added)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Dim, Fold, Role, size_of
-from regrow.core.plan import Plan, PlanError
+from regrow.core.plan import NONE, Plan, PlanError
 from regrow.scoring.compensate import holders, sharing_module
 from regrow.surgery.layout import Layout, Layouts, lay_out_dims, resize, units_after
+from regrow.surgery.undo_store import Constant
 from regrow.tracing.model_state import select_state
 from regrow.tracing.own_run import as_double
 
@@ -162,21 +163,32 @@ def divisor_size(fold: Fold, sizes: Mapping[str, int]) -> int:
 
 
 def fold_constants(
-    model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]
-) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
-    """Return the rescaled epsilons of norms, ε′ = ε·n_old/n_new, by ``module:attribute``; and the folds with them."""
-    constants: dict[str, float | None] = {}
-    folds = []
+    model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], known: Mapping[str, Constant] = NONE
+) -> tuple[dict[str, float | None], tuple[Fold, ...], dict[str, Constant]]:
+    """Return the rescaled epsilons of norms, ε′ = ε·n_old/n_new, and folds and constants with them.
+
+    ``known`` has the constants before any cut, from which a network that is cut and widened again gets its own.
+    """
+    epsilons: dict[str, float | None] = {}
+    folds, constants = [], dict(known)
     for fold in axes.folds:
-        old, new = divisor_size(fold, axes.sizes()), divisor_size(fold, sizes)
-        folds.append(replace(fold, value=fold.value * (old / new)))
-        if old != new and fold.epsilon:
-            path, _, name = fold.epsilon.partition(":")
-            epsilon = fold.value
-            if getattr(model.get_submodule(path), name) is None:  # the norm takes that of its precision
-                epsilon = torch.finfo(model.get_parameter(fold.weight).dtype).eps
-            constants[fold.epsilon] = epsilon * (old / new)
-    return constants, tuple(folds)
+        before, after = divisor_size(fold, axes.sizes()), divisor_size(fold, sizes)
+        if before != after and fold.epsilon:
+            constant = _constant_of(model, fold, before, known.get(fold.epsilon))
+            epsilons[fold.epsilon] = constant.own if constant.size == after else constant.at(after)
+            constants[fold.epsilon] = constant
+            fold = replace(fold, value=constant.at(after))
+        folds.append(fold)
+    return epsilons, tuple(folds), constants
+
+
+def _constant_of(model: nn.Module, fold: Fold, size: int, known: Constant | None) -> Constant:
+    path, _, name = fold.epsilon.partition(":")
+    own = getattr(model.get_submodule(path), name)
+    if known is not None and own == (known.own if known.size == size else known.at(size)):
+        return known
+    # Where the attribute is None, the norm takes the epsilon of its precision.
+    return Constant(own, torch.finfo(model.get_parameter(fold.weight).dtype).eps if own is None else fold.value, size)
 
 
 def rescale(values: Tensor, sizes: Tensor, n: int, fold: Fold) -> Tensor:

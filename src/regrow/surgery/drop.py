@@ -13,8 +13,8 @@ from regrow.core.axes import Axis, AxisGraph, Example, Mark, Work, axes_in
 from regrow.core.branches import Branch, Placeholder
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import Exchange, carry_out, follow
+from regrow.surgery.output_comparison import check_own_run
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
-from regrow.surgery.whole import check_own_run
 from regrow.tracing.branches import PlaceholderModule, branches, candidate_branches, insert_placeholders, set_modules
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.effects import BranchError, Effects, RecordedModules, describe_effects, locate_branches

@@ -66,10 +66,9 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
     """Scale the weights of new units so that their outputs vary as much as those of the old units.
 
     Each row of a linear layer or convolution that makes a new unit becomes ± w · median(std of old outputs) / std of
-    its own output, over all positions of all batches; its bias likewise. A unit whose mean is more than one standard
-    deviation below 0 changes its sign: behind a ReLU it would be almost always 0, and hardly learn. The running
-    statistics of new batch-norm channels are set to those of their inputs. The units must have grown by ``zero_out``:
-    their outgoing weights are 0, so the network's outputs do not change.
+    its own output; its bias likewise. A unit whose mean is more than one standard deviation below 0 changes its sign:
+    behind a ReLU it would hardly learn. The running statistics of new batch-norm channels are set to those of their
+    inputs. The units must have grown by ``zero_out``: their outgoing weights are 0, so no output changes.
 
     Args:
         model: The network after the plan; changed in place.
@@ -81,7 +80,6 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
         PlanError: If the plan did not grow an axis by ``zero_out``, or no linear layer or convolution makes its units.
 
     Source: after Mishkin and Matas, LSUV (arXiv 1511.06422).
-
     >>> from regrow import apply, trace
     >>> net, x = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 2)), torch.randn(32, 4)
     >>> axes = trace(net, x)
@@ -133,7 +131,7 @@ def align_new_units(
         model: The network after the plan; changed in place.
         axes: Its axes after the plan.
         plan: The plan that added the units, by ``zero_out``.
-        batches: Batches to take the gradients on; one to four are enough.
+        batches: Batches to take the gradients on.
         loss: (model, batch) → scalar; cross entropy with the batch's labels unless given.
         steps: Steps of the power method. With one, units keep half of their random directions, and learn longest.
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from regrow.core.axes import AxisGraph, Dim, Fold, Role, size_of
-from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, divisor_size, read_dim, rescale
+from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, divisor_size, fold_constants, read_dim, rescale
 from regrow.surgery.layout import Layout, ids_after, next_ids_after
-from regrow.surgery.undo_store import Constant, RemovedWeights, UndoStore, get, locate_entries, put
+from regrow.surgery.undo_store import RemovedWeights, UndoStore, get, locate_entries, put
 from regrow.tracing.model_state import select_state
 
 
@@ -41,7 +41,7 @@ def plan_with_undo(
             if bias in way.added and not means[1] and not bool(result[bias].any()):
                 removed.append(bias)
                 del result[bias], way.weights[bias]
-    constants, folds = way.constants()
+    epsilons, folds, constants = fold_constants(tensors.model, axes, tensors.sizes, undo.constants)
     restorable = {}
     for axis in axes:
         change = plan.changes.get(axis.key)
@@ -49,8 +49,8 @@ def plan_with_undo(
         if ids := ({*undo.restorable.get(axis.key, ())} | dropped) - {*way.ids_after[axis.key]}:
             restorable[axis.key] = tuple(sorted(ids))
     added = tuple(name for name in way.added if name not in removed)
-    store = UndoStore(way.weights, way.next_ids, restorable, after, way.known, added, undo.branches, axes.network)
-    return result, constants, folds, tuple(removed), store
+    store = UndoStore(way.weights, way.next_ids, restorable, after, constants, added, undo.branches, axes.network)
+    return result, epsilons, folds, tuple(removed), store
 
 
 class _Way:
@@ -61,7 +61,7 @@ class _Way:
         self.axes, self.plan = axes, plan = tensors.axes, tensors.plan
         self.next_ids, self.ids_after = next_ids_after(axes, plan), ids_after(axes, plan)
         self.undo = undo.enlarged(axes, self.next_ids)
-        self.weights, self.known, self.added = dict(self.undo.weights), dict(undo.constants), [*undo.added]
+        self.weights, self.added = dict(self.undo.weights), [*undo.added]
         self.recalls = any(change.recalled for change in plan.changes.values())
         self.ids = {axis.key: axis.ids for axis in axes}
         self.sizes = (axes.sizes(), tensors.sizes)
@@ -188,31 +188,6 @@ class _Way:
             for tap in columns[at].unbind(-1):
                 total = total + tap * mean
         return total
-
-    def constants(self) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
-        """Return the epsilons of norms to set, and the folds after the plan."""
-        result: dict[str, float | None] = {}
-        folds = []
-        for fold in self.axes.folds:
-            before, after = (divisor_size(fold, sizes) for sizes in self.sizes)
-            if before != after and fold.epsilon:
-                known = self._constant(fold, before)
-                self.known[fold.epsilon] = known
-                value = known.value if known.size == after else known.value * (known.size / after)
-                result[fold.epsilon] = known.own if known.size == after else value
-                fold = replace(fold, value=value)
-            folds.append(fold)
-        return result, tuple(folds)
-
-    def _constant(self, fold: Fold, size: int) -> Constant:
-        path, _, name = fold.epsilon.partition(":")
-        own = getattr(self.model.get_submodule(path), name)
-        known = self.known.get(fold.epsilon)
-        if known is not None and own == (known.own if known.size == size else known.value * (known.size / size)):
-            return known
-        gain = self.state(fold.weight)
-        assert gain is not None
-        return Constant(own, torch.finfo(gain.dtype).eps if own is None else fold.value, size)
 
 
 def _followed(lays: Mapping[int, Layout], now: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,10 @@ class Constant:
     value: float
     size: int
 
+    def at(self, size: int) -> float:
+        """Return the constant that has the same effect at another divisor."""
+        return self.value if self.size == size else self.value * (self.size / size)
+
 
 @dataclass(frozen=True)
 class RemovedBranch:

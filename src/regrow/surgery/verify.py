@@ -13,14 +13,18 @@ from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, commit, prepare, resizing
 from regrow.surgery.output_comparison import (
     RELATIVE_BOUND,
+    Decisions,
+    check_recording,
     common_outputs,
     max_difference,
     max_magnitude,
     record_planned,
+    record_run,
     run_pair,
+    run_whole_pair,
+    shallow_copy,
 )
 from regrow.surgery.runner import Answers
-from regrow.surgery.whole import Decisions, check_recording, record_run, run_whole_pair, shallow_copy
 from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.meta_copy import leaves_in
 from regrow.tracing.readings import Readings, readings
