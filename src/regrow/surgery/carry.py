@@ -142,8 +142,8 @@ def _write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
     for name in ready.removed:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, None)
-    for place, number in {**planned_integers(axes, ready.sizes), **ready.constants}.items():
-        path, name = place.split(":")
+    for attribute, number in {**planned_integers(axes, ready.sizes), **ready.constants}.items():
+        path, name = attribute.split(":")
         module = model.get_submodule(path)
         old_value = get_attribute(module, name)
         set_attribute(module, name, (number, *old_value[1:]) if isinstance(old_value, tuple) else number)

@@ -184,11 +184,13 @@ def fold_constants(
 
 def _constant_of(model: nn.Module, fold: Fold, size: int, known: Constant | None) -> Constant:
     path, _, name = fold.epsilon.partition(":")
-    own = getattr(model.get_submodule(path), name)
-    if known is not None and own == (known.own if known.size == size else known.at(size)):
+    epsilon = getattr(model.get_submodule(path), name)
+    if known is not None and epsilon == (known.own if known.size == size else known.at(size)):
         return known
     # Where the attribute is None, the norm takes the epsilon of its precision.
-    return Constant(own, torch.finfo(model.get_parameter(fold.weight).dtype).eps if own is None else fold.value, size)
+    return Constant(
+        epsilon, torch.finfo(model.get_parameter(fold.weight).dtype).eps if epsilon is None else fold.value, size
+    )
 
 
 def rescale(values: Tensor, sizes: Tensor, n: int, fold: Fold) -> Tensor:

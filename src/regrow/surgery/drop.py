@@ -120,8 +120,8 @@ def bring_back(
     set_modules(model, modules)
     try:
         bare, mode = meta_copy(model, {})
-        given = fake_example(cast_example(axes.example, model), mode)
-        left = check_own_run(model, _described(bare, given, capture(bare, given, tracer=left.tracer), left))
+        example = fake_example(cast_example(axes.example, model), mode)
+        left = check_own_run(model, _described(bare, example, capture(bare, example, tracer=left.tracer), left))
     except BaseException as error:
         set_modules(model, placeholders)
         if isinstance(error, TraceError):
@@ -175,12 +175,12 @@ def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
     shell = nn.Module()
     for path, module in modules.items():
         *parents, leaf = path.split(".")
-        place = shell
+        parent = shell
         for name in parents:
-            if name not in place._modules:
-                place.add_module(name, nn.Module())
-            place = place.get_submodule(name)
-        place.add_module(leaf, module)
+            if name not in parent._modules:
+                parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(leaf, module)
     return shell
 
 
@@ -188,22 +188,22 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
     """Return the axes of a network without some branches, after proving on a copy without numbers that it is right."""
     names = ", ".join(branch.module for branch in removed)
     bare, mode = meta_copy(model, {})
-    given = fake_example(cast_example(axes.example, model), mode)
+    example = fake_example(cast_example(axes.example, model), mode)
     # Candidates leaves operations that return None out of its sum, which needs no proof.
     summed = [branch for branch in removed if branch.gives == "nothing"]
     proved = [branch for branch in removed if branch.gives != "nothing"]
     try:
         insert_placeholders(bare, _placeholders(summed))
-        recorded = capture(bare, given, tracer=axes.tracer)
+        recorded = capture(bare, example, tracer=axes.tracer)
         left, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
         if summed and (idle := [n for n in recorded.unused if n in left.shapes and n not in tied]):
             raise BranchError(f"nothing would use {idle[0]} any more, which stays")
         if not proved:
-            return _described(bare, given, recorded, left)
+            return _described(bare, example, recorded, left)
         whole = Effects(recorded)
         replaced = locate_branches(RecordedModules(whole), proved)
         insert_placeholders(bare, _placeholders(proved))
-        small = Effects(capture(bare, given, tracer=axes.tracer))
+        small = Effects(capture(bare, example, tracer=axes.tracer))
     except (BranchError, TraceError) as error:
         raise PlanError(f"{names} cannot be dropped: {error}") from None
     inside = RecordedModules(small).inside
@@ -213,17 +213,17 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
         raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
-    return _described(bare, given, small.capture, left)
+    return _described(bare, example, small.capture, left)
 
 
-def _described(bare: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
+def _described(bare: nn.Module, example: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
     """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut."""
     w = walk(recorded)
-    trace_training(bare, given, w)
+    trace_training(bare, example, w)
     fresh, names = assemble(bare, w, axes.example)
     home = {slot: axis for axis in fresh for slot in axis.slots}
     parts = {a.key: [*dict.fromkeys(home[slot].key for slot in a.slots if slot in home)] for a in axes}
-    now = {key: _together(axes[key], [fresh[part] for part in own]) for key, own in parts.items()}
+    now = {key: _together(axes[key], [fresh[part] for part in keys]) for key, keys in parts.items()}
     known = {part: key for key, one in now.items() if one is not None for part in parts[key]}
     looked = any(one.gives != "nothing" for one in axes.branches.values())
     order = {name: i for i, name in enumerate([*fresh.counted, *(fold.weight for fold in fresh.folds)])}

@@ -37,8 +37,8 @@ class Layout:
     def of(cls, source: Tensor) -> "Layout":
         """Return the layout in which old entries stay, in the given order, and none is new."""
         no = torch.zeros(len(source), dtype=torch.bool)
-        one = torch.ones(len(source), dtype=torch.float64)
-        return cls(source, no, no, torch.arange(len(source)), one, one)
+        ones = torch.ones(len(source), dtype=torch.float64)
+        return cls(source, no, no, torch.arange(len(source)), ones, ones)
 
     def __len__(self) -> int:
         return len(self.source)

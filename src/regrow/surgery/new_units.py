@@ -280,9 +280,9 @@ def _entries(axes: AxisGraph, new: Mapping[str, Tensor], picks: Callable[[str, R
 
 
 def _scale_rows(model: nn.Module, rows: Entries, mean: Tensor, spread: Tensor) -> None:
-    own, usual = spread[list(rows.where)], spread[list(rows.old)].median()
-    factor = torch.where((own > 0) & (usual > 0), usual / own, 1.0)
-    factor *= torch.where(mean[list(rows.where)] < -own, -1.0, 1.0)
+    spreads, usual = spread[list(rows.where)], spread[list(rows.old)].median()
+    factor = torch.where((spreads > 0) & (usual > 0), usual / spreads, 1.0)
+    factor *= torch.where(mean[list(rows.where)] < -spreads, -1.0, 1.0)
     path, _, leaf = rows.name.rpartition(".")
     scaled = [rows]
     if leaf == "weight" and model.get_submodule(path)._parameters.get("bias") is not None:

@@ -72,7 +72,9 @@ class ProposedChange:
         rounded = any(fold.weight in self.ready.values for fold in self.axes.folds)
         if not self.recalls or not (rounded or (self.undo is not None and self.undo.means)):
             return RELATIVE_BOUND
-        return ROUNDING * max(torch.finfo(one.dtype).eps for one in self.model.parameters() if one.is_floating_point())
+        return ROUNDING * max(
+            torch.finfo(tensor.dtype).eps for tensor in self.model.parameters() if tensor.is_floating_point()
+        )
 
 
 def computed_tensors(change: ProposedChange) -> set[str]:
@@ -90,9 +92,9 @@ def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
     for weight, row in change.undo.means.items():
         dim, left = read_dim(axes, weight), change.ready.undo.means.get(weight, {})
         assert dim is not None
-        for position, place in enumerate(locate_entries(axes.shapes[weight], next_ids, ids)[dim].tolist()):
-            if place in row and place not in left:
-                result.setdefault(weight, {})[position] = row[place]
+        for position, entry in enumerate(locate_entries(axes.shapes[weight], next_ids, ids)[dim].tolist()):
+            if entry in row and entry not in left:
+                result.setdefault(weight, {})[position] = row[entry]
     return result
 
 
@@ -167,8 +169,12 @@ def _gap(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _largest(numbers: list[Tensor]) -> Tensor:
-    place = next((one.device for one in numbers if one.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([one.to(place) for one in numbers]).max() if numbers else torch.zeros((), dtype=torch.float64)
+    device = next((number.device for number in numbers if number.device.type != "cpu"), torch.device("cpu"))
+    return (
+        torch.stack([number.to(device) for number in numbers]).max()
+        if numbers
+        else torch.zeros((), dtype=torch.float64)
+    )
 
 
 def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
@@ -190,7 +196,7 @@ def measure_magnitude(answers: Answers) -> Tensor:
 
 def all_true(verdicts: list[Tensor]) -> bool:
     """Whether all of several verdicts are true; the host waits for the device once."""
-    return not verdicts or bool(_largest([(~one).double() for one in verdicts]) == 0)
+    return not verdicts or bool(_largest([(~verdict).double() for verdict in verdicts]) == 0)
 
 
 def run_whole_pair(
@@ -299,8 +305,8 @@ def replace_parameters(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Mod
     """Return a copy that shares parameters with the model, except some; buffers and other tensors are copied."""
 
     def made(tensor: Tensor) -> Tensor:
-        own = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
-        return values.get(id(tensor), own)
+        shared = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        return values.get(id(tensor), shared)
 
     return copy_model(model, made)
 

@@ -223,11 +223,11 @@ class _Pair:
     def _run(self, side: int, block: GraphBlock, seams: Mapping[int, Tensor]) -> dict[int, Any]:
         """Return the results of a block's operations that later ones read, or the network's outputs."""
         runner, nodes = self.runners[side], self.nodes[side]
-        own = _between(nodes, block)
+        inside = _between(nodes, block)
         before = {}
-        for node in dict.fromkeys(one for other in own for one in other.all_input_nodes):
+        for node in dict.fromkeys(one for other in inside for one in other.all_input_nodes):
             made = uncast(node)
-            if node in own or node in runner.states or node in runner.env:
+            if node in inside or node in runner.states or node in runner.env:
                 continue
             if made in runner.states or made in runner.env:
                 before[node] = runner.value(made)
@@ -236,7 +236,7 @@ class _Pair:
             else:
                 raise _NotAloneError
         reseed(block.start)
-        results = runner.run_only(own, before, [nodes[step] for step in block.outputs])
+        results = runner.run_only(inside, before, [nodes[step] for step in block.outputs])
         if block.stop == len(nodes):
             return dict(enumerate(runner.answers, len(nodes)))
         return dict(zip(block.outputs, results, strict=True))

@@ -35,10 +35,10 @@ def plan_with_undo(
         if name not in biases:
             result[name] = way.rewritten(name, values.get(name))
     for bias, weight in biases.items():
-        means = before.get(weight, {}), after.get(weight, {})
-        if means[0] != means[1] or bias in values or way.size(bias, False) != way.size(bias, True):
-            result[bias] = way.compensated(bias, weight, *means, values.get(bias))
-            if bias in way.added and not means[1] and not bool(result[bias].any()):
+        old, new = before.get(weight, {}), after.get(weight, {})
+        if old != new or bias in values or way.size(bias, False) != way.size(bias, True):
+            result[bias] = way.compensated(bias, weight, old, new, values.get(bias))
+            if bias in way.added and not new and not bool(result[bias].any()):
                 removed.append(bias)
                 del result[bias], way.weights[bias]
     epsilons, folds, constants = fold_constants(tensors.model, axes, tensors.sizes, undo.constants)
@@ -160,9 +160,9 @@ class _Way:
         """Return a bias after the plan: its own value plus the mean contribution of the inputs that are cut."""
         now, before, after = self.state(bias), self.size(bias, False), self.size(bias, True)
         if now is None:
-            own = self.state(weight)
-            assert own is not None
-            now = own.new_zeros(len(self.here(bias)[0]))
+            value = self.state(weight)
+            assert value is not None
+            now = value.new_zeros(len(self.here(bias)[0]))
             self.added.append(bias)
         stored = self.stowed(bias, now, self._lost(weight, old, before) if old else None)
         lost = self._lost(weight, new, after) if new else None

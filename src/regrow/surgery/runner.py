@@ -95,7 +95,7 @@ class Runner(Interpreter):
     def __init__(
         self,
         recorded: Capture,
-        given: Sequence[object],
+        leaves: Sequence[object],
         load: Load,
         double: bool,
         masking: Masking | None = None,
@@ -113,7 +113,7 @@ class Runner(Interpreter):
         self.written = {node for node in self.writers if node in recorded.states}  # what is written is read later
         self.todo = [node for node in recorded.graph.nodes if node.op != "placeholder"]
         self.at = 0
-        inputs = iter(given)
+        inputs = iter(leaves)
         for node in recorded.graph.nodes:
             if node.op == "placeholder" and node not in recorded.states:
                 value = recorded.constants[node] if node in recorded.constants else next(inputs)
@@ -240,10 +240,10 @@ class Runner(Interpreter):
         made = torch.cat([target(x, as_double(part), None, *options) for part in filters], 1)
         return made if bias is None else made + bias.view([-1, *(1 for _ in full.shape[2:])])
 
-    def _masked_input(self, n: Node, given: Node) -> Tensor:
-        value = self._tensor(given)
+    def _masked_input(self, n: Node, source: Node) -> Tensor:
+        value = self._tensor(source)
         for read, operand, mask in self.masking.reads.get(n, ()):
-            value = self._replaced(value, read, mask) if operand is given else value
+            value = self._replaced(value, read, mask) if operand is source else value
         return value
 
     def _replaced(self, value: Tensor, read: ReadDim, mask: Tensor) -> Tensor:
