@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import msgspec
@@ -245,6 +245,9 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f"not a plan: expected the format {FORMAT!r}")
         try:
+            for change in data["changes"].values():
+                if missing := {field.name for field in fields(Change)} - change.keys():
+                    raise PlanError(f"a damaged plan: a change lacks {min(missing)}")
             drop = {path: {"module": path, "placeholders": parts} for path, parts in data["drop"].items()}
             return msgspec.convert(data | {"drop": drop}, cls, str_keys=True)
         except msgspec.ValidationError as error:
