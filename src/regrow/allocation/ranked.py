@@ -27,15 +27,16 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Lane:
-    """Axes that are cut together, and the steps in which their size may shrink.
+    """Axes that are cut together, and the sizes to which they may shrink.
 
-    ``orders`` has per axis its units from lowest to highest score, ``values`` the mean score of the units that each
-    step removes, in non-decreasing order.
+    ``members`` are their indices in a cost, ``orders`` has per axis its units from lowest to highest score, ``values``
+    the mean score of the units that each step to the next size removes, in non-decreasing order.
     """
 
     keys: tuple[str, ...]
+    members: list[int]
     orders: tuple[np.ndarray, ...]
-    steps: np.ndarray
+    sizes: np.ndarray
     values: np.ndarray
 
 
@@ -58,35 +59,44 @@ def rank(
     or the present size; axes with fewer units than that are not rounded.
     """
     values = scores.values if isinstance(scores, Scores) else scores
-    lanes = list(_lanes(axes, values, budget, minimum))
     cost = cost_of(axes, budget)
     limit = budget.limit(cost.total)
-    members = [[cost.index[key] for key in lane.keys] for lane in lanes]
-    removed = [np.concatenate([[0], np.cumsum(lane.steps)]) for lane in lanes]
-    owner = np.concatenate([np.full(len(lane.steps), i) for i, lane in enumerate(lanes)] or [np.zeros(0, int)])
+    lanes = list(_lanes(axes, values, budget, minimum, cost))
+    owner = np.concatenate([np.full(len(lane.values), i) for i, lane in enumerate(lanes)] or [np.zeros(0, int)])
     order = np.argsort(np.concatenate([lane.values for lane in lanes] or [np.zeros(0)]), kind="stable")
     owner = owner[order].astype(np.int64)
 
     def take(many: int) -> np.ndarray:
         return np.bincount(owner[:many], minlength=len(lanes))
 
-    def sizes(taken: np.ndarray) -> np.ndarray:
+    def vector_of(taken: np.ndarray) -> np.ndarray:
         vector = cost.present.copy()
-        for lane, many in enumerate(taken):
-            vector[members[lane]] -= removed[lane][many]
+        for lane, steps in zip(lanes, taken, strict=True):
+            vector[lane.members] = lane.sizes[steps]
         return vector
 
     def fits(many: int) -> bool:
-        return cost.at(sizes(take(many))) <= limit
+        return cost.at(vector_of(take(many))) <= limit
 
     if not fits(len(owner)):
-        raise _infeasible(budget, cost.at(sizes(take(len(owner)))), cost.total, len(values))
+        raise _infeasible(budget, cost.at(vector_of(take(len(owner)))), cost.total, len(values))
     taken = take(bisect_left(range(len(owner)), True, key=fits))
-    _refill(taken, owner, cost, sizes(taken), limit, lanes, members)
-    kept = {key: tuple(range(len(v))) for key, v in values.items()}
-    for index, lane in enumerate(lanes):
+    vector, open_lanes = vector_of(taken), {*np.flatnonzero(taken).tolist()}
+    # Keep removed units after all, best first. The remaining budget only shrinks and no unit gets cheaper as others
+    # return, so a lane that does not fit once is closed.
+    for number in owner[: int(taken.sum())][::-1].tolist():
+        if number in open_lanes:
+            lane, wider = lanes[number], vector.copy()
+            wider[lane.members] = lane.sizes[taken[number] - 1]
+            if fitting := cost.at(wider) <= limit:
+                vector = wider
+                taken[number] -= 1
+            if not fitting or not taken[number]:
+                open_lanes.remove(number)
+    kept = {key: tuple(range(len(scored))) for key, scored in values.items()}
+    for lane, steps in zip(lanes, taken, strict=True):
         for key, worst in zip(lane.keys, lane.orders, strict=True):
-            kept[key] = tuple(np.sort(worst[removed[index][taken[index]] :]).tolist())
+            kept[key] = tuple(np.sort(worst[len(worst) - lane.sizes[steps] :]).tolist())
     return kept
 
 
@@ -106,7 +116,7 @@ def uniform(
     return rank(axes, shares, budget, minimum=minimum)
 
 
-def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, minimum: int) -> Iterator[Lane]:
+def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, minimum: int, cost: Cost) -> Iterator[Lane]:
     """Yield the groups of scored axes that are cut together, with their steps."""
     for key, scores in values.items():
         if key not in axes.axes or len(scores) != axes[key].size:
@@ -120,14 +130,16 @@ def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, minimum: int) -> It
         least = max(minimum, *(axes[key].least for key in keys))
         multiple = lcm(*(axes[key].multiple for key in keys))
         rounded = lcm(budget.round_to, multiple)
-        steps = _steps(size, min(least, size), rounded if size >= rounded else multiple)
+        sizes = _reachable_sizes(size, min(least, size), rounded if size >= rounded else multiple)
+        steps = -np.diff(sizes)
         arrays = [values[key].double().numpy() for key in keys]
         orders = tuple(np.argsort(array, kind="stable") for array in arrays)
         mean = np.mean([array[order] for array, order in zip(arrays, orders, strict=True)], axis=0)
         starts = np.cumsum(steps) - steps
         sums = np.add.reduceat(mean, np.append(starts, steps.sum()))[:-1] if 0 < steps.sum() < size else np.zeros(0)
         # Rounding errors must not let a later step come before an earlier one.
-        yield Lane(tuple(keys), orders, steps, np.maximum.accumulate(sums / steps) if len(steps) else sums)
+        means = np.maximum.accumulate(sums / steps) if len(steps) else sums
+        yield Lane(tuple(keys), [cost.index[key] for key in keys], orders, sizes, means)
 
 
 def _groups(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
@@ -150,44 +162,13 @@ def _groups(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
     return [sorted(keys) for keys in groups.values()]
 
 
-def _steps(size: int, least: int, round_to: int) -> np.ndarray:
-    """Return how many units each step removes: first down to a multiple of ``round_to``, then one multiple each.
+def _reachable_sizes(size: int, least: int, round_to: int) -> np.ndarray:
+    """Return the sizes to which an axis may shrink: its own, then the multiples of ``round_to`` below it.
 
-    >>> _steps(21, 3, 8).tolist(), _steps(5, 3, 1).tolist()
-    ([5, 8], [1, 1])
+    >>> _reachable_sizes(21, 3, 8).tolist(), _reachable_sizes(5, 3, 1).tolist()
+    ([21, 16, 8], [5, 4, 3])
     """
-    sizes = [size, *range((size - 1) // round_to * round_to, least - 1, -round_to)]
-    return -np.diff(np.array(sizes, dtype=np.int64))
-
-
-def _refill(
-    taken: np.ndarray,
-    owner: np.ndarray,
-    cost: Cost,
-    vector: np.ndarray,
-    limit: int,
-    lanes: list[Lane],
-    members: list[list[int]],
-) -> None:
-    """Keep removed units after all, best first, as long as they fit; ``taken`` is changed.
-
-    The remaining budget only shrinks and no unit gets cheaper as others return, so a lane that does not fit once is
-    closed.
-    """
-    open_lanes = {lane for lane, many in enumerate(taken) if many}
-    for lane in owner[: int(taken.sum())][::-1].tolist():
-        if lane in open_lanes:
-            units = int(lanes[lane].steps[taken[lane] - 1])
-            wider = vector.copy()
-            wider[members[lane]] += units
-            fits = cost.at(wider) <= limit
-            if fits:
-                vector = wider
-                taken[lane] -= 1
-            if not fits or not taken[lane]:
-                open_lanes.remove(lane)
-        if not open_lanes:
-            return
+    return np.array([size, *range((size - 1) // round_to * round_to, least - 1, -round_to)], dtype=np.int64)
 
 
 def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetError:
