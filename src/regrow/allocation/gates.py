@@ -83,9 +83,9 @@ class Gates:
         weights: tuple[Tensor, Tensor, Tensor] | None,
     ) -> GateMasks:
         """Compare importances with thresholds and return the masks and scales of all three levels."""
-        one = self.alive.new_ones(len(self.ops), dtype=torch.float32)
+        ones = self.alive.new_ones(len(self.ops), dtype=torch.float32)
         if ops is None:
-            margin_o, mask_o, scale_o = one, self.alive.float(), self.alive.float()
+            margin_o, mask_o, scale_o = ones, self.alive.float(), self.alive.float()
         else:
             share = ops[0].sigmoid().index_select(0, self.tied)
             margin_o = torch.where(self.alive & self.runs, share - ops[1].index_select(0, self.tied) - _JUST, NEVER)
@@ -93,7 +93,7 @@ class Gates:
             mask_o = torch.where(self.runs, mask_o, self.alive.float())
             scale_o = 2 * share * mask_o
         if filters is None:
-            margin_f = mask_f = scale_f = one.new_ones(self.levels.filters)
+            margin_f = mask_f = scale_f = ones.new_ones(self.levels.filters)
         else:
             share = filters[0].sigmoid()
             margin_f = share - filters[1].index_select(0, self.axis) - _JUST

@@ -144,12 +144,12 @@ def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, minimum: int, cost:
 
 def _groups(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
     """Group scored axes that must keep equally many units, with the axes not scored that bind them."""
-    kinds = {axes[key].kind for key in values} if regular else frozenset()
+    regular_kinds = {axes[key].kind for key in values} if regular else frozenset()
     home: dict[Any, int] = {}
     groups: dict[int, list[str]] = {}
     for number, axis in enumerate(sorted(axes, key=lambda axis: axis.key)):
         labels: list[Any] = [axis.count] if axis.count and axis.free else []
-        if kinds and axis.kind in kinds:
+        if regular_kinds and axis.kind in regular_kinds:
             labels.append(axis.kind)
         if not labels and axis.key not in values:
             continue

@@ -144,18 +144,18 @@ def _named(axes: AxisGraph, name: str) -> list[Axis]:
     """Return the axis of a key, or those whose key or tensors' names all fit a pattern."""
     if name in axes.axes:
         return [axes[name]]
-    found = [a for a in axes if fnmatchcase(a.key, name) or all(matches(slot.name, name) for slot in a.slots)]
+    fitting = [a for a in axes if fnmatchcase(a.key, name) or all(matches(slot.name, name) for slot in a.slots)]
     # A pattern asks for what can be widened: axes inside others and frozen ones are left out if any other fits.
-    chosen = [axis for axis in found if axis.free and not axis.narrow and not axis.inside] or found
+    chosen = [axis for axis in fitting if axis.free and not axis.narrow and not axis.inside] or fitting
     if not chosen:
         raise ValueError(f"no axis fits {name!r}; `regrow show` lists the keys of all axes")
     return chosen
 
 
-def _widenable(found: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
+def _widenable(fitting: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
     """Return the keys of the axes that can be widened, and note the reason of the others."""
     keys = []
-    for axis in found:
+    for axis in fitting:
         if why := axis.narrow or ("" if axis.free else axis.reason):
             refused[axis.key] = why
         else:

@@ -92,11 +92,11 @@ def parse_json(text: str | bytes, name: str = "the text") -> object:
     except ValueError as error:
         raise InputError(f"{name} is not JSON ({reason(error)}); restore it or fetch it again") from None
     level, depth = [value], 0
-    while level := [one for one in level if isinstance(one, dict | list)]:
+    while level := [node for node in level if isinstance(node, dict | list)]:
         depth += 1
         if depth > MAX_JSON_DEPTH:
             raise InputError(f"{name} is JSON nested deeper than {MAX_JSON_DEPTH} levels; restore it")
-        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+        level = [part for node in level for part in (node.values() if isinstance(node, dict) else node)]
     return value
 
 

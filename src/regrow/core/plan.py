@@ -275,11 +275,11 @@ def _check_alone(parts: Mapping[str, object]) -> None:
 def _droppable(axes: AxisGraph, path: str) -> Branch:
     """Return the branch of a module, or raise ``PlanError`` with the reason why it cannot be dropped."""
     branch = axes.branches.get(path)
-    inner = [name for name, one in axes.branches.items() if one.free and lies_in(name, path)]
+    inner = [name for name, other in axes.branches.items() if other.free and lies_in(name, path)]
     remedy = f"; in it, {inner[0]} can" if inner else ""
     if axes.decisions is not None:
         raise PlanError(f"{path} cannot be dropped: data decide what this network does, and only one way was seen")
-    if branch is None and all(one.gives == "nothing" for one in axes.branches.values()):
+    if branch is None and all(other.gives == "nothing" for other in axes.branches.values()):
         raise PlanError(f"whether {path} can be dropped was not looked for: axes = regrow.with_branches(model, axes)")
     if branch is None:
         raise PlanError(f"no module {path!r} runs in this network{remedy}; `regrow show --branches` lists them")

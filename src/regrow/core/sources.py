@@ -42,7 +42,7 @@ class Batch:
             counted = self.labels.numel() if self.labels.is_floating_point() else int((self.labels != -100).sum())
             return counted if self.labels.dim() else 1
         inputs = [*self.args, *self.kwargs.values()]
-        return next((len(one) for one in inputs if isinstance(one, Tensor | list | tuple)), 1)
+        return next((len(value) for value in inputs if isinstance(value, Tensor | list | tuple)), 1)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with every tensor on a device.
@@ -124,14 +124,14 @@ def visible_positions(batch: Batch) -> Tensor | None:
 
 def generators_of(loader: object) -> list[torch.Generator]:
     """Return the random generators of a ``DataLoader`` and its sampler; none for anything else."""
-    owned = (getattr(one, "generator", None) for one in (loader, getattr(loader, "sampler", None)))
-    return [one for one in owned if isinstance(one, torch.Generator)]
+    owned = (getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None)))
+    return [generator for generator in owned if isinstance(generator, torch.Generator)]
 
 
 @contextmanager
 def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
     """Leave the random generators of Python, numpy and torch on the CPU as they were before the ``with`` block."""
-    states = [(one, one.get_state()) for one in generators]
+    states = [(generator, generator.get_state()) for generator in generators]
     plain, arrays = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -183,7 +183,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     [[1.0, 1.0], 3]
     """
     result = list(tensors)
-    there = [i for i, one in enumerate(result) if one.device.type != "cpu" and one.numel()]
+    there = [i for i, tensor in enumerate(result) if tensor.device.type != "cpu" and tensor.numel()]
     there.sort(key=lambda i: -result[i].itemsize)  # so that each begins at a multiple of its own size
     chunks: list[list[int]] = []
     size = _CHUNK
@@ -196,9 +196,9 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     for chunk in chunks:
         parts = [result[i].contiguous().reshape(-1).view(torch.uint8) for i in chunk]
         joined = torch.cat(parts).cpu()
-        for i, part in zip(chunk, joined.split([len(one) for one in parts]), strict=True):
+        for i, part in zip(chunk, joined.split([len(tensor) for tensor in parts]), strict=True):
             result[i] = part.view(result[i].dtype).view(result[i].shape).clone()
-    return [one.cpu() for one in result]
+    return [tensor.cpu() for tensor in result]
 
 
 # The most bytes that are copied to the CPU together, since they are in the device's memory twice
@@ -215,7 +215,7 @@ def move_tensors(record: R, device: torch.device) -> R:
             return move_tensors(value, device)
         return tuple(map(part, value)) if type(value) is tuple else value
 
-    values = {one.name: part(getattr(record, one.name)) for one in fields(record)}  # type: ignore[arg-type]
+    values = {field_.name: part(getattr(record, field_.name)) for field_ in fields(record)}  # type: ignore[arg-type]
     return replace(record, **values)  # type: ignore[type-var]
 
 

@@ -18,8 +18,8 @@ class StopRunError(BaseException):
 def capture_state() -> State:
     """Return a function that gives another thread this one's default device, autocast and inference mode."""
     device, inference = torch.get_default_device(), torch.is_inference_mode_enabled()
-    types = [one for one in ("cpu", "cuda") if torch.is_autocast_enabled(one)]
-    casts = [(one, torch.get_autocast_dtype(one)) for one in types]
+    types = [device_type for device_type in ("cpu", "cuda") if torch.is_autocast_enabled(device_type)]
+    casts = [(device_type, torch.get_autocast_dtype(device_type)) for device_type in types]
 
     @contextmanager
     def restored() -> Iterator[None]:
