@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow.allocation.levels import Levels, levels, step_mask
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph
+from regrow.core.candidates import candidates_in, single_in, tied_in
 
 # A margin so far below 0 that the surrogate gradient of the step function vanishes there
 NEVER = -2.0
@@ -200,22 +201,24 @@ class Gates:
 
 
 def gates(
+    model: nn.Module,
     axes: AxisGraph,
     parameters: Mapping[str, Tensor],
-    sums: Mapping[str, Sequence[str]],
     keys: Sequence[str],
     needed: Sequence[Sequence[str]],
     runs: Callable[[str], bool],
     measure: Measure,
-    tied: Mapping[str, str] | None = None,
-    single: Sequence[Sequence[str]] = (),
     timed: Prices | None = None,
 ) -> Gates:
-    """Work out which operations, filters and weights may be removed in the running part of a network."""
+    """Work out which operations, filters and weights may be removed in the running part of a network.
+
+    ``parameters`` are those of that part, ``keys`` the axes that have thresholds, ``needed`` sets of operations of each
+    of which at least one must stay.
+    """
+    sums, leaders, order = candidates_in(model), tied_in(model), {key: i for i, key in enumerate(keys)}
     index = levels(axes, parameters, sums, measure, timed)
     ops = tuple(path for paths in sums.values() for path in paths)
-    number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single for path in paths}
-    leaders, order = tied or {}, {key: i for i, key in enumerate(keys)}
+    number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single_in(model) for path in paths}
     spans, axis = [], []
     for key, base in index.axes.items():
         size = axes[key].size

@@ -16,7 +16,7 @@ from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.candidates import Staged, candidates_in, run_whole, single_in, tied_in
+from regrow.core.candidates import Staged, candidates_in, run_whole
 from regrow.core.objectives import CLASSIFICATION
 from regrow.core.plan import Plan
 from regrow.core.sources import device_of, move_tensors
@@ -138,21 +138,19 @@ def check_space(space: SearchSpace, context: Context) -> None:
 
 def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, part: int) -> Gates:
     """Return where operations, filters and weights lie in the network up to one of its parts, and what they cost."""
-    staged, sums = part >= 0, candidates_in(context.model)
+    staged = part >= 0
 
     def runs(name: str) -> bool:
         return not staged or cast(Staged, context.model).within(name, part)
 
     layout = gates(
+        context.model,
         context.axes,
         {name: one for name, one in counted_tensors(context.model, space.measure).items() if runs(name)},
-        sums,
         axes or [axis.key for axis in context.axes.units()],
-        cast(Staged, context.model).needed() if staged else [*sums.values()],
+        cast(Staged, context.model).needed() if staged else [*candidates_in(context.model).values()],
         runs,
         space.measure,
-        tied_in(context.model),
-        single_in(context.model),
         space.prices,
     )
     layout = move_tensors(layout, device_of(context.model))
