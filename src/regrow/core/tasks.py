@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +85,15 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class _View:
-    """Examples that are read from others."""
+class ExamplesView:
+    """Examples that are read from others: with changed inputs, or in batches of at most ``most``.
+
+    So many tasks share the memory of one; ``change``: (inputs ``[N, ...]``) → the changed inputs.
+    """
 
     base: ExampleSet
+    change: Callable[[Any], Any] | None = None
+    most: int | None = None
 
     def __len__(self) -> int:
         return self._number
@@ -96,29 +101,6 @@ class _View:
     @cached_property
     def _number(self) -> int:
         return len(self.base)  # which may take a pass over them
-
-    def take(self, indices: Tensor) -> Examples:
-        """Return some of the examples, in memory."""
-        return self.base.take(indices)
-
-    def subset(self, indices: Tensor) -> Self:
-        """Return some of the examples as a set that is read in the same way."""
-        return replace(self, base=self.base.subset(indices))
-
-    def labels_of(self) -> Tensor | None:
-        """Return the labels of all examples, if they are known without reading the examples."""
-        return self.base.labels_of()
-
-
-@dataclass(frozen=True)
-class ChangedExamples(_View):
-    """Examples whose inputs are changed when they are read, so that many tasks share the memory of one.
-
-    Args:
-        change: (inputs ``[N, ...]``) → the changed inputs.
-    """
-
-    change: Callable[[Any], Any]
 
     @property
     def inputs(self) -> Any:
@@ -132,23 +114,22 @@ class ChangedExamples(_View):
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
         """Yield all examples in batches, as :meth:`Examples.batches`."""
-        return (Examples(self.change(batch.inputs), batch.labels) for batch in self.base.batches(size, seed))
+        return map(self._changed, self.base.batches(size if self.most is None else min(size, self.most), seed))
 
     def take(self, indices: Tensor) -> Examples:
         """Return some of the examples, in memory."""
-        some = self.base.take(indices)
-        return Examples(self.change(some.inputs), some.labels)
+        return self._changed(self.base.take(indices))
 
+    def subset(self, indices: Tensor) -> "ExamplesView":
+        """Return some of the examples as a set that is read in the same way."""
+        return replace(self, base=self.base.subset(indices))
 
-@dataclass(frozen=True)
-class CappedExamples(_View):
-    """Examples that come in batches of at most ``most``, for networks whose outputs are large."""
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples, if they are known without reading the examples."""
+        return self.base.labels_of()
 
-    most: int
-
-    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
-        """Yield all examples in batches of at most ``most``, as :meth:`Examples.batches`."""
-        return self.base.batches(min(size, self.most), seed)
+    def _changed(self, examples: Examples) -> Examples:
+        return examples if self.change is None else Examples(self.change(examples.inputs), examples.labels)
 
 
 def first_examples(examples: ExampleSet, n: int) -> Examples:

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from regrow.core.errors import first_line
 from regrow.core.sources import Batch
-from regrow.core.tasks import CappedExamples, Examples, ExampleSet, batch_indices
+from regrow.core.tasks import Examples, ExampleSet, ExamplesView, batch_indices
 from regrow.data.batch_forms import check_input, check_labels, count_examples, to_batch
 from regrow.data.batch_streams import BatchStream, guarded
 from regrow.data.batches import ReadOptions, is_entries, to_source
@@ -150,8 +150,8 @@ def to_examples(data: Any, reading: ReadOptions = ReadOptions(), name: str = "da
 
 def fix_order(examples: ExampleSet) -> ExampleSet:
     """Return examples that come in the same order each time: those of a loader, which may shuffle, in memory."""
-    if isinstance(examples, CappedExamples):
-        return CappedExamples(fix_order(examples.base), examples.most)
+    if isinstance(examples, ExamplesView):
+        return replace(examples, base=fix_order(examples.base))
     return join_examples(examples.batches(0)) if isinstance(examples, LoadedExamples) else examples
 
 
