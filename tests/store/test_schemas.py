@@ -141,6 +141,7 @@ def test_records_that_inform(tmp_path, name, change, words):
     ("change", "words"),
     [
         ({"call": "os:abort"}, "unknown field `call`"),
+        ({"shelves": ["a"]}, "values:a"),
         ({"born": {"a": "8"}}, "born.a is '8'"),
         ({"means": {"a": {"first": 0.5}}}, "means.a"),
         ({"constants": {"a": {"own": None, "value": "2", "size": 4}}}, "constants.a.value is '2'"),

@@ -173,28 +173,21 @@ class UndoStore:
 
     @classmethod
     def read(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "UndoStore":
-        """Rebuild an undo store from its JSON data and its tensors."""
-        if record.get("format") != FORMAT:
-            raise PlanError(f"not an undo store: expected the format {FORMAT!r}")
-        try:
-            weights = {
-                name: RemovedWeights(tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}"))
-                for name in record["shelves"]
-            }
-            if odd := [
-                n for n, removed in weights.items() if len({part.shape for part in removed.parts().values()}) > 1
-            ]:
-                raise ValueError(f"the numbers of {odd[0]} have several shapes")
-            return cls(
-                weights,
-                dict(record["born"]),
-                {key: tuple(ids) for key, ids in record["gone"].items()},
-                {name: {int(at): mean for at, mean in row.items()} for name, row in record["means"].items()},
-                {place: Constant(row["own"], row["value"], row["size"]) for place, row in record["constants"].items()},
-                tuple(record["added"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"a damaged undo store: {error!r}") from None
+        """Rebuild an undo store from its tensors and its record, which :mod:`regrow.store.schemas` has checked."""
+        weights = {}
+        for name in record["shelves"]:
+            removed = RemovedWeights(tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}"))
+            if len({part.shape for part in removed.parts().values()}) > 1:
+                raise ValueError(f"the numbers of {name} have several shapes")
+            weights[name] = removed
+        return cls(
+            weights,
+            dict(record["born"]),
+            {key: tuple(ids) for key, ids in record["gone"].items()},
+            {name: {int(position): mean for position, mean in row.items()} for name, row in record["means"].items()},
+            {name: Constant(row["own"], row["value"], row["size"]) for name, row in record["constants"].items()},
+            tuple(record["added"]),
+        )
 
     def check_network(self, axes: AxisGraph) -> None:
         """Raise ``PlanError`` if the store has weights of another network than the one of these axes."""

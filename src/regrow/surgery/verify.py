@@ -95,7 +95,7 @@ def verify(
     Raises:
         PlanError: If the plan does not fit the model, or the model does not run as planned.
     """
-    plan.check(axes)
+    check(model, axes, plan)
     results = [_verify(model, axes, plan, inputs) for inputs in (example or axes.example, *examples)]
     worst = max(results, key=lambda result: result.max_abs_diff / (result.bound or 1.0))
     return replace(
@@ -134,6 +134,7 @@ def distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Itera
     """Yield each of many plans with max |masked − shrunk| / max |masked| in float64."""
     runs = _Runs(model, axes, axes.example)
     for plan in plans:
+        check(model, axes, plan)
         masked, shrunk, _ = runs.both(plan, double=True)
         compared = bool(common_outputs(masked, shrunk))
         distance = max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0) if compared else inf
@@ -165,7 +166,6 @@ class _Runs:
     def both(self, plan: Plan, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
         """Run the masked and the cut network in float64 or their own precision; return outputs, and decisions."""
         model, axes = self.model, self.axes
-        check(model, axes, plan)
         moved = any(change.restore for change in plan.changes.values())
         if axes.declared or axes.decisions is not None or plan.changes_modules or moved:
             taken = None if axes.decisions is None else decisions
