@@ -22,10 +22,12 @@ class PlannedTensors:
 
     def __init__(self, model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         self.model, self.axes, self.plan = model, axes, plan
-        self.sizes, before = plan.sizes(axes), axes.sizes()
+        self.sizes, self._before = plan.sizes(axes), axes.sizes()
         self.units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
         self.biases = {bias_of(weight): weight for weight in plan.means}
-        self._folds = {fold.weight: (fold, divisor_size(fold, before)) for fold in axes.folds}
+        self._folds = {
+            fold.weight: (fold, divisor_size(fold, self._before), divisor_size(fold, self.sizes)) for fold in axes.folds
+        }
         self._lays: dict[str, dict[int, Layout]] = {}
         self._roles: dict[str, dict[int, set[Role]]] = {}
         for slot in (slot for key in plan.changes for slot in axes[key].slots):
@@ -37,7 +39,7 @@ class PlannedTensors:
     def lays(self, name: str) -> dict[int, Layout]:
         """Return dimension → the layout of its entries after the plan, for the dimensions of a tensor that change."""
         if name not in self._lays:
-            self._lays[name] = lay_out_dims(self.axes.shapes.get(name, ()), self.axes.sizes(), self.units)
+            self._lays[name] = lay_out_dims(self.axes.shapes.get(name, ()), self._before, self.units)
         return self._lays[name]
 
     def changes(self, name: str) -> bool:
@@ -60,15 +62,12 @@ class PlannedTensors:
         assert tensor is not None
         tensor = as_double(tensor) if exact else tensor
         if self._is_rescaled(name):
-            fold, before = self._folds[name]
-            tensor = rescale(tensor, torch.tensor(before), divisor_size(fold, self.sizes), fold)
+            fold, before, after = self._folds[name]
+            tensor = rescale(tensor, torch.tensor(before), after, fold)
         return tensor
 
     def _is_rescaled(self, name: str) -> bool:
-        if name not in self._folds:
-            return False
-        fold, before = self._folds[name]
-        return divisor_size(fold, self.sizes) != before
+        return name in self._folds and self._folds[name][1] != self._folds[name][2]
 
 
 def offsets(
