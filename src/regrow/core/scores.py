@@ -104,15 +104,6 @@ class Statistics:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
 
-    def __add__(self, other: "Statistics") -> "Statistics":
-        return Statistics(
-            self.source if self.source == other.source else f"{self.source}+{other.source}",
-            self.tokens + other.tokens,
-            _add_each(self.moments, other.moments),
-            _add_each(self.gradients, other.gradients),
-            _add_each(self.fisher, other.fisher),
-        )
-
     def accumulate(self, other: "Statistics") -> None:
         """Add other sums in place."""
         self.tokens += other.tokens
@@ -153,7 +144,9 @@ def merged(parts: Sequence[Statistics]) -> Statistics:
         return parts[0]
     total, *rest = (replace(part, gradients={}) for part in parts)
     for part in rest:
-        total = total + part
+        total.accumulate(part)
+        if total.source != part.source:
+            total.source += f"+{part.source}"
     for name in dict.fromkeys(name for part in parts for name in part.gradients):  # one at a time: they are large
         first, *others = (part.gradients[name] for part in parts if name in part.gradients)
         total.gradients[name] = sum(others, start=first)
