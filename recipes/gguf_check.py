@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow import Plan, apply, load, trace, with_branches
-from regrow.core.branches import Placeholder
+from regrow.core.axes.operations import Placeholder
 from regrow.data import Half, text, windows
 from regrow.data.halves import half_of
 from regrow.exporters.gguf import write

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regrow.allocation.gates import GateMasks, Gates
 from regrow.core.axes import AxisGraph
-from regrow.core.branches import lies_in
+from regrow.core.axes.operations import lies_in
 
 
 def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from regrow.core.axes import Axis, AxisGraph
-from regrow.core.branches import Branch, lies_in
+from regrow.core.axes.operations import Branch, lies_in
 from regrow.core.change import MOST, Change, Fill, Insertion, PlanError, growth_problem, unit_positions
 from regrow.core.errors import InputError
 from regrow.core.limits import parse_json

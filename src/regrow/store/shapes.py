@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from regrow.core.branches import Placeholder
+from regrow.core.axes.operations import Placeholder
 from regrow.core.change import BlockCopy, Insertion
 from regrow.core.errors import InputError
 from regrow.core.limits import parse_json

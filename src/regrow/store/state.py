@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from regrow.core.branches import Placeholder, lies_in
+from regrow.core.axes.operations import Placeholder, lies_in
 from regrow.core.change import Insertion
 from regrow.nets import Origin
 from regrow.store.attributes import (

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.axes import Axis, AxisGraph, Example, Mark, Work, axes_in
-from regrow.core.branches import Branch, Placeholder
+from regrow.core.axes.operations import Branch, Placeholder
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import Exchange, carry_out, follow
 from regrow.surgery.output_comparison import check_own_run

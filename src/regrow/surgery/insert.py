@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Axis, AxisGraph, Example, Slot
-from regrow.core.branches import lies_in
+from regrow.core.axes.operations import lies_in
 from regrow.core.change import Change, Insertion
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.output_comparison import max_difference

@@ -11,7 +11,7 @@ from torch.fx import Interpreter, Node
 from torch.fx.node import map_aggregate
 
 from regrow.core.axes import Dim, size_of
-from regrow.core.branches import Branch
+from regrow.core.axes.operations import Branch
 from regrow.surgery.layout import Layout, lay_out
 from regrow.tracing.capture import Capture
 from regrow.tracing.decisions import ORDERS, output_tensors

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Dim, axes_in, size_of
-from regrow.core.branches import Branch
+from regrow.core.axes.operations import Branch
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.layout import Layout, lay_out
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Product, RecordedStep, Role, axes_in
-from regrow.core.branches import lies_in
+from regrow.core.axes.operations import lies_in
 from regrow.core.change import Insertion, Stack
 from regrow.tracing.branches import ModuleCall, record_calls
 from regrow.tracing.capture import TraceError, first_line

@@ -30,8 +30,7 @@ from regrow.core.axes.axis import (
     divided,
     size_of,
 )
-from regrow.core.axes.operations import Decision, Fold, RecordedStep, Tracer, Work
-from regrow.core.branches import Branch
+from regrow.core.axes.operations import Branch, Decision, Fold, RecordedStep, Tracer, Work
 from regrow.core.tables import Table, format_html, format_text
 
 __all__ = [

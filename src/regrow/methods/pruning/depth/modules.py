@@ -6,7 +6,7 @@ from typing import Annotated
 
 from regrow.allocation.cost import cost_of
 from regrow.core.axes import Axis, AxisGraph, matches
-from regrow.core.branches import Branch, lies_in
+from regrow.core.axes.operations import Branch, lies_in
 from regrow.core.budget import Budget
 from regrow.core.scores import Scores
 from regrow.methods.pruning.pruner import PruningTask

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.allocation.cost import cost_of
 from regrow.allocation.ranked import BudgetError, uniform
 from regrow.core.axes import AxisGraph
-from regrow.core.branches import Branch, lies_in
+from regrow.core.axes.operations import Branch, lies_in
 from regrow.core.errors import RefusedError
 from regrow.core.scores import Scores
 from regrow.core.sources import Batch, Source
