@@ -215,8 +215,8 @@ def move_tensors(record: R, device: torch.device) -> R:
             return move_tensors(value, device)
         return tuple(map(part, value)) if type(value) is tuple else value
 
-    values = {field_.name: part(getattr(record, field_.name)) for field_ in fields(record)}  # type: ignore[arg-type]
-    return replace(record, **values)  # type: ignore[type-var]
+    names = [field_.name for field_ in fields(record)]  # type: ignore[arg-type]
+    return replace(record, **{name: part(getattr(record, name)) for name in names})  # type: ignore[type-var]
 
 
 def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:

@@ -205,7 +205,7 @@ class Runner(Interpreter):
             return self._in_parts(n, name, operand)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if name in ("_grouped_mm", "grouped_mm_fallback"):
-            return grouped_product(*args, **kwargs)
+            target = grouped_product
         if name == "rms_norm" and (len(args) < 4 or args[3] is None):  # it takes the epsilon of its own precision
             args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(operand[0].meta["val"].dtype).eps)
         return target(*args, **kwargs)
