@@ -27,33 +27,33 @@ def plan_with_undo(
     """
     axes, plan = tensors.axes, tensors.plan
     undo.check(axes, plan)
-    way = _Way(undo, tensors)
-    before, after = undo.means, way.means_after()
+    steps = _UndoSteps(undo, tensors)
+    before, after = undo.means, steps.means_after()
     biases = {bias_of(weight): weight for weight in {**before, **after}}
     result, removed = dict(values), []
-    for name in way.reached():
+    for name in steps.names_reached():
         if name not in biases:
-            result[name] = way.rewritten(name, values.get(name))
+            result[name] = steps.rewrite(name, values.get(name))
     for bias, weight in biases.items():
         old, new = before.get(weight, {}), after.get(weight, {})
-        if old != new or bias in values or way.size(bias, False) != way.size(bias, True):
-            result[bias] = way.compensated(bias, weight, old, new, values.get(bias))
-            if bias in way.added and not new and not bool(result[bias].any()):
+        if old != new or bias in values or steps.size(bias, False) != steps.size(bias, True):
+            result[bias] = steps.compensate(bias, weight, old, new, values.get(bias))
+            if bias in steps.added and not new and not bool(result[bias].any()):
                 removed.append(bias)
-                del result[bias], way.weights[bias]
+                del result[bias], steps.weights[bias]
     epsilons, folds, constants = fold_constants(tensors.model, axes, tensors.sizes, undo.constants)
     restorable = {}
     for axis in axes:
         change = plan.changes.get(axis.key)
         dropped = {axis.ids[unit] for unit in change.dropped} if change else set()
-        if ids := ({*undo.restorable.get(axis.key, ())} | dropped) - {*way.ids_after[axis.key]}:
+        if ids := ({*undo.restorable.get(axis.key, ())} | dropped) - {*steps.ids_after[axis.key]}:
             restorable[axis.key] = tuple(sorted(ids))
-    added = tuple(name for name in way.added if name not in removed)
-    store = UndoStore(way.weights, way.next_ids, restorable, after, constants, added, undo.branches, axes.network)
+    added = tuple(name for name in steps.added if name not in removed)
+    store = UndoStore(steps.weights, steps.next_ids, restorable, after, constants, added, undo.branches, axes.network)
     return result, epsilons, folds, tuple(removed), store
 
 
-class _Way:
+class _UndoSteps:
     """Shared state of the steps of :func:`plan_with_undo`."""
 
     def __init__(self, undo: UndoStore, tensors: PlannedTensors) -> None:
@@ -71,10 +71,10 @@ class _Way:
         # A bias that compensation is about to add has its weight's output dimension.
         return self.axes.shapes.get(name) or (bias_dim(self.axes, name),)
 
-    def here(self, name: str) -> list[Tensor]:
+    def entries_before(self, name: str) -> list[Tensor]:
         return locate_entries(self.dims(name), self.next_ids, self.ids)
 
-    def there(self, name: str) -> list[Tensor]:
+    def entries_after(self, name: str) -> list[Tensor]:
         return locate_entries(self.dims(name), self.next_ids, self.ids_after)
 
     def size(self, name: str, after: bool) -> int:
@@ -86,15 +86,15 @@ class _Way:
         tensor = select_state(self.model, [name]).get(name)
         return None if tensor is None else tensor.detach()
 
-    def reached(self) -> list[str]:
+    def names_reached(self) -> list[str]:
         """Return the tensors to process, by first names: cut, restored, or rescaled for a divisor."""
         moves = any(change.dropped or change.restore for change in self.plan.changes.values())
         moved = {self.axes.ties.get(name, name) for name in self.axes.shapes if moves and self.lays(name)}
         return sorted(moved | {name for name in self.folds if self.size(name, False) != self.size(name, True)})
 
-    def stowed(self, name: str, now: Tensor, lost: Tensor | None = None) -> RemovedWeights:
+    def store(self, name: str, now: Tensor, lost: Tensor | None = None) -> RemovedWeights:
         """Store a tensor's present values and return it; stored values from which the present ones follow stay."""
-        where, n, now = self.here(name), self.size(name, False), now.cpu()
+        where, n, now = self.entries_before(name), self.size(name, False), now.cpu()
         stored = self.weights.get(name)
         if stored is None:
             shape = [size_of(dim, self.next_ids) for dim in self.dims(name)]
@@ -119,22 +119,22 @@ class _Way:
             values = rescale(values, get(stored.sizes, where), n, self.folds[name])
         return values if lost is None else (values.double() + lost[where[0]]).to(values.dtype)
 
-    def rewritten(self, name: str, made: Tensor | None) -> Tensor:
+    def rewrite(self, name: str, made: Tensor | None) -> Tensor:
         """Return a tensor after the plan: stored values in restored places, and all kept ones at the new divisor."""
         now = self.state(name)
         assert now is not None
-        stored, where, n = self.stowed(name, now), self.there(name), self.size(name, True)
+        stored, where, n = self.store(name, now), self.entries_after(name), self.size(name, True)
         was, new = _followed(self.lays(name), now.cpu())
         made = was if made is None else made.cpu()
         held, kept = get(stored.held, where), torch.eq(was, made)
         if self.recalls:
-            made = torch.where(new & ~held & self._strangers(name, held), torch.zeros_like(made), made)
+            made = torch.where(new & ~held & self._never_met(name, held), torch.zeros_like(made), made)
         if stored.sizes is not None:
             made = rescale(made, torch.tensor(self.size(name, False)), n, self.folds[name])
         old = held & torch.where(new, torch.tensor(self.recalls), kept)
         return torch.where(old, self._written(name, stored, where, n), made).to(now.device)
 
-    def _strangers(self, name: str, held: Tensor) -> Tensor:
+    def _never_met(self, name: str, held: Tensor) -> Tensor:
         """Return the entries between units that never existed together: one was added while the other was cut."""
         reads = any(slot.name == name and slot.role is Role.CONSUMES for axis in self.axes for slot in axis.slots)
         known = torch.full_like(held, reads)
@@ -147,14 +147,14 @@ class _Way:
         """Return the means that replace dropped inputs after the plan, by their places in the stored weight."""
         result = {weight: dict(row) for weight, row in self.undo.means.items()}
         for weight, row in self.plan.means.items():
-            at = self.here(weight)[_read(self.axes, weight)]
+            at = self.entries_before(weight)[_read(self.axes, weight)]
             result[weight] = result.get(weight, {}) | {int(at[position]): mean for position, mean in row.items()}
         for weight in list(result):
-            back = set(self.there(weight)[_read(self.axes, weight)].tolist())
+            back = set(self.entries_after(weight)[_read(self.axes, weight)].tolist())
             result[weight] = {at: mean for at, mean in sorted(result[weight].items()) if at not in back}
         return {weight: row for weight, row in result.items() if row}
 
-    def compensated(
+    def compensate(
         self, bias: str, weight: str, old: Mapping[int, float], new: Mapping[int, float], made: Tensor | None
     ) -> Tensor:
         """Return a bias after the plan: its own value plus the mean contribution of the inputs that are cut."""
@@ -162,17 +162,17 @@ class _Way:
         if now is None:
             value = self.state(weight)
             assert value is not None
-            now = value.new_zeros(len(self.here(bias)[0]))
+            now = value.new_zeros(len(self.entries_before(bias)[0]))
             self.added.append(bias)
-        stored = self.stowed(bias, now, self._lost(weight, old, before) if old else None)
-        lost = self._lost(weight, new, after) if new else None
-        written = self._written(bias, stored, self.there(bias), after, lost)
+        stored = self.store(bias, now, self._contribution(weight, old, before) if old else None)
+        lost = self._contribution(weight, new, after) if new else None
+        written = self._written(bias, stored, self.entries_after(bias), after, lost)
         if made is None:
             return written.to(now.device)
-        held = get(stored.held, self.there(bias))
+        held = get(stored.held, self.entries_after(bias))
         return torch.where(held, written, made.cpu()).to(now.device)
 
-    def _lost(self, weight: str, means: Mapping[int, float], n: int) -> Tensor:
+    def _contribution(self, weight: str, means: Mapping[int, float], n: int) -> Tensor:
         """Return Σ W[:, i] · E[x_i] over the dropped inputs, one number per output of the weight (float64).
 
         Added one by one, in the order of the places: the same numbers always make the same sum.
