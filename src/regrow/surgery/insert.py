@@ -62,7 +62,7 @@ def with_copies(
             _check_outputs(model, example, before, plan)
         rename = renaming(model, plan)
         left, keys = _retraced(model, axes, example, rename)
-        kept = None if undo is None else undo.renamed(rename, lambda key: keys.get(key, ""))
+        kept = None if undo is None else undo.renamed(rename, keys.get)
         yield left, Plan(_changes(left, plan, keys, model), origin=plan.origin), kept
     except BaseException as error:
         for path in reversed(inserted):

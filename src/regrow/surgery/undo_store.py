@@ -103,8 +103,12 @@ class UndoStore:
 
     def _without(self, branch: Branch, axes: AxisGraph) -> "tuple[RemovedBranch, UndoStore]":
         stays = axes.without([branch]).axes.keys()
-        inner = self.renamed(lambda name: name if branch.holds(name) else "", lambda key: "" if key in stays else key)
-        rest = self.renamed(lambda name: "" if branch.holds(name) else name, lambda key: key if key in stays else "")
+        inner = self.renamed(
+            lambda name: name if branch.holds(name) else None, lambda key: None if key in stays else key
+        )
+        rest = self.renamed(
+            lambda name: None if branch.holds(name) else name, lambda key: key if key in stays else None
+        )
         # Branches dropped before stay in this store; otherwise each branch would contain all earlier ones.
         return RemovedBranch(branch, axes, replace(inner, branches={})), rest
 
@@ -122,15 +126,17 @@ class UndoStore:
             branches={path: branch for path, branch in self.branches.items() if path != removed.branch.module},
         )
 
-    def renamed(self, rename: Callable[[str], str], rekey: Callable[[str], str]) -> "UndoStore":
-        """Return the store with other names of tensors and keys of axes; those whose new name is empty are left out."""
+    def renamed(self, rename: Callable[[str], str | None], rekey: Callable[[str], str | None]) -> "UndoStore":
+        """Return the store with other names of tensors and keys of axes, without those that have no new name."""
 
         def named(stored: Mapping[str, T]) -> dict[str, T]:
             split = ((*name.partition(":"), value) for name, value in stored.items())
-            return {new + colon + rest: value for name, colon, rest, value in split if (new := rename(name))}
+            return {
+                new + colon + rest: value for name, colon, rest, value in split if (new := rename(name)) is not None
+            }
 
         def keyed(stored: Mapping[str, T]) -> dict[str, T]:
-            return {new: value for key, value in stored.items() if (new := rekey(key))}
+            return {new: value for key, value in stored.items() if (new := rekey(key)) is not None}
 
         return replace(
             self,
@@ -139,7 +145,7 @@ class UndoStore:
             constants=named(self.constants),
             next_ids=keyed(self.next_ids),
             restorable=keyed(self.restorable),
-            added=tuple(filter(None, map(rename, self.added))),
+            added=tuple(name for name in map(rename, self.added) if name is not None),
         )
 
     def contents(self) -> dict[str, Tensor]:
