@@ -157,11 +157,11 @@ def check_folder(out: Path) -> None:
     """Raise an error unless a folder can be written: it is new, empty, or holds an unfinished run."""
     from regrow.store.atomic import LEFTOVER
     from regrow.store.errors import StoreError
-    from regrow.store.replacing import WORK, check_replaceable, settle
+    from regrow.store.replacing import WORK, check_replaceable, clear_leftovers
     from regrow.store.run_record import RUN
 
     check_replaceable(out)
-    settle(out)
+    clear_leftovers(out)
     if not out.is_dir():
         _check_writable(out)
         return
