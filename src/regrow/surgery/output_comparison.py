@@ -72,9 +72,8 @@ class ProposedChange:
         rounded = any(fold.weight in self.ready.values for fold in self.axes.folds)
         if not self.recalls or not (rounded or (self.undo is not None and self.undo.means)):
             return RELATIVE_BOUND
-        return ROUNDING * max(
-            torch.finfo(tensor.dtype).eps for tensor in self.model.parameters() if tensor.is_floating_point()
-        )
+        types = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
+        return ROUNDING * max(torch.finfo(dtype).eps for dtype in types)
 
 
 def computed_tensors(change: ProposedChange) -> set[str]:
@@ -169,12 +168,10 @@ def _gap(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _largest(numbers: list[Tensor]) -> Tensor:
+    if not numbers:
+        return torch.zeros((), dtype=torch.float64)
     device = next((number.device for number in numbers if number.device.type != "cpu"), torch.device("cpu"))
-    return (
-        torch.stack([number.to(device) for number in numbers]).max()
-        if numbers
-        else torch.zeros((), dtype=torch.float64)
-    )
+    return torch.stack([number.to(device) for number in numbers]).max()
 
 
 def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
